@@ -1,0 +1,86 @@
+"""Model backend ``HookedMamba`` (mamba-lens, the extra ``mamba``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import ConfigError, Entry, ModelError, hookimpl
+
+if TYPE_CHECKING:
+    from saekit.config import ModelConfig
+    from saekit_plugins.hooked_transformer import TransformerLensBackend
+
+
+@attrs.frozen(kw_only=True)
+class HookedMambaOptions:
+    """A Mamba model in the original layout (`config.json`, `pytorch_model.bin`), or one passed from code."""
+
+    tokenizer: str = "EleutherAI/gpt-neox-20b"
+    """A folder or Hub name for the tokenizer; Mamba's own models use this default."""
+    from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Must be empty: HookedMamba's constructor takes nothing beside the name, the device and the tokenizer."""
+    forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Passed to every forward: `fast_conv`, `fast_ssm`, `warn_disabled_hooks`."""
+
+    @from_pretrained_kwargs.validator
+    def _check_kwargs(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+        if value:
+            raise ConfigError(
+                [(attribute.name, f"HookedMamba.from_pretrained does not take {', '.join(map(repr, value))}. It takes the "
+                  "name (model.name), the device (model.device) and the tokenizer (model.backend.tokenizer)")]
+            )  # fmt: skip
+
+    @forward_kwargs.validator
+    def _check_forward(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+        allowed = ("fast_conv", "fast_ssm", "warn_disabled_hooks")
+        if unknown := [name for name in value if name not in allowed]:
+            raise ConfigError([(attribute.name, f"HookedMamba's forward takes {allowed}, found {unknown}")])
+
+
+@hookimpl
+def saekit_register_model_backends() -> Iterable[Entry]:
+    yield Entry(
+        "HookedMamba",
+        HookedMambaOptions,
+        _build,
+        requires=("mamba_lens",),
+        extra="mamba",
+        summary="Mamba models through mamba-lens",
+    )
+
+
+def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+    from saekit_plugins.hooked_transformer import TransformerLensBackend
+
+    module: Any = loaded if loaded is not None else _load(config, model)
+    if not hasattr(module, "input_dependent_hooks"):
+        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}")
+    name = "custom" if loaded is not None else model.name
+    return TransformerLensBackend(
+        module, name=name, d_vocab=module.cfg.vocab_size, n_ctx=None, forward_kwargs=config.forward_kwargs
+    )
+
+
+def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
+    import torch
+    from transformers import AutoTokenizer
+
+    from saekit_plugins.hooked_transformer import resolve_device
+
+    device = resolve_device(model.device)
+    if model.name.startswith((".", "/")) and not Path(model.name).is_dir():
+        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
+        from mamba_lens import HookedMamba
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the Mamba model {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return module.to(getattr(torch, model.dtype))

@@ -1,0 +1,250 @@
+"""Model backend ``HookedTransformer`` (transformer_lens)."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import Entry, ModelError, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.config import ModelConfig
+    from saekit.protocols import Replacement
+
+EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
+NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
+
+
+@attrs.frozen(kw_only=True)
+class HookedTransformerOptions:
+    """Any model that transformer_lens knows, a Hugging Face model folder, or a model passed from code."""
+
+    from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Passed to `HookedTransformer.from_pretrained`, such as `{center_writing_weights = false}`."""
+    forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Passed to every forward of the model."""
+
+
+class TransformerLensBackend:
+    """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks."""
+
+    def __init__(
+        self, model: Any, *, name: str, d_vocab: int, n_ctx: int | None, forward_kwargs: Mapping[str, Any]
+    ) -> None:
+        self.model = model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
+        self.device = str(next(model.parameters()).device)
+        self._forward_kwargs = dict(forward_kwargs)
+        tokenizer = model.tokenizer
+        self.special_tokens = {
+            kind: getattr(tokenizer, f"{kind}_token_id", None) if tokenizer is not None else None
+            for kind in ("bos", "eos", "sep")
+        }
+
+    def hook_names(self) -> Sequence[str]:
+        return list(self.model.hook_dict)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        tokenizer = self._tokenizer()
+        return [tokenizer.decode([token]) for token in tokens]
+
+    def _tokenizer(self) -> Any:
+        if self.model.tokenizer is None:
+            raise ModelError(
+                f"the model {self.name!r} has no tokenizer, so it cannot read text. Give the model one, or use a "
+                "dataset of token ids"
+            )
+        return self.model.tokenizer
+
+    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        import torch
+
+        held: dict[str, Tensor] = {}
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            held[hook.name] = activation
+
+        stop, entry = self._stop_after(hooks)
+        with torch.inference_mode():
+            residual = self.model.run_with_hooks(
+                tokens.to(self.device),
+                return_type=None,
+                stop_at_layer=stop,
+                fwd_hooks=[(name, keep) for name in hooks if name != entry],
+                **self._forward_kwargs,
+            )
+        if entry is not None:
+            held[entry] = residual
+        return held
+
+    def _stop_after(self, hooks: Collection[str]) -> tuple[int | None, str | None]:
+        """The layer to stop before, and the hook that equals the residual stream entering it, if it is wanted."""
+        layers = []
+        for name in hooks:
+            if (match := re.match(r"blocks\.(\d+)\.", name)) is None:
+                return None, None
+            layers.append(int(match.group(1)))
+        last = max(layers)
+        entry = f"blocks.{last}.hook_resid_pre"
+        only_entry = [name for name in hooks if name.startswith(f"blocks.{last}.")] == [entry]
+        if only_entry and not self.model.hook_dict[entry].fwd_hooks:
+            return last, entry
+        return last + 1, None
+
+    def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
+        import torch
+
+        def hook_for(replace: Replacement) -> Any:
+            return lambda activation, hook: replace(activation)
+
+        with torch.inference_mode():
+            loss: Tensor = self.model.run_with_hooks(
+                tokens.to(self.device),
+                return_type="loss",
+                loss_per_token=True,
+                fwd_hooks=[(name, hook_for(replace)) for name, replace in (replacements or {}).items()],
+                **self._forward_kwargs,
+            )
+        return loss
+
+
+@hookimpl
+def saekit_register_model_backends() -> Iterable[Entry]:
+    yield Entry(
+        "HookedTransformer",
+        HookedTransformerOptions,
+        _build,
+        summary="models of transformer_lens, Hugging Face folders, and saekit/tiny-python",
+    )
+
+
+def _build(
+    config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
+) -> TransformerLensBackend:
+    with warnings.catch_warnings():
+        # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
+        warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
+        module: Any = _passed(loaded) if loaded is not None else _load(model, config.from_pretrained_kwargs)
+    name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
+    return TransformerLensBackend(
+        module,
+        name=name or "custom",
+        d_vocab=module.cfg.d_vocab,
+        n_ctx=module.cfg.n_ctx,
+        forward_kwargs=config.forward_kwargs,
+    )
+
+
+def _passed(loaded: object) -> object:
+    if not all(hasattr(loaded, name) for name in ("run_with_hooks", "hook_dict", "cfg", "tokenizer")):
+        raise ModelError(f"model must be a HookedTransformer, found {type(loaded).__name__}")
+    return loaded
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as the GPU, if there is one; an unusable device is a :class:`ModelError`."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device = {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _load(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
+    """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
+    device = resolve_device(model.device)
+    folder = EMBEDDED.get(model.name, Path(model.name))
+    if (folder / NATIVE_CONFIG).is_file():
+        if kwargs:
+            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {model.name!r}: {sorted(kwargs)}")
+        return _load_native(folder, model.dtype, device)
+    if folder.is_dir():
+        return _load_hf_folder(folder, model.dtype, device, kwargs)
+    if model.name.startswith((".", "/", "~")):
+        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
+    from transformer_lens import HookedTransformer
+
+    try:
+        return HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
+    except (ValueError, OSError, TypeError) as error:
+        raise ModelError(_unknown_name(model.name, error)) from error
+
+
+def _unknown_name(name: str, error: Exception) -> str:
+    import difflib
+
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    known = {*EMBEDDED, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        return f"transformer_lens knows no model {name!r}, and there is no such folder.{hint}"
+    return f"the model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+
+
+def _load_native(folder: Path, dtype: str, device: str) -> object:
+    """A folder with ``hooked_transformer.json``, ``model.safetensors`` and a tokenizer."""
+    import torch
+    from safetensors.torch import load_file
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformers import AutoTokenizer
+
+    config = json.loads((folder / NATIVE_CONFIG).read_text(encoding="utf-8"))
+    model = HookedTransformer(
+        HookedTransformerConfig(**config, device=device, dtype=getattr(torch, dtype), init_weights=False),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    missing, unexpected = model.load_state_dict(load_file(folder / NATIVE_WEIGHTS), strict=False)
+    # The masks and their constants are rebuilt from the configuration.
+    missing = [name for name in missing if not name.endswith(("mask", "IGNORE"))]
+    if missing or unexpected:
+        raise ModelError(f"the weights in {folder} lack {missing or 'nothing'} and have the unknown {unexpected}")
+    return model.to(getattr(torch, dtype))
+
+
+def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, Any]) -> object:
+    """A folder of a Hugging Face causal LM: ``config.json``, weights and a tokenizer."""
+    import torch
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")
+    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
+                  "refactor_factored_attn_matrices")  # fmt: skip
+    if unknown := sorted(set(kwargs) - set(processing)):
+        raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {processing}, found {unknown}")
+    options = dict.fromkeys(processing[:4], True) | dict(kwargs)
+    torch_dtype = getattr(torch, dtype)
+    try:
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = loading.get_pretrained_model_config(
+            str(folder), fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
+        )
+        state = loading.get_pretrained_state_dict(str(folder), config, hf_model, dtype=torch_dtype)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"the model in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model = HookedTransformer(config, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(state, **options)
+    return model.to(device)

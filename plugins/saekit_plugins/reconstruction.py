@@ -1,0 +1,51 @@
+"""Eval ``reconstruction``: explained variance, sparsity, and the model's loss with the SAE spliced in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import attrs
+
+from saekit import Entry, Site, hookimpl
+from saekit.config import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.protocols import ModelBackend
+    from saekit.sae import SAE
+
+
+@attrs.frozen(kw_only=True)
+class ReconstructionConfig:
+    """Reconstruction, sparsity and downstream loss on held-out text."""
+
+    batch_size_prompts: int = attrs.field(default=16, validator=check(lambda value: value >= 1, "1 or more"))
+    """Contexts in one forward of the model."""
+
+
+@attrs.frozen
+class ReconstructionEval:
+    """See the module."""
+
+    config: ReconstructionConfig
+
+    def __call__(self, sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
+        from saekit.evals import spliced_losses, variance_metrics
+
+        size = self.config.batch_size_prompts
+
+        def rows() -> Iterator[Tensor]:
+            for tokens in contexts.split(size):
+                yield site.extract(backend.activations(tokens, {site.hook_name})[site.hook_name]).flatten(0, 1)
+
+        losses = spliced_losses(sae, backend=backend, site=site, contexts=contexts, batch_size=size)
+        return variance_metrics(sae, rows()) | losses
+
+
+@hookimpl
+def saekit_register_evals() -> Iterable[Entry]:
+    yield Entry(
+        "reconstruction", ReconstructionConfig, ReconstructionEval, summary="explained variance, L0, CE recovered"
+    )

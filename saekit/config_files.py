@@ -1,0 +1,177 @@
+"""Configuration files: TOML, YAML and JSON in, dotted overrides on top, commented TOML out."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from saekit.config import PLUGIN_KIND, TrainConfig
+from saekit.converter import ConfigConverter
+from saekit.describe import field_docs
+from saekit.errors import ConfigError
+from saekit.manager import PluginManager, default_manager
+
+__all__ = ["apply_overrides", "commented_toml", "dump_config", "load_config", "read_table"]
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | TrainConfig,
+    overrides: Iterable[str] = (),
+    *,
+    plugins: PluginManager | None = None,
+) -> TrainConfig:
+    """A checked :class:`TrainConfig` from a file, a dict or a config object, with ``a.b=value`` overrides on top.
+
+    Raises :class:`ConfigError` listing every fault with its dotted path.
+    """
+    converter = ConfigConverter(plugins or default_manager())
+    name = "the configuration"
+    if isinstance(source, TrainConfig):
+        table: Mapping[str, Any] = converter.unstructure(source, qualify=False)
+    elif isinstance(source, Mapping):
+        table = source
+    elif isinstance(source, (str, Path)):
+        table, name = read_table(Path(source)), str(source)
+    else:
+        raise ConfigError(
+            f"expected a TrainConfig, a dict or the path of a configuration file, found {type(source).__qualname__}"
+        )
+    return converter.structure(apply_overrides(table, overrides), TrainConfig, name)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file."""
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS) if path.parent.is_dir() else []
+        hint = f"; in that folder there are {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"there is no configuration file {path}{hint}. `saekit config > run.toml` writes one")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{path} is not a configuration file: the name must end in {', '.join(_READERS)}")
+    try:
+        table = reader(path.read_text(encoding="utf-8"))
+    except (ValueError, _yaml_error()) as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} must hold a table of sections, found {type(table).__name__}")
+    return table
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _yaml_error() -> type[Exception]:
+    import yaml
+
+    return yaml.YAMLError
+
+
+_READERS = {".toml": tomllib.loads, ".yaml": _read_yaml, ".yml": _read_yaml, ".json": json.loads}
+
+
+def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of ``table`` with ``section.option=value`` set.  Values are TOML; what is not TOML is a text."""
+    result = _copied(table)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
+        node = result
+        for key in keys[:-1]:
+            inner = node.get(key, {})
+            if isinstance(inner, str):  # a plugin chosen by key: its options go beside the name
+                inner = {"name": inner}
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{override!r}: {key} is {inner!r}, which has no options to set")
+            node[key] = inner
+            node = inner
+        node[keys[-1]] = _parsed(text.strip())
+    return result
+
+
+def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def dump_config(config: TrainConfig, form: str = "toml", *, plugins: PluginManager | None = None) -> str:
+    """``config`` as ``toml``, ``yaml`` or ``json`` text, with every plugin's qualified key; ``load_config`` reads it."""
+    table = ConfigConverter(plugins or default_manager()).unstructure(config)
+    if form == "json":
+        return json.dumps(table, indent=2) + "\n"
+    if form == "yaml":
+        import yaml
+
+        return str(yaml.safe_dump(table, sort_keys=False))
+    import tomli_w
+
+    return tomli_w.dumps(_without_null(table))
+
+
+def _without_null(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: every option that may be None has None as its default, so leaving it out says the same."""
+    return {
+        key: _without_null(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def commented_toml(*, plugins: PluginManager | None = None) -> str:
+    """The full default configuration as TOML, each option with its explanation."""
+    manager = plugins or default_manager()
+    lines = ["# Every option with its default. Options that are not set are shown as `# option =`."]
+    _comment_class(TrainConfig(), (), manager, lines, "")
+    return "\n".join(lines) + "\n"
+
+
+def _comment_class(
+    config: Any, path: tuple[str, ...], manager: PluginManager, lines: list[str], name: str, doc: str = ""
+) -> None:
+    """Append the table of ``config``: its own options first, then its sub-tables, as TOML wants it."""
+    docs = field_docs(type(config))
+    if path:
+        lines += ["", *_comment(doc), f"[{'.'.join(path)}]"]
+    if name:
+        lines.append(f"name = {_toml(name)}")
+    tables = []
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
+        chosen = ""
+        kind = field.metadata.get(PLUGIN_KIND)
+        if kind and isinstance(value, str) and attrs.fields(manager.get(kind, value).entry.config):
+            chosen, value = value, manager.options(kind, value)
+        if attrs.has(type(value)):
+            tables.append((field.name, value, chosen))
+            continue
+        lines += _comment(docs.get(field.name, ""))
+        lines.append(f"# {field.name} =" if value is None else f"{field.name} = {_toml(value)}")
+    for field_name, value, chosen in tables:
+        _comment_class(value, (*path, field_name), manager, lines, chosen, docs.get(field_name, ""))
+
+
+def _comment(doc: str) -> list[str]:
+    return [f"# {line.strip()}" for line in doc.splitlines() if line.strip()]
+
+
+def _toml(value: object) -> str:
+    import tomli_w
+
+    return tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}, multiline_strings=False)[4:].strip()

@@ -1,0 +1,145 @@
+"""Stage one: documents, from wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from saekit.config import DatasetConfig
+from saekit.data.stdlib import stdlib_documents
+from saekit.errors import DataError
+
+__all__ = ["Documents"]
+
+STDLIB = "saekit/python-stdlib"
+_COLUMNS = ("tokens", "input_ids", "text")
+_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Documents:
+    """The documents of a dataset in order, each a text or a list of token ids; can be read again and again.
+
+    ``keep(index)`` chooses documents by their position in the dataset.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]], column: str, keep: Callable[[int], bool] | None = None):
+        self._records = records
+        self._keep = keep
+        self.column = column
+
+    @classmethod
+    def open(
+        cls,
+        config: DatasetConfig,
+        *,
+        split: str | None = None,
+        dataset: Any = None,
+        keep: Callable[[int], bool] | None = None,
+    ) -> Documents:
+        """The documents of ``config``, or of ``dataset``: a HF ``Dataset`` or ``IterableDataset``, or records.
+
+        Raises :class:`DataError` for a path, split or column that is not there, before anything else is done.
+        """
+        split = split or config.split
+        records = _in_memory(dataset, split) if dataset is not None else _open(config, split)
+        where = f"the dataset {config.path!r} (split {split!r})" if dataset is None else "the dataset"
+        first = next(iter(records), None)
+        if first is None:
+            raise DataError(f"{where} has no documents")
+        return cls(records, _column(first, config.column, where), keep)
+
+    def __iter__(self) -> Iterator[str | list[int]]:
+        for index, record in enumerate(self._records):
+            if self._keep is None or self._keep(index):
+                yield record[self.column]
+
+
+def _column(record: Any, wanted: str | None, where: str) -> str:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where} holds {type(record).__name__} records, expected mappings such as {{'text': ...}}")
+    if wanted is not None and wanted not in record:
+        raise DataError(f"{where} has no column {wanted!r}; it has {', '.join(map(repr, record))}")
+    column = wanted or next((name for name in _COLUMNS if name in record), None)
+    if column is None:
+        raise DataError(
+            f"{where} has none of the columns {', '.join(_COLUMNS)}; it has {', '.join(map(repr, record))}. "
+            "Name the one to read: dataset.column"
+        )
+    value = record[column]
+    if not isinstance(value, str) and not (hasattr(value, "__len__") and all(_is_int(item) for item in value)):
+        raise DataError(f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids")
+    return column
+
+
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _in_memory(dataset: Any, split: str) -> Any:
+    if isinstance(dataset, Mapping):  # a DatasetDict
+        return _split_of(dataset, split, "the dataset")
+    if iter(dataset) is iter(dataset):
+        raise DataError(
+            f"the dataset is a {type(dataset).__name__}, which can be read only once; pass a list, a Dataset or an "
+            "IterableDataset"
+        )
+    return dataset
+
+
+def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:
+    if split not in splits:
+        raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    return splits[split]
+
+
+class _Stdlib:
+    def __init__(self, split: str) -> None:
+        if split not in ("train", "heldout", "all"):
+            raise DataError(f"{STDLIB} has no split {split!r}; it has 'train', 'heldout' and 'all'")
+        self._split = split
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return stdlib_documents(self._split)
+
+
+def _open(config: DatasetConfig, split: str) -> Any:
+    if config.path == STDLIB:
+        return _Stdlib(split)
+    path = Path(config.path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_to_disk(path, split)
+    if path.is_file():
+        return _local_file(path, split)
+    if not path.exists() and (path.is_absolute() or config.path.startswith(".") or path.suffix in _FORMATS):
+        raise DataError(f"there is no file or folder {config.path!r} (dataset.path)")
+    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming)
+
+
+def _saved_to_disk(path: Path, split: str) -> Any:
+    from datasets import load_from_disk
+
+    loaded = load_from_disk(str(path))
+    return _split_of(loaded, split, f"the dataset {str(path)!r}") if isinstance(loaded, Mapping) else loaded
+
+
+def _local_file(path: Path, split: str) -> Any:
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"{path} is not a dataset: the name must end in {', '.join(_FORMATS)}")
+    if split != "train":
+        raise DataError(f"the file {str(path)!r} has no split {split!r}; a single file has only 'train'")
+    whole = {"sample_by": "document"} if kind == "text" else {}
+    return _load(kind, None, data_files=str(path), split="train", streaming=True, **whole)
+
+
+def _load(path: str, name: str | None, **options: Any) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, name, **options)
+    except Exception as error:  # the library raises a dozen unrelated types for what is one thing here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: {reason}"
+        ) from error

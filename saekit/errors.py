@@ -1,0 +1,95 @@
+"""Every error that saekit raises on purpose: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "AmbiguousKeyError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "MissingPackageError",
+    "ModelError",
+    "PluginError",
+    "PluginWarning",
+    "SAEFormatError",
+    "SaekitError",
+    "StorageError",
+    "TrainingInterrupted",
+    "UnknownKeyError",
+]
+
+
+class SaekitError(Exception):
+    """Base of all errors below.  ``exit_code`` is what the command line exits with: 2 for the user's mistake."""
+
+    exit_code = 2
+
+
+class ConfigError(SaekitError, ValueError):
+    """A configuration that cannot be used.  ``problems`` holds ``(dotted path, message)`` for every fault found."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]] | str, source: str = "the configuration") -> None:
+        self.problems = [("", problems)] if isinstance(problems, str) else list(problems)
+        self.source = source
+        lines = [f"{path}: {message}" if path else message for path, message in self.problems]
+        if len(lines) == 1:
+            super().__init__(lines[0])
+        else:
+            super().__init__("\n".join([f"{source} has {len(lines)} problems:", *(f"  - {line}" for line in lines)]))
+
+
+class PluginError(SaekitError):
+    """A plugin that does not keep to the hooks' contract."""
+
+
+class UnknownKeyError(PluginError, KeyError):
+    """A key that no plugin has registered."""
+
+    __str__ = Exception.__str__  # KeyError would show the message's repr
+
+
+class AmbiguousKeyError(PluginError):
+    """A bare key that several plugins have registered."""
+
+
+class MissingPackageError(SaekitError, ImportError):
+    """An optional package that a chosen plugin needs."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin was left out; everything else works."""
+
+
+class ModelError(SaekitError):
+    """A language model that cannot be loaded, or does not have what was asked of it."""
+
+
+class DataError(SaekitError):
+    """Text or tokens that cannot be read, or that ran out."""
+
+
+class SAEFormatError(SaekitError):
+    """A saved SAE that cannot be read."""
+
+
+class StorageError(SaekitError):
+    """A run folder, checkpoint or file that cannot be written."""
+
+    exit_code = 1
+
+
+class DivergedError(SaekitError):
+    """Training produced a loss that is not a finite number."""
+
+    exit_code = 1
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was interrupted; the SAE as it was is saved at ``checkpoint``."""
+
+    def __init__(self, step: int, tokens: int, checkpoint: Path) -> None:
+        super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); the SAE as it was is in {checkpoint}")
+        self.step, self.tokens, self.checkpoint = step, tokens, checkpoint

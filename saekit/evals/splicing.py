@@ -1,0 +1,47 @@
+"""The language model's loss with a site's activations replaced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saekit.protocols import ModelBackend
+from saekit.sae.module import SAE
+from saekit.site import Site
+
+__all__ = ["spliced_losses"]
+
+
+@torch.no_grad()
+def spliced_losses(
+    sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
+) -> dict[str, float]:
+    """Mean next-token cross-entropy in nats without the SAE, with its reconstruction, and with the site set to zero.
+
+    ``ce_recovered`` is ``(CE_zero − CE_sae) / (CE_zero − CE_clean)``, the ratio of the means.  Only ``site`` is
+    touched: one head stays one head.
+    """
+    parameter = sae.W_enc
+
+    def reconstruct(activations: Tensor) -> Tensor:
+        vectors = site.extract(activations)
+        return site.replace(activations, sae(vectors.to(parameter.device)).to(vectors.device))
+
+    def zero(activations: Tensor) -> Tensor:
+        return site.replace(activations, torch.zeros_like(site.extract(activations)))
+
+    totals = {"ce_loss_without_sae": 0.0, "ce_loss_with_sae": 0.0, "ce_loss_with_ablation": 0.0}
+    count = 0
+    for tokens in contexts.split(batch_size):
+        losses = (
+            backend.loss(tokens),
+            backend.loss(tokens, {site.hook_name: reconstruct}),
+            backend.loss(tokens, {site.hook_name: zero}),
+        )
+        for name, loss in zip(totals, losses, strict=True):
+            totals[name] += loss.double().sum().item()
+        count += losses[0].numel()
+    means = {name: total / count for name, total in totals.items()}
+    gap = means["ce_loss_with_ablation"] - means["ce_loss_without_sae"]
+    recovered = (means["ce_loss_with_ablation"] - means["ce_loss_with_sae"]) / gap if gap else float("nan")
+    return means | {"ce_recovered": recovered}

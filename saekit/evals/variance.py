@@ -1,0 +1,90 @@
+"""How well and how sparsely an SAE reconstructs, summed in float64 over any number of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.sae.module import SAE
+
+__all__ = ["Reconstruction", "variance_metrics"]
+
+
+@attrs.define
+class Reconstruction:
+    """Running sums over rows ``[n, d_in]``; :meth:`metrics` may be read at any time.
+
+    Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
+    """
+
+    d_in: int
+    d_sae: int
+    rows: int = 0
+    squared_error: float = 0.0
+    l0: float = 0.0
+    l1: float = 0.0
+    cosine: float = 0.0
+    norm_in: float = 0.0
+    norm_out: float = 0.0
+    _centre: Tensor = attrs.field(init=False)
+    _sum: Tensor = attrs.field(init=False)
+    _squares: float = 0.0
+    _fired: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._centre = torch.zeros(self.d_in, dtype=torch.float64)
+        self._sum = torch.zeros(self.d_in, dtype=torch.float64)
+        self._fired = torch.zeros(self.d_sae, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, output: Tensor, features: Tensor) -> None:
+        """Count ``x`` and ``output [n, d_in]`` and ``features [n, d_sae]``."""
+        x, output = x.double().cpu(), output.double().cpu()
+        if not self.rows:
+            self._centre = x.mean(0)  # sums around a near mean keep their digits
+        shifted = x - self._centre
+        self._sum += shifted.sum(0)
+        self._squares += shifted.pow(2).sum().item()
+        self.squared_error += (output - x).pow(2).sum().item()
+        active = features > 0
+        self._fired += active.sum(0).cpu()
+        self.l0 += active.sum().item()
+        self.l1 += features.abs().double().sum().item()
+        norm_in, norm_out = x.norm(dim=-1), output.norm(dim=-1)
+        self.norm_in += norm_in.sum().item()
+        self.norm_out += norm_out.sum().item()
+        self.cosine += ((x * output).sum(-1) / (norm_in * norm_out).clamp_min(1e-30)).sum().item()
+        self.rows += len(x)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by name."""
+        if not self.rows:
+            raise ValueError("nothing was added")
+        variance = self._squares - self._sum.pow(2).sum().item() / self.rows
+        fractions = self._fired / self.rows
+        return {
+            "explained_variance": 1 - self.squared_error / variance,
+            "mse": self.squared_error / self.rows,
+            "l0": self.l0 / self.rows,
+            "l1": self.l1 / self.rows,
+            "cosine_similarity": self.cosine / self.rows,
+            "l2_norm_in": self.norm_in / self.rows,
+            "l2_norm_out": self.norm_out / self.rows,
+            "l2_ratio": self.norm_out / self.norm_in,
+            "dead_features": float((fractions == 0).sum()),
+            "dense_features": float((fractions > 0.1).sum()),
+        }
+
+
+@torch.no_grad()
+def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
+    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``."""
+    sums = Reconstruction(sae.d_in, sae.d_sae)
+    for x in batches:
+        x = x.to(sae.W_enc.device)
+        features = sae.encode(x)
+        sums.add(x, sae.decode(features), features)
+    return sums.metrics()

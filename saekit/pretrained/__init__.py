@@ -1,0 +1,16 @@
+"""Saved SAEs of every format: the files, what a loader makes of them, and the SAE in the end."""
+
+from __future__ import annotations
+
+from saekit._lazy import lazy_exports
+
+__all__ = ["PretrainedSAE", "SAEFiles", "load_sae"]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "SAEFiles": "saekit.pretrained.files",
+        "PretrainedSAE": "saekit.pretrained.load",
+        "load_sae": "saekit.pretrained.load",
+    },
+)

@@ -1,0 +1,77 @@
+"""The files of a saved SAE, in a folder or on the Hub, fetched one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from saekit.errors import SAEFormatError
+
+__all__ = ["SAEFiles"]
+
+
+@attrs.frozen
+class SAEFiles:
+    """The files of one SAE: their names, and a way to get each."""
+
+    place: str
+    """For messages."""
+    names: frozenset[str]
+    _get: Callable[[str], Path] = attrs.field(repr=False)
+
+    @classmethod
+    def in_folder(cls, path: str | Path) -> SAEFiles:
+        """The files of a local folder."""
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "is not there"
+            raise SAEFormatError(f"the SAE folder {folder} {what}")
+        names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return cls(str(folder), names, lambda name: folder / name)
+
+    @classmethod
+    def on_hub(cls, repo_id: str, folder: str = "", *, revision: str | None = None) -> SAEFiles:
+        """The files below ``folder`` of a Hugging Face repository; downloads go through its cache."""
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+        prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
+        place = f"{repo_id}/{prefix}".rstrip("/")
+        try:
+            everything = HfApi().list_repo_files(repo_id, revision=revision)
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason}") from error
+        names = frozenset(name[len(prefix) :] for name in everything if name.startswith(prefix))
+        if not names:
+            folders = sorted({name.rpartition("/")[0] for name in everything} - {""})
+            raise SAEFormatError(f"{repo_id} has no folder {folder!r}; it has {', '.join(folders) or 'no folders'}")
+        return cls(place, names, lambda name: Path(hf_hub_download(repo_id, prefix + name, revision=revision)))
+
+    def path(self, name: str) -> Path:
+        """The local path of one of the files."""
+        if name not in self.names:
+            shown = sorted(self.names)[:20]
+            raise SAEFormatError(f"{self.place} has no file {name!r}; it has {', '.join(shown) or 'no files'}")
+        return self._get(name)
+
+    def only(self, suffix: str) -> str:
+        """The one top-level name that ends in ``suffix``."""
+        found = sorted(name for name in self.names if name.endswith(suffix) and "/" not in name)
+        if len(found) != 1:
+            raise SAEFormatError(f"expected one file *{suffix} in {self.place}, found {', '.join(found) or 'none'}")
+        return found[0]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file that holds an object."""
+        try:
+            value = json.loads(self.path(name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SAEFormatError(f"{name} in {self.place} is not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise SAEFormatError(f"{name} in {self.place} holds {type(value).__name__}, expected an object")
+        return value

@@ -1,0 +1,123 @@
+"""From files to an SAE: choose the loader, let it read, build and fill the module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.converter import ConfigConverter
+from saekit.errors import ConfigError, SAEFormatError
+from saekit.manager import PluginManager, default_manager
+from saekit.pretrained.files import SAEFiles
+from saekit.registry import Registered
+from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS
+from saekit.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.sae.module import SAE
+
+__all__ = ["PretrainedSAE", "load_sae"]
+
+
+@attrs.frozen(kw_only=True)
+class PretrainedSAE:
+    """What a loader reads: an architecture's options and its tensors, under saekit's names."""
+
+    architecture: str = "saekit:standard"
+    """The key of the architecture."""
+    options: Mapping[str, Any]
+    """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
+    tensors: Mapping[str, Tensor]
+    """``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and the architecture's own."""
+    site: Site | None = None
+    log_sparsity: Tensor | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def load_sae(
+    files: SAEFiles, *, loader: str | None = None, device: str = "cpu", plugins: PluginManager | None = None
+) -> SAE:
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognises them."""
+    plugins = plugins or default_manager()
+    if loader is None and _is_own(files):
+        return build_sae(_read_own(files), plugins).to(device)
+    item = plugins.get("pretrained_loaders", loader) if loader else _detected(files, plugins)
+    item.check_requirements()
+    return build_sae(item.entry.build(item.entry.config()).load(files), plugins).to(device)
+
+
+def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
+    items = [item for item in plugins.registries["pretrained_loaders"].items if not item.missing()]
+    found = [item for item in items if item.entry.build(item.entry.config()).detects(files)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(item.key for item in found or items)
+    if found:
+        raise SAEFormatError(f"several loaders recognise {files.place}: {names}. Name one: loader=...")
+    shown = ", ".join(sorted(files.names)[:10]) or "no files"
+    raise SAEFormatError(f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=...")
+
+
+def _is_own(files: SAEFiles) -> bool:
+    return CONFIG in files.names and isinstance(files.json(CONFIG).get("saekit"), dict)
+
+
+def _read_own(files: SAEFiles) -> PretrainedSAE:
+    own = files.json(CONFIG)["saekit"]
+    if own.get("format") != FORMAT:
+        raise SAEFormatError(
+            f"{files.place} has format {own.get('format')!r}, and this saekit reads {FORMAT}: update saekit to load it"
+        )
+    missing = [key for key in ("architecture", "options") if key not in own]
+    if missing:
+        raise SAEFormatError(f"{CONFIG} in {files.place} lacks saekit.{' and saekit.'.join(missing)}")
+    sparsity = read_tensors(files, SPARSITY)["sparsity"] if SPARSITY in files.names else None
+    return PretrainedSAE(
+        architecture=own["architecture"],
+        options=own["options"],
+        tensors=read_tensors(files, WEIGHTS),
+        site=Site(**own["site"]) if own.get("site") else None,
+        log_sparsity=sparsity,
+        metadata=own.get("metadata", {}),
+    )
+
+
+def read_tensors(files: SAEFiles, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a damaged file is a :class:`SAEFormatError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(files.path(name))
+    except SafetensorError as error:
+        raise SAEFormatError(f"{name} in {files.place} is not a readable safetensors file: {error}") from error
+
+
+def build_sae(read: PretrainedSAE, plugins: PluginManager) -> SAE:
+    """The module that ``read`` describes, with its weights."""
+    item = plugins.get("sae_architectures", read.architecture)
+    item.check_requirements()
+    try:
+        config = ConfigConverter(plugins).structure(dict(read.options), item.entry.config, "the saved SAE's options")
+    except ConfigError as error:
+        raise SAEFormatError(f"the saved SAE's options do not fit {item.key}: {error}") from error
+    sae: SAE = build_module(item, config, config.d_in or read.tensors["W_dec"].shape[1], plugins)
+    sae.info = attrs.evolve(sae.info, site=read.site, metadata=dict(read.metadata))
+    sae.load_public_tensors(read.tensors)
+    sae.log_sparsity = read.log_sparsity
+    return sae
+
+
+def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
+    """An uninitialised SAE of the architecture ``item``."""
+    from saekit.sae.module import SAEInfo
+
+    config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
+    activation = plugins.build("activation_functions", config.activation)
+    sae: SAE = item.entry.build(config, d_in=d_in, activation=activation)
+    sae.info = SAEInfo(architecture=item.key)
+    return sae

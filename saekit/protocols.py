@@ -1,0 +1,150 @@
+"""What each kind of plugin builds, as protocols: nothing needs to be derived from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import attrs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.pretrained import PretrainedSAE, SAEFiles
+    from saekit.sae import SAE
+    from saekit.site import Site
+
+__all__ = [
+    "ActivationFunction",
+    "ActivationSource",
+    "Batch",
+    "Eval",
+    "LRSchedule",
+    "ModelBackend",
+    "PretrainedLoader",
+    "RunInfo",
+    "Tracker",
+]
+
+Replacement: TypeAlias = "Callable[[Tensor], Tensor]"
+"""Takes what a hook holds, ``[b, t, ...]``, and returns what the model shall go on with, of the same shape."""
+
+
+class ModelBackend(Protocol):
+    """A language model with named places whose activations can be read and replaced."""
+
+    name: str
+    """The model's name, as it is saved with an SAE."""
+    device: str
+    """Where it runs, as torch spells it."""
+    n_ctx: int | None
+    """The longest context, or None when there is no limit."""
+    d_vocab: int
+    """The number of token ids that it accepts."""
+    special_tokens: Mapping[str, int | None]
+    """The ids of ``bos``, ``eos`` and ``sep``, None for those that its tokenizer lacks."""
+
+    def hook_names(self) -> Sequence[str]:
+        """Every hook point."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the text that it stands for."""
+
+    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        """What ``hooks`` hold for ``tokens [b, t]``, without autograd; the forward stops after the last one needed."""
+
+    def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
+        """Next-token cross-entropy in nats, ``[b, t - 1]``, with activations replaced at the named hooks."""
+
+
+class ActivationFunction(Protocol):
+    """Pre-activations to feature activations, shape kept."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """``[..., d_sae]`` to ``[..., d_sae]``."""
+
+
+class LRSchedule(Protocol):
+    """The main part of a learning-rate schedule, between warm-up and decay."""
+
+    end: float
+    """The rate from which the linear decay to zero starts."""
+
+    def __call__(self, step: int) -> float:
+        """The learning rate at the main part's own ``step``, from 0."""
+
+
+@attrs.frozen
+class Batch:
+    """One training batch: for each site, ``[n, d_in]`` activations of the same ``n`` tokens."""
+
+    activations: Mapping[Site, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.activations.values())))
+
+    def first(self, n: int) -> Batch:
+        """The first ``n`` rows."""
+        return Batch({site: rows[:n] for site, rows in self.activations.items()})
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def peek(self) -> Mapping[Site, Tensor]:
+        """A look at the activations to come, ``[n, d_in]`` per site, without using any of them up."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on with the very next batch."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+
+    def close(self) -> None:
+        """Release threads, files and memory."""
+
+
+@attrs.frozen
+class RunInfo:
+    """What a tracker may know of the run it follows."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    """The whole configuration as plain data."""
+
+
+class Tracker(Protocol):
+    """Receives metrics."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers by name, after ``step`` optimiser steps."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class Eval(Protocol):
+    """A measurement on held-out contexts."""
+
+    def __call__(self, sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
+        """Numbers by name.  ``contexts [n, context_size]`` are token ids."""
+
+
+class PretrainedLoader(Protocol):
+    """Reads SAEs of one format."""
+
+    def detects(self, files: SAEFiles) -> bool:
+        """Whether ``files`` look like this format, judged by their names alone."""
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        """Read them; raise :class:`saekit.errors.SAEFormatError` with what was found and what was expected."""

@@ -1,0 +1,41 @@
+"""Named places inside an SAE where a tensor can be looked at or replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["HookFunction", "HookPoint"]
+
+HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
+
+
+class HookPoint(nn.Module):
+    """Passes a tensor on.  A hook ``fn(tensor, hook)`` sees it, and replaces it by returning another one.
+
+    A point without hooks costs one look at an empty dictionary (see :meth:`saekit.sae.SAE.run_hook`).
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` itself; torch runs the hooks."""
+        return x
+
+    def add_hook(self, function: HookFunction) -> RemovableHandle:
+        """Run ``function`` from now on, until ``.remove()`` is called on what is returned."""
+
+        def run(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            return function(output, self)
+
+        return self.register_forward_hook(run)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether any hook is there."""
+        return bool(self._forward_hooks)

@@ -1,0 +1,69 @@
+"""Starting values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saekit.config import SAEConfig
+
+__all__ = ["geometric_median", "initial_b_dec", "initialise"]
+
+
+@torch.no_grad()
+def initialise(
+    parameters: dict[str, Tensor], config: SAEConfig, generator: torch.Generator, sample: Tensor | None = None
+) -> None:
+    """Fill ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_enc`` and ``b_dec`` in place, as ``config`` says.
+
+    ``sample [n, d_in]`` are the activations for ``b_dec_init_method``; it may be None for ``zeros``.  What is drawn
+    is drawn on the CPU in float32, so that neither the device nor the dtype changes it.
+    """
+    d_in, d_sae = parameters["W_enc"].shape
+    encoder, decoder = torch.empty(d_in, d_sae), torch.empty(d_sae, d_in)
+    nn.init.kaiming_uniform_(encoder, generator=generator)
+    if config.decoder_orthogonal_init:
+        nn.init.orthogonal_(decoder, generator=generator)
+    elif config.decoder_heuristic_init:
+        decoder.normal_(generator=generator)
+        decoder *= 0.1 / decoder.norm(dim=1, keepdim=True)
+    else:
+        nn.init.kaiming_uniform_(decoder, generator=generator)
+    if config.normalize_sae_decoder:
+        decoder /= decoder.norm(dim=1, keepdim=True)
+    if config.init_encoder_as_decoder_transpose:
+        encoder = decoder.T
+    parameters["W_enc"].copy_(encoder)
+    parameters["W_dec"].copy_(decoder)
+    parameters["b_enc"].zero_()
+    parameters["b_dec"].copy_(initial_b_dec(config.b_dec_init_method, sample, d_in))
+
+
+def initial_b_dec(method: str, sample: Tensor | None, d_in: int) -> Tensor:
+    """``b_dec [d_in]`` by ``zeros``, ``mean`` or ``geometric_median`` of ``sample [n, d_in]``."""
+    if method == "zeros":
+        return torch.zeros(d_in)
+    if sample is None:
+        raise ValueError(f"b_dec_init_method={method!r} needs a sample of activations")
+    rows = sample.double() if sample.dtype == torch.float64 else sample.float()
+    return rows.mean(0) if method == "mean" else geometric_median(rows)
+
+
+@torch.no_grad()
+def geometric_median(points: Tensor, *, max_iterations: int = 100, ftol: float = 1e-20) -> Tensor:
+    """The point ``[d]`` with the least sum of distances to ``points [n, d]`` (Weiszfeld 1937).
+
+    Starts at the mean; weights ``1 / max(‖x_i − m‖, 1e-6)``; stops when the objective improves by less than
+    ``ftol`` of itself, or after ``max_iterations``.
+    """
+    median = points.mean(0)
+    distances = (points - median).norm(dim=1)
+    objective = distances.sum()
+    for _ in range(max_iterations):
+        weights = 1 / distances.clamp_min(1e-6)
+        median = (weights[:, None] * points).sum(0) / weights.sum()
+        distances = (points - median).norm(dim=1)
+        previous, objective = objective, distances.sum()
+        if bool((previous - objective).abs() <= ftol * objective):
+            break
+    return median

@@ -1,0 +1,56 @@
+"""The terms of the loss.  Every function here is differentiable and takes batches of rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["ghost_loss", "sparsity_penalty", "squared_errors"]
+
+_EPS = 1e-6
+
+
+def squared_errors(output: Tensor, target: Tensor, normalization: Literal["none", "dense_batch"] = "none") -> Tensor:
+    """Elementwise ``(output - target)²``, ``[n, d]``.
+
+    ``dense_batch`` divides each row by the distance of its target from the batch's mean (plus 1e-6).
+    """
+    errors = (output - target).pow(2)
+    if normalization == "none":
+        return errors
+    distance = (target - target.mean(0, keepdim=True)).norm(dim=-1, keepdim=True)
+    return errors / (distance + _EPS)
+
+
+def sparsity_penalty(features: Tensor, p: float = 1.0, weights: Tensor | None = None) -> Tensor:
+    """``mean_b ‖f ⊙ w‖_p``: features ``[n, d_sae]``, weights ``[d_sae]`` or none.  A scalar."""
+    weighted = features if weights is None else features * weights
+    if p == 1.0:
+        return weighted.abs().sum(-1).mean()
+    return weighted.norm(p=p, dim=-1).mean()
+
+
+def ghost_loss(
+    pre: Tensor,
+    x: Tensor,
+    output: Tensor,
+    decoder: Tensor,
+    dead: Tensor,
+    normalization: Literal["none", "dense_batch"] = "none",
+) -> Tensor:
+    """Ghost gradients (Jermyn and Templeton, Anthropic, January 2024): dead features learn to predict the residual.
+
+    ``pre [n, d_sae]`` pre-activations, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]``
+    bool.  The per-row scale and the elementwise ratio to the mse are detached.  A scalar; 0 when nothing is dead.
+    """
+    if not bool(dead.any()):
+        return x.new_zeros(())
+    residual = (x - output).detach()
+    ghost = torch.exp(pre[:, dead]) @ decoder[dead]
+    scale = residual.norm(dim=-1, keepdim=True) / (_EPS + 2 * ghost.norm(dim=-1, keepdim=True))
+    ghost = ghost * scale.detach()
+    errors = squared_errors(ghost, residual, normalization)
+    ratio = squared_errors(output, x, normalization) / (errors + _EPS)
+    return (errors * ratio.detach()).sum(-1).mean()

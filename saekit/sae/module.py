@@ -1,0 +1,231 @@
+"""The SAE itself: five lines of mathematics, six hook points, and the step that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from saekit.config import SAEConfig
+from saekit.errors import SAEFormatError
+from saekit.protocols import ActivationFunction
+from saekit.sae.hooks import HookPoint
+from saekit.site import Site, flatten_heads
+
+if TYPE_CHECKING:
+    from saekit.manager import PluginManager
+
+__all__ = ["SAE", "SAEInfo", "StepInput", "StepOutput"]
+
+_S = TypeVar("_S", bound="SAE")
+
+_HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
+
+
+@attrs.frozen(kw_only=True)
+class SAEInfo:
+    """Where an SAE comes from and where it belongs."""
+
+    architecture: str = ""
+    """The qualified key of the plugin that made it."""
+    site: Site | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    """Model name, dataset, context size, token policies and the like."""
+
+
+@attrs.frozen
+class StepInput:
+    """What a training step may depend on beside its batch."""
+
+    step: int
+    """From 0."""
+    generator: torch.Generator
+    """For whatever the step draws."""
+    dead: Tensor | None = None
+    """``[d_sae]`` bool: the features that have not fired for the dead-feature window."""
+
+
+@attrs.frozen
+class StepOutput:
+    """What a training step reports.  Tensors stay on the device; nothing waits for them."""
+
+    loss: Tensor
+    losses: Mapping[str, Tensor]
+    """The terms by their logged name, such as ``mse_loss``."""
+    output: Tensor
+    """``[n, d_in]``, detached."""
+    fired: Tensor
+    """``[d_sae]``: rows on which each feature was above zero."""
+    coefficients: Mapping[str, float] = attrs.field(factory=dict)
+    """Coefficients at this step, such as ``l1_coefficient``."""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder, ``x̂ = act(x̄ W_enc + b_enc) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
+
+    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product, and returns the same shape and dtype.
+    Architectures override :meth:`losses`, and :meth:`pre_activations` or :meth:`encode` where they differ.
+    """
+
+    def __init__(self, config: SAEConfig, *, d_in: int, activation: ActivationFunction) -> None:
+        super().__init__()
+        self.config = config
+        self.d_in, self.d_sae = d_in, config.features(d_in)
+        self.activation = activation
+        self.info = SAEInfo()
+        self.log_sparsity: Tensor | None = None
+        """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
+        self.use_error_term = False
+        dtype = getattr(torch, config.dtype)
+        # The encoder lies in memory feature by feature: that is how sparse gradients and updates reach it.
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype).t())
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        for name in _HOOKS:
+            self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
+
+    # ---- inference
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks."""
+        output = self.decode(self.encode(x), like=x)
+        if self.use_error_term:
+            with torch.no_grad():
+                clean = self._decode(self.activation(self.pre_activations(self._rows(x)))).to(x.dtype)
+                error = x - (clean.unflatten(-1, x.shape[-2:]) if clean.ndim < x.ndim else clean)
+            output = output + self.run_hook("error", error)
+        return self.run_hook("output", output)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations ``[..., d_sae]``."""
+        pre = self.pre_activations(self.run_hook("input", self._rows(x)))
+        return self.run_hook("acts_post", self.activation(self.run_hook("acts_pre", pre)))
+
+    def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
+        """Reconstructions ``[..., d_in]``, in the shape and dtype of ``like`` if that is given."""
+        output = self.run_hook("recons", self._decode(features))
+        if like is None:
+            return output
+        output = output.unflatten(-1, like.shape[-2:]) if output.ndim < like.ndim else output
+        return output.to(like.dtype)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
+        centred = x - self.b_dec if self.config.apply_b_dec_to_input else x
+        return centred @ self.W_enc + self.b_enc
+
+    def run_hook(self, name: str, x: Tensor) -> Tensor:
+        """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
+        point: HookPoint = self._modules[f"hook_sae_{name}"]  # type: ignore[assignment]
+        return point(x) if point.hooked else x
+
+    def _decode(self, features: Tensor) -> Tensor:
+        return features @ self.W_dec + self.b_dec
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return flatten_heads(x, self.d_in)[0].to(self.W_enc.dtype)
+
+    # ---- training
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The loss on rows ``x [n, d_in]``, differentiable.  Each architecture has its own."""
+        raise TypeError(f"{type(self).__name__} does not say how it is trained: it must define losses(x, step)")
+
+    def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``."""
+        result = self.losses(x, step)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Between gradient and update: remove what a normalised decoder cannot follow."""
+        if self.config.normalize_sae_decoder and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) / self.W_dec.pow(2).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """After an update: decoder rows back to norm 1."""
+        if self.config.normalize_sae_decoder:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    # ---- saving and loading
+
+    def public_config(self) -> dict[str, Any]:
+        """The entries of ``cfg.json`` that name this architecture to other libraries.
+
+        Whatever they cannot represent must not be called by a name that they know.
+        """
+        return {"architecture": self.info.architecture}
+
+    def public_tensors(self) -> dict[str, Tensor]:
+        """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` in; :class:`SAEFormatError` names what is missing, unknown or of another shape."""
+        own = dict(self.named_parameters())
+        problems = [f"{name} is missing" for name in own if name not in tensors]
+        problems += [f"{name} is not a tensor of this architecture" for name in tensors if name not in own]
+        problems += [
+            f"{name} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ]
+        if problems:
+            raise SAEFormatError(f"the weights do not fit {self.info.architecture}: {'; '.join(problems)}")
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
+
+        sae-lens 6 reads it too, where it has the architecture.
+        """
+        from saekit.sae.folder import save_sae
+
+        return save_sae(self, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        loader: str | None = None,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """The SAE in a folder, of whatever format a loader plugin knows; ``loader`` names one."""
+        from saekit.pretrained import SAEFiles, load_sae
+
+        return _as(cls, load_sae(SAEFiles.in_folder(path), loader=loader, device=device, plugins=plugins))
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        folder: str = "",
+        *,
+        revision: str | None = None,
+        loader: str | None = None,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """The SAE in a folder of a Hugging Face repository."""
+        from saekit.pretrained import SAEFiles, load_sae
+
+        files = SAEFiles.on_hub(repo_id, folder, revision=revision)
+        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+
+
+def _as(cls: type[_S], sae: SAE) -> _S:
+    if not isinstance(sae, cls):
+        raise SAEFormatError(f"this is a {type(sae).__name__}, not a {cls.__name__}; load it with saekit.SAE.load")
+    return sae

@@ -1,0 +1,37 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from saekit.protocols import Batch
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["Observer", "fit"]
+
+
+class Observer(Protocol):
+    """Is told what happens; may look at the trainers, never change what they draw."""
+
+    def after_step(self, trainers: Sequence[SAETrainer], metrics: Sequence[dict[str, float]]) -> None:
+        """After each step; ``metrics`` has one dict per trainer, empty when nothing is logged."""
+
+
+def fit(
+    trainers: Sequence[SAETrainer], batches: Iterable[Batch], training_tokens: int, observers: Sequence[Observer] = ()
+) -> int:
+    """Train every SAE on the same batches until ``training_tokens`` rows were seen or the batches end.
+
+    Returns the number of rows.  One SAE is a list of one.
+    """
+    tokens = 0
+    for batch in batches:
+        batch = batch.first(training_tokens - tokens)
+        metrics = [trainer.train_on(batch.activations[trainer.site]) for trainer in trainers]
+        tokens += len(batch)
+        for observer in observers:
+            observer.after_step(trainers, metrics)
+        if tokens >= training_tokens:
+            break
+    return tokens

@@ -1,0 +1,45 @@
+"""What is logged, under the names that the field's dashboards use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saekit.sae.module import StepOutput
+
+__all__ = ["step_metrics", "window_metrics"]
+
+
+@torch.no_grad()
+def step_metrics(
+    x: Tensor, result: StepOutput, *, since_fired: Tensor, dead: Tensor, lr: float, grad_norm: Tensor, tokens: int
+) -> dict[str, float]:
+    """The metrics of one step on rows ``x [n, d_in]``; reading them is the one place that waits for the device."""
+    squares = (x - result.output).pow(2).sum(-1)
+    variances = (x - x.mean(0)).pow(2).sum(-1)
+    values = {f"losses/{name}": value for name, value in result.losses.items()}
+    values |= {
+        "losses/overall_loss": result.loss,
+        "metrics/explained_variance": 1 - squares.sum() / variances.sum(),
+        "metrics/explained_variance_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
+        "metrics/l0": result.fired.sum() / len(x),
+        "sparsity/mean_passes_since_fired": since_fired.double().mean(),
+        "sparsity/dead_features": dead.sum(),
+        "details/grad_norm": grad_norm,
+    }
+    numbers = torch.stack([value.detach().double().reshape(()) for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True)) | {
+        "details/current_learning_rate": lr,
+        **{f"details/current_{name}": value for name, value in result.coefficients.items()},
+        "details/n_training_tokens": tokens,
+    }
+
+
+def window_metrics(fractions: Tensor) -> dict[str, float]:
+    """The metrics of one firing window from ``fractions [d_sae]``."""
+    logs = torch.log10(fractions + 1e-10)
+    return {
+        "metrics/mean_log10_feature_sparsity": logs.mean().item(),
+        "sparsity/below_1e-5": (fractions < 1e-5).sum().item(),
+        "sparsity/below_1e-6": (fractions < 1e-6).sum().item(),
+    }

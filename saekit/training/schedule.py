@@ -1,0 +1,38 @@
+"""The learning rate at every step: warm-up, the plugin's main schedule, decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from saekit.config import TrainingConfig
+from saekit.errors import ConfigError
+from saekit.protocols import LRSchedule
+
+__all__ = ["ComposedSchedule"]
+
+
+class ComposedSchedule:
+    """``schedule(step)`` for steps 0 … N−1.
+
+    Step t of the w warm-up steps has ``lr (t + 1) / w``; the main schedule begins at step w with its own step 0 and
+    spans N − w − D steps; step j of the last D has ``(1 − j / D)`` of the main schedule's end rate.
+    """
+
+    def __init__(self, training: TrainingConfig, build: Callable[[int], LRSchedule]) -> None:
+        self._lr, self._steps = training.lr, training.steps
+        self._warm_up, self._decay = training.lr_warm_up_steps, training.lr_decay_steps
+        self._main = build(self._steps - self._warm_up - self._decay)
+        if self._decay and self._main.end <= 0:
+            raise ConfigError(
+                [("training.lr_decay_steps", f"the schedule already ends at {self._main.end:g}, so there is nothing to "
+                  "decay from; give the schedule an end above 0, or set lr_decay_steps = 0")]
+            )  # fmt: skip
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of optimiser step ``step``."""
+        if step < self._warm_up:
+            return self._lr * (step + 1) / self._warm_up
+        into_decay = step - (self._steps - self._decay)
+        if into_decay >= 0 and self._decay:
+            return self._main.end * (1 - into_decay / self._decay)
+        return self._main(step - self._warm_up)

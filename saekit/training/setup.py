@@ -1,0 +1,212 @@
+"""From a configuration to the objects of a run; every check here happens before the first long computation."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.config import DatasetConfig, SAEConfig, TrainConfig
+from saekit.data import ContextStream, Documents, StreamContext, TokenPolicy
+from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.manager import PluginManager
+from saekit.pretrained.load import build_module
+from saekit.protocols import ActivationSource, ModelBackend
+from saekit.sae.init import initialise
+from saekit.site import Site
+from saekit.training.firing import FiringStatistics
+from saekit.training.optimiser import Optimiser
+from saekit.training.schedule import ComposedSchedule
+from saekit.training.trainer import SAETrainer
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAE
+
+__all__ = ["held_out_contexts", "open_backend", "open_source", "make_trainer", "probe_width", "run_folder", "seed_for"]
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for each thing that draws, so that none changes what another draws."""
+    return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as the GPU, if there is one; a device that does not work is a :class:`ConfigError`."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([("training.device", f"{device!r} cannot be used: {reason}")]) from error
+    return device
+
+
+def open_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
+    """The model, checked against the site and the context size."""
+    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+    names = backend.hook_names()
+    if config.site.hook_name not in names:
+        close = difflib.get_close_matches(config.site.hook_name, names, n=3)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"It has {len(names)} hooks, such as {names[0]!r}."
+        raise ModelError(f"the model {backend.name!r} has no hook {config.site.hook_name!r} (site.hook_name). {hint}")
+    if backend.n_ctx is not None and config.dataset.context_size > backend.n_ctx:
+        raise ConfigError(
+            [("dataset.context_size", f"is {config.dataset.context_size}, but the model {backend.name!r} takes at most "
+              f"{backend.n_ctx} tokens")]
+        )  # fmt: skip
+    return backend
+
+
+def probe_width(backend: ModelBackend, site: Site, stated: int | None) -> int:
+    """``d_in`` at ``site``, found by running the model on two tokens; a different stated one is an error."""
+    held = backend.activations(torch.zeros(1, 2, dtype=torch.long), {site.hook_name})
+    d_in = site.extract(held[site.hook_name]).shape[-1]
+    if stated is not None and stated != d_in:
+        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {backend.name!r} has width {d_in}")])
+    return d_in
+
+
+def open_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> ContextStream:
+    """The training contexts."""
+    hold_out = config.evals.held_out_every if config.evals.split is None and config.evals.run else 0
+    documents = Documents.open(
+        config.dataset,
+        dataset=dataset,
+        keep=(lambda index: index % hold_out != hold_out - 1) if hold_out else None,
+    )
+    return _stream(config.dataset, backend, documents, asked_for=config.training.training_tokens)
+
+
+def held_out_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> Tensor:
+    """``[n, context_size]`` token ids that training never sees."""
+    every, split = config.evals.held_out_every, config.evals.split
+    documents = Documents.open(
+        config.dataset,
+        split=split,
+        dataset=dataset,
+        keep=None if split is not None else (lambda index: index % every == every - 1),
+    )
+    once = attrs.evolve(config.dataset, on_exhausted="stop")
+    contexts = _stream(once, backend, documents).take(config.evals.n_contexts)
+    if not len(contexts):
+        raise DataError(
+            f"the held-out text does not fill one context of {config.dataset.context_size} tokens. Lower "
+            "evals.held_out_every, name a split of its own in evals.split, or measure nothing: evals.run = []"
+        )
+    return torch.from_numpy(contexts)
+
+
+def _stream(
+    config: DatasetConfig, backend: ModelBackend, documents: Documents, asked_for: int | None = None
+) -> ContextStream:
+    return ContextStream(
+        documents,
+        backend.tokenize,
+        TokenPolicy.of(config, backend.special_tokens),
+        d_vocab=backend.d_vocab,
+        on_exhausted=config.on_exhausted,
+        asked_for=asked_for,
+    )
+
+
+def open_source(
+    config: TrainConfig, plugins: PluginManager, backend: ModelBackend, widths: dict[Site, int], dataset: Any
+) -> ActivationSource:
+    """The stream of shuffled batches."""
+    stream = StreamContext(
+        backend=backend,
+        contexts=open_contexts(config, backend, dataset),
+        widths=widths,
+        batch_size=config.training.train_batch_size_tokens,
+        seed=seed_for(config.training.seed, "shuffle"),
+    )
+    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    return source
+
+
+def make_trainer(
+    config: TrainConfig, plugins: PluginManager, backend: ModelBackend, d_in: int, source: ActivationSource
+) -> SAETrainer:
+    """An initialised SAE with everything that trains it."""
+    device = resolve_device(config.training.device)
+    options: SAEConfig = plugins.options("sae_architectures", config.sae)
+    sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
+    needs_sample = options.b_dec_init_method != "zeros"
+    sample = source.peek()[config.site].cpu() if needs_sample else None
+    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
+    initialise(dict(sae.named_parameters()), options, generator, sample)
+    sae.to(device)
+    sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend))
+    training = config.training
+    schedule = ComposedSchedule(
+        training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=training.lr, steps=steps)
+    )
+    return SAETrainer(
+        sae=sae,
+        site=config.site,
+        optimiser=Optimiser(sae.parameters(), config.optimiser, schedule),
+        firing=FiringStatistics(
+            sae.d_sae,
+            dead_after=training.dead_feature_window,
+            window=training.feature_sampling_window,
+            device=device,
+        ),
+        generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
+        device=device,
+        log_frequency=training.log_frequency,
+    )
+
+
+def _metadata(config: TrainConfig, backend: ModelBackend) -> dict[str, Any]:
+    dataset = config.dataset
+    return {
+        "model_name": backend.name,
+        "model_class_name": plugins_key(config.model.backend),
+        "dataset_path": dataset.path,
+        "context_size": dataset.context_size,
+        "prepend_bos": dataset.prepend_bos,
+        "begin_batch_token": dataset.begin_batch_token,
+        "begin_sequence_token": dataset.begin_sequence_token,
+        "sequence_separator_token": dataset.sequence_separator_token,
+        "training_tokens": config.training.training_tokens,
+        "seed": config.training.seed,
+    }
+
+
+def plugins_key(choice: object) -> str:
+    """The bare name of a plugin chosen by key; its options class where it was chosen by options."""
+    return choice.rpartition(":")[2] if isinstance(choice, str) else type(choice).__name__
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Make the run's folder, which must be new."""
+    parent = Path(config.checkpoints.folder)
+    name = config.checkpoints.name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            if (parent / name).exists():
+                raise ConfigError(
+                    [("checkpoints.name", f"the run folder {parent / name} exists already; choose another name, or "
+                      "remove it")]
+                )  # fmt: skip
+            (parent / name).mkdir()
+            return parent / name
+        stem = f"{datetime.now():%Y-%m-%d}-{config.site.name}"
+        for number in itertools.count(1):
+            try:
+                (parent / f"{stem}-{number}").mkdir()
+            except FileExistsError:
+                continue
+            return parent / f"{stem}-{number}"
+    except OSError as error:
+        raise StorageError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
+    raise AssertionError("unreachable")

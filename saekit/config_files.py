@@ -174,4 +174,8 @@ def _comment(doc: str) -> list[str]:
 def _toml(value: object) -> str:
     import tomli_w
 
-    return tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}, multiline_strings=False)[4:].strip()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return tomli_w.dumps({"v": value})[4:].strip()

@@ -218,7 +218,7 @@ def _load_native(folder: Path, dtype: str, device: str) -> object:
     missing = [name for name in missing if not name.endswith(("mask", "IGNORE"))]
     if missing or unexpected:
         raise ModelError(f"the weights in {folder} lack {missing or 'nothing'} and have the unknown {unexpected}")
-    return model.to(getattr(torch, dtype))
+    return torch.nn.Module.to(model, getattr(torch, dtype))  # HookedTransformer.to prints
 
 
 def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, Any]) -> object:

@@ -28,10 +28,11 @@ def fit(
     tokens = 0
     for batch in batches:
         batch = batch.first(training_tokens - tokens)
-        metrics = [trainer.train_on(batch.activations[trainer.site]) for trainer in trainers]
         tokens += len(batch)
+        last = tokens >= training_tokens
+        metrics = [trainer.train_on(batch.activations[trainer.site], last=last) for trainer in trainers]
         for observer in observers:
             observer.after_step(trainers, metrics)
-        if tokens >= training_tokens:
+        if last:
             break
     return tokens

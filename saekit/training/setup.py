@@ -86,7 +86,7 @@ def open_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> C
 
 
 def held_out_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> Tensor:
-    """``[n, context_size]`` token ids that training never sees."""
+    """``[n, context_size]`` token ids that training never sees, drawn from a stretch of text eight times as long."""
     every, split = config.evals.held_out_every, config.evals.split
     documents = Documents.open(
         config.dataset,
@@ -95,13 +95,15 @@ def held_out_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) 
         keep=None if split is not None else (lambda index: index % every == every - 1),
     )
     once = attrs.evolve(config.dataset, on_exhausted="stop")
-    contexts = _stream(once, backend, documents).take(config.evals.n_contexts)
+    contexts = _stream(once, backend, documents).take(8 * config.evals.n_contexts)
     if not len(contexts):
         raise DataError(
             f"the held-out text does not fill one context of {config.dataset.context_size} tokens. Lower "
             "evals.held_out_every, name a split of its own in evals.split, or measure nothing: evals.run = []"
         )
-    return torch.from_numpy(contexts)
+    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "held out"))
+    picked = torch.randperm(len(contexts), generator=generator)[: config.evals.n_contexts]
+    return torch.from_numpy(contexts)[picked.sort().values]
 
 
 def _stream(

@@ -30,8 +30,8 @@ class SAETrainer:
     step: int = 0
     tokens: int = 0
 
-    def train_on(self, rows: Tensor) -> dict[str, float]:
-        """One step on ``rows [n, d_in]``.  Returns metrics when it is time to log, else nothing."""
+    def train_on(self, rows: Tensor, *, last: bool = False) -> dict[str, float]:
+        """One step on ``rows [n, d_in]``.  Returns metrics when it is time to log or the ``last`` step, else nothing."""
         x = rows.to(self.device, self.sae.W_enc.dtype, non_blocking=True)
         dead = self.firing.dead()
         result = self.sae.training_step(x, StepInput(step=self.step, generator=self.generator, dead=dead))
@@ -43,7 +43,7 @@ class SAETrainer:
         self.tokens += len(x)
 
         metrics: dict[str, float] = {}
-        if self.step % self.log_frequency == 0 or self.step == 1:
+        if self.step % self.log_frequency == 0 or self.step == 1 or last:
             metrics = step_metrics(
                 x,
                 result,

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 
-def lazy_exports(
-    package: str, homes: Mapping[str, str]
-) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` for ``package``; ``homes`` maps each public name to its module."""
 
     def getter(name: str) -> object:

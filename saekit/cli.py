@@ -132,7 +132,9 @@ def main() -> NoReturn:
             _leave(2)
         if debug:
             raise
-        _complain(f"error: {type(error).__name__}: {error}\nThis is a fault of saekit or of a plugin; --debug shows where.")
+        _complain(
+            f"error: {type(error).__name__}: {error}\nThis is a fault of saekit or of a plugin; --debug shows where."
+        )
         _leave(1)
 
 

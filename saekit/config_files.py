@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,12 @@ def _yaml_error() -> type[Exception]:
     return yaml.YAMLError
 
 
-_READERS = {".toml": tomllib.loads, ".yaml": _read_yaml, ".yml": _read_yaml, ".json": json.loads}
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+    ".json": json.loads,
+}
 
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def _parsed(text: str) -> Any:
 
 
 def dump_config(config: TrainConfig, form: str = "toml", *, plugins: PluginManager | None = None) -> str:
-    """``config`` as ``toml``, ``yaml`` or ``json`` text, with every plugin's qualified key; ``load_config`` reads it."""
+    """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
     table = ConfigConverter(plugins or default_manager()).unstructure(config)
     if form == "json":
         return json.dumps(table, indent=2) + "\n"

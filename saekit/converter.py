@@ -25,7 +25,7 @@ T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
-class _Problems(Exception):
+class _ProblemsError(Exception):
     def __init__(self, items: list[tuple[str, str]]) -> None:
         super().__init__(items)
         self.items = items
@@ -40,8 +40,8 @@ class ConfigConverter:
         for primitive in _NAMES:
             self._cattrs.register_structure_hook(primitive, _structure_primitive)
         self._cattrs.register_structure_hook_func(_is_union, self._structure_union)
-        self._cattrs.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
-        self._cattrs.register_structure_hook_func(lambda t: get_origin(t) is tuple, self._structure_tuple)
+        self._cattrs.register_structure_hook_func(_is_literal, _structure_literal)
+        self._cattrs.register_structure_hook_func(_is_tuple, self._structure_tuple)
         self._cattrs.register_structure_hook_func(attrs.has, self._structure_class)
 
     # ---- reading
@@ -50,7 +50,7 @@ class ConfigConverter:
         """``data`` (nested dicts, lists and scalars) as a ``cls``; :class:`ConfigError` lists every fault."""
         try:
             return self._cattrs.structure(data, cls)
-        except _Problems as problems:
+        except _ProblemsError as problems:
             raise ConfigError(problems.items, source) from None
 
     def normalise(self, config: T, source: str = "the configuration") -> T:
@@ -61,7 +61,7 @@ class ConfigConverter:
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):
-            raise _Problems([("", f"expected a table of options, found {data!r}")])
+            raise _ProblemsError([("", f"expected a table of options, found {data!r}")])
         attrs.resolve_types(cls)
         fields = {field.name: field for field in attrs.fields(cls)}
         problems = [(str(key), _unknown_option(key, fields)) for key in data if key not in fields]
@@ -78,21 +78,21 @@ class ConfigConverter:
             except Exception as error:  # attrs validators of plugins may raise anything
                 problems += _flatten(error, name)
         if problems:
-            raise _Problems(problems)
+            raise _ProblemsError(problems)
         try:
             made: object = cls(**values)
         except Exception as error:
-            raise _Problems(_flatten(error, "")) from error
+            raise _ProblemsError(_flatten(error, "")) from error
         return made
 
     def _structure_field(self, value: object, field: attrs.Attribute[Any]) -> object:
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is None:
-            return self._cattrs.structure(value, field.type)
+            return self._cattrs.structure(value, field.type or object)
         if not isinstance(field.default, tuple):
             return self._structure_choice(value, kind, field.default)
         if not isinstance(value, (list, tuple)):
-            raise _Problems([("", f"expected a list of {kind.replace('_', ' ')}, found {value!r}")])
+            raise _ProblemsError([("", f"expected a list of {kind.replace('_', ' ')}, found {value!r}")])
         problems: list[tuple[str, str]] = []
         chosen = []
         for index, item in enumerate(value):
@@ -101,7 +101,7 @@ class ConfigConverter:
             except Exception as error:
                 problems += _flatten(error, f"[{index}]")
         if problems:
-            raise _Problems(problems)
+            raise _ProblemsError(problems)
         return tuple(chosen)
 
     def _structure_choice(self, value: object, kind: str, default: object) -> object:
@@ -113,10 +113,12 @@ class ConfigConverter:
         if not isinstance(value, Mapping) and attrs.has(type(value)):
             value = self._options_table(value, kind, qualify=False)
         if not isinstance(value, Mapping):
-            raise _Problems([("", f"expected a plugin's key, or a table with its name and options, found {value!r}")])
+            raise _ProblemsError(
+                [("", f"expected a plugin's key, or a table with its name and options, found {value!r}")]
+            )
         name = value.get("name", default)
         if not isinstance(name, str):
-            raise _Problems([("name", "is required: the key of the plugin")])
+            raise _ProblemsError([("name", "is required: the key of the plugin")])
         options = {key: option for key, option in value.items() if key != "name"}
         return self._cattrs.structure(options, self.plugins.get(kind, name).entry.config)
 
@@ -130,11 +132,11 @@ class ConfigConverter:
         inner = [member for member in members if member is not type(None)]
         if len(inner) == 1:
             return self._cattrs.structure(value, inner[0])
-        raise _Problems([("", f"expected {' or '.join(_NAMES.get(m, str(m)) for m in inner)}, found {value!r}")])
+        raise _ProblemsError([("", f"expected {' or '.join(_NAMES.get(m, str(m)) for m in inner)}, found {value!r}")])
 
     def _structure_tuple(self, value: object, kind: Any) -> object:
         if not isinstance(value, (list, tuple)):
-            raise _Problems([("", f"expected a list, found {value!r}")])
+            raise _ProblemsError([("", f"expected a list, found {value!r}")])
         members = get_args(kind)
         problems: list[tuple[str, str]] = []
         items = []
@@ -144,7 +146,7 @@ class ConfigConverter:
             except Exception as error:
                 problems += _flatten(error, f"[{index}]")
         if problems:
-            raise _Problems(problems)
+            raise _ProblemsError(problems)
         return tuple(items)
 
     # ---- writing
@@ -185,8 +187,18 @@ class ConfigConverter:
         return {"name": self.plugins.find(kind, choice).key, **self.unstructure(choice, qualify=qualify)}
 
 
-def _is_union(kind: object) -> bool:
+def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType)
+
+
+def _is_literal(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is Literal
+
+
+def _is_tuple(kind: Any) -> bool:
+    origin: Any = get_origin(kind)
+    return origin is tuple
 
 
 def _structure_primitive(value: object, kind: type) -> object:
@@ -194,7 +206,7 @@ def _structure_primitive(value: object, kind: type) -> object:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    raise _Problems([("", f"expected {_NAMES[kind]}, found {value!r}")])
+    raise _ProblemsError([("", f"expected {_NAMES[kind]}, found {value!r}")])
 
 
 def _structure_literal(value: object, kind: Any) -> object:
@@ -203,7 +215,7 @@ def _structure_literal(value: object, kind: Any) -> object:
         return value
     message = f"expected one of {', '.join(map(repr, allowed))}, found {value!r}"
     close = difflib.get_close_matches(str(value), [str(option) for option in allowed], n=1)
-    raise _Problems([("", message + (f". Did you mean {close[0]!r}?" if close else ""))])
+    raise _ProblemsError([("", message + (f". Did you mean {close[0]!r}?" if close else ""))])
 
 
 def _unknown_option(key: object, fields: Mapping[str, object]) -> str:
@@ -220,12 +232,14 @@ def _flatten(error: BaseException, prefix: str) -> list[tuple[str, str]]:
             notes = [note for note in getattr(inner, "__notes__", []) if isinstance(note, IterableValidationNote)]
             found += _flatten(inner, f"[{notes[0].index!r}]" if notes else "")
         items = found
-    elif isinstance(error, _Problems):
+    elif isinstance(error, _ProblemsError):
         items = error.items
     elif isinstance(error, ConfigError):
         items = [("" if path == prefix else path, message) for path, message in error.problems]
     else:
-        items = [("", str(error) if isinstance(error, (SaekitError, ValueError)) else f"{type(error).__name__}: {error}")]
+        items = [
+            ("", str(error) if isinstance(error, (SaekitError, ValueError)) else f"{type(error).__name__}: {error}")
+        ]
     return [(_joined(prefix, path), message) for path, message in items]
 
 

@@ -49,7 +49,7 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     """Train, and show what came out: numbers, a picture of the curves, and five features with their text."""
     plugins = plugins or default_manager()
     console = Console()
-    config = load_config(DEMO_CONFIG | {"checkpoints": {"folder": folder}}, overrides, plugins=plugins)
+    config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
     console.print(
         f"Training an SAE on [bold]{config.site.hook_name}[/] of [bold]{config.model.name}[/] "
         f"({config.training.training_tokens:,} tokens of {config.dataset.path}) ..."
@@ -60,7 +60,9 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     for feature in found:
         console.print(_shown(feature), soft_wrap=True)
     picture = plot_training_curves(result.folder, result.folder / "training_curves.png")
-    console.print(f"\nTraining curves: {picture}\nThe SAE:         {result.folder / 'sae'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\nTraining curves: {picture}\nThe SAE:         {result.folder / 'sae'}", highlight=False, soft_wrap=True
+    )
     return result
 
 

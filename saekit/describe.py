@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
+import itertools
 import textwrap
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -26,7 +26,6 @@ class FieldInfo:
     doc: str
 
 
-@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """Field name to the string literal that follows it in the class body, base classes included."""
     docs: dict[str, str] = {}
@@ -44,10 +43,11 @@ def field_docs(cls: type) -> dict[str, str]:
 def _attribute_docs(body: ast.stmt) -> dict[str, str]:
     statements = body.body if isinstance(body, ast.ClassDef) else []
     found = {}
-    for field, doc in zip(statements, statements[1:], strict=False):
+    for field, doc in itertools.pairwise(statements):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
-            if isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
-                found[field.target.id] = inspect.cleandoc(doc.value.value)
+            text = doc.value.value if isinstance(doc.value, ast.Constant) else None
+            if isinstance(text, str):
+                found[field.target.id] = inspect.cleandoc(text)
     return found
 
 
@@ -65,9 +65,8 @@ def _default(field: attrs.Attribute[Any]) -> object:
     if field.default is attrs.NOTHING:
         return ...
     # attrs declares Factory as a function to type checkers, so isinstance cannot be used on it
-    if type(field.default).__name__ == "Factory":
-        return field.default.factory()
-    return field.default
+    default: Any = field.default
+    return default.factory() if type(default).__name__ == "Factory" else default
 
 
 def _type_text(field: attrs.Attribute[Any]) -> str:

@@ -187,7 +187,7 @@ def _checked(hook: str, entries: object) -> list[Entry]:
 
 
 def _is_frozen(cls: type) -> bool:
-    return cls.__setattr__ is not object.__setattr__ and "_frozen" in cls.__setattr__.__name__
+    return "_frozen" in getattr(cls.__setattr__, "__name__", "")
 
 
 def _check_own_classes(hook: str, entries: list[Entry]) -> None:

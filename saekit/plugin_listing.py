@@ -102,9 +102,14 @@ def detail_text(data: dict[str, Any]) -> str:
     lines += ["", "options:" if data["options"] else "no options"]
     for option in data["options"]:
         default = "required" if option["required"] else f"default {_shown(option['default'])}"
-        lines += [f"  {option['name']}: {option['type']} ({default})", *(f"      {l}" for l in option["doc"].splitlines())]
+        lines += [
+            f"  {option['name']}: {option['type']} ({default})",
+            *(f"      {line}" for line in option["doc"].splitlines()),
+        ]
     return "\n".join(lines)
 
 
 def _shown(value: object) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else "none" if value is None else repr(value)
+    return (
+        {True: "true", False: "false"}[value] if isinstance(value, bool) else "none" if value is None else repr(value)
+    )

@@ -33,7 +33,7 @@ class Entry:
     name: str
     """The bare key.  Users select it by this, or by ``distribution:name``."""
     config: type
-    """A frozen attrs class with the options.  It belongs to this entry alone (aliases with the same build may share)."""
+    """A frozen attrs class with the options.  It is this entry's alone (aliases with the same build may share)."""
     build: Callable[..., Any]
     """``build(config, **services)``: see the hook.  Heavy imports belong inside."""
     requires: Sequence[str] = ()

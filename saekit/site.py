@@ -54,7 +54,7 @@ class Site:
         if activations.ndim == 3:
             return values
         if self.hook_head_index is None:
-            return values.unflatten(-1, activations.shape[-2:])
+            return values.reshape(activations.shape)
         replaced = activations.clone()
         replaced[:, :, self.hook_head_index] = values
         return replaced

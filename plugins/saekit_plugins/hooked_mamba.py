@@ -31,8 +31,8 @@ class HookedMambaOptions:
     def _check_kwargs(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
         if value:
             raise ConfigError(
-                [(attribute.name, f"HookedMamba.from_pretrained does not take {', '.join(map(repr, value))}. It takes the "
-                  "name (model.name), the device (model.device) and the tokenizer (model.backend.tokenizer)")]
+                [(attribute.name, f"HookedMamba.from_pretrained does not take {', '.join(map(repr, value))}. It takes "
+                  "the name (model.name), the device (model.device) and the tokenizer (model.backend.tokenizer)")]
             )  # fmt: skip
 
     @forward_kwargs.validator

@@ -132,9 +132,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
     )
 
 
-def _build(
-    config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
-) -> TransformerLensBackend:
+def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)

@@ -69,8 +69,8 @@ def _options(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     normalisation = config.get("normalize_activations")
     if normalisation in (True, "expected_average_only_in"):
         warnings.warn(
-            f"{place} was trained on activations scaled to mean norm sqrt(d_in) and does not hold the factor: scale its "
-            "input before use",
+            f"{place} was trained on activations scaled to mean norm sqrt(d_in) and does not hold the factor: scale "
+            "its input before use",
             stacklevel=2,
         )
     elif normalisation not in (None, False, "none"):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saekit._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from saekit.data.buffer import ShuffleBuffer
+    from saekit.data.contexts import ContextPacker, ContextStream, TokenPolicy
+    from saekit.data.stream import StreamContext
+    from saekit.data.text import Documents
 
 __all__ = ["ContextPacker", "ContextStream", "Documents", "ShuffleBuffer", "StreamContext", "TokenPolicy"]
 

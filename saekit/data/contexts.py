@@ -171,7 +171,7 @@ class ContextStream:
     def _checked(self, document: str | Sequence[int]) -> IntArray:
         ids = self._tokenize(document) if isinstance(document, str) else document
         tokens = np.asarray(ids, dtype=np.int64)
-        if len(tokens) and not (0 <= tokens.min() and tokens.max() < self._d_vocab):
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
             raise DataError(
                 f"document {self._position} holds the token id {bad}, but the model's vocabulary ends at "

@@ -69,7 +69,9 @@ def _column(record: Any, wanted: str | None, where: str) -> str:
         )
     value = record[column]
     if not isinstance(value, str) and not (hasattr(value, "__len__") and all(_is_int(item) for item in value)):
-        raise DataError(f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids")
+        raise DataError(
+            f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids"
+        )
     return column
 
 
@@ -102,7 +104,9 @@ class _Stdlib:
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         # Files in an order that has nothing to do with their folders: neighbours would be too much alike.
-        return iter(sorted(stdlib_documents(self._split), key=lambda document: blake2b(document["path"].encode()).digest()))
+        return iter(
+            sorted(stdlib_documents(self._split), key=lambda document: blake2b(document["path"].encode()).digest())
+        )
 
 
 def _open(config: DatasetConfig, split: str) -> Any:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saekit._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from saekit.evals.splicing import spliced_losses
+    from saekit.evals.variance import Reconstruction, variance_metrics
 
 __all__ = ["Reconstruction", "spliced_losses", "variance_metrics"]
 

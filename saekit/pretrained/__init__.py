@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saekit._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from saekit.pretrained.files import SAEFiles
+    from saekit.pretrained.load import PretrainedSAE, load_sae
 
 __all__ = ["PretrainedSAE", "SAEFiles", "load_sae"]
 

@@ -32,7 +32,7 @@ class PretrainedSAE:
     options: Mapping[str, Any]
     """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
     tensors: Mapping[str, Tensor]
-    """``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and the architecture's own."""
+    """``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]``, ``b_dec``, and the architecture's own."""
     site: Site | None = None
     log_sparsity: Tensor | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
@@ -59,7 +59,9 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     if found:
         raise SAEFormatError(f"several loaders recognise {files.place}: {names}. Name one: loader=...")
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
-    raise SAEFormatError(f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=...")
+    raise SAEFormatError(
+        f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=..."
+    )
 
 
 def _is_own(files: SAEFiles) -> bool:
@@ -102,7 +104,9 @@ def build_sae(read: PretrainedSAE, plugins: PluginManager) -> SAE:
     item = plugins.get("sae_architectures", read.architecture)
     item.check_requirements()
     try:
-        config = ConfigConverter(plugins).structure(dict(read.options), item.entry.config, "the saved SAE's options")
+        config: Any = ConfigConverter(plugins).structure(
+            dict(read.options), item.entry.config, "the saved SAE's options"
+        )
     except ConfigError as error:
         raise SAEFormatError(f"the saved SAE's options do not fit {item.key}: {error}") from error
     sae: SAE = build_module(item, config, config.d_in or read.tensors["W_dec"].shape[1], plugins)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saekit._lazy import lazy_exports
 from saekit.config import SAEConfig
 
+if TYPE_CHECKING:
+    from saekit.sae.hooks import HookPoint
+    from saekit.sae.init import geometric_median
+    from saekit.sae.maths import ghost_loss, sparsity_penalty, squared_errors
+    from saekit.sae.module import SAE, SAEInfo, StepInput, StepOutput
+
 __all__ = [
-    "HookPoint",
     "SAE",
+    "HookPoint",
     "SAEConfig",
     "SAEInfo",
     "StepInput",

@@ -17,19 +17,18 @@ def squared_errors(output: Tensor, target: Tensor, normalization: Literal["none"
 
     ``dense_batch`` divides each row by the distance of its target from the batch's mean (plus 1e-6).
     """
-    errors = (output - target).pow(2)
+    errors: Tensor = (output - target).pow(2)
     if normalization == "none":
         return errors
-    distance = (target - target.mean(0, keepdim=True)).norm(dim=-1, keepdim=True)
+    distance: Tensor = (target - target.mean(0, keepdim=True)).norm(dim=-1, keepdim=True)
     return errors / (distance + _EPS)
 
 
 def sparsity_penalty(features: Tensor, p: float = 1.0, weights: Tensor | None = None) -> Tensor:
     """``mean_b ‖f ⊙ w‖_p``: features ``[n, d_sae]``, weights ``[d_sae]`` or none.  A scalar."""
     weighted = features if weights is None else features * weights
-    if p == 1.0:
-        return weighted.abs().sum(-1).mean()
-    return weighted.norm(p=p, dim=-1).mean()
+    norms: Tensor = weighted.abs().sum(-1) if p == 1.0 else weighted.norm(p=p, dim=-1)
+    return norms.mean()
 
 
 def ghost_loss(

@@ -81,8 +81,7 @@ class SAE(nn.Module):
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
         dtype = getattr(torch, config.dtype)
-        # The encoder lies in memory feature by feature: that is how sparse gradients and updates reach it.
-        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype).t())
+        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
@@ -97,7 +96,7 @@ class SAE(nn.Module):
         if self.use_error_term:
             with torch.no_grad():
                 clean = self._decode(self.activation(self.pre_activations(self._rows(x)))).to(x.dtype)
-                error = x - (clean.unflatten(-1, x.shape[-2:]) if clean.ndim < x.ndim else clean)
+                error = x - clean.reshape(x.shape)
             output = output + self.run_hook("error", error)
         return self.run_hook("output", output)
 
@@ -111,8 +110,7 @@ class SAE(nn.Module):
         output = self.run_hook("recons", self._decode(features))
         if like is None:
             return output
-        output = output.unflatten(-1, like.shape[-2:]) if output.ndim < like.ndim else output
-        return output.to(like.dtype)
+        return output.reshape(like.shape).to(like.dtype)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
@@ -121,7 +119,7 @@ class SAE(nn.Module):
 
     def run_hook(self, name: str, x: Tensor) -> Tensor:
         """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
-        point: HookPoint = self._modules[f"hook_sae_{name}"]  # type: ignore[assignment]
+        point: HookPoint = self._modules[f"hook_sae_{name}"]
         return point(x) if point.hooked else x
 
     def _decode(self, features: Tensor) -> Tensor:
@@ -153,7 +151,7 @@ class SAE(nn.Module):
     def after_update(self) -> None:
         """After an update: decoder rows back to norm 1."""
         if self.config.normalize_sae_decoder:
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     # ---- saving and loading
 

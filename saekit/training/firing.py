@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +54,7 @@ class FiringStatistics:
         fractions = self.last_fractions if self.last_fractions is not None else self.fractions()
         return torch.log10(fractions + 1e-10).float()
 
-    def state_dict(self) -> dict[str, Tensor | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """All counts."""
         return {
             "fired": self._fired.clone(),
@@ -61,13 +64,9 @@ class FiringStatistics:
             "last_fractions": self.last_fractions,
         }
 
-    def load_state_dict(self, state: dict[str, Tensor | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        fired, since, rows, steps = state["fired"], state["since_fired"], state["rows"], state["steps"]
-        assert isinstance(fired, Tensor) and isinstance(since, Tensor)
-        assert isinstance(rows, int) and isinstance(steps, int)
-        self._fired.copy_(fired)
-        self.since_fired.copy_(since)
-        self._rows, self._steps = rows, steps
-        last = state["last_fractions"]
-        self.last_fractions = last if isinstance(last, Tensor) else None
+        self._fired.copy_(state["fired"])
+        self.since_fired.copy_(state["since_fired"])
+        self._rows, self._steps = state["rows"], state["steps"]
+        self.last_fractions = state["last_fractions"]

@@ -17,7 +17,7 @@ from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ModelBackend, RunInfo
 from saekit.sae.module import SAE
 from saekit.storage import write_text
-from saekit.training.loop import fit
+from saekit.training.loop import Observer, fit
 from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
 from saekit.training.progress import ProgressDisplay
 from saekit.training.setup import (
@@ -108,7 +108,7 @@ def _fit(
     logged = TrackerObserver([trackers])
     try:
         with ProgressDisplay(config.training.training_tokens, verbose=config.training.verbose) as progress:
-            observers = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
+            observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
             fit([trainer], source, config.training.training_tokens, observers)
     except BaseException as error:
         checkpoint = trainer.finished().save(folder / "checkpoints" / f"step-{trainer.step}")

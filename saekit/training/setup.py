@@ -29,7 +29,7 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["held_out_contexts", "open_backend", "open_source", "make_trainer", "probe_width", "run_folder", "seed_for"]
+__all__ = ["held_out_contexts", "make_trainer", "open_backend", "open_source", "probe_width", "run_folder", "seed_for"]
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -55,7 +55,11 @@ def open_backend(config: TrainConfig, plugins: PluginManager, model: object | No
     names = backend.hook_names()
     if config.site.hook_name not in names:
         close = difflib.get_close_matches(config.site.hook_name, names, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"It has {len(names)} hooks, such as {names[0]!r}."
+        hint = (
+            f"Did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"It has {len(names)} hooks, such as {names[0]!r}."
+        )
         raise ModelError(f"the model {backend.name!r} has no hook {config.site.hook_name!r} (site.hook_name). {hint}")
     if backend.n_ctx is not None and config.dataset.context_size > backend.n_ctx:
         raise ConfigError(

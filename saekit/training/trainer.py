@@ -31,7 +31,7 @@ class SAETrainer:
     tokens: int = 0
 
     def train_on(self, rows: Tensor, *, last: bool = False) -> dict[str, float]:
-        """One step on ``rows [n, d_in]``.  Returns metrics when it is time to log or the ``last`` step, else nothing."""
+        """One step on ``rows [n, d_in]``.  Metrics when it is time to log or the ``last`` step, else nothing."""
         x = rows.to(self.device, self.sae.W_enc.dtype, non_blocking=True)
         dead = self.firing.dead()
         result = self.sae.training_step(x, StepInput(step=self.step, generator=self.generator, dead=dead))

@@ -1,0 +1,121 @@
+"""Packing: no token lost or doubled, every context exact, whatever way the text comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saekit.config import DatasetConfig
+from saekit.data import ContextPacker, ContextStream, TokenPolicy
+from saekit.errors import DataError
+
+BOS, SEP, SEQ = 0, 1, 2
+documents = st.lists(st.lists(st.integers(0, 9), max_size=25), max_size=12)
+special = st.one_of(st.none(), st.integers(0, 3))
+policies = st.builds(
+    TokenPolicy, context_size=st.integers(2, 9), begin_batch=special, begin_sequence=special, separator=special
+)
+
+
+def expected_stream(docs: Sequence[Sequence[int]], policy: TokenPolicy) -> list[int]:
+    """One token at a time: everything but the tokens that begin contexts, which depend on the position."""
+    out: list[int] = []
+    for number, doc in enumerate([doc for doc in docs if len(doc)]):
+        wanted = list(doc)
+        for token in [policy.begin_sequence, policy.separator if number else None]:
+            if token is not None and wanted[0] != token:
+                wanted.insert(0, token)
+        out += wanted
+    return out
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents, policies)
+def test_nothing_is_lost_or_doubled(docs: list[list[int]], policy: TokenPolicy) -> None:
+    packer = ContextPacker(policy)
+    contexts = [context for doc in docs for context in packer.add(doc)]
+    wanted = expected_stream(docs, policy)
+    position = 0
+    for context in contexts:
+        assert len(context) == policy.context_size
+        body = list(context)
+        if policy.begin_batch is not None:
+            assert body[0] == policy.begin_batch
+            if wanted[position] != policy.begin_batch:
+                body = body[1:]
+        assert body == wanted[position : position + len(body)]
+        position += len(body)
+    waiting = packer.state_dict()["open"]
+    if waiting and policy.begin_batch is not None and wanted[position] != policy.begin_batch:
+        waiting = waiting[1:]
+    assert waiting == wanted[position:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents, policies, st.data())
+def test_a_saved_state_goes_on_with_the_very_same_contexts(docs: list, policy: TokenPolicy, data: st.DataObject) -> None:
+    def stream() -> ContextStream:
+        return ContextStream(docs, list, policy, d_vocab=10, on_exhausted="stop")
+
+    def drain(contexts: ContextStream) -> list[list[int]]:
+        rows = []
+        while len(part := contexts.take(data.draw(st.integers(1, 4)))):
+            rows += part.tolist()
+        return rows
+
+    whole = drain(stream())
+    first = stream()
+    begun = first.take(data.draw(st.integers(0, 6))).tolist()
+    second = stream()
+    second.load_state_dict(first.state_dict())
+    assert begun + drain(second) == whole
+
+
+def test_bos_begins_every_context_once_also_on_tokenised_data() -> None:
+    policy = TokenPolicy(context_size=4, begin_batch=BOS, separator=BOS)
+    packer = ContextPacker(policy)
+    contexts = packer.add([BOS, 5, 6, 7]) + packer.add([8, 9]) + packer.add([BOS, 4, 4, 4, 4])
+    assert [context.tolist() for context in contexts] == [[0, 5, 6, 7], [0, 8, 9, 0], [0, 4, 4, 4]]
+
+
+def of(config: DatasetConfig, **tokens: int | None) -> TokenPolicy:
+    return TokenPolicy.of(config, tokens)
+
+
+def test_policies_from_a_configuration() -> None:
+    tokens = {"bos": 7, "eos": 8, "sep": None}
+    assert of(DatasetConfig(context_size=5), **tokens) == TokenPolicy(context_size=5, begin_batch=7, separator=7)
+    custom = DatasetConfig(prepend_bos=False, begin_batch_token="eos", begin_sequence_token=3, sequence_separator_token="none")
+    assert of(custom, **tokens) == TokenPolicy(context_size=128, begin_batch=8, begin_sequence=3)
+    with pytest.raises(DataError, match=r"dataset.sequence_separator_token asks for the tokenizer's sep token.*\{'bos': 7"):
+        of(DatasetConfig(sequence_separator_token="sep"), **tokens)
+
+
+def stream_of(docs: object, **options: object) -> ContextStream:
+    policy = TokenPolicy(context_size=3)
+    return ContextStream(docs, lambda text: [ord(c) - 97 for c in text], policy, d_vocab=5, **options)  # type: ignore[arg-type]
+
+
+def test_exhausted_data() -> None:
+    assert stream_of(["abcd", "e"], on_exhausted="stop").take(9).tolist() == [[0, 1, 2]]
+    # The tail goes on into the next reading.
+    assert stream_of(["abcd"]).take(4).tolist() == [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]
+    with pytest.raises(DataError, match=r"the data ended after 3 tokens, and 99 were asked for.*on_exhausted"):
+        stream_of(["abcd"], on_exhausted="error", asked_for=99).take(2)
+    with pytest.raises(DataError, match="no documents"):
+        stream_of([]).take(1)
+    with pytest.raises(DataError, match="hold no tokens"):
+        stream_of(["", ""]).take(1)
+
+
+def test_a_foreign_vocabulary() -> None:
+    with pytest.raises(DataError, match=r"document 1 holds the token id 25, but the model's vocabulary ends at 4"):
+        stream_of(["abc", "z"]).take(9)
+
+
+def test_token_arrays_are_documents_too() -> None:
+    assert stream_of([np.array([1, 2, 3])], on_exhausted="stop").take(1).tolist() == [[1, 2, 3]]

@@ -130,13 +130,11 @@ def dump_config(config: TrainConfig, form: str = "toml", *, plugins: PluginManag
     return tomli_w.dumps(_without_null(table))
 
 
-def _without_null(table: Mapping[str, Any]) -> dict[str, Any]:
+def _without_null(value: Any) -> Any:
     """TOML has no null: every option that may be None has None as its default, so leaving it out says the same."""
-    return {
-        key: _without_null(value) if isinstance(value, Mapping) else value
-        for key, value in table.items()
-        if value is not None
-    }
+    if isinstance(value, Mapping):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def commented_toml(*, plugins: PluginManager | None = None) -> str:

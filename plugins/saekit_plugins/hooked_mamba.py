@@ -83,4 +83,4 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
         module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the Mamba model {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return module.to(getattr(torch, model.dtype))
+    return torch.nn.Module.to(module, getattr(torch, model.dtype))  # HookedTransformer.to prints

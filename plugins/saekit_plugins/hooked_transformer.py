@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,12 +239,28 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
     try:
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = loading.get_pretrained_model_config(
-            str(folder), fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
-        )
+        with _config_folder(folder) as neutral:
+            config = loading.get_pretrained_model_config(
+                neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
+            )
         state = loading.get_pretrained_state_dict(str(folder), config, hf_model, dtype=torch_dtype)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(state, **options)
-    return model.to(device)
+    return torch.nn.Module.to(model, device)  # HookedTransformer.to prints
+
+
+@contextmanager
+def _config_folder(folder: Path) -> Iterator[str]:
+    """A folder with ``config.json`` alone, under a name that says nothing.
+
+    transformer_lens guesses the architecture from words in the path, and reads ``n_ctx``, which transformers 5 no
+    longer writes for GPT-2.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])
+    with tempfile.TemporaryDirectory(prefix="saekit") as neutral:
+        (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield neutral

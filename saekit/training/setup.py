@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["held_out_contexts", "make_trainer", "open_backend", "open_source", "probe_width", "run_folder", "seed_for"]
 
+_PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...] is not taken for positions
+
 
 def seed_for(seed: int, purpose: str) -> int:
     """A seed of its own for each thing that draws, so that none changes what another draws."""
@@ -70,9 +72,15 @@ def open_backend(config: TrainConfig, plugins: PluginManager, model: object | No
 
 
 def probe_width(backend: ModelBackend, site: Site, stated: int | None) -> int:
-    """``d_in`` at ``site``, found by running the model on two tokens; a different stated one is an error."""
-    held = backend.activations(torch.zeros(1, 2, dtype=torch.long), {site.hook_name})
-    d_in = site.extract(held[site.hook_name]).shape[-1]
+    """``d_in`` at ``site``, found by running the model on a few tokens; a different stated one is an error."""
+    tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
+    held = backend.activations(tokens, {site.hook_name})[site.hook_name]
+    if held.shape[:2] != tokens.shape:
+        raise ConfigError(
+            [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(held.shape)} for {list(tokens.shape)} "
+              "tokens; an SAE needs one vector per token: [batch, position, ...]")]
+        )  # fmt: skip
+    d_in = site.extract(held).shape[-1]
     if stated is not None and stated != d_in:
         raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {backend.name!r} has width {d_in}")])
     return d_in

@@ -1,0 +1,245 @@
+"""Whole runs, on real models and real text, small."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+import datasets
+import pytest
+import torch
+from tiny import hooked_transformer, run_config
+
+import saekit
+from saekit.errors import ConfigError, DataError, DivergedError, ModelError, TrainingInterrupted
+from saekit.training.firing import FiringStatistics
+from saekit.training.observers import Trackers
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "sae").iterdir())}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
+    result = saekit.train(run_config(tmp_path, checkpoints={"name": "first"}))
+    assert result.folder == tmp_path / "first"
+    assert {p.name for p in result.folder.iterdir()} == {"config.toml", "metrics.jsonl", "sae"}
+    assert {p.name for p in (result.folder / "sae").iterdir()} == {
+        "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+    }  # fmt: skip
+    steps = [line for line in lines(result.folder) if "losses/mse_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    # 2000 tokens in batches of 256: the last batch is what is left over.
+    assert steps[-1]["details/n_training_tokens"] == 2000
+    assert steps[-1]["losses/mse_loss"] < steps[0]["losses/mse_loss"]
+    names = {
+        "losses/mse_loss", "losses/l1_loss", "losses/overall_loss", "metrics/explained_variance",
+        "metrics/explained_variance_std", "metrics/l0", "sparsity/mean_passes_since_fired", "sparsity/dead_features",
+        "details/current_learning_rate", "details/current_l1_coefficient", "details/n_training_tokens",
+    }  # fmt: skip
+    assert names <= set(steps[0])
+    evals = {"evals/ce_recovered", "evals/explained_variance", "evals/l0", "evals/ce_loss_without_sae"}
+    assert evals <= set(lines(result.folder)[-1])
+    assert evals <= set(result.metrics)
+    assert 0 < result.metrics["evals/ce_loss_without_sae"] < result.metrics["evals/ce_loss_with_ablation"]
+    assert saekit.load_config(result.folder / "config.toml") == saekit.load_config(
+        run_config(tmp_path, checkpoints={"name": "first"})
+    )
+    with pytest.raises(ConfigError, match="first exists already"):
+        saekit.train(run_config(tmp_path, checkpoints={"name": "first"}))
+
+
+def test_one_seed_one_result(tmp_path: Path) -> None:
+    def run(seed: int, **sae: object) -> dict[str, str]:
+        torch.manual_seed(int(time.time()))  # what others draw must not matter
+        options = {"noise_scale": 0.1, "b_dec_init_method": "geometric_median"}
+        return hashes(saekit.train(run_config(tmp_path, training={"seed": seed}, sae=options)).folder)
+
+    one, again, other = run(1), run(1), run(2)
+    assert one == again
+    assert one["sae_weights.safetensors"] != other["sae_weights.safetensors"]
+
+
+def test_evals_during_training_change_nothing(tmp_path: Path) -> None:
+    plain = saekit.train(run_config(tmp_path))
+    watched = saekit.train(run_config(tmp_path, evals={"every_n_steps": 2}))
+    assert hashes(plain.folder) == hashes(watched.folder)
+    assert [line["step"] for line in lines(watched.folder) if "evals/l0" in line] == [2, 4, 6, 8, 8]
+
+
+def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
+    documents = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(40)]
+    config = run_config(tmp_path, site={"hook_name": "blocks.0.attn.hook_z"}, evals={"split": None})
+    for dataset in (documents, datasets.Dataset.from_list(documents)):
+        result = saekit.train(config, model=hooked_transformer(), dataset=dataset)
+        assert result.sae.d_in == 16, "two heads of eight, flattened"
+        assert result.sae.info.site == saekit.Site(hook_name="blocks.0.attn.hook_z")
+    config["site"]["hook_head_index"] = 1
+    assert saekit.train(config, model=hooked_transformer(), dataset=documents).sae.d_in == 8
+    tokenised = [{"tokens": list(range(1, 200))} for _ in range(40)]
+    assert saekit.train(config, model=hooked_transformer(), dataset=tokenised).sae.d_in == 8
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"site": {"hook_name": "blocks.1.hook_resid_pots"}}, ModelError, "Did you mean 'blocks.1.hook_resid_post'"),
+        ({"sae": {"d_in": 64}}, ConfigError, "sae.d_in: is 64, but blocks.1.hook_resid_post of 'saekit/tiny-python' has width 128"),
+        ({"dataset": {"context_size": 129}}, ConfigError, "takes at most 128 tokens"),
+        ({"site": {"hook_head_index": 1}}, ConfigError, "has no heads"),
+        ({"site": {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 4}}, ConfigError, "has 4 heads"),
+        ({"site": {"hook_name": "blocks.0.attn.hook_pattern"}}, ConfigError, r"shape \[1, 4, 7, 7\] for \[1, 7\] tokens"),
+        ({"training": {"train_batch_size_tokens": 2000}}, ConfigError, "the buffer holds 1,024 activations"),
+        ({"training": {"device": "cuda:7"}}, ConfigError, "training.device: 'cuda:7' cannot be used"),
+        ({"model": {"device": "cuda:7"}}, ModelError, "model.device = 'cuda:7' cannot be used"),
+        ({"model": {"name": "./nowhere"}}, ModelError, "there is no model folder './nowhere'"),
+        ({"model": {"name": "gpt2-smal"}}, ModelError, "Did you mean 'gpt2-small'"),
+        ({"evals": {"split": "test"}}, DataError, "has no split 'test'"),
+        ({"lr_schedule": {"name": "cosine", "end": 0}, "training": {"lr_decay_steps": 2}}, ConfigError, "nothing to decay"),
+    ],
+    ids=lambda value: None if isinstance(value, type) else str(value)[:50],
+)  # fmt: skip
+def test_mistakes_are_found_before_a_run_folder_is_made(
+    tmp_path: Path, sections: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        saekit.train(run_config(tmp_path, **sections))
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_ends(tmp_path: Path) -> None:
+    few = [{"text": "abc " * 100} for _ in range(5)]
+    config = run_config(tmp_path, evals={"run": []}, dataset={"on_exhausted": "stop"})
+    result = saekit.train(config, dataset=few)
+    assert 0 < result.metrics["details/n_training_tokens"] < 2000
+    config["dataset"]["on_exhausted"] = "error"
+    with pytest.raises(DataError, match=r"the data ended after [\d,]+ tokens, and 2,000 were asked for"):
+        saekit.train(config, dataset=few)
+    with pytest.raises(DataError, match="held-out text does not fill one context"):
+        saekit.train(run_config(tmp_path, evals={"split": None}), dataset=few)
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
+    model = hooked_transformer()
+    seen: list[torch.Tensor] = []
+    model.hook_embed.add_hook(lambda tensor, hook: None)
+    original = model.run_with_hooks
+    model.run_with_hooks = lambda tokens, **options: seen.append(tokens) or original(tokens, **options)
+    # Documents of one token each: 999 in every twentieth document, 5 elsewhere.
+    documents = [{"tokens": [999 if n % 20 == 19 else 5] * 40} for n in range(400)]
+    config = run_config(tmp_path, evals={"split": None}, dataset={"on_exhausted": "repeat"})
+    result = saekit.train(config, model=model, dataset=documents)
+    assert set(result.held_out.unique().tolist()) == {0, 999}
+    training = [tokens for tokens in seen if tokens.shape == (8, 32)]
+    assert training
+    assert all(set(tokens.unique().tolist()) == {0, 5} for tokens in training)
+
+
+def test_a_loss_that_explodes(tmp_path: Path) -> None:
+    config = run_config(tmp_path, training={"lr": 1e30}, sae={"normalize_sae_decoder": False})
+    with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+ \(learning rate 1e\+30.*Lower training.lr"):
+        saekit.train(config)
+
+
+@attrs.frozen(kw_only=True)
+class ImpatientConfig:
+    """A tracker that presses Ctrl-C."""
+
+
+class Impatient:
+    def __init__(self, config: ImpatientConfig, *, run: saekit.RunInfo) -> None: ...
+
+    def log(self, metrics: dict, step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    def close(self) -> None: ...
+
+
+class ImpatientPlugin:
+    @saekit.hookimpl
+    def saekit_register_trackers(self) -> list[saekit.Entry]:
+        return [saekit.Entry("impatient", ImpatientConfig, Impatient)]
+
+
+def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
+    plugins = saekit.PluginManager()
+    plugins.register(ImpatientPlugin(), name="impatient", distribution="test")
+    config = run_config(tmp_path) | {"trackers": ["jsonl", "test:impatient"]}
+    with pytest.raises(TrainingInterrupted, match=r"interrupted after 4 steps \(1,024 tokens\)") as caught:
+        saekit.train(config, plugins=plugins)
+    sae = saekit.SAE.load(caught.value.checkpoint)
+    assert sae.d_sae == 64
+    assert sae.log_sparsity is not None
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "saekit.cli", "demo", "--folder", str(tmp_path / "demo"), "training.log_frequency=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        written = list(tmp_path.glob("demo/*/metrics.jsonl"))
+        if written and written[0].read_text().count("\n") >= 3:
+            break
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted after" in err
+    (checkpoint,) = tmp_path.glob("demo/*/checkpoints/step-*")
+    assert str(checkpoint) in err
+    assert saekit.SAE.load(checkpoint).d_sae == 1024
+
+
+def test_a_failing_tracker_is_reported_once_and_left_alone() -> None:
+    class Broken:
+        calls = 0
+
+        def log(self, metrics: dict, step: int) -> None:
+            self.calls += 1
+            raise OSError("no network")
+
+        def close(self) -> None: ...
+
+    broken = Broken()
+    trackers = Trackers({"x:broken": broken})
+    with pytest.warns(RuntimeWarning, match="tracker x:broken failed at step 1 and is off now: OSError: no network"):
+        trackers.log({}, 1)
+    trackers.log({}, 2)
+    assert broken.calls == 1
+
+
+def test_firing_statistics() -> None:
+    firing = FiringStatistics(3, dead_after=2, window=2, device="cpu")
+    assert not firing.update(torch.tensor([4, 0, 1]), rows=4)
+    assert firing.update(torch.tensor([1, 0, 0]), rows=1), "a window of two steps"
+    assert firing.last_fractions.tolist() == [1.0, 0.0, 0.2], "of the real number of rows"
+    assert firing.since_fired.tolist() == [0, 2, 1]
+    assert firing.dead().tolist() == [False, False, False], "dead is more than the window"
+    firing.update(torch.tensor([0, 0, 2]), rows=4)
+    assert firing.dead().tolist() == [False, True, False]
+    assert firing.fractions().tolist() == [0.0, 0.0, 0.5]
+    assert firing.log_sparsity()[1].item() == pytest.approx(-10)
+
+
+def test_without_lambda_and_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = saekit.train(run_config(tmp_path, sae={"l1_coefficient": 0}, training={"verbose": True}))
+    assert result.metrics["details/current_l1_coefficient"] == 0
+    err = capfd.readouterr().err
+    assert "2,000/2,000 tokens" in err
+    assert "L0" in err
+    saekit.train(run_config(tmp_path))
+    assert capfd.readouterr() == ("", ""), "verbose off is silent"

@@ -29,10 +29,9 @@ def load_config(
 
     Raises :class:`ConfigError` listing every fault with its dotted path.
     """
-    converter = ConfigConverter(plugins or default_manager())
     name = "the configuration"
     if isinstance(source, TrainConfig):
-        table: Mapping[str, Any] = converter.unstructure(source, qualify=False)
+        table: Mapping[str, Any] = ConfigConverter(plugins or default_manager()).unstructure(source, qualify=False)
     elif isinstance(source, Mapping):
         table = source
     elif isinstance(source, (str, Path)):
@@ -41,7 +40,8 @@ def load_config(
         raise ConfigError(
             f"expected a TrainConfig, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
-    return converter.structure(apply_overrides(table, overrides), TrainConfig, name)
+    table = apply_overrides(table, overrides)
+    return ConfigConverter(plugins or default_manager()).structure(table, TrainConfig, name)
 
 
 def read_table(path: Path) -> dict[str, Any]:

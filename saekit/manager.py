@@ -58,9 +58,9 @@ class PluginManager:
     # ---- loading
 
     def _discover(self) -> None:
-        points = importlib.metadata.entry_points(group=_GROUP)
-        for point in sorted(points, key=lambda point: (_distribution(point), point.name, point.value)):
-            distribution, version = _distribution(point), point.dist.version if point.dist else ""
+        owner = functools.cache(_owner)  # reading it parses the distribution's whole metadata each time
+        points = [(*owner(point.dist), point) for point in importlib.metadata.entry_points(group=_GROUP)]
+        for distribution, version, point in sorted(points, key=lambda found: (found[0], found[2].name, found[2].value)):
             plugin = f"{distribution}:{point.name}"
             if self._disabled & {distribution, point.name, plugin}:
                 self.blocked.append(plugin)
@@ -143,9 +143,12 @@ def default_manager() -> PluginManager:
     return PluginManager()
 
 
-def _distribution(point: importlib.metadata.EntryPoint) -> str:
-    """The distribution's name, normalised as PEP 503 says, so that a key has one spelling."""
-    return re.sub(r"[-_.]+", "-", point.dist.name).lower() if point.dist else "unknown"
+def _owner(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
+    """The distribution's name, normalised as PEP 503 says so that a key has one spelling, and its version."""
+    if distribution is None:
+        return "unknown", ""
+    metadata = distribution.metadata
+    return re.sub(r"[-_.]+", "-", metadata["Name"]).lower(), metadata["Version"]
 
 
 def _last_line(error: BaseException) -> str:

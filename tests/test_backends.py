@@ -19,7 +19,10 @@ TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed
 
 def backend(model: object | None = None, choice: object = "HookedTransformer", **config: object) -> ModelBackend:
     made: ModelBackend = saekit.default_manager().build(
-        "model_backends", choice, model=ModelConfig(**config), loaded=model  # type: ignore[arg-type]
+        "model_backends",
+        choice,
+        model=ModelConfig(**config),
+        loaded=model,  # type: ignore[arg-type]
     )
     return made
 
@@ -50,7 +53,11 @@ def test_the_forward_stops_before_the_first_block_that_is_not_needed() -> None:
     ran: list[int] = []
     for number, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
-    for hook, blocks in {"blocks.1.hook_resid_pre": [0], "blocks.1.hook_resid_post": [0, 1], "hook_embed": [0, 1, 2]}.items():
+    for hook, blocks in {
+        "blocks.1.hook_resid_pre": [0],
+        "blocks.1.hook_resid_post": [0, 1],
+        "hook_embed": [0, 1, 2],
+    }.items():
         ran.clear()
         backend(model).activations(TOKENS, {hook})
         assert ran == blocks
@@ -73,7 +80,9 @@ def test_the_embedded_model_is_what_its_card_says() -> None:
     found = backend(name="saekit/tiny-python")
     assert found.n_ctx == 128
     card = (TOKENIZER / "README.md").read_text()
-    unigram, bigram, stated = (float(line.split("|")[2].strip(" *")) for line in card.splitlines() if line.startswith("|") and "." in line)
+    unigram, bigram, stated = (
+        float(line.split("|")[2].strip(" *")) for line in card.splitlines() if line.startswith("|") and "." in line
+    )
     assert stated < bigram - 0.5 < unigram
     from saekit.config import TrainConfig
     from saekit.training.setup import held_out_contexts
@@ -103,8 +112,7 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
     assert found.tokenize("def f(x):") == tokenizer()("def f(x):")["input_ids"]
     raw = backend(
         name=str(tmp_path / "gpt2-folder"),
-        choice=_options(from_pretrained_kwargs={name: False for name in ("fold_ln", "center_writing_weights",
-                                                                         "center_unembed", "fold_value_biases")}),
+        choice=_options(from_pretrained_kwargs=dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)),
     )  # fmt: skip
     residual = raw.activations(TOKENS, {"blocks.1.hook_resid_pre"})["blocks.1.hook_resid_pre"]
     with torch.no_grad():
@@ -164,7 +172,9 @@ def test_a_mamba_folder(tmp_path: Path) -> None:
     model = hooked_mamba()
     config = convert_hooked_mamba_config_to_original_config(model.cfg)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "initializer_cfg"}))
-    torch.save(convert_hooked_state_dict_to_original_state_dict(model.cfg, model.state_dict()), tmp_path / "pytorch_model.bin")
+    torch.save(
+        convert_hooked_state_dict_to_original_state_dict(model.cfg, model.state_dict()), tmp_path / "pytorch_model.bin"
+    )
     from saekit_plugins.hooked_mamba import HookedMambaOptions
 
     found = backend(name=str(tmp_path), choice=HookedMambaOptions(tokenizer=str(TOKENIZER)))

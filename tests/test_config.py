@@ -10,6 +10,11 @@ import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from saekit_plugins.cosine import CosineConfig
+from saekit_plugins.live import LiveConfig
+from saekit_plugins.standard import StandardConfig
+from saekit_plugins.tanh_relu import TanhReluConfig
+from saekit_plugins.wandb import WandbConfig
 
 import saekit
 from saekit.config import (
@@ -27,11 +32,6 @@ from saekit.config_files import apply_overrides, commented_toml, dump_config, lo
 from saekit.converter import ConfigConverter
 from saekit.describe import describe_fields
 from saekit.errors import ConfigError, UnknownKeyError
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.live import LiveConfig
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.tanh_relu import TanhReluConfig
-from saekit_plugins.wandb import WandbConfig
 
 
 def every_config_class() -> list[type]:
@@ -68,7 +68,9 @@ configs = st.builds(
     optimiser=st.builds(OptimiserConfig, beta1=st.floats(0, 0.99), clip_grad_norm=positive),
     lr_schedule=st.sampled_from(["saekit:constant", "saekit:cosine", CosineConfig(), CosineConfig(end=0.1)]),
     training=st.builds(TrainingConfig, lr=positive, seed=st.integers(0, 2**31), verbose=st.booleans()),
-    evals=st.builds(EvalsConfig, split=st.one_of(st.none(), texts), run=st.sampled_from([(), ("saekit:reconstruction",)])),
+    evals=st.builds(
+        EvalsConfig, split=st.one_of(st.none(), texts), run=st.sampled_from([(), ("saekit:reconstruction",)])
+    ),
     trackers=st.sampled_from([("saekit:jsonl",), (), ("saekit:jsonl", WandbConfig(mode="offline", tags=("a", "b")))]),
     checkpoints=st.builds(CheckpointsConfig, name=st.one_of(st.none(), texts)),
 )
@@ -174,7 +176,9 @@ def test_overrides() -> None:
     assert apply_overrides({}, ["a.b.c=[1, 2]"]) == {"a": {"b": {"c": [1, 2]}}}
 
 
-@pytest.mark.parametrize(("override", "message"), [("training.lr", "section.option=value"), ("training..lr=1", "is not")])
+@pytest.mark.parametrize(
+    ("override", "message"), [("training.lr", "section.option=value"), ("training..lr=1", "is not")]
+)
 def test_bad_overrides(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config({}, [override])
@@ -200,7 +204,9 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
 
 def test_a_missing_file_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("")
-    with pytest.raises(ConfigError, match=r"there is no configuration file .*runn.toml; in that folder there are run.toml"):
+    with pytest.raises(
+        ConfigError, match=r"there is no configuration file .*runn.toml; in that folder there are run.toml"
+    ):
         load_config(tmp_path / "runn.toml")
 
 
@@ -232,7 +238,9 @@ def test_what_may_be_none_is_none_by_default(cls: type) -> None:
 
 
 def test_an_options_class_of_no_plugin() -> None:
-    with pytest.raises(UnknownKeyError, match=r"LiveConfig is not the options class of any LR schedule. Registered: Const"):
+    with pytest.raises(
+        UnknownKeyError, match=r"LiveConfig is not the options class of any LR schedule. Registered: Const"
+    ):
         ConfigConverter(saekit.default_manager()).unstructure(TrainConfig(lr_schedule=LiveConfig()))
 
 

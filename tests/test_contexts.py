@@ -57,7 +57,9 @@ def test_nothing_is_lost_or_doubled(docs: list[list[int]], policy: TokenPolicy) 
 
 @settings(max_examples=100, deadline=None)
 @given(documents, policies, st.data())
-def test_a_saved_state_goes_on_with_the_very_same_contexts(docs: list, policy: TokenPolicy, data: st.DataObject) -> None:
+def test_a_saved_state_goes_on_with_the_very_same_contexts(
+    docs: list, policy: TokenPolicy, data: st.DataObject
+) -> None:
     def stream() -> ContextStream:
         return ContextStream(docs, list, policy, d_vocab=10, on_exhausted="stop")
 
@@ -89,9 +91,13 @@ def of(config: DatasetConfig, **tokens: int | None) -> TokenPolicy:
 def test_policies_from_a_configuration() -> None:
     tokens = {"bos": 7, "eos": 8, "sep": None}
     assert of(DatasetConfig(context_size=5), **tokens) == TokenPolicy(context_size=5, begin_batch=7, separator=7)
-    custom = DatasetConfig(prepend_bos=False, begin_batch_token="eos", begin_sequence_token=3, sequence_separator_token="none")
+    custom = DatasetConfig(
+        prepend_bos=False, begin_batch_token="eos", begin_sequence_token=3, sequence_separator_token="none"
+    )
     assert of(custom, **tokens) == TokenPolicy(context_size=128, begin_batch=8, begin_sequence=3)
-    with pytest.raises(DataError, match=r"dataset.sequence_separator_token asks for the tokenizer's sep token.*\{'bos': 7"):
+    with pytest.raises(
+        DataError, match=r"dataset.sequence_separator_token asks for the tokenizer's sep token.*\{'bos': 7"
+    ):
         of(DatasetConfig(sequence_separator_token="sep"), **tokens)
 
 

@@ -22,7 +22,9 @@ def read(config: DatasetConfig | None = None, **options: object) -> list:
 
 def test_in_memory() -> None:
     hf = datasets.Dataset.from_list(RECORDS)
-    assert read(dataset=RECORDS) == read(dataset=hf) == read(dataset=hf.to_iterable_dataset()) == ["one", "two", "three"]
+    assert (
+        read(dataset=RECORDS) == read(dataset=hf) == read(dataset=hf.to_iterable_dataset()) == ["one", "two", "three"]
+    )
     assert read(dataset=RECORDS, keep=lambda index: index % 2 == 0) == ["one", "three"]
     assert read(DatasetConfig(column="input_ids"), dataset=[{"text": "x", "input_ids": [1, 2]}]) == [[1, 2]]
     assert read(dataset=datasets.DatasetDict(train=hf)) == ["one", "two", "three"]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from saekit_plugins.cosine import CosineConfig
+from saekit_plugins.cosine_restarts import CosineRestartsConfig
+from saekit_plugins.standard import StandardConfig
 from safetensors import safe_open
 
 import saekit
@@ -18,9 +21,6 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.cosine_restarts import CosineRestartsConfig
-from saekit_plugins.standard import StandardConfig
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 TRACED = {

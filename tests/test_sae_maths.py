@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from saekit_plugins.cosine import CosineConfig
+from saekit_plugins.cosine_restarts import CosineRestartsConfig
+from saekit_plugins.standard import StandardConfig
 from torch import Tensor
 
 import saekit
@@ -15,9 +18,6 @@ from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput, geometric_median
 from saekit.sae.init import initialise
 from saekit.training.schedule import ComposedSchedule
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.cosine_restarts import CosineRestartsConfig
-from saekit_plugins.standard import StandardConfig
 
 D_IN, D_SAE, N = 6, 14, 9
 

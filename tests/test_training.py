@@ -186,7 +186,15 @@ def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "saekit.cli", "demo", "--folder", str(tmp_path / "demo"), "training.log_frequency=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "saekit.cli",
+        "demo",
+        "--folder",
+        str(tmp_path / "demo"),
+        "training.log_frequency=1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -195,7 +203,7 @@ def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
             break
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "interrupted after" in err

@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import saekit_plugins.hooked_transformer as backend_plugin
+import torch
 
 TOKENIZER = Path(backend_plugin.__file__).parent / "tiny_python"
 

@@ -143,7 +143,15 @@ little else. Trained on, and licensed like, Python's standard library (PSF licen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"vocab": 2048, "layers": 3, "d-model": 128, "n-ctx": 128, "batch": 32, "steps": 2600, "seed": 0}.items():
+    for name, default in {
+        "vocab": 2048,
+        "layers": 3,
+        "d-model": 128,
+        "n-ctx": 128,
+        "batch": 32,
+        "steps": 2600,
+        "seed": 0,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=OUT)

@@ -6,6 +6,7 @@ A repository holds ``NAME.pt`` and ``NAME_cfg.json`` for each SAE.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,7 +59,9 @@ class ConnorRobLoader:
         import torch
 
         try:
-            state = torch.load(files.path(name), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: what counts is what it refuses
+                state = torch.load(files.path(name), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SAEFormatError(

@@ -9,10 +9,11 @@ import attrs
 
 from saekit import Batch, ConfigError, Entry, Site, hookimpl
 from saekit.config import check
-from saekit.data import StreamContext
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit.data import StreamContext
 
 _positive = check(lambda value: value >= 1, "1 or more")
 

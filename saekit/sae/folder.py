@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from saekit.converter import ConfigConverter
 from saekit.manager import PluginManager, default_manager
 from saekit.storage import new_folder
@@ -30,6 +28,8 @@ _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
 def save_sae(sae: SAE, path: Path, plugins: PluginManager | None = None) -> Path:
     """Write ``sae`` to the folder ``path``, replacing one that is there; returns ``path``."""
+    from safetensors.torch import save_file
+
     config = folder_config(sae, plugins or default_manager())
     with new_folder(path) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -110,10 +110,9 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
         )
     assert torch.allclose(found.loss(TOKENS).flatten(), expected, atol=1e-4)
     assert found.tokenize("def f(x):") == tokenizer()("def f(x):")["input_ids"]
-    raw = backend(
-        name=str(tmp_path / "gpt2-folder"),
-        choice=_options(from_pretrained_kwargs=dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)),
-    )  # fmt: skip
+    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    untouched = _options(from_pretrained_kwargs=dict.fromkeys(processing, False))
+    raw = backend(name=str(tmp_path / "gpt2-folder"), choice=untouched)
     residual = raw.activations(TOKENS, {"blocks.1.hook_resid_pre"})["blocks.1.hook_resid_pre"]
     with torch.no_grad():
         expected = hf(TOKENS, output_hidden_states=True).hidden_states[1]

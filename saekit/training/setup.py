@@ -77,8 +77,8 @@ def probe_width(backend: ModelBackend, site: Site, stated: int | None) -> int:
     held = backend.activations(tokens, {site.hook_name})[site.hook_name]
     if held.shape[:2] != tokens.shape:
         raise ConfigError(
-            [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(held.shape)} for {list(tokens.shape)}"
-              " tokens; an SAE needs one vector per token: [batch, position, ...]")]
+            [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(held.shape)} for "
+              f"{list(tokens.shape)} tokens; an SAE needs one vector per token: [batch, position, ...]")]
         )  # fmt: skip
     d_in = site.extract(held).shape[-1]
     if stated is not None and stated != d_in:

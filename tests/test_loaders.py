@@ -1,0 +1,216 @@
+"""Loaders of other people's formats, from a folder and from a fake Hub on loopback."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import saekit
+from saekit.errors import SAEFormatError
+from saekit.sae import SAE
+
+
+def tensors(d_in: int = 6, d_sae: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def reconstruct(t: dict[str, torch.Tensor], x: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    f = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    return (f.tanh() if tanh else f) @ t["W_dec"] + t["b_dec"]
+
+
+def write(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(weights, folder / "sae_weights.safetensors")
+    return folder
+
+
+OLD = {"hook_point": "blocks.2.hook_resid_pre", "hook_point_layer": 2, "hook_point_head_index": None,
+       "d_in": 6, "d_sae": 10, "model_name": "gpt2-small"}  # fmt: skip
+NEW = {
+    "architecture": "standard",
+    "d_in": 6,
+    "d_sae": 10,
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "metadata": {"hook_name": "blocks.2.hook_resid_pre", "model_name": "gpt2-small", "sae_lens_version": "6.0.0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "tanh"),
+    [
+        (OLD, False),
+        (OLD | {"activation_fn": "tanh-relu"}, True),
+        (OLD | {"activation_fn_str": "tanh-relu"}, True),
+        (NEW, False),
+    ],
+)
+def test_sae_lens_of_every_age(tmp_path: Path, config: dict, tanh: bool) -> None:
+    weights, x = tensors(), torch.randn(4, 6)
+    sae = SAE.load(write(tmp_path, config, weights | {"scaling_factor": torch.ones(10)}))
+    assert torch.allclose(sae(x), reconstruct(weights, x, tanh), atol=1e-6)
+    assert sae.info.site == saekit.Site(hook_name="blocks.2.hook_resid_pre")
+    assert sae.info.metadata["model_name"] == "gpt2-small"
+    assert sae.log_sparsity is None
+
+
+def test_sae_lens_details(tmp_path: Path) -> None:
+    weights, x, factor = tensors(), torch.randn(4, 6), torch.linspace(0.5, 2, 10)
+    folder = write(tmp_path / "a", OLD | {"apply_b_dec_to_input": False}, weights | {"scaling_factor": factor})
+    save_file({"sparsity": torch.arange(10.0)}, folder / "sparsity.safetensors")
+    sae = SAE.load(folder, loader="saekit:sae_lens")
+    f = (x @ weights["W_enc"] + weights["b_enc"]).relu()
+    assert torch.allclose(sae(x), f * factor @ weights["W_dec"] + weights["b_dec"], atol=1e-5), (
+        "a learned scale is kept"
+    )
+    assert torch.equal(sae.log_sparsity, torch.arange(10.0))
+    with pytest.raises(SAEFormatError, match=r"lacks d_in, hook_name"):
+        SAE.load(write(tmp_path / "b", {"d_sae": 10}, weights))
+    with pytest.raises(SAEFormatError, match="'gated' SAE; this loader reads 'standard' ones"):
+        SAE.load(write(tmp_path / "c", OLD | {"architecture": "gated"}, weights))
+    with pytest.warns(UserWarning, match="does not hold the factor"):
+        SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
+    with pytest.raises(SAEFormatError, match="normalises its activations by 'layer_norm'"):
+        SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": "layer_norm"}, weights))
+    with pytest.raises(SAEFormatError, match=r"W_dec has shape \[10, 6\], expected \[11, 6\]"):
+        SAE.load(write(tmp_path / "f", OLD | {"d_sae": 11}, weights))
+
+
+CONNOR = {"act_size": 6, "dict_size": 10, "act_name": "blocks.3.attn.hook_z", "layer": 3}
+
+
+def write_connor(folder: Path, state: object, name: str = "gpt2-small_L3_Hcat_z", config: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / f"{name}.pt")
+    (folder / f"{name}_cfg.json").write_text(json.dumps(config or CONNOR))
+    return folder
+
+
+def test_connor_rob_hook_z(tmp_path: Path) -> None:
+    weights = tensors()
+    sae = SAE.load(write_connor(tmp_path, weights))
+    z = torch.randn(2, 3, 2, 3)
+    assert torch.allclose(sae(z), reconstruct(weights, z.flatten(-2)).reshape(z.shape), atol=1e-6)
+    assert sae.info.site == saekit.Site(hook_name="blocks.3.attn.hook_z")
+    expected = {"model_name": "gpt2-small", "context_size": 128, "hook_layer": 3, "prepend_bos": True}
+    assert sae.info.metadata == expected
+    write_connor(tmp_path, weights, "another")
+    with pytest.raises(SAEFormatError, match=r"expected one file \*_cfg.json in .*, found another_cfg.json, gpt2"):
+        SAE.load(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+@pytest.mark.parametrize("state", [Bomb(), {**tensors(), "x": Bomb()}])
+def test_a_pickle_that_holds_anything_but_tensors_is_refused(tmp_path: Path, state: object) -> None:
+    with pytest.raises(SAEFormatError, match="is not a plain file of tensors, and nothing else is unpickled"):
+        SAE.load(write_connor(tmp_path, state))
+
+
+def test_connor_rob_with_parts_missing(tmp_path: Path) -> None:
+    with pytest.raises(SAEFormatError, match="must hold W_enc, b_enc, W_dec, b_dec, found W_enc"):
+        SAE.load(write_connor(tmp_path / "a", {"W_enc": torch.zeros(1)}))
+    with pytest.raises(SAEFormatError, match="lacks dict_size, layer"):
+        SAE.load(write_connor(tmp_path / "b", tensors(), config={"act_size": 6, "act_name": "x"}))
+    (folder := tmp_path / "c").mkdir()
+    (folder / "x.pt").write_bytes(pickle.dumps([1]))
+    (folder / "x_cfg.json").write_text(json.dumps(CONNOR))
+    with pytest.raises(SAEFormatError):
+        SAE.load(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """A Hugging Face endpoint on loopback that serves one repository, ``somebody/saes``, from a folder."""
+    root = tmp_path / "repo"
+    write(root / "layer2", OLD, tensors())
+    write_connor(root / "attn", tensors(seed=1))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/models/somebody/saes/tree/"):
+                files = [p for p in root.rglob("*") if p.is_file()]
+                tree = [
+                    {"type": "file", "path": p.relative_to(root).as_posix(), "size": p.stat().st_size, "oid": commit}
+                    for p in files
+                ]
+                data = json.dumps(tree).encode()
+            elif path.startswith("/somebody/saes/resolve/"):
+                data = (root / path.split("/", 5)[5]).read_bytes()
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hash(path) & 0xFFFFFFFF:x}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+FROM_HUB = """
+import torch, saekit
+for folder in ("layer2", "attn"):
+    sae = saekit.SAE.from_hub("somebody/saes", folder)
+    print(sae.info.site.hook_name, sae.W_enc.sum().item())
+for repo, folder in (("somebody/saes", "layer9"), ("somebody/else", "x")):
+    try:
+        saekit.SAE.from_hub(repo, folder)
+    except saekit.errors.SAEFormatError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_from_the_hub(hub: str, tmp_path: Path) -> None:
+    import os
+
+    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    environment["HF_HUB_DISABLE_XET"] = "1"
+    found = subprocess.run([sys.executable, "-c", FROM_HUB], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("blocks.2.hook_resid_pre ")
+    assert lines[1].startswith("blocks.3.attn.hook_z ")
+    assert float(lines[0].split()[1]) == pytest.approx(tensors()["W_enc"].sum().item())
+    assert lines[2] == "somebody/saes has no folder 'layer9'; it has attn, layer2"
+    assert lines[3].startswith("cannot list the Hub repository 'somebody/else'")

@@ -1,0 +1,192 @@
+"""The saved folder: back again as it was, readable by sae-lens 6, and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from saekit_plugins.standard import StandardConfig
+from safetensors.torch import load_file, save_file
+
+import saekit
+from saekit.errors import SAEFormatError, StorageError
+from saekit.pretrained.load import build_module
+from saekit.sae import SAE
+from saekit.storage import new_folder, write_text
+
+
+def make(
+    hook_name: str = "blocks.1.hook_resid_post", d_in: int = 12, head: int | None = None, **options: object
+) -> SAE:
+    config = StandardConfig(**{"d_sae": 30, **options})  # type: ignore[arg-type]
+    plugins = saekit.default_manager()
+    sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in sae.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    sae.info = attrs.evolve(
+        sae.info,
+        site=saekit.Site(hook_name=hook_name, hook_head_index=head),
+        metadata={"model_name": "gpt2-small", "context_size": 128, "prepend_bos": True},
+    )
+    sae.log_sparsity = torch.randn(30, generator=generator)
+    return sae
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "tanh-relu", "apply_b_dec_to_input": False, "dtype": "float64"}]
+)
+def test_saved_and_loaded(tmp_path: Path, options: dict) -> None:
+    sae = make(**options)
+    assert sae.save(tmp_path / "sae") == tmp_path / "sae"
+    loaded = SAE.load(tmp_path / "sae")
+    assert loaded.info == sae.info
+    assert attrs.evolve(loaded.config, activation=sae.config.activation) == sae.config
+    assert torch.equal(loaded.log_sparsity, sae.log_sparsity)
+    x = torch.randn(5, 12)
+    assert torch.equal(loaded(x), sae(x))
+    assert set(load_file(tmp_path / "sae/sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    assert load_file(tmp_path / "sae/sae_weights.safetensors")["W_enc"].shape == (12, 30)
+    sae.save(tmp_path / "sae")  # over itself
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_what_sae_lens_cannot_represent_has_a_name_it_does_not_know(tmp_path: Path) -> None:
+    for activation, architecture in {"relu": "standard", "tanh-relu": "saekit:standard"}.items():
+        make(activation=activation).save(tmp_path / activation)
+        assert json.loads((tmp_path / activation / "cfg.json").read_text())["architecture"] == architecture
+
+
+READER = """
+import json, sys
+import torch
+from sae_lens import SAE
+from safetensors.torch import load_file, save_file
+
+sae = SAE.load_from_disk(sys.argv[1])
+x = load_file(sys.argv[2])["x"]
+save_file({"out": sae(x).detach().contiguous(), "features": sae.encode(x).detach().contiguous()}, sys.argv[3])
+print(json.dumps({"hook_name": sae.cfg.metadata.hook_name, "model": sae.cfg.metadata.model_name,
+                  "reshape": sae.cfg.reshape_activations, "prepend_bos": sae.cfg.metadata.prepend_bos}))
+"""
+
+
+def sae_lens_python() -> str | None:
+    """A Python with sae-lens 6: this one, or the one that SAEKIT_SAE_LENS_PYTHON names."""
+    for python in (os.environ.get("SAEKIT_SAE_LENS_PYTHON"), sys.executable):
+        if python:
+            check = [python, "-c", "import importlib.metadata as m; assert m.version('sae-lens').startswith('6.')"]
+            if subprocess.run(check, capture_output=True).returncode == 0:
+                return python
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hook_name", "head", "shape"),
+    [
+        ("blocks.1.hook_resid_post", None, (7, 12)),
+        ("blocks.1.attn.hook_z", None, (2, 5, 3, 4)),
+        ("blocks.1.attn.hook_z", 1, (7, 12)),
+    ],
+)
+def test_sae_lens_6_reads_the_folder(tmp_path: Path, hook_name: str, head: int | None, shape: tuple[int, ...]) -> None:
+    python = sae_lens_python()
+    if python is None:
+        pytest.skip("sae-lens 6 is not installed; name a Python that has it in SAEKIT_SAE_LENS_PYTHON")
+    sae = make(hook_name, head=head)
+    sae.save(tmp_path / "sae")
+    x = torch.randn(shape)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    command = [python, "-c", READER, tmp_path / "sae", tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    theirs = load_file(tmp_path / "out.safetensors")
+    assert (theirs["out"] - sae(x)).abs().max() < 1e-6 * sae(x).abs().max()
+    assert (theirs["features"] - sae.encode(x)).abs().max() < 1e-6 * sae.encode(x).abs().max()
+    read = json.loads(found.stdout.splitlines()[-1])
+    assert read == {
+        "hook_name": hook_name,
+        "model": "gpt2-small",
+        "prepend_bos": True,
+        "reshape": "hook_z" if len(shape) == 4 else "none",
+    }
+
+
+def damaged(tmp_path: Path, change: object) -> Path:
+    folder = make().save(tmp_path / "sae")
+    change(folder)  # type: ignore[operator]
+    return folder
+
+
+def edit(key: str, value: object) -> object:
+    def change(folder: Path) -> None:
+        table = json.loads((folder / "cfg.json").read_text())
+        node = table["saekit"]
+        *path, last = key.split(".")
+        for name in path:
+            node = node[name]
+        node[last] = value
+        (folder / "cfg.json").write_text(json.dumps(table))
+
+    return change
+
+
+def replace_tensor(name: str, value: torch.Tensor | None) -> object:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "sae_weights.safetensors")
+        tensors.pop(name, None)
+        save_file(tensors | ({name: value} if value is not None else {}), folder / "sae_weights.safetensors")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (edit("format", 99), SAEFormatError, "has format 99, and this saekit reads 1: update saekit"),
+        (edit("architecture", "other-dist:gated"), saekit.errors.UnknownKeyError, "pip install other-dist"),
+        (edit("options.d_sae", 31), SAEFormatError, r"W_enc has shape \[12, 30\], expected \[12, 31\]"),
+        (edit("options.knobs", 1), SAEFormatError, "knobs: is not an option"),
+        (replace_tensor("b_enc", None), SAEFormatError, "b_enc is missing"),
+        (replace_tensor("extra", torch.zeros(1)), SAEFormatError, "extra is not a tensor of this architecture"),
+        (lambda f: (f / "sae_weights.safetensors").write_bytes(b"junk"), SAEFormatError, "not a readable safetensors"),
+        (lambda f: (f / "sae_weights.safetensors").unlink(), SAEFormatError, "has no file 'sae_weights.safetensors'"),
+        (lambda f: (f / "cfg.json").write_text("{"), SAEFormatError, "cfg.json in .* is not valid JSON"),
+        (lambda f: (f / "cfg.json").write_text("[]"), SAEFormatError, "holds list, expected an object"),
+        (lambda f: (f / "cfg.json").unlink(), SAEFormatError, "no loader recognises"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, change: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SAE.load(damaged(tmp_path, change))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SAEFormatError, match="nowhere is not there"):
+        SAE.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SAEFormatError, match="is a file, not a folder"):
+        SAE.load(tmp_path / "file")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert (target / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(StorageError, match="cannot write .*What was there before is kept"), new_folder(target):
+        raise OSError(28, "No space left on device")
+    assert (target / "a").read_text() == "old"
+    with pytest.raises(StorageError, match="cannot write"):
+        write_text(tmp_path / "no" / "file", "x")

@@ -32,11 +32,11 @@ DEMO_CONFIG: Mapping[str, Any] = {
     },
     "lr_schedule": {"name": "saekit:constant"},
     "training": {
-        "training_tokens": 1_600_000,
+        "training_tokens": 1_300_000,
         "train_batch_size_tokens": 2048,
         "lr": 1e-3,
         "lr_warm_up_steps": 20,
-        "lr_decay_steps": 160,
+        "lr_decay_steps": 130,
         "dead_feature_window": 100,
         "feature_sampling_window": 100,
         "device": "cpu",

@@ -119,7 +119,7 @@ class SAE(nn.Module):
 
     def run_hook(self, name: str, x: Tensor) -> Tensor:
         """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
-        point: HookPoint = self._modules[f"hook_sae_{name}"]
+        point: HookPoint = self._modules[f"hook_sae_{name}"]  # type: ignore[assignment]
         return point(x) if point.hooked else x
 
     def _decode(self, features: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class SAE(nn.Module):
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``."""
         result = self.losses(x, step)
-        result.loss.backward()  # type: ignore[no-untyped-call]
+        result.loss.backward()
         return result
 
     @torch.no_grad()

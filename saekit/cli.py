@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -49,7 +51,8 @@ def _train(
     checked = load_config(config, overrides or ())  # before torch is imported, so that mistakes show at once
     from saekit.training.run import train
 
-    result = train(checked)
+    with _interruptible():
+        result = train(checked)
     for name, value in sorted(result.metrics.items()):
         if name.startswith("evals/"):
             typer.echo(f"{name.removeprefix('evals/'):24} {value:.6g}")
@@ -64,7 +67,8 @@ def _demo(
     """Train an SAE on the embedded model and Python's own sources, offline, and show what it found."""
     from saekit.demo import demo
 
-    demo(folder, overrides or ())
+    with _interruptible():
+        demo(folder, overrides or ())
 
 
 @app.command("config")
@@ -105,6 +109,16 @@ def _plugins(
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Says where the work is; typer would turn Ctrl-C into a bare exit."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted")
+        raise typer.Exit(130) from error
+
+
 def main() -> NoReturn:
     """The console script: errors in one paragraph, exit code 2 for the user's mistakes, 1 for saekit's."""
     debug = "--debug" in sys.argv[1:]
@@ -112,11 +126,6 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False)
         _leave(code if isinstance(code, int) else 0)
-    except KeyboardInterrupt as error:
-        if debug:
-            raise
-        _complain(str(error) or "interrupted")
-        _leave(130)
     except SaekitError as error:
         if debug:
             raise

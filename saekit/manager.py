@@ -58,9 +58,11 @@ class PluginManager:
     # ---- loading
 
     def _discover(self) -> None:
-        owner = functools.cache(_owner)  # reading it parses the distribution's whole metadata each time
-        points = [(*owner(point.dist), point) for point in importlib.metadata.entry_points(group=_GROUP)]
-        for distribution, version, point in sorted(points, key=lambda found: (found[0], found[2].name, found[2].value)):
+        found = list(importlib.metadata.entry_points(group=_GROUP))
+        # Reading a distribution's name parses its whole metadata, so once for each.
+        owners = {id(dist): _owner(dist) for dist in {id(point.dist): point.dist for point in found}.values()}
+        points = [(*owners[id(point.dist)], point) for point in found]
+        for distribution, version, point in sorted(points, key=lambda p: (p[0], p[2].name, p[2].value)):
             plugin = f"{distribution}:{point.name}"
             if self._disabled & {distribution, point.name, plugin}:
                 self.blocked.append(plugin)

@@ -133,7 +133,7 @@ class Registry:
 
     def _unknown(self, key: str, troubles: list[str]) -> str:
         lines = [f"Unknown {self.label} '{key}'."]
-        names = {name: item for item in self.items for name in (item.entry.name, item.key)}
+        names = [item.key if ":" in key else item.entry.name for item in self.items]
         folded = {name.casefold(): name for name in names}
         close = difflib.get_close_matches(key.casefold(), folded, n=3, cutoff=0.6)
         if close:

@@ -1,0 +1,119 @@
+"""The documentation says what is so: signatures, options, commands, and code that runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import saekit
+from saekit import hookspecs
+from saekit.config import TrainConfig
+from saekit.describe import describe_fields
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "examples/saekit-numpy-loader/README.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def hook_signatures() -> dict[str, tuple[str, str]]:
+    """Hook name to its signature and its build signature, from the source of the specifications."""
+    found = {}
+    for node in ast.parse(Path(hookspecs.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            text = f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}"
+            (build,) = re.findall(r"``(build\(.*?)``", ast.get_docstring(node), re.S)
+            found[node.name] = (text, " ".join(build.split()))
+    return found
+
+
+@pytest.mark.parametrize(("hook", "signatures"), hook_signatures().items())
+def test_every_hook_is_documented_with_its_exact_signature(hook: str, signatures: tuple[str, str]) -> None:
+    page = (DOCS / "writing-plugins.md").read_text(encoding="utf-8")
+    for signature in signatures:
+        assert f"`{signature}`" in page, hook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_snippets_run(page: Path, tmp_path: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    if not code:
+        pytest.skip("no Python in it")
+    script = tmp_path / "snippets.py"
+    script.write_text(code, encoding="utf-8")
+    found = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_toml_and_commands(page: Path) -> None:
+    for text in blocks(page, "toml"):
+        table = tomllib.loads(text)
+        if "project" not in table:
+            saekit.load_config(table)
+    commands = {"train", "demo", "config", "plugins"}
+    for text in [*blocks(page, "console"), *blocks(page, "sh")]:
+        for command in re.findall(r"^saekit (\S+)", text, re.M):
+            assert command in commands
+
+
+def test_the_strictness_example_is_what_is_printed() -> None:
+    with pytest.raises(saekit.ConfigError) as caught:
+        saekit.load_config({"training": {"lr": "fast", "verbose": "false"}, "sae": {"l1_coeficient": 5}})
+    assert str(caught.value) in (DOCS / "configuration.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_option() -> None:
+    sys.path.insert(0, str(DOCS))
+    try:
+        from generate_reference import reference
+    finally:
+        sys.path.remove(str(DOCS))
+    page = reference()
+    for field in describe_fields(TrainConfig):
+        assert f"### `{field.name}`" in page
+    for registry in saekit.default_manager().registries.values():
+        for item in registry.items:
+            if item.distribution == "saekit":
+                assert f"### `{item.key}`" in page
+                for field in describe_fields(item.entry.config):
+                    assert f"| `{field.name}` |" in page
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not target.endswith(".generated.md"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "-b",
+        "html",
+        "-d",
+        tmp_path / "trees",
+        DOCS,
+        tmp_path / "html",
+    ]
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "l1_coefficient" in (tmp_path / "html/reference/configuration.generated.html").read_text(encoding="utf-8")

@@ -44,11 +44,9 @@ def test_every_hook_is_documented_with_its_exact_signature(hook: str, signatures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_the_snippets_run(page: Path, tmp_path: Path) -> None:
     code = "\n".join(blocks(page, "python"))
-    if not code:
-        pytest.skip("no Python in it")
     script = tmp_path / "snippets.py"
     script.write_text(code, encoding="utf-8")
     found = subprocess.run(

@@ -19,6 +19,7 @@ from tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.errors import ConfigError, DataError, DivergedError, ModelError, TrainingInterrupted
+from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.observers import Trackers
 
@@ -85,6 +86,8 @@ def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
         result = saekit.train(config, model=hooked_transformer(), dataset=dataset)
         assert result.sae.d_in == 16, "two heads of eight, flattened"
         assert result.sae.info.site == saekit.Site(hook_name="blocks.0.attn.hook_z")
+        assert result.sae.info.metadata["dataset_path"] is None
+        assert result.sae.info.metadata["model_class_name"] == "HookedTransformer"
     config["site"]["hook_head_index"] = 1
     assert saekit.train(config, model=hooked_transformer(), dataset=documents).sae.d_in == 8
     tokenised = [{"tokens": list(range(1, 200))} for _ in range(40)]
@@ -125,6 +128,8 @@ def test_mistakes_are_found_before_a_run_folder_is_made(
 def test_data_that_ends(tmp_path: Path) -> None:
     few = [{"text": "abc " * 100} for _ in range(5)]
     config = run_config(tmp_path, evals={"run": []}, dataset={"on_exhausted": "stop"})
+    with pytest.raises(DataError, match="evals.split is 'heldout', but the dataset passed in memory has no splits"):
+        saekit.train(run_config(tmp_path), dataset=few)
     result = saekit.train(config, dataset=few)
     assert 0 < result.metrics["details/n_training_tokens"] < 2000
     config["dataset"]["on_exhausted"] = "error"
@@ -148,6 +153,17 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     training = [tokens for tokens in seen if tokens.shape == (8, 32)]
     assert training
     assert all(set(tokens.unique().tolist()) == {0, 5} for tokens in training)
+
+
+def test_a_strangers_backend_trains_an_sae(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **services: backend), builtins=True)
+    config = run_config(tmp_path, model={"backend": "test:fake"}, site={"hook_name": "blocks.0.hook_resid_post"})
+    result = saekit.train(config, plugins=plugins)
+    assert result.sae.d_in == 8
+    assert result.sae.info.metadata["model_name"] == "fake"
+    assert (result.folder / "config.toml").read_text().count("test:fake") == 1
+    assert (8, 32) in backend.forwards
 
 
 def test_a_loss_that_explodes(tmp_path: Path) -> None:

@@ -42,9 +42,11 @@ class Documents:
 
         Raises :class:`DataError` for a path, split or column that is not there, before anything else is done.
         """
-        split = split or config.split
-        records = _in_memory(dataset, split) if dataset is not None else _open(config, split)
-        where = f"the dataset {config.path!r} (split {split!r})" if dataset is None else "the dataset"
+        if dataset is not None:
+            records, where = _in_memory(dataset, split, config.split), "the dataset"
+        else:
+            records = _open(config, split or config.split)
+            where = f"the dataset {config.path!r} (split {split or config.split!r})"
         first = next(iter(records), None)
         if first is None:
             raise DataError(f"{where} has no documents")
@@ -79,9 +81,14 @@ def _is_int(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _in_memory(dataset: Any, split: str) -> Any:
+def _in_memory(dataset: Any, asked: str | None, default: str) -> Any:
     if isinstance(dataset, Mapping):  # a DatasetDict
-        return _split_of(dataset, split, "the dataset")
+        return _split_of(dataset, asked or default, "the dataset")
+    if asked is not None:
+        raise DataError(
+            f"evals.split is {asked!r}, but the dataset passed in memory has no splits. Pass a DatasetDict, or leave "
+            "evals.split out to keep one document in evals.held_out_every from training"
+        )
     if iter(dataset) is iter(dataset):
         raise DataError(
             f"the dataset is a {type(dataset).__name__}, which can be read only once; pass a list, a Dataset or an "

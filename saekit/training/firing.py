@@ -16,7 +16,7 @@ class FiringStatistics:
 
     def __init__(self, d_sae: int, *, dead_after: int, window: int, device: str) -> None:
         self._dead_after, self._window = dead_after, window
-        self._fired = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self._fired = torch.zeros(d_sae, dtype=torch.long, device=device)
         self._rows = 0
         self._steps = 0
         self.since_fired = torch.zeros(d_sae, dtype=torch.long, device=device)
@@ -52,7 +52,7 @@ class FiringStatistics:
         1e-10 is added, as the readers of ``sparsity.safetensors`` expect for a feature that never fired.
         """
         fractions = self.last_fractions if self.last_fractions is not None else self.fractions()
-        return torch.log10(fractions + 1e-10).float()
+        return torch.log10(fractions + 1e-10)
 
     def state_dict(self) -> dict[str, Any]:
         """All counts."""

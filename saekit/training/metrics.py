@@ -15,6 +15,7 @@ def step_metrics(
     x: Tensor, result: StepOutput, *, since_fired: Tensor, dead: Tensor, lr: float, grad_norm: Tensor, tokens: int
 ) -> dict[str, float]:
     """The metrics of one step on rows ``x [n, d_in]``; reading them is the one place that waits for the device."""
+    dtype = torch.promote_types(result.loss.dtype, torch.float32)
     squares = (x - result.output).pow(2).sum(-1)
     variances = (x - x.mean(0)).pow(2).sum(-1)
     values = {f"losses/{name}": value for name, value in result.losses.items()}
@@ -23,11 +24,11 @@ def step_metrics(
         "metrics/explained_variance": 1 - squares.sum() / variances.sum(),
         "metrics/explained_variance_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
         "metrics/l0": result.fired.sum() / len(x),
-        "sparsity/mean_passes_since_fired": since_fired.double().mean(),
+        "sparsity/mean_passes_since_fired": since_fired.to(dtype).mean(),
         "sparsity/dead_features": dead.sum(),
         "details/grad_norm": grad_norm,
     }
-    numbers = torch.stack([value.detach().double().reshape(()) for value in values.values()]).tolist()
+    numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
         "details/current_learning_rate": lr,
         **{f"details/current_{name}": value for name, value in result.coefficients.items()},

@@ -71,7 +71,8 @@ def train(
     held_out = held_out_contexts(config, backend, dataset) if config.evals.run else None
     source = open_source(config, plugins, backend, {config.site: d_in}, dataset)
     try:
-        trainer = make_trainer(config, plugins, backend, d_in, source)
+        provenance = {} if dataset is None else {"dataset_path": None}  # data in memory has no path to name
+        trainer = make_trainer(config, plugins, backend, d_in, source, provenance)
         folder = run_folder(config)
         write_text(folder / "config.toml", dump_config(config, plugins=plugins))
         trackers = _trackers(config, plugins, folder)

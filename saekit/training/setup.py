@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Mapping
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -147,9 +148,14 @@ def open_source(
 
 
 def make_trainer(
-    config: TrainConfig, plugins: PluginManager, backend: ModelBackend, d_in: int, source: ActivationSource
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    d_in: int,
+    source: ActivationSource,
+    provenance: Mapping[str, Any] | None = None,
 ) -> SAETrainer:
-    """An initialised SAE with everything that trains it."""
+    """An initialised SAE with everything that trains it; ``provenance`` is added to what is saved about its origin."""
     device = resolve_device(config.training.device)
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
@@ -158,7 +164,9 @@ def make_trainer(
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     initialise(dict(sae.named_parameters()), options, generator, sample)
     sae.to(device)
-    sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend))
+    sae.info = attrs.evolve(
+        sae.info, site=config.site, metadata={**_metadata(config, backend, plugins), **(provenance or {})}
+    )
     training = config.training
     schedule = ComposedSchedule(
         training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=training.lr, steps=steps)
@@ -179,11 +187,11 @@ def make_trainer(
     )
 
 
-def _metadata(config: TrainConfig, backend: ModelBackend) -> dict[str, Any]:
+def _metadata(config: TrainConfig, backend: ModelBackend, plugins: PluginManager) -> dict[str, Any]:
     dataset = config.dataset
     return {
         "model_name": backend.name,
-        "model_class_name": plugins_key(config.model.backend),
+        "model_class_name": plugins.find("model_backends", config.model.backend).entry.name,
         "dataset_path": dataset.path,
         "context_size": dataset.context_size,
         "prepend_bos": dataset.prepend_bos,
@@ -193,11 +201,6 @@ def _metadata(config: TrainConfig, backend: ModelBackend) -> dict[str, Any]:
         "training_tokens": config.training.training_tokens,
         "seed": config.training.seed,
     }
-
-
-def plugins_key(choice: object) -> str:
-    """The bare name of a plugin chosen by key; its options class where it was chosen by options."""
-    return choice.rpartition(":")[2] if isinstance(choice, str) else type(choice).__name__
 
 
 def run_folder(config: TrainConfig) -> Path:

@@ -254,7 +254,7 @@ def test_firing_statistics() -> None:
     firing = FiringStatistics(3, dead_after=2, window=2, device="cpu")
     assert not firing.update(torch.tensor([4, 0, 1]), rows=4)
     assert firing.update(torch.tensor([1, 0, 0]), rows=1), "a window of two steps"
-    assert firing.last_fractions.tolist() == [1.0, 0.0, 0.2], "of the real number of rows"
+    assert firing.last_fractions.tolist() == pytest.approx([1.0, 0.0, 0.2]), "of the real number of rows"
     assert firing.since_fired.tolist() == [0, 2, 1]
     assert firing.dead().tolist() == [False, False, False], "dead is more than the window"
     firing.update(torch.tensor([0, 0, 2]), rows=4)

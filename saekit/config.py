@@ -125,6 +125,10 @@ class ActivationsConfig:
 
     source: PluginChoice = plugin_field("activation_sources", "saekit:live")
     """Where batches come from."""
+    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
+    """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the
+    first buffer, before anything else uses activations, and folded into the weights that are saved, so that they work
+    on raw activations."""
 
 
 @attrs.frozen(kw_only=True)

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from saekit_plugins.cosine import CosineConfig
 from saekit_plugins.cosine_restarts import CosineRestartsConfig
 from saekit_plugins.standard import StandardConfig
@@ -13,7 +15,8 @@ from torch import Tensor
 
 import saekit
 from saekit.config import TrainingConfig
-from saekit.errors import ConfigError
+from saekit.data.normalise import activation_scale
+from saekit.errors import ConfigError, DataError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput, geometric_median
 from saekit.sae.init import initialise
@@ -253,6 +256,22 @@ def test_hooks_and_the_error_term() -> None:
     removed = sae.encode(x)[..., :1] * sae.W_dec[0]
     sae.hook_sae_acts_post.add_hook(ablate)
     assert torch.allclose(sae(x), x - removed), "an intervention changes exactly what it touched"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-3, 1e3), st.sampled_from([{}, {"apply_b_dec_to_input": False}]))
+def test_folded_is_unfolded(scale: float, options: dict) -> None:
+    sae, folded, x = random_sae(**options), random_sae(**options), batch()
+    folded.fold_activation_scale(scale)
+    assert torch.allclose(folded(x), sae(x * scale) / scale, rtol=1e-9)
+    assert torch.allclose(folded.encode(x), sae.encode(x * scale), rtol=1e-9)
+
+
+def test_the_activation_scale() -> None:
+    x = batch() * 37
+    assert (x * activation_scale(x)).norm(dim=1).mean().item() == pytest.approx(math.sqrt(D_IN))
+    with pytest.raises(DataError, match="mean norm of 0.0, so they cannot be normalised"):
+        activation_scale(torch.zeros(3, 2))
 
 
 def test_heads_are_flattened_inside() -> None:

@@ -155,6 +155,33 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     assert all(set(tokens.unique().tolist()) == {0, 5} for tokens in training)
 
 
+def test_normalised_training_does_not_see_the_size_of_activations(tmp_path: Path) -> None:
+    """The same model with activations 50 times as large: the same features, and raw activations to use them on."""
+
+    def run(size: float) -> saekit.TrainResult:
+        backend = FakeBackend()
+        backend._weights = backend._embedding() * size
+        plugins = isolated_manager(
+            fake_plugin("model_backends", build=lambda config, **services: backend), builtins=True
+        )
+        config = run_config(
+            tmp_path, model={"backend": "test:fake"}, site={"hook_name": "blocks.0.hook_resid_post"},
+            activations={"normalize_activations": "expected_average_only_in"},
+            sae={"b_dec_init_method": "mean"}, training={"training_tokens": 8000, "lr": 0.01},
+        )  # fmt: skip
+        return saekit.train(config, plugins=plugins)
+
+    one, fifty = run(1.0), run(50.0)
+    ratio = one.sae.info.metadata["activation_scale"] / fifty.sae.info.metadata["activation_scale"]
+    assert ratio == pytest.approx(50, rel=1e-5)
+    for key in ("evals/explained_variance", "evals/l0", "losses/mse_loss"):
+        assert fifty.metrics[key] == pytest.approx(one.metrics[key], rel=1e-3)
+    assert one.metrics["evals/explained_variance"] > 0.5
+    loaded = saekit.SAE.load(fifty.folder / "sae")
+    assert fifty.metrics["evals/l2_ratio"] == pytest.approx(one.metrics["evals/l2_ratio"], rel=1e-3)
+    assert torch.equal(loaded.W_dec, fifty.sae.W_dec)
+
+
 def test_a_strangers_backend_trains_an_sae(tmp_path: Path) -> None:
     backend = FakeBackend()
     plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **services: backend), builtins=True)

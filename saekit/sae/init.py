@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ __all__ = ["geometric_median", "initial_b_dec", "initialise"]
 
 @torch.no_grad()
 def initialise(
-    parameters: dict[str, Tensor], config: SAEConfig, generator: torch.Generator, sample: Tensor | None = None
+    parameters: Mapping[str, Tensor], config: SAEConfig, generator: torch.Generator, sample: Tensor | None = None
 ) -> None:
     """Fill ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_enc`` and ``b_dec`` in place, as ``config`` says.
 

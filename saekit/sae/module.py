@@ -153,6 +153,13 @@ class SAE(nn.Module):
         if self.config.normalize_sae_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
+    @torch.no_grad()
+    def fold_activation_scale(self, scale: float) -> None:
+        """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``."""
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+
     # ---- saving and loading
 
     def public_config(self) -> dict[str, Any]:

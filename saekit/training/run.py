@@ -80,7 +80,7 @@ def train(
             metrics = _fit(config, plugins, trainer, source, backend, held_out, trackers, folder)
         finally:
             trackers.close()
-        sae = trainer.finished()
+        sae = trainer.raw_sae()
         sae.save(folder / "sae")
     finally:
         source.close()
@@ -102,8 +102,9 @@ def _fit(
 
     def evaluate(trainer: SAETrainer) -> dict[str, float]:
         found: dict[str, float] = {}
+        sae = trainer.raw_sae()
         for measure in evals.values():
-            found |= measure(trainer.sae, backend=backend, site=config.site, contexts=held_out)
+            found |= measure(sae, backend=backend, site=config.site, contexts=held_out)
         return {f"evals/{name}": value for name, value in found.items()}
 
     logged = TrackerObserver([trackers])
@@ -112,7 +113,7 @@ def _fit(
             observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
             fit([trainer], source, config.training.training_tokens, observers)
     except BaseException as error:
-        checkpoint = trainer.finished().save(folder / "checkpoints" / f"step-{trainer.step}")
+        checkpoint = trainer.raw_sae().save(folder / "checkpoints" / f"step-{trainer.step}")
         if isinstance(error, KeyboardInterrupt):
             raise TrainingInterrupted(trainer.step, trainer.tokens, checkpoint) from error
         raise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saekit.config import DatasetConfig, SAEConfig, TrainConfig
 from saekit.data import ContextStream, Documents, StreamContext, TokenPolicy
+from saekit.data.normalise import activation_scale
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
@@ -159,14 +160,15 @@ def make_trainer(
     device = resolve_device(config.training.device)
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
-    needs_sample = options.b_dec_init_method != "zeros"
-    sample = source.peek()[config.site].cpu() if needs_sample else None
+    normalised = config.activations.normalize_activations != "none"
+    sample = source.peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
+    scale = activation_scale(sample) if normalised and sample is not None else 1.0
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
-    initialise(dict(sae.named_parameters()), options, generator, sample)
+    parameters = dict(sae.named_parameters())
+    initialise(parameters, options, generator, sample if sample is None else sample.to(sae.W_enc.dtype) * scale)
     sae.to(device)
-    sae.info = attrs.evolve(
-        sae.info, site=config.site, metadata={**_metadata(config, backend, plugins), **(provenance or {})}
-    )
+    metadata = _metadata(config, backend, plugins) | {"activation_scale": scale} | dict(provenance or {})
+    sae.info = attrs.evolve(sae.info, site=config.site, metadata=metadata)
     training = config.training
     schedule = ComposedSchedule(
         training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=training.lr, steps=steps)
@@ -184,6 +186,7 @@ def make_trainer(
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
         log_frequency=training.log_frequency,
+        scale=scale,
     )
 
 

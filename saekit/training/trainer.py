@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import attrs
 import torch
 from torch import Tensor
@@ -27,12 +29,16 @@ class SAETrainer:
     generator: torch.Generator
     device: str
     log_frequency: int
+    scale: float = 1.0
+    """Activations are multiplied by this before the SAE sees them."""
     step: int = 0
     tokens: int = 0
 
     def train_on(self, rows: Tensor, *, last: bool = False) -> dict[str, float]:
         """One step on ``rows [n, d_in]``.  Metrics when it is time to log or the ``last`` step, else nothing."""
         x = rows.to(self.device, self.sae.W_enc.dtype, non_blocking=True)
+        if self.scale != 1:
+            x = x * self.scale
         dead = self.firing.dead()
         result = self.sae.training_step(x, StepInput(step=self.step, generator=self.generator, dead=dead))
         self.sae.before_update()
@@ -67,7 +73,14 @@ class SAETrainer:
                 f"{metrics['details/grad_norm']:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
             )
 
-    def finished(self) -> SAE:
-        """The SAE with the firing fractions of its training."""
-        self.sae.log_sparsity = self.firing.log_sparsity().cpu()
-        return self.sae
+    def raw_sae(self) -> SAE:
+        """The SAE for raw activations, with its firing fractions: to measure and to save.
+
+        It is a copy with the scale folded in, or the SAE itself where there is none.
+        """
+        sae = self.sae
+        if self.scale != 1:
+            sae = copy.deepcopy(sae)
+            sae.fold_activation_scale(self.scale)
+        sae.log_sparsity = self.firing.log_sparsity().cpu()
+        return sae

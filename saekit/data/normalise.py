@@ -1,0 +1,22 @@
+"""Scaling activations to a common size (Anthropic, April 2024 update: "expected average only in")."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from saekit.errors import DataError
+
+__all__ = ["activation_scale"]
+
+
+def activation_scale(rows: Tensor) -> float:
+    """``sqrt(d_in) / mean ‖x‖`` over ``rows [n, d_in]``: scaled rows have a mean norm of ``sqrt(d_in)``."""
+    mean = float(rows.cpu().double().norm(dim=1).mean())
+    if not 0 < mean < math.inf:
+        raise DataError(
+            f"activations have a mean norm of {mean}, so they cannot be normalised "
+            "(activations.normalize_activations). Look at the site and the model's dtype"
+        )
+    return math.sqrt(rows.shape[1]) / mean

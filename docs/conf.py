@@ -22,5 +22,3 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"saekit {release}"
 myst_heading_anchors = 3
-# Links to files of the repository are for readers of the repository.
-suppress_warnings = ["myst.xref_missing"]

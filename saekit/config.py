@@ -33,6 +33,7 @@ PluginChoice: TypeAlias = Any
 """A plugin's key, or an instance of its options class; in files also a table with ``name`` and the options."""
 
 PLUGIN_KIND = "saekit_plugin_kind"
+ALWAYS_TRACKED = "saekit:jsonl"
 
 
 def plugin_field(kind: str, default: Any) -> Any:
@@ -241,8 +242,8 @@ class EvalsConfig:
     """Held-out contexts to measure on."""
     split: str | None = None
     """A split of the dataset to measure on.  None: one document in `held_out_every` is kept from training."""
-    held_out_every: int = attrs.field(default=20, validator=check(lambda v: v >= 2, "2 or more"))
-    """See `split`."""
+    held_out_every: int = attrs.field(default=20, validator=check(lambda v: v == 0 or v >= 2, "0, or 2 or more"))
+    """See `split`.  0 trains on every document."""
 
 
 @attrs.frozen(kw_only=True)
@@ -277,7 +278,19 @@ class TrainConfig:
     """How long, how fast, and what is watched."""
     evals: EvalsConfig = attrs.field(factory=EvalsConfig)
     """Measurements on text that is never trained on."""
-    trackers: tuple[PluginChoice, ...] = plugin_field("trackers", ("saekit:jsonl",))
-    """Where metrics go."""
+    trackers: tuple[PluginChoice, ...] = plugin_field("trackers", ())
+    """Where metrics go beside the JSON lines in the run folder, which are always written."""
     checkpoints: CheckpointsConfig = attrs.field(factory=CheckpointsConfig)
     """Where the run is kept."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.evals.split is not None and self.evals.split == self.dataset.split:
+            raise ConfigError(
+                [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "
+                  "or leave it out to keep one document in evals.held_out_every from training")]
+            )  # fmt: skip
+        if self.evals.run and self.evals.split is None and not self.evals.held_out_every:
+            raise ConfigError(
+                [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
+                  "measure nothing: evals.run = []")]
+            )  # fmt: skip

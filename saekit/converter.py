@@ -46,6 +46,13 @@ class ConfigConverter:
 
     # ---- reading
 
+    def choice(self, value: object, kind: str) -> object:
+        """What selects a plugin of ``kind`` (a key, a table, an options object), checked, its key qualified."""
+        try:
+            return self._structure_choice(value, kind, attrs.NOTHING)
+        except _ProblemsError as problems:
+            raise ConfigError(problems.items, f"the {kind.replace('_', ' ').removesuffix('s')}") from None
+
     def structure(self, data: object, cls: type[T], source: str = "the configuration") -> T:
         """``data`` (nested dicts, lists and scalars) as a ``cls``; :class:`ConfigError` lists every fault."""
         try:
@@ -160,7 +167,9 @@ class ConfigConverter:
         for field in attrs.fields(type(config)):  # type: ignore[arg-type]
             value = getattr(config, field.name)
             kind = field.metadata.get(PLUGIN_KIND)
-            if kind is None:
+            if value is None and qualify and field.default is not None:
+                table[field.name] = "none"  # to be told from an option that is left out, in files without a null
+            elif kind is None:
                 table[field.name] = self._plain(value, qualify)
             elif isinstance(value, (list, tuple)):
                 table[field.name] = [self._options_table(choice, kind, qualify) for choice in value]
@@ -181,7 +190,8 @@ class ConfigConverter:
         if isinstance(choice, str):
             return self.plugins.get(kind, choice).key if qualify else choice
         if isinstance(choice, Mapping):
-            return dict(choice)
+            named = qualify and isinstance(choice.get("name"), str)
+            return {**choice, "name": self.plugins.get(kind, choice["name"]).key} if named else dict(choice)
         if not attrs.has(type(choice)):
             return choice  # rubbish: the strict reading reports it under its path
         return {"name": self.plugins.find(kind, choice).key, **self.unstructure(choice, qualify=qualify)}

@@ -13,6 +13,7 @@ from rich.text import Text
 from saekit.analysis.curves import plot_training_curves
 from saekit.analysis.examples import FeatureExamples, feature_activations, striking_features, top_examples
 from saekit.config_files import load_config
+from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
 from saekit.training.run import TrainResult, train
 
@@ -50,6 +51,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
+    if "saekit:reconstruction" not in {plugins.find("evals", choice).key for choice in config.evals.run}:
+        raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
     console.print(
         f"Training an SAE on [bold]{config.site.hook_name}[/] of [bold]{config.model.name}[/] "
         f"({config.training.training_tokens:,} tokens of {config.dataset.path}) ..."

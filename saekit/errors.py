@@ -90,6 +90,7 @@ class DivergedError(SaekitError):
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was interrupted; the SAE as it was is saved at ``checkpoint``."""
 
-    def __init__(self, step: int, tokens: int, checkpoint: Path) -> None:
-        super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); the SAE as it was is in {checkpoint}")
+    def __init__(self, step: int, tokens: int, checkpoint: Path | None) -> None:
+        where = f"the SAE as it was is in {checkpoint}" if checkpoint else "there is nothing to save yet"
+        super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); {where}")
         self.step, self.tokens, self.checkpoint = step, tokens, checkpoint

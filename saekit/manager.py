@@ -69,7 +69,7 @@ class PluginManager:
                 continue
             try:
                 self.register(point.load(), name=point.name, distribution=distribution, version=version)
-            except Exception as error:  # a stranger's module may raise anything at all; the rest must go on
+            except (Exception, SystemExit) as error:  # a stranger's module may raise anything; the rest must go on
                 self._fail(plugin, version, _last_line(error))
 
     def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
@@ -88,6 +88,8 @@ class PluginManager:
             self._pluggy.unregister(name=full_name)
             raise
         for kind, entry in entries:
+            self._settle_ownership(kind, entry, full_name)
+        for kind, entry in entries:
             self.registries[kind].items.append(Registered(entry, kind, distribution, version, full_name))
 
     def _entries(self, plugin: object) -> list[tuple[str, Entry]]:
@@ -103,6 +105,26 @@ class PluginManager:
                     _check_own_classes(hook, entries)
                     found += [(kind, entry) for entry in entries]
         return found
+
+    def _settle_ownership(self, kind: str, entry: Entry, plugin: str) -> None:
+        """No two plugins may use one options class: the one that does not define it is refused, in whatever order."""
+        for item in self.registries[kind].items:
+            if item.entry.config is not entry.config or item.plugin == plugin or item.entry.build is entry.build:
+                continue
+            reason = f"{entry.config.__qualname__} is the options class of another plugin, {{}}; define your own"
+            if entry.build.__module__ != entry.config.__module__:
+                self._pluggy.unregister(name=plugin)
+                raise PluginError(reason.format(item.key))
+            self._remove(item.plugin, reason.format(plugin))
+
+    def _remove(self, plugin: str, reason: str) -> None:
+        version = ""
+        for registry in self.registries.values():
+            for item in [item for item in registry.items if item.plugin == plugin]:
+                version = item.version
+                registry.items.remove(item)
+        self._pluggy.unregister(name=plugin)
+        self._fail(plugin, version, reason)
 
     def _fail(self, plugin: str, version: str, reason: str) -> None:
         self.failures.append(Failure(plugin, version, reason))
@@ -185,6 +207,8 @@ def _checked(hook: str, entries: object) -> list[Entry]:
             raise PluginError(f"{where}: config is {_short(entry.config)}, expected a frozen attrs class")
         if not _is_frozen(entry.config):
             raise PluginError(f"{where}: {entry.config.__qualname__} is not frozen; use @attrs.frozen(kw_only=True)")
+        if "name" in {field.name for field in attrs.fields(entry.config)}:
+            raise PluginError(f"{where}: an option cannot be called 'name', which is the plugin's own key in a file")
         if not callable(entry.build):
             raise PluginError(f"{where}: build is {_short(entry.build)}, expected a callable")
         checked.append(entry)

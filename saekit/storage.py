@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ __all__ = ["new_folder", "write_text"]
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to write into, which becomes ``path`` (replacing what was there) when all went well.
 
-    Everything is synced before the rename, so a crash leaves the old folder or the new one, never a mixture.
+    Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
+    which for the instant between two renames has a hidden name beside it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -29,7 +31,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _sync(file)
         _sync(temporary)
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -44,7 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, all or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)

@@ -41,6 +41,15 @@ def test_local_files(tmp_path: Path) -> None:
         assert read(DatasetConfig(path=str(tmp_path / name))) == ["one", "two", "three"]
     assert read(DatasetConfig(path=str(tmp_path / "dict"), split="dev")) == ["one"]
     assert read(DatasetConfig(path=str(tmp_path / "d.txt"))) == ["one line\nand another"]
+    (tmp_path / "long.txt").write_text("".join(f"line {n}\n" for n in range(20_000)))
+    pieces = read(DatasetConfig(path=str(tmp_path / "long.txt")))
+    assert len(pieces) >= 40
+    assert "".join(pieces) == (tmp_path / "long.txt").read_text()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read(DatasetConfig(path=str(tmp_path / "latin.txt")))
+    with pytest.raises(DataError, match="was saved without splits, so it has no split 'dev'"):
+        read(DatasetConfig(path=str(tmp_path / "disk")), split="dev")
     with pytest.raises(DataError, match="has no split 'test'; it has 'train', 'dev'"):
         read(DatasetConfig(path=str(tmp_path / "dict"), split="test"))
     with pytest.raises(DataError, match="a single file has only 'train'"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saekit_plugins.connor_rob_hook_z import ConnorRobConfig
 from safetensors.torch import save_file
 
 import saekit
@@ -86,7 +87,7 @@ def test_sae_lens_details(tmp_path: Path) -> None:
         SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
     with pytest.raises(SAEFormatError, match="normalises its activations by 'layer_norm'"):
         SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": "layer_norm"}, weights))
-    with pytest.raises(SAEFormatError, match=r"W_dec has shape \[10, 6\], expected \[11, 6\]"):
+    with pytest.raises(SAEFormatError, match=r"W_enc has shape \[6, 10\], expected \[6, 11\]"):
         SAE.load(write(tmp_path / "f", OLD | {"d_sae": 11}, weights))
 
 
@@ -109,8 +110,12 @@ def test_connor_rob_hook_z(tmp_path: Path) -> None:
     expected = {"model_name": "gpt2-small", "context_size": 128, "hook_layer": 3, "prepend_bos": True}
     assert sae.info.metadata == expected
     write_connor(tmp_path, weights, "another")
-    with pytest.raises(SAEFormatError, match=r"expected one file \*_cfg.json in .*, found another_cfg.json, gpt2"):
+    with pytest.raises(SAEFormatError, match=r"holds 2 SAEs of this format; say which.*It has another, gpt2"):
         SAE.load(tmp_path)
+    for loader in ({"name": "connor_rob_hook_z", "sae": "another"}, ConnorRobConfig(sae="another")):
+        assert torch.equal(SAE.load(tmp_path, loader=loader).W_dec, weights["W_dec"])
+    with pytest.raises(saekit.ConfigError, match="saee: is not an option. Did you mean 'sae'"):
+        SAE.load(tmp_path, loader={"name": "connor_rob_hook_z", "saee": "another"})
 
 
 class Bomb:

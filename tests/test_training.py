@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,16 @@ import torch
 from tiny import hooked_transformer, run_config
 
 import saekit
-from saekit.errors import ConfigError, DataError, DivergedError, ModelError, TrainingInterrupted
+from saekit.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    MissingPackageError,
+    ModelError,
+    PluginError,
+    SAEFormatError,
+    TrainingInterrupted,
+)
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.observers import Trackers
@@ -76,7 +86,7 @@ def test_evals_during_training_change_nothing(tmp_path: Path) -> None:
     plain = saekit.train(run_config(tmp_path))
     watched = saekit.train(run_config(tmp_path, evals={"every_n_steps": 2}))
     assert hashes(plain.folder) == hashes(watched.folder)
-    assert [line["step"] for line in lines(watched.folder) if "evals/l0" in line] == [2, 4, 6, 8, 8]
+    assert [line["step"] for line in lines(watched.folder) if "evals/l0" in line] == [2, 4, 6, 8]
 
 
 def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
@@ -104,6 +114,21 @@ def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
         ({"site": {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 4}}, ConfigError, "has 4 heads"),
         ({"site": {"hook_name": "blocks.0.attn.hook_pattern"}}, ConfigError, r"\[1, 4, 7, 7\] for \[1, 7\] tokens"),
         ({"training": {"train_batch_size_tokens": 2000}}, ConfigError, "the buffer holds 1,024 activations"),
+        ({"site": {"hook_name": "blocks.1.attn.hook_result"}}, ModelError, "does not run as the model is configured"),
+        (
+            {"model": {"backend": {"name": "HookedTransformer", "forward_kwargs": {"foo": 1}}}},
+            ModelError,
+            r"does not take \['foo'\] \(model.backend.forward_kwargs\)",
+        ),
+        (
+            {"training": {"train_batch_size_tokens": 800}},
+            ConfigError,
+            "too few for batches of 800 and room",
+        ),
+        ({"evals": {"split": "train"}}, ConfigError, "is 'train', which is trained on"),
+        ({"evals": {"split": "all"}}, ConfigError, "'all' holds its other splits"),
+        ({"evals": {"split": None, "held_out_every": 0}}, ConfigError, "no text is left to measure on"),
+        ({"evals": {"run": ["reconstruction"] * 2}}, ConfigError, "evals.run: names a plugin twice"),
         ({"training": {"device": "cuda:7"}}, ConfigError, "training.device: 'cuda:7' cannot be used"),
         ({"model": {"device": "cuda:7"}}, ModelError, "model.device = 'cuda:7' cannot be used"),
         ({"model": {"name": "./nowhere"}}, ModelError, "there is no model folder './nowhere'"),
@@ -133,7 +158,9 @@ def test_data_that_ends(tmp_path: Path) -> None:
     result = saekit.train(config, dataset=few)
     assert 0 < result.metrics["details/n_training_tokens"] < 2000
     config["dataset"]["on_exhausted"] = "error"
-    with pytest.raises(DataError, match=r"the data ended after [\d,]+ tokens, and 2,000 were asked for"):
+    enough = config | {"training": config["training"] | {"training_tokens": 512}}
+    assert saekit.train(enough, dataset=few).metrics["details/n_training_tokens"] == 512
+    with pytest.raises(DataError, match=r"the data ended after [\d,]+ activations, and 2,000 were asked for"):
         saekit.train(config, dataset=few)
     with pytest.raises(DataError, match="held-out text does not fill one context"):
         saekit.train(run_config(tmp_path, evals={"split": None}), dataset=few)
@@ -193,6 +220,70 @@ def test_a_strangers_backend_trains_an_sae(tmp_path: Path) -> None:
     assert (8, 32) in backend.forwards
 
 
+def test_plugins_of_one_manager_are_enough_to_train_save_and_load(tmp_path: Path) -> None:
+    """Nothing on the way falls back on the installed plugins."""
+    plugins = isolated_manager(
+        fake_plugin("activation_functions", "shrink", build=lambda config: torch.nn.functional.softshrink),
+        builtins=True,
+    )
+    result = saekit.train(run_config(tmp_path, sae={"activation": "shrink"}), plugins=plugins)
+    assert json.loads((result.folder / "sae/cfg.json").read_text())["saekit"]["options"]["activation"] == "test:shrink"
+    loaded = saekit.SAE.load(result.folder / "sae", plugins=plugins)
+    assert torch.equal(loaded(torch.ones(2, 128)), result.sae(torch.ones(2, 128)))
+    assert loaded.info.metadata["training_tokens"] == 2000
+    with pytest.raises(SAEFormatError, match="options do not fit.*Unknown activation function 'test:shrink'"):
+        saekit.SAE.load(result.folder / "sae")
+
+
+def test_a_failing_last_eval_loses_nothing(tmp_path: Path) -> None:
+    def build(config: object) -> object:
+        return lambda sae, **services: exec("raise RuntimeError('an eval broke')")
+
+    plugins = isolated_manager(fake_plugin("evals", "bad", build=build), builtins=True)
+    with pytest.raises(RuntimeError, match="an eval broke"):
+        saekit.train(run_config(tmp_path, evals={"run": ["bad"]}), plugins=plugins)
+    (folder,) = tmp_path.glob("*/sae")
+    assert saekit.SAE.load(folder).d_sae == 64
+
+
+def test_an_architecture_that_needs_a_package_says_so(tmp_path: Path) -> None:
+    @attrs.frozen(kw_only=True)
+    class NeedyConfig(saekit.SAEConfig):
+        pass
+
+    needy = fake_plugin("sae_architectures", "needy", config=NeedyConfig, requires=("no_such_package",), extra="x")
+    plugins = isolated_manager(needy, builtins=True)
+    with pytest.raises(MissingPackageError, match=r"pip install 'test\[x\]'"):
+        saekit.train(run_config(tmp_path) | {"sae": "needy"}, plugins=plugins)
+
+
+def test_evals_do_not_choose_what_is_trained_on(tmp_path: Path) -> None:
+    documents = [{"text": f"value_{n} = {n}\n" * 60} for n in range(60)]
+    runs = [
+        saekit.train(run_config(tmp_path, evals={"split": None, "run": run}), dataset=documents)
+        for run in ([], ["reconstruction"])
+    ]
+    assert hashes(runs[0].folder) == hashes(runs[1].folder)
+
+
+def test_documents_without_text_are_passed_over(tmp_path: Path) -> None:
+    documents = [{"text": f"value_{n} = {n}\n" * 60 if n != 5 else None} for n in range(60)]
+    config = run_config(tmp_path, evals={"run": []}, dataset={"on_exhausted": "error"})
+    config["evals"]["split"] = None
+    assert saekit.train(config, dataset=documents).metrics["details/n_training_tokens"] == 2000
+    with pytest.raises(DataError, match="document 3 has int 7 in column 'text'"):
+        saekit.train(config, dataset=[{"text": "abc " * 50}] * 3 + [{"text": 7}])
+    with pytest.raises(DataError, match="does not fill one context of 32 tokens"):
+        saekit.train(config, dataset=[{"text": "abc"}] * 3)
+
+
+def test_a_plain_text_file_with_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 1500)
+    config = run_config(tmp_path, dataset={"path": str(tmp_path / "book.txt")})
+    config["evals"].pop("split")
+    assert saekit.train(config).metrics["evals/l0"] > 0
+
+
 def test_a_loss_that_explodes(tmp_path: Path) -> None:
     config = run_config(tmp_path, training={"lr": 1e30}, sae={"normalize_sae_decoder": False})
     with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+ \(learning rate 1e\+30.*Lower training.lr"):
@@ -220,6 +311,25 @@ class ImpatientPlugin:
         return [saekit.Entry("impatient", ImpatientConfig, Impatient)]
 
 
+def test_metrics_are_always_written_and_always_json(tmp_path: Path) -> None:
+    run = saekit.RunInfo("x", tmp_path, {})
+    tracker = saekit.default_manager().build("trackers", "jsonl", run=run)
+    tracker.log({"a": float("nan"), "b": 1.0}, 3)
+    tracker.close()
+    assert lines(tmp_path)[0].items() >= {"step": 3, "a": None, "b": 1.0}.items()
+    plugins = saekit.PluginManager()
+    plugins.register(fake_plugin("trackers", build=lambda config, run: exec("raise OSError('no login')")), name="p")
+    with pytest.raises(ConfigError, match="trackers: names a plugin twice"):
+        saekit.train(run_config(tmp_path) | {"trackers": ["jsonl", {"name": "jsonl", "file": "b.jsonl"}]})
+    with pytest.raises(ConfigError, match="a file name without folders"):
+        saekit.load_config({"trackers": [{"name": "jsonl", "file": "a/b"}]})
+    shutil.rmtree(next(tmp_path.glob("20*")))
+    with pytest.raises(PluginError, match="the tracker local:fake cannot start: OSError: no login"):
+        saekit.train(run_config(tmp_path) | {"trackers": ["fake"]}, plugins=plugins)
+    (folder,) = tmp_path.glob("*/config.toml")
+    assert (folder.parent / "metrics.jsonl").is_file()
+
+
 def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
     plugins = saekit.PluginManager()
     plugins.register(ImpatientPlugin(), name="impatient", distribution="test")
@@ -242,7 +352,15 @@ def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
         str(tmp_path / "demo"),
         "training.log_frequency=1",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    # A shell's background job, such as CI may be, has SIGINT ignored, and its children would inherit that.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         written = list(tmp_path.glob("demo/*/metrics.jsonl"))

@@ -23,7 +23,7 @@ _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 class ConnorRobConfig:
     """Which SAE of the repository."""
 
-    name: str | None = None
+    sae: str | None = None
     """`NAME` of `NAME.pt`.  None: the only one there."""
 
 
@@ -31,13 +31,13 @@ class ConnorRobLoader:
     """Reads ``.pt`` files by weights-only unpickling, which builds tensors and refuses everything else."""
 
     def __init__(self, config: ConnorRobConfig) -> None:
-        self._name = config.name
+        self._name = config.sae
 
     def detects(self, files: SAEFiles) -> bool:
         return any(name.endswith(_SUFFIX) and f"{name[: -len(_SUFFIX)]}.pt" in files.names for name in files.names)
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
-        name = self._name or files.only(_SUFFIX).removesuffix(_SUFFIX)
+        name = self._name or self._only(files)
         config = files.json(f"{name}{_SUFFIX}")
         if missing := [key for key in ("act_size", "dict_size", "act_name", "layer") if key not in config]:
             raise SAEFormatError(f"{name}{_SUFFIX} in {files.place} lacks {', '.join(missing)}")
@@ -54,6 +54,16 @@ class ConnorRobLoader:
             metadata={"model_name": "gpt2-small", "hook_layer": config["layer"], "context_size": 128,
                       "prepend_bos": True},
         )  # fmt: skip
+
+    def _only(self, files: SAEFiles) -> str:
+        names = sorted(name.removesuffix(_SUFFIX) for name in files.names if name.endswith(_SUFFIX))
+        if len(names) != 1:
+            raise SAEFormatError(
+                f"{files.place} holds {len(names)} SAEs of this format; say which, as in "
+                f"loader={{'name': 'connor_rob_hook_z', 'sae': {names[0] if names else 'NAME'!r}}}. "
+                f"It has {', '.join(names)}"
+            )
+        return names[0]
 
     def _read(self, files: SAEFiles, name: str) -> dict[str, Any]:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tempfile
@@ -82,15 +83,16 @@ class TransformerLensBackend:
 
         stop, entry = self._stop_after(hooks)
         with torch.inference_mode():
-            residual = self.model.run_with_hooks(
-                tokens.to(self.device),
-                return_type=None,
-                stop_at_layer=stop,
-                fwd_hooks=[(name, keep) for name in hooks if name != entry],
-                **self._forward_kwargs,
+            residual = self._run(
+                tokens, return_type=None, stop_at_layer=stop, fwd_hooks=[(n, keep) for n in hooks if n != entry]
             )
         if entry is not None:
             held[entry] = residual
+        if silent := sorted(set(hooks) - set(held)):
+            raise ModelError(
+                f"the hook {silent[0]!r} of {self.name!r} does not run as the model is configured (TransformerLens has "
+                "switches such as use_attn_result and use_split_qkv_input); pass the model from code with it on"
+            )
         return held
 
     def _stop_after(self, hooks: Collection[str]) -> tuple[int | None, str | None]:
@@ -114,14 +116,22 @@ class TransformerLensBackend:
             return lambda activation, hook: replace(activation)
 
         with torch.inference_mode():
-            loss: Tensor = self.model.run_with_hooks(
-                tokens.to(self.device),
+            loss: Tensor = self._run(
+                tokens,
                 return_type="loss",
                 loss_per_token=True,
                 fwd_hooks=[(name, hook_for(replace)) for name, replace in (replacements or {}).items()],
-                **self._forward_kwargs,
             )
         return loss
+
+    def _run(self, tokens: Tensor, **options: Any) -> Any:
+        accepted = inspect.signature(self.model.forward).parameters
+        if unknown := sorted(set(self._forward_kwargs) - set(accepted)):
+            raise ModelError(
+                f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
+                f"{sorted(set(accepted) - {'input'})}"
+            )
+        return self.model.run_with_hooks(tokens.to(self.device), **options, **self._forward_kwargs)
 
 
 @hookimpl

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
+from saekit.config import check
 
 
 @attrs.frozen(kw_only=True)
 class JsonlConfig:
     """Writes metrics as JSON lines."""
 
-    file: str = "metrics.jsonl"
+    file: str = attrs.field(
+        default="metrics.jsonl", validator=check(lambda name: name and "/" not in name, "a file name without folders")
+    )
     """The file's name in the run folder."""
 
 
@@ -27,7 +31,8 @@ class JsonlTracker:
         self._start = time.monotonic()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
+        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **finite}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

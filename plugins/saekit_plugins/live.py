@@ -40,11 +40,12 @@ class LiveSource:
         self._stream = stream
         self._rows_per_forward = config.store_batch_size_prompts * stream.contexts.policy.context_size
         capacity = self._rows_per_forward * config.n_batches_in_buffer
-        if capacity < stream.batch_size:
+        if capacity - self._rows_per_forward + 1 < stream.batch_size:  # a forward is added only where it fits whole
             raise ConfigError(
                 f"the buffer holds {capacity:,} activations ({config.n_batches_in_buffer} forwards of "
-                f"{config.store_batch_size_prompts} contexts of {stream.contexts.policy.context_size}), fewer than one "
-                f"batch of {stream.batch_size:,}; raise activations.source.n_batches_in_buffer"
+                f"{config.store_batch_size_prompts} contexts of {stream.contexts.policy.context_size}), too few for "
+                f"batches of {stream.batch_size:,} and room for a forward; raise "
+                "activations.source.n_batches_in_buffer"
             )
         probe = stream.backend.activations(torch.zeros(1, 2, dtype=torch.long), {next(iter(stream.widths)).hook_name})
         self._buffer = ShuffleBuffer(

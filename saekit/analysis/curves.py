@@ -37,7 +37,7 @@ def plot_training_curves(folder: Path, to: Path, panels: Sequence[tuple[str, str
     FigureCanvasAgg(figure)
     figure.suptitle(f"saekit: {folder.name}", fontsize=12)
     for axes, (title, key, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        points = [(line["details/n_training_tokens"], line[key]) for line in lines if key in line]
+        points = [(line["details/n_training_tokens"], line[key]) for line in lines if line.get(key) is not None]
         axes.plot([x for x, _ in points], [y for _, y in points], color="#3465a4", linewidth=1.6)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_yscale(scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import numpy as np
@@ -102,10 +102,18 @@ class ContextPacker:
         self._any_document = state["any_document"]
 
 
+class _End:
+    """No document can be mistaken for it."""
+
+
+_END = _End()
+
+
 class ContextStream:
     """Contexts from documents; ``take(n)`` gives the next ``n``, fewer only when the data has ended.
 
-    ``documents`` gives texts or token ids and can be read again; ``tokenize`` turns a text into ids.
+    ``documents`` gives texts or token ids and can be read again, which ``repeat`` does for ever; ``tokenize`` turns a
+    text into ids.
     """
 
     def __init__(
@@ -115,15 +123,13 @@ class ContextStream:
         policy: TokenPolicy,
         *,
         d_vocab: int,
-        on_exhausted: Literal["repeat", "stop", "error"] = "repeat",
-        asked_for: int | None = None,
+        repeat: bool,
     ) -> None:
         self.policy = policy
         self._documents = documents
         self._tokenize = tokenize
         self._d_vocab = d_vocab
-        self._on_exhausted = on_exhausted
-        self._asked_for = asked_for
+        self._repeat = repeat
         self._packer = ContextPacker(policy)
         self._ready: list[IntArray] = []
         self._position = 0  # documents of this epoch that went into the packer
@@ -132,7 +138,7 @@ class ContextStream:
         self._iterator: Iterator[str | Sequence[int]] | None = None
 
     def take(self, n: int) -> IntArray:
-        """``[m, context_size]`` token ids, ``m = n`` unless the data ended and ``on_exhausted`` is ``stop``."""
+        """``[m, context_size]`` token ids, ``m = n`` unless the data ended."""
         while len(self._ready) < n and self._read_document():
             pass
         rows, self._ready = self._ready[:n], self._ready[n:]
@@ -144,27 +150,20 @@ class ContextStream:
             self._iterator = iter(self._documents)
             for _ in range(self._position):
                 next(self._iterator)
-        document = next(self._iterator, None)
-        if document is None:
+        document = next(self._iterator, _END)
+        if isinstance(document, _End):
             return self._exhausted()
         self._ready += self._packer.add(self._checked(document))
         self._position += 1
         return True
 
     def _exhausted(self) -> bool:
-        served = (self.contexts_served + len(self._ready)) * self.policy.context_size
-        if self._on_exhausted == "stop":
+        if not self._repeat:
             return False
-        if self._on_exhausted == "error":
-            wanted = f", and {self._asked_for:,} were asked for" if self._asked_for else ""
-            raise DataError(
-                f"the data ended after {served:,} tokens{wanted}. Train on fewer tokens, or set dataset.on_exhausted "
-                'to "repeat" or "stop"'
-            )
         if not self._position:
             raise DataError("the dataset has no documents to train on; see evals.held_out_every and evals.split")
         self._iterator, self._position, self._epoch = None, 0, self._epoch + 1
-        if not served and self._epoch > self.policy.context_size:
+        if not (self.contexts_served or self._ready) and self._epoch > self.policy.context_size:
             raise DataError("the dataset's documents hold no tokens")
         return True
 

@@ -54,8 +54,17 @@ class Documents:
 
     def __iter__(self) -> Iterator[str | list[int]]:
         for index, record in enumerate(self._records):
-            if self._keep is None or self._keep(index):
-                yield record[self.column]
+            if self._keep is not None and not self._keep(index):
+                continue
+            document = record[self.column]
+            if document is None:
+                continue  # a missing value is no text
+            if isinstance(document, (int, float, dict)):
+                raise DataError(
+                    f"document {index} has {type(document).__name__} {document!r} in column {self.column!r}, expected "
+                    "a text or a list of token ids"
+                )
+            yield document
 
 
 def _column(record: Any, wanted: str | None, where: str) -> str:
@@ -70,6 +79,8 @@ def _column(record: Any, wanted: str | None, where: str) -> str:
             "Name the one to read: dataset.column"
         )
     value = record[column]
+    if value is None:
+        return column
     if not isinstance(value, str) and not (hasattr(value, "__len__") and all(_is_int(item) for item in value)):
         raise DataError(
             f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids"
@@ -121,7 +132,7 @@ def _open(config: DatasetConfig, split: str) -> Any:
         return _Stdlib(split)
     path = Path(config.path)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved_to_disk(path, split)
+        return _saved_to_disk(path, split, split != config.split)
     if path.is_file():
         return _local_file(path, split)
     if not path.exists() and (path.is_absolute() or config.path.startswith(".") or path.suffix in _FORMATS):
@@ -129,11 +140,15 @@ def _open(config: DatasetConfig, split: str) -> Any:
     return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming)
 
 
-def _saved_to_disk(path: Path, split: str) -> Any:
+def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
     from datasets import load_from_disk
 
     loaded = load_from_disk(str(path))
-    return _split_of(loaded, split, f"the dataset {str(path)!r}") if isinstance(loaded, Mapping) else loaded
+    if isinstance(loaded, Mapping):
+        return _split_of(loaded, split, f"the dataset {str(path)!r}")
+    if another:  # all of it is what dataset.split trains on
+        raise DataError(f"the dataset {str(path)!r} was saved without splits, so it has no split {split!r}")
+    return loaded
 
 
 def _local_file(path: Path, split: str) -> Any:
@@ -142,8 +157,25 @@ def _local_file(path: Path, split: str) -> Any:
         raise DataError(f"{path} is not a dataset: the name must end in {', '.join(_FORMATS)}")
     if split != "train":
         raise DataError(f"the file {str(path)!r} has no split {split!r}; a single file has only 'train'")
-    whole = {"sample_by": "document"} if kind == "text" else {}
-    return _load(kind, None, data_files=str(path), split="train", streaming=True, **whole)
+    if kind == "text":
+        return _TextFile(path)
+    return _load(kind, None, data_files=str(path), split="train", streaming=True)
+
+
+class _TextFile:
+    """One text file as pieces, cut at line ends, so that some can be held out: at least 40 of a file of 40 kB."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._piece = min(32_768, max(1024, path.stat().st_size // 40))
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        try:
+            with self._path.open(encoding="utf-8") as file:
+                while lines := file.readlines(self._piece):
+                    yield {"text": "".join(lines)}
+        except UnicodeDecodeError as error:
+            raise DataError(f"the file {str(self._path)!r} is not UTF-8 text: {error}") from error
 
 
 def _load(path: str, name: str | None, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import attrs
@@ -66,14 +67,14 @@ class Reconstruction:
         variance = self._squares - self._sum.pow(2).sum().item() / self.rows
         fractions = self._fired / self.rows
         return {
-            "explained_variance": 1 - self.squared_error / variance,
+            "explained_variance": 1 - self.squared_error / variance if variance > 0 else math.nan,
             "mse": self.squared_error / self.rows,
             "l0": self.l0 / self.rows,
             "l1": self.l1 / self.rows,
             "cosine_similarity": self.cosine / self.rows,
             "l2_norm_in": self.norm_in / self.rows,
             "l2_norm_out": self.norm_out / self.rows,
-            "l2_ratio": self.norm_out / self.norm_in,
+            "l2_ratio": self.norm_out / self.norm_in if self.norm_in > 0 else math.nan,
             "dead_features": float((fractions == 0).sum()),
             "dense_features": float((fractions > 0.1).sum()),
         }

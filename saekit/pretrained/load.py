@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.config import PluginChoice
 from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.manager import PluginManager, default_manager
@@ -39,19 +40,19 @@ class PretrainedSAE:
 
 
 def load_sae(
-    files: SAEFiles, *, loader: str | None = None, device: str = "cpu", plugins: PluginManager | None = None
+    files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
 ) -> SAE:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognises them."""
     plugins = plugins or default_manager()
     if loader is None and _is_own(files):
         return build_sae(_read_own(files), plugins).to(device)
-    item = plugins.get("pretrained_loaders", loader) if loader else _detected(files, plugins)
-    item.check_requirements()
-    return build_sae(item.entry.build(item.entry.config()).load(files), plugins).to(device)
+    choice = _detected(files, plugins).key if loader is None else loader
+    options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
+    return build_sae(plugins.build("pretrained_loaders", options).load(files), plugins).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registries["pretrained_loaders"].items if not item.missing()]
+    items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
     found = [item for item in items if item.entry.build(item.entry.config()).detects(files)]
     if len(found) == 1:
         return found[0]
@@ -64,6 +65,11 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     )
 
 
+def _usable(item: Registered) -> bool:
+    """Whether the loader can be tried as it is: nothing is missing and no option is required."""
+    return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
+
+
 def _is_own(files: SAEFiles) -> bool:
     return CONFIG in files.names and isinstance(files.json(CONFIG).get("saekit"), dict)
 
@@ -74,18 +80,25 @@ def _read_own(files: SAEFiles) -> PretrainedSAE:
         raise SAEFormatError(
             f"{files.place} has format {own.get('format')!r}, and this saekit reads {FORMAT}: update saekit to load it"
         )
-    missing = [key for key in ("architecture", "options") if key not in own]
-    if missing:
-        raise SAEFormatError(f"{CONFIG} in {files.place} lacks saekit.{' and saekit.'.join(missing)}")
-    sparsity = read_tensors(files, SPARSITY)["sparsity"] if SPARSITY in files.names else None
+    for key, kind in (("architecture", str), ("options", dict), ("metadata", dict), ("site", (dict, type(None)))):
+        if not isinstance(own.get(key), kind):
+            raise SAEFormatError(f"saekit.{key} in {CONFIG} of {files.place} is missing or of the wrong kind")
+    sparsity = read_tensors(files, SPARSITY) if SPARSITY in files.names else {}
     return PretrainedSAE(
         architecture=own["architecture"],
         options=own["options"],
         tensors=read_tensors(files, WEIGHTS),
-        site=Site(**own["site"]) if own.get("site") else None,
-        log_sparsity=sparsity,
-        metadata=own.get("metadata", {}),
+        site=_site(own["site"], files),
+        log_sparsity=sparsity.get("sparsity"),
+        metadata=own["metadata"],
     )
+
+
+def _site(table: Mapping[str, Any] | None, files: SAEFiles) -> Site | None:
+    try:
+        return None if table is None else Site(**table)
+    except (TypeError, ConfigError) as error:
+        raise SAEFormatError(f"saekit.site in {CONFIG} of {files.place} is not a site: {error}") from error
 
 
 def read_tensors(files: SAEFiles, name: str) -> dict[str, Tensor]:
@@ -102,14 +115,18 @@ def read_tensors(files: SAEFiles, name: str) -> dict[str, Tensor]:
 def build_sae(read: PretrainedSAE, plugins: PluginManager) -> SAE:
     """The module that ``read`` describes, with its weights."""
     item = plugins.get("sae_architectures", read.architecture)
-    item.check_requirements()
     try:
         config: Any = ConfigConverter(plugins).structure(
             dict(read.options), item.entry.config, "the saved SAE's options"
         )
     except ConfigError as error:
         raise SAEFormatError(f"the saved SAE's options do not fit {item.key}: {error}") from error
-    sae: SAE = build_module(item, config, config.d_in or read.tensors["W_dec"].shape[1], plugins)
+    d_in = config.d_in or read.tensors["b_dec"].shape[0]
+    expected = [d_in, config.features(d_in)]
+    if "W_enc" in read.tensors and list(read.tensors["W_enc"].shape) != expected:  # before anything is allocated
+        found = list(read.tensors["W_enc"].shape)
+        raise SAEFormatError(f"the weights do not fit the options: W_enc has shape {found}, expected {expected}")
+    sae = build_module(item, config, d_in, plugins)
     sae.info = attrs.evolve(sae.info, site=read.site, metadata=dict(read.metadata))
     sae.load_public_tensors(read.tensors)
     sae.log_sparsity = read.log_sparsity
@@ -120,8 +137,9 @@ def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManage
     """An uninitialised SAE of the architecture ``item``."""
     from saekit.sae.module import SAEInfo
 
+    item.check_requirements()
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
     activation = plugins.build("activation_functions", config.activation)
     sae: SAE = item.entry.build(config, d_in=d_in, activation=activation)
-    sae.info = SAEInfo(architecture=item.key)
+    sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
     return sae

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.converter import ConfigConverter
-from saekit.manager import PluginManager, default_manager
+from saekit.errors import StorageError
 from saekit.storage import new_folder
 
 if TYPE_CHECKING:
@@ -26,20 +25,24 @@ FORMAT = 1
 _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
 
-def save_sae(sae: SAE, path: Path, plugins: PluginManager | None = None) -> Path:
+def save_sae(sae: SAE, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``, replacing one that is there; returns ``path``."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    config = folder_config(sae, plugins or default_manager())
-    with new_folder(path) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(sae.public_tensors(), folder / WEIGHTS)
-        if sae.log_sparsity is not None:
-            save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
+    config = folder_config(sae)
+    try:
+        with new_folder(path) as folder:
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(sae.public_tensors(), folder / WEIGHTS)
+            if sae.log_sparsity is not None:
+                save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise StorageError(f"cannot write {path}: {error}. What was there before is kept") from error
     return path
 
 
-def folder_config(sae: SAE, plugins: PluginManager) -> dict[str, Any]:
+def folder_config(sae: SAE) -> dict[str, Any]:
     """``cfg.json``: what sae-lens 6 reads, and saekit's own part."""
     site = sae.info.site
     hook_name = site.hook_name if site else ""
@@ -57,7 +60,7 @@ def folder_config(sae: SAE, plugins: PluginManager) -> dict[str, Any]:
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,
-            "options": ConfigConverter(plugins).unstructure(sae.config),
+            "options": dict(sae.info.options),
             "site": dict(place) or None,
             "metadata": dict(sae.info.metadata),
         },

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -10,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from saekit.config import SAEConfig
+from saekit.config import PluginChoice, SAEConfig
 from saekit.errors import SAEFormatError
 from saekit.protocols import ActivationFunction
 from saekit.sae.hooks import HookPoint
@@ -32,6 +33,8 @@ class SAEInfo:
 
     architecture: str = ""
     """The qualified key of the plugin that made it."""
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    """The architecture's options as plain data, every plugin by its qualified key."""
     site: Site | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """Model name, dataset, context size, token policies and the like."""
@@ -80,6 +83,7 @@ class SAE(nn.Module):
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
+        self._hooks_off = False
         dtype = getattr(torch, config.dtype)
         self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
@@ -94,9 +98,8 @@ class SAE(nn.Module):
         """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks."""
         output = self.decode(self.encode(x), like=x)
         if self.use_error_term:
-            with torch.no_grad():
-                clean = self._decode(self.activation(self.pre_activations(self._rows(x)))).to(x.dtype)
-                error = x - clean.reshape(x.shape)
+            with torch.no_grad(), self._without_hooks():
+                error = x - self.decode(self.encode(x), like=x)
             output = output + self.run_hook("error", error)
         return self.run_hook("output", output)
 
@@ -120,7 +123,15 @@ class SAE(nn.Module):
     def run_hook(self, name: str, x: Tensor) -> Tensor:
         """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
         point: HookPoint = self._modules[f"hook_sae_{name}"]  # type: ignore[assignment]
-        return point(x) if point.hooked else x
+        return point(x) if point.hooked and not self._hooks_off else x
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        self._hooks_off = True
+        try:
+            yield
+        finally:
+            self._hooks_off = False
 
     def _decode(self, features: Tensor) -> Tensor:
         return features @ self.W_dec + self.b_dec
@@ -203,11 +214,15 @@ class SAE(nn.Module):
         cls,
         path: str | Path,
         *,
-        loader: str | None = None,
+        loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
     ) -> Self:
-        """The SAE in a folder, of whatever format a loader plugin knows; ``loader`` names one."""
+        """The SAE in a folder, of whatever format a loader plugin knows.
+
+        ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        """
         from saekit.pretrained import SAEFiles, load_sae
 
         return _as(cls, load_sae(SAEFiles.in_folder(path), loader=loader, device=device, plugins=plugins))
@@ -219,7 +234,7 @@ class SAE(nn.Module):
         folder: str = "",
         *,
         revision: str | None = None,
-        loader: str | None = None,
+        loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
     ) -> Self:

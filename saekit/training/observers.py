@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,8 @@ class Trackers:
                 tracker.log(metrics, step)
             except Exception as error:  # a tracker is a stranger: nothing it raises may stop training
                 del self._trackers[name]
+                with contextlib.suppress(Exception):
+                    tracker.close()
                 warnings.warn(
                     f"tracker {name} failed at step {step} and is off now: {type(error).__name__}: {error}",
                     RuntimeWarning,

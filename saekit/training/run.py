@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 from torch import Tensor
 
-from saekit.config import TrainConfig
+from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
-from saekit.errors import TrainingInterrupted
+from saekit.errors import ConfigError, DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
-from saekit.protocols import ModelBackend, RunInfo
+from saekit.protocols import ActivationSource, Eval, ModelBackend, RunInfo, Tracker
 from saekit.sae.module import SAE
 from saekit.storage import write_text
 from saekit.training.loop import Observer, fit
 from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
 from saekit.training.progress import ProgressDisplay
 from saekit.training.setup import (
+    check_run_folder,
     held_out_contexts,
+    make_schedule,
     make_trainer,
     open_backend,
     open_source,
     probe_width,
+    resolve_device,
     run_folder,
 )
 from saekit.training.trainer import SAETrainer
@@ -66,62 +70,101 @@ def train(
     """
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
+    check_run_folder(config)
+    resolve_device(config.training.device)
+    schedule = make_schedule(config, plugins)
+    evals = _evals(config, plugins)
     backend = open_backend(config, plugins, model)
     d_in = probe_width(backend, config.site, plugins.options("sae_architectures", config.sae).d_in)
-    held_out = held_out_contexts(config, backend, dataset) if config.evals.run else None
+    held_out = held_out_contexts(config, backend, dataset) if evals else None
     source = open_source(config, plugins, backend, {config.site: d_in}, dataset)
-    try:
-        provenance = {} if dataset is None else {"dataset_path": None}  # data in memory has no path to name
-        trainer = make_trainer(config, plugins, backend, d_in, source, provenance)
-        folder = run_folder(config)
-        write_text(folder / "config.toml", dump_config(config, plugins=plugins))
-        trackers = _trackers(config, plugins, folder)
-        try:
-            metrics = _fit(config, plugins, trainer, source, backend, held_out, trackers, folder)
-        finally:
-            trackers.close()
-        sae = trainer.raw_sae()
-        sae.save(folder / "sae")
-    finally:
-        source.close()
-    return TrainResult(sae=sae, folder=folder, metrics=metrics, backend=backend, held_out=held_out)
-
-
-def _fit(
-    config: TrainConfig,
-    plugins: PluginManager,
-    trainer: SAETrainer,
-    source: Any,
-    backend: ModelBackend,
-    held_out: Tensor | None,
-    trackers: Trackers,
-    folder: Path,
-) -> dict[str, float]:
-    """Train, evaluate, and return the last metrics; whatever ends training early leaves a checkpoint."""
-    evals = {plugins.find("evals", choice).key: plugins.build("evals", choice) for choice in config.evals.run}
 
     def evaluate(trainer: SAETrainer) -> dict[str, float]:
         found: dict[str, float] = {}
+        if held_out is None:
+            return found
         sae = trainer.raw_sae()
         for measure in evals.values():
             found |= measure(sae, backend=backend, site=config.site, contexts=held_out)
         return {f"evals/{name}": value for name, value in found.items()}
 
+    with contextlib.closing(source):
+        provenance = {} if dataset is None else {"dataset_path": None}  # data in memory has no path to name
+        trainer = make_trainer(config, plugins, backend, d_in, source, schedule, provenance)
+        folder = run_folder(config)
+        write_text(folder / "config.toml", dump_config(config, plugins=plugins))
+        with contextlib.closing(_trackers(config, plugins, folder)) as trackers:
+            metrics = _fit(config, trainer, source, evaluate, trackers, folder)
+    return TrainResult(sae=trainer.raw_sae(), folder=folder, metrics=metrics, backend=backend, held_out=held_out)
+
+
+def _fit(
+    config: TrainConfig,
+    trainer: SAETrainer,
+    source: ActivationSource,
+    evaluate: Callable[[SAETrainer], dict[str, float]],
+    trackers: Trackers,
+    folder: Path,
+) -> dict[str, float]:
+    """Train, save, evaluate, and return the last metrics; whatever ends training early leaves a checkpoint."""
     logged = TrackerObserver([trackers])
+    saved: Path | None = None
     try:
         with ProgressDisplay(config.training.training_tokens, verbose=config.training.verbose) as progress:
             observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
-            fit([trainer], source, config.training.training_tokens, observers)
+            tokens = fit([trainer], source, config.training.training_tokens, observers)
+        _check_exhausted(config, tokens)
+        saved = trainer.raw_sae().save(folder / "sae")  # before the last eval, which may fail
+        every = config.evals.every_n_steps
+        if not (every and trainer.step % every == 0):  # else the loop has just measured
+            final = evaluate(trainer)
+            trackers.log(final, trainer.step)
+            logged.latest[0].update(final)
+    except DivergedError:
+        raise  # there is nothing worth keeping in its weights
     except BaseException as error:
-        checkpoint = trainer.raw_sae().save(folder / "checkpoints" / f"step-{trainer.step}")
+        if saved is None and trainer.step:
+            saved = trainer.raw_sae().save(folder / "checkpoints" / f"step-{trainer.step}")
         if isinstance(error, KeyboardInterrupt):
-            raise TrainingInterrupted(trainer.step, trainer.tokens, checkpoint) from error
+            raise TrainingInterrupted(trainer.step, trainer.tokens, saved) from error
         raise
-    final = evaluate(trainer)
-    trackers.log(final, trainer.step)
-    return logged.latest[0] | final
+    return logged.latest[0]
+
+
+def _evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
+    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
+    return {plugins.find("evals", choice).key: plugins.build("evals", choice) for choice in config.evals.run}
+
+
+def _refuse_twice(path: str, keys: Sequence[str]) -> None:
+    if len(set(keys)) < len(keys):
+        raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
+
+
+def _check_exhausted(config: TrainConfig, tokens: int) -> None:
+    wanted = config.training.training_tokens
+    if not tokens:
+        raise DataError(f"the data does not fill one context of {config.dataset.context_size} tokens")
+    if tokens < wanted and config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {tokens:,} activations, and {wanted:,} were asked for (training.training_tokens). "
+            'Train on fewer, or set dataset.on_exhausted to "repeat" or "stop"'
+        )
 
 
 def _trackers(config: TrainConfig, plugins: PluginManager, folder: Path) -> Trackers:
+    """The configured trackers and the one that is always there."""
     run = RunInfo(name=folder.name, folder=folder, config=ConfigConverter(plugins).unstructure(config))
-    return Trackers({plugins.find("trackers", c).key: plugins.build("trackers", c, run=run) for c in config.trackers})
+    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
+    chosen = {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
+    built: dict[str, Tracker] = {}
+    for key, choice in chosen.items():
+        try:
+            built[key] = plugins.build("trackers", choice, run=run)
+        except SaekitError:
+            Trackers(built).close()
+            raise
+        except Exception as error:  # whatever a stranger's package raises when it has no login or no network
+            Trackers(built).close()
+            raise PluginError(f"the tracker {key} cannot start: {type(error).__name__}: {error}") from error
+    return Trackers(built)

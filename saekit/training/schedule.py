@@ -29,7 +29,9 @@ class ComposedSchedule:
             )  # fmt: skip
 
     def __call__(self, step: int) -> float:
-        """The learning rate of optimiser step ``step``."""
+        """The learning rate of optimiser step ``step``, which must be one of the N."""
+        if not 0 <= step < self._steps:
+            raise ValueError(f"step {step} is outside the schedule's {self._steps} steps")
         if step < self._warm_up:
             return self._lr * (step + 1) / self._warm_up
         into_decay = step - (self._steps - self._decay)

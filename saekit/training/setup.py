@@ -17,6 +17,7 @@ from torch import Tensor
 from saekit.config import DatasetConfig, SAEConfig, TrainConfig
 from saekit.data import ContextStream, Documents, StreamContext, TokenPolicy
 from saekit.data.normalise import activation_scale
+from saekit.data.text import STDLIB
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
@@ -31,7 +32,17 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["held_out_contexts", "make_trainer", "open_backend", "open_source", "probe_width", "run_folder", "seed_for"]
+__all__ = [
+    "check_run_folder",
+    "held_out_contexts",
+    "make_schedule",
+    "make_trainer",
+    "open_backend",
+    "open_source",
+    "probe_width",
+    "run_folder",
+    "seed_for",
+]
 
 _PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...] is not taken for positions
 
@@ -90,47 +101,46 @@ def probe_width(backend: ModelBackend, site: Site, stated: int | None) -> int:
 
 def open_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> ContextStream:
     """The training contexts."""
-    hold_out = config.evals.held_out_every if config.evals.split is None and config.evals.run else 0
+    hold_out = config.evals.held_out_every if config.evals.split is None else 0
     documents = Documents.open(
         config.dataset,
         dataset=dataset,
         keep=(lambda index: index % hold_out != hold_out - 1) if hold_out else None,
     )
-    return _stream(config.dataset, backend, documents, asked_for=config.training.training_tokens)
+    return _stream(config.dataset, backend, documents, repeat=config.dataset.on_exhausted == "repeat")
 
 
 def held_out_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> Tensor:
     """``[n, context_size]`` token ids that training never sees, drawn from a stretch of text eight times as long."""
     every, split = config.evals.held_out_every, config.evals.split
+    if (
+        config.dataset.path == STDLIB
+        and dataset is None
+        and split is not None
+        and "all" in (split, config.dataset.split)
+    ):
+        raise ConfigError([("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")])
     documents = Documents.open(
         config.dataset,
         split=split,
         dataset=dataset,
         keep=None if split is not None else (lambda index: index % every == every - 1),
     )
-    once = attrs.evolve(config.dataset, on_exhausted="stop")
-    contexts = _stream(once, backend, documents).take(8 * config.evals.n_contexts)
+    contexts = _stream(config.dataset, backend, documents, repeat=False).take(8 * config.evals.n_contexts)
     if not len(contexts):
         raise DataError(
             f"the held-out text does not fill one context of {config.dataset.context_size} tokens. Lower "
-            "evals.held_out_every, name a split of its own in evals.split, or measure nothing: evals.run = []"
+            "evals.held_out_every, name a split of its own in evals.split, use more or smaller documents, or measure "
+            "nothing: evals.run = []"
         )
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "held out"))
     picked = torch.randperm(len(contexts), generator=generator)[: config.evals.n_contexts]
     return torch.from_numpy(contexts)[picked.sort().values]
 
 
-def _stream(
-    config: DatasetConfig, backend: ModelBackend, documents: Documents, asked_for: int | None = None
-) -> ContextStream:
-    return ContextStream(
-        documents,
-        backend.tokenize,
-        TokenPolicy.of(config, backend.special_tokens),
-        d_vocab=backend.d_vocab,
-        on_exhausted=config.on_exhausted,
-        asked_for=asked_for,
-    )
+def _stream(config: DatasetConfig, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
+    policy = TokenPolicy.of(config, backend.special_tokens)
+    return ContextStream(documents, backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=repeat)
 
 
 def open_source(
@@ -148,12 +158,21 @@ def open_source(
     return source
 
 
+def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
+    """The learning rate at every step."""
+    lr = config.training.lr
+    return ComposedSchedule(
+        config.training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=lr, steps=steps)
+    )
+
+
 def make_trainer(
     config: TrainConfig,
     plugins: PluginManager,
     backend: ModelBackend,
     d_in: int,
     source: ActivationSource,
+    schedule: ComposedSchedule,
     provenance: Mapping[str, Any] | None = None,
 ) -> SAETrainer:
     """An initialised SAE with everything that trains it; ``provenance`` is added to what is saved about its origin."""
@@ -162,6 +181,8 @@ def make_trainer(
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
     normalised = config.activations.normalize_activations != "none"
     sample = source.peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
+    if sample is not None and not len(sample):
+        raise DataError(f"the data does not fill one context of {config.dataset.context_size} tokens")
     scale = activation_scale(sample) if normalised and sample is not None else 1.0
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     parameters = dict(sae.named_parameters())
@@ -170,9 +191,6 @@ def make_trainer(
     metadata = _metadata(config, backend, plugins) | {"activation_scale": scale} | dict(provenance or {})
     sae.info = attrs.evolve(sae.info, site=config.site, metadata=metadata)
     training = config.training
-    schedule = ComposedSchedule(
-        training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=training.lr, steps=steps)
-    )
     return SAETrainer(
         sae=sae,
         site=config.site,
@@ -206,6 +224,16 @@ def _metadata(config: TrainConfig, backend: ModelBackend, plugins: PluginManager
     }
 
 
+def check_run_folder(config: TrainConfig) -> None:
+    """A named run folder must be new."""
+    if config.checkpoints.name is not None:
+        folder = Path(config.checkpoints.folder) / config.checkpoints.name
+        if folder.exists():
+            raise ConfigError(
+                [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
+            )
+
+
 def run_folder(config: TrainConfig) -> Path:
     """Make the run's folder, which must be new."""
     parent = Path(config.checkpoints.folder)
@@ -213,11 +241,7 @@ def run_folder(config: TrainConfig) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if name is not None:
-            if (parent / name).exists():
-                raise ConfigError(
-                    [("checkpoints.name", f"the run folder {parent / name} exists already; choose another name, or "
-                      "remove it")]
-                )  # fmt: skip
+            check_run_folder(config)
             (parent / name).mkdir()
             return parent / name
         stem = f"{datetime.now():%Y-%m-%d}-{config.site.name}"

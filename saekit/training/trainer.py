@@ -82,5 +82,6 @@ class SAETrainer:
         if self.scale != 1:
             sae = copy.deepcopy(sae)
             sae.fold_activation_scale(self.scale)
+        sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, "training_tokens": self.tokens})
         sae.log_sparsity = self.firing.log_sparsity().cpu()
         return sae

@@ -98,6 +98,15 @@ def test_a_broken_plugin_costs_one_warning(site: Callable[..., Path], name: str)
     assert f"disabled: {name}:plugin" in blocked.stdout
 
 
+def test_all_broken_plugins_together(site: Callable[..., Path]) -> None:
+    listed = saekit_cli(site(*REASONS, "needs-package"), "plugins", "--json")
+    assert listed.returncode == 0
+    assert len(listed.stderr.splitlines()) == len(REASONS)
+    found = json.loads(listed.stdout)
+    assert [failure["plugin"] for failure in found["failed"]] == sorted(f"{name}:plugin" for name in REASONS)
+    assert {"saekit:cosine", "needs-package:halving"} <= {item["key"] for item in found["plugins"]}
+
+
 def test_two_distributions_with_one_key(site: Callable[..., Path]) -> None:
     where = site("first-owner", "second-owner")
     listed = saekit_cli(where, "plugins", "--json")

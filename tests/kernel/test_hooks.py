@@ -72,13 +72,22 @@ def test_every_hook_has_a_test_and_a_docstring_and_no_argument() -> None:
 
 
 def imports_of(path: Path) -> set[str]:
+    """Modules that the file imports anywhere, also as ``from saekit import manager`` or by a name in a string."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
+            found |= {name for alias in node.names if is_module(name := f"{node.module}.{alias.name}")}
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("saekit_plugins"):
+            found.add(node.value)
     return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def test_the_kernel_never_imports_a_plugin() -> None:
@@ -93,7 +102,7 @@ PUBLIC = {"saekit", *(f"saekit.{name}" for name in
 def test_plugins_import_public_modules_only() -> None:
     import saekit_plugins
 
-    for path in Path(saekit_plugins.__file__).parent.glob("*.py"):
+    for path in Path(saekit_plugins.__file__).parent.rglob("*.py"):
         used = {name for name in imports_of(path) if name.split(".")[0] == "saekit"}
         assert used <= PUBLIC, (path.name, used - PUBLIC)
 
@@ -108,13 +117,28 @@ assert not heavy, heavy
 """
 
 
-def test_the_kernel_and_the_plugin_modules_import_nothing_heavy() -> None:
+def test_the_kernel_and_the_plugin_modules_import_nothing_heavy_in_a_subprocess() -> None:
     subprocess.run([sys.executable, "-c", LIGHT], check=True)
 
 
-def test_public_names_are_all_there() -> None:
-    for name in saekit.__all__:
-        assert getattr(saekit, name) is not None
+WITHOUT_TORCH = """
+import sys
+import pytest
+sys.modules["torch"] = None
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not subprocess", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_tests_run_without_torch_in_a_subprocess() -> None:
+    files = [path for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_bad_distributions.py"]
+    found = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, files)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_public_names_are_all_there_in_a_subprocess() -> None:
+    code = "import saekit; assert all(getattr(saekit, name) is not None for name in saekit.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert set(saekit.__all__) <= set(dir(saekit))
     with pytest.raises(AttributeError, match="module 'saekit' has no attribute 'trian'"):
         saekit.trian  # noqa: B018

@@ -90,6 +90,33 @@ def test_rubbish_is_refused_whole(entries: object, message: str) -> None:
     assert [item.key for item in manager.registries[KIND].items] == ["test:good"]
 
 
+@attrs.frozen(kw_only=True)
+class NamedConfig:
+    name: str = "x"
+    """Clashes with the key in a file."""
+
+
+def test_an_options_class_has_one_owner_whatever_the_order() -> None:
+    """`build` of the owner is defined beside the class; the other plugin is refused."""
+
+    def own(config: object) -> str:
+        return "own"
+
+    own.__module__ = FakeConfig.__module__
+    owner = plugin_of(KIND, Entry("owner", FakeConfig, own))
+    thief = plugin_of(KIND, Entry("thief", FakeConfig, lambda config: "stolen"))
+    first = isolated_manager(owner)
+    with pytest.raises(PluginError, match="FakeConfig is the options class of another plugin, test:owner; define your"):
+        first.register(thief, name="thief", distribution="thief")
+    second = isolated_manager(thief)
+    with pytest.warns(PluginWarning, match="FakeConfig is the options class of another plugin, local:owner"):
+        second.register(owner, name="owner")
+    for manager in (first, second):
+        assert manager.build(KIND, FakeConfig()) == "own"
+    with pytest.raises(PluginError, match="an option cannot be called 'name'"):
+        first.register(plugin_of(KIND, Entry("x", NamedConfig, print)), name="named")
+
+
 def test_aliases_may_share_an_options_class() -> None:
     def build(config: object) -> str:
         return "built"

@@ -14,7 +14,7 @@ import attrs
 import pluggy
 
 from saekit import hookspecs
-from saekit.errors import PluginError, PluginWarning
+from saekit.errors import PluginError, PluginWarning, UnknownKeyError
 from saekit.registry import KINDS, Entry, Registered, Registry
 
 __all__ = ["DISABLE_VARIABLE", "Failure", "PluginManager", "default_manager"]
@@ -22,6 +22,7 @@ __all__ = ["DISABLE_VARIABLE", "Failure", "PluginManager", "default_manager"]
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
 _GROUP = "saekit"
 _PREFIX = "saekit_register_"
+_OWNED = "the options class of another plugin, {}; define your own"
 
 
 @attrs.frozen
@@ -52,6 +53,8 @@ class PluginManager:
         if disabled is None:
             disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
         self._disabled = {name.strip() for name in disabled if name.strip()}
+        # A distribution may be written in any spelling of its name, an entry point only in its own.
+        self._disabled |= {":".join([_normalised(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
         if discover:
             self._discover()
 
@@ -75,20 +78,21 @@ class PluginManager:
     def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
         """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it."""
         full_name = f"{distribution}:{name}"
+        if self._pluggy.has_plugin(full_name) or self._pluggy.is_registered(plugin):
+            raise PluginError(f"the plugin {full_name} is already registered")
         try:
             self._pluggy.register(plugin, name=full_name)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            if self._pluggy.has_plugin(full_name):
-                self._pluggy.unregister(name=full_name)
-            raise PluginError(str(error).replace("\n", " ")) from error
-        try:
             _check_hook_names(plugin)
             entries = self._entries(plugin)
-        except BaseException:
-            self._pluggy.unregister(name=full_name)
+            evicted = [item for kind, entry in entries for item in self._evicted(kind, entry)]
+        except BaseException as error:
+            if self._pluggy.has_plugin(full_name):
+                self._pluggy.unregister(name=full_name)
+            if isinstance(error, pluggy.PluginValidationError):
+                raise PluginError(str(error).replace("\n", " ")) from error
             raise
-        for kind, entry in entries:
-            self._settle_ownership(kind, entry, full_name)
+        for item in evicted:
+            self._remove(item, f"{item.entry.config.__qualname__} is {_OWNED.format(full_name)}")
         for kind, entry in entries:
             self.registries[kind].items.append(Registered(entry, kind, distribution, version, full_name))
 
@@ -106,25 +110,26 @@ class PluginManager:
                     found += [(kind, entry) for entry in entries]
         return found
 
-    def _settle_ownership(self, kind: str, entry: Entry, plugin: str) -> None:
-        """No two plugins may use one options class: the one that does not define it is refused, in whatever order."""
-        for item in self.registries[kind].items:
-            if item.entry.config is not entry.config or item.plugin == plugin or item.entry.build is entry.build:
-                continue
-            reason = f"{entry.config.__qualname__} is the options class of another plugin, {{}}; define your own"
-            if entry.build.__module__ != entry.config.__module__:
-                self._pluggy.unregister(name=plugin)
-                raise PluginError(reason.format(item.key))
-            self._remove(item.plugin, reason.format(plugin))
+    def _evicted(self, kind: str, entry: Entry) -> list[Registered]:
+        """The entries that must give way because they use the options class that ``entry``'s plugin defines.
 
-    def _remove(self, plugin: str, reason: str) -> None:
-        version = ""
+        A config object alone says which plugin it chooses, so a class has one owner: the plugin whose ``build`` stands
+        in the class's own module.  Raises for an ``entry`` that is not the owner.
+        """
+        same_class = [item for item in self.registries[kind].items if item.entry.config is entry.config]
+        others = [item for item in same_class if item.entry.build is not entry.build]
+        for item in others:
+            if not _defines(entry) or _defines(item.entry):
+                raise PluginError(f"{entry.config.__qualname__} is {_OWNED.format(item.key)}")
+        return others
+
+    def _remove(self, item: Registered, reason: str) -> None:
+        """Leave out the whole plugin of ``item``."""
         for registry in self.registries.values():
-            for item in [item for item in registry.items if item.plugin == plugin]:
-                version = item.version
-                registry.items.remove(item)
-        self._pluggy.unregister(name=plugin)
-        self._fail(plugin, version, reason)
+            registry.items = [other for other in registry.items if other.plugin != item.plugin]
+        if self._pluggy.has_plugin(item.plugin):
+            self._pluggy.unregister(name=item.plugin)
+            self._fail(item.plugin, item.version, reason)
 
     def _fail(self, plugin: str, version: str, reason: str) -> None:
         self.failures.append(Failure(plugin, version, reason))
@@ -134,6 +139,8 @@ class PluginManager:
 
     def get(self, kind: str, key: str) -> Registered:
         """The entry of ``kind`` with a bare or qualified ``key``; the errors say what there is instead."""
+        if kind not in self.registries:
+            raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
         return self.registries[kind].get(key, self.troubles)
 
     def find(self, kind: str, choice: object) -> Registered:
@@ -168,16 +175,28 @@ def default_manager() -> PluginManager:
 
 
 def _owner(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
-    """The distribution's name, normalised as PEP 503 says so that a key has one spelling, and its version."""
-    if distribution is None:
-        return "unknown", ""
-    metadata = distribution.metadata
-    return re.sub(r"[-_.]+", "-", metadata["Name"]).lower(), metadata["Version"]
+    """The distribution's name, normalised so that a key has one spelling, and its version."""
+    metadata: Any = (distribution.metadata if distribution is not None else None) or {}  # a broken one has none
+    return _normalised(metadata.get("Name") or "unknown"), metadata.get("Version") or ""
+
+
+def _normalised(distribution: str) -> str:
+    """PEP 503."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _last_line(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}" if not isinstance(error, PluginError) else str(error)
-    return text.strip().splitlines()[-1]
+    try:
+        text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+    except Exception:  # an exception whose own __str__ fails
+        text = ""
+    return (text.strip() or type(error).__name__).splitlines()[-1]
+
+
+def _defines(entry: Entry) -> bool:
+    """Whether the entry's ``build`` stands in the module of its options class."""
+    build = entry.build.func if isinstance(entry.build, functools.partial) else entry.build
+    return getattr(build, "__module__", None) == entry.config.__module__
 
 
 def _check_hook_names(plugin: object) -> None:
@@ -211,8 +230,15 @@ def _checked(hook: str, entries: object) -> list[Entry]:
             raise PluginError(f"{where}: an option cannot be called 'name', which is the plugin's own key in a file")
         if not callable(entry.build):
             raise PluginError(f"{where}: build is {_short(entry.build)}, expected a callable")
+        if isinstance(entry.requires, str) or not all(isinstance(name, str) for name in _items(entry.requires)):
+            raise PluginError(f"{where}: requires is {_short(entry.requires)}, expected a list of package names")
         checked.append(entry)
     return checked
+
+
+def _items(value: object) -> list[object]:
+    """The items of a list or tuple; of anything else, something that is no text."""
+    return list(value) if isinstance(value, (list, tuple)) else [None]
 
 
 def _is_frozen(cls: type) -> bool:

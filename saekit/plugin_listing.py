@@ -44,7 +44,7 @@ def detail(item: Registered) -> dict[str, Any]:
         "distribution": item.distribution,
         "version": item.version,
         "plugin": item.plugin,
-        "summary": item.entry.summary,
+        "summary": " ".join(str(item.entry.summary).split()),
         "missing": item.missing(),
         "install": item.install_hint() if item.missing() else None,
         "config": f"{config.__module__}.{config.__qualname__}",

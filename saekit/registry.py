@@ -74,7 +74,7 @@ class Registered:
         """Raise :class:`MissingPackageError`, naming the command to run, when a required package is absent."""
         if missing := self.missing():
             raise MissingPackageError(
-                f"{KINDS[self.kind]} '{self.key}' needs the package {_listed(missing)}, which is not installed. "
+                f"{KINDS[self.kind]} '{self.key}' needs {_listed(missing)}, not installed here. "
                 f"Install it with: {self.install_hint()}"
             )
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,9 @@ def isolated_manager(*plugins: object, distribution: str = "test", builtins: boo
         _register_builtins(manager)
     for number, plugin in enumerate(plugins):
         name = getattr(plugin, "__name__", type(plugin).__name__)
-        manager.register(plugin, name=f"{name}{number or ''}", distribution=distribution, version="0")
+        manager.register(
+            plugin, name=name if number == 0 else f"{name}.{number}", distribution=distribution, version="0"
+        )
     return manager
 
 
@@ -77,10 +80,17 @@ def fake_plugin(
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
-    def make(config: Any, **services: Any) -> Any:
+    return plugin_of(kind, Entry(name, config, build or _echo(kind), **entry))
+
+
+@functools.cache
+def _echo(kind: str) -> Callable[..., Any]:
+    """One ``build`` per kind, so that fakes may share an options class as aliases do."""
+
+    def build(config: Any, **services: Any) -> Any:
         return kind, config, services
 
-    return plugin_of(kind, Entry(name, config, build or make, **entry))
+    return build
 
 
 class FakeBackend:

@@ -138,10 +138,26 @@ def edit(key: str, value: object) -> object:
     return change
 
 
+def without_sums(folder: Path) -> None:
+    edit("sha256", {})(folder)  # type: ignore[operator]
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "sae_weights.safetensors").read_bytes())
+    data[-7] ^= 1
+    (folder / "sae_weights.safetensors").write_bytes(data)
+
+
+def junk(folder: Path) -> None:
+    without_sums(folder)
+    (folder / "sae_weights.safetensors").write_bytes(b"junk")
+
+
 def replace_tensor(name: str, value: torch.Tensor | None) -> object:
     def change(folder: Path) -> None:
         tensors = load_file(folder / "sae_weights.safetensors")
         tensors.pop(name, None)
+        without_sums(folder)
         save_file(tensors | ({name: value} if value is not None else {}), folder / "sae_weights.safetensors")
 
     return change
@@ -164,7 +180,12 @@ def replace_tensor(name: str, value: torch.Tensor | None) -> object:
         (edit("options.knobs", 1), SAEFormatError, "knobs: is not an option"),
         (replace_tensor("b_enc", None), SAEFormatError, "b_enc is missing"),
         (replace_tensor("extra", torch.zeros(1)), SAEFormatError, "extra is not a tensor of this architecture"),
-        (lambda f: (f / "sae_weights.safetensors").write_bytes(b"junk"), SAEFormatError, "not a readable safetensors"),
+        (
+            flip_a_bit,
+            SAEFormatError,
+            "is damaged or was changed after .*remove saekit.sha256",
+        ),
+        (junk, SAEFormatError, "not a readable safetensors"),
         (lambda f: (f / "sae_weights.safetensors").unlink(), SAEFormatError, "has no file 'sae_weights.safetensors'"),
         (lambda f: (f / "cfg.json").write_text("{"), SAEFormatError, "cfg.json in .* is not valid JSON"),
         (lambda f: (f / "cfg.json").write_text("[]"), SAEFormatError, "holds list, expected an object"),

@@ -15,6 +15,7 @@ from saekit.pretrained.files import SAEFiles
 from saekit.registry import Registered
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS
 from saekit.site import Site
+from saekit.storage import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,7 @@ def _read_own(files: SAEFiles) -> PretrainedSAE:
     for key, kind in (("architecture", str), ("options", dict), ("metadata", dict), ("site", (dict, type(None)))):
         if not isinstance(own.get(key), kind):
             raise SAEFormatError(f"saekit.{key} in {CONFIG} of {files.place} is missing or of the wrong kind")
+    _check_sums(own.get("sha256", {}), files)
     sparsity = read_tensors(files, SPARSITY) if SPARSITY in files.names else {}
     return PretrainedSAE(
         architecture=own["architecture"],
@@ -92,6 +94,16 @@ def _read_own(files: SAEFiles) -> PretrainedSAE:
         log_sparsity=sparsity.get("sparsity"),
         metadata=own["metadata"],
     )
+
+
+def _check_sums(sums: object, files: SAEFiles) -> None:
+    """What was saved is what is read: a damaged file is found before its numbers are used."""
+    for name, expected in sums.items() if isinstance(sums, dict) else ():
+        if (found := sha256(files.path(name))) != expected:
+            raise SAEFormatError(
+                f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
+                f"expected {str(expected)[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
+            )
 
 
 def _site(table: Mapping[str, Any] | None, files: SAEFiles) -> Site | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.errors import StorageError
-from saekit.storage import new_folder
+from saekit.storage import new_folder, sha256
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
@@ -33,10 +33,11 @@ def save_sae(sae: SAE, path: Path) -> Path:
     config = folder_config(sae)
     try:
         with new_folder(path) as folder:
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(sae.public_tensors(), folder / WEIGHTS)
             if sae.log_sparsity is not None:
                 save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
+            config["saekit"]["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except SafetensorError as error:  # what the library makes of a full disk
         raise StorageError(f"cannot write {path}: {error}. What was there before is kept") from error
     return path

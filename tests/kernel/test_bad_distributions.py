@@ -146,6 +146,6 @@ def test_a_missing_optional_package(site: Callable[..., Path]) -> None:
     )
     assert found.returncode == 1
     assert (
-        "LR schedule 'needs-package:halving' needs the package no_such_package, which is not installed. "
+        "LR schedule 'needs-package:halving' needs no_such_package, not installed here. "
         "Install it with: pip install 'needs-package[heavy]'"
     ) in found.stderr

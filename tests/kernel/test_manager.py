@@ -70,6 +70,9 @@ def test_one_distribution_with_one_key_twice() -> None:
         ([Entry("x", FakeConfig(), print)], "config is FakeConfig.*, expected a frozen attrs class"),
         ([Entry("x", attrs.make_class("Loose", []), print)], "Loose is not frozen; use @attrs.frozen"),
         ([Entry("a b", FakeConfig, print)], "entry 'a b': the name must be made of letters"),
+        ([Entry("x", FakeConfig, print, requires="numpy")], "requires is 'numpy', expected a list of package names"),
+        ([Entry("x", FakeConfig, print, requires=None)], "requires is None, expected a list of package names"),
+        ([Entry("x", FakeConfig, print, requires=[3])], "requires is .3., expected a list of package names"),
         ([Entry("x", FakeConfig, 3)], "build is 3, expected a callable"),
         (
             [Entry("x", FakeConfig, print), Entry("y", FakeConfig, repr)],
@@ -153,8 +156,7 @@ def test_a_missing_package_names_the_command() -> None:
     with pytest.raises(MissingPackageError) as caught:
         manager.build(KIND, "a")
     assert str(caught.value) == (
-        "LR schedule 'test:a' needs the package no_such_a and no_such_b, which is not installed. Install it with: "
-        "pip install 'test[x]'"
+        "LR schedule 'test:a' needs no_such_a and no_such_b, not installed here. Install it with: pip install 'test[x]'"
     )
     with pytest.raises(MissingPackageError, match="pip install no_such_c$"):
         manager.build(KIND, "b")
@@ -197,7 +199,13 @@ def test_the_order_of_installation_decides_nothing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("value", "left"),
-    [("a", ["b:one"]), ("one", ["a:two"]), ("a:one, b", ["a:two"]), ("", ["a:one", "a:two", "b:one"])],
+    [
+        ("a", ["b:one"]),
+        ("one", ["a:two"]),
+        ("a:one, b", ["a:two"]),
+        ("B", ["a:one", "a:two"]),
+        ("", ["a:one", "a:two", "b:one"]),
+    ],
 )
 def test_blocking(monkeypatch: pytest.MonkeyPatch, value: str, left: list[str]) -> None:
     points(monkeypatch, ("a", "one"), ("a", "two"), ("b", "one"))
@@ -222,6 +230,36 @@ def test_a_plugin_that_fails_is_left_out_with_one_warning(monkeypatch: pytest.Mo
     assert [item.plugin for item in manager.registries[KIND].items] == ["b:one"]
     with pytest.raises(UnknownKeyError, match="Plugin a:one failed to load: ImportError: no such symbol"):
         manager.get(KIND, "nothing")
+
+
+class Silent(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(PluginError(), "PluginError"), (Silent(), "Silent"), (SystemExit(), "S")]
+)
+def test_whatever_a_plugin_raises_the_others_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str
+) -> None:
+    points(monkeypatch, ("a", "one"), ("b", "one"))
+    found = importlib.metadata.entry_points(group="saekit")
+
+    def load() -> object:
+        raise error
+
+    found[0].load = load
+    found[0].dist.metadata = None
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found)
+    with pytest.warns(PluginWarning, match=f"plugin unknown:one .*was left out: {reason}"):
+        manager = PluginManager()
+    assert [item.plugin for item in manager.registries[KIND].items] == ["b:one"]
+
+
+def test_a_kind_that_is_none() -> None:
+    with pytest.raises(UnknownKeyError, match="there is no kind of plugin 'lr_schedule'; the kinds are model_backends"):
+        isolated_manager().get("lr_schedule", "x")
 
 
 def test_builtins_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -111,12 +112,21 @@ def _plugins(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Says where the work is; typer would turn Ctrl-C into a bare exit."""
+    """Says where the work is after Ctrl-C or SIGTERM, and exits with 130 or 143; typer would exit without a word."""
+    received = [signal.SIGINT]
+
+    def terminate(number: int, frame: object) -> None:
+        received[0] = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted")
-        raise typer.Exit(130) from error
+        raise typer.Exit(128 + received[0]) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main() -> NoReturn:

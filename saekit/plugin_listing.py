@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from typing import Any
 
 import attrs
@@ -79,10 +80,11 @@ def table(data: dict[str, Any]) -> str:
         for item in items:
             owner = f"{item['distribution']} {item['version']}".strip()
             needs = f"  [needs: {item['install']}]" if item["missing"] else ""
-            options = ", ".join(option["name"] for option in item["options"])
             lines.append(f"  {item['key']:{width}}  {owner:16}  {item['summary']}{needs}")
+            options = ", ".join(f"{o['name']}: {o['type']}{_default(o)}" for o in item["options"])
             if options:
-                lines.append(f"  {'':{width}}  {'':16}  options: {options}")
+                indent = " " * 6
+                lines += textwrap.wrap(options, 110, initial_indent=indent, subsequent_indent=indent)
         lines += [] if items else ["  none"]
     for failure in data["failed"]:
         lines.append(f"failed: {failure['plugin']} {failure['version']}: {failure['reason']}")
@@ -107,6 +109,10 @@ def detail_text(data: dict[str, Any]) -> str:
             *(f"      {line}" for line in option["doc"].splitlines()),
         ]
     return "\n".join(lines)
+
+
+def _default(option: dict[str, Any]) -> str:
+    return "" if option["required"] else f" = {_shown(option['default'])}"
 
 
 def _shown(value: object) -> str:

@@ -342,19 +342,19 @@ def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "saekit.cli",
-        "demo",
-        "--folder",
-        str(tmp_path / "demo"),
-        "training.log_frequency=1",
-    ]
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        (["demo", "--folder", "runs", "training.log_frequency=1"], signal.SIGINT, 130),
+        (["train", "run.toml", "training.training_tokens=10_000_000"], signal.SIGTERM, 143),
+    ],
+    ids=["Ctrl-C in the demo", "SIGTERM in a run"],
+)
+def test_a_signal_saves_the_sae_and_says_so(tmp_path: Path, command: list[str], number: int, code: int) -> None:
+    (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run_config(Path("runs")))))
     # A shell's background job, such as CI may be, has SIGINT ignored, and its children would inherit that.
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "saekit.cli", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -362,19 +362,19 @@ def test_ctrl_c_in_the_demo_saves_and_says_so(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        written = list(tmp_path.glob("demo/*/metrics.jsonl"))
+    while time.monotonic() < deadline and process.poll() is None:
+        written = list(tmp_path.glob("runs/*/metrics.jsonl"))
         if written and written[0].read_text().count("\n") >= 3:
             break
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    _out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert "interrupted after" in err
-    (checkpoint,) = tmp_path.glob("demo/*/checkpoints/step-*")
-    assert str(checkpoint) in err
-    assert saekit.SAE.load(checkpoint).d_sae == 1024
+    (checkpoint,) = tmp_path.glob("runs/*/checkpoints/step-*")
+    assert str(checkpoint.relative_to(tmp_path)) in err
+    assert saekit.SAE.load(checkpoint).log_sparsity is not None
 
 
 def test_a_failing_tracker_is_reported_once_and_left_alone() -> None:

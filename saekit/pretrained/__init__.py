@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from saekit._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from saekit.pretrained.files import SAEFiles
-    from saekit.pretrained.load import PretrainedSAE, load_sae
+    from saekit.pretrained.files import PretrainedSAE, SAEFiles
+    from saekit.pretrained.load import load_sae
 
 __all__ = ["PretrainedSAE", "SAEFiles", "load_sae"]
 
@@ -16,7 +16,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "SAEFiles": "saekit.pretrained.files",
-        "PretrainedSAE": "saekit.pretrained.load",
+        "PretrainedSAE": "saekit.pretrained.files",
         "load_sae": "saekit.pretrained.load",
     },
 )

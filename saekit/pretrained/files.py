@@ -1,17 +1,36 @@
-"""The files of a saved SAE, in a folder or on the Hub, fetched one by one."""
+"""What loaders work with: the files of a saved SAE, in a folder or on the Hub, and what is read from them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit.errors import SAEFormatError
+from saekit.site import Site
 
-__all__ = ["SAEFiles"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PretrainedSAE", "SAEFiles"]
+
+
+@attrs.frozen(kw_only=True)
+class PretrainedSAE:
+    """What a loader reads: an architecture's options and its tensors, under saekit's names."""
+
+    architecture: str = "saekit:standard"
+    """The key of the architecture."""
+    options: Mapping[str, Any]
+    """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
+    tensors: Mapping[str, Tensor]
+    """``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]``, ``b_dec``, and the architecture's own."""
+    site: Site | None = None
+    log_sparsity: Tensor | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen

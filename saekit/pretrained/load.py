@@ -11,7 +11,7 @@ from saekit.config import PluginChoice
 from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.manager import PluginManager, default_manager
-from saekit.pretrained.files import SAEFiles
+from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.registry import Registered
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS
 from saekit.site import Site
@@ -22,22 +22,7 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAE
 
-__all__ = ["PretrainedSAE", "load_sae"]
-
-
-@attrs.frozen(kw_only=True)
-class PretrainedSAE:
-    """What a loader reads: an architecture's options and its tensors, under saekit's names."""
-
-    architecture: str = "saekit:standard"
-    """The key of the architecture."""
-    options: Mapping[str, Any]
-    """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
-    tensors: Mapping[str, Tensor]
-    """``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]``, ``b_dec``, and the architecture's own."""
-    site: Site | None = None
-    log_sparsity: Tensor | None = None
-    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+__all__ = ["build_module", "build_sae", "load_sae", "read_tensors"]
 
 
 def load_sae(

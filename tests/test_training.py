@@ -130,7 +130,7 @@ def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
         ({"evals": {"split": None, "held_out_every": 0}}, ConfigError, "no text is left to measure on"),
         ({"evals": {"run": ["reconstruction"] * 2}}, ConfigError, "evals.run: names a plugin twice"),
         ({"training": {"device": "cuda:7"}}, ConfigError, "training.device: 'cuda:7' cannot be used"),
-        ({"model": {"device": "cuda:7"}}, ModelError, "model.device = 'cuda:7' cannot be used"),
+        ({"model": {"device": "cuda:7"}}, ConfigError, "model.device: 'cuda:7' cannot be used"),
         ({"model": {"name": "./nowhere"}}, ModelError, "there is no model folder './nowhere'"),
         ({"model": {"name": "gpt2-smal"}}, ModelError, "Did you mean 'gpt2-small'"),
         ({"evals": {"split": "test"}}, DataError, "has no split 'test'"),

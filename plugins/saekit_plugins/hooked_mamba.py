@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
+from saekit.devices import resolve_device
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig
@@ -70,9 +71,7 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
     import torch
     from transformers import AutoTokenizer
 
-    from saekit_plugins.hooked_transformer import resolve_device
-
-    device = resolve_device(model.device)
+    device = resolve_device(model.device, "model.device")
     if model.name.startswith((".", "/")) and not Path(model.name).is_dir():
         raise ModelError(f"there is no model folder {model.name!r} (model.name)")
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import Entry, ModelError, hookimpl
+from saekit.devices import resolve_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,22 +166,9 @@ def _passed(loaded: object) -> object:
     return loaded
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` as the GPU, if there is one; an unusable device is a :class:`ModelError`."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"model.device = {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _load(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
     """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
-    device = resolve_device(model.device)
+    device = resolve_device(model.device, "model.device")
     folder = EMBEDDED.get(model.name, Path(model.name))
     if (folder / NATIVE_CONFIG).is_file():
         if kwargs:

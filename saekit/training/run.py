@@ -13,6 +13,7 @@ from torch import Tensor
 from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
+from saekit.devices import resolve_device
 from saekit.errors import ConfigError, DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Eval, ModelBackend, RunInfo, Tracker
@@ -29,7 +30,6 @@ from saekit.training.setup import (
     open_backend,
     open_source,
     probe_width,
-    resolve_device,
     run_folder,
 )
 from saekit.training.trainer import SAETrainer
@@ -71,7 +71,7 @@ def train(
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     check_run_folder(config)
-    resolve_device(config.training.device)
+    resolve_device(config.training.device, "training.device")
     schedule = make_schedule(config, plugins)
     evals = _evals(config, plugins)
     backend = open_backend(config, plugins, model)

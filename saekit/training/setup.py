@@ -18,6 +18,7 @@ from saekit.config import DatasetConfig, SAEConfig, TrainConfig
 from saekit.data import ContextStream, Documents, StreamContext, TokenPolicy
 from saekit.data.normalise import activation_scale
 from saekit.data.text import STDLIB
+from saekit.devices import resolve_device
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
@@ -50,18 +51,6 @@ _PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...
 def seed_for(seed: int, purpose: str) -> int:
     """A seed of its own for each thing that draws, so that none changes what another draws."""
     return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` as the GPU, if there is one; a device that does not work is a :class:`ConfigError`."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError([("training.device", f"{device!r} cannot be used: {reason}")]) from error
-    return device
 
 
 def open_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
@@ -176,7 +165,7 @@ def make_trainer(
     provenance: Mapping[str, Any] | None = None,
 ) -> SAETrainer:
     """An initialised SAE with everything that trains it; ``provenance`` is added to what is saved about its origin."""
-    device = resolve_device(config.training.device)
+    device = resolve_device(config.training.device, "training.device")
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
     normalised = config.activations.normalize_activations != "none"

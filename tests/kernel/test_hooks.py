@@ -95,8 +95,8 @@ def test_the_kernel_never_imports_a_plugin() -> None:
         assert not [name for name in imports_of(path) if name.startswith("saekit_plugins")], path
 
 
-PUBLIC = {"saekit", *(f"saekit.{name}" for name in
-          ("config", "data", "errors", "evals", "pretrained", "protocols", "sae", "site", "testing"))}  # fmt: skip
+PUBLIC_MODULES = ["config", "data", "devices", "errors", "evals", "pretrained", "protocols", "sae", "site", "testing"]
+PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}
 
 
 def test_plugins_import_public_modules_only() -> None:

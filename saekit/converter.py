@@ -60,10 +60,6 @@ class ConfigConverter:
         except _ProblemsError as problems:
             raise ConfigError(problems.items, source) from None
 
-    def normalise(self, config: T, source: str = "the configuration") -> T:
-        """A configuration made in code, checked as strictly as a file, with every key qualified."""
-        return self.structure(self.unstructure(config, qualify=False), type(config), source)
-
     def _structure_class(self, data: object, cls: type) -> object:
         if isinstance(data, cls):
             return data

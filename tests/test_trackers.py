@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def leveldb_records(log: bytes, block: int = 32768, header: int = 7) -> Iterator
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", log, position)
+        if position + header + length > len(log):
+            return  # still being written
         parts += log[position + header : position + header + length]
         position += header + length
         if kind in (1, 4):  # whole, or the last part
@@ -30,16 +33,10 @@ def leveldb_records(log: bytes, block: int = 32768, header: int = 7) -> Iterator
             parts = b""
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # wandb's own threads and files are its own affair
-def test_wandb_offline(tmp_path: Path) -> None:
+def read_back(file: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The rows of the history, and the configuration, that are in a W&B file by now."""
     from wandb.proto import wandb_internal_pb2
 
-    config = run_config(tmp_path, training={"log_frequency": 2}) | {
-        "trackers": ["jsonl", {"name": "wandb", "mode": "offline", "project": "p", "tags": ["t"]}]
-    }
-    result = saekit.train(config)
-    (file,) = result.folder.glob("wandb/offline-run-*/*.wandb")
     history: list[dict[str, str]] = []
     saved: dict[str, str] = {}
     for data in leveldb_records(file.read_bytes()[7:]):
@@ -49,6 +46,22 @@ def test_wandb_offline(tmp_path: Path) -> None:
             history.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
         if record.HasField("run"):
             saved |= {item.key: item.value_json for item in record.run.config.update}
+    return history, saved
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # wandb's own threads and files are its own affair
+def test_wandb_offline(tmp_path: Path) -> None:
+    config = run_config(tmp_path, training={"log_frequency": 2}) | {
+        "trackers": ["jsonl", {"name": "wandb", "mode": "offline", "project": "p", "tags": ["t"]}]
+    }
+    result = saekit.train(config)
+    (file,) = result.folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # W&B's own process writes the file, and may still do so after the run's end
+    history, saved = read_back(file)
+    while len(history) < 5 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        history, saved = read_back(file)
     logged = [row for row in history if "losses/mse_loss" in row]
     assert len(logged) == 5  # steps 1, 2, 4, 6, 8
     assert float(logged[-1]["losses/mse_loss"]) == pytest.approx(result.metrics["losses/mse_loss"])

@@ -16,11 +16,13 @@ from saekit.site import Site
 
 __all__ = [
     "ActivationsConfig",
+    "CacheConfig",
     "CheckpointsConfig",
     "DatasetConfig",
     "EvalsConfig",
     "ModelConfig",
     "OptimiserConfig",
+    "PretokenizeConfig",
     "SAEConfig",
     "Site",
     "TrainConfig",
@@ -64,8 +66,8 @@ _token = check(
     lambda v: v in ("bos", "eos", "sep", "none") if isinstance(v, str) else v >= 0,
     '"bos", "eos", "sep", "none" or a token id',
 )
-# Strings here have no None default, so that "none" can be written in a TOML file, which has no null.
 Token: TypeAlias = str | int
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @attrs.frozen(kw_only=True)
@@ -78,8 +80,10 @@ class ModelConfig:
     """What loads and runs the model."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     """The type of the model's weights and activations."""
+    autocast: bool = False
+    """Run the model's matrix products in bfloat16 (torch's autocast), whatever the type of its weights."""
 
 
 @attrs.frozen(kw_only=True)
@@ -99,25 +103,44 @@ class DatasetConfig:
     """Read a Hub dataset as it is needed, without downloading all of it first."""
     column: str | None = None
     """The column to read.  None: the first of `tokens`, `input_ids` and `text` that is there."""
-    context_size: int = attrs.field(default=128, validator=check(lambda v: v >= 2, "2 or more"))
-    """Tokens in a context, the prepended ones included."""
-    prepend_bos: bool = True
-    """Begin every context with the BOS token, exactly once."""
-    begin_batch_token: Token = attrs.field(default="none", validator=_token)
-    """The token that begins every context when `prepend_bos` is off: `bos`, `eos`, `sep`, an id, or `none`."""
-    begin_sequence_token: Token = attrs.field(default="none", validator=_token)
-    """The token put before each document."""
-    sequence_separator_token: Token = attrs.field(default="bos", validator=_token)
-    """The token put between two documents."""
+    context_size: int | None = attrs.field(default=None, validator=check(lambda v: v >= 2, "2 or more"))
+    """Tokens in a context, the prepended ones included.  None: that of pretokenised data, else 128."""
+    prepend_bos: bool | None = None
+    """Begin every context with the BOS token, exactly once.  None: as pretokenised data does, else true."""
+    begin_batch_token: Token | None = attrs.field(default=None, validator=_token)
+    """The token that begins every context when `prepend_bos` is off: `bos`, `eos`, `sep`, an id, or `none`.  None: as
+    in pretokenised data, else `none`."""
+    begin_sequence_token: Token | None = attrs.field(default=None, validator=_token)
+    """The token put before each document.  None: as in pretokenised data, else `none`."""
+    sequence_separator_token: Token | None = attrs.field(default=None, validator=_token)
+    """The token put between two documents.  None: as in pretokenised data, else `bos`."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
     """When the text ends before training does: read it again, end training cleanly, or fail."""
 
     def __attrs_post_init__(self) -> None:
-        if self.prepend_bos and self.begin_batch_token not in ("none", "bos"):
+        if self.prepend_bos is not False and self.begin_batch_token not in (None, "none", "bos"):
             raise ConfigError(
                 [("begin_batch_token", f"is {self.begin_batch_token!r}, but prepend_bos begins contexts with BOS; "
                   "set prepend_bos = false to use another token")]
             )  # fmt: skip
+
+
+@attrs.frozen(kw_only=True)
+class CacheConfig:
+    """What `saekit cache` writes.  Training reads it with `activations.source = {name = "cached", folder = ...}`."""
+
+    folder: str = attrs.field(default="activations", validator=_not_empty)
+    """The folder to write, or to go on with."""
+    tokens: int | None = attrs.field(default=None, validator=_at_least_1)
+    """Activation vectors to write, rounded up to whole contexts.  None: `training.training_tokens`."""
+    sites: tuple[Site, ...] = ()
+    """Sites to write in the same pass beside `site`."""
+    dtype: Dtype | None = None
+    """The type of the numbers on disk.  None: what the model gives."""
+    batch_size_prompts: int = attrs.field(default=16, validator=_at_least_1)
+    """Contexts in one forward of the model."""
+    shard_megabytes: int = attrs.field(default=512, validator=_at_least_1)
+    """The size of a shard's largest file, about.  Writing goes on from the last whole shard after an interruption."""
 
 
 @attrs.frozen(kw_only=True)
@@ -130,6 +153,8 @@ class ActivationsConfig:
     """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the
     first buffer, before anything else uses activations, and folded into the weights that are saved, so that they work
     on raw activations."""
+    cache: CacheConfig = attrs.field(factory=CacheConfig)
+    """What `saekit cache` writes."""
 
 
 @attrs.frozen(kw_only=True)
@@ -294,3 +319,39 @@ class TrainConfig:
                 [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
                   "measure nothing: evals.run = []")]
             )  # fmt: skip
+
+
+@attrs.frozen(kw_only=True)
+class PretokenizeConfig:
+    """One run of `saekit pretokenize`: text in, shuffled contexts out."""
+
+    dataset: DatasetConfig = attrs.field(factory=DatasetConfig)
+    """The text, and how it becomes contexts."""
+    model: ModelConfig = attrs.field(factory=ModelConfig)
+    """The model whose tokenizer is used, unless `tokenizer` names another."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer, by its folder or name on the Hub; no model is loaded then."""
+    folder: str | None = None
+    """The folder to write, which must be new.  Training reads it with `dataset.path`."""
+    hub_repo_id: str | None = None
+    """The dataset repository on the Hub to push to, as `owner/name`."""
+    hub_revision: str | None = None
+    """The branch to push to.  None: the repository's main one."""
+    hub_private: bool = True
+    """Make the repository private, if it is new."""
+    shuffle: bool = True
+    """Shuffle the contexts."""
+    seed: int = attrs.field(default=42, validator=_at_least_0)
+    """Seeds the shuffle."""
+    num_proc: int = attrs.field(default=1, validator=_at_least_1)
+    """Processes that tokenise."""
+    max_contexts: int | None = attrs.field(default=None, validator=_at_least_1)
+    """Stop after this many contexts.  None: all of the data."""
+    verbose: bool = True
+    """Show progress."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.folder is None and self.hub_repo_id is None:
+            raise ConfigError([("folder", "is missing: name a folder to write, a hub_repo_id to push to, or both")])
+        if self.hub_revision is not None and self.hub_repo_id is None:
+            raise ConfigError([("hub_revision", "says where to push, but there is no hub_repo_id")])

@@ -89,10 +89,8 @@ def _numbers(result: TrainResult) -> Table:
 
 def _features(result: TrainResult, config: Any, n_contexts: int = 384) -> list[FeatureExamples]:
     """Five striking features on more text than the evals need."""
-    from saekit.training.setup import held_out_contexts
-
-    wide = attrs.evolve(config, evals=attrs.evolve(config.evals, n_contexts=n_contexts))
-    contexts = held_out_contexts(wide, result.backend, None)
+    wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=n_contexts))
+    contexts = wide.held_out(result.backend, config.training.seed)
     activations = feature_activations(result.sae, backend=result.backend, site=config.site, contexts=contexts)
     features = striking_features(activations, contexts, 5)
     return [top_examples(feature, activations, contexts, result.backend) for feature in features]

@@ -78,18 +78,25 @@ class LRSchedule(Protocol):
         """The learning rate at the main part's own ``step``, from 0."""
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Batch:
-    """One training batch: for each site, ``[n, d_in]`` activations of the same ``n`` tokens."""
+    """Rows of activations: for each site, ``[n, d_in]`` for the same ``n`` tokens, and where the tokens are from."""
 
     activations: Mapping[Site, Tensor]
+    tokens: Tensor | None = None
+    """``[n]`` token ids, where the source knows them."""
+    documents: Tensor | None = None
+    """``[n]`` positions of the tokens' documents in the dataset."""
+    positions: Tensor | None = None
+    """``[n]`` positions in the context."""
 
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
 
     def first(self, n: int) -> Batch:
         """The first ``n`` rows."""
-        return Batch({site: rows[:n] for site, rows in self.activations.items()})
+        cut = [None if origin is None else origin[:n] for origin in (self.tokens, self.documents, self.positions)]
+        return Batch({site: rows[:n] for site, rows in self.activations.items()}, *cut)
 
 
 @runtime_checkable

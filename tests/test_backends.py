@@ -11,6 +11,7 @@ from tiny import TOKENIZER, hooked_mamba, hooked_transformer, run_config, tokeni
 
 import saekit
 from saekit.config import ModelConfig
+from saekit.data import Corpus
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 
@@ -56,7 +57,8 @@ def test_the_forward_stops_before_the_first_block_that_is_not_needed() -> None:
     for hook, blocks in {
         "blocks.1.hook_resid_pre": [0],
         "blocks.1.hook_resid_post": [0, 1],
-        "hook_embed": [0, 1, 2],
+        "hook_embed": [],
+        "ln_final.hook_normalized": [0, 1, 2],
     }.items():
         ran.clear()
         backend(model).activations(TOKENS, {hook})
@@ -84,12 +86,9 @@ def test_the_embedded_model_is_what_its_card_says() -> None:
         float(line.split("|")[2].strip(" *")) for line in card.splitlines() if line.startswith("|") and "." in line
     )
     assert stated < bigram - 0.5 < unigram
-    from saekit.config import TrainConfig
-    from saekit.training.setup import held_out_contexts
-
     config = saekit.load_config({"evals": {"split": "heldout", "n_contexts": 400}})
-    assert isinstance(config, TrainConfig)
-    loss = found.loss(held_out_contexts(config, found, None)).mean().item()
+    contexts = Corpus.of(config.dataset, config.evals).held_out(found, seed=0)
+    loss = found.loss(contexts).mean().item()
     assert abs(loss - stated) < 0.15, "a sample of the held-out text"
     assert sum(p.stat().st_size for p in TOKENIZER.iterdir()) < 3_000_000
 

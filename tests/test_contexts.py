@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.config import DatasetConfig
-from saekit.data import ContextPacker, ContextStream, TokenPolicy
+from saekit.config import DatasetConfig, EvalsConfig
+from saekit.data import ContextPacker, ContextStream, Corpus, TokenPolicy
 from saekit.errors import DataError
 
 BOS, SEP, SEQ = 0, 1, 2
@@ -37,7 +37,7 @@ def expected_stream(docs: Sequence[Sequence[int]], policy: TokenPolicy) -> list[
 @given(documents, policies)
 def test_nothing_is_lost_or_doubled(docs: list[list[int]], policy: TokenPolicy) -> None:
     packer = ContextPacker(policy)
-    contexts = [context for doc in docs for context in packer.add(doc)]
+    contexts = [context for doc in docs for context, _ in packer.add(doc)]
     wanted = expected_stream(docs, policy)
     position = 0
     for context in contexts:
@@ -49,7 +49,7 @@ def test_nothing_is_lost_or_doubled(docs: list[list[int]], policy: TokenPolicy) 
                 body = body[1:]
         assert body == wanted[position : position + len(body)]
         position += len(body)
-    waiting = packer.state_dict()["open"]
+    waiting = packer.state_dict()["tokens"]
     if waiting and policy.begin_batch is not None and wanted[position] != policy.begin_batch:
         waiting = waiting[1:]
     assert waiting == wanted[position:]
@@ -66,12 +66,12 @@ def test_a_saved_state_goes_on_with_the_very_same_contexts(
     def drain(contexts: ContextStream) -> list[list[int]]:
         rows = []
         while len(part := contexts.take(data.draw(st.integers(1, 4)))):
-            rows += part.tolist()
+            rows += part.tokens.tolist()
         return rows
 
     whole = drain(stream())
     first = stream()
-    begun = first.take(data.draw(st.integers(0, 6))).tolist()
+    begun = first.take(data.draw(st.integers(0, 6))).tokens.tolist()
     second = stream()
     second.load_state_dict(first.state_dict())
     assert begun + drain(second) == whole
@@ -81,24 +81,28 @@ def test_bos_begins_every_context_once_also_on_tokenised_data() -> None:
     policy = TokenPolicy(context_size=4, begin_batch=BOS, separator=BOS)
     packer = ContextPacker(policy)
     contexts = packer.add([BOS, 5, 6, 7]) + packer.add([8, 9]) + packer.add([BOS, 4, 4, 4, 4])
-    assert [context.tolist() for context in contexts] == [[0, 5, 6, 7], [0, 8, 9, 0], [0, 4, 4, 4]]
+    assert [tokens.tolist() for tokens, _ in contexts] == [[0, 5, 6, 7], [0, 8, 9, 0], [0, 4, 4, 4]]
 
 
 def of(config: DatasetConfig, **tokens: int | None) -> TokenPolicy:
     return TokenPolicy.of(config, tokens)
 
 
+def settled(**options: object) -> DatasetConfig:
+    return Corpus.of(DatasetConfig(**options), EvalsConfig()).config  # type: ignore[arg-type]
+
+
 def test_policies_from_a_configuration() -> None:
     tokens = {"bos": 7, "eos": 8, "sep": None}
-    assert of(DatasetConfig(context_size=5), **tokens) == TokenPolicy(context_size=5, begin_batch=7, separator=7)
-    custom = DatasetConfig(
+    assert of(settled(context_size=5), **tokens) == TokenPolicy(context_size=5, begin_batch=7, separator=7)
+    custom = settled(
         prepend_bos=False, begin_batch_token="eos", begin_sequence_token=3, sequence_separator_token="none"
     )
     assert of(custom, **tokens) == TokenPolicy(context_size=128, begin_batch=8, begin_sequence=3)
     with pytest.raises(
         DataError, match=r"dataset.sequence_separator_token asks for the tokenizer's sep token.*\{'bos': 7"
     ):
-        of(DatasetConfig(sequence_separator_token="sep"), **tokens)
+        of(settled(sequence_separator_token="sep"), **tokens)
 
 
 def stream_of(docs: object, repeat: bool = True) -> ContextStream:
@@ -107,10 +111,10 @@ def stream_of(docs: object, repeat: bool = True) -> ContextStream:
 
 
 def test_exhausted_data() -> None:
-    assert stream_of(["abcd", "e"], repeat=False).take(9).tolist() == [[0, 1, 2]]
+    assert stream_of(["abcd", "e"], repeat=False).take(9).tokens.tolist() == [[0, 1, 2]]
     # The tail goes on into the next reading.
-    assert stream_of(["abcd"]).take(4).tolist() == [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]
-    with pytest.raises(DataError, match="no documents"):
+    assert stream_of(["abcd"]).take(4).tokens.tolist() == [[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3]]
+    with pytest.raises(DataError, match="documents are not there"):
         stream_of([]).take(1)
     with pytest.raises(DataError, match="hold no tokens"):
         stream_of(["", ""]).take(1)
@@ -122,4 +126,4 @@ def test_a_foreign_vocabulary() -> None:
 
 
 def test_token_arrays_are_documents_too() -> None:
-    assert stream_of([np.array([1, 2, 3])], repeat=False).take(1).tolist() == [[1, 2, 3]]
+    assert stream_of([np.array([1, 2, 3])], repeat=False).take(1).tokens.tolist() == [[1, 2, 3]]

@@ -18,7 +18,7 @@ DOCUMENTS = [[(7 * n + t) % 120 + 1 for t in range(10 + n % 13)] for n in range(
 def source(repeat: bool = False, batch: int = 24, site: saekit.Site = SITE) -> ActivationSource:
     backend = FakeBackend()
     contexts = ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
-    stream = StreamContext(backend=backend, contexts=contexts, widths={site: 8}, batch_size=batch, seed=3)
+    stream = StreamContext(backend=backend, sites=[site], batch_size=batch, seed=3, open_contexts=lambda: contexts)
     config = LiveConfig(store_batch_size_prompts=4, n_batches_in_buffer=4)
     built: ActivationSource = saekit.default_manager().build("activation_sources", config, stream=stream)
     return built
@@ -30,7 +30,7 @@ def test_every_activation_is_served_once() -> None:
     batches = [batch.activations[SITE] for batch in live]
     assert all(len(batch) == 24 for batch in batches[:-1])
     served = torch.cat(batches)
-    packed = ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=False).take(10**6)
+    packed = ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=False).take(10**6).tokens
     expected = FakeBackend().activations(torch.from_numpy(packed), {SITE.hook_name})[SITE.hook_name].flatten(0, 1)
     assert len(served) == len(expected)
     assert torch.equal(served[served[:, 0].sort(stable=True).indices][:, 0], expected[:, 0].sort(stable=True).values)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub, fake_hub
 from saekit_plugins.connor_rob_hook_z import ConnorRobConfig
 from safetensors.torch import save_file
 
@@ -142,54 +141,13 @@ def test_connor_rob_with_parts_missing(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    """A Hugging Face endpoint on loopback that serves one repository, ``somebody/saes``, from a folder."""
-    root = tmp_path / "repo"
-    write(root / "layer2", OLD, tensors())
-    write_connor(root / "attn", tensors(seed=1))
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            path = self.path.partition("?")[0]
-            if path.startswith("/api/models/somebody/saes/tree/"):
-                files = [p for p in root.rglob("*") if p.is_file()]
-                tree = [
-                    {"type": "file", "path": p.relative_to(root).as_posix(), "size": p.stat().st_size, "oid": commit}
-                    for p in files
-                ]
-                data = json.dumps(tree).encode()
-            elif path.startswith("/somebody/saes/resolve/"):
-                data = (root / path.split("/", 5)[5]).read_bytes()
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{hash(path) & 0xFFFFFFFF:x}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *args: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub with one repository, ``somebody/saes``."""
+    root = tmp_path / "hub"
+    write(root / "models/somebody/saes/layer2", OLD, tensors())
+    write_connor(root / "models/somebody/saes/attn", tensors(seed=1))
+    with fake_hub(root) as hub:
+        yield hub
 
 
 FROM_HUB = """
@@ -206,11 +164,8 @@ for repo, folder in (("somebody/saes", "layer9"), ("somebody/else", "x")):
 
 
 @pytest.mark.slow
-def test_from_the_hub(hub: str, tmp_path: Path) -> None:
-    import os
-
-    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    environment["HF_HUB_DISABLE_XET"] = "1"
+def test_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    environment = hub.environment(tmp_path / "home")
     found = subprocess.run([sys.executable, "-c", FROM_HUB], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()

@@ -63,7 +63,12 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
         raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}")
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
-        module, name=name, d_vocab=module.cfg.vocab_size, n_ctx=None, forward_kwargs=config.forward_kwargs
+        module,
+        name=name,
+        d_vocab=module.cfg.vocab_size,
+        n_ctx=None,
+        forward_kwargs=config.forward_kwargs,
+        autocast=model.autocast,
     )
 
 

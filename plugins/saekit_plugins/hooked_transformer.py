@@ -41,15 +41,27 @@ class TransformerLensBackend:
     """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks."""
 
     def __init__(
-        self, model: Any, *, name: str, d_vocab: int, n_ctx: int | None, forward_kwargs: Mapping[str, Any]
+        self,
+        model: Any,
+        *,
+        name: str,
+        d_vocab: int,
+        n_ctx: int | None,
+        forward_kwargs: Mapping[str, Any],
+        autocast: bool = False,
     ) -> None:
         self.model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
         self.device = str(next(model.parameters()).device)
-        self._forward_kwargs = dict(forward_kwargs)
-        tokenizer = model.tokenizer
+        self._forward_kwargs, self._autocast = dict(forward_kwargs), autocast
+        tokenizer = self.tokenizer = model.tokenizer
+        if tokenizer is not None and getattr(tokenizer, "vocab_size", 0) > d_vocab:  # tokens added later do not count
+            raise ModelError(
+                f"the tokenizer of {name!r} has {tokenizer.vocab_size} tokens, but the model knows {d_vocab}: they do "
+                "not belong together"
+            )
         self.special_tokens = {
             kind: getattr(tokenizer, f"{kind}_token_id", None) if tokenizer is not None else None
             for kind in ("bos", "eos", "sep")
@@ -100,10 +112,11 @@ class TransformerLensBackend:
         """The layer to stop before, and the hook that equals the residual stream entering it, if it is wanted."""
         layers = []
         for name in hooks:
-            if (match := re.match(r"blocks\.(\d+)\.", name)) is None:
+            if (match := re.match(r"blocks\.(\d+)\.", name)) is not None:
+                layers.append(int(match.group(1)))
+            elif name not in ("hook_embed", "hook_pos_embed", "hook_tokens"):  # these come before the first block
                 return None, None
-            layers.append(int(match.group(1)))
-        last = max(layers)
+        last = max(layers, default=-1)
         entry = f"blocks.{last}.hook_resid_pre"
         only_entry = [name for name in hooks if name.startswith(f"blocks.{last}.")] == [entry]
         if only_entry and not self.model.hook_dict[entry].fwd_hooks:
@@ -126,13 +139,17 @@ class TransformerLensBackend:
         return loss
 
     def _run(self, tokens: Tensor, **options: Any) -> Any:
+        import torch
+
         accepted = inspect.signature(self.model.forward).parameters
         if unknown := sorted(set(self._forward_kwargs) - set(accepted)):
             raise ModelError(
                 f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
                 f"{sorted(set(accepted) - {'input'})}"
             )
-        return self.model.run_with_hooks(tokens.to(self.device), **options, **self._forward_kwargs)
+        tokens = tokens.to(self.device)
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            return self.model.run_with_hooks(tokens, **options, **self._forward_kwargs)
 
 
 @hookimpl
@@ -157,6 +174,7 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
         d_vocab=module.cfg.d_vocab,
         n_ctx=module.cfg.n_ctx,
         forward_kwargs=config.forward_kwargs,
+        autocast=model.autocast,
     )
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import Batch, ConfigError, Entry, Site, hookimpl
-from saekit.config import check
+from saekit.config import Dtype, check
+from saekit.devices import resolve_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.data import StreamContext
+    from saekit.data import ShuffleBuffer, StreamContext
 
 _positive = check(lambda value: value >= 1, "1 or more")
 
@@ -23,9 +24,15 @@ class LiveConfig:
     """Runs the model and mixes its activations in a buffer, which is refilled when it is half empty."""
 
     store_batch_size_prompts: int = attrs.field(default=16, validator=_positive)
-    """Contexts in one forward of the model."""
+    """Contexts in one forward of the model.  Halved, with a warning, when the model runs out of memory."""
     n_batches_in_buffer: int = attrs.field(default=32, validator=_positive)
     """Forwards that fill the buffer."""
+    act_store_device: str = "with_model"
+    """Where the buffer is: `cpu`, `cuda`, ..., or `with_model`."""
+    dtype: Dtype | None = None
+    """The type of the numbers in the buffer.  None: what the model gives."""
+    prefetch: bool = True
+    """Run the model in a background thread while the SAE trains.  The batches are the same."""
 
 
 class LiveSource:
@@ -34,39 +41,66 @@ class LiveSource:
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch
 
-        from saekit.data import ShuffleBuffer
+        from saekit.data import ActivationStream, Prefetched
 
-        self._config = config
-        self._stream = stream
-        self._rows_per_forward = config.store_batch_size_prompts * stream.contexts.policy.context_size
-        capacity = self._rows_per_forward * config.n_batches_in_buffer
-        if capacity - self._rows_per_forward + 1 < stream.batch_size:  # a forward is added only where it fits whole
+        self._stream, self._config = stream, config
+        context_size = stream.contexts.policy.context_size  # opens the text, before the model runs
+        self._rows_per_forward = config.store_batch_size_prompts * context_size
+        self._capacity = self._rows_per_forward * config.n_batches_in_buffer
+        if self._capacity - self._rows_per_forward + 1 < stream.batch_size:  # a forward is added where it fits whole
             raise ConfigError(
-                f"the buffer holds {capacity:,} activations ({config.n_batches_in_buffer} forwards of "
-                f"{config.store_batch_size_prompts} contexts of {stream.contexts.policy.context_size}), too few for "
+                f"the buffer holds {self._capacity:,} activations ({config.n_batches_in_buffer} forwards of "
+                f"{config.store_batch_size_prompts} contexts of {context_size}), too few for "
                 f"batches of {stream.batch_size:,} and room for a forward; raise "
                 "activations.source.n_batches_in_buffer"
             )
-        probe = stream.backend.activations(torch.zeros(1, 2, dtype=torch.long), {next(iter(stream.widths)).hook_name})
-        self._buffer = ShuffleBuffer(
-            stream.widths,
-            capacity,
-            generator=torch.Generator().manual_seed(stream.seed),
-            dtype=next(iter(probe.values())).dtype,
-            device=stream.backend.device,
+        own_device = config.act_store_device == "with_model"
+        self._device = (
+            stream.backend.device
+            if own_device
+            else resolve_device(config.act_store_device, "activations.source.act_store_device")
         )
+        dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        self._dtypes = {site: dtype or held for site, held in stream.dtypes.items()}
+        forwards = ActivationStream(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
+        self._prefetched = Prefetched(forwards) if config.prefetch else None
+        self._forwards: Any = self._prefetched or forwards
+        self._made: ShuffleBuffer | None = None
         self._ended = False
+
+    @property
+    def _buffer(self) -> ShuffleBuffer:
+        """Made when the first activations come, so that a run can be planned where its buffer does not fit."""
+        import torch
+
+        from saekit.data import ShuffleBuffer
+
+        if self._made is None:
+            generator = torch.Generator().manual_seed(self._stream.seed)
+            self._made = ShuffleBuffer(
+                self._stream.widths, self._capacity, generator=generator, dtypes=self._dtypes, device=self._device
+            )
+        return self._made
+
+    def memory_bytes(self) -> int:
+        """The buffer's, when it is there."""
+        widths = self._stream.widths
+        return self._capacity * sum(width * self._dtypes[site].itemsize for site, width in widths.items())
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        wanted = self._stream.batch_size
-        if self._buffer.filled < max(wanted, self._buffer.capacity // 2):
+        wanted, buffer = self._stream.batch_size, self._buffer
+        if buffer.filled < max(wanted, buffer.capacity // 2):
             self._refill()
-        if not self._buffer.filled:
+        elif self._prefetched is not None:
+            # What the thread has made goes to slots that came free, to be mixed in at the next refill.
+            while not self._ended and buffer.free >= self._rows_per_forward and self._prefetched.available():
+                self._add()
+        if not buffer.filled:
             raise StopIteration
-        return Batch(self._buffer.take(wanted))
+        return buffer.take(wanted)
 
     def peek(self) -> Mapping[Site, Tensor]:
         if not self._buffer.filled:
@@ -74,43 +108,32 @@ class LiveSource:
         return self._buffer.peek()
 
     def _refill(self) -> None:
-        added = False
         while not self._ended and self._buffer.free >= self._rows_per_forward:
-            rows = self._forward()
-            if rows is None:
-                self._ended = True
-            else:
-                self._buffer.add(rows)
-                added = True
-        if added:
+            self._add()
+        if self._buffer.waiting:
             self._buffer.shuffle()
 
-    def _forward(self) -> dict[Site, Tensor] | None:
-        import torch
-
-        contexts = self._stream.contexts.take(self._config.store_batch_size_prompts)
-        if not len(contexts):
-            return None
-        held = self._stream.backend.activations(torch.from_numpy(contexts), {s.hook_name for s in self._stream.widths})
-        return {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in self._stream.widths}
+    def _add(self) -> None:
+        rows = next(self._forwards, None)
+        if rows is None:
+            self._ended = True
+        else:
+            self._buffer.add(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        contexts = self._stream.contexts.state_dict()
-        return {"buffer": self._buffer.state_dict(), "contexts": contexts, "ended": self._ended}
+        return {"buffer": self._buffer.state_dict(), "contexts": self._forwards.state_dict(), "ended": self._ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._buffer.load_state_dict(state["buffer"])
-        self._stream.contexts.load_state_dict(state["contexts"])
+        self._forwards.load_state_dict(state["contexts"])
         self._ended = state["ended"]
 
     def close(self) -> None:
-        """Nothing runs beside the caller."""
+        """End the background thread."""
+        if self._prefetched is not None:
+            self._prefetched.close()
 
 
 @hookimpl
 def saekit_register_activation_sources() -> Iterable[Entry]:
-    yield Entry("live", LiveConfig, _build, summary="the model runs as batches are needed; shuffled in memory")
-
-
-def _build(config: LiveConfig, *, stream: StreamContext) -> LiveSource:
-    return LiveSource(config, stream)
+    yield Entry("live", LiveConfig, LiveSource, summary="the model runs as batches are needed; shuffled in memory")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.protocols import Batch
 from saekit.site import Site
 
 __all__ = ["ShuffleBuffer"]
@@ -16,58 +17,104 @@ __all__ = ["ShuffleBuffer"]
 class ShuffleBuffer:
     """A fixed block of rows per site, served in random order without replacement.
 
-    Rows are written into free slots and read from random ones, so nothing is moved to shuffle: each batch mixes
-    old rows with new ones.  All sites share the slots, so row ``i`` of each is the same token.
+    Rows are written into free slots and read from random ones, so nothing is moved to shuffle.  Rows that were added
+    wait until :meth:`shuffle` mixes them with those that are left; when they were added makes no difference.  All sites
+    share the slots, so row ``i`` of each is the same token.
     """
 
     def __init__(
-        self, widths: Mapping[Site, int], capacity: int, *, generator: torch.Generator, dtype: torch.dtype, device: str
+        self,
+        widths: Mapping[Site, int],
+        capacity: int,
+        *,
+        generator: torch.Generator,
+        dtypes: Mapping[Site, torch.dtype],
+        device: str,
     ) -> None:
         self.capacity = capacity
         self._generator = generator
-        self._rows = {site: torch.empty(capacity, d, dtype=dtype, device=device) for site, d in widths.items()}
-        self._free = torch.arange(capacity)
-        self._order = torch.empty(0, dtype=torch.long)  # filled slots in the order in which they will be served
+        self._rows = {site: torch.empty(capacity, d, dtype=dtypes[site], device=device) for site, d in widths.items()}
+        self._origins = torch.zeros(capacity, 3, dtype=torch.long)  # token, document, position
+        self._free = torch.arange(capacity)  # at the last shuffle; slots served since then come after these
+        self._used = 0  # of the free slots, those that were written since
+        self._order = torch.empty(0, dtype=torch.long)  # slots in the order in which they are served
+        self._served = 0
 
     @property
     def filled(self) -> int:
         """Rows that can be served."""
-        return len(self._order)
+        return len(self._order) - self._served
+
+    @property
+    def waiting(self) -> int:
+        """Rows that were added since the last :meth:`shuffle`."""
+        return self._used
 
     @property
     def free(self) -> int:
         """Rows that can be added."""
-        return len(self._free)
+        return len(self._free) + self._served - self._used
 
-    def add(self, rows: Mapping[Site, Tensor]) -> None:
-        """Write ``[n, d]`` rows per site into free slots.  Call :meth:`shuffle` when done adding."""
-        n = len(next(iter(rows.values())))
-        slots, self._free = self._free[:n], self._free[n:]
-        for site, values in rows.items():
-            block = self._rows[site]
+    @property
+    def nbytes(self) -> int:
+        """The memory of all rows."""
+        return sum(block.nbytes for block in (*self._rows.values(), self._origins))
+
+    def add(self, batch: Batch) -> None:
+        """Write rows into free slots, where they wait for :meth:`shuffle`."""
+        slots = self._free_slots(self._used, self._used + len(batch))
+        self._used += len(batch)
+        for site, block in self._rows.items():
+            values = batch.activations[site]
             block.index_copy_(0, slots.to(block.device), values.to(block.device, block.dtype))
-        self._order = torch.cat([self._order, slots])
+        for column, origin in enumerate((batch.tokens, batch.documents, batch.positions)):
+            if origin is not None:
+                self._origins[slots, column] = origin.to("cpu", torch.long)
+
+    def _free_slots(self, start: int, end: int) -> Tensor:
+        """Free slots ``start`` to ``end`` in the order in which they came free."""
+        first = self._free[start:end]
+        later = self._order[max(start - len(self._free), 0) : max(end - len(self._free), 0)]
+        return first if not len(later) else torch.cat([first, later])
 
     def shuffle(self) -> None:
-        """Draw a new random order over all filled slots."""
-        self._order = self._order[torch.randperm(len(self._order), generator=self._generator)]
+        """Draw a new random order over every row that is there."""
+        free = len(self._free) + self._served
+        added, left = self._free_slots(0, self._used), self._order[self._served :]
+        self._free = self._free_slots(self._used, free).clone()
+        filled = torch.cat([left, added])
+        self._order = filled[torch.randperm(len(filled), generator=self._generator)]
+        self._used = self._served = 0
 
-    def take(self, n: int) -> dict[Site, Tensor]:
-        """The next ``n`` rows per site (fewer if fewer are filled), ``[n, d]``; their slots become free."""
-        slots, self._order = self._order[:n], self._order[n:]
-        self._free = torch.cat([self._free, slots])
-        return {site: block.index_select(0, slots.to(block.device)) for site, block in self._rows.items()}
+    def take(self, n: int) -> Batch:
+        """The next ``n`` rows (fewer if fewer are filled); their slots become free."""
+        slots = self._order[self._served : self._served + n]
+        self._served += len(slots)
+        return self._at(slots)
 
     def peek(self) -> dict[Site, Tensor]:
-        """Every filled row, nothing used up."""
-        return {site: block.index_select(0, self._order.to(block.device)) for site, block in self._rows.items()}
+        """Every row that can be served, ``[n, d]`` per site in no order, nothing used up.
+
+        A buffer that was just filled is shown as it lies, not copied.
+        """
+        if self.filled == self.capacity:
+            return dict(self._rows)
+        return dict(self._at(self._order[self._served :]).activations)
+
+    def _at(self, slots: Tensor) -> Batch:
+        rows = {site: block.index_select(0, slots.to(block.device)) for site, block in self._rows.items()}
+        tokens, documents, positions = self._origins[slots].unbind(1)
+        return Batch(rows, tokens=tokens, documents=documents, positions=positions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled rows, the slots and the generator."""
+        """The rows, the slots and the generator."""
         return {
             "rows": {site.name: block.clone() for site, block in self._rows.items()},
+            "origins": self._origins.clone(),
             "free": self._free.clone(),
+            "used": self._used,
             "order": self._order.clone(),
+            "served": self._served,
             "generator": self._generator.get_state(),
         }
 
@@ -75,5 +122,7 @@ class ShuffleBuffer:
         """Go on with the very next row."""
         for site, block in self._rows.items():
             block.copy_(state["rows"][site.name])
+        self._origins.copy_(state["origins"])
         self._free, self._order = state["free"].clone(), state["order"].clone()
+        self._used, self._served = state["used"], state["served"]
         self._generator.set_state(state["generator"])

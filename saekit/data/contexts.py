@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from saekit.config import DatasetConfig
+from saekit.data.text import Documents
 from saekit.errors import DataError
 
-__all__ = ["ContextPacker", "ContextStream", "TokenPolicy"]
+__all__ = ["ContextPacker", "ContextStream", "Contexts", "TokenPolicy"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -31,10 +32,13 @@ class TokenPolicy:
 
     @classmethod
     def of(cls, config: DatasetConfig, special_tokens: Mapping[str, int | None]) -> TokenPolicy:
-        """The policy of ``config`` with a tokenizer's ids; a token that the tokenizer lacks is a :class:`DataError`."""
+        """The policy of ``config``, whose token options are all set, with a tokenizer's ids.
 
-        def resolve(option: str, token: str | int) -> int | None:
-            if token == "none" or isinstance(token, int):
+        A token that the tokenizer lacks is a :class:`DataError`.
+        """
+
+        def resolve(option: str, token: str | int | None) -> int | None:
+            if token is None or token == "none" or isinstance(token, int):
                 return token if isinstance(token, int) else None
             if (found := special_tokens.get(token)) is None:
                 raise DataError(
@@ -44,6 +48,8 @@ class TokenPolicy:
                 )
             return found
 
+        if config.context_size is None:
+            raise ValueError("dataset.context_size is not set; saekit.data.Corpus sets it")
         begin = resolve("prepend_bos", "bos") if config.prepend_bos else None
         return cls(
             context_size=config.context_size,
@@ -51,6 +57,19 @@ class TokenPolicy:
             begin_sequence=resolve("begin_sequence_token", config.begin_sequence_token),
             separator=resolve("sequence_separator_token", config.sequence_separator_token),
         )
+
+
+@attrs.frozen(eq=False)
+class Contexts:
+    """Some contexts, ``[n, context_size]`` token ids, and where each token is from."""
+
+    tokens: IntArray
+    documents: IntArray
+    """``[n, context_size]``: the document's position in the dataset.  A token that was put in belongs to the document
+    that follows it."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class ContextPacker:
@@ -62,63 +81,77 @@ class ContextPacker:
 
     def __init__(self, policy: TokenPolicy) -> None:
         self.policy = policy
-        self._open: list[IntArray] = []  # the pieces of the context being filled
+        self._tokens = np.empty(policy.context_size, dtype=np.int64)  # the context being filled, and its documents
+        self._documents = np.empty(policy.context_size, dtype=np.int64)
         self._filled = 0
         self._any_document = False
 
-    def add(self, document: Sequence[int] | IntArray) -> list[IntArray]:
-        """The contexts, ``[context_size]`` each, that ``document`` completes; an empty document is none."""
-        tokens = np.asarray(document, dtype=np.int64)
+    def add(self, document: Sequence[int] | IntArray, number: int = 0) -> list[tuple[IntArray, IntArray]]:
+        """The contexts that a whole document completes, as ``(tokens, documents)``, ``[context_size]`` each.
+
+        ``number`` is the document's; an empty document is none.
+        """
+        return self.extend(document, number, begins=True)
+
+    def extend(
+        self, piece: Sequence[int] | IntArray, number: int = 0, *, begins: bool = False
+    ) -> list[tuple[IntArray, IntArray]]:
+        """As :meth:`add` for a piece of a document, of which only the first ``begins`` it.
+
+        Documents may come in any pieces that are not empty: the contexts are the same.
+        """
+        tokens = np.asarray(piece, dtype=np.int64)
         if not len(tokens):
             return []
-        for token in (self.policy.begin_sequence, self.policy.separator if self._any_document else None):
-            if token is not None and tokens[0] != token:
-                tokens = np.concatenate([[token], tokens])
-        self._any_document = True
+        if begins:
+            for token in (self.policy.begin_sequence, self.policy.separator if self._any_document else None):
+                if token is not None and tokens[0] != token:
+                    tokens = np.concatenate([[token], tokens])
+            self._any_document = True
         done = []
         while len(tokens):
             if not self._filled and self.policy.begin_batch is not None and tokens[0] != self.policy.begin_batch:
-                self._put(np.array([self.policy.begin_batch]))
-            room = self.policy.context_size - self._filled
-            self._put(tokens[:room])
-            tokens = tokens[room:]
+                self._put(self.policy.begin_batch, number)
+            room = tokens[: self.policy.context_size - self._filled]
+            self._put(room, number)
+            tokens = tokens[len(room) :]
             if self._filled == self.policy.context_size:
-                done.append(np.concatenate(self._open))
-                self._open, self._filled = [], 0
+                done.append((self._tokens.copy(), self._documents.copy()))
+                self._filled = 0
         return done
 
-    def _put(self, piece: IntArray) -> None:
-        self._open.append(piece)
-        self._filled += len(piece)
+    def _put(self, tokens: int | IntArray, number: int) -> None:
+        end = self._filled + (1 if isinstance(tokens, int) else len(tokens))
+        self._tokens[self._filled : end] = tokens
+        self._documents[self._filled : end] = number
+        self._filled = end
 
     def state_dict(self) -> dict[str, Any]:
         """What waits for the next document."""
-        return {"open": [int(token) for piece in self._open for token in piece], "any_document": self._any_document}
+        return {
+            "tokens": self._tokens[: self._filled].tolist(),
+            "documents": self._documents[: self._filled].tolist(),
+            "any_document": self._any_document,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        self._open = [np.asarray(state["open"], dtype=np.int64)] if state["open"] else []
-        self._filled = len(state["open"])
+        self._filled = len(state["tokens"])
+        self._tokens[: self._filled], self._documents[: self._filled] = state["tokens"], state["documents"]
         self._any_document = state["any_document"]
-
-
-class _End:
-    """No document can be mistaken for it."""
-
-
-_END = _End()
 
 
 class ContextStream:
     """Contexts from documents; ``take(n)`` gives the next ``n``, fewer only when the data has ended.
 
-    ``documents`` gives texts or token ids and can be read again, which ``repeat`` does for ever; ``tokenize`` turns a
-    text into ids.
+    ``documents`` are :class:`saekit.data.Documents`, or texts and lists of token ids that can be read again, which
+    ``repeat`` does for ever; ``tokenize`` turns a text into ids.  Of a document, no more is packed than ``take``
+    needs, so a long one costs no memory beyond its own tokens.
     """
 
     def __init__(
         self,
-        documents: Iterable[str | Sequence[int]],
+        documents: Documents | Iterable[str | Sequence[int]],
         tokenize: Callable[[str], Sequence[int]],
         policy: TokenPolicy,
         *,
@@ -126,45 +159,66 @@ class ContextStream:
         repeat: bool,
     ) -> None:
         self.policy = policy
-        self._documents = documents
+        self._documents = documents if isinstance(documents, Documents) else Documents(documents)
         self._tokenize = tokenize
         self._d_vocab = d_vocab
         self._repeat = repeat
         self._packer = ContextPacker(policy)
-        self._ready: list[IntArray] = []
-        self._position = 0  # documents of this epoch that went into the packer
+        self._ready: list[tuple[IntArray, IntArray]] = []
+        self._reader = self._documents.read()
+        self._before = self._reader.state_dict()  # the reader's state before the document in hand
+        self._number = 0
+        self._document: IntArray = np.empty(0, dtype=np.int64)
+        self._offset = 0  # tokens of the document in hand that are packed
         self._epoch = 0
+        self._tokens_this_epoch = 0
         self.contexts_served = 0
-        self._iterator: Iterator[str | Sequence[int]] | None = None
 
-    def take(self, n: int) -> IntArray:
-        """``[m, context_size]`` token ids, ``m = n`` unless the data ended."""
-        while len(self._ready) < n and self._read_document():
+    def take(self, n: int) -> Contexts:
+        """The next ``n`` contexts, or what is left."""
+        while len(self._ready) < n and self._pack_a_piece():
             pass
         rows, self._ready = self._ready[:n], self._ready[n:]
         self.contexts_served += len(rows)
-        return np.stack(rows) if rows else np.empty((0, self.policy.context_size), dtype=np.int64)
+        if not rows:
+            empty = np.empty((0, self.policy.context_size), dtype=np.int64)
+            return Contexts(empty, empty)
+        return Contexts(np.stack([tokens for tokens, _ in rows]), np.stack([documents for _, documents in rows]))
 
-    def _read_document(self) -> bool:
-        if self._iterator is None:
-            self._iterator = iter(self._documents)
-            for _ in range(self._position):
-                next(self._iterator)
-        document = next(self._iterator, _END)
-        if isinstance(document, _End):
-            return self._exhausted()
-        self._ready += self._packer.add(self._checked(document))
-        self._position += 1
+    def _pack_a_piece(self) -> bool:
+        if self._offset >= len(self._document) and not self._open_document():
+            return False
+        piece = self._document[self._offset : self._offset + self.policy.context_size]
+        self._ready += self._packer.extend(piece, self._number, begins=self._offset == 0)
+        self._offset += len(piece)
         return True
 
-    def _exhausted(self) -> bool:
+    def _open_document(self) -> bool:
+        """Take the next document that is not empty in hand; False when there is none."""
+        while True:
+            before = self._reader.state_dict()
+            read = next(self._reader, None)
+            if read is None:
+                if not self._start_again():
+                    return False
+                continue
+            self._before, (self._number, document) = before, read
+            self._document, self._offset = self._checked(document), 0
+            self._tokens_this_epoch += len(self._document)
+            if len(self._document):
+                return True
+
+    def _start_again(self) -> bool:
         if not self._repeat:
             return False
-        if not self._position:
-            raise DataError("the dataset has no documents to train on; see evals.held_out_every and evals.split")
-        self._iterator, self._position, self._epoch = None, 0, self._epoch + 1
-        if not (self.contexts_served or self._ready) and self._epoch > self.policy.context_size:
-            raise DataError("the dataset's documents hold no tokens")
+        if not self._tokens_this_epoch:
+            nothing = "hold no tokens" if self._reader.state_dict()["next"] else "are not there"
+            raise DataError(
+                f"the dataset's documents {nothing}: there is nothing to train on. If evals hold documents "
+                "out, see evals.held_out_every and evals.split"
+            )
+        self._reader = self._documents.read()
+        self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
         return True
 
     def _checked(self, document: str | Sequence[int]) -> IntArray:
@@ -173,25 +227,32 @@ class ContextStream:
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
             raise DataError(
-                f"document {self._position} holds the token id {bad}, but the model's vocabulary ends at "
+                f"document {self._number} holds the token id {bad}, but the model's vocabulary ends at "
                 f"{self._d_vocab - 1}: the data was tokenised for another model"
             )
         return tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the documents, and the contexts and tokens that wait."""
+        """The position in the documents and inside one of them, and the few tokens that wait; plain data."""
         return {
-            "position": self._position,
+            "reader": self._before,
+            "offset": self._offset,
+            "in_hand": len(self._document) > 0,
             "epoch": self._epoch,
+            "tokens_this_epoch": self._tokens_this_epoch,
             "contexts_served": self.contexts_served,
-            "ready": [row.tolist() for row in self._ready],
+            "ready": [(tokens.tolist(), documents.tolist()) for tokens, documents in self._ready],
             "packer": self._packer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
-        self._position, self._epoch = state["position"], state["epoch"]
-        self.contexts_served = state["contexts_served"]
-        self._ready = [np.asarray(row, dtype=np.int64) for row in state["ready"]]
+        self._reader = self._documents.read()
+        self._reader.load_state_dict(state["reader"])
+        self._document, self._offset = np.empty(0, dtype=np.int64), 0
+        if state["in_hand"] and self._open_document():
+            self._offset = state["offset"]
+        self._epoch, self.contexts_served = state["epoch"], state["contexts_served"]
+        self._tokens_this_epoch = state["tokens_this_epoch"]
+        self._ready = [(np.array(tokens), np.array(documents)) for tokens, documents in state["ready"]]
         self._packer.load_state_dict(state["packer"])
-        self._iterator = None

@@ -13,7 +13,8 @@ __all__ = ["activation_scale"]
 
 def activation_scale(rows: Tensor) -> float:
     """``sqrt(d_in) / mean ‖x‖`` over ``rows [n, d_in]``: scaled rows have a mean norm of ``sqrt(d_in)``."""
-    mean = float(rows.cpu().double().norm(dim=1).mean())
+    # In pieces: rows may be a whole buffer, of which a copy in float64 would take twice the memory.
+    mean = sum(float(part.double().norm(dim=1).sum()) for part in rows.split(8192)) / max(len(rows), 1)
     if not 0 < mean < math.inf:
         raise DataError(
             f"activations have a mean norm of {mean}, so they cannot be normalised "

@@ -2,26 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import attrs
+import torch
 
-from saekit.data.contexts import ContextStream
+from saekit.errors import ConfigError
 from saekit.protocols import ModelBackend
 from saekit.site import Site
 
-__all__ = ["StreamContext"]
+if TYPE_CHECKING:
+    from saekit.data.contexts import ContextStream
+
+__all__ = ["StreamContext", "probe"]
+
+_PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...] is not taken for positions
 
 
-@attrs.frozen
 class StreamContext:
-    """Everything that a source of activations may draw on."""
+    """Everything that a source of activations may draw on.
 
-    backend: ModelBackend
-    contexts: ContextStream
-    widths: Mapping[Site, int]
-    """The sites to read, and the width of each."""
-    batch_size: int
-    """Rows in a batch."""
-    seed: int
-    """For the source's own generators."""
+    ``contexts`` opens the dataset and ``widths`` runs the model, each when it is first asked for: a source that reads
+    its activations from elsewhere needs no text.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: ModelBackend,
+        sites: Sequence[Site],
+        batch_size: int,
+        seed: int,
+        open_contexts: Callable[[], ContextStream],
+        repeat: bool = True,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.sites = tuple(sites)
+        """The sites to read."""
+        self.batch_size = batch_size
+        """Rows in a batch."""
+        self.seed = seed
+        """For the source's own generators."""
+        self.repeat = repeat
+        """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
+        self.identity = dict(identity or {})
+        """What decides the activations (model, dataset, tokens): option paths to plain values."""
+        self.model_lock = threading.RLock()
+        """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
+        self._open_contexts = open_contexts
+
+    @cached_property
+    def contexts(self) -> ContextStream:
+        """The packed contexts of the training text."""
+        return self._open_contexts()
+
+    @cached_property
+    def _probed(self) -> dict[Site, tuple[int, torch.dtype]]:
+        with self.model_lock:
+            return probe(self.backend, self.sites)
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """The width ``d_in`` of each site, found by running the model on a few tokens."""
+        return {site: width for site, (width, _) in self._probed.items()}
+
+    @property
+    def dtypes(self) -> dict[Site, torch.dtype]:
+        """The type of the numbers at each site."""
+        return {site: dtype for site, (_, dtype) in self._probed.items()}
+
+
+def probe(backend: ModelBackend, sites: Sequence[Site]) -> dict[Site, tuple[int, torch.dtype]]:
+    """``d_in`` and dtype at each site, by one forward; :class:`ConfigError` for a hook without a vector per token."""
+    tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
+    held = backend.activations(tokens, {site.hook_name for site in sites})
+    found = {}
+    for site in sites:
+        values = held[site.hook_name]
+        if values.shape[:2] != tokens.shape:
+            raise ConfigError(
+                [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(values.shape)} for "
+                  f"{list(tokens.shape)} tokens; an SAE needs one vector per token: [batch, position, ...]")]
+            )  # fmt: skip
+        found[site] = (site.extract(values).shape[-1], values.dtype)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +13,7 @@ from saekit.config import DatasetConfig
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
 
-__all__ = ["Documents"]
+__all__ = ["DocumentReader", "Documents"]
 
 STDLIB = "saekit/python-stdlib"
 _COLUMNS = ("tokens", "input_ids", "text")
@@ -21,12 +23,20 @@ _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 class Documents:
     """The documents of a dataset in order, each a text or a list of token ids; can be read again and again.
 
-    ``keep(index)`` chooses documents by their position in the dataset.
+    ``keep(index)`` chooses documents by their position in the dataset.  Without a ``column``, a record is a document.
     """
 
-    def __init__(self, records: Iterable[Mapping[str, Any]], column: str, keep: Callable[[int], bool] | None = None):
+    def __init__(
+        self,
+        records: Iterable[Any],
+        column: str | None = None,
+        keep: Callable[[int], bool] | None = None,
+        *,
+        seekable: bool = False,
+    ) -> None:
         self._records = records
         self._keep = keep
+        self._seekable = seekable
         self.column = column
 
     @classmethod
@@ -47,24 +57,88 @@ class Documents:
         else:
             records = _open(config, split or config.split)
             where = f"the dataset {config.path!r} (split {split or config.split!r})"
-        first = next(iter(records), None)
-        if first is None:
-            raise DataError(f"{where} has no documents")
-        return cls(records, _column(first, config.column, where), keep)
+        # A stream that was opened here has no shuffle buffer, whose contents its saved position would lose.
+        seekable = dataset is None and hasattr(records, "load_state_dict")
+        first = _first(copy.deepcopy(records) if seekable else records, where)
+        column = _column(first, config.column, where)
+        if hasattr(records, "select_columns"):  # a HF dataset: decode what is read, and nothing else
+            records = records.select_columns([column])
+            if dataset is None and not isinstance(first[column], str):
+                records = records.with_format("numpy")
+        return cls(records, column, keep, seekable=seekable)
 
     def __iter__(self) -> Iterator[str | list[int]]:
-        for index, record in enumerate(self._records):
+        return (document for _, document in self.read())
+
+    def read(self) -> DocumentReader:
+        """The documents from the first, with a position that can be saved."""
+        records = copy.deepcopy(self._records) if self._seekable else self._records  # the position is in the object
+        return DocumentReader(records, self.column, self._keep, seekable=self._seekable)
+
+
+class DocumentReader:
+    """An iterator of ``(position in the dataset, document)`` whose position can be saved."""
+
+    def __init__(
+        self, records: Any, column: str | None, keep: Callable[[int], bool] | None, *, seekable: bool = False
+    ) -> None:
+        self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
+        self._next = 0
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
+        return self
+
+    def __next__(self) -> tuple[int, str | list[int]]:
+        while True:
+            if self._iterator is None:
+                self._iterator = iter(self._records) if self._seekable else _from(self._records, self._next)
+            record = next(self._iterator)
+            index, self._next = self._next, self._next + 1
             if self._keep is not None and not self._keep(index):
                 continue
-            document = record[self.column]
+            document = record if self._column is None else record[self._column]
             if document is None:
                 continue  # a missing value is no text
             if isinstance(document, (int, float, dict)):
                 raise DataError(
-                    f"document {index} has {type(document).__name__} {document!r} in column {self.column!r}, expected "
+                    f"document {index} has {type(document).__name__} {document!r} in column {self._column!r}, expected "
                     "a text or a list of token ids"
                 )
-            yield document
+            return index, document
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next document."""
+        if self._seekable and self._iterator is not None:
+            return {"next": self._next, "records": self._records.state_dict()}
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the very next document."""
+        self._next, self._iterator = state["next"], None
+        if self._seekable and "records" in state:
+            self._records.load_state_dict(state["records"])
+
+
+def _from(records: Any, position: int) -> Iterator[Any]:
+    """``records`` from ``position`` on; a HF dataset and a list need not read what comes before."""
+    if position and hasattr(records, "skip"):
+        return iter(records.skip(position))
+    if isinstance(records, (list, tuple)):
+        return (records[index] for index in range(position, len(records)))
+    return itertools.islice(iter(records), position, None)
+
+
+def _first(records: Any, where: str) -> Any:
+    try:
+        first = next(iter(records), None)
+    except DataError:
+        raise
+    except Exception as error:  # a streamed dataset is first read here, and its library raises what it likes
+        raise DataError(f"{where} cannot be read: {_reason(error)}") from error
+    if first is None:
+        raise DataError(f"{where} has no documents")
+    return first
 
 
 def _column(record: Any, wanted: str | None, where: str) -> str:
@@ -131,13 +205,18 @@ def _open(config: DatasetConfig, split: str) -> Any:
     if config.path == STDLIB:
         return _Stdlib(split)
     path = Path(config.path)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved_to_disk(path):
         return _saved_to_disk(path, split, split != config.split)
     if path.is_file():
         return _local_file(path, split)
     if not path.exists() and (path.is_absolute() or config.path.startswith(".") or path.suffix in _FORMATS):
         raise DataError(f"there is no file or folder {config.path!r} (dataset.path)")
     return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming)
+
+
+def is_saved_to_disk(path: Path) -> bool:
+    """Whether ``save_to_disk`` made this folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
@@ -184,7 +263,11 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
     try:
         return load_dataset(path, name, **options)
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: {reason}"
+            f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
+            f"{_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -31,6 +31,9 @@ def fit(
         tokens += len(batch)
         last = tokens >= training_tokens
         metrics = [trainer.train_on(batch.activations[trainer.site], last=last) for trainer in trainers]
+        if any(metrics) and batch.documents is not None:
+            mixed = {"details/distinct_documents": len(batch.documents.unique())}  # how well the batch is mixed
+            metrics = [logged | mixed if logged else logged for logged in metrics]
         for observer in observers:
             observer.after_step(trainers, metrics)
         if last:

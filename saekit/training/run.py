@@ -13,6 +13,8 @@ from torch import Tensor
 from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
+from saekit.data import Corpus
+from saekit.data.activations import check_contexts
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
@@ -24,13 +26,14 @@ from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
 from saekit.training.progress import ProgressDisplay
 from saekit.training.setup import (
     check_run_folder,
-    held_out_contexts,
+    checked_width,
     make_schedule,
     make_trainer,
     open_backend,
     open_source,
-    probe_width,
+    open_stream,
     run_folder,
+    seed_for,
 )
 from saekit.training.trainer import SAETrainer
 
@@ -50,6 +53,8 @@ class TrainResult:
     """The model, to go on with."""
     held_out: Tensor | None
     """``[n, context_size]`` token ids that training never saw, if there are evals."""
+    corpus: Corpus
+    """The text, to go on with."""
 
 
 def train(
@@ -74,32 +79,37 @@ def train(
     resolve_device(config.training.device, "training.device")
     schedule = make_schedule(config, plugins)
     evals = _evals(config, plugins)
-    backend = open_backend(config, plugins, model)
-    d_in = probe_width(backend, config.site, plugins.options("sae_architectures", config.sae).d_in)
-    held_out = held_out_contexts(config, backend, dataset) if evals else None
-    source = open_source(config, plugins, backend, {config.site: d_in}, dataset)
+    corpus = Corpus.of(config.dataset, config.evals, dataset)
+    backend = open_backend(config, corpus, plugins, model)
+    held_out = corpus.held_out(backend, seed_for(config.training.seed, "held out")) if evals else None
+    stream = open_stream(config, corpus, plugins, backend, [config.site])
+    source = open_source(config, plugins, stream)
 
     def evaluate(trainer: SAETrainer) -> dict[str, float]:
         found: dict[str, float] = {}
         if held_out is None:
             return found
         sae = trainer.raw_sae()
-        for measure in evals.values():
-            found |= measure(sae, backend=backend, site=config.site, contexts=held_out)
+        with stream.model_lock:  # the source's thread must not run the model while its hooks are in place
+            for measure in evals.values():
+                found |= measure(sae, backend=backend, site=config.site, contexts=held_out)
         return {f"evals/{name}": value for name, value in found.items()}
 
     with contextlib.closing(source):
-        provenance = {} if dataset is None else {"dataset_path": None}  # data in memory has no path to name
-        trainer = make_trainer(config, plugins, backend, d_in, source, schedule, provenance)
+        d_in = checked_width(stream, config.site, plugins.options("sae_architectures", config.sae).d_in)
+        trainer = make_trainer(config, plugins, backend, corpus, d_in, source, schedule)
         folder = run_folder(config)
         write_text(folder / "config.toml", dump_config(config, plugins=plugins))
         with contextlib.closing(_trackers(config, plugins, folder)) as trackers:
-            metrics = _fit(config, trainer, source, evaluate, trackers, folder)
-    return TrainResult(sae=trainer.raw_sae(), folder=folder, metrics=metrics, backend=backend, held_out=held_out)
+            metrics = _fit(config, corpus, trainer, source, evaluate, trackers, folder)
+    return TrainResult(
+        sae=trainer.raw_sae(), folder=folder, metrics=metrics, backend=backend, held_out=held_out, corpus=corpus
+    )
 
 
 def _fit(
     config: TrainConfig,
+    corpus: Corpus,
     trainer: SAETrainer,
     source: ActivationSource,
     evaluate: Callable[[SAETrainer], dict[str, float]],
@@ -113,7 +123,7 @@ def _fit(
         with ProgressDisplay(config.training.training_tokens, verbose=config.training.verbose) as progress:
             observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
             tokens = fit([trainer], source, config.training.training_tokens, observers)
-        _check_exhausted(config, tokens)
+        _check_exhausted(config, corpus, tokens)
         saved = trainer.raw_sae().save(folder / "sae")  # before the last eval, which may fail
         every = config.evals.every_n_steps
         if not (every and trainer.step % every == 0):  # else the loop has just measured
@@ -141,10 +151,9 @@ def _refuse_twice(path: str, keys: Sequence[str]) -> None:
         raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
 
 
-def _check_exhausted(config: TrainConfig, tokens: int) -> None:
+def _check_exhausted(config: TrainConfig, corpus: Corpus, tokens: int) -> None:
     wanted = config.training.training_tokens
-    if not tokens:
-        raise DataError(f"the data does not fill one context of {config.dataset.context_size} tokens")
+    check_contexts(tokens, corpus.context_size)
     if tokens < wanted and config.dataset.on_exhausted == "error":
         raise DataError(
             f"the data ended after {tokens:,} activations, and {wanted:,} were asked for (training.training_tokens). "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch import Tensor
 
-from saekit.config import DatasetConfig, SAEConfig, TrainConfig
-from saekit.data import ContextStream, Documents, StreamContext, TokenPolicy
+from saekit.config import SAEConfig, TrainConfig
+from saekit.data import Corpus, StreamContext
+from saekit.data.activations import check_contexts
 from saekit.data.normalise import activation_scale
-from saekit.data.text import STDLIB
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.errors import ConfigError, ModelError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
 from saekit.protocols import ActivationSource, ModelBackend
@@ -34,18 +33,17 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
 __all__ = [
+    "check_hooks",
     "check_run_folder",
-    "held_out_contexts",
+    "checked_width",
     "make_schedule",
     "make_trainer",
     "open_backend",
     "open_source",
-    "probe_width",
+    "open_stream",
     "run_folder",
     "seed_for",
 ]
-
-_PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...] is not taken for positions
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -53,98 +51,66 @@ def seed_for(seed: int, purpose: str) -> int:
     return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
 
 
-def open_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
-    """The model, checked against the site and the context size."""
+def open_backend(config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None) -> ModelBackend:
+    """The model, checked against the site and the context size; it has not run yet."""
     backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    names = backend.hook_names()
-    if config.site.hook_name not in names:
-        close = difflib.get_close_matches(config.site.hook_name, names, n=3)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else f"It has {len(names)} hooks, such as {names[0]!r}."
-        )
-        raise ModelError(f"the model {backend.name!r} has no hook {config.site.hook_name!r} (site.hook_name). {hint}")
-    if backend.n_ctx is not None and config.dataset.context_size > backend.n_ctx:
+    check_hooks(backend, [config.site])
+    if backend.n_ctx is not None and corpus.context_size > backend.n_ctx:
         raise ConfigError(
-            [("dataset.context_size", f"is {config.dataset.context_size}, but the model {backend.name!r} takes at most "
+            [("dataset.context_size", f"is {corpus.context_size}, but the model {backend.name!r} takes at most "
               f"{backend.n_ctx} tokens")]
         )  # fmt: skip
     return backend
 
 
-def probe_width(backend: ModelBackend, site: Site, stated: int | None) -> int:
-    """``d_in`` at ``site``, found by running the model on a few tokens; a different stated one is an error."""
-    tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
-    held = backend.activations(tokens, {site.hook_name})[site.hook_name]
-    if held.shape[:2] != tokens.shape:
-        raise ConfigError(
-            [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(held.shape)} for "
-              f"{list(tokens.shape)} tokens; an SAE needs one vector per token: [batch, position, ...]")]
-        )  # fmt: skip
-    d_in = site.extract(held).shape[-1]
-    if stated is not None and stated != d_in:
-        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {backend.name!r} has width {d_in}")])
-    return d_in
-
-
-def open_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> ContextStream:
-    """The training contexts."""
-    hold_out = config.evals.held_out_every if config.evals.split is None else 0
-    documents = Documents.open(
-        config.dataset,
-        dataset=dataset,
-        keep=(lambda index: index % hold_out != hold_out - 1) if hold_out else None,
-    )
-    return _stream(config.dataset, backend, documents, repeat=config.dataset.on_exhausted == "repeat")
-
-
-def held_out_contexts(config: TrainConfig, backend: ModelBackend, dataset: Any) -> Tensor:
-    """``[n, context_size]`` token ids that training never sees, drawn from a stretch of text eight times as long."""
-    every, split = config.evals.held_out_every, config.evals.split
-    if (
-        config.dataset.path == STDLIB
-        and dataset is None
-        and split is not None
-        and "all" in (split, config.dataset.split)
-    ):
-        raise ConfigError([("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")])
-    documents = Documents.open(
-        config.dataset,
-        split=split,
-        dataset=dataset,
-        keep=None if split is not None else (lambda index: index % every == every - 1),
-    )
-    contexts = _stream(config.dataset, backend, documents, repeat=False).take(8 * config.evals.n_contexts)
-    if not len(contexts):
-        raise DataError(
-            f"the held-out text does not fill one context of {config.dataset.context_size} tokens. Lower "
-            "evals.held_out_every, name a split of its own in evals.split, use more or smaller documents, or measure "
-            "nothing: evals.run = []"
+def check_hooks(backend: ModelBackend, sites: Sequence[Site]) -> None:
+    """Every site's hook must be one of the model's."""
+    names = backend.hook_names()
+    for site in sites:
+        if site.hook_name in names:
+            continue
+        close = difflib.get_close_matches(site.hook_name, names, n=3)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"It has {len(names)} hooks, such as {names[0]!r}."
         )
-    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "held out"))
-    picked = torch.randperm(len(contexts), generator=generator)[: config.evals.n_contexts]
-    return torch.from_numpy(contexts)[picked.sort().values]
+        raise ModelError(f"the model {backend.name!r} has no hook {site.hook_name!r} (site.hook_name). {hint}")
 
 
-def _stream(config: DatasetConfig, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
-    policy = TokenPolicy.of(config, backend.special_tokens)
-    return ContextStream(documents, backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=repeat)
-
-
-def open_source(
-    config: TrainConfig, plugins: PluginManager, backend: ModelBackend, widths: dict[Site, int], dataset: Any
-) -> ActivationSource:
-    """The stream of shuffled batches."""
-    stream = StreamContext(
+def open_stream(
+    config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
+) -> StreamContext:
+    """What activations are made from."""
+    model = {
+        "model.name": backend.name,
+        "model.backend": plugins.find("model_backends", config.model.backend).key,
+        "model.dtype": config.model.dtype,
+        "model.autocast": config.model.autocast,
+    }
+    return StreamContext(
         backend=backend,
-        contexts=open_contexts(config, backend, dataset),
-        widths=widths,
+        sites=sites,
         batch_size=config.training.train_batch_size_tokens,
         seed=seed_for(config.training.seed, "shuffle"),
+        open_contexts=lambda: corpus.contexts(backend),
+        repeat=config.dataset.on_exhausted == "repeat",
+        identity={**model, **corpus.identity(backend)},
     )
+
+
+def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
+    """The source of shuffled batches."""
     source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
     return source
+
+
+def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:
+    """``d_in`` at ``site``; a different stated one is an error."""
+    d_in = stream.widths[site]
+    if stated is not None and stated != d_in:
+        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {stream.backend.name!r} has width {d_in}")])
+    return d_in
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
@@ -159,25 +125,25 @@ def make_trainer(
     config: TrainConfig,
     plugins: PluginManager,
     backend: ModelBackend,
+    corpus: Corpus,
     d_in: int,
     source: ActivationSource,
     schedule: ComposedSchedule,
-    provenance: Mapping[str, Any] | None = None,
 ) -> SAETrainer:
-    """An initialised SAE with everything that trains it; ``provenance`` is added to what is saved about its origin."""
+    """An initialised SAE with everything that trains it."""
     device = resolve_device(config.training.device, "training.device")
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
     normalised = config.activations.normalize_activations != "none"
     sample = source.peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
-    if sample is not None and not len(sample):
-        raise DataError(f"the data does not fill one context of {config.dataset.context_size} tokens")
+    if sample is not None:
+        check_contexts(len(sample), corpus.context_size)
     scale = activation_scale(sample) if normalised and sample is not None else 1.0
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     parameters = dict(sae.named_parameters())
-    initialise(parameters, options, generator, sample if sample is None else sample.to(sae.W_enc.dtype) * scale)
+    initialise(parameters, options, generator, sample, scale)
     sae.to(device)
-    metadata = _metadata(config, backend, plugins) | {"activation_scale": scale} | dict(provenance or {})
+    metadata = _metadata(config, backend, corpus, plugins) | {"activation_scale": scale}
     sae.info = attrs.evolve(sae.info, site=config.site, metadata=metadata)
     training = config.training
     return SAETrainer(
@@ -197,12 +163,12 @@ def make_trainer(
     )
 
 
-def _metadata(config: TrainConfig, backend: ModelBackend, plugins: PluginManager) -> dict[str, Any]:
-    dataset = config.dataset
+def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+    dataset = corpus.config
     return {
         "model_name": backend.name,
         "model_class_name": plugins.find("model_backends", config.model.backend).entry.name,
-        "dataset_path": dataset.path,
+        "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
         "context_size": dataset.context_size,
         "prepend_bos": dataset.prepend_bos,
         "begin_batch_token": dataset.begin_batch_token,

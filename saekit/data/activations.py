@@ -1,0 +1,119 @@
+"""Stage three: the model's activations on contexts, one forward at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.data.contexts import Contexts
+from saekit.data.stream import StreamContext
+from saekit.errors import DataError, ModelError
+from saekit.protocols import Batch
+
+__all__ = ["ActivationStream", "check_contexts"]
+
+
+class ActivationStream:
+    """One :class:`~saekit.Batch` per forward of ``batch_size_prompts`` contexts, in the order of the text.
+
+    Its rows are those of the contexts one after the other: context ``i`` has rows ``i * context_size`` on.  They are
+    handed out on ``device`` (None: where the model runs) in ``dtype`` (None: as the model gives them).  When a forward
+    runs out of memory, it and the ones after it are run in halves, with one warning.
+    """
+
+    def __init__(
+        self,
+        stream: StreamContext,
+        batch_size_prompts: int,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._stream, self._contexts = stream, stream.contexts
+        self._batch_size = batch_size_prompts
+        self._at_once = batch_size_prompts  # fewer after the model ran out of memory
+        self._device, self._dtype = device, dtype
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        contexts = self._contexts.take(self._batch_size)
+        if not len(contexts):
+            raise StopIteration
+        return self.run(contexts)
+
+    def run(self, contexts: Contexts) -> Batch:
+        """The activations of ``contexts``, every position of each."""
+        tokens = torch.from_numpy(contexts.tokens)
+        parts: list[dict[Any, Tensor]] = []
+        done = 0
+        while done < len(tokens):
+            try:
+                parts.append(self._forward(tokens[done : done + self._at_once]))
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(len(tokens), error)
+                continue
+            done += self._at_once
+        return Batch(
+            {
+                site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site]
+                for site in parts[0]
+            },
+            tokens=tokens.flatten(),
+            documents=torch.from_numpy(contexts.documents).flatten(),
+            positions=torch.arange(tokens.shape[1]).repeat(len(tokens)),
+        )
+
+    def _forward(self, tokens: Tensor) -> dict[Any, Tensor]:
+        sites = self._stream.sites
+        with self._stream.model_lock:
+            held = self._stream.backend.activations(tokens, {site.hook_name for site in sites})
+            rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
+            return {site: values.to(self._device or values.device, self._dtype) for site, values in rows.items()}
+
+    def _halve(self, contexts: int, error: BaseException) -> None:
+        at_once = min(self._at_once, contexts)
+        if at_once == 1:
+            raise ModelError(
+                f"the model {self._stream.backend.name!r} runs out of memory on one context of "
+                f"{self._contexts.policy.context_size} tokens. Lower dataset.context_size, or choose a smaller "
+                "model.dtype or another model.device"
+            ) from error
+        if self._at_once == self._batch_size:
+            warnings.warn(
+                f"the model ran out of memory on {at_once} contexts at once; it goes on with fewer. Lower the source's "
+                "batch size (store_batch_size_prompts) to avoid the attempt",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._at_once = at_once // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the text."""
+        return self._contexts.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the very next context."""
+        self._contexts.load_state_dict(state)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def check_contexts(contexts: int, context_size: int) -> None:
+    """Refuse data that gave no context."""
+    if not contexts:
+        raise DataError(f"the data does not fill one context of {context_size} tokens")

@@ -110,8 +110,58 @@ def _plugins(
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))
 
 
+class _DefaultCommand(typer.core.TyperGroup):
+    """``saekit cache run.toml`` means ``saekit cache write run.toml``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["write", *args]
+        return super().parse_args(ctx, args)
+
+
+cache_app = typer.Typer(
+    cls=_DefaultCommand, no_args_is_help=True, rich_markup_mode=None, help="Write activations to disk, or check them."
+)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("write")
+def _cache_write(
+    config: Annotated[str, typer.Argument(help="The configuration of the training run that will read the cache.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the model's activations on the training text to disk (also: saekit cache CONFIG).
+
+    Interrupted, it goes on after the last finished shard when it is called again.
+    """
+    from saekit.config_files import load_config
+
+    checked = load_config(config, overrides or ())
+    from saekit.data.cache.make import cache_activations
+
+    folder = checked.activations.cache.folder
+    with _interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
+        manifest = cache_activations(checked)
+    typer.echo(f"{manifest.rows:,} activations of {', '.join(s.site.name for s in manifest.sites)} in {folder}")
+    typer.echo(f'train on them with: activations.source={{name="cached", folder="{folder}"}}')
+
+
+@cache_app.command("verify")
+def _cache_verify(
+    folder: Annotated[str, typer.Argument(help="The folder that `saekit cache` wrote.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes and a sample of each file, not all of it.")] = False,
+) -> None:
+    """Compare every file of a cache with its checksum."""
+    from pathlib import Path
+
+    from saekit.data.cache.manifest import verify_cache
+
+    manifest = verify_cache(Path(folder), full=not quick)
+    typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows:,} activations per site, all as written")
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(message: str = "interrupted") -> Iterator[None]:
     """Says where the work is after Ctrl-C or SIGTERM, and exits with 130 or 143; typer would exit without a word."""
     received = [signal.SIGINT]
 
@@ -123,7 +173,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _complain(str(error) or "interrupted")
+        _complain(str(error) or message)
         raise typer.Exit(128 + received[0]) from error
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -48,7 +48,7 @@ def initialise(
 
 
 def initial_b_dec(method: str, sample: Tensor | None, d_in: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``b_dec [d_in]`` by ``zeros``, ``mean`` or ``geometric_median`` of ``sample [n, d_in]``, in ``dtype`` or better."""
+    """``b_dec [d_in]`` by ``zeros``, ``mean`` or ``geometric_median`` of ``sample [n, d_in]``, in ``dtype``."""
     if method == "zeros":
         return torch.zeros(d_in)
     if sample is None:

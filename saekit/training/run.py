@@ -15,6 +15,7 @@ from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
+from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
@@ -23,18 +24,8 @@ from saekit.sae.module import SAE
 from saekit.storage import write_text
 from saekit.training.loop import Observer, fit
 from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
-from saekit.training.progress import ProgressDisplay
-from saekit.training.setup import (
-    check_run_folder,
-    checked_width,
-    make_schedule,
-    make_trainer,
-    open_backend,
-    open_source,
-    open_stream,
-    run_folder,
-    seed_for,
-)
+from saekit.training.progress import TrainingProgress
+from saekit.training.setup import check_run_folder, make_schedule, make_trainer, run_folder
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["TrainResult", "train"]
@@ -120,7 +111,7 @@ def _fit(
     logged = TrackerObserver([trackers])
     saved: Path | None = None
     try:
-        with ProgressDisplay(config.training.training_tokens, verbose=config.training.verbose) as progress:
+        with TrainingProgress(config.training.training_tokens, verbose=config.training.verbose) as progress:
             observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
             tokens = fit([trainer], source, config.training.training_tokens, observers)
         _check_exhausted(config, corpus, tokens)

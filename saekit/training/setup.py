@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Sequence
 from datetime import datetime
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +11,16 @@ import attrs
 import torch
 
 from saekit.config import SAEConfig, TrainConfig
-from saekit.data import Corpus, StreamContext
+from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalise import activation_scale
+from saekit.data.opening import seed_for
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, ModelError, StorageError
+from saekit.errors import ConfigError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.sae.init import initialise
-from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
 from saekit.training.schedule import ComposedSchedule
@@ -32,85 +29,7 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = [
-    "check_hooks",
-    "check_run_folder",
-    "checked_width",
-    "make_schedule",
-    "make_trainer",
-    "open_backend",
-    "open_source",
-    "open_stream",
-    "run_folder",
-    "seed_for",
-]
-
-
-def seed_for(seed: int, purpose: str) -> int:
-    """A seed of its own for each thing that draws, so that none changes what another draws."""
-    return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
-
-
-def open_backend(config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None) -> ModelBackend:
-    """The model, checked against the site and the context size; it has not run yet."""
-    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    check_hooks(backend, [config.site])
-    if backend.n_ctx is not None and corpus.context_size > backend.n_ctx:
-        raise ConfigError(
-            [("dataset.context_size", f"is {corpus.context_size}, but the model {backend.name!r} takes at most "
-              f"{backend.n_ctx} tokens")]
-        )  # fmt: skip
-    return backend
-
-
-def check_hooks(backend: ModelBackend, sites: Sequence[Site]) -> None:
-    """Every site's hook must be one of the model's."""
-    names = backend.hook_names()
-    for site in sites:
-        if site.hook_name in names:
-            continue
-        close = difflib.get_close_matches(site.hook_name, names, n=3)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else f"It has {len(names)} hooks, such as {names[0]!r}."
-        )
-        raise ModelError(f"the model {backend.name!r} has no hook {site.hook_name!r} (site.hook_name). {hint}")
-
-
-def open_stream(
-    config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
-) -> StreamContext:
-    """What activations are made from."""
-    model = {
-        "model.name": backend.name,
-        "model.backend": plugins.find("model_backends", config.model.backend).key,
-        "model.dtype": config.model.dtype,
-        "model.autocast": config.model.autocast,
-    }
-    return StreamContext(
-        backend=backend,
-        sites=sites,
-        batch_size=config.training.train_batch_size_tokens,
-        seed=seed_for(config.training.seed, "shuffle"),
-        open_contexts=lambda: corpus.contexts(backend),
-        repeat=config.dataset.on_exhausted == "repeat",
-        identity={**model, **corpus.identity(backend)},
-    )
-
-
-def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
-    """The source of shuffled batches."""
-    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
-    return source
-
-
-def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:
-    """``d_in`` at ``site``; a different stated one is an error."""
-    d_in = stream.widths[site]
-    if stated is not None and stated != d_in:
-        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {stream.backend.name!r} has width {d_in}")])
-    return d_in
+__all__ = ["check_run_folder", "make_schedule", "make_trainer", "run_folder"]
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:

@@ -1,0 +1,89 @@
+"""Activation source ``cached``: the rows that `saekit cache` wrote, in a random order over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from saekit import Batch, DataError, Entry, Site, hookimpl
+from saekit.config import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.data import StreamContext
+
+
+@attrs.frozen(kw_only=True)
+class CachedConfig:
+    """Reads activations from disk, memory-mapped; the model does not run."""
+
+    folder: str = attrs.field(default="activations", validator=check(lambda v: bool(v.strip()), "a folder"))
+    """The folder that `saekit cache` wrote (its `activations.cache.folder`)."""
+    verify: Literal["quick", "full"] = "quick"
+    """What is compared with the checksums before the first row is used: sizes and a sample of each file, or all."""
+    block_rows: int = attrs.field(default=1, validator=check(lambda value: value >= 1, "1 or more"))
+    """Neighbouring rows that are read together.  1 mixes best; for a cache larger than memory on a disk that is slow at
+    small reads, 64 or 128 are many times faster."""
+    prefetch: bool = True
+    """Read in a background thread while the SAE trains.  The batches are the same."""
+
+
+_SAMPLE_BYTES = 100_000_000  # for what is estimated on activations before training, such as their mean norm
+
+
+class CachedSource:
+    """Shuffled batches from disk."""
+
+    def __init__(self, config: CachedConfig, stream: StreamContext) -> None:
+        from saekit.data import Prefetched
+        from saekit.data.cache import CachedActivations, CachedBatches, verify_cache
+
+        self._stream = stream
+        folder = Path(config.folder)
+        manifest = verify_cache(folder, full=config.verify == "full")
+        manifest.check_fits(stream.identity, dict.fromkeys(stream.sites), folder)  # before the model runs
+        manifest.check_fits(stream.identity, stream.widths, folder)
+        if not manifest.contexts:
+            raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` ended in its first shard")
+        self._cache = CachedActivations(folder, manifest, stream.sites)
+        self._cache.advise(single_rows=config.block_rows == 1)
+        self._reader = CachedBatches(
+            self._cache, stream.batch_size, seed=stream.seed, repeat=stream.repeat, block=config.block_rows
+        )
+        self._prefetched = Prefetched(self._reader, depth=2) if config.prefetch else None
+        self._batches: Any = self._prefetched or self._reader
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._batches)
+        return batch
+
+    def peek(self) -> Mapping[Site, Tensor]:
+        state = self.state_dict()
+        self.load_state_dict(state)  # back to the last batch handed out, if the thread has gone on
+        row = sum(self._cache.manifest.site(site).row_bytes for site in self._stream.sites)
+        return self._reader.peek(max(_SAMPLE_BYTES // row, self._stream.batch_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._batches.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the background thread and forget the files."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+        self._cache.close()
+
+
+@hookimpl
+def saekit_register_activation_sources() -> Iterable[Entry]:
+    yield Entry("cached", CachedConfig, CachedSource, summary="activations that `saekit cache` wrote, memory-mapped")

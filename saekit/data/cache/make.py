@@ -1,0 +1,109 @@
+"""``saekit cache``: the model's activations on the training text, written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from saekit import __version__
+from saekit.config import TrainConfig
+from saekit.config_files import load_config
+from saekit.data.activations import ActivationStream, check_contexts
+from saekit.data.cache.manifest import Manifest, SiteRows
+from saekit.data.cache.write import CacheWriter
+from saekit.data.corpus import Corpus
+from saekit.data.opening import check_hooks, open_backend, open_stream
+from saekit.data.stream import StreamContext
+from saekit.errors import DataError
+from saekit.manager import PluginManager, default_manager
+from saekit.progress import ProgressDisplay
+from saekit.site import Site
+
+__all__ = ["cache_activations", "plan_cache"]
+
+
+def cache_activations(
+    cfg: TrainConfig | Mapping[str, Any] | str | Path,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Manifest:
+    """Write the cache that ``activations.cache`` of a training configuration describes, or what is missing of it.
+
+    ``model`` and ``dataset`` are as for :func:`saekit.train`.  Interrupted in any way, it is gone on with by the same
+    call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
+    early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
+    """
+    plugins = plugins or default_manager()
+    config = load_config(cfg, plugins=plugins)
+    corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
+    backend = open_backend(config, corpus, plugins, model)
+    sites = cache_sites(config)
+    check_hooks(backend, sites)
+    stream = open_stream(config, corpus, plugins, backend, sites)
+    contexts = stream.contexts  # opens the text, before the model runs
+    wanted = cached_contexts(config, corpus.context_size)
+    folder = Path(config.activations.cache.folder)
+    with CacheWriter(folder, plan_cache(config, stream, corpus.context_size)) as writer:
+        writer.check_space(wanted)
+        if writer.manifest.position is not None:
+            contexts.load_state_dict(writer.manifest.position)
+        _write(config, stream, writer, wanted)
+        manifest = writer.manifest
+    check_contexts(manifest.contexts, corpus.context_size)
+    if manifest.ended and config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {manifest.rows:,} activations, and {wanted * corpus.context_size:,} were asked for; "
+            f"those are in {str(folder)!r}. Ask for fewer (activations.cache.tokens), or set dataset.on_exhausted"
+        )
+    return manifest
+
+
+def cache_sites(config: TrainConfig) -> list[Site]:
+    """The sites that are written, each once."""
+    return list(dict.fromkeys([config.site, *config.activations.cache.sites]))
+
+
+def cached_contexts(config: TrainConfig, context_size: int) -> int:
+    """The contexts that are asked for."""
+    return -(-(config.activations.cache.tokens or config.training.training_tokens) // context_size)
+
+
+def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) -> Manifest:
+    """The empty cache that a configuration describes."""
+    cache = config.activations.cache
+    forms = []
+    for site, held in stream.dtypes.items():
+        dtype = held if cache.dtype is None else getattr(torch, cache.dtype)
+        forms.append(SiteRows(site, stream.widths[site], str(dtype).removeprefix("torch."), dtype.itemsize))
+    largest = max(form.row_bytes for form in forms) * context_size
+    return Manifest(
+        identity=stream.identity,
+        sites=forms,
+        context_size=context_size,
+        contexts_per_shard=max(cache.shard_megabytes * 1_000_000 // largest, 1),
+        saekit_version=__version__,
+    )
+
+
+def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int) -> None:
+    """Contexts from where the cache ends to ``wanted``, or to the end of the data."""
+    activations = ActivationStream(stream, config.activations.cache.batch_size_prompts)
+    size, there = writer.manifest.context_size, writer.manifest.contexts
+    done, ended = there, writer.manifest.ended
+    needed = writer.manifest.bytes_for(max(wanted, there))
+    with ProgressDisplay(wanted * size, doing="caching", verbose=config.training.verbose) as progress:
+        progress.say(f"{wanted * size:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk")
+        while done < wanted and not ended:
+            asked = min(config.activations.cache.batch_size_prompts, writer.room, wanted - done)
+            contexts = stream.contexts.take(asked)
+            if len(contexts):
+                writer.add(activations.run(contexts), stream.contexts.state_dict())
+            done, ended = done + len(contexts), len(contexts) < asked
+            progress.update(done * size, before=there * size)
+        writer.finish(ended=ended)

@@ -1,0 +1,175 @@
+"""Reading a cache: memory-mapped rows in a seeded order over all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from saekit.data.cache.manifest import DOCUMENTS, HEADER, TOKENS, Manifest
+from saekit.data.cache.order import RowOrder
+from saekit.errors import DataError
+from saekit.protocols import Batch
+from saekit.site import Site
+
+__all__ = ["CachedActivations", "CachedBatches", "available_memory"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+class CachedActivations:
+    """The rows of some sites of a cache, by number: row ``c * context_size + p`` is position ``p`` of context ``c``."""
+
+    def __init__(self, folder: Path, manifest: Manifest, sites: Sequence[Site]) -> None:
+        self.manifest = manifest
+        size = manifest.context_size
+        self._starts = np.cumsum([0] + [shard.contexts * size for shard in manifest.shards])
+        wanted = {site: manifest.site(site) for site in sites}
+        self._rows: dict[Site, list[Tensor]] = {site: [] for site in wanted}
+        self._tokens: list[Tensor] = []
+        self._documents: list[Tensor] = []
+        for number, shard in enumerate(manifest.shards):
+            home, rows = folder / manifest.shard_folder(number), shard.contexts * size
+            for site, form in wanted.items():
+                self._rows[site].append(self._mapped(home / form.file, [rows, form.d_in], getattr(torch, form.dtype)))
+            self._tokens.append(self._mapped(home / TOKENS, [rows], torch.int32))
+            self._documents.append(self._mapped(home / DOCUMENTS, [rows], torch.int64))
+
+    def _mapped(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = HEADER + math.prod(shape) * dtype.itemsize
+        try:
+            # torch keeps no file descriptor for a mapping, as Python's own would: there may be thousands of files.
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise DataError(f"{path} of the activation cache cannot be read: {error}") from error
+        return mapped[HEADER:].view(dtype).view(*shape)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _mappings(self) -> list[Tensor]:
+        return [*itertools.chain.from_iterable(self._rows.values()), *self._tokens, *self._documents]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are read."""
+        return sum(mapping.nbytes for mapping in self._mappings())
+
+    def advise(self, *, single_rows: bool) -> None:
+        """Tell the system how rows will be read: all of them soon, if memory has room for that; else here and there."""
+        if self.nbytes < 0.8 * available_memory():
+            _advise(self._mappings(), "MADV_WILLNEED")
+        elif single_rows:
+            _advise(self._mappings(), "MADV_RANDOM")
+
+    def take(self, rows: IntArray) -> Batch:
+        """The rows with these numbers, which must rise."""
+        index = torch.from_numpy(rows)
+        cuts = np.searchsorted(rows, self._starts)
+        spans = [(shard, int(cuts[shard]), int(cuts[shard + 1])) for shard in range(len(self._tokens))]
+        spans = [span for span in spans if span[1] < span[2]]
+
+        def gather(shards: Sequence[Tensor]) -> Tensor:
+            out = torch.empty(len(rows), *shards[0].shape[1:], dtype=shards[0].dtype)
+            for shard, start, end in spans:
+                local = index[start:end] - int(self._starts[shard])
+                torch.index_select(shards[shard], 0, local, out=out[start:end])
+            return out
+
+        return Batch(
+            {site: gather(shards) for site, shards in self._rows.items()},
+            tokens=gather(self._tokens).long(),
+            documents=gather(self._documents),
+            positions=index % self.manifest.context_size,
+        )
+
+    def close(self) -> None:
+        """Forget the mappings; each ends with the last tensor that shows it."""
+        self._rows, self._tokens, self._documents = {}, [], []
+
+
+class CachedBatches:
+    """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is two numbers.
+
+    Inside a batch the rows rise: their order means nothing to a training step, and neighbours are read together.
+    """
+
+    def __init__(self, cache: CachedActivations, batch_size: int, *, seed: int, repeat: bool, block: int = 1) -> None:
+        self._cache, self._batch_size = cache, batch_size
+        self._seed, self._repeat, self._block = seed, repeat, block
+        self._epoch = self._position = 0
+        self._order = self._order_of(0)
+
+    def _order_of(self, epoch: int) -> RowOrder:
+        return RowOrder(
+            len(self._cache), int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]), self._block
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        wanted = self._batch_size
+        parts = []
+        while wanted and len(self._cache):
+            stop = min(self._position + wanted, len(self._order))
+            parts.append(self._order.rows(self._position, stop))
+            wanted -= stop - self._position
+            self._position = stop
+            if wanted:
+                if not self._repeat:
+                    break
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._order_of(self._epoch)
+        rows = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        if not len(rows):
+            raise StopIteration
+        return self._cache.take(np.sort(rows))
+
+    def peek(self, n: int) -> Mapping[Site, Tensor]:
+        """The next ``n`` rows, or those that are left in this reading, without using them up."""
+        stop = min(self._position + n, len(self._order))
+        return self._cache.take(np.sort(self._order.rows(self._position, stop))).activations
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reading and the position in it."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the very next batch."""
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._order_of(self._epoch)
+
+
+def available_memory() -> int:
+    """Bytes that the machine could give to the page cache, about."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _advise(mappings: Sequence[Tensor], advice: str) -> None:
+    """``madvise``, where the system has it; it is advice, so a refusal changes nothing."""
+    if not hasattr(mmap, advice):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    page = mmap.PAGESIZE
+    for mapping in mappings:
+        start = mapping.data_ptr() // page * page
+        madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(mapping.data_ptr() + mapping.nbytes - start), getattr(mmap, advice)
+        )

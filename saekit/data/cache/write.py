@@ -1,0 +1,279 @@
+"""Writing a cache: shard by shard, each there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import operator
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum
+from saekit.errors import DataError, StorageError
+from saekit.protocols import Batch
+from saekit.storage import new_folder, sha256
+
+__all__ = ["CacheWriter"]
+
+_SAFETENSORS_NAMES = {
+    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
+    torch.int64: "I64",
+}  # fmt: skip
+_AHEAD = 2  # batches that may wait for the disk
+
+
+class CacheWriter:
+    """Appends batches to the cache in ``folder``, in a thread of its own, so that the model need not wait for the disk.
+
+    ``plan`` says what the cache is.  What is there already must be the same, and is gone on with: see ``manifest``.
+    A context manager; an error of the disk is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, plan: Manifest) -> None:
+        self._folder = folder
+        self._resources = contextlib.ExitStack()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="saekit-cache")
+        self._pending: deque[Future[None]] = deque()
+        self._shard: _OpenShard | None = None
+        self._in_shard = 0  # contexts handed over for it
+        self._position: Mapping[str, Any] = {}
+        with _as_storage_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self.manifest = self._existing(plan)
+            """What is written and safe."""
+            for torn in folder.glob(".shard-*.tmp"):
+                shutil.rmtree(torn)
+
+    def _lock(self) -> None:
+        """One writer at a time; the lock goes with the process, however it ends."""
+        file = self._resources.enter_context((self._folder / ".lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another process is writing the activation cache {str(self._folder)!r}") from error
+
+    def _existing(self, plan: Manifest) -> Manifest:
+        if not (self._folder / MANIFEST).is_file():
+            strangers = [path.name for path in self._folder.iterdir() if not path.name.startswith((".lock", ".shard-"))]
+            if strangers:
+                raise DataError(
+                    f"the folder {str(self._folder)!r} is no activation cache and holds "
+                    f"{', '.join(sorted(strangers)[:5])}; choose another (activations.cache.folder)"
+                )
+            return plan
+        found = Manifest.load(self._folder)
+        names = ("identity", "sites", "context_size", "contexts_per_shard")
+        lines = [
+            f"  - {path}: there {there!r}, wanted {wanted!r}"
+            for name in names
+            for path, there, wanted in _differences(name, getattr(found, name), getattr(plan, name))
+        ]
+        if lines:
+            listed = "\n".join(lines)
+            raise DataError(
+                f"{str(self._folder)!r} holds another activation cache, so it cannot be gone on with:\n{listed}\n"
+                "Remove it, or choose another folder (activations.cache.folder)"
+            )
+        return found
+
+    def check_space(self, contexts: int) -> None:
+        """:class:`StorageError` when the disk has no room for the rest of ``contexts`` contexts."""
+        needed = self.manifest.bytes_for(contexts) - self.manifest.bytes_for(self.manifest.contexts)
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise StorageError(
+                f"the activation cache {str(self._folder)!r} needs {_gigabytes(needed)}, and the disk has "
+                f"{_gigabytes(free)} free. Write fewer tokens (activations.cache.tokens), in a smaller type "
+                "(activations.cache.dtype), or elsewhere (activations.cache.folder)"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.shutdown(wait=True)
+        if self._shard is not None:
+            self._shard.abandon()
+        self._resources.close()
+
+    @property
+    def room(self) -> int:
+        """Contexts that the shard being written has room for."""
+        return self.manifest.contexts_per_shard - self._in_shard
+
+    def add(self, batch: Batch, position: Mapping[str, Any]) -> None:
+        """Append whole contexts, at most :attr:`room`; ``position`` is the state of the text after them."""
+        self._in_shard += len(batch) // self.manifest.context_size
+        self._submit(self._append, batch)
+        if self.room <= 0:
+            self._submit(self._close_shard, position)
+            self._in_shard = 0
+        self._position = position
+
+    def finish(self, *, ended: bool) -> None:
+        """Write what there is as a last shard, which may be a short one, and wait for the disk."""
+        if self._in_shard:
+            self._submit(self._close_shard, self._position)
+            self._in_shard = 0
+        for pending in self._pending:
+            pending.result()
+        self.manifest = attrs.evolve(self.manifest, ended=ended)
+        with _as_storage_error(self._folder):
+            self.manifest.save(self._folder)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        while len(self._pending) >= _AHEAD or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._worker.submit(work, *arguments))
+
+    # ---- in the thread
+
+    def _append(self, batch: Batch) -> None:
+        with _as_storage_error(self._folder):
+            if self._shard is None:
+                self._shard = _OpenShard(self._folder, self.manifest)
+            self._shard.append(batch)
+
+    def _close_shard(self, position: Mapping[str, Any]) -> None:
+        assert self._shard is not None
+        with _as_storage_error(self._folder):
+            shard, self._shard = self._shard.close(), None
+            shards = [*self.manifest.shards, shard]
+            self.manifest = attrs.evolve(self.manifest, shards=shards, position=position)
+            self.manifest.save(self._folder)
+
+
+class _OpenShard:
+    """A shard being written, under a temporary name."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.contexts = 0
+        self._context_size = manifest.context_size
+        self._stack = contextlib.ExitStack()
+        home = self._stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards))))
+        contexts, size = manifest.contexts_per_shard, manifest.context_size
+        self._origins = {
+            TOKENS: _TensorFile(home / TOKENS, "token_ids", torch.int32, [contexts, size]),
+            DOCUMENTS: _TensorFile(home / DOCUMENTS, "document_ids", torch.int64, [contexts, size]),
+        }
+        self._rows = {
+            rows.site: _TensorFile(
+                home / rows.file, "activations", getattr(torch, rows.dtype), [contexts * size, rows.d_in]
+            )
+            for rows in manifest.sites
+        }
+
+    def append(self, batch: Batch) -> None:
+        for name, origin in ((TOKENS, batch.tokens), (DOCUMENTS, batch.documents)):
+            assert origin is not None
+            self._origins[name].write(origin)
+        for site, file in self._rows.items():
+            file.write(batch.activations[site])
+        self.contexts += len(batch) // self._context_size
+
+    def close(self) -> Shard:
+        """Give the shard its name; the disk has it then."""
+        with self._stack:  # its end syncs the files and renames their folder
+            shapes = {name: file.close() for name, file in self._origins.items()}
+            shapes |= {file.path.name: file.close() for file in self._rows.values()}
+        return Shard(contexts=self.contexts, files=shapes)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        for file in (*self._origins.values(), *self._rows.values()):
+            file.abandon()
+        self._stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+class _TensorFile:
+    """A safetensors file with one tensor, written row by row."""
+
+    def __init__(self, path: Path, name: str, dtype: torch.dtype, planned: Sequence[int]) -> None:
+        self.path = path
+        self._name, self._dtype = name, dtype
+        self._planned = [*planned]
+        self._bytes = 0
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._put(self._header(planned[0]))
+
+    def _header(self, length: int) -> bytes:
+        shape = [length, *self._planned[1:]]
+        size = math.prod(shape) * self._dtype.itemsize
+        entry = {"dtype": _SAFETENSORS_NAMES[self._dtype], "shape": shape, "data_offsets": [0, size]}
+        text = json.dumps({self._name: entry}).encode().ljust(HEADER - 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def write(self, values: Tensor) -> None:
+        """Append rows."""
+        values = values.detach().to("cpu", self._dtype).contiguous()
+        self._put(values.view(-1).view(torch.uint8).numpy().data)
+        self._bytes += values.nbytes
+
+    def _put(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while len(left):  # an unbuffered write may stop short
+            left = left[self._file.write(left) :]
+        self._digest.update(data)
+
+    def close(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
+        row = math.prod(self._planned[1:]) * self._dtype.itemsize
+        length, digest = self._bytes // row, self._digest.hexdigest()
+        if short := length != self._planned[0]:  # the data ended: the header must say so
+            self._file.seek(0)
+            self._file.write(self._header(length))
+        self._file.close()
+        return {
+            "bytes": HEADER + self._bytes,
+            "sha256": sha256(self.path) if short else digest,
+            "sample": sample_sum(self.path),
+        }
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _as_storage_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the activation cache {str(folder)!r}: {error.strerror or error}. Finished shards are kept, "
+            "and `saekit cache` goes on after them"
+        ) from error
+
+
+def _differences(name: str, there: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of the manifest's field ``name`` differ, field by field where they are mappings."""
+    if isinstance(there, Mapping) and isinstance(wanted, Mapping):
+        for key in dict.fromkeys([*there, *wanted]):
+            if there.get(key) != wanted.get(key):
+                yield key, there.get(key), wanted.get(key)
+    elif name == "sites":
+        for label in ("site.name", "d_in", "dtype"):
+            has, asked = ([operator.attrgetter(label)(rows) for rows in side] for side in (there, wanted))
+            if has != asked:
+                yield f"sites' {label.removeprefix('site.')}", has, asked
+    elif there != wanted:
+        yield name, there, wanted
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"

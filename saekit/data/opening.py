@@ -1,0 +1,84 @@
+"""From a configuration to the stages of its data; every check here comes before the first long computation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from saekit.config import TrainConfig
+from saekit.data.corpus import Corpus
+from saekit.data.stream import StreamContext
+from saekit.errors import ConfigError, ModelError
+from saekit.manager import PluginManager
+from saekit.protocols import ActivationSource, ModelBackend
+from saekit.site import Site
+
+__all__ = ["check_hooks", "checked_width", "open_backend", "open_source", "open_stream", "seed_for"]
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for each thing that draws, so that none changes what another draws."""
+    return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
+
+
+def open_backend(config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None) -> ModelBackend:
+    """The model, checked against the site and the context size; it has not run yet."""
+    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+    check_hooks(backend, [config.site])
+    if backend.n_ctx is not None and corpus.context_size > backend.n_ctx:
+        raise ConfigError(
+            [("dataset.context_size", f"is {corpus.context_size}, but the model {backend.name!r} takes at most "
+              f"{backend.n_ctx} tokens")]
+        )  # fmt: skip
+    return backend
+
+
+def check_hooks(backend: ModelBackend, sites: Sequence[Site]) -> None:
+    """Every site's hook must be one of the model's."""
+    names = backend.hook_names()
+    for site in sites:
+        if site.hook_name in names:
+            continue
+        close = difflib.get_close_matches(site.hook_name, names, n=3)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"It has {len(names)} hooks, such as {names[0]!r}."
+        )
+        raise ModelError(f"the model {backend.name!r} has no hook {site.hook_name!r} (site.hook_name). {hint}")
+
+
+def open_stream(
+    config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
+) -> StreamContext:
+    """What activations are made from."""
+    model = {
+        "model.name": backend.name,
+        "model.backend": plugins.find("model_backends", config.model.backend).key,
+        "model.dtype": config.model.dtype,
+        "model.autocast": config.model.autocast,
+    }
+    return StreamContext(
+        backend=backend,
+        sites=sites,
+        batch_size=config.training.train_batch_size_tokens,
+        seed=seed_for(config.training.seed, "shuffle"),
+        open_contexts=lambda: corpus.contexts(backend),
+        repeat=config.dataset.on_exhausted == "repeat",
+        identity={**model, **corpus.identity(backend)},
+    )
+
+
+def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
+    """The source of shuffled batches."""
+    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    return source
+
+
+def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:
+    """``d_in`` at ``site``; a different stated one is an error."""
+    d_in = stream.widths[site]
+    if stated is not None and stated != d_in:
+        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {stream.backend.name!r} has width {d_in}")])
+    return d_in

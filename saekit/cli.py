@@ -38,18 +38,27 @@ def _root(
         raise typer.Exit
 
 
+ConfigFile = Annotated[
+    str, typer.Argument(help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Options to change, as section.option=value.")]
+
+
+def _source(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
+    """What to load, and the overrides on top; ``a.b=value`` in the place of the file means that there is none."""
+    given = overrides or []
+    return ({}, [config, *given]) if "=" in config else (config, given)
 
 
 @app.command("train")
 def _train(
-    config: Annotated[str, typer.Argument(help="A TOML, YAML or JSON file; `saekit config` prints one to start from.")],
+    config: ConfigFile,
     overrides: Overrides = None,
 ) -> None:
     """Train an SAE as a configuration file says."""
     from saekit.config_files import load_config
 
-    checked = load_config(config, overrides or ())  # before torch is imported, so that mistakes show at once
+    checked = load_config(*_source(config, overrides))  # before torch is imported, so that mistakes show at once
     from saekit.training.run import train
 
     with _interruptible():
@@ -77,16 +86,21 @@ def _config(
     config: Annotated[str | None, typer.Argument(help="Check this file and print it in full.")] = None,
     overrides: Overrides = None,
     form: Annotated[str, typer.Option("--format", help="toml, yaml or json.")] = "toml",
+    of: Annotated[str, typer.Option("--of", help="train or pretokenize.")] = "train",
 ) -> None:
     """Print the full default configuration, commented; or check a file and print what it means."""
+    from saekit.config import PretokenizeConfig, TrainConfig
     from saekit.config_files import commented_toml, dump_config, load_config
 
+    kinds: dict[str, Any] = {"train": TrainConfig, "pretokenize": PretokenizeConfig}
+    if of not in kinds:
+        raise ConfigError([("--of", f"must be {' or '.join(kinds)}, found {of!r}")])
     if form not in ("toml", "yaml", "json"):
         raise ConfigError([("--format", f"must be toml, yaml or json, found {form!r}")])
     if config is None and form == "toml":
-        typer.echo(commented_toml(), nl=False)
+        typer.echo(commented_toml(of), nl=False)
     else:
-        typer.echo(dump_config(load_config(config or {}, overrides or ()), form), nl=False)
+        typer.echo(dump_config(load_config(config or {}, overrides or (), kind=kinds[of]), form), nl=False)
 
 
 @app.command("plugins")
@@ -110,6 +124,29 @@ def _plugins(
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))
 
 
+@app.command("pretokenize")
+def _pretokenize(
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Pack text into shuffled contexts, on disk or on the Hub, that `train` reads with dataset.path alone.
+
+    `saekit config --of pretokenize` prints every option. A file is not needed: saekit pretokenize
+    dataset.path=book.txt tokenizer=gpt2 folder=contexts
+    """
+    from saekit.config import PretokenizeConfig
+    from saekit.config_files import load_config
+
+    checked = load_config(*_source(config, overrides), kind=PretokenizeConfig)
+    from saekit.data.pretokenize import pretokenize
+
+    with _interruptible("interrupted; nothing was written"):
+        made = pretokenize(checked)
+    where = " and ".join(place for place in (made.folder, made.hub_repo_id) if place)
+    typer.echo(f"{made.contexts:,} contexts of {made.context_size} tokens in {where}")
+    typer.echo(f"train on them with: dataset.path={made.folder or made.hub_repo_id}")
+
+
 class _DefaultCommand(typer.core.TyperGroup):
     """``saekit cache run.toml`` means ``saekit cache write run.toml``."""
 
@@ -127,16 +164,17 @@ app.add_typer(cache_app, name="cache")
 
 @cache_app.command("write")
 def _cache_write(
-    config: Annotated[str, typer.Argument(help="The configuration of the training run that will read the cache.")],
+    config: ConfigFile,
     overrides: Overrides = None,
 ) -> None:
     """Write the model's activations on the training text to disk (also: saekit cache CONFIG).
 
-    Interrupted, it goes on after the last finished shard when it is called again.
+    CONFIG is that of the training run that will read them; what is written is said by activations.cache. Interrupted,
+    it goes on after the last finished shard when it is called again.
     """
     from saekit.config_files import load_config
 
-    checked = load_config(config, overrides or ())
+    checked = load_config(*_source(config, overrides))
     from saekit.data.cache.make import cache_activations
 
     folder = checked.activations.cache.folder

@@ -6,11 +6,11 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import attrs
 
-from saekit.config import PLUGIN_KIND, TrainConfig
+from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
 from saekit.converter import ConfigConverter
 from saekit.describe import field_docs
 from saekit.errors import ConfigError
@@ -18,19 +18,38 @@ from saekit.manager import PluginManager, default_manager
 
 __all__ = ["apply_overrides", "commented_toml", "dump_config", "load_config", "read_table"]
 
+C = TypeVar("C")
 
+
+@overload
 def load_config(
     source: str | Path | Mapping[str, Any] | TrainConfig,
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str] = ...,
     *,
-    plugins: PluginManager | None = None,
-) -> TrainConfig:
-    """A checked :class:`TrainConfig` from a file, a dict or a config object, with ``a.b=value`` overrides on top.
+    plugins: PluginManager | None = ...,
+) -> TrainConfig: ...
 
-    Raises :class:`ConfigError` listing every fault with its dotted path.
+
+@overload
+def load_config(
+    source: str | Path | Mapping[str, Any] | C,
+    overrides: Iterable[str] = ...,
+    *,
+    plugins: PluginManager | None = ...,
+    kind: type[C],
+) -> C: ...
+
+
+def load_config(
+    source: Any, overrides: Iterable[str] = (), *, plugins: PluginManager | None = None, kind: type[Any] = TrainConfig
+) -> Any:
+    """A checked configuration from a file, a dict or a config object, with ``a.b=value`` overrides on top.
+
+    ``kind`` is its class, by default :class:`TrainConfig`.  Raises :class:`ConfigError` listing every fault with its
+    dotted path.
     """
     name = "the configuration"
-    if isinstance(source, TrainConfig):
+    if isinstance(source, kind):
         table: Mapping[str, Any] = ConfigConverter(plugins or default_manager()).unstructure(source, qualify=False)
     elif isinstance(source, Mapping):
         table = source
@@ -38,10 +57,10 @@ def load_config(
         table, name = read_table(Path(source)), str(source)
     else:
         raise ConfigError(
-            f"expected a TrainConfig, a dict or the path of a configuration file, found {type(source).__qualname__}"
+            f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
     table = apply_overrides(table, overrides)
-    return ConfigConverter(plugins or default_manager()).structure(table, TrainConfig, name)
+    return ConfigConverter(plugins or default_manager()).structure(table, kind, name)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -116,7 +135,9 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def dump_config(config: TrainConfig, form: str = "toml", *, plugins: PluginManager | None = None) -> str:
+def dump_config(
+    config: TrainConfig | PretokenizeConfig, form: str = "toml", *, plugins: PluginManager | None = None
+) -> str:
     """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
     table = ConfigConverter(plugins or default_manager()).unstructure(config)
     if form == "json":
@@ -137,11 +158,12 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def commented_toml(*, plugins: PluginManager | None = None) -> str:
-    """The full default configuration as TOML, each option with its explanation."""
+def commented_toml(kind: str = "train", *, plugins: PluginManager | None = None) -> str:
+    """The full default configuration of ``train`` or ``pretokenize`` as TOML, each option with its explanation."""
+    default = TrainConfig() if kind == "train" else PretokenizeConfig(folder="contexts")
     manager = plugins or default_manager()
     lines = ["# Every option with its default. Options that are not set are shown as `# option =`."]
-    _comment_class(TrainConfig(), (), manager, lines, "")
+    _comment_class(default, (), manager, lines, "")
     return "\n".join(lines) + "\n"
 
 

@@ -15,13 +15,19 @@ __all__ = ["ProgressDisplay"]
 class ProgressDisplay:
     """Shows how much of ``total`` is done, the rate, whatever else is worth seeing, and the time left.
 
-    A context manager.  ``verbose`` off shows nothing.
+    A context manager.  Where nobody knows the ``total``, it is None.  ``verbose`` off shows nothing.
     """
 
     _SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(
-        self, total: int, *, doing: str, unit: str = "tokens", verbose: bool = True, console: Console | None = None
+        self,
+        total: int | None,
+        *,
+        doing: str,
+        unit: str = "tokens",
+        verbose: bool = True,
+        console: Console | None = None,
     ) -> None:
         self._total, self._unit = total, unit
         self._console = console or Console(stderr=True, quiet=not verbose)
@@ -57,14 +63,13 @@ class ProgressDisplay:
         shown_rate = f"{rate:,.0f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=shown_rate, text=text)
-        elif now - self._last_line >= self._SECONDS_BETWEEN_LINES or done >= self._total:
+        elif now - self._last_line >= self._SECONDS_BETWEEN_LINES or done == self._total:
             self._last_line = now
-            left = (self._total - done) / max(rate, 1e-9)
-            self._console.print(
-                f"{done:,}/{self._total:,} {self._unit}  {shown_rate}  {text}  {left:.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            if self._total is None:
+                self.say(f"{done:,} {self._unit}  {shown_rate}  {text}")
+            else:
+                left = (self._total - done) / max(rate, 1e-9)
+                self.say(f"{done:,}/{self._total:,} {self._unit}  {shown_rate}  {text}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -265,7 +265,7 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing here
         raise DataError(
             f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
-            f"{_reason(error)}"
+            f"{_reason(error)}{'' if 'data_files' in options else ' (and there is no local file or folder of that name)'}"
         ) from error
 
 

@@ -18,7 +18,7 @@ from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data import Corpus, StreamContext
 from saekit.protocols import ActivationSource, ModelBackend
-from saekit.training.setup import make_schedule, make_trainer, open_backend, open_source, open_stream
+from saekit.training.setup import make_schedule, make_trainer
 from saekit.training.trainer import SAETrainer
 
 CONTEXT, VOCABULARY = 128, 2048
@@ -28,15 +28,24 @@ PEER = importlib.util.find_spec("sae_lens") is not None
 class Run:
     """What ``saekit.train`` builds from a configuration, without its loop."""
 
-    def __init__(self, model: Any, dataset: Any, hook: str, source: Mapping[str, Any], **sections: Any) -> None:
-        self.config: TrainConfig = load_config(settings(hook, source) | sections, plugins=saekit.default_manager())
+    def __init__(self, model: Any, dataset: Any, hook: str, source: Mapping[str, Any]) -> None:
         self.plugins = saekit.default_manager()
+        self.config: TrainConfig = load_config(settings(hook, source), plugins=self.plugins)
         self.corpus = Corpus.of(self.config.dataset, self.config.evals, dataset)
-        self.backend: ModelBackend = open_backend(self.config, self.corpus, self.plugins, model)
-        self.stream: StreamContext = open_stream(
-            self.config, self.corpus, self.plugins, self.backend, [self.config.site]
+        config, backend = self.config, self.plugins.build(
+            "model_backends", self.config.model.backend, model=self.config.model, loaded=model
         )
-        self.source: ActivationSource = open_source(self.config, self.plugins, self.stream)
+        self.backend: ModelBackend = backend
+        self.stream = StreamContext(
+            backend=backend,
+            sites=[config.site],
+            batch_size=config.training.train_batch_size_tokens,
+            seed=0,
+            open_contexts=lambda: self.corpus.contexts(backend),
+        )
+        self.source: ActivationSource = self.plugins.build(
+            "activation_sources", config.activations.source, stream=self.stream
+        )
 
     def trainer(self) -> SAETrainer:
         """A new SAE with everything that trains it."""

@@ -1,0 +1,281 @@
+"""``saekit pretokenize``: text to shuffled contexts on disk or on the Hub, by the packer that training uses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from saekit import __version__
+from saekit.config import EvalsConfig, PretokenizeConfig
+from saekit.config_files import load_config
+from saekit.data.contexts import ContextStream
+from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
+from saekit.data.text import Documents
+from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.manager import PluginManager, default_manager
+from saekit.progress import ProgressDisplay
+from saekit.storage import new_folder
+
+__all__ = ["Pretokenized", "pretokenize"]
+
+COLUMN = "input_ids"
+_DOCUMENTS_AT_ONCE = 64  # to a process that tokenises
+_CONTEXTS_AT_ONCE = 1000  # to the disk
+
+
+@attrs.frozen
+class Pretokenized:
+    """What was written, and where."""
+
+    contexts: int
+    context_size: int
+    folder: str | None
+    hub_repo_id: str | None
+
+
+def pretokenize(
+    cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Pretokenized:
+    """Pack the text of ``cfg`` into contexts and save them or push them to the Hub.
+
+    The contexts are those that training would make of the same text.  Beside them, ``saekit.json`` says how they were
+    made, so that ``dataset.path`` alone makes training read them.  ``model`` and ``dataset`` are as for
+    :func:`saekit.train`.
+    """
+    from datasets import Dataset
+
+    plugins = plugins or default_manager()
+    config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
+    _check_target(config)
+    corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
+    tokenizer = _tokenizer(config, plugins, model)
+    documents = Documents.open(corpus.config, dataset=dataset)
+    parent = Path(config.folder).absolute().parent if config.folder else None
+    with (
+        _quiet_datasets(),
+        _storage_errors(config),
+        tempfile.TemporaryDirectory(prefix=".saekit-", dir=_made(parent)) as work,
+    ):
+        file = Path(work) / "contexts.arrow"
+        contexts = _write(config, corpus, documents, tokenizer, file)
+        packed = Dataset.from_file(str(file))
+        if config.shuffle:
+            packed = packed.shuffle(seed=config.seed, keep_in_memory=True)
+        text = json.dumps(_metadata(config, corpus, documents, tokenizer, contexts), indent=2) + "\n"
+        if config.folder is not None:
+            with new_folder(Path(config.folder)) as folder:
+                packed.save_to_disk(folder)
+                (folder / PRETOKENIZED).write_text(text, encoding="utf-8")
+        if config.hub_repo_id is not None:
+            _push(config, packed, text)
+    return Pretokenized(contexts, corpus.context_size, config.folder, config.hub_repo_id)
+
+
+def _check_target(config: PretokenizeConfig) -> None:
+    if config.folder is not None and Path(config.folder).exists():
+        raise ConfigError([("folder", f"{config.folder!r} exists already; choose another, or remove it")])
+    if config.hub_repo_id is not None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        try:
+            validate_repo_id(config.hub_repo_id)
+            fault = "" if "/" in config.hub_repo_id else "it has no owner"
+        except HFValidationError as error:
+            fault = str(error).splitlines()[0]
+        if fault:
+            raise ConfigError([("hub_repo_id", f"must be owner/name, found {config.hub_repo_id!r}: {fault}")])
+
+
+def _made(folder: Path | None) -> Path | None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object | None) -> Any:
+    """A Hugging Face tokenizer: the one that is named, or the model's."""
+    if config.tokenizer is None:
+        backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+        tokenizer = getattr(backend, "tokenizer", None)
+        if tokenizer is None:
+            raise ModelError(
+                f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "
+                "on the Hub)"
+            )
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tokenizer {config.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, file: Path) -> int:
+    """Write every context to an Arrow file; returns their number."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")}
+    stream = ContextStream(
+        _Tokenised(documents, tokenizer, config.num_proc),
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        corpus.policy(special),
+        d_vocab=len(tokenizer),
+        repeat=False,
+    )
+    done, limit = 0, config.max_contexts
+    with (
+        ArrowWriter(path=str(file), features=Features({COLUMN: List(Value("int32"))})) as writer,
+        ProgressDisplay(limit, doing="packing", unit="contexts", verbose=config.verbose) as progress,
+    ):
+        while limit is None or done < limit:
+            asked = _CONTEXTS_AT_ONCE if limit is None else min(_CONTEXTS_AT_ONCE, limit - done)
+            contexts = stream.take(asked)
+            if len(contexts):
+                writer.write_batch({COLUMN: contexts.tokens.astype("int32")})
+            done += len(contexts)
+            progress.update(done)
+            if len(contexts) < asked:
+                break
+        if not done:
+            raise DataError(f"the data does not fill one context of {corpus.context_size} tokens")
+        writer.finalize()
+    return done
+
+
+class _Tokenised:
+    """Documents whose texts become token ids, by ``num_proc`` processes, in their order."""
+
+    def __init__(self, documents: Documents, tokenizer: Any, num_proc: int) -> None:
+        self._documents, self._tokenizer, self._num_proc = documents, tokenizer, num_proc
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._num_proc == 1:
+            yield from self._documents
+            return
+        # Forked, a process has the tokenizer without importing the caller's main module again.
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        with ProcessPoolExecutor(
+            self._num_proc,
+            mp_context=multiprocessing.get_context(method),
+            initializer=_start_tokenising,
+            initargs=(self._tokenizer,),
+        ) as pool:
+            pending: deque[Future[list[Any]]] = deque()
+            for batch in _batched(self._documents, _DOCUMENTS_AT_ONCE):
+                pending.append(pool.submit(_tokenise, batch))
+                if len(pending) > 2 * self._num_proc:  # the text may be endless
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+
+
+def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, n)):
+        yield batch
+
+
+_worker_tokenizer: Any = None
+
+
+def _start_tokenising(tokenizer: Any) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
+    _worker_tokenizer = tokenizer
+
+
+def _tokenise(documents: Sequence[Any]) -> list[Any]:
+    texts = [document for document in documents if isinstance(document, str)]
+    ids = iter(_worker_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    return [next(ids) if isinstance(document, str) else document for document in documents]
+
+
+def _metadata(
+    config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, contexts: int
+) -> dict[str, Any]:
+    import datasets
+    import transformers
+
+    dataset = corpus.config
+    return {
+        "saekit_version": __version__,
+        "datasets_version": datasets.__version__,
+        "transformers_version": transformers.__version__,
+        "tokenizer": config.tokenizer or config.model.name,
+        "vocab_size": tokenizer.vocab_size,
+        "dataset": dataset.path if corpus.dataset is None else None,
+        "dataset_name": dataset.name,
+        "split": dataset.split,
+        "revision": dataset.revision,
+        "column": documents.column,
+        **{name: getattr(dataset, name) for name in POLICY_DEFAULTS},
+        "shuffle": config.shuffle,
+        "seed": config.seed if config.shuffle else None,
+        "contexts": contexts,
+    }
+
+
+def _push(config: PretokenizeConfig, packed: Any, metadata: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, revision = config.hub_repo_id, config.hub_revision
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # between the library and its own dependencies
+            packed.push_to_hub(repo, private=config.hub_private, revision=revision)
+            HfApi().upload_file(
+                path_or_fileobj=metadata.encode(), path_in_repo=PRETOKENIZED, repo_id=str(repo), repo_type="dataset",
+                revision=revision,
+            )  # fmt: skip
+    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        kept = f"; the contexts are in {config.folder!r}" if config.folder else ""
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise StorageError(
+            f"cannot push to the dataset repository {repo!r}: {reason}{kept}. Pushing needs a token that may write "
+            "there (`hf auth login`, or HF_TOKEN)"
+        ) from error
+
+
+@contextmanager
+def _storage_errors(config: PretokenizeConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = config.folder or tempfile.gettempdir()
+        raise StorageError(f"cannot write the contexts to {where!r}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without the library's own progress bars: saekit shows one of its own."""
+    import datasets
+
+    was_on = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            datasets.enable_progress_bars()

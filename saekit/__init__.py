@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from saekit._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from saekit.config import SAEConfig, TrainConfig
+    from saekit.config import PretokenizeConfig, SAEConfig, TrainConfig
     from saekit.config_files import dump_config, load_config
+    from saekit.data.cache.make import cache_activations
+    from saekit.data.pretokenize import pretokenize
     from saekit.errors import ConfigError, DataError, ModelError, SaekitError
     from saekit.hookspecs import hookimpl
     from saekit.manager import PluginManager, default_manager
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from saekit.registry import Entry
     from saekit.sae.module import SAE
     from saekit.site import Site
+    from saekit.training.plan import plan
     from saekit.training.run import TrainResult, train
 
 __version__ = "0.1.0"
@@ -28,6 +31,7 @@ _HOMES = {
     "Entry": "saekit.registry",
     "ModelError": "saekit.errors",
     "PluginManager": "saekit.manager",
+    "PretokenizeConfig": "saekit.config",
     "PretrainedSAE": "saekit.pretrained",
     "RunInfo": "saekit.protocols",
     "SAE": "saekit.sae.module",
@@ -37,10 +41,13 @@ _HOMES = {
     "Site": "saekit.site",
     "TrainConfig": "saekit.config",
     "TrainResult": "saekit.training.run",
+    "cache_activations": "saekit.data.cache.make",
     "default_manager": "saekit.manager",
     "dump_config": "saekit.config_files",
     "hookimpl": "saekit.hookspecs",
     "load_config": "saekit.config_files",
+    "plan": "saekit.training.plan",
+    "pretokenize": "saekit.data.pretokenize",
     "train": "saekit.training.run",
 }
 
@@ -52,6 +59,7 @@ __all__ = [
     "Entry",
     "ModelError",
     "PluginManager",
+    "PretokenizeConfig",
     "PretrainedSAE",
     "RunInfo",
     "SAEConfig",
@@ -61,10 +69,13 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "cache_activations",
     "default_manager",
     "dump_config",
     "hookimpl",
     "load_config",
+    "plan",
+    "pretokenize",
     "train",
 ]
 

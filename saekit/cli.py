@@ -124,6 +124,35 @@ def _plugins(
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))
 
 
+@app.command("plan")
+def _plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
+    from saekit.config_files import load_config
+
+    checked = load_config(*_source(config, overrides))
+    import attrs
+
+    from saekit.training.plan import plan
+
+    found = plan(checked)
+    if as_json:
+        typer.echo(json.dumps(attrs.asdict(found), indent=2))
+    else:
+        width = max(map(len, found.facts))
+        for name, text in found.facts.items():
+            typer.echo(f"{name:{width}}  {text}")
+        for text in found.warnings:
+            typer.echo(f"warning: {text}")
+        for text in found.problems:
+            typer.echo(f"problem: {text}")
+    if found.problems:
+        raise typer.Exit(2)
+
+
 @app.command("pretokenize")
 def _pretokenize(
     config: ConfigFile,

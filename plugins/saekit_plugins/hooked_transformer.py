@@ -67,6 +67,10 @@ class TransformerLensBackend:
             for kind in ("bos", "eos", "sep")
         }
 
+    def memory_bytes(self) -> int:
+        """The weights'."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def hook_names(self) -> Sequence[str]:
         return list(self.model.hook_dict)
 

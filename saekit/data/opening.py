@@ -14,7 +14,7 @@ from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.site import Site
 
-__all__ = ["check_hooks", "checked_width", "open_backend", "open_source", "open_stream", "seed_for"]
+__all__ = ["build_backend", "check_backend", "checked_width", "open_backend", "open_source", "open_stream", "seed_for"]
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -22,20 +22,28 @@ def seed_for(seed: int, purpose: str) -> int:
     return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
 
 
-def open_backend(config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None) -> ModelBackend:
-    """The model, checked against the site and the context size; it has not run yet."""
-    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    check_hooks(backend, [config.site])
-    if backend.n_ctx is not None and corpus.context_size > backend.n_ctx:
-        raise ConfigError(
-            [("dataset.context_size", f"is {corpus.context_size}, but the model {backend.name!r} takes at most "
-              f"{backend.n_ctx} tokens")]
-        )  # fmt: skip
+def open_backend(
+    config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None, sites: Sequence[Site]
+) -> ModelBackend:
+    """The model, checked against the sites and the context size; it has not run yet."""
+    backend = build_backend(config, plugins, model)
+    check_backend(backend, sites, corpus.context_size)
     return backend
 
 
-def check_hooks(backend: ModelBackend, sites: Sequence[Site]) -> None:
-    """Every site's hook must be one of the model's."""
+def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
+    """The model, whether it fits or not."""
+    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+    return backend
+
+
+def check_backend(backend: ModelBackend, sites: Sequence[Site], context_size: int) -> None:
+    """Every site's hook must be one of the model's, and contexts no longer than it takes."""
+    if backend.n_ctx is not None and context_size > backend.n_ctx:
+        raise ConfigError(
+            [("dataset.context_size", f"is {context_size}, but the model {backend.name!r} takes at most "
+              f"{backend.n_ctx} tokens")]
+        )  # fmt: skip
     names = backend.hook_names()
     for site in sites:
         if site.hook_name in names:

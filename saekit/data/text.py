@@ -263,9 +263,10 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
     try:
         return load_dataset(path, name, **options)
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing here
+        elsewhere = "" if "data_files" in options else " (and there is no local file or folder of that name)"
         raise DataError(
             f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
-            f"{_reason(error)}{'' if 'data_files' in options else ' (and there is no local file or folder of that name)'}"
+            f"{_reason(error)}{elsewhere}"
         ) from error
 
 

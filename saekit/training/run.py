@@ -71,7 +71,7 @@ def train(
     schedule = make_schedule(config, plugins)
     evals = _evals(config, plugins)
     corpus = Corpus.of(config.dataset, config.evals, dataset)
-    backend = open_backend(config, corpus, plugins, model)
+    backend = open_backend(config, corpus, plugins, model, [config.site])
     held_out = corpus.held_out(backend, seed_for(config.training.seed, "held out")) if evals else None
     stream = open_stream(config, corpus, plugins, backend, [config.site])
     source = open_source(config, plugins, stream)

@@ -16,14 +16,14 @@ from saekit.data.activations import ActivationStream, check_contexts
 from saekit.data.cache.manifest import Manifest, SiteRows
 from saekit.data.cache.write import CacheWriter
 from saekit.data.corpus import Corpus
-from saekit.data.opening import check_hooks, open_backend, open_stream
+from saekit.data.opening import open_backend, open_stream
 from saekit.data.stream import StreamContext
 from saekit.errors import DataError
 from saekit.manager import PluginManager, default_manager
 from saekit.progress import ProgressDisplay
 from saekit.site import Site
 
-__all__ = ["cache_activations", "plan_cache"]
+__all__ = ["cache_activations", "cache_sites", "cached_contexts", "plan_cache"]
 
 
 def cache_activations(
@@ -42,9 +42,8 @@ def cache_activations(
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
-    backend = open_backend(config, corpus, plugins, model)
     sites = cache_sites(config)
-    check_hooks(backend, sites)
+    backend = open_backend(config, corpus, plugins, model, sites)
     stream = open_stream(config, corpus, plugins, backend, sites)
     contexts = stream.contexts  # opens the text, before the model runs
     wanted = cached_contexts(config, corpus.context_size)

@@ -1,0 +1,319 @@
+"""``saekit plan``: what a run would do, need and take, without running it."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.config import SAEConfig, TrainConfig
+from saekit.config_files import load_config
+from saekit.data import ActivationStream, Corpus, StreamContext
+from saekit.data.cache.make import cache_sites, cached_contexts, plan_cache
+from saekit.data.cache.read import available_memory
+from saekit.data.opening import build_backend, check_backend, checked_width, open_source, open_stream
+from saekit.devices import resolve_device
+from saekit.errors import SaekitError
+from saekit.manager import PluginManager, default_manager
+from saekit.protocols import ActivationSource, Batch, ModelBackend
+from saekit.site import Site
+from saekit.training.setup import check_run_folder, make_schedule, make_trainer
+
+__all__ = ["Plan", "plan"]
+
+T = TypeVar("T")
+_FORWARDS, _STEPS = 4, 3  # the first of each is not counted
+
+
+@attrs.frozen
+class Plan:
+    """What a run would be."""
+
+    facts: Mapping[str, str]
+    """In words, for people."""
+    numbers: Mapping[str, float]
+    """Steps, tokens, bytes and seconds, by name."""
+    problems: list[str]
+    """Errors that ``train`` would stop with."""
+    warnings: list[str]
+    """What looks wrong, but would run."""
+
+
+def plan(
+    cfg: TrainConfig | Mapping[str, Any] | str | Path,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Plan:
+    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
+
+    Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
+    that can be found; only a configuration that cannot be read at all is raised.
+    """
+    plugins = plugins or default_manager()
+    planner = _Planner(load_config(cfg, plugins=plugins), plugins)
+    planner.look(model, dataset)
+    return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
+
+
+class _Planner:
+    def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
+        self.config, self.plugins = config, plugins
+        self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
+        self.facts: dict[str, str] = {}
+        self.numbers: dict[str, float] = {}
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """``work()``, or None with its error among the problems."""
+        try:
+            return work()
+        except SaekitError as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+    def look(self, model: object | None, dataset: object | None) -> None:
+        """Everything, as far as it can be reached."""
+        config, plugins = self.config, self.plugins
+        self.training()
+        self.attempt(lambda: check_run_folder(config))
+        self.attempt(lambda: resolve_device(config.training.device, "training.device"))
+        schedule = self.attempt(lambda: make_schedule(config, plugins))
+        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
+        backend = self.attempt(lambda: build_backend(config, plugins, model))
+        if corpus is None or backend is None:
+            return
+        self.attempt(lambda: check_backend(backend, [config.site], corpus.context_size))
+        fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
+        self.text(corpus, backend)
+        if config.site.hook_name not in backend.hook_names():
+            return
+        stream = open_stream(config, corpus, plugins, backend, [config.site])
+        width = self.attempt(lambda: stream.widths[config.site])
+        if width is None:
+            return
+        self.attempt(lambda: checked_width(stream, config.site, self.options.d_in))
+        self.sizes(backend, stream, corpus, width)
+        source = self.attempt(lambda: open_source(config, plugins, stream))
+        try:
+            if source is not None:
+                self.source(source)
+            if schedule is not None and fits:
+                self.attempt(lambda: self.duration(source, stream, corpus, backend, width, schedule))
+        finally:
+            if source is not None:
+                source.close()
+
+    def training(self) -> None:
+        """What the configuration alone says."""
+        training = self.config.training
+        self.numbers |= {"steps": training.steps, "training_tokens": training.training_tokens}
+        self.facts["training"] = (
+            f"{training.steps:,} steps of {training.train_batch_size_tokens:,} tokens, "
+            f"{training.training_tokens:,} in all"
+        )
+        if training.dead_feature_window >= training.steps:
+            self.warnings.append(
+                f"training.dead_feature_window is {training.dead_feature_window}, so in {training.steps} steps no "
+                "feature is ever counted as dead"
+            )
+        if training.feature_sampling_window > training.steps:
+            self.warnings.append(
+                f"training.feature_sampling_window is {training.feature_sampling_window}, so in {training.steps} steps "
+                "no firing fractions are logged"
+            )
+
+    def text(self, corpus: Corpus, backend: ModelBackend) -> None:
+        """The tokens that are put in, and the first context."""
+        settled = corpus.config
+        policy = self.attempt(lambda: corpus.policy(backend.special_tokens))
+        if policy is None:
+            return
+
+        def name(token: int) -> str:
+            kinds = [kind.upper() for kind, known in backend.special_tokens.items() if known == token]
+            return f"{kinds[0] if kinds else 'token'} {''.join(backend.token_texts([token]))!r} (id {token})"
+
+        begin = "with no token put before them" if policy.begin_batch is None else f"from {name(policy.begin_batch)} on"
+        between = "nothing" if policy.separator is None else name(policy.separator)
+        first = "" if policy.begin_sequence is None else f"; before each document {name(policy.begin_sequence)}"
+        self.facts["contexts"] = f"{corpus.context_size} tokens, {begin}; between documents {between}{first}"
+        if policy.begin_batch is None and backend.special_tokens.get("bos") is not None:
+            self.warnings.append(
+                "contexts do not begin with BOS (dataset.prepend_bos); most models were trained with it, and their "
+                "activations are out of the ordinary without"
+            )
+        contexts = self.attempt(lambda: corpus.contexts(backend).take(1))
+        if contexts is not None and len(contexts):
+            shown = "".join(backend.token_texts(contexts.tokens[0, :16].tolist()))
+            self.facts["first context"] = f"{shown!r}..."
+        evals = self.config.evals
+        if evals.run:
+            self.attempt(lambda: corpus.held_out(backend, seed=0))
+        held = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
+        self.facts["held out"] = f"{held}, {evals.n_contexts} contexts" if evals.run else "nothing"
+        self.facts["when the text ends"] = str(settled.on_exhausted)
+
+    def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
+        """Widths, memory and disk."""
+        config, d_sae = self.config, self.options.features(width)
+        parameters = 2 * width * d_sae + d_sae + width
+        weights = parameters * getattr(torch, self.options.dtype).itemsize
+        self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
+        self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"
+        self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
+        if d_sae < width:
+            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({width})")
+        model_bytes = getattr(backend, "memory_bytes", lambda: 0)()
+        if model_bytes:
+            self.numbers["model_bytes"] = model_bytes
+            self.facts["model memory"] = _bytes(model_bytes)
+        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
+        self.facts["disk"] = f"{_bytes(weights + 4 * d_sae)} for each saved SAE"
+        self.attempt(lambda: self.cache(stream, corpus))
+
+    def cache(self, stream: StreamContext, corpus: Corpus) -> None:
+        """The size of the cache that ``saekit cache`` would write."""
+        sites = cache_sites(self.config)
+        check_backend(stream.backend, sites, corpus.context_size)
+        wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites)
+        contexts = cached_contexts(self.config, corpus.context_size)
+        needed = plan_cache(self.config, wide, corpus.context_size).bytes_for(contexts)
+        place = Path(self.config.activations.cache.folder).absolute()
+        free = shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+        self.numbers["cache_bytes"] = needed
+        self.facts["activation cache"] = f"{_bytes(needed)} if `saekit cache` writes it; {_bytes(free)} are free"
+
+    def source(self, source: ActivationSource) -> None:
+        """The memory that batches come from."""
+        size = getattr(source, "memory_bytes", lambda: 0)()
+        if not size:
+            return
+        self.numbers["buffer_bytes"] = size
+        self.facts["buffer memory"] = _bytes(size)
+        available = available_memory()
+        needed = size + self.numbers.get("sae_bytes", 0)
+        on_cpu = resolve_device("auto", "") == "cpu"
+        if on_cpu and needed > available:
+            self.warnings.append(
+                f"the buffer and the SAE need {_bytes(needed)}, and {_bytes(available)} of memory are free; lower "
+                "activations.source.n_batches_in_buffer"
+            )
+
+    def duration(
+        self,
+        source: ActivationSource | None,
+        stream: StreamContext,
+        corpus: Corpus,
+        backend: ModelBackend,
+        width: int,
+        schedule: Any,
+    ) -> None:
+        """Seconds, from a few forwards (or reads) and steps."""
+        if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
+            per_token, rows = _timed_forwards(stream, corpus.contexts(backend).take)
+            what = "the model"
+        else:
+            per_token, rows = _timed_reads(source, self.config.site)
+            what = "reading activations"
+        training = self.config.training
+        if self.options.d_in in (None, width):
+            per_step = _timed_steps(self.config, self.plugins, backend, corpus, width, rows, schedule)
+        else:
+            per_step = 0.0
+        forward = per_token * training.training_tokens
+        steps = per_step * training.steps
+        self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
+        self.facts["duration"] = (
+            f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
+            "overlaps; evals not counted"
+        )
+
+
+def _timed_forwards(stream: StreamContext, take: Callable[[int], Any]) -> tuple[float, Tensor]:
+    """Seconds per token, and the activations that came out."""
+    activations = ActivationStream(stream, 8)
+    times, batches = [], []
+    for _ in range(_FORWARDS):
+        contexts = take(8)
+        if not len(contexts):
+            break
+        start = time.perf_counter()
+        batch = activations.run(contexts)
+        _wait(batch)
+        times.append((time.perf_counter() - start) / len(batch))
+        batches.append(batch.activations[stream.sites[0]])
+    return statistics.median(times[1:] or times or [0.0]), torch.cat(batches)
+
+
+def _timed_reads(source: ActivationSource, site: Site) -> tuple[float, Tensor]:
+    times, batches = [], []
+    for _ in range(_FORWARDS):
+        start = time.perf_counter()
+        batch = next(source)
+        times.append((time.perf_counter() - start) / len(batch))
+        batches.append(batch.activations[site])
+    return statistics.median(times[1:]), torch.cat(batches)
+
+
+@attrs.frozen
+class _Sample:
+    """Stands in for a source where only a look at activations is needed."""
+
+    rows: Mapping[Site, Tensor]
+
+    def peek(self) -> Mapping[Site, Tensor]:
+        return self.rows
+
+
+def _timed_steps(
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    corpus: Corpus,
+    width: int,
+    rows: Tensor,
+    schedule: Any,
+) -> float:
+    """Seconds per step of the real trainer on a full batch."""
+    source: Any = _Sample({config.site: rows})
+    trainer = make_trainer(config, plugins, backend, corpus, width, source, schedule)
+    size = min(config.training.train_batch_size_tokens, config.training.training_tokens)
+    batch = rows.repeat(-(-size // len(rows)), 1)[:size]
+    times = []
+    for _ in range(min(_STEPS, config.training.steps)):
+        start = time.perf_counter()
+        trainer.train_on(batch, last=True)  # logging reads the result, and so waits for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:] or times)
+
+
+def _wait(batch: Batch) -> None:
+    for rows in batch.activations.values():
+        if rows.device.type == "cuda":
+            torch.cuda.synchronize(rows.device)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.3g} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

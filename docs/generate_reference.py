@@ -6,7 +6,7 @@ from pathlib import Path
 
 import attrs
 
-from saekit.config import TrainConfig
+from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.describe import describe_fields
 from saekit.registry import KINDS
 from saekit.testing import isolated_manager
@@ -31,20 +31,30 @@ def _shown(value: object) -> str:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, tuple):
         return "[" + ", ".join(_shown(item) for item in value) + "]"
+    if attrs.has(type(value)):
+        return "see its section"
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def sections(config: object, path: str = "") -> list[str]:
+    """A section for each field of ``config``, with those inside it after it."""
+    lines: list[str] = []
+    for field in describe_fields(type(config)):
+        value = getattr(config, field.name)
+        if attrs.has(type(value)):
+            lines += [f"### `{path}{field.name}`", "", field.doc, "", *options_table(type(value))]
+            lines += sections(value, f"{path}{field.name}.")
+        elif not path:
+            lines += [f"### `{field.name}`", "", field.doc, ""]
+            lines += [f"A plugin ({field.type}); by default `{_shown(value)}`. Its options are below.", ""]
+    return lines
 
 
 def reference() -> str:
     """The whole page."""
-    lines = ["# Configuration reference", "", "## Sections of a run", ""]
-    config = TrainConfig()
-    for field in describe_fields(TrainConfig):
-        value = getattr(config, field.name)
-        lines += [f"### `{field.name}`", "", field.doc, ""]
-        if attrs.has(type(value)):
-            lines += options_table(type(value))
-        else:
-            lines += [f"A plugin ({field.type}); by default `{_shown(value)}`. Its options are below.", ""]
+    lines = ["# Configuration reference", "", "## Sections of a run", "", *sections(TrainConfig())]
+    lines += ["## `saekit pretokenize`", "", *options_table(PretokenizeConfig)]
+    lines += ["`dataset` and `model` have the options of the sections above.", ""]
     for kind, registry in isolated_manager(builtins=True).registries.items():
         lines += [f"## Plugins: {KINDS[kind]}s", ""]
         for item in registry.items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,82 @@ def test_a_saved_state_goes_on_with_the_very_same_contexts(
     second = stream()
     second.load_state_dict(first.state_dict())
     assert begun + drain(second) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents, policies, st.data())
+def test_documents_may_come_in_any_pieces(docs: list[list[int]], policy: TokenPolicy, data: st.DataObject) -> None:
+    whole, pieces = ContextPacker(policy), ContextPacker(policy)
+    one = [context for number, doc in enumerate(docs) for context in whole.add(doc, number)]
+    two = []
+    for number, doc in enumerate(docs):
+        begins = True
+        while doc:
+            cut = data.draw(st.integers(1, len(doc)))
+            two += pieces.extend(doc[:cut], number, begins=begins)
+            doc, begins = doc[cut:], False
+    assert [(t.tolist(), d.tolist()) for t, d in one] == [(t.tolist(), d.tolist()) for t, d in two]
+    assert whole.state_dict() == pieces.state_dict()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(5, 9), max_size=25), max_size=12), st.integers(2, 9), st.booleans())
+def test_bos_where_promised_and_only_there(docs: list[list[int]], size: int, separated: bool) -> None:
+    policy = TokenPolicy(context_size=size, begin_batch=BOS, separator=BOS if separated else None)
+    packer = ContextPacker(policy)
+    began: set[int] = set()  # documents of which a token has been seen
+    for number, doc in enumerate(docs):
+        for tokens, origins in packer.add(doc, number):
+            assert tokens[0] == BOS
+            for position in range(1, size):
+                first = origins[position] not in began and origins[position] != origins[position - 1]
+                separator = separated and first and len(began | set(origins[:position].tolist())) > 0
+                assert (tokens[position] == BOS) == bool(separator)
+            began |= set(origins.tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents, policies)
+def test_every_token_knows_its_document(docs: list[list[int]], policy: TokenPolicy) -> None:
+    """Without the tokens that are put in, the tokens that say they are a document's are that document's."""
+    plain = TokenPolicy(context_size=policy.context_size)
+    packer = ContextPacker(plain)
+    found: dict[int, list[int]] = {}
+    for number, doc in enumerate(docs):
+        for tokens, origins in packer.add(doc, number):
+            for token, origin in zip(tokens.tolist(), origins.tolist(), strict=True):
+                found.setdefault(origin, []).append(token)
+    for number, tokens in found.items():
+        assert tokens == docs[number][: len(tokens)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents, policies, st.lists(st.integers(1, 5), max_size=20))
+def test_any_calls_give_the_same_contexts(docs: list[list[int]], policy: TokenPolicy, sizes: list[int]) -> None:
+    def stream() -> ContextStream:
+        return ContextStream(docs, list, policy, d_vocab=10, repeat=False)
+
+    whole = stream().take(10**6)
+    parts = stream()
+    taken = [parts.take(n) for n in sizes] + [parts.take(10**6)]
+    for name in ("tokens", "documents"):
+        assert np.concatenate([getattr(part, name) for part in taken]).tolist() == getattr(whole, name).tolist()
+    assert not len(parts.take(1))
+
+
+def test_a_long_document_is_packed_as_it_is_needed() -> None:
+    """A state inside a long document is small, and goes on inside it."""
+    policy = TokenPolicy(context_size=4, begin_batch=BOS)
+
+    def stream() -> ContextStream:
+        return ContextStream([[5] * 3, list(range(1, 10)) * 10_000], list, policy, d_vocab=10, repeat=True)
+
+    one, two = stream(), stream()
+    one.take(1000)
+    state = one.state_dict()
+    assert len(json.dumps(state)) < 1000
+    two.load_state_dict(json.loads(json.dumps(state)))
+    assert one.take(40_000).tokens.tolist() == two.take(40_000).tokens.tolist()
 
 
 def test_bos_begins_every_context_once_also_on_tokenised_data() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import saekit
 from saekit import hookspecs
-from saekit.config import TrainConfig
+from saekit.config import CacheConfig, PretokenizeConfig, TrainConfig
 from saekit.describe import describe_fields
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_toml_and_commands(page: Path) -> None:
         if "project" not in table:
             saekit.load_config(table)
     cli = (ROOT / "saekit/cli.py").read_text(encoding="utf-8")  # importing it would import click, which warns
-    commands = set(re.findall(r'^@app\.command\("([\w-]+)"', cli, re.M))
+    commands = set(re.findall(r'^(?:@app\.command\(|app\.add_typer\(.*name=)"([\w-]+)"', cli, re.M))
     assert "train" in commands
     for text in [*blocks(page, "console"), *blocks(page, "sh")]:
         for command in re.findall(r"^saekit (\S+)", text, re.M):
@@ -93,6 +93,9 @@ def test_the_reference_has_every_option() -> None:
     page = reference()
     for field in describe_fields(TrainConfig):
         assert_described(page, field.name, type(getattr(TrainConfig(), field.name)))
+    assert_described(page, "activations.cache", CacheConfig)
+    for field in describe_fields(PretokenizeConfig):
+        assert f"| `{field.name}` |" in page.partition("## `saekit pretokenize`")[2]
     for registry in saekit.default_manager().registries.values():
         for item in registry.items:
             if item.distribution == "saekit":

@@ -40,15 +40,16 @@ class CachedSource:
 
     def __init__(self, config: CachedConfig, stream: StreamContext) -> None:
         from saekit.data import Prefetched
-        from saekit.data.cache import CachedActivations, CachedBatches, verify_cache
+        from saekit.data.cache import CachedActivations, CachedBatches, Manifest, verify_cache
 
         self._stream = stream
         folder = Path(config.folder)
-        manifest = verify_cache(folder, full=config.verify == "full")
+        manifest = Manifest.load(folder)
         manifest.check_fits(stream.identity, dict.fromkeys(stream.sites), folder)  # before the model runs
-        manifest.check_fits(stream.identity, stream.widths, folder)
         if not manifest.contexts:
-            raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` ended in its first shard")
+            raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` found too little text")
+        manifest = verify_cache(folder, full=config.verify == "full")
+        manifest.check_fits(stream.identity, stream.widths, folder)
         self._cache = CachedActivations(folder, manifest, stream.sites)
         self._cache.advise(single_rows=config.block_rows == 1)
         self._reader = CachedBatches(

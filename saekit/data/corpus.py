@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,11 @@ class Corpus:
         """
         made = None if dataset is not None else _pretokenized(config)
         stated = {name: getattr(config, name) for name in POLICY_DEFAULTS}
-        if made is not None:
-            problems = [
-                (f"dataset.{name}", f"is {stated[name]!r}, but the contexts of {config.path!r} were made with "
-                 f"{made[name]!r}; leave it out, or pretokenise anew")
-                for name in POLICY_DEFAULTS
-                if stated[name] is not None and stated[name] != made[name]
-            ]  # fmt: skip
-            if problems:
-                raise ConfigError(problems)
+        if made is not None and (problems := _contradictions(config.path, stated, made)):
+            raise ConfigError(problems)
         settled = made or POLICY_DEFAULTS
         chosen = {name: settled[name] if stated[name] is None else stated[name] for name in POLICY_DEFAULTS}
-        vocabulary = None if made is None else int(made.get("vocab_size") or 0)
+        vocabulary = None if made is None else made["vocab_size"]
         return cls(attrs.evolve(config, **chosen), evals, dataset, vocabulary)
 
     @property
@@ -74,6 +67,36 @@ class Corpus:
     def policy(self, special_tokens: Mapping[str, int | None]) -> TokenPolicy:
         """The tokens that are put in, as ids of a tokenizer."""
         return TokenPolicy.of(self.config, special_tokens)
+
+    def stream(
+        self,
+        documents: Documents,
+        tokenize: Callable[[str], Sequence[int]],
+        special_tokens: Mapping[str, int | None],
+        *,
+        d_vocab: int,
+        reader: str,
+        repeat: bool,
+    ) -> ContextStream:
+        """The contexts of ``documents``, which this corpus has opened, by a tokenizer.
+
+        :class:`DataError` says what does not fit ``reader``, whose vocabulary has ``d_vocab`` tokens.
+        """
+        policy = self.policy(special_tokens)
+        _check_ids(documents, policy, d_vocab, reader)
+        if self.packed_vocabulary is not None:  # the contexts are whole, with their tokens put in
+            if self.packed_vocabulary > d_vocab:
+                raise DataError(
+                    f"the contexts of {self.config.path!r} were made with a tokenizer of {self.packed_vocabulary} "
+                    f"tokens, but {reader} knows {d_vocab}: pretokenise for this model"
+                )
+            if documents.first is not None and len(documents.first) != policy.context_size:
+                raise DataError(
+                    f"the first context of {self.config.path!r} has {len(documents.first)} tokens, but the file that "
+                    f"says how they were made says {policy.context_size}: pretokenise anew"
+                )
+            policy = attrs.evolve(policy, begin_sequence=None, separator=None)
+        return ContextStream(documents, tokenize, policy, d_vocab=d_vocab, repeat=repeat)
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
         """The training contexts, without the documents that are held out."""
@@ -108,15 +131,10 @@ class Corpus:
         return torch.from_numpy(contexts)[picked.sort().values]
 
     def _stream(self, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
-        policy = self.policy(backend.special_tokens)
-        if self.packed_vocabulary is not None:  # the contexts are whole, with their tokens put in
-            if self.packed_vocabulary > backend.d_vocab:
-                raise DataError(
-                    f"the contexts of {self.config.path!r} were made with a tokenizer of {self.packed_vocabulary} "
-                    f"tokens, but the model {backend.name!r} knows {backend.d_vocab}: pretokenise for this model"
-                )
-            policy = attrs.evolve(policy, begin_sequence=None, separator=None)
-        return ContextStream(documents, backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=repeat)
+        return self.stream(
+            documents, backend.tokenize, backend.special_tokens,
+            d_vocab=backend.d_vocab, reader=f"the model {backend.name!r}", repeat=repeat,
+        )  # fmt: skip
 
     def identity(self, backend: ModelBackend) -> dict[str, Any]:
         """What decides the training contexts, by option path: two runs that agree on it read the same tokens."""
@@ -135,33 +153,80 @@ class Corpus:
         }
 
 
+def _contradictions(path: str, stated: Mapping[str, Any], made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each option of ``stated`` that says something else than how the contexts were made."""
+    same_begin = _begin(stated) == _begin(made)
+    return [
+        (f"dataset.{name}", f"is {value!r}, but the contexts of {path!r} were made with {made[name]!r}; leave it out, "
+         "or pretokenise anew")
+        for name, value in stated.items()
+        if value is not None and value != made[name]
+        and not (same_begin and name in ("prepend_bos", "begin_batch_token"))
+    ]  # fmt: skip
+
+
+def _begin(policy: Mapping[str, Any]) -> Any:
+    """What begins every context; ``prepend_bos`` and ``begin_batch_token`` can say the same."""
+    return "bos" if policy["prepend_bos"] else policy["begin_batch_token"]
+
+
+def _check_ids(documents: Documents, policy: TokenPolicy, d_vocab: int, reader: str) -> None:
+    """Before anything is packed, the ids that are known: those that are put in, and the first document's."""
+    put_in = (policy.begin_batch, policy.begin_sequence, policy.separator)
+    if (largest := max((token for token in put_in if token is not None), default=0)) >= d_vocab:
+        raise DataError(f"dataset puts in the token id {largest}, but the vocabulary of {reader} ends at {d_vocab - 1}")
+    first = documents.first
+    if first is None or isinstance(first, str) or not len(first):
+        return
+    if max(first) >= d_vocab or min(first) < 0:
+        raise DataError(
+            f"document 0 holds the token id {max(first) if max(first) >= d_vocab else min(first)}, but the vocabulary "
+            f"of {reader} ends at {d_vocab - 1}: the data was tokenised for another model"
+        )
+
+
 def _pretokenized(config: DatasetConfig) -> dict[str, Any] | None:
     """How the contexts at ``config.path`` were made, if they are contexts."""
     if config.path == STDLIB:
         return None
     path = Path(config.path)
     for name in (PRETOKENIZED, _OF_SAE_LENS):
-        file = path / name if is_saved_to_disk(path) else _on_hub(config, name)
+        file = path / name if path.exists() else _on_hub(config, name)
         if file is None or not file.is_file():
             continue
         try:
             made = json.loads(file.read_text(encoding="utf-8"))
-            return _of_sae_lens(made) if name == _OF_SAE_LENS else {**POLICY_DEFAULTS, **made}
+            return _settled(_of_sae_lens(made) if name == _OF_SAE_LENS else {**POLICY_DEFAULTS, **made})
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{name} of the dataset {config.path!r} cannot be read: {error}") from error
+            missing = "it does not say " if isinstance(error, KeyError) else ""
+            raise DataError(f"{name} of the dataset {config.path!r} cannot be read: {missing}{error}") from error
     return None
+
+
+def _settled(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with every option of how contexts are made, checked as a configuration is."""
+    policy = {name: made[name] for name in POLICY_DEFAULTS}
+    if None in policy.values():
+        raise ValueError(f"{next(name for name, value in policy.items() if value is None)} is null")
+    DatasetConfig(**policy)
+    return {**policy, "vocab_size": int(made.get("vocab_size") or 0)}
 
 
 def _on_hub(config: DatasetConfig, name: str) -> Path | None:
     """A file of a dataset repository, if the path names one that has it."""
-    if Path(config.path).exists() or config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
+    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
         return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # an answer, and not that there is no such file
+            raise DataError(
+                f"whether {config.path!r} holds pretokenised contexts cannot be found out: asked for {name}, the Hub "
+                f"answers {str(error.__cause__).splitlines()[0]}. Try again"
+            ) from error
         return None  # whatever is wrong with the repository, opening the dataset says it
 
 

@@ -6,12 +6,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ import attrs
 from saekit import __version__
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
-from saekit.data.contexts import ContextStream
 from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
-from saekit.data.text import Documents
+from saekit.data.opening import check_backend
+from saekit.data.text import Documents, reason
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager, default_manager
 from saekit.progress import ProgressDisplay
@@ -33,6 +35,7 @@ __all__ = ["Pretokenized", "pretokenize"]
 COLUMN = "input_ids"
 _DOCUMENTS_AT_ONCE = 64  # to a process that tokenises
 _CONTEXTS_AT_ONCE = 1000  # to the disk
+_WITH_A_TOKEN = "Pushing needs a token that may write there (`hf auth login`, or HF_TOKEN)"
 
 
 @attrs.frozen
@@ -64,15 +67,10 @@ def pretokenize(
     config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
     _check_target(config)
     corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
-    tokenizer = _tokenizer(config, plugins, model)
+    tokenizer = _tokenizer(config, plugins, model, corpus.context_size)
     documents = Documents.open(corpus.config, dataset=dataset)
-    parent = Path(config.folder).absolute().parent if config.folder else None
-    with (
-        _quiet_datasets(),
-        _storage_errors(config),
-        tempfile.TemporaryDirectory(prefix=".saekit-", dir=_made(parent)) as work,
-    ):
-        file = Path(work) / "contexts.arrow"
+    with _quiet_datasets(), _storage_errors(config), _work_folder(config.folder) as work:
+        file = work / "contexts.arrow"
         contexts = _write(config, corpus, documents, tokenizer, file)
         packed = Dataset.from_file(str(file))
         if config.shuffle:
@@ -91,6 +89,7 @@ def _check_target(config: PretokenizeConfig) -> None:
     if config.folder is not None and Path(config.folder).exists():
         raise ConfigError([("folder", f"{config.folder!r} exists already; choose another, or remove it")])
     if config.hub_repo_id is not None:
+        from huggingface_hub import get_token
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -101,18 +100,33 @@ def _check_target(config: PretokenizeConfig) -> None:
             fault = str(error).splitlines()[0]
         if fault:
             raise ConfigError([("hub_repo_id", f"must be owner/name, found {config.hub_repo_id!r}: {fault}")])
+        if config.folder is None and get_token() is None:  # all the work would be lost
+            raise StorageError(f"cannot push to the dataset repository {config.hub_repo_id!r}: {_WITH_A_TOKEN}")
 
 
-def _made(folder: Path | None) -> Path | None:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def _work_folder(target: str | None) -> Iterator[Path]:
+    """A temporary folder beside ``target``; of the folders made for it, those that stay empty go with it."""
+    beside = Path(target).absolute().parent if target is not None else None
+    made: list[Path] = []
+    while beside is not None and not (folder := made[-1].parent if made else beside).exists():
+        made.append(folder)
+    try:
+        if beside is not None:
+            beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saekit-", dir=beside) as work:
+            yield Path(work)
+    finally:
+        with suppress(OSError):  # it is not empty
+            for folder in made:
+                folder.rmdir()
 
 
-def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object | None) -> Any:
-    """A Hugging Face tokenizer: the one that is named, or the model's."""
+def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object | None, context_size: int) -> Any:
+    """A Hugging Face tokenizer: the one that is named, or the model's, which must take contexts of that size."""
     if config.tokenizer is None:
         backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+        check_backend(backend, [], context_size)
         tokenizer = getattr(backend, "tokenizer", None)
         if tokenizer is None:
             raise ModelError(
@@ -124,10 +138,8 @@ def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object 
 
     try:
         return AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer {config.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # the library raises whatever the files of a tokenizer make it stumble on
+        raise ModelError(f"the tokenizer {config.tokenizer!r} cannot be loaded: {reason(error)}") from error
 
 
 def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, file: Path) -> int:
@@ -135,12 +147,15 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    special = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")}
-    stream = ContextStream(
-        _Tokenised(documents, tokenizer, config.num_proc),
+    texts = documents
+    if config.num_proc > 1:
+        texts = Documents(_Tokenised(documents, tokenizer, config.num_proc), first=documents.first)
+    stream = corpus.stream(
+        texts,
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        corpus.policy(special),
+        {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")},
         d_vocab=len(tokenizer),
+        reader=f"the tokenizer {config.tokenizer or config.model.name!r}",
         repeat=False,
     )
     done, limit = 0, config.max_contexts
@@ -164,30 +179,45 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
 
 
 class _Tokenised:
-    """Documents whose texts become token ids, by ``num_proc`` processes, in their order."""
+    """Documents whose texts become token ids, by ``num_proc`` processes, in their order; None for one left out."""
 
     def __init__(self, documents: Documents, tokenizer: Any, num_proc: int) -> None:
         self._documents, self._tokenizer, self._num_proc = documents, tokenizer, num_proc
 
     def __iter__(self) -> Iterator[Any]:
-        if self._num_proc == 1:
-            yield from self._documents
-            return
         # Forked, a process has the tokenizer without importing the caller's main module again.
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with ProcessPoolExecutor(
+        pool = ProcessPoolExecutor(
             self._num_proc,
             mp_context=multiprocessing.get_context(method),
             initializer=_start_tokenising,
             initargs=(self._tokenizer,),
-        ) as pool:
+        )
+        try:
+            with warnings.catch_warnings():  # of threads, which the processes have no part in
+                warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+                pool.submit(int)  # the first one starts the processes
             pending: deque[Future[list[Any]]] = deque()
-            for batch in _batched(self._documents, _DOCUMENTS_AT_ONCE):
+            for batch in _batched(self._numbered(), _DOCUMENTS_AT_ONCE):
                 pending.append(pool.submit(_tokenise, batch))
                 if len(pending) > 2 * self._num_proc:  # the text may be endless
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that tokenises was ended from outside, perhaps for want of memory; lower num_proc"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _numbered(self) -> Iterator[Any]:
+        """Every document in its place."""
+        place = 0
+        for number, document in self._documents.read():
+            yield from itertools.repeat(None, number - place)
+            yield document
+            place = number + 1
 
 
 def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
@@ -201,6 +231,8 @@ _worker_tokenizer: Any = None
 
 def _start_tokenising(tokenizer: Any) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started this ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
     _worker_tokenizer = tokenizer
 
@@ -238,9 +270,9 @@ def _metadata(
 
 def _push(config: PretokenizeConfig, packed: Any, metadata: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     repo, revision = config.hub_repo_id, config.hub_revision
+    kept = f"; the contexts are in {config.folder!r}" if config.folder else ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # between the library and its own dependencies
@@ -249,12 +281,11 @@ def _push(config: PretokenizeConfig, packed: Any, metadata: str) -> None:
                 path_or_fileobj=metadata.encode(), path_in_repo=PRETOKENIZED, repo_id=str(repo), repo_type="dataset",
                 revision=revision,
             )  # fmt: skip
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
-        kept = f"; the contexts are in {config.folder!r}" if config.folder else ""
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted while pushing to {repo!r}{kept}") from error
+    except Exception as error:  # of the library, of the one below it, or of the network
         raise StorageError(
-            f"cannot push to the dataset repository {repo!r}: {reason}{kept}. Pushing needs a token that may write "
-            "there (`hf auth login`, or HF_TOKEN)"
+            f"cannot push to the dataset repository {repo!r}: {reason(error)}{kept}. {_WITH_A_TOKEN}"
         ) from error
 
 

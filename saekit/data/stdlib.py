@@ -6,6 +6,7 @@ text that needs no download.  The embedded model was trained on them, and the de
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -19,22 +20,26 @@ _HELD_OUT_EVERY = 20
 def stdlib_files(root: Path | None = None) -> list[Path]:
     """The standard library's ``.py`` files without its tests, sorted by path, so that the order is one order."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    files = (path for path in root.rglob("*.py") if not _NOT_PROSE.intersection(path.relative_to(root).parts))
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_PROSE]  # site-packages may be large: do not go there
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def stdlib_documents(split: str = "train", root: Path | None = None) -> Iterator[dict[str, str]]:
     """One ``{"text", "path"}`` record per file of ``split``: ``train``, ``heldout`` (one file in 20) or ``all``.
 
-    The split follows a hash of the path, so a file stays on its side whatever else is installed.
+    The split follows a hash of the path, so a file stays on its side whatever else is installed.  The order follows one
+    too, since files of one folder are much alike.  Files are read as they are needed.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    for path in stdlib_files(root):
-        name = path.relative_to(root).as_posix()
+    named = {path.relative_to(root).as_posix(): path for path in stdlib_files(root)}
+    for name in sorted(named, key=lambda name: blake2b(name.encode()).digest()):
         if split != "all" and (split == "heldout") != _is_held_out(name):
             continue
         try:
-            with tokenize.open(path) as file:  # honours a PEP 263 encoding line
+            with tokenize.open(named[name]) as file:  # honours a PEP 263 encoding line
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # a deliberately broken or unreadable source is no text

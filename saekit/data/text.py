@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,16 @@ class Documents:
         keep: Callable[[int], bool] | None = None,
         *,
         seekable: bool = False,
+        where: str = "the dataset",
+        first: str | Sequence[int] | None = None,
     ) -> None:
         self._records = records
         self._keep = keep
         self._seekable = seekable
+        self._where = where
         self.column = column
+        self.first = first
+        """The dataset's first document, where it has been looked at."""
 
     @classmethod
     def open(
@@ -65,7 +69,7 @@ class Documents:
             records = records.select_columns([column])
             if dataset is None and not isinstance(first[column], str):
                 records = records.with_format("numpy")
-        return cls(records, column, keep, seekable=seekable)
+        return cls(records, column, keep, seekable=seekable, where=where, first=first[column])
 
     def __iter__(self) -> Iterator[str | list[int]]:
         return (document for _, document in self.read())
@@ -73,31 +77,37 @@ class Documents:
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
         records = copy.deepcopy(self._records) if self._seekable else self._records  # the position is in the object
-        return DocumentReader(records, self.column, self._keep, seekable=self._seekable)
+        return DocumentReader(records, self.column, self._keep, seekable=self._seekable, where=self._where)
 
 
 class DocumentReader:
     """An iterator of ``(position in the dataset, document)`` whose position can be saved."""
 
     def __init__(
-        self, records: Any, column: str | None, keep: Callable[[int], bool] | None, *, seekable: bool = False
+        self,
+        records: Any,
+        column: str | None,
+        keep: Callable[[int], bool] | None,
+        *,
+        seekable: bool = False,
+        where: str = "the dataset",
     ) -> None:
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
+        self._where = where
         self._next = 0
         self._iterator: Iterator[Any] | None = None
+        self._loaded: Any = None  # the position to begin at, of records that know theirs
 
     def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
         return self
 
     def __next__(self) -> tuple[int, str | list[int]]:
         while True:
-            if self._iterator is None:
-                self._iterator = iter(self._records) if self._seekable else _from(self._records, self._next)
-            record = next(self._iterator)
+            record = self._record()
             index, self._next = self._next, self._next + 1
             if self._keep is not None and not self._keep(index):
                 continue
-            document = record if self._column is None else record[self._column]
+            document = record if self._column is None else _field(record, self._column, index, self._where)
             if document is None:
                 continue  # a missing value is no text
             if isinstance(document, (int, float, dict)):
@@ -107,26 +117,50 @@ class DocumentReader:
                 )
             return index, document
 
+    def _record(self) -> Any:
+        try:
+            if self._iterator is None:
+                self._iterator = self._begin()
+            return next(self._iterator)
+        except (StopIteration, DataError):
+            raise
+        except Exception as error:  # a file that is damaged later on, a connection that ended: any type at all
+            raise DataError(f"document {self._next} of {self._where} cannot be read: {reason(error)}") from error
+
+    def _begin(self) -> Iterator[Any]:
+        if not self._seekable:
+            return _from(self._records, self._next)
+        return itertools.islice(iter(self._records), 0 if self._loaded is not None else self._next, None)
+
     def state_dict(self) -> dict[str, Any]:
         """The position of the next document."""
-        if self._seekable and self._iterator is not None:
-            return {"next": self._next, "records": self._records.state_dict()}
-        return {"next": self._next}
+        position = self._loaded if self._iterator is None else self._records.state_dict() if self._seekable else None
+        return {"next": self._next} | ({} if position is None else {"records": position})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
         self._next, self._iterator = state["next"], None
-        if self._seekable and "records" in state:
-            self._records.load_state_dict(state["records"])
+        self._loaded = state.get("records") if self._seekable else None
+        if self._loaded is not None:
+            self._records.load_state_dict(self._loaded)
 
 
 def _from(records: Any, position: int) -> Iterator[Any]:
     """``records`` from ``position`` on; a HF dataset and a list need not read what comes before."""
-    if position and hasattr(records, "skip"):
-        return iter(records.skip(position))
     if isinstance(records, (list, tuple)):
         return (records[index] for index in range(position, len(records)))
+    if position and hasattr(records, "skip"):
+        at_end = hasattr(records, "__len__") and position >= len(records)  # a Dataset refuses to skip all of itself
+        return iter(()) if at_end else iter(records.skip(position))
     return itertools.islice(iter(records), position, None)
+
+
+def _field(record: Any, column: str, index: int, where: str) -> Any:
+    try:
+        return record[column]
+    except (KeyError, TypeError) as error:
+        found = f"it has {', '.join(map(repr, record))}" if isinstance(record, Mapping) else f"it is {record!r}"
+        raise DataError(f"document {index} of {where} has no column {column!r}; {found}") from error
 
 
 def _first(records: Any, where: str) -> Any:
@@ -135,7 +169,7 @@ def _first(records: Any, where: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # a streamed dataset is first read here, and its library raises what it likes
-        raise DataError(f"{where} cannot be read: {_reason(error)}") from error
+        raise DataError(f"{where} cannot be read: {reason(error)}") from error
     if first is None:
         raise DataError(f"{where} has no documents")
     return first
@@ -195,10 +229,7 @@ class _Stdlib:
         self._split = split
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        # Files in an order that has nothing to do with their folders: neighbours would be too much alike.
-        return iter(
-            sorted(stdlib_documents(self._split), key=lambda document: blake2b(document["path"].encode()).digest())
-        )
+        return stdlib_documents(self._split)
 
 
 def _open(config: DatasetConfig, split: str) -> Any:
@@ -266,9 +297,10 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
         elsewhere = "" if "data_files" in options else " (and there is no local file or folder of that name)"
         raise DataError(
             f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
-            f"{_reason(error)}{elsewhere}"
+            f"{reason(error)}{elsewhere}"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What a library's error says, in a line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -98,7 +98,9 @@ class _Planner:
         self.text(corpus, backend)
         if config.site.hook_name not in backend.hook_names():
             return
-        stream = open_stream(config, corpus, plugins, backend, [config.site])
+        stream = self.attempt(lambda: open_stream(config, corpus, plugins, backend, [config.site]))
+        if stream is None:
+            return
         width = self.attempt(lambda: stream.widths[config.site])
         if width is None:
             return
@@ -158,7 +160,7 @@ class _Planner:
             shown = "".join(backend.token_texts(contexts.tokens[0, :16].tolist()))
             self.facts["first context"] = f"{shown!r}..."
         evals = self.config.evals
-        if evals.run:
+        if evals.run and contexts is not None:
             self.attempt(lambda: corpus.held_out(backend, seed=0))
         held = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
         self.facts["held out"] = f"{held}, {evals.n_contexts} contexts" if evals.run else "nothing"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from saekit.protocols import ActivationSource, ModelBackend
 from saekit.training.setup import make_schedule, make_trainer
 from saekit.training.trainer import SAETrainer
 
-CONTEXT, VOCABULARY = 128, 2048
+CONTEXT, VOCABULARY, BATCH = 128, 2048, 4096
 PEER = importlib.util.find_spec("sae_lens") is not None
+QUIET = 0.1  # of the machine, that other programs may use while something is timed
 
 
 class Run:
@@ -32,19 +34,20 @@ class Run:
         self.plugins = saekit.default_manager()
         self.config: TrainConfig = load_config(settings(hook, source), plugins=self.plugins)
         self.corpus = Corpus.of(self.config.dataset, self.config.evals, dataset)
-        config, backend = self.config, self.plugins.build(
-            "model_backends", self.config.model.backend, model=self.config.model, loaded=model
-        )
-        self.backend: ModelBackend = backend
+        chosen = self.config.model
+        self.backend: ModelBackend = (
+            model if hasattr(model, "special_tokens")
+            else self.plugins.build("model_backends", chosen.backend, model=chosen, loaded=model)
+        )  # fmt: skip
         self.stream = StreamContext(
-            backend=backend,
-            sites=[config.site],
-            batch_size=config.training.train_batch_size_tokens,
+            backend=self.backend,
+            sites=[self.config.site],
+            batch_size=BATCH,
             seed=0,
-            open_contexts=lambda: self.corpus.contexts(backend),
+            open_contexts=lambda: self.corpus.contexts(self.backend),
         )
         self.source: ActivationSource = self.plugins.build(
-            "activation_sources", config.activations.source, stream=self.stream
+            "activation_sources", self.config.activations.source, stream=self.stream
         )
 
     def trainer(self) -> SAETrainer:
@@ -60,9 +63,9 @@ def settings(hook: str, source: Mapping[str, Any]) -> dict[str, Any]:
         "model": {"device": "cpu"},
         "dataset": {"context_size": CONTEXT, "prepend_bos": False, "sequence_separator_token": "none"},
         "site": {"hook_name": hook},
-        "activations": {"source": {"name": "live", **source}},
+        "activations": {"source": {"name": "live", "act_store_device": "cpu", **source}},
         "sae": {"name": "standard", "d_sae": 4096, "l1_coefficient": 1.0},
-        "training": {"training_tokens": 10**9, "train_batch_size_tokens": 4096, "device": "cpu"},
+        "training": {"training_tokens": 10**9, "train_batch_size_tokens": BATCH, "device": "cpu"},
         "evals": {"run": [], "held_out_every": 0},
     }
 
@@ -81,39 +84,78 @@ def language_model(n_layers: int = 4, d_model: int = 512, n_heads: int = 8) -> A
         return HookedTransformer(config, AutoTokenizer.from_pretrained(EMBEDDED["saekit/tiny-python"]))
 
 
-def random_contexts(n: int) -> list[dict[str, list[int]]]:
-    """Records of ``CONTEXT`` random tokens each: a dataset that is tokenised already and costs nothing to read."""
-    tokens = torch.randint(VOCABULARY, (n, CONTEXT), generator=torch.Generator().manual_seed(0))
+def random_contexts(n: int, vocabulary: int = VOCABULARY) -> list[dict[str, list[int]]]:
+    """Records of one context each: a dataset that is tokenised already and costs next to nothing to read."""
+    tokens = torch.randint(vocabulary, (n, CONTEXT), generator=torch.Generator().manual_seed(0))
     return [{"tokens": row} for row in tokens.tolist()]
 
 
-def interleave(cases: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds per token of each case; a case returns how many tokens it took.
+def cycle(capacity: int) -> int:
+    """Batches from one refill of a live buffer of ``capacity`` rows to the next, which together use what was forwarded.
 
-    Every round runs all cases, every other round in reverse, so that what else the machine does hits them alike.
+    The buffer is refilled before a batch when less than half of it is filled.
     """
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds):
-        for name in list(cases)[:: 1 if number % 2 == 0 else -1]:
-            start = time.perf_counter()
-            tokens = cases[name]()
-            times[name].append((time.perf_counter() - start) / tokens * 1e6)
-    return times
+    filled, batches = capacity, 0
+    while filled >= max(BATCH, capacity // 2):
+        filled, batches = filled - BATCH, batches + 1
+    return batches
 
 
-def table(times: Mapping[str, Sequence[float]], base: str, unit: str = "µs/token") -> None:
-    """Median and spread of each case, and the ratio of its median to that of ``base``."""
-    reference = statistics.median(times[base])
-    width = max(len(name) for name in times)
-    for name, values in times.items():
-        median = statistics.median(values)
-        spread = f"{min(values):.2f}-{max(values):.2f}"
-        print(f"  {name:{width}}  {median:8.2f} {unit}  ({spread}, n={len(values)})  x{median / reference:.3f}")
+class Times:
+    """Microseconds per token of cases that are timed in turn."""
+
+    def __init__(self, cases: Mapping[str, Callable[[], int]], rounds: int) -> None:
+        """Every case returns how many tokens it took.
+
+        Every other round runs the cases in reverse.  A round during which other programs used more than ``QUIET`` of
+        the machine is run again, so long as no more than ``3 * rounds`` are run in all.
+        """
+        self.cases, self.run, self.kept = cases, 0, 0
+        everything: list[dict[str, float]] = []
+        quiet: list[dict[str, float]] = []
+        while len(quiet) < rounds and self.run < 3 * rounds:
+            order = list(cases)[:: 1 if self.run % 2 == 0 else -1]
+            timed = {name: self._time(cases[name]) for name in order}
+            everything.append({name: time for name, (time, _) in timed.items()})
+            if all(others < QUIET for _, others in timed.values()):
+                quiet.append(everything[-1])
+            self.run += 1
+        self.kept = len(quiet)
+        self.rounds = quiet or everything
+
+    @staticmethod
+    def _time(case: Callable[[], int]) -> tuple[float, float]:
+        """Microseconds per token, and the share of the machine that others used meanwhile."""
+        busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+        tokens = case()
+        wall = time.perf_counter() - start
+        others = (_busy_seconds() - busy) - (time.process_time() - own)
+        return wall / tokens * 1e6, others / (wall * (os.cpu_count() or 1))
+
+    def of(self, name: str) -> list[float]:
+        """Every time of a case."""
+        return [timed[name] for timed in self.rounds]
+
+    def table(self, base: str) -> None:
+        """Print median and spread of each case, and the ratio of its median to that of ``base``."""
+        width = max(len(name) for name in self.cases)
+        for name in self.cases:
+            values, median = self.of(name), statistics.median(self.of(name))
+            ratio = median / statistics.median(self.of(base))
+            print(f"  {name:{width}}  {median:8.2f} µs/token  ({min(values):.2f}-{max(values):.2f})  x {ratio:.3f}")
+        quiet = f"{self.kept} of {self.run} rounds" if self.kept else f"none of {self.run} rounds, all are counted"
+        print(f"  rounds while the machine was quiet: {quiet}", flush=True)
 
 
-def status(field: str) -> float:
-    """A size in ``/proc/self/status``, such as ``VmRSS`` or its peak ``VmHWM``, in MB."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+def _busy_seconds() -> float:
+    """Seconds that all processors together have worked since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal = Path("/proc/stat").read_text(encoding="ascii").split()[1:9]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+
+
+def megabytes(field: str) -> float:
+    """A size in ``/proc/self/status``, such as ``VmRSS`` or its peak ``VmHWM``."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise SystemExit(f"/proc/self/status has no {field}")

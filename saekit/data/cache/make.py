@@ -49,13 +49,13 @@ def cache_activations(
     wanted = cached_contexts(config, corpus.context_size)
     folder = Path(config.activations.cache.folder)
     with CacheWriter(folder, plan_cache(config, stream, corpus.context_size)) as writer:
-        writer.check_space(wanted)
+        writer.check_space(writer.manifest.contexts if writer.manifest.ended else wanted)
         if writer.manifest.position is not None:
             contexts.load_state_dict(writer.manifest.position)
         _write(config, stream, writer, wanted)
         manifest = writer.manifest
     check_contexts(manifest.contexts, corpus.context_size)
-    if manifest.ended and config.dataset.on_exhausted == "error":
+    if manifest.contexts < wanted and config.dataset.on_exhausted == "error":
         raise DataError(
             f"the data ended after {manifest.rows:,} activations, and {wanted * corpus.context_size:,} were asked for; "
             f"those are in {str(folder)!r}. Ask for fewer (activations.cache.tokens), or set dataset.on_exhausted"

@@ -97,8 +97,8 @@ class Manifest:
         return f"shard-{number:05d}"
 
     def bytes_for(self, contexts: int) -> int:
-        """Bytes of the files for ``contexts`` contexts, exactly, but for the manifest itself."""
-        shards = -(-contexts // self.contexts_per_shard)
+        """Bytes of the files when there are ``contexts`` contexts, exactly, but for the manifest itself."""
+        shards = len(self.shards) + -(-(contexts - self.contexts) // self.contexts_per_shard)
         rows = contexts * self.context_size
         per_row = sum(site.row_bytes for site in self.sites) + 4 + 8
         return rows * per_row + shards * HEADER * (len(self.sites) + 2)
@@ -125,7 +125,7 @@ class Manifest:
             shards = [Shard(**entry) for entry in table["shards"]]
             keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards"}
             return cls(sites=sites, shards=shards, **{key: table[key] for key in keys})
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
     def site(self, site: Site) -> SiteRows:

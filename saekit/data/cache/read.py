@@ -99,7 +99,7 @@ class CachedActivations:
 
 
 class CachedBatches:
-    """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is two numbers.
+    """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is three numbers.
 
     Inside a batch the rows rise: their order means nothing to a training step, and neighbours are read together.
     """
@@ -107,13 +107,13 @@ class CachedBatches:
     def __init__(self, cache: CachedActivations, batch_size: int, *, seed: int, repeat: bool, block: int = 1) -> None:
         self._cache, self._batch_size = cache, batch_size
         self._seed, self._repeat, self._block = seed, repeat, block
+        self._rows = len(cache)
         self._epoch = self._position = 0
         self._order = self._order_of(0)
 
     def _order_of(self, epoch: int) -> RowOrder:
-        return RowOrder(
-            len(self._cache), int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]), self._block
-        )
+        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        return RowOrder(self._rows, seed, self._block)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -121,7 +121,7 @@ class CachedBatches:
     def __next__(self) -> Batch:
         wanted = self._batch_size
         parts = []
-        while wanted and len(self._cache):
+        while wanted and self._rows:
             stop = min(self._position + wanted, len(self._order))
             parts.append(self._order.rows(self._position, stop))
             wanted -= stop - self._position
@@ -138,16 +138,23 @@ class CachedBatches:
 
     def peek(self, n: int) -> Mapping[Site, Tensor]:
         """The next ``n`` rows, or those that are left in this reading, without using them up."""
-        stop = min(self._position + n, len(self._order))
-        return self._cache.take(np.sort(self._order.rows(self._position, stop))).activations
+        order, start = self._order, self._position
+        if start == self._rows and self._repeat:
+            order, start = self._order_of(self._epoch + 1), 0
+        return self._cache.take(np.sort(order.rows(start, min(start + n, self._rows)))).activations
 
     def state_dict(self) -> dict[str, Any]:
-        """The reading and the position in it."""
-        return {"epoch": self._epoch, "position": self._position}
+        """The reading, the position in it, and how many rows it is of."""
+        return {"epoch": self._epoch, "position": self._position, "rows": self._rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the very next batch."""
-        self._epoch, self._position = state["epoch"], state["position"]
+        """Go on with the very next batch, whether or not rows were added to the cache since."""
+        if state["rows"] > len(self._cache):
+            raise DataError(
+                f"the activation cache has {len(self._cache):,} rows, and when the run was saved it had "
+                f"{state['rows']:,}: restore it, or start anew"
+            )
+        self._epoch, self._position, self._rows = state["epoch"], state["position"], state["rows"]
         self._order = self._order_of(self._epoch)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import operator
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,38 +45,66 @@ class CacheWriter:
 
     def __init__(self, folder: Path, plan: Manifest) -> None:
         self._folder = folder
-        self._resources = contextlib.ExitStack()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saekit-cache")
         self._pending: deque[Future[None]] = deque()
         self._shard: _OpenShard | None = None
         self._in_shard = 0  # contexts handed over for it
         self._position: Mapping[str, Any] = {}
-        with _as_storage_error(folder):
+        self._failure: BaseException | None = None
+        with _as_storage_error(folder), contextlib.ExitStack() as resources:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._refuse_strangers(plan)
+            resources.enter_context(self._locked())
             self.manifest = self._existing(plan)
             """What is written and safe."""
-            for torn in folder.glob(".shard-*.tmp"):
-                shutil.rmtree(torn)
+            self._remove_torn()
+            self._resources = resources.pop_all()
 
-    def _lock(self) -> None:
+    def _refuse_strangers(self, plan: Manifest) -> None:
+        """A folder without a manifest must hold nothing but what a writer that was killed has left."""
+        if (self._folder / MANIFEST).exists():
+            return
+        own = (".lock", ".shard-", f".{MANIFEST}.")
+        names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith(own))
+        if names not in ([], [plan.shard_folder(0)]):
+            raise DataError(
+                f"the folder {str(self._folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
+                "another (activations.cache.folder)"
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         """One writer at a time; the lock goes with the process, however it ends."""
-        file = self._resources.enter_context((self._folder / ".lock").open("w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"another process is writing the activation cache {str(self._folder)!r}") from error
+        with (self._folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"another process is writing the activation cache {str(self._folder)!r}") from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                warnings.warn(
+                    f"the file system of {str(self._folder)!r} has no locks: see to it that nothing else writes there",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            yield
+
+    def _remove_torn(self) -> None:
+        """Remove what a writer that was killed has left; a shard that the manifest does not name is such a thing."""
+        for left in self._folder.glob(f".{MANIFEST}.*"):
+            left.unlink()
+        unnamed = self._folder / self.manifest.shard_folder(len(self.manifest.shards))
+        for folder in (*self._folder.glob(".shard-*"), unnamed):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def _existing(self, plan: Manifest) -> Manifest:
-        if not (self._folder / MANIFEST).is_file():
-            strangers = [path.name for path in self._folder.iterdir() if not path.name.startswith((".lock", ".shard-"))]
-            if strangers:
-                raise DataError(
-                    f"the folder {str(self._folder)!r} is no activation cache and holds "
-                    f"{', '.join(sorted(strangers)[:5])}; choose another (activations.cache.folder)"
-                )
+        if not (self._folder / MANIFEST).exists():
             return plan
         found = Manifest.load(self._folder)
+        if not found.shards:  # the text was too short, and nothing keeps it from being another one
+            return plan
         names = ("identity", "sites", "context_size", "contexts_per_shard")
         lines = [
             f"  - {path}: there {there!r}, wanted {wanted!r}"
@@ -106,10 +136,10 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._worker.shutdown(wait=True)
-        if self._shard is not None:
-            self._shard.abandon()
-        self._resources.close()
+        with self._resources:
+            self._worker.shutdown(wait=True)
+            if self._shard is not None:
+                self._shard.abandon()
 
     @property
     def room(self) -> int:
@@ -132,6 +162,8 @@ class CacheWriter:
             self._in_shard = 0
         for pending in self._pending:
             pending.result()
+        if self._failure is not None:
+            raise self._failure
         self.manifest = attrs.evolve(self.manifest, ended=ended)
         with _as_storage_error(self._folder):
             self.manifest.save(self._folder)
@@ -139,9 +171,19 @@ class CacheWriter:
     def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
         while len(self._pending) >= _AHEAD or (self._pending and self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._worker.submit(work, *arguments))
+        self._pending.append(self._worker.submit(self._after_success, work, *arguments))
 
     # ---- in the thread
+
+    def _after_success(self, work: Callable[..., None], *arguments: Any) -> None:
+        """``work``, unless something before it failed: rows after a gap, or a shard with one, must not be written."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _append(self, batch: Batch) -> None:
         with _as_storage_error(self._folder):
@@ -153,9 +195,9 @@ class CacheWriter:
         assert self._shard is not None
         with _as_storage_error(self._folder):
             shard, self._shard = self._shard.close(), None
-            shards = [*self.manifest.shards, shard]
-            self.manifest = attrs.evolve(self.manifest, shards=shards, position=position)
-            self.manifest.save(self._folder)
+            manifest = attrs.evolve(self.manifest, shards=[*self.manifest.shards, shard], position=position)
+            manifest.save(self._folder)
+            self.manifest = manifest
 
 
 class _OpenShard:
@@ -164,19 +206,22 @@ class _OpenShard:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.contexts = 0
         self._context_size = manifest.context_size
-        self._stack = contextlib.ExitStack()
-        home = self._stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards))))
         contexts, size = manifest.contexts_per_shard, manifest.context_size
-        self._origins = {
-            TOKENS: _TensorFile(home / TOKENS, "token_ids", torch.int32, [contexts, size]),
-            DOCUMENTS: _TensorFile(home / DOCUMENTS, "document_ids", torch.int64, [contexts, size]),
-        }
-        self._rows = {
-            rows.site: _TensorFile(
-                home / rows.file, "activations", getattr(torch, rows.dtype), [contexts * size, rows.d_in]
-            )
-            for rows in manifest.sites
-        }
+        with contextlib.ExitStack() as stack:
+            home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards))))
+
+            def opened(file: str, name: str, dtype: torch.dtype, planned: Sequence[int]) -> _TensorFile:
+                return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned)))
+
+            self._origins = {
+                TOKENS: opened(TOKENS, "token_ids", torch.int32, [contexts, size]),
+                DOCUMENTS: opened(DOCUMENTS, "document_ids", torch.int64, [contexts, size]),
+            }
+            self._rows = {
+                rows.site: opened(rows.file, "activations", getattr(torch, rows.dtype), [contexts * size, rows.d_in])
+                for rows in manifest.sites
+            }
+            self._stack = stack.pop_all()
 
     def append(self, batch: Batch) -> None:
         for name, origin in ((TOKENS, batch.tokens), (DOCUMENTS, batch.documents)):
@@ -189,14 +234,11 @@ class _OpenShard:
     def close(self) -> Shard:
         """Give the shard its name; the disk has it then."""
         with self._stack:  # its end syncs the files and renames their folder
-            shapes = {name: file.close() for name, file in self._origins.items()}
-            shapes |= {file.path.name: file.close() for file in self._rows.values()}
-        return Shard(contexts=self.contexts, files=shapes)
+            files = {file.path.name: file.finish() for file in (*self._origins.values(), *self._rows.values())}
+        return Shard(contexts=self.contexts, files=files)
 
     def abandon(self) -> None:
         """Remove what was written."""
-        for file in (*self._origins.values(), *self._rows.values()):
-            file.abandon()
         self._stack.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
@@ -210,7 +252,11 @@ class _TensorFile:
         self._bytes = 0
         self._file: BinaryIO = path.open("xb", buffering=0)
         self._digest = hashlib.sha256()
-        self._put(self._header(planned[0]))
+        try:
+            self._put(self._header(planned[0]))
+        except BaseException:
+            self._file.close()
+            raise
 
     def _header(self, length: int) -> bytes:
         shape = [length, *self._planned[1:]]
@@ -221,9 +267,14 @@ class _TensorFile:
 
     def write(self, values: Tensor) -> None:
         """Append rows."""
-        values = values.detach().to("cpu", self._dtype).contiguous()
-        self._put(values.view(-1).view(torch.uint8).numpy().data)
-        self._bytes += values.nbytes
+        kept = values.detach().to("cpu", self._dtype).contiguous()
+        if self._dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
+            raise DataError(
+                f"{self.path.stem} has activations as large as {values.abs().max():,.0f}, which float16 cannot hold: "
+                'choose activations.cache.dtype = "bfloat16"'
+            )
+        self._put(kept.view(-1).view(torch.uint8).numpy().data)
+        self._bytes += kept.nbytes
 
     def _put(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
@@ -231,8 +282,8 @@ class _TensorFile:
             left = left[self._file.write(left) :]
         self._digest.update(data)
 
-    def close(self) -> dict[str, Any]:
-        """The file's entry in the manifest."""
+    def finish(self) -> dict[str, Any]:
+        """Write the last of it; the file's entry in the manifest."""
         row = math.prod(self._planned[1:]) * self._dtype.itemsize
         length, digest = self._bytes // row, self._digest.hexdigest()
         if short := length != self._planned[0]:  # the data ended: the header must say so
@@ -245,7 +296,7 @@ class _TensorFile:
             "sample": sample_sum(self.path),
         }
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
@@ -253,10 +304,12 @@ class _TensorFile:
 def _as_storage_error(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = getattr(cause, "strerror", None) or error
         raise StorageError(
-            f"cannot write the activation cache {str(folder)!r}: {error.strerror or error}. Finished shards are kept, "
-            "and `saekit cache` goes on after them"
+            f"cannot write the activation cache {str(folder)!r}: {reason}. Finished shards are kept, and `saekit cache` "
+            "goes on after them"
         ) from error
 
 

@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Which Python made the environment and what went into it: changing either makes it anew.
 STAMP := $(VENV)/.installed
+# The environment of `make bench`, which has sae-lens too.
+PEERS ?= .venv-peers
 
 .PHONY: demo test lint docs bench clean
 
@@ -21,8 +23,12 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
+# Beside sae-lens where it can be installed, in an environment of its own.
 bench: $(STAMP)
-	$(BIN)/python tests/bench/startup.py
+	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
+	for name in startup shuffle live memory; do \
+		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
+	done
 
 # torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
@@ -31,5 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mamba,wandb,test,docs]'
 	touch $(STAMP)
 
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . sae-lens==6.54.12
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

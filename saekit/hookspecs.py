@@ -77,7 +77,7 @@ def saekit_register_activation_sources() -> Iterable[Entry]:
     """Where training batches come from (``activations.source``).
 
     ``build(config, *, stream: saekit.data.StreamContext) -> ActivationSource``: the context holds the backend, the
-    packed contexts, the sites, the batch size and the seed.
+    sites, the batch size and the seed, and opens the packed contexts when they are asked for.
     """
 
 

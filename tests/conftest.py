@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # No test reaches a hub: a miss would cost half a minute each, and machines without a network must pass.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_SILENT"] = "true"
+# Nor does one leave anything in the cache of whoever runs them.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saekit-hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

@@ -227,7 +227,7 @@ class ContextStream:
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
             raise DataError(
-                f"document {self._number} holds the token id {bad}, but the model's vocabulary ends at "
+                f"document {self._number} holds the token id {bad}, but the vocabulary ends at "
                 f"{self._d_vocab - 1}: the data was tokenised for another model"
             )
         return tokens
@@ -249,6 +249,7 @@ class ContextStream:
         """Go on with the very next context."""
         self._reader = self._documents.read()
         self._reader.load_state_dict(state["reader"])
+        self._before = state["reader"]
         self._document, self._offset = np.empty(0, dtype=np.int64), 0
         if state["in_hand"] and self._open_document():
             self._offset = state["offset"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.contexts import ContextStream, TokenPolicy
-from saekit.data.text import STDLIB, Documents, is_saved_to_disk
+from saekit.data.text import STDLIB, Documents
 from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 
@@ -83,7 +83,6 @@ class Corpus:
         :class:`DataError` says what does not fit ``reader``, whose vocabulary has ``d_vocab`` tokens.
         """
         policy = self.policy(special_tokens)
-        _check_ids(documents, policy, d_vocab, reader)
         if self.packed_vocabulary is not None:  # the contexts are whole, with their tokens put in
             if self.packed_vocabulary > d_vocab:
                 raise DataError(
@@ -96,6 +95,7 @@ class Corpus:
                     f"says how they were made says {policy.context_size}: pretokenise anew"
                 )
             policy = attrs.evolve(policy, begin_sequence=None, separator=None)
+        _check_ids(documents, policy, d_vocab, reader)
         return ContextStream(documents, tokenize, policy, d_vocab=d_vocab, repeat=repeat)
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
@@ -144,6 +144,7 @@ class Corpus:
             "dataset.name": config.name,
             "dataset.split": config.split,
             "dataset.revision": config.revision,
+            "dataset.data_files": list(config.data_files),
             "dataset.column": config.column,
             "dataset.context_size": config.context_size,
             "dataset.begin_batch_token": policy.begin_batch,

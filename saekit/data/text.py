@@ -236,13 +236,18 @@ def _open(config: DatasetConfig, split: str) -> Any:
     if config.path == STDLIB:
         return _Stdlib(split)
     path = Path(config.path)
+    if config.data_files and (is_saved_to_disk(path) or path.is_file()):
+        raise DataError(
+            f"dataset.data_files chooses files of a folder or a Hub dataset, and {config.path!r} is neither; leave it out"
+        )
     if is_saved_to_disk(path):
         return _saved_to_disk(path, split, split != config.split)
     if path.is_file():
         return _local_file(path, split)
     if not path.exists() and (path.is_absolute() or config.path.startswith(".") or path.suffix in _FORMATS):
         raise DataError(f"there is no file or folder {config.path!r} (dataset.path)")
-    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming)
+    files = {"data_files": list(config.data_files)} if config.data_files else {}
+    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming, **files)
 
 
 def is_saved_to_disk(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -101,50 +102,67 @@ def cycle(capacity: int) -> int:
     return batches
 
 
+@dataclasses.dataclass
+class Case:
+    """Something to time: ``run`` returns how many tokens it took; the others are not timed."""
+
+    run: Callable[[], int]
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+
 class Times:
-    """Microseconds per token of cases that are timed in turn."""
+    """Microseconds per token of cases that are timed in turn, every other round in reverse.
 
-    def __init__(self, cases: Mapping[str, Callable[[], int]], rounds: int) -> None:
-        """Every case returns how many tokens it took.
+    A round during which other programs used more than ``QUIET`` of the machine is run again, so long as no more than
+    ``2 * rounds`` are run in all.
+    """
 
-        Every other round runs the cases in reverse.  A round during which other programs used more than ``QUIET`` of
-        the machine is run again, so long as no more than ``3 * rounds`` are run in all.
-        """
-        self.cases, self.run, self.kept = cases, 0, 0
-        everything: list[dict[str, float]] = []
-        quiet: list[dict[str, float]] = []
-        while len(quiet) < rounds and self.run < 3 * rounds:
+    def __init__(self, cases: Mapping[str, Case | Callable[[], int]], rounds: int) -> None:
+        self.cases = {name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()}
+        self.run = 0
+        everything: list[dict[str, tuple[float, float, float]]] = []
+        quiet: list[dict[str, tuple[float, float, float]]] = []
+        while len(quiet) < rounds and self.run < 2 * rounds:
             order = list(cases)[:: 1 if self.run % 2 == 0 else -1]
-            timed = {name: self._time(cases[name]) for name in order}
-            everything.append({name: time for name, (time, _) in timed.items()})
-            if all(others < QUIET for _, others in timed.values()):
+            everything.append({name: _time(self.cases[name]) for name in order})
+            if all(others < QUIET for _, _, others in everything[-1].values()):
                 quiet.append(everything[-1])
             self.run += 1
         self.kept = len(quiet)
-        self.rounds = quiet or everything
-
-    @staticmethod
-    def _time(case: Callable[[], int]) -> tuple[float, float]:
-        """Microseconds per token, and the share of the machine that others used meanwhile."""
-        busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
-        tokens = case()
-        wall = time.perf_counter() - start
-        others = (_busy_seconds() - busy) - (time.process_time() - own)
-        return wall / tokens * 1e6, others / (wall * (os.cpu_count() or 1))
+        self._rounds = quiet or everything
 
     def of(self, name: str) -> list[float]:
         """Every time of a case."""
-        return [timed[name] for timed in self.rounds]
+        return [times[name][0] for times in self._rounds]
+
+    def ratio(self, name: str, base: str) -> float:
+        """The ratio of the medians of two cases."""
+        return statistics.median(self.of(name)) / statistics.median(self.of(base))
 
     def table(self, base: str) -> None:
-        """Print median and spread of each case, and the ratio of its median to that of ``base``."""
+        """Print each case's median and spread, its ratio to ``base``, and the processors it kept busy."""
         width = max(len(name) for name in self.cases)
         for name in self.cases:
-            values, median = self.of(name), statistics.median(self.of(name))
-            ratio = median / statistics.median(self.of(base))
-            print(f"  {name:{width}}  {median:8.2f} µs/token  ({min(values):.2f}-{max(values):.2f})  x {ratio:.3f}")
-        quiet = f"{self.kept} of {self.run} rounds" if self.kept else f"none of {self.run} rounds, all are counted"
-        print(f"  rounds while the machine was quiet: {quiet}", flush=True)
+            values = self.of(name)
+            busy = statistics.median(times[name][1] for times in self._rounds)
+            print(
+                f"  {name:{width}}  {statistics.median(values):8.2f} µs/token  ({min(values):.2f}-{max(values):.2f})"
+                f"  x {self.ratio(name, base):.3f}  {busy:.2f} processors"
+            )
+        quiet = f"{self.kept} of {self.run}" if self.kept else f"none of {self.run}, so all are counted"
+        print(f"  rounds while nothing else ran: {quiet}", flush=True)
+
+
+def _time(case: Case) -> tuple[float, float, float]:
+    """Microseconds per token, processors in use, and the share of the machine that other programs used meanwhile."""
+    case.before()
+    busy, own, start = _busy_seconds(), sum(os.times()[:4]), time.perf_counter()  # own: with processes that it started
+    tokens = case.run()
+    wall, own = time.perf_counter() - start, sum(os.times()[:4]) - own
+    others = _busy_seconds() - busy - own
+    case.after()
+    return wall / tokens * 1e6, own / wall, others / (wall * (os.cpu_count() or 1))
 
 
 def _busy_seconds() -> float:

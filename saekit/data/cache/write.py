@@ -308,8 +308,8 @@ def _as_storage_error(folder: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = getattr(cause, "strerror", None) or error
         raise StorageError(
-            f"cannot write the activation cache {str(folder)!r}: {reason}. Finished shards are kept, and `saekit cache` "
-            "goes on after them"
+            f"cannot write the activation cache {str(folder)!r}: {reason}. Finished shards are kept, and `saekit "
+            "cache` goes on after them"
         ) from error
 
 

@@ -1,0 +1,108 @@
+"""Memory of the live source: its peak beside what it must hold, and whether it grows over millions of tokens.
+
+    python tests/bench/memory.py [--only peak soak] [--tokens 20_000_000] [--quick]
+
+Each case is a process of its own.  Prints figures; it judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from common import CONTEXT, VOCABULARY, Run, language_model, megabytes, random_contexts
+
+BUFFER, PROMPTS = 80, 16  # forwards, and contexts in each
+
+
+class Stream:
+    """Documents of 20 to 2,000 random tokens without end, made as they are read, as from a dataset on a server."""
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        generator = np.random.default_rng(0)
+        while True:
+            yield {"tokens": generator.integers(VOCABULARY, size=generator.integers(20, 2001)).tolist()}
+
+
+def peak(options: argparse.Namespace, prefetch: bool) -> None:
+    """Serve three buffers of rows."""
+    model, dataset = language_model(d_model=64 if options.quick else 512), random_contexts(2048)
+    with torch.inference_mode():  # the first forward allocates what the libraries keep
+        model(torch.zeros(PROMPTS, CONTEXT, dtype=torch.long), stop_at_layer=1, return_type=None)
+    base = megabytes("VmRSS")
+    source = {"store_batch_size_prompts": PROMPTS, "n_batches_in_buffer": BUFFER, "prefetch": prefetch}
+    run = Run(model, dataset, "blocks.1.hook_resid_pre", source)
+    served = 0
+    while served < 3 * BUFFER * PROMPTS * CONTEXT:
+        served += len(next(run.source))
+    run.source.close()
+    buffer = run.source.memory_bytes() / 1e6
+    top = megabytes("VmHWM")
+    print(
+        f"  prefetch = {str(prefetch).lower():5}  peak {top:7.1f} MB; imports, model and data {base:.1f} MB + buffer "
+        f"{buffer:.1f} MB; beyond these {top - base - buffer:+.1f} MB"
+    )
+
+
+def soak(options: argparse.Namespace, kind: str) -> None:
+    """Serve ``--tokens`` rows of a tiny model."""
+    dataset: Any = Stream() if kind == "stream" else random_contexts(2048)
+    source = {"store_batch_size_prompts": PROMPTS, "n_batches_in_buffer": BUFFER}
+    run = Run(language_model(1, 16, 2), dataset, "blocks.0.hook_resid_post", source)
+    served, start = 0, time.perf_counter()
+    sizes = []
+    for tenth in range(1, 11):
+        while served < tenth * options.tokens // 10:
+            served += len(next(run.source))
+        sizes.append(megabytes("VmRSS"))
+        print(f"  {served:12,} tokens  RSS {sizes[-1]:7.1f} MB  {time.perf_counter() - start:6.1f} s", flush=True)
+    run.source.close()
+    print(f"  from the first of these to the last: {sizes[-1] - sizes[0]:+.1f} MB; the most: {max(sizes):.1f} MB")
+
+
+CASES: dict[str, dict[str, Callable[[argparse.Namespace], None]]] = {
+    "peak": {
+        "prefetch off": lambda options: peak(options, False),
+        "prefetch on": lambda options: peak(options, True),
+    },
+    "soak": {
+        "stream": lambda options: soak(options, "stream"),
+        "list": lambda options: soak(options, "list"),
+    },
+}
+TITLES = {
+    "peak": f"peak memory, a buffer of {BUFFER * PROMPTS} contexts of {CONTEXT} tokens, three buffers served",
+    "soak": "memory over time, a model of one layer and d_model 16",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="of each soak")
+    parser.add_argument("--quick", action="store_true", help="a small model and 1,000,000 tokens, to see that it runs")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens = min(options.tokens, 1_000_000)
+    if options.case:
+        CASES[options.only[0]][options.case](options)
+        return
+    for kind in options.only:
+        print(TITLES[kind], flush=True)
+        for name in CASES[kind]:
+            if kind == "soak":
+                print(f" from a {name}", flush=True)
+            command = [sys.executable, "-W", "ignore", __file__, "--only", kind, "--case", name]
+            command += ["--tokens", str(options.tokens)] + ["--quick"] * options.quick
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -100,7 +100,7 @@ class DatasetConfig:
     revision: str | None = None
     """The revision of a Hub dataset."""
     data_files: tuple[str, ...] = ()
-    """The files of a dataset to read, as its names or patterns (`["data/part-*.parquet"]`).  Empty: those of the split."""
+    """The files of a dataset to read, as names or patterns (`["data/part-*.parquet"]`).  Empty: those of the split."""
     streaming: bool = True
     """Read a Hub dataset as it is needed, without downloading all of it first."""
     column: str | None = None

@@ -238,7 +238,8 @@ def _open(config: DatasetConfig, split: str) -> Any:
     path = Path(config.path)
     if config.data_files and (is_saved_to_disk(path) or path.is_file()):
         raise DataError(
-            f"dataset.data_files chooses files of a folder or a Hub dataset, and {config.path!r} is neither; leave it out"
+            f"dataset.data_files chooses files of a folder or a Hub dataset, and {config.path!r} is neither; leave "
+            "it out"
         )
     if is_saved_to_disk(path):
         return _saved_to_disk(path, split, split != config.split)

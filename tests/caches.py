@@ -201,6 +201,6 @@ def rows_of(batches: list[Batch], site: saekit.Site = SITE) -> Tensor:
     return torch.cat([batch.activations[site] for batch in batches])
 
 
-def threads() -> list[str]:
+def threads() -> set[threading.Thread]:
     """Of those that run, saekit's own."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("saekit")]
+    return {thread for thread in threading.enumerate() if thread.name.startswith("saekit")}

@@ -128,7 +128,7 @@ def test_neighbours_in_the_cache_are_far_apart() -> None:
     assert abs(chi_square(np.bincount(RowOrder(n, 3).rows(7000, 8000) * 20 // n, minlength=20))) < 4
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(SEEDS)
 def test_two_readings_have_nothing_in_common(seed: int) -> None:
     n = 4000

@@ -168,8 +168,9 @@ def test_batches_larger_than_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks for mappings where Linux lists them")
 def test_nothing_is_left_after_close(tmp_path: Path) -> None:
+    running = threads()
     write(tmp_path / "c", 13)
-    assert not threads()
+    assert threads() == running
 
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count(str(tmp_path))
@@ -177,10 +178,10 @@ def test_nothing_is_left_after_close(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     read = source(tmp_path / "c", repeat=True)
     batch = next(read)
-    assert threads() == ["saekit-prefetch"]
+    assert [thread.name for thread in threads() - running] == ["saekit-prefetch"]
     assert mapped() >= 16, "four files of four shards"
     read.close()
-    assert not threads()
+    assert threads() == running
     assert mapped() == 0
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert batch.activations[SITE].sum() > 0, "batches are copies"
@@ -216,6 +217,7 @@ def test_files_are_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_training_from_a_cache(tmp_path: Path) -> None:
+    running = threads()
     cache(config(tmp_path), tokens=10**6)
     backend = FakeBackend()
     before = hashes(tmp_path / "cache")
@@ -227,10 +229,11 @@ def test_training_from_a_cache(tmp_path: Path) -> None:
     head = train(config(tmp_path, site={"hook_name": HEAD.hook_name, "hook_head_index": 1}))
     assert head.sae.d_in == 4
     assert hashes(tmp_path / "cache") == before
-    assert not threads()
+    assert threads() == running
 
 
 def test_a_cache_that_ends(tmp_path: Path) -> None:
+    running = threads()
     cache(config(tmp_path), tokens=50 * SIZE)  # 800 rows for 2,000 tokens
 
     def run(on_exhausted: str, tokens: int = 2000) -> saekit.TrainResult:
@@ -246,7 +249,7 @@ def test_a_cache_that_ends(tmp_path: Path) -> None:
         run("error")
     assert len(list(tmp_path.glob("runs/*/checkpoints/step-4"))) == 1, "what was learnt is kept"
     assert run("error", 800).metrics["details/n_training_tokens"] == 800
-    assert not threads()
+    assert threads() == running
 
 
 def scaled(size: float) -> FakeBackend:

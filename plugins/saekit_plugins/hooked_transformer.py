@@ -9,6 +9,8 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from saekit.protocols import Replacement
 
 EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
+UNNAMED = "custom"
 NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
 
 
@@ -66,6 +69,20 @@ class TransformerLensBackend:
             kind: getattr(tokenizer, f"{kind}_token_id", None) if tokenizer is not None else None
             for kind in ("bos", "eos", "sep")
         }
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """A hash of a sample of the weights, for a model that no name tells from others."""
+        import torch
+
+        if self.name != UNNAMED:
+            return None
+        digest = blake2b(digest_size=8)
+        for name, values in self.model.named_parameters():
+            flat = values.detach().flatten()
+            sample = flat[:: max(len(flat) // 64, 1)][:64].to("cpu", torch.float64)
+            digest.update(f"{name} {list(values.shape)} {sample.tolist()}".encode())
+        return digest.hexdigest()
 
     def memory_bytes(self) -> int:
         """The weights'."""
@@ -174,7 +191,7 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
     return TransformerLensBackend(
         module,
-        name=name or "custom",
+        name=name or UNNAMED,
         d_vocab=module.cfg.d_vocab,
         n_ctx=module.cfg.n_ctx,
         forward_kwargs=config.forward_kwargs,

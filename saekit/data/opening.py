@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from saekit.config import TrainConfig
+from saekit.converter import ConfigConverter
 from saekit.data.corpus import Corpus
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
@@ -61,9 +62,12 @@ def open_stream(
     config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
 ) -> StreamContext:
     """What activations are made from."""
+    chosen = config.model.backend
+    options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", chosen))
     model = {
         "model.name": backend.name,
-        "model.backend": plugins.find("model_backends", config.model.backend).key,
+        "model.weights": getattr(backend, "fingerprint", None),
+        "model.backend": {"name": plugins.find("model_backends", chosen).key, **options},
         "model.dtype": config.model.dtype,
         "model.autocast": config.model.autocast,
     }

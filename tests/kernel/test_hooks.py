@@ -95,7 +95,19 @@ def test_the_kernel_never_imports_a_plugin() -> None:
         assert not [name for name in imports_of(path) if name.startswith("saekit_plugins")], path
 
 
-PUBLIC_MODULES = ["config", "data", "devices", "errors", "evals", "pretrained", "protocols", "sae", "site", "testing"]
+PUBLIC_MODULES = [
+    "config",
+    "data",
+    "data.cache",
+    "devices",
+    "errors",
+    "evals",
+    "pretrained",
+    "protocols",
+    "sae",
+    "site",
+    "testing",
+]
 PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}
 
 

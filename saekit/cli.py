@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -47,7 +48,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Options to change, 
 def _source(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
     """What to load, and the overrides on top; ``a.b=value`` in the place of the file means that there is none."""
     given = overrides or []
-    return ({}, [config, *given]) if "=" in config else (config, given)
+    no_file = "=" in config and not os.path.exists(config)  # noqa: PTH110 - pathlib would be imported for it alone
+    return ({}, [config, *given]) if no_file else (config, given)
 
 
 @app.command("train")
@@ -173,7 +175,7 @@ def _pretokenize(
         made = pretokenize(checked)
     where = " and ".join(place for place in (made.folder, made.hub_repo_id) if place)
     typer.echo(f"{made.contexts:,} contexts of {made.context_size} tokens in {where}")
-    typer.echo(f"train on them with: dataset.path={made.folder or made.hub_repo_id}")
+    typer.echo(f"train on them with: {shlex.quote(f'dataset.path={made.folder or made.hub_repo_id}')}")
 
 
 class _DefaultCommand(typer.core.TyperGroup):
@@ -210,7 +212,8 @@ def _cache_write(
     with _interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
         manifest = cache_activations(checked)
     typer.echo(f"{manifest.rows:,} activations of {', '.join(s.site.name for s in manifest.sites)} in {folder}")
-    typer.echo(f'train on them with: activations.source={{name="cached", folder="{folder}"}}')
+    source = f'activations.source={{name="cached", folder={json.dumps(folder)}}}'
+    typer.echo(f"train on them with: {shlex.quote(source)}")
 
 
 @cache_app.command("verify")
@@ -221,9 +224,12 @@ def _cache_verify(
     """Compare every file of a cache with its checksum."""
     from pathlib import Path
 
-    from saekit.data.cache.manifest import verify_cache
+    from saekit.data.cache.manifest import Manifest, verify_cache
+    from saekit.progress import ProgressDisplay
 
-    manifest = verify_cache(Path(folder), full=not quick)
+    size = Manifest.load(Path(folder)).nbytes
+    with ProgressDisplay(size, doing="verifying", unit="bytes") as progress:
+        manifest = verify_cache(Path(folder), full=not quick, report=progress.update)
     typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows:,} activations per site, all as written")
 
 

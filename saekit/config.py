@@ -141,8 +141,11 @@ class CacheConfig:
     """The type of the numbers on disk.  None: what the model gives."""
     batch_size_prompts: int = attrs.field(default=16, validator=_at_least_1)
     """Contexts in one forward of the model."""
-    shard_megabytes: int = attrs.field(default=512, validator=_at_least_1)
-    """The size of a shard's largest file, about.  Writing goes on from the last whole shard after an interruption."""
+    shard_megabytes: int = attrs.field(
+        default=2048, validator=check(lambda v: 1 <= v <= 8192, "1 to 8192, which can be mapped into little memory")
+    )
+    """The size of a shard's largest file, about.  After an interruption, writing goes on from the last whole shard;
+    many small ones make reading slower."""
 
 
 @attrs.frozen(kw_only=True)
@@ -325,7 +328,8 @@ class TrainConfig:
 
 @attrs.frozen(kw_only=True)
 class PretokenizeConfig:
-    """One run of `saekit pretokenize`: text in, shuffled contexts out."""
+    """One run of `saekit pretokenize`: text in, shuffled contexts out.  The text is read once; when it ends before
+    `max_contexts`, `dataset.on_exhausted = "error"` fails, and the others write what there is."""
 
     dataset: DatasetConfig = attrs.field(factory=DatasetConfig)
     """The text, and how it becomes contexts."""

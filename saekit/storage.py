@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -16,8 +17,10 @@ __all__ = ["new_folder", "sha256", "write_text"]
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which becomes ``path`` (replacing what was there) when all went well.
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes ``path`` when all went well.
+
+    It replaces what was there, or with ``replace`` off leaves that alone and raises.
 
     Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
     which for the instant between two renames has a hidden name beside it.
@@ -31,6 +34,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         _sync(temporary)
+        if path.exists() and not replace:
+            raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
         if path.exists():
             old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             path.rename(old)
@@ -52,6 +57,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
         temporary.replace(path)
+        _sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -80,7 +80,7 @@ def source(
 
     stream = StreamContext(
         backend=backend or FakeBackend(), sites=sites, batch_size=batch, seed=seed, open_contexts=no_text,
-        repeat=repeat, identity=identity,
+        repeat=repeat, find_identity=lambda: identity or {},
     )  # fmt: skip
     config = CachedConfig(folder=str(folder), **options)
     return saekit.default_manager().build("activation_sources", config, stream=stream)

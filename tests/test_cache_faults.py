@@ -71,6 +71,8 @@ def test_what_a_kill_leaves_is_removed(tmp_path: Path, finished: int, left: list
     folder.mkdir()
     if finished:
         write(folder, 8, at_once=2)
+    else:
+        plan().save(folder)  # which comes before anything else
     for name in left:
         path = folder / name.replace("shard-00002", f"shard-{finished:05d}")
         if "shard" in name:
@@ -79,6 +81,16 @@ def test_what_a_kill_leaves_is_removed(tmp_path: Path, finished: int, left: list
         else:
             path.write_text('{"format": 1, "ident')
     go_on(folder, wanted)
+
+
+def test_a_folder_like_a_shard_is_not_ours_without_a_manifest(tmp_path: Path) -> None:
+    for name in ("shard-00000", ".shard-00000.0a1b2c3d.tmp"):
+        mine = tmp_path / name / name / "precious.parquet"
+        mine.parent.mkdir(parents=True)
+        mine.write_text("years of work")
+        with pytest.raises(DataError, match="is no activation cache and holds"):
+            CacheWriter(tmp_path / name, plan())
+        assert mine.read_text() == "years of work"
 
 
 KILLED_AT_EVERY_STEP = """
@@ -222,7 +234,8 @@ def test_a_disk_that_fails_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Where files and the manifest are synced, as network file systems do."""
     error = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
     shards = failing_at_every(tmp_path, monkeypatch, storage, "_sync", error)
-    assert len(shards) == 4 * (4 + 2 + 1) + 1, "files, folders and manifest of four shards; the manifest at the end"
+    manifests = 2 * (1 + 4 + 1)
+    assert len(shards) == 4 * (4 + 2) + manifests, "files and folders of four shards; the manifest and its folder"
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:

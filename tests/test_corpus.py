@@ -67,7 +67,7 @@ def test_pretokenised_data_settles_every_option(folder: Path, made: dict, other:
         assert different - named <= {"dataset.prepend_bos", "dataset.begin_batch_token"}, "the two can say the same"
     else:
         assert corpus.policy(SPECIAL) == TokenPolicy.of(DatasetConfig(**made), SPECIAL)
-        assert corpus.packed_vocabulary == 50
+        assert corpus.packed == {"tokenizer": None, "vocab_size": 50, "token_ids": None}
 
 
 @settings(max_examples=100, deadline=None)
@@ -77,7 +77,7 @@ def test_text_has_the_defaults(other: dict, names: set[str]) -> None:
     if valid(stated):
         corpus = corpus_of("some.txt", **stated)
         assert {name: getattr(corpus.config, name) for name in DEFAULTS} == DEFAULTS | stated
-        assert corpus.packed_vocabulary is None
+        assert corpus.packed is None
 
 
 def test_what_contradicts_the_contexts_is_named(tmp_path: Path) -> None:

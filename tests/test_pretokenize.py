@@ -173,6 +173,7 @@ def test_metadata(tmp_path: Path) -> None:
     assert said == {
         "saekit_version": saekit.__version__, "datasets_version": datasets.__version__,
         "transformers_version": transformers.__version__, "tokenizer": str(TOKENIZER), "vocab_size": 2048,
+        "token_ids": {"begin_batch": 0, "begin_sequence": 7, "separator": 0}, "data_files": [],
         "dataset": str(tmp_path / "book.txt"), "dataset_name": None, "split": "train", "revision": None,
         "column": "text", "context_size": 16, "sequence_separator_token": "bos", "shuffle": True, "seed": 3,
         "contexts": result.contexts,

@@ -25,7 +25,7 @@ class CachedConfig:
     """The folder that `saekit cache` wrote (its `activations.cache.folder`)."""
     verify: Literal["quick", "full"] = "quick"
     """What is compared with the checksums before the first row is used: sizes and a sample of each file, or all."""
-    block_rows: int = attrs.field(default=1, validator=check(lambda value: value >= 1, "1 or more"))
+    block_rows: int = attrs.field(default=1, validator=check(lambda v: 1 <= v <= 65_536, "1 to 65536"))
     """Neighbouring rows that are read together.  1 mixes best; for a cache larger than memory on a disk that is slow at
     small reads, 64 or 128 are many times faster."""
     prefetch: bool = True

@@ -56,12 +56,12 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
 
 def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
-    from saekit_plugins.hooked_transformer import UNNAMED, TransformerLensBackend
+    from saekit_plugins.hooked_transformer import TransformerLensBackend
 
     module: Any = loaded if loaded is not None else _load(config, model)
     if not hasattr(module, "input_dependent_hooks"):
         raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}")
-    name = UNNAMED if loaded is not None else model.name
+    name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
         name=name,

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from saekit.protocols import Replacement
 
 EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
-UNNAMED = "custom"
 NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
 
 
@@ -71,18 +69,18 @@ class TransformerLensBackend:
         }
 
     @cached_property
-    def fingerprint(self) -> str | None:
-        """A hash of a sample of the weights, for a model that no name tells from others."""
+    def fingerprint(self) -> str:
+        """Three random projections of a sample of the weights, rounded: other weights give others."""
         import torch
 
-        if self.name != UNNAMED:
-            return None
-        digest = blake2b(digest_size=8)
-        for name, values in self.model.named_parameters():
+        samples = []
+        for values in self.model.parameters():
             flat = values.detach().flatten()
-            sample = flat[:: max(len(flat) // 64, 1)][:64].to("cpu", torch.float64)
-            digest.update(f"{name} {list(values.shape)} {sample.tolist()}".encode())
-        return digest.hexdigest()
+            samples.append(flat[:: max(len(flat) // 64, 1)][:64].to("cpu", torch.float64))
+        weights = torch.cat(samples)
+        directions = torch.randn(3, len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        norm = weights.norm()
+        return " ".join(f"{value:.3f}" for value in [*(directions @ weights / norm).tolist(), norm.log().item()])
 
     def memory_bytes(self) -> int:
         """The weights'."""
@@ -148,7 +146,12 @@ class TransformerLensBackend:
         import torch
 
         def hook_for(replace: Replacement) -> Any:
-            return lambda activation, hook: replace(activation)
+            def hooked(activation: Tensor, hook: Any) -> Tensor:
+                # The model's bfloat16 is not for what is put in its place, such as an SAE.
+                with torch.autocast(activation.device.type, enabled=False):
+                    return replace(activation)
+
+            return hooked
 
         with torch.inference_mode():
             loss: Tensor = self._run(
@@ -191,7 +194,7 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
     return TransformerLensBackend(
         module,
-        name=name or UNNAMED,
+        name=name or "custom",
         d_vocab=module.cfg.d_vocab,
         n_ctx=module.cfg.n_ctx,
         forward_kwargs=config.forward_kwargs,

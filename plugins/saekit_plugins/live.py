@@ -63,7 +63,10 @@ class LiveSource:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         self._dtypes = {site: dtype or held for site, held in stream.dtypes.items()}
         forwards = ActivationStream(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
-        self._prefetched = Prefetched(forwards) if config.prefetch else None
+        # Ahead by as much as a batch uses, so that the thread need not wait while an SAE trains on one.
+        depth = -(-stream.batch_size // self._rows_per_forward)
+        self._prefetched = Prefetched(forwards, depth) if config.prefetch else None
+        self._rows_ahead = depth * self._rows_per_forward if config.prefetch else 0
         self._forwards: Any = self._prefetched or forwards
         self._made: ShuffleBuffer | None = None
         self._ended = False
@@ -77,15 +80,22 @@ class LiveSource:
 
         if self._made is None:
             generator = torch.Generator().manual_seed(self._stream.seed)
-            self._made = ShuffleBuffer(
-                self._stream.widths, self._capacity, generator=generator, dtypes=self._dtypes, device=self._device
-            )
+            try:
+                self._made = ShuffleBuffer(
+                    self._stream.widths, self._capacity, generator=generator, dtypes=self._dtypes, device=self._device
+                )
+            except RuntimeError as error:  # torch has no type of its own for this on every device
+                raise ConfigError(
+                    f"the buffer of {self._capacity:,} activations ({self.memory_bytes() / 1e9:,.1f} GB) cannot be "
+                    f"allocated on {self._device}: lower activations.source.n_batches_in_buffer, or choose another "
+                    "act_store_device or dtype"
+                ) from error
         return self._made
 
     def memory_bytes(self) -> int:
-        """The buffer's, when it is there."""
-        widths = self._stream.widths
-        return self._capacity * sum(width * self._dtypes[site].itemsize for site, width in widths.items())
+        """Those of the buffer, when it is there, and of the forwards that are made ahead."""
+        row = sum(width * self._dtypes[site].itemsize for site, width in self._stream.widths.items())
+        return (self._capacity + self._rows_ahead) * row
 
     def __iter__(self) -> Iterator[Batch]:
         return self

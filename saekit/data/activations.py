@@ -17,6 +17,9 @@ from saekit.protocols import Batch
 __all__ = ["ActivationStream", "check_contexts"]
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
 class ActivationStream:
     """One :class:`~saekit.Batch` per forward of ``batch_size_prompts`` contexts, in the order of the text.
 
@@ -42,7 +45,8 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Batch:
-        contexts = self._contexts.take(self._batch_size)
+        with self._stream.model_lock:  # its tokenizer may not be used by two threads either
+            contexts = self._contexts.take(self._batch_size)
         if not len(contexts):
             raise StopIteration
         return self.run(contexts)
@@ -53,14 +57,17 @@ class ActivationStream:
         parts: list[dict[Any, Tensor]] = []
         done = 0
         while done < len(tokens):
+            failure: BaseException | None = None
             try:
                 parts.append(self._forward(tokens[done : done + self._at_once]))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                self._halve(len(tokens), error)
-                continue
-            done += self._at_once
+                failure = error.with_traceback(None)  # its frames hold the tensors of the forward
+            if failure is not None:
+                self._halve(len(tokens), failure)
+            else:
+                done += self._at_once
         return Batch(
             {
                 site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site]
@@ -76,7 +83,16 @@ class ActivationStream:
         with self._stream.model_lock:
             held = self._stream.backend.activations(tokens, {site.hook_name for site in sites})
             rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
-            return {site: values.to(self._device or values.device, self._dtype) for site, values in rows.items()}
+            return {site: self._kept(values) for site, values in rows.items()}
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """``values`` where and as they are handed out; an ordinary tensor, which training may use."""
+        kept = values.to(self._device or values.device, self._dtype)
+        if self._dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
+            raise DataError(
+                f"activations are as large as {values.abs().max():,.0f}, which float16 cannot hold: choose bfloat16"
+            )
+        return kept.clone() if kept.is_inference() else kept
 
     def _halve(self, contexts: int, error: BaseException) -> None:
         at_once = min(self._at_once, contexts)
@@ -98,19 +114,25 @@ class ActivationStream:
             torch.cuda.empty_cache()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the text."""
-        return self._contexts.state_dict()
+        """The position in the text, and how many contexts the model takes at once."""
+        return {"contexts": self._contexts.state_dict(), "at_once": self._at_once}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
-        self._contexts.load_state_dict(state)
+        self._contexts.load_state_dict(state["contexts"])
+        self._at_once = min(state["at_once"], self._batch_size)
 
 
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    return (
+        "out of memory" in text
+        or "alloc_failed" in text
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )
 
 
 def check_contexts(contexts: int, context_size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.errors import DataError
 from saekit.protocols import Batch
 from saekit.site import Site
 
@@ -107,22 +108,30 @@ class ShuffleBuffer:
         return Batch(rows, tokens=tokens, documents=documents, positions=positions)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows, the slots and the generator."""
+        """The rows that are there, on the CPU, in the order in which they are served and then in which they came."""
+        left, waiting = self._order[self._served :], self._free_slots(0, self._used)
+        slots = torch.cat([left, waiting])
         return {
-            "rows": {site.name: block.clone() for site, block in self._rows.items()},
-            "origins": self._origins.clone(),
-            "free": self._free.clone(),
-            "used": self._used,
-            "order": self._order.clone(),
-            "served": self._served,
+            "rows": {site.name: block[slots.to(block.device)].cpu() for site, block in self._rows.items()},
+            "origins": self._origins[slots],
+            "waiting": len(waiting),
+            "capacity": self.capacity,
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the very next row."""
+        """Go on with the very next row.  Which slots hold the rows makes no difference."""
+        if state["capacity"] != self.capacity or set(state["rows"]) != {site.name for site in self._rows}:
+            raise DataError(
+                f"the saved buffer has {state['capacity']:,} rows of {', '.join(state['rows'])}, but this run's has "
+                f"{self.capacity:,} of {', '.join(site.name for site in self._rows)}: go on with the options it was "
+                "saved with"
+            )
+        rows = len(state["origins"])
         for site, block in self._rows.items():
-            block.copy_(state["rows"][site.name])
-        self._origins.copy_(state["origins"])
-        self._free, self._order = state["free"].clone(), state["order"].clone()
-        self._used, self._served = state["used"], state["served"]
+            block[:rows] = state["rows"][site.name].to(block.device)
+        self._origins[:rows] = state["origins"]
+        left = rows - state["waiting"]
+        self._order, self._served = torch.arange(left), 0
+        self._free, self._used = torch.arange(left, self.capacity), state["waiting"]
         self._generator.set_state(state["generator"])

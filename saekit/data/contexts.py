@@ -41,10 +41,11 @@ class TokenPolicy:
             if token is None or token == "none" or isinstance(token, int):
                 return token if isinstance(token, int) else None
             if (found := special_tokens.get(token)) is None:
+                has = {name: token for name, token in special_tokens.items() if token is not None}
+                instead = "set it to false" if option == "prepend_bos" else 'give an id, or "none"'
                 raise DataError(
                     f"dataset.{option} asks for the tokenizer's {token} token, and it has none. It has "
-                    f"{ {name: token for name, token in special_tokens.items() if token is not None} }; "
-                    f'give an id, or "none"'
+                    f"{has or 'none at all'}; {instead}"
                 )
             return found
 
@@ -57,6 +58,10 @@ class TokenPolicy:
             begin_sequence=resolve("begin_sequence_token", config.begin_sequence_token),
             separator=resolve("sequence_separator_token", config.sequence_separator_token),
         )
+
+    def token_ids(self) -> dict[str, int | None]:
+        """The tokens alone."""
+        return {"begin_batch": self.begin_batch, "begin_sequence": self.begin_sequence, "separator": self.separator}
 
 
 @attrs.frozen(eq=False)
@@ -202,8 +207,9 @@ class ContextStream:
                 if not self._start_again():
                     return False
                 continue
-            self._before, (self._number, document) = before, read
-            self._document, self._offset = self._checked(document), 0
+            number, document = read
+            tokens = self._checked(document, number)  # if it raises, the state is still that of the document before
+            self._before, self._number, self._document, self._offset = before, number, tokens, 0
             self._tokens_this_epoch += len(self._document)
             if len(self._document):
                 return True
@@ -221,13 +227,13 @@ class ContextStream:
         self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
         return True
 
-    def _checked(self, document: str | Sequence[int]) -> IntArray:
+    def _checked(self, document: str | Sequence[int], number: int) -> IntArray:
         ids = self._tokenize(document) if isinstance(document, str) else document
         tokens = np.asarray(ids, dtype=np.int64)
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
             raise DataError(
-                f"document {self._number} holds the token id {bad}, but the vocabulary ends at "
+                f"document {number} holds the token id {bad}, but the vocabulary ends at "
                 f"{self._d_vocab - 1}: the data was tokenised for another model"
             )
         return tokens

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ POLICY_DEFAULTS: Mapping[str, Any] = {
     "sequence_separator_token": "bos",
 }
 """What the options mean where neither the configuration nor the data says."""
+_TOKENIZER = ("tokenizer", "vocab_size", "token_ids")
 
 
 @attrs.frozen
@@ -42,8 +41,9 @@ class Corpus:
     evals: EvalsConfig
     dataset: Any = None
     """A dataset in memory, in place of ``config.path``."""
-    packed_vocabulary: int | None = None
-    """Of pretokenised contexts, the size of their tokenizer's vocabulary (0 if unknown); else None."""
+    packed: Mapping[str, Any] | None = None
+    """Of pretokenised contexts, what is known of their tokenizer: ``tokenizer``, ``vocab_size``, and ``token_ids`` that
+    were put in; else None."""
 
     @classmethod
     def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None) -> Corpus:
@@ -57,8 +57,8 @@ class Corpus:
             raise ConfigError(problems)
         settled = made or POLICY_DEFAULTS
         chosen = {name: settled[name] if stated[name] is None else stated[name] for name in POLICY_DEFAULTS}
-        vocabulary = None if made is None else made["vocab_size"]
-        return cls(attrs.evolve(config, **chosen), evals, dataset, vocabulary)
+        packed = None if made is None else {name: made.get(name) for name in _TOKENIZER}
+        return cls(attrs.evolve(config, **chosen), evals, dataset, packed)
 
     @property
     def context_size(self) -> int:
@@ -85,20 +85,41 @@ class Corpus:
         :class:`DataError` says what does not fit ``reader``, whose vocabulary has ``d_vocab`` tokens.
         """
         policy = self.policy(special_tokens)
-        if self.packed_vocabulary is not None:  # the contexts are whole, with their tokens put in
-            if self.packed_vocabulary > d_vocab:
-                raise DataError(
-                    f"the contexts of {self.config.path!r} were made with a tokenizer of {self.packed_vocabulary} "
-                    f"tokens, but {reader} knows {d_vocab}: pretokenise for this model"
-                )
-            if documents.first is not None and len(documents.first) != policy.context_size:
-                raise DataError(
-                    f"the first context of {self.config.path!r} has {len(documents.first)} tokens, but the file that "
-                    f"says how they were made says {policy.context_size}: pretokenise anew"
-                )
+        if self.packed is not None:  # the contexts are whole, with their tokens put in
+            self._check_packed(documents, policy, d_vocab, reader)
             policy = attrs.evolve(policy, begin_sequence=None, separator=None)
         _check_ids(documents, policy, d_vocab, reader)
         return ContextStream(documents, tokenize, policy, d_vocab=d_vocab, repeat=repeat)
+
+    def _check_packed(self, documents: Documents, policy: TokenPolicy, d_vocab: int, reader: str) -> None:
+        """Pretokenised contexts must be of ``reader``'s tokenizer, and be what is said of them."""
+        assert self.packed is not None
+        where = f"the contexts of {self.config.path!r}"
+        if (self.packed["vocab_size"] or 0) > d_vocab:
+            raise DataError(
+                f"{where} were made with a tokenizer of {self.packed['vocab_size']} tokens, but {reader} knows "
+                f"{d_vocab}: pretokenise for this model"
+            )
+        theirs, own = self.packed["token_ids"], policy.token_ids()
+        if theirs is not None and dict(theirs) != own:
+            raise DataError(
+                f"{where} were made with the tokenizer {self.packed['tokenizer']!r}, and the tokens that were put in "
+                f"are {dict(theirs)}; for {reader} they are {own}: pretokenise for this model"
+            )
+        first = documents.first
+        if first is None or isinstance(first, str):
+            return
+        if len(first) != policy.context_size:
+            raise DataError(
+                f"the first context of {self.config.path!r} has {len(first)} tokens, but the file that "
+                f"says how they were made says {policy.context_size}: pretokenise anew"
+            )
+        if policy.begin_batch is not None and len(first) and first[0] != policy.begin_batch:
+            raise DataError(
+                f"the first context of {self.config.path!r} begins with the token {first[0]}, but for {reader} "
+                f"contexts begin with {policy.begin_batch}: they were made with another tokenizer, so pretokenise for "
+                "this model"
+            )
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
         """The training contexts, without the documents that are held out."""
@@ -137,38 +158,6 @@ class Corpus:
             documents, backend.tokenize, backend.special_tokens,
             d_vocab=backend.d_vocab, reader=f"the model {backend.name!r}", repeat=repeat,
         )  # fmt: skip
-
-    def identity(self, backend: ModelBackend) -> dict[str, Any]:
-        """What decides the training contexts, by option path: two runs that agree on it read the same tokens."""
-        config, policy = self.config, self.policy(backend.special_tokens)
-        return {
-            "dataset.path": config.path if self.dataset is None else "in memory",
-            "dataset.contents": _contents(config, self.dataset),
-            "dataset.name": config.name,
-            "dataset.split": config.split,
-            "dataset.revision": config.revision,
-            "dataset.data_files": list(config.data_files),
-            "dataset.column": config.column,
-            "dataset.context_size": config.context_size,
-            "dataset.begin_batch_token": policy.begin_batch,
-            "dataset.begin_sequence_token": policy.begin_sequence,
-            "dataset.sequence_separator_token": policy.separator,
-            "evals.held_out_every": self.evals.held_out_every if self.evals.split is None else 0,
-        }
-
-
-def _contents(config: DatasetConfig, dataset: Any) -> str | None:
-    """What tells a dataset from another one in the same place, as far as that is cheap to know."""
-    if dataset is not None:
-        size = len(dataset) if hasattr(dataset, "__len__") else "any number of"
-        first = next(iter(dataset if not isinstance(dataset, Mapping) else dataset.values()), None)
-        return f"{size} records, {blake2b(repr(first).encode(), digest_size=8).hexdigest()}"
-    path = Path(config.path)
-    if config.path == STDLIB:
-        return f"Python {platform.python_version()}"
-    if (path / "state.json").is_file():
-        return str(json.loads((path / "state.json").read_text(encoding="utf-8")).get("_fingerprint"))
-    return f"{path.stat().st_size} bytes" if path.is_file() else None
 
 
 def _contradictions(path: str, stated: Mapping[str, Any], made: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -227,7 +216,11 @@ def _settled(made: Mapping[str, Any]) -> dict[str, Any]:
     if None in policy.values():
         raise ValueError(f"{next(name for name, value in policy.items() if value is None)} is null")
     DatasetConfig(**policy)
-    return {**policy, "vocab_size": int(made.get("vocab_size") or 0)}
+    ids = made.get("token_ids")
+    if ids is not None and not isinstance(ids, Mapping):
+        raise TypeError(f"token_ids is {ids!r}, expected a table")
+    known = {"tokenizer": made.get("tokenizer"), "vocab_size": int(made.get("vocab_size") or 0)}
+    return {**policy, **known, "token_ids": ids}
 
 
 def _on_hub(config: DatasetConfig, name: str) -> Path | None:

@@ -7,15 +7,24 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from saekit.config import TrainConfig
-from saekit.converter import ConfigConverter
 from saekit.data.corpus import Corpus
+from saekit.data.identity import run_identity
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.site import Site
 
-__all__ = ["build_backend", "check_backend", "checked_width", "open_backend", "open_source", "open_stream", "seed_for"]
+__all__ = [
+    "build_backend",
+    "check_context_size",
+    "check_hooks",
+    "checked_width",
+    "open_backend",
+    "open_source",
+    "open_stream",
+    "seed_for",
+]
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -28,7 +37,9 @@ def open_backend(
 ) -> ModelBackend:
     """The model, checked against the sites and the context size; it has not run yet."""
     backend = build_backend(config, plugins, model)
-    check_backend(backend, sites, corpus.context_size)
+    check_context_size(backend, corpus.context_size)
+    check_hooks(backend, [config.site], "site.hook_name")
+    check_hooks(backend, sites, "activations.cache.sites")
     return backend
 
 
@@ -38,13 +49,17 @@ def build_backend(config: TrainConfig, plugins: PluginManager, model: object | N
     return backend
 
 
-def check_backend(backend: ModelBackend, sites: Sequence[Site], context_size: int) -> None:
-    """Every site's hook must be one of the model's, and contexts no longer than it takes."""
+def check_context_size(backend: ModelBackend, context_size: int) -> None:
+    """Contexts must be no longer than the model takes."""
     if backend.n_ctx is not None and context_size > backend.n_ctx:
         raise ConfigError(
             [("dataset.context_size", f"is {context_size}, but the model {backend.name!r} takes at most "
               f"{backend.n_ctx} tokens")]
         )  # fmt: skip
+
+
+def check_hooks(backend: ModelBackend, sites: Sequence[Site], option: str) -> None:
+    """Every site's hook must be one of the model's; ``option`` is where the sites come from."""
     names = backend.hook_names()
     for site in sites:
         if site.hook_name in names:
@@ -55,22 +70,13 @@ def check_backend(backend: ModelBackend, sites: Sequence[Site], context_size: in
             if close
             else f"It has {len(names)} hooks, such as {names[0]!r}."
         )
-        raise ModelError(f"the model {backend.name!r} has no hook {site.hook_name!r} (site.hook_name). {hint}")
+        raise ModelError(f"the model {backend.name!r} has no hook {site.hook_name!r} ({option}). {hint}")
 
 
 def open_stream(
     config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
 ) -> StreamContext:
     """What activations are made from."""
-    chosen = config.model.backend
-    options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", chosen))
-    model = {
-        "model.name": backend.name,
-        "model.weights": getattr(backend, "fingerprint", None),
-        "model.backend": {"name": plugins.find("model_backends", chosen).key, **options},
-        "model.dtype": config.model.dtype,
-        "model.autocast": config.model.autocast,
-    }
     return StreamContext(
         backend=backend,
         sites=sites,
@@ -78,7 +84,7 @@ def open_stream(
         seed=seed_for(config.training.seed, "shuffle"),
         open_contexts=lambda: corpus.contexts(backend),
         repeat=config.dataset.on_exhausted == "repeat",
-        identity={**model, **corpus.identity(backend)},
+        find_identity=lambda: run_identity(config, corpus, plugins, backend),
     )
 
 

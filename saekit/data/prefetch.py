@@ -66,6 +66,8 @@ class Prefetched(Generic[T]):
         return item
 
     def _start(self) -> None:
+        if self._stopping and self._thread is not None:  # closing it was interrupted
+            self.close()
         if self._thread is None:
             if self._state is not None:  # it was closed, and the stage had gone further
                 self._stage.load_state_dict(self._state)

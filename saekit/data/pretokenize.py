@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from collections import deque
@@ -23,7 +25,7 @@ from saekit import __version__
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
 from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
-from saekit.data.opening import check_backend
+from saekit.data.opening import check_context_size
 from saekit.data.text import Documents, reason
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager, default_manager
@@ -77,7 +79,7 @@ def pretokenize(
             packed = packed.shuffle(seed=config.seed, keep_in_memory=True)
         text = json.dumps(_metadata(config, corpus, documents, tokenizer, contexts), indent=2) + "\n"
         if config.folder is not None:
-            with new_folder(Path(config.folder)) as folder:
+            with new_folder(Path(config.folder), replace=False) as folder:
                 packed.save_to_disk(folder)
                 (folder / PRETOKENIZED).write_text(text, encoding="utf-8")
         if config.hub_repo_id is not None:
@@ -126,7 +128,7 @@ def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object 
     """A Hugging Face tokenizer: the one that is named, or the model's, which must take contexts of that size."""
     if config.tokenizer is None:
         backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-        check_backend(backend, [], context_size)
+        check_context_size(backend, context_size)
         tokenizer = getattr(backend, "tokenizer", None)
         if tokenizer is None:
             raise ModelError(
@@ -153,7 +155,7 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
     stream = corpus.stream(
         texts,
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")},
+        _special_tokens(tokenizer),
         d_vocab=len(tokenizer),
         reader=f"the tokenizer {config.tokenizer or config.model.name!r}",
         repeat=False,
@@ -175,7 +177,16 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
         if not done:
             raise DataError(f"the data does not fill one context of {corpus.context_size} tokens")
         writer.finalize()
+    if limit is not None and done < limit and config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {done:,} contexts, and {limit:,} were asked for (max_contexts). Ask for fewer, or "
+            'set dataset.on_exhausted to "stop"'
+        )
     return done
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
+    return {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")}
 
 
 class _Tokenised:
@@ -186,7 +197,7 @@ class _Tokenised:
 
     def __iter__(self) -> Iterator[Any]:
         # Forked, a process has the tokenizer without importing the caller's main module again.
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        method = "fork" if sys.platform == "linux" else "spawn"
         pool = ProcessPoolExecutor(
             self._num_proc,
             mp_context=multiprocessing.get_context(method),
@@ -226,6 +237,7 @@ def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
         yield batch
 
 
+_PR_SET_PDEATHSIG = 1
 _worker_tokenizer: Any = None
 
 
@@ -234,6 +246,8 @@ def _start_tokenising(tokenizer: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started this ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
+    if sys.platform == "linux":  # end with the process that started this, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _worker_tokenizer = tokenizer
 
 
@@ -256,10 +270,12 @@ def _metadata(
         "transformers_version": transformers.__version__,
         "tokenizer": config.tokenizer or config.model.name,
         "vocab_size": tokenizer.vocab_size,
+        "token_ids": corpus.policy(_special_tokens(tokenizer)).token_ids(),
         "dataset": dataset.path if corpus.dataset is None else None,
         "dataset_name": dataset.name,
         "split": dataset.split,
         "revision": dataset.revision,
+        "data_files": list(dataset.data_files),
         "column": documents.column,
         **{name: getattr(dataset, name) for name in POLICY_DEFAULTS},
         "shuffle": config.shuffle,
@@ -276,11 +292,16 @@ def _push(config: PretokenizeConfig, packed: Any, metadata: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # between the library and its own dependencies
-            packed.push_to_hub(repo, private=config.hub_private, revision=revision)
-            HfApi().upload_file(
+            api = HfApi()
+            api.create_repo(str(repo), repo_type="dataset", private=config.hub_private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(str(repo), repo_type="dataset", branch=revision, exist_ok=True)
+            # First what says how the contexts are made: without it they would be taken for any token ids.
+            api.upload_file(
                 path_or_fileobj=metadata.encode(), path_in_repo=PRETOKENIZED, repo_id=str(repo), repo_type="dataset",
                 revision=revision,
             )  # fmt: skip
+            packed.push_to_hub(repo, private=config.hub_private, revision=revision)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted while pushing to {repo!r}{kept}") from error
     except Exception as error:  # of the library, of the one below it, or of the network

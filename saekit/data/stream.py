@@ -37,7 +37,7 @@ class StreamContext:
         seed: int,
         open_contexts: Callable[[], ContextStream],
         repeat: bool = True,
-        identity: Mapping[str, Any] | None = None,
+        find_identity: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.backend = backend
         self.sites = tuple(sites)
@@ -48,16 +48,19 @@ class StreamContext:
         """For the source's own generators."""
         self.repeat = repeat
         """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
-        self.identity = dict(identity or {})
-        """What decides the activations (model, dataset, tokens): option paths to plain values."""
         self.model_lock = threading.RLock()
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
-        self._open_contexts = open_contexts
+        self._open_contexts, self._find_identity = open_contexts, find_identity
 
     @cached_property
     def contexts(self) -> ContextStream:
         """The packed contexts of the training text."""
         return self._open_contexts()
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the activations (model, text, tokens): option paths to plain values."""
+        return self._find_identity()
 
     @cached_property
     def _probed(self) -> dict[Site, tuple[int, torch.dtype]]:

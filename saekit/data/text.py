@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ class Documents:
 
     def __iter__(self) -> Iterator[str | list[int]]:
         return (document for _, document in self.read())
+
+    @property
+    def size(self) -> int | None:
+        """How many records there are, held-out ones included, if the dataset knows."""
+        return len(self._records) if isinstance(self._records, Sized) else None
 
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
@@ -233,14 +238,14 @@ class _Stdlib:
 
 
 def _open(config: DatasetConfig, split: str) -> Any:
-    if config.path == STDLIB:
-        return _Stdlib(split)
     path = Path(config.path)
-    if config.data_files and (is_saved_to_disk(path) or path.is_file()):
+    if config.data_files and (config.path == STDLIB or is_saved_to_disk(path) or path.is_file()):
         raise DataError(
             f"dataset.data_files chooses files of a folder or a Hub dataset, and {config.path!r} is neither; leave "
             "it out"
         )
+    if config.path == STDLIB:
+        return _Stdlib(split)
     if is_saved_to_disk(path):
         return _saved_to_disk(path, split, split != config.split)
     if path.is_file():

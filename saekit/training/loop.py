@@ -27,7 +27,7 @@ def fit(
     """
     tokens = 0
     for batch in batches:
-        batch = batch.first(training_tokens - tokens)
+        batch = batch.thinned(training_tokens - tokens)
         tokens += len(batch)
         last = tokens >= training_tokens
         metrics = [trainer.train_on(batch.activations[trainer.site], last=last) for trainer in trainers]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +14,24 @@ from torch import Tensor
 
 from saekit.config import SAEConfig, TrainConfig
 from saekit.config_files import load_config
-from saekit.data import ActivationStream, Corpus, StreamContext
+from saekit.data import ActivationStream, Contexts, Corpus, StreamContext
+from saekit.data.activations import check_contexts
 from saekit.data.cache.make import cache_sites, cached_contexts, plan_cache
 from saekit.data.cache.read import available_memory
-from saekit.data.opening import build_backend, check_backend, checked_width, open_source, open_stream
+from saekit.data.opening import (
+    build_backend,
+    check_context_size,
+    check_hooks,
+    checked_width,
+    open_source,
+    open_stream,
+)
 from saekit.devices import resolve_device
-from saekit.errors import SaekitError
+from saekit.errors import DataError, SaekitError
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
 from saekit.site import Site
-from saekit.training.setup import check_run_folder, make_schedule, make_trainer
+from saekit.training.setup import check_run_folder, chosen_trackers, make_evals, make_schedule, make_trainer
 
 __all__ = ["Plan", "plan"]
 
@@ -88,26 +95,28 @@ class _Planner:
         self.training()
         self.attempt(lambda: check_run_folder(config))
         self.attempt(lambda: resolve_device(config.training.device, "training.device"))
+        self.attempt(lambda: make_evals(config, plugins))
+        self.attempt(lambda: chosen_trackers(config, plugins))
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
-        self.attempt(lambda: check_backend(backend, [config.site], corpus.context_size))
+        self.attempt(lambda: check_context_size(backend, corpus.context_size))
         fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
-        self.text(corpus, backend)
-        if config.site.hook_name not in backend.hook_names():
-            return
-        stream = self.attempt(lambda: open_stream(config, corpus, plugins, backend, [config.site]))
-        if stream is None:
-            return
-        width = self.attempt(lambda: stream.widths[config.site])
-        if width is None:
-            return
-        self.attempt(lambda: checked_width(stream, config.site, self.options.d_in))
-        self.sizes(backend, stream, corpus, width)
-        source = self.attempt(lambda: open_source(config, plugins, stream))
+        self.attempt(lambda: check_hooks(backend, [config.site], "site.hook_name"))
+        stream = open_stream(config, corpus, plugins, backend, [config.site])
+        there = config.site.hook_name in backend.hook_names()
+        source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
+            # A source that has not opened the text does without it, and evals may, too.
+            if source is None or "contexts" in vars(stream) or config.evals.run:
+                self.text(corpus, backend)
+            width = self.attempt(lambda: stream.widths[config.site]) if there else None
+            if width is None:
+                return
+            self.attempt(lambda: checked_width(stream, config.site, self.options.d_in))
+            self.sizes(backend, stream, corpus, width)
             if source is not None:
                 self.source(source)
             if schedule is not None and fits:
@@ -155,8 +164,8 @@ class _Planner:
                 "contexts do not begin with BOS (dataset.prepend_bos); most models were trained with it, and their "
                 "activations are out of the ordinary without"
             )
-        contexts = self.attempt(lambda: corpus.contexts(backend).take(1))
-        if contexts is not None and len(contexts):
+        contexts = self.attempt(lambda: _first_context(corpus, backend))
+        if contexts is not None:
             shown = "".join(backend.token_texts(contexts.tokens[0, :16].tolist()))
             self.facts["first context"] = f"{shown!r}..."
         evals = self.config.evals
@@ -182,12 +191,16 @@ class _Planner:
             self.facts["model memory"] = _bytes(model_bytes)
         self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
         self.facts["disk"] = f"{_bytes(weights + 4 * d_sae)} for each saved SAE"
-        self.attempt(lambda: self.cache(stream, corpus))
+        try:
+            self.cache(stream, corpus)
+        except SaekitError as error:  # training does without
+            self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
 
     def cache(self, stream: StreamContext, corpus: Corpus) -> None:
         """The size of the cache that ``saekit cache`` would write."""
         sites = cache_sites(self.config)
-        check_backend(stream.backend, sites, corpus.context_size)
+        check_context_size(stream.backend, corpus.context_size)
+        check_hooks(stream.backend, sites, "activations.cache.sites")
         wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites)
         contexts = cached_contexts(self.config, corpus.context_size)
         needed = plan_cache(self.config, wide, corpus.context_size).bytes_for(contexts)
@@ -226,7 +239,7 @@ class _Planner:
             per_token, rows = _timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
         else:
-            per_token, rows = _timed_reads(source, self.config.site)
+            per_token, rows = _timed(lambda: next(source, None), self.config.site)
             what = "reading activations"
         training = self.config.training
         if self.options.d_in in (None, width):
@@ -242,30 +255,41 @@ class _Planner:
         )
 
 
-def _timed_forwards(stream: StreamContext, take: Callable[[int], Any]) -> tuple[float, Tensor]:
+def _first_context(corpus: Corpus, backend: ModelBackend) -> Contexts:
+    contexts = corpus.contexts(backend).take(1)
+    check_contexts(len(contexts), corpus.context_size)
+    return contexts
+
+
+def _timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Tensor]:
     """Seconds per token, and the activations that came out."""
     activations = ActivationStream(stream, 8)
-    times, batches = [], []
-    for _ in range(_FORWARDS):
+
+    def forward() -> Batch | None:
         contexts = take(8)
-        if not len(contexts):
-            break
-        start = time.perf_counter()
-        batch = activations.run(contexts)
-        _wait(batch)
-        times.append((time.perf_counter() - start) / len(batch))
-        batches.append(batch.activations[stream.sites[0]])
-    return statistics.median(times[1:] or times or [0.0]), torch.cat(batches)
+        batch = activations.run(contexts) if len(contexts) else None
+        if batch is not None and batch.activations[stream.sites[0]].device.type == "cuda":
+            torch.cuda.synchronize()
+        return batch
+
+    return _timed(forward, stream.sites[0])
 
 
-def _timed_reads(source: ActivationSource, site: Site) -> tuple[float, Tensor]:
-    times, batches = [], []
+def _timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]:
+    """The least seconds per token of a few batches, of which the first does not count, and all their rows.
+
+    The least, since whatever else a machine does can only make a batch slower.
+    """
+    times, rows = [], []
     for _ in range(_FORWARDS):
         start = time.perf_counter()
-        batch = next(source)
+        if (batch := make()) is None:
+            break
         times.append((time.perf_counter() - start) / len(batch))
-        batches.append(batch.activations[site])
-    return statistics.median(times[1:]), torch.cat(batches)
+        rows.append(batch.activations[site])
+    if not rows:
+        raise DataError("there are no activations to time; is there any text?")
+    return min(times[1:] or times), torch.cat(rows)
 
 
 @attrs.frozen
@@ -297,13 +321,7 @@ def _timed_steps(
         start = time.perf_counter()
         trainer.train_on(batch, last=True)  # logging reads the result, and so waits for the device
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)
-
-
-def _wait(batch: Batch) -> None:
-    for rows in batch.activations.values():
-        if rows.device.type == "cuda":
-            torch.cuda.synchronize(rows.device)
+    return min(times[1:] or times)
 
 
 def _bytes(size: float) -> str:

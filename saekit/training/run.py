@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 from torch import Tensor
 
-from saekit.config import ALWAYS_TRACKED, TrainConfig
+from saekit.config import TrainConfig
 from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
+from saekit.errors import DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
-from saekit.protocols import ActivationSource, Eval, ModelBackend, RunInfo, Tracker
+from saekit.protocols import ActivationSource, ModelBackend, RunInfo, Tracker
 from saekit.sae.module import SAE
 from saekit.storage import write_text
 from saekit.training.loop import Observer, fit
 from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
 from saekit.training.progress import TrainingProgress
-from saekit.training.setup import check_run_folder, make_schedule, make_trainer, run_folder
+from saekit.training.setup import (
+    check_run_folder,
+    chosen_trackers,
+    make_evals,
+    make_schedule,
+    make_trainer,
+    run_folder,
+)
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["TrainResult", "train"]
@@ -69,7 +76,7 @@ def train(
     check_run_folder(config)
     resolve_device(config.training.device, "training.device")
     schedule = make_schedule(config, plugins)
-    evals = _evals(config, plugins)
+    evals = make_evals(config, plugins)
     corpus = Corpus.of(config.dataset, config.evals, dataset)
     backend = open_backend(config, corpus, plugins, model, [config.site])
     held_out = corpus.held_out(backend, seed_for(config.training.seed, "held out")) if evals else None
@@ -132,16 +139,6 @@ def _fit(
     return logged.latest[0]
 
 
-def _evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
-    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
-    return {plugins.find("evals", choice).key: plugins.build("evals", choice) for choice in config.evals.run}
-
-
-def _refuse_twice(path: str, keys: Sequence[str]) -> None:
-    if len(set(keys)) < len(keys):
-        raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
-
-
 def _check_exhausted(config: TrainConfig, corpus: Corpus, tokens: int) -> None:
     wanted = config.training.training_tokens
     check_contexts(tokens, corpus.context_size)
@@ -155,10 +152,8 @@ def _check_exhausted(config: TrainConfig, corpus: Corpus, tokens: int) -> None:
 def _trackers(config: TrainConfig, plugins: PluginManager, folder: Path) -> Trackers:
     """The configured trackers and the one that is always there."""
     run = RunInfo(name=folder.name, folder=folder, config=ConfigConverter(plugins).unstructure(config))
-    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
-    chosen = {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
     built: dict[str, Tracker] = {}
-    for key, choice in chosen.items():
+    for key, choice in chosen_trackers(config, plugins).items():
         try:
             built[key] = plugins.build("trackers", choice, run=run)
         except SaekitError:

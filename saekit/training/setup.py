@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from saekit.config import SAEConfig, TrainConfig
+from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalise import activation_scale
@@ -19,7 +20,7 @@ from saekit.devices import resolve_device
 from saekit.errors import ConfigError, StorageError
 from saekit.manager import PluginManager
 from saekit.pretrained.load import build_module
-from saekit.protocols import ActivationSource, ModelBackend
+from saekit.protocols import ActivationSource, Eval, ModelBackend
 from saekit.sae.init import initialise
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
@@ -29,7 +30,7 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["check_run_folder", "make_schedule", "make_trainer", "run_folder"]
+__all__ = ["check_run_folder", "chosen_trackers", "make_evals", "make_schedule", "make_trainer", "run_folder"]
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
@@ -38,6 +39,23 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
     return ComposedSchedule(
         config.training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=lr, steps=steps)
     )
+
+
+def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
+    """What is measured, by qualified key."""
+    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
+    return {plugins.find("evals", choice).key: plugins.build("evals", choice) for choice in config.evals.run}
+
+
+def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
+    """The trackers of a run by qualified key, with the one that is always there."""
+    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
+    return {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
+
+
+def _refuse_twice(path: str, keys: Sequence[str]) -> None:
+    if len(set(keys)) < len(keys):
+        raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
 
 
 def make_trainer(

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import BATCH, CONTEXT, PEER, Run, Times, language_model, random_contexts, settings
@@ -103,7 +102,7 @@ class Bench:
         run = Run(self.model, self.records, HOOK, {})
         run.config = saekit.load_config({**self.config, "activations": {"source": source}})
         stream = run.stream
-        stream.identity = manifest_identity(self.folder / "ours")
+        stream.identity = Manifest.load(self.folder / "ours").identity
         reader = run.plugins.build("activation_sources", run.config.activations.source, stream=stream)
         rows = sum(len(next(reader)) for _ in range(self.rows // BATCH))
         reader.close()
@@ -122,11 +121,6 @@ class Bench:
             dtype="float32", cached_activations_path=str(self.folder / "peer"),
         )  # fmt: skip
         return sum(len(store.next_batch()) for _ in range(self.rows // BATCH // 2))
-
-
-def manifest_identity(folder: Path) -> dict[str, Any]:
-    """What the cache says that it was made from."""
-    return dict(Manifest.load(folder).identity)
 
 
 def forget(folder: Path) -> None:

@@ -32,6 +32,8 @@ __all__ = ["DOCUMENTS", "HEADER", "MANIFEST", "TOKENS", "Manifest", "Shard", "Si
 
 MANIFEST, TOKENS, DOCUMENTS = "manifest.json", "tokens.safetensors", "documents.safetensors"
 FORMAT = 1
+MAY_BE_UNKNOWN = ("dataset.contents", "dataset.column")
+"""What a run that reads a cache need not know: its text may not be there."""
 HEADER = 4096
 """Bytes before the numbers of every file: its safetensors header, padded with blanks."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -92,6 +94,11 @@ class Manifest:
         """Activation vectors of each site."""
         return self.contexts * self.context_size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every file but the manifest."""
+        return sum(int(entry["bytes"]) for shard in self.shards for entry in shard.files.values())
+
     def shard_folder(self, number: int) -> str:
         """The folder's name."""
         return f"shard-{number:05d}"
@@ -123,9 +130,10 @@ class Manifest:
                 )
             sites = [SiteRows(**{**entry, "site": Site(**entry["site"])}) for entry in table["sites"]]
             shards = [Shard(**entry) for entry in table["shards"]]
+            sum(entry["bytes"] for shard in shards for entry in shard.files.values())
             keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards"}
             return cls(sites=sites, shards=shards, **{key: table[key] for key in keys})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
     def site(self, site: Site) -> SiteRows:
@@ -141,7 +149,7 @@ class Manifest:
         lines = [
             f"{name}: the cache has {self.identity.get(name)!r}, the run {value!r}"
             for name, value in identity.items()
-            if self.identity.get(name) != value
+            if value != self.identity.get(name) and not (name in MAY_BE_UNKNOWN and value is None)
         ]
         cached = {rows.site: rows.d_in for rows in self.sites}
         for site, width in widths.items():
@@ -168,12 +176,12 @@ def sample_sum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_cache(
-    folder: Path, *, full: bool = True, report: Callable[[int, int], None] = lambda done, total: None
-) -> Manifest:
+def verify_cache(folder: Path, *, full: bool = True, report: Callable[[int], None] = lambda done: None) -> Manifest:
     """Compare every file with the manifest; :class:`DataError` names each that is missing or damaged.
 
-    ``full`` reads all of it; otherwise sizes and a sample of each file.  ``report`` is told bytes done and in all.
+    ``full`` reads all of it; otherwise sizes and a sample of each file.
+
+    ``report`` is told the bytes that are done, of :attr:`Manifest.nbytes`.
     """
     manifest = Manifest.load(folder)
     found = list(_faults(folder, manifest, full, report))
@@ -186,8 +194,7 @@ def verify_cache(
     return manifest
 
 
-def _faults(folder: Path, manifest: Manifest, full: bool, report: Callable[[int, int], None]) -> Iterator[str]:
-    total = sum(int(entry["bytes"]) for shard in manifest.shards for entry in shard.files.values())
+def _faults(folder: Path, manifest: Manifest, full: bool, report: Callable[[int], None]) -> Iterator[str]:
     done = 0
     for number, shard in enumerate(manifest.shards):
         for name, expected in shard.files.items():
@@ -203,4 +210,4 @@ def _faults(folder: Path, manifest: Manifest, full: bool, report: Callable[[int,
                     wanted = str(expected[key])
                     yield f"{shown} has other contents than were written ({key} {found[:12]}, expected {wanted[:12]})"
             done += int(expected["bytes"])
-            report(done, total)
+            report(done)

@@ -9,7 +9,7 @@ __all__ = ["RowOrder"]
 
 IntArray = npt.NDArray[np.int64]
 _ROUNDS = 6
-_BLOCKS_MIXED = 4096
+_BLOCKS_MIXED, _ROWS_MIXED = 4096, 2**20  # at most
 
 
 class RowOrder:
@@ -17,15 +17,16 @@ class RowOrder:
 
     Numbers go through a Feistel network over the next power of four, again and again until they fall below ``n``
     (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).  With ``block`` above 1, blocks
-    of that many neighbours are permuted, and then the rows of each 4,096 blocks among themselves, which suits storage
-    that is slow at reading single rows.
+    of that many neighbours are permuted, and then the rows of each 4,096 blocks (fewer large ones) among themselves,
+    which suits storage that is slow at reading single rows.
     """
 
     def __init__(self, n: int, seed: int, block: int = 1) -> None:
         self._n, self._seed, self._block = n, seed, block
         self._blocks = n // block
-        self._window = _BLOCKS_MIXED * block  # positions whose rows are mixed
-        self._last = max(self._blocks - 1, 0) // _BLOCKS_MIXED  # this window has the rows that fill no block, too
+        self._mix = min(max(_ROWS_MIXED // block, 16), _BLOCKS_MIXED)  # blocks whose rows are mixed
+        self._window = self._mix * block  # the positions of those rows
+        self._last = max(self._blocks - 1, 0) // self._mix  # this window has the rows that fill no block, too
         self._mixed: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
@@ -45,8 +46,8 @@ class RowOrder:
 
     def _of_window(self, number: int) -> IntArray:
         if self._mixed[0] != number:
-            first = number * _BLOCKS_MIXED
-            blocks = _permuted(np.arange(first, min(first + _BLOCKS_MIXED, self._blocks)), self._blocks, self._seed)
+            first = number * self._mix
+            blocks = _permuted(np.arange(first, min(first + self._mix, self._blocks)), self._blocks, self._seed)
             rows = (blocks[:, None] * self._block + np.arange(self._block)).ravel()
             if number == self._last:
                 rows = np.concatenate([rows, np.arange(self._blocks * self._block, self._n)])

@@ -145,10 +145,21 @@ class CachedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The reading, the position in it, and how many rows it is of."""
-        return {"epoch": self._epoch, "position": self._position, "rows": self._rows}
+        return {
+            "seed": self._seed,
+            "block": self._block,
+            "epoch": self._epoch,
+            "position": self._position,
+            "rows": self._rows,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next batch, whether or not rows were added to the cache since."""
+        if (state["seed"], state["block"]) != (self._seed, self._block):
+            raise DataError(
+                f"the saved reading had the seed {state['seed']} and block_rows {state['block']}, this run has "
+                f"{self._seed} and {self._block}: go on with the options it was saved with"
+            )
         if state["rows"] > len(self._cache):
             raise DataError(
                 f"the activation cache has {len(self._cache):,} rows, and when the run was saved it had "
@@ -159,14 +170,18 @@ class CachedBatches:
 
 
 def available_memory() -> int:
-    """Bytes that the machine could give to the page cache, about."""
+    """Bytes that the machine could give to the page cache, about; no more than this process's control group has."""
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        available = int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        return available if limit == "max" else max(min(available, int(limit) - int(used)), 0)
+    except (OSError, ValueError):
+        return available
 
 
 def _advise(mappings: Sequence[Tensor], advice: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import operator
+import re
 import shutil
 import warnings
 from collections import deque
@@ -33,6 +33,7 @@ _SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
     torch.int64: "I64",
 }  # fmt: skip
+_TORN = re.compile(r"\.shard-\d{5,}\.[0-9a-f]{8}\.(tmp|old)")
 _AHEAD = 2  # batches that may wait for the disk
 
 
@@ -53,20 +54,19 @@ class CacheWriter:
         self._failure: BaseException | None = None
         with _as_storage_error(folder), contextlib.ExitStack() as resources:
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers(plan)
+            self._refuse_strangers()
             resources.enter_context(self._locked())
             self.manifest = self._existing(plan)
             """What is written and safe."""
             self._remove_torn()
             self._resources = resources.pop_all()
 
-    def _refuse_strangers(self, plan: Manifest) -> None:
-        """A folder without a manifest must hold nothing but what a writer that was killed has left."""
+    def _refuse_strangers(self) -> None:
+        """A folder without a manifest must be empty, but for what a writer that was killed at once has left."""
         if (self._folder / MANIFEST).exists():
             return
-        own = (".lock", ".shard-", f".{MANIFEST}.")
-        names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith(own))
-        if names not in ([], [plan.shard_folder(0)]):
+        names = sorted(path.name for path in self._folder.iterdir())
+        if names := [name for name in names if name != ".lock" and not name.startswith(f".{MANIFEST}.")]:
             raise DataError(
                 f"the folder {str(self._folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
                 "another (activations.cache.folder)"
@@ -77,14 +77,16 @@ class CacheWriter:
         """One writer at a time; the lock goes with the process, however it ends."""
         with (self._folder / ".lock").open("w") as file:
             try:
+                import fcntl  # POSIX has it
+
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(f"another process is writing the activation cache {str(self._folder)!r}") from error
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            except (OSError, ImportError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
                 warnings.warn(
-                    f"the file system of {str(self._folder)!r} has no locks: see to it that nothing else writes there",
+                    f"the system of {str(self._folder)!r} has no locks: see to it that nothing else writes there",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -95,8 +97,8 @@ class CacheWriter:
         for left in self._folder.glob(f".{MANIFEST}.*"):
             left.unlink()
         unnamed = self._folder / self.manifest.shard_folder(len(self.manifest.shards))
-        for folder in (*self._folder.glob(".shard-*"), unnamed):
-            if folder.exists():
+        for folder in self._folder.iterdir():
+            if folder == unnamed or _TORN.fullmatch(folder.name):
                 shutil.rmtree(folder)
 
     def _existing(self, plan: Manifest) -> Manifest:
@@ -105,7 +107,7 @@ class CacheWriter:
         found = Manifest.load(self._folder)
         if not found.shards:  # the text was too short, and nothing keeps it from being another one
             return plan
-        names = ("identity", "sites", "context_size", "contexts_per_shard")
+        names = ("identity", "sites", "context_size")
         lines = [
             f"  - {path}: there {there!r}, wanted {wanted!r}"
             for name in names
@@ -117,7 +119,7 @@ class CacheWriter:
                 f"{str(self._folder)!r} holds another activation cache, so it cannot be gone on with:\n{listed}\n"
                 "Remove it, or choose another folder (activations.cache.folder)"
             )
-        return found
+        return attrs.evolve(found, contexts_per_shard=plan.contexts_per_shard)  # each shard knows its own
 
     def check_space(self, contexts: int) -> None:
         """:class:`StorageError` when the disk has no room for the rest of ``contexts`` contexts."""
@@ -187,6 +189,8 @@ class CacheWriter:
 
     def _append(self, batch: Batch) -> None:
         with _as_storage_error(self._folder):
+            if not (self._folder / MANIFEST).exists():
+                self.manifest.save(self._folder)  # from now on whatever else comes to be here is the cache's
             if self._shard is None:
                 self._shard = _OpenShard(self._folder, self.manifest)
             self._shard.append(batch)

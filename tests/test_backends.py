@@ -189,3 +189,30 @@ def test_without_mamba_lens_the_message_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setattr(saekit.registry, "_importable", lambda name: name != "mamba_lens" and real(name))
     with pytest.raises(saekit.errors.MissingPackageError, match=r"pip install 'saekit\[mamba\]'"):
         backend(choice="HookedMamba")
+
+
+def test_the_models_autocast_is_not_the_replacements() -> None:
+    plugins = saekit.default_manager()
+    found = plugins.build(
+        "model_backends", "HookedTransformer", model=ModelConfig(autocast=True), loaded=hooked_transformer()
+    )
+    seen = []
+
+    def replace(activation: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.eye(16) @ torch.eye(16)).dtype)
+        return activation
+
+    found.loss(TOKENS, {"blocks.0.hook_resid_post": replace})
+    assert seen == [torch.float32]
+
+
+def test_a_fingerprint_tells_weights_apart() -> None:
+    one, again, other = (backend(hooked_transformer(seed=seed)).fingerprint for seed in (0, 0, 1))
+    assert one == again != other
+    model = hooked_transformer()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    assert backend(model).fingerprint != one
+    for parameter in model.parameters():
+        parameter.data.mul_(1 / 1.5)
+    assert backend(model).fingerprint == one, "up to rounding"

@@ -33,9 +33,12 @@ def cli(
     return found
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["demo"], ["config"], ["plugins"]])
-def test_help(command: list[str]) -> None:
-    assert "Usage: " in cli(*command, "--help", watch=True).stdout
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["demo"], ["config"], ["plugins"], ["plan"], ["pretokenize"], ["cache"], ["cache", "verify"]],
+)
+def test_help(command: str) -> None:
+    assert "Usage: " in cli(*command.split(), "--help", watch=True).stdout
 
 
 def test_version() -> None:
@@ -81,6 +84,14 @@ def test_mistakes_exit_with_2_and_one_message(tmp_path: Path, arguments: list[st
     assert "Traceback" not in found.stderr
     assert not found.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"bad.toml", "good.toml"}
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1/run.toml").write_text("[training]\nlr = 'x'\n")
+    assert "training.lr: expected a number" in cli("plan", "lr=1/run.toml", cwd=tmp_path, check=2, watch=True).stderr
+    found = cli("plan", "training.lr=fast", cwd=tmp_path, check=2, watch=True)
+    assert "training.lr: expected a number, found 'fast'" in found.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

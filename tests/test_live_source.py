@@ -16,7 +16,7 @@ from torch import Tensor
 
 import saekit
 from saekit.data import ActivationStream, ContextStream, StreamContext, TokenPolicy
-from saekit.errors import ConfigError, ModelError
+from saekit.errors import ConfigError, DataError, ModelError
 from saekit.protocols import ActivationSource, Batch
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -249,3 +249,42 @@ def test_how_well_a_batch_is_mixed_is_logged(tmp_path: Path) -> None:
     config = run_config(tmp_path, evals={"run": [], "split": None})
     result = saekit.train(config, dataset=documents)
     assert 32 <= result.metrics["details/distinct_documents"] <= 256
+
+
+def test_the_stages_hand_out_ordinary_tensors() -> None:
+    """Whoever trains on them directly needs what autograd can save."""
+    backend = saekit.default_manager().build(
+        "model_backends", "HookedTransformer", model=saekit.config.ModelConfig(), loaded=hooked_transformer()
+    )
+    (rows,) = next(ActivationStream(stream_of(backend, sites=[SITE]), 4)).activations.values()
+    weight = torch.ones(rows.shape[1], requires_grad=True)
+    (rows * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_float16_that_overflows_is_an_error() -> None:
+    backend = FakeBackend()
+    backend._weights = backend._embedding() * 1e5
+    with pytest.raises(DataError, match="which float16 cannot hold: choose bfloat16"):
+        next(source(stream_of(backend), dtype="float16", prefetch=False))
+
+
+def test_a_buffer_that_does_not_fit_says_what_to_lower() -> None:
+    live = source(n_batches_in_buffer=10**11, prefetch=False)
+    with pytest.raises(ConfigError, match="cannot be allocated on cpu: lower activations.source.n_batches_in_buffer"):
+        next(live)
+
+
+def test_a_saved_buffer_of_other_options_is_refused() -> None:
+    one, two = source(prefetch=False), source(prefetch=False, n_batches_in_buffer=5)
+    next(one)
+    with pytest.raises(DataError, match="the saved buffer has 128 rows of .*, but this run's has 160"):
+        two.load_state_dict(one.state_dict())
+
+
+def test_a_smaller_batch_is_spread_over_a_whole_one() -> None:
+    batch = Batch({SITE: torch.arange(10.0)[:, None]}, documents=torch.arange(10))
+    assert batch.thinned(4).documents.tolist() == [0, 2, 5, 7]
+    assert batch.thinned(4).activations[SITE][:, 0].tolist() == [0, 2, 5, 7]
+    assert len(batch.thinned(1)) == 1
+    assert batch.thinned(10) is batch.thinned(99) is batch

@@ -114,6 +114,27 @@ def test_a_run_from_a_cache_is_timed_by_its_reads(tmp_path: Path) -> None:
     assert "buffer_bytes" not in found.numbers
 
 
+def test_text_that_is_too_short(tmp_path: Path) -> None:
+    config = run_config(tmp_path, evals={"run": [], "split": None}, dataset={"on_exhausted": "stop"})
+    found = saekit.plan(config, dataset=[{"text": "abc"}] * 3)
+    assert "the data does not fill one context of 32 tokens" in found.problems
+
+
+def test_what_train_refuses_by_name_alone(tmp_path: Path) -> None:
+    found = saekit.plan(run_config(tmp_path, evals={"run": ["reconstruction", "saekit:reconstruction"]}))
+    assert any("evals.run: names a plugin twice" in problem for problem in found.problems)
+    found = saekit.plan(run_config(tmp_path) | {"trackers": ["jsonl", {"name": "jsonl", "file": "b.jsonl"}]})
+    assert any("trackers: names a plugin twice" in problem for problem in found.problems)
+
+
+def test_a_cache_that_could_not_be_written_is_no_problem_of_training(tmp_path: Path) -> None:
+    config = run_config(tmp_path, activations={"cache": {"sites": [{"hook_name": "blocks.9.hook_resid_post"}]}})
+    config["activations"]["source"] = {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4}
+    found = saekit.plan(config)
+    assert found.problems == []
+    assert any("'blocks.9.hook_resid_post' (activations.cache.sites)" in warning for warning in found.warnings)
+
+
 def plan_in_shell(*arguments: object, cwd: Path, code: int) -> str:
     found = subprocess.run(
         [sys.executable, "-m", "saekit.cli", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd

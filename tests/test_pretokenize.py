@@ -349,3 +349,33 @@ def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert (shown.out, shown.err.count("\n")) == ("", 1), "and nothing by the libraries"
     saekit.pretokenize(options(tmp_path / "b", num_proc=2), dataset=RECORDS)
     assert capfd.readouterr() == ("", ""), "verbose off is silent"
+
+
+def test_contexts_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """Its BOS has another id, so every context would be cut anew."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(97 + n): n for n in range(26)} | {"<s>": 26}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")), bos_token="<s>"
+    )
+    tokenizer.save_pretrained(tmp_path / "other")
+    folder = tmp_path / "contexts"
+    saekit.pretokenize(
+        {
+            "tokenizer": str(tmp_path / "other"),
+            "folder": str(folder),
+            "dataset": {"context_size": 16},
+            "verbose": False,
+        },
+        dataset=[{"text": "b"}] * 900,
+    )
+    said = r"were made with the tokenizer '.*other', and the tokens that were put in are \{'begin_batch': 26.*they are "
+    with pytest.raises(DataError, match=said):
+        saekit.train(training(tmp_path, folder))
+    made = json.loads((folder / "saekit.json").read_text())
+    del made["token_ids"]  # as in what others have written
+    (folder / "saekit.json").write_text(json.dumps(made))
+    with pytest.raises(DataError, match=r"begins with the token 26, but for the model .* contexts begin with 0"):
+        saekit.train(training(tmp_path, folder))

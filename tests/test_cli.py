@@ -35,7 +35,7 @@ def cli(
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["demo"], ["config"], ["plugins"], ["plan"], ["pretokenize"], ["cache"], ["cache", "verify"]],
+    ["", "train", "demo", "config", "plugins", "plan", "pretokenize", "cache", "cache verify"],
 )
 def test_help(command: str) -> None:
     assert "Usage: " in cli(*command.split(), "--help", watch=True).stdout

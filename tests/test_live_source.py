@@ -38,7 +38,8 @@ def stream_of(
 
 
 def source(stream: StreamContext | None = None, *, repeat: bool = False, **options: Any) -> Any:
-    config = LiveConfig(**{"store_batch_size_prompts": 4, "n_batches_in_buffer": 4, **options})
+    small = {"store_batch_size_prompts": 4, "n_batches_in_buffer": 4, "prefetch": False}
+    config = LiveConfig(**(small | options))
     return saekit.default_manager().build("activation_sources", config, stream=stream or stream_of(repeat=repeat))
 
 
@@ -76,7 +77,7 @@ def test_every_activation_is_served_once_with_its_origin(prefetch: bool) -> None
 
 
 def test_prefetching_changes_no_batch() -> None:
-    plain, ahead = source(repeat=True, prefetch=False), source(repeat=True, prefetch=True)
+    plain, ahead = source(repeat=True), source(repeat=True, prefetch=True)
     for _ in range(60):
         one, two = next(plain), next(ahead)
         assert torch.equal(one.activations[SITE], two.activations[SITE])
@@ -112,7 +113,7 @@ def test_a_saved_state_goes_on_with_the_very_same_batches(taken: int, prefetch: 
 
 def test_several_sites_share_their_tokens() -> None:
     backend = FakeBackend()
-    live = source(stream_of(backend, sites=[SITE, OTHER]), prefetch=False)
+    live = source(stream_of(backend, sites=[SITE, OTHER]))
     batch = next(live)
     assert {site: rows.shape for site, rows in batch.activations.items()} == {SITE: (24, 8), OTHER: (24, 4)}
     heads = batch.activations[OTHER]
@@ -266,11 +267,11 @@ def test_float16_that_overflows_is_an_error() -> None:
     backend = FakeBackend()
     backend._weights = backend._embedding() * 1e5
     with pytest.raises(DataError, match="which float16 cannot hold: choose bfloat16"):
-        next(source(stream_of(backend), dtype="float16", prefetch=False))
+        next(source(stream_of(backend), dtype="float16"))
 
 
 def test_a_buffer_that_does_not_fit_says_what_to_lower() -> None:
-    live = source(n_batches_in_buffer=10**11, prefetch=False)
+    live = source(n_batches_in_buffer=10**11)
     with pytest.raises(ConfigError, match="cannot be allocated on cpu: lower activations.source.n_batches_in_buffer"):
         next(live)
 

@@ -75,15 +75,16 @@ class CachedActivations:
     def take(self, rows: IntArray) -> Batch:
         """The rows with these numbers, which must rise."""
         index = torch.from_numpy(rows)
-        cuts = np.searchsorted(rows, self._starts)
-        spans = [(shard, int(cuts[shard]), int(cuts[shard + 1])) for shard in range(len(self._tokens))]
-        spans = [span for span in spans if span[1] < span[2]]
+        counts = np.diff(np.searchsorted(rows, self._starts))  # of the rows, in each shard
+        used = counts.nonzero()[0].tolist()
+        sizes = counts[used].tolist()
+        # Once for all tensors: with thousands of shards, a batch has a row or two in each.
+        local = (index - torch.from_numpy(np.repeat(self._starts[:-1], counts))).split(sizes)
 
         def gather(shards: Sequence[Tensor]) -> Tensor:
             out = torch.empty(len(rows), *shards[0].shape[1:], dtype=shards[0].dtype)
-            for shard, start, end in spans:
-                local = index[start:end] - int(self._starts[shard])
-                torch.index_select(shards[shard], 0, local, out=out[start:end])
+            for shard, part, target in zip(used, local, out.split(sizes), strict=True):
+                torch.index_select(shards[shard], 0, part, out=target)
             return out
 
         return Batch(

@@ -111,30 +111,40 @@ class Case:
     after: Callable[[], object] = lambda: None
 
 
+@dataclasses.dataclass
+class Timed:
+    """One run of a case."""
+
+    microseconds: float
+    """Per token."""
+    processors: float
+    """In use."""
+    others: float
+    """The share of the machine that other programs used meanwhile."""
+
+
 class Times:
     """Microseconds per token of cases that are timed in turn, every other round in reverse.
 
-    A round during which other programs used more than ``QUIET`` of the machine is run again, so long as no more than
-    ``2 * rounds`` are run in all.
+    A case is timed when the machine is quiet, or half a minute later.  If other programs then used more than ``QUIET``
+    of it, the time is not counted and the case is timed again; it is timed ``2 * rounds`` times at most.
     """
 
     def __init__(self, cases: Mapping[str, Case | Callable[[], int]], rounds: int) -> None:
         self.cases = {name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()}
-        self.run = 0
-        everything: list[dict[str, tuple[float, float, float]]] = []
-        quiet: list[dict[str, tuple[float, float, float]]] = []
-        while len(quiet) < rounds and self.run < 2 * rounds:
-            order = list(cases)[:: 1 if self.run % 2 == 0 else -1]
-            everything.append({name: _time(self.cases[name]) for name in order})
-            if all(others < QUIET for _, _, others in everything[-1].values()):
-                quiet.append(everything[-1])
-            self.run += 1
-        self.kept = len(quiet)
-        self._rounds = quiet or everything
+        self._all: dict[str, list[Timed]] = {name: [] for name in cases}
+        for number in range(2 * rounds):
+            for name in list(cases)[:: 1 if number % 2 == 0 else -1]:
+                if len(self._quiet(name)) < rounds:
+                    _wait_for_quiet()
+                    self._all[name].append(_time(self.cases[name]))
+
+    def _quiet(self, name: str) -> list[Timed]:
+        return [timed for timed in self._all[name] if timed.others < QUIET]
 
     def of(self, name: str) -> list[float]:
-        """Every time of a case."""
-        return [times[name][0] for times in self._rounds]
+        """The times of a case that count: all of them if none was quiet."""
+        return [timed.microseconds for timed in self._quiet(name) or self._all[name]]
 
     def ratio(self, name: str, base: str) -> float:
         """The ratio of the medians of two cases."""
@@ -143,26 +153,32 @@ class Times:
     def table(self, base: str) -> None:
         """Print each case's median and spread, its ratio to ``base``, and the processors it kept busy."""
         width = max(len(name) for name in self.cases)
-        for name in self.cases:
-            values = self.of(name)
-            busy = statistics.median(times[name][1] for times in self._rounds)
+        for name, runs in self._all.items():
+            values, quiet = self.of(name), self._quiet(name)
+            processors = statistics.median(timed.processors for timed in quiet or runs)
             print(
                 f"  {name:{width}}  {statistics.median(values):8.2f} µs/token  ({min(values):.2f}-{max(values):.2f})"
-                f"  x {self.ratio(name, base):.3f}  {busy:.2f} processors"
+                f"  x {self.ratio(name, base):.3f}  {processors:.2f} processors; {len(quiet)} of {len(runs)} quiet",
+                flush=True,
             )
-        quiet = f"{self.kept} of {self.run}" if self.kept else f"none of {self.run}, so all are counted"
-        print(f"  rounds while nothing else ran: {quiet}", flush=True)
 
 
-def _time(case: Case) -> tuple[float, float, float]:
-    """Microseconds per token, processors in use, and the share of the machine that other programs used meanwhile."""
+def _wait_for_quiet(seconds: int = 30) -> None:
+    for _ in range(seconds):
+        busy = _busy_seconds()
+        time.sleep(1)
+        if _busy_seconds() - busy < QUIET * (os.cpu_count() or 1):
+            return
+
+
+def _time(case: Case) -> Timed:
     case.before()
     busy, own, start = _busy_seconds(), sum(os.times()[:4]), time.perf_counter()  # own: with processes that it started
     tokens = case.run()
     wall, own = time.perf_counter() - start, sum(os.times()[:4]) - own
     others = _busy_seconds() - busy - own
     case.after()
-    return wall / tokens * 1e6, own / wall, others / (wall * (os.cpu_count() or 1))
+    return Timed(wall / tokens * 1e6, own / wall, others / (wall * (os.cpu_count() or 1)))
 
 
 def _busy_seconds() -> float:

@@ -120,7 +120,7 @@ def bench_overlap(options: argparse.Namespace, model: Any, dataset: Any) -> None
         "prefetch = false": training_case(runs[False], options.buffer),
     }
     print(f"a standard SAE of 4096 features trained on {HOOK}, a buffer of {options.buffer * PROMPTS} contexts")
-    Times(cases, options.rounds // 2 or 1).table("prefetch = true")
+    Times(cases, options.rounds // 3 or 1).table("prefetch = true")
 
 
 def bench_peer(options: argparse.Namespace, model: Any, dataset: Any) -> None:
@@ -133,7 +133,7 @@ def bench_peer(options: argparse.Namespace, model: Any, dataset: Any) -> None:
         "sae-lens": peer_case(model, dataset, HOOK, options.peer_buffer),
     }
     print(f"{HOOK}, a buffer of {options.peer_buffer * PROMPTS} contexts, no prefetch")
-    Times(cases, options.rounds // 2 or 1).table("live source")
+    Times(cases, options.rounds // 4 or 1).table("live source")
 
 
 BENCHES = {"forward": bench_forward, "overlap": bench_overlap, "peer": bench_peer}
@@ -142,8 +142,8 @@ BENCHES = {"forward": bench_forward, "overlap": bench_overlap, "peer": bench_pee
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
-    parser.add_argument("--rounds", type=int, default=7, help="half as many where a round takes long")
-    parser.add_argument("--buffer", type=int, default=32, help="forwards that fill the buffer")
+    parser.add_argument("--rounds", type=int, default=12, help="a third or a quarter where one takes long")
+    parser.add_argument("--buffer", type=int, default=16, help="forwards that fill the buffer")
     parser.add_argument("--peer-buffer", type=int, default=80, help="the same, beside sae-lens")
     parser.add_argument("--quick", action="store_true", help="a small model and one round, to see that it runs")
     options = parser.parse_args()

@@ -212,10 +212,11 @@ class _OpenShard:
         self._context_size = manifest.context_size
         contexts, size = manifest.contexts_per_shard, manifest.context_size
         with contextlib.ExitStack() as stack:
+            hasher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256"))
             home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards))))
 
             def opened(file: str, name: str, dtype: torch.dtype, planned: Sequence[int]) -> _TensorFile:
-                return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned)))
+                return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned, hasher)))
 
             self._origins = {
                 TOKENS: opened(TOKENS, "token_ids", torch.int32, [contexts, size]),
@@ -249,8 +250,11 @@ class _OpenShard:
 class _TensorFile:
     """A safetensors file with one tensor, written row by row."""
 
-    def __init__(self, path: Path, name: str, dtype: torch.dtype, planned: Sequence[int]) -> None:
+    def __init__(
+        self, path: Path, name: str, dtype: torch.dtype, planned: Sequence[int], hasher: ThreadPoolExecutor
+    ) -> None:
         self.path = path
+        self._hasher = hasher
         self._name, self._dtype = name, dtype
         self._planned = [*planned]
         self._bytes = 0
@@ -281,10 +285,13 @@ class _TensorFile:
         self._bytes += kept.nbytes
 
     def _put(self, data: bytes | memoryview) -> None:
-        left = memoryview(data)
-        while len(left):  # an unbuffered write may stop short
-            left = left[self._file.write(left) :]
-        self._digest.update(data)
+        hashed = self._hasher.submit(self._digest.update, data)  # beside the disk, which it would hold up
+        try:
+            left = memoryview(data)
+            while len(left):  # an unbuffered write may stop short
+                left = left[self._file.write(left) :]
+        finally:
+            hashed.result()
 
     def finish(self) -> dict[str, Any]:
         """Write the last of it; the file's entry in the manifest."""

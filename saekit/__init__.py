@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAE
     from saekit.site import Site
     from saekit.training.plan import plan
-    from saekit.training.run import TrainResult, train
+    from saekit.training.run import SweepResult, TrainResult, resume, train
+    from saekit.training.sweep import grid
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOMES = {
     "SAEConfig": "saekit.config",
     "SAEFiles": "saekit.pretrained",
     "SaekitError": "saekit.errors",
+    "SweepResult": "saekit.training.run",
     "Site": "saekit.site",
     "TrainConfig": "saekit.config",
     "TrainResult": "saekit.training.run",
@@ -46,8 +48,10 @@ _HOMES = {
     "dump_config": "saekit.config_files",
     "hookimpl": "saekit.hookspecs",
     "load_config": "saekit.config_files",
+    "grid": "saekit.training.sweep",
     "plan": "saekit.training.plan",
     "pretokenize": "saekit.data.pretokenize",
+    "resume": "saekit.training.run",
     "train": "saekit.training.run",
 }
 
@@ -66,16 +70,19 @@ __all__ = [
     "SAEFiles",
     "SaekitError",
     "Site",
+    "SweepResult",
     "TrainConfig",
     "TrainResult",
     "__version__",
     "cache_activations",
     "default_manager",
     "dump_config",
+    "grid",
     "hookimpl",
     "load_config",
     "plan",
     "pretokenize",
+    "resume",
     "train",
 ]
 

@@ -54,21 +54,62 @@ def _source(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
 
 @app.command("train")
 def _train(
-    config: ConfigFile,
+    config: Annotated[
+        str | None,
+        typer.Argument(help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults."),
+    ] = None,
     overrides: Overrides = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="section.option=value,value,...: train an SAE for each, on one run of the model."),
+    ] = None,
+    run: Annotated[str | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", help="With --resume: an option that may differ from before.")
+    ] = None,
 ) -> None:
-    """Train an SAE as a configuration file says."""
-    from saekit.config_files import load_config
+    """Train an SAE as a configuration file says, or one for each point of a grid; or go on with a run."""
+    from saekit.config_files import load_config, parse_grid
 
-    checked = load_config(*_source(config, overrides))  # before torch is imported, so that mistakes show at once
-    from saekit.training.run import train
+    if run is None and (config is None or allow):
+        missing = "a configuration file is missing" if config is None else "--allow goes with --resume"
+        raise ConfigError(f"{missing}: saekit train run.toml, or saekit train --resume RUN")
+    if run is not None and axes:
+        raise ConfigError("--grid starts a new run, and --resume goes on with one; give one of them")
+    source, given = ({}, []) if config is None else _source(config, overrides)
+    if run is None:
+        wanted: Any = load_config(source, given)  # before torch is imported, so that mistakes show at once
+    if axes:
+        from saekit.training.sweep import grid
+
+        wanted = grid(wanted, parse_grid(axes))
+    from saekit.training.run import resume, train
 
     with _interruptible():
-        result = train(checked)
-    for name, value in sorted(result.metrics.items()):
-        if name.startswith("evals/"):
-            typer.echo(f"{name.removeprefix('evals/'):24} {value:.6g}")
-    typer.echo(f"run folder: {result.folder}")
+        _report(train(wanted) if run is None else resume(run, source or None, given, allow=allow or ()))
+
+
+def _report(result: Any) -> None:
+    """What came of a run or a sweep; exits with 1 if some of its SAEs diverged."""
+    if not hasattr(result, "summary"):
+        for name, value in sorted(result.metrics.items()):
+            if name.startswith("evals/"):
+                typer.echo(f"{name.removeprefix('evals/'):24} {value:.6g}")
+        typer.echo(f"run folder: {result.folder}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(result.summary[0])
+    table = Table(*(column.rpartition(".")[2] for column in columns))
+    for row in result.summary:
+        table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    Console().print(table)
+    typer.echo(f"sweep folder: {result.folder}")
+    for name, why in result.diverged.items():
+        _complain(f"{name} diverged: {why}")
+    if result.diverged:
+        raise typer.Exit(1)
 
 
 @app.command("demo")
@@ -247,7 +288,7 @@ def _interruptible(message: str = "interrupted") -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         _complain(str(error) or message)
-        raise typer.Exit(128 + received[0]) from error
+        raise typer.Exit(128 + getattr(error, "signal", received[0])) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -262,7 +303,7 @@ def main() -> NoReturn:
     except SaekitError as error:
         if debug:
             raise
-        _complain(f"error: {error}")
+        _complain("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         _leave(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -274,9 +315,8 @@ def main() -> NoReturn:
             _leave(2)
         if debug:
             raise
-        _complain(
-            f"error: {type(error).__name__}: {error}\nThis is a fault of saekit or of a plugin; --debug shows where."
-        )
+        lines = [f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+        _complain("\n".join([*lines, "This is a fault of saekit or of a plugin; --debug shows where."]))
         _leave(1)
 
 

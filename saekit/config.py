@@ -67,6 +67,7 @@ _token = check(
     '"bos", "eos", "sep", "none" or a token id',
 )
 Token: TypeAlias = str | int
+CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -84,6 +85,10 @@ class ModelConfig:
     """The type of the model's weights and activations."""
     autocast: bool = False
     """Run the model's matrix products in bfloat16 (torch's autocast), whatever the type of its weights."""
+    compile: bool = False
+    """Compile the model with `torch.compile`: slow at the start, faster after."""
+    compile_mode: CompileMode = "default"
+    """torch's mode of compilation."""
 
 
 @attrs.frozen(kw_only=True)
@@ -226,6 +231,13 @@ class TrainingConfig:
 
     training_tokens: int = attrs.field(default=2_000_000, validator=_at_least_1)
     """Activation vectors to train on."""
+    finetuning_tokens: int = attrs.field(default=0, validator=_at_least_0)
+    """Activation vectors to train on after that, with only some parameters learning."""
+    finetuning_method: Literal["scale", "decoder", "unrotated_decoder"] | None = None
+    """What learns then: `scale`: a factor for each feature; `decoder`: the factors, `W_dec` and `b_dec`;
+    `unrotated_decoder`: the factors and `b_dec`."""
+    from_pretrained_path: str | None = None
+    """Start from the weights of this saved SAE, of any format that `saekit.SAE.load` reads."""
     train_batch_size_tokens: int = attrs.field(default=4096, validator=_at_least_1)
     """Activation vectors in one step."""
     lr: float = attrs.field(default=4e-4, validator=_positive)
@@ -238,6 +250,12 @@ class TrainingConfig:
     """Seeds everything that is drawn."""
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
+    autocast: bool = False
+    """Run the SAE's matrix products in bfloat16 (torch's autocast), whatever the type of its weights."""
+    compile: bool = False
+    """Compile the SAE's training step with `torch.compile`."""
+    compile_mode: CompileMode = "default"
+    """torch's mode of compilation."""
     dead_feature_window: int = attrs.field(default=1000, validator=_at_least_1)
     """A feature is dead when it has not fired for more steps than this."""
     feature_sampling_window: int = attrs.field(default=2000, validator=_at_least_1)
@@ -248,6 +266,15 @@ class TrainingConfig:
     """Show progress."""
 
     def __attrs_post_init__(self) -> None:
+        if self.finetuning_tokens and self.finetuning_method is None:
+            raise ConfigError(
+                [("finetuning_method", f"is missing: it says what learns in the {self.finetuning_tokens} "
+                  "finetuning_tokens; scale, decoder or unrotated_decoder")]
+            )  # fmt: skip
+        if self.finetuning_method is not None and not self.finetuning_tokens:
+            raise ConfigError(
+                [("finetuning_tokens", f"is 0, so finetuning_method = {self.finetuning_method!r} would never begin")]
+            )
         if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
             raise ConfigError(
                 [("lr_warm_up_steps", f"warm-up ({self.lr_warm_up_steps}) and decay ({self.lr_decay_steps}) take more "
@@ -256,8 +283,13 @@ class TrainingConfig:
 
     @property
     def steps(self) -> int:
-        """The number of steps; the last batch may be smaller than the others."""
-        return -(-self.training_tokens // self.train_batch_size_tokens)
+        """The number of steps, fine-tuning's included; the last batch may be smaller than the others."""
+        return -(-self.total_tokens // self.train_batch_size_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Activation vectors in training and fine-tuning together."""
+        return self.training_tokens + self.finetuning_tokens
 
 
 @attrs.frozen(kw_only=True)
@@ -284,6 +316,13 @@ class CheckpointsConfig:
     """The folder that holds the run folders."""
     name: str | None = None
     """The run folder's name, which must be new.  None: the date, the site and a number that is free."""
+    n_checkpoints: int = attrs.field(default=0, validator=_at_least_0)
+    """Checkpoints at even distances during training; the SAEs in them are kept."""
+    every_minutes: float = attrs.field(default=30.0, validator=_at_least_0)
+    """Minutes between two checkpoints; 0: none by the clock."""
+    keep_last: int = attrs.field(default=2, validator=_at_least_0)
+    """Checkpoints that a run can go on from are kept up to this number, the newest ones; 0: no checkpoints, and a run
+    that ends early cannot be resumed."""
 
 
 @attrs.frozen(kw_only=True)

@@ -16,7 +16,15 @@ from saekit.describe import field_docs
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
 
-__all__ = ["apply_overrides", "commented_toml", "dump_config", "load_config", "read_table"]
+__all__ = [
+    "apply_overrides",
+    "commented_toml",
+    "dump_config",
+    "load_config",
+    "parse_grid",
+    "read_table",
+    "set_option",
+]
 
 C = TypeVar("C")
 
@@ -111,17 +119,35 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
-        node = result
-        for key in keys[:-1]:
-            inner = node.get(key, {})
-            if isinstance(inner, str):  # a plugin chosen by key: its options go beside the name
-                inner = {"name": inner}
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{override!r}: {key} is {inner!r}, which has no options to set")
-            node[key] = inner
-            node = inner
-        node[keys[-1]] = _parsed(text.strip())
+        set_option(result, path.strip(), _parsed(text.strip()))
     return result
+
+
+def set_option(table: dict[str, Any], path: str, value: Any) -> None:
+    """Set the option at a dotted ``path`` of ``table``, in place."""
+    *keys, last = path.split(".")
+    for key in keys:
+        inner = table.get(key, {})
+        if isinstance(inner, str):  # a plugin chosen by key: its options go beside the name
+            inner = {"name": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{path}: {key} is {inner!r}, which has no options to set")
+        table[key] = inner
+        table = inner
+    table[last] = value
+
+
+def parse_grid(axes: Iterable[str]) -> dict[str, list[Any]]:
+    """``section.option=value,value,...`` for each axis; ``[a, b]`` gives the values as a TOML list."""
+    grid: dict[str, list[Any]] = {}
+    for axis in axes:
+        path, equals, text = axis.partition("=")
+        if not equals or not all(path.strip().split(".")) or not text.strip():
+            raise ConfigError(f"{axis!r} is not an axis of a grid; write section.option=value,value, as in "
+                              "sae.l1_coefficient=1,5")  # fmt: skip
+        whole = _parsed(text.strip())
+        grid[path.strip()] = whole if isinstance(whole, list) else [_parsed(part.strip()) for part in text.split(",")]
+    return grid
 
 
 def _copied(table: Mapping[str, Any]) -> dict[str, Any]:

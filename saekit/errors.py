@@ -88,9 +88,23 @@ class DivergedError(SaekitError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was interrupted; the SAE as it was is saved at ``checkpoint``."""
+    """Training was interrupted; what it needs to go on is saved at ``checkpoint`` in the run folder ``run``."""
 
-    def __init__(self, step: int, tokens: int, checkpoint: Path | None) -> None:
-        where = f"the SAE as it was is in {checkpoint}" if checkpoint else "there is nothing to save yet"
+    def __init__(
+        self,
+        step: int,
+        tokens: int,
+        checkpoint: Path | None,
+        run: Path,
+        *,
+        signal: int = 2,
+        problem: str | None = None,
+    ) -> None:
+        if checkpoint is not None:
+            where = f"saved in {checkpoint}. Go on with: saekit train --resume {run}"
+        elif problem is not None:
+            where = f"and what it needs to go on could not be saved: {problem}"
+        else:
+            where = "there is nothing to save yet"
         super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); {where}")
-        self.step, self.tokens, self.checkpoint = step, tokens, checkpoint
+        self.step, self.tokens, self.checkpoint, self.run, self.signal = step, tokens, checkpoint, run, signal

@@ -20,7 +20,9 @@ __all__ = [
     "ActivationSource",
     "Batch",
     "Eval",
+    "Histogram",
     "LRSchedule",
+    "Metrics",
     "ModelBackend",
     "PretrainedLoader",
     "RunInfo",
@@ -124,6 +126,19 @@ class ActivationSource(Protocol):
 
 
 @attrs.frozen
+class Histogram:
+    """How many values lie between neighbouring edges: ``counts[i]`` of them in ``edges[i]`` to ``edges[i + 1]``."""
+
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+    """One more than there are counts."""
+
+
+Metrics: TypeAlias = Mapping[str, float | Histogram]
+"""What is logged, by name."""
+
+
+@attrs.frozen
 class RunInfo:
     """What a tracker may know of the run it follows."""
 
@@ -131,13 +146,18 @@ class RunInfo:
     folder: Path
     config: Mapping[str, Any]
     """The whole configuration as plain data."""
+    resumed_at: int | None = None
+    """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
 
 
 class Tracker(Protocol):
-    """Receives metrics."""
+    """Receives metrics, in a thread of its own, so that it may take its time.
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers by name, after ``step`` optimiser steps."""
+    One that has a method ``log_checkpoint(folder: Path, step: int)`` is told of the SAE folders that are saved.
+    """
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Numbers and histograms by name, after ``step`` optimiser steps."""
 
     def close(self) -> None:
         """The run has ended."""

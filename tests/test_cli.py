@@ -73,7 +73,7 @@ def test_train(tmp_path: Path) -> None:
         (["plugins", "schedules:cosine"], "there is no kind of plugin 'schedules'. Did you mean 'lr_schedules'?"),
         (["plugins", "lr_schedules:cosin"], "Did you mean 'cosine'?"),
         (["trian"], "No such command 'trian'"),
-        (["train"], "Missing argument"),
+        (["train"], "a configuration file is missing: saekit train run.toml, or saekit train --resume RUN"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:

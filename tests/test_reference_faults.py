@@ -132,7 +132,7 @@ def test_fault_21_data_that_ends(tmp_path: Path, source: str) -> None:
     config["dataset"]["on_exhausted"] = "error"
     with pytest.raises(DataError, match=rf"ended after {there:,.0f} activations, and 1,000,000 were asked for"):
         saekit.train(config, plugins=fakes(), dataset=DOCUMENTS)
-    assert list(tmp_path.glob("runs/*/checkpoints/step-*/sae_weights.safetensors"))
+    assert list(tmp_path.glob("runs/*/checkpoints/step-*/sae/sae_weights.safetensors"))
 
 
 def test_fault_22_contexts_are_whole() -> None:

@@ -68,8 +68,9 @@ class CachedSource:
     def peek(self) -> Mapping[Site, Tensor]:
         state = self.state_dict()
         self.load_state_dict(state)  # back to the last batch handed out, if the thread has gone on
-        row = sum(self._cache.manifest.site(site).row_bytes for site in self._stream.sites)
-        return self._reader.peek(max(_SAMPLE_BYTES // row, self._stream.batch_size))
+        # As many rows of each site as if it were alone, so that what is estimated on them is the same then.
+        most = {site: _SAMPLE_BYTES // self._cache.manifest.site(site).row_bytes for site in self._stream.sites}
+        return {site: self._reader.peek(max(n, self._stream.batch_size))[site] for site, n in most.items()}
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._batches.state_dict()

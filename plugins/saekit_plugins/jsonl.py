@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
+from saekit.protocols import Histogram, Metrics
 
 
 @attrs.frozen(kw_only=True)
@@ -27,17 +32,58 @@ class JsonlTracker:
     """Every line is flushed, so that a killed run keeps what it logged."""
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
-        self._file = (run.folder / config.file).open("a", encoding="utf-8")
-        self._start = time.monotonic()
+        path = run.folder / config.file
+        before = 0.0 if run.resumed_at is None else _cut_back(path, run.resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        self._start = time.monotonic() - before
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no nan
-        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **finite}
+    def log(self, metrics: Metrics, step: int) -> None:
+        plain = {name: _plain(value) for name, value in metrics.items()}
+        line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **plain}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _plain(value: float | Histogram) -> Any:
+    if isinstance(value, Histogram):
+        return {"counts": list(value.counts), "edges": [_plain(edge) for edge in value.edges]}
+    return value if math.isfinite(value) else None  # JSON has no nan
+
+
+def _cut_back(path: Path, step: int) -> float:
+    """Keep the lines up to ``step``, which are not logged again, and return the seconds at the last of them.
+
+    At step 0 the run begins anew, so nothing is kept.
+    """
+    seconds = 0.0
+    if not path.exists():
+        return seconds
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with path.open("rb") as lines, temporary.open("wb") as kept:
+            for line in lines:
+                record = _record(line)
+                if step and isinstance(record.get("step"), int) and record["step"] <= step:
+                    kept.write(line)
+                    seconds = record.get("seconds", seconds)
+            kept.flush()
+            os.fsync(kept.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return seconds
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What ``line`` says; nothing if it was torn by the run's end."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else {}
 
 
 @hookimpl

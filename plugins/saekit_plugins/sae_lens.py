@@ -42,7 +42,7 @@ class SaeLensLoader:
             raise SAEFormatError(f"the tensors in {files.place} cannot be read: {error}") from error
         return PretrainedSAE(
             options=_options(config, files.place),
-            tensors=_tensors(tensors, files.place),
+            tensors=_tensors(tensors),
             site=Site(hook_name=config["hook_name"], hook_head_index=config.get("hook_head_index")),
             log_sparsity=sparsity,
             metadata={key: config[key] for key in _METADATA if key in config},
@@ -84,12 +84,12 @@ def _options(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def _tensors(tensors: dict[str, Tensor], place: str) -> dict[str, Tensor]:
-    factor = tensors.pop("scaling_factor", None)
-    if factor is None or bool((factor == 1).all()):
-        return tensors
-    # A learned factor multiplies the features before the decoder: the same as scaling the decoder's rows.
-    return tensors | {"W_dec": tensors["W_dec"] * factor[:, None].to(tensors["W_dec"].dtype)}
+def _tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in ("scaling_factor", "finetuning_scaling_factor"):  # of 2.x, and of 3 and 4
+        factor = tensors.pop(name, None)
+        if factor is not None and not bool((factor == 1).all()):
+            tensors["scaling_factor"] = factor
+    return tensors
 
 
 @hookimpl

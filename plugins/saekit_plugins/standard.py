@@ -74,16 +74,17 @@ def _standard_class() -> type[SAE]:
                 noise = torch.randn(pre.shape, generator=step.generator, device=step.generator.device)
                 noisy = pre + config.noise_scale * noise.to(pre)
             features = self.activation(noisy)
-            output = features @ self.W_dec + self.b_dec
+            output = self.reconstruction(features)
             mse = squared_errors(output, x, config.mse_loss_normalization).sum(-1).mean()
             weights = self.W_dec.norm(dim=1) if config.scale_sparsity_penalty_by_decoder_norm else None
             penalty = sparsity_penalty(features, config.lp_norm, weights)
             coefficient = l1_coefficient_at(config, step.step)
             loss = mse + coefficient * penalty
-            losses = {"mse_loss": mse, "l1_loss": penalty}
+            ghost = loss.new_zeros(())
             if config.use_ghost_grads and step.dead is not None:
                 ghost = ghost_loss(pre, x, output, self.W_dec, step.dead, config.mse_loss_normalization)
-                loss, losses["ghost_grad_loss"] = loss + ghost, ghost
+                loss = loss + ghost
+            losses = {"mse_loss": mse, "l1_loss": penalty, "ghost_grad_loss": ghost}
             return StepOutput(
                 loss=loss,
                 losses={name: value.detach() for name, value in losses.items()},

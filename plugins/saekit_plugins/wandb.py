@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import secrets
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
+from saekit.protocols import Histogram, Metrics
+
+ID_FILE = "wandb-run-id.txt"
+"""Holds the W&B run's id, in the run folder: a run that is resumed goes on in the same W&B run."""
+BINS_AT_MOST = 512  # W&B refuses a histogram with more
 
 
 @attrs.frozen(kw_only=True)
@@ -23,14 +32,21 @@ class WandbConfig:
     """`offline` writes into the run folder, without login or network; `wandb sync` sends it later."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
+    log_checkpoints: bool = False
+    """Upload the SAE of each checkpoint as an artifact."""
 
 
 class WandbTracker:
-    """One W&B run per SAE."""
+    """One W&B run per SAE, also when several are trained at once."""
 
     def __init__(self, config: WandbConfig, run: RunInfo) -> None:
         import wandb
 
+        run_id = _run_id(run.folder)
+        self._wandb = wandb
+        self._log_checkpoints = config.log_checkpoints
+        # With the id, since a name may be used again elsewhere in the project.
+        self._artifact_name = f"{re.sub('[^A-Za-z0-9_.-]', '-', run.name)[:100]}-{run_id}"
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -39,14 +55,58 @@ class WandbTracker:
             config=dict(run.config),
             mode=config.mode,
             tags=list(config.tags),
+            id=run_id,
+            resume="allow",
+            reinit="create_new",
             settings=wandb.Settings(silent=True),
         )
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+    def log(self, metrics: Metrics, step: int) -> None:
+        if step < self._run.starting_step:
+            return  # the run was resumed: W&B has this step, and would drop it with a warning for each
+        self._run.log({name: self._value(value) for name, value in metrics.items()}, step=step)
+
+    def _value(self, value: float | Histogram) -> object:
+        if not isinstance(value, Histogram):
+            return value
+        import numpy as np
+
+        counts, edges = _coarser(value)
+        return self._wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Upload ``folder``; W&B takes copies at once, so it may go when this returns."""
+        if not self._log_checkpoints:
+            return
+        artifact = self._wandb.Artifact(self._artifact_name, type="model", metadata={"step": step})
+        for file in sorted(folder.rglob("*")):  # not add_dir, which prints, whatever the settings
+            if file.is_file():
+                artifact.add_file(str(file), name=file.relative_to(folder).as_posix())
+        self._run.log_artifact(artifact, aliases=[f"step-{step}"])  # W&B adds "latest"
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The stored id, or a new one, which is stored."""
+    file = folder / ID_FILE
+    if file.exists() and (stored := file.read_text(encoding="utf-8").strip()):
+        return stored
+    new = secrets.token_hex(4)
+    temporary = file.with_name(f".{file.name}.{new}.tmp")
+    temporary.write_text(new + "\n", encoding="utf-8")
+    temporary.replace(file)
+    return new
+
+
+def _coarser(histogram: Histogram) -> tuple[list[int], list[float]]:
+    """Counts and edges, with neighbouring bins taken together if there are too many for W&B."""
+    n = len(histogram.counts)
+    width = max(1, -(-n // BINS_AT_MOST))
+    starts = [*range(0, n, width), n]
+    counts = [sum(histogram.counts[first:last]) for first, last in pairwise(starts)]
+    return counts, [histogram.edges[i] for i in starts]
 
 
 @hookimpl

@@ -46,10 +46,15 @@ class ActivationStream:
 
     def __next__(self) -> Batch:
         with self._stream.model_lock:  # its tokenizer may not be used by two threads either
+            before = self._contexts.state_dict()
             contexts = self._contexts.take(self._batch_size)
         if not len(contexts):
             raise StopIteration
-        return self.run(contexts)
+        try:
+            return self.run(contexts)
+        except BaseException:
+            self._contexts.load_state_dict(before)  # so that a run that goes on later does not miss them
+            raise
 
     def run(self, contexts: Contexts) -> Batch:
         """The activations of ``contexts``, every position of each."""

@@ -33,13 +33,18 @@ def seed_for(seed: int, purpose: str) -> int:
 
 
 def open_backend(
-    config: TrainConfig, corpus: Corpus, plugins: PluginManager, model: object | None, sites: Sequence[Site]
+    config: TrainConfig,
+    corpus: Corpus,
+    plugins: PluginManager,
+    model: object | None,
+    sites: Sequence[Site],
+    option: str = "site.hook_name",
 ) -> ModelBackend:
-    """The model, checked against the sites and the context size; it has not run yet."""
+    """The model, checked against the context size and the ``sites``, which ``option`` names; it has not run yet."""
     backend = build_backend(config, plugins, model)
     check_context_size(backend, corpus.context_size)
     check_hooks(backend, [config.site], "site.hook_name")
-    check_hooks(backend, sites, "activations.cache.sites")
+    check_hooks(backend, sites, option)
     return backend
 
 
@@ -74,9 +79,15 @@ def check_hooks(backend: ModelBackend, sites: Sequence[Site], option: str) -> No
 
 
 def open_stream(
-    config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend, sites: Sequence[Site]
+    config: TrainConfig,
+    corpus: Corpus,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    sites: Sequence[Site],
+    *,
+    beside: StreamContext | None = None,
 ) -> StreamContext:
-    """What activations are made from."""
+    """What activations are made from; ``beside`` is another stream that runs the same model."""
     return StreamContext(
         backend=backend,
         sites=sites,
@@ -85,6 +96,7 @@ def open_stream(
         open_contexts=lambda: corpus.contexts(backend),
         repeat=config.dataset.on_exhausted == "repeat",
         find_identity=lambda: run_identity(config, corpus, plugins, backend),
+        model_lock=beside.model_lock if beside is not None else None,
     )
 
 

@@ -38,6 +38,7 @@ class StreamContext:
         open_contexts: Callable[[], ContextStream],
         repeat: bool = True,
         find_identity: Callable[[], Mapping[str, Any]] = dict,
+        model_lock: threading.RLock | None = None,
     ) -> None:
         self.backend = backend
         self.sites = tuple(sites)
@@ -48,7 +49,7 @@ class StreamContext:
         """For the source's own generators."""
         self.repeat = repeat
         """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
-        self.model_lock = threading.RLock()
+        self.model_lock = model_lock or threading.RLock()
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
         self._open_contexts, self._find_identity = open_contexts, find_identity
 

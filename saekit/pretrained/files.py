@@ -44,8 +44,10 @@ class SAEFiles:
 
     @classmethod
     def in_folder(cls, path: str | Path) -> SAEFiles:
-        """The files of a local folder."""
+        """The files of a local folder; of a run folder or a checkpoint, those of the one SAE in it."""
         folder = Path(path)
+        if not (folder / "cfg.json").is_file() and (folder / "sae" / "cfg.json").is_file():
+            folder = folder / "sae"
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "is not there"
             raise SAEFormatError(f"the SAE folder {folder} {what}")

@@ -17,7 +17,7 @@ from saekit.storage import new_folder, sha256
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["CONFIG", "SPARSITY", "WEIGHTS", "save_sae"]
+__all__ = ["CONFIG", "SPARSITY", "WEIGHTS", "save_sae", "write_sae"]
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 FORMAT = 1
@@ -27,20 +27,27 @@ _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 
 def save_sae(sae: SAE, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``, replacing one that is there; returns ``path``."""
+    with new_folder(path) as folder:
+        write_sae(sae, folder)
+    return path
+
+
+def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
+    """Write the files of ``sae`` into ``folder``, which is there; returns the checksums of those with tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = folder_config(sae)
     try:
-        with new_folder(path) as folder:
-            save_file(sae.public_tensors(), folder / WEIGHTS)
-            if sae.log_sparsity is not None:
-                save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
-            config["saekit"]["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(sae.public_tensors(), folder / WEIGHTS)
+        if sae.log_sparsity is not None:
+            save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
     except SafetensorError as error:  # what the library makes of a full disk
-        raise StorageError(f"cannot write {path}: {error}. What was there before is kept") from error
-    return path
+        raise StorageError(f"cannot write the SAE: {error}. What was there before is kept") from error
+    sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    config["saekit"]["sha256"] = sums
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return sums
 
 
 def folder_config(sae: SAE) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -68,7 +68,10 @@ class StepOutput:
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder, ``x̂ = act(x̄ W_enc + b_enc) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
+    """A sparse autoencoder, ``x̂ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
+
+    ``scale``, the ``scaling_factor [d_sae]`` of fine-tuning (Wright and Sharkey 2024, "Addressing feature
+    suppression in SAEs"), is there only where it is used: see :meth:`add_scaling_factor`.
 
     Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product, and returns the same shape and dtype.
     Architectures override :meth:`losses`, and :meth:`pre_activations` or :meth:`encode` where they differ.
@@ -89,6 +92,8 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.scaling_factor: nn.Parameter | None
+        self.register_parameter("scaling_factor", None)
         for name in _HOOKS:
             self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
 
@@ -110,7 +115,7 @@ class SAE(nn.Module):
 
     def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
         """Reconstructions ``[..., d_in]``, in the shape and dtype of ``like`` if that is given."""
-        output = self.run_hook("recons", self._decode(features))
+        output = self.run_hook("recons", self.reconstruction(features))
         if like is None:
             return output
         return output.reshape(like.shape).to(like.dtype)
@@ -133,8 +138,10 @@ class SAE(nn.Module):
         finally:
             self._hooks_off = False
 
-    def _decode(self, features: Tensor) -> Tensor:
-        return features @ self.W_dec + self.b_dec
+    def reconstruction(self, features: Tensor) -> Tensor:
+        """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_in]``, without the hooks of :meth:`decode`."""
+        scaled = features if self.scaling_factor is None else features * self.scaling_factor
+        return scaled @ self.W_dec + self.b_dec
 
     def _rows(self, x: Tensor) -> Tensor:
         return flatten_heads(x, self.d_in)[0].to(self.W_enc.dtype)
@@ -154,15 +161,25 @@ class SAE(nn.Module):
     @torch.no_grad()
     def before_update(self) -> None:
         """Between gradient and update: remove what a normalised decoder cannot follow."""
-        if self.config.normalize_sae_decoder and self.W_dec.grad is not None:
+        if self.config.normalize_sae_decoder and self.W_dec.requires_grad and self.W_dec.grad is not None:
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) / self.W_dec.pow(2).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """After an update: decoder rows back to norm 1."""
-        if self.config.normalize_sae_decoder:
+        if self.config.normalize_sae_decoder and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    def add_scaling_factor(self) -> None:
+        """Multiply features by a factor of their own before they are decoded, at first 1."""
+        if self.scaling_factor is None:
+            self.scaling_factor = nn.Parameter(torch.ones_like(self.b_enc))
+
+    def learn_only(self, names: Collection[str]) -> None:
+        """From now on train these parameters and leave the others as they are."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in names)
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: float) -> None:
@@ -181,12 +198,24 @@ class SAE(nn.Module):
         return {"architecture": self.info.architecture}
 
     def public_tensors(self) -> dict[str, Tensor]:
-        """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
+        """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU.
+
+        A scaling factor is part of ``W_dec`` there: other readers know none.
+        """
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
+        factor = tensors.pop("scaling_factor", None)
+        return tensors if factor is None else tensors | {"W_dec": tensors["W_dec"] * factor[:, None]}
 
     @torch.no_grad()
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy ``tensors`` in; :class:`SAEFormatError` names what is missing, unknown or of another shape."""
+        """Copy ``tensors`` in; :class:`SAEFormatError` names what is missing, unknown or of another shape.
+
+        A ``scaling_factor`` among them becomes the SAE's; without one, it has none or factors of 1.
+        """
+        if "scaling_factor" in tensors:
+            self.add_scaling_factor()
+        elif self.scaling_factor is not None:
+            tensors = {**tensors, "scaling_factor": torch.ones_like(self.scaling_factor)}
         own = dict(self.named_parameters())
         problems = [f"{name} is missing" for name in own if name not in tensors]
         problems += [f"{name} is not a tensor of this architecture" for name in tensors if name not in own]

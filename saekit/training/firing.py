@@ -69,4 +69,5 @@ class FiringStatistics:
         self._fired.copy_(state["fired"])
         self.since_fired.copy_(state["since_fired"])
         self._rows, self._steps = state["rows"], state["steps"]
-        self.last_fractions = state["last_fractions"]
+        last = state["last_fractions"]
+        self.last_fractions = None if last is None else last.to(self._fired.device)

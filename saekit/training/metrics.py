@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.sae.module import StepOutput
+from saekit.protocols import Histogram
+from saekit.sae.module import SAE, StepOutput
 
-__all__ = ["step_metrics", "window_metrics"]
+__all__ = ["eval_metrics", "histogram", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
@@ -36,11 +40,41 @@ def step_metrics(
     }
 
 
-def window_metrics(fractions: Tensor) -> dict[str, float]:
+def histogram(values: Tensor, bins: int = 64) -> Histogram:
+    """``bins`` equal bins from the least to the largest of the finite ``values``."""
+    finite = values.detach().to("cpu", torch.float64).flatten()
+    counts, edges = np.histogram(finite[finite.isfinite()].numpy(), bins)
+    return Histogram(tuple(counts.tolist()), tuple(edges.tolist()))
+
+
+def window_metrics(fractions: Tensor) -> dict[str, float | Histogram]:
     """The metrics of one firing window from ``fractions [d_sae]``."""
     logs = torch.log10(fractions + 1e-10)
     return {
+        "plots/feature_density_line_chart": histogram(logs),
         "metrics/mean_log10_feature_sparsity": logs.mean().item(),
         "sparsity/below_1e-5": (fractions < 1e-5).sum().item(),
         "sparsity/below_1e-6": (fractions < 1e-6).sum().item(),
+    }
+
+
+_FAMILIAR = {
+    "ce_recovered": "CE_loss_score",
+    "ce_loss_without_sae": "ce_loss_without_sae",
+    "ce_loss_with_sae": "ce_loss_with_sae",
+    "ce_loss_with_ablation": "ce_loss_with_ablation",
+    "l2_norm_in": "l2_norm_in",
+    "l2_norm_out": "l2_norm",
+    "l2_ratio": "l2_ratio",
+}
+"""Names under which dashboards of sae-lens look for evals, below ``metrics/``."""
+
+
+def eval_metrics(sae: SAE, found: Mapping[str, float]) -> dict[str, float | Histogram]:
+    """The numbers that evals have ``found`` of ``sae``, and histograms of its weights."""
+    named: dict[str, float | Histogram] = {f"evals/{name}": value for name, value in found.items()}
+    named |= {f"metrics/{known}": found[name] for name, known in _FAMILIAR.items() if name in found}
+    return named | {
+        "weights/W_dec_norms": histogram(sae.W_dec.detach().norm(dim=1)),
+        "weights/b_e": histogram(sae.b_enc),
     }

@@ -1,74 +1,50 @@
-"""What watches a run: trackers, evals during training, and the run folder's record."""
+"""What watches a session: evals during training, and trackers."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 import attrs
 
-from saekit.protocols import Tracker
+from saekit.protocols import Histogram
+from saekit.training.session import Session
+from saekit.training.trackers import Trackers
 from saekit.training.trainer import SAETrainer
 
-__all__ = ["EvalObserver", "TrackerObserver", "Trackers"]
-
-
-@attrs.define
-class Trackers:
-    """All trackers of one SAE.  One that fails is reported once and left alone from then on; training goes on."""
-
-    _trackers: dict[str, Tracker]
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Send ``metrics`` to every tracker that still works."""
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(metrics, step)
-            except Exception as error:  # a tracker is a stranger: nothing it raises may stop training
-                del self._trackers[name]
-                with contextlib.suppress(Exception):
-                    tracker.close()
-                warnings.warn(
-                    f"tracker {name} failed at step {step} and is off now: {type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-
-    def close(self) -> None:
-        """End every tracker."""
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                warnings.warn(f"tracker {name} failed to close: {error}", RuntimeWarning, stacklevel=2)
-
-
-@attrs.define
-class TrackerObserver:
-    """Hands metrics to the trackers and remembers the last of each."""
-
-    _trackers: Sequence[Trackers]
-    latest: list[dict[str, float]] = attrs.field(factory=list)
-
-    def __attrs_post_init__(self) -> None:
-        self.latest = [{} for _ in self._trackers]
-
-    def after_step(self, trainers: Sequence[SAETrainer], metrics: Sequence[dict[str, float]]) -> None:
-        for trainer, trackers, latest, logged in zip(trainers, self._trackers, self.latest, metrics, strict=True):
-            if logged:
-                trackers.log(logged, trainer.step)
-                latest.update(logged)
+__all__ = ["EvalObserver", "TrackerObserver"]
 
 
 @attrs.define
 class EvalObserver:
-    """Measures every ``every_n_steps`` steps."""
+    """Measures each SAE every ``evals.every_n_steps`` of its steps."""
 
-    _every_n_steps: int
-    _evaluate: Callable[[SAETrainer], dict[str, float]]
+    _session: Session
 
-    def after_step(self, trainers: Sequence[SAETrainer], metrics: Sequence[dict[str, float]]) -> None:
-        for trainer, logged in zip(trainers, metrics, strict=True):
-            if self._every_n_steps and trainer.step % self._every_n_steps == 0:
-                logged |= self._evaluate(trainer)
+    def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
+        member = self._session.members[trainer.name]
+        every = member.config.evals.every_n_steps
+        if every and trainer.step % every == 0 and trainer.diverged is None:
+            metrics |= self._session.evaluate(member)
+
+    def after_batch(self) -> None:
+        pass
+
+
+@attrs.define
+class TrackerObserver:
+    """Hands metrics to the trackers of each SAE."""
+
+    _session: Session
+    _trackers: Mapping[str, Trackers]
+
+    def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
+        if trainer.diverged is not None:
+            if len(self._trackers) > 1:  # else it is an error, and says so itself
+                warnings.warn(f"{trainer.name} is stopped: {trainer.diverged}", RuntimeWarning, stacklevel=4)
+        elif metrics:
+            self._trackers[trainer.name].log(metrics, trainer.step)
+            self._session.members[trainer.name].note(metrics)
+
+    def after_batch(self) -> None:
+        pass

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saekit.config import OptimiserConfig
+from saekit.errors import StorageError
 
 __all__ = ["Optimiser"]
 
 
 class Optimiser:
-    """Clips the gradient's total norm and takes a fused Adam step at the scheduled rate."""
+    """Clips the gradient's total norm and takes a fused Adam step at the scheduled rate.
+
+    Parameters without a gradient are left alone.
+    """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], config: OptimiserConfig, schedule: Callable[[int], float]
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimiserConfig,
+        schedule: Callable[[int], float],
     ) -> None:
-        self._parameters = list(parameters)
+        self._names, self._parameters = zip(*parameters, strict=True)
         self._clip = config.clip_grad_norm
         self._schedule = schedule
         betas = (config.beta1, config.beta2)
@@ -41,9 +48,20 @@ class Optimiser:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments."""
-        return self._adam.state_dict()
+        """Adam's moments by the name of the parameter; the rate follows from the step."""
+        state = self._adam.state
+        named = zip(self._names, self._parameters, strict=True)
+        return {name: dict(state[parameter]) for name, parameter in named if parameter in state}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        self._adam.load_state_dict(state)
+        if unknown := sorted(set(state) - set(self._names)):
+            raise StorageError(f"the saved optimiser has moments of {', '.join(unknown)}, which this SAE does not have")
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            for moment, value in state.get(name, {}).items():
+                if value.ndim and value.shape != parameter.shape:
+                    raise StorageError(
+                        f"the saved {moment} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
+                    )
+        numbered = {index: state[name] for index, name in enumerate(self._names) if name in state}
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": numbered})

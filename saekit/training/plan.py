@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
@@ -31,7 +31,19 @@ from saekit.errors import DataError, SaekitError
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
 from saekit.site import Site
-from saekit.training.setup import check_run_folder, chosen_trackers, make_evals, make_schedule, make_trainer
+from saekit.training.setup import (
+    check_run_folder,
+    chosen_trackers,
+    give_weights,
+    make_evals,
+    make_schedule,
+    make_trainer,
+    sae_options,
+)
+from saekit.training.trainer import SAETrainer
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAE
 
 __all__ = ["Plan", "plan"]
 
@@ -75,6 +87,7 @@ class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
+        self.start: SAE | None = None
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
@@ -93,10 +106,12 @@ class _Planner:
         """Everything, as far as it can be reached."""
         config, plugins = self.config, self.plugins
         self.training()
-        self.attempt(lambda: check_run_folder(config))
+        self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
         self.attempt(lambda: resolve_device(config.training.device, "training.device"))
         self.attempt(lambda: make_evals(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
+        if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
+            self.options, self.start = found
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
         backend = self.attempt(lambda: build_backend(config, plugins, model))
@@ -128,10 +143,11 @@ class _Planner:
     def training(self) -> None:
         """What the configuration alone says."""
         training = self.config.training
-        self.numbers |= {"steps": training.steps, "training_tokens": training.training_tokens}
+        self.numbers |= {"steps": training.steps, "training_tokens": training.total_tokens}
+        tuned = f", the last {training.finetuning_tokens:,} for fine-tuning" if training.finetuning_tokens else ""
         self.facts["training"] = (
             f"{training.steps:,} steps of {training.train_batch_size_tokens:,} tokens, "
-            f"{training.training_tokens:,} in all"
+            f"{training.total_tokens:,} in all{tuned}"
         )
         if training.dead_feature_window >= training.steps:
             self.warnings.append(
@@ -243,10 +259,12 @@ class _Planner:
             what = "reading activations"
         training = self.config.training
         if self.options.d_in in (None, width):
-            per_step = _timed_steps(self.config, self.plugins, backend, corpus, width, rows, schedule)
+            trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
+            give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
+            per_step = _timed_steps(trainer, rows)
         else:
             per_step = 0.0
-        forward = per_token * training.training_tokens
+        forward = per_token * training.total_tokens
         steps = per_step * training.steps
         self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
         self.facts["duration"] = (
@@ -292,34 +310,17 @@ def _timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]
     return min(times[1:] or times), torch.cat(rows)
 
 
-@attrs.frozen
-class _Sample:
-    """Stands in for a source where only a look at activations is needed."""
-
-    rows: Mapping[Site, Tensor]
-
-    def peek(self) -> Mapping[Site, Tensor]:
-        return self.rows
-
-
-def _timed_steps(
-    config: TrainConfig,
-    plugins: PluginManager,
-    backend: ModelBackend,
-    corpus: Corpus,
-    width: int,
-    rows: Tensor,
-    schedule: Any,
-) -> float:
+def _timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
     """Seconds per step of the real trainer on a full batch."""
-    source: Any = _Sample({config.site: rows})
-    trainer = make_trainer(config, plugins, backend, corpus, width, source, schedule)
-    size = min(config.training.train_batch_size_tokens, config.training.training_tokens)
+    training = trainer.training
+    size = min(training.train_batch_size_tokens, training.total_tokens)
     batch = rows.repeat(-(-size // len(rows)), 1)[:size]
     times = []
-    for _ in range(min(_STEPS, config.training.steps)):
+    for _ in range(min(_STEPS, training.steps)):
         start = time.perf_counter()
-        trainer.train_on(batch, last=True)  # logging reads the result, and so waits for the device
+        trainer.train_on(batch)
+        if trainer.device.startswith("cuda"):
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 

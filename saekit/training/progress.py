@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from saekit.progress import ProgressDisplay
+from saekit.protocols import Histogram
+from saekit.training.session import Session
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["TrainingProgress"]
@@ -18,14 +18,34 @@ _SHOWN = {
 
 
 class TrainingProgress(ProgressDisplay):
-    """Tokens done, rate, loss, explained variance, L0, dead features and the time left."""
+    """Tokens done, rate, loss, explained variance, L0, dead features and the time left.
 
-    def __init__(self, training_tokens: int, *, verbose: bool = True) -> None:
-        super().__init__(training_tokens, doing="training", verbose=verbose)
-        self._text = ""
+    For several SAEs, the least and the largest of each number.  Several SAEs are shown when any of them is verbose.
+    """
 
-    def after_step(self, trainers: Sequence[SAETrainer], metrics: Sequence[dict[str, float]]) -> None:
-        """Show the first SAE's numbers."""
-        if metrics[0]:
-            self._text = "  ".join(f"{name} {metrics[0][key]:.4g}" for name, key in _SHOWN.items() if key in metrics[0])
-        self.update(trainers[0].tokens, self._text)
+    def __init__(self, session: Session) -> None:
+        verbose = any(member.config.training.verbose for member in session.members.values())
+        number = len(session.members)
+        doing = "training" if number == 1 else f"training {number} SAEs"
+        super().__init__(session.total_tokens, doing=doing, verbose=verbose)
+        self._session, self._before = session, session.tokens
+
+    def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
+        pass
+
+    def after_batch(self) -> None:
+        """Show what is known by now."""
+        self.update(self._session.tokens, self._text(), before=self._before)
+
+    def _text(self) -> str:
+        members = self._session.members.values()
+        trained = [member.latest for member in members if member.trainer.diverged is None]
+        parts = []
+        for name, key in _SHOWN.items():
+            values = [latest[key] for latest in trained if key in latest]
+            if values:
+                low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+                parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+        if len(trained) < len(members):
+            parts.append(f"{len(members) - len(trained)} diverged")
+        return "  ".join(parts)

@@ -1,41 +1,41 @@
-"""``saekit.train``: one run from configuration to saved SAE."""
+"""``saekit.train`` and ``saekit.resume``: from configurations to saved SAEs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import attrs
 from torch import Tensor
 
 from saekit.config import TrainConfig
-from saekit.config_files import dump_config, load_config
-from saekit.converter import ConfigConverter
+from saekit.config_files import load_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
-from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for
-from saekit.devices import resolve_device
-from saekit.errors import DataError, DivergedError, PluginError, SaekitError, TrainingInterrupted
+from saekit.errors import ConfigError, DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
-from saekit.protocols import ActivationSource, ModelBackend, RunInfo, Tracker
+from saekit.protocols import ModelBackend
 from saekit.sae.module import SAE
-from saekit.storage import write_text
-from saekit.training.loop import Observer, fit
-from saekit.training.observers import EvalObserver, TrackerObserver, Trackers
+from saekit.training.interruption import Interruption
+from saekit.training.loop import fit
+from saekit.training.observers import EvalObserver, TrackerObserver
 from saekit.training.progress import TrainingProgress
-from saekit.training.setup import (
-    check_run_folder,
-    chosen_trackers,
-    make_evals,
-    make_schedule,
-    make_trainer,
-    run_folder,
-)
-from saekit.training.trainer import SAETrainer
+from saekit.training.randomness import seeded
+from saekit.training.record import RunRecord
+from saekit.training.resuming import Resumption
+from saekit.training.saving import Saving
+from saekit.training.session import Member, Session
+from saekit.training.setup import check_run_folder, run_folder
+from saekit.training.summary import write_summary
+from saekit.training.sweep import changed_options, member_names
+from saekit.training.trackers import Trackers, start_trackers
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["ConfigSource", "SweepResult", "TrainResult", "resume", "train"]
+
+ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
+"""A config, a dict, or the path of a TOML, YAML or JSON file."""
 
 
 @attrs.frozen
@@ -55,111 +55,207 @@ class TrainResult:
     """The text, to go on with."""
 
 
+@attrs.frozen
+class SweepResult:
+    """What SAEs leave behind that were trained together."""
+
+    folder: Path
+    """The sweep's folder: one for each SAE, ``summary.csv`` and ``summary.png``."""
+    results: Mapping[str, TrainResult]
+    """By name, in the order of the configurations; without those that diverged."""
+    diverged: Mapping[str, str]
+    """Why an SAE was stopped, by name."""
+    summary: Sequence[Mapping[str, Any]]
+    """For each SAE its name, its changed options, its main numbers and its status: the rows of ``summary.csv``."""
+
+
+@overload
 def train(
-    cfg: TrainConfig | Mapping[str, Any] | str | Path,
+    cfg: ConfigSource, *, plugins: PluginManager | None = ..., model: object | None = ..., dataset: object | None = ...
+) -> TrainResult: ...
+
+
+@overload
+def train(
+    cfg: list[Any] | tuple[Any, ...],
+    *,
+    plugins: PluginManager | None = ...,
+    model: object | None = ...,
+    dataset: object | None = ...,
+) -> SweepResult: ...
+
+
+def train(
+    cfg: ConfigSource | list[Any] | tuple[Any, ...],
     *,
     plugins: PluginManager | None = None,
     model: object | None = None,
     dataset: object | None = None,
-) -> TrainResult:
-    """Train the SAE that ``cfg`` describes: a config, a dict, or the path of a TOML, YAML or JSON file.
+) -> TrainResult | SweepResult:
+    """Train the SAE that ``cfg`` describes, or several on one run of the model: a list, as :func:`saekit.grid` makes.
 
     ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` an in-memory
     dataset (a HF ``Dataset``, or a list of ``{"text": ...}`` records); they take the place of ``model.name`` and
     ``dataset.path``.  ``plugins`` replaces the installed plugins.
 
+    SAEs that are trained together must agree on the model, the text and the checkpoints; each ends as if it had been
+    trained alone.  One that diverges is stopped, and the others go on.
+
     Raises :class:`saekit.errors.SaekitError` for what is wrong with the configuration, model or data.  When it is
-    interrupted, it saves the SAE as it is and raises :class:`saekit.errors.TrainingInterrupted`.
+    interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
     """
     plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins)
-    check_run_folder(config)
-    resolve_device(config.training.device, "training.device")
-    schedule = make_schedule(config, plugins)
-    evals = make_evals(config, plugins)
-    corpus = Corpus.of(config.dataset, config.evals, dataset)
-    backend = open_backend(config, corpus, plugins, model, [config.site])
-    held_out = corpus.held_out(backend, seed_for(config.training.seed, "held out")) if evals else None
-    stream = open_stream(config, corpus, plugins, backend, [config.site])
-    source = open_source(config, plugins, stream)
-
-    def evaluate(trainer: SAETrainer) -> dict[str, float]:
-        found: dict[str, float] = {}
-        if held_out is None:
-            return found
-        sae = trainer.raw_sae()
-        with stream.model_lock:  # the source's thread must not run the model while its hooks are in place
-            for measure in evals.values():
-                found |= measure(sae, backend=backend, site=config.site, contexts=held_out)
-        return {f"evals/{name}": value for name, value in found.items()}
-
-    with contextlib.closing(source):
-        d_in = checked_width(stream, config.site, plugins.options("sae_architectures", config.sae).d_in)
-        trainer = make_trainer(config, plugins, backend, corpus, d_in, source, schedule)
-        folder = run_folder(config)
-        write_text(folder / "config.toml", dump_config(config, plugins=plugins))
-        with contextlib.closing(_trackers(config, plugins, folder)) as trackers:
-            metrics = _fit(config, corpus, trainer, source, evaluate, trackers, folder)
-    return TrainResult(
-        sae=trainer.raw_sae(), folder=folder, metrics=metrics, backend=backend, held_out=held_out, corpus=corpus
-    )
+    if isinstance(cfg, (TrainConfig, Mapping, str, Path)):
+        configs, names, home = [load_config(cfg, plugins=plugins)], ["sae"], "."
+        name = configs[0].checkpoints.name
+    else:
+        configs, home = [load_config(one, plugins=plugins) for one in cfg], None
+        if not configs:
+            raise ConfigError("there is no configuration to train: the list is empty")
+        name, names = member_names(configs, plugins)
+    check_run_folder(configs[0], name)
+    session = Session(dict(zip(names, configs, strict=True)), plugins, model, dataset)
+    with contextlib.closing(session), seeded(configs[0].training.seed):
+        session.give_weights()
+        folder = run_folder(configs[0], name, None if home else "sweep")
+        in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
+        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
+        record.write({name: member.config for name, member in session.members.items()}, plugins)
+        return _run(session, record)
 
 
-def _fit(
-    config: TrainConfig,
-    corpus: Corpus,
-    trainer: SAETrainer,
-    source: ActivationSource,
-    evaluate: Callable[[SAETrainer], dict[str, float]],
-    trackers: Trackers,
-    folder: Path,
-) -> dict[str, float]:
-    """Train, save, evaluate, and return the last metrics; whatever ends training early leaves a checkpoint."""
-    logged = TrackerObserver([trackers])
-    saved: Path | None = None
-    try:
-        with TrainingProgress(config.training.training_tokens, verbose=config.training.verbose) as progress:
-            observers: list[Observer] = [EvalObserver(config.evals.every_n_steps, evaluate), logged, progress]
-            tokens = fit([trainer], source, config.training.training_tokens, observers)
-        _check_exhausted(config, corpus, tokens)
-        saved = trainer.raw_sae().save(folder / "sae")  # before the last eval, which may fail
-        every = config.evals.every_n_steps
-        if not (every and trainer.step % every == 0):  # else the loop has just measured
-            final = evaluate(trainer)
-            trackers.log(final, trainer.step)
-            logged.latest[0].update(final)
-    except DivergedError:
-        raise  # there is nothing worth keeping in its weights
-    except BaseException as error:
-        if saved is None and trainer.step:
-            saved = trainer.raw_sae().save(folder / "checkpoints" / f"step-{trainer.step}")
-        if isinstance(error, KeyboardInterrupt):
-            raise TrainingInterrupted(trainer.step, trainer.tokens, saved) from error
-        raise
-    return logged.latest[0]
+def resume(
+    run: str | Path,
+    cfg: ConfigSource | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Sequence[str] = (),
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> TrainResult | SweepResult:
+    """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
+
+    ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
+    that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
+    :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.
+
+    Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
+    """
+    plugins = plugins or default_manager()
+    resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
+    session = Session(resumption.configs, plugins, model, dataset)
+    with contextlib.closing(session), seeded(next(iter(resumption.configs.values())).training.seed):
+        resumption.load_into(session)
+        resumption.record.write(resumption.configs, plugins)
+        return _run(session, resumption.record)
 
 
-def _check_exhausted(config: TrainConfig, corpus: Corpus, tokens: int) -> None:
-    wanted = config.training.training_tokens
+def _run(session: Session, record: RunRecord) -> TrainResult | SweepResult:
+    """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
+    with contextlib.ExitStack() as stack:
+        trackers: dict[str, Trackers] = {}
+        for name, member in session.members.items():
+            resumed_at = member.trainer.step if session.batches else None
+            started = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
+            trackers[name] = stack.enter_context(contextlib.closing(started))
+        interruption = Interruption()
+        saving = Saving(session, record.folder, trackers, interruption)
+        try:
+            _fit(session, trackers, saving, interruption)
+            _finish(session, record, trackers, saving)
+        except DivergedError:
+            raise  # there is nothing worth keeping in its weights
+        except BaseException as error:
+            _save_after(error, session, record, saving, interruption)
+            raise
+    return _result(session, record)
+
+
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, interruption: Interruption) -> None:
+    with interruption, TrainingProgress(session) as progress:
+        fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
+
+
+def _finish(session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+    """Save and measure every SAE that is worth it."""
+    for member in _healthy(session):
+        _check_exhausted(member, session.corpus)
+        try:
+            member.trainer.check_weights()
+        except DivergedError as error:
+            member.trainer.diverged = str(error)
+    for member in _healthy(session):  # all are saved before the last evals, which may fail
+        member.trainer.raw_sae().save(record.home(member.name) / "sae")
+    for member in _healthy(session):
+        every, step = member.config.evals.every_n_steps, member.trainer.step
+        if not (every and step % every == 0):  # else the loop has just measured
+            final = session.evaluate(member)
+            trackers[member.name].log(final, step)
+            member.note(final)
+    if not _healthy(session):
+        raise DivergedError(_why(session, record, saving))
+    saving.save_if_possible(finished=True)
+
+
+def _healthy(session: Session) -> list[Member]:
+    return [member for member in session.members.values() if member.trainer.diverged is None]
+
+
+def _why(session: Session, record: RunRecord, saving: Saving) -> str:
+    lines = []
+    for name, member in session.members.items():
+        last = saving.last_good(name)
+        kept = f"The last good checkpoint is {last}" if last else "There was no checkpoint before"
+        prefix = f"{name}: " if len(session.members) > 1 else ""
+        lines.append(f"{prefix}{member.trainer.diverged}. {kept}")
+    return "\n".join(lines)
+
+
+def _check_exhausted(member: Member, corpus: Corpus) -> None:
+    tokens, wanted = member.trainer.tokens, member.config.training.total_tokens
     check_contexts(tokens, corpus.context_size)
-    if tokens < wanted and config.dataset.on_exhausted == "error":
+    if tokens < wanted and member.config.dataset.on_exhausted == "error":
         raise DataError(
             f"the data ended after {tokens:,} activations, and {wanted:,} were asked for (training.training_tokens). "
             'Train on fewer, or set dataset.on_exhausted to "repeat" or "stop"'
         )
 
 
-def _trackers(config: TrainConfig, plugins: PluginManager, folder: Path) -> Trackers:
-    """The configured trackers and the one that is always there."""
-    run = RunInfo(name=folder.name, folder=folder, config=ConfigConverter(plugins).unstructure(config))
-    built: dict[str, Tracker] = {}
-    for key, choice in chosen_trackers(config, plugins).items():
-        try:
-            built[key] = plugins.build("trackers", choice, run=run)
-        except SaekitError:
-            Trackers(built).close()
-            raise
-        except Exception as error:  # whatever a stranger's package raises when it has no login or no network
-            Trackers(built).close()
-            raise PluginError(f"the tracker {key} cannot start: {type(error).__name__}: {error}") from error
-    return Trackers(built)
+def _save_after(
+    error: BaseException, session: Session, record: RunRecord, saving: Saving, interruption: Interruption
+) -> None:
+    """Save what there is when training ends early; an interruption is raised as what it is."""
+    saved, problem = None, None
+    try:
+        saved = saving.save() if session.batches else None
+    except StorageError as failed:
+        problem = str(failed)
+    if isinstance(error, KeyboardInterrupt):
+        raise TrainingInterrupted(
+            session.batches, session.tokens, saved, record.folder, signal=interruption.signal, problem=problem
+        ) from error
+    if saved is not None:
+        error.add_note(f"the run as it was before is in {saved}; saekit train --resume {record.folder} goes on from it")
+    elif problem is not None:
+        error.add_note(f"and the run as it was before could not be saved: {problem}")
+
+
+def _result(session: Session, record: RunRecord) -> TrainResult | SweepResult:
+    results = {
+        member.name: TrainResult(
+            sae=member.trainer.raw_sae(),
+            folder=record.home(member.name),
+            metrics=member.latest,
+            backend=session.backend,
+            held_out=session.held_out(member.config),
+            corpus=session.corpus,
+        )
+        for member in _healthy(session)
+    }
+    if list(record.saes.values()) == ["."]:
+        return next(iter(results.values()))
+    changed = changed_options([member.config for member in session.members.values()], session.plugins)
+    summary = write_summary(record.folder, list(session.members.values()), changed)
+    diverged = {name: m.trainer.diverged for name, m in session.members.items() if m.trainer.diverged is not None}
+    return SweepResult(record.folder, results, diverged, summary)

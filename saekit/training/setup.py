@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch import Tensor
 
 from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
+from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalise import activation_scale
@@ -19,9 +22,11 @@ from saekit.data.opening import seed_for
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, StorageError
 from saekit.manager import PluginManager
-from saekit.pretrained.load import build_module
-from saekit.protocols import ActivationSource, Eval, ModelBackend
+from saekit.pretrained.files import SAEFiles
+from saekit.pretrained.load import build_module, load_sae
+from saekit.protocols import Eval, ModelBackend
 from saekit.sae.init import initialise
+from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
 from saekit.training.schedule import ComposedSchedule
@@ -30,7 +35,16 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["check_run_folder", "chosen_trackers", "make_evals", "make_schedule", "make_trainer", "run_folder"]
+__all__ = [
+    "check_run_folder",
+    "chosen_trackers",
+    "give_weights",
+    "make_evals",
+    "make_schedule",
+    "make_trainer",
+    "run_folder",
+    "sae_options",
+]
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
@@ -58,35 +72,85 @@ def _refuse_twice(path: str, keys: Sequence[str]) -> None:
         raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
 
 
+def sae_options(config: TrainConfig, plugins: PluginManager) -> tuple[SAEConfig, SAE | None]:
+    """The architecture's options, and the saved SAE that training starts from, if there is one.
+
+    :class:`ConfigError` names what does not go together.
+    """
+    options: SAEConfig = plugins.options("sae_architectures", config.sae)
+    if config.training.finetuning_method == "decoder" and options.apply_b_dec_to_input:
+        raise ConfigError(
+            [("training.finetuning_method", "is 'decoder', which moves b_dec, and sae.apply_b_dec_to_input takes b_dec "
+              "from the input, so that the encoder would change too; set sae.apply_b_dec_to_input = false, or choose "
+              "another method")]
+        )  # fmt: skip
+    if config.training.from_pretrained_path is None:
+        return options, None
+    start = load_sae(SAEFiles.in_folder(config.training.from_pretrained_path), plugins=plugins)
+    if options.d_sae is None and options.expansion_factor is None:
+        options = attrs.evolve(options, d_sae=start.d_sae)
+    _check_start(config, options, start, plugins)
+    return options, start
+
+
+_INITIAL = ("decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose")
+
+
+def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: PluginManager) -> None:
+    """A run that starts from ``start`` must be of its kind, and cannot initialise it."""
+    where = f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
+    unconverted = ConfigConverter(plugins).unstructure
+    problems = [
+        (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
+        for name in _INITIAL
+        if getattr(options, name)
+    ]
+    if options.b_dec_init_method != "zeros":
+        problems.append(("sae.b_dec_init_method", f"chooses a start, but training starts from {where}; leave it out"))
+    wanted = unconverted(options)
+    for name, own, saved in (
+        ("sae.name", plugins.find("sae_architectures", config.sae).key, start.info.architecture),
+        ("sae.activation", wanted["activation"], unconverted(start.config)["activation"]),
+        ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
+        ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
+        ("sae.d_in", options.d_in or start.d_in, start.d_in),
+    ):
+        if own != saved:
+            problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
+    norms = start.W_dec.detach().norm(dim=1)
+    spread = (norms.max() / norms.min()).item()
+    if options.normalize_sae_decoder and not spread < 1.001:
+        problems.append(
+            ("sae.normalize_sae_decoder", f"keeps decoder rows at norm 1, and those of {where} have norms from "
+             f"{norms.min():.4g} to {norms.max():.4g}; set it to false")
+        )  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
 def make_trainer(
     config: TrainConfig,
     plugins: PluginManager,
     backend: ModelBackend,
     corpus: Corpus,
+    options: SAEConfig,
     d_in: int,
-    source: ActivationSource,
     schedule: ComposedSchedule,
+    name: str = "sae",
 ) -> SAETrainer:
-    """An initialised SAE with everything that trains it."""
+    """An SAE with everything that trains it; its weights are still to come."""
     device = resolve_device(config.training.device, "training.device")
-    options: SAEConfig = plugins.options("sae_architectures", config.sae)
     sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
-    normalised = config.activations.normalize_activations != "none"
-    sample = source.peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
-    if sample is not None:
-        check_contexts(len(sample), corpus.context_size)
-    scale = activation_scale(sample) if normalised and sample is not None else 1.0
-    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
-    parameters = dict(sae.named_parameters())
-    initialise(parameters, options, generator, sample, scale)
+    if config.training.finetuning_method is not None:
+        sae.add_scaling_factor()
     sae.to(device)
-    metadata = _metadata(config, backend, corpus, plugins) | {"activation_scale": scale}
-    sae.info = attrs.evolve(sae.info, site=config.site, metadata=metadata)
+    sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend, corpus, plugins))
     training = config.training
     return SAETrainer(
+        name=name,
         sae=sae,
         site=config.site,
-        optimiser=Optimiser(sae.parameters(), config.optimiser, schedule),
+        optimiser=Optimiser(sae.named_parameters(), config.optimiser, schedule),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_feature_window,
@@ -95,9 +159,45 @@ def make_trainer(
         ),
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
-        log_frequency=training.log_frequency,
-        scale=scale,
+        training=training,
     )
+
+
+def give_weights(
+    trainer: SAETrainer,
+    config: TrainConfig,
+    corpus: Corpus,
+    peek: Callable[[], Mapping[Site, Tensor]],
+    start: SAE | None = None,
+) -> None:
+    """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
+    options = trainer.sae.config
+    normalised = config.activations.normalize_activations != "none"
+    sample = peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
+    if sample is not None:
+        check_contexts(len(sample), corpus.context_size)
+    if normalised and sample is not None:
+        trainer.scale = activation_scale(sample)
+    if start is not None:
+        _copy_weights(start, trainer)
+        return
+    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
+    initialise(dict(trainer.sae.named_parameters()), options, generator, sample, trainer.scale)
+
+
+@torch.no_grad()
+def _copy_weights(start: SAE, trainer: SAETrainer) -> None:
+    """Those of an SAE for raw activations, for activations that are scaled."""
+    sae = copy.deepcopy(start).double()  # once there and back must not cost digits
+    sae.fold_activation_scale(1 / trainer.scale)
+    tensors = {name: value.detach() for name, value in sae.named_parameters()}
+    factor = tensors.pop("scaling_factor", None)
+    if factor is not None and trainer.sae.scaling_factor is None:
+        tensors["W_dec"] = tensors["W_dec"] * factor[:, None]
+    elif factor is not None:
+        tensors["scaling_factor"] = factor
+    trainer.sae.load_public_tensors(tensors)
+    trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
 def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
@@ -116,27 +216,26 @@ def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugin
     }
 
 
-def check_run_folder(config: TrainConfig) -> None:
-    """A named run folder must be new."""
-    if config.checkpoints.name is not None:
-        folder = Path(config.checkpoints.folder) / config.checkpoints.name
+def check_run_folder(config: TrainConfig, name: str | None) -> None:
+    """A run folder that has a ``name`` must be new."""
+    if name is not None:
+        folder = Path(config.checkpoints.folder) / name
         if folder.exists():
             raise ConfigError(
                 [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
             )
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """Make the run's folder, which must be new."""
+def run_folder(config: TrainConfig, name: str | None, kind: str | None = None) -> Path:
+    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number."""
     parent = Path(config.checkpoints.folder)
-    name = config.checkpoints.name
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if name is not None:
-            check_run_folder(config)
+            check_run_folder(config, name)
             (parent / name).mkdir()
             return parent / name
-        stem = f"{datetime.now():%Y-%m-%d}-{config.site.name}"
+        stem = f"{datetime.now():%Y-%m-%d}-{kind or config.site.name}"
         for number in itertools.count(1):
             try:
                 (parent / f"{stem}-{number}").mkdir()

@@ -3,44 +3,73 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from saekit.errors import DivergedError
-from saekit.sae.module import SAE, StepInput
+from saekit.config import TrainingConfig
+from saekit.errors import DivergedError, StorageError
+from saekit.protocols import Histogram
+from saekit.sae.module import SAE, StepInput, StepOutput
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimiser import Optimiser
 
-__all__ = ["SAETrainer"]
+__all__ = ["FINETUNED", "SAETrainer"]
+
+FINETUNED: Mapping[str, tuple[str, ...]] = {
+    "scale": ("scaling_factor",),
+    "decoder": ("scaling_factor", "W_dec", "b_dec"),
+    "unrotated_decoder": ("scaling_factor", "b_dec"),
+}
+"""The parameters that learn after ``training_tokens``, by ``finetuning_method``."""
 
 
 @attrs.define
 class SAETrainer:
     """An SAE with its optimiser, firing statistics and random numbers.  It knows nothing of where batches come from."""
 
+    name: str
+    """Told apart by this among those that are trained together."""
     sae: SAE
     site: Site
     optimiser: Optimiser
     firing: FiringStatistics
     generator: torch.Generator
     device: str
-    log_frequency: int
+    training: TrainingConfig
     scale: float = 1.0
     """Activations are multiplied by this before the SAE sees them."""
     step: int = 0
     tokens: int = 0
+    diverged: str | None = None
+    """Why it was stopped, if its loss is no longer a number."""
+    _finetuning: bool = attrs.field(default=False, init=False)
 
-    def train_on(self, rows: Tensor, *, last: bool = False) -> dict[str, float]:
-        """One step on ``rows [n, d_in]``.  Metrics when it is time to log or the ``last`` step, else nothing."""
+    def __attrs_post_init__(self) -> None:
+        if self.sae.scaling_factor is not None:
+            self.sae.scaling_factor.requires_grad_(False)  # until fine-tuning begins
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has seen all the tokens that it is to see, or diverged."""
+        return self.tokens >= self.training.total_tokens or self.diverged is not None
+
+    def train_on(self, rows: Tensor) -> dict[str, float | Histogram]:
+        """One step on ``rows [n, d_in]``.  Metrics when it is time to log or this was the last step, else nothing.
+
+        :class:`DivergedError` when the loss is not a finite number, which is looked at when metrics are made, and at
+        every step where looking costs nothing.
+        """
+        self._begin_finetuning_if_due()
         x = rows.to(self.device, self.sae.W_enc.dtype, non_blocking=True)
         if self.scale != 1:
             x = x * self.scale
-        dead = self.firing.dead()
-        result = self.sae.training_step(x, StepInput(step=self.step, generator=self.generator, dead=dead))
+        result = self._gradients(x)
         self.sae.before_update()
         grad_norm = self.optimiser.step(self.step)
         self.sae.after_update()
@@ -48,9 +77,12 @@ class SAETrainer:
         self.step += 1
         self.tokens += len(x)
 
-        metrics: dict[str, float] = {}
-        if self.step % self.log_frequency == 0 or self.step == 1 or last:
-            metrics = step_metrics(
+        metrics: dict[str, float | Histogram] = {}
+        log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
+        if log or x.device.type == "cpu":
+            self._check_finite(result.loss, grad_norm, x)
+        if log:
+            metrics |= step_metrics(
                 x,
                 result,
                 since_fired=self.firing.since_fired,
@@ -59,19 +91,40 @@ class SAETrainer:
                 grad_norm=grad_norm,
                 tokens=self.tokens,
             )
-            self._check_finite(metrics, x)
         if window_ended and self.firing.last_fractions is not None:
             metrics |= window_metrics(self.firing.last_fractions)
         return metrics
 
-    def _check_finite(self, metrics: dict[str, float], x: Tensor) -> None:
-        loss = metrics["losses/overall_loss"]
-        if loss - loss != 0:  # inf and nan
+    def _gradients(self, x: Tensor) -> StepOutput:
+        step = StepInput(step=self.step, generator=self.generator, dead=self.firing.dead())
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.training.autocast):
+            return self.sae.training_step(x, step)
+
+    def _begin_finetuning_if_due(self) -> None:
+        method = self.training.finetuning_method
+        if method is not None and not self._finetuning and self.tokens >= self.training.training_tokens:
+            self.sae.learn_only(FINETUNED[method])
+            self._finetuning = True
+
+    def _check_finite(self, loss: Tensor, grad_norm: Tensor, x: Tensor) -> None:
+        value = loss.item()
+        if value - value != 0:  # inf and nan
             raise DivergedError(
-                f"the loss of {self.site.name} is {loss} at step {self.step} (learning rate {self.optimiser.lr:g}, "
-                f"activations of mean norm {x.norm(dim=-1).mean().item():.4g}, gradient norm "
-                f"{metrics['details/grad_norm']:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
+                f"the loss of {self.site.name} is {value} at step {self.step} (learning rate {self.optimiser.lr:g}, "
+                f"{len(x)} activations of mean norm {x.norm(dim=-1).mean().item():.4g} and largest value "
+                f"{x.abs().max().item():.4g}, gradient norm {grad_norm.item():.4g}). Lower training.lr, or add "
+                "training.lr_warm_up_steps"
             )
+
+    @torch.no_grad()
+    def check_weights(self) -> None:
+        """:class:`DivergedError` when a weight is not a finite number: such weights are not worth saving."""
+        for name, value in self.sae.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise DivergedError(
+                    f"{name} of the SAE at {self.site.name} holds numbers that are not finite after step {self.step} "
+                    f"(learning rate {self.optimiser.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
+                )
 
     def raw_sae(self) -> SAE:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
@@ -82,6 +135,37 @@ class SAETrainer:
         if self.scale != 1:
             sae = copy.deepcopy(sae)
             sae.fold_activation_scale(self.scale)
-        sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, "training_tokens": self.tokens})
+        seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
+        sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
         sae.log_sparsity = self.firing.log_sparsity().cpu()
         return sae
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on with the very next step."""
+        facts = {"step": self.step, "tokens": self.tokens, "scale": self.scale, "diverged": self.diverged}
+        if self.diverged is not None:  # it does not go on
+            return facts
+        return facts | {
+            "weights": {name: value.detach() for name, value in self.sae.named_parameters()},
+            "optimiser": self.optimiser.state_dict(),
+            "firing": self.firing.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; :class:`StorageError` when it is of another SAE."""
+        self.step, self.tokens, self.scale = state["step"], state["tokens"], state["scale"]
+        self.diverged = state["diverged"]
+        if self.diverged is not None:
+            return
+        own, saved = dict(self.sae.named_parameters()), state["weights"]
+        shapes = {name: list(value.shape) for name, value in own.items()}
+        found = {name: list(value.shape) for name, value in saved.items()}
+        if shapes != found:
+            raise StorageError(f"the checkpoint of {self.name} holds weights {found}, but this run's SAE has {shapes}")
+        for name, value in own.items():
+            value.copy_(saved[name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.firing.load_state_dict(state["firing"])
+        self.generator.set_state(state["generator"])

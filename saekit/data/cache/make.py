@@ -43,7 +43,7 @@ def cache_activations(
     config = load_config(cfg, plugins=plugins)
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
     sites = cache_sites(config)
-    backend = open_backend(config, corpus, plugins, model, sites)
+    backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")
     stream = open_stream(config, corpus, plugins, backend, sites)
     contexts = stream.contexts  # opens the text, before the model runs
     wanted = cached_contexts(config, corpus.context_size)

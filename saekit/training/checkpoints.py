@@ -1,0 +1,185 @@
+"""Checkpoints on disk: everything that a session needs to go on, whole or not at all.
+
+``checkpoints/step-N/`` holds a loadable SAE folder and a training state for each SAE, the state of the batches, and
+``checkpoint.json`` with the checksum of every file.  A folder without that file holds SAEs to look at, nothing to go on
+from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from saekit.errors import StorageError
+from saekit.sae.folder import WEIGHTS, write_sae
+from saekit.sae.module import SAE
+from saekit.storage import new_folder, sha256
+from saekit.training.state_files import read_state, write_state
+
+__all__ = [
+    "Checkpoint",
+    "all_checkpoints",
+    "keep_saes",
+    "newest_checkpoint",
+    "versions",
+    "write_checkpoint",
+    "write_saes",
+]
+
+MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
+FORMAT = 1
+
+
+@attrs.frozen
+class Checkpoint:
+    """A checkpoint on disk, whose manifest was read."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    """Its manifest: ``batches``, ``finished``, ``spaced``, ``identity``, ``versions``, and ``saes`` by name."""
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the manifest of ``path``; :class:`StorageError` when that cannot be done."""
+        try:
+            facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if facts["format"] != FORMAT:
+                raise StorageError(
+                    f"{path} has format {facts['format']!r}, and this saekit reads {FORMAT}: update saekit to go on"
+                )
+            for key, kind in (("files", dict), ("saes", dict), ("identity", dict), ("batches", int)):
+                if not isinstance(facts[key], kind):
+                    raise TypeError(f"{key} is {facts[key]!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path / MANIFEST} cannot be read: {type(error).__name__} {error}") from error
+        return cls(path, facts)
+
+    @property
+    def healthy(self) -> list[str]:
+        """The SAEs in it; one that had diverged is not."""
+        return [name for name, about in self.facts["saes"].items() if about["diverged"] is None]
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; :class:`StorageError` names one that differs."""
+        for name, expected in self.facts["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise StorageError(f"{path} is missing")
+            if (found := sha256(path)) != expected:
+                raise StorageError(f"{path} is damaged: its sha256 is {found[:12]}..., expected {expected[:12]}...")
+
+    def stream(self) -> dict[str, Any]:
+        """The state of the batches and of the process."""
+        return read_state(self.folder, STREAM)
+
+    def training(self, name: str) -> dict[str, Any]:
+        """The training state of one SAE."""
+        from safetensors.torch import load_file
+
+        state = read_state(self.folder / name, TRAINING)
+        if "weights" not in state and state["diverged"] is None:  # they are those of the SAE's own folder
+            state["weights"] = load_file(self.folder / name / WEIGHTS)
+        return state
+
+
+def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
+    """Write ``folder`` as one to look at: an SAE folder for each name."""
+    with new_folder(folder) as temporary:
+        for name, sae in saes.items():
+            (temporary / name).mkdir()
+            write_sae(sae, temporary / name)
+
+
+def write_checkpoint(
+    folder: Path,
+    saes: Mapping[str, SAE],
+    states: Mapping[str, Mapping[str, Any]],
+    stream: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write ``folder``: the ``saes`` by name, every training state, the ``stream`` state, and the ``facts``.
+
+    A training state without weights has those of the SAE as it is saved.
+    """
+    with new_folder(folder) as temporary:
+        for name, state in states.items():
+            (temporary / name).mkdir()
+            if (sae := saes.get(name)) is not None:
+                write_sae(sae, temporary / name)
+            write_state(temporary / name, TRAINING, state)
+        write_state(temporary, STREAM, stream)
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        with ThreadPoolExecutor(2, thread_name_prefix="saekit-checksum") as pool:
+            sums = dict(zip((str(path.relative_to(temporary)) for path in files), pool.map(sha256, files), strict=True))
+        manifest = {"format": FORMAT, **facts, "files": sums}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def all_checkpoints(run: Path) -> Iterator[Path]:
+    """The folders of ``run`` that claim to be checkpoints to go on from, the newest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (run / "checkpoints").glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / MANIFEST).is_file()
+    ]
+    return (path for _, path in sorted(found, reverse=True))
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest checkpoint of ``run`` that is whole; each newer one that is not is warned about.
+
+    :class:`StorageError` when there is none.
+    """
+    damaged = []
+    for path in all_checkpoints(run):
+        try:
+            checkpoint = Checkpoint.open(path)
+            checkpoint.verify()
+        except StorageError as error:
+            damaged.append(str(error))
+            continue
+        for problem in damaged:
+            warnings.warn(
+                f"a newer checkpoint is not used: {problem}. Going on from {path.name} instead",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return checkpoint
+    if damaged:
+        raise StorageError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
+    raise StorageError(
+        f"there is no checkpoint to go on from in {run / 'checkpoints'}: the run was stopped before its first one, or "
+        "had checkpoints.keep_last = 0"
+    )
+
+
+def keep_saes(folder: Path, names: Collection[str]) -> None:
+    """Make a checkpoint one to look at: only the SAE folders of ``names`` stay, and of those only what loads."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that nobody goes on from what is left
+    if not names:
+        shutil.rmtree(folder)
+        return
+    for path in list(folder.iterdir()):
+        if path.is_dir() and path.name in names:
+            for file in path.glob(f"{TRAINING}.*"):
+                file.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on."""
+    from saekit import __version__
+
+    return {"saekit": __version__, "torch": torch.__version__}

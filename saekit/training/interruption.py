@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM, kept until they do no harm."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+__all__ = ["Interruption"]
+
+
+class Interruption:
+    """While this context lasts, the first SIGINT or SIGTERM is only noted; :meth:`raise_if_asked` raises it.
+
+    A second one is raised where it comes.  Outside the main thread, which alone gets signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal = signal.SIGINT
+        """What was received, if anything was."""
+        self._asked = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+        if kind is None:
+            self.raise_if_asked()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def raise_if_asked(self) -> None:
+        """:class:`KeyboardInterrupt`, if a signal has come."""
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt

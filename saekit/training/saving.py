@@ -1,0 +1,171 @@
+"""When a session is saved, and which of its checkpoints stay."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from saekit.config import ALWAYS_TRACKED
+from saekit.errors import DivergedError, StorageError
+from saekit.protocols import Histogram
+from saekit.sae.module import SAE
+from saekit.training.checkpoints import (
+    Checkpoint,
+    all_checkpoints,
+    keep_saes,
+    versions,
+    write_checkpoint,
+    write_saes,
+)
+from saekit.training.interruption import Interruption
+from saekit.training.session import Session
+from saekit.training.trackers import Trackers
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["Saving"]
+
+_SECONDS_FOR_TRACKERS = 10.0  # to write what they were given, before a checkpoint says that the step is done
+
+
+class Saving:
+    """Saves the session at even distances, by the clock, and when it is asked to; an observer of the loop.
+
+    It is also where a signal that came during a step takes effect.
+    """
+
+    def __init__(
+        self, session: Session, folder: Path, trackers: Mapping[str, Trackers], interruption: Interruption
+    ) -> None:
+        self._session, self._folder, self._trackers = session, folder, trackers
+        self._interruption = interruption
+        self._options = next(iter(session.members.values())).config.checkpoints
+        self._tokens, self._saved_at = session.tokens, time.monotonic()
+        self._saved: Path | None = None
+        self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
+        for path in reversed(list(all_checkpoints(folder))):
+            self._last_good.update(dict.fromkeys(_healthy(path), path))
+
+    def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
+        pass
+
+    def after_batch(self) -> None:
+        self._session.batches += 1
+        before, self._tokens = self._tokens, self._session.tokens
+        spaced = self._marks(self._tokens) > self._marks(before) and self._tokens < self._session.total_tokens
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if spaced or (self._options.keep_last and 0 < self._options.every_minutes <= minutes):
+            self.save_if_possible(spaced=spaced)
+        self._interruption.raise_if_asked()
+
+    def _marks(self, tokens: int) -> int:
+        """How many of the evenly spaced marks lie at or before ``tokens``."""
+        return tokens * (self._options.n_checkpoints + 1) // self._session.total_tokens
+
+    def save_if_possible(self, *, spaced: bool = False, finished: bool = False) -> None:
+        """:meth:`save`, or a warning that it was not possible; what was saved before is still there then."""
+        if finished and not self._options.keep_last:
+            return  # the SAEs are where they belong by now
+        try:
+            self.save(spaced=spaced, finished=finished)
+        except StorageError as error:
+            kept = next(all_checkpoints(self._folder), None)
+            warnings.warn(
+                f"there is no checkpoint after {self._session.batches:,} steps: {error}. Training goes on; the last "
+                f"checkpoint is {kept or 'still to come'}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._saved_at = time.monotonic()
+
+    def save(self, *, spaced: bool = False, finished: bool = False) -> Path | None:
+        """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.
+
+        In the middle of a step, or with ``checkpoints.keep_last = 0``, the SAEs alone are saved.  None: all diverged.
+        """
+        session = self._session
+        for trackers in self._trackers.values():
+            trackers.flush(_SECONDS_FOR_TRACKERS, only=ALWAYS_TRACKED)
+        path = self._folder / "checkpoints" / f"step-{session.batches}"
+        resumable = session.between_steps and self._options.keep_last > 0
+        saes = self._worth_saving()
+        if not saes or (path.exists() and not resumable):
+            return path if path.exists() else None
+        if path == self._saved and not finished:  # just now, for another reason
+            return path
+        if resumable:
+            states = {name: _state(member.trainer) for name, member in session.members.items()}
+            write_checkpoint(path, saes, states, session.stream_state(), self._facts(spaced, finished))
+        else:
+            write_saes(path, saes)
+        self._saved = path
+        self._last_good.update(dict.fromkeys(saes, path))
+        for name in saes:
+            self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
+        self._remove_old()
+        return path
+
+    def _worth_saving(self) -> dict[str, SAE]:
+        saes = {}
+        for name, member in self._session.members.items():
+            try:
+                if member.trainer.diverged is None:
+                    member.trainer.check_weights()
+                    saes[name] = member.trainer.raw_sae()
+            except DivergedError as error:
+                member.trainer.diverged = str(error)
+        return saes
+
+    def _facts(self, spaced: bool, finished: bool) -> dict[str, object]:
+        about = {
+            name: {"step": member.trainer.step, "tokens": member.trainer.tokens, "diverged": member.trainer.diverged}
+            for name, member in self._session.members.items()
+        }
+        return {
+            "batches": self._session.batches,
+            "finished": finished,
+            "spaced": spaced,
+            "saes": about,
+            "identity": dict(self._session.identity),
+            "versions": versions(),
+        }
+
+    def _remove_old(self) -> None:
+        """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays."""
+        for path in list(all_checkpoints(self._folder))[self._options.keep_last :]:
+            if any(trackers.in_use(path) for trackers in self._trackers.values()):
+                continue  # until the next time
+            checkpoint = _opened(path)
+            if checkpoint is not None and checkpoint.facts["spaced"]:
+                keep_saes(path, checkpoint.healthy)
+            else:
+                keep_saes(path, [name for name in self._diverged() if self._last_good.get(name) == path])
+
+    def _diverged(self) -> list[str]:
+        return [name for name, member in self._session.members.items() if member.trainer.diverged is not None]
+
+    def last_good(self, name: str) -> Path | None:
+        """The newest folder of an SAE that was saved before it diverged."""
+        path = self._last_good.get(name)
+        return None if path is None else path / name
+
+
+def _state(trainer: SAETrainer) -> dict[str, object]:
+    """The training state, without the weights where the SAE as it is saved has the very same."""
+    state = trainer.state_dict()
+    if trainer.scale == 1 and trainer.sae.scaling_factor is None and "weights" in state:
+        del state["weights"]
+    return state
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    try:
+        return Checkpoint.open(path)
+    except StorageError:  # damaged: it is of no use to anybody
+        return None
+
+
+def _healthy(path: Path) -> list[str]:
+    checkpoint = _opened(path)
+    return checkpoint.healthy if checkpoint is not None else []

@@ -401,8 +401,8 @@ def test_the_trackers_of_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError("no login"), SystemExit("no login")])
 def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path, error: BaseException) -> None:
-    plugins = manager(bad=lambda config, run: raises(error)(), good=lambda config, run: good)
     good = Recorder()
+    plugins = manager(bad=lambda config, run: raises(error)(), good=lambda config, run: good)
     text = (
         f"the tracker local:bad cannot start and is off: {type(error).__name__}: no login; metrics are in metrics.jsonl"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import attrs
 import torch
@@ -52,8 +52,7 @@ class StepInput:
     """``[d_sae]`` bool: the features that have not fired for the dead-feature window."""
 
 
-@attrs.frozen
-class StepOutput:
+class StepOutput(NamedTuple):
     """What a training step reports.  Tensors stay on the device; nothing waits for them."""
 
     loss: Tensor
@@ -63,7 +62,7 @@ class StepOutput:
     """``[n, d_in]``, detached."""
     fired: Tensor
     """``[d_sae]``: rows on which each feature was above zero."""
-    coefficients: Mapping[str, float] = attrs.field(factory=dict)
+    coefficients: Mapping[str, float] = {}
     """Coefficients at this step, such as ``l1_coefficient``."""
 
 
@@ -88,9 +87,10 @@ class SAE(nn.Module):
         self.use_error_term = False
         self._hooks_off = False
         dtype = getattr(torch, config.dtype)
-        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae, dtype=dtype))
+        # In this order sae-lens sums the gradient's norm; the last digits depend on it.
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
+        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)
@@ -157,6 +157,10 @@ class SAE(nn.Module):
         result = self.losses(x, step)
         result.loss.backward()
         return result
+
+    def compile_losses(self, mode: str = "default") -> None:
+        """From now on train with :meth:`losses` compiled by ``torch.compile``."""
+        self.losses = torch.compile(self.losses, mode=mode)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def before_update(self) -> None:

@@ -29,8 +29,10 @@ class Optimiser:
         self._names, self._parameters = zip(*parameters, strict=True)
         self._clip = config.clip_grad_norm
         self._schedule = schedule
-        betas = (config.beta1, config.beta2)
-        self._adam = torch.optim.Adam(self._parameters, lr=schedule(0), betas=betas, eps=config.eps, fused=True)
+        betas = (float(config.beta1), float(config.beta2))
+        # In float64 runs are compared to the last digits, and torch's plain loop has the order of operations of others.
+        fused = all(parameter.dtype != torch.float64 for parameter in self._parameters)
+        self._adam = torch.optim.Adam(self._parameters, lr=schedule(0), betas=betas, eps=config.eps, fused=fused)
         self.lr = schedule(0)
         """The rate of the last step."""
 

@@ -30,7 +30,7 @@ from saekit.training.session import Member, Session
 from saekit.training.setup import check_run_folder, run_folder
 from saekit.training.summary import write_summary
 from saekit.training.sweep import changed_options, member_names
-from saekit.training.trackers import Trackers, start_trackers
+from saekit.training.trackers import Trackers, close_all, start_trackers
 
 __all__ = ["ConfigSource", "SweepResult", "TrainResult", "resume", "train"]
 
@@ -155,10 +155,10 @@ def _run(session: Session, record: RunRecord) -> TrainResult | SweepResult:
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         trackers: dict[str, Trackers] = {}
+        stack.callback(lambda: close_all(list(trackers.values())))
         for name, member in session.members.items():
             resumed_at = member.trainer.step if session.batches else None
-            started = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
-            trackers[name] = stack.enter_context(contextlib.closing(started))
+            trackers[name] = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
         interruption = Interruption()
         saving = Saving(session, record.folder, trackers, interruption)
         try:

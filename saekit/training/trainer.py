@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainingConfig
-from saekit.errors import DivergedError, StorageError
+from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.protocols import Histogram
 from saekit.sae.module import SAE, StepInput, StepOutput
 from saekit.site import Site
@@ -98,7 +98,17 @@ class SAETrainer:
     def _gradients(self, x: Tensor) -> StepOutput:
         step = StepInput(step=self.step, generator=self.generator, dead=self.firing.dead())
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.training.autocast):
-            return self.sae.training_step(x, step)
+            if not self.training.compile:
+                return self.sae.training_step(x, step)
+            from torch._dynamo.exc import TorchDynamoException
+
+            try:
+                return self.sae.training_step(x, step)
+            except TorchDynamoException as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(
+                    [("training.compile", f"the SAE's step cannot be compiled here: {reason}")]
+                ) from error
 
     def _begin_finetuning_if_due(self) -> None:
         method = self.training.finetuning_method
@@ -134,6 +144,7 @@ class SAETrainer:
         sae = self.sae
         if self.scale != 1:
             sae = copy.deepcopy(sae)
+            vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
             sae.fold_activation_scale(self.scale)
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})

@@ -26,7 +26,7 @@ docs: $(STAMP)
 # Beside sae-lens where it can be installed, in an environment of its own.
 bench: $(STAMP)
 	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
-	for name in startup shuffle live cached memory; do \
+	for name in startup shuffle live cached memory checkpoint; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 

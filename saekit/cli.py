@@ -98,13 +98,11 @@ def _report(result: Any) -> None:
         typer.echo(f"run folder: {result.folder}")
         return
     from rich.console import Console
-    from rich.table import Table
 
-    columns = list(result.summary[0])
-    table = Table(*(column.rpartition(".")[2] for column in columns))
-    for row in result.summary:
-        table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    Console().print(table)
+    from saekit.training.summary import summary_table
+
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console.print(summary_table(result.summary, console))
     typer.echo(f"sweep folder: {result.folder}")
     for name, why in result.diverged.items():
         _complain(f"{name} diverged: {why}")

@@ -138,16 +138,38 @@ def set_option(table: dict[str, Any], path: str, value: Any) -> None:
 
 
 def parse_grid(axes: Iterable[str]) -> dict[str, list[Any]]:
-    """``section.option=value,value,...`` for each axis; ``[a, b]`` gives the values as a TOML list."""
+    """``section.option=value,value,...`` for each axis; ``[a, b]`` gives the values as a TOML list.
+
+    A comma in brackets or quotes is part of a value.
+    """
     grid: dict[str, list[Any]] = {}
     for axis in axes:
         path, equals, text = axis.partition("=")
         if not equals or not all(path.strip().split(".")) or not text.strip():
             raise ConfigError(f"{axis!r} is not an axis of a grid; write section.option=value,value, as in "
                               "sae.l1_coefficient=1,5")  # fmt: skip
+        if path.strip() in grid:
+            raise ConfigError([(path.strip(), "is an axis of the grid twice; give all its values in one")])
         whole = _parsed(text.strip())
-        grid[path.strip()] = whole if isinstance(whole, list) else [_parsed(part.strip()) for part in text.split(",")]
+        grid[path.strip()] = whole if isinstance(whole, list) else [_parsed(part.strip()) for part in _parts(text)]
     return grid
+
+
+def _parts(text: str) -> list[str]:
+    """``text`` cut at the commas that are neither in quotes nor in brackets."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _copied(table: Mapping[str, Any]) -> dict[str, Any]:

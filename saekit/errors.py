@@ -99,11 +99,16 @@ class TrainingInterrupted(KeyboardInterrupt):
         *,
         signal: int = 2,
         problem: str | None = None,
+        newest: Path | None = None,
     ) -> None:
-        if checkpoint is not None:
+        """``newest`` is the checkpoint to go on from, if there is one, and ``problem`` why it is not of this step."""
+        on = f"go on from {newest} with: saekit train --resume {run}" if newest else "there is none to go on from"
+        if checkpoint is not None and checkpoint == newest:
             where = f"saved in {checkpoint}. Go on with: saekit train --resume {run}"
+        elif checkpoint is not None:
+            where = f"the SAEs are saved in {checkpoint}, without what training needs; {on}"
         elif problem is not None:
-            where = f"and what it needs to go on could not be saved: {problem}"
+            where = f"and a checkpoint could not be saved: {problem}; {on}"
         else:
             where = "there is nothing to save yet"
         super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); {where}")

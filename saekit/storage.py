@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from saekit.errors import StorageError
 
-__all__ = ["new_folder", "sha256", "write_text"]
+__all__ = ["locked", "new_folder", "remove_folder", "sha256", "tidy", "write_text"]
 
 
 @contextmanager
@@ -23,26 +24,19 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     It replaces what was there, or with ``replace`` off leaves that alone and raises.
 
     Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
-    which for the instant between two renames has a hidden name beside it.
+    which for the instant between two renames has a hidden name beside it, from which :func:`tidy` brings it back.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _hidden(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for item in temporary.rglob("*"):
+            _sync(item)
         _sync(temporary)
         if path.exists() and not replace:
             raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
-        if path.exists():
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        _put(temporary, path)
         _sync(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}. What was there before is kept") from error
@@ -50,9 +44,80 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _put(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, where there may be another folder, which goes."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = _hidden(path, "old")
+    try:
+        path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name; :class:`StorageError` if that fails."""
+    hidden = _hidden(path, "tmp")
+    try:
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a process that was killed has half written in ``folder``, and bring back what it has half replaced.
+
+    Nobody may be writing there.
+    """
+    try:
+        for left in list(folder.glob(".*")):
+            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", left.name)
+            if match is None:
+                continue
+            if match[2] == "old" and not (folder / match[1]).exists():
+                left.rename(folder / match[1])
+            elif left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from entering this for ``folder``; :class:`BlockingIOError` when one is in it.
+
+    The lock goes with the process, however it ends.  Where the system has no such locks, there is none.
+    """
+    try:
+        import fcntl  # POSIX has it
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # not on this file system
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, all or nothing."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _hidden(path, "tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
@@ -67,6 +132,10 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _sync(path: Path) -> None:

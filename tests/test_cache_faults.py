@@ -225,7 +225,7 @@ def test_a_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         time.sleep(0.005)  # the rest of the shard is waiting by now
 
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    shards = failing_at_every(tmp_path, monkeypatch, writing._TensorFile, "_put", error, half)
+    shards = failing_at_every(tmp_path, monkeypatch, writing.SummedFile, "put", error, half)
     assert len(shards) == 4 * 4 + 7 * 4, "headers and batches"
     assert shards == [0] * 12 + [1] * 12 + [2] * 12 + [3] * 8
 
@@ -268,7 +268,7 @@ def test_an_error_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         writer.add(numbered(0, 4), {"next": 4})
         writer._worker.submit(lambda: None).result()  # it is written
         with monkeypatch.context() as patch:
-            patch.setattr(writing._TensorFile, "_put", fail)
+            patch.setattr(writing.SummedFile, "put", fail)
             writer.add(numbered(4, 2), {"next": 6})
             writer._worker.submit(lambda: None).result()  # it has failed
         for attempt in (

@@ -69,6 +69,7 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
         n_ctx=None,
         forward_kwargs=config.forward_kwargs,
         autocast=model.autocast,
+        compile_mode=model.compile_mode if model.compile else None,
     )
 
 

@@ -8,7 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import attrs
 
 from saekit import Entry, ModelError, hookimpl
 from saekit.devices import resolve_device
+from saekit_plugins.compiled_parts import CompiledParts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,9 @@ class TransformerLensBackend:
         n_ctx: int | None,
         forward_kwargs: Mapping[str, Any],
         autocast: bool = False,
+        compile_mode: str | None = None,
     ) -> None:
+        self._compiled = None if compile_mode is None else CompiledParts(model, compile_mode)
         self.model = model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -162,7 +165,7 @@ class TransformerLensBackend:
             )
         return loss
 
-    def _run(self, tokens: Tensor, **options: Any) -> Any:
+    def _run(self, tokens: Tensor, fwd_hooks: list[tuple[str, Any]], **options: Any) -> Any:
         import torch
 
         accepted = inspect.signature(self.model.forward).parameters
@@ -172,8 +175,9 @@ class TransformerLensBackend:
                 f"{sorted(set(accepted) - {'input'})}"
             )
         tokens = tokens.to(self.device)
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            return self.model.run_with_hooks(tokens, **options, **self._forward_kwargs)
+        compiled = nullcontext() if self._compiled is None else self._compiled.except_at([n for n, _ in fwd_hooks])
+        with compiled, torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            return self.model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, **options, **self._forward_kwargs)
 
 
 @hookimpl
@@ -199,6 +203,7 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
         n_ctx=module.cfg.n_ctx,
         forward_kwargs=config.forward_kwargs,
         autocast=model.autocast,
+        compile_mode=model.compile_mode if model.compile else None,
     )
 
 

@@ -33,12 +33,14 @@ class JsonlTracker:
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
         path = run.folder / config.file
-        before = 0.0 if run.resumed_at is None else _cut_back(path, run.resumed_at)
+        before, self._there = (0.0, []) if run.resumed_at is None else _cut_back(path, run.resumed_at)
         self._file = path.open("a", encoding="utf-8")
         self._start = time.monotonic() - before
 
     def log(self, metrics: Metrics, step: int) -> None:
         plain = {name: _plain(value) for name, value in metrics.items()}
+        if {"step": step, **plain} in self._there:
+            return
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **plain}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -53,14 +55,15 @@ def _plain(value: float | Histogram) -> Any:
     return value if math.isfinite(value) else None  # JSON has no nan
 
 
-def _cut_back(path: Path, step: int) -> float:
-    """Keep the lines up to ``step``, which are not logged again, and return the seconds at the last of them.
+def _cut_back(path: Path, step: int) -> tuple[float, list[dict[str, Any]]]:
+    """Keep the lines up to ``step``, and return the seconds at the last of them, and what is said of ``step`` itself.
 
-    At step 0 the run begins anew, so nothing is kept.
+    The steps before it are not logged again; of its own records, the last evals may be.  At step 0 the run begins anew,
+    so nothing is kept.
     """
-    seconds = 0.0
+    seconds, there = 0.0, []
     if not path.exists():
-        return seconds
+        return seconds, there
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with path.open("rb") as lines, temporary.open("wb") as kept:
@@ -68,13 +71,14 @@ def _cut_back(path: Path, step: int) -> float:
                 record = _record(line)
                 if step and isinstance(record.get("step"), int) and record["step"] <= step:
                     kept.write(line)
-                    seconds = record.get("seconds", seconds)
+                    seconds = record.pop("seconds", seconds)
+                    there += [record] if record["step"] == step else []
             kept.flush()
             os.fsync(kept.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return seconds
+    return seconds, there
 
 
 def _record(line: bytes) -> dict[str, Any]:

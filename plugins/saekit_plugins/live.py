@@ -70,6 +70,7 @@ class LiveSource:
         self._forwards: Any = self._prefetched or forwards
         self._made: ShuffleBuffer | None = None
         self._ended = False
+        self._shuffled: Any = (forwards.state_dict(), False)  # how far the text was read at the last shuffle
 
     @property
     def _buffer(self) -> ShuffleBuffer:
@@ -122,6 +123,7 @@ class LiveSource:
             self._add()
         if self._buffer.waiting:
             self._buffer.shuffle()
+        self._shuffled = (self._forwards.state_dict(), self._ended)
 
     def _add(self) -> None:
         rows = next(self._forwards, None)
@@ -131,12 +133,15 @@ class LiveSource:
             self._buffer.add(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"buffer": self._buffer.state_dict(), "contexts": self._forwards.state_dict(), "ended": self._ended}
+        # How many rows wait by now is a matter of time; they are made again, so that the same step has the same state.
+        contexts, ended = self._shuffled
+        return {"buffer": self._buffer.state_dict(waiting=False), "contexts": contexts, "ended": ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._buffer.load_state_dict(state["buffer"])
         self._forwards.load_state_dict(state["contexts"])
         self._ended = state["ended"]
+        self._shuffled = (state["contexts"], state["ended"])
 
     def close(self) -> None:
         """End the background thread."""

@@ -68,12 +68,9 @@ def _standard_class() -> type[SAE]:
 
         def losses(self, x: torch.Tensor, step: StepInput) -> StepOutput:
             config = self.config
+            noise, dead = self._drawn(x, step)
             pre = self.pre_activations(x)
-            noisy = pre
-            if config.noise_scale:
-                noise = torch.randn(pre.shape, generator=step.generator, device=step.generator.device)
-                noisy = pre + config.noise_scale * noise.to(pre)
-            features = self.activation(noisy)
+            features = self.activation(pre if noise is None else pre + config.noise_scale * noise.to(pre))
             output = self.reconstruction(features)
             mse = squared_errors(output, x, config.mse_loss_normalization).sum(-1).mean()
             weights = self.W_dec.norm(dim=1) if config.scale_sparsity_penalty_by_decoder_norm else None
@@ -81,8 +78,8 @@ def _standard_class() -> type[SAE]:
             coefficient = l1_coefficient_at(config, step.step)
             loss = mse + coefficient * penalty
             ghost = loss.new_zeros(())
-            if config.use_ghost_grads and step.dead is not None:
-                ghost = ghost_loss(pre, x, output, self.W_dec, step.dead, config.mse_loss_normalization)
+            if dead is not None:
+                ghost = ghost_loss(pre, x, output, self.W_dec, dead, config.mse_loss_normalization)
                 loss = loss + ghost
             losses = {"mse_loss": mse, "l1_loss": penalty, "ghost_grad_loss": ghost}
             return StepOutput(
@@ -92,6 +89,20 @@ def _standard_class() -> type[SAE]:
                 fired=(features.detach() > 0).sum(0),
                 coefficients={"l1_coefficient": coefficient},
             )
+
+        @torch.compiler.disable
+        def _drawn(self, x: torch.Tensor, step: StepInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            """The noise ``[n, d_sae]`` and the numbers of the dead features, where they are used.
+
+            Neither can be compiled; everything after them can, in one piece.
+            """
+            config, generator = self.config, step.generator
+            noise = dead = None
+            if config.noise_scale:
+                noise = torch.randn(len(x), self.d_sae, generator=generator, device=generator.device)
+            if config.use_ghost_grads and step.dead is not None:
+                dead = step.dead.nonzero().squeeze(1)
+            return noise, dead
 
         def public_config(self) -> dict[str, Any]:
             """sae-lens 6 knows the ReLU version only, and calls it ``standard``."""

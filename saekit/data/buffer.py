@@ -107,14 +107,17 @@ class ShuffleBuffer:
         tokens, documents, positions = self._origins[slots].unbind(1)
         return Batch(rows, tokens=tokens, documents=documents, positions=positions)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows that are there, on the CPU, in the order in which they are served and then in which they came."""
-        left, waiting = self._order[self._served :], self._free_slots(0, self._used)
-        slots = torch.cat([left, waiting])
+    def state_dict(self, *, waiting: bool = True) -> dict[str, Any]:
+        """The rows that are there, on the CPU, in the order in which they are served and then in which they came.
+
+        With ``waiting`` off, without the rows that were added since the last :meth:`shuffle`.
+        """
+        left, added = self._order[self._served :], self._free_slots(0, self._used if waiting else 0)
+        slots = torch.cat([left, added])
         return {
             "rows": {site.name: block[slots.to(block.device)].cpu() for site, block in self._rows.items()},
             "origins": self._origins[slots],
-            "waiting": len(waiting),
+            "waiting": len(added),
             "capacity": self.capacity,
             "generator": self._generator.get_state(),
         }

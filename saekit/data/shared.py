@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 from torch import Tensor
 
 from saekit.protocols import ModelBackend, Replacement
 
-__all__ = ["SharedForwards"]
+__all__ = ["ForwardsReader", "SharedForwards"]
 
 _MOST_BYTES = 4_000_000_000
+_Key: TypeAlias = tuple[int | None, bytes]
+"""The reader's position after the contexts, and their tokens."""
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _Kept:
-    held: dict[str, Tensor]
-    awaited_by: set[int]
+    held: Mapping[str, Tensor]
+    awaited_by: list[ForwardsReader]
 
     @property
     def nbytes(self) -> int:
@@ -31,53 +32,83 @@ class _Kept:
 class SharedForwards:
     """Keeps what a forward gave until every reader has taken it, so that SAEs on streams of their own share forwards.
 
-    Readers take the same contexts in the same order, some a little later than others.  What is kept is bounded: a
-    forward that was forgotten is run again, which changes nothing but the time.
+    Readers take the same contexts in the same order, some a little later than others.  A forward is kept only for
+    readers that have still to come to its place in the text, and no more than ``most_bytes`` of them: what is not there
+    is run again, which changes nothing but the time.
     """
 
     def __init__(self, backend: ModelBackend, most_bytes: int = _MOST_BYTES) -> None:
         self._backend, self._most_bytes = backend, most_bytes
-        self._hooks: set[str] = set()
-        self._readers = 0
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
-        self._bytes = 0
+        self._readers: list[ForwardsReader] = []
+        self._kept: dict[_Key, _Kept] = {}
         self._lock = threading.Lock()
 
-    def reader(self, hooks: Collection[str]) -> ModelBackend:
-        """The model for one reader, which will read ``hooks``.  All readers must be there before the first forward."""
-        self._hooks |= set(hooks)
-        self._readers += 1
-        return _Reader(self, self._backend, self._readers - 1)
+    @property
+    def nbytes(self) -> int:
+        """The memory of what is kept."""
+        return sum(kept.nbytes for kept in self._kept.values())
 
-    def take(self, reader: int, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        """What ``hooks`` hold for ``tokens [b, t]``."""
-        if not set(hooks) <= self._hooks:
-            return self._backend.activations(tokens, hooks)
-        key = blake2b(tokens.cpu().numpy().tobytes() + repr(tuple(tokens.shape)).encode(), digest_size=16).digest()
+    def reader(self, hooks: Collection[str]) -> ForwardsReader:
+        """The model for one reader, which will read ``hooks``."""
+        self._readers.append(ForwardsReader(self, self._backend, hooks))
+        return self._readers[-1]
+
+    def take(self, reader: ForwardsReader, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        """What ``hooks`` hold for ``tokens [b, t]``, which ``reader`` has come to."""
+        shape = repr(tuple(tokens.shape)).encode()
+        key = reader.position, blake2b(tokens.cpu().numpy().tobytes() + shape, digest_size=16).digest()
         with self._lock:
+            self._forget(reader, before=key[0])
+            reader.note(key)
             kept = self._kept.get(key)
-            if kept is None or reader not in kept.awaited_by:
-                self._drop(key)
-                kept = _Kept(self._backend.activations(tokens, self._hooks), set(range(self._readers)))
-                self._keep(key, kept)
-            kept.awaited_by.discard(reader)
-            if not kept.awaited_by:
-                self._drop(key)
+            if kept is None or not set(hooks) <= set(kept.held):
+                self._kept.pop(key, None)
+                kept = self._run(key, reader, tokens, hooks)
+            else:
+                self._no_longer_awaited(key, reader)
             return {name: kept.held[name] for name in hooks}
 
-    def _keep(self, key: bytes, kept: _Kept) -> None:
-        self._kept[key] = kept
-        self._bytes += kept.nbytes
-        while self._bytes > self._most_bytes and len(self._kept) > 1:
-            self._drop(next(iter(self._kept)))
+    def release(self, reader: ForwardsReader) -> None:
+        """Keep nothing for ``reader`` any more."""
+        with self._lock:
+            if reader in self._readers:
+                self._readers.remove(reader)
+            self._forget(reader)
 
-    def _drop(self, key: bytes) -> None:
-        if (kept := self._kept.pop(key, None)) is not None:
-            self._bytes -= kept.nbytes
+    def _run(self, key: _Key, reader: ForwardsReader, tokens: Tensor, hooks: Collection[str]) -> _Kept:
+        others = [other for other in self._readers if other is not reader and other.comes_to(key)]
+        wanted = set(hooks).union(*(other.hooks for other in others))
+        held = self._activations(tokens, wanted)
+        kept = _Kept(held, others)
+        if others and self.nbytes + kept.nbytes <= self._most_bytes:  # else the oldest stay: they are needed first
+            self._kept[key] = kept
+        return kept
+
+    def _activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        if self._kept:
+            try:
+                return self._backend.activations(tokens, hooks)
+            except (MemoryError, RuntimeError):  # perhaps for want of the memory that is taken up here
+                self._kept.clear()
+        return self._backend.activations(tokens, hooks)
+
+    def _forget(self, reader: ForwardsReader, before: int | None = None) -> None:
+        """What ``reader`` has passed without taking it, as it may when its forwards are of another size; or all."""
+        for key in list(self._kept):
+            position = key[0]
+            if before is None or (position is not None and position < before):
+                self._no_longer_awaited(key, reader)
+
+    def _no_longer_awaited(self, key: _Key, reader: ForwardsReader) -> None:
+        kept = self._kept[key]
+        if reader in kept.awaited_by:
+            kept.awaited_by.remove(reader)
+        if not kept.awaited_by:
+            del self._kept[key]
 
 
-class _Reader:
-    """The backend, whose ``activations`` are shared."""
+class ForwardsReader:
+    """The backend, whose ``activations`` are shared; ``hooks`` are those that will be read."""
 
     name: str
     device: str
@@ -85,11 +116,35 @@ class _Reader:
     d_vocab: int
     special_tokens: Mapping[str, int | None]
 
-    def __init__(self, shared: SharedForwards, backend: ModelBackend, number: int) -> None:
-        self._shared, self._backend, self._number = shared, backend, number
+    def __init__(self, shared: SharedForwards, backend: ModelBackend, hooks: Collection[str]) -> None:
+        self._shared, self._backend, self.hooks = shared, backend, frozenset(hooks)
+        self._find_position: Callable[[], int | None] = lambda: None
+        self._taken: list[_Key] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+    def follow(self, position: Callable[[], int | None]) -> None:
+        """``position`` gives the contexts read so far, those in hand included; None: the text is not read."""
+        self._find_position = position
+
+    @property
+    def position(self) -> int | None:
+        """See :meth:`follow`."""
+        return self._find_position()
+
+    def note(self, key: _Key) -> None:
+        """This reader takes what is at ``key``."""
+        self._taken = [taken for taken in self._taken if taken[0] == key[0]] + [key]
+
+    def comes_to(self, key: _Key) -> bool:
+        """Whether this reader has not yet taken what is at ``key``, nor passed it."""
+        place, own = key[0], self.position
+        return place is not None and own is not None and own <= place and key not in self._taken
+
+    def release(self) -> None:
+        """This reader has all that it needs: nothing is kept for it any more.  It may still read."""
+        self._shared.release(self)
 
     def hook_names(self) -> Sequence[str]:
         return self._backend.hook_names()
@@ -101,7 +156,7 @@ class _Reader:
         return self._backend.token_texts(tokens)
 
     def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        return self._shared.take(self._number, tokens, hooks)
+        return self._shared.take(self, tokens, hooks)
 
     def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
         return self._backend.loss(tokens, replacements)

@@ -58,6 +58,12 @@ class StreamContext:
         """The packed contexts of the training text."""
         return self._open_contexts()
 
+    @property
+    def position(self) -> int | None:
+        """Contexts that were taken from the text so far; None: nobody has opened it."""
+        contexts: ContextStream | None = vars(self).get("contexts")
+        return None if contexts is None else contexts.contexts_served
+
     @cached_property
     def identity(self) -> Mapping[str, Any]:
         """What decides the activations (model, text, tokens): option paths to plain values."""

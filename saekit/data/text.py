@@ -63,7 +63,7 @@ class Documents:
             where = f"the dataset {config.path!r} (split {split or config.split!r})"
         # A stream that was opened here has no shuffle buffer, whose contents its saved position would lose.
         seekable = dataset is None and hasattr(records, "load_state_dict")
-        first = _first(copy.deepcopy(records) if seekable else records, where)
+        first = _first(_copied(records) if seekable else records, where)
         column = _column(first, config.column, where)
         if hasattr(records, "select_columns"):  # a HF dataset: decode what is read, and nothing else
             records = records.select_columns([column])
@@ -81,7 +81,7 @@ class Documents:
 
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
-        records = copy.deepcopy(self._records) if self._seekable else self._records  # the position is in the object
+        records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(records, self.column, self._keep, seekable=self._seekable, where=self._where)
 
 
@@ -148,6 +148,17 @@ class DocumentReader:
         self._loaded = state.get("records") if self._seekable else None
         if self._loaded is not None:
             self._records.load_state_dict(self._loaded)
+
+
+def _copied(records: Any) -> Any:
+    """An ``IterableDataset`` with a position of its own.
+
+    Each holds the table of all of the Hub's file systems, which grows when one is copied in another thread: that stays.
+    """
+    from huggingface_hub import HfFileSystem
+
+    table = getattr(HfFileSystem, "_cache", None)
+    return copy.deepcopy(records, {id(table): table})
 
 
 def _from(records: Any, position: int) -> Iterator[Any]:

@@ -6,13 +6,14 @@ readers pass over.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.errors import StorageError
-from saekit.storage import new_folder, sha256
+from saekit.storage import new_folder
+from saekit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
@@ -33,21 +34,16 @@ def save_sae(sae: SAE, path: Path) -> Path:
 
 
 def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
-    """Write the files of ``sae`` into ``folder``, which is there; returns the checksums of those with tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Write the files of ``sae`` into ``folder``, which is there; returns their checksums."""
     config = folder_config(sae)
-    try:
-        save_file(sae.public_tensors(), folder / WEIGHTS)
-        if sae.log_sparsity is not None:
-            save_file({"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}, folder / SPARSITY)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise StorageError(f"cannot write the SAE: {error}. What was there before is kept") from error
-    sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    sums = {WEIGHTS: save_tensors(folder / WEIGHTS, sae.public_tensors())}
+    if sae.log_sparsity is not None:
+        sparsity = {"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}
+        sums[SPARSITY] = save_tensors(folder / SPARSITY, sparsity)
     config["saekit"]["sha256"] = sums
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return sums
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    (folder / CONFIG).write_bytes(text)
+    return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
 
 
 def folder_config(sae: SAE) -> dict[str, Any]:

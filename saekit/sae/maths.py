@@ -41,10 +41,13 @@ def ghost_loss(
 ) -> Tensor:
     """Ghost gradients (Jermyn and Templeton, Anthropic, January 2024): dead features learn to predict the residual.
 
-    ``pre [n, d_sae]`` pre-activations, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]``
-    bool.  The per-row scale and the elementwise ratio to the mse are detached.  A scalar; 0 when nothing is dead.
+    ``pre [n, d_sae]`` pre-activations, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead`` features
+    as ``[d_sae]`` bool or by their numbers.  The per-row scale and the elementwise ratio to the mse are detached.  A
+    scalar; 0 when nothing is dead.
     """
-    if not bool(dead.any()):
+    if dead.dtype == torch.bool:
+        dead = dead.nonzero().squeeze(1)
+    if not len(dead):
         return x.new_zeros(())
     residual = (x - output).detach()
     ghost = torch.exp(pre[:, dead]) @ decoder[dead]

@@ -1,18 +1,19 @@
 """Checkpoints on disk: everything that a session needs to go on, whole or not at all.
 
 ``checkpoints/step-N/`` holds a loadable SAE folder and a training state for each SAE, the state of the batches, and
-``checkpoint.json`` with the checksum of every file.  A folder without that file holds SAEs to look at, nothing to go on
-from.
+``checkpoint.json`` with the checksums of every file and of itself.  A folder with SAEs alone is one to look at, nothing
+to go on from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from saekit.errors import StorageError
 from saekit.sae.folder import WEIGHTS, write_sae
 from saekit.sae.module import SAE
-from saekit.storage import new_folder, sha256
+from saekit.storage import new_folder, remove_folder, sha256
 from saekit.training.state_files import read_state, write_state
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "all_checkpoints",
     "keep_saes",
     "newest_checkpoint",
+    "set_aside",
     "versions",
     "write_checkpoint",
     "write_saes",
@@ -56,9 +58,8 @@ class Checkpoint:
                 raise StorageError(
                     f"{path} has format {facts['format']!r}, and this saekit reads {FORMAT}: update saekit to go on"
                 )
-            for key, kind in (("files", dict), ("saes", dict), ("identity", dict), ("batches", int)):
-                if not isinstance(facts[key], kind):
-                    raise TypeError(f"{key} is {facts[key]!r}")
+            if facts["sha256"] != _seal(facts):
+                raise StorageError(f"{path / MANIFEST} is damaged: it is not as it was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path / MANIFEST} cannot be read: {type(error).__name__} {error}") from error
         return cls(path, facts)
@@ -72,9 +73,11 @@ class Checkpoint:
         """Compare every file with its checksum; :class:`StorageError` names one that differs."""
         for name, expected in self.facts["files"].items():
             path = self.folder / name
-            if not path.is_file():
-                raise StorageError(f"{path} is missing")
-            if (found := sha256(path)) != expected:
+            try:
+                found = sha256(path)
+            except OSError as error:
+                raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+            if found != expected:
                 raise StorageError(f"{path} is damaged: its sha256 is {found[:12]}..., expected {expected[:12]}...")
 
     def stream(self) -> dict[str, Any]:
@@ -111,25 +114,31 @@ def write_checkpoint(
     A training state without weights has those of the SAE as it is saved.
     """
     with new_folder(folder) as temporary:
+        sums = write_state(temporary, STREAM, stream)
         for name, state in states.items():
             (temporary / name).mkdir()
+            written = write_state(temporary / name, TRAINING, state)
             if (sae := saes.get(name)) is not None:
-                write_sae(sae, temporary / name)
-            write_state(temporary / name, TRAINING, state)
-        write_state(temporary, STREAM, stream)
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        with ThreadPoolExecutor(2, thread_name_prefix="saekit-checksum") as pool:
-            sums = dict(zip((str(path.relative_to(temporary)) for path in files), pool.map(sha256, files), strict=True))
-        manifest = {"format": FORMAT, **facts, "files": sums}
+                written |= write_sae(sae, temporary / name)
+            sums |= {f"{name}/{file}": summed for file, summed in written.items()}
+        manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
+        manifest["sha256"] = _seal(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of everything else in a manifest."""
+    table = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
 def all_checkpoints(run: Path) -> Iterator[Path]:
-    """The folders of ``run`` that claim to be checkpoints to go on from, the newest first."""
+    """The folders of ``run`` that are checkpoints to go on from, or were before they were damaged, the newest first."""
     found = [
         (int(match.group(1)), path)
         for path in (run / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / MANIFEST).is_file()
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+        and any((path / name).exists() for name in (MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"))
     ]
     return (path for _, path in sorted(found, reverse=True))
 
@@ -163,19 +172,39 @@ def newest_checkpoint(run: Path) -> Checkpoint:
 
 
 def keep_saes(folder: Path, names: Collection[str]) -> None:
-    """Make a checkpoint one to look at: only the SAE folders of ``names`` stay, and of those only what loads."""
-    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that nobody goes on from what is left
+    """Make a checkpoint one to look at: only the SAE folders of ``names`` stay, and of those only what loads.
+
+    It is the one or the other at every moment; :class:`StorageError` when it stays as it was.
+    """
     if not names:
-        shutil.rmtree(folder)
+        remove_folder(folder)
         return
-    for path in list(folder.iterdir()):
-        if path.is_dir() and path.name in names:
-            for file in path.glob(f"{TRAINING}.*"):
-                file.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    with new_folder(folder) as temporary:
+        for name in names:
+            training = shutil.ignore_patterns(f"{TRAINING}.*")
+            shutil.copytree(folder / name, temporary / name, ignore=training, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, which takes no room; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def set_aside(run: Path, newest: Checkpoint) -> None:
+    """Give checkpoints that are newer than the ``newest`` whole one another name, so that none is taken for one."""
+    for path in all_checkpoints(run):
+        if path == newest.folder:
+            return
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            if aside.exists():
+                remove_folder(aside)
+            path.rename(aside)
+        except OSError as error:
+            raise StorageError(f"cannot rename {path}, which is damaged: {error.strerror}") from error
 
 
 def versions() -> dict[str, str]:

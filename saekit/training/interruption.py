@@ -13,13 +13,14 @@ __all__ = ["Interruption"]
 class Interruption:
     """While this context lasts, the first SIGINT or SIGTERM is only noted; :meth:`raise_if_asked` raises it.
 
-    A second one is raised where it comes.  Outside the main thread, which alone gets signals, it does nothing.
+    A second one is raised where it comes, as every one is after :meth:`act_at_once`.  Outside the main thread, which
+    alone gets signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.signal = signal.SIGINT
         """What was received, if anything was."""
-        self._asked = False
+        self._asked = self._at_once = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -39,9 +40,14 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        if self._asked:
+        if self._asked or self._at_once:
             raise KeyboardInterrupt
         self._asked = True
+
+    def act_at_once(self) -> None:
+        """From now on, keep no signal back; :class:`KeyboardInterrupt`, if one has come."""
+        self._at_once = True
+        self.raise_if_asked()
 
     def raise_if_asked(self) -> None:
         """:class:`KeyboardInterrupt`, if a signal has come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
@@ -22,10 +22,16 @@ class Lane:
     trainers: list[SAETrainer]
     tokens: int = 0
     """Rows that the source has given."""
+    batches: int = 0
+    """Batches on which every SAE has made its step."""
+    untold: list[tuple[SAETrainer, dict[str, float | Histogram]]] = attrs.field(factory=list)
+    """What the last step gave, until every observer has seen it: what fails in one comes again when the run goes on."""
     ended: bool = False
     """The source has no more."""
     stepping: bool = False
-    """Some of the SAEs have seen the last batch, others perhaps not yet."""
+    """A batch is on its way; some of the SAEs have seen it, others perhaps not yet."""
+    release: Callable[[], None] = lambda: None
+    """To be called when no SAE has steps left: what other lanes read need not be kept for this one."""
 
     @property
     def training(self) -> list[SAETrainer]:
@@ -48,21 +54,45 @@ def fit(lanes: Sequence[Lane], observers: Sequence[Observer] = ()) -> None:
 
     An SAE whose loss is no longer a number leaves; its ``diverged`` says why.
     """
+    for lane in lanes:
+        _tell(lane, observers)  # of a step that a run made before it was stopped
     while running := [lane for lane in lanes if lane.training]:
         lane = min(running, key=lambda lane: lane.tokens)  # side by side, so that they can share the model's forwards
-        batch = next(lane.source, None)
+        batch = _next_batch(lane)
         if batch is None:
             lane.ended = True
+            lane.release()
             continue
         lane.tokens += len(batch)
-        lane.stepping = True
-        stepped = [(trainer, _step(trainer, batch)) for trainer in lane.training]
+        lane.untold = [(trainer, _step(trainer, batch)) for trainer in lane.training]
+        lane.batches += 1
         lane.stepping = False
-        for observer in observers:
-            for trainer, metrics in stepped:
-                observer.after_step(trainer, metrics)
-        for observer in observers:
-            observer.after_batch()
+        if not lane.training:
+            lane.release()
+        _tell(lane, observers)
+
+
+def _next_batch(lane: Lane) -> Batch | None:
+    """From here to the end of the step, the lane is not in a state to go on from."""
+    lane.stepping = True
+    try:
+        batch = next(lane.source, None)
+    except Exception:
+        lane.stepping = False  # a source that failed has given nothing; one that was interrupted may have
+        raise
+    lane.stepping = batch is not None
+    return batch
+
+
+def _tell(lane: Lane, observers: Sequence[Observer]) -> None:
+    if not lane.untold:
+        return
+    for observer in observers:
+        for trainer, metrics in lane.untold:
+            observer.after_step(trainer, metrics)
+    lane.untold = []
+    for observer in observers:
+        observer.after_batch()
 
 
 def _step(trainer: SAETrainer, batch: Batch) -> dict[str, float | Histogram]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.protocols import Histogram
+from saekit.protocols import Histogram, Metrics
 from saekit.sae.module import SAE, StepOutput
 
-__all__ = ["eval_metrics", "histogram", "step_metrics", "window_metrics"]
+__all__ = ["eval_metrics", "histogram", "metrics_of", "metrics_state", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
@@ -41,9 +42,12 @@ def step_metrics(
 
 
 def histogram(values: Tensor, bins: int = 64) -> Histogram:
-    """``bins`` equal bins from the least to the largest of the finite ``values``."""
+    """``bins`` equal bins from the least to the largest of the finite ``values``; wider where those are all but one."""
     finite = values.detach().to("cpu", torch.float64).flatten()
-    counts, edges = np.histogram(finite[finite.isfinite()].numpy(), bins)
+    numbers = finite[finite.isfinite()].numpy()
+    low, high = (numbers.min(), numbers.max()) if len(numbers) else (0.0, 0.0)
+    alike = high - low <= 1e-12 * max(abs(low), abs(high))  # too near to each other for edges between them
+    counts, edges = np.histogram(numbers, bins, (low - 0.5, high + 0.5) if alike else (low, high))
     return Histogram(tuple(counts.tolist()), tuple(edges.tolist()))
 
 
@@ -77,4 +81,20 @@ def eval_metrics(sae: SAE, found: Mapping[str, float]) -> dict[str, float | Hist
     return named | {
         "weights/W_dec_norms": histogram(sae.W_dec.detach().norm(dim=1)),
         "weights/b_e": histogram(sae.b_enc),
+    }
+
+
+def metrics_state(metrics: Metrics) -> dict[str, Any]:
+    """``metrics`` as plain values."""
+    return {
+        name: {"counts": value.counts, "edges": value.edges} if isinstance(value, Histogram) else value
+        for name, value in metrics.items()
+    }
+
+
+def metrics_of(state: Mapping[str, Any]) -> dict[str, float | Histogram]:
+    """The metrics whose :func:`metrics_state` is ``state``."""
+    return {
+        name: Histogram(tuple(value["counts"]), tuple(value["edges"])) if isinstance(value, Mapping) else value
+        for name, value in state.items()
     }

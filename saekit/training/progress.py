@@ -20,7 +20,8 @@ _SHOWN = {
 class TrainingProgress(ProgressDisplay):
     """Tokens done, rate, loss, explained variance, L0, dead features and the time left.
 
-    For several SAEs, the least and the largest of each number.  Several SAEs are shown when any of them is verbose.
+    For several SAEs, the least and the largest of each number, and the tokens of the one that goes on the longest.
+    Several SAEs are shown when any of them is verbose.
     """
 
     def __init__(self, session: Session) -> None:
@@ -35,6 +36,9 @@ class TrainingProgress(ProgressDisplay):
 
     def after_batch(self) -> None:
         """Show what is known by now."""
+        trained = [member for member in self._session.members.values() if member.trainer.diverged is None]
+        if trained:  # those that were stopped need no more time
+            self.total = max(member.config.training.total_tokens for member in trained)
         self.update(self._session.tokens, self._text(), before=self._before)
 
     def _text(self) -> str:

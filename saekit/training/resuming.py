@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from saekit.config_files import load_config
 from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError, DataError, StorageError
 from saekit.manager import PluginManager
-from saekit.training.checkpoints import Checkpoint, newest_checkpoint, versions
+from saekit.storage import tidy
+from saekit.training.checkpoints import Checkpoint, newest_checkpoint, set_aside, versions
 from saekit.training.record import RunRecord, differences
 from saekit.training.session import Session
 
@@ -27,8 +28,12 @@ class Resumption:
 
     record: RunRecord
     configs: Mapping[str, TrainConfig]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None: the run was stopped before its first one, and begins anew."""
     allow: frozenset[str]
+    """What may differ beside the configuration."""
+    changed: frozenset[str]
+    """The options of the configuration that differ, all of them allowed."""
 
     @classmethod
     def of(
@@ -43,6 +48,8 @@ class Resumption:
     ) -> Resumption:
         """See :func:`saekit.resume`; :class:`ConfigError` names every option that was changed and not allowed."""
         record = RunRecord.read(folder)
+        for place in {folder, folder / "checkpoints", *(record.home(name) for name in record.saes)}:
+            tidy(place)
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -55,24 +62,33 @@ class Resumption:
         for name, config in new.items():
             changed |= differences(old[name], config, plugins)
         refuse(changed, frozenset(allow))
-        if unused := sorted(set(allow) - set(changed) - _identity_options()):
-            raise ConfigError(f"allowed to change, but the same as before: {', '.join(unused)}")
-        checkpoint = newest_checkpoint(folder)
-        _check_left(checkpoint, new, folder)
-        return cls(record, new, checkpoint, frozenset(allow))
+        checkpoint = None if _just_begun(record, new) else newest_checkpoint(folder)
+        identity = checkpoint.facts["identity"] if checkpoint is not None else {}
+        _refuse_unused(set(allow) - set(changed) - set(identity))
+        if checkpoint is None:
+            warnings.warn(
+                f"the run in {folder} was stopped before its first checkpoint; it begins anew",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        else:
+            _check_left(checkpoint, old, new, folder)
+        return cls(record, new, checkpoint, frozenset(allow) - set(changed), frozenset(changed))
 
     def load_into(self, session: Session) -> None:
-        """Put back what the checkpoint holds."""
+        """Put back what the checkpoint holds, or give the first weights where there is none."""
+        if self.checkpoint is None:
+            session.give_weights()
+            return
         saved = self.checkpoint.facts
         now = dict(session.identity)
-        refuse(
-            {
-                path: (value, now.get(path))
-                for path, value in saved["identity"].items()
-                if value is not None and now.get(path) is not None and value != now[path]
-            },
-            self.allow,
-        )
+        changed = {
+            path: (value, now.get(path))
+            for path, value in saved["identity"].items()
+            if value is not None and now.get(path) is not None and value != now[path]
+        }
+        refuse(changed, self.allow | self.changed)
+        _refuse_unused(self.allow - set(changed))
         for package, version in versions().items():
             if saved["versions"].get(package) != version:
                 warnings.warn(
@@ -87,6 +103,7 @@ class Resumption:
             raise StorageError(
                 f"{self.checkpoint.folder} does not fit the run as it is now: {type(error).__name__}: {error}"
             ) from error
+        set_aside(self.record.folder, self.checkpoint)
 
 
 def _changed(
@@ -116,19 +133,29 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> Non
         raise ConfigError(problems, "the resumed run")
 
 
-def _identity_options() -> set[str]:
-    """What is compared beside the configuration."""
-    return {"model.weights", "dataset.contents"}
+def _refuse_unused(allow: Set[str]) -> None:
+    if allow:
+        raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
 
 
-def _check_left(checkpoint: Checkpoint, configs: Mapping[str, TrainConfig], folder: Path) -> None:
+def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
+    """Whether there is nothing yet that a new beginning would lose."""
+    keeps = all(config.checkpoints.keep_last for config in configs.values())
+    saved = any((record.home(name) / "sae").exists() for name in record.saes)
+    return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
+
+
+def _check_left(
+    checkpoint: Checkpoint, old: Mapping[str, TrainConfig], configs: Mapping[str, TrainConfig], folder: Path
+) -> None:
     saes = checkpoint.facts["saes"]
     if set(saes) != set(configs):
         raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(configs)}")
     left = [
         name
         for name, config in configs.items()
-        if saes[name]["diverged"] is None and saes[name]["tokens"] < config.training.total_tokens
+        if saes[name]["diverged"] is None
+        and config.training.total_tokens > max(saes[name]["tokens"], old[name].training.total_tokens)
     ]
     if checkpoint.facts["finished"] and not left:
         raise ConfigError(

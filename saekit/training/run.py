@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -18,6 +18,8 @@ from saekit.errors import ConfigError, DataError, DivergedError, StorageError, T
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAE
+from saekit.storage import locked
+from saekit.training.checkpoints import all_checkpoints
 from saekit.training.interruption import Interruption
 from saekit.training.loop import fit
 from saekit.training.observers import EvalObserver, TrackerObserver
@@ -114,14 +116,18 @@ def train(
             raise ConfigError("there is no configuration to train: the list is empty")
         name, names = member_names(configs, plugins)
     check_run_folder(configs[0], name)
-    session = Session(dict(zip(names, configs, strict=True)), plugins, model, dataset)
-    with contextlib.closing(session), seeded(configs[0].training.seed):
+    opened = dict(zip(names, configs, strict=True))
+    with (
+        seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
+        contextlib.closing(Session(opened, plugins, model, dataset)) as session,
+    ):
         session.give_weights()
         folder = run_folder(configs[0], name, None if home else "sweep")
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
         record.write({name: member.config for name, member in session.members.items()}, plugins)
-        return _run(session, record)
+        with _alone_in(folder):
+            return _run(session, record)
 
 
 def resume(
@@ -136,6 +142,8 @@ def resume(
 ) -> TrainResult | SweepResult:
     """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
 
+    A run that was stopped before its first checkpoint begins anew, with a warning.
+
     ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
     that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
     :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.
@@ -143,42 +151,60 @@ def resume(
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
     plugins = plugins or default_manager()
-    resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
-    session = Session(resumption.configs, plugins, model, dataset)
-    with contextlib.closing(session), seeded(next(iter(resumption.configs.values())).training.seed):
-        resumption.load_into(session)
-        resumption.record.write(resumption.configs, plugins)
-        return _run(session, resumption.record)
+    with _alone_in(Path(run)):
+        resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
+        with (
+            seeded(next(iter(resumption.configs.values())).training.seed),
+            contextlib.closing(Session(resumption.configs, plugins, model, dataset)) as session,
+        ):
+            resumption.load_into(session)
+            resumption.record.write(resumption.configs, plugins)
+            return _run(session, resumption.record, resumed=True)
 
 
-def _run(session: Session, record: RunRecord) -> TrainResult | SweepResult:
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No two processes may train in one run folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError:
+            raise ConfigError(f"another process is still training in {folder}; end it first") from None
+        yield
+
+
+def _run(session: Session, record: RunRecord, *, resumed: bool = False) -> TrainResult | SweepResult:
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         trackers: dict[str, Trackers] = {}
         stack.callback(lambda: close_all(list(trackers.values())))
         for name, member in session.members.items():
-            resumed_at = member.trainer.step if session.batches else None
+            resumed_at = member.trainer.step if resumed else None
             trackers[name] = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
         interruption = Interruption()
         saving = Saving(session, record.folder, trackers, interruption)
         try:
-            _fit(session, trackers, saving, interruption)
-            _finish(session, record, trackers, saving)
+            with interruption:
+                _fit(session, trackers, saving)
+                interruption.act_at_once()  # there are no more steps to wait for
+                summary = _finish(session, record, trackers, saving)
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
             _save_after(error, session, record, saving, interruption)
             raise
-    return _result(session, record)
+    return _result(session, record, summary)
 
 
-def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, interruption: Interruption) -> None:
-    with interruption, TrainingProgress(session) as progress:
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+    with TrainingProgress(session) as progress:
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
 
 
-def _finish(session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving) -> None:
-    """Save and measure every SAE that is worth it."""
+def _finish(
+    session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving
+) -> Sequence[Mapping[str, Any]]:
+    """Save and measure every SAE that is worth it; returns the summary of a sweep."""
     for member in _healthy(session):
         _check_exhausted(member, session.corpus)
         try:
@@ -195,7 +221,16 @@ def _finish(session: Session, record: RunRecord, trackers: Mapping[str, Trackers
             member.note(final)
     if not _healthy(session):
         raise DivergedError(_why(session, record, saving))
-    saving.save_if_possible(finished=True)
+    summary: Sequence[Mapping[str, Any]] = []
+    if not _alone(record):
+        changed = changed_options([member.config for member in session.members.values()], session.plugins)
+        summary = write_summary(record.folder, list(session.members.values()), changed)
+    saving.save_if_possible(finished=True)  # the last thing: what is finished is never gone on with
+    return summary
+
+
+def _alone(record: RunRecord) -> bool:
+    return list(record.saes.values()) == ["."]
 
 
 def _healthy(session: Session) -> list[Member]:
@@ -227,21 +262,29 @@ def _save_after(
 ) -> None:
     """Save what there is when training ends early; an interruption is raised as what it is."""
     saved, problem = None, None
-    try:
-        saved = saving.save() if session.batches else None
-    except StorageError as failed:
-        problem = str(failed)
+    if saving.broken_off:
+        problem = "that was interrupted, too"
+    elif session.batches:
+        try:
+            saved = saving.save()
+        except Exception as failed:  # a full disk, or the device that the first error was about: tell both
+            problem = str(failed) if isinstance(failed, StorageError) else f"{type(failed).__name__}: {failed}"
+    newest = next(all_checkpoints(record.folder), None)
     if isinstance(error, KeyboardInterrupt):
+        signal, run = interruption.signal, record.folder
         raise TrainingInterrupted(
-            session.batches, session.tokens, saved, record.folder, signal=interruption.signal, problem=problem
+            session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
         ) from error
-    if saved is not None:
-        error.add_note(f"the run as it was before is in {saved}; saekit train --resume {record.folder} goes on from it")
+    on = f"saekit train --resume {record.folder} goes on from" if newest else "there is no checkpoint to go on from"
+    if saved is not None and saved == newest:
+        error.add_note(f"the run as it was before is in {saved}; {on} it")
+    elif saved is not None:
+        error.add_note(f"the SAEs are saved in {saved}, without what training needs; {on} {newest or ''}".rstrip())
     elif problem is not None:
-        error.add_note(f"and the run as it was before could not be saved: {problem}")
+        error.add_note(f"and the run as it was before could not be saved: {problem}; {on} {newest or ''}".rstrip())
 
 
-def _result(session: Session, record: RunRecord) -> TrainResult | SweepResult:
+def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:
     results = {
         member.name: TrainResult(
             sae=member.trainer.raw_sae(),
@@ -253,9 +296,7 @@ def _result(session: Session, record: RunRecord) -> TrainResult | SweepResult:
         )
         for member in _healthy(session)
     }
-    if list(record.saes.values()) == ["."]:
+    if _alone(record):
         return next(iter(results.values()))
-    changed = changed_options([member.config for member in session.members.values()], session.plugins)
-    summary = write_summary(record.folder, list(session.members.values()), changed)
     diverged = {name: m.trainer.diverged for name, m in session.members.items() if m.trainer.diverged is not None}
     return SweepResult(record.folder, results, diverged, summary)

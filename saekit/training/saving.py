@@ -41,8 +41,10 @@ class Saving:
         self._session, self._folder, self._trackers = session, folder, trackers
         self._interruption = interruption
         self._options = next(iter(session.members.values())).config.checkpoints
-        self._tokens, self._saved_at = session.tokens, time.monotonic()
+        self._saved_at = time.monotonic()
         self._saved: Path | None = None
+        self.broken_off = False
+        """A save was interrupted."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
         for path in reversed(list(all_checkpoints(folder))):
             self._last_good.update(dict.fromkeys(_healthy(path), path))
@@ -51,9 +53,9 @@ class Saving:
         pass
 
     def after_batch(self) -> None:
-        self._session.batches += 1
-        before, self._tokens = self._tokens, self._session.tokens
-        spaced = self._marks(self._tokens) > self._marks(before) and self._tokens < self._session.total_tokens
+        before, self._session.told = self._session.told, self._session.tokens
+        tokens = self._session.told
+        spaced = self._marks(tokens) > self._marks(before) and tokens < self._session.total_tokens
         minutes = (time.monotonic() - self._saved_at) / 60
         if spaced or (self._options.keep_last and 0 < self._options.every_minutes <= minutes):
             self.save_if_possible(spaced=spaced)
@@ -84,6 +86,13 @@ class Saving:
 
         In the middle of a step, or with ``checkpoints.keep_last = 0``, the SAEs alone are saved.  None: all diverged.
         """
+        try:
+            return self._save(spaced, finished)
+        except KeyboardInterrupt:
+            self.broken_off = True
+            raise
+
+    def _save(self, spaced: bool, finished: bool) -> Path | None:
         session = self._session
         for trackers in self._trackers.values():
             trackers.flush(_SECONDS_FOR_TRACKERS, only=ALWAYS_TRACKED)
@@ -95,6 +104,8 @@ class Saving:
         if path == self._saved and not finished:  # just now, for another reason
             return path
         if resumable:
+            before = _opened(path) if path.exists() else None
+            spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: _state(member.trainer) for name, member in session.members.items()}
             write_checkpoint(path, saes, states, session.stream_state(), self._facts(spaced, finished))
         else:
@@ -138,9 +149,13 @@ class Saving:
                 continue  # until the next time
             checkpoint = _opened(path)
             if checkpoint is not None and checkpoint.facts["spaced"]:
-                keep_saes(path, checkpoint.healthy)
+                names = checkpoint.healthy
             else:
-                keep_saes(path, [name for name in self._diverged() if self._last_good.get(name) == path])
+                names = [name for name in self._diverged() if self._last_good.get(name) == path]
+            try:
+                keep_saes(path, names)
+            except StorageError as error:
+                warnings.warn(f"an old checkpoint stays: {error}", RuntimeWarning, stacklevel=5)
 
     def _diverged(self) -> list[str]:
         return [name for name, member in self._session.members.items() if member.trainer.diverged is not None]
@@ -154,8 +169,9 @@ class Saving:
 def _state(trainer: SAETrainer) -> dict[str, object]:
     """The training state, without the weights where the SAE as it is saved has the very same."""
     state = trainer.state_dict()
-    if trainer.scale == 1 and trainer.sae.scaling_factor is None and "weights" in state:
-        del state["weights"]
+    own_form = type(trainer.sae).public_tensors is not SAE.public_tensors or list(trainer.sae.buffers())
+    if trainer.scale == 1 and trainer.sae.scaling_factor is None and not own_form:
+        state.pop("weights", None)
     return state
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 from torch import Tensor
 
 from saekit.config import TrainConfig
-from saekit.converter import ConfigConverter
 from saekit.data import Corpus, StreamContext
 from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for
 from saekit.data.shared import SharedForwards
@@ -19,7 +18,7 @@ from saekit.manager import PluginManager
 from saekit.protocols import Eval, Histogram
 from saekit.sae.module import SAE
 from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics
+from saekit.training.metrics import eval_metrics, metrics_of, metrics_state
 from saekit.training.randomness import random_state, set_random_state
 from saekit.training.setup import (
     chosen_trackers,
@@ -29,9 +28,13 @@ from saekit.training.setup import (
     make_trainer,
     sae_options,
 )
+from saekit.training.sweep import spelled_out
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Member", "Session"]
+
+_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
+"""What SAEs of one session cannot differ in."""
 
 
 @attrs.define(eq=False)
@@ -77,11 +80,13 @@ class Session:
         self.lanes: list[Lane] = []
         try:
             self.members = self._open_lanes(configs, prepared)
+            if first.checkpoints.keep_last:
+                _ = self.identity  # found out now, before a source's thread reads the text as well
         except BaseException:
             self.close()
             raise
-        self.batches = 0
-        """Batches that were trained on, in all lanes together."""
+        self.told = 0
+        """:attr:`tokens` when the observers were last told of a batch."""
 
     def _open_lanes(self, configs: Mapping[str, TrainConfig], prepared: Mapping[str, _Prepared]) -> dict[str, Member]:
         """A lane for all SAEs that can train on the very same batches."""
@@ -89,21 +94,27 @@ class Session:
         for name, config in configs.items():
             groups.setdefault(self._lane_key(config), []).append(name)
         shared = SharedForwards(self.backend) if len(groups) > 1 else None
-        for names in groups.values():
-            config = configs[names[0]]
-            sites = list(dict.fromkeys(configs[name].site for name in names))
-            backend = shared.reader({site.hook_name for site in sites}) if shared else self.backend
-            self._streams.append(
-                open_stream(config, self.corpus, self.plugins, backend, sites, beside=next(iter(self._streams), None))
-            )
+        releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
         members: dict[str, Member] = {}
-        for stream, names in zip(self._streams, groups.values(), strict=True):
-            lane = Lane(open_source(configs[names[0]], self.plugins, stream), [])
+        for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
+            lane = Lane(open_source(configs[names[0]], self.plugins, stream), [], release=release)
             self.lanes.append(lane)
             for name in names:
                 members[name] = self._member(name, configs[name], prepared[name], stream)
                 lane.trainers.append(members[name].trainer)
         return {name: members[name] for name in configs}
+
+    def _open_stream(self, configs: Sequence[TrainConfig], shared: SharedForwards | None) -> Callable[[], None]:
+        """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
+        sites = list(dict.fromkeys(config.site for config in configs))
+        reader = None if shared is None else shared.reader({site.hook_name for site in sites})
+        beside = next(iter(self._streams), None)
+        stream = open_stream(configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside)
+        self._streams.append(stream)
+        if reader is None:
+            return lambda: None
+        reader.follow(lambda: stream.position)
+        return reader.release
 
     def _member(self, name: str, config: TrainConfig, prepared: _Prepared, stream: StreamContext) -> Member:
         d_in = checked_width(stream, config.site, prepared.options.d_in)
@@ -119,26 +130,33 @@ class Session:
 
     def _lane_key(self, config: TrainConfig) -> str:
         """What decides the batches, among configurations that share a model and a text."""
-        table = ConfigConverter(self.plugins).unstructure(config)
-        training = config.training
-        return repr((table["activations"]["source"], training.train_batch_size_tokens, training.seed))
+        source = {
+            path: value
+            for path, value in spelled_out(config, self.plugins).items()
+            if path.startswith("activations.source")
+        }
+        return repr((source, config.training.train_batch_size_tokens, config.training.seed))
 
     def _check_together(self, configs: Mapping[str, TrainConfig]) -> None:
         """:class:`ConfigError` names what SAEs of one session cannot differ in."""
-        tables = [ConfigConverter(self.plugins).unstructure(config) for config in configs.values()]
-        for table in tables:
-            table["evals"] = {name: table["evals"][name] for name in ("split", "held_out_every")}
-            table["checkpoints"].pop("name")
-        problems = [
-            (f"{section}.{option}", f"differs between SAEs that are to be trained together ({value!r} and "
-             f"{table[section][option]!r}); train them in runs of their own")
-            for section in ("model", "dataset", "evals", "checkpoints")
-            for table in tables[1:]
-            for option, value in tables[0][section].items()
-            if table[section][option] != value
-        ]  # fmt: skip
+        first, *others = [
+            {
+                path: value
+                for path, value in spelled_out(config, self.plugins).items()
+                if path.startswith(_COMMON) and path != "checkpoints.name"
+            }
+            for config in configs.values()
+        ]
+        problems: dict[str, str] = {}
+        for other in others:
+            for path in dict.fromkeys([*first, *other]):
+                if (one := first.get(path)) != (two := other.get(path)):
+                    problems.setdefault(
+                        path, f"differs between SAEs that are to be trained together ({one!r} and {two!r}); train them "
+                        "in runs of their own"
+                    )  # fmt: skip
         if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))
+            raise ConfigError(list(problems.items()))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
@@ -186,6 +204,11 @@ class Session:
         return max(member.config.training.total_tokens for member in self.members.values())
 
     @property
+    def batches(self) -> int:
+        """Batches that were trained on, in all lanes together."""
+        return sum(lane.batches for lane in self.lanes)
+
+    @property
     def between_steps(self) -> bool:
         """Whether every SAE has seen the same batches as the others of its lane."""
         return not any(lane.stepping for lane in self.lanes)
@@ -194,9 +217,16 @@ class Session:
         """The state of the batches, and of the process's random numbers."""
         return {
             "lanes": [
-                {"source": lane.source.state_dict(), "tokens": lane.tokens, "ended": lane.ended} for lane in self.lanes
+                {
+                    "source": lane.source.state_dict(),
+                    "tokens": lane.tokens,
+                    "batches": lane.batches,
+                    "ended": lane.ended,
+                    "untold": {trainer.name: metrics_state(metrics) for trainer, metrics in lane.untold},
+                }
+                for lane in self.lanes
             ],
-            "batches": self.batches,
+            "told": self.told,
             "latest": {name: dict(member.latest) for name, member in self.members.items()},
             "random": random_state(),
         }
@@ -205,11 +235,17 @@ class Session:
         """Go on where ``stream`` and each SAE's ``training`` state were taken."""
         for lane, saved in zip(self.lanes, stream["lanes"], strict=True):
             lane.source.load_state_dict(saved["source"])
-            lane.tokens, lane.ended = saved["tokens"], saved["ended"]
+            lane.tokens, lane.batches, lane.ended = saved["tokens"], saved["batches"], saved["ended"]
+            lane.untold = [
+                (self.members[name].trainer, metrics_of(metrics)) for name, metrics in saved["untold"].items()
+            ]
         for name, member in self.members.items():
             member.trainer.load_state_dict(training(name))
             member.latest = dict(stream["latest"][name])
-        self.batches = stream["batches"]
+        for lane in self.lanes:
+            if not lane.training:
+                lane.release()
+        self.told = stream["told"]
         set_random_state(stream["random"])
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from saekit.sae.init import initialise
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
+from saekit.training.randomness import seeded
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
@@ -98,7 +99,7 @@ _INITIAL = ("decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_a
 
 def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: PluginManager) -> None:
     """A run that starts from ``start`` must be of its kind, and cannot initialise it."""
-    where = f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
+    where = _start_of(config)
     unconverted = ConfigConverter(plugins).unstructure
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
@@ -117,15 +118,50 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: P
     ):
         if own != saved:
             problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
-    norms = start.W_dec.detach().norm(dim=1)
-    spread = (norms.max() / norms.min()).item()
-    if options.normalize_sae_decoder and not spread < 1.001:
-        problems.append(
-            ("sae.normalize_sae_decoder", f"keeps decoder rows at norm 1, and those of {where} have norms from "
-             f"{norms.min():.4g} to {norms.max():.4g}; set it to false")
-        )  # fmt: skip
+    problems += _decoder_problems(config, options, start, _known_scale(config, start))
     if problems:
         raise ConfigError(problems)
+
+
+def _start_of(config: TrainConfig) -> str:
+    return f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
+
+
+def _known_scale(config: TrainConfig, start: SAE) -> float | None:
+    """What a run from ``start`` multiplies activations by, if that is known before it sees any.
+
+    An SAE that was trained on scaled activations goes on with its own factor.
+    """
+    if config.activations.normalize_activations == "none":
+        return 1.0
+    known = start.info.metadata.get("activation_scale", 1.0)
+    return float(known) if known != 1 else None
+
+
+@torch.no_grad()
+def _decoder_problems(
+    config: TrainConfig, options: SAEConfig, start: SAE, scale: float | None
+) -> list[tuple[str, str]]:
+    """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one."""
+    if not options.normalize_sae_decoder:
+        return []
+    norms = _tensors_for(config.training.finetuning_method, start)["W_dec"].norm(dim=1)
+    norms = norms / norms.mean() if scale is None else norms * scale
+    if bool(((norms - 1).abs() < 1e-3).all()):
+        return []
+    on = "" if scale in (None, 1.0) else f" for activations scaled by {scale:.4g}"
+    return [
+        ("sae.normalize_sae_decoder", f"keeps decoder rows at norm 1, and those of {_start_of(config)} have norms from "
+         f"{norms.min():.4g} to {norms.max():.4g}{on}; set it to false")
+    ]  # fmt: skip
+
+
+def _tensors_for(method: str | None, sae: SAE) -> dict[str, Tensor]:
+    """The parameters of ``sae``, with its factors in ``W_dec`` where no fine-tuning is to come."""
+    tensors = {name: value.detach() for name, value in sae.named_parameters()}
+    if method is None and "scaling_factor" in tensors:
+        tensors["W_dec"] = tensors["W_dec"] * tensors.pop("scaling_factor")[:, None]
+    return tensors
 
 
 def make_trainer(
@@ -140,7 +176,9 @@ def make_trainer(
 ) -> SAETrainer:
     """An SAE with everything that trains it; its weights are still to come."""
     device = resolve_device(config.training.device, "training.device")
-    sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
+    # An architecture may draw tensors of its own: the same ones alone and beside others.
+    with seeded(seed_for(config.training.seed, "architecture")):
+        sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
     if config.training.finetuning_method is not None:
         sae.add_scaling_factor()
     sae.to(device)
@@ -179,8 +217,11 @@ def give_weights(
     if sample is not None:
         check_contexts(len(sample), corpus.context_size)
     if normalised and sample is not None:
-        trainer.scale = activation_scale(sample)
+        known = None if start is None else _known_scale(config, start)
+        trainer.scale = activation_scale(sample) if known is None else known
     if start is not None:
+        if problems := _decoder_problems(config, options, start, trainer.scale):
+            raise ConfigError(problems)
         _copy_weights(start, trainer)
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
@@ -192,13 +233,7 @@ def _copy_weights(start: SAE, trainer: SAETrainer) -> None:
     """Those of an SAE for raw activations, for activations that are scaled."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
     sae.fold_activation_scale(1 / trainer.scale)
-    tensors = {name: value.detach() for name, value in sae.named_parameters()}
-    factor = tensors.pop("scaling_factor", None)
-    if factor is not None and trainer.sae.scaling_factor is None:
-        tensors["W_dec"] = tensors["W_dec"] * factor[:, None]
-    elif factor is not None:
-        tensors["scaling_factor"] = factor
-    trainer.sae.load_public_tensors(tensors)
+    trainer.sae.load_public_tensors(_tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 

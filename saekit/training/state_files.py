@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saekit.errors import StorageError
+from saekit.tensor_files import DTYPE_NAMES, save_tensors
 
 __all__ = ["read_state", "write_state"]
 
 _TENSOR = "$tensor"
 
 
-def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> None:
-    """Write ``state`` to ``stem.json`` and ``stem.safetensors``.
+def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, str]:
+    """Write ``state`` to ``stem.json`` and ``stem.safetensors``; returns their checksums by name.
 
     It may hold mappings by text, lists, numbers, texts, None and tensors; :class:`StorageError` names the place of a
     value that is none of these.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     plain = _take_out(state, stem, tensors)
-    (folder / f"{stem}.json").write_text(json.dumps(plain) + "\n", encoding="utf-8")
-    try:
-        save_file(_unshared(tensors), folder / f"{stem}.safetensors")
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise StorageError(f"cannot write {stem}.safetensors: {error}") from error
+    text = (json.dumps(plain) + "\n").encode()
+    (folder / f"{stem}.json").write_bytes(text)
+    whole = {name: value.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, value in tensors.items()}
+    summed = save_tensors(folder / f"{stem}.safetensors", whole)
+    return {f"{stem}.json": hashlib.sha256(text).hexdigest(), f"{stem}.safetensors": summed}
 
 
 def read_state(folder: Path, stem: str) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def read_state(folder: Path, stem: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(folder / f"{stem}.safetensors")
+        # Copies: what is loaded shows the file, which would stay open, and is not aligned as torch's own memory is.
+        tensors = {name: value.clone() for name, value in load_file(folder / f"{stem}.safetensors").items()}
         plain = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
         state: dict[str, Any] = _put_back(plain, tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -51,8 +52,14 @@ def read_state(folder: Path, stem: str) -> dict[str, Any]:
 
 def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[place] = value
-        return {_TENSOR: place}
+        if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPE_NAMES:
+            kind = f"tensor of {value.dtype}, {value.layout}, on {value.device}"
+            raise StorageError(f"the state at {place} holds a {kind}, which cannot be saved")
+        name = place.encode("utf-8", "replace").decode()  # a text that is no Unicode cannot name a tensor
+        while name in tensors:  # "a/b" is one key, or two
+            name += "'"
+        tensors[name] = value
+        return {_TENSOR: name}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -61,8 +68,8 @@ def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _take_out(item, f"{place}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_take_out(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of NumPy's
-        return _take_out(value.item(), place, tensors)
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 and not isinstance(value.item(), np.generic):
+        return _take_out(value.item(), place, tensors)  # a number of NumPy's
     raise StorageError(
         f"the state at {place} holds a {type(value).__name__}, which cannot be saved. A state_dict may hold mappings, "
         "lists, numbers, texts, None and tensors"
@@ -77,17 +84,3 @@ def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_put_back(item, tensors) for item in value]
     return value
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor whole and in memory of its own, as safetensors asks."""
-    seen: set[int] = set()
-    own = {}
-    for name, value in tensors.items():
-        kept = value.detach().cpu().contiguous()
-        storage = kept.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != kept.nbytes:
-            kept = kept.clone(memory_format=torch.contiguous_format)
-        seen.add(kept.untyped_storage().data_ptr())
-        own[name] = kept
-    return own

@@ -1,68 +1,117 @@
-"""Several SAEs in one call: which, under what names, and what came of them."""
+"""Several SAEs in one call: which, under what names, and in what they differ."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saekit.config import TrainConfig
+import attrs
+
+from saekit.config import PLUGIN_KIND, TrainConfig
 from saekit.config_files import load_config, read_table, set_option
 from saekit.converter import ConfigConverter
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, SaekitError
 from saekit.manager import PluginManager, default_manager
-from saekit.training.record import differences
+from saekit.registry import KINDS
 
-__all__ = ["changed_options", "grid", "member_names"]
+__all__ = ["changed_options", "grid", "member_names", "short_names", "spelled_out", "value_text"]
 
 _LONGEST_NAME = 100
+_TAKEN = ("checkpoints", "run.json", "summary.csv", "summary.png")
+"""What the folder of a sweep holds beside those of its SAEs."""
 
 
 def grid(
     cfg: TrainConfig | Mapping[str, Any] | str | Path,
-    axes: Mapping[str, Sequence[Any]],
+    axes: Mapping[str, Iterable[Any]],
     *,
     plugins: PluginManager | None = None,
 ) -> list[TrainConfig]:
     """``cfg`` with every combination of the values of ``axes``, by dotted option; the last axis changes fastest.
 
     ``saekit.grid("run.toml", {"sae.l1_coefficient": [1, 5], "training.lr": [1e-4, 3e-4]})`` gives four, for
-    :func:`saekit.train`.
+    :func:`saekit.train`.  A plugin is an axis too (``"lr_schedule": ["constant", CosineConfig(end=1e-5)]``), and so are
+    its options (``"lr_schedule.end"``).  :class:`ConfigError` says which axis or option is wrong.
     """
     plugins = plugins or default_manager()
-    if isinstance(cfg, TrainConfig):
-        table: Mapping[str, Any] = ConfigConverter(plugins).unstructure(cfg, qualify=False)
-    else:
-        table = cfg if isinstance(cfg, Mapping) else read_table(Path(cfg))
-    if empty := [path for path, values in axes.items() if isinstance(values, str) or not len(values)]:
-        raise ConfigError([(empty[0], f"an axis of a grid needs a list of values, found {axes[empty[0]]!r}")])
+    table = _plain(cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(Path(cfg)), plugins)
+    values = {path: [_plain(value, plugins) for value in _axis(path, axis)] for path, axis in axes.items()}
     configs = []
-    for values in itertools.product(*axes.values()):
-        changed: dict[str, Any] = _copied(table)
-        for path, value in zip(axes, values, strict=True):
-            set_option(changed, path, value)
+    for point in itertools.product(*values.values()):
+        changed = _plain(table, plugins)
+        # A plugin before its options, in whatever order they are given.
+        for path, value in sorted(zip(values, point, strict=True), key=lambda item: item[0].count(".")):
+            set_option(changed, path, _plain(value, plugins))
         configs.append(load_config(changed, plugins=plugins))
     return configs
 
 
-def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+def _axis(path: str, values: Iterable[Any]) -> list[Any]:
+    if hasattr(values, "tolist"):  # NumPy's arrays and torch's tensors, whose items are no plain numbers
+        values = values.tolist()
+    listed = [] if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable) else list(values)
+    if not listed:
+        raise ConfigError([(path, f"an axis of a grid needs a list of values, found {values!r}")])
+    return listed
+
+
+def _plain(value: Any, plugins: PluginManager) -> Any:
+    """A copy of tables, in which options objects of plugins are tables too, so that options can be set in them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item, plugins) for key, item in value.items()}
+    if not attrs.has(type(value)):
+        return value
+    table = ConfigConverter(plugins).unstructure(value, qualify=False)
+    for kind in KINDS:
+        try:
+            return {"name": plugins.find(kind, value).key, **table}
+        except SaekitError:  # it is not of this kind
+            continue
+    return table
+
+
+def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted path as plain data: a plugin's key at its own path, and its options below that."""
+    table = ConfigConverter(plugins).unstructure(config)
+    found: dict[str, Any] = {}
+    for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        path, value = prefix + field.name, getattr(config, field.name)
+        kind = field.metadata.get(PLUGIN_KIND)
+        if kind is not None and not isinstance(value, tuple):
+            found[path] = plugins.find(kind, value).key
+            found |= spelled_out(plugins.options(kind, value), plugins, f"{path}.")
+        elif attrs.has(type(value)):
+            found |= spelled_out(value, plugins, f"{path}.")
+        else:
+            found[path] = table[field.name]
+    return found
 
 
 def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:
     """For each configuration, the options in which they are not all alike."""
-    paths: dict[str, Any] = {}
-    for config in configs[1:]:
-        for path, (first, _) in differences(configs[0], config, plugins).items():
-            paths.setdefault(path, first)
+    tables = [spelled_out(config, plugins) for config in configs]
+    paths = dict.fromkeys(path for table in tables for path in table)
     paths.pop("checkpoints.name", None)
-    values = []
-    for config in configs:
-        own = differences(configs[0], config, plugins)
-        values.append({path: own[path][1] if path in own else first for path, first in paths.items()})
-    return values
+    changed = [path for path in paths if any(table.get(path) != tables[0].get(path) for table in tables)]
+    return [{path: table.get(path) for path in changed} for table in tables]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """For each dotted path the shortest end of it that no other has."""
+    paths = list(paths)
+    ends = {path: [path.split(".")[-n:] for n in range(1, path.count(".") + 2)] for path in paths}
+    return {
+        path: ".".join(
+            next(
+                (end for end in ends[path] if not any(end in ends[other] for other in paths if other != path)),
+                ends[path][-1],
+            )
+        )
+        for path in paths
+    }
 
 
 def member_names(configs: Sequence[TrainConfig], plugins: PluginManager) -> tuple[str | None, list[str]]:
@@ -82,11 +131,22 @@ def member_names(configs: Sequence[TrainConfig], plugins: PluginManager) -> tupl
               f"SAE; found {', '.join(map(repr, given))}")]
         )  # fmt: skip
     names = [str(name) for name in given]
-    if wrong := [name for name in names if not re.fullmatch(r"[\w=+-][\w.=+-]*", name) or name == "checkpoints"]:
+    if wrong := [name for name in names if not _names_a_folder(name)]:
         raise ConfigError([("checkpoints.name", f"names a folder in that of the sweep, which {wrong[0]!r} cannot")])
     return None, names
 
 
+def _names_a_folder(name: str) -> bool:
+    """Whether the folder of a sweep may hold a folder of this name."""
+    return bool(re.fullmatch(r"[\w=+-][\w.=+-]*", name)) and len(name.encode()) <= 200 and name not in _TAKEN
+
+
 def _name(number: str, changed: Mapping[str, Any]) -> str:
-    parts = [number, *(f"{path.rpartition('.')[2]}={value}" for path, value in changed.items())]
-    return re.sub(r"[^\w.=+-]+", "-", "_".join(parts))[:_LONGEST_NAME].rstrip("-._")
+    labels = short_names(changed)
+    parts = [number, *(f"{labels[path]}={value_text(value)}" for path, value in changed.items())]
+    return re.sub(r"[^\w.=+-]+", "-", "_".join(parts), flags=re.ASCII)[:_LONGEST_NAME].rstrip("-._")
+
+
+def value_text(value: Any) -> str:
+    """As short as it can be without saying something else."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

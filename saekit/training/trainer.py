@@ -105,7 +105,7 @@ class SAETrainer:
             try:
                 return self.sae.training_step(x, step)
             except TorchDynamoException as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).strip().splitlines()[:2])  # the first may only say which compiler it was
                 raise ConfigError(
                     [("training.compile", f"the SAE's step cannot be compiled here: {reason}")]
                 ) from error
@@ -151,13 +151,16 @@ class SAETrainer:
         sae.log_sparsity = self.firing.log_sparsity().cpu()
         return sae
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.sae.named_parameters()), **dict(self.sae.named_buffers())}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs to go on with the very next step."""
         facts = {"step": self.step, "tokens": self.tokens, "scale": self.scale, "diverged": self.diverged}
         if self.diverged is not None:  # it does not go on
             return facts
         return facts | {
-            "weights": {name: value.detach() for name, value in self.sae.named_parameters()},
+            "weights": {name: value.detach() for name, value in self._tensors().items()},
             "optimiser": self.optimiser.state_dict(),
             "firing": self.firing.state_dict(),
             "generator": self.generator.get_state(),
@@ -170,7 +173,7 @@ class SAETrainer:
         self.diverged = state["diverged"]
         if self.diverged is not None:
             return
-        own, saved = dict(self.sae.named_parameters()), state["weights"]
+        own, saved = self._tensors(), state["weights"]
         shapes = {name: list(value.shape) for name, value in own.items()}
         found = {name: list(value.shape) for name, value in saved.items()}
         if shapes != found:

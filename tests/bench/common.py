@@ -20,7 +20,7 @@ from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data import Corpus, StreamContext
 from saekit.protocols import ActivationSource, ModelBackend
-from saekit.training.setup import make_schedule, make_trainer
+from saekit.training.setup import give_weights, make_schedule, make_trainer, sae_options
 from saekit.training.trainer import SAETrainer
 
 CONTEXT, VOCABULARY, BATCH = 128, 2048, 4096
@@ -55,7 +55,10 @@ class Run:
         """A new SAE with everything that trains it."""
         schedule = make_schedule(self.config, self.plugins)
         width = self.stream.widths[self.config.site]
-        return make_trainer(self.config, self.plugins, self.backend, self.corpus, width, self.source, schedule)
+        options, _ = sae_options(self.config, self.plugins)
+        trainer = make_trainer(self.config, self.plugins, self.backend, self.corpus, options, width, schedule)
+        give_weights(trainer, self.config, self.corpus, self.source.peek)
+        return trainer
 
 
 def settings(hook: str, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import math
 import operator
 import re
@@ -16,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import attrs
 import torch
@@ -26,13 +24,10 @@ from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Mani
 from saekit.errors import DataError, StorageError
 from saekit.protocols import Batch
 from saekit.storage import new_folder, sha256
+from saekit.tensor_files import SummedFile, header
 
 __all__ = ["CacheWriter"]
 
-_SAFETENSORS_NAMES = {
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
-    torch.int64: "I64",
-}  # fmt: skip
 _TORN = re.compile(r"\.shard-\d{5,}\.[0-9a-f]{8}\.(tmp|old)")
 _AHEAD = 2  # batches that may wait for the disk
 
@@ -254,24 +249,18 @@ class _TensorFile:
         self, path: Path, name: str, dtype: torch.dtype, planned: Sequence[int], hasher: ThreadPoolExecutor
     ) -> None:
         self.path = path
-        self._hasher = hasher
         self._name, self._dtype = name, dtype
         self._planned = [*planned]
         self._bytes = 0
-        self._file: BinaryIO = path.open("xb", buffering=0)
-        self._digest = hashlib.sha256()
+        self._file = SummedFile(path, hasher)
         try:
-            self._put(self._header(planned[0]))
+            self._file.put(self._header(planned[0]))
         except BaseException:
             self._file.close()
             raise
 
     def _header(self, length: int) -> bytes:
-        shape = [length, *self._planned[1:]]
-        size = math.prod(shape) * self._dtype.itemsize
-        entry = {"dtype": _SAFETENSORS_NAMES[self._dtype], "shape": shape, "data_offsets": [0, size]}
-        text = json.dumps({self._name: entry}).encode().ljust(HEADER - 8)
-        return len(text).to_bytes(8, "little") + text
+        return header({self._name: (self._dtype, [length, *self._planned[1:]])}, HEADER)
 
     def write(self, values: Tensor) -> None:
         """Append rows."""
@@ -281,25 +270,15 @@ class _TensorFile:
                 f"{self.path.stem} has activations as large as {values.abs().max():,.0f}, which float16 cannot hold: "
                 'choose activations.cache.dtype = "bfloat16"'
             )
-        self._put(kept.view(-1).view(torch.uint8).numpy().data)
+        self._file.put_tensor(kept)
         self._bytes += kept.nbytes
-
-    def _put(self, data: bytes | memoryview) -> None:
-        hashed = self._hasher.submit(self._digest.update, data)  # beside the disk, which it would hold up
-        try:
-            left = memoryview(data)
-            while len(left):  # an unbuffered write may stop short
-                left = left[self._file.write(left) :]
-        finally:
-            hashed.result()
 
     def finish(self) -> dict[str, Any]:
         """Write the last of it; the file's entry in the manifest."""
         row = math.prod(self._planned[1:]) * self._dtype.itemsize
-        length, digest = self._bytes // row, self._digest.hexdigest()
+        length, digest = self._bytes // row, self._file.sha256()
         if short := length != self._planned[0]:  # the data ended: the header must say so
-            self._file.seek(0)
-            self._file.write(self._header(length))
+            self._file.rewrite_start(self._header(length))
         self._file.close()
         return {
             "bytes": HEADER + self._bytes,

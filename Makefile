@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/saekit demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -59,7 +59,8 @@ class SummedFile:
         if values.is_complex():
             values = torch.view_as_real(values)
         if values.numel():
-            self.put(values.reshape(-1).view(torch.uint8).numpy().data)
+            flat = values.as_strided((values.numel(),), (1,))  # one of a single element may have any strides
+            self.put(flat.view(torch.uint8).numpy().data)
 
     def rewrite_start(self, data: bytes) -> None:
         """Replace the first bytes, after which :meth:`sha256` is that of another file."""

@@ -810,7 +810,7 @@ def test_one_of_a_sweep_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (kept,) = set(found) - set(resumable)
     assert kept == "step-8", "its fourth step, and the last before its fifth"
     assert {path.name for path in found[kept].iterdir()} == {name}
-    assert saekit.SAE.load(found[kept], plugins=manager()).info.metadata["training_tokens"] == 4 * 256
+    assert saekit.SAE.load(found[kept] / name, plugins=manager()).info.metadata["training_tokens"] == 4 * 256
     assert not (tmp_path / "run" / name / "sae").exists()
     assert {path.name for path in found["step-22"].iterdir() if path.is_dir()} == {path.name for path in
            found["step-21"].iterdir() if path.is_dir()}  # fmt: skip

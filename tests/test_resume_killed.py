@@ -25,15 +25,13 @@ from typing import Any
 
 import caches
 import pytest
-from test_resume import EVERYTHING, contents
+from test_resume import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 from tiny import run_config
 
 import saekit
-from saekit.testing import FakeBackend
 
 TRIALS = int(os.environ.get("SAEKIT_RESUME_TRIALS", "24"))
 SERVER = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
-HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 
 # Many checkpoints: at every step, by the clock, or every few, so that more is done again.
 ALWAYS = {"n_checkpoints": 2, "every_minutes": 1e-9}
@@ -43,35 +41,25 @@ SELDOM = {"n_checkpoints": 3, "every_minutes": 0.0}
 def setup(name: str, cache: str) -> Any:
     """The configuration of a kind of run, or a list of them, in the folder that is the current one."""
     source, checkpoints = {
-        "live, ahead, always": ({"prefetch": True}, ALWAYS),
-        "live, always": ({"prefetch": False}, ALWAYS),
-        "live, ahead, seldom": ({"prefetch": True}, SELDOM),
-        "cached, always": ({"name": "cached", "folder": cache}, ALWAYS),
-        "cached, seldom": ({"name": "cached", "folder": cache, "prefetch": False}, SELDOM),
-        "sweep, warm-up": ({"prefetch": False}, SELDOM),
-        "sweep, always": ({"prefetch": True}, ALWAYS),
-        "sweep, seldom": ({"prefetch": True}, SELDOM),
+        "live, ahead, always": (SOURCES["live, ahead"], ALWAYS),
+        "live, always": (SOURCES["live"], ALWAYS),
+        "live, ahead, seldom": (SOURCES["live, ahead"], SELDOM),
+        "cached, always": (SOURCES["cached, ahead"], ALWAYS),
+        "cached, seldom": (SOURCES["cached"], SELDOM),
+        "sweep, always": (SOURCES["live, ahead"], ALWAYS),
+        "sweep, seldom": (SOURCES["live, ahead"], SELDOM),
+        "warm-up sweep": (SOURCES["live"], SELDOM),
     }[name]
-    if "name" not in source:
-        source = {"name": "live", "store_batch_size_prompts": 4, "n_batches_in_buffer": 8, **source}
-    sections = {section: dict(options) for section, options in EVERYTHING.items()}
-    sections["training"]["train_batch_size_tokens"] = 256 if "sweep" in name else 128
-    sections |= {
-        "model": {"backend": "test:fake"},
-        "dataset": {"context_size": caches.SIZE},
-        "site": {"hook_name": HOOKS[0]},
-        "activations": {"normalize_activations": "expected_average_only_in", "source": source},
-        "evals": {"every_n_steps": 4, "n_contexts": 4, "split": None, "held_out_every": 0 if "cached" in name else 20},
+    if name.startswith("cached"):
+        source = source | {"folder": cache}
+    sections = {
         "checkpoints": {"name": "run"} | checkpoints,
+        "training": {"train_batch_size_tokens": 256 if "sweep" in name else 128},
     }
-    if "cached" in name:  # the rows on disk are of all documents
-        sections["evals"]["run"] = []
-    config = run_config(Path("runs"), **sections)
+    config = fake_config(Path("runs"), source, **sections)
     if "sweep" not in name:
         return config
-    return saekit.grid(
-        config, {"training.seed": [1, 2], "site.hook_name": HOOKS}, plugins=caches.manager(FakeBackend())
-    )
+    return saekit.grid(config, {"training.seed": [1, 2], "site.hook_name": HOOKS}, plugins=manager())
 
 
 # ---- the process that is forked
@@ -80,7 +68,7 @@ def setup(name: str, cache: str) -> Any:
 def serve() -> None:
     """For each line of the input, a run in a child that is killed in time; its end is a line of the output."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whatever is loaded late is loaded now
-        saekit.train(setup("sweep, warm-up", ""), plugins=caches.manager(FakeBackend()), dataset=caches.DOCUMENTS)
+        train(setup("warm-up sweep", ""))
     assert threading.active_count() == 1
     for line in sys.stdin:
         order = json.loads(line)
@@ -123,11 +111,10 @@ def run(order: dict[str, Any]) -> None:
             sys.addaudithook(count)
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="the run in runs/run was stopped before its first checkpoint")
-        plugins = caches.manager(FakeBackend())
         if order["resume"]:
-            saekit.resume("runs/run", plugins=plugins, dataset=caches.DOCUMENTS)
+            resume(Path("runs/run"))
         else:
-            saekit.train(setup(order["setup"], order["cache"]), plugins=plugins, dataset=caches.DOCUMENTS)
+            train(setup(order["setup"], order["cache"]))
         code = 0
         Path("operations.txt").write_text(str(NEVER - left))
     except BaseException as error:

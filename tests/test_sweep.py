@@ -390,13 +390,16 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_never_had(tmp_path: Path) -> 
         train(configs("parts"), plugins()[1])
     armed = False
     backend, others = plugins()
-    resumed = saekit.resume(tmp_path / "parts/s", plugins=others, dataset=DOCUMENTS)
+    with mock.patch.object(session, "SharedForwards", Watched), mock.patch.object(Watched, "made", []):
+        resumed = saekit.resume(tmp_path / "parts/s", plugins=others, dataset=DOCUMENTS)
+        (shared,) = Watched.made
     assert [kept(found.folder) for found in resumed.results.values()] == [
         kept(found.folder) for found in whole.results.values()
     ]
     assert resumed.summary == whole.summary
     assert (resumed.folder / "summary.csv").read_bytes() == (whole.folder / "summary.csv").read_bytes()
     assert max(Counter(backend.seen).values()) == 1
+    assert shared.nbytes == 0, "the third had ended before"
 
 
 # ---- SAEs that diverge
@@ -708,6 +711,7 @@ def test_given_names_name_the_saes(tmp_path: Path) -> None:
         "small",
     ]
     assert result.folder.parent == tmp_path
+    assert "checkpoints.name" not in result.summary[0]
     with pytest.raises(ConfigError, match="all exists already"):
         (tmp_path / "all").mkdir()
         train([fake(tmp_path, checkpoints={"name": "all"})] * 2)
@@ -774,7 +778,7 @@ def test_the_summary_without_evals(tmp_path: Path) -> None:
         assert line["explained_variance"] == found.metrics["metrics/explained_variance"]
 
 
-def drawn(rows: Sequence[Mapping[str, Any]], to: Path, names: Mapping[str, str] | None = None) -> Any:
+def drawn(rows: Sequence[Mapping[str, Any]], to: Path) -> Any:
     """The figure that is saved."""
     from matplotlib.figure import Figure
 
@@ -785,9 +789,9 @@ def drawn(rows: Sequence[Mapping[str, Any]], to: Path, names: Mapping[str, str] 
         figures.append(figure)
         save(figure, *arguments, **options)
 
-    options = [name for name in rows[0] if "." in name] if names is None else names
+    options = list(rows[0])[1 : list(rows[0]).index("l0")]
     with mock.patch.object(Figure, "savefig", keep):
-        plot_sweep(rows, short_names(options) if names is None else names, to)
+        plot_sweep(rows, short_names(options), to)
     return figures[0] if figures else None
 
 
@@ -874,6 +878,16 @@ def test_pictures_of_other_sweeps(tmp_path: Path) -> None:
     assert len({line.get_color() for line in figure.axes[0].lines}) == 12
     alone = drawn([row(0, {}, 10.0, 0.5)], tmp_path / "x.png")
     assert [text.get_text() for text in labels(alone.axes[0])] == ["0"]
+    long = [row(n, {}, 10.0 + n, 0.5, name=f"{n}_a_name_of_its_own_that_takes_much_room_{n}") for n in range(3)]
+    axes = drawn(long, tmp_path / "x.png").axes[0]
+    for text in labels(axes):
+        assert axes.bbox.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= axes.bbox.x1
+    assert [text.get_text() for text in labels(axes)] == [f"{n}_a_name_of_its_own_tha…" for n in range(3)]
+    listed = [
+        row(n, {"sae": f"test:{n}", "site.hook_name": f"blocks.{n}", "training.seed": n}, 10.0 + n, 0.5)
+        for n in range(3)
+    ]
+    assert [text.get_text() for text in labels(drawn(listed, tmp_path / "x.png").axes[0])] == ["0", "1", "2"]
     without = drawn([one | {"ce_recovered": None} for one in GRID], tmp_path / "x.png")
     assert len(without.axes) == 1
     assert drawn([one | DIVERGED for one in GRID], tmp_path / "none.png") is None

@@ -14,7 +14,20 @@ __all__ = ["plot_sweep"]
 _PANELS = {"explained_variance": "Explained variance", "ce_recovered": "CE recovered"}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#4d4d4d")  # Okabe and Ito
 _MARKERS = "os^Dv<>pPX"
-_OFFSETS = ((6, 4), (-6, 4), (6, -4), (-6, -4), (0, 8), (0, -8), (9, 0), (-9, 0))
+_OFFSETS = (
+    (6, 4),
+    (-6, 4),
+    (6, -4),
+    (-6, -4),
+    (0, 8),
+    (0, -8),
+    (9, 0),
+    (-9, 0),
+    (6, 11),
+    (-6, 11),
+    (6, -11),
+    (-6, -11),
+)
 _MOST_ENTRIES = 24
 
 
@@ -96,12 +109,19 @@ class _Look:
     def label(self, row: Mapping[str, Any]) -> str:
         if self.along is not None:
             return _text(row[self.along])
-        return "" if self.names else str(row["name"])
+        return _short_name(str(row["name"])) if self.by_name else ""
+
+    @property
+    def by_name(self) -> bool:
+        """Whether nothing else tells the SAEs apart."""
+        return self.along is None and (not self.names or not set(self.names) <= {self.colour, self.marker})
 
     def caption(self, number: int) -> str:
         parts = [f"{number} SAE{'s' if number > 1 else ''}"]
         if self.along is not None:
             parts.append(f"numbers at the points and lines: {self.names[self.along]}")
+        elif self.by_name:
+            parts.append("at the points: names")
         shown = (("colours", self.colour), ("shapes", self.marker))
         parts += [f"{what}: {self.names[option]}" for what, option in shown if option]
         return "    ".join(parts)
@@ -241,6 +261,12 @@ def _key(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     return f"{value:,.10g}" if isinstance(value, float) else str(value)
+
+
+def _short_name(name: str) -> str:
+    """Of a name that is made of the options, the number."""
+    number, _, rest = name.partition("_")
+    return number if number.isdecimal() and "=" in rest else _shortened(name, 24)
 
 
 def _shortened(text: str, most: int = 38) -> str:

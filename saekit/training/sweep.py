@@ -37,8 +37,8 @@ def grid(
     its options (``"lr_schedule.end"``).  :class:`ConfigError` says which axis or option is wrong.
     """
     plugins = plugins or default_manager()
-    table = _plain(cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(Path(cfg)), plugins)
-    values = {path: [_plain(value, plugins) for value in _axis(path, axis)] for path, axis in axes.items()}
+    table = cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(Path(cfg))
+    values = {path: _axis(path, axis) for path, axis in axes.items()}
     configs = []
     for point in itertools.product(*values.values()):
         changed = _plain(table, plugins)

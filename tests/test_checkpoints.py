@@ -117,6 +117,7 @@ def bits(value: Tensor) -> bytes:
 @example(state={"\ud800": torch.ones(1), "?": torch.zeros(1)})
 @example(state={"nan": math.nan, "inf": [math.inf, -math.inf], "zero": -0.0, "big": 2**199, "empty": {}, "none": []})
 @example(state={"x": torch.tensor([1 + 2j]).conj(), "y": torch.tensor(1.0), "z": [SHARED, SHARED, SHARED[1:3]]})
+@example(state={"one": torch.ones(2, dtype=torch.float64)[::2], "none": torch.ones(0, 3).T})
 @settings(max_examples=150, deadline=None)
 def test_a_state_comes_back_as_it_was(state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -296,6 +297,7 @@ def test_a_checkpoint_that_fails_at_any_operation(
     facts = session_files["facts"]
     after: list[int] = []
     told: set[str] = set()
+    untrue = 0
     for operation in itertools.count(1):
         run = tmp_path / str(operation)
         write_checkpoint(run / "checkpoints/step-3", **session_files | {"facts": facts | {"batches": 3}})
@@ -314,6 +316,7 @@ def test_a_checkpoint_that_fails_at_any_operation(
         storage.tidy(run / "checkpoints")
         assert newest_checkpoint(run).facts == found.facts
         after.append(found.facts["batches"])
+        untrue += failure is not None and after[-1] == 44
         names = sorted(path.name for path in (run / "checkpoints").iterdir())
         assert names == (["step-3", "step-4"] if found.facts["batches"] != 3 else ["step-3"])
         assert set(found.training("sae")) >= {"optimiser", "weights"}
@@ -328,6 +331,8 @@ def test_a_checkpoint_that_fails_at_any_operation(
     assert after.count(before) > 15, "operations before the last rename"
     wanted = "cannot write step-4: No space left on device. What was there before is kept"
     assert told == ({wanted} if error is full_disk else set())
+    if error is full_disk:
+        assert untrue <= 1, "when it is there, but the system will not say that it is safe"
 
 
 @pytest.mark.parametrize("names", [[], ["sae"]], ids=["removed", "kept to look at"])
@@ -393,7 +398,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     folder = tmp_path / "run/checkpoints"
     assert [re.sub(r"cannot write .*: No", "cannot write X: No", text) for text in told] == [
         f"there is no checkpoint after {step} steps: cannot write X: No space left on device. What was there before is "
-        f"kept. Training goes on; the last checkpoint is {folder / kept}"
+        f"kept. {'The SAEs are saved all the same' if step == 11 else 'Training goes on'}; the last checkpoint is "
+        f"{folder / kept}"
         for step, kept in ((5, "step-3"), (7, "step-3"), (11, "step-9"))
     ]
     assert {path.name for path in folder.iterdir()} == {"step-3", "step-9"}
@@ -406,7 +412,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "write_checkpoint", lambda *_: exec("raise StorageError('full')", globals()))
-    with pytest.warns(RuntimeWarning, match="Training goes on; the last checkpoint is still to come"):
+    with pytest.warns(RuntimeWarning, match="(goes on|all the same); the last checkpoint is still to come"):
         train(fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 1}))
 
 
@@ -600,7 +606,7 @@ def test_a_run_goes_on_before_a_damaged_checkpoint(tmp_path: Path, two_checkpoin
         resume(Path("runs/run"))  # a warning would be an error
     ours, theirs = contents(tmp_path / "runs/run"), contents(two_checkpoints / "whole/run")
     for path in theirs:
-        assert ours[path] == theirs[path] or path == "config.toml"
+        assert ours[path] == theirs[path] or path in ("config.toml", "checkpoints/step-11/checkpoint.json")
 
 
 def test_a_checkpoint_of_another_run(tmp_path: Path, two_checkpoints: Path) -> None:
@@ -629,6 +635,28 @@ def test_another_version_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monkey
         RuntimeWarning, match=f"written with torch 2.0.0, and this is {re.escape(torch.__version__)}: the"
     ):
         resume(tmp_path / "run")
+
+
+def test_metrics_are_written_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that is killed right after it would go on without the lines before it."""
+    from saekit_plugins.jsonl import JsonlTracker
+
+    log, write, lines = JsonlTracker.log, saving.write_checkpoint, []
+
+    def slow(tracker: JsonlTracker, metrics: Any, step: int) -> None:
+        time.sleep(0.05)
+        log(tracker, metrics, step)
+
+    def counted(path: Path, *rest: Any) -> None:
+        lines.append((path.name, len((tmp_path / "run/metrics.jsonl").read_text().splitlines())))
+        write(path, *rest)
+
+    monkeypatch.setattr(JsonlTracker, "log", slow)
+    monkeypatch.setattr(saving, "write_checkpoint", counted)
+    train(fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 3}))
+    assert lines == [("step-3", 3), ("step-6", 6), ("step-8", 8), ("step-11", 12)]
 
 
 # ---- which are written, and which stay

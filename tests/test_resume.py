@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,9 +298,8 @@ def test_interrupted_during_a_checkpoint(
             told = "there is none to go on from"
             with pytest.warns(RuntimeWarning, match="the run in runs/run was stopped before its first checkpoint"):
                 resume(Path("runs/run"))
-        assert caught.value.checkpoint in (None, Path(f"runs/run/checkpoints/step-{caught.value.step}"))
-        if caught.value.checkpoint is None:
-            assert "a checkpoint could not be saved: that was interrupted, too; " + told in str(caught.value)
+        assert caught.value.checkpoint is None, "at once: it is not begun again"
+        assert "a checkpoint could not be saved: that was interrupted, too; " + told in str(caught.value)
         assert not list(Path("runs/run").rglob(".*")), "nothing half written is left"
     ends = ("config.toml", "checkpoints/step-10/", "checkpoints/step-11/")
     assert without(contents(tmp_path / "runs/run"), *ends) == without(contents(whole.folder), *ends)
@@ -442,6 +442,47 @@ def test_text_that_ends(tmp_path: Path, prefetch: bool) -> None:
     assert tokens % 256
     with pytest.raises(ConfigError, match="run is finished. To train it longer, raise training.training_tokens"):
         resume(tmp_path / "parts/runs/run", dataset=few)
+
+
+def test_text_that_ended_is_read_again_if_that_is_allowed(tmp_path: Path) -> None:
+    config = fake_config(
+        tmp_path, LIVE, dataset={"on_exhausted": "stop"},
+        training={"training_tokens": 9000, "finetuning_tokens": 0, "finetuning_method": None},
+    )  # fmt: skip
+    few = caches.DOCUMENTS[:25]
+    run = train(config, dataset=few).folder
+    with pytest.raises(ConfigError, match=r"ended after [\d,]+ activations, so it cannot train longer on it"):
+        resume(run, dataset=few, overrides=["training.training_tokens=9500"], allow=["training.training_tokens"])
+    again = {"overrides": ["dataset.on_exhausted=repeat"], "allow": ["dataset.on_exhausted"]}
+    assert resume(run, dataset=few, **again).metrics["details/n_training_tokens"] == 9000
+
+
+def test_a_configuration_that_was_edited_or_not_trained_with_yet(tmp_path: Path) -> None:
+    """What counts is what the checkpoint was made with, whatever config.toml says by now."""
+    run = train(fake_config(tmp_path)).folder
+    total = saekit.load_config(run / "config.toml", plugins=manager()).training.training_tokens
+    text = (run / "config.toml").read_text()
+    # As a run that was allowed to go on is killed before its first checkpoint.
+    (run / "config.toml").write_text(text.replace(f"training_tokens = {total}", f"training_tokens = {total + 512}", 1))
+    with pytest.raises(
+        ConfigError, match=rf"training_tokens: was {total} when the run was saved, and is {total + 512}"
+    ):
+        resume(run)
+    resume(run, allow=["training.training_tokens"])
+    text = (run / "config.toml").read_text()
+    assert text.count("lr = ") == 1
+    (run / "config.toml").write_text(re.sub(r"\nlr = .*", "\nlr = 0.5", text))
+    with pytest.raises(ConfigError, match="training.lr: was .* and is 0.5 now"):
+        resume(run)
+
+
+def test_a_start_is_needed_once(tmp_path: Path) -> None:
+    start = {"b_dec_init_method": "zeros"}
+    folder = train(fake_config(tmp_path / "start", sae=start)).folder
+    begun = fake_config(tmp_path, sae=start, training={"from_pretrained_path": str(folder / "sae")})
+    stopped(begun, 3)
+    shutil.rmtree(folder)
+    assert resume(tmp_path / "run").sae.d_sae == 64
 
 
 def test_a_model_that_ran_out_of_memory_goes_on_in_halves(tmp_path: Path) -> None:
@@ -750,7 +791,7 @@ def test_what_came_from_memory_has_to_come_again(tmp_path: Path) -> None:
 def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
     stopped(fake_config(tmp_path), 3)
     for folder, told in (
-        (tmp_path / "nowhere", r"nowhere is not a run folder: there is no run.json in it\.$"),
+        (tmp_path / "nowhere", r"there is no folder .*nowhere; a run prints the name of its folder when it ends$"),
         (tmp_path, r"is not a run folder: there is no run.json in it. It holds the runs run\."),
         (tmp_path / "run/checkpoints/step-3", r"step-3 is not a run folder"),
     ):

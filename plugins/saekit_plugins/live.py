@@ -140,7 +140,7 @@ class LiveSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._buffer.load_state_dict(state["buffer"])
         self._forwards.load_state_dict(state["contexts"])
-        self._ended = state["ended"]
+        self._ended = state["ended"] and not self._stream.repeat  # which may be allowed by now
         self._shuffled = (state["contexts"], state["ended"])
 
     def close(self) -> None:

@@ -115,7 +115,7 @@ class ShuffleBuffer:
         left, added = self._order[self._served :], self._free_slots(0, self._used if waiting else 0)
         slots = torch.cat([left, added])
         return {
-            "rows": {site.name: block[slots.to(block.device)].cpu() for site, block in self._rows.items()},
+            "rows": {site.name: _gathered(block, slots) for site, block in self._rows.items()},
             "origins": self._origins[slots],
             "waiting": len(added),
             "capacity": self.capacity,
@@ -138,3 +138,11 @@ class ShuffleBuffer:
         self._order, self._served = torch.arange(left), 0
         self._free, self._used = torch.arange(left, self.capacity), state["waiting"]
         self._generator.set_state(state["generator"])
+
+
+def _gathered(block: Tensor, slots: Tensor) -> Tensor:
+    """The rows ``slots`` of ``block`` on the CPU; in pieces, since a GPU need not have room for all of them twice."""
+    rows = torch.empty(len(slots), *block.shape[1:], dtype=block.dtype)
+    for part, target in zip(slots.split(65_536), rows.split(65_536), strict=True):
+        target.copy_(block.index_select(0, part.to(block.device)))
+    return rows

@@ -52,6 +52,8 @@ class RunRecord:
         """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
         path = folder / RECORD
         if not path.is_file():
+            if not folder.exists():
+                raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
             near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
             hint = f" It holds the runs {', '.join(near)}." if near else ""
             raise StorageError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")

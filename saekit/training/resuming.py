@@ -56,13 +56,15 @@ class Resumption:
                 f"the run in {folder} was started with a {' and a '.join(missing)} from memory; pass "
                 f"{' and '.join(f'{kind}=...' for kind in missing)} to saekit.resume again"
             )
-        old = record.configs(plugins)
-        new = _changed(old, cfg, overrides, plugins, folder)
+        written = record.configs(plugins)
+        new = _changed(written, cfg, overrides, plugins, folder)
+        checkpoint = None if _just_begun(record, new) else newest_checkpoint(folder)
+        # What the checkpoint was made with, not what config.toml says: that may have been edited since.
+        old = written if checkpoint is None else _of_checkpoint(checkpoint, new, plugins)
         changed: dict[str, tuple[Any, Any]] = {}
         for name, config in new.items():
             changed |= differences(old[name], config, plugins)
         refuse(changed, frozenset(allow))
-        checkpoint = None if _just_begun(record, new) else newest_checkpoint(folder)
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(set(allow) - set(changed) - set(identity))
         if checkpoint is None:
@@ -74,6 +76,12 @@ class Resumption:
         else:
             _check_left(checkpoint, old, new, folder)
         return cls(record, new, checkpoint, frozenset(allow) - set(changed), frozenset(changed))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """``d_sae`` of each SAE."""
+        saes = {} if self.checkpoint is None else self.checkpoint.facts["saes"]
+        return {name: about["d_sae"] for name, about in saes.items()}
 
     def load_into(self, session: Session) -> None:
         """Put back what the checkpoint holds, or give the first weights where there is none."""
@@ -103,6 +111,11 @@ class Resumption:
             raise StorageError(
                 f"{self.checkpoint.folder} does not fit the run as it is now: {type(error).__name__}: {error}"
             ) from error
+        if saved["finished"] and not any(lane.training for lane in session.lanes):
+            raise ConfigError(
+                f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
+                "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
+            )
         set_aside(self.record.folder, self.checkpoint)
 
 
@@ -119,6 +132,22 @@ def _changed(
         return {name: load_config(cfg, overrides, plugins=plugins) for name in old}
     plain = ConfigConverter(plugins).unstructure
     return {name: load_config(plain(config), overrides, plugins=plugins) for name, config in old.items()}
+
+
+def _of_checkpoint(
+    checkpoint: Checkpoint, now: Mapping[str, TrainConfig], plugins: PluginManager
+) -> dict[str, TrainConfig]:
+    """The configurations that a checkpoint was made with; where it lies makes no difference."""
+    saes = checkpoint.facts["saes"]
+    if set(saes) != set(now):
+        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
+    old = {}
+    for name, config in now.items():
+        place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name or "none"}
+        table = dict(saes[name]["config"])
+        table["checkpoints"] = {**table["checkpoints"], **place}
+        old[name] = load_config(table, plugins=plugins)
+    return old
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> None:
@@ -145,17 +174,21 @@ def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
     return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
 
 
+def _reads_again(old: TrainConfig, now: TrainConfig) -> bool:
+    """Whether text that had ended is there again."""
+    return now.dataset.on_exhausted == "repeat" != old.dataset.on_exhausted
+
+
 def _check_left(
     checkpoint: Checkpoint, old: Mapping[str, TrainConfig], configs: Mapping[str, TrainConfig], folder: Path
 ) -> None:
     saes = checkpoint.facts["saes"]
-    if set(saes) != set(configs):
-        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(configs)}")
     left = [
         name
         for name, config in configs.items()
         if saes[name]["diverged"] is None
-        and config.training.total_tokens > max(saes[name]["tokens"], old[name].training.total_tokens)
+        and config.training.total_tokens
+        > max(saes[name]["tokens"], 0 if _reads_again(old[name], config) else old[name].training.total_tokens)
     ]
     if checkpoint.facts["finished"] and not left:
         raise ConfigError(

@@ -155,7 +155,7 @@ def resume(
         resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
         with (
             seeded(next(iter(resumption.configs.values())).training.seed),
-            contextlib.closing(Session(resumption.configs, plugins, model, dataset)) as session,
+            contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
         ):
             resumption.load_into(session)
             resumption.record.write(resumption.configs, plugins)
@@ -177,7 +177,7 @@ def _run(session: Session, record: RunRecord, *, resumed: bool = False) -> Train
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         trackers: dict[str, Trackers] = {}
-        stack.callback(lambda: close_all(list(trackers.values())))
+        stack.push(lambda kind, error, trace: _close_trackers(trackers, ended_well=kind is None))
         for name, member in session.members.items():
             resumed_at = member.trainer.step if resumed else None
             trackers[name] = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
@@ -194,6 +194,11 @@ def _run(session: Session, record: RunRecord, *, resumed: bool = False) -> Train
             _save_after(error, session, record, saving, interruption)
             raise
     return _result(session, record, summary)
+
+
+def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> None:
+    """Whoever interrupts a run does not want to wait for a slow tracker, and a cluster does not."""
+    close_all(list(trackers.values()), timeout=300 if ended_well else 10)
 
 
 def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
@@ -267,7 +272,10 @@ def _save_after(
     elif session.batches:
         try:
             saved = saving.save()
-        except Exception as failed:  # a full disk, or the device that the first error was about: tell both
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as failed:  # a full disk, or the device that the first error was about: tell both
             problem = str(failed) if isinstance(failed, StorageError) else f"{type(failed).__name__}: {failed}"
     newest = next(all_checkpoints(record.folder), None)
     if isinstance(error, KeyboardInterrupt):

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from saekit.config import ALWAYS_TRACKED
+from saekit.config import ALWAYS_TRACKED, TrainConfig
+from saekit.converter import ConfigConverter
 from saekit.errors import DivergedError, StorageError
 from saekit.protocols import Histogram
 from saekit.sae.module import SAE
@@ -71,11 +72,12 @@ class Saving:
             return  # the SAEs are where they belong by now
         try:
             self.save(spaced=spaced, finished=finished)
-        except StorageError as error:
+        except (StorageError, RuntimeError, MemoryError) as error:  # a full disk, or a full memory
             kept = next(all_checkpoints(self._folder), None)
             warnings.warn(
-                f"there is no checkpoint after {self._session.batches:,} steps: {error}. Training goes on; the last "
-                f"checkpoint is {kept or 'still to come'}",
+                f"there is no checkpoint after {self._session.batches:,} steps: {error}. "
+                f"{'The SAEs are saved all the same' if finished else 'Training goes on'}; the last checkpoint is "
+                f"{kept or 'still to come'}",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -130,7 +132,13 @@ class Saving:
 
     def _facts(self, spaced: bool, finished: bool) -> dict[str, object]:
         about = {
-            name: {"step": member.trainer.step, "tokens": member.trainer.tokens, "diverged": member.trainer.diverged}
+            name: {
+                "step": member.trainer.step,
+                "tokens": member.trainer.tokens,
+                "diverged": member.trainer.diverged,
+                "d_sae": member.trainer.sae.d_sae,
+                "config": self._config(member.config),
+            }
             for name, member in self._session.members.items()
         }
         return {
@@ -141,6 +149,13 @@ class Saving:
             "identity": dict(self._session.identity),
             "versions": versions(),
         }
+
+    def _config(self, config: TrainConfig) -> dict[str, object]:
+        """The configuration as plain data, without where the run lies: it may be moved."""
+        table = ConfigConverter(self._session.plugins).unstructure(config)
+        for option in ("folder", "name"):
+            table["checkpoints"].pop(option)
+        return table
 
     def _remove_old(self) -> None:
         """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays."""

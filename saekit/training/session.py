@@ -64,11 +64,13 @@ class Session:
         plugins: PluginManager,
         model: object | None = None,
         dataset: object | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
         self.plugins = plugins
         self._check_together(configs)
-        prepared = {name: _Prepared.of(config, plugins) for name, config in configs.items()}
+        sizes = sizes or {}
+        prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset)
         sites = [config.site for config in configs.values()]
@@ -235,7 +237,8 @@ class Session:
         """Go on where ``stream`` and each SAE's ``training`` state were taken."""
         for lane, saved in zip(self.lanes, stream["lanes"], strict=True):
             lane.source.load_state_dict(saved["source"])
-            lane.tokens, lane.batches, lane.ended = saved["tokens"], saved["batches"], saved["ended"]
+            lane.tokens, lane.batches = saved["tokens"], saved["batches"]
+            lane.ended = saved["ended"] and self.corpus.config.on_exhausted != "repeat"  # it may be allowed by now
             lane.untold = [
                 (self.members[name].trainer, metrics_of(metrics)) for name, metrics in saved["untold"].items()
             ]
@@ -264,8 +267,8 @@ class _Prepared:
     evals: dict[str, Eval]
 
     @classmethod
-    def of(cls, config: TrainConfig, plugins: PluginManager) -> _Prepared:
+    def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
         resolve_device(config.training.device, "training.device")
-        options, start = sae_options(config, plugins)
+        options, start = sae_options(config, plugins, d_sae)
         chosen_trackers(config, plugins)
         return cls(options, start, make_schedule(config, plugins), make_evals(config, plugins))

@@ -73,10 +73,11 @@ def _refuse_twice(path: str, keys: Sequence[str]) -> None:
         raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
 
 
-def sae_options(config: TrainConfig, plugins: PluginManager) -> tuple[SAEConfig, SAE | None]:
+def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None = None) -> tuple[SAEConfig, SAE | None]:
     """The architecture's options, and the saved SAE that training starts from, if there is one.
 
-    :class:`ConfigError` names what does not go together.
+    ``d_sae`` is given for a run that goes on, which needs no start any more.  :class:`ConfigError` names what does not
+    go together.
     """
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
     if config.training.finetuning_method == "decoder" and options.apply_b_dec_to_input:
@@ -87,6 +88,8 @@ def sae_options(config: TrainConfig, plugins: PluginManager) -> tuple[SAEConfig,
         )  # fmt: skip
     if config.training.from_pretrained_path is None:
         return options, None
+    if d_sae is not None:
+        return attrs.evolve(options, d_sae=d_sae, expansion_factor=None), None
     start = load_sae(SAEFiles.in_folder(config.training.from_pretrained_path), plugins=plugins)
     if options.d_sae is None and options.expansion_factor is None:
         options = attrs.evolve(options, d_sae=start.d_sae)

@@ -305,6 +305,33 @@ def test_interrupted_during_a_checkpoint(
     assert without(contents(tmp_path / "runs/run"), *ends) == without(contents(whole.folder), *ends)
 
 
+def test_a_step_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the thread that runs the model ahead has gone: two runs with one seed leave the same checkpoint."""
+
+    class Slow(FakeBackend):
+        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+            time.sleep(0.02)
+            return super().activations(tokens, hooks)
+
+    work, pause = SAETrainer.train_on, [0.0]
+
+    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
+        time.sleep(pause[0])
+        return work(trainer, rows)
+
+    monkeypatch.setattr(SAETrainer, "train_on", train_on)
+    found = []
+    for name, pause[0], backend in (("ahead", 0.05, FakeBackend()), ("behind", 0.0, Slow())):
+        folder = tmp_path / name
+        folder.mkdir()
+        with contextlib.chdir(folder):
+            # A large buffer, of which less than half is used: the thread fills what was served meanwhile, or not.
+            source = LIVE | {"prefetch": True, "n_batches_in_buffer": 24}
+            stopped(fake_config(Path("runs"), source), 3, plugins=manager(backend))
+        found.append(contents(folder))
+    assert found[0] == found[1]
+
+
 # ---- what else makes a run
 
 

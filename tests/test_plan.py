@@ -24,6 +24,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     numbers = found.numbers
     assert (numbers["steps"], numbers["training_tokens"], numbers["d_in"], numbers["d_sae"]) == (8, 2000, 16, 64)
     assert numbers["buffer_bytes"] == (4 + 1) * 8 * 32 * 16 * 4, "four forwards, and one ahead"
+    assert numbers["checkpoint_bytes"] == numbers["sae_bytes"] * 3 / 4 + numbers["buffer_bytes"]
     assert numbers["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
     assert numbers["forward_seconds"] > 0
     assert numbers["step_seconds"] > 0

@@ -41,6 +41,10 @@ MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
 FORMAT = 1
 
 
+class OtherFormatError(StorageError):
+    """A checkpoint that is not damaged, but of another saekit."""
+
+
 @attrs.frozen
 class Checkpoint:
     """A checkpoint on disk, whose manifest was read."""
@@ -55,7 +59,7 @@ class Checkpoint:
         try:
             facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             if facts["format"] != FORMAT:
-                raise StorageError(
+                raise OtherFormatError(
                     f"{path} has format {facts['format']!r}, and this saekit reads {FORMAT}: update saekit to go on"
                 )
             if facts["sha256"] != _seal(facts):
@@ -153,6 +157,8 @@ def newest_checkpoint(run: Path) -> Checkpoint:
         try:
             checkpoint = Checkpoint.open(path)
             checkpoint.verify()
+        except OtherFormatError:
+            raise  # an older one would lose steps that are there
         except StorageError as error:
             damaged.append(str(error))
             continue

@@ -134,6 +134,7 @@ class _Planner:
             self.sizes(backend, stream, corpus, width)
             if source is not None:
                 self.source(source)
+            self.checkpoints()
             if schedule is not None and fits:
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, width, schedule))
         finally:
@@ -240,6 +241,16 @@ class _Planner:
                 f"the buffer and the SAE need {_bytes(needed)}, and {_bytes(available)} of memory are free; lower "
                 "activations.source.n_batches_in_buffer"
             )
+
+    def checkpoints(self) -> None:
+        """What a run that can be resumed takes on the disk: weights, Adam's two moments, and the buffer."""
+        keep = self.config.checkpoints.keep_last
+        if not keep:
+            self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"
+            return
+        size = self.numbers["sae_bytes"] * 3 // 4 + self.numbers.get("buffer_bytes", 0)
+        self.numbers["checkpoint_bytes"] = size
+        self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
 
     def duration(
         self,

@@ -250,10 +250,12 @@ class TrainingConfig:
     """Seeds everything that is drawn."""
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """`auto` trains by the fast kernels where the SAE has them; `reference` by plain torch and autograd."""
     autocast: bool = False
-    """Run the SAE's matrix products in bfloat16 (torch's autocast), whatever the type of its weights."""
+    """Run the SAE's matrix products in bfloat16 (torch's autocast), whatever the type of its weights; by plain torch."""
     compile: bool = False
-    """Compile the SAE's training step with `torch.compile`."""
+    """Compile the SAE's training step in plain torch with `torch.compile`."""
     compile_mode: CompileMode = "default"
     """torch's mode of compilation."""
     dead_feature_window: int = attrs.field(default=1000, validator=_at_least_1)

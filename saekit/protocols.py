@@ -26,6 +26,7 @@ __all__ = [
     "ModelBackend",
     "PretrainedLoader",
     "RunInfo",
+    "SparseActivation",
     "Tracker",
 ]
 
@@ -68,6 +69,24 @@ class ActivationFunction(Protocol):
 
     def __call__(self, pre: Tensor) -> Tensor:
         """``[..., d_sae]`` to ``[..., d_sae]``."""
+
+
+@runtime_checkable
+class SparseActivation(ActivationFunction, Protocol):
+    """An activation function with sparse support, which the fast kernels can use.
+
+    It works on every number by itself, is nowhere negative, and is zero with its derivative wherever ``pre <= 0``.
+    :func:`saekit.testing.check_sparse_activation` verifies what an activation declares by having these methods.
+    """
+
+    def in_place(self, pre: Tensor) -> Tensor:
+        """What calling it returns, written over ``pre``."""
+
+    def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
+        """The gradient to pre-activations from that to ``features``, which are what it returned; of their shape.
+
+        ``gradient`` may be overwritten.
+        """
 
 
 class LRSchedule(Protocol):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from saekit import Entry, hookimpl
-from saekit.protocols import ActivationFunction
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @attrs.frozen(kw_only=True)
@@ -20,7 +23,20 @@ def saekit_register_activation_functions() -> Iterable[Entry]:
     yield Entry("relu", ReluConfig, _build, summary="max(pre, 0)")
 
 
-def _build(config: ReluConfig) -> ActivationFunction:
-    import torch
+class Relu:
+    """Has sparse support (:class:`saekit.protocols.SparseActivation`)."""
 
-    return torch.relu
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu()
+
+    def in_place(self, pre: Tensor) -> Tensor:
+        return pre.relu_()
+
+    def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
+        import torch
+
+        return torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)  # type: ignore[no-any-return]
+
+
+def _build(config: ReluConfig) -> Relu:
+    return Relu()

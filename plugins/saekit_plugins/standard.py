@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -13,7 +13,7 @@ from saekit.config import check
 
 if TYPE_CHECKING:
     from saekit.protocols import ActivationFunction
-    from saekit.sae import SAE
+    from saekit.sae import SAE, Features, SparsityPenalty
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -59,7 +59,22 @@ def _build(config: StandardConfig, *, d_in: int, activation: ActivationFunction)
 def _standard_class() -> type[SAE]:
     import torch
 
-    from saekit.sae import SAE, StepInput, StepOutput, ghost_loss, sparsity_penalty, squared_errors
+    from saekit.protocols import SparseActivation
+    from saekit.sae import (
+        SAE,
+        Encoder,
+        FastStep,
+        SparseFeatures,
+        SparsityPenalty,
+        StepInput,
+        StepOutput,
+        active_groups,
+        ghost_loss,
+        screen_for,
+        sparsity_penalty,
+        spread,
+        squared_errors,
+    )
 
     class StandardSAE(SAE):
         """See the module."""
@@ -104,9 +119,50 @@ def _standard_class() -> type[SAE]:
                 dead = step.dead.nonzero().squeeze(1)
             return noise, dead
 
+        def why_no_fast_path(self, *, training: bool) -> str | None:
+            if not isinstance(self.activation, SparseActivation):
+                return "its activation function declares no sparse support"
+            return "of use_ghost_grads" if training and self.config.use_ghost_grads else None
+
+        def feature_groups(self, rows: torch.Tensor, noise: Any = None) -> Iterator[tuple[int, Features]]:
+            encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+            screen = screen_for(encoder) if noise is None else None
+            return active_groups(encoder, self.centred(rows), self.activation, noise=noise, screen=screen)
+
+        def fast_step(self, x: torch.Tensor, step: StepInput) -> StepOutput:
+            config, coefficient = self.config, l1_coefficient_at(self.config, step.step)
+            fast = FastStep(self, x, None if config.mse_loss_normalization == "none" else 1 / spread(x))
+            norms = self.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
+            penalty = SparsityPenalty.of(
+                x, len(x), coefficient, config.lp_norm, norms, learns=self.W_dec.requires_grad
+            )
+
+            def to_pre(gradient: torch.Tensor, features: Features, rows: slice) -> torch.Tensor:
+                values = features.values if isinstance(features, SparseFeatures) else features
+                return self.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+
+            for start, features in self.feature_groups(x, self._noise(step) if config.noise_scale else None):
+                penalty.count(features)
+                fast.add(start, features, to_pre)
+            losses = {"mse_loss": fast.mse, "l1_loss": penalty.value, "ghost_grad_loss": x.new_zeros(())}
+            return fast.finish(
+                losses,
+                weights=(1, coefficient, 1),
+                coefficients={"l1_coefficient": coefficient},
+                to_decoder_norms=penalty.to_norms,
+            )
+
+        def _noise(self, step: StepInput) -> Any:
+            def draw(rows: int) -> torch.Tensor:
+                generator = step.generator
+                noise = torch.randn(rows, self.d_sae, generator=generator, device=generator.device)
+                return noise.to(self.W_enc).mul_(self.config.noise_scale)
+
+            return draw
+
         def public_config(self) -> dict[str, Any]:
             """sae-lens 6 knows the ReLU version only, and calls it ``standard``."""
-            if self.activation is torch.relu:
+            if self.info.options.get("activation") in ("saekit:relu", {"name": "saekit:relu"}):
                 return {"architecture": "standard"}
             return super().public_config()
 

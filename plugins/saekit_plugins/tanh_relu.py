@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import attrs
 
 from saekit import Entry, hookimpl
-from saekit.protocols import ActivationFunction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +23,19 @@ def saekit_register_activation_functions() -> Iterable[Entry]:
     yield Entry("tanh-relu", TanhReluConfig, _build, summary="tanh(max(pre, 0))")
 
 
-def _build(config: TanhReluConfig) -> ActivationFunction:
-    def tanh_relu(pre: Tensor) -> Tensor:
+class TanhRelu:
+    """Has sparse support (:class:`saekit.protocols.SparseActivation`)."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu().tanh()
 
-    return tanh_relu
+    def in_place(self, pre: Tensor) -> Tensor:
+        return pre.relu_().tanh_()
+
+    def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
+        slope = (features > 0).to(features) - features.square()  # 1 - tanh², and 0 where the feature is
+        return gradient.mul_(slope)
+
+
+def _build(config: TanhReluConfig) -> TanhRelu:
+    return TanhRelu()

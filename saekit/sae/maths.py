@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ghost_loss", "sparsity_penalty", "squared_errors"]
+__all__ = ["ghost_loss", "sparsity_penalty", "spread", "squared_errors"]
 
 _EPS = 1e-6
 
@@ -18,10 +18,13 @@ def squared_errors(output: Tensor, target: Tensor, normalization: Literal["none"
     ``dense_batch`` divides each row by the distance of its target from the batch's mean (plus 1e-6).
     """
     errors: Tensor = (output - target).pow(2)
-    if normalization == "none":
-        return errors
+    return errors if normalization == "none" else errors / spread(target)
+
+
+def spread(target: Tensor) -> Tensor:
+    """``[n, 1]``: the distance of each row of ``target [n, d]`` from the batch's mean, plus 1e-6."""
     distance: Tensor = (target - target.mean(0, keepdim=True)).norm(dim=-1, keepdim=True)
-    return errors / (distance + _EPS)
+    return distance + _EPS
 
 
 def sparsity_penalty(features: Tensor, p: float = 1.0, weights: Tensor | None = None) -> Tensor:

@@ -1,11 +1,15 @@
-"""The SAE itself: five lines of mathematics, six hook points, and the step that trains it."""
+"""The SAE itself: five lines of mathematics, six hook points, and the step that trains it.
+
+The mathematics stand here and in the architectures, for autograd.  What makes them fast stands beside: see
+:mod:`saekit.sae.kernels`, :mod:`saekit.sae.gradients` and :mod:`saekit.sae.inference`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import attrs
 import torch
@@ -14,7 +18,10 @@ from torch import Tensor, nn
 from saekit.config import PluginChoice, SAEConfig
 from saekit.errors import SAEFormatError
 from saekit.protocols import ActivationFunction
+from saekit.sae import inference
 from saekit.sae.hooks import HookPoint
+from saekit.sae.kernels import Features
+from saekit.sae.sparse import SparseFeatures
 from saekit.site import Site, flatten_heads
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ __all__ = ["SAE", "SAEInfo", "StepInput", "StepOutput"]
 
 _S = TypeVar("_S", bound="SAE")
 
+_BLOCK = 1024  # decoder rows that are worked on together, in the cache
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
@@ -73,8 +81,12 @@ class SAE(nn.Module):
     suppression in SAEs"), is there only where it is used: see :meth:`add_scaling_factor`.
 
     Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product, and returns the same shape and dtype.
-    Architectures override :meth:`losses`, and :meth:`pre_activations` or :meth:`encode` where they differ.
+    Architectures override :meth:`losses`, and :meth:`features_of` where they differ.  One that has a fast path overrides
+    :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
     """
+
+    kernels: Literal["auto", "reference"] = "auto"
+    """``auto``: the fast kernels where there are any; ``reference``: plain torch."""
 
     def __init__(self, config: SAEConfig, *, d_in: int, activation: ActivationFunction) -> None:
         super().__init__()
@@ -90,7 +102,8 @@ class SAE(nn.Module):
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
-        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae, dtype=dtype))
+        # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype).T)
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)
@@ -101,29 +114,77 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks."""
-        output = self.decode(self.encode(x), like=x)
+        output = self._reconstructed(x)
         if self.use_error_term:
             with torch.no_grad(), self._without_hooks():
-                error = x - self.decode(self.encode(x), like=x)
+                error = x - self._reconstructed(x)
             output = output + self.run_hook("error", error)
         return self.run_hook("output", output)
 
+    def _reconstructed(self, x: Tensor) -> Tensor:
+        if self._hooked("acts_pre", "acts_post") or not inference.is_fast(self, x):
+            return self.decode(self.encode(x), like=x)
+        rows = self.run_hook("input", self._rows(x))
+        return self._finished(inference.reconstructions(self, rows), x)
+
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
-        pre = self.pre_activations(self.run_hook("input", self._rows(x)))
-        return self.run_hook("acts_post", self.activation(self.run_hook("acts_pre", pre)))
+        rows = self.run_hook("input", self._rows(x))
+        if inference.is_fast(self, rows) and not self._hooked("acts_pre"):
+            features = inference.dense_features(self, rows)
+        else:
+            features = self.features_of(self.run_hook("acts_pre", self.pre_activations(rows)))
+        return self.run_hook("acts_post", features)
+
+    def encode_sparse(self, x: Tensor) -> SparseFeatures:
+        """The active features of ``x``, without gradients; rows are those of ``x`` flattened to ``[n, d_in]``.
+
+        With hooks on features or pre-activations, they are those that the hooks leave.
+        """
+        with torch.no_grad():
+            if not self._hooked("acts_pre", "acts_post") and inference.is_fast(self, x):
+                return inference.sparse_features(self, self.run_hook("input", self._rows(x)))
+            return inference.nonzero_features(self.encode(x).flatten(0, -2))
+
+    def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest feature activations of each row and their features' numbers, ``[..., k]``, in falling order.
+
+        Where fewer are above zero, the values are 0 and the numbers -1.  Without gradients.
+        """
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(f"k must be 1 to {self.d_sae}, the number of features; found {k}")
+        values, features = self.encode_sparse(x).top(k)
+        shape = (*flatten_heads(x, self.d_in)[0].shape[:-1], k)
+        return values.reshape(shape), features.reshape(shape)
 
     def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
         """Reconstructions ``[..., d_in]``, in the shape and dtype of ``like`` if that is given."""
-        output = self.run_hook("recons", self.reconstruction(features))
-        if like is None:
-            return output
-        return output.reshape(like.shape).to(like.dtype)
+        fast = inference.is_fast(self, features)
+        output = inference.decoded_rows(self, features) if fast else self.reconstruction(features)
+        return self._finished(output, like)
+
+    def _finished(self, output: Tensor, like: Tensor | None) -> Tensor:
+        output = self.run_hook("recons", output)
+        return output if like is None else output.reshape(like.shape).to(like.dtype)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """``x̄``, the encoder's input: ``[..., d_in]``."""
+        return x - self.b_dec if self.config.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
-        centred = x - self.b_dec if self.config.apply_b_dec_to_input else x
-        return centred @ self.W_enc + self.b_enc
+        return self.centred(x) @ self.W_enc + self.b_enc
+
+    def features_of(self, pre: Tensor) -> Tensor:
+        """Feature activations from pre-activations, ``[..., d_sae]`` both."""
+        return self.activation(pre)
+
+    def decoder_norms(self) -> Tensor:
+        """``‖W_dec row‖``: ``[d_sae]``."""
+        return self.W_dec.norm(dim=1)
+
+    def _hooked(self, *names: str) -> bool:
+        return not self._hooks_off and any(self._modules[f"hook_sae_{name}"].hooked for name in names)  # type: ignore[union-attr]
 
     def run_hook(self, name: str, x: Tensor) -> Tensor:
         """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
@@ -140,8 +201,12 @@ class SAE(nn.Module):
 
     def reconstruction(self, features: Tensor) -> Tensor:
         """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_in]``, without the hooks of :meth:`decode`."""
-        scaled = features if self.scaling_factor is None else features * self.scaling_factor
-        return scaled @ self.W_dec + self.b_dec
+        scale = self.decoder_scale()
+        return (features if scale is None else features * scale) @ self.W_dec + self.b_dec
+
+    def decoder_scale(self) -> Tensor | None:
+        """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""
+        return self.scaling_factor
 
     def _rows(self, x: Tensor) -> Tensor:
         return flatten_heads(x, self.d_in)[0].to(self.W_enc.dtype)
@@ -153,10 +218,37 @@ class SAE(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it is trained: it must define losses(x, step)")
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``."""
+        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be empty before."""
+        if self.why_reference() is None:
+            with torch.no_grad():
+                return self.fast_step(x, step)
         result = self.losses(x, step)
         result.loss.backward()
         return result
+
+    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        """What :meth:`training_step` does, without autograd."""
+        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define fast_step(x, step)")
+
+    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+        """The features of ``rows [n, d_in]`` for inference, group by group with its first row, without autograd."""
+        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define feature_groups(rows)")
+
+    def why_no_fast_path(self, *, training: bool) -> str | None:
+        """Why this SAE, with its options, has no fast path for ``training`` or else for inference; None: it has one."""
+        return "its architecture has no fast path"
+
+    def why_reference(self) -> str | None:
+        """Why a training step now takes the way of autograd; None: it takes the fast one."""
+        if self.kernels == "reference":
+            return 'kernels = "reference"'
+        if "losses" in vars(self):
+            return "it is compiled"
+        if torch.is_autocast_enabled(self.W_enc.device.type):
+            return "autocast rounds its products"
+        if self.W_enc.dtype not in (torch.float32, torch.float64):
+            return f"its weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
+        return self.why_no_fast_path(training=True)
 
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""
@@ -165,9 +257,11 @@ class SAE(nn.Module):
     @torch.no_grad()
     def before_update(self) -> None:
         """Between gradient and update: remove what a normalised decoder cannot follow."""
-        if self.config.normalize_sae_decoder and self.W_dec.requires_grad and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) / self.W_dec.pow(2).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        if not self.config.normalize_sae_decoder or not self.W_dec.requires_grad or self.W_dec.grad is None:
+            return
+        for gradient, row in zip(self.W_dec.grad.split(_BLOCK), self.W_dec.split(_BLOCK), strict=True):
+            along = (gradient * row).sum(1, keepdim=True) / row.pow(2).sum(1, keepdim=True)
+            gradient.addcmul_(along, row, value=-1)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -185,6 +185,7 @@ def make_trainer(
     if config.training.finetuning_method is not None:
         sae.add_scaling_factor()
     sae.to(device)
+    sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
     sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend, corpus, plugins))

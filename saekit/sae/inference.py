@@ -1,0 +1,107 @@
+"""Encoding and decoding without gradients, by the kernels of training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.sae.gradients import decoded
+from saekit.sae.kernels import CHUNK, DENSE_ABOVE, entries_where, mask_like
+from saekit.sae.sparse import SparseFeatures
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAE
+
+__all__ = [
+    "decoded_rows",
+    "dense_features",
+    "is_fast",
+    "nonzero_features",
+    "reconstructions",
+    "sparse_features",
+]
+
+
+def is_fast(sae: SAE, x: Tensor) -> bool:
+    """Whether the kernels can serve: nobody asks for a gradient, or for another precision."""
+    if sae.kernels == "reference" or sae.W_enc.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in sae.parameters())):
+        return False
+    device = sae.W_enc.device.type
+    return not torch.is_autocast_enabled(device) and sae.why_no_fast_path(training=False) is None
+
+
+def dense_features(sae: SAE, rows: Tensor) -> Tensor:
+    """Features ``[..., d_sae]`` of ``rows [..., d_in]``."""
+    flat = rows.detach().reshape(-1, sae.d_in)
+    features = flat.new_zeros(len(flat), sae.d_sae)
+    for start, group in sae.feature_groups(flat):
+        part = features[start : start + group.shape[0]]
+        if isinstance(group, SparseFeatures):
+            group.dense(out=part)
+        else:
+            part.copy_(group)
+    return features.reshape(*rows.shape[:-1], sae.d_sae)
+
+
+def sparse_features(sae: SAE, rows: Tensor) -> SparseFeatures:
+    """The active features of ``rows [..., d_in]``."""
+    flat = rows.detach().reshape(-1, sae.d_in)
+    groups = [group if isinstance(group, SparseFeatures) else nonzero_features(group)
+              for _, group in sae.feature_groups(flat)]  # fmt: skip
+    if not groups:
+        return nonzero_features(flat.new_zeros(0, sae.d_sae))
+    joined = SparseFeatures.joined(groups)
+    return joined if flat.device.type == "cpu" else joined.kept(joined.values != 0)
+
+
+def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
+    """``x̂ [..., d_in]`` of ``rows [..., d_in]``."""
+    flat = rows.detach().reshape(-1, sae.d_in)
+    output = torch.empty_like(flat)
+    for start, group in sae.feature_groups(flat):
+        output[start : start + group.shape[0]] = _decoded(sae, group)
+    return output.reshape(rows.shape)
+
+
+def decoded_rows(sae: SAE, features: Tensor) -> Tensor:
+    """``x̂ [..., d_in]`` of ``features [..., d_sae]``."""
+    flat = features.detach().reshape(-1, sae.d_sae).to(sae.W_dec.dtype)
+    output = flat.new_empty(len(flat), sae.d_in)
+    for start, part in zip(range(0, len(flat), CHUNK), flat.split(CHUNK), strict=False):
+        output[start : start + len(part)] = _decoded(sae, _sparse_if_cheaper(part))
+    return output.reshape(*features.shape[:-1], sae.d_in)
+
+
+def nonzero_features(features: Tensor) -> SparseFeatures:
+    """The entries of ``features [n, d_sae]`` that are not zero."""
+    found = entries_where(features != 0)
+    assert found is not None
+    _, rows, columns = found
+    return SparseFeatures(rows, columns, features[rows, columns], *features.shape)
+
+
+def _sparse_if_cheaper(part: Tensor) -> Tensor | SparseFeatures:
+    if part.device.type != "cpu" or not part.is_contiguous():
+        return part
+    if np.count_nonzero(part[: len(part) // 64 + 1].numpy()) > DENSE_ABOVE * (len(part) // 64 + 1) * part.shape[1]:
+        return part
+    found = entries_where(torch.ne(part, 0, out=mask_like(part)), limit=int(DENSE_ABOVE * part.numel()))
+    if found is None:
+        return part
+    flat, rows, columns = found
+    return SparseFeatures(rows, columns, part.view(-1)[flat], *part.shape)
+
+
+def _decoded(sae: SAE, features: Tensor | SparseFeatures) -> Tensor:
+    scale = sae.decoder_scale()
+    if scale is not None:
+        if isinstance(features, SparseFeatures):
+            features = features.with_values(features.values * scale[features.features])
+        else:
+            features = features * scale
+    return decoded(features, sae.W_dec, sae.b_dec)

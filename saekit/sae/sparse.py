@@ -1,0 +1,172 @@
+"""Features of which few are active, and the products of a training step that need those alone.
+
+A dense step multiplies five times by matrices of ``n · d_in · d_sae`` numbers.  Where few features are active, the
+decoder, the features' gradient and both weight gradients need only the active ones, and the encoder's product is what is
+left.  ``torch.nn.functional.embedding_bag`` is that sparse product on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+__all__ = ["SparseFeatures"]
+
+_BLOCK = 2048  # features whose weight gradients are made at once: they stay in the cache, and their memory is used again
+
+
+class _ByFeature(NamedTuple):
+    """Entries sorted by feature: which they were, their rows, and where each feature's begin."""
+
+    order: Tensor
+    rows: Tensor
+    starts: Tensor
+
+
+@attrs.define(eq=False, slots=False)
+class SparseFeatures:
+    """Feature activations ``[n, d_sae]`` by their entries: ``values[i]`` of feature ``features[i]`` in row ``rows[i]``.
+
+    The three are of one length, and ``rows`` rise.  What is not an entry is zero; an entry may be, too.
+    """
+
+    rows: Tensor
+    """``[entries]`` int64."""
+    features: Tensor
+    """``[entries]`` int64."""
+    values: Tensor
+    """``[entries]``."""
+    n: int
+    """Rows."""
+    d_sae: int
+    """Features."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, d_sae)``."""
+        return self.n, self.d_sae
+
+    @classmethod
+    def joined(cls, groups: Sequence[SparseFeatures]) -> SparseFeatures:
+        """``groups`` of rows that follow each other, as one."""
+        if len(groups) == 1:
+            return groups[0]
+        first = 0
+        rows = []
+        for group in groups:
+            rows.append(group.rows + first)
+            first += group.n
+        features, values = (torch.cat([getattr(group, name) for group in groups]) for name in ("features", "values"))
+        return cls(torch.cat(rows), features, values, first, groups[0].d_sae)
+
+    def kept(self, mask: Tensor) -> SparseFeatures:
+        """The entries where ``mask [entries]`` is true."""
+        return SparseFeatures(self.rows[mask], self.features[mask], self.values[mask], self.n, self.d_sae)
+
+    def with_values(self, values: Tensor) -> SparseFeatures:
+        """The same entries with other ``values [entries]``."""
+        other = SparseFeatures(self.rows, self.features, values, self.n, self.d_sae)
+        vars(other).update({name: vars(self)[name] for name in ("starts", "_by_feature") if name in vars(self)})
+        return other
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """``[n]``: the first entry of each row."""
+        return _starts(self.rows, self.n)
+
+    @cached_property
+    def _by_feature(self) -> _ByFeature:
+        features, order = torch.sort(self.features, stable=True)
+        return _ByFeature(order, self.rows[order], _starts(features, self.d_sae))
+
+    # ---- products
+
+    def decoded(self, decoder: Tensor) -> Tensor:
+        """``f W``, ``[n, d]``, for ``decoder [d_sae, d]``."""
+        return embedding_bag(self.features, decoder, self.starts, mode="sum", per_sample_weights=self.values)
+
+    def inner_products(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``[entries]``: of each entry ``⟨vectors of its row, weights of its feature⟩``.
+
+        For ``vectors [n, d]`` and ``weights [d_sae, d]``, both with rows in one piece.  Where the vectors are the
+        gradient to :meth:`decoded`, this is the gradient to the values.
+        """
+        products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            vectors, weights, self.features, self.starts, self.rows, 0, -1
+        )  # 0: the sum; no entry is padding
+        return products
+
+    def add_outer_products(self, values: Tensor, vectors: Tensor, out: Tensor, *, replace: bool = False) -> None:
+        """Add to ``out [d_sae, d]``, for each feature, its entries' ``values [entries]`` times ``vectors [n, d]``.
+
+        ``replace`` overwrites what was there.
+        """
+        by_feature = self._by_feature
+        weights = values[by_feature.order]
+        starts, rows = by_feature.starts, by_feature.rows
+        if out.device.type != "cpu":  # there, memory comes from a pool, and a look at the starts would wait
+            product = embedding_bag(rows, vectors, starts, mode="sum", per_sample_weights=weights)
+            out.copy_(product) if replace else out.add_(product)
+            return
+        ends = [*starts[_BLOCK::_BLOCK].tolist(), len(rows)]
+        begin = 0
+        for block, first, end in zip(out.split(_BLOCK), starts.split(_BLOCK), ends, strict=True):
+            part = slice(begin, end)
+            product = embedding_bag(rows[part], vectors, first - begin, mode="sum", per_sample_weights=weights[part])
+            block.copy_(product) if replace else block.add_(product)
+            begin = end
+
+    def sums(self, values: Tensor) -> Tensor:
+        """``[d_sae]``: for each feature the sum of its entries' ``values [entries]``."""
+        return values.new_zeros(self.d_sae).index_add_(0, self.features, values)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """``[n]``: for each row the sum of its entries' ``values [entries]``."""
+        return values.new_zeros(self.n).index_add_(0, self.rows, values)
+
+    def counts(self) -> Tensor:
+        """``[d_sae]``: the rows in which each feature is above zero."""
+        return self.sums((self.values > 0).to(torch.int64))
+
+    # ---- for people
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """``[n, d_sae]``; written to ``out``, which holds zeros, where that is given."""
+        full = self.values.new_zeros(self.n, self.d_sae) if out is None else out
+        full[self.rows, self.features] = self.values
+        return full
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest of each row and the numbers of their features, both ``[n, k]``, in falling order.
+
+        Rows with fewer are filled with zeros, and with -1 where there is no feature.
+        """
+        values, columns = self.padded(k)
+        values, places = values.topk(k, dim=1)
+        there = values > 0
+        features = torch.full_like(columns, -1) if not len(self) else self.features[columns.gather(1, places)]
+        return values.where(there, 0), features.where(there, -1)
+
+    def padded(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
+        """Values and entry numbers in a rectangle ``[n, m]``, where ``m`` is the longest row's; else -inf and 0."""
+        place = torch.arange(len(self), device=self.rows.device) - self.starts[self.rows]
+        longest = int(place.max()) + 1 if len(self) else 0
+        values = self.values.new_full((self.n, max(longest, at_least)), -torch.inf)
+        numbers = torch.zeros_like(values, dtype=torch.int64)
+        values[self.rows, place] = self.values
+        numbers[self.rows, place] = torch.arange(len(self), device=self.rows.device)
+        return values, numbers
+
+
+def _starts(sorted_keys: Tensor, number: int) -> Tensor:
+    """Where each of ``number`` keys begins in ``sorted_keys``; it waits for no device, as counting would."""
+    return torch.searchsorted(sorted_keys, torch.arange(number, device=sorted_keys.device))

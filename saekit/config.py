@@ -250,8 +250,9 @@ class TrainingConfig:
     """Seeds everything that is drawn."""
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
-    kernels: Literal["auto", "reference"] = "auto"
-    """`auto` trains by the fast kernels where the SAE has them; `reference` by plain torch and autograd."""
+    kernels: Literal["auto", "fast", "reference"] = "auto"
+    """`auto` trains by the fast kernels where the SAE has them, but not in float64, where `fast` does, too; `reference`
+    trains by plain torch and autograd, in the order of operations of sae-lens."""
     autocast: bool = False
     """Run the SAE's matrix products in bfloat16 (torch's autocast), whatever the type of its weights; by plain torch."""
     compile: bool = False

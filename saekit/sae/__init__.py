@@ -10,8 +10,10 @@ from saekit.config import SAEConfig
 if TYPE_CHECKING:
     from saekit.sae.hooks import HookPoint
     from saekit.sae.init import geometric_median
-    from saekit.sae.kernels import Encoder, Features, active_groups, top_groups
-    from saekit.sae.maths import ghost_loss, sparsity_penalty, spread, squared_errors
+    from saekit.sae.auxk import add_auxk
+    from saekit.sae.kernels import Encoder, Features, active_groups
+    from saekit.sae.largest import batch_top, top_groups
+    from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors
     from saekit.sae.module import SAE, SAEInfo, StepInput, StepOutput
     from saekit.sae.penalty import SparsityPenalty
     from saekit.sae.screen import screen_for, why_no_screen
@@ -31,6 +33,9 @@ __all__ = [
     "StepInput",
     "StepOutput",
     "active_groups",
+    "add_auxk",
+    "auxk_loss",
+    "batch_top",
     "geometric_median",
     "ghost_loss",
     "screen_for",
@@ -42,10 +47,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "auxk": ["add_auxk"],
     "hooks": ["HookPoint"],
     "init": ["geometric_median"],
-    "kernels": ["Encoder", "Features", "active_groups", "top_groups"],
-    "maths": ["ghost_loss", "sparsity_penalty", "spread", "squared_errors"],
+    "kernels": ["Encoder", "Features", "active_groups"],
+    "largest": ["batch_top", "top_groups"],
+    "maths": ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"],
     "module": ["SAE", "SAEInfo", "StepInput", "StepOutput"],
     "penalty": ["SparsityPenalty"],
     "screen": ["screen_for", "why_no_screen"],

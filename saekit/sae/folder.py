@@ -64,7 +64,7 @@ def folder_config(sae: SAE) -> dict[str, Any]:
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,
-            "options": dict(sae.info.options),
+            "options": sae.saved_options(),
             "site": dict(place) or None,
             "metadata": dict(sae.info.metadata),
         },

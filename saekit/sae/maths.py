@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ghost_loss", "sparsity_penalty", "spread", "squared_errors"]
+__all__ = ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"]
 
 _EPS = 1e-6
 
@@ -59,3 +59,21 @@ def ghost_loss(
     errors = squared_errors(ghost, residual, normalization)
     ratio = squared_errors(output, x, normalization) / (errors + _EPS)
     return (errors * ratio.detach()).sum(-1).mean()
+
+
+def auxk_loss(
+    pre: Tensor, x: Tensor, output: Tensor, decoder: Tensor, dead: Tensor, k: int, norms: Tensor | None = None
+) -> Tensor:
+    """AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2): dead features learn what is left over.
+
+    The ``k`` largest pre-activations of dead features in each row, by ``pre ⊙ norms``, reconstruct the residual; with
+    fewer than ``k`` dead, all do, and the loss shrinks in proportion.  ``pre [n, d_sae]``, ``x`` and ``output
+    [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar; no device is waited for.
+    """
+    residual = (x - output).detach()
+    compared = pre.detach() if norms is None else pre.detach() * norms.detach()
+    compared = compared.masked_fill(~dead, -torch.inf)
+    values, features = compared.topk(min(k, pre.shape[1]), dim=1, sorted=False)
+    chosen = torch.zeros_like(pre).scatter(1, features, pre.gather(1, features).where(values > -torch.inf, 0))
+    errors = (chosen @ decoder - residual).pow(2).sum(-1)
+    return errors.mean() * (dead.sum() / k).clamp_max(1).to(pre.dtype)

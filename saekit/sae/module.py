@@ -70,8 +70,8 @@ class StepOutput(NamedTuple):
     """``[n, d_in]``, detached."""
     fired: Tensor
     """``[d_sae]``: rows on which each feature was above zero."""
-    coefficients: Mapping[str, float] = {}
-    """Coefficients at this step, such as ``l1_coefficient``."""
+    coefficients: Mapping[str, float | Tensor] = {}
+    """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
 
 
 class SAE(nn.Module):
@@ -85,8 +85,9 @@ class SAE(nn.Module):
     :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
     """
 
-    kernels: Literal["auto", "reference"] = "auto"
-    """``auto``: the fast kernels where there are any; ``reference``: plain torch."""
+    kernels: Literal["auto", "fast", "reference"] = "auto"
+    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``reference``:
+    plain torch."""
 
     def __init__(self, config: SAEConfig, *, d_in: int, activation: ActivationFunction) -> None:
         super().__init__()
@@ -102,8 +103,11 @@ class SAE(nn.Module):
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
-        # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.
-        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype).T)
+        # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.  In float64,
+        # results are compared with those of others to the last digits, which depend on the order in memory.
+        turned = dtype != torch.float64
+        encoder = torch.zeros(self.d_sae, d_in, dtype=dtype).T if turned else torch.zeros(d_in, self.d_sae, dtype=dtype)
+        self.W_enc = nn.Parameter(encoder)
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)
@@ -246,7 +250,7 @@ class SAE(nn.Module):
             return "it is compiled"
         if torch.is_autocast_enabled(self.W_enc.device.type):
             return "autocast rounds its products"
-        if self.W_enc.dtype not in (torch.float32, torch.float64):
+        if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
             return f"its weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
         return self.why_no_fast_path(training=True)
 
@@ -294,6 +298,10 @@ class SAE(nn.Module):
         Whatever they cannot represent must not be called by a name that they know.
         """
         return {"architecture": self.info.architecture}
+
+    def saved_options(self) -> dict[str, Any]:
+        """The options by which :meth:`public_tensors` are to be understood when saekit loads them."""
+        return dict(self.info.options)
 
     def public_tensors(self) -> dict[str, Tensor]:
         """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU.

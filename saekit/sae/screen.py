@@ -18,7 +18,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.sae.kernels import Encoder, entries_where, largest_of_each_row, mask_like
+from saekit.sae.kernels import Encoder, entries_where, mask_like
+from saekit.sae.largest import largest_of_each_row
 from saekit.sae.memory import scratch
 from saekit.sae.sparse import SparseFeatures
 

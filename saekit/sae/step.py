@@ -33,6 +33,7 @@ class FastStep:
         self._sae, self._x, self._weights = sae, x, row_weights
         self.centred = sae.centred(x).detach()
         """``[n, d_in]``: the encoder's input."""
+        self.b_enc = sae.b_enc.detach()
         self.output = torch.empty_like(x)
         """``[n, d_in]``: reconstructions, as far as they are made."""
         self.squares = x.new_zeros(len(x))
@@ -71,7 +72,7 @@ class FastStep:
         losses: Mapping[str, Tensor],
         *,
         weights: Iterable[float],
-        coefficients: Mapping[str, float] | None = None,
+        coefficients: Mapping[str, float | Tensor] | None = None,
         to_decoder_norms: Tensor | None = None,
     ) -> StepOutput:
         """Write the gradients.  The loss is ``losses`` by ``weights``; ``to_decoder_norms [d_sae]`` is its part's."""

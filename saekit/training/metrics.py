@@ -36,7 +36,7 @@ def step_metrics(
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
         "details/current_learning_rate": lr,
-        **{f"details/current_{name}": value for name, value in result.coefficients.items()},
+        **{f"details/current_{name}": float(value) for name, value in result.coefficients.items()},
         "details/n_training_tokens": tokens,
     }
 

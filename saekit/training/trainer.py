@@ -96,7 +96,10 @@ class SAETrainer:
         return metrics
 
     def _gradients(self, x: Tensor) -> StepOutput:
-        step = StepInput(step=self.step, generator=self.generator, dead=self.firing.dead())
+        dead = self.firing.dead()
+        if x.device.type != "cpu" and self.step <= self.training.dead_feature_window:
+            dead = None  # none can be; and to look would be to wait for the device
+        step = StepInput(step=self.step, generator=self.generator, dead=dead)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.training.autocast):
             if not self.training.compile:
                 return self.sae.training_step(x, step)

@@ -1,0 +1,148 @@
+"""SAE architecture ``batchtopk``: the largest features of a whole batch, k for each row on average (Bussmann et al. 2024).
+
+"BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the average of the least
+active feature of each batch.  It is saved as what other libraries call a JumpReLU SAE.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from saekit_plugins.topk import TopKConfig, check_activation, topk_class
+
+from saekit import ConfigError, Entry, hookimpl
+from saekit.config import check
+from saekit.errors import SAEFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE, Features
+
+
+@attrs.frozen(kw_only=True)
+class BatchTopKConfig(TopKConfig):
+    """``mse + auxk``, where a batch of n rows has at most ``k n`` active features: the largest above zero."""
+
+    k: float = attrs.field(default=32.0, validator=check(lambda value: value > 0, "above 0"))  # type: ignore[assignment]
+    """Active features of a row, on average."""
+    threshold_lr: float = attrs.field(default=0.01, validator=check(lambda value: 0 < value <= 1, "above 0, at most 1"))
+    """How much of each batch's least active feature goes into the running average that becomes the threshold."""
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry("batchtopk", BatchTopKConfig, _build, summary="the largest features of a batch, k for each row on average")
+
+
+def _build(config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    check_activation("batchtopk", activation)
+    if config.k > config.features(d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    return _batchtopk_class()(config, d_in=d_in, activation=activation)
+
+
+@functools.cache
+def _batchtopk_class() -> type[SAE]:
+    import torch
+
+    from saekit.sae import Encoder, SparseFeatures, active_groups, batch_top, screen_for
+
+    class BatchTopKSAE(topk_class()):  # type: ignore[misc]
+        """See the module."""
+
+        config: BatchTopKConfig
+
+        def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
+            super().__init__(config, d_in=d_in, activation=activation)
+            # In float64, as otherwise small updates of a large average would be lost.
+            self.register_buffer("threshold_average", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.float64))
+
+        @property
+        def threshold(self) -> Tensor:
+            """What a feature must exceed outside training: a scalar.
+
+            The running average without its start at zero, as Adam corrects its moments.
+            """
+            started = 1 - (1 - self.config.threshold_lr) ** self.threshold_updates
+            return (self.threshold_average / started).where(started > 0, 0).to(self.W_dec.dtype)
+
+        def features_of(self, pre: Tensor) -> Tensor:
+            norms = self.feature_norms()
+            features = (pre if norms is None else pre * norms).relu()
+            return features * (features > self.threshold)
+
+        # ---- training
+
+        def training_features(self, pre: Tensor) -> Tensor:
+            norms = self.feature_norms()
+            features = (pre if norms is None else pre * norms).relu().flatten()
+            values, places = features.topk(self._wanted(len(pre)), sorted=False)
+            return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
+
+        def _wanted(self, rows: int) -> int:
+            return int(self.config.k * rows)
+
+        @torch.no_grad()
+        def after_features(self, features: Features) -> dict[str, float | Tensor]:
+            values = features.values if isinstance(features, SparseFeatures) else features
+            least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+            there, lr = least < torch.inf, self.config.threshold_lr
+            average = (1 - lr) * self.threshold_average + lr * least.double()
+            self.threshold_average.copy_(average.where(there, self.threshold_average))
+            self.threshold_updates += there
+            return {"topk_threshold": self.threshold_average.clone()}
+
+        def training_groups(self, centred: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
+            encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+            wanted = self._wanted(len(centred))
+            yield 0, batch_top(encoder, centred, wanted, scale=norms, screen=screen_for(encoder))
+
+        def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+            norms = self.feature_norms()
+            above = self.threshold if norms is None else self.threshold / norms
+            encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+            groups = active_groups(encoder, self.centred(rows), self.activation, above=above, screen=screen_for(encoder))
+            for start, group in groups:
+                if norms is None:
+                    yield start, group
+                elif isinstance(group, SparseFeatures):
+                    yield start, group.with_values(group.values * norms[group.features])
+                else:
+                    yield start, group.mul_(norms)
+
+        # ---- saving
+
+        @torch.no_grad()
+        def fold_activation_scale(self, scale: float) -> None:
+            super().fold_activation_scale(scale)
+            if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
+                self.threshold_average /= scale
+
+        def public_config(self) -> dict[str, Any]:
+            return {"architecture": "jumprelu"}
+
+        def public_tensors(self) -> dict[str, Tensor]:
+            threshold = self.threshold.detach().cpu()
+            return super().public_tensors() | {"threshold": threshold.expand(self.d_sae).contiguous()}
+
+        def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+            tensors = dict(tensors)
+            threshold = tensors.pop("threshold", None)
+            if threshold is None:
+                raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
+            if threshold.shape != (self.d_sae,) or not bool((threshold == threshold[0]).all()):
+                raise SAEFormatError(
+                    f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
+                    f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
+                )
+            super().load_public_tensors(tensors)
+            self.threshold_average.fill_(threshold[0].item())
+            self.threshold_updates.fill_(torch.inf)
+
+    return BatchTopKSAE

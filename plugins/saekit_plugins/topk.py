@@ -1,0 +1,205 @@
+"""SAE architecture ``topk``: the k largest features of each row (Gao et al. 2024, "Scaling and evaluating SAEs")."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit.config import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE, Features
+
+_at_least_0 = check(lambda value: value >= 0, "0 or more")
+_at_least_1 = check(lambda value: value >= 1, "1 or more")
+
+
+@attrs.frozen(kw_only=True)
+class TopKConfig(SAEConfig):
+    """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
+
+    k: int = attrs.field(default=32, validator=_at_least_1)
+    """Active features of a row."""
+    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  sae-lens has 1."""
+    k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
+    """Dead features of a row that AuxK trains.  None: half of `d_in`."""
+    rescale_acts_by_decoder_norm: bool = True
+    """Compare features as if decoder rows had norm 1.  Norms are folded into the weights that are saved."""
+    normalize_sae_decoder: bool = False
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_heuristic_init: bool = True
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`."""
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry("topk", TopKConfig, _build, summary="the k largest features of each row, AuxK for dead ones")
+
+
+def _build(config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    check_activation("topk", activation)
+    if config.k > config.features(d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    return topk_class()(config, d_in=d_in, activation=activation)
+
+
+def check_activation(name: str, activation: ActivationFunction) -> None:
+    """:class:`ConfigError` unless it is ReLU."""
+    import torch
+
+    numbers = torch.tensor([-2.0, 0.0, 0.5, 3.0])
+    if activation(numbers).tolist() != numbers.clamp_min(0).tolist():
+        raise ConfigError(
+            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave it "
+              "out")]
+        )  # fmt: skip
+
+
+@functools.cache
+def topk_class() -> type[SAE]:
+    """The class, made when torch is there."""
+    import torch
+
+    from saekit.protocols import SparseActivation
+    from saekit.sae import (
+        SAE,
+        Encoder,
+        FastStep,
+        SparseFeatures,
+        StepInput,
+        StepOutput,
+        add_auxk,
+        auxk_loss,
+        screen_for,
+        squared_errors,
+        top_groups,
+    )
+
+    class TopKSAE(SAE):
+        """See the module.  With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+
+        config: TopKConfig
+
+        def feature_norms(self) -> Tensor | None:
+            """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
+            if not self.config.rescale_acts_by_decoder_norm:
+                return None
+            return self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+        def decoder_scale(self) -> Tensor | None:
+            norms, factor = self.feature_norms(), self.scaling_factor
+            if norms is None:
+                return factor
+            return 1 / norms if factor is None else factor / norms
+
+        def features_of(self, pre: Tensor) -> Tensor:
+            norms = self.feature_norms()
+            values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, features, values.relu())
+
+        # ---- training
+
+        def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+            pre = self.pre_activations(x)
+            features = self.training_features(pre)
+            output = self.reconstruction(features)
+            mse = squared_errors(output, x).sum(-1).mean()
+            aux = mse.new_zeros(())
+            if step.dead is not None and self.config.aux_loss_coefficient:
+                decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+                aux = auxk_loss(pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms())
+                aux = aux * self.config.aux_loss_coefficient
+            return StepOutput(
+                loss=mse + aux,
+                losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
+                output=output.detach(),
+                fired=(features.detach() > 0).sum(0),
+                coefficients=self.after_features(features.detach()),
+            )
+
+        def training_features(self, pre: Tensor) -> Tensor:
+            """Feature activations in training, ``[n, d_sae]`` both."""
+            return self.features_of(pre)
+
+        def after_features(self, features: Features) -> dict[str, float | Tensor]:
+            """What the features of a training step change in the SAE; and what is logged of it."""
+            return {}
+
+        @property
+        def k_aux(self) -> int:
+            return self.config.k_aux or max(self.d_in // 2, 1)
+
+        def why_no_fast_path(self, *, training: bool) -> str | None:
+            if isinstance(self.activation, SparseActivation):
+                return None
+            return "its activation function declares no sparse support"
+
+        def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
+            coefficient, norms = self.config.aux_loss_coefficient, self.feature_norms()
+            fast = FastStep(self, x)
+            logged: dict[str, float | Tensor] = {}
+            for start, features in self.training_groups(fast.centred, norms):
+                scaled = features if norms is None else features.with_values(features.values * norms[features.features])
+                logged |= self.after_features(scaled)
+                fast.add(start, features, self._to_pre)
+            aux = x.new_zeros(())
+            if coefficient and step.dead is not None:
+                dead = step.dead.nonzero().squeeze(1)
+                if len(dead):
+                    aux = add_auxk(fast, x, dead, self.k_aux, coefficient, norms)
+            losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
+            return fast.finish(losses, weights=(1, 1), coefficients=logged)
+
+        def training_groups(self, centred: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
+            """The pre-activations of active features in training, group by group with its first row."""
+            encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+            return top_groups(encoder, centred, self.config.k, scale=norms, screen=screen_for(encoder, norms))
+
+        def _to_pre(self, gradient: Tensor, features: Features, rows: slice) -> Tensor:
+            assert isinstance(self.activation, SparseActivation)
+            return self.activation.pre_gradient(
+                gradient, features.values if isinstance(features, SparseFeatures) else features
+            )
+
+        def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+            norms = self.feature_norms()
+            for start, group in self.training_groups(self.centred(rows), norms):
+                yield start, group if norms is None else group.with_values(group.values * norms[group.features])
+
+        # ---- saving
+
+        def public_config(self) -> dict[str, Any]:
+            return {
+                "architecture": "topk",
+                "k": self.config.k,
+                "rescale_acts_by_decoder_norm": self.saved_options()["rescale_acts_by_decoder_norm"],
+            }
+
+        def saved_options(self) -> dict[str, Any]:
+            """With the norms folded in, rows have norm 1; but for a factor of their own, which is folded in, too."""
+            rescaled = self.config.rescale_acts_by_decoder_norm and self.scaling_factor is None
+            return {**super().saved_options(), "rescale_acts_by_decoder_norm": rescaled}
+
+        def public_tensors(self) -> dict[str, Tensor]:
+            tensors = super().public_tensors()
+            norms = self.feature_norms()
+            if norms is None:
+                return tensors
+            norms = norms.detach().cpu()
+            return tensors | {
+                "W_enc": tensors["W_enc"] * norms,
+                "b_enc": tensors["b_enc"] * norms,
+                "W_dec": tensors["W_dec"] / norms[:, None],
+            }
+
+    return TopKSAE

@@ -1,0 +1,155 @@
+"""The largest pre-activations: ``k`` of each row, or as many of a whole batch.
+
+As in :mod:`saekit.sae.kernels`, rows go through in chunks, and without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saekit.sae.kernels import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where, mask_like
+from saekit.sae.sparse import SparseFeatures
+
+if TYPE_CHECKING:
+    from saekit.sae.screen import Screen
+
+__all__ = ["batch_top", "largest_of_each_row", "top_entries", "top_groups"]
+
+
+def top_groups(
+    encoder: Encoder, rows: Tensor, k: int, *, scale: Tensor | None = None, screen: Screen | None = None
+) -> Iterator[tuple[int, SparseFeatures]]:
+    """The pre-activations of ``rows [n, d_in]`` that are above zero and among their row's ``k`` largest, in groups.
+
+    ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
+    ``screen`` is one for the same scale.
+    """
+    pending = Pending(encoder)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
+        if found is None:
+            pre = encoder.product(part)
+            found = top_entries(pre if scale is None else pre.mul_(scale), k)
+        yield from pending.add(start, _unscaled(found, scale))
+    yield from pending.flush()
+
+
+def batch_top(
+    encoder: Encoder, rows: Tensor, wanted: int, *, scale: Tensor | None = None, screen: Screen | None = None
+) -> SparseFeatures:
+    """The ``wanted`` largest pre-activations of all ``rows [n, d_in]`` together that are above zero.
+
+    ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
+    ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.
+    """
+    if rows.device.type != "cpu":
+        return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
+    probe = rows[:PROBE]
+    for excess in (1.5, 6.0, None):  # a cut that leaves too few was too high; the first rows were not like the others
+        cut = 0.0 if excess is None else _cut(encoder, probe, scale, excess * wanted * len(probe) / len(rows))
+        found = _above(encoder, rows, cut if scale is None else cut / scale, screen)
+        if cut == 0 or len(found) >= wanted:
+            break
+    scaled = found.values if scale is None else found.values * scale[found.features]
+    return found if len(found) <= wanted else found.kept(_largest(scaled, wanted))
+
+
+def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:
+    """What about ``wanted`` scaled pre-activations of ``rows`` reach; 0 if fewer are above zero."""
+    pre = encoder.product(rows)
+    found = active_entries(pre if scale is None else pre.mul_(scale), 0.0, limit=None)
+    assert found is not None
+    if len(found) <= wanted:
+        return 0.0
+    return float(found.values.kthvalue(len(found) - int(wanted)).values)
+
+
+def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen | None) -> SparseFeatures:
+    groups = []
+    for part in rows.split(CHUNK):
+        found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
+        if found is None:
+            found = active_entries(encoder.product(part), above, limit=None)
+        assert found is not None
+        groups.append(found)
+    return SparseFeatures.joined(groups)
+
+
+def _largest(values: Tensor, wanted: int) -> Tensor:
+    """Where the ``wanted`` largest of ``values`` are, the first of equal ones: a mask."""
+    threshold = values.kthvalue(len(values) - wanted + 1).values
+    keep = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    keep[ties[: wanted - int(keep.sum())]] = True
+    return keep
+
+
+def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None) -> SparseFeatures:
+    """Without waiting for the device: ``wanted`` entries, of which some may be zero."""
+    pre = encoder.product(rows)
+    values, flat = (pre if scale is None else pre.mul_(scale)).view(-1).topk(wanted, sorted=False)
+    flat, order = flat.sort()
+    places = torch.div(flat, encoder.d_sae, rounding_mode="floor")
+    return SparseFeatures(places, flat - places * encoder.d_sae, values[order].clamp_min(0), *pre.shape)
+
+
+def _unscaled(found: SparseFeatures, scale: Tensor | None) -> SparseFeatures:
+    return found if scale is None else found.with_values(found.values / scale[found.features])
+
+
+def top_entries(pre: Tensor, k: int) -> SparseFeatures:
+    """The ``k`` largest entries of each row of ``pre [n, d_sae]`` that are above zero.
+
+    On a device that is not a CPU, which is not waited for, there are ``k`` of each row, of which some may be zero.
+    """
+    n, d_sae = pre.shape
+    if pre.device.type != "cpu":
+        values, features = pre.topk(k, dim=1, sorted=False)
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k, output_size=n * k)
+        return SparseFeatures(rows, features.reshape(-1), values.reshape(-1).clamp_min(0), n, d_sae)
+    bound = kth_largest_bound(pre, k)
+    if bound is None:
+        values, features = pre.topk(k, dim=1, sorted=False)
+        rows = torch.arange(n).repeat_interleave(k)
+        return SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae).kept(values.reshape(-1) > 0)
+    mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=mask_like(pre))
+    found = entries_where(mask)
+    assert found is not None
+    flat, rows, features = found
+    return largest_of_each_row(SparseFeatures(rows, features, pre.view(-1)[flat], n, d_sae), k)
+
+
+def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
+    """``[n, 1]``: what at least ``k`` of each row of ``pre [n, m]`` reach, near to the k-th largest; None: look at all.
+
+    The k-th largest of the largest of groups, each in a group of its own.
+    """
+    n, m = pre.shape
+    groups = m // 32
+    if groups < 2 * k:
+        groups = m // 8
+    if groups < 2 * k or groups < 1:
+        return None
+    width = m // groups
+    largest = pre[:, : groups * width].unflatten(1, (width, groups)).amax(1)
+    return largest.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:
+    """The ``k`` entries of each row with the largest values, in the order of their features."""
+    values, numbers = entries.padded()
+    if values.shape[1] <= k:
+        return entries
+    values, places = values.topk(k, dim=1, sorted=False)
+    keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device)
+    keep[numbers.gather(1, places)[values > -torch.inf]] = True
+    return entries.kept(keep)
+
+
+def _tiny(pre: Tensor) -> float:
+    return torch.finfo(pre.dtype).tiny

@@ -36,7 +36,9 @@ class BatchTopKConfig(TopKConfig):
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    yield Entry("batchtopk", BatchTopKConfig, _build, summary="the largest features of a batch, k for each row on average")
+    yield Entry(
+        "batchtopk", BatchTopKConfig, _build, summary="the largest features of a batch, k for each row on average"
+    )
 
 
 def _build(config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
@@ -91,7 +93,9 @@ def _batchtopk_class() -> type[SAE]:
         @torch.no_grad()
         def after_features(self, features: Features) -> dict[str, float | Tensor]:
             values = features.values if isinstance(features, SparseFeatures) else features
-            least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+            least = (
+                values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+            )
             there, lr = least < torch.inf, self.config.threshold_lr
             average = (1 - lr) * self.threshold_average + lr * least.double()
             self.threshold_average.copy_(average.where(there, self.threshold_average))
@@ -107,7 +111,9 @@ def _batchtopk_class() -> type[SAE]:
             norms = self.feature_norms()
             above = self.threshold if norms is None else self.threshold / norms
             encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-            groups = active_groups(encoder, self.centred(rows), self.activation, above=above, screen=screen_for(encoder))
+            groups = active_groups(
+                encoder, self.centred(rows), self.activation, above=above, screen=screen_for(encoder)
+            )
             for start, group in groups:
                 if norms is None:
                     yield start, group

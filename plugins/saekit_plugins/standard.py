@@ -133,9 +133,7 @@ def _standard_class() -> type[SAE]:
             config, coefficient = self.config, l1_coefficient_at(self.config, step.step)
             fast = FastStep(self, x, None if config.mse_loss_normalization == "none" else 1 / spread(x))
             norms = self.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
-            penalty = SparsityPenalty.of(
-                x, len(x), coefficient, config.lp_norm, norms, learns=self.W_dec.requires_grad
-            )
+            penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=self.W_dec.requires_grad)
 
             def to_pre(gradient: torch.Tensor, features: Features, rows: slice) -> torch.Tensor:
                 values = features.values if isinstance(features, SparseFeatures) else features

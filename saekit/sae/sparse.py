@@ -18,7 +18,9 @@ from torch.nn.functional import embedding_bag
 
 __all__ = ["SparseFeatures"]
 
-_BLOCK = 2048  # features whose weight gradients are made at once: they stay in the cache, and their memory is used again
+_BLOCK = (
+    2048  # features whose weight gradients are made at once: they stay in the cache, and their memory is used again
+)
 
 
 class _ByFeature(NamedTuple):

@@ -26,6 +26,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """The types that a file can hold, by their names in it."""
+_PIECE = 1 << 23
 
 
 class SummedFile:
@@ -55,7 +56,11 @@ class SummedFile:
             hashed.result()
 
     def put_tensor(self, values: Tensor) -> None:
-        """Append the bytes of ``values``, which is contiguous and on the CPU."""
+        """Append the bytes of ``values``, which is on the CPU; of one that is not contiguous, piece by piece."""
+        if not values.is_contiguous():
+            for piece in values.split(max(1, _PIECE // max(1, values[0].numel() * values.itemsize))):
+                self.put_tensor(piece.contiguous())
+            return
         if values.is_complex():
             values = torch.view_as_real(values)
         if values.numel():
@@ -89,7 +94,7 @@ def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], size: int =
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write ``tensors`` (contiguous, on the CPU) to the new file ``path``; returns its sha256.
+    """Write ``tensors`` (on the CPU) to the new file ``path``; returns its sha256.
 
     Those with the largest elements come first, so that each is aligned.
     """

@@ -32,7 +32,7 @@ def add_auxk(
     total = x.new_zeros(())
     for start in range(0, len(x), CHUNK):
         rows = slice(start, min(start + CHUNK, len(x)))
-        features, to_pre = _chosen(encoder.product(fast.centred[rows]), k, scale)
+        features, to_pre = _chosen(encoder.pre_activations(fast.centred[rows]), k, scale)
         error = decoded(features, part.decoder).sub_(x[rows]).add_(fast.output[rows])
         total += error.pow(2).sum(1).sum()
         part.add(features, fast.centred[rows], error.mul_(2 * weight / len(x)), to_pre, rows)

@@ -64,9 +64,19 @@ class Encoder:
         return len(self.b_enc)
 
     def product(self, rows: Tensor) -> Tensor:
-        """The pre-activations of ``rows [n, d_in]``, in memory that the next call uses again."""
+        """``x̄ W_enc`` of ``rows [n, d_in]``, in memory that the next call uses again.
+
+        The bias is left to the caller: a product that begins with it takes a pass over the memory of its own.
+        """
         out = scratch("pre", (len(rows), self.d_sae), rows.dtype, rows.device)
-        return torch.addmm(self.b_enc, rows, self.W_enc, out=out)
+        return torch.mm(rows, self.W_enc, out=out)
+
+    def pre_activations(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
+        """With the bias, times ``scale [d_sae]``; in the same memory."""
+        product = self.product(rows)
+        if scale is None:
+            return product.add_(self.b_enc)
+        return torch.addcmul(self.b_enc * scale, product, scale, out=product)
 
 
 def mask_like(pre: Tensor) -> Tensor:
@@ -90,17 +100,19 @@ def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tenso
     return flat, rows, flat - rows * mask.shape[1]
 
 
-def active_entries(pre: Tensor, above: Tensor | float, limit: float | None = DENSE_ABOVE) -> SparseFeatures | None:
-    """The entries of ``pre [n, d_sae]`` that are larger than ``above``: a number, or one for each feature ``[d_sae]``.
+def active_entries(
+    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = DENSE_ABOVE
+) -> SparseFeatures | None:
+    """The entries of ``product [n, d_sae] + bias [d_sae]`` larger than ``above``: a number, or one for each feature.
 
     None when more than this fraction is, so that dense products cost less.
     """
-    mask = torch.gt(pre, above, out=mask_like(pre))
-    found = entries_where(mask, limit=None if limit is None else int(limit * pre.numel()))
+    mask = torch.gt(product, above - bias, out=mask_like(product))
+    found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
     if found is None:
         return None
     flat, rows, features = found
-    return SparseFeatures(rows, features, pre.view(-1)[flat], *pre.shape)
+    return SparseFeatures(rows, features, product.view(-1)[flat].add_(bias[features]), *product.shape)
 
 
 def active_groups(
@@ -126,13 +138,13 @@ def active_groups(
         part = rows[start : start + (PROBE if probe else CHUNK)]
         found = screen.active(part, above) if screening and screen is not None else None
         if found is None:
-            pre = encoder.product(part)
+            product = encoder.product(part)
             if noise is not None:
-                pre += noise(len(part))
-            found = active_entries(pre, above) if pre.device.type == "cpu" else None
+                product += noise(len(part))
+            found = active_entries(product, encoder.b_enc, above) if product.device.type == "cpu" else None
         if found is None:
             yield from pending.flush()
-            yield start, _dense(pre, activation, above)
+            yield start, _dense(product.add_(encoder.b_enc), activation, above)
         else:
             screening |= probe and len(found) < SCREEN_BELOW * len(part) * encoder.d_sae
             yield from pending.add(start, found)

@@ -33,8 +33,7 @@ def top_groups(
         part = rows[start : start + CHUNK]
         found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
         if found is None:
-            pre = encoder.product(part)
-            found = top_entries(pre if scale is None else pre.mul_(scale), k)
+            found = top_entries(encoder.pre_activations(part, scale), k)
         yield from pending.add(start, _unscaled(found, scale))
     yield from pending.flush()
 
@@ -61,12 +60,9 @@ def batch_top(
 
 def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:
     """What about ``wanted`` scaled pre-activations of ``rows`` reach; 0 if fewer are above zero."""
-    pre = encoder.product(rows)
-    found = active_entries(pre if scale is None else pre.mul_(scale), 0.0, limit=None)
-    assert found is not None
-    if len(found) <= wanted:
-        return 0.0
-    return float(found.values.kthvalue(len(found) - int(wanted)).values)
+    pre = encoder.pre_activations(rows, scale)
+    values = pre[pre > 0]
+    return 0.0 if len(values) <= wanted else float(values.kthvalue(len(values) - int(wanted)).values)
 
 
 def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen | None) -> SparseFeatures:
@@ -74,7 +70,7 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
     for part in rows.split(CHUNK):
         found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
         if found is None:
-            found = active_entries(encoder.product(part), above, limit=None)
+            found = active_entries(encoder.product(part), encoder.b_enc, above, limit=None)
         assert found is not None
         groups.append(found)
     return SparseFeatures.joined(groups)
@@ -91,8 +87,8 @@ def _largest(values: Tensor, wanted: int) -> Tensor:
 
 def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None) -> SparseFeatures:
     """Without waiting for the device: ``wanted`` entries, of which some may be zero."""
-    pre = encoder.product(rows)
-    values, flat = (pre if scale is None else pre.mul_(scale)).view(-1).topk(wanted, sorted=False)
+    pre = encoder.pre_activations(rows, scale)
+    values, flat = pre.view(-1).topk(wanted, sorted=False)
     flat, order = flat.sort()
     places = torch.div(flat, encoder.d_sae, rounding_mode="floor")
     return SparseFeatures(places, flat - places * encoder.d_sae, values[order].clamp_min(0), *pre.shape)
@@ -129,7 +125,7 @@ def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
 
     The k-th largest of the largest of groups, each in a group of its own.
     """
-    n, m = pre.shape
+    m = pre.shape[1]
     groups = m // 32
     if groups < 2 * k:
         groups = m // 8

@@ -27,7 +27,7 @@ _LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again
 _SPARES = 2  # of one shape: those of W_enc and W_dec
 
 
-def scratch(name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor with anything in it, whose memory the next call with this ``name`` in this thread uses again.
 
     It is as large as the largest that was asked for.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saekit.sae.gradients import FeatureGradient, Gradients, decoded
 from saekit.sae.kernels import Features
+from saekit.sae.memory import scratch
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE, StepOutput
@@ -31,10 +32,12 @@ class FastStep:
     def __init__(self, sae: SAE, x: Tensor, row_weights: Tensor | None = None) -> None:
         """On ``x [n, d_in]``; ``row_weights [n, 1]`` multiply each row's squared error."""
         self._sae, self._x, self._weights = sae, x, row_weights
-        self.centred = sae.centred(x).detach()
+        self.centred = x
         """``[n, d_in]``: the encoder's input."""
+        if sae.config.apply_b_dec_to_input:
+            self.centred = torch.sub(x, sae.b_dec.detach(), out=scratch("centred", x.shape, x.dtype, x.device))
         self.b_enc = sae.b_enc.detach()
-        self.output = torch.empty_like(x)
+        self.output: Tensor
         """``[n, d_in]``: reconstructions, as far as they are made."""
         self.squares = x.new_zeros(len(x))
         """``[n]``: each row's squared error, weighted."""
@@ -52,11 +55,17 @@ class FastStep:
         rows = slice(start, start + features.shape[0])
         x = self._x[rows]
         output = decoded(features, self.gradients.decoder, self._sae.b_dec.detach())
-        self.output[rows] = output
-        error = output.sub_(x)
-        squares = error.pow(2).sum(1, keepdim=True)
+        if len(x) == len(self._x):
+            self.output = output
+        else:
+            if start == 0:
+                self.output = torch.empty_like(self._x)
+            self.output[rows] = output
+        error = torch.sub(output, x, out=scratch("error", x.shape, x.dtype, x.device))
+        squares = torch.linalg.vector_norm(error, dim=1, keepdim=True).square_()
         if self._weights is not None:
-            squares, error = squares * self._weights[rows], error * self._weights[rows]
+            squares *= self._weights[rows]
+            error *= self._weights[rows]
         self.squares[rows] = squares[:, 0]
         gradient = error.mul_(2 / len(self._x))
         self._b_dec += gradient.sum(0)

@@ -28,25 +28,35 @@ class Optimiser:
         schedule: Callable[[int], float],
     ) -> None:
         self._names, self._parameters = zip(*parameters, strict=True)
+        # Torch's fused kernel copies what is not contiguous.  A matrix whose transpose is shows Adam that instead.
+        self._turned = [p.dim() == 2 and p.T.is_contiguous() and not p.is_contiguous() for p in self._parameters]
+        self._shown = [
+            nn.Parameter(p.detach().T) if turned else p
+            for p, turned in zip(self._parameters, self._turned, strict=True)
+        ]
         self._clip = config.clip_grad_norm
         self._schedule = schedule
         betas = (float(config.beta1), float(config.beta2))
         # In float64 runs are compared to the last digits, and torch's plain loop has the order of operations of others.
         self._fused = all(parameter.dtype != torch.float64 for parameter in self._parameters)
-        self._adam = torch.optim.Adam(self._parameters, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
+        self._adam = torch.optim.Adam(self._shown, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
         self.lr = schedule(0)
         """The rate of the last step."""
 
     @torch.no_grad()
     def step(self, step: int) -> Tensor:
         """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
+            if turned:
+                shown.grad = None if parameter.grad is None else parameter.grad.T
+                parameter.grad = None
+        gradients = [p.grad for p in self._shown if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self._clip and self._fused:
             # Adam's own kernel divides by this as it reads, which saves a pass; the 1e-6 is torch's, in clipping.
             self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()  # type: ignore[attr-defined]
         elif self._clip:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+            nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
         self.lr = self._schedule(step)
         for group in self._adam.param_groups:
             group["lr"] = self.lr
@@ -57,9 +67,12 @@ class Optimiser:
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments by the name of the parameter; the rate follows from the step."""
-        state = self._adam.state
-        named = zip(self._names, self._parameters, strict=True)
-        return {name: dict(state[parameter]) for name, parameter in named if parameter in state}
+        found = {}
+        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
+            if shown in self._adam.state:
+                moments = self._adam.state[shown].items()
+                found[name] = {moment: value.T if turned and value.dim() == 2 else value for moment, value in moments}
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
@@ -72,13 +85,13 @@ class Optimiser:
                         f"the saved {moment} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
                     )
         numbered = {
-            index: {name: _laid_out_like(parameter, value) for name, value in state[own].items()}
-            for index, (own, parameter) in enumerate(zip(self._names, self._parameters, strict=True))
-            if own in state
+            index: {
+                # In the order of memory of what Adam is shown, which the fused kernel walks through.
+                moment: torch.empty_like(shown).copy_(value.T if turned else value) if value.dim() else value
+                for moment, value in state[name].items()
+            }
+            for index, (name, shown, turned) in enumerate(zip(self._names, self._shown, self._turned, strict=True))
+            if name in state
         }
         self._adam.load_state_dict({**self._adam.state_dict(), "state": numbered})
 
-
-def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
-    """``moment`` with its numbers in the order of ``parameter``'s memory, which the fused kernel walks through."""
-    return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment

@@ -30,7 +30,7 @@ def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, 
     plain = _take_out(state, stem, tensors)
     text = (json.dumps(plain) + "\n").encode()
     (folder / f"{stem}.json").write_bytes(text)
-    whole = {name: value.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, value in tensors.items()}
+    whole = {name: value.detach().cpu().resolve_conj().resolve_neg() for name, value in tensors.items()}
     summed = save_tensors(folder / f"{stem}.safetensors", whole)
     return {f"{stem}.json": hashlib.sha256(text).hexdigest(), f"{stem}.safetensors": summed}
 

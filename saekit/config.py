@@ -254,7 +254,7 @@ class TrainingConfig:
     """`auto` trains by the fast kernels where the SAE has them, but not in float64, where `fast` does, too; `reference`
     trains by plain torch and autograd, in the order of operations of sae-lens."""
     autocast: bool = False
-    """Run the SAE's matrix products in bfloat16 (torch's autocast), whatever the type of its weights; by plain torch."""
+    """Run the SAE's matrix products in bfloat16 (torch's autocast) in plain torch, whatever the type of its weights."""
     compile: bool = False
     """Compile the SAE's training step in plain torch with `torch.compile`."""
     compile_mode: CompileMode = "default"

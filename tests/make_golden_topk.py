@@ -1,4 +1,6 @@
-"""Makes ``tests/golden_topk/`` with sae-lens 6.54.12, in an environment that has it: its own trainer's steps in float64.
+"""Makes ``tests/golden_topk/`` with sae-lens 6.54.12, in an environment that has it.
+
+The steps are its own trainer's, in float64.
 
 Each file holds the SAE before and after, what was logged at each step, and what the peer saves and then computes from
 what it saved.  The batches are rows of ``golden/plain.safetensors``.
@@ -11,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import sae_lens
 import torch
-from sae_lens import SAE as PeerSAE
-from sae_lens import __version__
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -85,10 +86,10 @@ def make(name: str, changed: dict[str, Any], batches: torch.Tensor) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
         tensors |= {f"saved.{key}": value for key, value in load_file(f"{folder}/sae_weights.safetensors").items()}
-        peer = PeerSAE.load_from_disk(folder)
+        peer = sae_lens.SAE.load_from_disk(folder)
         tensors["features"] = peer.encode(batches[0]).detach()
         tensors["output"] = peer(batches[0]).detach()
-    metadata = {"made_with": f"sae-lens {__version__}", "config": json.dumps({**training, **options})}
+    metadata = {"made_with": f"sae-lens {sae_lens.__version__}", "config": json.dumps({**training, **options})}
     save_file(
         {key: value.contiguous() for key, value in tensors.items()}, HERE / f"golden_topk/{name}.safetensors", metadata
     )

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.tanh_relu import TanhReluConfig
 from saekit_plugins.topk import TopKConfig
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import saekit
 from saekit.config import OptimiserConfig, SAEConfig, TrainingConfig
-from saekit.errors import ConfigError, SAEFormatError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput
 from saekit.site import Site
@@ -145,7 +140,7 @@ def check_saved(trainer: SAETrainer, golden: Golden) -> None:
 
 def test_cases_have_dead_features_fewer_and_more_than_auxk_trains() -> None:
     most = {name: Golden(name).part("trace.")["dead_features"].max().item() for name in CASES}
-    assert sum(0 < dead for dead in most.values()) >= 4
+    assert sum(dead > 0 for dead in most.values()) >= 4
     assert max(most.values()) > 2 * 16, "k_aux"
     for name, dead in most.items():
         aux = Golden(name).part("trace.")["auxiliary_reconstruction_loss"]

@@ -1,6 +1,6 @@
-"""SAE architecture ``batchtopk``: the largest features of a whole batch, k for each row on average (Bussmann et al. 2024).
+"""SAE architecture ``batchtopk``: the largest features of a whole batch, k for each row on average.
 
-"BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the average of the least
+Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the average of the least
 active feature of each batch.  It is saved as what other libraries call a JumpReLU SAE.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from saekit_plugins.topk import TopKConfig, check_activation, topk_class
 
 from saekit import ConfigError, Entry, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
+from saekit_plugins.topk import TopKConfig, check_activation, topk_class
 
 if TYPE_CHECKING:
     from torch import Tensor

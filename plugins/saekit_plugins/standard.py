@@ -13,7 +13,7 @@ from saekit.config import check
 
 if TYPE_CHECKING:
     from saekit.protocols import ActivationFunction
-    from saekit.sae import SAE, Features, SparsityPenalty
+    from saekit.sae import SAE, Features
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -121,8 +121,11 @@ def _standard_class() -> type[SAE]:
 
         def why_no_fast_path(self, *, training: bool) -> str | None:
             if not isinstance(self.activation, SparseActivation):
-                return "its activation function declares no sparse support"
+                return "the activation function declares no sparse support"
             return "of use_ghost_grads" if training and self.config.use_ghost_grads else None
+
+        def why_no_screen(self) -> str | None:
+            return "there is noise" if self.config.noise_scale else super().why_no_screen()
 
         def feature_groups(self, rows: torch.Tensor, noise: Any = None) -> Iterator[tuple[int, Features]]:
             encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())

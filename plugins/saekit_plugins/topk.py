@@ -60,8 +60,8 @@ def check_activation(name: str, activation: ActivationFunction) -> None:
     numbers = torch.tensor([-2.0, 0.0, 0.5, 3.0])
     if activation(numbers).tolist() != numbers.clamp_min(0).tolist():
         raise ConfigError(
-            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave it "
-              "out")]
+            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave "
+              "it out")]
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def topk_class() -> type[SAE]:
     )
 
     class TopKSAE(SAE):
-        """See the module.  With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+        """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
 
         config: TopKConfig
 
@@ -142,7 +142,7 @@ def topk_class() -> type[SAE]:
         def why_no_fast_path(self, *, training: bool) -> str | None:
             if isinstance(self.activation, SparseActivation):
                 return None
-            return "its activation function declares no sparse support"
+            return "the activation function declares no sparse support"
 
         def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
             coefficient, norms = self.config.aux_loss_coefficient, self.feature_norms()

@@ -8,9 +8,9 @@ from saekit._lazy import lazy_exports
 from saekit.config import SAEConfig
 
 if TYPE_CHECKING:
+    from saekit.sae.auxk import add_auxk
     from saekit.sae.hooks import HookPoint
     from saekit.sae.init import geometric_median
-    from saekit.sae.auxk import add_auxk
     from saekit.sae.kernels import Encoder, Features, active_groups
     from saekit.sae.largest import batch_top, top_groups
     from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.sae.gradients import FeatureGradient, Gradients, decoded
-from saekit.sae.kernels import CHUNK, DENSE_ABOVE, Encoder, Features
+from saekit.sae.kernels import CHUNK, Encoder, Features, dense_above
 from saekit.sae.sparse import SparseFeatures
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_auxk(
     total = x.new_zeros(())
     for start in range(0, len(x), CHUNK):
         rows = slice(start, min(start + CHUNK, len(x)))
-        features, to_pre = _chosen(encoder.pre_activations(fast.centred[rows]), k, scale)
+        features, to_pre = _chosen(encoder.pre_activations(fast.centred[rows]), k, scale, dense_above(part.encoder))
         error = decoded(features, part.decoder).sub_(x[rows]).add_(fast.output[rows])
         total += error.pow(2).sum(1).sum()
         part.add(features, fast.centred[rows], error.mul_(2 * weight / len(x)), to_pre, rows)
@@ -44,13 +44,13 @@ def add_auxk(
     return total * (weight / len(x))
 
 
-def _chosen(pre: Tensor, k: int, scale: Tensor | None) -> tuple[Features, FeatureGradient]:
+def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Features, FeatureGradient]:
     """The ``k`` largest of each row, whatever their sign, and where the gradient passes."""
     n, dead = pre.shape
     if dead <= k:
         return pre, _everywhere
     columns = (pre if scale is None else pre * scale).topk(k, dim=1, sorted=False).indices
-    if k <= DENSE_ABOVE * dead:
+    if k <= limit * dead:
         columns = columns.sort(dim=1).values
         rows = torch.arange(n).repeat_interleave(k)
         return SparseFeatures(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere

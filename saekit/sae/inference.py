@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.sae.gradients import decoded
-from saekit.sae.kernels import CHUNK, DENSE_ABOVE, entries_where, mask_like
+from saekit.sae.kernels import CHUNK, dense_above, entries_where, mask_like
 from saekit.sae.sparse import SparseFeatures
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def decoded_rows(sae: SAE, features: Tensor) -> Tensor:
     flat = features.detach().reshape(-1, sae.d_sae).to(sae.W_dec.dtype)
     output = flat.new_empty(len(flat), sae.d_in)
     for start, part in zip(range(0, len(flat), CHUNK), flat.split(CHUNK), strict=False):
-        output[start : start + len(part)] = _decoded(sae, _sparse_if_cheaper(part))
+        output[start : start + len(part)] = _decoded(sae, _sparse_if_cheaper(part, dense_above(sae.W_dec)))
     return output.reshape(*features.shape[:-1], sae.d_in)
 
 
@@ -85,12 +85,13 @@ def nonzero_features(features: Tensor) -> SparseFeatures:
     return SparseFeatures(rows, columns, features[rows, columns], *features.shape)
 
 
-def _sparse_if_cheaper(part: Tensor) -> Tensor | SparseFeatures:
+def _sparse_if_cheaper(part: Tensor, limit: float) -> Tensor | SparseFeatures:
     if part.device.type != "cpu" or not part.is_contiguous():
         return part
-    if np.count_nonzero(part[: len(part) // 64 + 1].numpy()) > DENSE_ABOVE * (len(part) // 64 + 1) * part.shape[1]:
+    first = part[: len(part) // 64 + 1]
+    if np.count_nonzero(first.numpy()) > limit * first.numel():
         return part
-    found = entries_where(torch.ne(part, 0, out=mask_like(part)), limit=int(DENSE_ABOVE * part.numel()))
+    found = entries_where(torch.ne(part, 0, out=mask_like(part)), limit=int(limit * part.numel()))
     if found is None:
         return part
     flat, rows, columns = found

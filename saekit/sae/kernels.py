@@ -23,27 +23,40 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHUNK",
-    "DENSE_ABOVE",
     "PROBE",
     "Encoder",
     "Features",
     "Pending",
     "active_entries",
     "active_groups",
+    "dense_above",
     "entries_where",
     "mask_like",
+    "screen_below",
 ]
 
 CHUNK = 1024
 """Rows of one product."""
-DENSE_ABOVE = 0.08
-"""The fraction of active features above which dense products cost less than sparse ones (see docs/performance.md)."""
-SCREEN_BELOW = 0.03
-"""The fraction of active features below which a screen costs less than it saves."""
 PROBE = 256
 """Rows that show how many features are active, before a product is screened."""
 _ENTRIES = 1 << 18  # of one sparse group at least; and no more than a quarter of a buffer if that is larger
 _ENTRY_BYTES = 64
+
+_IN_CACHE = 1 << 22  # numbers of a matrix that the rows of active features are read from at little cost
+
+
+def dense_above(weights: Tensor) -> float:
+    """The fraction of active features above which dense products with ``weights`` cost less than sparse ones.
+
+    Measured: see docs/performance.md.
+    """
+    return 0.16 if weights.numel() <= _IN_CACHE else 0.07
+
+
+def screen_below(weights: Tensor) -> float:
+    """The fraction of active features below which a screen costs less than it saves; measured, too."""
+    return 0.04 if weights.numel() <= _IN_CACHE else 0.02
+
 
 Features: TypeAlias = Tensor | SparseFeatures
 """The features of a group of rows: all of them, ``[rows, d_sae]``, or those that are active."""
@@ -101,11 +114,11 @@ def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tenso
 
 
 def active_entries(
-    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = DENSE_ABOVE
+    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = None
 ) -> SparseFeatures | None:
     """The entries of ``product [n, d_sae] + bias [d_sae]`` larger than ``above``: a number, or one for each feature.
 
-    None when more than this fraction is, so that dense products cost less.
+    None when more than the fraction ``limit`` is.
     """
     mask = torch.gt(product, above - bias, out=mask_like(product))
     found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
@@ -126,7 +139,8 @@ def active_groups(
 ) -> Iterator[tuple[int, Features]]:
     """The features of ``rows [n, d_in]`` where pre-activations exceed ``above``, group by group with its first row.
 
-    Each group is sparse or, where many features are active, dense: then it holds the buffer, until the next one.
+    Each group is sparse or, where many features are active, dense: then it holds the buffer, until the next one.  The
+    first rows show whether the others are worth a ``screen``.
     ``noise`` gives what is added to the pre-activations of so many rows.  The device is not waited for: on one that is
     not a CPU, every group is dense.
     """
@@ -141,12 +155,13 @@ def active_groups(
             product = encoder.product(part)
             if noise is not None:
                 product += noise(len(part))
-            found = active_entries(product, encoder.b_enc, above) if product.device.type == "cpu" else None
+            if product.device.type == "cpu":
+                found = active_entries(product, encoder.b_enc, above, limit=dense_above(encoder.W_enc))
         if found is None:
             yield from pending.flush()
             yield start, _dense(product.add_(encoder.b_enc), activation, above)
         else:
-            screening |= probe and len(found) < SCREEN_BELOW * len(part) * encoder.d_sae
+            screening |= probe and len(found) < screen_below(encoder.W_enc) * len(part) * encoder.d_sae
             yield from pending.add(start, found)
         start += len(part)
     yield from pending.flush()

@@ -70,7 +70,7 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
     for part in rows.split(CHUNK):
         found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
         if found is None:
-            found = active_entries(encoder.product(part), encoder.b_enc, above, limit=None)
+            found = active_entries(encoder.product(part), encoder.b_enc, above)
         assert found is not None
         groups.append(found)
     return SparseFeatures.joined(groups)
@@ -132,7 +132,7 @@ def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
     if groups < 2 * k or groups < 1:
         return None
     width = m // groups
-    largest = pre[:, : groups * width].unflatten(1, (width, groups)).amax(1)
+    largest: Tensor = pre[:, : groups * width].unflatten(1, (width, groups)).amax(1)
     return largest.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 

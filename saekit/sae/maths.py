@@ -68,7 +68,8 @@ def auxk_loss(
 
     The ``k`` largest pre-activations of dead features in each row, by ``pre ⊙ norms``, reconstruct the residual; with
     fewer than ``k`` dead, all do, and the loss shrinks in proportion.  ``pre [n, d_sae]``, ``x`` and ``output
-    [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar; no device is waited for.
+    [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar.  Waits for no
+    device.
     """
     residual = (x - output).detach()
     compared = pre.detach() if norms is None else pre.detach() * norms.detach()

@@ -21,6 +21,7 @@ from saekit.protocols import ActivationFunction
 from saekit.sae import inference
 from saekit.sae.hooks import HookPoint
 from saekit.sae.kernels import Features
+from saekit.sae.screen import why_no_screen
 from saekit.sae.sparse import SparseFeatures
 from saekit.site import Site, flatten_heads
 
@@ -81,8 +82,8 @@ class SAE(nn.Module):
     suppression in SAEs"), is there only where it is used: see :meth:`add_scaling_factor`.
 
     Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product, and returns the same shape and dtype.
-    Architectures override :meth:`losses`, and :meth:`features_of` where they differ.  One that has a fast path overrides
-    :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
+    Architectures override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have a fast path
+    override :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
     """
 
     kernels: Literal["auto", "fast", "reference"] = "auto"
@@ -151,7 +152,7 @@ class SAE(nn.Module):
             return inference.nonzero_features(self.encode(x).flatten(0, -2))
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest feature activations of each row and their features' numbers, ``[..., k]``, in falling order.
+        """The ``k`` largest feature activations of each row, in falling order, and their features: ``[..., k]`` both.
 
         Where fewer are above zero, the values are 0 and the numbers -1.  Without gradients.
         """
@@ -185,14 +186,18 @@ class SAE(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
-        return self.W_dec.norm(dim=1)
+        norms: Tensor = self.W_dec.norm(dim=1)
+        return norms
 
     def _hooked(self, *names: str) -> bool:
-        return not self._hooks_off and any(self._modules[f"hook_sae_{name}"].hooked for name in names)  # type: ignore[union-attr]
+        return not self._hooks_off and any(self._point(name).hooked for name in names)
+
+    def _point(self, name: str) -> HookPoint:
+        return self._modules[f"hook_sae_{name}"]  # type: ignore[return-value]
 
     def run_hook(self, name: str, x: Tensor) -> Tensor:
         """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
-        point: HookPoint = self._modules[f"hook_sae_{name}"]  # type: ignore[assignment]
+        point = self._point(name)
         return point(x) if point.hooked and not self._hooks_off else x
 
     @contextmanager
@@ -222,7 +227,7 @@ class SAE(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how it is trained: it must define losses(x, step)")
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be empty before."""
+        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         if self.why_reference() is None:
             with torch.no_grad():
                 return self.fast_step(x, step)
@@ -240,18 +245,29 @@ class SAE(nn.Module):
 
     def why_no_fast_path(self, *, training: bool) -> str | None:
         """Why this SAE, with its options, has no fast path for ``training`` or else for inference; None: it has one."""
-        return "its architecture has no fast path"
+        return "the architecture has no fast path"
+
+    def why_no_screen(self) -> str | None:
+        """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
+        return why_no_screen(self.W_enc.device, self.W_enc.dtype, self.d_sae)
+
+    def step_path(self) -> str:
+        """The way of a training step now, in words."""
+        if (reason := self.why_reference()) is not None:
+            return f"plain torch, since {reason}"
+        reason = self.why_no_screen()
+        return "fast kernels, " + ("screened in bfloat16" if reason is None else f"not screened: {reason}")
 
     def why_reference(self) -> str | None:
         """Why a training step now takes the way of autograd; None: it takes the fast one."""
         if self.kernels == "reference":
-            return 'kernels = "reference"'
+            return 'kernels is "reference"'
         if "losses" in vars(self):
             return "it is compiled"
         if torch.is_autocast_enabled(self.W_enc.device.type):
-            return "autocast rounds its products"
+            return "of autocast"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
-            return f"its weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
+            return f"the weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
         return self.why_no_fast_path(training=True)
 
     def compile_losses(self, mode: str = "default") -> None:

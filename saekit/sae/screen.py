@@ -5,9 +5,9 @@ Rounded to bfloat16, rows ``x`` and encoder columns ``w`` lose ``δx`` and ``δw
     |⟨x, w⟩ − ⟨x̃, w̃⟩| ≤ ‖δx‖ ‖w‖ + ‖x̃‖ ‖δw‖.
 
 The bound is a product of rows with features itself: as two more columns of the bfloat16 matrices it is added inside
-their product, and the bias as two others; what summing in float32 may lose is counted with ``δw``.  What comes out bounds every pre-activation from above; a feature whose bound
-is not above the threshold is not active.  The others are computed exactly.  That pays where a CPU multiplies bfloat16 by
-itself, at more than twice the speed of float32.
+their product, and the bias as two others; what summing in float32 may lose is counted with ``δw``.  What comes out
+bounds every pre-activation from above.  A feature whose bound is not above the threshold is not active; the others are
+computed exactly.  That pays where a CPU multiplies bfloat16 by itself, at more than twice the speed of float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.sae.kernels import Encoder, entries_where, mask_like
+from saekit.sae.kernels import Encoder, entries_where, mask_like, screen_below
 from saekit.sae.largest import largest_of_each_row
 from saekit.sae.memory import scratch
 from saekit.sae.sparse import SparseFeatures
@@ -29,7 +29,7 @@ _EXTRA = 8  # columns beside d_in, of which four are used: a multiple of eight k
 _SUMMED = 2.0**-23  # for each number that a product sums in float32, what rounding may cost of the whole
 _BLOCK = 512  # rows of the encoder that are rounded at once, in the cache
 _ULP = 2.0**-7  # of bfloat16; rounding moves a number by half of it at most
-_LIMIT = 0.06  # the fraction of candidates above which the float32 product costs less
+_LIMIT = 1.5  # times as many candidates as there may be active features: with more, the float32 product costs less
 _SMALLEST = 1024  # features; below, the product is cheap anyway
 
 
@@ -82,7 +82,7 @@ class Screen:
         """The pre-activations of ``rows [n, d_in]`` larger than ``above``; None: too many to be worth it."""
         bounds, _ = self._bounds(rows, above)
         mask = torch.gt(bounds.view(torch.int16), 0, out=mask_like(bounds))  # the sign alone, many times as fast
-        candidates = self._exact(rows, mask, int(_LIMIT * mask.numel()))
+        candidates = self._exact(rows, mask, int(_LIMIT * screen_below(self.encoder.W_enc) * mask.numel()))
         if candidates is None:
             return None
         limit = above[candidates.features] if isinstance(above, Tensor) else above

@@ -1,8 +1,8 @@
 """Features of which few are active, and the products of a training step that need those alone.
 
-A dense step multiplies five times by matrices of ``n · d_in · d_sae`` numbers.  Where few features are active, the
-decoder, the features' gradient and both weight gradients need only the active ones, and the encoder's product is what is
-left.  ``torch.nn.functional.embedding_bag`` is that sparse product on every device.
+A dense step makes five products of ``n · d_in · d_sae`` numbers.  Where few features are active, the decoder, the
+features' gradient and both weight gradients need only the active ones, and the encoder's product is what is left.
+``torch.nn.functional.embedding_bag`` is that sparse product on every device.
 """
 
 from __future__ import annotations

@@ -94,4 +94,3 @@ class Optimiser:
             if name in state
         }
         self._adam.load_state_dict({**self._adam.state_dict(), "state": numbered})
-

@@ -272,6 +272,7 @@ class _Planner:
         if self.options.d_in in (None, width):
             trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
             give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
+            self.facts["SAE step"] = trainer.step_path()
             per_step = _timed_steps(trainer, rows)
         else:
             per_step = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from saekit.progress import ProgressDisplay
 from saekit.protocols import Histogram
 from saekit.training.session import Session
@@ -30,6 +32,15 @@ class TrainingProgress(ProgressDisplay):
         doing = "training" if number == 1 else f"training {number} SAEs"
         super().__init__(session.total_tokens, doing=doing, verbose=verbose)
         self._session, self._before = session, session.tokens
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        members = self._session.members.values()
+        ways = [member.trainer.step_path() for member in members if member.config.training.verbose]
+        for way in dict.fromkeys(ways):
+            number = f" of {ways.count(way)} SAEs" if len(members) > 1 else ""
+            self.say(f"SAE step{number}: {way}")
+        return self
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
         pass

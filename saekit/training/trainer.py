@@ -96,7 +96,7 @@ class SAETrainer:
         return metrics
 
     def _gradients(self, x: Tensor) -> StepOutput:
-        dead = self.firing.dead()
+        dead: Tensor | None = self.firing.dead()
         if x.device.type != "cpu" and self.step <= self.training.dead_feature_window:
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(step=self.step, generator=self.generator, dead=dead)
@@ -112,6 +112,11 @@ class SAETrainer:
                 raise ConfigError(
                     [("training.compile", f"the SAE's step cannot be compiled here: {reason}")]
                 ) from error
+
+    def step_path(self) -> str:
+        """How its steps are made, in words."""
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.training.autocast):
+            return self.sae.step_path()
 
     def _begin_finetuning_if_due(self) -> None:
         method = self.training.finetuning_method

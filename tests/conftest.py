@@ -6,6 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from typing import Any
+
+import pytest
 
 # No test reaches a hub: a miss would cost half a minute each, and machines without a network must pass.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,3 +20,31 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 # Nor does one leave anything in the cache of whoever runs them.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saekit-hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+_BOTH_WAYS = {
+    "test_finetuning", "test_golden", "test_reference_faults", "test_sae_maths", "test_sweep", "test_topk",
+    "test_training", "test_training_options",
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever trains, trains by the fast kernels and by plain torch."""
+    if metafunc.module.__name__ in _BOTH_WAYS:
+        metafunc.fixturenames.append("kernels")
+        metafunc.parametrize("kernels", ["fast", "reference"], indirect=True)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way that every SAE of this process goes which is not told another: in float64, too."""
+    from saekit.sae import SAE
+
+    def auto(sae: Any) -> str:
+        return str(vars(sae).get("kernels_asked_for", request.param))
+
+    def ask(sae: Any, kernels: str) -> None:
+        if kernels != "auto":
+            vars(sae)["kernels_asked_for"] = kernels
+
+    monkeypatch.setattr(SAE, "kernels", property(auto, ask))
+    return str(request.param)

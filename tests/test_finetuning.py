@@ -377,7 +377,9 @@ def test_training_goes_on_from_a_saved_sae(tmp_path: Path, steps: list[Step], no
 def test_from_a_run_a_checkpoint_and_another_librarys_folder(tmp_path: Path, steps: list[Step]) -> None:
     first = train(fake_run(tmp_path / "runs", training={"training_tokens": 600}, checkpoints={"n_checkpoints": 1}))
     (checkpoint, *_) = sorted(first.folder.glob("checkpoints/*"))
-    parts = {name: value.detach() for name, value in saved_sae(tmp_path / "x", d_sae=64).named_parameters()}
+    parts = {
+        name: value.detach().contiguous() for name, value in saved_sae(tmp_path / "x", d_sae=64).named_parameters()
+    }
     theirs = write(tmp_path / "theirs", OLD | {"d_in": 8, "d_sae": 64}, parts)
     for place in (first.folder, first.folder / "sae", checkpoint, theirs):
         steps.clear()
@@ -429,7 +431,9 @@ def test_an_sae_of_raw_activations_on_scaled_ones(tmp_path: Path, steps: list[St
 @pytest.mark.parametrize("method", [None, "scale"])
 def test_a_factor_in_the_start(tmp_path: Path, steps: list[Step], method: str | None) -> None:
     """Without fine-tuning it becomes a part of the decoder; with it, it waits and learns on."""
-    parts = {name: value.detach() for name, value in saved_sae(tmp_path / "x", d_sae=10).named_parameters()}
+    parts = {
+        name: value.detach().contiguous() for name, value in saved_sae(tmp_path / "x", d_sae=10).named_parameters()
+    }
     folder = write(tmp_path / "start", OLD | {"d_in": 8}, parts | {"scaling_factor": FACTOR})
     start = SAE.load(folder)
     tuning = {} if method is None else {**TUNING, "finetuning_method": method}

@@ -196,9 +196,11 @@ class Deviations:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_thirty_steps_equal_the_reference(path: Path) -> None:
+def test_thirty_steps_equal_the_reference(path: Path, kernels: str) -> None:
     golden = read(path)
     trainer = trainer_of(golden)
+    # With p < 1 the gradient of a feature near zero has no bound, and the order of operations shows in every digit.
+    tolerance = 1e-6 if kernels == "fast" and golden.config["lp_norm"] < 1 else TOLERANCE
     trace = golden.part("trace.")
     trace.pop("scaling_factor")
     deviations = Deviations()
@@ -208,7 +210,7 @@ def test_thirty_steps_equal_the_reference(path: Path) -> None:
         metrics["sparsity/dead_features"] = dead
         metrics["losses/l1_loss"] *= metrics["details/current_l1_coefficient"]
         for name, values in trace.items():
-            deviations.compare(f"{name} at step {step}", metrics[TRACED[name]], values[step])
+            deviations.compare(f"{name} at step {step}", metrics[TRACED[name]], values[step], tolerance)
     assert trainer.finished
     final = golden.part("final.")
     if golden.config["normalize_sae_decoder"]:  # the file holds the rows as the last update left them
@@ -216,7 +218,7 @@ def test_thirty_steps_equal_the_reference(path: Path) -> None:
     found = {name: value.detach() for name, value in trainer.sae.named_parameters()}
     assert found.keys() == final.keys()
     for name, value in found.items():
-        deviations.compare(name, value, final[name])
+        deviations.compare(name, value, final[name], tolerance)
     print(f"{path.stem}: largest deviation {deviations.worst:.1e}")
 
 

@@ -212,7 +212,8 @@ def test_plain_lines_of_a_run_that_ends_early(tmp_path: Path, capfd: pytest.Capt
     result = train(run)
     out, err = capfd.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    way, line = err.splitlines()
+    assert way.startswith("SAE step: fast kernels, ")
     assert line.startswith(f"{result.metrics['details/n_training_tokens']:,}/1,000,000 tokens  ")
     for name in ("tokens/s", "loss ", "EV ", "L0 ", "dead ", " s left"):
         assert name in line
@@ -222,7 +223,8 @@ def test_one_last_line_for_many_saes(tmp_path: Path, capfd: pytest.CaptureFixtur
     train(saekit.grid(config(tmp_path), {"training.seed": [1, 2, 3]}, plugins=plugins()))
     out, err = capfd.readouterr()
     assert out == ""
-    (line,) = err.splitlines()
+    way, line = err.splitlines()
+    assert way.startswith("SAE step of 3 SAEs: fast kernels, ")
     assert line.startswith("2,000/2,000 tokens  ")
     assert re.search(r"loss [\d.]+ to [\d.]+  ", line)
 

@@ -25,7 +25,6 @@ from saekit.training.trainer import SAETrainer
 
 FOLDER = Path(__file__).parent / "golden_topk"
 CASES = sorted(path.stem for path in FOLDER.glob("*topk_*.safetensors"))
-KERNELS = ["fast", "reference"]
 
 
 def built(config: SAEConfig, d_in: int) -> SAE:
@@ -92,12 +91,10 @@ def close(found: float | Tensor, expected: float | Tensor, what: str = "") -> No
     assert deviation <= 1e-9, f"{what} deviates by {deviation:.1e}"
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CASES)
-def test_steps_equal_those_of_sae_lens(name: str, kernels: Any) -> None:
+def test_steps_equal_those_of_sae_lens(name: str) -> None:
     golden = Golden(name)
     trainer = golden.trainer()
-    trainer.sae.kernels = kernels
     trace = golden.part("trace.")
     for step, batch in enumerate(golden.batches):
         dead = float(trainer.firing.dead().sum())

@@ -1,7 +1,7 @@
 """SAE architecture ``batchtopk``: the largest features of a whole batch, k for each row on average.
 
-Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the average of the least
-active feature of each batch.  It is saved as what other libraries call a JumpReLU SAE.
+Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the
+average of the least active feature of each batch.  It is saved as what other libraries call a JumpReLU SAE.
 """
 
 from __future__ import annotations

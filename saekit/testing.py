@@ -21,13 +21,20 @@ import attrs
 
 from saekit.hookspecs import hookimpl
 from saekit.manager import PluginManager
-from saekit.protocols import Replacement
+from saekit.protocols import ActivationFunction, Replacement, SparseActivation
 from saekit.registry import KINDS, Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FakeBackend", "FakeConfig", "fake_plugin", "isolated_manager", "plugin_of"]
+__all__ = [
+    "FakeBackend",
+    "FakeConfig",
+    "check_sparse_activation",
+    "fake_plugin",
+    "isolated_manager",
+    "plugin_of",
+]
 
 
 def isolated_manager(*plugins: object, distribution: str = "test", builtins: bool = False) -> PluginManager:
@@ -63,6 +70,43 @@ def plugin_of(kind: str, *entries: Entry) -> object:
 
     hook.__name__ = f"saekit_register_{kind}"
     return SimpleNamespace(__name__=f"fake_{kind}", **{hook.__name__: hookimpl(hook)})
+
+
+def check_sparse_activation(activation: ActivationFunction) -> None:
+    """Verify that ``activation`` is what it declares by having the methods of a ``SparseActivation``.
+
+    :class:`AssertionError` says what is not as it should be.  Numbers are compared with autograd's in float64.
+    """
+    import torch
+
+    assert isinstance(activation, SparseActivation), (
+        f"{activation!r} declares no sparse support: it needs in_place(pre) and pre_gradient(gradient, features)"
+    )
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(64, 33, dtype=torch.float64, generator=generator) * 3
+    pre[0, :4] = torch.tensor([0.0, -0.0, 1e-300, -1e-300])
+    before = pre.clone()
+    leaf = pre.clone().requires_grad_()
+    features = activation(leaf)
+    assert torch.equal(leaf.detach(), before), "calling it changes its argument"
+    assert features.shape == pre.shape, f"it turns the shape {list(pre.shape)} into {list(features.shape)}"
+    found = features.detach()
+    assert bool((found >= 0).all()), "it is negative somewhere"
+    assert not bool(found[pre <= 0].any()), "it is not zero wherever pre <= 0"
+    alone = torch.cat([activation(number) for number in pre.flatten().split(1)]).reshape(pre.shape)
+    assert torch.equal(alone, found), "it does not work on every number by itself"
+    upstream = torch.randn(pre.shape, dtype=torch.float64, generator=generator)
+    (expected,) = torch.autograd.grad(features, leaf, upstream)
+    assert not bool(expected[pre <= 0].any()), "its derivative is not zero wherever pre <= 0"
+    kept = found.clone()
+    gradient = activation.pre_gradient(upstream.clone(), found)
+    assert torch.equal(found, kept), "pre_gradient changes the features"
+    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-12), "pre_gradient is not what autograd finds"
+    flat = activation.pre_gradient(upstream.flatten(), found.flatten())
+    assert torch.equal(flat, gradient.flatten()), "pre_gradient does not work on every number by itself"
+    written = activation.in_place(pre)
+    assert torch.equal(written, found), "in_place is not what calling it returns"
+    assert written.data_ptr() == pre.data_ptr(), "in_place does not write over its argument"
 
 
 @attrs.frozen(kw_only=True)

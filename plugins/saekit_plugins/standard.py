@@ -122,7 +122,7 @@ def _standard_class() -> type[SAE]:
         def why_no_fast_path(self, *, training: bool) -> str | None:
             if not isinstance(self.activation, SparseActivation):
                 return "the activation function declares no sparse support"
-            return "of use_ghost_grads" if training and self.config.use_ghost_grads else None
+            return "use_ghost_grads has no fast path" if training and self.config.use_ghost_grads else None
 
         def why_no_screen(self) -> str | None:
             return "there is noise" if self.config.noise_scale else super().why_no_screen()

@@ -77,4 +77,4 @@ def auxk_loss(
     values, features = compared.topk(min(k, pre.shape[1]), dim=1, sorted=False)
     chosen = torch.zeros_like(pre).scatter(1, features, pre.gather(1, features).where(values > -torch.inf, 0))
     errors = (chosen @ decoder - residual).pow(2).sum(-1)
-    return errors.mean() * (dead.sum() / k).clamp_max(1).to(pre.dtype)
+    return errors.mean() * (dead.sum().to(pre.dtype) / k).clamp_max(1)

@@ -254,7 +254,7 @@ class SAE(nn.Module):
     def step_path(self) -> str:
         """The way of a training step now, in words."""
         if (reason := self.why_reference()) is not None:
-            return f"plain torch, since {reason}"
+            return f"plain torch: {reason}"
         reason = self.why_no_screen()
         return "fast kernels, " + ("screened in bfloat16" if reason is None else f"not screened: {reason}")
 
@@ -265,7 +265,7 @@ class SAE(nn.Module):
         if "losses" in vars(self):
             return "it is compiled"
         if torch.is_autocast_enabled(self.W_enc.device.type):
-            return "of autocast"
+            return "autocast rounds its products"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
             return f"the weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
         return self.why_no_fast_path(training=True)

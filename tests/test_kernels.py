@@ -1,0 +1,572 @@
+"""The fast kernels beside dense products and autograd: sparse products, screens, largest entries, inference, memory."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saekit_plugins.batchtopk import BatchTopKConfig
+from saekit_plugins.relu import Relu
+from saekit_plugins.standard import StandardConfig
+from saekit_plugins.tanh_relu import TanhRelu
+from saekit_plugins.topk import TopKConfig
+from torch import Tensor
+
+import saekit
+import saekit.sae.kernels
+import saekit.sae.screen
+from saekit.config import SAEConfig
+from saekit.pretrained.load import build_module
+from saekit.sae import SAE, Encoder, SparseFeatures, StepInput, active_groups, batch_top, top_groups
+from saekit.sae.largest import top_entries
+from saekit.sae.memory import gradient_for, recycle, scratch
+from saekit.sae.screen import Screen, native_bfloat16
+from saekit.testing import check_sparse_activation
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_features(n: int, d_sae: int, density: float, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    values = torch.rand(n, d_sae, generator=seeded(seed), dtype=dtype) + 0.1
+    return values * (torch.rand(n, d_sae, generator=seeded(seed + 1)) < density)
+
+
+def sparse(dense: Tensor) -> SparseFeatures:
+    rows, features = dense.nonzero(as_tuple=True)
+    return SparseFeatures(rows, features, dense[rows, features], *dense.shape)
+
+
+def built(config: SAEConfig, d_in: int = 12, seed: int = 0, bias: float = 0.0) -> SAE:
+    plugins = saekit.default_manager()
+    sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=seeded(seed)) / 2)
+        sae.b_enc += bias
+    return sae
+
+
+# ---- sparse products
+
+
+@given(
+    n=st.integers(1, 9), d_sae=st.integers(1, 5000), d=st.integers(1, 5), density=st.floats(0, 1), seed=st.integers(0, 99)
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_sparse_products_are_the_dense_ones(n: int, d_sae: int, d: int, density: float, seed: int) -> None:
+    dense = random_features(n, d_sae, density if d_sae < 100 else density / 50, seed)
+    features = sparse(dense)
+    decoder = torch.randn(d_sae, d, generator=seeded(seed), dtype=torch.float64)
+    vectors = torch.randn(n, d, generator=seeded(seed + 5), dtype=torch.float64)
+    assert torch.equal(features.dense(), dense)
+    assert torch.allclose(features.decoded(decoder), dense @ decoder)
+    products = features.inner_products(vectors, decoder)
+    assert torch.allclose(products, (vectors @ decoder.T)[features.rows, features.features])
+    out = torch.full((d_sae, d), torch.nan, dtype=torch.float64)
+    features.add_outer_products(features.values, vectors, out, replace=True)
+    features.add_outer_products(2 * features.values, vectors, out)
+    assert torch.allclose(out, 3 * dense.T @ vectors)
+    assert torch.allclose(features.sums(features.values), dense.sum(0))
+    assert torch.allclose(features.row_sums(features.values), dense.sum(1))
+    assert torch.equal(features.counts(), (dense > 0).sum(0))
+    k = min(3, d_sae)
+    values, numbers = features.top(k)
+    expected = dense.topk(k, dim=1).values
+    assert torch.equal(values, expected)
+    assert torch.equal(numbers >= 0, expected > 0)
+    assert torch.equal(dense.gather(1, numbers.clamp_min(0))[numbers >= 0], values[numbers >= 0])
+
+
+def test_more_features_than_sixteen_bits_count() -> None:
+    dense = random_features(3, (1 << 16) + 70, 0.001)
+    vectors = torch.randn(3, 4, generator=seeded(), dtype=torch.float64)
+    out = torch.zeros(dense.shape[1], 4, dtype=torch.float64)
+    sparse(dense).add_outer_products(sparse(dense).values, vectors, out)
+    assert torch.allclose(out, dense.T @ vectors)
+    assert out[1 << 16 :].any(), "features beyond"
+
+
+def test_groups_are_joined_in_order() -> None:
+    parts = [random_features(n, 30, 0.2, seed=n) for n in (4, 1, 7)]
+    joined = SparseFeatures.joined([sparse(part) for part in parts])
+    assert torch.equal(joined.dense(), torch.cat(parts))
+    assert joined.shape == (12, 30)
+
+
+# ---- the active features
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small batch has many chunks, and groups come in between."""
+    for module in ("kernels", "largest", "gradients", "auxk", "penalty", "inference"):
+        monkeypatch.setattr(f"saekit.sae.{module}.CHUNK", 16)
+    monkeypatch.setattr("saekit.sae.kernels._ENTRIES", 50)
+    monkeypatch.setattr("saekit.sae.kernels.PROBE", 8)
+    monkeypatch.setattr("saekit.sae.largest.PROBE", 8)
+
+
+KINDS = [
+    StandardConfig(d_sae=40, dtype="float64", l1_coefficient=0.3, normalize_sae_decoder=False),
+    StandardConfig(d_sae=40, dtype="float64", l1_coefficient=0.3, lp_norm=2.0, activation="tanh-relu",
+                   scale_sparsity_penalty_by_decoder_norm=True, normalize_sae_decoder=False),
+    TopKConfig(d_sae=40, dtype="float64", k=5, k_aux=3),
+    TopKConfig(d_sae=200, dtype="float64", k=5, k_aux=4, rescale_acts_by_decoder_norm=False),
+    BatchTopKConfig(d_sae=40, dtype="float64", k=4.3, k_aux=90),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", [2.0, 0.0, -1.0, -3.0, "mixed"])
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{type(config).__name__}{config.d_sae}")
+def test_a_fast_step_of_many_chunks_is_the_step_of_autograd(config: SAEConfig, bias: float | str) -> None:
+    """Dense chunks, sparse ones, and both in one batch."""
+    x = torch.randn(101, 12, generator=seeded(3), dtype=torch.float64)
+    if bias == "mixed":
+        x[20:60] *= 0.01
+    dead = torch.zeros(config.features(12), dtype=torch.bool)
+    dead[:: 3 if config.d_sae == 40 else 2] = True
+    found = {}
+    for kernels in ("reference", "fast"):
+        sae = built(config, bias=-1.5 if bias == "mixed" else float(bias))
+        sae.kernels = kernels
+        assert (sae.why_reference() is None) == (kernels == "fast")
+        result = sae.training_step(x, StepInput(step=1, generator=seeded(), dead=dead))
+        found[kernels] = (
+            result,
+            {name: value.grad for name, value in sae.named_parameters()},
+            dict(sae.named_buffers()),
+        )
+    (expected, gradients, buffers), (result, fast, fast_buffers) = found["reference"], found["fast"]
+    assert torch.equal(result.fired, expected.fired)
+    assert torch.allclose(result.output, expected.output)
+    assert result.losses.keys() == expected.losses.keys()
+    for name, value in expected.losses.items():
+        assert result.losses[name].item() == pytest.approx(value.item(), rel=1e-12), name
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    for name, gradient in gradients.items():
+        assert torch.allclose(fast[name], gradient, rtol=1e-10, atol=1e-12), name
+    for name, buffer in buffers.items():
+        assert torch.allclose(fast_buffers[name], buffer), name
+
+
+def test_both_dense_and_sparse_groups_occur() -> None:
+    """What the test above relies on."""
+    rows = torch.randn(3000, 12, generator=seeded(3), dtype=torch.float64)
+    rows[1024:2048] *= 0.01
+    sae = built(StandardConfig(d_sae=400, dtype="float64"), bias=-1.5)
+    encoder = Encoder(sae.W_enc.detach(), sae.b_enc.detach())
+    kinds = [(start, type(group)) for start, group in active_groups(encoder, rows, Relu())]
+    assert kinds == [(0, Tensor), (1024, SparseFeatures), (2048, Tensor)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d_sae", "k"), [(40, 1), (40, 40), (64, 32), (300, 3), (4096, 32), (2049, 17)])
+def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype) -> None:
+    pre = torch.randn(50, d_sae, generator=seeded(), dtype=dtype) - 1
+    pre[3] = -1
+    pre[4] = 0
+    found = top_entries(pre.clone(), k)
+    values, features = pre.topk(k, dim=1)
+    expected = torch.zeros_like(pre).scatter(1, features, values.relu())
+    assert torch.equal(found.dense(), expected)
+    assert bool((found.values > 0).all())
+
+
+def test_ties_do_not_make_more_than_k() -> None:
+    pre = torch.ones(20, 4096)
+    pre[:, ::2] = 2.0
+    found = top_entries(pre, 32)
+    assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32))
+    assert bool((found.values == 2).all())
+
+
+@pytest.mark.parametrize("wanted", [1, 700, 5001, 10**6])
+@pytest.mark.parametrize("first_rows", [1.0, 0.01, 30.0], ids=["alike", "quiet first", "loud first"])
+def test_the_largest_of_a_batch(wanted: int, first_rows: float) -> None:
+    """Whatever the first rows say of the others."""
+    sae = built(StandardConfig(d_sae=64, dtype="float64"))
+    rows = torch.randn(1200, 12, generator=seeded(1), dtype=torch.float64)
+    rows[:256] *= first_rows
+    scale = torch.rand(64, generator=seeded(2), dtype=torch.float64) + 0.5
+    encoder = Encoder(sae.W_enc.detach(), sae.b_enc.detach())
+    pre = rows @ encoder.W_enc + encoder.b_enc
+    compared = (pre * scale).relu().flatten()
+    values, places = compared.topk(min(wanted, compared.numel()))
+    expected = (torch.zeros_like(compared).scatter(0, places, values).reshape(pre.shape) > 0) * pre
+    found = batch_top(encoder, rows, wanted, scale=scale)
+    assert torch.allclose(found.dense(), expected)
+    assert len(found) == min(wanted, int((compared > 0).sum()))
+
+
+def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted() -> None:
+    encoder = Encoder(torch.zeros(3, 50), torch.ones(50))
+    found = batch_top(encoder, torch.zeros(40, 3), 77)
+    assert len(found) == 77
+    assert found.rows[-1] == 1, "the first ones"
+
+
+# ---- the screen
+
+
+def screened(d_in: int, d_sae: int, kind: str, seed: int = 0) -> tuple[Encoder, Tensor]:
+    """Encoders and rows that are hard on a screen: large and small norms, large coordinates and biases."""
+    weights = torch.randn(d_sae, d_in, generator=seeded(seed)) / d_in**0.5
+    rows = torch.randn(512, d_in, generator=seeded(seed + 1))
+    bias = torch.full((d_sae,), -2.0) + 0.1 * torch.randn(d_sae, generator=seeded(seed + 2))
+    if kind == "norms":
+        weights *= torch.logspace(-2, 1, d_sae)[:, None]
+        rows *= torch.logspace(-3, 3, 512)[:, None]
+    elif kind == "outliers":
+        rows[:, 0] += 300
+        weights[:, 0] *= 0.01
+        bias -= 3
+    elif kind == "bias":
+        bias = -1000 - 2 * torch.rand(d_sae, generator=seeded(seed))
+        rows[:, 1] = 1000
+        weights[:, 1] = 1
+    elif kind == "exact":  # nothing is lost, and the bound is what summing costs
+        weights, rows = weights.bfloat16().float(), rows.bfloat16().float()
+    return Encoder(weights.T, bias), rows
+
+
+HARD = ["plain", "norms", "outliers", "bias", "exact"]
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("d_in", "d_sae"), [(64, 1024), (512, 2048), (100, 3001)])
+def test_the_bound_holds(kind: str, d_in: int, d_sae: int) -> None:
+    encoder, rows = screened(d_in, d_sae, kind)
+    for scale, above in itertools.product((None, torch.rand(d_sae, generator=seeded(3)) + 0.1), (0.0, 0.7)):
+        bounds, _ = Screen(encoder, scale)._bounds(rows, above)
+        exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double() - above
+        exact = exact if scale is None else exact * scale
+        below = exact - bounds.double() - 2.0**-8 * exact.abs()  # what is left is the rounding of the bound itself
+        assert below.max() <= 0
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_a_screen_finds_every_active_feature(kind: str) -> None:
+    encoder, rows = screened(256, 2048, kind)
+    product = rows @ encoder.W_enc + encoder.b_enc
+    exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double()
+    sure = exact > 1e-5 * product.abs().max()  # nearer to zero, two orders of summing differ
+    found = Screen(encoder).active(rows, 0.0)
+    if kind in ("norms", "bias"):  # most features are active, or may be, and it says so
+        assert found is None
+        return
+    assert found is not None
+    dense = found.dense()
+    assert bool((dense[sure] > 0).all())
+    assert not bool(((dense > 0) & (exact < -1e-5 * product.abs().max())).any())
+    assert torch.allclose(dense[sure], product[sure], rtol=1e-3, atol=1e-5 * float(product.abs().max()))
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("k", [1, 16, 32])
+def test_a_screen_finds_the_largest(kind: str, k: int) -> None:
+    encoder, rows = screened(256, 2048, kind)
+    scale = torch.rand(2048, generator=seeded(9)) + 0.5
+    found = Screen(encoder, scale).top(rows, k)
+    if found is None:
+        assert kind in ("norms", "bias"), "too many come into question"
+        return
+    exact = (rows.double() @ encoder.W_enc.double() + encoder.b_enc.double()) * scale
+    least = exact.topk(k, dim=1).values[:, -1:].clamp_min(0)
+    dense, error = found.dense(), 1e-5 * exact.abs().max()
+    assert bool((dense[exact > least + error] > 0).all()), "the k largest are there"
+    assert not bool(((dense > 0) & (exact < least - error)).any()), "and no others"
+    assert int((dense > 0).sum(1).max()) <= k
+
+
+needs_bfloat16 = pytest.mark.skipif(not native_bfloat16(), reason="this CPU has no bfloat16 products")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["standard", "topk", "batchtopk"])
+def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 2048 rows they select the same features, and gradients agree to float32's last digits."""
+    config = {
+        "standard": StandardConfig(d_sae=2048, l1_coefficient=0.1),
+        "topk": TopKConfig(d_sae=2048, k=16),
+        "batchtopk": BatchTopKConfig(d_sae=2048, k=16),
+    }[name]
+    x = torch.randn(2048, 256, generator=seeded(1))
+    found = []
+    for why in (None, "as the test wants"):
+        monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args, why=why: why)
+        calls = count_screens(monkeypatch)
+        sae = built(config, d_in=256, bias=-20.0 if name == "standard" else 0.0)
+        result = sae.training_step(x, StepInput(step=0, generator=seeded()))
+        assert bool(calls) == (why is None)
+        found.append((result, {name: value.grad for name, value in sae.named_parameters()}))
+    (screened, gradients), (plain, expected) = found
+    # Between a number just above zero and one just below, the order of summing decides.
+    assert (screened.fired - plain.fired).abs().sum() <= 3
+    assert 5 < plain.fired.sum() / 2048 < 40
+    assert torch.allclose(screened.output, plain.output, rtol=1e-4, atol=1e-4)
+    for key, gradient in expected.items():
+        assert torch.allclose(gradients[key], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), key
+
+
+def count_screens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    original = Screen._exact
+
+    def counted(self: Screen, rows: Tensor, *args: Any) -> Any:
+        calls.append(len(rows))
+        return original(self, rows, *args)
+
+    monkeypatch.setattr(Screen, "_exact", counted)
+    return calls
+
+
+@needs_bfloat16
+def test_where_many_are_active_nothing_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_screens(monkeypatch)
+    sae = built(StandardConfig(d_sae=2048), d_in=64)
+    sae.training_step(torch.randn(600, 64, generator=seeded()), StepInput(step=0, generator=seeded()))
+    assert not calls
+
+
+def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = saekit.sae.why_no_screen
+    cpu = torch.device("cpu")
+    assert why(cpu, torch.float64, 4096) == "not for float64"
+    assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
+    assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
+    monkeypatch.setattr(saekit.sae.screen, "native_bfloat16", lambda: False)
+    assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
+    assert built(StandardConfig(d_sae=2048)).step_path() == (
+        "fast kernels, not screened: this CPU has no bfloat16 products"
+    )
+    monkeypatch.setattr(saekit.sae.screen, "native_bfloat16", lambda: True)
+    assert why(cpu, torch.float32, 4096) is None
+    assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "expected"),
+    [
+        (StandardConfig(), {"kernels": "reference"}, 'plain torch: kernels is "reference"'),
+        (StandardConfig(dtype="float64"), {}, "plain torch: the weights are float64"),
+        (StandardConfig(dtype="float64"), {"kernels": "fast"}, "fast kernels, not screened: not for float64"),
+        (StandardConfig(dtype="bfloat16"), {"kernels": "fast"}, "plain torch: the weights are bfloat16"),
+        (StandardConfig(use_ghost_grads=True), {}, "plain torch: use_ghost_grads has no fast path"),
+        (StandardConfig(noise_scale=0.1), {}, "fast kernels, not screened: there is noise"),
+        (StandardConfig(), {"activation": torch.nn.functional.softplus},
+         "plain torch: the activation function declares no sparse support"),
+    ],
+)  # fmt: skip
+def test_the_way_of_a_step_in_words(config: SAEConfig, change: dict[str, Any], expected: str) -> None:
+    sae = built(attrs.evolve(config, d_sae=32))
+    for name, value in change.items():
+        setattr(sae, name, value)
+    assert sae.step_path() == expected
+
+
+# ---- inference
+
+
+@pytest.fixture(params=["standard", "tanh", "topk", "batchtopk", "batchtopk without norms"])
+def some_sae(request: pytest.FixtureRequest) -> SAE:
+    config: SAEConfig = {
+        "standard": StandardConfig(d_sae=600, normalize_sae_decoder=False),
+        "tanh": StandardConfig(d_sae=600, activation="tanh-relu"),
+        "topk": TopKConfig(d_sae=600, k=7),
+        "batchtopk": BatchTopKConfig(d_sae=600, k=7),
+        "batchtopk without norms": BatchTopKConfig(d_sae=600, k=7, rescale_acts_by_decoder_norm=False),
+    }[request.param]
+    sae = built(config, bias=-4.0)
+    if hasattr(sae, "threshold_average"):
+        sae.threshold_average.fill_(0.8)
+        sae.threshold_updates.fill_(torch.inf)
+    return sae
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (1500, 12), (3, 2, 6), (0, 12)], ids=str)
+@pytest.mark.parametrize("factor", [False, True])
+def test_inference_is_that_of_plain_torch(some_sae: SAE, shape: tuple[int, ...], factor: bool) -> None:
+    sae = some_sae
+    x = torch.randn(*shape, generator=seeded(4)) * 3
+    if factor:
+        sae.add_scaling_factor()
+        sae.scaling_factor.data.copy_(torch.rand(600, generator=seeded(8)) + 0.5)
+    sae.kernels = "reference"
+    expected = (sae.encode(x), sae(x))
+    sae.kernels = "auto"
+    with torch.no_grad():
+        features, output = sae.encode(x), sae(x)
+        decoded = sae.decode(features, like=x)
+        entries = sae.encode_sparse(x)
+    assert features.shape == expected[0].shape
+    assert torch.allclose(features, expected[0], atol=1e-5)
+    assert torch.equal(entries.dense().reshape(features.shape), features)
+    for found in (output, decoded):
+        assert found.shape == x.shape
+        assert torch.allclose(found, expected[1], atol=1e-4)
+    if len(x):
+        values, numbers = sae.encode_topk(x, 4)
+        top = expected[0].topk(4, dim=-1).values
+        assert values.shape == numbers.shape == (*expected[0].shape[:-1], 4)
+        assert torch.allclose(values, top, atol=1e-5)
+        assert torch.equal(numbers == -1, values == 0)
+        assert torch.allclose(features.gather(-1, numbers.clamp_min(0))[numbers >= 0], values[numbers >= 0])
+
+
+def test_gradients_go_where_they_are_asked_for(some_sae: SAE) -> None:
+    x = torch.randn(9, 12, generator=seeded(4)).requires_grad_()
+    some_sae(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()
+    assert some_sae.W_dec.grad is not None
+    assert some_sae.encode_sparse(x).values.grad_fn is None
+
+
+@pytest.mark.parametrize("point", ["input", "acts_pre", "acts_post", "recons", "error", "output"])
+def test_hooks_see_dense_tensors_and_change_what_follows(some_sae: SAE, point: str) -> None:
+    sae, x = some_sae, torch.randn(6, 12, generator=seeded(4)) * 3
+    seen: list[Tensor] = []
+
+    def halve(tensor: Tensor, hook: Any) -> Tensor:
+        assert type(tensor) is Tensor
+        seen.append(tensor.clone())
+        return tensor / 2
+
+    results = {}
+    for kernels in ("reference", "auto"):
+        seen.clear()
+        sae.kernels, sae.use_error_term = kernels, point == "error"
+        handle = sae._modules[f"hook_sae_{point}"].add_hook(halve)
+        with torch.no_grad():
+            results[kernels] = (sae(x), sae.encode_sparse(x).dense(), [tensor.clone() for tensor in seen])
+        handle.remove()
+    (output, features, looked), (expected, plain, expected_looks) = results["auto"], results["reference"]
+    assert torch.allclose(output, expected, atol=1e-4)
+    assert torch.allclose(features, plain, atol=1e-5)
+    assert len(looked) == len(expected_looks) >= 1
+    for one, other in zip(looked, expected_looks, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_k_out_of_range() -> None:
+    sae = built(StandardConfig(d_sae=20))
+    for k in (0, 21):
+        with pytest.raises(ValueError, match=f"k must be 1 to 20, the number of features; found {k}"):
+            sae.encode_topk(torch.zeros(2, 12), k)
+
+
+def test_no_gradient_no_autocast_no_other_type(some_sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for bfloat16 gets it: those products are not the kernels' business."""
+    monkeypatch.setattr(type(some_sae), "feature_groups", None)
+    x = torch.randn(6, 12, generator=seeded())
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            some_sae(x)
+        with pytest.raises(TypeError):
+            some_sae(x)
+        some_sae.bfloat16()
+        assert some_sae(x).dtype == torch.float32, "that of the input"
+
+
+# ---- what activations declare
+
+
+class Wrong(Relu):
+    """Relu, but for what a case changes."""
+
+
+def changed(**methods: Any) -> Wrong:
+    return type("Changed", (Wrong,), methods)()
+
+
+@pytest.mark.parametrize("activation", [Relu(), TanhRelu()], ids=lambda activation: type(activation).__name__)
+def test_the_built_in_activations_are_what_they_declare(activation: Any) -> None:
+    check_sparse_activation(activation)
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (torch.relu, "declares no sparse support"),
+        (changed(__call__=lambda self, pre: torch.nn.functional.gelu(pre)), "negative somewhere"),
+        (changed(__call__=lambda self, pre: torch.nn.functional.softplus(pre)), "not zero wherever pre <= 0"),
+        (changed(__call__=lambda self, pre: pre.relu() / (1 + pre.relu().sum())), "every number by itself"),
+        (changed(__call__=lambda self, pre: pre.relu().square()), "pre_gradient is not what autograd finds"),
+        (changed(__call__=lambda self, pre: pre.data.relu_() + pre * 0), "changes its argument"),
+        (changed(__call__=lambda self, pre: pre.relu()[:1]), "turns the shape"),
+        (changed(pre_gradient=lambda self, gradient, features: gradient), "pre_gradient is not what autograd finds"),
+        (changed(in_place=lambda self, pre: pre.relu()), "does not write over its argument"),
+        (changed(in_place=lambda self, pre: pre.clamp_(0, 1)), "not what calling it returns"),
+    ],
+)
+def test_a_false_declaration_is_found(activation: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_sparse_activation(activation)
+
+
+def test_an_activation_without_a_declaration_trains_by_autograd() -> None:
+    sae = built(StandardConfig(d_sae=30))
+    sae.activation = torch.nn.functional.softplus
+    x = torch.randn(10, 12, generator=seeded())
+    assert sae.why_reference() == "the activation function declares no sparse support"
+    result = sae.training_step(x, StepInput(step=0, generator=seeded()))
+    assert result.fired.tolist() == [10] * 30
+    assert sae.W_enc.grad is not None
+    with torch.no_grad():
+        assert torch.allclose(sae.encode(x), torch.nn.functional.softplus(sae.pre_activations(x)))
+
+
+# ---- memory
+
+
+def test_memory_is_used_again_and_threads_have_their_own() -> None:
+    cpu = torch.device("cpu")
+    first = scratch("test", (10, 10), torch.float32, cpu)
+    assert scratch("test", (5, 7), torch.float64, cpu).data_ptr() == first.data_ptr()
+    assert scratch("other", (5, 7), torch.float64, cpu).data_ptr() != first.data_ptr()
+    there: list[int] = []
+    thread = threading.Thread(target=lambda: there.append(scratch("test", (10, 10), torch.float32, cpu).data_ptr()))
+    thread.start()
+    thread.join()
+    assert there != [first.data_ptr()]
+
+
+def test_gradients_are_used_again_and_never_twice_at_once() -> None:
+    like = torch.empty(1 << 11, 1 << 10)
+    one, two = gradient_for(like), gradient_for(like)
+    assert one.data_ptr() != two.data_ptr()
+    recycle([one, two.T, None, torch.empty(3)])
+    again, more, third = gradient_for(like), gradient_for(like), gradient_for(like)
+    assert {again.data_ptr(), more.data_ptr()} == {one.data_ptr(), two.data_ptr()}
+    assert third.data_ptr() not in (one.data_ptr(), two.data_ptr())
+    assert again.shape == like.shape
+    assert again.is_contiguous()
+
+
+def test_two_saes_do_not_share_a_gradient() -> None:
+    x = torch.randn(300, 1100, generator=seeded())
+    one, two = (built(StandardConfig(d_sae=1024), d_in=1100, seed=seed, bias=-20.0) for seed in (0, 1))
+    one.training_step(x, StepInput(step=0, generator=seeded()))
+    kept = one.W_enc.grad.clone()
+    two.training_step(x, StepInput(step=0, generator=seeded()))
+    assert torch.equal(one.W_enc.grad, kept)
+
+
+def test_groups_of_largest_and_active_cover_every_row() -> None:
+    sae = built(StandardConfig(d_sae=64))
+    encoder, rows = Encoder(sae.W_enc.detach(), sae.b_enc.detach()), torch.randn(2500, 12, generator=seeded())
+    for groups in (top_groups(encoder, rows, 3), active_groups(encoder, rows, Relu())):
+        end = 0
+        for start, group in groups:
+            assert start == end
+            end += group.shape[0]
+        assert end == 2500

@@ -58,7 +58,8 @@ def built(config: SAEConfig, d_in: int = 12, seed: int = 0, bias: float = 0.0) -
 
 
 @given(
-    n=st.integers(1, 9), d_sae=st.integers(1, 5000), d=st.integers(1, 5), density=st.floats(0, 1), seed=st.integers(0, 99)
+    n=st.integers(1, 9), d_sae=st.integers(1, 5000), d=st.integers(1, 5), density=st.floats(0, 1),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_sparse_products_are_the_dense_ones(n: int, d_sae: int, d: int, density: float, seed: int) -> None:

@@ -115,7 +115,7 @@ def topk_class() -> type[SAE]:
             output = self.reconstruction(features)
             mse = squared_errors(output, x).sum(-1).mean()
             aux = mse.new_zeros(())
-            if step.dead is not None and self.config.aux_loss_coefficient:
+            if step.dead is not None and self.config.aux_loss_coefficient and self._may_be_any(step.dead):
                 decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
                 aux = auxk_loss(pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms())
                 aux = aux * self.config.aux_loss_coefficient
@@ -126,6 +126,11 @@ def topk_class() -> type[SAE]:
                 fired=(features.detach() > 0).sum(0),
                 coefficients=self.after_features(features.detach()),
             )
+
+        @torch.compiler.disable
+        def _may_be_any(self, dead: Tensor) -> bool:
+            """Looking costs a CPU nothing, and another device would be waited for."""
+            return dead.device.type != "cpu" or bool(dead.any())
 
         def training_features(self, pre: Tensor) -> Tensor:
             """Feature activations in training, ``[n, d_sae]`` both."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saekit.sae.gradients import decoded
 from saekit.sae.kernels import CHUNK, dense_above, entries_where, mask_like
+from saekit.sae.memory import uninitialised, zeros
 from saekit.sae.sparse import SparseFeatures
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def is_fast(sae: SAE, x: Tensor) -> bool:
 def dense_features(sae: SAE, rows: Tensor) -> Tensor:
     """Features ``[..., d_sae]`` of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in)
-    features = flat.new_zeros(len(flat), sae.d_sae)
+    features = zeros((len(flat), sae.d_sae), flat.dtype, flat.device)
     for start, group in sae.feature_groups(flat):
         part = features[start : start + group.shape[0]]
         if isinstance(group, SparseFeatures):
@@ -62,7 +63,7 @@ def sparse_features(sae: SAE, rows: Tensor) -> SparseFeatures:
 def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in)
-    output = torch.empty_like(flat)
+    output = uninitialised(tuple(flat.shape), flat.dtype, flat.device)
     for start, group in sae.feature_groups(flat):
         output[start : start + group.shape[0]] = _decoded(sae, group)
     return output.reshape(rows.shape)
@@ -71,7 +72,7 @@ def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
 def decoded_rows(sae: SAE, features: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``features [..., d_sae]``."""
     flat = features.detach().reshape(-1, sae.d_sae).to(sae.W_dec.dtype)
-    output = flat.new_empty(len(flat), sae.d_in)
+    output = uninitialised((len(flat), sae.d_in), flat.dtype, flat.device)
     for start, part in zip(range(0, len(flat), CHUNK), flat.split(CHUNK), strict=False):
         output[start : start + len(part)] = _decoded(sae, _sparse_if_cheaper(part, dense_above(sae.W_dec)))
     return output.reshape(*features.shape[:-1], sae.d_in)

@@ -21,6 +21,7 @@ from saekit.protocols import ActivationFunction
 from saekit.sae import inference
 from saekit.sae.hooks import HookPoint
 from saekit.sae.kernels import Features
+from saekit.sae.memory import zeros
 from saekit.sae.screen import why_no_screen
 from saekit.sae.sparse import SparseFeatures
 from saekit.site import Site, flatten_heads
@@ -103,12 +104,13 @@ class SAE(nn.Module):
         dtype = getattr(torch, config.dtype)
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in, dtype=dtype))
+        cpu = torch.device("cpu")
+        self.W_dec = nn.Parameter(zeros((self.d_sae, d_in), dtype, cpu))
         # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.  In float64,
         # results are compared with those of others to the last digits, which depend on the order in memory.
         turned = dtype != torch.float64
-        encoder = torch.zeros(self.d_sae, d_in, dtype=dtype).T if turned else torch.zeros(d_in, self.d_sae, dtype=dtype)
-        self.W_enc = nn.Parameter(encoder)
+        shape = (self.d_sae, d_in) if turned else (d_in, self.d_sae)
+        self.W_enc = nn.Parameter(zeros(shape, dtype, cpu).T if turned else zeros(shape, dtype, cpu))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)

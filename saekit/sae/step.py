@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.sae.gradients import FeatureGradient, Gradients, decoded
 from saekit.sae.kernels import Features
-from saekit.sae.memory import scratch
+from saekit.sae.memory import scratch, uninitialised
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE, StepOutput
@@ -59,7 +59,7 @@ class FastStep:
             self.output = output
         else:
             if start == 0:
-                self.output = torch.empty_like(self._x)
+                self.output = uninitialised(tuple(self._x.shape), x.dtype, x.device)
             self.output[rows] = output
         error = torch.sub(output, x, out=scratch("error", x.shape, x.dtype, x.device))
         squares = torch.linalg.vector_norm(error, dim=1, keepdim=True).square_()

@@ -1,0 +1,166 @@
+"""The SAE's training step, and inference, beside those of other libraries and beside one product with the encoder.
+
+    python tests/bench/step.py [--size small large] [--only standard dense topk batchtopk inference four] [--rounds 5]
+
+Every SAE has the same weights and batch, and learns so little that what is active stays active.  Prints figures; it
+judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from common import BATCH, Times
+from peers import K, Step, missing, peer_inference, peer_steps, version
+from saekit_plugins.batchtopk import BatchTopKConfig
+from saekit_plugins.standard import StandardConfig
+from saekit_plugins.topk import TopKConfig
+from torch import Tensor
+
+import saekit
+import saekit.sae.screen
+from saekit.config import OptimiserConfig, SAEConfig, TrainingConfig
+from saekit.pretrained.load import build_module
+from saekit.training.firing import FiringStatistics
+from saekit.training.optimiser import Optimiser
+from saekit.training.trainer import SAETrainer
+
+SIZES = {"small": (512, 4096), "large": (768, 24576)}
+L0 = 48  # of the standard SAE late in training
+CONFIGS: dict[str, Callable[[int], SAEConfig]] = {
+    "standard": lambda d_sae: StandardConfig(d_sae=d_sae, l1_coefficient=1e-3, normalize_sae_decoder=False),
+    "topk": lambda d_sae: TopKConfig(d_sae=d_sae, k=K),
+    "batchtopk": lambda d_sae: BatchTopKConfig(d_sae=d_sae, k=K),
+}
+WHY_NO_SCREEN = saekit.sae.screen.why_no_screen
+
+
+def shared_weights(d_in: int, d_sae: int, x: Tensor, active: float | None) -> dict[str, Tensor]:
+    """Unit decoder rows, the encoder their transpose, and a bias that leaves ``active`` features of a row above zero."""
+    decoder = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(1)), dim=1)
+    bias = torch.zeros(d_sae)
+    if active is not None:
+        pre = x[:512] @ decoder.T
+        bias -= pre.flatten().topk(int(active * len(pre))).values[-1]
+    return {"W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_enc": bias, "b_dec": torch.zeros(d_in)}
+
+
+def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
+    plugins = saekit.default_manager()
+    sae = build_module(plugins.find("sae_architectures", config), config, len(weights["b_dec"]), plugins)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(weights[name])
+    training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
+    return SAETrainer(
+        name="bench", sae=sae, site=saekit.Site(), training=training, generator=torch.Generator(), device="cpu",
+        optimiser=Optimiser(sae.named_parameters(), OptimiserConfig(beta1=0.9), lambda step: 1e-7),
+        firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
+    )  # fmt: skip
+
+
+def with_screen(on: bool, work: Callable[[], object]) -> Step:
+    def run() -> object:
+        saekit.sae.screen.why_no_screen = WHY_NO_SCREEN if on else lambda *args: "off"
+        return work()
+
+    return run
+
+
+def case(work: Step) -> Callable[[], int]:
+    def run() -> int:
+        work()
+        return BATCH
+
+    return run
+
+
+def product(weights: Mapping[str, Tensor], x: Tensor) -> Step:
+    out = torch.empty(len(x), weights["W_enc"].shape[1])
+    turned = weights["W_enc"].T.contiguous()
+    return lambda: torch.mm(x, turned.T, out=out)
+
+
+def own_steps(kind: str, weights: Mapping[str, Tensor], x: Tensor, dense: bool) -> dict[str, Step]:
+    d_sae = len(weights["b_enc"])
+    screens = [False, True] if WHY_NO_SCREEN(x.device, x.dtype, d_sae) is None and not dense else [False]
+    steps: dict[str, Step] = {}
+    for screen in screens:
+        trainer = trainer_of(CONFIGS[kind](d_sae), weights)
+        name = f"saekit {kind}{' screened' if screen else ''}"
+        steps[name] = with_screen(screen, lambda trainer=trainer: trainer.train_on(x))  # type: ignore[misc]
+    reference = trainer_of(CONFIGS[kind](d_sae), weights)
+    reference.sae.kernels = "reference"
+    steps[f"saekit {kind}, kernels = reference"] = lambda: reference.train_on(x)
+    return steps
+
+
+def own_inference(kind: str, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, Step]:
+    sae = trainer_of(CONFIGS[kind](len(weights["b_enc"])), weights).sae
+
+    @torch.no_grad()
+    def both() -> None:
+        sae.decode(sae.encode(x))
+
+    @torch.no_grad()
+    def forward() -> None:
+        sae(x)
+
+    steps = {
+        f"saekit {kind} encode, decode": with_screen(False, both),
+        f"saekit {kind} forward": with_screen(False, forward),
+    }
+    if WHY_NO_SCREEN(x.device, x.dtype, sae.d_sae) is None:
+        steps[f"saekit {kind} encode, decode screened"] = with_screen(True, both)
+        steps[f"saekit {kind} forward screened"] = with_screen(True, forward)
+    return steps
+
+
+def compared(title: str, steps: Mapping[str, Step], mm1: Step, base: str | None, rounds: int) -> None:
+    print(title, flush=True)
+    for work in steps.values():  # buffers are made, and Adam's moments
+        work()
+    times = Times({"mm1": case(mm1), **{name: case(work) for name, work in steps.items()}}, rounds)
+    times.table("mm1")
+    for name in steps if base else ():
+        if name.startswith("saekit") and "reference" not in name:
+            print(f"  {base} / {name} = {times.ratio(str(base), name):.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", nargs="+", default=list(SIZES), choices=list(SIZES))
+    names = ["standard", "dense", "topk", "batchtopk", "inference"]
+    parser.add_argument("--only", nargs="+", default=names, choices=names)
+    parser.add_argument("--rounds", type=int, default=5)
+    asked: Any = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(f"not installed, left out: {', '.join(missing()) or 'nothing'}")
+    own = f"sae-lens {version('sae-lens')}"
+    for size in asked.size:
+        d_in, d_sae = SIZES[size]
+        x = torch.randn(BATCH, d_in, generator=torch.Generator().manual_seed(0))
+        for name in asked.only:
+            kind = {"dense": "standard", "inference": "standard"}.get(name, name)
+            weights = shared_weights(d_in, d_sae, x, {"standard": L0, "inference": L0}.get(name))
+            mm1 = product(weights, x)
+            title = f"{d_in} -> {d_sae}, batch {BATCH}, {name}"
+            if name == "inference":
+                peers, steps = peer_inference(kind, weights, x), own_inference(kind, weights, x)
+            else:
+                peers, steps = peer_steps(kind, weights, x), own_steps(kind, weights, x, dense=name == "dense")
+            compared(
+                title,
+                {**peers, **steps},
+                mm1,
+                next((peer for peer in peers if peer.startswith(own)), None),
+                asked.rounds,
+            )
+
+
+if __name__ == "__main__":
+    main()

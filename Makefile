@@ -23,10 +23,13 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
-# Beside sae-lens where it can be installed, in an environment of its own.
+# Beside other libraries where they can be installed, in environments of their own; what is not to be had is named and
+# left out.
 bench: $(STAMP)
 	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
-	for name in startup shuffle live cached memory checkpoint; do \
+	if $(MAKE) --no-print-directory $(PEERS)-3/.installed; \
+	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
+	for name in startup shuffle live cached memory checkpoint step end_to_end growth; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 
@@ -41,7 +44,18 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . sae-lens==6.54.12
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check natsort schedulefree simple-parsing
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps eai-sparsify==1.3.3
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
+	touch $@
+
+# No other version of sae-lens fits beside 3.0.0, nor does today's torch without these.
+$(PEERS)-3/.installed: constraints.txt
+	test -x $(PEERS)-3/bin/python || $(PYTHON) -m venv $(PEERS)-3
+	$(PEERS)-3/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)-3/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==3.0.0 pyarrow==25.0.1 \
+		typeguard==2.13.3 huggingface_hub==0.24.7 transformers==4.46.3 wandb==0.18.7
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

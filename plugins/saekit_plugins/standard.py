@@ -127,10 +127,13 @@ def _standard_class() -> type[SAE]:
         def why_no_screen(self) -> str | None:
             return "there is noise" if self.config.noise_scale else super().why_no_screen()
 
-        def feature_groups(self, rows: torch.Tensor, noise: Any = None) -> Iterator[tuple[int, Features]]:
+        def feature_groups(self, rows: torch.Tensor) -> Iterator[tuple[int, Features]]:
+            return self._groups(self.centred(rows))
+
+        def _groups(self, centred: torch.Tensor, noise: Any = None) -> Iterator[tuple[int, Features]]:
             encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
             screen = screen_for(encoder) if noise is None else None
-            return active_groups(encoder, self.centred(rows), self.activation, noise=noise, screen=screen)
+            return active_groups(encoder, centred, self.activation, noise=noise, screen=screen)
 
         def fast_step(self, x: torch.Tensor, step: StepInput) -> StepOutput:
             config, coefficient = self.config, l1_coefficient_at(self.config, step.step)
@@ -142,7 +145,7 @@ def _standard_class() -> type[SAE]:
                 values = features.values if isinstance(features, SparseFeatures) else features
                 return self.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
 
-            for start, features in self.feature_groups(x, self._noise(step) if config.noise_scale else None):
+            for start, features in self._groups(fast.centred, self._noise(step) if config.noise_scale else None):
                 penalty.count(features)
                 fast.add(start, features, to_pre)
             losses = {"mse_loss": fast.mse, "l1_loss": penalty.value, "ghost_grad_loss": x.new_zeros(())}

@@ -38,7 +38,7 @@ def is_fast(sae: SAE, x: Tensor) -> bool:
 
 def dense_features(sae: SAE, rows: Tensor) -> Tensor:
     """Features ``[..., d_sae]`` of ``rows [..., d_in]``."""
-    flat = rows.detach().reshape(-1, sae.d_in)
+    flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     features = zeros((len(flat), sae.d_sae), flat.dtype, flat.device)
     for start, group in sae.feature_groups(flat):
         part = features[start : start + group.shape[0]]
@@ -51,7 +51,7 @@ def dense_features(sae: SAE, rows: Tensor) -> Tensor:
 
 def sparse_features(sae: SAE, rows: Tensor) -> SparseFeatures:
     """The active features of ``rows [..., d_in]``."""
-    flat = rows.detach().reshape(-1, sae.d_in)
+    flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     groups = [group if isinstance(group, SparseFeatures) else nonzero_features(group)
               for _, group in sae.feature_groups(flat)]  # fmt: skip
     if not groups:
@@ -62,7 +62,7 @@ def sparse_features(sae: SAE, rows: Tensor) -> SparseFeatures:
 
 def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``rows [..., d_in]``."""
-    flat = rows.detach().reshape(-1, sae.d_in)
+    flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     output = uninitialised(tuple(flat.shape), flat.dtype, flat.device)
     for start, group in sae.feature_groups(flat):
         output[start : start + group.shape[0]] = _decoded(sae, group)

@@ -57,7 +57,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     block = _kept.scratch.get(name)
     if block is None or len(block) < needed:
         _kept.scratch.pop(name, None)  # free it first
-        block = _kept.scratch[name] = uninitialised((needed,), torch.uint8, device)
+        with torch.inference_mode(False):  # what is made there may not be written to elsewhere
+            block = _kept.scratch[name] = uninitialised((needed,), torch.uint8, device)
     return block[:needed].view(dtype).view(shape)
 
 

@@ -232,7 +232,7 @@ class SAE(nn.Module):
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         if self.why_reference() is None:
             with torch.no_grad():
-                return self.fast_step(x, step)
+                return self.fast_step(x.contiguous(), step)
         result = self.losses(x, step)
         result.loss.backward()
         return result

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -26,15 +26,13 @@ from saekit.pretrained.files import SAEFiles
 from saekit.pretrained.load import build_module, load_sae
 from saekit.protocols import Eval, ModelBackend
 from saekit.sae.init import initialise
+from saekit.sae.module import SAE
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
 from saekit.training.randomness import seeded
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
-
-if TYPE_CHECKING:
-    from saekit.sae.module import SAE
 
 __all__ = [
     "check_run_folder",
@@ -237,7 +235,11 @@ def _copy_weights(start: SAE, trainer: SAETrainer) -> None:
     """Those of an SAE for raw activations, for activations that are scaled."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
     sae.fold_activation_scale(1 / trainer.scale)
-    trainer.sae.load_public_tensors(_tensors_for(trainer.training.finetuning_method, sae))
+    # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
+    SAE.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
+    known = dict(sae.named_buffers())
+    for name, buffer in trainer.sae.named_buffers():
+        buffer.copy_(known[name])
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 

@@ -151,9 +151,7 @@ def topk_class() -> type[SAE]:
 
         def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
             coefficient, norms = self.config.aux_loss_coefficient, self.feature_norms()
-            if (
-                coefficient and step.dead is not None and x.device.type != "cpu"
-            ):  # to count them would be to wait for it
+            if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
                 with torch.enable_grad():
                     result = self.losses(x, step)
                     result.loss.backward()

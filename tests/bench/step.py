@@ -40,7 +40,7 @@ WHY_NO_SCREEN = saekit.sae.screen.why_no_screen
 
 
 def shared_weights(d_in: int, d_sae: int, x: Tensor, active: float | None) -> dict[str, Tensor]:
-    """Unit decoder rows, the encoder their transpose, and a bias that leaves ``active`` features of a row above zero."""
+    """Unit decoder rows, the encoder their transpose, and a bias that leaves ``active`` features above zero."""
     decoder = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(1)), dim=1)
     bias = torch.zeros(d_sae)
     if active is not None:

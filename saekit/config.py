@@ -35,6 +35,8 @@ PluginChoice: TypeAlias = Any
 """A plugin's key, or an instance of its options class; in files also a table with ``name`` and the options."""
 
 PLUGIN_KIND = "saekit_plugin_kind"
+SAME_AT_START = "saekit_same_at_start"
+"""Metadata of an SAE's option that decides what its weights mean: training goes on from saved ones with the same."""
 ALWAYS_TRACKED = "saekit:jsonl"
 
 

@@ -21,13 +21,14 @@ from torch import Tensor
 import saekit
 import saekit.sae.kernels
 import saekit.sae.screen
-from saekit.config import SAEConfig
+from saekit.config import OptimiserConfig, SAEConfig
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, Encoder, SparseFeatures, StepInput, active_groups, batch_top, top_groups
 from saekit.sae.largest import top_entries
 from saekit.sae.memory import gradient_for, recycle, scratch
 from saekit.sae.screen import Screen, native_bfloat16
 from saekit.testing import check_sparse_activation
+from saekit.training.optimiser import Optimiser
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -571,3 +572,188 @@ def test_groups_of_largest_and_active_cover_every_row() -> None:
             assert start == end
             end += group.shape[0]
         assert end == 2500
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("where", ["a row", "a weight", "a bias"])
+@pytest.mark.parametrize("screen", [True, False])
+def test_what_is_no_number_stays_so(some_sae: SAE, where: str, screen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not pass for a feature that is not active: a broken model would look well, and training go on."""
+    monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args: None if screen else "as the test wants")
+    x = torch.randn(700, 12, generator=seeded(4))
+    with torch.no_grad():
+        if where == "a row":
+            x[300] = torch.nan
+        elif where == "a weight":
+            some_sae.W_enc[3, 5] = torch.nan
+        else:
+            some_sae.b_enc[5] = torch.nan
+        features, output = some_sae.encode(x), some_sae(x)
+    some_sae.kernels = "reference"
+    with torch.no_grad():
+        assert torch.equal(features.isnan().any(1), some_sae.encode(x).isnan().any(1))
+        assert torch.equal(output.isnan(), some_sae(x).isnan())
+    some_sae.kernels = "auto"
+    result = some_sae.training_step(x, StepInput(step=0, generator=seeded()))
+    assert result.loss.isnan()
+
+
+# ---- memory of parameters that is not as the SAE made it
+
+
+def adam(sae: SAE) -> Optimiser:
+    return Optimiser(sae.named_parameters(), OptimiserConfig(beta1=0.9), lambda step: 1e-3)
+
+
+def contiguous(sae: SAE) -> None:
+    sae.load_state_dict({name: value.contiguous() for name, value in sae.state_dict().items()}, assign=True)
+
+
+def moved(sae: SAE) -> None:
+    sae.double().float()
+
+
+def new_memory(sae: SAE) -> None:
+    sae.W_enc.data = sae.W_enc.data.contiguous()
+
+
+@pytest.mark.parametrize("change", [contiguous, moved, new_memory, lambda sae: None], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_order_of_memory_does_not_change_what_is_learnt(change: Any, late: bool, kernels: Any) -> None:
+    if late and change is contiguous:
+        pytest.skip("that makes other parameters, which no optimiser knows")
+    x = torch.randn(200, 12, generator=seeded(1))
+    weights = []
+    for made in (lambda sae: None, change):
+        sae = built(StandardConfig(d_sae=30, l1_coefficient=0.1), bias=-1.0)
+        sae.kernels = kernels
+        if not late:
+            made(sae)
+        optimiser = adam(sae)
+        for step in range(6):
+            if late and step == 3:
+                made(sae)
+            sae.training_step(x, StepInput(step=step, generator=seeded()))
+            optimiser.step(step)
+        weights.append({name: value.detach().clone() for name, value in sae.named_parameters()})
+    for name, value in weights[0].items():
+        assert torch.allclose(weights[1][name], value, atol=1e-5), name
+
+
+def test_a_gradient_in_another_order_of_memory() -> None:
+    weights = []
+    for turn in (False, True):
+        sae = built(StandardConfig(d_sae=30), bias=-1.0)
+        optimiser = adam(sae)
+        sae.training_step(torch.randn(200, 12, generator=seeded(1)), StepInput(step=0, generator=seeded()))
+        if turn:
+            sae.W_enc.grad = sae.W_enc.grad.contiguous()
+        optimiser.step(0)
+        weights.append(sae.W_enc.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+
+
+# ---- who answers for a fast path
+
+
+def test_a_class_that_changes_the_mathematics_loses_the_fast_path() -> None:
+    base = type(built(TopKConfig(d_sae=60, k=3)))
+    for name in ("losses", "features_of", "pre_activations", "reconstruction", "training_features"):
+        changed = type("Changed", (base,), {name: lambda self, *args, name=name: getattr(base, name)(self, *args)})
+        sae = built(TopKConfig(d_sae=60, k=3))
+        sae.__class__ = changed
+        assert sae.why_reference() == f"Changed overrides {name}, and not why_no_fast_path"
+        assert sae.step_path().startswith("plain torch: ")
+        vouched = type("Vouched", (changed,), {"why_no_fast_path": base.why_no_fast_path})
+        sae.__class__ = vouched
+        assert sae.why_reference() is None
+
+
+def test_a_parameter_that_the_fast_step_does_not_know_is_an_error() -> None:
+    sae = built(StandardConfig(d_sae=60))
+    sae.gate = torch.nn.Parameter(torch.zeros(60))
+    with pytest.raises(TypeError, match="gate of StandardSAE learns, but its fast step has no gradient for it"):
+        sae.training_step(torch.randn(5, 12), StepInput(step=0, generator=seeded()))
+
+
+def test_many_of_the_features_are_no_case_for_sparse_products() -> None:
+    assert built(TopKConfig(d_sae=100, k=15)).why_reference() is None
+    assert "k = 20 is so large a part" in str(built(TopKConfig(d_sae=100, k=20)).why_reference())
+
+
+def test_a_gradient_through_the_input_hook() -> None:
+    sae, steer = built(StandardConfig(d_sae=60)).requires_grad_(False), torch.zeros(12, requires_grad=True)
+    sae.hook_sae_input.add_hook(lambda x, hook: x + steer)
+    sae(torch.randn(4, 12)).sum().backward()
+    assert steer.grad is not None
+    assert steer.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, when it first transforms a function
+def test_transformed_functions() -> None:
+    sae = built(StandardConfig(d_sae=60)).requires_grad_(False)
+    x = torch.randn(4, 12)
+    assert torch.allclose(torch.vmap(sae)(x), sae(x), atol=1e-5)
+    assert torch.allclose(torch.func.jvp(sae, (x,), (x,))[0], sae(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_one_vector(hooked: bool) -> None:
+    sae, x = built(StandardConfig(d_sae=60)), torch.randn(12, generator=seeded())
+    if hooked:
+        sae.hook_sae_acts_post.add_hook(lambda features, hook: None)
+    assert sae.encode_sparse(x).shape == (1, 60)
+    values, numbers = sae.encode_topk(x, 3)
+    assert values.shape == numbers.shape == (3,)
+
+
+def test_so_few_rows_that_none_is_wanted() -> None:
+    sae = built(BatchTopKConfig(d_sae=60, k=0.7))
+    result = sae.training_step(torch.randn(1, 12), StepInput(step=0, generator=seeded()))
+    assert not result.fired.any()
+    with pytest.raises(ValueError, match="there are no rows to train on"):
+        sae.training_step(torch.zeros(0, 12), StepInput(step=0, generator=seeded()))
+
+
+def test_a_decoder_row_of_zeros_has_no_gradient_of_its_norm() -> None:
+    options = {"scale_sparsity_penalty_by_decoder_norm": True, "normalize_sae_decoder": False, "l1_coefficient": 50.0}
+    sae = built(StandardConfig(d_sae=60, **options))
+    sae.W_dec.data[7] = 0
+    sae.training_step(torch.randn(50, 12), StepInput(step=0, generator=seeded()))
+    assert sae.W_dec.grad.isfinite().all()
+
+
+def test_an_infinite_norm_goes_by_autograd() -> None:
+    assert built(StandardConfig(d_sae=60, lp_norm=float("inf"))).why_reference() is not None
+
+
+def test_two_screens_at_once() -> None:
+    (one, rows), (two, _) = screened(64, 2048, "plain", seed=1), screened(64, 2048, "plain", seed=7)
+    first, second = Screen(one), Screen(two)
+    alone = first.active(rows, 0.0)
+    second.active(rows, 0.0)
+    again = first.active(rows, 0.0)
+    assert alone is not None
+    assert again is not None
+    assert torch.equal(alone.dense(), again.dense())
+
+
+def test_a_bias_that_rounds_far_does_not_hide_the_largest() -> None:
+    """Bounds are raised by different amounts, which the lower bounds must know of."""
+    weights = torch.randn(64, 1024, generator=seeded()).bfloat16().float().T.contiguous() / 8
+    bias = -1026 + torch.rand(1024, generator=seeded(1)) * 0.3
+    rows = torch.randn(512, 64, generator=seeded(2)).bfloat16().float()
+    rows[:, 0], weights[:, 0] = 1024.0, 1.0
+    encoder = Encoder(weights.T, bias)
+    exact = rows.double() @ encoder.W_enc.double() + bias.double()
+    found = Screen(encoder).top(rows, 1)
+    assert found is not None
+    best = exact.max(1)
+    for row in range(512):
+        if best.values[row] > 1e-3:
+            assert found.dense()[row].argmax() == best.indices[row] or (
+                exact[row, found.dense()[row].argmax()] > best.values[row] - 1e-3
+            )

@@ -115,7 +115,8 @@ def test_steps_equal_those_of_sae_lens(name: str) -> None:
             "dead_features": dead,
         }
         if golden.kind == "batchtopk":
-            found["topk_threshold"] = metrics["details/current_topk_threshold"]
+            found["topk_threshold"] = trainer.sae.threshold_average.item()
+            assert metrics["details/current_topk_threshold"] == pytest.approx(trainer.sae.threshold.item())
         assert found.keys() == trace.keys()
         for key, value in found.items():
             close(value, trace[key][step], f"{key} at step {step}")

@@ -100,7 +100,10 @@ def _batchtopk_class() -> type[SAE]:
             average = (1 - lr) * self.threshold_average + lr * least.double()
             self.threshold_average.copy_(average.where(there, self.threshold_average))
             self.threshold_updates += there
-            return {"topk_threshold": self.threshold_average.clone()}
+            return {"topk_threshold": self.threshold}
+
+        def why_no_fast_path(self, *, training: bool) -> str | None:
+            return super().why_no_fast_path(training=training)  # this class has its own features_of, and kernels for it
 
         def training_groups(self, centred: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
             encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())

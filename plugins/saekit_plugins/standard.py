@@ -122,6 +122,8 @@ def _standard_class() -> type[SAE]:
         def why_no_fast_path(self, *, training: bool) -> str | None:
             if not isinstance(self.activation, SparseActivation):
                 return "the activation function declares no sparse support"
+            if training and self.config.lp_norm == float("inf"):
+                return "an infinite lp_norm has no fast path"
             return "use_ghost_grads has no fast path" if training and self.config.use_ghost_grads else None
 
         def why_no_screen(self) -> str | None:

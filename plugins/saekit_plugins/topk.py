@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
-from saekit.config import check
+from saekit.config import SAME_AT_START, check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class TopKConfig(SAEConfig):
     """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  sae-lens has 1."""
     k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
     """Dead features of a row that AuxK trains.  None: half of `d_in`."""
-    rescale_acts_by_decoder_norm: bool = True
+    rescale_acts_by_decoder_norm: bool = attrs.field(default=True, metadata={SAME_AT_START: True})
     """Compare features as if decoder rows had norm 1.  Norms are folded into the weights that are saved."""
     normalize_sae_decoder: bool = False
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
@@ -57,8 +57,8 @@ def check_activation(name: str, activation: ActivationFunction) -> None:
     """:class:`ConfigError` unless it is ReLU."""
     import torch
 
-    numbers = torch.tensor([-2.0, 0.0, 0.5, 3.0])
-    if activation(numbers).tolist() != numbers.clamp_min(0).tolist():
+    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
+    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
         raise ConfigError(
             [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave "
               "it out")]
@@ -80,6 +80,7 @@ def topk_class() -> type[SAE]:
         StepOutput,
         add_auxk,
         auxk_loss,
+        dense_above,
         screen_for,
         squared_errors,
         top_groups,
@@ -145,6 +146,8 @@ def topk_class() -> type[SAE]:
             return self.config.k_aux or max(self.d_in // 2, 1)
 
         def why_no_fast_path(self, *, training: bool) -> str | None:
+            if self.config.k > dense_above(self.W_dec) * self.d_sae:
+                return f"k = {self.config.k} is so large a part of the features that sparse products cost more"
             if isinstance(self.activation, SparseActivation):
                 return None
             return "the activation function declares no sparse support"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from saekit.sae.auxk import add_auxk
     from saekit.sae.hooks import HookPoint
     from saekit.sae.init import geometric_median
-    from saekit.sae.kernels import Encoder, Features, active_groups
+    from saekit.sae.kernels import Encoder, Features, active_groups, dense_above
     from saekit.sae.largest import batch_top, top_groups
     from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors
     from saekit.sae.module import SAE, SAEInfo, StepInput, StepOutput
@@ -36,6 +36,7 @@ __all__ = [
     "add_auxk",
     "auxk_loss",
     "batch_top",
+    "dense_above",
     "geometric_median",
     "ghost_loss",
     "screen_for",
@@ -50,7 +51,7 @@ _MODULES = {
     "auxk": ["add_auxk"],
     "hooks": ["HookPoint"],
     "init": ["geometric_median"],
-    "kernels": ["Encoder", "Features", "active_groups"],
+    "kernels": ["Encoder", "Features", "active_groups", "dense_above"],
     "largest": ["batch_top", "top_groups"],
     "maths": ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"],
     "module": ["SAE", "SAEInfo", "StepInput", "StepOutput"],

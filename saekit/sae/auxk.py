@@ -52,7 +52,7 @@ def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Fe
     columns = (pre if scale is None else pre * scale).topk(k, dim=1, sorted=False).indices
     if k <= limit * dead:
         columns = columns.sort(dim=1).values
-        rows = torch.arange(n).repeat_interleave(k)
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k)
         return SparseFeatures(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere
     mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, columns, True)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from saekit.sae.gradients import decoded
 from saekit.sae.kernels import CHUNK, dense_above, entries_where, mask_like
@@ -21,6 +22,7 @@ __all__ = [
     "dense_features",
     "is_fast",
     "nonzero_features",
+    "overridden",
     "reconstructions",
     "sparse_features",
 ]
@@ -30,10 +32,34 @@ def is_fast(sae: SAE, x: Tensor) -> bool:
     """Whether the kernels can serve: nobody asks for a gradient, or for another precision."""
     if sae.kernels == "reference" or sae.W_enc.dtype not in (torch.float32, torch.float64):
         return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_functorch_wrapped_tensor(x):
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in sae.parameters())):
         return False
     device = sae.W_enc.device.type
-    return not torch.is_autocast_enabled(device) and sae.why_no_fast_path(training=False) is None
+    if torch.is_autocast_enabled(device) or overridden(type(sae)) is not None:
+        return False
+    return sae.why_no_fast_path(training=False) is None
+
+
+_MATHEMATICS = (
+    "centred", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
+    "reconstruction", "training_features",
+)  # fmt: skip
+
+
+def overridden(kind: type) -> str | None:
+    """Why the fast path that ``kind`` inherits is not its own: it changes the mathematics.  None: it does not.
+
+    The class that defines ``why_no_fast_path`` answers for the mathematics that it has and inherits.
+    """
+    for owner in kind.__mro__:
+        if "why_no_fast_path" in vars(owner):
+            return None
+        for name in _MATHEMATICS:
+            if name in vars(owner):
+                return f"{owner.__name__} overrides {name}, and not why_no_fast_path"
+    return None
 
 
 def dense_features(sae: SAE, rows: Tensor) -> Tensor:

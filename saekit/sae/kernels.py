@@ -120,7 +120,8 @@ def active_entries(
 
     None when more than the fraction ``limit`` is.
     """
-    mask = torch.gt(product, above - bias, out=mask_like(product))
+    # Not "above": a number that is none must not pass for a feature that is not active.
+    mask = torch.le(product, above - bias, out=mask_like(product)).logical_not_()
     found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
     if found is None:
         return None
@@ -151,6 +152,7 @@ def active_groups(
         probe = screen is not None and noise is None and start == 0 and len(rows) > PROBE
         part = rows[start : start + (PROBE if probe else CHUNK)]
         found = screen.active(part, above) if screening and screen is not None else None
+        screening &= found is not None
         if found is None:
             product = encoder.product(part)
             if noise is not None:

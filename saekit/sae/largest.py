@@ -33,6 +33,7 @@ def top_groups(
         part = rows[start : start + CHUNK]
         found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
         if found is None:
+            screen = None  # it would refuse the others, too
             found = top_entries(encoder.pre_activations(part, scale), k)
         yield from pending.add(start, _unscaled(found, scale))
     yield from pending.flush()
@@ -61,7 +62,7 @@ def batch_top(
 def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:
     """What about ``wanted`` scaled pre-activations of ``rows`` reach; 0 if fewer are above zero."""
     pre = encoder.pre_activations(rows, scale)
-    values = pre[pre > 0]
+    values = pre[~(pre <= 0)]
     return 0.0 if len(values) <= wanted else float(values.kthvalue(len(values) - int(wanted)).values)
 
 
@@ -78,10 +79,12 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
 
 def _largest(values: Tensor, wanted: int) -> Tensor:
     """Where the ``wanted`` largest of ``values`` are, the first of equal ones: a mask."""
+    if not wanted:
+        return torch.zeros_like(values, dtype=torch.bool)
     threshold = values.kthvalue(len(values) - wanted + 1).values
-    keep = values > threshold
+    keep = ~(values <= threshold)
     ties = (values == threshold).nonzero().squeeze(1)
-    keep[ties[: wanted - int(keep.sum())]] = True
+    keep[ties[: max(wanted - int(keep.sum()), 0)]] = True
     return keep
 
 
@@ -109,14 +112,15 @@ def top_entries(pre: Tensor, k: int) -> SparseFeatures:
         rows = torch.arange(n, device=pre.device).repeat_interleave(k, output_size=n * k)
         return SparseFeatures(rows, features.reshape(-1), values.reshape(-1).clamp_min(0), n, d_sae)
     bound = kth_largest_bound(pre, k)
-    if bound is None:
+    if bound is None or bool(bound.isnan().any()):
         values, features = pre.topk(k, dim=1, sorted=False)
         rows = torch.arange(n).repeat_interleave(k)
-        return SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae).kept(values.reshape(-1) > 0)
+        found = SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae)
+        return found.kept(~(found.values <= 0))
     mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=mask_like(pre))
-    found = entries_where(mask)
-    assert found is not None
-    flat, rows, features = found
+    places = entries_where(mask)
+    assert places is not None
+    flat, rows, features = places
     return largest_of_each_row(SparseFeatures(rows, features, pre.view(-1)[flat], n, d_sae), k)
 
 
@@ -143,7 +147,7 @@ def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:
         return entries
     values, places = values.topk(k, dim=1, sorted=False)
     keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device)
-    keep[numbers.gather(1, places)[values > -torch.inf]] = True
+    keep[numbers.gather(1, places)[values != -torch.inf]] = True
     return entries.kept(keep)
 
 

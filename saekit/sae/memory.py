@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_for", "recycle", "scratch", "uninitialised", "zeros"]
+__all__ = ["gradient_for", "recycle", "release", "scratch", "uninitialised", "zeros"]
 
 
 class _Kept(threading.local):
@@ -79,3 +79,9 @@ def recycle(gradients: Iterable[Tensor | None]) -> None:
         spares = _kept.spare.setdefault((rows.shape, rows.dtype), [])
         if rows.is_contiguous() and len(spares) < _SPARES:
             spares.append(rows)
+
+
+def release() -> None:
+    """Give what this thread keeps back to the system."""
+    _kept.scratch.clear()
+    _kept.spare.clear()

@@ -129,14 +129,16 @@ class SAE(nn.Module):
         return self.run_hook("output", output)
 
     def _reconstructed(self, x: Tensor) -> Tensor:
-        if self._hooked("acts_pre", "acts_post") or not inference.is_fast(self, x):
-            return self.decode(self.encode(x), like=x)
         rows = self.run_hook("input", self._rows(x))
+        if self._hooked("acts_pre", "acts_post") or not inference.is_fast(self, rows):
+            return self.decode(self._encoded(rows), like=x)
         return self._finished(inference.reconstructions(self, rows), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
-        rows = self.run_hook("input", self._rows(x))
+        return self._encoded(self.run_hook("input", self._rows(x)))
+
+    def _encoded(self, rows: Tensor) -> Tensor:
         if inference.is_fast(self, rows) and not self._hooked("acts_pre"):
             features = inference.dense_features(self, rows)
         else:
@@ -151,7 +153,7 @@ class SAE(nn.Module):
         with torch.no_grad():
             if not self._hooked("acts_pre", "acts_post") and inference.is_fast(self, x):
                 return inference.sparse_features(self, self.run_hook("input", self._rows(x)))
-            return inference.nonzero_features(self.encode(x).flatten(0, -2))
+            return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest feature activations of each row, in falling order, and their features: ``[..., k]`` both.
@@ -251,7 +253,10 @@ class SAE(nn.Module):
 
     def why_no_screen(self) -> str | None:
         """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
-        return why_no_screen(self.W_enc.device, self.W_enc.dtype, self.d_sae)
+        reason = why_no_screen(self.W_enc.device, self.W_enc.dtype, self.d_sae)
+        if reason is None and not self.W_enc.T.is_contiguous():
+            return "the numbers of a column of W_enc do not lie together"
+        return reason
 
     def step_path(self) -> str:
         """The way of a training step now, in words."""
@@ -270,7 +275,7 @@ class SAE(nn.Module):
             return "autocast rounds its products"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
             return f"the weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
-        return self.why_no_fast_path(training=True)
+        return self.why_no_fast_path(training=True) or inference.overridden(type(self))
 
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""

@@ -13,6 +13,7 @@ computed exactly.  That pays where a CPU multiplies bfloat16 by itself, at more 
 from __future__ import annotations
 
 import functools
+import threading
 
 import attrs
 import torch
@@ -66,6 +67,12 @@ class _Rounded:
     weights: Tensor
     norms: Tensor
     lost: Tensor
+    raised: Tensor
+    """What rounding the bias upwards adds to each bound."""
+    finite: bool
+
+
+_in_memory = threading.local()  # the screen whose encoder is in the memory that all of them use
 
 
 @attrs.define(eq=False)
@@ -80,7 +87,9 @@ class Screen:
 
     def active(self, rows: Tensor, above: Tensor | float) -> SparseFeatures | None:
         """The pre-activations of ``rows [n, d_in]`` larger than ``above``; None: too many to be worth it."""
-        bounds, _ = self._bounds(rows, above)
+        bounds, margins = self._bounds(rows, above)
+        if not self._are_numbers(margins):
+            return None
         mask = torch.gt(bounds.view(torch.int16), 0, out=mask_like(bounds))  # the sign alone, many times as fast
         candidates = self._exact(rows, mask, int(_LIMIT * screen_below(self.encoder.W_enc) * mask.numel()))
         if candidates is None:
@@ -91,16 +100,19 @@ class Screen:
     def top(self, rows: Tensor, k: int) -> SparseFeatures | None:
         """Of each row the ``k`` largest pre-activations above zero, scaled; None: too many come into question."""
         bounds, margins = self._bounds(rows, 0.0)
+        assert self._rounded is not None
         n, d_sae = bounds.shape
         groups = d_sae // 32 if d_sae // 32 >= 2 * k else d_sae // 8
-        if groups < 2 * k:
+        if groups < 2 * k or not self._are_numbers(margins):
             return None
         width = d_sae // groups
         grouped = bounds.view(torch.int16)[:, : groups * width].unflatten(1, (width, groups))
         largest = grouped.amax(1).view(torch.bfloat16).float()  # as integers, numbers above zero are in the same order
         # The largest of a group is at least its bound less twice the margin, whichever of the group it is.
         lost, rounded = margins
-        least = largest * (1 - _ULP) - 2 * (lost * self._widest(1, groups) + rounded * self._widest(0, groups))
+        widest = [_of_groups(numbers, groups) for numbers in (self._rounded.norms, self._rounded.lost)]
+        least = largest * (1 - _ULP) - 2 * (lost * widest[0] + rounded * widest[1])
+        least -= _of_groups(self._rounded.raised, groups) * (1 + _ULP)
         kth = least.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         threshold = (kth * (1 - 2 * _ULP)).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().view(torch.int16)
         mask = torch.ge(bounds.view(torch.int16), threshold, out=mask_like(bounds))
@@ -120,11 +132,10 @@ class Screen:
         products = entries.inner_products(rows, self.encoder.W_enc.T)
         return entries.with_values(products.add_(self.encoder.b_enc[features]))
 
-    def _widest(self, column: int, groups: int) -> Tensor:
-        """``[groups]``: in each group of features the largest norm (0), or the largest norm of what was lost (1)."""
+    def _are_numbers(self, margins: tuple[Tensor, Tensor]) -> bool:
+        """What is none, or infinite, has no place in a bound."""
         assert self._rounded is not None
-        norms = self._rounded.lost if column == 0 else self._rounded.norms
-        return norms[: len(norms) // groups * groups].view(-1, groups).amax(0)
+        return self._rounded.finite and bool((margins[0] + margins[1]).isfinite().all())
 
     def _bounds(self, rows: Tensor, above: Tensor | float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Upper bounds ``[n, d_sae]`` in bfloat16, and each row's factors of the margin, ``[n, 1]`` both."""
@@ -140,8 +151,9 @@ class Screen:
         return torch.mm(wide, encoder.weights.T, out=out), (lost * (1 + 2 * _ULP), norms * (1 + 2 * _ULP))
 
     def _rounded_encoder(self, above: Tensor | float) -> _Rounded:
-        if self._rounded is None or self._above is not above:
+        if self._rounded is None or self._above is not above or getattr(_in_memory, "screen", None) is not self:
             self._rounded, self._above = self._round(above), above
+            _in_memory.screen = self
         return self._rounded
 
     def _round(self, above: Tensor | float) -> _Rounded:
@@ -164,7 +176,15 @@ class Screen:
         wide[:, d_in + 1] = _up(bias - high.float() + bias.abs() * (d_in * _SUMMED))
         wide[:, d_in + 2 : d_in + 4] = _up(torch.stack([norms, lost], 1))
         wide[:, d_in + 4 :] = 0
-        return _Rounded(wide, norms * (1 + 2 * _ULP), lost * (1 + 2 * _ULP))
+        raised = wide[:, d_in].float() + wide[:, d_in + 1].float() - bias
+        finite = bool((norms.sum() + bias.sum()).isfinite())
+        return _Rounded(wide, norms * (1 + 2 * _ULP), lost * (1 + 2 * _ULP), raised, finite)
+
+
+def _of_groups(numbers: Tensor, groups: int) -> Tensor:
+    """``[groups]``: the largest of each group of features, ``numbers [d_sae]``."""
+    largest: Tensor = numbers[: len(numbers) // groups * groups].view(-1, groups).amax(0)
+    return largest
 
 
 def _up(values: Tensor) -> Tensor:

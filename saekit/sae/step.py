@@ -31,6 +31,8 @@ class FastStep:
 
     def __init__(self, sae: SAE, x: Tensor, row_weights: Tensor | None = None) -> None:
         """On ``x [n, d_in]``; ``row_weights [n, 1]`` multiply each row's squared error."""
+        if not len(x):
+            raise ValueError("there are no rows to train on: x is [0, d_in]")
         self._sae, self._x, self._weights = sae, x, row_weights
         self.centred = x
         """``[n, d_in]``: the encoder's input."""
@@ -98,9 +100,15 @@ class FastStep:
             gradients["scaling_factor"] = torch.linalg.vecdot(W_dec, sae.W_dec.detach())
             W_dec.mul_(factor.detach()[:, None])
         if to_decoder_norms is not None and W_dec is not None:
-            W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / sae.decoder_norms().clamp_min(1e-38))[:, None])
+            norms = sae.decoder_norms().detach()
+            W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / norms).where(norms > 0, 0)[:, None])
         gradients["W_dec"] = W_dec
         for name, parameter in sae.named_parameters():
+            if parameter.requires_grad and name not in gradients:
+                raise TypeError(
+                    f"{name} of {type(sae).__name__} learns, but its fast step has no gradient for it; override "
+                    "why_no_fast_path to say so, or add the gradient in fast_step"
+                )
             parameter.grad = gradients.get(name) if parameter.requires_grad else None
         terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
         return StepOutput(

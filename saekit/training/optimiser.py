@@ -46,10 +46,7 @@ class Optimiser:
     @torch.no_grad()
     def step(self, step: int) -> Tensor:
         """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping."""
-        for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
-            if turned:
-                shown.grad = None if parameter.grad is None else parameter.grad.T
-                parameter.grad = None
+        self._show_gradients()
         gradients = [p.grad for p in self._shown if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self._clip and self._fused:
@@ -64,6 +61,17 @@ class Optimiser:
         self._adam.zero_grad(set_to_none=True)
         recycle(gradients)
         return norm
+
+    def _show_gradients(self) -> None:
+        for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
+            if turned:
+                if shown.data_ptr() != parameter.data_ptr():  # somebody gave the parameter other memory
+                    parameter.data = parameter.data.T.contiguous().T
+                    shown.data = parameter.detach().T
+                shown.grad = None if parameter.grad is None else parameter.grad.T
+                parameter.grad = None
+            if shown.grad is not None and shown.grad.stride() != shown.stride():
+                shown.grad = torch.empty_like(shown).copy_(shown.grad)  # the fused kernel goes by memory alone
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's moments by the name of the parameter; the rate follows from the step."""

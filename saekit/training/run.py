@@ -17,6 +17,7 @@ from saekit.data.activations import check_contexts
 from saekit.errors import ConfigError, DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ModelBackend
+from saekit.sae.memory import release
 from saekit.sae.module import SAE
 from saekit.storage import locked
 from saekit.training.checkpoints import all_checkpoints
@@ -193,6 +194,8 @@ def _run(session: Session, record: RunRecord, *, resumed: bool = False) -> Train
         except BaseException as error:
             _save_after(error, session, record, saving, interruption)
             raise
+        finally:
+            release()
     return _result(session, record, summary)
 
 

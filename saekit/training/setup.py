@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
+from saekit.config import ALWAYS_TRACKED, SAME_AT_START, PluginChoice, SAEConfig, TrainConfig
 from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
@@ -110,12 +110,18 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: P
     if options.b_dec_init_method != "zeros":
         problems.append(("sae.b_dec_init_method", f"chooses a start, but training starts from {where}; leave it out"))
     wanted = unconverted(options)
+    architecture = plugins.find("sae_architectures", config.sae).key
     for name, own, saved in (
-        ("sae.name", plugins.find("sae_architectures", config.sae).key, start.info.architecture),
+        ("sae.name", architecture, start.info.architecture),
         ("sae.activation", wanted["activation"], unconverted(start.config)["activation"]),
         ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
         ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
         ("sae.d_in", options.d_in or start.d_in, start.d_in),
+        *(
+            (f"sae.{field.name}", getattr(options, field.name), start.info.options.get(field.name))
+            for field in attrs.fields(type(options))
+            if field.metadata.get(SAME_AT_START) and start.info.architecture == architecture
+        ),
     ):
         if own != saved:
             problems.append((name, f"is {own!r}, but {where} has {saved!r}"))

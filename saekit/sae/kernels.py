@@ -93,8 +93,8 @@ class Encoder:
 
 
 def mask_like(pre: Tensor) -> Tensor:
-    """A bool tensor of the shape of ``pre``, in memory that is used again."""
-    return scratch("mask", (len(pre), pre.shape[1]), torch.bool, pre.device)
+    """A bool tensor of the shape of ``pre``, in memory that is used again: that of gradients, which come later."""
+    return scratch("gradient", (len(pre), pre.shape[1]), torch.bool, pre.device)
 
 
 def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor] | None:

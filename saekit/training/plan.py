@@ -30,6 +30,7 @@ from saekit.devices import resolve_device
 from saekit.errors import DataError, SaekitError
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
+from saekit.sae.memory import release
 from saekit.site import Site
 from saekit.training.setup import (
     check_run_folder,
@@ -79,7 +80,10 @@ def plan(
     """
     plugins = plugins or default_manager()
     planner = _Planner(load_config(cfg, plugins=plugins), plugins)
-    planner.look(model, dataset)
+    try:
+        planner.look(model, dataset)
+    finally:
+        release()
     return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
 
 

@@ -77,13 +77,15 @@ def plot(path: Path, by_width: dict[str, list[dict[str, float]]], by_batch: dict
         time_axes.loglog(WIDTHS, times, "o-", label=f"{kind}: features^{exponent(WIDTHS[2:], times[2:]):.2f}")
         memory_axes.plot(WIDTHS, [one["beyond"] / one["buffer"] for one in found], "o-", label=kind)
     for kind, found in by_batch.items():
-        batch_axes.semilogx(BATCHES, [one["us"] for one in found], "o-", label=kind)
+        batch_axes.plot(BATCHES, [one["us"] for one in found], "o-", label=kind)
+    batch_axes.set_xscale("log", base=2)
+    batch_axes.set_xticks(BATCHES, map(str, BATCHES))
     allowed = [1.5 + one["batch"] / one["buffer"] for one in by_width[KINDS[0]]]
     memory_axes.plot(WIDTHS, allowed, "k--", label="1.5 buffers and a batch")
     memory_axes.set(xscale="log", ylim=(0, 8), xlabel="features", ylabel="memory in buffers of [1024, features]")
     time_axes.set(xlabel="features", ylabel="µs per token", title=f"width {D_IN}, batch 4096")
     batch_axes.set(xlabel="batch", ylabel="µs per token", title=f"{D_IN} → 16384", ylim=(0, None))
-    memory_axes.set_title("peak beyond parameters, gradients, moments")
+    memory_axes.set_title("peak beyond weights, gradients, moments")
     for axes in (time_axes, batch_axes, memory_axes):
         axes.legend()
         axes.grid(alpha=0.3)

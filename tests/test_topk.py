@@ -160,7 +160,7 @@ def trained(kind: str, **options: Any) -> SAE:
     """Two steps of training, so that there is a threshold."""
     sae = random_sae(kind, **options)
     for seed in (1, 2):
-        sae.training_step(rows(200, seed=seed), step_input())
+        sae.training_step(rows(200, seed=seed).to(sae.W_enc.dtype), step_input())
         for parameter in sae.parameters():
             parameter.grad = None
     sae.info = attrs.evolve(

@@ -793,3 +793,29 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_is_that_of_the_cpu(config: SAECon
         weights[device] = {name: value.detach().cpu() for name, value in sae.named_parameters()}
     for name, value in weights["cpu"].items():
         assert (weights["cuda"][name] - value).norm() < 1e-2 * (value.norm() + 1), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float) -> None:
+    """Adam's first step does not depend on the size of a gradient, but its moments do."""
+    own, other = (built(StandardConfig(d_sae=30)) for _ in range(2))
+    optimiser = Optimiser(own.named_parameters(), OptimiserConfig(beta1=0.9, clip_grad_norm=clip), lambda step: 1e-3)
+    plain = torch.optim.Adam(other.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    for step in range(3):
+        for sae in (own, other):
+            for number, parameter in enumerate(sae.parameters()):
+                parameter.grad = torch.empty_like(parameter).copy_(
+                    torch.randn(parameter.shape, generator=seeded(10 * step + number)) * size * (step + 1)
+                )
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in other.parameters()])
+        assert optimiser.step(step).item() == pytest.approx(norm.item(), rel=1e-5)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(other.parameters(), clip)
+        plain.step()
+    for name, parameter in other.named_parameters():
+        assert torch.allclose(dict(own.named_parameters())[name], parameter, atol=1e-6), name
+        moments = plain.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = optimiser.state_dict()[name][moment]
+            assert torch.allclose(found, moments[moment], rtol=1e-4, atol=1e-12), (name, moment)

@@ -672,11 +672,12 @@ def test_a_class_that_changes_the_mathematics_loses_the_fast_path() -> None:
         assert sae.why_reference() is None
 
 
-def test_a_parameter_that_the_fast_step_does_not_know_is_an_error() -> None:
+def test_a_parameter_that_the_kernels_do_not_know_learns_by_autograd() -> None:
     sae = built(StandardConfig(d_sae=60))
     sae.gate = torch.nn.Parameter(torch.zeros(60))
-    with pytest.raises(TypeError, match="gate of StandardSAE learns, but its fast step has no gradient for it"):
-        sae.training_step(torch.randn(5, 12), StepInput(step=0, generator=seeded()))
+    assert sae.step_path() == "plain torch: the kernels have no gradient for gate"
+    sae.gate.requires_grad_(False)
+    assert sae.why_reference() is None
 
 
 def test_many_of_the_features_are_no_case_for_sparse_products() -> None:

@@ -34,6 +34,7 @@ __all__ = ["SAE", "SAEInfo", "StepInput", "StepOutput"]
 _S = TypeVar("_S", bound="SAE")
 
 _BLOCK = 1024  # decoder rows that are worked on together, in the cache
+_KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
@@ -275,6 +276,8 @@ class SAE(nn.Module):
             return "autocast rounds its products"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
             return f"the weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
+        if more := [name for name, value in self.named_parameters() if value.requires_grad and name not in _KNOWN]:
+            return f"the kernels have no gradient for {', '.join(more)}"
         return self.why_no_fast_path(training=True) or inference.overridden(type(self))
 
     def compile_losses(self, mode: str = "default") -> None:

@@ -104,11 +104,6 @@ class FastStep:
             W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / norms).where(norms > 0, 0)[:, None])
         gradients["W_dec"] = W_dec
         for name, parameter in sae.named_parameters():
-            if parameter.requires_grad and name not in gradients:
-                raise TypeError(
-                    f"{name} of {type(sae).__name__} learns, but its fast step has no gradient for it; override "
-                    "why_no_fast_path to say so, or add the gradient in fast_step"
-                )
             parameter.grad = gradients.get(name) if parameter.requires_grad else None
         terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
         return StepOutput(

@@ -125,7 +125,10 @@ class Batch:
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller."""
+    """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller.
+
+    One that works ahead and has a method ``pause()`` is told when no batch is needed for now; its state stays the same.
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
 

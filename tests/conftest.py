@@ -21,7 +21,7 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saekit-hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-_BOTH_WAYS = {
+BOTH_WAYS = {
     "test_finetuning", "test_golden", "test_reference_faults", "test_sae_maths", "test_sweep", "test_topk",
     "test_training", "test_training_options",
 }  # fmt: skip
@@ -29,7 +29,7 @@ _BOTH_WAYS = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Whatever trains, trains by the fast kernels and by plain torch."""
-    if metafunc.module.__name__ in _BOTH_WAYS:
+    if metafunc.module.__name__ in BOTH_WAYS:
         metafunc.fixturenames.append("kernels")
         metafunc.parametrize("kernels", ["fast", "reference"], indirect=True)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
+from conftest import BOTH_WAYS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_plugins.batchtopk import BatchTopKConfig
@@ -337,6 +339,10 @@ def test_where_many_are_active_nothing_is_screened(monkeypatch: pytest.MonkeyPat
     sae = built(StandardConfig(d_sae=2048), d_in=64)
     sae.training_step(torch.randn(600, 64, generator=seeded()), StepInput(step=0, generator=seeded()))
     assert not calls
+
+
+def test_every_file_that_trains_both_ways_is_there() -> None:
+    assert {name for name in BOTH_WAYS if not (Path(__file__).parent / f"{name}.py").exists()} == set()
 
 
 def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -743,21 +749,39 @@ def test_two_screens_at_once() -> None:
 
 
 def test_a_bias_that_rounds_far_does_not_hide_the_largest() -> None:
-    """Bounds are raised by different amounts, which the lower bounds must know of."""
-    weights = torch.randn(64, 1024, generator=seeded()).bfloat16().float().T.contiguous() / 8
-    bias = -1026 + torch.rand(1024, generator=seeded(1)) * 0.3
-    rows = torch.randn(512, 64, generator=seeded(2)).bfloat16().float()
-    rows[:, 0], weights[:, 0] = 1024.0, 1.0
+    """Bounds are raised by different amounts, which the lower bounds must know of: the second feature is the largest.
+
+    Weights and rows lose nothing in bfloat16, and the bias of the first feature loses almost 4.
+    """
+    weights, bias = torch.zeros(1024, 8), torch.full((1024,), -5000.0)
+    weights[:2, 0], weights[0, 1], weights[1, 1] = 1024.0, 3.984375, 0.0625
+    bias[0], bias[1] = 0.0931 - 1027.984375, 0.0967 - 1024.0625
+    rows = torch.zeros(512, 8)
+    rows[:, :2] = 1
     encoder = Encoder(weights.T, bias)
-    exact = rows.double() @ encoder.W_enc.double() + bias.double()
+    pre = rows @ encoder.W_enc + bias
+    assert pre[0, 1] > pre[0, 0] > 0
     found = Screen(encoder).top(rows, 1)
     assert found is not None
-    best = exact.max(1)
-    for row in range(512):
-        if best.values[row] > 1e-3:
-            assert found.dense()[row].argmax() == best.indices[row] or (
-                exact[row, found.dense()[row].argmax()] > best.values[row] - 1e-3
-            )
+    assert found.features.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_screened_threshold(rescale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside training, of a BatchTopK SAE: one number, or one for each feature."""
+    sae = built(BatchTopKConfig(d_sae=2048, k=8, rescale_acts_by_decoder_norm=rescale), d_in=64)
+    x = torch.randn(700, 64, generator=seeded(1))
+    sae.training_step(x, StepInput(step=0, generator=seeded()))
+    found = []
+    for why in (None, "as the test wants"):
+        monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args, why=why: why)
+        calls = count_screens(monkeypatch)
+        with torch.no_grad():
+            found.append(sae.encode(x))
+        assert bool(calls) == (why is None)
+    sae.kernels = "reference"
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+    assert ((found[0] > 0) != (sae.encode(x) > 0)).sum() <= 3, "but for the order of summing at the threshold"
 
 
 # ---- on a GPU

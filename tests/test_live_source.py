@@ -95,6 +95,22 @@ def test_a_look_uses_nothing_up() -> None:
 
 
 @PREFETCH
+@pytest.mark.parametrize("taken", [0, 1, 5, 17])
+def test_a_pause_ends_the_thread_and_changes_nothing(taken: int, prefetch: bool) -> None:
+    paused, other = source(repeat=True, prefetch=prefetch), source(repeat=True)
+    for _ in range(taken):
+        next(paused)
+        next(other)
+    state = paused.state_dict()
+    paused.pause()
+    assert not threads()
+    assert paused.state_dict()["contexts"] == state["contexts"]
+    for _ in range(20):
+        assert torch.equal(next(paused).activations[SITE], next(other).activations[SITE])
+    paused.close()
+
+
+@PREFETCH
 @pytest.mark.parametrize("taken", [0, 1, 2, 5, 17, 40])
 def test_a_saved_state_goes_on_with_the_very_same_batches(taken: int, prefetch: bool) -> None:
     one, two = source(repeat=True, prefetch=prefetch), source(repeat=True, prefetch=not prefetch)

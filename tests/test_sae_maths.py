@@ -444,6 +444,7 @@ def test_every_mix_of_initialisations(decoder: str, transpose: bool, normalize: 
     if transpose:
         assert torch.equal(W_enc, W_dec.T)
         assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+        assert (sae.W_enc.is_contiguous(), sae.W_enc.T.is_contiguous()) == (dtype == "float64", dtype != "float64")
     else:
         uniform(W_enc, math.sqrt(6 / d_sae))
         assert abs(np.corrcoef(W_enc.T.flatten(), W_dec.flatten())[0, 1]) < 0.1, "drawn, not copied"

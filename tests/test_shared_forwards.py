@@ -14,6 +14,7 @@ from torch import Tensor
 from saekit.data.shared import ForwardsReader, SharedForwards
 from saekit.protocols import ModelBackend
 from saekit.testing import FakeBackend
+from saekit.training.session import end_lane
 
 FIRST, LAST, HEADS = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
 
@@ -251,3 +252,16 @@ def test_a_reader_is_the_model_in_all_else() -> None:
     assert reader.token_texts(reader.tokenize("abc")) == ["a", "b", "c"]
     for name in ("name", "device", "n_ctx", "d_vocab", "special_tokens", "own"):
         assert getattr(reader, name) == getattr(backend, name)
+
+
+def test_a_lane_that_ends_stops_working_ahead_before_it_gives_up_what_is_kept() -> None:
+    """A forward that its thread made later would be shared with nobody, and run again what others have had."""
+    calls: list[str] = []
+
+    class Source:
+        def pause(self) -> None:
+            calls.append("pause")
+
+    end_lane(Source(), lambda: calls.append("release"))  # type: ignore[arg-type]
+    end_lane(object(), lambda: calls.append("release"))  # type: ignore[arg-type]
+    assert calls == ["pause", "release", "release"]

@@ -118,12 +118,10 @@ def _batchtopk_class() -> type[SAE]:
                 encoder, self.centred(rows), self.activation, above=above, screen=screen_for(encoder)
             )
             for start, group in groups:
-                if norms is None:
-                    yield start, group
-                elif isinstance(group, SparseFeatures):
-                    yield start, group.with_values(group.values * norms[group.features])
+                if isinstance(group, SparseFeatures):
+                    yield start, group.scaled(norms)
                 else:
-                    yield start, group.mul_(norms)
+                    yield start, group if norms is None else group.mul_(norms)
 
         # ---- saving
 

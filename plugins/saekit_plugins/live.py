@@ -143,10 +143,13 @@ class LiveSource:
         self._ended = state["ended"] and not self._stream.repeat  # which may be allowed by now
         self._shuffled = (state["contexts"], state["ended"])
 
-    def close(self) -> None:
-        """End the background thread."""
+    def pause(self) -> None:
+        """End the background thread; the next batch starts it again, where it would have gone on."""
         if self._prefetched is not None:
             self._prefetched.close()
+
+    def close(self) -> None:
+        self.pause()
 
 
 @hookimpl

@@ -162,8 +162,7 @@ def topk_class() -> type[SAE]:
             fast = FastStep(self, x)
             logged: dict[str, float | Tensor] = {}
             for start, features in self.training_groups(fast.centred, norms):
-                scaled = features if norms is None else features.with_values(features.values * norms[features.features])
-                logged |= self.after_features(scaled)
+                logged |= self.after_features(features.scaled(norms))
                 fast.add(start, features, self._to_pre)
             aux = x.new_zeros(())
             if coefficient and step.dead is not None:
@@ -187,7 +186,7 @@ def topk_class() -> type[SAE]:
         def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
             norms = self.feature_norms()
             for start, group in self.training_groups(self.centred(rows), norms):
-                yield start, group if norms is None else group.with_values(group.values * norms[group.features])
+                yield start, group.scaled(norms)
 
         # ---- saving
 

@@ -132,7 +132,7 @@ def build_sae(read: PretrainedSAE, plugins: PluginManager) -> SAE:
 
 def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
     """An uninitialised SAE of the architecture ``item``."""
-    from saekit.sae.module import SAEInfo
+    from saekit.sae.records import SAEInfo
 
     item.check_requirements()
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from saekit.sae.kernels import Encoder, Features, active_groups, dense_above
     from saekit.sae.largest import batch_top, top_groups
     from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors
-    from saekit.sae.module import SAE, SAEInfo, StepInput, StepOutput
+    from saekit.sae.module import SAE
     from saekit.sae.penalty import SparsityPenalty
+    from saekit.sae.records import SAEInfo, StepInput, StepOutput
     from saekit.sae.screen import screen_for, why_no_screen
     from saekit.sae.sparse import SparseFeatures
     from saekit.sae.step import FastStep
@@ -54,7 +55,8 @@ _MODULES = {
     "kernels": ["Encoder", "Features", "active_groups", "dense_above"],
     "largest": ["batch_top", "top_groups"],
     "maths": ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"],
-    "module": ["SAE", "SAEInfo", "StepInput", "StepOutput"],
+    "module": ["SAE"],
+    "records": ["SAEInfo", "StepInput", "StepOutput"],
     "penalty": ["SparsityPenalty"],
     "screen": ["screen_for", "why_no_screen"],
     "sparse": ["SparseFeatures"],

@@ -127,9 +127,8 @@ def _sparse_if_cheaper(part: Tensor, limit: float) -> Tensor | SparseFeatures:
 
 def _decoded(sae: SAE, features: Tensor | SparseFeatures) -> Tensor:
     scale = sae.decoder_scale()
-    if scale is not None:
-        if isinstance(features, SparseFeatures):
-            features = features.with_values(features.values * scale[features.features])
-        else:
-            features = features * scale
+    if isinstance(features, SparseFeatures):
+        features = features.scaled(scale)
+    elif scale is not None:
+        features = features * scale
     return decoded(features, sae.W_dec, sae.b_dec)

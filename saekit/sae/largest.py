@@ -17,7 +17,7 @@ from saekit.sae.sparse import SparseFeatures
 if TYPE_CHECKING:
     from saekit.sae.screen import Screen
 
-__all__ = ["batch_top", "largest_of_each_row", "top_entries", "top_groups"]
+__all__ = ["batch_top", "largest_of_each_row", "largest_of_groups", "number_of_groups", "top_entries", "top_groups"]
 
 
 def top_groups(
@@ -55,8 +55,7 @@ def batch_top(
         found = _above(encoder, rows, cut if scale is None else cut / scale, screen)
         if cut == 0 or len(found) >= wanted:
             break
-    scaled = found.values if scale is None else found.values * scale[found.features]
-    return found if len(found) <= wanted else found.kept(_largest(scaled, wanted))
+    return found if len(found) <= wanted else found.kept(_largest(found.scaled(scale).values, wanted))
 
 
 def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:
@@ -71,6 +70,7 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
     for part in rows.split(CHUNK):
         found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
         if found is None:
+            screen = None  # it would refuse the others, too
             found = active_entries(encoder.product(part), encoder.b_enc, above)
         assert found is not None
         groups.append(found)
@@ -129,15 +129,23 @@ def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
 
     The k-th largest of the largest of groups, each in a group of its own.
     """
-    m = pre.shape[1]
-    groups = m // 32
-    if groups < 2 * k:
-        groups = m // 8
-    if groups < 2 * k or groups < 1:
+    groups = number_of_groups(pre.shape[1], k)
+    if groups is None:
         return None
-    width = m // groups
-    largest: Tensor = pre[:, : groups * width].unflatten(1, (width, groups)).amax(1)
-    return largest.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    return largest_of_groups(pre, groups).topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def number_of_groups(d_sae: int, k: int) -> int | None:
+    """In how many groups of features the ``k`` largest are looked for; None: there are too few features."""
+    groups = next((d_sae // width for width in (32, 8) if d_sae // width >= 2 * k), 0)
+    return groups or None
+
+
+def largest_of_groups(numbers: Tensor, groups: int) -> Tensor:
+    """``[..., groups]``: the largest of each group of ``numbers [..., d_sae]``, of which a few may be left over."""
+    width = numbers.shape[-1] // groups
+    largest: Tensor = numbers[..., : groups * width].unflatten(-1, (width, groups)).amax(-2)
+    return largest
 
 
 def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:

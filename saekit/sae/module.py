@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -22,59 +21,22 @@ from saekit.sae import inference
 from saekit.sae.hooks import HookPoint
 from saekit.sae.kernels import Features
 from saekit.sae.memory import zeros
+from saekit.sae.records import SAEInfo, StepInput, StepOutput
 from saekit.sae.screen import why_no_screen
 from saekit.sae.sparse import SparseFeatures
-from saekit.site import Site, flatten_heads
+from saekit.site import flatten_heads
 
 if TYPE_CHECKING:
     from saekit.manager import PluginManager
 
-__all__ = ["SAE", "SAEInfo", "StepInput", "StepOutput"]
+__all__ = ["SAE"]
 
 _S = TypeVar("_S", bound="SAE")
 
 _BLOCK = 1024  # decoder rows that are worked on together, in the cache
+# Parameters whose gradients the fast step makes.
 _KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
-
-
-@attrs.frozen(kw_only=True)
-class SAEInfo:
-    """Where an SAE comes from and where it belongs."""
-
-    architecture: str = ""
-    """The qualified key of the plugin that made it."""
-    options: Mapping[str, Any] = attrs.field(factory=dict)
-    """The architecture's options as plain data, every plugin by its qualified key."""
-    site: Site | None = None
-    metadata: Mapping[str, Any] = attrs.field(factory=dict)
-    """Model name, dataset, context size, token policies and the like."""
-
-
-@attrs.frozen
-class StepInput:
-    """What a training step may depend on beside its batch."""
-
-    step: int
-    """From 0."""
-    generator: torch.Generator
-    """For whatever the step draws."""
-    dead: Tensor | None = None
-    """``[d_sae]`` bool: the features that have not fired for the dead-feature window."""
-
-
-class StepOutput(NamedTuple):
-    """What a training step reports.  Tensors stay on the device; nothing waits for them."""
-
-    loss: Tensor
-    losses: Mapping[str, Tensor]
-    """The terms by their logged name, such as ``mse_loss``."""
-    output: Tensor
-    """``[n, d_in]``, detached."""
-    fired: Tensor
-    """``[d_sae]``: rows on which each feature was above zero."""
-    coefficients: Mapping[str, float | Tensor] = {}
-    """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
 
 
 class SAE(nn.Module):

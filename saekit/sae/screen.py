@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from saekit.sae.kernels import Encoder, entries_where, mask_like, screen_below
-from saekit.sae.largest import largest_of_each_row
+from saekit.sae.largest import largest_of_each_row, largest_of_groups, number_of_groups
 from saekit.sae.memory import scratch
 from saekit.sae.sparse import SparseFeatures
 
@@ -94,7 +94,7 @@ class Screen:
         candidates = self._exact(rows, mask, int(_LIMIT * screen_below(self.encoder.W_enc) * mask.numel()))
         if candidates is None:
             return None
-        limit = above[candidates.features] if isinstance(above, Tensor) else above
+        limit = above[candidates.features] if isinstance(above, Tensor) and above.dim() else above
         return candidates.kept(candidates.values > limit)
 
     def top(self, rows: Tensor, k: int) -> SparseFeatures | None:
@@ -102,25 +102,23 @@ class Screen:
         bounds, margins = self._bounds(rows, 0.0)
         assert self._rounded is not None
         n, d_sae = bounds.shape
-        groups = d_sae // 32 if d_sae // 32 >= 2 * k else d_sae // 8
-        if groups < 2 * k or not self._are_numbers(margins):
+        groups = number_of_groups(d_sae, k)
+        if groups is None or not self._are_numbers(margins):
             return None
-        width = d_sae // groups
-        grouped = bounds.view(torch.int16)[:, : groups * width].unflatten(1, (width, groups))
-        largest = grouped.amax(1).view(torch.bfloat16).float()  # as integers, numbers above zero are in the same order
+        # As integers, numbers above zero are in the same order.
+        largest = largest_of_groups(bounds.view(torch.int16), groups).view(torch.bfloat16).float()
         # The largest of a group is at least its bound less twice the margin, whichever of the group it is.
         lost, rounded = margins
-        widest = [_of_groups(numbers, groups) for numbers in (self._rounded.norms, self._rounded.lost)]
+        widest = [largest_of_groups(numbers, groups) for numbers in (self._rounded.norms, self._rounded.lost)]
         least = largest * (1 - _ULP) - 2 * (lost * widest[0] + rounded * widest[1])
-        least -= _of_groups(self._rounded.raised, groups) * (1 + _ULP)
+        least -= largest_of_groups(self._rounded.raised, groups) * (1 + _ULP)
         kth = least.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         threshold = (kth * (1 - 2 * _ULP)).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().view(torch.int16)
         mask = torch.ge(bounds.view(torch.int16), threshold, out=mask_like(bounds))
         candidates = self._exact(rows, mask, 6 * k * n)
         if candidates is None:
             return None
-        if self.scale is not None:
-            candidates = candidates.with_values(candidates.values * self.scale[candidates.features])
+        candidates = candidates.scaled(self.scale)
         return largest_of_each_row(candidates.kept(candidates.values > 0), k)
 
     def _exact(self, rows: Tensor, mask: Tensor, limit: int) -> SparseFeatures | None:
@@ -179,12 +177,6 @@ class Screen:
         raised = wide[:, d_in].float() + wide[:, d_in + 1].float() - bias
         finite = bool((norms.sum() + bias.sum()).isfinite())
         return _Rounded(wide, norms * (1 + 2 * _ULP), lost * (1 + 2 * _ULP), raised, finite)
-
-
-def _of_groups(numbers: Tensor, groups: int) -> Tensor:
-    """``[groups]``: the largest of each group of features, ``numbers [d_sae]``."""
-    largest: Tensor = numbers[: len(numbers) // groups * groups].view(-1, groups).amax(0)
-    return largest
 
 
 def _up(values: Tensor) -> Tensor:

@@ -81,6 +81,10 @@ class SparseFeatures:
         vars(other).update({name: vars(self)[name] for name in ("starts", "_by_feature") if name in vars(self)})
         return other
 
+    def scaled(self, factors: Tensor | None) -> SparseFeatures:
+        """``f ⊙ factors``, for ``factors [d_sae]``; None: as they are."""
+        return self if factors is None else self.with_values(self.values * factors[self.features])
+
     @cached_property
     def starts(self) -> Tensor:
         """``[n]``: the first entry of each row."""

@@ -11,9 +11,10 @@ from torch import Tensor
 from saekit.sae.gradients import FeatureGradient, Gradients, decoded
 from saekit.sae.kernels import Features
 from saekit.sae.memory import scratch, uninitialised
+from saekit.sae.records import StepOutput
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE, StepOutput
+    from saekit.sae.module import SAE
 
 __all__ = ["FastStep"]
 
@@ -87,8 +88,6 @@ class FastStep:
         to_decoder_norms: Tensor | None = None,
     ) -> StepOutput:
         """Write the gradients.  The loss is ``losses`` by ``weights``; ``to_decoder_norms [d_sae]`` is its part's."""
-        from saekit.sae.module import StepOutput
-
         sae, found = self._sae, self.gradients
         gradients: dict[str, Tensor | None] = {"W_enc": found.W_enc, "b_enc": found.b_enc, "b_dec": self._b_dec}
         if found.W_enc is not None:

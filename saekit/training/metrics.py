@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saekit.protocols import Histogram, Metrics
-from saekit.sae.module import SAE, StepOutput
+from saekit.sae.module import SAE
+from saekit.sae.records import StepOutput
 
 __all__ = ["eval_metrics", "histogram", "metrics_of", "metrics_state", "step_metrics", "window_metrics"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager
-from saekit.protocols import Eval, Histogram
+from saekit.protocols import ActivationSource, Eval, Histogram
 from saekit.sae.module import SAE
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, metrics_of, metrics_state
@@ -31,7 +32,7 @@ from saekit.training.setup import (
 from saekit.training.sweep import spelled_out
 from saekit.training.trainer import SAETrainer
 
-__all__ = ["Member", "Session"]
+__all__ = ["Member", "Session", "end_lane"]
 
 _COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
 """What SAEs of one session cannot differ in."""
@@ -53,6 +54,16 @@ class Member:
     def note(self, metrics: Mapping[str, float | Histogram]) -> None:
         """Remember the numbers among ``metrics``."""
         self.latest.update({name: value for name, value in metrics.items() if not isinstance(value, Histogram)})
+
+
+def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
+    """No SAE of a lane has steps left.
+
+    What its source does ahead ends first: a forward that it made after that would be shared with nobody.
+    """
+    if (pause := getattr(source, "pause", None)) is not None:
+        pause()
+    release()
 
 
 class Session:
@@ -99,7 +110,8 @@ class Session:
         releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
         members: dict[str, Member] = {}
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
-            lane = Lane(open_source(configs[names[0]], self.plugins, stream), [], release=release)
+            source = open_source(configs[names[0]], self.plugins, stream)
+            lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
             for name in names:
                 members[name] = self._member(name, configs[name], prepared[name], stream)

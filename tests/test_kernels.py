@@ -780,8 +780,11 @@ def test_a_screened_threshold(rescale: bool, monkeypatch: pytest.MonkeyPatch) ->
             found.append(sae.encode(x))
         assert bool(calls) == (why is None)
     sae.kernels = "reference"
-    assert torch.allclose(found[0], found[1], atol=1e-4)
-    assert ((found[0] > 0) != (sae.encode(x) > 0)).sum() <= 3, "but for the order of summing at the threshold"
+    for one, other in ((found[0], found[1]), (found[0], sae.encode(x).detach())):
+        both = (one > 0) & (other > 0)
+        # The threshold is a feature of this very batch: the order of summing, which no two CPUs share, decides on it.
+        assert ((one > 0) != (other > 0)).sum() <= 3
+        assert torch.allclose(one[both], other[both], atol=1e-4)
 
 
 # ---- on a GPU

@@ -398,9 +398,10 @@ def test_the_random_numbers_of_plugins_go_on(tmp_path: Path) -> None:
 
 def test_an_architecture_with_a_form_of_its_own(tmp_path: Path) -> None:
     """It saves other tensors than it trains, and has some that nothing learns."""
-    from saekit_plugins.standard import StandardConfig, _standard_class
+    from saekit_plugins.standard import StandardConfig
+    from saekit_plugins.standard.module import StandardSAE
 
-    class Odd(_standard_class()):  # type: ignore[misc]
+    class Odd(StandardSAE):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self.register_buffer("seen", torch.zeros(()))

@@ -1,0 +1,64 @@
+"""SAE architecture ``topk``: the k largest features of each row (Gao et al. 2024, "Scaling and evaluating SAEs")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit.config import SAME_AT_START, check
+
+if TYPE_CHECKING:
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE
+
+_at_least_0 = check(lambda value: value >= 0, "0 or more")
+_at_least_1 = check(lambda value: value >= 1, "1 or more")
+
+
+@attrs.frozen(kw_only=True)
+class TopKConfig(SAEConfig):
+    """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
+
+    k: int = attrs.field(default=32, validator=_at_least_1)
+    """Active features of a row."""
+    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  sae-lens has 1."""
+    k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
+    """Dead features of a row that AuxK trains.  None: half of `d_in`."""
+    rescale_acts_by_decoder_norm: bool = attrs.field(default=True, metadata={SAME_AT_START: True})
+    """Compare features as if decoder rows had norm 1.  Norms are folded into the weights that are saved."""
+    normalize_sae_decoder: bool = False
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_heuristic_init: bool = True
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`."""
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry("topk", TopKConfig, _build, summary="the k largest features of each row, AuxK for dead ones")
+
+
+def _build(config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    check_activation("topk", activation)
+    if config.k > config.features(d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    from saekit_plugins.topk.module import TopKSAE
+
+    return TopKSAE(config, d_in=d_in, activation=activation)
+
+
+def check_activation(name: str, activation: ActivationFunction) -> None:
+    """:class:`ConfigError` unless it is ReLU."""
+    import torch
+
+    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
+    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
+        raise ConfigError(
+            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave "
+              "it out")]
+        )  # fmt: skip

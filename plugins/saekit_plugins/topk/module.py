@@ -1,0 +1,158 @@
+"""The mathematics and the steps of ``topk``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.protocols import SparseActivation
+from saekit.sae import (
+    SAE,
+    Encoder,
+    FastStep,
+    Features,
+    SparseFeatures,
+    StepInput,
+    StepOutput,
+    add_auxk,
+    auxk_loss,
+    dense_above,
+    screen_for,
+    squared_errors,
+    top_groups,
+)
+from saekit_plugins.topk import TopKConfig
+
+__all__ = ["TopKSAE"]
+
+
+class TopKSAE(SAE):
+    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+
+    config: TopKConfig
+
+    def feature_norms(self) -> Tensor | None:
+        """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
+        if not self.config.rescale_acts_by_decoder_norm:
+            return None
+        return self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    def decoder_scale(self) -> Tensor | None:
+        norms, factor = self.feature_norms(), self.scaling_factor
+        if norms is None:
+            return factor
+        return 1 / norms if factor is None else factor / norms
+
+    def features_of(self, pre: Tensor) -> Tensor:
+        norms = self.feature_norms()
+        values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, features, values.relu())
+
+    # ---- training
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        pre = self.pre_activations(x)
+        features = self.training_features(pre)
+        output = self.reconstruction(features)
+        mse = squared_errors(output, x).sum(-1).mean()
+        aux = mse.new_zeros(())
+        if step.dead is not None and self.config.aux_loss_coefficient and self._may_be_any(step.dead):
+            decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+            aux = auxk_loss(pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms())
+            aux = aux * self.config.aux_loss_coefficient
+        return StepOutput(
+            loss=mse + aux,
+            losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
+            output=output.detach(),
+            fired=(features.detach() > 0).sum(0),
+            coefficients=self.after_features(features.detach()),
+        )
+
+    @torch.compiler.disable
+    def _may_be_any(self, dead: Tensor) -> bool:
+        """Looking costs a CPU nothing, and another device would be waited for."""
+        return dead.device.type != "cpu" or bool(dead.any())
+
+    def training_features(self, pre: Tensor) -> Tensor:
+        """Feature activations in training, ``[n, d_sae]`` both."""
+        return self.features_of(pre)
+
+    def after_features(self, features: Features) -> dict[str, float | Tensor]:
+        """What the features of a training step change in the SAE; and what is logged of it."""
+        return {}
+
+    @property
+    def k_aux(self) -> int:
+        return self.config.k_aux or max(self.d_in // 2, 1)
+
+    def why_no_fast_path(self, *, training: bool) -> str | None:
+        if self.config.k > dense_above(self.W_dec) * self.d_sae:
+            return f"k = {self.config.k} is so large a part of the features that sparse products cost more"
+        if isinstance(self.activation, SparseActivation):
+            return None
+        return "the activation function declares no sparse support"
+
+    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        coefficient, norms = self.config.aux_loss_coefficient, self.feature_norms()
+        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
+            with torch.enable_grad():
+                result = self.losses(x, step)
+                result.loss.backward()
+            return result
+        fast = FastStep(self, x)
+        logged: dict[str, float | Tensor] = {}
+        for start, features in self.training_groups(fast.centred, norms):
+            logged |= self.after_features(features.scaled(norms))
+            fast.add(start, features, self._to_pre)
+        aux = x.new_zeros(())
+        if coefficient and step.dead is not None:
+            dead = step.dead.nonzero().squeeze(1)
+            if len(dead):
+                aux = add_auxk(fast, x, dead, self.k_aux, coefficient, norms)
+        losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
+        return fast.finish(losses, weights=(1, 1), coefficients=logged)
+
+    def training_groups(self, centred: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
+        """The pre-activations of active features in training, group by group with its first row."""
+        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+        return top_groups(encoder, centred, self.config.k, scale=norms, screen=screen_for(encoder, norms))
+
+    def _to_pre(self, gradient: Tensor, features: Features, rows: slice) -> Tensor:
+        assert isinstance(self.activation, SparseActivation)
+        return self.activation.pre_gradient(
+            gradient, features.values if isinstance(features, SparseFeatures) else features
+        )
+
+    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+        norms = self.feature_norms()
+        for start, group in self.training_groups(self.centred(rows), norms):
+            yield start, group.scaled(norms)
+
+    # ---- saving
+
+    def public_config(self) -> dict[str, Any]:
+        return {
+            "architecture": "topk",
+            "k": self.config.k,
+            "rescale_acts_by_decoder_norm": self.saved_options()["rescale_acts_by_decoder_norm"],
+        }
+
+    def saved_options(self) -> dict[str, Any]:
+        """With the norms folded in, rows have norm 1; but for a factor of their own, which is folded in, too."""
+        rescaled = self.config.rescale_acts_by_decoder_norm and self.scaling_factor is None
+        return {**super().saved_options(), "rescale_acts_by_decoder_norm": rescaled}
+
+    def public_tensors(self) -> dict[str, Tensor]:
+        tensors = super().public_tensors()
+        norms = self.feature_norms()
+        if norms is None:
+            return tensors
+        norms = norms.detach().cpu()
+        return tensors | {
+            "W_enc": tensors["W_enc"] * norms,
+            "b_enc": tensors["b_enc"] * norms,
+            "W_dec": tensors["W_dec"] / norms[:, None],
+        }

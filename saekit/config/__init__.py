@@ -1,0 +1,54 @@
+"""The configuration: frozen data, nested by owner.  Nothing here imports torch, logs or touches a file.
+
+Fields made by :func:`plugin_field` hold a plugin's key (``"cosine"``, ``"saekit:cosine"``) or an instance of its own
+options class (``CosineConfig(end=0.1)``).  :mod:`saekit.converter` reads, checks and writes all of it.
+"""
+
+from __future__ import annotations
+
+from saekit.config.activations import ActivationsConfig, CacheConfig
+from saekit.config.checkpoints import CheckpointsConfig
+from saekit.config.dataset import DatasetConfig
+from saekit.config.evals import EvalsConfig
+from saekit.config.fields import (
+    ALWAYS_TRACKED,
+    PLUGIN_KIND,
+    SAME_AT_START,
+    CompileMode,
+    Dtype,
+    PluginChoice,
+    Token,
+    check,
+    plugin_field,
+)
+from saekit.config.model import ModelConfig
+from saekit.config.optimizer import OptimiserConfig
+from saekit.config.pretokenize import PretokenizeConfig
+from saekit.config.run import TrainConfig
+from saekit.config.sae import SAEConfig
+from saekit.config.training import TrainingConfig
+from saekit.site import Site
+
+__all__ = [
+    "ALWAYS_TRACKED",
+    "PLUGIN_KIND",
+    "SAME_AT_START",
+    "ActivationsConfig",
+    "CacheConfig",
+    "CheckpointsConfig",
+    "CompileMode",
+    "DatasetConfig",
+    "Dtype",
+    "EvalsConfig",
+    "ModelConfig",
+    "OptimiserConfig",
+    "PluginChoice",
+    "PretokenizeConfig",
+    "SAEConfig",
+    "Site",
+    "Token",
+    "TrainConfig",
+    "TrainingConfig",
+    "check",
+    "plugin_field",
+]

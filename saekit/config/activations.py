@@ -1,0 +1,47 @@
+"""Batches of activations, and their cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+from saekit.config.fields import Dtype, PluginChoice, at_least_1, check, not_empty, plugin_field
+from saekit.site import Site
+
+__all__ = ["ActivationsConfig", "CacheConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class CacheConfig:
+    """What `saekit cache` writes.  Training reads it with `activations.source = {name = "cached", folder = ...}`."""
+
+    folder: str = attrs.field(default="activations", validator=not_empty)
+    """The folder to write, or to go on with."""
+    tokens: int | None = attrs.field(default=None, validator=at_least_1)
+    """Activation vectors to write, rounded up to whole contexts.  None: `training.training_tokens`."""
+    sites: tuple[Site, ...] = ()
+    """Sites to write in the same pass beside `site`."""
+    dtype: Dtype | None = None
+    """The type of the numbers on disk.  None: what the model gives."""
+    batch_size_prompts: int = attrs.field(default=16, validator=at_least_1)
+    """Contexts in one forward of the model."""
+    shard_megabytes: int = attrs.field(
+        default=2048, validator=check(lambda v: 1 <= v <= 8192, "1 to 8192, which can be mapped into little memory")
+    )
+    """The size of a shard's largest file, about.  After an interruption, writing goes on from the last whole shard;
+    many small ones make reading slower."""
+
+
+@attrs.frozen(kw_only=True)
+class ActivationsConfig:
+    """From contexts to shuffled batches."""
+
+    source: PluginChoice = plugin_field("activation_sources", "saekit:live")
+    """Where batches come from."""
+    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
+    """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the
+    first buffer, before anything else uses activations, and folded into the weights that are saved, so that they work
+    on raw activations."""
+    cache: CacheConfig = attrs.field(factory=CacheConfig)
+    """What `saekit cache` writes."""

@@ -1,0 +1,25 @@
+"""Measurements."""
+
+from __future__ import annotations
+
+import attrs
+
+from saekit.config.fields import PluginChoice, at_least_0, at_least_1, check, plugin_field
+
+__all__ = ["EvalsConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class EvalsConfig:
+    """Measurements on text that is never trained on."""
+
+    run: tuple[PluginChoice, ...] = plugin_field("evals", ("saekit:reconstruction",))
+    """What to measure, at the end of training and every `every_n_steps`."""
+    every_n_steps: int = attrs.field(default=0, validator=at_least_0)
+    """Steps between two evals during training; 0: only at the end."""
+    n_contexts: int = attrs.field(default=64, validator=at_least_1)
+    """Held-out contexts to measure on."""
+    split: str | None = None
+    """A split of the dataset to measure on.  None: one document in `held_out_every` is kept from training."""
+    held_out_every: int = attrs.field(default=20, validator=check(lambda v: v == 0 or v >= 2, "0, or 2 or more"))
+    """See `split`.  0 trains on every document."""

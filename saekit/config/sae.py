@@ -1,0 +1,56 @@
+"""What every SAE architecture has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+from saekit.config.fields import PluginChoice, at_least_1, plugin_field
+from saekit.errors import ConfigError
+
+__all__ = ["SAEConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class SAEConfig:
+    """What every SAE architecture has.  Architecture plugins derive their options from this class."""
+
+    d_in: int | None = attrs.field(default=None, validator=at_least_1)
+    """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""
+    d_sae: int | None = attrs.field(default=None, validator=at_least_1)
+    """The number of features."""
+    expansion_factor: int | None = attrs.field(default=None, validator=at_least_1)
+    """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
+    activation: PluginChoice = plugin_field("activation_functions", "saekit:relu")
+    """The non-linearity."""
+    apply_b_dec_to_input: bool = True
+    """Subtract the decoder's bias from the input."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """The type of the SAE's weights."""
+    normalize_sae_decoder: bool = True
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_orthogonal_init: bool = False
+    """Start from a decoder with orthogonal columns."""
+    decoder_heuristic_init: bool = False
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median"] = "zeros"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.d_sae is not None and self.expansion_factor is not None:
+            raise ConfigError([("expansion_factor", "give d_sae or expansion_factor, not both")])
+        if self.decoder_heuristic_init and self.normalize_sae_decoder:
+            raise ConfigError(
+                [("decoder_heuristic_init", "starts from rows of norm 0.1, which normalize_sae_decoder sets to 1; "
+                  "set normalize_sae_decoder = false")]
+            )  # fmt: skip
+        if self.decoder_heuristic_init and self.decoder_orthogonal_init:
+            raise ConfigError([("decoder_heuristic_init", "choose one of decoder_heuristic_init and "
+                                "decoder_orthogonal_init")])  # fmt: skip
+
+    def features(self, d_in: int) -> int:
+        """``d_sae`` at a site of width ``d_in``."""
+        return self.d_sae or d_in * (self.expansion_factor or 16)

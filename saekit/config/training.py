@@ -1,0 +1,82 @@
+"""How long, how fast, and what is watched."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+from saekit.config.fields import CompileMode, at_least_0, at_least_1, positive
+from saekit.errors import ConfigError
+
+__all__ = ["TrainingConfig"]
+
+
+@attrs.frozen(kw_only=True)
+class TrainingConfig:
+    """How long, how fast, and what is watched."""
+
+    training_tokens: int = attrs.field(default=2_000_000, validator=at_least_1)
+    """Activation vectors to train on."""
+    finetuning_tokens: int = attrs.field(default=0, validator=at_least_0)
+    """Activation vectors to train on after that, with only some parameters learning."""
+    finetuning_method: Literal["scale", "decoder", "unrotated_decoder"] | None = None
+    """What learns then: `scale`: a factor for each feature; `decoder`: the factors, `W_dec` and `b_dec`;
+    `unrotated_decoder`: the factors and `b_dec`."""
+    from_pretrained_path: str | None = None
+    """Start from the weights of this saved SAE, of any format that `saekit.SAE.load` reads."""
+    train_batch_size_tokens: int = attrs.field(default=4096, validator=at_least_1)
+    """Activation vectors in one step."""
+    lr: float = attrs.field(default=4e-4, validator=positive)
+    """The peak learning rate."""
+    lr_warm_up_steps: int = attrs.field(default=0, validator=at_least_0)
+    """Steps of linear warm-up: step t of w has `lr * (t + 1) / w`."""
+    lr_decay_steps: int = attrs.field(default=0, validator=at_least_0)
+    """Steps of linear decay to zero at the end."""
+    seed: int = attrs.field(default=42, validator=at_least_0)
+    """Seeds everything that is drawn."""
+    device: str = "auto"
+    """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
+    kernels: Literal["auto", "fast", "reference"] = "auto"
+    """`auto` trains by the fast kernels where the SAE has them, but not in float64, where `fast` does, too; `reference`
+    trains by plain torch and autograd, in the order of operations of sae-lens."""
+    autocast: bool = False
+    """Run the SAE's matrix products in bfloat16 (torch's autocast) in plain torch, whatever the type of its weights."""
+    compile: bool = False
+    """Compile the SAE's training step in plain torch with `torch.compile`."""
+    compile_mode: CompileMode = "default"
+    """torch's mode of compilation."""
+    dead_feature_window: int = attrs.field(default=1000, validator=at_least_1)
+    """A feature is dead when it has not fired for more steps than this."""
+    feature_sampling_window: int = attrs.field(default=2000, validator=at_least_1)
+    """Steps over which firing fractions are counted before they are logged and counted anew."""
+    log_frequency: int = attrs.field(default=10, validator=at_least_1)
+    """Steps between two lines of metrics."""
+    verbose: bool = True
+    """Show progress."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.finetuning_tokens and self.finetuning_method is None:
+            raise ConfigError(
+                [("finetuning_method", f"is missing: it says what learns in the {self.finetuning_tokens} "
+                  "finetuning_tokens; scale, decoder or unrotated_decoder")]
+            )  # fmt: skip
+        if self.finetuning_method is not None and not self.finetuning_tokens:
+            raise ConfigError(
+                [("finetuning_tokens", f"is 0, so finetuning_method = {self.finetuning_method!r} would never begin")]
+            )
+        if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
+            raise ConfigError(
+                [("lr_warm_up_steps", f"warm-up ({self.lr_warm_up_steps}) and decay ({self.lr_decay_steps}) take more "
+                  f"than the {self.steps} steps of training")]
+            )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, fine-tuning's included; the last batch may be smaller than the others."""
+        return -(-self.total_tokens // self.train_batch_size_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Activation vectors in training and fine-tuning together."""
+        return self.training_tokens + self.finetuning_tokens

@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from saekit.config.fields import PluginChoice, at_least_1, plugin_field
+from saekit.config.fields import NEEDED_TO_LOAD, PLUGIN_KIND, PluginChoice, at_least_1
 from saekit.errors import ConfigError
 
 __all__ = ["SAEConfig"]
@@ -16,15 +16,17 @@ __all__ = ["SAEConfig"]
 class SAEConfig:
     """What every SAE architecture has.  Architecture plugins derive their options from this class."""
 
-    d_in: int | None = attrs.field(default=None, validator=at_least_1)
+    d_in: int | None = attrs.field(default=None, validator=at_least_1, metadata={NEEDED_TO_LOAD: True})
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""
-    d_sae: int | None = attrs.field(default=None, validator=at_least_1)
+    d_sae: int | None = attrs.field(default=None, validator=at_least_1, metadata={NEEDED_TO_LOAD: True})
     """The number of features."""
     expansion_factor: int | None = attrs.field(default=None, validator=at_least_1)
     """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
-    activation: PluginChoice = plugin_field("activation_functions", "saekit:relu")
+    activation: PluginChoice = attrs.field(
+        default="saekit:relu", metadata={PLUGIN_KIND: "activation_functions", NEEDED_TO_LOAD: True}
+    )
     """The non-linearity."""
-    apply_b_dec_to_input: bool = True
+    apply_b_dec_to_input: bool = attrs.field(default=True, metadata={NEEDED_TO_LOAD: True})
     """Subtract the decoder's bias from the input."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """The type of the SAE's weights."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
-from saekit.config import SAME_AT_START, check
+from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
 
 if TYPE_CHECKING:
     from saekit.protocols import ActivationFunction
@@ -22,7 +22,7 @@ _at_least_1 = check(lambda value: value >= 1, "1 or more")
 class TopKConfig(SAEConfig):
     """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
 
-    k: int = attrs.field(default=32, validator=_at_least_1)
+    k: int = attrs.field(default=32, validator=_at_least_1, metadata={NEEDED_TO_LOAD: True})
     """Active features of a row."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  sae-lens has 1."""

@@ -152,9 +152,10 @@ def test_an_unknown_factor_stays_known_to_be_unknown(tmp_path: Path, scaler: str
     with pytest.warns(UserWarning, match=r"copy was trained on .* does not hold the factor: scale its input"):
         sae = SAE.load(folder)
     sae.save(tmp_path / "again")
-    assert json.loads((tmp_path / "again/cfg.json").read_text())["normalize_activations"] == SCALED[
-        "normalize_activations"
-    ]
+    assert (
+        json.loads((tmp_path / "again/cfg.json").read_text())["normalize_activations"]
+        == SCALED["normalize_activations"]
+    )
     with pytest.warns(UserWarning, match=r"again was trained on .* does not hold the factor: scale its input"):
         again = SAE.load(tmp_path / "again")
     with pytest.warns(UserWarning, match="does not hold the factor"):  # other readers are told, too

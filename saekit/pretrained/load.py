@@ -58,9 +58,7 @@ def _usable(item: Registered) -> bool:
     return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
-def build_sae(
-    read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
-) -> SAE:
+def build_sae(read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False) -> SAE:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
@@ -71,14 +69,14 @@ def build_sae(
     item = _architecture(read, plugins, place)
     config = _config(read, item, plugins, place, own)
     d_in = config.d_in or _length_of_b_dec(read, place)
-    _check_sizes(read, d_in, config.features(d_in))
     try:
+        _check_sizes(read, d_in, config.features(d_in))
         sae = build_module(item, config, d_in, plugins)
-    except ConfigError as error:
-        raise SAEFormatError(f"the options of the SAE in {place} do not fit {item.key}: {error}") from error
+        sae.load_public_tensors(read.tensors)
+    except (ConfigError, SAEFormatError) as error:
+        raise SAEFormatError(f"the SAE in {place}: {error}") from error
     metadata = SAEInfo(metadata=read.metadata).with_scale(read.activation_scale).metadata
     sae.info = attrs.evolve(sae.info, site=read.site, metadata=metadata)
-    sae.load_public_tensors(read.tensors)
     if read.activation_scale not in (None, 1):
         sae.fold_activation_scale(read.activation_scale)
     sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()

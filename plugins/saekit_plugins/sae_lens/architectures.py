@@ -64,9 +64,7 @@ def _jumprelu(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Fo
     if threshold is None:
         raise SAEFormatError(f"{place} says 'jumprelu', but the weights beside it hold no threshold")
     if list(threshold.shape) != [config.d_sae]:
-        raise SAEFormatError(
-            f"threshold beside {place} has shape {list(threshold.shape)}, expected {[config.d_sae]}"
-        )
+        raise SAEFormatError(f"threshold beside {place} has shape {list(threshold.shape)}, expected {[config.d_sae]}")
     if not bool((threshold == threshold[0]).all()):
         raise SAEFormatError(
             f"{place} is a 'jumprelu' SAE whose features have thresholds of their own, from {threshold.min():.4g} to "

@@ -32,8 +32,7 @@ def make(architecture: str, *, activation: str = "saekit:relu", factor: bool = F
     for value in sae.parameters():
         value.data.copy_(torch.randn(value.shape, generator=generator))
     for name, buffer in sae.named_buffers():
-        if name.startswith("threshold_"):  # as after some training
-            buffer.fill_(0.7)
+        buffer.fill_({"threshold_average": 0.3, "threshold_updates": 900}[name])  # as after some training
     sae.info = attrs.evolve(sae.info, site=saekit.Site(hook_name="x", hook_head_index=1), metadata={"context_size": 7})
     sae.log_sparsity = torch.randn(24, generator=generator)
     sae.kernels = "reference"
@@ -93,21 +92,20 @@ def test_an_activation_of_its_own(way: str) -> None:
     )
 
 
-def _answer(sae: SAE, x: torch.Tensor, results: Any) -> None:
-    results.put((sae(x).tolist(), repr(sae.info)))
+def _answer(saes: list[SAE], x: torch.Tensor, results: Any) -> None:
+    results.put([(sae(x).tolist(), repr(sae.info)) for sae in saes])
 
 
 @pytest.mark.slow
 def test_another_process() -> None:
     context = multiprocessing.get_context("spawn")
-    for architecture in ARCHITECTURES:
-        sae, results = make(architecture), context.Queue()
-        sae.requires_grad_(False)
-        process = context.Process(target=_answer, args=(sae, X, results))
-        process.start()
-        output, info = results.get(timeout=120)
-        process.join(60)
-        assert process.exitcode == 0
+    saes, results = [make(architecture).requires_grad_(False) for architecture in ARCHITECTURES], context.Queue()
+    process = context.Process(target=_answer, args=(saes, X, results))
+    process.start()
+    answers = results.get(timeout=300)
+    process.join(60)
+    assert process.exitcode == 0
+    for sae, (output, info) in zip(saes, answers, strict=True):
         assert torch.equal(torch.tensor(output), sae(X))
         assert info == repr(sae.info)
 
@@ -128,7 +126,7 @@ def test_hooks_travel(way: str) -> None:
     same(found, sae)
     SEEN.clear()
     found(X)
-    assert SEEN == [found.hook_sae_acts_post], "the copy's hook is told of the copy's hook point"
+    assert [found.hook_sae_acts_post] == SEEN, "the copy's hook is told of the copy's hook point"
     handle.remove()
     assert not torch.equal(found(X), sae(X)), "and stays when the first one's is removed"
 

@@ -76,7 +76,7 @@ def error_of(folder: Path) -> SaekitError | None:
 def test_any_change_breaks_the_seal(saved: Path, tmp_path: Path) -> None:
     own = config_of(saved)["saekit"]
     for path in places(own):
-        if path in (("seal",), ("format",)):
+        if path in (("seal",), ("format",)) or path[0] == "sha256":
             continue
 
         def change(own: Any, path: tuple[Any, ...] = path) -> None:

@@ -42,7 +42,7 @@ def own_folder(tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], n
     """A folder of saekit whose checksums somebody has removed."""
     folder = make().save(tmp_path / "own")
     config = json.loads((folder / "cfg.json").read_text())
-    del config["saekit"]["sha256"], config["saekit"]["seal"]
+    del config["saekit"]["sha256"]
     (folder / "cfg.json").write_text(json.dumps(config))
     weights = load_file(folder / "sae_weights.safetensors")
     save_file(weights | {name: change(weights[name])}, folder / "sae_weights.safetensors")

@@ -105,8 +105,7 @@ def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
     if (found := sha256(files.path(name))) != expected:
         raise SAEFormatError(
             f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
-            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 and saekit.seal from {CONFIG} to accept "
-            "it"
+            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
         )
 
 

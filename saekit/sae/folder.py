@@ -47,17 +47,20 @@ def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
     if sae.log_sparsity is not None:
         sparsity = {"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}
         sums[SPARSITY] = save_tensors(folder / SPARSITY, sparsity)
-    config["saekit"]["sha256"] = sums
-    config["saekit"]["seal"] = seal(config["saekit"])
+    config["saekit"] |= {"sha256": sums, "seal": seal(config["saekit"])}
     text = (json.dumps(config, indent=2) + "\n").encode()
     (folder / CONFIG).write_bytes(text)
     return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
 
 
 def seal(own: Mapping[str, Any]) -> str:
-    """The checksum of saekit's part of ``cfg.json``, ``own``, without its seal: however it is spaced and ordered."""
-    content = json.loads(json.dumps({name: value for name, value in own.items() if name != "seal"}))
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """The checksum of saekit's part of ``cfg.json``, however it is spaced and ordered.
+
+    The files' checksums are not in it: each says itself when it does not fit.
+    """
+    content = {name: value for name, value in own.items() if name not in ("seal", "sha256")}
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are texts, and sorted as such
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def folder_config(sae: SAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_rubbish_in_any_field_of_the_peers(tmp_path: Path, config: dict[str, Any
         ({"d_sae": True}, "d_sae in cfg.json in .* is True, expected a whole number above 0"),
         ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input in cfg.json in .* is 'no', expected true or false"),
         ({"activation_fn": ["relu"]}, r"activation_fn in cfg.json in .* is \['relu'\], expected a text"),
-        ({"activation_fn": "swish"}, "the options of the SAE in .* do not fit saekit:standard: activation: .*swish"),
+        ({"activation_fn": "swish"}, "the SAE in .*: its options do not fit saekit:standard: activation: .*swish"),
         ({"metadata": [1]}, r"metadata in cfg.json in .* is \[1\], expected an object"),
         ({"architecture": 3}, "architecture in cfg.json in .* is 3, expected a text"),
     ],

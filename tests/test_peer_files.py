@@ -108,11 +108,14 @@ def test_the_type_of_the_weights_is_kept(tmp_path: Path, dtype: torch.dtype, nam
 def test_an_sae_that_was_moved_to_another_type(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     sae = SAE.load(FIXTURES / name).to(dtype)
     again = SAE.load(sae.save(tmp_path / "again"))
-    config, word = json.loads((tmp_path / "again/cfg.json").read_text()), str(dtype).removeprefix("torch.")
+    config = json.loads((tmp_path / "again/cfg.json").read_text())
     weights = load_file(tmp_path / "again/sae_weights.safetensors")
-    assert config["dtype"] == word == str(weights["W_dec"].dtype).removeprefix("torch.")
-    assert again.config.dtype == ("float32" if dtype == torch.float16 else word)
-    assert torch.equal(again.W_dec.to(dtype), weights["W_dec"])
+    saved = weights["W_dec"].dtype
+    assert saved == dtype or "topk" in name  # whose norms are folded, which may need a wider one
+    assert config["dtype"] == str(saved).removeprefix("torch.")
+    assert again.W_dec.dtype == (torch.float32 if saved == torch.float16 else saved)
+    assert again.config.dtype == str(again.W_dec.dtype).removeprefix("torch.")
+    assert torch.equal(again.W_dec.to(saved), weights["W_dec"])
 
 
 # ---- activations that were scaled in training

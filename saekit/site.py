@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import attrs
@@ -14,18 +15,30 @@ if TYPE_CHECKING:
 __all__ = ["Site", "flatten_heads"]
 
 
+def _plain(head: int | None) -> int | None:
+    """NumPy's whole numbers as Python's own, which can be saved."""
+    return int(head) if isinstance(head, Integral) and not isinstance(head, bool) else head
+
+
 @attrs.frozen(kw_only=True)
 class Site:
     """Where the SAE reads: a hook of the model, and one attention head of it if wanted."""
 
-    hook_name: str = "blocks.1.hook_resid_post"
+    hook_name: str = attrs.field(default="blocks.1.hook_resid_post")
     """The model's name of the hook point."""
-    hook_head_index: int | None = attrs.field(default=None)
+    hook_head_index: int | None = attrs.field(default=None, converter=_plain)
     """Take this head alone, at a hook with activations `[batch, position, head, d_head]`.  Without it, heads are
     flattened to `head * d_head`."""
 
+    @hook_name.validator
+    def _check_name(self, attribute: attrs.Attribute[str], value: object) -> None:
+        if not isinstance(value, str):
+            raise ConfigError([(attribute.name, f"must be a text, found {value!r}")])
+
     @hook_head_index.validator
     def _check_head(self, attribute: attrs.Attribute[int | None], value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ConfigError([(attribute.name, f"must be a whole number or None, found {value!r}")])
         if isinstance(value, int) and value < 0:
             raise ConfigError([(attribute.name, f"must be 0 or more, found {value}")])
 

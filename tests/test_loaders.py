@@ -80,11 +80,13 @@ def test_sae_lens_details(tmp_path: Path) -> None:
     assert torch.equal(sae.log_sparsity, torch.arange(10.0))
     with pytest.raises(SAEFormatError, match=r"lacks d_in, hook_name"):
         SAE.load(write(tmp_path / "b", {"d_sae": 10}, weights))
-    with pytest.raises(SAEFormatError, match="'gated' SAE; this loader reads 'standard' ones"):
+    with pytest.raises(
+        SAEFormatError, match="architecture in cfg.json in .* is 'gated'; this loader reads standard, topk"
+    ):
         SAE.load(write(tmp_path / "c", OLD | {"architecture": "gated"}, weights))
     with pytest.warns(UserWarning, match="does not hold the factor"):
         SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
-    with pytest.raises(SAEFormatError, match="normalises its activations by 'layer_norm'"):
+    with pytest.raises(SAEFormatError, match="normalize_activations in cfg.json in .* is 'layer_norm', which this"):
         SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": "layer_norm"}, weights))
     with pytest.raises(SAEFormatError, match=r"W_enc has shape \[6, 10\], expected \[6, 11\]"):
         SAE.load(write(tmp_path / "f", OLD | {"d_sae": 11}, weights))
@@ -129,7 +131,9 @@ def test_a_pickle_that_holds_anything_but_tensors_is_refused(tmp_path: Path, sta
 
 
 def test_connor_rob_with_parts_missing(tmp_path: Path) -> None:
-    with pytest.raises(SAEFormatError, match="must hold W_enc, b_enc, W_dec, b_dec, found W_enc"):
+    with pytest.raises(
+        SAEFormatError, match="must hold W_enc, b_enc, W_dec, b_dec; b_enc, W_dec, b_dec not found, only W_enc"
+    ):
         SAE.load(write_connor(tmp_path / "a", {"W_enc": torch.zeros(1)}))
     with pytest.raises(SAEFormatError, match="lacks dict_size, layer"):
         SAE.load(write_connor(tmp_path / "b", tensors(), config={"act_size": 6, "act_name": "x"}))

@@ -133,6 +133,7 @@ def edit(key: str, value: object) -> object:
         for name in path:
             node = node[name]
         node[last] = value
+        table["saekit"].pop("seal", None)
         (folder / "cfg.json").write_text(json.dumps(table))
 
     return change

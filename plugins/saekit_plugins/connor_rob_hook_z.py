@@ -5,9 +5,7 @@ A repository holds ``NAME.pt`` and ``NAME_cfg.json`` for each SAE.
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -17,6 +15,10 @@ from saekit.errors import SAEFormatError
 
 _SUFFIX = "_cfg.json"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_KINDS: Mapping[str, tuple[type, int]] = {
+    "act_size": (int, 1), "dict_size": (int, 1), "act_name": (str, 0), "layer": (int, 0), "model_name": (str, 0),
+    "seq_len": (int, 1),
+}  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)
@@ -38,9 +40,8 @@ class ConnorRobLoader:
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = self._name or self._only(files)
-        config = files.json(f"{name}{_SUFFIX}")
-        if missing := [key for key in ("act_size", "dict_size", "act_name", "layer") if key not in config]:
-            raise SAEFormatError(f"{name}{_SUFFIX} in {files.place} lacks {', '.join(missing)}")
+        place = f"{name}{_SUFFIX} in {files.place}"
+        config = _checked(files.json(f"{name}{_SUFFIX}"), place)
         return PretrainedSAE(
             options={
                 "d_in": config["act_size"],
@@ -49,11 +50,16 @@ class ConnorRobLoader:
                 "apply_b_dec_to_input": True,
                 "normalize_sae_decoder": False,
             },
-            tensors=self._read(files, f"{name}.pt"),
+            tensors=files.tensors(f"{name}.pt", only=_TENSORS),
             site=Site(hook_name=config["act_name"]),
-            metadata={"model_name": "gpt2-small", "hook_layer": config["layer"], "context_size": 128,
-                      "prepend_bos": True},
-        )  # fmt: skip
+            # What the file leaves out is the same for all of this format.
+            metadata={
+                "model_name": config.get("model_name", "gpt2-small"),
+                "hook_layer": config["layer"],
+                "context_size": config.get("seq_len", 128),
+                "prepend_bos": True,
+            },
+        )
 
     def _only(self, files: SAEFiles) -> str:
         names = sorted(name.removesuffix(_SUFFIX) for name in files.names if name.endswith(_SUFFIX))
@@ -65,22 +71,17 @@ class ConnorRobLoader:
             )
         return names[0]
 
-    def _read(self, files: SAEFiles, name: str) -> dict[str, Any]:
-        import torch
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: what counts is what it refuses
-                state = torch.load(files.path(name), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise SAEFormatError(
-                f"{name} in {files.place} is not a plain file of tensors, and nothing else is unpickled: {reason}"
-            ) from error
-        if not isinstance(state, dict) or not all(isinstance(state.get(key), torch.Tensor) for key in _TENSORS):
-            found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise SAEFormatError(f"{name} in {files.place} must hold {', '.join(_TENSORS)}, found {found}")
-        return {key: state[key] for key in _TENSORS}
+def _checked(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The configuration, with every field that is used of the right kind."""
+    if missing := [name for name in ("act_size", "dict_size", "act_name", "layer") if name not in config]:
+        raise SAEFormatError(f"{place} lacks {', '.join(missing)}")
+    for name, (kind, least) in _KINDS.items():
+        value = config.get(name)
+        if name in config and (type(value) is not kind or (isinstance(value, int) and value < least) or value == ""):
+            expected = "a text" if kind is str else f"a whole number, at least {least}"
+            raise SAEFormatError(f"{name} in {place} is {value!r}, expected {expected}")
+    return config
 
 
 @hookimpl

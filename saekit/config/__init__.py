@@ -12,6 +12,7 @@ from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import (
     ALWAYS_TRACKED,
+    NEEDED_TO_LOAD,
     PLUGIN_KIND,
     SAME_AT_START,
     CompileMode,
@@ -31,6 +32,7 @@ from saekit.site import Site
 
 __all__ = [
     "ALWAYS_TRACKED",
+    "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",
     "ActivationsConfig",

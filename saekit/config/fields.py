@@ -11,6 +11,7 @@ from saekit.errors import ConfigError
 
 __all__ = [
     "ALWAYS_TRACKED",
+    "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",
     "CompileMode",
@@ -36,6 +37,9 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 PLUGIN_KIND = "saekit_plugin_kind"
 SAME_AT_START = "saekit_same_at_start"
 """Metadata of an SAE's option that decides what its weights mean: training goes on from saved ones with the same."""
+NEEDED_TO_LOAD = "saekit_needed_to_load"
+"""Metadata of an SAE's option without which saved weights cannot be understood: a folder that lacks it is refused, and
+no default takes its place.  Options with :data:`SAME_AT_START` are needed, too."""
 ALWAYS_TRACKED = "saekit:jsonl"
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit.errors import SAEFormatError
+from saekit.pretrained.strict_json import read_object
 from saekit.site import Site
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ class PretrainedSAE:
     """``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]``, ``b_dec``, and the architecture's own."""
     site: Site | None = None
     log_sparsity: Tensor | None = None
+    """``[d_sae]``: log10 of the fraction of tokens on which each feature fired; -inf for never."""
+    activation_scale: float | None = 1.0
+    """What activations were multiplied by before the weights saw them; it is folded into the SAE.  None: by a factor
+    that is not known, which is said at every load."""
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    """What else is known of it, as JSON: the model, the text, and how activations were made of them."""
 
 
 @attrs.frozen
@@ -45,13 +50,16 @@ class SAEFiles:
     @classmethod
     def in_folder(cls, path: str | Path) -> SAEFiles:
         """The files of a local folder; of a run folder or a checkpoint, those of the one SAE in it."""
-        folder = Path(path)
-        if not (folder / "cfg.json").is_file() and (folder / "sae" / "cfg.json").is_file():
-            folder = folder / "sae"
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "is not there"
-            raise SAEFormatError(f"the SAE folder {folder} {what}")
-        names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        try:
+            folder = Path(path).expanduser()
+            if not (folder / "cfg.json").is_file() and (folder / "sae" / "cfg.json").is_file():
+                folder = folder / "sae"
+            if not folder.is_dir():
+                what = "is a file, not a folder" if folder.exists() else "is not there"
+                raise SAEFormatError(f"the SAE folder {folder} {what}")
+            names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no right to look, no such user
+            raise SAEFormatError(f"the SAE folder {path} cannot be read: {_first_line(error)}") from error
         return cls(str(folder), names, lambda name: folder / name)
 
     @classmethod
@@ -65,13 +73,19 @@ class SAEFiles:
         try:
             everything = HfApi().list_repo_files(repo_id, revision=revision)
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason}") from error
+            raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {_first_line(error)}") from error
         names = frozenset(name[len(prefix) :] for name in everything if name.startswith(prefix))
         if not names:
             folders = sorted({name.rpartition("/")[0] for name in everything} - {""})
             raise SAEFormatError(f"{repo_id} has no folder {folder!r}; it has {', '.join(folders) or 'no folders'}")
-        return cls(place, names, lambda name: Path(hf_hub_download(repo_id, prefix + name, revision=revision)))
+
+        def download(name: str) -> Path:
+            try:
+                return Path(hf_hub_download(repo_id, prefix + name, revision=revision))
+            except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+                raise SAEFormatError(f"cannot download {prefix + name} of {repo_id!r}: {_first_line(error)}") from error
+
+        return cls(place, names, download)
 
     def path(self, name: str) -> Path:
         """The local path of one of the files."""
@@ -89,10 +103,20 @@ class SAEFiles:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file that holds an object."""
-        try:
-            value = json.loads(self.path(name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SAEFormatError(f"{name} in {self.place} is not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise SAEFormatError(f"{name} in {self.place} holds {type(value).__name__}, expected an object")
-        return value
+        return read_object(self.path(name), f"{name} in {self.place}")
+
+    def tensors(
+        self, name: str, only: Collection[str] | None = None, *, minus_infinity: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors of a safetensors file, or of a ``.pt``, ``.pth`` or ``.bin`` file, of which no pickle is run.
+
+        With ``only``, those of these names.  All are dense and of finite floating-point numbers (with
+        ``minus_infinity``, as in the logarithm of nothing, that is allowed), or it is a :class:`SAEFormatError`.
+        """
+        from saekit.pretrained.tensors import read_tensors
+
+        return read_tensors(self.path(name), f"{name} in {self.place}", only, minus_infinity=minus_infinity)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,7 +1,8 @@
-"""From files to an SAE: choose the loader, let it read, build and fill the module."""
+"""From files to an SAE: choose the loader, let it read, check what it read, build and fill the module."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,32 +10,33 @@ import attrs
 
 from saekit.config import PluginChoice
 from saekit.converter import ConfigConverter
-from saekit.errors import ConfigError, SAEFormatError
+from saekit.devices import resolve_device
+from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
 from saekit.manager import PluginManager, default_manager
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.registry import Registered
-from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS
 from saekit.site import Site
-from saekit.storage import sha256
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saekit.sae.module import SAE
 
-__all__ = ["build_module", "build_sae", "load_sae", "read_tensors"]
+__all__ = ["build_module", "build_sae", "load_sae"]
 
 
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
 ) -> SAE:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognises them."""
+    from saekit.pretrained.own import is_own, read_own
+
+    device = resolve_device(device, "device")
     plugins = plugins or default_manager()
-    if loader is None and _is_own(files):
-        return build_sae(_read_own(files), plugins).to(device)
+    if loader is None and is_own(files):
+        return build_sae(read_own(files), plugins, files.place, own=True).to(device)
     choice = _detected(files, plugins).key if loader is None else loader
     options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
-    return build_sae(plugins.build("pretrained_loaders", options).load(files), plugins).to(device)
+    read = plugins.build("pretrained_loaders", options).load(files)
+    return build_sae(read, plugins, files.place).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
@@ -56,78 +58,109 @@ def _usable(item: Registered) -> bool:
     return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
-def _is_own(files: SAEFiles) -> bool:
-    return CONFIG in files.names and isinstance(files.json(CONFIG).get("saekit"), dict)
+def build_sae(read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False) -> SAE:
+    """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
+    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
+    """
+    from saekit.sae.records import SAEInfo
 
-def _read_own(files: SAEFiles) -> PretrainedSAE:
-    own = files.json(CONFIG)["saekit"]
-    if own.get("format") != FORMAT:
-        raise SAEFormatError(
-            f"{files.place} has format {own.get('format')!r}, and this saekit reads {FORMAT}: update saekit to load it"
+    _check(read, place)
+    item = _architecture(read, plugins, place)
+    config = _config(read, item, plugins, place, own)
+    d_in = config.d_in or _length_of_b_dec(read, place)
+    try:
+        _check_sizes(read, d_in, config.features(d_in))
+        sae = build_module(item, config, d_in, plugins)
+        sae.load_public_tensors(read.tensors)
+    except (ConfigError, SAEFormatError) as error:
+        raise SAEFormatError(f"the SAE in {place}: {error}") from error
+    metadata = SAEInfo(metadata=read.metadata).with_scale(read.activation_scale).metadata
+    sae.info = attrs.evolve(sae.info, site=read.site, metadata=metadata)
+    if read.activation_scale not in (None, 1):
+        sae.fold_activation_scale(read.activation_scale)
+    sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()
+    if sae.info.scale_is_unknown:
+        warnings.warn(
+            f"the SAE in {place} was trained on activations scaled to mean norm sqrt(d_in), and its folder does not "
+            "hold the factor: scale its input before use, or fold the factor in with "
+            "sae.fold_activation_scale(factor) and save it",
+            stacklevel=4,
         )
-    for key, kind in (("architecture", str), ("options", dict), ("metadata", dict), ("site", (dict, type(None)))):
-        if not isinstance(own.get(key), kind):
-            raise SAEFormatError(f"saekit.{key} in {CONFIG} of {files.place} is missing or of the wrong kind")
-    _check_sums(own.get("sha256", {}), files)
-    sparsity = read_tensors(files, SPARSITY) if SPARSITY in files.names else {}
-    return PretrainedSAE(
-        architecture=own["architecture"],
-        options=own["options"],
-        tensors=read_tensors(files, WEIGHTS),
-        site=_site(own["site"], files),
-        log_sparsity=sparsity.get("sparsity"),
-        metadata=own["metadata"],
-    )
-
-
-def _check_sums(sums: object, files: SAEFiles) -> None:
-    """What was saved is what is read: a damaged file is found before its numbers are used."""
-    for name, expected in sums.items() if isinstance(sums, dict) else ():
-        if (found := sha256(files.path(name))) != expected:
-            raise SAEFormatError(
-                f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
-                f"expected {str(expected)[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
-            )
-
-
-def _site(table: Mapping[str, Any] | None, files: SAEFiles) -> Site | None:
-    try:
-        return None if table is None else Site(**table)
-    except (TypeError, ConfigError) as error:
-        raise SAEFormatError(f"saekit.site in {CONFIG} of {files.place} is not a site: {error}") from error
-
-
-def read_tensors(files: SAEFiles, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a damaged file is a :class:`SAEFormatError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(files.path(name))
-    except SafetensorError as error:
-        raise SAEFormatError(f"{name} in {files.place} is not a readable safetensors file: {error}") from error
-
-
-def build_sae(read: PretrainedSAE, plugins: PluginManager) -> SAE:
-    """The module that ``read`` describes, with its weights."""
-    item = plugins.get("sae_architectures", read.architecture)
-    try:
-        config: Any = ConfigConverter(plugins).structure(
-            dict(read.options), item.entry.config, "the saved SAE's options"
-        )
-    except ConfigError as error:
-        raise SAEFormatError(f"the saved SAE's options do not fit {item.key}: {error}") from error
-    d_in = config.d_in or read.tensors["b_dec"].shape[0]
-    expected = [d_in, config.features(d_in)]
-    if "W_enc" in read.tensors and list(read.tensors["W_enc"].shape) != expected:  # before anything is allocated
-        found = list(read.tensors["W_enc"].shape)
-        raise SAEFormatError(f"the weights do not fit the options: W_enc has shape {found}, expected {expected}")
-    sae = build_module(item, config, d_in, plugins)
-    sae.info = attrs.evolve(sae.info, site=read.site, metadata=dict(read.metadata))
-    sae.load_public_tensors(read.tensors)
-    sae.log_sparsity = read.log_sparsity
     return sae
+
+
+def _check(read: PretrainedSAE, place: str) -> None:
+    from saekit.pretrained.tensors import check_tensor, check_tensors
+
+    expected = (("options", Mapping), ("tensors", Mapping), ("metadata", Mapping), ("site", Site | None))
+    for name, kind in (("architecture", str), *expected):
+        if not isinstance(value := getattr(read, name), kind):
+            raise SAEFormatError(f"the loader of {place} gave {value!r} as {name}")
+    check_tensors(read.tensors, place)
+    if read.log_sparsity is not None:
+        check_tensor(read.log_sparsity, "log_sparsity", place, minus_infinity=True)
+    scale = read.activation_scale
+    if scale is not None and not 0 < scale < float("inf"):
+        raise SAEFormatError(f"the activations of the SAE in {place} are scaled by {scale}, expected a number above 0")
+
+
+def _architecture(read: PretrainedSAE, plugins: PluginManager, place: str) -> Registered:
+    try:
+        return plugins.get("sae_architectures", read.architecture)
+    except UnknownKeyError as error:
+        raise UnknownKeyError(f"the architecture of the SAE in {place}: {error}") from None
+
+
+def _config(read: PretrainedSAE, item: Registered, plugins: PluginManager, place: str, own: bool) -> Any:
+    """The architecture's options; the type of the weights is that of the tensors, unless a loader wants another."""
+    from saekit.pretrained.own import check_needed
+    from saekit.sae.folder import CONFIG
+
+    options = dict(read.options)
+    if own:
+        check_needed(options, item.entry.config, f"{CONFIG} of {place}")
+    if read.tensors and (own or "dtype" not in options):
+        options["dtype"] = _dtype(read)
+    try:
+        return ConfigConverter(plugins).structure(options, item.entry.config, "the saved SAE's options")
+    except ConfigError as error:
+        raise SAEFormatError(f"the SAE in {place}: its options do not fit {item.key}: {error}") from error
+
+
+def _dtype(read: PretrainedSAE) -> str:
+    """That of the weights, where an SAE can have it.  Weights that a factor is folded into are not rounded again."""
+    import torch
+
+    from saekit.sae.folder import weights_dtype
+
+    dtype = weights_dtype(read.tensors)
+    rounds = dtype == torch.bfloat16 and read.activation_scale not in (None, 1)
+    return "float32" if dtype == torch.float16 or rounds else str(dtype).removeprefix("torch.")
+
+
+def _length_of_b_dec(read: PretrainedSAE, place: str) -> int:
+    b_dec = read.tensors.get("b_dec")
+    if b_dec is None or b_dec.ndim != 1:
+        raise SAEFormatError(f"{place} says d_in nowhere, and holds no vector b_dec that would have that length")
+    return len(b_dec)
+
+
+def _check_sizes(read: PretrainedSAE, d_in: int, d_sae: int) -> None:
+    """Before anything is allocated: that the files are as large as the options say."""
+    if "W_enc" in read.tensors and list(read.tensors["W_enc"].shape) != [d_in, d_sae]:
+        found = list(read.tensors["W_enc"].shape)
+        raise SAEFormatError(f"the weights do not fit the options: W_enc has shape {found}, expected {[d_in, d_sae]}")
+    held = sum(value.numel() for value in read.tensors.values())
+    if d_in * d_sae > 1000 * held:
+        raise SAEFormatError(
+            f"the weights do not fit the options: d_in × d_sae is {d_in * d_sae:.3g}, and there are {held:,} numbers"
+        )
+    if read.log_sparsity is not None and list(read.log_sparsity.shape) != [d_sae]:
+        raise SAEFormatError(
+            f"the weights do not fit the options: the log sparsity has shape {list(read.log_sparsity.shape)}, "
+            f"expected {[d_sae]}"
+        )
 
 
 def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:

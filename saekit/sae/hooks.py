@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import attrs
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["HookFunction", "HookPoint"]
 
 HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
+
+
+@attrs.frozen(eq=False)
+class _Run:
+    """A hook as torch calls it.  It knows no hook point, so that a copy's hooks are told of the copy's."""
+
+    function: HookFunction
+
+    def __call__(self, module: HookPoint, args: Any, output: Tensor) -> Tensor | None:
+        return self.function(output, module)
 
 
 class HookPoint(nn.Module):
@@ -28,12 +39,11 @@ class HookPoint(nn.Module):
         return x
 
     def add_hook(self, function: HookFunction) -> RemovableHandle:
-        """Run ``function`` from now on, until ``.remove()`` is called on what is returned."""
+        """Run ``function`` from now on, until ``.remove()`` is called on what is returned.
 
-        def run(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            return function(output, self)
-
-        return self.register_forward_hook(run)
+        A copy of the SAE has its hooks, too, and so has a pickle if ``function`` can be pickled.
+        """
+        return self.register_forward_hook(_Run(function))
 
     @property
     def hooked(self) -> bool:

@@ -64,6 +64,7 @@ class SAE(nn.Module):
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
         self._hooks_off = False
+        self._compile_mode: str | None = None
         dtype = getattr(torch, config.dtype)
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
@@ -244,6 +245,7 @@ class SAE(nn.Module):
 
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""
+        self._compile_mode = mode
         self.losses = torch.compile(self.losses, mode=mode)  # type: ignore[method-assign]
 
     @torch.no_grad()
@@ -277,6 +279,8 @@ class SAE(nn.Module):
         self.W_enc.mul_(scale)
         self.W_dec.div_(scale)
         self.b_dec.div_(scale)
+        if self.info.scale_is_unknown:  # until now
+            self.info = self.info.with_scale(scale)
 
     # ---- saving and loading
 
@@ -322,6 +326,24 @@ class SAE(nn.Module):
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: {'; '.join(problems)}")
         for name, value in own.items():
             value.copy_(tensors[name])
+
+    def extra_repr(self) -> str:
+        """What the SAE is, where it belongs and what it is fed."""
+        facts = {"d_in": self.d_in, "d_sae": self.d_sae, "dtype": str(self.b_dec.dtype).removeprefix("torch.")}
+        known = [("architecture", self.info.architecture), ("site", self.info.site), *self.info.metadata.items()]
+        lines = [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+        return "\n".join([", ".join(f"{name}={value}" for name, value in facts.items()), *lines])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("losses", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._compile_mode is not None:
+            self.compile_losses(self._compile_mode)
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import attrs
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from saekit.site import Site
 
 __all__ = ["SAEInfo", "StepInput", "StepOutput"]
+
+_SCALED = "expected_average_only_in"
 
 
 @attrs.frozen(kw_only=True)
@@ -24,7 +26,24 @@ class SAEInfo:
     """The architecture's options as plain data, every plugin by its qualified key."""
     site: Site | None = None
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
-    """Model name, dataset, context size, token policies and the like."""
+    """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
+
+    @property
+    def scale_is_unknown(self) -> bool:
+        """Whether the SAE was trained on scaled activations, and nobody knows by which factor."""
+        return self.metadata.get("normalize_activations") in (True, _SCALED)
+
+    def with_scale(self, scale: float | None) -> Self:
+        """For weights that a factor was folded into, where it was unknown until now or nothing was said; None: unknown.
+
+        A factor of 1 says nothing.
+        """
+        if scale is None:
+            return attrs.evolve(self, metadata={**self.metadata, "normalize_activations": _SCALED})
+        if scale == 1:
+            return self
+        left = {name: value for name, value in self.metadata.items() if name != "normalize_activations"}
+        return attrs.evolve(self, metadata={**left, "activation_scale": scale})
 
 
 @attrs.frozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -125,6 +126,11 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: P
     ):
         if own != saved:
             problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
+    if start.info.scale_is_unknown and config.activations.normalize_activations == "none":
+        problems.append(
+            ("activations.normalize_activations", f"is 'none', but {where} was trained on scaled activations, by a "
+             "factor that its files do not hold; set it to 'expected_average_only_in'")
+        )  # fmt: skip
     problems += _decoder_problems(config, options, start, _known_scale(config, start))
     if problems:
         raise ConfigError(problems)
@@ -236,19 +242,20 @@ def give_weights(
         known = None if start is None else _known_scale(config, start)
         trainer.scale = activation_scale(sample) if known is None else known
     if start is not None:
-        if problems := _decoder_problems(config, options, start, trainer.scale):
+        scale = 1.0 if start.info.scale_is_unknown else trainer.scale  # or its weights are for scaled ones as they are
+        if problems := _decoder_problems(config, options, start, scale):
             raise ConfigError(problems)
-        _copy_weights(start, trainer)
+        _copy_weights(start, trainer, scale)
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     initialise(dict(trainer.sae.named_parameters()), options, generator, sample, trainer.scale)
 
 
 @torch.no_grad()
-def _copy_weights(start: SAE, trainer: SAETrainer) -> None:
-    """Those of an SAE for raw activations, for activations that are scaled."""
+def _copy_weights(start: SAE, trainer: SAETrainer, scale: float) -> None:
+    """Those of an SAE for raw activations, for activations times ``scale``."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
-    sae.fold_activation_scale(1 / trainer.scale)
+    sae.fold_activation_scale(1 / scale)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
     SAE.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     known = dict(sae.named_buffers())
@@ -258,10 +265,15 @@ def _copy_weights(start: SAE, trainer: SAETrainer) -> None:
 
 
 def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+    """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
     dataset = corpus.config
+    model_options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", config.model.backend))
     return {
         "model_name": backend.name,
         "model_class_name": plugins.find("model_backends", config.model.backend).entry.name,
+        # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
+        **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
+        "model_autocast": config.model.autocast,
         "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
         "context_size": dataset.context_size,
         "prepend_bos": dataset.prepend_bos,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from saekit import ConfigError, Entry, hookimpl
-from saekit.config import check
+from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.topk import TopKConfig, check_activation
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class BatchTopKConfig(TopKConfig):
     """``mse + auxk``, where a batch of n rows has at most ``k n`` active features: the largest above zero."""
 
-    k: float = attrs.field(default=32.0, validator=check(lambda value: value > 0, "above 0"))  # type: ignore[assignment]
+    k: float = attrs.field(  # type: ignore[assignment]
+        default=32.0, validator=check(lambda value: value > 0, "above 0"), metadata={NEEDED_TO_LOAD: True}
+    )
     """Active features of a row, on average."""
     threshold_lr: float = attrs.field(default=0.01, validator=check(lambda value: 0 < value <= 1, "above 0, at most 1"))
     """How much of each batch's least active feature goes into the running average that becomes the threshold."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
-from saekit.config import SAME_AT_START, check
+from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
 
 if TYPE_CHECKING:
     from saekit.protocols import ActivationFunction
@@ -24,7 +24,7 @@ class TopKConfig(SAEConfig):
 
     adam_beta1: ClassVar[float] = 0.9
 
-    k: int = attrs.field(default=32, validator=_at_least_1)
+    k: int = attrs.field(default=32, validator=_at_least_1, metadata={NEEDED_TO_LOAD: True})
     """Active features of a row."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over; 0: none."""

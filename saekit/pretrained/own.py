@@ -1,0 +1,129 @@
+"""saekit's own folders: ``cfg.json`` is checked field by field before anything is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
+from saekit.errors import ConfigError, SAEFormatError
+from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
+from saekit.sae.records import SAEInfo
+from saekit.site import Site
+from saekit.storage import sha256
+
+__all__ = ["check_needed", "is_own", "read_own"]
+
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "architecture": (str,),
+    "options": (dict,),
+    "metadata": (dict,),
+    "site": (dict, type(None)),
+}
+_WORDS = {str: "a text", dict: "an object", type(None): "null"}
+_NOTHING = object()
+
+
+def is_own(files: SAEFiles) -> bool:
+    """Whether saekit wrote the folder."""
+    return CONFIG in files.names and "saekit" in files.json(CONFIG)
+
+
+def read_own(files: SAEFiles) -> PretrainedSAE:
+    """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written."""
+    own = _checked(files)
+    sums = _sums(own, files)
+    for name, expected in sums.items():
+        _check_sum(name, expected, files)
+    metadata = dict(own["metadata"])
+    scale = metadata.get("activation_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise _wrong(files, "metadata.activation_scale", scale, "a number above 0")
+    sparsity = None
+    if SPARSITY in (sums or files.names):  # one that belongs to other weights is left alone
+        sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
+    return PretrainedSAE(
+        architecture=own["architecture"],
+        options=own["options"],
+        tensors=files.tensors(WEIGHTS),
+        site=None if own["site"] is None else _site(own["site"], files),
+        log_sparsity=sparsity,
+        activation_scale=None if SAEInfo(metadata=metadata).scale_is_unknown else 1.0,
+        metadata=metadata,
+    )
+
+
+def _checked(files: SAEFiles) -> Mapping[str, Any]:
+    """saekit's part of ``cfg.json``, with every field of the kind that it should be of."""
+    own = files.json(CONFIG)["saekit"]
+    if not isinstance(own, dict):
+        raise SAEFormatError(f"saekit in {CONFIG} of {files.place} is {_shown(own)}, expected an object")
+    if isinstance(own.get("format"), bool) or own.get("format") != FORMAT:
+        raise SAEFormatError(
+            f"{files.place} has format {_shown(own.get('format'))}, and this saekit reads {FORMAT}: update saekit to "
+            f"load it (saekit.format in {CONFIG})"
+        )
+    if "seal" in own and own["seal"] != seal(own):
+        raise SAEFormatError(
+            f"{CONFIG} in {files.place} is damaged or was changed after it was saved: what stands under 'saekit' does "
+            f"not fit saekit.seal. Restore it, or remove saekit.seal to accept the change"
+        )
+    for key, kinds in _FIELDS.items():
+        if key not in own or not isinstance(own[key], kinds):
+            raise _wrong(files, key, own.get(key, _NOTHING), " or ".join(_WORDS[kind] for kind in kinds))
+    return own
+
+
+def _wrong(files: SAEFiles, field: str, found: object, expected: str) -> SAEFormatError:
+    return SAEFormatError(
+        f"saekit.{field} in {CONFIG} of {files.place} is missing or of the wrong kind: found {_shown(found)}, expected "
+        f"{expected}"
+    )
+
+
+def _shown(value: object) -> str:
+    text = "nothing" if value is _NOTHING else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sums(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, str]:
+    """The checksums, which old folders and those that somebody has accepted as they are may lack."""
+    sums = own.get("sha256", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise _wrong(files, "sha256", sums, "an object of checksums by file name")
+    if sums and WEIGHTS not in sums:
+        raise SAEFormatError(f"saekit.sha256 in {CONFIG} of {files.place} has no checksum of {WEIGHTS}")
+    return sums
+
+
+def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
+    """What was saved is what is read: a damaged file is found before its numbers are used."""
+    if (found := sha256(files.path(name))) != expected:
+        raise SAEFormatError(
+            f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
+            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
+        )
+
+
+def _site(table: Mapping[str, Any], files: SAEFiles) -> Site:
+    try:
+        if "hook_name" not in table:
+            raise ConfigError([("hook_name", "is missing")])
+        return Site(**table)
+    except (TypeError, ConfigError) as error:
+        raise SAEFormatError(f"saekit.site in {CONFIG} of {files.place} is not a site: {error}") from error
+
+
+def check_needed(options: Mapping[str, Any], cls: type, where: str) -> None:
+    """:class:`SAEFormatError` when options are missing that decide what the weights mean: none has a safe default."""
+    fields: Any = attrs.fields(cls)
+    needed = [field.name for field in fields if field.metadata.get(NEEDED_TO_LOAD) or field.metadata.get(SAME_AT_START)]
+    if missing := [name for name in needed if name not in options]:
+        raise SAEFormatError(
+            f"saekit.options in {where} lacks {', '.join(missing)}, without which the weights cannot be understood; "
+            "nothing takes its place. Write it there, or save the SAE anew"
+        )

@@ -1,0 +1,121 @@
+"""The tensors of saved SAEs: how they are read from a file, and which may become weights.
+
+Whatever a loader reads goes through :func:`check_tensor`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.errors import SAEFormatError
+
+__all__ = ["check_tensor", "check_tensors", "dtype_name", "read_tensors"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def read_tensors(
+    path: Path, where: str, only: Collection[str] | None = None, *, minus_infinity: bool = False
+) -> dict[str, Tensor]:
+    """The checked tensors of a safetensors file, or of a ``.pt``, ``.pth`` or ``.bin`` file that holds a dictionary.
+
+    With ``only``, exactly those, which must be there.  Nothing of a pickle is run: weights-only unpickling builds
+    tensors and refuses everything else.  ``where`` is for messages.
+    """
+    everything = _unpickled(path, where) if path.suffix in _PICKLES else _safetensors(path, where)
+    if only is not None and (missing := [name for name in only if name not in everything]):
+        found = ", ".join(map(str, everything)) or "nothing"
+        raise SAEFormatError(f"{where} must hold {', '.join(only)}; {', '.join(missing)} not found, only {found}")
+    tensors = dict(everything) if only is None else {name: everything[name] for name in only}
+    check_tensors(tensors, where, minus_infinity=minus_infinity)
+    return tensors
+
+
+def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # the library raises its own errors, and those of what it calls, for damaged files
+        raise SAEFormatError(f"{where} is not a readable safetensors file: {_reason(error)}") from error
+
+
+def _unpickled(path: Path, where: str) -> Mapping[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: what counts is what it refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler meets anything in a damaged file
+        raise SAEFormatError(
+            f"{where} is not a plain file of tensors, and nothing else is unpickled: {_reason(error)}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise SAEFormatError(f"{where} must hold tensors by name, found {type(state).__name__}")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line.  torch's own text goes on with how to run the pickle all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "WeightsUnpickler error" in line or line.startswith("Unsupported")]
+    if told:
+        return told[0].split("WeightsUnpickler error:")[-1].split(". Please")[0].strip()
+    if not lines or lines[0].startswith("Weights only load failed"):
+        return "it is empty or cut off" if isinstance(error, EOFError) else type(error).__name__
+    return lines[0]
+
+
+def check_tensors(tensors: Mapping[str, object], where: str, *, minus_infinity: bool = False) -> None:
+    """:func:`check_tensor` for each."""
+    for name, value in tensors.items():
+        check_tensor(value, name, where, minus_infinity=minus_infinity)
+
+
+def check_tensor(value: object, name: str, where: str, *, minus_infinity: bool = False) -> None:
+    """:class:`SAEFormatError` unless ``value`` is a plain dense tensor of finite floating-point numbers.
+
+    ``minus_infinity`` allows that too, as the logarithm of nothing.
+    """
+    if not isinstance(value, Tensor):
+        raise SAEFormatError(f"{name} of {where} is of type {type(value).__name__}, expected a tensor")
+    if (kind := _odd_kind(value)) is not None:
+        raise SAEFormatError(f"{name} of {where} is a {kind} tensor, expected a plain dense one")
+    if value.dtype not in _FLOATS:
+        allowed = ", ".join(map(dtype_name, _FLOATS))
+        raise SAEFormatError(f"{name} of {where} holds numbers of type {dtype_name(value.dtype)}, expected {allowed}")
+    if value.untyped_storage().nbytes() < value.numel() * value.itemsize:
+        raise SAEFormatError(
+            f"{name} of {where} has shape {list(value.shape)}, but its file holds only "
+            f"{value.untyped_storage().nbytes() // value.itemsize} numbers of it"
+        )
+    # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if bool(value.detach().sum(dtype=wide).isfinite()):
+        return
+    nan, infinite = int(value.isnan().sum()), int((value == torch.inf if minus_infinity else value.isinf()).sum())
+    if nan or infinite:
+        kinds = " and ".join(f"{count} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
+        expected = "finite ones or -inf" if minus_infinity else "finite ones"
+        raise SAEFormatError(f"{name} of {where} holds {kinds} among {value.numel()} numbers, expected {expected}")
+
+
+def _odd_kind(value: Tensor) -> str | None:
+    if value.is_meta:
+        return "meta (shape without numbers)"
+    if value.is_quantized:
+        return "quantized"
+    if value.is_nested:
+        return "nested"
+    return None if value.layout == torch.strided else str(value.layout).removeprefix("torch.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and files have it: ``float32``."""
+    return str(dtype).removeprefix("torch.")

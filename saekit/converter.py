@@ -7,7 +7,6 @@ giving up, and turns plugin choices into the plugin's own options class.  What t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -32,7 +31,7 @@ from saekit.config.kinds import (
 )
 from saekit.config.scalars import structure_enum, structure_key, structure_literal, structure_primitive
 from saekit.config.supported import unsupported_options
-from saekit.config.values import enum_value, plain, shown, too_nested
+from saekit.config.values import plain, shown, too_nested
 from saekit.errors import ConfigError, SaekitError
 from saekit.paths import as_path
 
@@ -276,7 +275,8 @@ class ConfigConverter:
         if not isinstance(value, (list, tuple, set, frozenset)):
             return plain(value) if qualify else value
         items = [self._plain(item, qualify, spare) for item in value]
-        return items if isinstance(value, (list, tuple)) else sorted(items, key=lambda item: (type(item).__name__, item))
+        # The order of a set is chance.
+        return items if isinstance(value, (list, tuple)) else sorted(items, key=lambda i: (type(i).__name__, i))
 
     def _options_table(self, choice: object, kind: str, qualify: bool, spare: bool = False) -> object:
         if isinstance(choice, str):

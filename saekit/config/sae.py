@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from saekit.config.fields import PluginChoice, at_least_1, plugin_field
+from saekit.config.fields import PluginChoice, a_size, check, plugin_field
 from saekit.errors import ConfigError
 
 __all__ = ["SAEConfig"]
@@ -16,11 +16,11 @@ __all__ = ["SAEConfig"]
 class SAEConfig:
     """What every SAE architecture has.  Architecture plugins derive their options from this class."""
 
-    d_in: int | None = attrs.field(default=None, validator=at_least_1)
+    d_in: int | None = attrs.field(default=None, validator=a_size)
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""
-    d_sae: int | None = attrs.field(default=None, validator=at_least_1)
+    d_sae: int | None = attrs.field(default=None, validator=a_size)
     """The number of features."""
-    expansion_factor: int | None = attrs.field(default=None, validator=at_least_1)
+    expansion_factor: int | None = attrs.field(default=None, validator=check(lambda v: v >= 1, "1 or more", most=2**20))
     """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
     activation: PluginChoice = plugin_field("activation_functions", "saekit:relu")
     """The non-linearity."""

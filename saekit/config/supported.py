@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,8 +29,8 @@ from saekit.config.values import enum_value
 __all__ = ["unsupported_options"]
 
 _ALLOWED = (
-    "bool, int, float, str, pathlib.Path, an Enum, a Literal, an attrs class, None, or lists, tuples, sets and dicts of "
-    "them"
+    "bool, int, float, str, pathlib.Path, an Enum, a Literal, an attrs class, None, or lists, tuples, sets and dicts "
+    "of them"
 )
 Problems = list[tuple[str, str]]
 
@@ -45,10 +47,8 @@ def unsupported_options(cls: type) -> list[tuple[str, str]]:
 
 
 def _of_class(cls: type[Any], above: tuple[type, ...]) -> Problems:
-    try:
+    with suppress(Exception):  # what cannot be resolved is looked at one by one below
         attrs.resolve_types(cls)
-    except Exception:  # one by one below
-        pass
     found: Problems = []
     for field in attrs.fields(cls):
         if not field.init:
@@ -72,14 +72,14 @@ def _annotation(cls: type, field: attrs.Attribute[Any]) -> tuple[Any, str | None
         return None, f"has no type; annotate it with {_ALLOWED}"
     if not isinstance(field.type, str):
         return field.type, None
-    owner = next((base for base in cls.__mro__ if field.name in base.__dict__.get("__annotations__", {})), cls)
+    owner = next((base for base in cls.__mro__ if field.name in inspect.get_annotations(base)), cls)
     try:
         names = vars(sys.modules[owner.__module__])
         return eval(field.type, dict(names), dict(vars(owner))), None  # the plugin's own text, which attrs runs, too
     except Exception as error:
         return None, (
-            f"has the annotation {field.type!r}, which cannot be resolved: {type(error).__name__}: {error}. What it names "
-            "must be imported at the top of the module, not under TYPE_CHECKING"
+            f"has the annotation {field.type!r}, which cannot be resolved: {type(error).__name__}: {error}. What it "
+            "names must be imported at the top of the module, not under TYPE_CHECKING"
         )
 
 
@@ -159,7 +159,14 @@ def _forms(kind: Any) -> set[str]:
     return {_forms_of.get(kind, "text")}
 
 
-_forms_of: dict[Any, str] = {bool: "bool", int: "number", float: "number", str: "text", type(None): "null", None: "null"}
+_forms_of: dict[Any, str] = {
+    bool: "bool",
+    int: "number",
+    float: "number",
+    str: "text",
+    type(None): "null",
+    None: "null",
+}
 
 
 def _nested(kind: Any) -> list[type]:

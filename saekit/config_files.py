@@ -12,7 +12,7 @@ import attrs
 from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
 from saekit.config.formats import READERS, read_toml, toml_value, write
 from saekit.config.merging import Place, set_option, tables
-from saekit.config.values import half_a_pair, shown, too_nested
+from saekit.config.values import shown, too_nested
 from saekit.converter import ConfigConverter
 from saekit.describe import field_docs
 from saekit.errors import ConfigError
@@ -125,7 +125,7 @@ def apply_overrides(
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys) or half_a_pair(override):
+        if not equals or not all(keys):
             raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
         if len(keys) > _MOST_KEYS:
             raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")

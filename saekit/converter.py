@@ -110,7 +110,7 @@ class ConfigConverter:
             raise _ProblemsError([("", f"expected a table of options, found {shown(data)}")])
         attrs.resolve_types(cls)
         fields = {field.name: field for field in attrs.fields(cls) if field.init}
-        problems: Problems = [(str(key), UnknownOption(str(key), fields)) for key in data if key not in fields]
+        problems: Problems = [(_said(key), UnknownOption(str(key), fields)) for key in data if key not in fields]
         values: dict[str, object] = {}
         for name, field in fields.items():
             if name not in data:
@@ -207,7 +207,7 @@ class ConfigConverter:
             try:
                 made[structure_key(key, unwrapped(keys))] = self._structure(item, items)
             except Exception as error:
-                problems += _flatten(error, str(key))
+                problems += _flatten(error, _said(key))
         if problems:
             raise _ProblemsError(problems)
         return made
@@ -275,8 +275,9 @@ class ConfigConverter:
         if not isinstance(value, (list, tuple, set, frozenset)):
             return plain(value) if qualify else value
         items = [self._plain(item, qualify, spare) for item in value]
-        # The order of a set is chance.
-        return items if isinstance(value, (list, tuple)) else sorted(items, key=lambda i: (type(i).__name__, i))
+        if isinstance(value, (set, frozenset)) and qualify:  # whose order is chance
+            return sorted(items, key=lambda item: (type(item).__name__, item))
+        return items
 
     def _options_table(self, choice: object, kind: str, qualify: bool, spare: bool = False) -> object:
         if isinstance(choice, str):
@@ -293,6 +294,11 @@ def _key(key: object) -> object:
     """A key as a text, as files have them."""
     key = plain(key)
     return str(key) if type(key) is int else key
+
+
+def _said(key: object) -> str:
+    """A key in a message, which must be printable."""
+    return str(key).encode("utf-8", "backslashreplace").decode()[:200]
 
 
 def _flatten(error: BaseException, prefix: str) -> Problems:

@@ -162,7 +162,7 @@ def _write_yaml(table: Mapping[str, Any]) -> str:
 
     for tag, pattern, first in _yaml_resolvers():
         Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, first)
-    return str(yaml.dump(table, Dumper=Dumper, sort_keys=False, allow_unicode=True))
+    return str(yaml.dump(table, Dumper=Dumper, sort_keys=False))
 
 
 def write(table: Mapping[str, Any], form: str) -> str:

@@ -43,6 +43,7 @@ __all__ = ["ConfigConverter", "unsupported_options"]
 T = TypeVar("T")
 NONE = "none"
 """In the place of None, where the option takes no text of its own that reads so."""
+_LONGEST_KEY = 200
 Problems = list[tuple[str, str]]
 
 
@@ -108,7 +109,11 @@ class ConfigConverter:
             data = self.unstructure(data, qualify=False)
         if not isinstance(data, Mapping):
             raise _ProblemsError([("", f"expected a table of options, found {shown(data)}")])
-        attrs.resolve_types(cls)
+        try:
+            attrs.resolve_types(cls)
+        except Exception as error:  # refused when a plugin is registered; a class of one's own may come here
+            problem = f"the annotations of {cls.__qualname__} cannot be resolved: {type(error).__name__}: {error}"
+            raise _ProblemsError([("", problem)]) from None
         fields = {field.name: field for field in attrs.fields(cls) if field.init}
         problems: Problems = [(_said(key), UnknownOption(str(key), fields)) for key in data if key not in fields]
         values: dict[str, object] = {}
@@ -149,6 +154,8 @@ class ConfigConverter:
     def _choice(self, value: object, kind: str, default: object) -> object:
         """A key stays a (qualified) key; a table becomes the options class; an options object is checked."""
         value = plain(value)
+        if isinstance(value, str) and len(value) > _LONGEST_KEY:
+            raise _ProblemsError([("", f"expected a plugin's key, found {shown(value)}")])
         if isinstance(value, str):
             registered = self.plugins.get(kind, value)
             self._class({}, registered.entry.config)  # a required option makes the bare key not enough

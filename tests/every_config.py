@@ -36,7 +36,7 @@ class Bits(enum.Flag):
     B = 2
 
 
-class Spoken(str, enum.Enum):
+class Spoken(str, enum.Enum):  # noqa: UP042 - as many write it
     YES = "yes"
     NO = "no"
 

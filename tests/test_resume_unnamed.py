@@ -16,7 +16,7 @@ import attrs
 import caches
 import pytest
 import torch
-from test_resume import contents, fake_config, manager, pressing, resume, train, without
+from test_resume import LIVE, contents, fake_config, manager, pressing, resume, train, without
 
 import saekit
 from saekit.errors import TrainingInterrupted
@@ -25,8 +25,8 @@ from saekit.testing import fake_plugin
 COMMAND = re.compile(r"saekit train --resume (.*)$")
 
 
-def unnamed(folder: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    config = fake_config(Path("runs"), **sections)
+def unnamed(folder: str, source: dict[str, Any] = LIVE, **sections: dict[str, Any]) -> dict[str, Any]:
+    config = fake_config(Path("runs"), source, **sections)
     config["checkpoints"] = {"folder": folder} | sections.get("checkpoints", {})
     return config
 
@@ -178,7 +178,7 @@ def test_one_none_among_the_options(tmp_path: Path) -> None:
 TINY = [
     "training.training_tokens=12000", "training.train_batch_size_tokens=128", "dataset.context_size=32",
     "activations.source.store_batch_size_prompts=4", "activations.source.n_batches_in_buffer=8", "sae.d_sae=64",
-    "evals.n_contexts=4", "training.verbose=false", "training.log_frequency=1", "checkpoints.every_minutes=1e-9",
+    "evals.n_contexts=4", "training.verbose=false", "training.log_frequency=1", "checkpoints.every_minutes=0.002",
 ]  # fmt: skip
 
 

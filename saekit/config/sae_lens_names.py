@@ -36,7 +36,6 @@ SAE_LENS: dict[str, str] = {
     "activation_fn_str": "sae.activation",
     "activation_fn_kwargs": "sae.activation, as a table with its name and options",
     "b_dec_init_mean": "sae.b_dec_init_method",
-    "aux_loss_coefficient": "sae.aux_loss_coefficient, of topk and batchtopk",
     "decoder_init_norm": "sae.decoder_heuristic_init, which starts from norms of 0.1",
     "sparsity_penalty_decoder_norm_lambda": "sae.scale_sparsity_penalty_by_decoder_norm",
     # training
@@ -48,7 +47,6 @@ SAE_LENS: dict[str, str] = {
     "lr_scheduler": "lr_schedule",
     "lr_scheduler_name": "lr_schedule",
     "lr_end": "lr_schedule.end, of the cosine schedules",
-    "n_restart_cycles": "lr_schedule.n_restart_cycles, of cosine-restarts",
     "compile_sae": "training.compile",
     "sae_compilation_mode": "training.compile_mode",
     "use_compile": "training.compile",

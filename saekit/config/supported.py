@@ -24,7 +24,7 @@ from saekit.config.kinds import (
     unwrapped,
     words,
 )
-from saekit.config.values import enum_value
+from saekit.config.values import enum_value, shown
 
 __all__ = ["unsupported_options"]
 
@@ -199,5 +199,5 @@ def _default(field: attrs.Attribute[Any], kind: Any) -> str | None:
         back = converter._structure(converter._plain(default, True, False), kind)
         same = bool(back == default) or default != default
     except Exception as error:
-        return f"has the default {default!r}, which is not of its type {words(kind)}: {error}"
-    return None if same else f"has the default {default!r}, which comes back from a file as {back!r}"
+        return f"has the default {shown(default)}, which is not of its type {words(kind)}: {error}"
+    return None if same else f"has the default {shown(default)}, which comes back from a file as {shown(back)}"

@@ -29,21 +29,19 @@ class SaekitError(Exception):
     exit_code = 2
 
 
-_THE_CONFIGURATION = "the configuration"
-
-
 class ConfigError(SaekitError, ValueError):
     """A configuration that cannot be used.  ``problems`` holds ``(dotted path, message)`` for every fault found.
 
-    ``source`` is where the configuration is from: a file, where it is from one.
+    ``source`` is where the configuration is from: a file, or words such as "the configuration".  A file is named
+    whenever there is a problem, words where there are several.
     """
 
-    def __init__(self, problems: Sequence[tuple[str, str]] | str, source: str = _THE_CONFIGURATION) -> None:
+    def __init__(self, problems: Sequence[tuple[str, str]] | str, source: str = "the configuration") -> None:
         self.problems = [("", problems)] if isinstance(problems, str) else list(problems)
         self.source = source
         lines = [f"{path}: {message}" if path else message for path, message in self.problems]
         if len(lines) == 1:
-            super().__init__(lines[0] if source == _THE_CONFIGURATION else f"{lines[0]} (in {source})")
+            super().__init__(lines[0] if source.startswith("the ") else f"{lines[0]} (in {source})")
         else:
             super().__init__("\n".join([f"{source} has {len(lines)} problems:", *(f"  - {line}" for line in lines)]))
 

@@ -252,6 +252,10 @@ class ConfigConverter:
             raise _ProblemsError(problems)
         return made
 
+    def there_and_back(self, value: object, kind: Any) -> object:
+        """The ``value`` of an option of type ``kind`` as it comes back from a file; raises where it cannot."""
+        return self._structure(self._plain(value, True, False), kind)
+
     # ---- writing
 
     def unstructure(self, config: object, *, qualify: bool = True, spare: bool = False) -> dict[str, Any]:

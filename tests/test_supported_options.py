@@ -14,6 +14,7 @@ import pytest
 from every_config import EveryKind, Inner
 
 from saekit.converter import unsupported_options
+from saekit.describe import describe_fields
 
 if TYPE_CHECKING:
     import decimal
@@ -151,6 +152,15 @@ def test_defaults_that_do_not_come_back(kind: Any, default: Any, told: str) -> N
 @pytest.mark.parametrize("default", [3, float("nan"), float("inf")])
 def test_defaults_that_come_back(default: Any) -> None:
     assert option(float, default) == []
+
+
+def test_how_they_are_described() -> None:
+    told = {field.name: (field.type, field.default) for field in describe_fields(EveryKind)}
+    assert told["path"] == ("path", "/here")
+    assert told["color"] == ('"red" or "green"', "red")
+    assert told["level"] == ("1 or 2 or none", 1)
+    assert told["required"] == ("int or none", ...)
+    assert told["length"] == ("float", 2.0)
 
 
 def test_it_never_raises() -> None:

@@ -194,9 +194,8 @@ def _default(field: attrs.Attribute[Any], kind: Any) -> str | None:
     if is_class(type(default)):
         return None  # with the options in it
     nothing: Any = None
-    converter = ConfigConverter(nothing)
     try:
-        back = converter._structure(converter._plain(default, True, False), kind)
+        back = ConfigConverter(nothing).there_and_back(default, kind)
         same = bool(back == default) or default != default
     except Exception as error:
         return f"has the default {shown(default)}, which is not of its type {words(kind)}: {error}"

@@ -145,6 +145,8 @@ class ConfigConverter:
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is None:
             return self._structure(value, object if field.type is None else field.type)
+        if value is None and field.default is None:
+            return None
         if not isinstance(field.default, tuple):
             return self._choice(value, kind, field.default)
         if not isinstance(value, (list, tuple)):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NewType, Union, get_args, get_origin
 import attrs
 
 import saekit
-from saekit.config import PLUGIN_KIND, CacheConfig, PretokenizeConfig, SAEConfig, TrainConfig
+from saekit.config import PLUGIN_KIND, CacheConfig, PretokenizeConfig, SAEConfig, TrainConfig, plugin_field
 from saekit.testing import fake_plugin, isolated_manager
 
 
@@ -83,6 +83,7 @@ class EveryKind:
     length: Metres = Metres(2.0)
     token: str | int | None = None
     words: dict[str, Any] = attrs.field(factory=dict)
+    chosen: Any = plugin_field("activation_functions", None)
 
 
 def manager() -> saekit.PluginManager:
@@ -199,6 +200,8 @@ def config_of(cls: type, rng: random.Random, depth: int = 0) -> Any:
 def _choice(field: attrs.Attribute[Any], rng: random.Random, depth: int) -> Any:
     """A plugin by its key, or an object of its options; or several."""
     kind = field.metadata[PLUGIN_KIND]
+    if field.default is None and rng.random() < 0.3:
+        return None
     if isinstance(field.default, tuple):
         more = [EveryKind] if kind == "trackers" else []
         return tuple(_one(kind, rng, depth, more) for _ in range(rng.randrange(3)))

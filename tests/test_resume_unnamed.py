@@ -190,7 +190,7 @@ def test_one_none_among_the_options(tmp_path: Path) -> None:
 
 
 TINY = [
-    "training.training_tokens=8000", "training.train_batch_size_tokens=128", "dataset.context_size=32",
+    "training.training_tokens=12000", "training.train_batch_size_tokens=128", "dataset.context_size=32",
     "activations.source.store_batch_size_prompts=4", "activations.source.n_batches_in_buffer=8", "sae.d_sae=64",
     "evals.n_contexts=4", "training.verbose=false", "training.log_frequency=1", "checkpoints.every_minutes=0.002",
 ]  # fmt: skip

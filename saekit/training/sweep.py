@@ -66,6 +66,8 @@ def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dic
     table = ConfigConverter(plugins).unstructure(config)
     found: dict[str, Any] = {}
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        if not field.init:
+            continue
         path, value = prefix + field.name, getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is not None and not isinstance(value, tuple):

@@ -204,7 +204,7 @@ def _started(arguments: list[str]) -> subprocess.Popen[str]:
 
 def _stopped(process: subprocess.Popen[str], number: int, steps: int) -> str:
     """What it says when it is stopped after so many more steps."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         if sum(file.read_text().count("\n") for file in Path().glob("runs/*/metrics.jsonl")) >= steps:
             break

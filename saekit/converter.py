@@ -24,6 +24,7 @@ from saekit.config.kinds import (
     is_enum,
     is_list,
     is_literal,
+    is_primitive,
     is_union,
     made_of,
     unwrapped,
@@ -68,7 +69,7 @@ class ConfigConverter:
             (is_list, self._list),
             (is_dict, self._dict),
             (lambda kind: kind is None or kind is type(None), self._none),
-            (lambda kind: kind in PRIMITIVES, structure_primitive),
+            (is_primitive, structure_primitive),
         ]
 
     # ---- reading

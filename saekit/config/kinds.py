@@ -21,6 +21,7 @@ __all__ = [
     "is_enum",
     "is_list",
     "is_literal",
+    "is_primitive",
     "is_union",
     "made_of",
     "unwrapped",
@@ -81,6 +82,10 @@ def is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
+def is_primitive(kind: Any) -> bool:
+    return _in(kind, PRIMITIVES)
+
+
 def is_list(kind: Any) -> bool:
     return _in(made_of(kind), LISTS)
 
@@ -109,7 +114,7 @@ def inner_class(kind: Any) -> type | None:
 def words(kind: Any) -> str:
     """What an option of this type takes, for messages."""
     kind = unwrapped(kind)
-    if _in(kind, PRIMITIVES):
+    if is_primitive(kind):
         return PRIMITIVES[kind]
     if is_union(kind):
         return " or ".join(dict.fromkeys(words(member) for member in get_args(kind) if member is not type(None)))

@@ -13,13 +13,13 @@ import attrs
 
 from saekit.config.fields import PLUGIN_KIND
 from saekit.config.kinds import (
-    PRIMITIVES,
     is_any,
     is_class,
     is_dict,
     is_enum,
     is_list,
     is_literal,
+    is_primitive,
     is_union,
     unwrapped,
     words,
@@ -86,7 +86,7 @@ def _annotation(cls: type, field: attrs.Attribute[Any]) -> tuple[Any, str | None
 def _reason(kind: Any) -> str | None:
     """Why no file can hold a value of type ``kind``, or None."""
     kind = unwrapped(kind)
-    if is_any(kind) or kind is None or kind is type(None) or kind is Path or is_class(kind) or _known(kind):
+    if is_any(kind) or kind is None or kind is type(None) or kind is Path or is_class(kind) or is_primitive(kind):
         return None
     if is_literal(kind):
         wrong = [option for option in get_args(kind) if type(option) not in (str, int, bool, type(None))]
@@ -101,13 +101,6 @@ def _reason(kind: Any) -> str | None:
         keys, values = get_args(kind) or (str, Any)
         return _key_reason(unwrapped(keys)) or _reason(values)
     return f"is of the type {words(kind)}, which no configuration file can hold; use {_ALLOWED}"
-
-
-def _known(kind: Any) -> bool:
-    try:
-        return kind in PRIMITIVES
-    except TypeError:  # it has no hash
-        return False
 
 
 def _first(reasons: Iterable[str | None]) -> str | None:
@@ -134,7 +127,7 @@ def _ambiguous(union: Any) -> str | None:
     members = [unwrapped(member) for member in get_args(union)]
     for index, member in enumerate(members):
         for other in members[index + 1 :]:
-            plain = all(is_literal(one) or _known(one) for one in (member, other))
+            plain = all(is_literal(one) or is_primitive(one) for one in (member, other))
             if not plain and (both := _forms(member) & _forms(other)):
                 return (
                     f"may be {words(member)} or {words(other)}, which a file cannot tell apart: both are written as a "

@@ -75,7 +75,9 @@ class Golden:
         config = dict(self.config)
         lr, beta1, window = config.pop("lr"), config.pop("adam_beta1"), config.pop("dead_feature_window")
         scale = 1.7 if config.pop("normalize_activations", None) else 1.0
-        options = {"aux_loss_coefficient": 1.0} | {key.removeprefix("topk_"): value for key, value in config.items()}
+        options = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"} | {
+            key.removeprefix("topk_"): value for key, value in config.items()
+        }
         kind = TopKConfig if self.kind == "topk" else BatchTopKConfig
         sae = built(kind(d_sae=128, dtype="float64", **options), 32)
         with torch.no_grad():
@@ -275,8 +277,7 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, kind: str, scaled: s
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(SAE.load(first.folder / "sae")(x), first.sae(x), atol=1e-4)
     follow = {"from_pretrained_path": str(first.folder / "sae"), "lr": 1e-12, "training_tokens": 256}
-    options = {**sae, "decoder_heuristic_init": False, "init_encoder_as_decoder_transpose": False}
-    second = run(tmp_path / "two", sae=options, activations=activations, training=follow)
+    second = run(tmp_path / "two", sae=sae, activations=activations, training=follow)
     if kind == "topk":
         assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learnt at this rate"
     else:

@@ -13,8 +13,9 @@ __all__ = ["OptimiserConfig"]
 class OptimiserConfig:
     """Adam."""
 
-    beta1: float = attrs.field(default=0.0, validator=below_1)
-    """Decay of the gradient's mean."""
+    beta1: float | None = attrs.field(default=None, validator=below_1)
+    """Decay of the gradient's mean.  None: what suits the architecture: 0 for `standard`, 0.9 for `topk` and
+    `batchtopk`."""
     beta2: float = attrs.field(default=0.999, validator=below_1)
     """Decay of the gradient's square."""
     eps: float = attrs.field(default=1e-8, validator=positive)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import attrs
 
@@ -15,6 +15,9 @@ __all__ = ["SAEConfig"]
 @attrs.frozen(kw_only=True)
 class SAEConfig:
     """What every SAE architecture has.  Architecture plugins derive their options from this class."""
+
+    adam_beta1: ClassVar[float] = 0.0
+    """What `optimiser.beta1` is for this architecture unless it is set."""
 
     d_in: int | None = attrs.field(default=None, validator=a_size)
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""

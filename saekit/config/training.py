@@ -46,8 +46,9 @@ class TrainingConfig:
     """Compile the SAE's training step in plain torch with `torch.compile`."""
     compile_mode: CompileMode = "default"
     """torch's mode of compilation."""
-    dead_feature_window: int = attrs.field(default=1000, validator=at_least_1)
-    """A feature is dead when it has not fired for more steps than this."""
+    dead_feature_window: int | None = attrs.field(default=None, validator=at_least_1)
+    """A feature is dead when it has not fired for more steps than this.  None: 1000, or a tenth of all steps if that is
+    fewer, so that dead features can be trained in short runs, too."""
     feature_sampling_window: int = attrs.field(default=2000, validator=at_least_1)
     """Steps over which firing fractions are counted before they are logged and counted anew."""
     log_frequency: int = attrs.field(default=10, validator=at_least_1)
@@ -75,6 +76,11 @@ class TrainingConfig:
     def steps(self) -> int:
         """The number of steps, fine-tuning's included; the last batch may be smaller than the others."""
         return -(-self.total_tokens // self.train_batch_size_tokens)
+
+    @property
+    def dead_after(self) -> int:
+        """Steps without firing after which a feature is dead."""
+        return self.dead_feature_window or min(1000, max(self.steps // 10, 1))
 
     @property
     def total_tokens(self) -> int:

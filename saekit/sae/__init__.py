@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saekit.sae.init import geometric_median
     from saekit.sae.kernels import Encoder, Features, active_groups, dense_above
     from saekit.sae.largest import batch_top, top_groups
-    from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors
+    from saekit.sae.maths import auxk_loss, ghost_loss, sparsity_penalty, spread, squared_errors, variance_ratio
     from saekit.sae.module import SAE
     from saekit.sae.penalty import SparsityPenalty
     from saekit.sae.records import SAEInfo, StepInput, StepOutput
@@ -45,6 +45,7 @@ __all__ = [
     "spread",
     "squared_errors",
     "top_groups",
+    "variance_ratio",
     "why_no_screen",
 ]
 
@@ -54,7 +55,7 @@ _MODULES = {
     "init": ["geometric_median"],
     "kernels": ["Encoder", "Features", "active_groups", "dense_above"],
     "largest": ["batch_top", "top_groups"],
-    "maths": ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"],
+    "maths": ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors", "variance_ratio"],
     "module": ["SAE"],
     "records": ["SAEInfo", "StepInput", "StepOutput"],
     "penalty": ["SparsityPenalty"],

@@ -18,7 +18,7 @@ __all__ = ["add_auxk"]
 
 
 def add_auxk(
-    fast: FastStep, x: Tensor, dead: Tensor, k: int, coefficient: float, norms: Tensor | None = None
+    fast: FastStep, x: Tensor, dead: Tensor, k: int, coefficient: float | Tensor, norms: Tensor | None = None
 ) -> Tensor:
     """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all of ``x``.
 

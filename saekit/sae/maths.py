@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors"]
+__all__ = ["auxk_loss", "ghost_loss", "sparsity_penalty", "spread", "squared_errors", "variance_ratio"]
 
 _EPS = 1e-6
 
@@ -78,3 +78,15 @@ def auxk_loss(
     chosen = torch.zeros_like(pre).scatter(1, features, pre.gather(1, features).where(values > -torch.inf, 0))
     errors = (chosen @ decoder - residual).pow(2).sum(-1)
     return errors.mean() * (dead.sum().to(pre.dtype) / k).clamp_max(1)
+
+
+def variance_ratio(x: Tensor, output: Tensor) -> Tensor:
+    """The variance of ``x [n, d]`` in units of that of ``x − output``, both summed over ``d``: a scalar, detached.
+
+    AuxK times this weighs, beside ``Σ (x̂ − x)²``, what it weighs in Gao et al. 2024 beside a loss in units of the
+    variance of ``x``: there both terms are in units of the variance of their own targets.  0 if nothing is left over.
+    """
+    x, residual = x.detach(), (x - output).detach()
+    whole, left = ((values - values.mean(0)).pow(2).sum() for values in (x, residual))
+    ratio: Tensor = (whole / left).nan_to_num(0, posinf=0)
+    return ratio

@@ -36,7 +36,7 @@ class Optimiser:
         ]
         self._clip = config.clip_grad_norm
         self._schedule = schedule
-        betas = (float(config.beta1), float(config.beta2))
+        betas = (float(config.beta1 or 0), float(config.beta2))
         # In float64 runs are compared to the last digits, and torch's plain loop has the order of operations of others.
         self._fused = all(parameter.dtype != torch.float64 for parameter in self._parameters)
         self._adam = torch.optim.Adam(self._shown, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)

@@ -154,9 +154,9 @@ class _Planner:
             f"{training.steps:,} steps of {training.train_batch_size_tokens:,} tokens, "
             f"{training.total_tokens:,} in all{tuned}"
         )
-        if training.dead_feature_window >= training.steps:
+        if training.dead_after >= training.steps:
             self.warnings.append(
-                f"training.dead_feature_window is {training.dead_feature_window}, so in {training.steps} steps no "
+                f"training.dead_feature_window is {training.dead_after}, so in {training.steps} steps no "
                 "feature is ever counted as dead"
             )
         if training.feature_sampling_window > training.steps:

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.config import ALWAYS_TRACKED, SAME_AT_START, PluginChoice, SAEConfig, TrainConfig
+from saekit.config import ALWAYS_TRACKED, SAME_AT_START, OptimiserConfig, PluginChoice, SAEConfig, TrainConfig
 from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
@@ -95,7 +95,9 @@ def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None =
     return options, start
 
 
-_INITIAL = ("decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose")
+_INITIAL = (
+    "decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose", "b_dec_init_method",
+)  # fmt: skip
 
 
 def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: PluginManager) -> None:
@@ -105,10 +107,8 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: P
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
         for name in _INITIAL
-        if getattr(options, name)
+        if getattr(options, name) not in (False, "zeros", attrs.fields_dict(type(options))[name].default)
     ]
-    if options.b_dec_init_method != "zeros":
-        problems.append(("sae.b_dec_init_method", f"chooses a start, but training starts from {where}; leave it out"))
     wanted = unconverted(options)
     architecture = plugins.find("sae_architectures", config.sae).key
     for name, own, saved in (
@@ -198,10 +198,10 @@ def make_trainer(
         name=name,
         sae=sae,
         site=config.site,
-        optimiser=Optimiser(sae.named_parameters(), config.optimiser, schedule),
+        optimiser=Optimiser(sae.named_parameters(), _adam(config, options), schedule),
         firing=FiringStatistics(
             sae.d_sae,
-            dead_after=training.dead_feature_window,
+            dead_after=training.dead_after,
             window=training.feature_sampling_window,
             device=device,
         ),
@@ -209,6 +209,13 @@ def make_trainer(
         device=device,
         training=training,
     )
+
+
+def _adam(config: TrainConfig, options: SAEConfig) -> OptimiserConfig:
+    """Adam's options, with what is left to the architecture."""
+    if config.optimiser.beta1 is not None:
+        return config.optimiser
+    return attrs.evolve(config.optimiser, beta1=options.adam_beta1)
 
 
 def give_weights(
@@ -221,7 +228,8 @@ def give_weights(
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
     normalised = config.activations.normalize_activations != "none"
-    sample = peek()[config.site].cpu() if normalised or options.b_dec_init_method != "zeros" else None
+    initial = start is None and options.b_dec_init_method != "zeros"
+    sample = peek()[config.site].cpu() if normalised or initial else None
     if sample is not None:
         check_contexts(len(sample), corpus.context_size)
     if normalised and sample is not None:

@@ -98,7 +98,7 @@ class SAETrainer:
 
     def _gradients(self, x: Tensor) -> StepOutput:
         dead: Tensor | None = self.firing.dead()
-        if x.device.type != "cpu" and self.step <= self.training.dead_feature_window:
+        if x.device.type != "cpu" and self.step <= self.training.dead_after:
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(step=self.step, generator=self.generator, dead=dead)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.training.autocast):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import attrs
 
@@ -22,10 +22,15 @@ _at_least_1 = check(lambda value: value >= 1, "1 or more")
 class TopKConfig(SAEConfig):
     """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
 
+    adam_beta1: ClassVar[float] = 0.9
+
     k: int = attrs.field(default=32, validator=_at_least_1)
     """Active features of a row."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
-    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  sae-lens has 1."""
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none."""
+    aux_loss_normalization: Literal["residual_variance", "none"] = "residual_variance"
+    """`residual_variance`: AuxK counts in units of the variance that it can explain, as in the paper.  `none`: as a sum
+    of squares, as in sae-lens, whose coefficient is 1."""
     k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
     """Dead features of a row that AuxK trains.  None: half of `d_in`."""
     rescale_acts_by_decoder_norm: bool = attrs.field(default=True, metadata={SAME_AT_START: True})
@@ -36,6 +41,9 @@ class TopKConfig(SAEConfig):
     """Start from Gaussian decoder rows of norm 0.1."""
     init_encoder_as_decoder_transpose: bool = True
     """Start from `W_enc = W_dec.T`."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median"] = "mean"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  Where the mean is large, as
+    with outlier dimensions, the same few features are the largest of every row unless it is taken off."""
 
 
 @hookimpl

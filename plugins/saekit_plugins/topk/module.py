@@ -23,6 +23,7 @@ from saekit.sae import (
     screen_for,
     squared_errors,
     top_groups,
+    variance_ratio,
 )
 from saekit_plugins.topk import TopKConfig
 
@@ -62,7 +63,7 @@ class TopKSAE(SAE):
         if step.dead is not None and self.config.aux_loss_coefficient and self._may_be_any(step.dead):
             decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
             aux = auxk_loss(pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms())
-            aux = aux * self.config.aux_loss_coefficient
+            aux = aux * self.aux_weight(x, output)
         return StepOutput(
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
@@ -83,6 +84,11 @@ class TopKSAE(SAE):
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
         """What the features of a training step change in the SAE; and what is logged of it."""
         return {}
+
+    def aux_weight(self, x: Tensor, output: Tensor) -> float | Tensor:
+        """What AuxK is multiplied by, for ``x`` and its reconstructions ``output``, ``[n, d_in]`` both."""
+        coefficient = self.config.aux_loss_coefficient
+        return coefficient if self.config.aux_loss_normalization == "none" else coefficient * variance_ratio(x, output)
 
     @property
     def k_aux(self) -> int:
@@ -111,7 +117,7 @@ class TopKSAE(SAE):
         if coefficient and step.dead is not None:
             dead = step.dead.nonzero().squeeze(1)
             if len(dead):
-                aux = add_auxk(fast, x, dead, self.k_aux, coefficient, norms)
+                aux = add_auxk(fast, x, dead, self.k_aux, self.aux_weight(x, fast.output), norms)
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 

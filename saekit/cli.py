@@ -261,14 +261,13 @@ def _cache_verify(
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and a sample of each file, not all of it.")] = False,
 ) -> None:
     """Compare every file of a cache with its checksum."""
-    from pathlib import Path
-
     from saekit.data.cache.manifest import Manifest, verify_cache
+    from saekit.paths import as_path
     from saekit.progress import ProgressDisplay
 
-    size = Manifest.load(Path(folder)).nbytes
+    size = Manifest.load(as_path(folder)).nbytes
     with ProgressDisplay(size, doing="verifying", unit="bytes") as progress:
-        manifest = verify_cache(Path(folder), full=not quick, report=progress.update)
+        manifest = verify_cache(as_path(folder), full=not quick, report=progress.update)
     typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows:,} activations per site, all as written")
 
 

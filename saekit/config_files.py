@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import attrs
 
 from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
+from saekit.config.formats import READERS, read_toml, toml_value, write
+from saekit.config.merging import Place, set_option, tables
+from saekit.config.values import shown, too_nested
 from saekit.converter import ConfigConverter
 from saekit.describe import field_docs
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
+from saekit.paths import as_path
 
 __all__ = [
     "apply_overrides",
@@ -27,6 +30,7 @@ __all__ = [
 ]
 
 C = TypeVar("C")
+_MOST_KEYS = 20
 
 
 @overload
@@ -57,33 +61,40 @@ def load_config(
     dotted path.
     """
     name = "the configuration"
+    plugins = plugins or default_manager()
     if isinstance(source, kind):
-        table: Mapping[str, Any] = ConfigConverter(plugins or default_manager()).unstructure(source, qualify=False)
+        table: Mapping[str, Any] = ConfigConverter(plugins).unstructure(source, qualify=False)
     elif isinstance(source, Mapping):
         table = source
     elif isinstance(source, (str, Path)):
-        table, name = read_table(Path(source)), str(source)
+        table, name = read_table(as_path(source)), str(source)
     else:
         raise ConfigError(
             f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
-    table = apply_overrides(table, overrides)
-    return ConfigConverter(plugins or default_manager()).structure(table, kind, name)
+    if overrides := list(overrides):
+        table = apply_overrides(table, overrides, kind=kind, plugins=plugins)
+        name += "" if isinstance(source, (kind, Mapping)) else ", with the changes that were given"
+    return ConfigConverter(plugins).structure(table, kind, name)
 
 
 def read_table(path: Path) -> dict[str, Any]:
     """The table in a ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file."""
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in _READERS) if path.parent.is_dir() else []
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if _is_folder(path.parent) else []
         hint = f"; in that folder there are {', '.join(beside)}" if beside else ""
         raise ConfigError(f"there is no configuration file {path}{hint}. `saekit config > run.toml` writes one")
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ConfigError(f"{path} is not a configuration file: the name must end in {', '.join(_READERS)}")
+        raise ConfigError(f"{path} is not a configuration file: the name must end in {', '.join(READERS)}")
     try:
-        table = reader(path.read_text(encoding="utf-8"))
-    except (ValueError, _yaml_error()) as error:
+        table = reader(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply, as no configuration is") from None
     if table is None:
         return {}
     if not isinstance(table, dict):
@@ -91,50 +102,35 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _read_yaml(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
-def _yaml_error() -> type[Exception]:
-    import yaml
+def apply_overrides(
+    table: Mapping[str, Any],
+    overrides: Iterable[str],
+    *,
+    kind: type | None = None,
+    plugins: PluginManager | None = None,
+) -> dict[str, Any]:
+    """A copy of ``table`` with ``section.option=value`` set.  Values are TOML; what is not TOML is a text.
 
-    return yaml.YAMLError
-
-
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".toml": tomllib.loads,
-    ".yaml": _read_yaml,
-    ".yml": _read_yaml,
-    ".json": json.loads,
-}
-
-
-def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of ``table`` with ``section.option=value`` set.  Values are TOML; what is not TOML is a text."""
-    result = _copied(table)
+    ``kind`` is the class that the table is of: a table that is given for one of its sections (``training={lr=3}``)
+    leaves the rest of the section as it is.
+    """
+    plugins = plugins or default_manager()
+    if problem := too_nested(table):
+        raise ConfigError(f"the configuration {problem}")
+    result: dict[str, Any] = tables(table, plugins)
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
-        set_option(result, path.strip(), _parsed(text.strip()))
+        if len(keys) > _MOST_KEYS:
+            raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")
+        set_option(result, path.strip(), _parsed(text.strip()), Place(kind, plugins))
     return result
-
-
-def set_option(table: dict[str, Any], path: str, value: Any) -> None:
-    """Set the option at a dotted ``path`` of ``table``, in place."""
-    *keys, last = path.split(".")
-    for key in keys:
-        inner = table.get(key, {})
-        if isinstance(inner, str):  # a plugin chosen by key: its options go beside the name
-            inner = {"name": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{path}: {key} is {inner!r}, which has no options to set")
-        table[key] = inner
-        table = inner
-    table[last] = value
 
 
 def parse_grid(axes: Iterable[str]) -> dict[str, list[Any]]:
@@ -172,38 +168,20 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-
-
 def _parsed(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = read_toml(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return read["value"] if set(read) == {"value"} else text  # a line break in a text begins no other option
 
 
 def dump_config(
     config: TrainConfig | PretokenizeConfig, form: str = "toml", *, plugins: PluginManager | None = None
 ) -> str:
     """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
-    table = ConfigConverter(plugins or default_manager()).unstructure(config)
-    if form == "json":
-        return json.dumps(table, indent=2) + "\n"
-    if form == "yaml":
-        import yaml
-
-        return str(yaml.safe_dump(table, sort_keys=False))
-    import tomli_w
-
-    return tomli_w.dumps(_without_null(table))
-
-
-def _without_null(value: Any) -> Any:
-    """TOML has no null: every option that may be None has None as its default, so leaving it out says the same."""
-    if isinstance(value, Mapping):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+    converter = ConfigConverter(plugins or default_manager())
+    return write(converter.unstructure(config, spare=form == "toml"), form)
 
 
 def commented_toml(kind: str = "train", *, plugins: PluginManager | None = None) -> str:
@@ -223,8 +201,9 @@ def _comment_class(
     if path:
         lines += ["", *_comment(doc), f"[{'.'.join(path)}]"]
     if name:
-        lines.append(f"name = {_toml(name)}")
-    tables = []
+        lines.append(f"name = {toml_value(name)}")
+    plain = ConfigConverter(manager).unstructure(config, qualify=True)
+    below = []
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)
         chosen = ""
@@ -232,23 +211,13 @@ def _comment_class(
         if kind and isinstance(value, str) and attrs.fields(manager.get(kind, value).entry.config):
             chosen, value = value, manager.options(kind, value)
         if attrs.has(type(value)):
-            tables.append((field.name, value, chosen))
-            continue
-        lines += _comment(docs.get(field.name, ""))
-        lines.append(f"# {field.name} =" if value is None else f"{field.name} = {_toml(value)}")
-    for field_name, value, chosen in tables:
+            below.append((field.name, value, chosen))
+        elif field.init:
+            lines += _comment(docs.get(field.name, ""))
+            lines.append(f"# {field.name} =" if value is None else f"{field.name} = {toml_value(plain[field.name])}")
+    for field_name, value, chosen in below:
         _comment_class(value, (*path, field_name), manager, lines, chosen, docs.get(field_name, ""))
 
 
 def _comment(doc: str) -> list[str]:
     return [f"# {line.strip()}" for line in doc.splitlines() if line.strip()]
-
-
-def _toml(value: object) -> str:
-    import tomli_w
-
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return tomli_w.dumps({"v": value})[4:].strip()

@@ -7,11 +7,14 @@ import inspect
 import itertools
 import textwrap
 import types
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
 from saekit.config import PLUGIN_KIND
+from saekit.config.kinds import is_enum, unwrapped
+from saekit.config.values import enum_value, plain
 
 __all__ = ["FieldInfo", "describe_fields", "field_docs"]
 
@@ -58,6 +61,7 @@ def describe_fields(cls: type) -> list[FieldInfo]:
     return [
         FieldInfo(field.name, _type_text(field), _default(field), docs.get(field.name, ""))
         for field in attrs.fields(cls)
+        if field.init
     ]
 
 
@@ -66,7 +70,9 @@ def _default(field: attrs.Attribute[Any]) -> object:
         return ...
     # attrs declares Factory as a function to type checkers, so isinstance cannot be used on it
     default: Any = field.default
-    return default.factory() if type(default).__name__ == "Factory" else default
+    if type(default).__name__ == "Factory":
+        return ... if default.takes_self else plain(default.factory())
+    return plain(default)
 
 
 def _type_text(field: attrs.Attribute[Any]) -> str:
@@ -77,8 +83,12 @@ def _type_text(field: attrs.Attribute[Any]) -> str:
 
 
 def _words(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(repr(option).replace("'", '"') for option in get_args(kind))
+    kind = unwrapped(kind)
+    if get_origin(kind) is Literal or is_enum(kind):
+        options = map(enum_value, kind) if is_enum(kind) else get_args(kind)
+        return " or ".join(repr(option).replace("'", '"') for option in options)
+    if kind is Path:
+        return "path"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_words(member) for member in get_args(kind))
     if kind is type(None):

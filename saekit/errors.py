@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,14 +30,18 @@ class SaekitError(Exception):
 
 
 class ConfigError(SaekitError, ValueError):
-    """A configuration that cannot be used.  ``problems`` holds ``(dotted path, message)`` for every fault found."""
+    """A configuration that cannot be used.  ``problems`` holds ``(dotted path, message)`` for every fault found.
+
+    ``source`` is where the configuration is from: a file, or words such as "the configuration".  A file is named
+    whenever there is a problem, words where there are several.
+    """
 
     def __init__(self, problems: Sequence[tuple[str, str]] | str, source: str = "the configuration") -> None:
         self.problems = [("", problems)] if isinstance(problems, str) else list(problems)
         self.source = source
         lines = [f"{path}: {message}" if path else message for path, message in self.problems]
         if len(lines) == 1:
-            super().__init__(lines[0])
+            super().__init__(lines[0] if source.startswith("the ") else f"{lines[0]} (in {source})")
         else:
             super().__init__("\n".join([f"{source} has {len(lines)} problems:", *(f"  - {line}" for line in lines)]))
 
@@ -102,9 +107,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         newest: Path | None = None,
     ) -> None:
         """``newest`` is the checkpoint to go on from, if there is one, and ``problem`` why it is not of this step."""
-        on = f"go on from {newest} with: saekit train --resume {run}" if newest else "there is none to go on from"
+        command = f"saekit train --resume {shlex.quote(str(run))}"
+        on = f"go on from {newest} with: {command}" if newest else "there is none to go on from"
         if checkpoint is not None and checkpoint == newest:
-            where = f"saved in {checkpoint}. Go on with: saekit train --resume {run}"
+            where = f"saved in {checkpoint}. Go on with: {command}"
         elif checkpoint is not None:
             where = f"the SAEs are saved in {checkpoint}, without what training needs; {on}"
         elif problem is not None:

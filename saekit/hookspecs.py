@@ -58,7 +58,8 @@ def saekit_register_lr_schedules() -> Iterable[Entry]:
     """Learning rates (``lr_schedule``).
 
     ``build(config, *, lr: float, steps: int) -> LRSchedule``: the main schedule's own ``steps`` steps, from the peak
-    ``lr``.  The kernel puts the linear warm-up before and the linear decay after it.
+    ``lr``.  The kernel puts the linear warm-up before and the linear decay after it, and keeps the last rate when a
+    run takes more steps than it was to (its batches were not full).
     """
 
 

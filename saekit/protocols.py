@@ -96,7 +96,11 @@ class LRSchedule(Protocol):
     """The rate from which the linear decay to zero starts."""
 
     def __call__(self, step: int) -> float:
-        """The learning rate at the main part's own ``step``, from 0."""
+        """The learning rate at the main part's own ``step``, from 0.
+
+        It is never asked for a step beyond the ``steps`` that it was built for: a run that takes more keeps the rate of
+        its last one.
+        """
 
 
 @attrs.frozen(eq=False)

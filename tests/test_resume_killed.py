@@ -46,6 +46,7 @@ def setup(name: str, cache: str) -> Any:
         "live, ahead, seldom": (SOURCES["live, ahead"], SELDOM),
         "cached, always": (SOURCES["cached, ahead"], ALWAYS),
         "cached, seldom": (SOURCES["cached"], SELDOM),
+        "unnamed, always": (SOURCES["live, ahead"], ALWAYS),
         "sweep, always": (SOURCES["live, ahead"], ALWAYS),
         "sweep, seldom": (SOURCES["live, ahead"], SELDOM),
         "warm-up sweep": (SOURCES["live"], SELDOM),
@@ -57,9 +58,16 @@ def setup(name: str, cache: str) -> Any:
         "training": {"train_batch_size_tokens": 256 if "sweep" in name else 128},
     }
     config = fake_config(Path("runs"), source, **sections)
+    if name.startswith("unnamed"):
+        del config["checkpoints"]["name"]
     if "sweep" not in name:
         return config
     return saekit.grid(config, {"training.seed": [1, 2], "site.hook_name": HOOKS}, plugins=manager())
+
+
+def run_in(folder: Path) -> Path:
+    """The run folder, whatever its name."""
+    return next((found for found in (folder / "runs").glob("[!.]*") if found.is_dir()), folder / "runs/run")
 
 
 # ---- the process that is forked
@@ -110,15 +118,15 @@ def run(order: dict[str, Any]) -> None:
         if left:
             sys.addaudithook(count)
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="the run in runs/run was stopped before its first checkpoint")
+        warnings.filterwarnings("ignore", message="the run in runs/.* was stopped before its first checkpoint")
         if order["resume"]:
-            resume(Path("runs/run"))
+            resume(run_in(Path()))
         else:
             train(setup(order["setup"], order["cache"]))
         code = 0
         Path("operations.txt").write_text(str(NEVER - left))
     except BaseException as error:
-        if isinstance(error, saekit.ConfigError) and str(error).startswith("the run in runs/run is finished. To train"):
+        if isinstance(error, saekit.ConfigError) and "is finished. To train it longer, raise" in str(error):
             Path("finished").touch()
             os._exit(0)
         Path("failure.txt").write_text(traceback.format_exc())
@@ -175,6 +183,7 @@ SETUPS = [
     "live, ahead, seldom",
     "cached, always",
     "cached, seldom",
+    "unnamed, always",
     "sweep, always",
     "sweep, seldom",
 ]
@@ -194,7 +203,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path, server:
     started = time.monotonic()
     assert not server(tmp_path / "whole", name, resume=False, kill_at=NEVER)
     took, touched = time.monotonic() - started, int((tmp_path / "whole/operations.txt").read_text())
-    wanted = contents(tmp_path / "whole/runs/run")
+    wanted = contents(run_in(tmp_path / "whole"))
     assert not [path for path in wanted if "/." in f"/{path}"]
     kills, trials, steps = 0, 0, list[int]()
     while kills < max(TRIALS // len(SETUPS), 1):
@@ -216,11 +225,11 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path, server:
             if not killed:
                 break
             kills += 1
-            steps.append(newest(folder / "runs/run"))
-            resume = (folder / "runs/run/run.json").exists()
+            steps.append(newest(run_in(folder)))
+            resume = (run_in(folder) / "run.json").exists()
             if not resume:  # killed before there was anything: the name is free once the folder is removed
                 shutil.rmtree(folder / "runs", ignore_errors=True)
-        found = contents(folder / "runs/run")
+        found = contents(run_in(folder))
         if (folder / "finished").exists():  # it was killed after the very last file, when old ones were being removed
             found = {
                 path: summed for path, summed in found.items() if path in wanted or not path.startswith("checkpoints/")

@@ -687,8 +687,9 @@ def test_options_of_one_name_are_told_apart() -> None:
 
 
 @given(
-    paths=st.lists(st.text(min_size=1, max_size=150), min_size=2, max_size=3),
-)
+    paths=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150),
+                   min_size=2, max_size=3),
+)  # fmt: skip
 @settings(max_examples=40)
 def test_names_that_every_file_system_takes(paths: list[str]) -> None:
     found = names(*({"training": {"from_pretrained_path": path}} for path in paths))[1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from saekit import Batch, DataError, Entry, Site, hookimpl
-from saekit.config import check
+from saekit.config import check, path_field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class CachedConfig:
     """Reads activations from disk, memory-mapped; the model does not run."""
 
-    folder: str = attrs.field(default="activations", validator=check(lambda v: bool(v.strip()), "a folder"))
+    folder: str = path_field("activations", validator=check(lambda v: bool(v.strip()), "a folder"))
     """The folder that `saekit cache` wrote (its `activations.cache.folder`)."""
     verify: Literal["quick", "full"] = "quick"
     """What is compared with the checksums before the first row is used: sizes and a sample of each file, or all."""

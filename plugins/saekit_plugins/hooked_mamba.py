@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
+from saekit.config import path_field
 from saekit.devices import resolve_device
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class HookedMambaOptions:
     """A Mamba model in the original layout (`config.json`, `pytorch_model.bin`), or one passed from code."""
 
-    tokenizer: str = "EleutherAI/gpt-neox-20b"
+    tokenizer: str = path_field("EleutherAI/gpt-neox-20b")
     """A folder or Hub name for the tokenizer; Mamba's own models use this default."""
     from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Must be empty: HookedMamba's constructor takes nothing beside the name, the device and the tokenizer."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from saekit.data import ShuffleBuffer, StreamContext
 
-_positive = check(lambda value: value >= 1, "1 or more")
+_positive = check(lambda value: value >= 1, "1 or more", most=2**24)
 
 
 @attrs.frozen(kw_only=True)

@@ -1,7 +1,8 @@
 """The configuration: frozen data, nested by owner.  Nothing here imports torch, logs or touches a file.
 
 Fields made by :func:`plugin_field` hold a plugin's key (``"cosine"``, ``"saekit:cosine"``) or an instance of its own
-options class (``CosineConfig(end=0.1)``).  :mod:`saekit.converter` reads, checks and writes all of it.
+options class (``CosineConfig(end=0.1)``); in those made by :func:`path_field`, ``~`` is expanded.
+:mod:`saekit.converter` reads, checks and writes all of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from saekit.config.fields import (
     PluginChoice,
     Token,
     check,
+    path_field,
     plugin_field,
 )
 from saekit.config.model import ModelConfig
@@ -52,5 +54,6 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "check",
+    "path_field",
     "plugin_field",
 ]

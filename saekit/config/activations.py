@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from saekit.config.fields import Dtype, PluginChoice, at_least_1, check, not_empty, plugin_field
+from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
 from saekit.site import Site
 
 __all__ = ["ActivationsConfig", "CacheConfig"]
@@ -16,7 +16,7 @@ __all__ = ["ActivationsConfig", "CacheConfig"]
 class CacheConfig:
     """What `saekit cache` writes.  Training reads it with `activations.source = {name = "cached", folder = ...}`."""
 
-    folder: str = attrs.field(default="activations", validator=not_empty)
+    folder: str = path_field("activations", validator=not_empty)
     """The folder to write, or to go on with."""
     tokens: int | None = attrs.field(default=None, validator=at_least_1)
     """Activation vectors to write, rounded up to whole contexts.  None: `training.training_tokens`."""
@@ -24,7 +24,7 @@ class CacheConfig:
     """Sites to write in the same pass beside `site`."""
     dtype: Dtype | None = None
     """The type of the numbers on disk.  None: what the model gives."""
-    batch_size_prompts: int = attrs.field(default=16, validator=at_least_1)
+    batch_size_prompts: int = attrs.field(default=16, validator=a_size)
     """Contexts in one forward of the model."""
     shard_megabytes: int = attrs.field(
         default=2048, validator=check(lambda v: 1 <= v <= 8192, "1 to 8192, which can be mapped into little memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from saekit.config.fields import at_least_0, not_empty
+from saekit.config.fields import at_least_0, not_empty, path_field
 
 __all__ = ["CheckpointsConfig"]
 
@@ -13,7 +13,7 @@ __all__ = ["CheckpointsConfig"]
 class CheckpointsConfig:
     """Where a run is kept."""
 
-    folder: str = attrs.field(default="runs", validator=not_empty)
+    folder: str = path_field("runs", validator=not_empty)
     """The folder that holds the run folders."""
     name: str | None = None
     """The run folder's name, which must be new.  None: the date, the site and a number that is free."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from saekit.config.fields import Token, check, not_empty
+from saekit.config.fields import Token, check, not_empty, path_field
 from saekit.errors import ConfigError
 
 __all__ = ["DatasetConfig"]
@@ -21,7 +21,7 @@ _token = check(
 class DatasetConfig:
     """The text, and how it becomes contexts."""
 
-    path: str = attrs.field(default="saekit/python-stdlib", validator=not_empty)
+    path: str = path_field("saekit/python-stdlib", validator=not_empty)
     """A dataset on the Hub, a `save_to_disk` folder, or text, JSONL or parquet files.  `saekit/python-stdlib` reads the
     sources of the running Python's standard library."""
     name: str | None = None
@@ -30,13 +30,13 @@ class DatasetConfig:
     """The split to train on."""
     revision: str | None = None
     """The revision of a Hub dataset."""
-    data_files: tuple[str, ...] = ()
+    data_files: tuple[str, ...] = path_field(())
     """The files of a dataset to read, as names or patterns (`["data/part-*.parquet"]`).  Empty: those of the split."""
     streaming: bool = True
     """Read a Hub dataset as it is needed, without downloading all of it first."""
     column: str | None = None
     """The column to read.  None: the first of `tokens`, `input_ids` and `text` that is there."""
-    context_size: int | None = attrs.field(default=None, validator=check(lambda v: v >= 2, "2 or more"))
+    context_size: int | None = attrs.field(default=None, validator=check(lambda v: v >= 2, "2 or more", most=2**24))
     """Tokens in a context, the prepended ones included.  None: that of pretokenised data, else 128."""
     prepend_bos: bool | None = None
     """Begin every context with the BOS token, exactly once.  None: as pretokenised data does, else true."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from saekit.config.fields import PluginChoice, at_least_0, at_least_1, check, plugin_field
+from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
 
 __all__ = ["EvalsConfig"]
 
@@ -17,7 +17,7 @@ class EvalsConfig:
     """What to measure, at the end of training and every `every_n_steps`."""
     every_n_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps between two evals during training; 0: only at the end."""
-    n_contexts: int = attrs.field(default=64, validator=at_least_1)
+    n_contexts: int = attrs.field(default=64, validator=a_size)
     """Held-out contexts to measure on."""
     split: str | None = None
     """A split of the dataset to measure on.  None: one document in `held_out_every` is kept from training."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import attrs
 
 from saekit.errors import ConfigError
+from saekit.paths import expanded
 
 __all__ = [
     "ALWAYS_TRACKED",
@@ -18,11 +21,14 @@ __all__ = [
     "Dtype",
     "PluginChoice",
     "Token",
+    "a_seed",
+    "a_size",
     "at_least_0",
     "at_least_1",
     "below_1",
     "check",
     "not_empty",
+    "path_field",
     "plugin_field",
     "positive",
 ]
@@ -48,22 +54,58 @@ def plugin_field(kind: str, default: Any) -> Any:
     return attrs.field(default=default, metadata={PLUGIN_KIND: kind})
 
 
-def check(test: Callable[[Any], bool], expected: str) -> Callable[[object, Any, Any], None]:
-    """A validator whose error says what was expected and what was found.  None passes."""
+def path_field(default: Any = attrs.NOTHING, *, validator: Callable[[object, Any, Any], None] | None = None) -> Any:
+    """A field that holds a path, or a name that may be one: ``~`` at its beginning is expanded.
+
+    The option stays a text, or a tuple of texts.
+    """
+    return attrs.field(
+        default=default, converter=_expanded, validator=_is_path if validator is None else [_is_path, validator]
+    )
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, (str, os.PathLike)):
+        return expanded(value)
+    return tuple(map(_expanded, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_path(_: object, attribute: Any, value: Any) -> None:
+    if any("\0" in path for path in ([value] if isinstance(value, str) else value or ()) if isinstance(path, str)):
+        raise ConfigError([(attribute.name, f"must be a path, which holds no null characters, found {value!r}")])
+
+
+def check(
+    test: Callable[[Any], bool], expected: str, *, most: float | None = None
+) -> Callable[[object, Any, Any], None]:
+    """A validator whose error says what was expected and what was found.  None passes; inf and nan do not.
+
+    ``most`` is the largest value that makes sense.
+    """
 
     def validate(_: object, attribute: Any, value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError([(attribute.name, f"must be a finite number, {expected}, found {value!r}")])
         try:
             fine = value is None or bool(test(value))
+            large = fine and most is not None and value is not None and value > most
         except TypeError:
-            fine = False
+            fine = large = False
         if not fine:
             raise ConfigError([(attribute.name, f"must be {expected}, found {value!r}")])
+        if large:
+            raise ConfigError([(attribute.name, f"must be at most {most:,}, found {value!r}")])
 
     return validate
 
 
+_COUNT = 10**15
+_SIZE = 2**30
 positive = check(lambda v: v > 0, "above 0")
-at_least_0 = check(lambda v: v >= 0, "0 or more")
-at_least_1 = check(lambda v: v >= 1, "1 or more")
+at_least_0 = check(lambda v: v >= 0, "0 or more", most=_COUNT)
+at_least_1 = check(lambda v: v >= 1, "1 or more", most=_COUNT)
+a_size = check(lambda v: v >= 1, "1 or more", most=_SIZE)
+"""A number of things that are held in memory together."""
+a_seed = check(lambda v: 0 <= v < 2**64, "0 or more, and below 2^64")
 below_1 = check(lambda v: 0 <= v < 1, "at least 0 and below 1")
 not_empty = check(lambda v: bool(v.strip()), "a name, not an empty text")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from saekit.config.fields import CompileMode, Dtype, PluginChoice, not_empty, plugin_field
+from saekit.config.fields import CompileMode, Dtype, PluginChoice, not_empty, path_field, plugin_field
 
 __all__ = ["ModelConfig"]
 
@@ -13,7 +13,7 @@ __all__ = ["ModelConfig"]
 class ModelConfig:
     """The language model whose activations are studied."""
 
-    name: str = attrs.field(default="saekit/tiny-python", validator=not_empty)
+    name: str = path_field("saekit/tiny-python", validator=not_empty)
     """A name that the backend knows, or a folder.  `saekit/tiny-python` ships with saekit."""
     backend: PluginChoice = plugin_field("model_backends", "saekit:HookedTransformer")
     """What loads and runs the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.dataset import DatasetConfig
-from saekit.config.fields import at_least_0, at_least_1
+from saekit.config.fields import a_seed, at_least_1, check, path_field
 from saekit.config.model import ModelConfig
 from saekit.errors import ConfigError
 
@@ -21,9 +21,9 @@ class PretokenizeConfig:
     """The text, and how it becomes contexts."""
     model: ModelConfig = attrs.field(factory=ModelConfig)
     """The model whose tokenizer is used, unless `tokenizer` names another."""
-    tokenizer: str | None = None
+    tokenizer: str | None = path_field(None)
     """A Hugging Face tokenizer, by its folder or name on the Hub; no model is loaded then."""
-    folder: str | None = None
+    folder: str | None = path_field(None)
     """The folder to write, which must be new.  Training reads it with `dataset.path`."""
     hub_repo_id: str | None = None
     """The dataset repository on the Hub to push to, as `owner/name`."""
@@ -33,9 +33,9 @@ class PretokenizeConfig:
     """Make the repository private, if it is new."""
     shuffle: bool = True
     """Shuffle the contexts."""
-    seed: int = attrs.field(default=42, validator=at_least_0)
+    seed: int = attrs.field(default=42, validator=a_seed)
     """Seeds the shuffle."""
-    num_proc: int = attrs.field(default=1, validator=at_least_1)
+    num_proc: int = attrs.field(default=1, validator=check(lambda v: v >= 1, "1 or more", most=1024))
     """Processes that tokenise."""
     max_contexts: int | None = attrs.field(default=None, validator=at_least_1)
     """Stop after this many contexts.  None: all of the data."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import attrs
 
-from saekit.config.fields import NEEDED_TO_LOAD, PLUGIN_KIND, PluginChoice, at_least_1
+from saekit.config.fields import NEEDED_TO_LOAD, PLUGIN_KIND, PluginChoice, a_size, check
 from saekit.errors import ConfigError
 
 __all__ = ["SAEConfig"]
@@ -19,11 +19,11 @@ class SAEConfig:
     adam_beta1: ClassVar[float] = 0.0
     """What `optimiser.beta1` is for this architecture unless it is set."""
 
-    d_in: int | None = attrs.field(default=None, validator=at_least_1, metadata={NEEDED_TO_LOAD: True})
+    d_in: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""
-    d_sae: int | None = attrs.field(default=None, validator=at_least_1, metadata={NEEDED_TO_LOAD: True})
+    d_sae: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
     """The number of features."""
-    expansion_factor: int | None = attrs.field(default=None, validator=at_least_1)
+    expansion_factor: int | None = attrs.field(default=None, validator=check(lambda v: v >= 1, "1 or more", most=2**20))
     """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
     activation: PluginChoice = attrs.field(
         default="saekit:relu", metadata={PLUGIN_KIND: "activation_functions", NEEDED_TO_LOAD: True}

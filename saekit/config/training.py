@@ -6,7 +6,7 @@ from typing import Literal
 
 import attrs
 
-from saekit.config.fields import CompileMode, at_least_0, at_least_1, positive
+from saekit.config.fields import CompileMode, a_seed, a_size, at_least_0, at_least_1, path_field, positive
 from saekit.errors import ConfigError
 
 __all__ = ["TrainingConfig"]
@@ -23,9 +23,9 @@ class TrainingConfig:
     finetuning_method: Literal["scale", "decoder", "unrotated_decoder"] | None = None
     """What learns then: `scale`: a factor for each feature; `decoder`: the factors, `W_dec` and `b_dec`;
     `unrotated_decoder`: the factors and `b_dec`."""
-    from_pretrained_path: str | None = None
+    from_pretrained_path: str | None = path_field(None)
     """Start from the weights of this saved SAE, of any format that `saekit.SAE.load` reads."""
-    train_batch_size_tokens: int = attrs.field(default=4096, validator=at_least_1)
+    train_batch_size_tokens: int = attrs.field(default=4096, validator=a_size)
     """Activation vectors in one step."""
     lr: float = attrs.field(default=4e-4, validator=positive)
     """The peak learning rate."""
@@ -33,7 +33,7 @@ class TrainingConfig:
     """Steps of linear warm-up: step t of w has `lr * (t + 1) / w`."""
     lr_decay_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps of linear decay to zero at the end."""
-    seed: int = attrs.field(default=42, validator=at_least_0)
+    seed: int = attrs.field(default=42, validator=a_seed)
     """Seeds everything that is drawn."""
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""

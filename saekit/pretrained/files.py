@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.errors import SAEFormatError
+from saekit.paths import as_path
 from saekit.pretrained.strict_json import read_object
 from saekit.site import Site
 
@@ -51,7 +52,7 @@ class SAEFiles:
     def in_folder(cls, path: str | Path) -> SAEFiles:
         """The files of a local folder; of a run folder or a checkpoint, those of the one SAE in it."""
         try:
-            folder = Path(path).expanduser()
+            folder = as_path(path)
             if not (folder / "cfg.json").is_file() and (folder / "sae" / "cfg.json").is_file():
                 folder = folder / "sae"
             if not folder.is_dir():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saekit.config import PluginChoice, SAEConfig
 from saekit.errors import SAEFormatError
+from saekit.paths import as_path
 from saekit.protocols import ActivationFunction
 from saekit.sae import inference
 from saekit.sae.hooks import HookPoint
@@ -352,7 +353,7 @@ class SAE(nn.Module):
         """
         from saekit.sae.folder import save_sae
 
-        return save_sae(self, Path(path))
+        return save_sae(self, as_path(path))
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -143,7 +144,7 @@ def _of_checkpoint(
         raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
     old = {}
     for name, config in now.items():
-        place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name or "none"}
+        place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
         table = dict(saes[name]["config"])
         table["checkpoints"] = {**table["checkpoints"], **place}
         old[name] = load_config(table, plugins=plugins)
@@ -193,5 +194,6 @@ def _check_left(
     if checkpoint.facts["finished"] and not left:
         raise ConfigError(
             f"the run in {folder} is finished. To train it longer, raise training.training_tokens and allow it: "
-            f"saekit train --resume {folder} training.training_tokens=... --allow training.training_tokens"
+            f"saekit train --resume {shlex.quote(str(folder))} training.training_tokens=... "
+            "--allow training.training_tokens"
         )

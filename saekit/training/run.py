@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -16,6 +17,7 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import ConfigError, DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.manager import PluginManager, default_manager
+from saekit.paths import as_path
 from saekit.protocols import ModelBackend
 from saekit.sae.memory import release
 from saekit.sae.module import SAE
@@ -152,8 +154,9 @@ def resume(
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
     plugins = plugins or default_manager()
-    with _alone_in(Path(run)):
-        resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
+    run = as_path(run)
+    with _alone_in(run):
+        resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset)
         with (
             seeded(next(iter(resumption.configs.values())).training.seed),
             contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
@@ -286,7 +289,8 @@ def _save_after(
         raise TrainingInterrupted(
             session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
         ) from error
-    on = f"saekit train --resume {record.folder} goes on from" if newest else "there is no checkpoint to go on from"
+    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    on = f"{command} goes on from" if newest else "there is no checkpoint to go on from"
     if saved is not None and saved == newest:
         error.add_note(f"the run as it was before is in {saved}; {on} it")
     elif saved is not None:

@@ -16,6 +16,9 @@ class ComposedSchedule:
 
     Step t of the w warm-up steps has ``lr (t + 1) / w``; the main schedule begins at step w with its own step 0 and
     spans N − w − D steps; step j of the last D has ``(1 − j / D)`` of the main schedule's end rate.
+
+    Training may take more than N steps, where a source gives batches that are not full: from then on the rate is that
+    of step N − 1.  The main schedule is never asked for a step beyond its own.
     """
 
     def __init__(self, training: TrainingConfig, build: Callable[[int], LRSchedule]) -> None:
@@ -29,9 +32,10 @@ class ComposedSchedule:
             )  # fmt: skip
 
     def __call__(self, step: int) -> float:
-        """The learning rate of optimiser step ``step``, which must be one of the N."""
-        if not 0 <= step < self._steps:
-            raise ValueError(f"step {step} is outside the schedule's {self._steps} steps")
+        """The learning rate of optimiser step ``step``, from 0."""
+        if step < 0:
+            raise ValueError(f"step {step} is before the first step, 0")
+        step = min(step, self._steps - 1)
         if step < self._warm_up:
             return self._lr * (step + 1) / self._warm_up
         into_decay = step - (self._steps - self._decay)

@@ -11,11 +11,13 @@ from typing import Any
 import attrs
 
 from saekit.config import PLUGIN_KIND, TrainConfig
-from saekit.config_files import load_config, read_table, set_option
+from saekit.config.merging import Place, set_option, tables
+from saekit.config.values import plain, too_nested
+from saekit.config_files import load_config, read_table
 from saekit.converter import ConfigConverter
-from saekit.errors import ConfigError, SaekitError
+from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
-from saekit.registry import KINDS
+from saekit.paths import as_path
 
 __all__ = ["changed_options", "grid", "member_names", "short_names", "spelled_out", "value_text"]
 
@@ -37,40 +39,26 @@ def grid(
     its options (``"lr_schedule.end"``).  :class:`ConfigError` says which axis or option is wrong.
     """
     plugins = plugins or default_manager()
-    table = cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(Path(cfg))
+    table = cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(as_path(cfg))
+    if problem := too_nested(table):
+        raise ConfigError(f"the configuration {problem}")
     values = {path: _axis(path, axis) for path, axis in axes.items()}
     configs = []
     for point in itertools.product(*values.values()):
-        changed = _plain(table, plugins)
+        changed = tables(table, plugins)
         # A plugin before its options, in whatever order they are given.
         for path, value in sorted(zip(values, point, strict=True), key=lambda item: item[0].count(".")):
-            set_option(changed, path, _plain(value, plugins))
+            set_option(changed, path, tables(value, plugins), Place(TrainConfig, plugins))
         configs.append(load_config(changed, plugins=plugins))
     return configs
 
 
 def _axis(path: str, values: Iterable[Any]) -> list[Any]:
-    if hasattr(values, "tolist"):  # NumPy's arrays and torch's tensors, whose items are no plain numbers
-        values = values.tolist()
+    values = plain(values)
     listed = [] if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable) else list(values)
     if not listed:
         raise ConfigError([(path, f"an axis of a grid needs a list of values, found {values!r}")])
     return listed
-
-
-def _plain(value: Any, plugins: PluginManager) -> Any:
-    """A copy of tables, in which options objects of plugins are tables too, so that options can be set in them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item, plugins) for key, item in value.items()}
-    if not attrs.has(type(value)):
-        return value
-    table = ConfigConverter(plugins).unstructure(value, qualify=False)
-    for kind in KINDS:
-        try:
-            return {"name": plugins.find(kind, value).key, **table}
-        except SaekitError:  # it is not of this kind
-            continue
-    return table
 
 
 def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dict[str, Any]:
@@ -78,6 +66,8 @@ def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dic
     table = ConfigConverter(plugins).unstructure(config)
     found: dict[str, Any] = {}
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        if not field.init:
+            continue
         path, value = prefix + field.name, getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is not None and not isinstance(value, tuple):

@@ -1,0 +1,114 @@
+"""What to say of an option that is not there: where it is, what it is called here, what is like it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.config.fields import PLUGIN_KIND
+from saekit.config.kinds import inner_class
+from saekit.config.sae_lens_names import SAE_LENS
+
+if TYPE_CHECKING:
+    from saekit.manager import PluginManager
+
+__all__ = ["UnknownOption", "option_paths"]
+
+_AT_MOST = 4
+
+
+class UnknownOption(str):
+    """The message about an option that is not there, by what is known of its own table alone."""
+
+    key: str
+    close: bool
+
+    def __new__(cls, key: str, fields: Iterable[str]) -> UnknownOption:
+        options = list(fields)
+        close = difflib.get_close_matches(key, options, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"The options here are {', '.join(options) or 'none'}."
+        made = super().__new__(cls, f"is not an option. {hint}")
+        made.key, made.close = key, bool(close)
+        return made
+
+    def told(self, path: str, root: type, plugins: PluginManager) -> str:
+        """The same for the option at ``path`` of a ``root``, when the whole tree is looked through."""
+        tree = option_paths(root, plugins)
+        if same := tree.get(self.key):
+            return _elsewhere(path, same)
+        if self.key in SAE_LENS and "training_tokens" in tree:  # not below a plugin's options that are read alone
+            return f"is a name of sae-lens; here it is {SAE_LENS[self.key]}"
+        if self.close:
+            return str(self)
+        close = difflib.get_close_matches(self.key, tree, n=1, cutoff=0.8)
+        return f"is not an option. Did you mean {' or '.join(list(tree[close[0]])[:_AT_MOST])}?" if close else str(self)
+
+
+def _elsewhere(path: str, places: Mapping[str, tuple[str, ...]]) -> str:
+    """``places`` are the paths of options of that name, with the plugins that have it, if not all of a kind do."""
+    if owners := places.get(path):
+        return f"is not an option of the plugin that is chosen; it is one of {_listed(owners)}"
+    told = [place + (f" (of {_listed(owners)})" if owners else "") for place, owners in places.items()]
+    return f"is not an option here; it is {' or '.join(told[:_AT_MOST])}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def option_paths(root: type, plugins: PluginManager) -> dict[str, dict[str, tuple[str, ...]]]:
+    """For the name of every option below ``root``: its dotted paths, each with the plugins that have it.
+
+    A path that is there whatever plugin is chosen has none.
+    """
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    _collect(root, "", (), plugins, found, 0)
+    return found
+
+
+def _collect(
+    cls: type,
+    prefix: str,
+    owners: tuple[str, ...],
+    plugins: PluginManager,
+    found: dict[str, dict[str, tuple[str, ...]]],
+    depth: int,
+) -> None:
+    try:
+        attrs.resolve_types(cls)
+    except Exception:  # a plugin's annotations; it says so when it is used
+        return
+    for field in attrs.fields(cls):
+        path = prefix + field.name
+        found.setdefault(field.name, {}).setdefault(path, owners)
+        if depth > 4:
+            continue
+        if kind := field.metadata.get(PLUGIN_KIND):
+            several = "[]" if isinstance(field.default, tuple) else ""
+            _collect_plugins(kind, path + several, plugins, found, depth)
+        elif (inner := inner_class(field.type)) is not None:
+            _collect(inner, f"{path}.", owners, plugins, found, depth + 1)
+
+
+def _collect_plugins(
+    kind: str, path: str, plugins: PluginManager, found: dict[str, dict[str, tuple[str, ...]]], depth: int
+) -> None:
+    registry = plugins.registries.get(kind)
+    keys: dict[type, list[str]] = {}
+    for item in registry.items if registry is not None else ():
+        keys.setdefault(item.entry.config, []).append(item.key)
+    fields: dict[str, list[type]] = {}
+    for config in keys:
+        for field in attrs.fields(config):
+            fields.setdefault(field.name, []).append(config)
+    for name, configs in fields.items():
+        shortest = tuple(min(keys[config], key=len) for config in configs)
+        owners = () if len(configs) == len(keys) else shortest
+        found.setdefault(name, {}).setdefault(f"{path}.{name}", owners)
+        nested: Any = {field.name: field for config in configs for field in attrs.fields(config)}[name]
+        if (inner_kind := nested.metadata.get(PLUGIN_KIND)) and depth < 4:
+            _collect_plugins(inner_kind, f"{path}.{name}", plugins, found, depth + 1)

@@ -135,7 +135,7 @@ class Resumption:
                 name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
             }
             session.load_state(stream, lambda name: _training(checkpoint, session, name))
-        except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
             told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

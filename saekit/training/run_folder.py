@@ -26,19 +26,19 @@ def check_run_folder(config: TrainConfig, name: str | None) -> None:
     where = config.checkpoints.folder
     if "\0" in where or not _is_unicode(where):
         raise ConfigError([("checkpoints.folder", f"is not valid Unicode, or holds a null character: {where!r}")])
-    if name is None:
-        return
-    if fault := fault_of_name(name):
+    if name is not None and (fault := fault_of_name(name)):
         raise ConfigError(
             [("checkpoints.name", f"must be the name of a new folder in checkpoints.folder, but {name!r} {fault}. To "
               "keep runs elsewhere, set checkpoints.folder")]
         )  # fmt: skip
-    folder = Path(where) / name
+    folder = Path(where) / (name or "run")
     try:
-        there = os.path.lexists(folder)
+        folder.lstat()
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise ConfigError([("checkpoints.folder", f"{where!r} cannot be used: {error.strerror}")]) from error
-    if there:
+    if name is not None:
         raise ConfigError(
             [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
         )

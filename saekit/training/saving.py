@@ -29,7 +29,7 @@ from saekit.training.waiting import Record, waiting_state
 
 __all__ = ["Saving"]
 
-_SECONDS_FOR_TRACKERS = 2.0  # to take what they were given; what they have not taken then is in the checkpoint
+_SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 
 
 class Saving:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["LONGEST_NAME", "RUN_FILES", "SWEEP_FILES", "fault_of_name", "is_plain_name", "made_name"]
+__all__ = ["LONGEST_NAME", "RUN_FILES", "SWEEP_FILES", "fault_of_name", "half_written", "is_plain_name", "made_name"]
 
 LONGEST_NAME = 255
 """Bytes of a name in UTF-8: what the usual file systems take."""
@@ -13,8 +13,7 @@ SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png"
 """What the folder of a sweep holds beside those of its SAEs."""
 RUN_FILES = SWEEP_FILES | {"config.toml", "sae"}
 """What saekit itself writes into a run folder; nothing else in it may have such a name."""
-_HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
-"""Names of what is half written."""
+_HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", re.DOTALL)
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]')
 
@@ -43,9 +42,15 @@ def fault_of_name(name: object) -> str | None:
         return "is not valid Unicode"
     if size > LONGEST_NAME:
         return f"has {size} bytes, and a file system takes at most {LONGEST_NAME}"
-    if _HIDDEN.fullmatch(name):
+    if half_written(name) is not None:
         return "is what saekit calls half-written files"
     return _fault_on_windows(name) if on_windows() else None
+
+
+def half_written(name: str) -> tuple[str, str] | None:
+    """Of the hidden name of something half written, the name that it was to have, and ``tmp``, or ``old`` if it had."""
+    match = _HALF_WRITTEN.fullmatch(name)
+    return None if match is None else (match[1], match[2])
 
 
 def is_plain_name(name: object) -> bool:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.errors import StorageError
-from saekit.names import LONGEST_NAME, on_windows
+from saekit.names import LONGEST_NAME, half_written, on_windows
 
 __all__ = [
     "leads_out",
@@ -130,11 +129,11 @@ def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
     """
     try:
         for left in list(folder.glob(".*")):
-            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", left.name)
-            if match is None or not mine(match[1]):
+            whole, kind = half_written(left.name) or ("", "")
+            if not whole or not mine(whole):
                 continue
-            if match[2] == "old" and not (folder / match[1]).exists():
-                left.rename(folder / match[1])
+            if kind == "old" and not (folder / whole).exists():
+                left.rename(folder / whole)
             elif left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:

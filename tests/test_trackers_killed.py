@@ -78,7 +78,7 @@ t.train(t.config(Path(sys.argv[2]), n_checkpoints=5), plugins=t.plugins())
 """
 
 
-@pytest.mark.parametrize("kill_after", ["step-6", "step-10"])
+@pytest.mark.parametrize("kill_after", ["step-6", "step-11"])
 def test_a_tracker_that_is_far_behind_when_the_run_is_killed(tmp_path: Path, kill_after: str) -> None:
     (tmp_path / "whole").mkdir()
     train(config(tmp_path / "whole", n_checkpoints=5), plugins=plugins())
@@ -96,7 +96,7 @@ def test_a_tracker_that_is_far_behind_when_the_run_is_killed(tmp_path: Path, kil
     assert len(before) < newest, "it lost records, or this shows nothing"
     resume(run, plugins=plugins())
     ours, wanted = ((folder / "diary.txt").read_text().splitlines() for folder in (run, tmp_path / "whole/run"))
-    assert len(wanted) == 11 + 6
+    assert len(wanted) == 12 + 6
     assert set(ours) == set(wanted)
     again = ours[len(before) :]
     kept = [line for line in before if line not in again]
@@ -111,7 +111,7 @@ def test_a_run_that_is_stopped_hands_nothing_over_twice(tmp_path: Path) -> None:
     resume(tmp_path / "run", plugins=plugins())
     lines = (tmp_path / "run/diary.txt").read_text().splitlines()
     steps = [line.split()[0] for line in lines if not line.endswith("saved")]
-    assert steps == [str(step) for step in range(1, 12)]
+    assert steps == [*(str(step) for step in range(1, 12)), "11"]
     assert [line for line in lines if line.endswith("saved")] == ["5 saved", "5 saved", "11 saved"]
 
 
@@ -145,7 +145,7 @@ def test_a_tracker_that_hangs_does_not_hold_training_up(
     assert 0.6 < sum(settled) < 1.2
     waiting = newest_checkpoint(tmp_path / "run").stream()["trackers"]["sae"]
     assert set(waiting) == {"test:slow"}
-    assert [record["step"] for record in waiting["test:slow"]] == list(range(1, 12))
+    assert [record["step"] for record in waiting["test:slow"]] == [*range(1, 12), 11]
 
 
 # ---- what waits
@@ -166,7 +166,7 @@ def test_what_waits_is_what_was_not_taken(gate: threading.Event) -> None:
     saved = Record(3, folder=Path("step-3/sae"))
     assert trackers.waiting(saved) == {"slow": wanted, "quick": [], "up": [saved]}
     gate.set()
-    settle_all([trackers], SOON)
+    assert trackers.flush(SOON)
     assert trackers.waiting() == {"slow": [], "quick": [], "up": []}
     trackers.close()
 
@@ -302,3 +302,27 @@ def test_jsonl_tidies_up_after_itself_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_text("half written")
     jsonl(tmp_path, file="m.jsonl").close()
     assert {path.name for path in tmp_path.iterdir()} == {"m.jsonl", ".thesis.0a1b2c3d.tmp"}
+
+
+def test_a_run_is_finished_when_its_trackers_are(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is left behind is handed the rest when the run goes on, for which there is nothing else to do."""
+    close = under_test.close_all
+    monkeypatch.setattr("saekit.training.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
+    monkeypatch.setattr("saekit.training.saving._SECONDS_FOR_TRACKERS", 0.1)
+    slow = [Recorder(on_log=waits(gate)), (second := Recorder())]
+    own = manager(None, fake_plugin("trackers", "slow", build=lambda config, run: slow.pop(0)))
+    with pytest.warns(RuntimeWarning, match=r"tracker test:slow did not end within 0.1 s and is left behind with 12"):
+        train(fake_config(tmp_path) | {"trackers": ["slow"]}, plugins=own)
+    assert not newest_checkpoint(tmp_path / "run").facts["finished"]
+    before = contents(tmp_path / "run")
+    monkeypatch.setattr("saekit.training.run.close_all", close)
+    resume(tmp_path / "run", plugins=own)
+    assert second.steps == [*range(1, 12), 11, 11]
+    assert newest_checkpoint(tmp_path / "run").facts["finished"]
+    assert {path: summed for path, summed in contents(tmp_path / "run").items() if "checkpoint" not in path} == {
+        path: summed for path, summed in before.items() if "checkpoint" not in path
+    }
+    with pytest.raises(ConfigError, match="is finished"):
+        resume(tmp_path / "run", plugins=own)

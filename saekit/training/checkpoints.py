@@ -21,9 +21,10 @@ import attrs
 import torch
 
 from saekit.errors import SaekitError, StorageError
+from saekit.names import half_written
 from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS, write_sae
 from saekit.sae.module import SAE
-from saekit.storage import leads_out, new_folder, read_json, remove_folder, sha256
+from saekit.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
 from saekit.training.facts import check_facts, check_stream, check_training
 from saekit.training.state_files import read_state, write_state
 
@@ -32,6 +33,7 @@ __all__ = [
     "all_checkpoints",
     "is_checkpoint_name",
     "keep_saes",
+    "mark_finished",
     "newest_checkpoint",
     "set_aside",
     "versions",
@@ -153,9 +155,18 @@ def write_checkpoint(
                 written |= write_sae(sae, temporary / name)
             sums |= {f"{name}/{file}": summed for file, summed in written.items()}
         manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
-        manifest["sha256"] = _seal(manifest)
         _carry_over(folder, temporary)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8", newline="\n")
+        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+
+
+def mark_finished(folder: Path) -> None:
+    """Say in the checkpoint ``folder`` that there is nothing left to do for its run."""
+    facts = {**Checkpoint.open(folder).facts, "finished": True}
+    write_text(folder / MANIFEST, _manifest_text(facts))
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1) + "\n"
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -240,7 +251,8 @@ def _strangers(folder: Path) -> list[Path]:
     found = []
     for path in folder.rglob("*"):
         depth = len(path.relative_to(folder).parts)
-        own = path.name in (_OWN if depth == 1 else _OWN_OF_SAE) and depth <= 2
+        name, _ = half_written(path.name) or (path.name, "")
+        own = name in (_OWN if depth == 1 else _OWN_OF_SAE) and depth <= 2
         litter = path.name in _LITTER or path.name.startswith(".nfs")
         if not (own or litter or (path.is_dir() and not path.is_symlink())):
             found.append(path)

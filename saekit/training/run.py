@@ -255,7 +255,9 @@ def _finish(
     if not _alone(record):
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
         summary = write_summary(record.folder, list(session.members.values()), changed)
-    saving.save_if_possible(finished=True)  # the last thing: what is finished is never gone on with
+    saving.save_if_possible(finished=True)
+    if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
+        saving.finish()
     return summary
 
 

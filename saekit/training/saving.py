@@ -16,6 +16,7 @@ from saekit.training.checkpoints import (
     Checkpoint,
     all_checkpoints,
     keep_saes,
+    mark_finished,
     versions,
     write_checkpoint,
     write_saes,
@@ -52,6 +53,7 @@ class Saving:
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
         self._saved: Path | None = None
+        self._resumable = False
         self.broken_off = False
         """A save was interrupted."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
@@ -93,6 +95,16 @@ class Saving:
             )
         self._saved_at = time.monotonic()
 
+    def finish(self) -> None:
+        """Say in the last checkpoint that the run is finished; from then on it is not gone on with."""
+        if self._saved is None or not self._resumable:
+            return
+        self.check_folder()
+        try:
+            mark_finished(self._saved)
+        except StorageError as error:
+            warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
+
     def save(self, *, spaced: bool = False, finished: bool = False) -> Path | None:
         """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.
 
@@ -129,10 +141,10 @@ class Saving:
             before = _opened(path) if path.exists() else None
             spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: _state(member.trainer) for name, member in session.members.items()}
-            write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced, finished))
+            write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced))
         else:
             write_saes(path, saes)
-        self._saved = path
+        self._saved, self._resumable = path, resumable
         self._last_good.update(dict.fromkeys(saes, path))
         for name in saes:
             self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
@@ -158,7 +170,7 @@ class Saving:
                 member.trainer.diverged = str(error)
         return saes
 
-    def _facts(self, spaced: bool, finished: bool) -> dict[str, object]:
+    def _facts(self, spaced: bool) -> dict[str, object]:
         about = {
             name: {
                 "step": member.trainer.step,
@@ -171,7 +183,7 @@ class Saving:
         }
         return {
             "batches": self._session.batches,
-            "finished": finished,
+            "finished": False,
             "spaced": spaced,
             "saes": about,
             "identity": dict(self._session.identity),

@@ -100,17 +100,21 @@ def settle_all(groups: Collection[Trackers], timeout: float) -> None:
         trackers._report()
 
 
-def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> None:
-    """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds."""
+def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
+    """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds.
+
+    Returns whether all have ended, rather than being left behind.
+    """
     deadline = time.monotonic() + timeout
     workers = [worker for trackers in groups for worker in trackers._workers]
     for worker in workers:  # first all, so that none waits for another, also if this is interrupted
         worker.close()
     for worker in workers:
-        if not worker.ended_by(deadline):
+        if not worker.left_behind and not worker.ended_by(deadline):
             worker.leave_behind(timeout)
     for trackers in groups:
         trackers._report()
+    return not any(worker.left_behind for worker in workers)
 
 
 class _Worker:
@@ -124,6 +128,7 @@ class _Worker:
         self.tracker = tracker
         self.cares_of_saes = getattr(tracker, "log_checkpoint", None) is not None
         self.failure: str | None = None
+        self.left_behind = False
         self._lags = False
         self._reported = False
         self._off = False
@@ -180,6 +185,7 @@ class _Worker:
     def leave_behind(self, timeout: float) -> None:
         """It may go on for as long as the process lives, but nobody waits for it."""
         with self._changed:
+            self.left_behind = True
             left = len(self._jobs) + (self._now is not None)
             self.failure = self.failure or (
                 f"tracker {self.name} did not end within {timeout:g} s and is left behind"

@@ -49,7 +49,8 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for item in temporary.rglob("*"):
-            _sync(item)
+            if not item.is_symlink():
+                _sync(item)
         _sync(temporary)
         if not replace:
             if os.path.lexists(path):

@@ -162,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
+    except (OSError, ValueError):
         yield
         return
     try:
@@ -185,7 +185,7 @@ def _locked_on_windows(folder: Path) -> Iterator[None]:
 
         locking: Any = msvcrt
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    except (ImportError, OSError):
+    except (ImportError, OSError, ValueError):
         yield
         return
     try:

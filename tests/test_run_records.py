@@ -133,6 +133,13 @@ def test_the_files_of_trackers_are_no_links(tmp_path: Path, file: str) -> None:
     assert (tmp_path / "precious").read_text() == '{"step": 9}\n'
 
 
+def test_a_run_folder_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="the run folder .* cannot be read: .*File name too long"):
+        resume(tmp_path / ("x" * 300))
+    with pytest.raises(StorageError, match="there is no folder"):
+        resume(tmp_path / "a\0b")
+
+
 # ---- names in the manifest of a checkpoint
 
 

@@ -53,7 +53,11 @@ class RunRecord:
     def read(cls, folder: Path) -> RunRecord:
         """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
         path = folder / RECORD
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
+            raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
+        if not there:
             if not folder.exists():
                 raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
             near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["LONGEST_NAME", "RUN_FILES", "SWEEP_FILES", "fault_of_name", "half_written", "is_plain_name", "made_name"]
+__all__ = [
+    "LONGEST_NAME",
+    "RUN_FILES",
+    "SWEEP_FILES",
+    "fault_of_name",
+    "half_written",
+    "is_free_in_run",
+    "is_plain_name",
+    "made_name",
+]
 
 LONGEST_NAME = 255
 """Bytes of a name in UTF-8: what the usual file systems take."""
@@ -56,6 +65,11 @@ def half_written(name: str) -> tuple[str, str] | None:
 def is_plain_name(name: object) -> bool:
     """Whether ``name`` can be that of one file or folder."""
     return fault_of_name(name) is None
+
+
+def is_free_in_run(name: object) -> bool:
+    """Whether something in a run folder that is not saekit's own may have this name."""
+    return isinstance(name, str) and is_plain_name(name) and name[0] != "." and name.casefold() not in RUN_FILES
 
 
 def made_name(text: str, room: int = 0) -> str:

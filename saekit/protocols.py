@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import attrs
 
 from saekit.errors import ConfigError
-from saekit.names import RUN_FILES, fault_of_name
+from saekit.names import fault_of_name, is_free_in_run
+from saekit.storage import tidy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,13 +177,13 @@ class RunInfo:
     _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
 
     def file(self, name: str) -> Path:
-        """The path in the run folder of a file or folder of the tracker's own.
+        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
 
         :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
         """
         key = name.casefold()  # some file systems know no other
         fault = fault_of_name(name)
-        if fault is None and (key in RUN_FILES or key.startswith(".")):
+        if fault is None and not is_free_in_run(name):
             fault = "is a file of the run itself"
         if fault is None and key in self._files:
             fault = "is another tracker's"
@@ -191,6 +192,7 @@ class RunInfo:
         if fault is not None:
             raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
         self._files.add(key)
+        tidy(self.folder, name.__eq__)
         return self.folder / name
 
 

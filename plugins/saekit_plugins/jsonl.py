@@ -16,18 +16,16 @@ from typing import Any
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
-from saekit.config import check
-from saekit.names import RUN_FILES, is_plain_name
+from saekit.config import check, is_free_in_run
 from saekit.protocols import Histogram, Metrics
-from saekit.storage import tidy
 
-_TAKEN = RUN_FILES | {"wandb", "wandb-run-id.txt", "training_curves.png"}
+_TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
 """What else there may be in a run folder."""
 _MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker
 
 
 def _is_free(name: str) -> bool:
-    return is_plain_name(name) and not name.startswith(".") and name.casefold() not in _TAKEN
+    return is_free_in_run(name) and name.casefold() not in _TAKEN
 
 
 @attrs.frozen(kw_only=True)
@@ -46,7 +44,6 @@ class JsonlTracker:
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
         self._path = run.file(config.file)
-        tidy(run.folder, config.file.__eq__)
         self._resumed_at = run.resumed_at
         before, self._there = (0.0, set[bytes]()) if run.resumed_at is None else _cut_back(self._path, run.resumed_at)
         self._file = self._path.open("a", encoding="utf-8", newline="\n")

@@ -15,7 +15,6 @@ import attrs
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
 from saekit.protocols import Histogram, Metrics
-from saekit.storage import tidy, write_text
 
 ID_FILE = "wandb-run-id.txt"
 """Holds the W&B run's id, in the run folder: a run that is resumed goes on in the same W&B run."""
@@ -108,13 +107,14 @@ def _tags() -> list[str]:
 
 def _run_id(file: Path) -> str:
     """The stored id, or a new one, which is stored."""
-    tidy(file.parent, file.name.__eq__)
     stored = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
     if stored and not re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII):
         raise ValueError(f"{file} holds no id of a W&B run; remove it to begin a new one")
     if not stored:
         stored = secrets.token_hex(4)
-        write_text(file, stored + "\n")
+        temporary = file.with_name(f".{file.name}.{stored}.tmp")
+        temporary.write_text(stored + "\n", encoding="utf-8")
+        temporary.replace(file)
     return stored
 
 

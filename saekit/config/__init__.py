@@ -19,6 +19,7 @@ from saekit.config.fields import (
     PluginChoice,
     Token,
     check,
+    is_free_in_run,
     plugin_field,
 )
 from saekit.config.model import ModelConfig
@@ -50,5 +51,6 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "check",
+    "is_free_in_run",
     "plugin_field",
 ]

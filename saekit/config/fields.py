@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 
 from saekit.errors import ConfigError
+from saekit.names import is_free_in_run
 
 __all__ = [
     "ALWAYS_TRACKED",
@@ -21,6 +22,7 @@ __all__ = [
     "at_least_1",
     "below_1",
     "check",
+    "is_free_in_run",
     "not_empty",
     "plugin_field",
     "positive",

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import attrs
 
+from saekit.errors import ConfigError
+from saekit.names import fault_of_name, is_free_in_run
+from saekit.storage import tidy
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -174,10 +178,33 @@ class RunInfo:
     """The whole configuration as plain data."""
     resumed_at: int | None = None
     """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
+    _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
+
+    def file(self, name: str) -> Path:
+        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
+
+        :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
+        """
+        key = name.casefold()  # some file systems know no other
+        fault = fault_of_name(name)
+        if fault is None and not is_free_in_run(name):
+            fault = "is a file of the run itself"
+        if fault is None and key in self._files:
+            fault = "is another tracker's"
+        if fault is None and (self.folder / name).is_symlink():
+            fault = "is a symbolic link"
+        if fault is not None:
+            raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
+        self._files.add(key)
+        tidy(self.folder, name.__eq__)
+        return self.folder / name
 
 
 class Tracker(Protocol):
     """Receives metrics, in a thread of its own, so that it may take its time.
+
+    A record is taken when the method returns.  What was not taken when a run is stopped or killed is a part of its
+    checkpoint, and is handed over again when the run goes on, so that a record may come twice but is never left out.
 
     One that has a method ``log_checkpoint(folder: Path, step: int)`` is told of the SAE folders that are saved.
     """

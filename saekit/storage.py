@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from saekit.errors import StorageError
+from saekit.names import LONGEST_NAME, half_written, on_windows
 
-__all__ = ["locked", "new_folder", "remove_folder", "sha256", "tidy", "write_text"]
+__all__ = [
+    "leads_out",
+    "locked",
+    "new_files",
+    "new_folder",
+    "read_json",
+    "remove_folder",
+    "replace_files",
+    "sha256",
+    "tidy",
+    "write_text",
+]
+
+_PATIENCE = 2.0  # seconds; on Windows a virus scanner may hold what was just written
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 @contextmanager
@@ -32,11 +49,15 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for item in temporary.rglob("*"):
-            _sync(item)
+            if not item.is_symlink():
+                _sync(item)
         _sync(temporary)
-        if path.exists() and not replace:
-            raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
-        _put(temporary, path)
+        if not replace:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
+            _rename(temporary, path)  # which fails if there is something by now
+        else:
+            _put(temporary, path)
         _sync(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}. What was there before is kept") from error
@@ -44,15 +65,26 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_files(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, on the same disk, from which :func:`replace_files` may take new files."""
+    temporary = _hidden(path, "tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _put(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path``, where there may be another folder, which goes."""
     if not path.exists():
-        temporary.rename(path)
+        _rename(temporary, path)
         return
     old = _hidden(path, "old")
     try:
-        path.rename(old)
-        temporary.rename(path)
+        _rename(path, old)
+        _rename(temporary, path)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -64,30 +96,56 @@ def remove_folder(path: Path) -> None:
     """Remove a folder so that no part of it is ever seen under its name; :class:`StorageError` if that fails."""
     hidden = _hidden(path, "tmp")
     try:
-        path.rename(hidden)
+        _rename(path, hidden)
         shutil.rmtree(hidden)
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
 
 
-def tidy(folder: Path) -> None:
+def replace_files(folder: Path, files: Mapping[str, Path | None], last: str) -> None:
+    """Move new files into ``folder`` by name, where those that are there go; None: it just goes.
+
+    A folder without its file ``last`` is nothing that is read: that one goes first and comes last, so that whatever
+    ends this before its end leaves no mixture.  The new files must lie on the same disk.  Raises :class:`OSError`.
+    """
+    for path in files.values():
+        if path is not None:
+            _sync(path)
+    (folder / last).unlink(missing_ok=True)
+    _sync(folder)
+    for name in sorted(files, key=lambda name: name == last):
+        if name == last:
+            _sync(folder)
+        if (new := files[name]) is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            _replace(new, folder / name)
+    _sync(folder)
+
+
+def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
     """Remove what a process that was killed has half written in ``folder``, and bring back what it has half replaced.
 
-    Nobody may be writing there.
+    Of files and folders that ``mine`` says yes to, by the name that they were to have.  Nobody may be writing there.
     """
     try:
         for left in list(folder.glob(".*")):
-            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", left.name)
-            if match is None:
+            whole, kind = half_written(left.name) or ("", "")
+            if not whole or not mine(whole):
                 continue
-            if match[2] == "old" and not (folder / match[1]).exists():
-                left.rename(folder / match[1])
-            elif left.is_dir():
+            if kind == "old" and not (folder / whole).exists():
+                left.rename(folder / whole)
+            elif left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
                 left.unlink()
     except OSError as error:
         raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path``, below ``folder``, is in truth somewhere else, by a symbolic link on the way."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 @contextmanager
@@ -98,9 +156,13 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         import fcntl  # POSIX has it
-
+    except ImportError:
+        with _locked_on_windows(folder):
+            yield
+        return
+    try:
         handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
+    except (OSError, ValueError):
         yield
         return
     try:
@@ -115,17 +177,49 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def _locked_on_windows(folder: Path) -> Iterator[None]:
+    """Folders cannot be opened there, so a file in it is locked."""
+    try:
+        import msvcrt
+
+        locking: Any = msvcrt
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        try:
+            locking.locking(handle, locking.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK, errno.EAGAIN):
+                raise BlockingIOError(errno.EAGAIN, "another process is in it", str(folder)) from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, all or nothing."""
     temporary = _hidden(path, "tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         _sync(temporary)
-        temporary.replace(path)
+        _replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeEncodeError) as error:
+        with suppress(OSError, UnicodeEncodeError):
+            temporary.unlink()
+        reason = error.strerror if isinstance(error, OSError) else "it holds text that is not valid Unicode"
+        raise StorageError(f"cannot write {path}: {reason or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def sha256(path: Path) -> str:
@@ -135,12 +229,43 @@ def sha256(path: Path) -> str:
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    name = path.name.encode(errors="surrogateescape")[: LONGEST_NAME - len(".." + "." * 8 + suffix) - 1]
+    return path.with_name(f".{name.decode(errors='ignore')}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _rename(path: Path, to: Path) -> None:
+    _patiently(lambda: path.rename(to))
+
+
+def _replace(path: Path, to: Path) -> None:
+    _patiently(lambda: path.replace(to))
+
+
+def _patiently(move: Callable[[], object]) -> None:
+    """On Windows nothing moves that somebody has open, as scanners and indexers have for a moment."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            move()
+        except PermissionError:
+            if not on_windows() or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until the disk has a file, or the names in a folder, as far as the system can say so of folders."""
+    folder = path.is_dir()
+    if folder and on_windows():  # which cannot open one, and needs not
+        return
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDWR if on_windows() else os.O_RDONLY)  # where only what can be written is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not (folder and error.errno in _NO_SYNC_OF_FOLDERS):
+            raise

@@ -313,7 +313,7 @@ def test_a_checkpoint_that_fails_at_any_operation(
         if isinstance(failure, StorageError):
             told.add(re.sub(r"/.*/", "", str(failure)))
         found = newest_checkpoint(run)
-        storage.tidy(run / "checkpoints")
+        storage.tidy(run / "checkpoints", on_disk.is_checkpoint_name)
         assert newest_checkpoint(run).facts == found.facts
         after.append(found.facts["batches"])
         untrue += failure is not None and after[-1] == 44
@@ -347,7 +347,7 @@ def test_an_old_checkpoint_that_goes(tmp_path: Path, session_files: dict[str, An
         kept = contents(old)
         with failing_at(operation, run), contextlib.suppress(StorageError):
             on_disk.keep_saes(old, names)
-        storage.tidy(run / "checkpoints")
+        storage.tidy(run / "checkpoints", on_disk.is_checkpoint_name)
         found = contents(old) if old.exists() else {}
         if found == kept:
             seen.add("whole")

@@ -404,7 +404,8 @@ def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path, error: BaseExce
     good = Recorder()
     plugins = manager(bad=lambda config, run: raises(error)(), good=lambda config, run: good)
     text = (
-        f"the tracker local:bad cannot start and is off: {type(error).__name__}: no login; metrics are in metrics.jsonl"
+        f"the tracker local:bad cannot start and is off: {type(error).__name__}: no login; the other trackers have the "
+        "metrics"
     )
     with pytest.warns(RuntimeWarning) as found:
         trackers = start(tmp_path, plugins, "bad", "good")

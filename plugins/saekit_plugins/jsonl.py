@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,16 @@ from typing import Any
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
-from saekit.config import check
+from saekit.config import check, is_free_in_run
 from saekit.protocols import Histogram, Metrics
+
+_TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
+"""What else there may be in a run folder."""
+_MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker
+
+
+def _is_free(name: str) -> bool:
+    return is_free_in_run(name) and name.casefold() not in _TAKEN
 
 
 @attrs.frozen(kw_only=True)
@@ -23,7 +33,8 @@ class JsonlConfig:
     """Writes metrics as JSON lines."""
 
     file: str = attrs.field(
-        default="metrics.jsonl", validator=check(lambda name: name and "/" not in name, "a file name without folders")
+        default="metrics.jsonl",
+        validator=check(_is_free, "the name of a file without folders, which is none of the run's own files"),
     )
     """The file's name in the run folder."""
 
@@ -32,15 +43,23 @@ class JsonlTracker:
     """Every line is flushed, so that a killed run keeps what it logged."""
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
-        path = run.folder / config.file
-        before, self._there = (0.0, []) if run.resumed_at is None else _cut_back(path, run.resumed_at)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run.file(config.file)
+        self._resumed_at = run.resumed_at
+        before, self._there = (0.0, set[bytes]()) if run.resumed_at is None else _cut_back(self._path, run.resumed_at)
+        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        self._counts_links = bool(os.fstat(self._file.fileno()).st_nlink)  # some file systems do not
         self._start = time.monotonic() - before
 
     def log(self, metrics: Metrics, step: int) -> None:
         plain = {name: _plain(value) for name, value in metrics.items()}
-        if {"step": step, **plain} in self._there:
+        if (
+            self._resumed_at is not None
+            and step <= self._resumed_at
+            and _digest({"step": step, **plain}) in self._there
+        ):
             return
+        if self._counts_links and not os.fstat(self._file.fileno()).st_nlink:
+            raise OSError(f"{self._path} was removed while the run was writing to it")
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **plain}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -55,15 +74,15 @@ def _plain(value: float | Histogram) -> Any:
     return value if math.isfinite(value) else None  # JSON has no nan
 
 
-def _cut_back(path: Path, step: int) -> tuple[float, list[dict[str, Any]]]:
-    """Keep the lines up to ``step``, and return the seconds at the last of them, and what is said of ``step`` itself.
+def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
+    """Keep the lines up to ``step``; returns the seconds at the last of them, and digests of what may come again.
 
-    The steps before it are not logged again; of its own records, the last evals may be.  At step 0 the run begins anew,
-    so nothing is kept.
+    Those are the last records: it is not known which of them were written when the run's last checkpoint was made.  At
+    step 0 the run begins anew, so nothing is kept.
     """
-    seconds, there = 0.0, []
+    seconds, there = 0.0, deque[bytes](maxlen=_MAY_COME_AGAIN)
     if not path.exists():
-        return seconds, there
+        return seconds, set()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with path.open("rb") as lines, temporary.open("wb") as kept:
@@ -72,20 +91,24 @@ def _cut_back(path: Path, step: int) -> tuple[float, list[dict[str, Any]]]:
                 if step and isinstance(record.get("step"), int) and record["step"] <= step:
                     kept.write(line)
                     seconds = record.pop("seconds", seconds)
-                    there += [record] if record["step"] == step else []
+                    there.append(_digest(record))
             kept.flush()
             os.fsync(kept.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return seconds, there
+    return seconds, set(there)
+
+
+def _digest(record: dict[str, Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _record(line: bytes) -> dict[str, Any]:
     """What ``line`` says; nothing if it was torn by the run's end."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     return record if isinstance(record, dict) else {}
 

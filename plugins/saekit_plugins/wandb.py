@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -22,16 +23,22 @@ BINS_AT_MOST = 512  # W&B refuses a histogram with more
 
 @attrs.frozen(kw_only=True)
 class WandbConfig:
-    """Sends metrics and the configuration to Weights & Biases."""
+    """Sends metrics and the configuration to Weights & Biases.
 
-    project: str = attrs.field(default="saekit", validator=check(lambda value: bool(value.strip()), "a project name"))
-    """The project."""
+    What is not set here is as W&B's environment variables say (`WANDB_PROJECT`, `WANDB_MODE`, ...).
+    """
+
+    project: str | None = attrs.field(
+        default=None, validator=check(lambda value: bool(value.strip()), "a project name")
+    )
+    """The project.  None: `WANDB_PROJECT`, else `saekit`."""
     entity: str | None = None
-    """The user or team; None: the account's default."""
-    mode: Literal["online", "offline"] = "online"
-    """`offline` writes into the run folder, without login or network; `wandb sync` sends it later."""
-    tags: tuple[str, ...] = ()
-    """Tags of the run."""
+    """The user or team.  None: `WANDB_ENTITY`, else the account's default."""
+    mode: Literal["online", "offline"] | None = None
+    """`offline` writes into the run folder, without login or network; `wandb sync` sends it later.  None:
+    `WANDB_MODE`, which may also be `disabled`, else `online`."""
+    tags: tuple[str, ...] | None = None
+    """Tags of the run.  None: `WANDB_TAGS`, else none."""
     log_checkpoints: bool = False
     """Upload the SAE of each checkpoint as an artifact."""
 
@@ -42,23 +49,24 @@ class WandbTracker:
     def __init__(self, config: WandbConfig, run: RunInfo) -> None:
         import wandb
 
-        run_id = _run_id(run.folder)
+        run.file("wandb")  # where W&B itself writes
+        run_id = _run_id(run.file(ID_FILE))
         self._wandb = wandb
         self._log_checkpoints = config.log_checkpoints
         # With the id, since a name may be used again elsewhere in the project.
         self._artifact_name = f"{re.sub('[^A-Za-z0-9_.-]', '-', run.name)[:100]}-{run_id}"
         self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=run.name,
-            dir=str(run.folder),
+            project=config.project or _environment("PROJECT") or "saekit",
+            entity=config.entity or _environment("ENTITY"),
+            name=_environment("NAME") or run.name,
+            dir=_environment("DIR") or str(run.folder),
             config=dict(run.config),
-            mode=config.mode,
-            tags=list(config.tags),
+            mode=config.mode or _environment("MODE") or "online",
+            tags=_tags() if config.tags is None else list(config.tags),
             id=run_id,
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings() if _environment("SILENT") else wandb.Settings(silent=True),
         )
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -88,16 +96,26 @@ class WandbTracker:
         self._run.finish()
 
 
-def _run_id(folder: Path) -> str:
+def _environment(name: str) -> str | None:
+    """What W&B's environment variable says, if it says anything."""
+    return os.environ.get(f"WANDB_{name}", "").strip() or None
+
+
+def _tags() -> list[str]:
+    return [tag.strip() for tag in (_environment("TAGS") or "").split(",") if tag.strip()]
+
+
+def _run_id(file: Path) -> str:
     """The stored id, or a new one, which is stored."""
-    file = folder / ID_FILE
-    if file.exists() and (stored := file.read_text(encoding="utf-8").strip()):
-        return stored
-    new = secrets.token_hex(4)
-    temporary = file.with_name(f".{file.name}.{new}.tmp")
-    temporary.write_text(new + "\n", encoding="utf-8")
-    temporary.replace(file)
-    return new
+    stored = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+    if stored and not re.fullmatch(r"[\w-]{1,128}", stored, re.ASCII):
+        raise ValueError(f"{file} holds no id of a W&B run; remove it to begin a new one")
+    if not stored:
+        stored = secrets.token_hex(4)
+        temporary = file.with_name(f".{file.name}.{stored}.tmp")
+        temporary.write_text(stored + "\n", encoding="utf-8")
+        temporary.replace(file)
+    return stored
 
 
 def _coarser(histogram: Histogram) -> tuple[list[int], list[float]]:

@@ -21,6 +21,7 @@ from saekit.config.fields import (
     PluginChoice,
     Token,
     check,
+    is_free_in_run,
     path_field,
     plugin_field,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "check",
+    "is_free_in_run",
     "path_field",
     "plugin_field",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 
 from saekit.errors import ConfigError
+from saekit.names import is_free_in_run
 from saekit.paths import expanded
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "at_least_1",
     "below_1",
     "check",
+    "is_free_in_run",
     "not_empty",
     "path_field",
     "plugin_field",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saekit.errors import SAEFormatError
+from saekit.errors import SAEFormatError, StorageError
+from saekit.names import fault_of_name
 from saekit.pretrained.strict_json import check_value
-from saekit.storage import new_folder
+from saekit.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
@@ -30,13 +32,97 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 FORMAT = 1
 # The metadata fields by which sae-lens 6 tells its own layout from older ones.
 _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+_HALF = "sae_files"  # what is half written has a hidden name made of this
 
 
 def save_sae(sae: SAE, path: Path) -> Path:
-    """Write ``sae`` to the folder ``path``, replacing one that is there; returns ``path``."""
-    with new_folder(path) as folder:
-        write_sae(sae, folder)
+    """Write ``sae`` to the folder ``path``; returns ``path``.
+
+    A folder that holds an SAE's files alone is replaced whole.  Into any other folder the SAE's own files go, in the
+    place of those of an SAE that is there; nothing else in it is touched, and until all are there it does not load.
+
+    Raises :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
+    """
+    if "\0" in str(path):
+        raise StorageError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
+    try:
+        target = Path(os.path.realpath(path))  # a link to a folder stays one
+        _refuse(target, path)
+        if _is_ours_alone(target):
+            with new_folder(target) as folder:
+                write_sae(sae, folder)
+        else:
+            _write_into(target, sae)
+    except (OSError, UnicodeEncodeError) as error:
+        raise StorageError(f"cannot save the SAE in {str(path)!r}: {error}") from error
     return path
+
+
+def _refuse(target: Path, path: Path) -> None:
+    """:class:`StorageError` says why ``target`` is no place for an SAE."""
+    where = f"cannot save the SAE in {str(path)!r}: "
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{where}there is a file of that name; give a folder, which may be new")
+    if path.is_symlink() and not target.exists():
+        raise StorageError(f"{where}it is a symbolic link to {target}, which is not there")
+    if not target.exists() and (fault := fault_of_name(target.name)):
+        raise StorageError(f"{where}the name {fault}; choose another")
+    if kind := _is_of_a_run(target):
+        raise StorageError(f"{where}it is {kind}; choose another folder, or a new one in it")
+    for name in (CONFIG, WEIGHTS, SPARSITY):
+        if os.path.lexists(target / name) and not (target / name).is_file():
+            raise StorageError(f"{where}{name} in it is not a file; choose another folder")
+    if (target / CONFIG).exists() and not (target / WEIGHTS).exists() and not _is_config(target / CONFIG):
+        raise StorageError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
+
+
+def _is_of_a_run(target: Path) -> str:
+    """What a folder is of a run's that must stay what it is; nothing when it is free."""
+    homes = _table(target.parent / "run.json").get("saes")
+    if "saes" in _table(target / "run.json") or (isinstance(homes, dict) and target.name in homes.values()):
+        return "a run folder"
+    if "saes" in _table(target / "checkpoint.json"):
+        return "a checkpoint"
+    return "part of a checkpoint" if "saes" in _table(target.parent / "checkpoint.json") else ""
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a ``cfg.json`` is that of an SAE, of whatever library."""
+    return bool({"saekit", "d_sae"} & _table(path).keys())
+
+
+def _is_ours_alone(target: Path) -> bool:
+    """Whether a folder may be swapped for another: it is not there, or holds files of an SAE and nothing else."""
+    if not target.exists():
+        return True
+    if os.path.ismount(target) or _works_in(target):  # it must stay the same folder
+        return False
+    files = {item.name for item in os.scandir(target) if item.is_file(follow_symlinks=False)}
+    return bool(files) and set(os.listdir(target)) == files <= {CONFIG, WEIGHTS, SPARSITY}  # noqa: PTH208 - names
+
+
+def _works_in(folder: Path) -> bool:
+    """Whether the process's current folder is ``folder`` or lies in it."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except OSError:  # it was removed
+        return False
+
+
+def _write_into(target: Path, sae: SAE) -> None:
+    tidy(target, _HALF.__eq__)
+    with new_files(target / _HALF) as home:
+        written = write_sae(sae, home)
+        new = {file: home / file if file in written else None for file in (WEIGHTS, SPARSITY, CONFIG)}
+        replace_files(target, new, last=CONFIG)
 
 
 def write_sae(sae: SAE, folder: Path) -> dict[str, str]:

@@ -13,23 +13,27 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
-from saekit.errors import StorageError
-from saekit.sae.folder import WEIGHTS, write_sae
+from saekit.errors import SaekitError, StorageError
+from saekit.names import half_written
+from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS, write_sae
 from saekit.sae.module import SAE
-from saekit.storage import new_folder, remove_folder, sha256
+from saekit.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
+from saekit.training.facts import check_facts, check_stream, check_training
 from saekit.training.state_files import read_state, write_state
 
 __all__ = [
     "Checkpoint",
     "all_checkpoints",
+    "is_checkpoint_name",
     "keep_saes",
+    "mark_finished",
     "newest_checkpoint",
     "set_aside",
     "versions",
@@ -39,6 +43,9 @@ __all__ = [
 
 MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
 FORMAT = 1
+_OWN = {MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"}
+_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", CONFIG, WEIGHTS, SPARSITY}
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
 class OtherFormatError(StorageError):
@@ -57,14 +64,15 @@ class Checkpoint:
     def open(cls, path: Path) -> Checkpoint:
         """Read the manifest of ``path``; :class:`StorageError` when that cannot be done."""
         try:
-            facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if facts["format"] != FORMAT:
+            facts = read_json(path / MANIFEST)
+            if isinstance(facts["format"], int) and facts["format"] > FORMAT:
                 raise OtherFormatError(
                     f"{path} has format {facts['format']!r}, and this saekit reads {FORMAT}: update saekit to go on"
                 )
-            if facts["sha256"] != _seal(facts):
+            if facts["format"] != FORMAT or facts["sha256"] != _seal(facts):
                 raise StorageError(f"{path / MANIFEST} is damaged: it is not as it was written")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            check_facts(facts)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path / MANIFEST} cannot be read: {type(error).__name__} {error}") from error
         return cls(path, facts)
 
@@ -78,7 +86,7 @@ class Checkpoint:
         for name, expected in self.facts["files"].items():
             path = self.folder / name
             try:
-                found = sha256(path)
+                found = sha256(path) if not leads_out(path, self.folder) else "that of another file, by a link"
             except OSError as error:
                 raise StorageError(f"{path} cannot be read: {error.strerror}") from error
             if found != expected:
@@ -86,16 +94,36 @@ class Checkpoint:
 
     def stream(self) -> dict[str, Any]:
         """The state of the batches and of the process."""
-        return read_state(self.folder, STREAM)
+        state = self._read(self.folder, STREAM)
+        self._checked(STREAM, lambda: check_stream(state, self.facts))
+        return state
 
     def training(self, name: str) -> dict[str, Any]:
         """The training state of one SAE."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state = read_state(self.folder / name, TRAINING)
+        state = self._read(self.folder / name, TRAINING)
+        self._checked(f"{name}/{TRAINING}", lambda: check_training(state, self.facts["saes"][name], name))
         if "weights" not in state and state["diverged"] is None:  # they are those of the SAE's own folder
-            state["weights"] = load_file(self.folder / name / WEIGHTS)
+            path = self.folder / name / WEIGHTS
+            try:
+                state["weights"] = load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise StorageError(f"{path} cannot be read: {error}") from error
         return state
+
+    def _read(self, folder: Path, stem: str) -> dict[str, Any]:
+        state = read_state(folder, stem)
+        if not isinstance(state, dict):
+            raise StorageError(f"{stem} in {folder} holds no state")
+        return state
+
+    def _checked(self, what: str, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except ValueError as error:
+            raise StorageError(f"{what} in {self.folder} is damaged: {error}") from error
 
 
 def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
@@ -104,6 +132,7 @@ def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
         for name, sae in saes.items():
             (temporary / name).mkdir()
             write_sae(sae, temporary / name)
+        _carry_over(folder, temporary)
 
 
 def write_checkpoint(
@@ -126,8 +155,18 @@ def write_checkpoint(
                 written |= write_sae(sae, temporary / name)
             sums |= {f"{name}/{file}": summed for file, summed in written.items()}
         manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
-        manifest["sha256"] = _seal(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _carry_over(folder, temporary)
+        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+
+
+def mark_finished(folder: Path) -> None:
+    """Say in the checkpoint ``folder`` that there is nothing left to do for its run."""
+    facts = {**Checkpoint.open(folder).facts, "finished": True}
+    write_text(folder / MANIFEST, _manifest_text(facts))
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1) + "\n"
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -136,30 +175,42 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint may be called so."""
+    return re.fullmatch(r"step-\d{1,18}(\.damaged(-\d+)?)?", name, re.ASCII) is not None
+
+
 def all_checkpoints(run: Path) -> Iterator[Path]:
     """The folders of ``run`` that are checkpoints to go on from, or were before they were damaged, the newest first."""
     found = [
         (int(match.group(1)), path)
         for path in (run / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name))
+        if (match := re.fullmatch(r"step-(\d{1,18})", path.name, re.ASCII))
         and any((path / name).exists() for name in (MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"))
     ]
     return (path for _, path in sorted(found, reverse=True))
 
 
-def newest_checkpoint(run: Path) -> Checkpoint:
+def newest_checkpoint(
+    run: Path, unusable: Mapping[Path, str] | None = None, check: Callable[[Checkpoint], object] = lambda _: None
+) -> Checkpoint:
     """The newest checkpoint of ``run`` that is whole; each newer one that is not is warned about.
+
+    ``unusable`` says which are known not to be, and why, and ``check`` raises :class:`SaekitError` for another such.
 
     :class:`StorageError` when there is none.
     """
     damaged = []
     for path in all_checkpoints(run):
         try:
+            if known := (unusable or {}).get(path):
+                raise StorageError(known)
             checkpoint = Checkpoint.open(path)
             checkpoint.verify()
+            check(checkpoint)
         except OtherFormatError:
             raise  # an older one would lose steps that are there
-        except StorageError as error:
+        except SaekitError as error:
             damaged.append(str(error))
             continue
         for problem in damaged:
@@ -180,23 +231,48 @@ def newest_checkpoint(run: Path) -> Checkpoint:
 def keep_saes(folder: Path, names: Collection[str]) -> None:
     """Make a checkpoint one to look at: only the SAE folders of ``names`` stay, and of those only what loads.
 
-    It is the one or the other at every moment; :class:`StorageError` when it stays as it was.
+    Files that are not saekit's stay, too.  It is the one or the other at every moment; :class:`StorageError` when it
+    stays as it was.
     """
-    if not names:
+    if not names and not _strangers(folder):
         remove_folder(folder)
         return
     with new_folder(folder) as temporary:
         for name in names:
-            training = shutil.ignore_patterns(f"{TRAINING}.*")
-            shutil.copytree(folder / name, temporary / name, ignore=training, copy_function=_link)
+            (temporary / name).mkdir()
+            for file in (WEIGHTS, SPARSITY, CONFIG):
+                if (folder / name / file).exists():
+                    _link(folder / name / file, temporary / name / file)
+        _carry_over(folder, temporary)
 
 
-def _link(source: str, target: str) -> None:
+def _strangers(folder: Path) -> list[Path]:
+    """The files in a checkpoint that somebody else has put there."""
+    found = []
+    for path in folder.rglob("*"):
+        depth = len(path.relative_to(folder).parts)
+        name, _ = half_written(path.name) or (path.name, "")
+        own = name in (_OWN if depth == 1 else _OWN_OF_SAE) and depth <= 2
+        litter = path.name in _LITTER or path.name.startswith(".nfs")
+        if not (own or litter or (path.is_dir() and not path.is_symlink())):
+            found.append(path)
+    return found
+
+
+def _carry_over(folder: Path, to: Path) -> None:
+    """Files that are not saekit's do not go with a checkpoint that does."""
+    for path in _strangers(folder):
+        place = to / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link(path, place)
+
+
+def _link(source: Path, target: Path) -> None:
     """A second name for a file, which takes no room; a copy where the file system has no such thing."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def set_aside(run: Path, newest: Checkpoint) -> None:
@@ -204,10 +280,9 @@ def set_aside(run: Path, newest: Checkpoint) -> None:
     for path in all_checkpoints(run):
         if path == newest.folder:
             return
-        aside = path.with_name(f"{path.name}.damaged")
+        names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *map("-{}".format, range(2, 10**6))))
+        aside = next(name for name in names if not os.path.lexists(name))
         try:
-            if aside.exists():
-                remove_folder(aside)
             path.rename(aside)
         except OSError as error:
             raise StorageError(f"cannot rename {path}, which is damaged: {error.strerror}") from error

@@ -32,8 +32,8 @@ from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
 from saekit.sae.memory import release
 from saekit.site import Site
+from saekit.training.run_folder import check_run_folder
 from saekit.training.setup import (
-    check_run_folder,
     chosen_trackers,
     give_weights,
     make_evals,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from saekit.config_files import dump_config, load_config
 from saekit.converter import ConfigConverter
 from saekit.errors import StorageError
 from saekit.manager import PluginManager
-from saekit.storage import write_text
+from saekit.names import RUN_FILES, SWEEP_FILES, fault_of_name
+from saekit.storage import leads_out, read_json, write_text
 
 __all__ = ["RunRecord", "differences"]
 
@@ -51,19 +53,54 @@ class RunRecord:
     def read(cls, folder: Path) -> RunRecord:
         """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
         path = folder / RECORD
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
+            raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
+        if not there:
             if not folder.exists():
                 raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
             near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
             hint = f" It holds the runs {', '.join(near)}." if near else ""
             raise StorageError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = read_json(path)
             if table["format"] != FORMAT:
                 raise StorageError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
-            return cls(folder, {str(k): str(v) for k, v in table["saes"].items()}, tuple(table["in_memory"]))
+            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
+        if fault := record._fault() or next(record._ways_out(), None):
+            raise StorageError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
+        return record
+
+    def _fault(self) -> str | None:
+        """Why this may lead out of the folder, or is no record at all."""
+        homes = list(self.saes.values())
+        if not homes:
+            return "it names no SAE"
+        for name, home in self.saes.items():
+            if fault := fault_of_name(name):
+                return f"the name of the SAE {name!r} {fault}"
+            if home != "." and (fault := fault_of_name(home)):
+                return f"the folder {home!r} of the SAE {name} {fault}"
+        if len(homes) > 1 and (wrong := [home for home in homes if home == "." or home.casefold() in SWEEP_FILES]):
+            return f"the folder {wrong[0]!r} cannot be that of one SAE among several"
+        if len(set(homes)) < len(homes):
+            return "several SAEs have one folder"
+        if wrong := [kind for kind in self.in_memory if kind not in ("model", "dataset")]:
+            return f"in_memory holds {wrong[0]!r}"
+        return None
+
+    def _ways_out(self) -> Iterator[str]:
+        """Links among what a run writes by which it would write somewhere else."""
+        homes = {self.folder, *(self.home(name) for name in self.saes)}
+        places = [home / name for home in homes for name in ("", *RUN_FILES)]
+        for inside, folders, files in os.walk(self.folder / "checkpoints"):
+            places += [Path(inside) / name for name in (*folders, *files)]
+        for place in places:
+            if leads_out(place, self.folder):
+                yield f"{place} is a symbolic link that leads out of it"
 
     def configs(self, plugins: PluginManager) -> dict[str, TrainConfig]:
         """The configuration of every SAE, as it was written."""

@@ -9,18 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.converter import ConfigConverter
-from saekit.errors import ConfigError, DataError, StorageError
+from saekit.errors import ConfigError, StorageError
 from saekit.manager import PluginManager
+from saekit.names import RUN_FILES
 from saekit.storage import tidy
-from saekit.training.checkpoints import Checkpoint, newest_checkpoint, set_aside, versions
+from saekit.training.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
+from saekit.training.facts import check_alike
 from saekit.training.record import RunRecord, differences
 from saekit.training.session import Session
+from saekit.training.waiting import TrackersState, waiting_of
 
-__all__ = ["Resumption"]
+__all__ = ["Resumption", "UnusableCheckpointError"]
+
+
+class UnusableCheckpointError(StorageError):
+    """A checkpoint that is whole, but cannot be gone on from, although nothing has changed."""
+
+    def __init__(self, checkpoint: Path, message: str) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 @attrs.frozen
@@ -46,11 +58,16 @@ class Resumption:
         plugins: PluginManager,
         model: object | None,
         dataset: object | None,
+        unusable: Mapping[Path, str] | None = None,
     ) -> Resumption:
-        """See :func:`saekit.resume`; :class:`ConfigError` names every option that was changed and not allowed."""
-        record = RunRecord.read(folder)
-        for place in {folder, folder / "checkpoints", *(record.home(name) for name in record.saes)}:
-            tidy(place)
+        """See :func:`saekit.resume`; :class:`ConfigError` names every option that was changed and not allowed.
+
+        ``unusable`` names checkpoints that look whole and are not, and why.
+        """
+        record = RunRecord.read(folder)  # from here on, nothing leads out of it
+        for place in {folder, *(record.home(name) for name in record.saes)}:
+            tidy(place, RUN_FILES.__contains__)
+        tidy(folder / "checkpoints", is_checkpoint_name)
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -59,9 +76,11 @@ class Resumption:
             )
         written = record.configs(plugins)
         new = _changed(written, cfg, overrides, plugins, folder)
-        checkpoint = None if _just_begun(record, new) else newest_checkpoint(folder)
         # What the checkpoint was made with, not what config.toml says: that may have been edited since.
-        old = written if checkpoint is None else _of_checkpoint(checkpoint, new, plugins)
+        old, checkpoint = written, None
+        if not _just_begun(record, new):
+            checkpoint = newest_checkpoint(folder, unusable, lambda one: _of_checkpoint(one, new, plugins))
+            old = _of_checkpoint(checkpoint, new, plugins)
         changed: dict[str, tuple[Any, Any]] = {}
         for name, config in new.items():
             changed |= differences(old[name], config, plugins)
@@ -84,12 +103,17 @@ class Resumption:
         saes = {} if self.checkpoint is None else self.checkpoint.facts["saes"]
         return {name: about["d_sae"] for name, about in saes.items()}
 
-    def load_into(self, session: Session) -> None:
-        """Put back what the checkpoint holds, or give the first weights where there is none."""
-        if self.checkpoint is None:
+    def load_into(self, session: Session) -> Mapping[str, TrackersState]:
+        """Put back what the checkpoint holds, or give the first weights where there is none.
+
+        Returns what the trackers of each SAE had not taken.  :class:`UnusableCheckpointError` leaves the session half
+        filled.
+        """
+        checkpoint = self.checkpoint
+        if checkpoint is None:
             session.give_weights()
-            return
-        saved = self.checkpoint.facts
+            return {}
+        saved = checkpoint.facts
         now = dict(session.identity)
         changed = {
             path: (value, now.get(path))
@@ -107,17 +131,33 @@ class Resumption:
                     stacklevel=3,
                 )
         try:
-            session.load_state(self.checkpoint.stream(), self.checkpoint.training)
-        except (KeyError, TypeError, ValueError, RuntimeError, DataError) as error:
-            raise StorageError(
-                f"{self.checkpoint.folder} does not fit the run as it is now: {type(error).__name__}: {error}"
-            ) from error
+            stream = checkpoint.stream()
+            untracked = {
+                name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
+            }
+            session.load_state(stream, lambda name: self._training(checkpoint, session, name))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
+            told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
+            if self.allow or self.changed:
+                raise StorageError(message) from error
+            raise UnusableCheckpointError(checkpoint.folder, message) from error
         if saved["finished"] and not any(lane.training for lane in session.lanes):
             raise ConfigError(
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
                 "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
             )
-        set_aside(self.record.folder, self.checkpoint)
+        set_aside(self.record.folder, checkpoint)
+        return untracked
+
+    def _training(self, checkpoint: Checkpoint, session: Session, name: str) -> Mapping[str, Any]:
+        """The training state of an SAE, whose parts that are always of one shape are so."""
+        state, own = checkpoint.training(name), session.members[name].trainer.state_dict()
+        if not self.changed:
+            check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
+        return state
 
 
 def _changed(

@@ -29,13 +29,14 @@ from saekit.training.observers import EvalObserver, TrackerObserver
 from saekit.training.progress import TrainingProgress
 from saekit.training.randomness import seeded
 from saekit.training.record import RunRecord
-from saekit.training.resuming import Resumption
+from saekit.training.resuming import Resumption, UnusableCheckpointError
+from saekit.training.run_folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.training.saving import Saving
 from saekit.training.session import Member, Session
-from saekit.training.setup import check_run_folder, run_folder
 from saekit.training.summary import write_summary
 from saekit.training.sweep import changed_options, member_names
 from saekit.training.trackers import Trackers, close_all, start_trackers
+from saekit.training.waiting import TrackersState
 
 __all__ = ["ConfigSource", "SweepResult", "TrainResult", "resume", "train"]
 
@@ -154,16 +155,26 @@ def resume(
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
     plugins = plugins or default_manager()
-    run = as_path(run)
+    run, unusable = as_path(run), dict[Path, str]()
     with _alone_in(run):
-        resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset)
-        with (
-            seeded(next(iter(resumption.configs.values())).training.seed),
-            contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
-        ):
-            resumption.load_into(session)
-            resumption.record.write(resumption.configs, plugins)
-            return _run(session, resumption.record, resumed=True)
+        while True:
+            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
+            try:
+                return _go_on(resumption, plugins, model, dataset)
+            except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
+                unusable[error.checkpoint] = str(error)
+
+
+def _go_on(
+    resumption: Resumption, plugins: PluginManager, model: object | None, dataset: object | None
+) -> TrainResult | SweepResult:
+    with (
+        seeded(next(iter(resumption.configs.values())).training.seed),
+        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
+    ):
+        untracked = resumption.load_into(session)
+        resumption.record.write(resumption.configs, plugins)
+        return _run(session, resumption.record, resumed=True, untracked=untracked)
 
 
 @contextlib.contextmanager
@@ -177,21 +188,30 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(session: Session, record: RunRecord, *, resumed: bool = False) -> TrainResult | SweepResult:
+def _run(
+    session: Session, record: RunRecord, *, resumed: bool = False, untracked: Mapping[str, TrackersState] | None = None
+) -> TrainResult | SweepResult:
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
+        standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
         trackers: dict[str, Trackers] = {}
         stack.push(lambda kind, error, trace: _close_trackers(trackers, ended_well=kind is None))
         for name, member in session.members.items():
-            resumed_at = member.trainer.step if resumed else None
-            trackers[name] = start_trackers(member.config, session.plugins, record.home(name), resumed_at=resumed_at)
+            trackers[name] = start_trackers(
+                member.config,
+                session.plugins,
+                record.home(name),
+                resumed_at=member.trainer.step if resumed else None,
+                waiting=(untracked or {}).get(name, {}),
+            )
         interruption = Interruption()
-        saving = Saving(session, record.folder, trackers, interruption)
+        saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
                 _fit(session, trackers, saving)
                 interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
+                standing.check()
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
@@ -222,6 +242,7 @@ def _finish(
             member.trainer.check_weights()
         except DivergedError as error:
             member.trainer.diverged = str(error)
+    saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
         member.trainer.raw_sae().save(record.home(member.name) / "sae")
     for member in _healthy(session):
@@ -236,7 +257,9 @@ def _finish(
     if not _alone(record):
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
         summary = write_summary(record.folder, list(session.members.values()), changed)
-    saving.save_if_possible(finished=True)  # the last thing: what is finished is never gone on with
+    saving.save_if_possible(finished=True)
+    if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
+        saving.finish()
     return summary
 
 
@@ -277,7 +300,7 @@ def _save_after(
         problem = "that was interrupted, too"
     elif session.batches:
         try:
-            saved = saving.save()
+            saved, record = _saved(session, record, saving)
         except (
             Exception,
             KeyboardInterrupt,
@@ -297,6 +320,16 @@ def _save_after(
         error.add_note(f"the SAEs are saved in {saved}, without what training needs; {on} {newest or ''}".rstrip())
     elif problem is not None:
         error.add_note(f"and the run as it was before could not be saved: {problem}; {on} {newest or ''}".rstrip())
+
+
+def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | None, RunRecord]:
+    """Save the session, in a new run folder if the run's own is lost; returns the checkpoint, and the run it is of."""
+    try:
+        return saving.save(), record
+    except RunFolderLostError:
+        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory)
+        rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
+        return saving.save_in(rescued.folder), rescued
 
 
 def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from saekit.config import ALWAYS_TRACKED, TrainConfig
+from saekit.config import TrainConfig
 from saekit.converter import ConfigConverter
 from saekit.errors import DivergedError, StorageError
 from saekit.protocols import Histogram
@@ -16,18 +16,21 @@ from saekit.training.checkpoints import (
     Checkpoint,
     all_checkpoints,
     keep_saes,
+    mark_finished,
     versions,
     write_checkpoint,
     write_saes,
 )
 from saekit.training.interruption import Interruption
+from saekit.training.run_folder import RunFolderLostError, Standing
 from saekit.training.session import Session
-from saekit.training.trackers import Trackers
+from saekit.training.trackers import Trackers, settle_all
 from saekit.training.trainer import SAETrainer
+from saekit.training.waiting import Record, waiting_state
 
 __all__ = ["Saving"]
 
-_SECONDS_FOR_TRACKERS = 10.0  # to write what they were given, before a checkpoint says that the step is done
+_SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 
 
 class Saving:
@@ -37,13 +40,20 @@ class Saving:
     """
 
     def __init__(
-        self, session: Session, folder: Path, trackers: Mapping[str, Trackers], interruption: Interruption
+        self,
+        session: Session,
+        folder: Path,
+        trackers: Mapping[str, Trackers],
+        interruption: Interruption,
+        standing: Standing | None = None,
     ) -> None:
+        """``standing`` watches ``folder``."""
         self._session, self._folder, self._trackers = session, folder, trackers
-        self._interruption = interruption
+        self._interruption, self._standing = interruption, standing
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
         self._saved: Path | None = None
+        self._resumable = False
         self.broken_off = False
         """A save was interrupted."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
@@ -72,6 +82,8 @@ class Saving:
             return  # the SAEs are where they belong by now
         try:
             self.save(spaced=spaced, finished=finished)
+        except RunFolderLostError:
+            raise  # from here on, everything would be lost
         except (StorageError, RuntimeError, MemoryError) as error:  # a full disk, or a full memory
             kept = next(all_checkpoints(self._folder), None)
             warnings.warn(
@@ -82,6 +94,16 @@ class Saving:
                 stacklevel=4,
             )
         self._saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Say in the last checkpoint that the run is finished; from then on it is not gone on with."""
+        if self._saved is None or not self._resumable:
+            return
+        self.check_folder()
+        try:
+            mark_finished(self._saved)
+        except StorageError as error:
+            warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
 
     def save(self, *, spaced: bool = False, finished: bool = False) -> Path | None:
         """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.
@@ -94,10 +116,20 @@ class Saving:
             self.broken_off = True
             raise
 
+    def check_folder(self) -> None:
+        """:class:`RunFolderLostError` when the run folder is not the one any more that it was."""
+        if self._standing is not None:
+            self._standing.check()
+
+    def save_in(self, folder: Path) -> Path | None:
+        """:meth:`save` in another run folder, since the run's own is lost."""
+        self._folder, self._standing, self._saved = folder, None, None
+        return self.save()
+
     def _save(self, spaced: bool, finished: bool) -> Path | None:
+        self.check_folder()
         session = self._session
-        for trackers in self._trackers.values():
-            trackers.flush(_SECONDS_FOR_TRACKERS, only=ALWAYS_TRACKED)
+        settle_all(self._trackers.values(), _SECONDS_FOR_TRACKERS)
         path = self._folder / "checkpoints" / f"step-{session.batches}"
         resumable = session.between_steps and self._options.keep_last > 0
         saes = self._worth_saving()
@@ -109,15 +141,23 @@ class Saving:
             before = _opened(path) if path.exists() else None
             spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: _state(member.trainer) for name, member in session.members.items()}
-            write_checkpoint(path, saes, states, session.stream_state(), self._facts(spaced, finished))
+            write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced))
         else:
             write_saes(path, saes)
-        self._saved = path
+        self._saved, self._resumable = path, resumable
         self._last_good.update(dict.fromkeys(saes, path))
         for name in saes:
             self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
         self._remove_old()
         return path
+
+    def _stream(self, path: Path, saes: Collection[str]) -> dict[str, object]:
+        """The state of the batches, and what the trackers have not taken; of the checkpoint itself, none has."""
+        waiting = {}
+        for name, trackers in self._trackers.items():
+            saved = Record(self._session.members[name].trainer.step, folder=path / name) if name in saes else None
+            waiting[name] = waiting_state(trackers.waiting(saved), path.parent)
+        return {**self._session.stream_state(), "trackers": waiting}
 
     def _worth_saving(self) -> dict[str, SAE]:
         saes = {}
@@ -130,7 +170,7 @@ class Saving:
                 member.trainer.diverged = str(error)
         return saes
 
-    def _facts(self, spaced: bool, finished: bool) -> dict[str, object]:
+    def _facts(self, spaced: bool) -> dict[str, object]:
         about = {
             name: {
                 "step": member.trainer.step,
@@ -143,7 +183,7 @@ class Saving:
         }
         return {
             "batches": self._session.batches,
-            "finished": finished,
+            "finished": False,
             "spaced": spaced,
             "saes": about,
             "identity": dict(self._session.identity),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -21,7 +18,7 @@ from saekit.data.activations import check_contexts
 from saekit.data.normalise import activation_scale
 from saekit.data.opening import seed_for
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, StorageError
+from saekit.errors import ConfigError
 from saekit.manager import PluginManager
 from saekit.pretrained.files import SAEFiles
 from saekit.pretrained.load import build_module, load_sae
@@ -36,13 +33,11 @@ from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
 __all__ = [
-    "check_run_folder",
     "chosen_trackers",
     "give_weights",
     "make_evals",
     "make_schedule",
     "make_trainer",
-    "run_folder",
     "sae_options",
 ]
 
@@ -283,34 +278,3 @@ def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugin
         "training_tokens": config.training.training_tokens,
         "seed": config.training.seed,
     }
-
-
-def check_run_folder(config: TrainConfig, name: str | None) -> None:
-    """A run folder that has a ``name`` must be new."""
-    if name is not None:
-        folder = Path(config.checkpoints.folder) / name
-        if folder.exists():
-            raise ConfigError(
-                [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
-            )
-
-
-def run_folder(config: TrainConfig, name: str | None, kind: str | None = None) -> Path:
-    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number."""
-    parent = Path(config.checkpoints.folder)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            check_run_folder(config, name)
-            (parent / name).mkdir()
-            return parent / name
-        stem = f"{datetime.now():%Y-%m-%d}-{kind or config.site.name}"
-        for number in itertools.count(1):
-            try:
-                (parent / f"{stem}-{number}").mkdir()
-            except FileExistsError:
-                continue
-            return parent / f"{stem}-{number}"
-    except OSError as error:
-        raise StorageError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
-    raise AssertionError("unreachable")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import StorageError
+from saekit.storage import read_json
 from saekit.tensor_files import DTYPE_NAMES, save_tensors
 
 __all__ = ["read_state", "write_state"]
@@ -43,9 +44,8 @@ def read_state(folder: Path, stem: str) -> dict[str, Any]:
     try:
         # Copies: what is loaded shows the file, which would stay open, and is not aligned as torch's own memory is.
         tensors = {name: value.clone() for name, value in load_file(folder / f"{stem}.safetensors").items()}
-        plain = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        state: dict[str, Any] = _put_back(plain, tensors)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        state: dict[str, Any] = _put_back(read_json(folder / f"{stem}.json"), tensors)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise StorageError(f"{stem} in {folder} cannot be read: {error}") from error
     return state
 

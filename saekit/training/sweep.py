@@ -17,13 +17,12 @@ from saekit.config_files import load_config, read_table
 from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
+from saekit.names import SWEEP_FILES, is_plain_name
 from saekit.paths import as_path
 
 __all__ = ["changed_options", "grid", "member_names", "short_names", "spelled_out", "value_text"]
 
 _LONGEST_NAME = 100
-_TAKEN = ("checkpoints", "run.json", "summary.csv", "summary.png")
-"""What the folder of a sweep holds beside those of its SAEs."""
 
 
 def grid(
@@ -128,7 +127,8 @@ def member_names(configs: Sequence[TrainConfig], plugins: PluginManager) -> tupl
 
 def _names_a_folder(name: str) -> bool:
     """Whether the folder of a sweep may hold a folder of this name."""
-    return bool(re.fullmatch(r"[\w=+-][\w.=+-]*", name)) and len(name.encode()) <= 200 and name not in _TAKEN
+    fine = re.fullmatch(r"[\w=+-][\w.=+-]*", name) and is_plain_name(name) and len(name.encode()) <= 200
+    return bool(fine) and name.casefold() not in SWEEP_FILES
 
 
 def _name(number: str, changed: Mapping[str, Any]) -> str:

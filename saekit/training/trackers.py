@@ -6,11 +6,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
-
-import attrs
 
 from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.converter import ConfigConverter
@@ -18,8 +15,9 @@ from saekit.errors import PluginError, SaekitError, StorageError
 from saekit.manager import PluginManager
 from saekit.protocols import Metrics, RunInfo, Tracker
 from saekit.training.setup import chosen_trackers
+from saekit.training.waiting import Record, TrackersState
 
-__all__ = ["Trackers", "close_all", "start_trackers"]
+__all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 
 WAITING_AT_MOST = 10_000
 """So many records may wait for a tracker; one more, and it is too slow to be of use."""
@@ -31,8 +29,10 @@ class Trackers:
     One that fails is reported once, by a warning in the training thread, and left alone from then on; training goes on.
     """
 
-    def __init__(self, trackers: dict[str, Tracker]) -> None:
-        self._workers = [_Worker(name, tracker) for name, tracker in trackers.items()]
+    def __init__(self, trackers: dict[str, Tracker], waiting: TrackersState | None = None) -> None:
+        """``waiting`` is what the trackers of a run before had not taken; it comes first."""
+        waiting = waiting or {}
+        self._workers = [_Worker(name, tracker, waiting.get(name, ())) for name, tracker in trackers.items()]
 
     @property
     def failed(self) -> dict[str, str]:
@@ -41,18 +41,28 @@ class Trackers:
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Hand ``metrics`` to every tracker that still works; this never waits."""
+        record = Record(step, dict(metrics))  # the caller goes on with its own
         for worker in self._workers:
-            # A copy for each: the caller goes on with its own, and so may a tracker.
-            worker.hand_over(_Job(step, partial(worker.tracker.log, dict(metrics), step)))
+            worker.hand_over(record)
         self._report()
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
         """Tell the trackers that care of a saved SAE; this never waits, so see :meth:`in_use`."""
         for worker in self._workers:
-            tell: Callable[[Path, int], None] | None = getattr(worker.tracker, "log_checkpoint", None)
-            if tell is not None:
-                worker.hand_over(_Job(step, partial(tell, folder, step), folder))
+            if worker.cares_of_saes:
+                worker.hand_over(Record(step, folder=folder))
         self._report()
+
+    def waiting(self, saved: Record | None = None) -> TrackersState:
+        """What each tracker that works has not taken; taken is what its method has returned from.
+
+        ``saved`` is a record of an SAE that those who care will be handed next.
+        """
+        return {
+            worker.name: [*worker.waiting(), *([saved] if saved is not None and worker.cares_of_saes else [])]
+            for worker in self._workers
+            if worker.works
+        }
 
     def in_use(self, folder: Path) -> bool:
         """Whether a tracker has still to read a saved SAE that is ``folder`` or lies in it: then keep it for now."""
@@ -78,27 +88,33 @@ class Trackers:
                 warnings.warn(news, RuntimeWarning, stacklevel=3)
 
 
-def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> None:
-    """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds."""
+def settle_all(groups: Collection[Trackers], timeout: float) -> None:
+    """Give the trackers of several SAEs ``timeout`` seconds, together, to take what they were given.
+
+    One that was not done in time is not waited for again until it has been.
+    """
+    deadline = time.monotonic() + timeout
+    for trackers in groups:
+        for worker in trackers._workers:
+            worker.settle(deadline)
+        trackers._report()
+
+
+def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
+    """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds.
+
+    Returns whether all have ended, rather than being left behind.
+    """
     deadline = time.monotonic() + timeout
     workers = [worker for trackers in groups for worker in trackers._workers]
     for worker in workers:  # first all, so that none waits for another, also if this is interrupted
         worker.close()
     for worker in workers:
-        if not worker.ended_by(deadline):
+        if not worker.left_behind and not worker.ended_by(deadline):
             worker.leave_behind(timeout)
     for trackers in groups:
         trackers._report()
-
-
-@attrs.frozen
-class _Job:
-    """One call of a tracker."""
-
-    step: int
-    call: Callable[[], None]
-    folder: Path | None = None
-    """What the call reads, if anything."""
+    return not any(worker.left_behind for worker in workers)
 
 
 class _Worker:
@@ -107,20 +123,28 @@ class _Worker:
     The thread is a daemon: a process must be able to end although a tracker hangs.
     """
 
-    def __init__(self, name: str, tracker: Tracker) -> None:
+    def __init__(self, name: str, tracker: Tracker, waiting: Sequence[Record]) -> None:
         self.name = name
         self.tracker = tracker
+        self.cares_of_saes = getattr(tracker, "log_checkpoint", None) is not None
         self.failure: str | None = None
+        self.left_behind = False
+        self._lags = False
         self._reported = False
         self._off = False
         self._closing = False
-        self._jobs: deque[_Job] = deque()
-        self._now: _Job | None = None
+        self._jobs: deque[Record] = deque(waiting)
+        self._now: Record | None = None
         self._changed = threading.Condition()  # guards all of the above
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
-    def hand_over(self, job: _Job) -> None:
+    @property
+    def works(self) -> bool:
+        with self._changed:
+            return not self._off
+
+    def hand_over(self, job: Record) -> None:
         with self._changed:
             if self._off or self._closing:
                 return
@@ -131,10 +155,17 @@ class _Worker:
                 n = len(self._jobs)
                 self._fail(f"tracker {self.name} is too slow: {n:,} records waited at step {job.step}; it is off now")
 
+    def waiting(self) -> list[Record]:
+        with self._changed:
+            return [*([] if self._now is None or self._off else [self._now]), *self._jobs]
+
     def needs(self, folder: Path) -> bool:
         with self._changed:
             jobs = [*self._jobs, *([] if self._now is None else [self._now])]
         return any(job.folder is not None and job.folder.is_relative_to(folder) for job in jobs)
+
+    def settle(self, deadline: float) -> None:
+        self._lags = not self.idle_by(0.0 if self._lags else deadline)
 
     def idle_by(self, deadline: float) -> bool:
         with self._changed:
@@ -154,6 +185,7 @@ class _Worker:
     def leave_behind(self, timeout: float) -> None:
         """It may go on for as long as the process lives, but nobody waits for it."""
         with self._changed:
+            self.left_behind = True
             left = len(self._jobs) + (self._now is not None)
             self.failure = self.failure or (
                 f"tracker {self.name} did not end within {timeout:g} s and is left behind"
@@ -180,7 +212,7 @@ class _Worker:
         # A tracker is a stranger: nothing that it raises may stop anything, SystemExit and the like included.
         while (job := self._next()) is not None:
             try:
-                job.call()
+                job.give(self.tracker)
             except BaseException as error:
                 self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {_text(error)}")
         try:
@@ -188,7 +220,7 @@ class _Worker:
         except BaseException as error:
             self._fail(f"tracker {self.name} failed to close: {_text(error)}")
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Record | None:
         """Wait for a call to make; None: there will be none."""
         with self._changed:
             self._now = None
@@ -206,11 +238,17 @@ def _text(error: BaseException) -> str:
 
 
 def start_trackers(
-    config: TrainConfig, plugins: PluginManager, folder: Path, *, resumed_at: int | None = None
+    config: TrainConfig,
+    plugins: PluginManager,
+    folder: Path,
+    *,
+    resumed_at: int | None = None,
+    waiting: TrackersState | None = None,
 ) -> Trackers:
     """The configured trackers and the one that is always there, at work for the run in ``folder``.
 
-    ``resumed_at`` is the step after which a run that was stopped goes on.  Raises :class:`saekit.errors.SaekitError`
+    ``resumed_at`` is the step after which a run that was stopped goes on, and ``waiting`` what its trackers had not
+    taken.  Raises :class:`saekit.errors.SaekitError`
     for what is wrong with the choice (a missing package, say), and when the tracker that is always there cannot start.
     Any other that cannot (no login, no network) is reported by a warning and left out.
     """
@@ -228,7 +266,7 @@ def start_trackers(
     except BaseException:
         Trackers(started).close()
         raise
-    return Trackers(started)
+    return Trackers(started, waiting)
 
 
 def _cannot_start(key: str, error: BaseException) -> None:
@@ -236,7 +274,7 @@ def _cannot_start(key: str, error: BaseException) -> None:
         kind = StorageError if isinstance(error, OSError) else PluginError
         raise kind(f"the tracker {key} cannot start: {_text(error)}") from error
     warnings.warn(
-        f"the tracker {key} cannot start and is off: {_text(error)}; metrics are in metrics.jsonl",
+        f"the tracker {key} cannot start and is off: {_text(error)}; the other trackers have the metrics",
         RuntimeWarning,
         stacklevel=3,
     )

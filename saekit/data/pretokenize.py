@@ -26,10 +26,11 @@ from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
 from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
 from saekit.data.opening import check_context_size
-from saekit.data.text import Documents, reason
+from saekit.data.text import Documents
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager, default_manager
 from saekit.progress import ProgressDisplay
+from saekit.reasons import reason
 from saekit.storage import new_folder
 
 __all__ = ["Pretokenized", "pretokenize"]

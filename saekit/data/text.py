@@ -11,6 +11,7 @@ from typing import Any
 from saekit.config import DatasetConfig
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
+from saekit.reasons import reason
 
 __all__ = ["DocumentReader", "Documents"]
 
@@ -275,7 +276,12 @@ def is_saved_to_disk(path: Path) -> bool:
 def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
     from datasets import load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged file of the folder makes the library stumble on
+        raise DataError(
+            f"the dataset {str(path)!r}, which save_to_disk wrote, is damaged or not whole: {reason(error)}"
+        ) from error
     if isinstance(loaded, Mapping):
         return _split_of(loaded, split, f"the dataset {str(path)!r}")
     if another:  # all of it is what dataset.split trains on
@@ -321,8 +327,3 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
             f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
             f"{reason(error)}{elsewhere}"
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """What a library's error says, in a line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

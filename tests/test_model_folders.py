@@ -75,7 +75,8 @@ def damages(file: Path) -> dict[str, bytes | None]:
     raw = file.read_bytes()
     kinds: dict[str, bytes | None] = {"empty": b"", "half": raw[: len(raw) // 2], "noise": b"\x93\x00\xff" * 99}
     if file.suffix == ".json":
-        kinds |= {"null": b"null", "list": b"[1, 2]", "deep": DEEP, "types": json.dumps(dict.fromkeys(json.loads(raw), "x")).encode()}  # fmt: skip
+        types = json.dumps(dict.fromkeys(json.loads(raw), "x")).encode()
+        kinds |= {"null": b"null", "list": b"[1, 2]", "deep": DEEP, "types": types}
     elif file.suffix == ".bin":
         kinds |= {"missing": None, "trap": pickled({"a": Trap()}), "raw trap": pickle.dumps({"a": Trap()})}
         kinds |= {"others": pickled({"a": torch.zeros(2)}), "a list": pickled([1])}

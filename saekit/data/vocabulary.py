@@ -12,7 +12,7 @@ import attrs
 from saekit.errors import SaekitError
 from saekit.protocols import ModelBackend
 
-__all__ = ["Vocabulary", "special_tokens"]
+__all__ = ["Vocabulary", "special_tokens", "tokenizer_here"]
 
 _PROBE = (
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14159 o'clock, isn't it?\n\n"
@@ -50,17 +50,22 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, tokenize: Callable[[str], Sequence[int]]) -> Vocabulary:
-        """That of a Hugging Face ``tokenizer``, or of any that only ``tokenize`` is known of (then it is None)."""
+        """That of a tokenizer by ``tokenize``, and by the Hugging Face ``tokenizer`` where there is one (else None)."""
         try:
             probe: str | None = _hash([int(token) for token in tokenize(_PROBE)])
         except SaekitError:  # a model of token ids, without a tokenizer
             probe = None
-        ids = getattr(tokenizer, "get_vocab", dict)()
+        ids: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
         if not ids:
             return cls(probe=probe)
         added = set(map(str, getattr(tokenizer, "added_tokens_decoder", {}).values()))
         base = sorted((token, index) for token, index in ids.items() if token not in added)
         return cls(_hash(base), {token: ids[token] for token in sorted(added & set(ids))}, probe)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> Vocabulary:
+        """That of a Hugging Face ``tokenizer``."""
+        return cls.of(tokenizer, lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @classmethod
     def of_backend(cls, backend: ModelBackend) -> Vocabulary:
@@ -82,6 +87,11 @@ class Vocabulary:
         """Plain data (JSON's)."""
         return {"vocabulary": self.tokens, "added_tokens": self.added, "probe": self.probe}
 
+    @property
+    def known(self) -> bool:
+        """Whether anything is."""
+        return self.tokens is not None or self.probe is not None
+
     def differs_from(self, other: Vocabulary) -> str | None:
         """In what; None if nothing that is known of both differs."""
         if None not in (self.tokens, other.tokens) and self.tokens != other.tokens:
@@ -95,6 +105,17 @@ class Vocabulary:
     def tells(self, other: Vocabulary) -> bool:
         """Whether enough is known of both for them to be compared."""
         return None not in (self.probe, other.probe) or None not in (self.tokens, other.tokens)
+
+
+def tokenizer_here(name: str) -> Vocabulary | None:
+    """That of the Hugging Face tokenizer of that name, if it is on this machine; the Hub is not asked."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return Vocabulary.of_tokenizer(tokenizer)
+    except Exception:  # the library raises whatever the files of a tokenizer, or none, make it stumble on
+        return None
 
 
 def _clash(one: Mapping[str, int], other: Mapping[str, int]) -> str | None:

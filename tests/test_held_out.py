@@ -154,7 +154,9 @@ def test_a_column_of_documents_that_is_gone_or_damaged(tmp_path: Path) -> None:
         corpus(tmp_path / "gone").contexts(backend())
     rows.remove_columns("document_ids").add_column("document_ids", ["x"] * len(rows)).save_to_disk(tmp_path / "bad")
     (tmp_path / "bad/saekit.json").write_text(made)
-    with pytest.raises(DataError, match="document 0 of .* has 'x' in column 'document_ids', expected a list of doc"):
+    with pytest.raises(
+        DataError, match="document 0 of .* has .*'x'.* in column 'document_ids', expected a list of doc"
+    ):
         corpus(tmp_path / "bad").contexts(backend()).take(1)
 
 
@@ -184,7 +186,7 @@ def test_a_text_that_is_read_very_often(tmp_path: Path) -> None:
     """By a run, which counts, and by a plan; not when few readings are enough, whatever the buffer reads ahead."""
     config = small_run(tmp_path, evals={"run": []}, training={"training_tokens": 4000})
     records = [{"text": "def f(x):\n    return x\n" * 5}] * 3
-    with pytest.warns(RuntimeWarning, match=r"the text has \d+ tokens, and training takes 4,000 .*read \d+ times"):
+    with pytest.warns(RuntimeWarning, match=r"the text has \d+ tokens, and training takes 4,000 .*is read \d+ times"):
         result = saekit.train(config, model=hooked_transformer(), dataset=records)
     assert result.metrics["details/n_training_tokens"] == 4000
     assert len(planned(config, records, " times. Train on fewer")) == 1
@@ -194,6 +196,18 @@ def test_a_text_that_is_read_very_often(tmp_path: Path) -> None:
     stops = config | {"dataset": {"context_size": 32, "on_exhausted": "stop"}}
     saekit.train(stops, model=hooked_transformer(), dataset=records)
     assert not planned(stops, records, " times. Train on fewer")
+
+
+def test_a_cache_that_is_read_very_often(tmp_path: Path) -> None:
+    config = small_run(tmp_path, evals={"run": []}, training={"training_tokens": 6400})
+    config["activations"]["cache"] = {"folder": str(tmp_path / "cache"), "tokens": 320}
+    saekit.cache_activations(config, model=hooked_transformer())
+    config["activations"]["source"] = {"name": "cached", "folder": str(tmp_path / "cache")}
+    said = "the activations are of 320 tokens, and training takes 6,400 .training.training_tokens., so each is read 20"
+    with pytest.warns(RuntimeWarning, match=said):
+        saekit.train(config, model=hooked_transformer())
+    assert len(planned(config, None, " times. Train on fewer")) == 1
+    saekit.train(config | {"training": config["training"] | {"training_tokens": 640}}, model=hooked_transformer())
 
 
 def test_a_plan_estimates_a_long_text_by_its_beginning(tmp_path: Path) -> None:

@@ -187,3 +187,38 @@ def test_the_unknown_token_is_not_taken_for_bos(tmp_path: Path) -> None:
     assert "dataset.sequence_separator_token asks for the tokenizer's bos token" in str(caught.value), "both at once"
     # The embedded model's one special token is all of them, and so are those of GPT-2.
     assert backend(hooked_transformer()).special_tokens["bos"] == tokenizer().bos_token_id == 0
+
+
+def test_missing_tokens_are_told_with_every_other_fault(tmp_path: Path) -> None:
+    """By train, cache and pretokenize at once, and by a plan each by itself."""
+    model = hooked_transformer()
+    model.tokenizer = unknown_tokens_only()
+    tokens = {"begin_sequence_token": "eos", "sequence_separator_token": "sep", "context_size": 65}
+    site = {"hook_name": "blocks.7.hook_resid_post"}
+    config = run_config(tmp_path / "r", site=site, dataset=tokens, evals={"split": None})
+    dataset = [{"text": "w1 w2 w3 " * 99}] * 99
+    said = [
+        "dataset.context_size: is 65, but the model 'custom' takes at most 64 tokens",
+        "the model 'custom' has no hook 'blocks.7.hook_resid_post' (site.hook_name)",
+        "dataset.prepend_bos asks for the tokenizer's bos token, and it has none. It has none at all; set it to false",
+        "dataset.begin_sequence_token asks for the tokenizer's eos token, and it has none.",
+        "dataset.sequence_separator_token asks for the tokenizer's sep token, and it has none.",
+    ]
+    runs: list[Callable[[], object]] = [
+        lambda: saekit.train(config, model=model, dataset=dataset),
+        lambda: saekit.train(saekit.grid(config, {"training.seed": [1, 2]}), model=model, dataset=dataset),
+        lambda: saekit.cache_activations(config, model=model, dataset=dataset),
+    ]
+    for run in runs:
+        with pytest.raises(ConfigError) as caught:
+            run()
+        assert [text for text in said if text not in str(caught.value)] == []
+        assert len(caught.value.problems) == len(said)
+    found = saekit.plan(config, model=model, dataset=dataset)
+    assert all(sum(problem.startswith(text) for problem in found.problems) == 1 for text in said), found.problems
+    assert len(found.problems) == len(said)
+    made = {"folder": str(tmp_path / "p"), "verbose": False, "dataset": tokens | {"column": "body"}}
+    with pytest.raises(ConfigError) as caught:
+        saekit.pretokenize(made, model=model, dataset=dataset)
+    assert [text for text in said if text not in str(caught.value)] == [said[1]]
+    assert "has no column 'body'" in str(caught.value)

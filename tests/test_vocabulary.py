@@ -155,11 +155,11 @@ def of_sae_lens(tmp_path: Path, name: str | None, **made: Any) -> Path:
 
 
 def test_a_foreign_tokenizer_is_looked_up_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    asked: dict[str, dict[str, Any]] = {}
     load = transformers.AutoTokenizer.from_pretrained
 
     def recorded(name: Any, **more: Any) -> Any:
-        asked.append(more)
+        asked[Path(name).name] = more
         return load(name, **more)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", recorded)
@@ -173,8 +173,7 @@ def test_a_foreign_tokenizer_is_looked_up_by_its_name(tmp_path: Path, monkeypatc
     (folder / "sae_lens.json").write_text(json.dumps(SAE_LENS | {"tokenizer_name": str(tmp_path / "other")}))
     with pytest.raises(DataError, match="tokenizer '.*/other', and the model 'custom' has another: the tokens of"):
         saekit.train(config, model=model)
-    assert asked
-    assert all(more == {"local_files_only": True, "trust_remote_code": False} for more in asked)
+    assert asked["same"] == asked["other"] == {"local_files_only": True, "trust_remote_code": False}
 
 
 @pytest.mark.parametrize(

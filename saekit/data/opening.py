@@ -70,14 +70,14 @@ def warn_of(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def repeated(tokens: int, wanted: int, about: str = "") -> str | None:
-    """What to know of a text of so many tokens of which ``wanted`` are trained on, if it is read very often."""
+def repeated(tokens: int, wanted: int, *, what: str = "the text has") -> str | None:
+    """What to know of so many tokens of which ``wanted`` are trained on, if they are read very often."""
     if wanted < _MANY_READINGS * tokens:
         return None
     return (
-        f"the text has {about}{tokens:,} tokens, and training takes {wanted:,} (training.training_tokens), so it is "
-        f'read {wanted / tokens:,.0f} times. Train on fewer tokens or on more text; dataset.on_exhausted = "stop" '
-        "ends training with the text"
+        f"{what} {tokens:,} tokens, and training takes {wanted:,} (training.training_tokens), so each is read "
+        f'{wanted / tokens:,.0f} times. Train on fewer tokens or on more text; dataset.on_exhausted = "stop" ends '
+        "training with the text"
     )
 
 
@@ -140,12 +140,16 @@ def open_stream(
         repeat=config.dataset.on_exhausted == "repeat",
         find_identity=lambda: run_identity(config, corpus, plugins, backend),
         model_lock=beside.model_lock if beside is not None else None,
+        doubt=doubt,
     )
 
 
 def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
     """The source of shuffled batches."""
     source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
+    if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
+        stream.doubt(text)
     return source
 
 

@@ -82,8 +82,7 @@ def pretokenize(
     config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
     _check_target(config)
     corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
-    tokenizer = _tokenizer(config, plugins, model, corpus)
-    documents = Documents.open(corpus.config, dataset=dataset)
+    tokenizer, documents = _opened(config, plugins, model, corpus)
     with _quiet_datasets(), _storage_errors(config), _work_folder(config.folder) as work:
         file = work / "contexts.arrow"
         made = _write(config, corpus, documents, tokenizer, file)
@@ -137,27 +136,30 @@ def _work_folder(target: str | None) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object | None, corpus: Corpus) -> Any:
-    """A Hugging Face tokenizer: the one that is named, or the model's, which must take contexts of that size.
+def _opened(
+    config: PretokenizeConfig, plugins: PluginManager, model: object | None, corpus: Corpus
+) -> tuple[Any, Documents]:
+    """A Hugging Face tokenizer, the one that is named or the model's, and the text.
 
-    It must have the tokens that are put in; all that does not fit is told at once.
+    The model must take contexts of that size, and the tokenizer have the tokens that are put in; all that does not fit
+    is told at once.
     """
+    checks: list[Callable[[], object]] = []
     if config.tokenizer is not None:
         tokenizer = _named_tokenizer(config.tokenizer)
-        corpus.policy(special_tokens(tokenizer))
-        return tokenizer
-    backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    tokenizer = getattr(backend, "tokenizer", None)
-    if tokenizer is None:
-        raise ModelError(
-            f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "
-            "on the Hub)"
-        )
-    check_all(
-        lambda: check_context_size(backend, corpus.context_size),
-        lambda: corpus.policy(special_tokens(tokenizer)),
-    )
-    return tokenizer
+    else:
+        backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+        tokenizer = getattr(backend, "tokenizer", None)
+        if tokenizer is None:
+            raise ModelError(
+                f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "
+                "on the Hub)"
+            )
+        checks.append(lambda: check_context_size(backend, corpus.context_size))
+    checks.append(lambda: corpus.policy(special_tokens(tokenizer)))
+    opened: list[Documents] = []
+    check_all(*checks, lambda: opened.append(Documents.open(corpus.config, dataset=corpus.dataset)))
+    return tokenizer, opened[0]
 
 
 def _named_tokenizer(name: str) -> Any:

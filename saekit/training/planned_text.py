@@ -100,7 +100,8 @@ def _repeated(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> str
         return None
     if length is None or not length[0]:
         return None
-    return repeated(length[0], config.training.total_tokens, about="" if length[1] else "about ")
+    what = "the text has" if length[1] else "the text has about"
+    return repeated(length[0], config.training.total_tokens, what=what)
 
 
 def text_length(corpus: Corpus, backend: ModelBackend) -> tuple[int, bool] | None:

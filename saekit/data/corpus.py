@@ -93,8 +93,8 @@ class Corpus:
 
     @property
     def holds_out_documents(self) -> bool:
-        """Whether the documents of pretokenised contexts are known, so that whole ones can be held out."""
-        return self.packed is not None and self.packed.documents > 0
+        """Whether the documents of pretokenised contexts are known, and enough, so that whole ones can be held out."""
+        return self.packed is not None and self.packed.documents >= max(self.evals.held_out_every, 1)
 
     def held_out(self, backend: ModelBackend, seed: int) -> Tensor:
         """``[n, context_size]`` token ids that training never sees, from a stretch of text eight times as long."""
@@ -136,11 +136,15 @@ class Corpus:
                 "its own in evals.split"
             )
         if self.packed is not None and self.evals.split is None and not self.holds_out_documents:
+            why, instead = f"{self.packed.file} does not say which documents they are from", "Pretokenise anew, which "
+            instead += "notes the documents, or name a split of its own in evals.split"
+            if known := self.packed.documents:
+                why = f"they are from {known:,} documents in all, too few to hold out one in that many"
+                instead = "Name a split of its own in evals.split, or lower evals.held_out_every"
             doubts.append(
                 f"the {contexts:,} held-out contexts are single ones of {self.config.path!r}, one in "
-                f"{self.evals.held_out_every}, and {self.packed.file} does not say which documents they are from: what "
-                "surrounds them in their documents is trained on, so evals come out better than on new text. "
-                "Pretokenise anew, which notes the documents, or name a split of its own in evals.split"
+                f"{self.evals.held_out_every}, and {why}: what surrounds them in their documents is trained on, so "
+                f"evals come out better than on new text. {instead}"
             )
         return doubts
 

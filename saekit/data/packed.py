@@ -175,15 +175,18 @@ class Packed:
 
 
 def held_documents(packed: Packed, every: int) -> Callable[[int], bool]:
-    """Which documents are held out: about one in ``every``, in runs of neighbours.
+    """Which documents are held out: one in ``every`` or a few more, in runs of neighbours, of at least that many.
 
     Contexts in which documents of both sides meet are for neither, and there are few of them with runs.
     """
-    runs = min(max(packed.contexts // (every * _BLOCK_CONTEXTS), 1), _MOST_BLOCKS)
-    blocks = max(min(runs * every, packed.documents // every * every), every)
+    documents = packed.documents
+    runs = max(min(packed.contexts // (every * _BLOCK_CONTEXTS), _MOST_BLOCKS, documents // every), 1)
+    length = -(-documents // (runs * every))
 
     def held(document: int) -> bool:
-        return (document * blocks // packed.documents) % every == every - 1
+        run = document * runs // documents  # each is in the middle of its stretch, for the last document may be cut
+        begin, end = -(-run * documents // runs), -(-(run + 1) * documents // runs)
+        return 0 <= document - begin - (end - begin - length) // 2 < length
 
     return held
 

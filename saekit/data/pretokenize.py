@@ -225,7 +225,7 @@ def _owners(corpus: Corpus) -> Callable[[Contexts], list[list[int]]] | None:
     """For contexts in order the documents that each is from; None where that is not known."""
     if corpus.packed is None:
         return lambda contexts: [np.unique(row).tolist() for row in contexts.documents]
-    if not corpus.holds_out_documents:
+    if not corpus.packed.documents:
         return None  # they are parts of documents that nobody has noted
     noted = iter(Documents.open(attrs.evolve(corpus.config, column=DOCUMENT_IDS)))
     return lambda contexts: [[int(number) for number in next(noted)] for _ in range(len(contexts))]

@@ -67,7 +67,8 @@ def test_pretokenised_data_settles_every_option(folder: Path, made: dict, other:
         assert different - named <= {"dataset.prepend_bos", "dataset.begin_batch_token"}, "the two can say the same"
     else:
         assert corpus.policy(SPECIAL) == TokenPolicy.of(DatasetConfig(**made), SPECIAL)
-        assert corpus.packed == {"tokenizer": None, "vocab_size": 50, "token_ids": None}
+        assert corpus.packed is not None
+        assert (corpus.packed.tokenizer, corpus.packed.vocab_size, corpus.packed.token_ids) == (None, 50, None)
 
 
 @settings(max_examples=100, deadline=None)

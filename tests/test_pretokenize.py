@@ -170,7 +170,11 @@ def test_metadata(tmp_path: Path) -> None:
     dataset = {"path": str(tmp_path / "book.txt"), "context_size": 16} | policy
     result = saekit.pretokenize(options(tmp_path / "made", dataset=dataset, seed=3))
     said = json.loads((tmp_path / "made/saekit.json").read_text())
-    assert said == {
+    from saekit.data.vocabulary import Vocabulary
+
+    rows = datasets.load_from_disk(str(tmp_path / "made"))["document_ids"]
+    assert said == Vocabulary.of_tokenizer(tokenizer()).metadata() | {
+        "documents": max(map(max, rows)) + 1,
         "saekit_version": saekit.__version__, "datasets_version": datasets.__version__,
         "transformers_version": transformers.__version__, "tokenizer": str(TOKENIZER), "vocab_size": 2048,
         "token_ids": {"begin_batch": 0, "begin_sequence": 7, "separator": 0}, "data_files": [],
@@ -201,19 +205,21 @@ def test_training_needs_nothing_else(tmp_path: Path) -> None:
     """Context size and policies come from the data, and every context is used as it is."""
     policy = {"prepend_bos": False, "begin_batch_token": 5, "begin_sequence_token": 7, "sequence_separator_token": 9}
     saekit.pretokenize(options(tmp_path / "c", dataset={"context_size": 17} | policy), dataset=RECORDS)
-    contexts = rows(tmp_path / "c")
+    contexts, owners = rows(tmp_path / "c"), datasets.load_from_disk(str(tmp_path / "c"))["document_ids"]
     assert len(contexts) > 40
     model = hooked_transformer()
     seen = recorded(model)
     result = saekit.train(training(tmp_path, tmp_path / "c", dataset={"on_exhausted": "stop"}), model=model)
-    held = contexts[19::20]
+    held_owners = {n for row, ids in zip(contexts, owners, strict=True) if row in result.held_out.tolist() for n in ids}
     assert result.corpus.context_size == 17
     assert result.held_out is not None
     assert len(result.held_out) == 4
-    assert all(row in held for row in result.held_out.tolist())
-    forwards = [row for tokens in seen if tokens.shape[-1] == 17 for row in tokens.tolist()]
-    trained = [row for number, row in enumerate(contexts) if number % 20 != 19]
-    assert forwards[:50] == trained[:50]
+    forwards = [tuple(row) for tokens in seen if tokens.shape == (8, 17) for row in tokens.tolist()]
+    known = {tuple(row): set(ids) for row, ids in zip(contexts, owners, strict=True)}
+    assert len(forwards) > 20
+    assert not held_owners & set().union(*(known[row] for row in forwards)), "whole contexts, of other documents"
+    order = [tuple(row) for row in contexts if tuple(row) in set(forwards)]
+    assert forwards[:20] == order[:20]
     assert result.sae.info.metadata.items() >= {"context_size": 17, **policy}.items()
 
 

@@ -103,6 +103,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: int, code: int, 
 
 PUSH_AND_TRAIN = """
 import json
+import attrs
 import saekit
 from datasets import load_dataset
 from saekit.config import DatasetConfig, EvalsConfig
@@ -115,7 +116,8 @@ def push(**more):
 
 def train(**dataset):
     result = saekit.train(train_config | {"dataset": {"path": "somebody/contexts"} | dataset})
-    sample = result.corpus.contexts(result.backend).take(5).tokens.tolist()
+    everything = attrs.evolve(result.corpus, evals=EvalsConfig(run=(), held_out_every=0))
+    sample = everything.contexts(result.backend).take(5).tokens.tolist()
     return [result.corpus.context_size, result.corpus.config.begin_sequence_token, result.held_out.shape[1], sample]
 
 push_config, train_config = json.load(open("configs.json"))

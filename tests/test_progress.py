@@ -212,8 +212,9 @@ def test_plain_lines_of_a_run_that_ends_early(tmp_path: Path, capfd: pytest.Capt
     result = train(run)
     out, err = capfd.readouterr()
     assert out == ""
-    way, line = err.splitlines()
+    way, loss, line = err.splitlines()
     assert way.startswith("SAE step: fast kernels, ")
+    assert loss.startswith("model loss: "), "the fake model is untrained"
     assert line.startswith(f"{result.metrics['details/n_training_tokens']:,}/1,000,000 tokens  ")
     for name in ("tokens/s", "loss ", "EV ", "L0 ", "dead ", " s left"):
         assert name in line
@@ -223,7 +224,7 @@ def test_one_last_line_for_many_saes(tmp_path: Path, capfd: pytest.CaptureFixtur
     train(saekit.grid(config(tmp_path), {"training.seed": [1, 2, 3]}, plugins=plugins()))
     out, err = capfd.readouterr()
     assert out == ""
-    way, line = err.splitlines()
+    way, _, line = err.splitlines()
     assert way.startswith("SAE step of 3 SAEs: fast kernels, ")
     assert line.startswith("2,000/2,000 tokens  ")
     assert re.search(r"loss [\d.]+ to [\d.]+  ", line)

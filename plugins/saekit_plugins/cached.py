@@ -58,6 +58,11 @@ class CachedSource:
         self._prefetched = Prefetched(self._reader, depth=2) if config.prefetch else None
         self._batches: Any = self._prefetched or self._reader
 
+    @property
+    def rows(self) -> int:
+        """Those of one reading."""
+        return self._cache.manifest.rows
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 

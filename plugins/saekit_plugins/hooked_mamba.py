@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +60,10 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
     from saekit_plugins.hooked_transformer import TransformerLensBackend
 
+    _check_fast_paths(config.forward_kwargs)
     module: Any = loaded if loaded is not None else _load(config, model)
     if not hasattr(module, "input_dependent_hooks"):
-        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}")
+        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {_instead(module)}")
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -74,19 +76,42 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
     )
 
 
+_FAST_PATHS = {"fast_conv": ("causal_conv1d", "causal-conv1d"), "fast_ssm": ("selective_scan_cuda", "mamba-ssm")}
+"""For each the module that it needs, and the package that has it."""
+
+
+def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
+    """The model would look for their packages in its first forward."""
+    problems = [
+        (f"model.backend.forward_kwargs.{path}", f"needs the module {module}, which is not installed: pip install "
+         f"{package} (for CUDA), or leave it out")
+        for path, (module, package) in _FAST_PATHS.items()
+        if forward_kwargs.get(path) and find_spec(module) is None
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
+def _instead(module: object) -> str:
+    if isinstance(module, str):
+        return f"A model is chosen by its name with model.name = {module!r}"
+    if hasattr(module, "run_with_hooks"):
+        return 'Its backend may be another: model.backend = "HookedTransformer"'
+    return "Of models of other kinds, saekit needs a backend (model.backend)"
+
+
 def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
     import torch
-    from transformers import AutoTokenizer
+
+    from saekit_plugins.model_folders import load_tokenizer, loading, ready
 
     device = resolve_device(model.device, "model.device")
-    if model.name.startswith((".", "/")) and not Path(model.name).is_dir():
+    if model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir():
         raise ModelError(f"there is no model folder {model.name!r} (model.name)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    with loading(f"the Mamba model {model.name!r}"):
         module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the Mamba model {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return torch.nn.Module.to(module, getattr(torch, model.dtype))  # HookedTransformer.to prints
+        return ready(module, getattr(torch, model.dtype))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
-import tempfile
+import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit import Entry, ModelError, hookimpl
-from saekit.devices import resolve_device
+from saekit.data.vocabulary import special_tokens
 from saekit_plugins.compiled_parts import CompiledParts
+from saekit_plugins.model_folders import EMBEDDED, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from saekit.config import ModelConfig
     from saekit.protocols import Replacement
 
-EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
-NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
+__all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +38,10 @@ class HookedTransformerOptions:
 
 
 class TransformerLensBackend:
-    """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks."""
+    """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks.
+
+    The model stays as it was: whether its parameters learn, and which of its modules are in training mode.
+    """
 
     def __init__(
         self,
@@ -54,9 +55,7 @@ class TransformerLensBackend:
         compile_mode: str | None = None,
     ) -> None:
         self._compiled = None if compile_mode is None else CompiledParts(model, compile_mode)
-        self.model = model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        self.model, self._evaluating = model, _Evaluating(model)
         self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
         self.device = str(next(model.parameters()).device)
         self._forward_kwargs, self._autocast = dict(forward_kwargs), autocast
@@ -66,10 +65,7 @@ class TransformerLensBackend:
                 f"the tokenizer of {name!r} has {tokenizer.vocab_size} tokens, but the model knows {d_vocab}: they do "
                 "not belong together"
             )
-        self.special_tokens = {
-            kind: getattr(tokenizer, f"{kind}_token_id", None) if tokenizer is not None else None
-            for kind in ("bos", "eos", "sep")
-        }
+        self.special_tokens = special_tokens(tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,8 +172,43 @@ class TransformerLensBackend:
             )
         tokens = tokens.to(self.device)
         compiled = nullcontext() if self._compiled is None else self._compiled.except_at([n for n, _ in fwd_hooks])
-        with compiled, torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+        # A copy of the weights that autocast kept beyond this forward could not be trained on.
+        autocast = torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self._autocast, cache_enabled=False)
+        with self._evaluating(), compiled, autocast:
             return self.model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, **options, **self._forward_kwargs)
+
+
+class _Evaluating:
+    """Calling it gives a context in which the modules of ``model`` are in evaluation mode; then each is as it was.
+
+    Forwards may be nested, or run in several threads: the modules go back when the last one has ended.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._forwards = 0
+        self._training: list[Any] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._forwards += 1
+            if self._forwards == 1:
+                self._training = [module for module in self._model.modules() if module.training]
+                self._set(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._forwards -= 1
+                if not self._forwards:
+                    self._set(True)
+                    self._training = []
+
+    def _set(self, training: bool) -> None:
+        for module in self._training:
+            module.training = training  # this module alone, not what is in it
 
 
 @hookimpl
@@ -194,7 +225,7 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
-        module: Any = _passed(loaded) if loaded is not None else _load(model, config.from_pretrained_kwargs)
+        module: Any = _passed(loaded) if loaded is not None else load_model(model, config.from_pretrained_kwargs)
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -208,104 +239,20 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
 
 
 def _passed(loaded: object) -> object:
+    if hasattr(loaded, "input_dependent_hooks"):
+        raise ModelError(
+            'the model passed is a HookedMamba, and its backend must be named: model.backend = "HookedMamba"'
+        )
     if not all(hasattr(loaded, name) for name in ("run_with_hooks", "hook_dict", "cfg", "tokenizer")):
-        raise ModelError(f"model must be a HookedTransformer, found {type(loaded).__name__}")
+        raise ModelError(f"model must be a HookedTransformer, found {type(loaded).__name__}. {_instead(loaded)}")
+    if lacking := [name for name in ("d_vocab", "n_ctx") if not hasattr(loaded.cfg, name)]:  # type: ignore[attr-defined]
+        raise ModelError(f"the cfg of the model, a {type(loaded).__name__}, lacks {' and '.join(lacking)}")
     return loaded
 
 
-def _load(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
-    """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
-    device = resolve_device(model.device, "model.device")
-    folder = EMBEDDED.get(model.name, Path(model.name))
-    if (folder / NATIVE_CONFIG).is_file():
-        if kwargs:
-            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {model.name!r}: {sorted(kwargs)}")
-        return _load_native(folder, model.dtype, device)
-    if folder.is_dir():
-        return _load_hf_folder(folder, model.dtype, device, kwargs)
-    if model.name.startswith((".", "/", "~")):
-        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
-    from transformer_lens import HookedTransformer
-
-    try:
-        return HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
-    except (ValueError, OSError, TypeError) as error:
-        raise ModelError(_unknown_name(model.name, error)) from error
-
-
-def _unknown_name(name: str, error: Exception) -> str:
-    import difflib
-
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-
-    known = {*EMBEDDED, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return f"transformer_lens knows no model {name!r}, and there is no such folder.{hint}"
-    return f"the model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-
-
-def _load_native(folder: Path, dtype: str, device: str) -> object:
-    """A folder with ``hooked_transformer.json``, ``model.safetensors`` and a tokenizer."""
-    import torch
-    from safetensors.torch import load_file
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformers import AutoTokenizer
-
-    config = json.loads((folder / NATIVE_CONFIG).read_text(encoding="utf-8"))
-    model = HookedTransformer(
-        HookedTransformerConfig(**config, device=device, dtype=getattr(torch, dtype), init_weights=False),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    missing, unexpected = model.load_state_dict(load_file(folder / NATIVE_WEIGHTS), strict=False)
-    # The masks and their constants are rebuilt from the configuration.
-    missing = [name for name in missing if not name.endswith(("mask", "IGNORE"))]
-    if missing or unexpected:
-        raise ModelError(f"the weights in {folder} lack {missing or 'nothing'} and have the unknown {unexpected}")
-    return torch.nn.Module.to(model, getattr(torch, dtype))  # HookedTransformer.to prints
-
-
-def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, Any]) -> object:
-    """A folder of a Hugging Face causal LM: ``config.json``, weights and a tokenizer."""
-    import torch
-    from transformer_lens import HookedTransformer
-    from transformer_lens import loading_from_pretrained as loading
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")
-    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
-                  "refactor_factored_attn_matrices")  # fmt: skip
-    if unknown := sorted(set(kwargs) - set(processing)):
-        raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {processing}, found {unknown}")
-    options = dict.fromkeys(processing[:4], True) | dict(kwargs)
-    torch_dtype = getattr(torch, dtype)
-    try:
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with _config_folder(folder) as neutral:
-            config = loading.get_pretrained_model_config(
-                neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
-            )
-        state = loading.get_pretrained_state_dict(str(folder), config, hf_model, dtype=torch_dtype)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"the model in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    model = HookedTransformer(config, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(state, **options)
-    return torch.nn.Module.to(model, device)  # HookedTransformer.to prints
-
-
-@contextmanager
-def _config_folder(folder: Path) -> Iterator[str]:
-    """A folder with ``config.json`` alone, under a name that says nothing.
-
-    transformer_lens guesses the architecture from words in the path, and reads ``n_ctx``, which transformers 5 no
-    longer writes for GPT-2.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "n_positions" in config:
-        config.setdefault("n_ctx", config["n_positions"])
-    with tempfile.TemporaryDirectory(prefix="saekit") as neutral:
-        (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        yield neutral
+def _instead(loaded: object) -> str:
+    if isinstance(loaded, str):
+        return f"A model is chosen by its name with model.name = {loaded!r}"
+    if hasattr(loaded, "save_pretrained"):
+        return "Save it and its tokenizer with save_pretrained(folder), and choose that with model.name"
+    return "Of models of other kinds, saekit needs a backend (model.backend)"

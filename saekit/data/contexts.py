@@ -34,30 +34,29 @@ class TokenPolicy:
     def of(cls, config: DatasetConfig, special_tokens: Mapping[str, int | None]) -> TokenPolicy:
         """The policy of ``config``, whose token options are all set, with a tokenizer's ids.
 
-        A token that the tokenizer lacks is a :class:`DataError`.
+        :class:`DataError` names every option that asks for a token that the tokenizer lacks, one a line.
         """
+        if config.context_size is None:
+            raise ValueError("dataset.context_size is not set; saekit.data.Corpus sets it")
+        problems: list[str] = []
 
         def resolve(option: str, token: str | int | None) -> int | None:
             if token is None or token == "none" or isinstance(token, int):
                 return token if isinstance(token, int) else None
-            if (found := special_tokens.get(token)) is None:
-                has = {name: token for name, token in special_tokens.items() if token is not None}
-                instead = "set it to false" if option == "prepend_bos" else 'give an id, or "none"'
-                raise DataError(
-                    f"dataset.{option} asks for the tokenizer's {token} token, and it has none. It has "
-                    f"{has or 'none at all'}; {instead}"
-                )
-            return found
+            if (known := special_tokens.get(token)) is None:
+                problems.append(_lacking(option, token, special_tokens))
+            return known
 
-        if config.context_size is None:
-            raise ValueError("dataset.context_size is not set; saekit.data.Corpus sets it")
-        begin = resolve("prepend_bos", "bos") if config.prepend_bos else None
-        return cls(
+        begin = ("prepend_bos", "bos") if config.prepend_bos else ("begin_batch_token", config.begin_batch_token)
+        policy = cls(
             context_size=config.context_size,
-            begin_batch=begin if config.prepend_bos else resolve("begin_batch_token", config.begin_batch_token),
+            begin_batch=resolve(*begin),
             begin_sequence=resolve("begin_sequence_token", config.begin_sequence_token),
             separator=resolve("sequence_separator_token", config.sequence_separator_token),
         )
+        if problems:
+            raise DataError("\n".join(problems))
+        return policy
 
     def token_ids(self) -> dict[str, int | None]:
         """The tokens alone."""
@@ -75,6 +74,15 @@ class Contexts:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def _lacking(option: str, token: str, special_tokens: Mapping[str, int | None]) -> str:
+    has = {name: known for name, known in special_tokens.items() if known is not None}
+    instead = "set it to false" if option == "prepend_bos" else 'give an id, or "none"'
+    return (
+        f"dataset.{option} asks for the tokenizer's {token} token, and it has none. It has {has or 'none at all'}; "
+        f"{instead}"
+    )
 
 
 class ContextPacker:
@@ -178,6 +186,8 @@ class ContextStream:
         self._epoch = 0
         self._tokens_this_epoch = 0
         self.contexts_served = 0
+        self.on_repeat: Callable[[int], None] | None = None
+        """Told of the text's tokens when it is about to be read for the second time."""
 
     def take(self, n: int) -> Contexts:
         """The next ``n`` contexts, or what is left."""
@@ -223,9 +233,17 @@ class ContextStream:
                 f"the dataset's documents {nothing}: there is nothing to train on. If evals hold documents "
                 "out, see evals.held_out_every and evals.split"
             )
+        if not self._epoch and self.on_repeat is not None:
+            self.on_repeat(self._packed_tokens)
         self._reader = self._documents.read()
         self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
         return True
+
+    @property
+    def _packed_tokens(self) -> int:
+        """Tokens so far, those that were put in included."""
+        contexts = self.contexts_served + len(self._ready)
+        return contexts * self.policy.context_size + len(self._packer.state_dict()["tokens"])
 
     def _checked(self, document: str | Sequence[int], number: int) -> IntArray:
         ids = self._tokenize(document) if isinstance(document, str) else document

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,24 +11,13 @@ from torch import Tensor
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.contexts import ContextStream, TokenPolicy
+from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.text import STDLIB, Documents
+from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 
-__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus"]
-
-PRETOKENIZED = "saekit.json"
-"""The file beside pretokenised contexts that says how they were made."""
-_OF_SAE_LENS = "sae_lens.json"
-POLICY_DEFAULTS: Mapping[str, Any] = {
-    "context_size": 128,
-    "prepend_bos": True,
-    "begin_batch_token": "none",
-    "begin_sequence_token": "none",
-    "sequence_separator_token": "bos",
-}
-"""What the options mean where neither the configuration nor the data says."""
-_TOKENIZER = ("tokenizer", "vocab_size", "token_ids")
+__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "reader_of"]
 
 
 @attrs.frozen
@@ -41,9 +28,8 @@ class Corpus:
     evals: EvalsConfig
     dataset: Any = None
     """A dataset in memory, in place of ``config.path``."""
-    packed: Mapping[str, Any] | None = None
-    """Of pretokenised contexts, what is known of their tokenizer: ``tokenizer``, ``vocab_size``, and ``token_ids`` that
-    were put in; else None."""
+    packed: Packed | None = None
+    """How pretokenised contexts were made; else None."""
 
     @classmethod
     def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None) -> Corpus:
@@ -51,13 +37,12 @@ class Corpus:
 
         :class:`ConfigError` names each option that contradicts them.
         """
-        made = None if dataset is not None else _pretokenized(config)
+        packed = None if dataset is not None else Packed.at(config)
         stated = {name: getattr(config, name) for name in POLICY_DEFAULTS}
-        if made is not None and (problems := _contradictions(config.path, stated, made)):
+        if packed is not None and (problems := _contradictions(config.path, stated, packed.policy)):
             raise ConfigError(problems)
-        settled = made or POLICY_DEFAULTS
+        settled = POLICY_DEFAULTS if packed is None else packed.policy
         chosen = {name: settled[name] if stated[name] is None else stated[name] for name in POLICY_DEFAULTS}
-        packed = None if made is None else {name: made.get(name) for name in _TOKENIZER}
         return cls(attrs.evolve(config, **chosen), evals, dataset, packed)
 
     @property
@@ -75,74 +60,47 @@ class Corpus:
         documents: Documents,
         tokenize: Callable[[str], Sequence[int]],
         special_tokens: Mapping[str, int | None],
+        reader: Reader,
         *,
-        d_vocab: int,
-        reader: str,
         repeat: bool,
     ) -> ContextStream:
         """The contexts of ``documents``, which this corpus has opened, by a tokenizer.
 
-        :class:`DataError` says what does not fit ``reader``, whose vocabulary has ``d_vocab`` tokens.
+        :class:`DataError` says what does not fit ``reader``.
         """
         policy = self.policy(special_tokens)
         if self.packed is not None:  # the contexts are whole, with their tokens put in
-            self._check_packed(documents, policy, d_vocab, reader)
+            self.packed.check(documents.first, policy, reader)
             policy = attrs.evolve(policy, begin_sequence=None, separator=None)
-        _check_ids(documents, policy, d_vocab, reader)
-        return ContextStream(documents, tokenize, policy, d_vocab=d_vocab, repeat=repeat)
-
-    def _check_packed(self, documents: Documents, policy: TokenPolicy, d_vocab: int, reader: str) -> None:
-        """Pretokenised contexts must be of ``reader``'s tokenizer, and be what is said of them."""
-        assert self.packed is not None
-        where = f"the contexts of {self.config.path!r}"
-        if (self.packed["vocab_size"] or 0) > d_vocab:
-            raise DataError(
-                f"{where} were made with a tokenizer of {self.packed['vocab_size']} tokens, but {reader} knows "
-                f"{d_vocab}: pretokenise for this model"
-            )
-        theirs, own = self.packed["token_ids"], policy.token_ids()
-        if theirs is not None and dict(theirs) != own:
-            raise DataError(
-                f"{where} were made with the tokenizer {self.packed['tokenizer']!r}, and the tokens that were put in "
-                f"are {dict(theirs)}; for {reader} they are {own}: pretokenise for this model"
-            )
-        first = documents.first
-        if first is None or isinstance(first, str):
-            return
-        if len(first) != policy.context_size:
-            raise DataError(
-                f"the first context of {self.config.path!r} has {len(first)} tokens, but the file that "
-                f"says how they were made says {policy.context_size}: pretokenise anew"
-            )
-        if policy.begin_batch is not None and len(first) and first[0] != policy.begin_batch:
-            raise DataError(
-                f"the first context of {self.config.path!r} begins with the token {first[0]}, but for {reader} "
-                f"contexts begin with {policy.begin_batch}: they were made with another tokenizer, so pretokenise for "
-                "this model"
-            )
+        _check_ids(documents, policy, reader)
+        return ContextStream(documents, tokenize, policy, d_vocab=reader.d_vocab, repeat=repeat)
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
         """The training contexts, without the documents that are held out."""
+        return self._stream(backend, self.training_documents(), repeat=self.config.on_exhausted == "repeat")
+
+    def training_documents(self) -> Documents:
+        """What is trained on: all documents, or all that are not held out."""
         every = self.evals.held_out_every if self.evals.split is None else 0
-        documents = Documents.open(
-            self.config,
-            dataset=self.dataset,
-            keep=(lambda index: index % every != every - 1) if every else None,
-        )
-        return self._stream(backend, documents, repeat=self.config.on_exhausted == "repeat")
+        if not every:
+            return Documents.open(self.config, dataset=self.dataset)
+        if self.holds_out_documents:
+            assert self.packed is not None
+            held = held_documents(self.packed, every)
+            owners = (DOCUMENT_IDS, lambda ids: not any(map(held, ids)))
+            return Documents.open(self.config, owners=owners)
+        return Documents.open(self.config, dataset=self.dataset, keep=lambda index: index % every != every - 1)
+
+    @property
+    def holds_out_documents(self) -> bool:
+        """Whether the documents of pretokenised contexts are known, and enough, so that whole ones can be held out."""
+        return self.packed is not None and self.packed.documents >= max(self.evals.held_out_every, 1)
 
     def held_out(self, backend: ModelBackend, seed: int) -> Tensor:
         """``[n, context_size]`` token ids that training never sees, from a stretch of text eight times as long."""
-        every, split = self.evals.held_out_every, self.evals.split
-        if self.config.path == STDLIB and self.dataset is None and split and "all" in (split, self.config.split):
-            raise ConfigError([("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")])
-        documents = Documents.open(
-            self.config,
-            split=split,
-            dataset=self.dataset,
-            keep=None if split is not None else (lambda index: index % every == every - 1),
+        contexts = (
+            self._stream(backend, self._held_out_documents(), repeat=False).take(8 * self.evals.n_contexts).tokens
         )
-        contexts = self._stream(backend, documents, repeat=False).take(8 * self.evals.n_contexts).tokens
         if not len(contexts):
             raise DataError(
                 f"the held-out text does not fill one context of {self.context_size} tokens. Lower "
@@ -153,11 +111,60 @@ class Corpus:
         picked = torch.randperm(len(contexts), generator=generator)[: self.evals.n_contexts]
         return torch.from_numpy(contexts)[picked.sort().values]
 
+    def _held_out_documents(self) -> Documents:
+        every, split = self.evals.held_out_every, self.evals.split
+        if split is not None:
+            if self.config.path == STDLIB and self.dataset is None and "all" in (split, self.config.split):
+                raise ConfigError(
+                    [("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")]
+                )
+            return Documents.open(self.config, split=split, dataset=self.dataset)
+        if self.holds_out_documents:
+            assert self.packed is not None
+            held = held_documents(self.packed, every)
+            owners = (DOCUMENT_IDS, lambda ids: all(map(held, ids)))
+            return Documents.open(self.config, owners=owners)
+        return Documents.open(self.config, dataset=self.dataset, keep=lambda index: index % every == every - 1)
+
+    def held_out_doubts(self, contexts: int) -> list[str]:
+        """What to know of the ``contexts`` that :meth:`held_out` has found, in words."""
+        doubts, wanted = [], self.evals.n_contexts
+        if contexts < wanted:
+            doubts.append(
+                f"the held-out text fills {contexts:,} contexts of {self.context_size} tokens, and {wanted:,} were "
+                "asked for (evals.n_contexts): evals measure on those. Lower evals.held_out_every, or name a split of "
+                "its own in evals.split"
+            )
+        if self.packed is not None and self.evals.split is None and not self.holds_out_documents:
+            why, instead = f"{self.packed.file} does not say which documents they are from", "Pretokenise anew, which "
+            instead += "notes the documents, or name a split of its own in evals.split"
+            if known := self.packed.documents:
+                why = f"they are from {known:,} documents in all, too few to hold out one in that many"
+                instead = "Name a split of its own in evals.split, or lower evals.held_out_every"
+            doubts.append(
+                f"the {contexts:,} held-out contexts are single ones of {self.config.path!r}, one in "
+                f"{self.evals.held_out_every}, and {why}: what surrounds them in their documents is trained on, so "
+                f"evals come out better than on new text. {instead}"
+            )
+        return doubts
+
+    def doubts(self, backend: ModelBackend) -> list[str]:
+        """What cannot be found out about the contexts and the model, in words."""
+        return [] if self.packed is None else self.packed.doubts(reader_of(backend))
+
     def _stream(self, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
-        return self.stream(
-            documents, backend.tokenize, backend.special_tokens,
-            d_vocab=backend.d_vocab, reader=f"the model {backend.name!r}", repeat=repeat,
-        )  # fmt: skip
+        return self.stream(documents, backend.tokenize, backend.special_tokens, reader_of(backend), repeat=repeat)
+
+
+def reader_of(backend: ModelBackend) -> Reader:
+    """A model as a reader of contexts."""
+    named = getattr(getattr(backend, "tokenizer", None), "name_or_path", None)
+    return Reader(
+        f"the model {backend.name!r}",
+        backend.d_vocab,
+        lambda: Vocabulary.of_backend(backend),
+        frozenset(name for name in (backend.name, named) if isinstance(name, str) and name),
+    )
 
 
 def _contradictions(path: str, stated: Mapping[str, Any], made: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -177,74 +184,16 @@ def _begin(policy: Mapping[str, Any]) -> Any:
     return "bos" if policy["prepend_bos"] else policy["begin_batch_token"]
 
 
-def _check_ids(documents: Documents, policy: TokenPolicy, d_vocab: int, reader: str) -> None:
+def _check_ids(documents: Documents, policy: TokenPolicy, reader: Reader) -> None:
     """Before anything is packed, the ids that are known: those that are put in, and the first document's."""
-    put_in = (policy.begin_batch, policy.begin_sequence, policy.separator)
-    if (largest := max((token for token in put_in if token is not None), default=0)) >= d_vocab:
-        raise DataError(f"dataset puts in the token id {largest}, but the vocabulary of {reader} ends at {d_vocab - 1}")
+    put_in, last = (policy.begin_batch, policy.begin_sequence, policy.separator), reader.d_vocab - 1
+    if (largest := max((token for token in put_in if token is not None), default=0)) > last:
+        raise DataError(f"dataset puts in the token id {largest}, but the vocabulary of {reader.name} ends at {last}")
     first = documents.first
     if first is None or isinstance(first, str) or not len(first):
         return
-    if max(first) >= d_vocab or min(first) < 0:
+    if max(first) > last or min(first) < 0:
         raise DataError(
-            f"document 0 holds the token id {max(first) if max(first) >= d_vocab else min(first)}, but the vocabulary "
-            f"of {reader} ends at {d_vocab - 1}: the data was tokenised for another model"
+            f"document 0 holds the token id {max(first) if max(first) > last else min(first)}, but the vocabulary "
+            f"of {reader.name} ends at {last}: the data was tokenised for another model"
         )
-
-
-def _pretokenized(config: DatasetConfig) -> dict[str, Any] | None:
-    """How the contexts at ``config.path`` were made, if they are contexts."""
-    if config.path == STDLIB:
-        return None
-    path = Path(config.path)
-    for name in (PRETOKENIZED, _OF_SAE_LENS):
-        file = path / name if path.exists() else _on_hub(config, name)
-        if file is None or not file.is_file():
-            continue
-        try:
-            made = json.loads(file.read_text(encoding="utf-8"))
-            return _settled(_of_sae_lens(made) if name == _OF_SAE_LENS else {**POLICY_DEFAULTS, **made})
-        except (ValueError, TypeError, KeyError) as error:
-            missing = "it does not say " if isinstance(error, KeyError) else ""
-            raise DataError(f"{name} of the dataset {config.path!r} cannot be read: {missing}{error}") from error
-    return None
-
-
-def _settled(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata with every option of how contexts are made, checked as a configuration is."""
-    policy = {name: made[name] for name in POLICY_DEFAULTS}
-    if None in policy.values():
-        raise ValueError(f"{next(name for name, value in policy.items() if value is None)} is null")
-    DatasetConfig(**policy)
-    ids = made.get("token_ids")
-    if ids is not None and not isinstance(ids, Mapping):
-        raise TypeError(f"token_ids is {ids!r}, expected a table")
-    known = {"tokenizer": made.get("tokenizer"), "vocab_size": int(made.get("vocab_size") or 0)}
-    return {**policy, **known, "token_ids": ids}
-
-
-def _on_hub(config: DatasetConfig, name: str) -> Path | None:
-    """A file of a dataset repository, if the path names one that has it."""
-    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # an answer, and not that there is no such file
-            raise DataError(
-                f"whether {config.path!r} holds pretokenised contexts cannot be found out: asked for {name}, the Hub "
-                f"answers {str(error.__cause__).splitlines()[0]}. Try again"
-            ) from error
-        return None  # whatever is wrong with the repository, opening the dataset says it
-
-
-def _of_sae_lens(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that sae-lens writes beside the contexts of its own pretokeniser."""
-    tokens = {
-        name: "none" if made.get(name) is None else made[name]
-        for name in ("begin_batch_token", "begin_sequence_token", "sequence_separator_token")
-    }
-    return {"context_size": made["context_size"], "prepend_bos": tokens["begin_batch_token"] == "bos", **tokens}

@@ -51,10 +51,15 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
         "dataset.begin_batch_token": policy.begin_batch,
         "dataset.begin_sequence_token": policy.begin_sequence,
         "dataset.sequence_separator_token": policy.separator,
-        "evals.held_out_every": corpus.evals.held_out_every if corpus.evals.split is None else 0,
+        "evals.held_out_every": _held_out(corpus),
     }
     plain: dict[str, Any] = json.loads(json.dumps(table, default=repr))
     return plain
+
+
+def _held_out(corpus: Corpus) -> int | str:
+    every = corpus.evals.held_out_every if corpus.evals.split is None else 0
+    return f"{every}, whole documents of contexts" if every and corpus.holds_out_documents else every
 
 
 def _place(name: str) -> str:

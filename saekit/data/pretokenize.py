@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -20,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 
 from saekit import __version__
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
-from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
+from saekit.data.contexts import Contexts
+from saekit.data.corpus import Corpus
+from saekit.data.faults import check_all
 from saekit.data.opening import check_context_size
-from saekit.data.text import Documents, reason
+from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Reader
+from saekit.data.text import Documents
+from saekit.data.vocabulary import Vocabulary, special_tokens
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager, default_manager
 from saekit.progress import ProgressDisplay
+from saekit.reasons import reason
 from saekit.storage import new_folder
 
 __all__ = ["Pretokenized", "pretokenize"]
@@ -38,6 +44,13 @@ COLUMN = "input_ids"
 _DOCUMENTS_AT_ONCE = 64  # to a process that tokenises
 _CONTEXTS_AT_ONCE = 1000  # to the disk
 _WITH_A_TOKEN = "Pushing needs a token that may write there (`hf auth login`, or HF_TOKEN)"
+
+
+@attrs.frozen
+class _Made:
+    contexts: int
+    documents: int
+    """How many there were; 0: that is not known."""
 
 
 @attrs.frozen
@@ -69,22 +82,21 @@ def pretokenize(
     config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
     _check_target(config)
     corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
-    tokenizer = _tokenizer(config, plugins, model, corpus.context_size)
-    documents = Documents.open(corpus.config, dataset=dataset)
+    tokenizer, documents = _opened(config, plugins, model, corpus)
     with _quiet_datasets(), _storage_errors(config), _work_folder(config.folder) as work:
         file = work / "contexts.arrow"
-        contexts = _write(config, corpus, documents, tokenizer, file)
+        made = _write(config, corpus, documents, tokenizer, file)
         packed = Dataset.from_file(str(file))
         if config.shuffle:
             packed = packed.shuffle(seed=config.seed, keep_in_memory=True)
-        text = json.dumps(_metadata(config, corpus, documents, tokenizer, contexts), indent=2) + "\n"
+        text = json.dumps(_metadata(config, corpus, documents, tokenizer, made), indent=2) + "\n"
         if config.folder is not None:
             with new_folder(Path(config.folder), replace=False) as folder:
                 packed.save_to_disk(folder)
                 (folder / PRETOKENIZED).write_text(text, encoding="utf-8")
         if config.hub_repo_id is not None:
             _push(config, packed, text)
-    return Pretokenized(contexts, corpus.context_size, config.folder, config.hub_repo_id)
+    return Pretokenized(made.contexts, corpus.context_size, config.folder, config.hub_repo_id)
 
 
 def _check_target(config: PretokenizeConfig) -> None:
@@ -124,52 +136,76 @@ def _work_folder(target: str | None) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _tokenizer(config: PretokenizeConfig, plugins: PluginManager, model: object | None, context_size: int) -> Any:
-    """A Hugging Face tokenizer: the one that is named, or the model's, which must take contexts of that size."""
-    if config.tokenizer is None:
+def _opened(
+    config: PretokenizeConfig, plugins: PluginManager, model: object | None, corpus: Corpus
+) -> tuple[Any, Documents]:
+    """A Hugging Face tokenizer, the one that is named or the model's, and the text.
+
+    The model must take contexts of that size, and the tokenizer have the tokens that are put in; all that does not fit
+    is told at once.
+    """
+    checks: list[Callable[[], object]] = []
+    if config.tokenizer is not None:
+        tokenizer = _named_tokenizer(config.tokenizer)
+    else:
         backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-        check_context_size(backend, context_size)
         tokenizer = getattr(backend, "tokenizer", None)
         if tokenizer is None:
             raise ModelError(
                 f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "
                 "on the Hub)"
             )
-        return tokenizer
+        checks.append(lambda: check_context_size(backend, corpus.context_size))
+    checks.append(lambda: corpus.policy(special_tokens(tokenizer)))
+    opened: list[Documents] = []
+    check_all(*checks, lambda: opened.append(Documents.open(corpus.config, dataset=corpus.dataset)))
+    return tokenizer, opened[0]
+
+
+def _named_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(config.tokenizer)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the library raises whatever the files of a tokenizer make it stumble on
-        raise ModelError(f"the tokenizer {config.tokenizer!r} cannot be loaded: {reason(error)}") from error
+        raise ModelError(f"the tokenizer {name!r} cannot be loaded: {reason(error)}") from error
 
 
-def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, file: Path) -> int:
-    """Write every context to an Arrow file; returns their number."""
+def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, file: Path) -> _Made:
+    """Write every context to an Arrow file, with the documents it is from where they are known."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     texts = documents
     if config.num_proc > 1:
         texts = Documents(_Tokenised(documents, tokenizer, config.num_proc), first=documents.first)
+    reader = Reader(
+        f"the tokenizer {config.tokenizer or config.model.name!r}",
+        len(tokenizer),
+        lambda: Vocabulary.of_tokenizer(tokenizer),
+    )
     stream = corpus.stream(
         texts,
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        _special_tokens(tokenizer),
-        d_vocab=len(tokenizer),
-        reader=f"the tokenizer {config.tokenizer or config.model.name!r}",
+        special_tokens(tokenizer),
+        reader,
         repeat=False,
     )
-    done, limit = 0, config.max_contexts
+    owners = _owners(corpus)
+    columns = {COLUMN: List(Value("int32"))} | ({} if owners is None else {DOCUMENT_IDS: List(Value("int64"))})
+    done, limit, last = 0, config.max_contexts, -1
     with (
-        ArrowWriter(path=str(file), features=Features({COLUMN: List(Value("int32"))})) as writer,
+        ArrowWriter(path=str(file), features=Features(columns)) as writer,
         ProgressDisplay(limit, doing="packing", unit="contexts", verbose=config.verbose) as progress,
     ):
         while limit is None or done < limit:
             asked = _CONTEXTS_AT_ONCE if limit is None else min(_CONTEXTS_AT_ONCE, limit - done)
             contexts = stream.take(asked)
             if len(contexts):
-                writer.write_batch({COLUMN: contexts.tokens.astype("int32")})
+                ids = [] if owners is None else owners(contexts)
+                last = max([last, *(max(row, default=-1) for row in ids)])
+                written = {COLUMN: contexts.tokens.astype("int32")} | ({} if owners is None else {DOCUMENT_IDS: ids})
+                writer.write_batch(written)
             done += len(contexts)
             progress.update(done)
             if len(contexts) < asked:
@@ -182,11 +218,17 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
             f"the data ended after {done:,} contexts, and {limit:,} were asked for (max_contexts). Ask for fewer, or "
             'set dataset.on_exhausted to "stop"'
         )
-    return done
+    return _Made(done, last + 1)
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
-    return {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "sep")}
+def _owners(corpus: Corpus) -> Callable[[Contexts], list[list[int]]] | None:
+    """For contexts in order the documents that each is from; None where that is not known."""
+    if corpus.packed is None:
+        return lambda contexts: [np.unique(row).tolist() for row in contexts.documents]
+    if not corpus.packed.documents:
+        return None  # they are parts of documents that nobody has noted
+    noted = iter(Documents.open(attrs.evolve(corpus.config, column=DOCUMENT_IDS)))
+    return lambda contexts: [[int(number) for number in next(noted)] for _ in range(len(contexts))]
 
 
 class _Tokenised:
@@ -258,7 +300,7 @@ def _tokenise(documents: Sequence[Any]) -> list[Any]:
 
 
 def _metadata(
-    config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, contexts: int
+    config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, made: _Made
 ) -> dict[str, Any]:
     import datasets
     import transformers
@@ -270,7 +312,8 @@ def _metadata(
         "transformers_version": transformers.__version__,
         "tokenizer": config.tokenizer or config.model.name,
         "vocab_size": tokenizer.vocab_size,
-        "token_ids": corpus.policy(_special_tokens(tokenizer)).token_ids(),
+        **Vocabulary.of_tokenizer(tokenizer).metadata(),
+        "token_ids": corpus.policy(special_tokens(tokenizer)).token_ids(),
         "dataset": dataset.path if corpus.dataset is None else None,
         "dataset_name": dataset.name,
         "split": dataset.split,
@@ -280,7 +323,8 @@ def _metadata(
         **{name: getattr(dataset, name) for name in POLICY_DEFAULTS},
         "shuffle": config.shuffle,
         "seed": config.seed if config.shuffle else None,
-        "contexts": contexts,
+        "contexts": made.contexts,
+        "documents": made.documents,
     }
 
 

@@ -39,6 +39,7 @@ class StreamContext:
         repeat: bool = True,
         find_identity: Callable[[], Mapping[str, Any]] = dict,
         model_lock: threading.RLock | None = None,
+        doubt: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.backend = backend
         self.sites = tuple(sites)
@@ -51,6 +52,8 @@ class StreamContext:
         """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
         self.model_lock = model_lock or threading.RLock()
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
+        self.doubt = doubt
+        """To be told, in words, of what looks wrong but would run."""
         self._open_contexts, self._find_identity = open_contexts, find_identity
 
     @cached_property

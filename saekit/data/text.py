@@ -6,15 +6,18 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from saekit.config import DatasetConfig
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
+from saekit.reasons import reason
 
 __all__ = ["DocumentReader", "Documents"]
 
 STDLIB = "saekit/python-stdlib"
+Owners: TypeAlias = tuple[str, Callable[[Sequence[int]], bool]]
+"""A column that has the documents a record is from, and which of them choose the record."""
 _COLUMNS = ("tokens", "input_ids", "text")
 _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -22,7 +25,8 @@ _FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 class Documents:
     """The documents of a dataset in order, each a text or a list of token ids; can be read again and again.
 
-    ``keep(index)`` chooses documents by their position in the dataset.  Without a ``column``, a record is a document.
+    ``keep(index)`` chooses documents by their position in the dataset, and ``owners`` records that are parts of
+    documents by those.  Without a ``column``, a record is a document.
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class Documents:
         seekable: bool = False,
         where: str = "the dataset",
         first: str | Sequence[int] | None = None,
+        owners: Owners | None = None,
     ) -> None:
         self._records = records
-        self._keep = keep
+        self._keep, self._owners = keep, owners
         self._seekable = seekable
         self._where = where
         self.column = column
@@ -51,6 +56,7 @@ class Documents:
         split: str | None = None,
         dataset: Any = None,
         keep: Callable[[int], bool] | None = None,
+        owners: Owners | None = None,
     ) -> Documents:
         """The documents of ``config``, or of ``dataset``: a HF ``Dataset`` or ``IterableDataset``, or records.
 
@@ -65,11 +71,16 @@ class Documents:
         seekable = dataset is None and hasattr(records, "load_state_dict")
         first = _first(_copied(records) if seekable else records, where)
         column = _column(first, config.column, where)
+        if owners is not None and owners[0] not in first:
+            raise DataError(
+                f"{where} has no column {owners[0]!r}, which is said to have the documents that its contexts are from; "
+                "pretokenise anew, or name a split of its own in evals.split"
+            )
         if hasattr(records, "select_columns"):  # a HF dataset: decode what is read, and nothing else
-            records = records.select_columns([column])
+            records = records.select_columns([column] if owners is None else [column, owners[0]])
             if dataset is None and not isinstance(first[column], str):
                 records = records.with_format("numpy")
-        return cls(records, column, keep, seekable=seekable, where=where, first=first[column])
+        return cls(records, column, keep, seekable=seekable, where=where, first=first[column], owners=owners)
 
     def __iter__(self) -> Iterator[str | list[int]]:
         return (document for _, document in self.read())
@@ -82,7 +93,9 @@ class Documents:
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
-        return DocumentReader(records, self.column, self._keep, seekable=self._seekable, where=self._where)
+        return DocumentReader(
+            records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners
+        )
 
 
 class DocumentReader:
@@ -96,9 +109,10 @@ class DocumentReader:
         *,
         seekable: bool = False,
         where: str = "the dataset",
+        owners: Owners | None = None,
     ) -> None:
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
-        self._where = where
+        self._where, self._owners = where, owners
         self._next = 0
         self._iterator: Iterator[Any] | None = None
         self._loaded: Any = None  # the position to begin at, of records that know theirs
@@ -112,6 +126,8 @@ class DocumentReader:
             index, self._next = self._next, self._next + 1
             if self._keep is not None and not self._keep(index):
                 continue
+            if self._owners is not None and not self._chosen(record, index):
+                continue
             document = record if self._column is None else _field(record, self._column, index, self._where)
             if document is None:
                 continue  # a missing value is no text
@@ -121,6 +137,16 @@ class DocumentReader:
                     "a text or a list of token ids"
                 )
             return index, document
+
+    def _chosen(self, record: Any, index: int) -> bool:
+        assert self._owners is not None
+        column, chosen = self._owners
+        ids = _field(record, column, index, self._where)
+        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or not all(_is_int(number) for number in ids):
+            raise DataError(
+                f"document {index} of {self._where} has {ids!r:.80} in column {column!r}, expected a list of documents"
+            )
+        return chosen([int(number) for number in ids])
 
     def _record(self) -> Any:
         try:
@@ -275,7 +301,12 @@ def is_saved_to_disk(path: Path) -> bool:
 def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
     from datasets import load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # whatever a damaged file of the folder makes the library stumble on
+        raise DataError(
+            f"the dataset {str(path)!r}, which save_to_disk wrote, is damaged or not whole: {reason(error)}"
+        ) from error
     if isinstance(loaded, Mapping):
         return _split_of(loaded, split, f"the dataset {str(path)!r}")
     if another:  # all of it is what dataset.split trains on
@@ -321,8 +352,3 @@ def _load(path: str, name: str | None, **options: Any) -> Any:
             f"the dataset {options.get('data_files', path)!r} (split {options['split']!r}) cannot be opened: "
             f"{reason(error)}{elsewhere}"
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """What a library's error says, in a line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

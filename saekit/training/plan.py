@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
-from torch import Tensor
 
 from saekit.config import SAEConfig, TrainConfig
 from saekit.config_files import load_config
-from saekit.data import ActivationStream, Contexts, Corpus, StreamContext
-from saekit.data.activations import check_contexts
+from saekit.data import Corpus, StreamContext
 from saekit.data.cache.make import cache_sites, cached_contexts, plan_cache
 from saekit.data.cache.read import available_memory
+from saekit.data.faults import problems_of
 from saekit.data.opening import (
     build_backend,
     check_context_size,
@@ -27,11 +25,11 @@ from saekit.data.opening import (
     open_stream,
 )
 from saekit.devices import resolve_device
-from saekit.errors import DataError, SaekitError
+from saekit.errors import SaekitError
 from saekit.manager import PluginManager, default_manager
-from saekit.protocols import ActivationSource, Batch, ModelBackend
+from saekit.protocols import ActivationSource, ModelBackend
 from saekit.sae.memory import release
-from saekit.site import Site
+from saekit.training.planned_text import look_at_text
 from saekit.training.run_folder import check_run_folder
 from saekit.training.setup import (
     chosen_trackers,
@@ -41,7 +39,9 @@ from saekit.training.setup import (
     make_trainer,
     sae_options,
 )
-from saekit.training.trainer import SAETrainer
+from saekit.training.timing import bytes_text as _bytes
+from saekit.training.timing import duration_text as _duration
+from saekit.training.timing import timed, timed_forwards, timed_steps
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "plan"]
 
 T = TypeVar("T")
-_FORWARDS, _STEPS = 4, 3  # the first of each is not counted
 
 
 @attrs.frozen
@@ -102,9 +101,14 @@ class _Planner:
         try:
             return work()
         except SaekitError as error:
-            if str(error) not in self.problems:
-                self.problems.append(str(error))
-            return None
+            found = [f"{path}: {message}" if path else message for path, message in problems_of(error)]
+        self.problems += [problem for problem in found if problem not in self.problems]
+        return None
+
+    def doubt(self, text: str) -> None:
+        """Among the warnings, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def look(self, model: object | None, dataset: object | None) -> None:
         """Everything, as far as it can be reached."""
@@ -124,13 +128,14 @@ class _Planner:
         self.attempt(lambda: check_context_size(backend, corpus.context_size))
         fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
         self.attempt(lambda: check_hooks(backend, [config.site], "site.hook_name"))
-        stream = open_stream(config, corpus, plugins, backend, [config.site])
+        stream = open_stream(config, corpus, plugins, backend, [config.site], doubt=self.doubt)
         there = config.site.hook_name in backend.hook_names()
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
-            if source is None or "contexts" in vars(stream) or config.evals.run:
-                self.text(corpus, backend)
+            reads = source is None or "contexts" in vars(stream)
+            if reads or config.evals.run:
+                self.text(corpus, backend, reads=reads)
             width = self.attempt(lambda: stream.widths[config.site]) if there else None
             if width is None:
                 return
@@ -165,36 +170,12 @@ class _Planner:
                 "no firing fractions are logged"
             )
 
-    def text(self, corpus: Corpus, backend: ModelBackend) -> None:
-        """The tokens that are put in, and the first context."""
-        settled = corpus.config
-        policy = self.attempt(lambda: corpus.policy(backend.special_tokens))
-        if policy is None:
-            return
-
-        def name(token: int) -> str:
-            kinds = [kind.upper() for kind, known in backend.special_tokens.items() if known == token]
-            return f"{kinds[0] if kinds else 'token'} {''.join(backend.token_texts([token]))!r} (id {token})"
-
-        begin = "with no token put before them" if policy.begin_batch is None else f"from {name(policy.begin_batch)} on"
-        between = "nothing" if policy.separator is None else name(policy.separator)
-        first = "" if policy.begin_sequence is None else f"; before each document {name(policy.begin_sequence)}"
-        self.facts["contexts"] = f"{corpus.context_size} tokens, {begin}; between documents {between}{first}"
-        if policy.begin_batch is None and backend.special_tokens.get("bos") is not None:
-            self.warnings.append(
-                "contexts do not begin with BOS (dataset.prepend_bos); most models were trained with it, and their "
-                "activations are out of the ordinary without"
-            )
-        contexts = self.attempt(lambda: _first_context(corpus, backend))
-        if contexts is not None:
-            shown = "".join(backend.token_texts(contexts.tokens[0, :16].tolist()))
-            self.facts["first context"] = f"{shown!r}..."
-        evals = self.config.evals
-        if evals.run and contexts is not None:
-            self.attempt(lambda: corpus.held_out(backend, seed=0))
-        held = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
-        self.facts["held out"] = f"{held}, {evals.n_contexts} contexts" if evals.run else "nothing"
-        self.facts["when the text ends"] = str(settled.on_exhausted)
+    def text(self, corpus: Corpus, backend: ModelBackend, *, reads: bool) -> None:
+        """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
+        found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
+        self.facts |= found.facts
+        for text in found.warnings:
+            self.doubt(text)
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
         """Widths, memory and disk."""
@@ -222,7 +203,7 @@ class _Planner:
         sites = cache_sites(self.config)
         check_context_size(stream.backend, corpus.context_size)
         check_hooks(stream.backend, sites, "activations.cache.sites")
-        wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites)
+        wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites, doubt=self.doubt)
         contexts = cached_contexts(self.config, corpus.context_size)
         needed = plan_cache(self.config, wide, corpus.context_size).bytes_for(contexts)
         place = Path(self.config.activations.cache.folder).absolute()
@@ -267,17 +248,17 @@ class _Planner:
     ) -> None:
         """Seconds, from a few forwards (or reads) and steps."""
         if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
-            per_token, rows = _timed_forwards(stream, corpus.contexts(backend).take)
+            per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
         else:
-            per_token, rows = _timed(lambda: next(source, None), self.config.site)
+            per_token, rows = timed(lambda: next(source, None), self.config.site)
             what = "reading activations"
         training = self.config.training
         if self.options.d_in in (None, width):
             trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
             give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
             self.facts["SAE step"] = trainer.step_path()
-            per_step = _timed_steps(trainer, rows)
+            per_step = timed_steps(trainer, rows)
         else:
             per_step = 0.0
         forward = per_token * training.total_tokens
@@ -287,70 +268,3 @@ class _Planner:
             f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
             "overlaps; evals not counted"
         )
-
-
-def _first_context(corpus: Corpus, backend: ModelBackend) -> Contexts:
-    contexts = corpus.contexts(backend).take(1)
-    check_contexts(len(contexts), corpus.context_size)
-    return contexts
-
-
-def _timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Tensor]:
-    """Seconds per token, and the activations that came out."""
-    activations = ActivationStream(stream, 8)
-
-    def forward() -> Batch | None:
-        contexts = take(8)
-        batch = activations.run(contexts) if len(contexts) else None
-        if batch is not None and batch.activations[stream.sites[0]].device.type == "cuda":
-            torch.cuda.synchronize()
-        return batch
-
-    return _timed(forward, stream.sites[0])
-
-
-def _timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]:
-    """The least seconds per token of a few batches, of which the first does not count, and all their rows.
-
-    The least, since whatever else a machine does can only make a batch slower.
-    """
-    times, rows = [], []
-    for _ in range(_FORWARDS):
-        start = time.perf_counter()
-        if (batch := make()) is None:
-            break
-        times.append((time.perf_counter() - start) / len(batch))
-        rows.append(batch.activations[site])
-    if not rows:
-        raise DataError("there are no activations to time; is there any text?")
-    return min(times[1:] or times), torch.cat(rows)
-
-
-def _timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
-    """Seconds per step of the real trainer on a full batch."""
-    training = trainer.training
-    size = min(training.train_batch_size_tokens, training.total_tokens)
-    batch = rows.repeat(-(-size // len(rows)), 1)[:size]
-    times = []
-    for _ in range(min(_STEPS, training.steps)):
-        start = time.perf_counter()
-        trainer.train_on(batch)
-        if trainer.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:] or times)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.3g} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
-        size /= 1000
-    return f"{size:,.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

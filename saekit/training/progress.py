@@ -40,6 +40,8 @@ class TrainingProgress(ProgressDisplay):
         for way in dict.fromkeys(ways):
             number = f" of {ways.count(way)} SAEs" if len(members) > 1 else ""
             self.say(f"SAE step{number}: {way}")
+        if ways and (text := self._session.first_loss_text()) is not None:
+            self.say(f"model loss: {text}")
         return self
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:

@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
-from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for
+from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, SaekitError
 from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval, Histogram
 from saekit.sae.module import SAE
+from saekit.training.first_loss import first_loss, first_loss_text
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, metrics_of, metrics_state
 from saekit.training.randomness import random_state, set_random_state
@@ -180,7 +182,23 @@ class Session:
         if key not in self._held_out:
             corpus = attrs.evolve(self.corpus, evals=config.evals)
             self._held_out[key] = corpus.held_out(self.backend, seed_for(config.training.seed, "held out"))
+            for text in corpus.held_out_doubts(len(self._held_out[key])):
+                warn_of(text)
         return self._held_out[key]
+
+    def first_loss_text(self) -> str | None:
+        """A line for people, if the model does no better than guessing; the batches stay what they are."""
+        if next(iter(self.members.values())).config.model.compile:
+            return None  # what is compiled for another shape may round otherwise in training
+        held_out = next((tokens for tokens in self._held_out.values()), None)
+        lock = self._streams[0].model_lock
+        if held_out is None:
+            try:
+                with lock:
+                    held_out = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
+            except SaekitError:  # a source that needs no text may do without
+                return None
+        return first_loss_text(self.backend, first_loss(self.backend, held_out, lock))
 
     def give_weights(self) -> None:
         """The first weights of every SAE, each as if it were alone."""

@@ -1,0 +1,162 @@
+"""Models of transformer_lens by name, and from folders.  A helper of the backend's plugin, not a plugin."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit import ModelError
+from saekit.devices import resolve_device
+from saekit.reasons import reason
+
+if TYPE_CHECKING:
+    from saekit.config import ModelConfig
+
+EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
+NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
+
+
+def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
+    """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
+    device = resolve_device(model.device, "model.device")
+    folder = EMBEDDED.get(model.name, Path(model.name))
+    if (folder / NATIVE_CONFIG).is_file():
+        if kwargs:
+            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {model.name!r}: {sorted(kwargs)}")
+        return _load_native(folder, model.dtype, device)
+    if folder.is_dir():
+        return _load_hf_folder(folder, model.dtype, device, kwargs)
+    if model.name.startswith((".", "/", "~")):
+        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
+    from transformer_lens import HookedTransformer
+
+    try:
+        loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
+    except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
+        raise ModelError(_unknown_name(model.name, error)) from error
+    return loaded.eval().requires_grad_(False)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Whatever the files of a model make the libraries stumble on is a :class:`ModelError` that names ``what``."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{what} cannot be loaded; a file may be damaged, missing, or of another model: {reason(error)}"
+        ) from error
+
+
+def _unknown_name(name: str, error: Exception) -> str:
+    import difflib
+
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    known = {*EMBEDDED, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        return f"transformer_lens knows no model {name!r}, and there is no such folder.{hint}"
+    return f"the model {name!r} cannot be loaded: {reason(error)}"
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """A Hugging Face tokenizer; no code that comes with one is run."""
+    from transformers import AutoTokenizer
+
+    with loading(f"the tokenizer {str(name)!r}"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _load_native(folder: Path, dtype: str, device: str) -> object:
+    """A folder with ``hooked_transformer.json``, ``model.safetensors`` and a tokenizer."""
+    import torch
+    from safetensors.torch import load_file
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    with loading(f"the configuration {folder / NATIVE_CONFIG}"):
+        options = json.loads((folder / NATIVE_CONFIG).read_text(encoding="utf-8"))
+        config = HookedTransformerConfig(**options, device=device, dtype=getattr(torch, dtype), init_weights=False)
+    tokenizer = load_tokenizer(folder)
+    with loading(f"the model in {folder}"):
+        model = HookedTransformer(config, tokenizer)
+        missing, unexpected = model.load_state_dict(load_file(folder / NATIVE_WEIGHTS), strict=False)
+        # The masks and their constants are rebuilt from the configuration.
+        missing = [name for name in missing if not name.endswith(("mask", "IGNORE"))]
+        if missing or unexpected:
+            raise ModelError(
+                f"the weights in {folder} lack {missing or 'nothing'} and have the unknown {unexpected or 'nothing'}"
+            )
+        return ready(model, getattr(torch, dtype))
+
+
+def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, Any]) -> object:
+    """A folder of a Hugging Face causal LM: ``config.json``, weights and a tokenizer."""
+    import torch
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as conversion
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")
+    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
+                  "refactor_factored_attn_matrices")  # fmt: skip
+    if unknown := sorted(set(kwargs) - set(processing)):
+        raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {processing}, found {unknown}")
+    options = dict.fromkeys(processing[:4], True) | dict(kwargs)
+    torch_dtype = getattr(torch, dtype)
+    tokenizer = load_tokenizer(folder)
+    with loading(f"the model in {folder}"):
+        hf_model = _hf_model(folder, torch_dtype)
+        with _config_folder(folder) as neutral:
+            config = conversion.get_pretrained_model_config(
+                neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
+            )
+        state = conversion.get_pretrained_state_dict(str(folder), config, hf_model, dtype=torch_dtype)
+        model = HookedTransformer(config, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(state, **options)
+        return ready(model, device)
+
+
+def _hf_model(folder: Path, dtype: Any) -> Any:
+    """The library would draw weights that are not there at random, with no more than a remark in its log."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
+    )
+    for fault in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(fault) or ())):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            kind = "lack" if fault == "missing_keys" else "have another shape than config.json says in"
+            raise ModelError(f"the weights in {folder} {kind} {', '.join(names[:3])}{more}")
+    return model
+
+
+def ready(model: Any, target: Any) -> object:
+    """``model`` in that type or on that device, to be read only."""
+    import torch
+
+    torch.nn.Module.to(model, target)  # HookedTransformer.to prints
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _config_folder(folder: Path) -> Iterator[str]:
+    """A folder with ``config.json`` alone, under a name that says nothing.
+
+    transformer_lens guesses the architecture from words in the path, and reads ``n_ctx``, which transformers 5 no
+    longer writes for GPT-2.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])
+    with tempfile.TemporaryDirectory(prefix="saekit") as neutral:
+        (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield neutral

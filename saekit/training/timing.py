@@ -1,0 +1,80 @@
+"""Seconds of a few forwards and steps, and how sizes and times are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saekit.data import ActivationStream, Contexts, StreamContext
+from saekit.errors import DataError
+from saekit.protocols import Batch
+from saekit.site import Site
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["bytes_text", "duration_text", "timed", "timed_forwards", "timed_steps"]
+
+_FORWARDS, _STEPS = 4, 3  # the first of each is not counted
+
+
+def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Tensor]:
+    """Seconds per token, and the activations that came out."""
+    activations = ActivationStream(stream, 8)
+
+    def forward() -> Batch | None:
+        contexts = take(8)
+        batch = activations.run(contexts) if len(contexts) else None
+        if batch is not None and batch.activations[stream.sites[0]].device.type == "cuda":
+            torch.cuda.synchronize()
+        return batch
+
+    return timed(forward, stream.sites[0])
+
+
+def timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]:
+    """The least seconds per token of a few batches, of which the first does not count, and all their rows.
+
+    The least, since whatever else a machine does can only make a batch slower.
+    """
+    times, rows = [], []
+    for _ in range(_FORWARDS):
+        start = time.perf_counter()
+        if (batch := make()) is None:
+            break
+        times.append((time.perf_counter() - start) / len(batch))
+        rows.append(batch.activations[site])
+    if not rows:
+        raise DataError("there are no activations to time; is there any text?")
+    return min(times[1:] or times), torch.cat(rows)
+
+
+def timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
+    """Seconds per step of the real trainer on a full batch."""
+    training = trainer.training
+    size = min(training.train_batch_size_tokens, training.total_tokens)
+    batch = rows.repeat(-(-size // len(rows)), 1)[:size]
+    times = []
+    for _ in range(min(_STEPS, training.steps)):
+        start = time.perf_counter()
+        trainer.train_on(batch)
+        if trainer.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:] or times)
+
+
+def bytes_text(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.3g} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -77,7 +77,7 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
     import torch
     from transformers import AutoTokenizer
 
-    device = resolve_device(model.device, "model.device")
+    device = resolve_device(model.device, "model.device", model.dtype)
     if model.name.startswith((".", "/")) and not Path(model.name).is_dir():
         raise ModelError(f"there is no model folder {model.name!r} (model.name)")
     with warnings.catch_warnings():

@@ -79,7 +79,7 @@ class TransformerLensBackend:
         samples = []
         for values in self.model.parameters():
             flat = values.detach().flatten()
-            samples.append(flat[:: max(len(flat) // 64, 1)][:64].to("cpu", torch.float64))
+            samples.append(flat[:: max(len(flat) // 64, 1)][:64].cpu().double())
         weights = torch.cat(samples)
         directions = torch.randn(3, len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         norm = weights.norm()
@@ -215,7 +215,7 @@ def _passed(loaded: object) -> object:
 
 def _load(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
     """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
-    device = resolve_device(model.device, "model.device")
+    device = resolve_device(model.device, "model.device", model.dtype)
     folder = EMBEDDED.get(model.name, Path(model.name))
     if (folder / NATIVE_CONFIG).is_file():
         if kwargs:

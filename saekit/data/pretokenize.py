@@ -22,6 +22,7 @@ from typing import Any
 import attrs
 
 from saekit import __version__
+from saekit.ambient import ambient
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
 from saekit.data.corpus import POLICY_DEFAULTS, PRETOKENIZED, Corpus
@@ -50,6 +51,7 @@ class Pretokenized:
     hub_repo_id: str | None
 
 
+@ambient()
 def pretokenize(
     cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
     *,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import PluginChoice, SAEConfig
+from saekit.devices import KERNEL_DEVICES, widest
 from saekit.errors import SAEFormatError
 from saekit.protocols import ActivationFunction
 from saekit.sae import inference
@@ -66,15 +67,15 @@ class SAE(nn.Module):
         self._hooks_off = False
         dtype = getattr(torch, config.dtype)
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         cpu = torch.device("cpu")
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=cpu))
         self.W_dec = nn.Parameter(zeros((self.d_sae, d_in), dtype, cpu))
         # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.  In float64,
         # results are compared with those of others to the last digits, which depend on the order in memory.
         turned = dtype != torch.float64
         shape = (self.d_sae, d_in) if turned else (d_in, self.d_sae)
         self.W_enc = nn.Parameter(zeros(shape, dtype, cpu).T if turned else zeros(shape, dtype, cpu))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=cpu))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)
         for name in _HOOKS:
@@ -198,8 +199,9 @@ class SAE(nn.Module):
         if self.why_reference() is None:
             with torch.no_grad():
                 return self.fast_step(x.contiguous(), step)
-        result = self.losses(x, step)
-        result.loss.backward()
+        with torch.enable_grad():
+            result = self.losses(x, step)
+            result.loss.backward()
         return result
 
     def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
@@ -234,6 +236,8 @@ class SAE(nn.Module):
             return 'kernels is "reference"'
         if "losses" in vars(self):
             return "it is compiled"
+        if self.W_enc.device.type not in KERNEL_DEVICES:
+            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {self.W_enc.device.type}"
         if torch.is_autocast_enabled(self.W_enc.device.type):
             return "autocast rounds its products"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
@@ -260,6 +264,33 @@ class SAE(nn.Module):
         """After an update: decoder rows back to norm 1."""
         if self.config.normalize_sae_decoder and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Keep the parameters in ``dtype`` from now on.
+
+        Training in bfloat16 keeps them in float32, for small updates of large numbers would be lost, and casts them when
+        they are measured and saved.  What would lose digits by that is done before.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64."""
+        sums = {id(buffer) for buffer in self.buffers() if buffer.dtype == torch.float64}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in sums:
+                result: Tensor = fn(tensor)
+                return result
+            try:
+                result = fn(tensor)
+            except TypeError:  # a device without float64
+                return fn(tensor.float())  # type: ignore[no-any-return]
+            kept = widest(result.device)
+            return result if result.dtype == kept else tensor.to(result.device, kept)
+
+        return super()._apply(moved, recurse)
 
     def add_scaling_factor(self) -> None:
         """Multiply features by a factor of their own before they are decoded, at first 1."""
@@ -321,7 +352,7 @@ class SAE(nn.Module):
         if problems:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: {'; '.join(problems)}")
         for name, value in own.items():
-            value.copy_(tensors[name])
+            value.copy_(tensors[name].to(value.dtype))  # here, for another device may not have the other dtype
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.

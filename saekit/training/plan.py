@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig
 from saekit.config_files import load_config
 from saekit.data import ActivationStream, Contexts, Corpus, StreamContext
@@ -26,7 +27,7 @@ from saekit.data.opening import (
     open_source,
     open_stream,
 )
-from saekit.devices import resolve_device
+from saekit.devices import resolve_device, synchronize
 from saekit.errors import DataError, SaekitError
 from saekit.manager import PluginManager, default_manager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
@@ -81,7 +82,8 @@ def plan(
     plugins = plugins or default_manager()
     planner = _Planner(load_config(cfg, plugins=plugins), plugins)
     try:
-        planner.look(model, dataset)
+        with ambient():
+            planner.look(model, dataset)
     finally:
         release()
     return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
@@ -111,7 +113,7 @@ class _Planner:
         config, plugins = self.config, self.plugins
         self.training()
         self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
-        self.attempt(lambda: resolve_device(config.training.device, "training.device"))
+        self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: make_evals(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
@@ -302,8 +304,8 @@ def _timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> t
     def forward() -> Batch | None:
         contexts = take(8)
         batch = activations.run(contexts) if len(contexts) else None
-        if batch is not None and batch.activations[stream.sites[0]].device.type == "cuda":
-            torch.cuda.synchronize()
+        if batch is not None:
+            synchronize(batch.activations[stream.sites[0]].device)
         return batch
 
     return _timed(forward, stream.sites[0])
@@ -335,8 +337,7 @@ def _timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
     for _ in range(min(_STEPS, training.steps)):
         start = time.perf_counter()
         trainer.train_on(batch)
-        if trainer.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        synchronize(trainer.device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 

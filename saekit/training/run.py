@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, overload
 import attrs
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data import Corpus
@@ -119,6 +120,7 @@ def train(
     check_run_folder(configs[0], name)
     opened = dict(zip(names, configs, strict=True))
     with (
+        ambient(),
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
         contextlib.closing(Session(opened, plugins, model, dataset)) as session,
     ):
@@ -152,7 +154,7 @@ def resume(
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
     plugins = plugins or default_manager()
-    with _alone_in(Path(run)):
+    with ambient(), _alone_in(Path(run)):
         resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)
         with (
             seeded(next(iter(resumption.configs.values())).training.seed),

@@ -25,6 +25,7 @@ __all__ = [
     "Metrics",
     "ModelBackend",
     "PretrainedLoader",
+    "Remarks",
     "RunInfo",
     "SparseActivation",
     "Tracker",
@@ -97,6 +98,14 @@ class LRSchedule(Protocol):
 
     def __call__(self, step: int) -> float:
         """The learning rate at the main part's own ``step``, from 0."""
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """What has something to say before a run begins.  Optional; of schedules, `saekit plan` asks."""
+
+    def remark(self) -> str | None:
+        """What a user may not expect of it, as it was set up; None: nothing."""
 
 
 @attrs.frozen(eq=False)

@@ -27,7 +27,8 @@ def initialise(
     device nor the dtype changes it.
     """
     d_in, d_sae = parameters["W_enc"].shape
-    encoder, decoder = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((d_in, d_sae), (d_sae, d_in)))
+    encoder = torch.empty(d_in, d_sae, dtype=torch.float32, device="cpu")
+    decoder = torch.empty(d_sae, d_in, dtype=torch.float32, device="cpu")
     nn.init.kaiming_uniform_(encoder, generator=generator)
     if config.decoder_orthogonal_init:
         nn.init.orthogonal_(decoder, generator=generator)

@@ -269,8 +269,8 @@ class SAE(nn.Module):
     def cast_weights(self, dtype: torch.dtype) -> None:
         """Keep the parameters in ``dtype`` from now on.
 
-        Training in bfloat16 keeps them in float32, for small updates of large numbers would be lost, and casts them when
-        they are measured and saved.  What would lose digits by that is done before.
+        Training in bfloat16 keeps them in float32, for small updates of large numbers would be lost, and casts them
+        when they are measured and saved.  An architecture does before that what would lose digits after it.
         """
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -290,7 +290,8 @@ class SAE(nn.Module):
             kept = widest(result.device)
             return result if result.dtype == kept else tensor.to(result.device, kept)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def add_scaling_factor(self) -> None:
         """Multiply features by a factor of their own before they are decoded, at first 1."""

@@ -59,8 +59,8 @@ class Optimiser:
     def step(self, step: int, loss: Tensor | None = None) -> Tensor:
         """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping.
 
-        When the ``loss``, a scalar if it is given, or the norm is not finite, weights and moments stay as they are, in this step and
-        in all that follow: see :attr:`failed`.
+        When the ``loss``, a scalar if it is given, or the norm is not finite, weights and moments stay as they are, in
+        this step and in all that follow: see :attr:`failed`.
         """
         self.lr = self._schedule(step)
         self._show_gradients()

@@ -119,6 +119,8 @@ class _Planner:
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
             self.options, self.start = found
         schedule = self.attempt(lambda: make_schedule(config, plugins))
+        if schedule is not None and (remark := schedule.remark()) is not None:
+            self.warnings.append(remark)
         corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:

@@ -213,8 +213,8 @@ def make_trainer(
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
         raise ConfigError(
-            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', which "
-              "takes it where there is one")]
+            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', "
+              "which takes it where there is one")]
         )  # fmt: skip
     return trainer
 

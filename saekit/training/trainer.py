@@ -68,8 +68,8 @@ class SAETrainer:
     def as_saved(self) -> bool:
         """Whether the SAE that trains is the one that is saved: its activations are not scaled, and its dtype is that.
 
-        An SAE in bfloat16 trains in float32, with its products in bfloat16, as under autocast: in bfloat16, most updates
-        are too small to change a weight, and Adam's moments too small to change.
+        An SAE in bfloat16 trains in float32, with its products in bfloat16, as under autocast: in bfloat16 itself,
+        most updates are too small to change a weight or a moment.
         """
         return self.scale == 1 and self.sae.W_enc.dtype == getattr(torch, self.sae.config.dtype)
 
@@ -119,6 +119,8 @@ class SAETrainer:
         if x.device.type != "cpu" and self.step <= self.training.dead_feature_window:
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(step=self.step, generator=self.generator, dead=dead)
+        if self.rounds_products:  # inside an autocast of the caller's, torch would go on with the last step's weights
+            torch.clear_autocast_cache()
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.rounds_products):
             if not self.training.compile:
                 return self.sae.training_step(x, step)

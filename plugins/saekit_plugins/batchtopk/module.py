@@ -113,7 +113,7 @@ class BatchTopKSAE(TopKSAE):
         self.threshold_updates.fill_(torch.inf)
 
     def _one_threshold(self, threshold: Tensor) -> float:
-        """From ``threshold [d_sae]`` as it is saved, with the weights: one for all features, times their norms or not."""
+        """One for all features, from ``threshold [d_sae]`` as it is saved: divided by the weights' norms or not."""
         norms = self.feature_norms()
         if threshold.shape == (self.d_sae,) and norms is not None and not bool((threshold == threshold[0]).all()):
             threshold = (threshold * norms.detach().to(threshold)).to(norms.dtype)

@@ -30,6 +30,7 @@ def config(folder: Path, sae: dict[str, Any], **training: Any) -> dict[str, Any]
     ) | {"sae": {"d_sae": 32} | sae}  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, when it is about to compile
 @pytest.mark.parametrize(
     ("sae", "training", "reason"),
     [

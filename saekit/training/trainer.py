@@ -173,18 +173,18 @@ class SAETrainer:
     @torch.no_grad()
     def check_weights(self) -> None:
         """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
-        if self.optimiser.failed:
-            raise DivergedError(
-                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and up "
-                f"to {self.step} (learning rate {self.optimiser.lr:g}). Lower training.lr, or add "
-                "training.lr_warm_up_steps"
-            )
         for name, value in self.sae.named_parameters():
             if not bool(value.isfinite().all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.site.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimiser.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
                 )
+        if self.optimiser.failed:
+            raise DivergedError(
+                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and up "
+                f"to {self.step} (learning rate {self.optimiser.lr:g}). Lower training.lr, or add "
+                "training.lr_warm_up_steps"
+            )
 
     def raw_sae(self) -> SAE:
         """The SAE for raw activations, with its firing fractions: to measure and to save.

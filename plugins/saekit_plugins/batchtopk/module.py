@@ -109,14 +109,18 @@ class BatchTopKSAE(TopKSAE):
         if threshold is None:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
         super().load_public_tensors(tensors)
-        self.threshold_average.fill_(self._one_threshold(threshold))
+        self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
         self.threshold_updates.fill_(torch.inf)
 
-    def _one_threshold(self, threshold: Tensor) -> float:
-        """One for all features, from ``threshold [d_sae]`` as it is saved: divided by the weights' norms or not."""
-        norms = self.feature_norms()
-        if threshold.shape == (self.d_sae,) and norms is not None and not bool((threshold == threshold[0]).all()):
-            threshold = (threshold * norms.detach().to(threshold)).to(norms.dtype)
+    def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
+        """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""
+        if threshold.shape == (self.d_sae,) and self.config.rescale_acts_by_decoder_norm:
+            if W_dec.dtype == torch.bfloat16 and not bool((threshold == threshold[0]).all()):
+                every = threshold.double() * W_dec.norm(dim=1).double()
+                one = every.median()
+                # A norm may be rounded another way on another machine.
+                if bool(((every - one).abs() <= one * 2**-7).all()):
+                    return one.bfloat16().item()
         if threshold.shape != (self.d_sae,) or not bool((threshold == threshold[0]).all()):
             raise SAEFormatError(
                 f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "

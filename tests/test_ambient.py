@@ -73,7 +73,9 @@ def some_run(folder: Path, name: str = "run", **sections: dict[str, Any]) -> dic
     base: dict[str, dict[str, Any]] = {
         "model": {"backend": "test:fake"}, "site": {"hook_name": SITE}, "dataset": {"context_size": 16},
         "sae": {"d_sae": 24}, "checkpoints": {"name": name},
-        "training": {"training_tokens": 1024, "train_batch_size_tokens": 128, "device": "cpu", "dead_feature_window": 2},
+        "training": {
+            "training_tokens": 1024, "train_batch_size_tokens": 128, "device": "cpu", "dead_feature_window": 2
+        },
         "activations": {"source": LiveConfig(store_batch_size_prompts=8, n_batches_in_buffer=4)},
         "evals": {"split": None, "held_out_every": 4, "n_contexts": 4},
     }  # fmt: skip
@@ -88,7 +90,9 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "reference": {"training": {"kernels": "reference"}},
     "autocast": {"training": {"autocast": True}},
     "bfloat16": {"sae": {"dtype": "bfloat16"}},
-    "fast": {"sae": {"b_dec_init_method": "mean"}, "activations": {"normalize_activations": "expected_average_only_in"}},
+    "fast": {
+        "sae": {"b_dec_init_method": "mean"}, "activations": {"normalize_activations": "expected_average_only_in"}
+    },
     "topk": {"sae": {"name": "topk", "k": 3}},
     "batchtopk": {"sae": {"name": "batchtopk", "k": 3}, "training": {"kernels": "reference"}},
 }  # fmt: skip
@@ -143,7 +147,10 @@ def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> N
     found = []
     for name, surroundings in (("plain", nullcontext), (state, STATES[state])):
         folder = tmp_path / name.replace(" ", "_")
-        options = {"sae": {"d_sae": 24, "use_ghost_grads": True}, "activations": {"cache": {"folder": str(folder / "c")}}}
+        options = {
+            "sae": {"d_sae": 24, "use_ghost_grads": True},
+            "activations": {"cache": {"folder": str(folder / "c")}},
+        }
         config = some_run(folder, **options)
         documents = DOCUMENTS
         short = {**config, "training": config["training"] | {"training_tokens": 512}}

@@ -132,7 +132,9 @@ def test_it_learns_and_is_loaded_as_it_was_measured(kind: str, tmp_path: Path) -
     assert explained(wide.sae) > 0.5
     assert abs(explained(own.sae) - explained(wide.sae)) < 0.04
     loaded = saekit.SAE.load(own.folder / "sae")
-    assert {value.dtype for value in load_file(own.folder / "sae" / "sae_weights.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(own.folder / "sae" / "sae_weights.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert json.loads((own.folder / "sae" / "cfg.json").read_text())["dtype"] == "bfloat16"
     x = mixtures(2048, 10**6)
     with torch.no_grad():
@@ -233,7 +235,7 @@ def test_no_row_loses_a_feature_when_it_is_saved(kind: str, way: str, tmp_path: 
 
 
 def test_the_threshold_that_others_read_is_for_features_without_their_norms(tmp_path: Path) -> None:
-    """As sae-lens computes it: ``f = pre`` where ``pre`` exceeds the feature's own threshold, and ``x̂ = f W_dec + b_dec``."""
+    """As sae-lens computes it: ``f = pre`` where that exceeds the feature's threshold, and ``x̂ = f W_dec + b_dec``."""
     sae = by_hand("batchtopk", dtype="bfloat16")
     tensors = {name: value.double() for name, value in sae.public_tensors().items()}
     x = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(1)).double()

@@ -128,7 +128,9 @@ def built(config: Any) -> SAE:
 def test_running_sums_move_to_a_device_without_float64() -> None:
     def to_apple(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
         return tensor.clone()
 
     sae = built(BatchTopKConfig(k=2, d_sae=32))
@@ -154,7 +156,9 @@ def test_a_float64_parameter_on_such_a_device_is_an_error() -> None:
         built(StandardConfig(d_sae=32, dtype="float64"))._apply(to_apple)
 
 
-@pytest.mark.parametrize("config", [StandardConfig(d_sae=32), TopKConfig(k=2, d_sae=32), BatchTopKConfig(k=2, d_sae=32)])
+@pytest.mark.parametrize(
+    "config", [StandardConfig(d_sae=32), TopKConfig(k=2, d_sae=32), BatchTopKConfig(k=2, d_sae=32)]
+)
 def test_what_was_never_tried_on_a_device_is_not_used_there(config: Any) -> None:
     """The kernels and torch's fused Adam; "meta" stands for a device of another kind."""
     sae = built(config)

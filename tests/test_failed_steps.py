@@ -102,7 +102,9 @@ def test_a_device_that_is_not_asked_makes_no_step_any_more(kind: str) -> None:
     assert after["W_dec/step"] == 3
     with pytest.raises(DivergedError, match="was not finite at a step after 1 and up to 7"):
         own.check_weights()
-    with pytest.raises(DivergedError, match="was not finite at a step after 1 and before 8, and no step was made since"):
+    with pytest.raises(
+        DivergedError, match="was not finite at a step after 1 and before 8, and no step was made since"
+    ):
         own.train_on(batch(8))
 
 

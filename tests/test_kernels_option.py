@@ -26,7 +26,9 @@ def config(folder: Path, sae: dict[str, Any], **training: Any) -> dict[str, Any]
     return run_config(
         folder, model={"backend": "test:fake"}, site={"hook_name": "hook_embed"}, checkpoints={"name": "run"},
         dataset={"context_size": 16}, evals={"run": [], "split": None, "held_out_every": 0},
-        training={"training_tokens": 512, "train_batch_size_tokens": 128, "device": "cpu", "kernels": "fast"} | training,
+        training={
+            "training_tokens": 512, "train_batch_size_tokens": 128, "device": "cpu", "kernels": "fast"
+        } | training,
     ) | {"sae": {"d_sae": 32} | sae}  # fmt: skip
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import PluginChoice, SAEConfig
-from saekit.devices import KERNEL_DEVICES, widest
+from saekit.devices import KERNEL_DEVICES
 from saekit.errors import SAEFormatError
 from saekit.protocols import ActivationFunction
 from saekit.sae import inference
+from saekit.sae.casting import Castable
 from saekit.sae.hooks import HookPoint
 from saekit.sae.kernels import Features
 from saekit.sae.memory import zeros
@@ -40,7 +41,7 @@ _KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
-class SAE(nn.Module):
+class SAE(Castable):
     """A sparse autoencoder, ``x̂ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
 
     ``scale``, the ``scaling_factor [d_sae]`` of fine-tuning (Wright and Sharkey 2024, "Addressing feature
@@ -264,34 +265,6 @@ class SAE(nn.Module):
         """After an update: decoder rows back to norm 1."""
         if self.config.normalize_sae_decoder and self.W_dec.requires_grad:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-
-    @torch.no_grad()
-    def cast_weights(self, dtype: torch.dtype) -> None:
-        """Keep the parameters in ``dtype`` from now on.
-
-        Training in bfloat16 keeps them in float32, for small updates of large numbers would be lost, and casts them
-        when they are measured and saved.  An architecture does before that what would lose digits after it.
-        """
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64."""
-        sums = {id(buffer) for buffer in self.buffers() if buffer.dtype == torch.float64}
-
-        def moved(tensor: Tensor) -> Tensor:
-            if id(tensor) not in sums:
-                result: Tensor = fn(tensor)
-                return result
-            try:
-                result = fn(tensor)
-            except TypeError:  # a device without float64
-                return fn(tensor.float())  # type: ignore[no-any-return]
-            kept = widest(result.device)
-            return result if result.dtype == kept else tensor.to(result.device, kept)
-
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def add_scaling_factor(self) -> None:
         """Multiply features by a factor of their own before they are decoded, at first 1."""

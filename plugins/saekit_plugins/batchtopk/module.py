@@ -100,7 +100,10 @@ class BatchTopKSAE(TopKSAE):
         tensors, norms = super().public_tensors(), self.norms_when_saved()
         threshold = self.threshold.detach().cpu().expand(self.d_sae)
         # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
-        threshold = threshold.to(tensors["b_enc"].dtype) if norms is None else threshold.float() / norms.float()
+        if norms is not None:  # nothing is decoded of a row of norm 0
+            threshold = (threshold.float() / norms.float()).clamp_max(torch.finfo(torch.float32).max)
+        else:
+            threshold = threshold.to(tensors["b_enc"].dtype)
         return tensors | {"threshold": threshold.contiguous()}
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -114,16 +117,16 @@ class BatchTopKSAE(TopKSAE):
 
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""
-        if threshold.shape == (self.d_sae,) and self.config.rescale_acts_by_decoder_norm:
-            if W_dec.dtype == torch.bfloat16 and not bool((threshold == threshold[0]).all()):
-                every = threshold.double() * W_dec.norm(dim=1).double()
-                one = every.median()
-                # A norm may be rounded another way on another machine.
-                if bool(((every - one).abs() <= one * 2**-7).all()):
-                    return one.bfloat16().item()
-        if threshold.shape != (self.d_sae,) or not bool((threshold == threshold[0]).all()):
-            raise SAEFormatError(
-                f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
-                f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
-            )
-        return threshold[0].item()
+        whole = threshold.shape == (self.d_sae,)
+        if whole and bool((threshold == threshold[0]).all()):
+            return threshold[0].item()
+        if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
+            norms = W_dec.norm(dim=1).double()
+            every = (threshold.double() * norms)[norms > 0]
+            one = every.median()
+            if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
+                return one.bfloat16().item()
+        raise SAEFormatError(
+            f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
+            f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
+        )

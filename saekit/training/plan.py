@@ -204,7 +204,8 @@ class _Planner:
         """Widths, memory and disk."""
         config, d_sae = self.config, self.options.features(width)
         parameters = 2 * width * d_sae + d_sae + width
-        weights = parameters * getattr(torch, self.options.dtype).itemsize
+        saved = parameters * getattr(torch, self.options.dtype).itemsize
+        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
         self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
         self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
@@ -215,7 +216,7 @@ class _Planner:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
         self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
-        self.facts["disk"] = f"{_bytes(weights + 4 * d_sae)} for each saved SAE"
+        self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         try:
             self.cache(stream, corpus)
         except SaekitError as error:  # training does without

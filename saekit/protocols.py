@@ -29,6 +29,7 @@ __all__ = [
     "Metrics",
     "ModelBackend",
     "PretrainedLoader",
+    "Remarks",
     "RunInfo",
     "SparseActivation",
     "Tracker",
@@ -105,6 +106,14 @@ class LRSchedule(Protocol):
         It is never asked for a step beyond the ``steps`` that it was built for: a run that takes more keeps the rate of
         its last one.
         """
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """What has something to say before a run begins.  Optional; of schedules, `saekit plan` asks."""
+
+    def remark(self) -> str | None:
+        """What a user may not expect of it, as it was set up; None: nothing."""
 
 
 @attrs.frozen(eq=False)

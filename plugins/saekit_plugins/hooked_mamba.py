@@ -105,7 +105,7 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
 
     from saekit_plugins.model_folders import load_tokenizer, loading, ready
 
-    device = resolve_device(model.device, "model.device")
+    device = resolve_device(model.device, "model.device", model.dtype)
     if model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir():
         raise ModelError(f"there is no model folder {model.name!r} (model.name)")
     with warnings.catch_warnings():

@@ -75,7 +75,7 @@ class TransformerLensBackend:
         samples = []
         for values in self.model.parameters():
             flat = values.detach().flatten()
-            samples.append(flat[:: max(len(flat) // 64, 1)][:64].to("cpu", torch.float64))
+            samples.append(flat[:: max(len(flat) // 64, 1)][:64].cpu().double())
         weights = torch.cat(samples)
         directions = torch.randn(3, len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         norm = weights.norm()

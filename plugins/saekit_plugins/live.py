@@ -58,7 +58,7 @@ class LiveSource:
         self._device = (
             stream.backend.device
             if own_device
-            else resolve_device(config.act_store_device, "activations.source.act_store_device")
+            else resolve_device(config.act_store_device, "activations.source.act_store_device", config.dtype)
         )
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         self._dtypes = {site: dtype or held for site, held in stream.dtypes.items()}

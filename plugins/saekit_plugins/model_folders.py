@@ -22,7 +22,7 @@ NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
 
 def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
     """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
-    device = resolve_device(model.device, "model.device")
+    device = resolve_device(model.device, "model.device", model.dtype)
     folder = EMBEDDED.get(model.name, Path(model.name))
     if (folder / NATIVE_CONFIG).is_file():
         if kwargs:

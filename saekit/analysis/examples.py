@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAE
 from saekit.site import Site
@@ -35,6 +36,7 @@ class FeatureExamples:
     examples: Sequence[Example]
 
 
+@ambient()
 @torch.no_grad()
 def feature_activations(
     sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 32

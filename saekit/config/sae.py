@@ -32,7 +32,8 @@ class SAEConfig:
     apply_b_dec_to_input: bool = attrs.field(default=True, metadata={NEEDED_TO_LOAD: True})
     """Subtract the decoder's bias from the input."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """The type of the SAE's weights."""
+    """The type of the SAE's weights.  In `bfloat16` it is saved and measured; it trains with products in bfloat16, and
+    with weights and Adam's moments in float32."""
     normalize_sae_decoder: bool = True
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
     decoder_orthogonal_init: bool = False

@@ -38,8 +38,9 @@ class TrainingConfig:
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
     kernels: Literal["auto", "fast", "reference"] = "auto"
-    """`auto` trains by the fast kernels where the SAE has them, but not in float64, where `fast` does, too; `reference`
-    trains by plain torch and autograd, in the order of operations of sae-lens."""
+    """`auto` trains by the fast kernels where the SAE has them, but not in float64 or bfloat16, where `fast` does, too
+    (with float32 products for bfloat16); `fast` is an error where there are none; `reference` trains by plain torch and
+    autograd, in the order of operations of sae-lens."""
     autocast: bool = False
     """Run the SAE's matrix products in bfloat16 (torch's autocast) in plain torch, whatever the type of its weights."""
     compile: bool = False

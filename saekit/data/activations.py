@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saekit.data.contexts import Contexts
 from saekit.data.stream import StreamContext
+from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
 from saekit.protocols import Batch
 
@@ -115,8 +116,7 @@ class ActivationStream:
                 stacklevel=4,
             )
         self._at_once = at_once // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the text, and how many contexts the model takes at once."""

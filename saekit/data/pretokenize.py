@@ -23,6 +23,7 @@ import attrs
 import numpy as np
 
 from saekit import __version__
+from saekit.ambient import ambient
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.config_files import load_config
 from saekit.data.contexts import Contexts
@@ -63,6 +64,7 @@ class Pretokenized:
     hub_repo_id: str | None
 
 
+@ambient()
 def pretokenize(
     cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
     *,

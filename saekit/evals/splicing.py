@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAE
 from saekit.site import Site
@@ -12,6 +13,7 @@ from saekit.site import Site
 __all__ = ["spliced_losses"]
 
 
+@ambient()
 @torch.no_grad()
 def spliced_losses(
     sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
@@ -39,7 +41,7 @@ def spliced_losses(
             backend.loss(tokens, {site.hook_name: zero}),
         )
         for name, loss in zip(totals, losses, strict=True):
-            totals[name] += loss.double().sum().item()
+            totals[name] += loss.cpu().double().sum().item()  # not every device has float64
         count += losses[0].numel()
     means = {name: total / count for name, total in totals.items()}
     gap = means["ce_loss_with_ablation"] - means["ce_loss_without_sae"]

@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.ambient import ambient
+from saekit.devices import widest
 from saekit.sae.module import SAE
 
 __all__ = ["Reconstruction", "variance_metrics"]
@@ -36,14 +38,14 @@ class Reconstruction:
     _fired: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._centre = torch.zeros(self.d_in, dtype=torch.float64)
-        self._sum = torch.zeros(self.d_in, dtype=torch.float64)
-        self._fired = torch.zeros(self.d_sae, dtype=torch.float64)
+        self._centre = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
+        self._sum = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
+        self._fired = torch.zeros(self.d_sae, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def add(self, x: Tensor, output: Tensor, features: Tensor) -> None:
         """Count ``x`` and ``output [n, d_in]`` and ``features [n, d_sae]``."""
-        x, output = x.double().cpu(), output.double().cpu()
+        x, output = x.cpu().double(), output.cpu().double()  # not every device has float64
         if not self.rows:
             self._centre = x.mean(0)  # sums around a near mean keep their digits
         shifted = x - self._centre
@@ -53,7 +55,7 @@ class Reconstruction:
         active = features > 0
         self._fired += active.sum(0).cpu()
         self.l0 += active.sum().item()
-        self.l1 += features.abs().double().sum().item()
+        self.l1 += features.abs().to(widest(features.device)).sum().item()
         norm_in, norm_out = x.norm(dim=-1), output.norm(dim=-1)
         self.norm_in += norm_in.sum().item()
         self.norm_out += norm_out.sum().item()
@@ -80,6 +82,7 @@ class Reconstruction:
         }
 
 
+@ambient()
 @torch.no_grad()
 def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``."""

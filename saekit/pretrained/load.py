@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.converter import ConfigConverter
 from saekit.devices import resolve_device
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["build_module", "build_sae", "load_sae"]
 
 
+@ambient()
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
 ) -> SAE:

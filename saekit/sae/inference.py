@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from saekit.devices import KERNEL_DEVICES
 from saekit.sae.gradients import decoded
 from saekit.sae.kernels import CHUNK, dense_above, entries_where, mask_like
 from saekit.sae.memory import uninitialised, zeros
@@ -31,6 +32,8 @@ __all__ = [
 def is_fast(sae: SAE, x: Tensor) -> bool:
     """Whether the kernels can serve: nobody asks for a gradient, or for another precision."""
     if sae.kernels == "reference" or sae.W_enc.dtype not in (torch.float32, torch.float64):
+        return False
+    if sae.W_enc.device.type not in KERNEL_DEVICES:
         return False
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_functorch_wrapped_tensor(x):
         return False

@@ -27,7 +27,8 @@ def initialise(
     device nor the dtype changes it.
     """
     d_in, d_sae = parameters["W_enc"].shape
-    encoder, decoder = torch.empty(d_in, d_sae), torch.empty(d_sae, d_in)
+    encoder = torch.empty(d_in, d_sae, dtype=torch.float32, device="cpu")
+    decoder = torch.empty(d_sae, d_in, dtype=torch.float32, device="cpu")
     nn.init.kaiming_uniform_(encoder, generator=generator)
     if config.decoder_orthogonal_init:
         nn.init.orthogonal_(decoder, generator=generator)
@@ -50,7 +51,7 @@ def initialise(
 def initial_b_dec(method: str, sample: Tensor | None, d_in: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """``b_dec [d_in]`` by ``zeros``, ``mean`` or ``geometric_median`` of ``sample [n, d_in]``, in ``dtype``."""
     if method == "zeros":
-        return torch.zeros(d_in)
+        return torch.zeros(d_in, dtype=dtype, device="cpu")
     if sample is None:
         raise ValueError(f"b_dec_init_method={method!r} needs a sample of activations")
     dtype = torch.promote_types(dtype, sample.dtype)

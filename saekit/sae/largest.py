@@ -114,7 +114,7 @@ def top_entries(pre: Tensor, k: int) -> SparseFeatures:
     bound = kth_largest_bound(pre, k)
     if bound is None or bool(bound.isnan().any()):
         values, features = pre.topk(k, dim=1, sorted=False)
-        rows = torch.arange(n).repeat_interleave(k)
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k)
         found = SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae)
         return found.kept(~(found.values <= 0))
     mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=mask_like(pre))

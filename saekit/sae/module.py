@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import PluginChoice, SAEConfig
+from saekit.devices import KERNEL_DEVICES
 from saekit.errors import SAEFormatError
 from saekit.paths import as_path
 from saekit.protocols import ActivationFunction
 from saekit.sae import inference
+from saekit.sae.casting import Castable
 from saekit.sae.hooks import HookPoint
 from saekit.sae.kernels import Features
 from saekit.sae.memory import zeros
@@ -40,7 +42,7 @@ _KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
-class SAE(nn.Module):
+class SAE(Castable):
     """A sparse autoencoder, ``x̂ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
 
     ``scale``, the ``scaling_factor [d_sae]`` of fine-tuning (Wright and Sharkey 2024, "Addressing feature
@@ -68,15 +70,15 @@ class SAE(nn.Module):
         self._compile_mode: str | None = None
         dtype = getattr(torch, config.dtype)
         # In this order sae-lens sums the gradient's norm; the last digits depend on it.
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype))
         cpu = torch.device("cpu")
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=cpu))
         self.W_dec = nn.Parameter(zeros((self.d_sae, d_in), dtype, cpu))
         # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.  In float64,
         # results are compared with those of others to the last digits, which depend on the order in memory.
         turned = dtype != torch.float64
         shape = (self.d_sae, d_in) if turned else (d_in, self.d_sae)
         self.W_enc = nn.Parameter(zeros(shape, dtype, cpu).T if turned else zeros(shape, dtype, cpu))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=cpu))
         self.scaling_factor: nn.Parameter | None
         self.register_parameter("scaling_factor", None)
         for name in _HOOKS:
@@ -200,8 +202,9 @@ class SAE(nn.Module):
         if self.why_reference() is None:
             with torch.no_grad():
                 return self.fast_step(x.contiguous(), step)
-        result = self.losses(x, step)
-        result.loss.backward()
+        with torch.enable_grad():
+            result = self.losses(x, step)
+            result.loss.backward()
         return result
 
     def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
@@ -236,6 +239,8 @@ class SAE(nn.Module):
             return 'kernels is "reference"'
         if "losses" in vars(self):
             return "it is compiled"
+        if self.W_enc.device.type not in KERNEL_DEVICES:
+            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {self.W_enc.device.type}"
         if torch.is_autocast_enabled(self.W_enc.device.type):
             return "autocast rounds its products"
         if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
@@ -326,7 +331,7 @@ class SAE(nn.Module):
         if problems:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: {'; '.join(problems)}")
         for name, value in own.items():
-            value.copy_(tensors[name])
+            value.copy_(tensors[name].to(value.dtype))  # here, for another device may not have the other dtype
 
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""

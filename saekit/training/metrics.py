@@ -44,7 +44,7 @@ def step_metrics(
 
 def histogram(values: Tensor, bins: int = 64) -> Histogram:
     """``bins`` equal bins from the least to the largest of the finite ``values``; wider where those are all but one."""
-    finite = values.detach().to("cpu", torch.float64).flatten()
+    finite = values.detach().cpu().double().flatten()  # not every device has float64
     numbers = finite[finite.isfinite()].numpy()
     low, high = (numbers.min(), numbers.max()) if len(numbers) else (0.0, 0.0)
     alike = high - low <= 1e-12 * max(abs(low), abs(high))  # too near to each other for edges between them

@@ -1,4 +1,4 @@
-"""Adam with clipping, in as few passes as torch offers."""
+"""Adam with clipping, in as few passes as torch offers; a step that is no number changes nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import OptimiserConfig
+from saekit.devices import KERNEL_DEVICES
 from saekit.errors import StorageError
 from saekit.sae.memory import recycle
 
@@ -37,30 +38,51 @@ class Optimiser:
         self._clip = config.clip_grad_norm
         self._schedule = schedule
         betas = (float(config.beta1 or 0), float(config.beta2))
+        device = self._parameters[0].device
         # In float64 runs are compared to the last digits, and torch's plain loop has the order of operations of others.
-        self._fused = all(parameter.dtype != torch.float64 for parameter in self._parameters)
+        self._fused = device.type in KERNEL_DEVICES and all(p.dtype != torch.float64 for p in self._parameters)
+        self.looks = device.type == "cpu" or not self._fused
+        """Whether every step looks if loss and gradient are numbers, because it costs nothing or must be."""
+        self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as Adam's kernel wants it
         self._adam = torch.optim.Adam(self._shown, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
+        if not self.looks:
+            self._adam.found_inf = self._failed  # type: ignore[attr-defined]  # its kernel looks at it on the device
         self.lr = schedule(0)
         """The rate of the last step."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether a step was left out because its loss or gradient was not finite.  To look waits for the device."""
+        return bool(self._failed)
+
     @torch.no_grad()
-    def step(self, step: int) -> Tensor:
-        """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping."""
+    def step(self, step: int, loss: Tensor | None = None) -> Tensor:
+        """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping.
+
+        When the ``loss``, a scalar if it is given, or the norm is not finite, weights and moments stay as they are, in
+        this step and in all that follow: see :attr:`failed`.
+        """
+        self.lr = self._schedule(step)
         self._show_gradients()
         gradients = [p.grad for p in self._shown if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        sound = norm if loss is None else loss.detach() + norm
+        self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
+        if not (self.looks and self.failed):
+            self._update(norm)
+        self._adam.zero_grad(set_to_none=True)
+        recycle(gradients)
+        return norm
+
+    def _update(self, norm: Tensor) -> None:
         if self._clip and self._fused:
             # Adam's own kernel divides by this as it reads, which saves a pass; the 1e-6 is torch's, in clipping.
             self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()  # type: ignore[attr-defined]
         elif self._clip:
             nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
-        self.lr = self._schedule(step)
         for group in self._adam.param_groups:
             group["lr"] = self.lr
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        recycle(gradients)
-        return norm
 
     def _show_gradients(self) -> None:
         for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):

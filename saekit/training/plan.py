@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import torch
 
+from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig
 from saekit.config_files import load_config
 from saekit.data import Corpus, StreamContext
@@ -80,7 +81,8 @@ def plan(
     plugins = plugins or default_manager()
     planner = _Planner(load_config(cfg, plugins=plugins), plugins)
     try:
-        planner.look(model, dataset)
+        with ambient():
+            planner.look(model, dataset)
     finally:
         release()
     return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
@@ -115,12 +117,14 @@ class _Planner:
         config, plugins = self.config, self.plugins
         self.training()
         self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
-        self.attempt(lambda: resolve_device(config.training.device, "training.device"))
+        self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: make_evals(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
             self.options, self.start = found
         schedule = self.attempt(lambda: make_schedule(config, plugins))
+        if schedule is not None and (remark := schedule.remark()) is not None:
+            self.warnings.append(remark)
         corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
@@ -181,7 +185,8 @@ class _Planner:
         """Widths, memory and disk."""
         config, d_sae = self.config, self.options.features(width)
         parameters = 2 * width * d_sae + d_sae + width
-        weights = parameters * getattr(torch, self.options.dtype).itemsize
+        saved = parameters * getattr(torch, self.options.dtype).itemsize
+        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
         self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
         self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
@@ -192,7 +197,7 @@ class _Planner:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
         self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
-        self.facts["disk"] = f"{_bytes(weights + 4 * d_sae)} for each saved SAE"
+        self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         try:
             self.cache(stream, corpus)
         except SaekitError as error:  # training does without

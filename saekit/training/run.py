@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, overload
 import attrs
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data import Corpus
@@ -122,6 +123,7 @@ def train(
     check_run_folder(configs[0], name)
     opened = dict(zip(names, configs, strict=True))
     with (
+        ambient(),
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
         contextlib.closing(Session(opened, plugins, model, dataset)) as session,
     ):
@@ -156,7 +158,7 @@ def resume(
     """
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
-    with _alone_in(run):
+    with ambient(), _alone_in(run):
         while True:
             resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
             try:

@@ -225,7 +225,7 @@ def _state(trainer: SAETrainer) -> dict[str, object]:
     """The training state, without the weights where the SAE as it is saved has the very same."""
     state = trainer.state_dict()
     own_form = type(trainer.sae).public_tensors is not SAE.public_tensors or list(trainer.sae.buffers())
-    if trainer.scale == 1 and trainer.sae.scaling_factor is None and not own_form:
+    if trainer.as_saved and trainer.sae.scaling_factor is None and not own_form:
         state.pop("weights", None)
     return state
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
-from saekit.protocols import LRSchedule
+from saekit.protocols import LRSchedule, Remarks
 
 __all__ = ["ComposedSchedule"]
 
@@ -30,6 +30,10 @@ class ComposedSchedule:
                 [("training.lr_decay_steps", f"the schedule already ends at {self._main.end:g}, so there is nothing to "
                   "decay from; give the schedule an end above 0, or set lr_decay_steps = 0")]
             )  # fmt: skip
+
+    def remark(self) -> str | None:
+        """What the main schedule has to say, if anything."""
+        return self._main.remark() if isinstance(self._main, Remarks) else None
 
     def __call__(self, step: int) -> float:
         """The learning rate of optimiser step ``step``, from 0."""

@@ -298,7 +298,7 @@ class _Prepared:
 
     @classmethod
     def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
-        resolve_device(config.training.device, "training.device")
         options, start = sae_options(config, plugins, d_sae)
+        resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)
         return cls(options, start, make_schedule(config, plugins), make_evals(config, plugins))

@@ -183,19 +183,21 @@ def make_trainer(
     name: str = "sae",
 ) -> SAETrainer:
     """An SAE with everything that trains it; its weights are still to come."""
-    device = resolve_device(config.training.device, "training.device")
+    device = resolve_device(config.training.device, "training.device", options.dtype)
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
         sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
     if config.training.finetuning_method is not None:
         sae.add_scaling_factor()
+    if options.dtype == "bfloat16":
+        sae.cast_weights(torch.float32)  # until it is saved
     sae.to(device)
     sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
     sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend, corpus, plugins))
     training = config.training
-    return SAETrainer(
+    trainer = SAETrainer(
         name=name,
         sae=sae,
         site=config.site,
@@ -210,6 +212,12 @@ def make_trainer(
         device=device,
         training=training,
     )
+    if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
+        raise ConfigError(
+            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', "
+              "which takes it where there is one")]
+        )  # fmt: skip
+    return trainer
 
 
 def _adam(config: TrainConfig, options: SAEConfig) -> OptimiserConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.data import ActivationStream, Contexts, StreamContext
+from saekit.devices import synchronize
 from saekit.errors import DataError
 from saekit.protocols import Batch
 from saekit.site import Site
@@ -26,8 +27,8 @@ def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tu
     def forward() -> Batch | None:
         contexts = take(8)
         batch = activations.run(contexts) if len(contexts) else None
-        if batch is not None and batch.activations[stream.sites[0]].device.type == "cuda":
-            torch.cuda.synchronize()
+        if batch is not None:
+            synchronize(batch.activations[stream.sites[0]].device)
         return batch
 
     return timed(forward, stream.sites[0])
@@ -59,8 +60,7 @@ def timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
     for _ in range(min(_STEPS, training.steps)):
         start = time.perf_counter()
         trainer.train_on(batch)
-        if trainer.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        synchronize(trainer.device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.config import TrainingConfig
+from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.protocols import Histogram
 from saekit.sae.module import SAE
@@ -50,6 +52,8 @@ class SAETrainer:
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
     _finetuning: bool = attrs.field(default=False, init=False)
+    _sound_until: int = attrs.field(default=0, init=False)
+    """The last step of which it is known that all was finite."""
 
     def __attrs_post_init__(self) -> None:
         if self.sae.scaling_factor is not None:
@@ -60,28 +64,42 @@ class SAETrainer:
         """Whether it has seen all the tokens that it is to see, or diverged."""
         return self.tokens >= self.training.total_tokens or self.diverged is not None
 
+    @property
+    def as_saved(self) -> bool:
+        """Whether the SAE that trains is the one that is saved: its activations are not scaled, and its dtype is that.
+
+        An SAE in bfloat16 trains in float32, with its products in bfloat16, as under autocast: in bfloat16 itself,
+        most updates are too small to change a weight or a moment.
+        """
+        return self.scale == 1 and self.sae.W_enc.dtype == getattr(torch, self.sae.config.dtype)
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether products are made in bfloat16."""
+        return self.training.autocast or (self.sae.config.dtype == "bfloat16" and self.training.kernels != "fast")
+
     def train_on(self, rows: Tensor) -> dict[str, float | Histogram]:
         """One step on ``rows [n, d_in]``.  Metrics when it is time to log or this was the last step, else nothing.
 
-        :class:`DivergedError` when the loss is not a finite number, which is looked at when metrics are made, and at
-        every step where looking costs nothing.
+        :class:`DivergedError` when the loss or its gradient is not finite, which is looked at when metrics are made,
+        and at every step where looking costs nothing.  Weights are then those before that step.
         """
         self._begin_finetuning_if_due()
-        x = rows.to(self.device, self.sae.W_enc.dtype, non_blocking=True)
+        x = rows_on(self.device, rows, self.sae.W_enc.dtype)
         if self.scale != 1:
             x = x * self.scale
         result = self._gradients(x)
         self.sae.before_update()
-        grad_norm = self.optimiser.step(self.step)
-        self.sae.after_update()
-        window_ended = self.firing.update(result.fired, len(x))
+        grad_norm = self.optimiser.step(self.step, result.loss)
         self.step += 1
         self.tokens += len(x)
 
         metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
-        if log or x.device.type == "cpu":
+        if log or self.optimiser.looks:
             self._check_finite(result.loss, grad_norm, x)
+        self.sae.after_update()
+        window_ended = self.firing.update(result.fired, len(x))
         if log:
             metrics |= step_metrics(
                 x,
@@ -101,7 +119,9 @@ class SAETrainer:
         if x.device.type != "cpu" and self.step <= self.training.dead_after:
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(step=self.step, generator=self.generator, dead=dead)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.training.autocast):
+        if self.rounds_products:  # inside an autocast of the caller's, torch would go on with the last step's weights
+            torch.clear_autocast_cache()
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.rounds_products):
             if not self.training.compile:
                 return self.sae.training_step(x, step)
             from torch._dynamo.exc import TorchDynamoException
@@ -116,8 +136,13 @@ class SAETrainer:
 
     def step_path(self) -> str:
         """How its steps are made, in words."""
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.training.autocast):
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products):
             return self.sae.step_path()
+
+    def why_reference(self) -> str | None:
+        """Why its steps take the way of autograd; None: they take the fast one."""
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products):
+            return self.sae.why_reference()
 
     def _begin_finetuning_if_due(self) -> None:
         method = self.training.finetuning_method
@@ -126,35 +151,53 @@ class SAETrainer:
             self._finetuning = True
 
     def _check_finite(self, loss: Tensor, grad_norm: Tensor, x: Tensor) -> None:
-        value = loss.item()
-        if value - value != 0:  # inf and nan
-            raise DivergedError(
-                f"the loss of {self.site.name} is {value} at step {self.step} (learning rate {self.optimiser.lr:g}, "
-                f"{len(x)} activations of mean norm {x.norm(dim=-1).mean().item():.4g} and largest value "
-                f"{x.abs().max().item():.4g}, gradient norm {grad_norm.item():.4g}). Lower training.lr, or add "
-                "training.lr_warm_up_steps"
+        if not self.optimiser.failed:
+            self._sound_until = self.step
+            return
+        found, norm = loss.item(), grad_norm.item()
+        if not math.isfinite(found):
+            what = f"the loss of {self.site.name} is {found} at step {self.step}"
+        elif not math.isfinite(norm):
+            what = f"the gradient of {self.site.name} is not finite at step {self.step}, where the loss is {found:.4g}"
+        else:  # on a device that is not asked at every step
+            what = (
+                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and "
+                f"before {self.step}, and no step was made since"
             )
+        raise DivergedError(
+            f"{what} (learning rate {self.optimiser.lr:g}, {len(x)} activations of mean norm "
+            f"{x.norm(dim=-1).mean().item():.4g} and largest value {x.abs().max().item():.4g}, gradient norm "
+            f"{norm:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
+        )
 
     @torch.no_grad()
     def check_weights(self) -> None:
-        """:class:`DivergedError` when a weight is not a finite number: such weights are not worth saving."""
+        """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
         for name, value in self.sae.named_parameters():
             if not bool(value.isfinite().all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.site.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimiser.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
                 )
+        if self.optimiser.failed:
+            raise DivergedError(
+                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and up "
+                f"to {self.step} (learning rate {self.optimiser.lr:g}). Lower training.lr, or add "
+                "training.lr_warm_up_steps"
+            )
 
     def raw_sae(self) -> SAE:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
 
-        It is a copy with the scale folded in, or the SAE itself where there is none.
+        It is the SAE itself, or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
         """
         sae = self.sae
-        if self.scale != 1:
+        if not self.as_saved:
             sae = copy.deepcopy(sae)
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
-            sae.fold_activation_scale(self.scale)
+            if self.scale != 1:
+                sae.fold_activation_scale(self.scale)
+            sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
         sae.log_sparsity = self.firing.log_sparsity().cpu()
@@ -191,4 +234,5 @@ class SAETrainer:
             value.copy_(saved[name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.firing.load_state_dict(state["firing"])
+        self._sound_until = self.step
         self.generator.set_state(state["generator"])

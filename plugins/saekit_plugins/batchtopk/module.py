@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class BatchTopKSAE(TopKSAE):
     def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
         super().__init__(config, d_in=d_in, activation=activation)
         # In float64, as otherwise small updates of a large average would be lost.
-        self.register_buffer("threshold_average", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.float64))
+        for name in ("threshold_average", "threshold_updates"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device="cpu"))
+        self._k = Fraction(repr(float(config.k)))  # the decimal that was written, not the binary number next to it
 
     @property
     def threshold(self) -> Tensor:
@@ -51,14 +53,15 @@ class BatchTopKSAE(TopKSAE):
         return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
 
     def _wanted(self, rows: int) -> int:
-        return int(self.config.k * rows)
+        """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
+        return self._k.numerator * rows // self._k.denominator
 
     @torch.no_grad()
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
         values = features.values if isinstance(features, SparseFeatures) else features
         least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
         there, lr = least < torch.inf, self.config.threshold_lr
-        average = (1 - lr) * self.threshold_average + lr * least.double()
+        average = (1 - lr) * self.threshold_average + lr * least.to(self.threshold_average.dtype)
         self.threshold_average.copy_(average.where(there, self.threshold_average))
         self.threshold_updates += there
         return {"topk_threshold": self.threshold}
@@ -94,19 +97,36 @@ class BatchTopKSAE(TopKSAE):
         return {"architecture": "jumprelu"}
 
     def public_tensors(self) -> dict[str, Tensor]:
-        threshold = self.threshold.detach().cpu()
-        return super().public_tensors() | {"threshold": threshold.expand(self.d_sae).contiguous()}
+        tensors, norms = super().public_tensors(), self.norms_when_saved()
+        threshold = self.threshold.detach().cpu().expand(self.d_sae)
+        # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
+        if norms is not None:  # nothing is decoded of a row of norm 0
+            threshold = (threshold.float() / norms.float()).clamp_max(torch.finfo(torch.float32).max)
+        else:
+            threshold = threshold.to(tensors["b_enc"].dtype)
+        return tensors | {"threshold": threshold.contiguous()}
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         tensors = dict(tensors)
         threshold = tensors.pop("threshold", None)
         if threshold is None:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
-        if threshold.shape != (self.d_sae,) or not bool((threshold == threshold[0]).all()):
-            raise SAEFormatError(
-                f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
-                f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
-            )
         super().load_public_tensors(tensors)
-        self.threshold_average.fill_(threshold[0].item())
+        self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
         self.threshold_updates.fill_(torch.inf)
+
+    def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
+        """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""
+        whole = threshold.shape == (self.d_sae,)
+        if whole and bool((threshold == threshold[0]).all()):
+            return threshold[0].item()
+        if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
+            norms = W_dec.norm(dim=1).double()
+            every = (threshold.double() * norms)[norms > 0]
+            one = every.median()
+            if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
+                return one.bfloat16().item()
+        raise SAEFormatError(
+            f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
+            f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
+        )

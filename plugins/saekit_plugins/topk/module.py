@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,15 @@ from saekit.sae import (
 )
 from saekit_plugins.topk import TopKConfig
 
-__all__ = ["TopKSAE"]
+__all__ = ["TopKSAE", "folded"]
+
+FOLDED = ("W_enc", "b_enc", "W_dec")
+
+
+def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
+    """``tensors`` with the decoder's ``norms [d_sae]``, by which features are multiplied, in the encoder."""
+    W_enc, b_enc, W_dec = (tensors[name] for name in FOLDED)
+    return {**tensors, "W_enc": W_enc * norms, "b_enc": b_enc * norms, "W_dec": W_dec / norms[:, None]}
 
 
 class TopKSAE(SAE):
@@ -152,13 +160,30 @@ class TopKSAE(SAE):
         return {**super().saved_options(), "rescale_acts_by_decoder_norm": rescaled}
 
     def public_tensors(self) -> dict[str, Tensor]:
-        tensors = super().public_tensors()
-        norms = self.feature_norms()
-        if norms is None:
+        """With norms folded in.  Rounded to bfloat16, products with them would choose other features: not in that."""
+        tensors, norms = super().public_tensors(), self.norms_when_saved()
+        if norms is not None:
             return tensors
-        norms = norms.detach().cpu()
-        return tensors | {
-            "W_enc": tensors["W_enc"] * norms,
-            "b_enc": tensors["b_enc"] * norms,
-            "W_dec": tensors["W_dec"] / norms[:, None],
-        }
+        if (norms := self.feature_norms()) is None or bool((norms == 1).all()):
+            return tensors
+        wide = torch.promote_types(norms.dtype, torch.float32)
+        return folded({name: value.to(wide) for name, value in tensors.items()}, norms.detach().cpu().to(wide))
+
+    def norms_when_saved(self) -> Tensor | None:
+        """``[d_sae]``: the norms by which features of the saved tensors are still to be multiplied; None: by nothing.
+
+        Where the decoder as it is saved has other norms, because of a scaling factor, they must be folded.
+        """
+        norms = self.feature_norms()
+        if norms is None or norms.dtype != torch.bfloat16 or self.scaling_factor is not None:
+            return None
+        return None if bool((norms == 1).all()) else norms.detach().cpu()
+
+    @torch.no_grad()
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        norms = self.feature_norms()
+        if norms is not None and dtype == torch.bfloat16 and self.W_dec.dtype != dtype:
+            own = dict(self.named_parameters())
+            for name, value in folded({name: own[name] for name in FOLDED}, norms).items():
+                own[name].copy_(value)  # while there are digits for it
+        super().cast_weights(dtype)

@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from saekit import __version__
+from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data.activations import ActivationStream, check_contexts
@@ -26,6 +27,7 @@ from saekit.site import Site
 __all__ = ["cache_activations", "cache_sites", "cached_contexts", "plan_cache"]
 
 
+@ambient()
 def cache_activations(
     cfg: TrainConfig | Mapping[str, Any] | str | Path,
     *,

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.evals.pieces import at_once
 from saekit.sae.module import SAE
 
 __all__ = ["Reconstruction", "variance_metrics"]
@@ -53,7 +54,7 @@ class Reconstruction:
         active = features > 0
         self._fired += active.sum(0).cpu()
         self.l0 += active.sum().item()
-        self.l1 += features.abs().double().sum().item()
+        self.l1 += features.abs().sum(dtype=torch.float64).item()
         norm_in, norm_out = x.norm(dim=-1), output.norm(dim=-1)
         self.norm_in += norm_in.sum().item()
         self.norm_out += norm_out.sum().item()
@@ -82,10 +83,15 @@ class Reconstruction:
 
 @torch.no_grad()
 def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``."""
+    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``.
+
+    Features are made for so many rows at once as fit into little memory, however large the batches are.
+    """
     sums = Reconstruction(sae.d_in, sae.d_sae)
-    for x in batches:
-        x = x.to(sae.W_enc.device)
-        features = sae.encode(x)
-        sums.add(x, sae.decode(features), features)
+    for batch in batches:
+        for x in batch.split(at_once(sae)):
+            x = x.to(sae.W_enc.device)
+            features = sae.encode(x)
+            sums.add(x, sae.decode(features), features)
+            del features  # before the next ones are made
     return sums.metrics()

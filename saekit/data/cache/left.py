@@ -41,16 +41,19 @@ def remove_left(folder: Path, manifest: Manifest) -> None:
             torn.append(path)
         elif unnamed:
             raise DataError(
-                f"{path} is in the way: {MANIFEST} names {following} shards, and that is none that writing it has left. "
+                f"{path} is in the way: {MANIFEST} names {following} shards, and writing has not left this one. "
                 f"Restore the {MANIFEST} that names it, or move it away"
             )
         elif _is_torn_manifest(path):
-            path.unlink()
+            torn.append(path)
     for path in torn:
+        if _is_file(path):
+            path.unlink()
+            continue
         for file in path.iterdir():
             if file.name in ours:
                 file.unlink()
-        path.rmdir()
+        path.rmdir()  # which fails if something else has come to be there
 
 
 def _is_file(path: Path) -> bool:

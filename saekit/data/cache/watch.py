@@ -41,12 +41,12 @@ class WatchedFile:
         except OSError as error:
             raise DataError(f"{path} of the activation cache cannot be read: {error.strerror}") from error
         sample = None if entry is None else entry["sample"]
-        return cls(path, os.path.abspath(path), found.st_size, _mark(found), sample)  # noqa: PTH100: it stays as it is
+        return cls(path, str(path.absolute()), found.st_size, _mark(found), sample)
 
     def check(self) -> None:
         """Look closely; :class:`DataError` unless it holds what it held."""
         try:
-            found = os.stat(self.place)  # noqa: PTH116: it is looked at for each batch
+            found = Path(self.place).stat()
             if found.st_size != self.size:
                 raise self._changed(f"has {found.st_size:,} bytes, and had {self.size:,} when it was opened")
             if _mark(found) == self.mark:

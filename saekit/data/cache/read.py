@@ -168,8 +168,8 @@ class CachedBatches:
         numbers = [state.get(name) for name in ("epoch", "position", "rows")]
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or numbers[1] > numbers[2]:
             raise DataError(
-                f"the saved reading is damaged: its epoch, position and rows are {numbers}, expected whole numbers, and "
-                "the position within the rows. Go on from an older checkpoint"
+                f"the saved reading is damaged: its epoch, position and rows are {numbers}, expected whole numbers "
+                "and the position within the rows. Go on from an older checkpoint"
             )
         if (state["seed"], state["block"]) != (self._seed, self._block):
             raise DataError(

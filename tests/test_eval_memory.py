@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.standard import StandardConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import saekit
 from saekit.analysis.examples import feature_peaks, striking_features, top_examples
 from saekit.evals import pieces, spliced_losses, variance_metrics
+from saekit.pretrained.load import build_module
 from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
@@ -29,16 +31,14 @@ class Largest(TorchFunctionMode):
         return result
 
 
-def make_sae(d_sae: int = 512, name: str = "standard", **options: Any) -> saekit.SAE:
-    torch.manual_seed(0)
-    config = saekit.default_manager().options("sae_architectures", {"name": name, "d_sae": d_sae, **options})
-    sae: saekit.SAE = saekit.default_manager().build(
-        "sae_architectures", config, d_in=8, activation=torch.nn.functional.relu
-    )
+def make_sae(d_sae: int = 512) -> saekit.SAE:
+    plugins, config = saekit.default_manager(), StandardConfig(d_sae=d_sae)
+    sae = build_module(plugins.find("sae_architectures", config), config, 8, plugins)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        sae.W_enc.normal_()
-        sae.W_dec.normal_()
-        sae.b_enc.fill_(-4)
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        sae.b_enc -= 4
     return sae
 
 

@@ -20,6 +20,9 @@ class Reconstruction:
     """Running sums over rows ``[n, d_in]``; :meth:`metrics` may be read at any time.
 
     Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
+
+    ``dead_features`` are those that fired on none of ``n_tokens``, which says little when those are few: a feature may
+    still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
     """
 
     d_in: int
@@ -78,6 +81,7 @@ class Reconstruction:
             "l2_ratio": self.norm_out / self.norm_in if self.norm_in > 0 else math.nan,
             "dead_features": float((fractions == 0).sum()),
             "dense_features": float((fractions > 0.1).sum()),
+            "n_tokens": float(self.rows),
         }
 
 

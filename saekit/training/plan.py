@@ -194,6 +194,12 @@ class _Planner:
             self.attempt(lambda: corpus.held_out(backend, seed=0))
         held = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
         self.facts["held out"] = f"{held}, {evals.n_contexts} contexts" if evals.run else "nothing"
+        if evals.run:
+            tokens = evals.n_contexts * corpus.context_size
+            self.facts["dead features"] = (
+                f"an eval counts those that fire on none of its {tokens:,} tokens; one that fires on 1 token in "
+                f"{tokens // 3:,}, or on fewer, may be among them (evals.n_contexts)"
+            )
         self.facts["when the text ends"] = str(settled.on_exhausted)
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:

@@ -69,19 +69,22 @@ def soak(options: argparse.Namespace, kind: str) -> None:
 
 def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     """The parts of an eval, and the peaks of every feature."""
+    from saekit_plugins.standard import StandardConfig
+
     import saekit
     from saekit.analysis.examples import feature_peaks
     from saekit.evals import spliced_losses, variance_metrics
+    from saekit.pretrained.load import build_module
 
     d_sae = 2048 if options.quick else 16384
     model = language_model(1, 64, 2)
     run = Run(model, random_contexts(8), "blocks.0.hook_resid_pre", {})
     plugins, site = saekit.default_manager(), saekit.Site(hook_name="blocks.0.hook_resid_pre")
-    config = plugins.options("sae_architectures", {"name": "standard", "d_sae": d_sae})
-    sae = plugins.build("sae_architectures", config, d_in=64, activation=torch.relu)
+    config = StandardConfig(d_sae=d_sae)
+    sae = build_module(plugins.find("sae_architectures", config), config, 64, plugins)
     torch.nn.init.normal_(sae.W_enc)
     tokens = torch.randint(VOCABULARY, (contexts, CONTEXT), generator=torch.Generator().manual_seed(0))
-    backend = run.stream.backend
+    backend = run.backend
     backend.loss(tokens[:1])
     base = megabytes("VmRSS")
 

@@ -76,6 +76,25 @@ def test_a_file_that_is_not_as_it_was(
     assert first.activations[SITE].shape == (52, 8)
 
 
+@pytest.mark.parametrize("prefetch", [False, True], ids=["plain", "prefetched"])
+def test_a_batch_that_could_not_be_read_comes_again(tmp_path: Path, prefetch: bool) -> None:
+    write(tmp_path / "c", 13)
+    one, two = (source(tmp_path / "c", batch=52, repeat=True, prefetch=prefetch) for _ in range(2))
+    wanted = rows_of([next(two) for _ in range(6)])
+    path = tmp_path / "c/shard-00001" / FILES[0]
+    good, found = path.read_bytes(), [next(one)]
+    path.unlink()
+    with pytest.raises(DataError, match="was removed"):
+        while True:
+            found.append(next(one))
+    state = one.state_dict()
+    path.write_bytes(good)
+    one.load_state_dict(state)
+    assert rows_of(found + [next(one) for _ in range(6 - len(found))]).equal(wanted)
+    one.close()
+    two.close()
+
+
 def test_the_same_again_is_no_change(tmp_path: Path) -> None:
     """Touched, or copied anew: what was verified is still what is read."""
     write(tmp_path / "c", 13)

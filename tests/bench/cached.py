@@ -152,7 +152,7 @@ def looking(folder: Path, shards: int, contexts: int, rounds: int) -> None:
     shutil.rmtree(folder)
     looked, without = (statistics.median(times[look]) * 1e3 for look in (True, False))
     print(
-        f"  {shards:5} shards: {looked:7.2f} ms a batch of {BATCH} rows of {WIDTH}, {without:7.2f} ms without the look: "
+        f"  {shards:5} shards: {looked:7.2f} ms a batch of {BATCH} rows of {WIDTH}, {without:7.2f} ms without looking: "
         f"{looked / without:.3f}, medians of {rounds}"
     )
 

@@ -129,6 +129,14 @@ class CachedBatches:
         return self
 
     def __next__(self) -> Batch:
+        before = self._epoch, self._position, self._order
+        try:
+            return self._taken()
+        except DataError:
+            self._epoch, self._position, self._order = before  # the batch was not handed out
+            raise
+
+    def _taken(self) -> Batch:
         wanted = self._batch_size
         parts = []
         while wanted and self._rows:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.analysis.curves import plot_training_curves
-from saekit.analysis.examples import FeatureExamples, feature_activations, striking_features, top_examples
+from saekit.analysis.examples import FeatureExamples, feature_peaks, striking_features, top_examples
 from saekit.config_files import load_config
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
@@ -91,9 +91,9 @@ def _features(result: TrainResult, config: Any, n_contexts: int = 384) -> list[F
     """Five striking features on more text than the evals need."""
     wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=n_contexts))
     contexts = wide.held_out(result.backend, config.training.seed)
-    activations = feature_activations(result.sae, backend=result.backend, site=config.site, contexts=contexts)
-    features = striking_features(activations, contexts, 5)
-    return [top_examples(feature, activations, contexts, result.backend) for feature in features]
+    peaks = feature_peaks(result.sae, backend=result.backend, site=config.site, contexts=contexts)
+    features = striking_features(peaks, contexts, 5)
+    return [top_examples(feature, peaks, contexts, result.backend) for feature in features]
 
 
 def _shown(found: FeatureExamples) -> Text:

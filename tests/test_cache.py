@@ -277,12 +277,11 @@ def test_a_manifest_that_does_not_fit_the_run_is_refused_field_by_field(tmp_path
     assert "Change the run to fit, or write another cache (activations.cache.folder)" in str(caught.value)
     assert not backend.forwards, "before the model runs"
     assert not (tmp_path / "runs").exists()
-    wider = [attrs.evolve(rows, d_in=16) for rows in manifest.sites]
-    attrs.evolve(manifest, sites=wider).save(tmp_path / "cache")
+    wider = attrs.evolve(manifest, sites=[attrs.evolve(rows, d_in=16) for rows in manifest.sites])
     with pytest.raises(
         DataError, match=f"made for this run:\n  - d_in at {SITE.name}: the cache has 16, the model 8\n"
     ):
-        train(config(tmp_path))
+        wider.check_fits(manifest.identity, {SITE: 8}, tmp_path / "cache")
     with pytest.raises(DataError, match=f"has no site hook_embed; it has {SITE.name}, {LAST.name}, {HEAD.name}"):
         manifest.site(saekit.Site(hook_name="hook_embed"))
 

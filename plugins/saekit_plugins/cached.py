@@ -24,7 +24,8 @@ class CachedConfig:
     folder: str = path_field("activations", validator=check(lambda v: bool(v.strip()), "a folder"))
     """The folder that `saekit cache` wrote (its `activations.cache.folder`)."""
     verify: Literal["quick", "full"] = "quick"
-    """What is compared with the checksums before the first row is used: sizes and a sample of each file, or all."""
+    """What is compared with the checksums before the first row is used: sizes, the header and a sample of each file, or
+    all of it."""
     block_rows: int = attrs.field(default=1, validator=check(lambda v: 1 <= v <= 65_536, "1 to 65536"))
     """Neighbouring rows that are read together.  1 mixes best; for a cache larger than memory on a disk that is slow at
     small reads, 64 or 128 are many times faster."""
@@ -48,7 +49,7 @@ class CachedSource:
         manifest.check_fits(stream.identity, dict.fromkeys(stream.sites), folder)  # before the model runs
         if not manifest.contexts:
             raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` found too little text")
-        manifest = verify_cache(folder, full=config.verify == "full")
+        manifest = verify_cache(folder, full=config.verify == "full", manifest=manifest)
         manifest.check_fits(stream.identity, stream.widths, folder)
         self._cache = CachedActivations(folder, manifest, stream.sites)
         self._cache.advise(single_rows=config.block_rows == 1)

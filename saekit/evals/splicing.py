@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
+from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAE
 from saekit.site import Site
@@ -26,8 +27,10 @@ def spliced_losses(
     parameter = sae.W_enc
 
     def reconstruct(activations: Tensor) -> Tensor:
-        vectors = site.extract(activations)
-        return site.replace(activations, sae(vectors.to(parameter.device)).to(vectors.device))
+        vectors = site.extract(activations)  # [b, t, d_in]; contexts stay whole, which hooks of the SAE may count on
+        pieces = vectors.split(at_once(sae, vectors.shape[1]))
+        values = torch.cat([sae(piece.to(parameter.device)).to(vectors.device) for piece in pieces])
+        return site.replace(activations, values)
 
     def zero(activations: Tensor) -> Tensor:
         return site.replace(activations, torch.zeros_like(site.extract(activations)))

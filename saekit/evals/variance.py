@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saekit.ambient import ambient
 from saekit.devices import widest
+from saekit.evals.pieces import at_once
 from saekit.sae.module import SAE
 
 __all__ = ["Reconstruction", "variance_metrics"]
@@ -21,6 +22,9 @@ class Reconstruction:
     """Running sums over rows ``[n, d_in]``; :meth:`metrics` may be read at any time.
 
     Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
+
+    ``dead_features`` are those that fired on none of ``n_tokens``, which says little when those are few: a feature may
+    still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
     """
 
     d_in: int
@@ -55,7 +59,7 @@ class Reconstruction:
         active = features > 0
         self._fired += active.sum(0).cpu()
         self.l0 += active.sum().item()
-        self.l1 += features.abs().to(widest(features.device)).sum().item()
+        self.l1 += features.abs().sum(dtype=widest(features.device)).item()
         norm_in, norm_out = x.norm(dim=-1), output.norm(dim=-1)
         self.norm_in += norm_in.sum().item()
         self.norm_out += norm_out.sum().item()
@@ -79,16 +83,22 @@ class Reconstruction:
             "l2_ratio": self.norm_out / self.norm_in if self.norm_in > 0 else math.nan,
             "dead_features": float((fractions == 0).sum()),
             "dense_features": float((fractions > 0.1).sum()),
+            "n_tokens": float(self.rows),
         }
 
 
 @ambient()
 @torch.no_grad()
 def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``."""
+    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``.
+
+    Features are made for so many rows at once as fit into little memory, however large the batches are.
+    """
     sums = Reconstruction(sae.d_in, sae.d_sae)
-    for x in batches:
-        x = x.to(sae.W_enc.device)
-        features = sae.encode(x)
-        sums.add(x, sae.decode(features), features)
+    for batch in batches:
+        for x in batch.split(at_once(sae)):
+            x = x.to(sae.W_enc.device)
+            features = sae.encode(x)
+            sums.add(x, sae.decode(features), features)
+            del features  # before the next ones are made
     return sums.metrics()

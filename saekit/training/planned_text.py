@@ -63,6 +63,12 @@ def look_at_text(
         found.warnings.extend(corpus.held_out_doubts(len(held)))
     kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
     found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.run else "nothing"
+    if evals.run:
+        tokens = evals.n_contexts * corpus.context_size
+        found.facts["dead features"] = (
+            f"an eval counts those that fire on none of its {tokens:,} tokens; one that fires on 1 token in "
+            f"{tokens // 3:,}, or on fewer, may be among them (evals.n_contexts)"
+        )
     found.facts["when the text ends"] = str(corpus.config.on_exhausted)
     return found
 

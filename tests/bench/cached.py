@@ -1,6 +1,6 @@
 """Writing and reading cached activations, beside `dd` and sae-lens's cache where that is installed.
 
-    python tests/bench/cached.py [--quick]
+    python tests/bench/cached.py [--quick] [--looking]
 
 Prints figures; it judges nothing.  The site is before the first block, so writing is hardly held up by the model.
 """
@@ -8,19 +8,23 @@ Prints figures; it judges nothing.  The site is before the first block, so writi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from common import BATCH, CONTEXT, PEER, Case, Run, Times, language_model, random_contexts, settings
 
 import saekit
-from saekit.data.cache import CacheWriter, Manifest
+from saekit.data.cache import CachedActivations, CachedBatches, CacheWriter, Manifest
 from saekit.data.cache.manifest import SiteRows
 from saekit.protocols import Batch
 
@@ -123,6 +127,36 @@ class Bench:
         return sum(len(store.next_batch()) for _ in range(self.rows // BATCH // 2))
 
 
+def looking(folder: Path, shards: int, contexts: int, rounds: int) -> None:
+    """What it costs to look at the files before each batch: batches with and without, taken in turn."""
+    plan = Manifest(
+        identity={}, sites=[SiteRows(SITE, WIDTH, "float32", 4)], context_size=16, contexts_per_shard=contexts
+    )
+    rows = torch.randn(contexts * 16, WIDTH)
+    origin = torch.zeros(len(rows), dtype=torch.long)
+    with mock.patch("saekit.storage._sync"), CacheWriter(folder, plan) as writer:
+        for _ in range(shards):
+            writer.add(Batch({SITE: rows}, tokens=origin, documents=origin), {})
+        writer.finish(ended=False)
+    cache = CachedActivations(folder, Manifest.load(folder), [SITE])
+    batches = CachedBatches(cache, BATCH, seed=0, repeat=True)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(2 * rounds + 4):
+        look = number % 2 == 0
+        with contextlib.nullcontext() if look else mock.patch("saekit.data.cache.read.check_files"):
+            start = time.perf_counter()
+            next(batches)
+        if number >= 4:
+            times[look].append(time.perf_counter() - start)
+    cache.close()
+    shutil.rmtree(folder)
+    looked, without = (statistics.median(times[look]) * 1e3 for look in (True, False))
+    print(
+        f"  {shards:5} shards: {looked:7.2f} ms a batch of {BATCH} rows of {WIDTH}, {without:7.2f} ms without looking: "
+        f"{looked / without:.3f}, medians of {rounds}"
+    )
+
+
 def forget(folder: Path) -> None:
     """Make the system drop what it keeps of the files in memory."""
     gc.collect()  # mappings of theirs would keep it
@@ -141,10 +175,16 @@ def files(folder: Path) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small and once")
+    parser.add_argument("--looking", action="store_true", help="only what looking at the files before a batch costs")
     parser.add_argument("--contexts", type=int, default=2048, help="contexts of 128 rows of 2 kB")
     quick = (options := parser.parse_args()).quick
     contexts, rounds = (128, 1) if quick else (options.contexts, 3)
     with tempfile.TemporaryDirectory(prefix=".saekit-bench-", dir=Path.cwd()) as folder:  # a temporary disk is no disk
+        print("looking at the files before each batch:")
+        for shards, size in ((4, 64), (64, 64)) if quick else ((4, 1024), (64, 64), (2000, 16)):
+            looking(Path(folder) / "look", shards, size, 5 if quick else 41)
+        if options.looking:
+            return
         bench = Bench(contexts, Path(folder))
         size = bench.rows * WIDTH * 4 / 1e9
         print(f"cached activations: {bench.rows:,} rows of {WIDTH} float32 ({size:.2f} GB)")

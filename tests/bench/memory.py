@@ -1,6 +1,7 @@
-"""Memory of the live source: its peak beside what it must hold, and whether it grows over millions of tokens.
+"""Memory of the live source: its peak beside what it must hold, and whether it grows over millions of tokens; memory
+of evals for more and more contexts.
 
-    python tests/bench/memory.py [--only peak soak] [--tokens 20_000_000] [--quick]
+    python tests/bench/memory.py [--only peak soak evals] [--tokens 20_000_000] [--quick]
 
 Each case is a process of its own.  Prints figures; it judges nothing.
 """
@@ -66,6 +67,43 @@ def soak(options: argparse.Namespace, kind: str) -> None:
     print(f"  from the first of these to the last: {sizes[-1] - sizes[0]:+.1f} MB; the most: {max(sizes):.1f} MB")
 
 
+def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
+    """The parts of an eval, and the peaks of every feature."""
+    from saekit_plugins.standard import StandardConfig
+
+    import saekit
+    from saekit.analysis.examples import feature_peaks
+    from saekit.evals import spliced_losses, variance_metrics
+    from saekit.pretrained.load import build_module
+
+    d_sae = 2048 if options.quick else 16384
+    model = language_model(1, 64, 2)
+    run = Run(model, random_contexts(8), "blocks.0.hook_resid_pre", {})
+    plugins, site = saekit.default_manager(), saekit.Site(hook_name="blocks.0.hook_resid_pre")
+    config = StandardConfig(d_sae=d_sae)
+    sae = build_module(plugins.find("sae_architectures", config), config, 64, plugins)
+    torch.nn.init.normal_(sae.W_enc)
+    tokens = torch.randint(VOCABULARY, (contexts, CONTEXT), generator=torch.Generator().manual_seed(0))
+    backend = run.backend
+    backend.loss(tokens[:1])
+    base = megabytes("VmRSS")
+
+    def rows() -> Iterator[torch.Tensor]:
+        for part in tokens.split(per_forward):
+            yield site.extract(backend.activations(part, {site.hook_name})[site.hook_name]).flatten(0, 1)
+
+    variance_metrics(sae, rows())
+    with torch.no_grad():
+        spliced_losses(sae, backend=backend, site=site, contexts=tokens, batch_size=per_forward)
+    feature_peaks(sae, backend=backend, site=site, contexts=tokens, batch_size=per_forward)
+    dense = per_forward * CONTEXT * d_sae * 4 / 1e6
+    print(
+        f"  {contexts:4} contexts, {per_forward:2} in a forward: peak {megabytes('VmHWM') - base:7.1f} MB beyond model "
+        f"and SAE; dense features of a forward {dense:7.1f} MB, of all {dense * contexts / per_forward:9.1f} MB",
+        flush=True,
+    )
+
+
 CASES: dict[str, dict[str, Callable[[argparse.Namespace], None]]] = {
     "peak": {
         "prefetch off": lambda options: peak(options, False),
@@ -75,9 +113,14 @@ CASES: dict[str, dict[str, Callable[[argparse.Namespace], None]]] = {
         "stream": lambda options: soak(options, "stream"),
         "list": lambda options: soak(options, "list"),
     },
+    "evals": {
+        f"{contexts}, {size}": lambda options, contexts=contexts, size=size: evals(options, contexts, size)
+        for contexts, size in ((32, 16), (64, 16), (128, 16), (64, 32))
+    },
 }
 TITLES = {
     "peak": f"peak memory, a buffer of {BUFFER * PROMPTS} contexts of {CONTEXT} tokens, three buffers served",
+    "evals": "peak memory of evals and of feature peaks, a model of one layer",
     "soak": "memory over time, a model of one layer and d_model 16",
 }
 

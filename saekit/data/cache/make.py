@@ -15,6 +15,7 @@ from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.data.activations import ActivationStream, check_contexts
 from saekit.data.cache.manifest import Manifest, SiteRows
+from saekit.data.cache.table import why_no_file
 from saekit.data.cache.write import CacheWriter
 from saekit.data.corpus import Corpus
 from saekit.data.opening import open_backend, open_stream
@@ -81,7 +82,14 @@ def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) ->
     forms = []
     for site, held in stream.dtypes.items():
         dtype = held if cache.dtype is None else getattr(torch, cache.dtype)
-        forms.append(SiteRows(site, stream.widths[site], str(dtype).removeprefix("torch."), dtype.itemsize))
+        name = str(dtype).removeprefix("torch.")
+        if (reason := why_no_file(site.name, name)) is not None:
+            raise DataError(f"the site {site.name!r} cannot be cached: {reason}")
+        forms.append(SiteRows(site, stream.widths[site], name, dtype.itemsize))
+    if len({form.file for form in forms}) < len(forms):
+        raise DataError(
+            f"two of the sites {', '.join(form.site.name for form in forms)} would share a file: cache them apart"
+        )
     largest = max(form.row_bytes for form in forms) * context_size
     return Manifest(
         identity=stream.identity,

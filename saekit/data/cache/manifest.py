@@ -12,30 +12,31 @@ A cache is a folder::
 
 Row ``c * context_size + p`` of a shard is position ``p`` of its context ``c``.  Every tensor starts at a page of its
 file, so that rows can be memory-mapped.  A shard that the manifest does not name is not there.
+
+The manifest is sealed: see :mod:`saekit.data.cache.table`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from saekit.data.cache.table import DOCUMENTS, FORMAT, HEADER, SEAL, TOKENS, Contents, contents, read_table, sealed
 from saekit.errors import DataError
 from saekit.site import Site
 from saekit.storage import sha256, write_text
 
 __all__ = ["DOCUMENTS", "HEADER", "MANIFEST", "TOKENS", "Manifest", "Shard", "SiteRows", "sample_sum", "verify_cache"]
 
-MANIFEST, TOKENS, DOCUMENTS = "manifest.json", "tokens.safetensors", "documents.safetensors"
-FORMAT = 1
+MANIFEST = "manifest.json"
 MAY_BE_UNKNOWN = ("dataset.contents", "dataset.column")
 """What a run that reads a cache need not know: its text may not be there."""
-HEADER = 4096
-"""Bytes before the numbers of every file: its safetensors header, padded with blanks."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -110,31 +111,35 @@ class Manifest:
         per_row = sum(site.row_bytes for site in self.sites) + 4 + 8
         return rows * per_row + shards * HEADER * (len(self.sites) + 2)
 
+    def contents(self, shard: Shard) -> dict[str, Contents]:
+        """What is in each file of ``shard``."""
+        return contents({rows.file: (rows.dtype, rows.d_in) for rows in self.sites}, self.context_size, shard.contexts)
+
     def save(self, folder: Path) -> None:
-        """Write ``manifest.json``, all or nothing."""
-        table = {"format": FORMAT, **attrs.asdict(self), "contexts": self.contexts, "rows": self.rows}
+        """Write ``manifest.json``, all or nothing, and sealed."""
+        table = sealed({"format": FORMAT, **attrs.asdict(self), "contexts": self.contexts, "rows": self.rows})
         write_text(folder / MANIFEST, json.dumps(table, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read ``manifest.json``; :class:`DataError` for what is not one."""
+        """Read ``manifest.json``; :class:`DataError` for what is not one, or not as it was written."""
         file = folder / MANIFEST
         if not file.is_file():
             what = f"has no {MANIFEST}" if folder.is_dir() else "is not there"
             raise DataError(f"the activation cache {str(folder)!r} {what}. `saekit cache run.toml` writes one")
-        try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-            if table["format"] != FORMAT:
-                raise DataError(
-                    f"{file} has format {table['format']!r}, and this saekit reads {FORMAT}: update saekit to read it"
-                )
-            sites = [SiteRows(**{**entry, "site": Site(**entry["site"])}) for entry in table["sites"]]
-            shards = [Shard(**entry) for entry in table["shards"]]
-            sum(entry["bytes"] for shard in shards for entry in shard.files.values())
-            keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards"}
-            return cls(sites=sites, shards=shards, **{key: table[key] for key in keys})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        table = read_table(file)
+        if SEAL not in table:
+            warnings.warn(
+                f"{file} was written by a saekit that did not seal manifests, so that damage to it is only found where "
+                f"it contradicts the files. `saekit cache verify {folder}` compares all of them; the `saekit cache` "
+                "that wrote it, run again, keeps what is there and seals it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        sites = [SiteRows(**{**entry, "site": Site(**entry["site"])}) for entry in table["sites"]]
+        shards = [Shard(**entry) for entry in table["shards"]]
+        keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards"}
+        return cls(sites=sites, shards=shards, **{key: table[key] for key in keys})
 
     def site(self, site: Site) -> SiteRows:
         """The rows of ``site``; :class:`DataError` says which sites there are."""
@@ -176,14 +181,21 @@ def sample_sum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_cache(folder: Path, *, full: bool = True, report: Callable[[int], None] = lambda done: None) -> Manifest:
+def verify_cache(
+    folder: Path,
+    *,
+    full: bool = True,
+    report: Callable[[int], None] = lambda done: None,
+    manifest: Manifest | None = None,
+) -> Manifest:
     """Compare every file with the manifest; :class:`DataError` names each that is missing or damaged.
 
-    ``full`` reads all of it; otherwise sizes and a sample of each file.
+    ``full`` reads all of it; otherwise sizes, the file's own header and a sample.  ``manifest`` is that of ``folder``,
+    where it has been read.
 
     ``report`` is told the bytes that are done, of :attr:`Manifest.nbytes`.
     """
-    manifest = Manifest.load(folder)
+    manifest = manifest or Manifest.load(folder)
     found = list(_faults(folder, manifest, full, report))
     if found:
         listed = "\n".join(f"  - {fault}" for fault in found)
@@ -197,17 +209,37 @@ def verify_cache(folder: Path, *, full: bool = True, report: Callable[[int], Non
 def _faults(folder: Path, manifest: Manifest, full: bool, report: Callable[[int], None]) -> Iterator[str]:
     done = 0
     for number, shard in enumerate(manifest.shards):
-        for name, expected in shard.files.items():
+        expected = manifest.contents(shard)
+        for name, entry in shard.files.items():
             path = folder / manifest.shard_folder(number) / name
-            shown = path.relative_to(folder)
-            if not path.is_file():
-                yield f"{shown} is missing"
-            elif path.stat().st_size != expected["bytes"]:
-                yield f"{shown} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-            else:
-                key, found = ("sha256", sha256(path)) if full else ("sample", sample_sum(path))
-                if found != expected[key]:
-                    wanted = str(expected[key])
-                    yield f"{shown} has other contents than were written ({key} {found[:12]}, expected {wanted[:12]})"
-            done += int(expected["bytes"])
+            try:
+                fault = _fault(path, entry, expected[name], full)
+            except OSError as error:
+                fault = f"cannot be read: {error.strerror}"
+            if fault is not None:
+                yield f"{path.relative_to(folder)} {fault}"
+            done += int(entry["bytes"])
             report(done)
+
+
+def _fault(path: Path, entry: Mapping[str, Any], expected: Contents, full: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"has {size:,} bytes, expected {entry['bytes']:,}"
+    key, found = ("sha256", sha256(path)) if full else ("sample", sample_sum(path))
+    if found != entry[key]:
+        return f"has other contents than were written ({key} {found[:12]}, expected {entry[key][:12]})"
+    if (said := _own_header(path)) != expected.header:
+        return f"is not what {MANIFEST} says: its own header has {said}, expected {expected.header}"
+    return None
+
+
+def _own_header(path: Path) -> Any:
+    """What a file says of its tensors; None where that is not to be read."""
+    with path.open("rb") as file:
+        start = file.read(HEADER)
+    try:
+        return json.loads(start[8:]) if int.from_bytes(start[:8], "little") == HEADER - 8 else None
+    except (ValueError, RecursionError):
+        return None

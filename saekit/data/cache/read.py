@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saekit.data.cache.manifest import DOCUMENTS, HEADER, TOKENS, Manifest
 from saekit.data.cache.order import RowOrder
+from saekit.data.cache.watch import WatchedFile, check_files
 from saekit.errors import DataError
 from saekit.protocols import Batch
 from saekit.site import Site
@@ -32,6 +33,7 @@ class CachedActivations:
 
     def __init__(self, folder: Path, manifest: Manifest, sites: Sequence[Site]) -> None:
         self.manifest = manifest
+        self._watched: list[list[WatchedFile]] = []  # of each shard
         size = manifest.context_size
         self._starts = np.cumsum([0] + [shard.contexts * size for shard in manifest.shards])
         wanted = {site: manifest.site(site) for site in sites}
@@ -40,6 +42,8 @@ class CachedActivations:
         self._documents: list[Tensor] = []
         for number, shard in enumerate(manifest.shards):
             home, rows = folder / manifest.shard_folder(number), shard.contexts * size
+            names = [*(form.file for form in wanted.values()), TOKENS, DOCUMENTS]
+            self._watched.append([WatchedFile.of(home / name, shard.files.get(name)) for name in names])
             for site, form in wanted.items():
                 self._rows[site].append(self._mapped(home / form.file, [rows, form.d_in], getattr(torch, form.dtype)))
             self._tokens.append(self._mapped(home / TOKENS, [rows], torch.int32))
@@ -73,11 +77,16 @@ class CachedActivations:
             _advise(self._mappings(), "MADV_RANDOM")
 
     def take(self, rows: IntArray) -> Batch:
-        """The rows with these numbers, which must rise."""
+        """The rows with these numbers, which must rise.
+
+        :class:`DataError` names a file that is not as it was when it was opened.  To read past the end of one that has
+        shrunk would end the process, so every file that is about to be read is looked at first.
+        """
         index = torch.from_numpy(rows)
         counts = np.diff(np.searchsorted(rows, self._starts))  # of the rows, in each shard
         used = counts.nonzero()[0].tolist()
         sizes = counts[used].tolist()
+        check_files(list(itertools.chain.from_iterable(self._watched[number] for number in used)))
         # Once for all tensors: with thousands of shards, a batch has a row or two in each.
         local = (index - torch.from_numpy(np.repeat(self._starts[:-1], counts))).split(sizes)
 
@@ -96,7 +105,7 @@ class CachedActivations:
 
     def close(self) -> None:
         """Forget the mappings; each ends with the last tensor that shows it."""
-        self._rows, self._tokens, self._documents = {}, [], []
+        self._rows, self._tokens, self._documents, self._watched = {}, [], [], []
 
 
 class CachedBatches:
@@ -120,6 +129,14 @@ class CachedBatches:
         return self
 
     def __next__(self) -> Batch:
+        before = self._epoch, self._position, self._order
+        try:
+            return self._taken()
+        except DataError:
+            self._epoch, self._position, self._order = before  # the batch was not handed out
+            raise
+
+    def _taken(self) -> Batch:
         wanted = self._batch_size
         parts = []
         while wanted and self._rows:
@@ -156,6 +173,12 @@ class CachedBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next batch, whether or not rows were added to the cache since."""
+        numbers = [state.get(name) for name in ("epoch", "position", "rows")]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or numbers[1] > numbers[2]:
+            raise DataError(
+                f"the saved reading is damaged: its epoch, position and rows are {numbers}, expected whole numbers "
+                "and the position within the rows. Go on from an older checkpoint"
+            )
         if (state["seed"], state["block"]) != (self._seed, self._block):
             raise DataError(
                 f"the saved reading had the seed {state['seed']} and block_rows {state['block']}, this run has "

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import math
 import operator
-import re
+import os
 import shutil
 import warnings
 from collections import deque
@@ -20,7 +20,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum
+from saekit.data.cache.left import LOCK, is_left_at_first, remove_left
+from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum, verify_cache
 from saekit.errors import DataError, StorageError
 from saekit.protocols import Batch
 from saekit.storage import new_folder, sha256
@@ -28,7 +29,6 @@ from saekit.tensor_files import SummedFile, header
 
 __all__ = ["CacheWriter"]
 
-_TORN = re.compile(r"\.shard-\d{5,}\.[0-9a-f]{8}\.(tmp|old)")
 _AHEAD = 2  # batches that may wait for the disk
 
 
@@ -53,15 +53,13 @@ class CacheWriter:
             resources.enter_context(self._locked())
             self.manifest = self._existing(plan)
             """What is written and safe."""
-            self._remove_torn()
             self._resources = resources.pop_all()
 
     def _refuse_strangers(self) -> None:
         """A folder without a manifest must be empty, but for what a writer that was killed at once has left."""
         if (self._folder / MANIFEST).exists():
             return
-        names = sorted(path.name for path in self._folder.iterdir())
-        if names := [name for name in names if name != ".lock" and not name.startswith(f".{MANIFEST}.")]:
+        if names := sorted(path.name for path in self._folder.iterdir() if not is_left_at_first(path)):
             raise DataError(
                 f"the folder {str(self._folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
                 "another (activations.cache.folder)"
@@ -70,7 +68,8 @@ class CacheWriter:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer at a time; the lock goes with the process, however it ends."""
-        with (self._folder / ".lock").open("w") as file:
+        with (self._folder / LOCK).open("a") as file:  # not "w", which would empty a file that is not the cache's
+            self._identity = _identity(os.fstat(file.fileno()))
             try:
                 import fcntl  # POSIX has it
 
@@ -87,20 +86,22 @@ class CacheWriter:
                 )
             yield
 
-    def _remove_torn(self) -> None:
-        """Remove what a writer that was killed has left; a shard that the manifest does not name is such a thing."""
-        for left in self._folder.glob(f".{MANIFEST}.*"):
-            left.unlink()
-        unnamed = self._folder / self.manifest.shard_folder(len(self.manifest.shards))
-        for folder in self._folder.iterdir():
-            if folder == unnamed or _TORN.fullmatch(folder.name):
-                shutil.rmtree(folder)
+    def _check_there(self) -> None:
+        """The folder may have been moved or removed, and what is written then would be the half of a cache."""
+        try:
+            found = _identity((self._folder / LOCK).stat())
+        except FileNotFoundError:
+            found = None
+        if found != self._identity:
+            raise StorageError("it was moved, removed or replaced while it was written. Leave it where it is")
 
     def _existing(self, plan: Manifest) -> Manifest:
         if not (self._folder / MANIFEST).exists():
+            remove_left(self._folder, plan)
             return plan
         found = Manifest.load(self._folder)
         if not found.shards:  # the text was too short, and nothing keeps it from being another one
+            remove_left(self._folder, found)
             return plan
         names = ("identity", "sites", "context_size")
         lines = [
@@ -114,6 +115,8 @@ class CacheWriter:
                 f"{str(self._folder)!r} holds another activation cache, so it cannot be gone on with:\n{listed}\n"
                 "Remove it, or choose another folder (activations.cache.folder)"
             )
+        verify_cache(self._folder, full=False, manifest=found)
+        remove_left(self._folder, found)
         return attrs.evolve(found, contexts_per_shard=plan.contexts_per_shard)  # each shard knows its own
 
     def check_space(self, contexts: int) -> None:
@@ -163,6 +166,7 @@ class CacheWriter:
             raise self._failure
         self.manifest = attrs.evolve(self.manifest, ended=ended)
         with _as_storage_error(self._folder):
+            self._check_there()
             self.manifest.save(self._folder)
 
     def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -184,6 +188,7 @@ class CacheWriter:
 
     def _append(self, batch: Batch) -> None:
         with _as_storage_error(self._folder):
+            self._check_there()
             if not (self._folder / MANIFEST).exists():
                 self.manifest.save(self._folder)  # from now on whatever else comes to be here is the cache's
             if self._shard is None:
@@ -194,6 +199,7 @@ class CacheWriter:
         assert self._shard is not None
         with _as_storage_error(self._folder):
             shard, self._shard = self._shard.close(), None
+            self._check_there()
             manifest = attrs.evolve(self.manifest, shards=[*self.manifest.shards, shard], position=position)
             manifest.save(self._folder)
             self.manifest = manifest
@@ -208,7 +214,7 @@ class _OpenShard:
         contexts, size = manifest.contexts_per_shard, manifest.context_size
         with contextlib.ExitStack() as stack:
             hasher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256"))
-            home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards))))
+            home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards)), replace=False))
 
             def opened(file: str, name: str, dtype: torch.dtype, planned: Sequence[int]) -> _TensorFile:
                 return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned, hasher)))
@@ -288,6 +294,10 @@ class _TensorFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 @contextlib.contextmanager

@@ -1,0 +1,14 @@
+"""How much is worked on at once, so that what is measured needs no more memory than that."""
+
+from __future__ import annotations
+
+from saekit.sae.module import SAE
+
+__all__ = ["at_once"]
+
+_BYTES = 1 << 26  # of the features of a piece, as a dense tensor
+
+
+def at_once(sae: SAE, rows: int = 1) -> int:
+    """How many items of ``rows`` rows each have few enough features; one at least."""
+    return max(_BYTES // (rows * sae.d_sae * sae.W_enc.itemsize), 1)

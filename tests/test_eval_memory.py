@@ -1,0 +1,99 @@
+"""What evals and examples need in memory does not grow with the number of contexts, nor with how many run at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from saekit_plugins.standard import StandardConfig
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import saekit
+from saekit.analysis.examples import feature_peaks, striking_features, top_examples
+from saekit.evals import pieces, spliced_losses, variance_metrics
+from saekit.pretrained.load import build_module
+from saekit.testing import FakeBackend
+
+SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+
+
+class Largest(TorchFunctionMode):
+    """Notes the largest tensor that anything returns."""
+
+    elements = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def make_sae(d_sae: int = 512) -> saekit.SAE:
+    plugins, config = saekit.default_manager(), StandardConfig(d_sae=d_sae)
+    sae = build_module(plugins.find("sae_architectures", config), config, 8, plugins)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        sae.b_enc -= 4
+    return sae
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randint(128, (n, 16), generator=torch.Generator().manual_seed(1))
+
+
+def rows(contexts: Tensor) -> Tensor:
+    return FakeBackend().activations(contexts, {SITE.hook_name})[SITE.hook_name].flatten(0, 1)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    sae, found = make_sae(), []
+    sae.kernels = kernels
+    monkeypatch.setattr(pieces, "_BYTES", 64 * 512 * 4)  # 64 rows, or 4 contexts
+    for contexts in (tokens(32), tokens(64), tokens(128)):
+        with Largest() as largest:
+            variance_metrics(sae, [rows(contexts)])
+            spliced_losses(sae, backend=FakeBackend(), site=SITE, contexts=contexts, batch_size=8)
+            feature_peaks(sae, backend=FakeBackend(), site=SITE, contexts=contexts)
+        found.append(largest.elements)
+    assert len(set(found)) == 1, found
+    assert kernels == "auto" or found[0] <= 64 * 512, "the kernels have room of their own"
+
+
+def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, contexts, backend = make_sae(), tokens(64), FakeBackend()
+
+    def measured() -> dict[str, float]:
+        found = variance_metrics(sae, rows(contexts).split(256))
+        return found | spliced_losses(sae, backend=backend, site=SITE, contexts=contexts)
+
+    whole = measured()
+    monkeypatch.setattr(pieces, "_BYTES", 1)  # a row, a context
+    assert measured() == pytest.approx(whole, rel=1e-6)
+
+
+def test_peaks_are_those_of_all_activations() -> None:
+    sae, contexts, backend = make_sae(64), tokens(50), FakeBackend()
+    features = sae.encode(backend.activations(contexts, {SITE.hook_name})[SITE.hook_name]).detach()
+    features[:, 0] = 0
+    for batch_size in (7, 50):
+        peaks = feature_peaks(sae, backend=backend, site=SITE, contexts=contexts, n=5, batch_size=batch_size)
+        assert torch.allclose(peaks.values, features.amax(1).topk(5, dim=0).values, rtol=1e-5)
+        there = features[peaks.contexts, peaks.positions, torch.arange(64)]
+        assert torch.allclose(there, peaks.values, rtol=1e-5)
+        assert torch.equal(peaks.fired, (features > 0).sum((0, 1)))
+        assert torch.equal(peaks.fired_contexts, (features.amax(1) > 0).sum(0))
+        assert peaks.tokens == contexts.numel()
+    for feature in striking_features(peaks, contexts, 3):
+        found = top_examples(feature, peaks, contexts, backend, n=5, width=3)
+        assert found.frequency == pytest.approx(float((features[..., feature] > 0).float().mean()))
+        values = [example.activation for example in found.examples]
+        assert values == pytest.approx([value for value in peaks.values[:, feature].tolist() if value > 0])
+        row, at = int(peaks.contexts[0, feature]), int(peaks.positions[0, feature])
+        assert found.examples[0].token == chr(int(contexts[row, at]))
+        assert len(found.examples[0].before) == min(at, 3)

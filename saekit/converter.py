@@ -7,6 +7,7 @@ an int), run all validators before giving up, and turn plugin choices into the p
 from __future__ import annotations
 
 import difflib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -19,7 +20,7 @@ from saekit.config import PLUGIN_KIND
 from saekit.errors import ConfigError, SaekitError
 from saekit.manager import PluginManager
 
-__all__ = ["ConfigConverter"]
+__all__ = ["ConfigConverter", "unsupported_options"]
 
 T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -253,3 +254,18 @@ def _joined(prefix: str, path: str) -> str:
     if not prefix or not path:
         return prefix or path
     return prefix + path if path.startswith("[") else f"{prefix}.{path}"
+
+
+def unsupported_options(cls: type) -> list[tuple[str, str]]:
+    """``(option, why)`` for the options of the attrs class ``cls`` that would not survive being written and read."""
+    found = [(field.name, "has no type") for field in attrs.fields(cls) if field.type is None]
+    for owner in cls.__mro__:
+        names = {**vars(sys.modules[owner.__module__]), **vars(owner)}
+        for name, annotation in vars(owner).get("__annotations__", {}).items():
+            try:
+                if isinstance(annotation, str):
+                    eval(annotation, names)
+            except Exception as error:
+                why = f"has the annotation {annotation!r}, which cannot be resolved: {type(error).__name__}: {error}"
+                found.append((name, why))
+    return found

@@ -11,6 +11,8 @@ from saekit.config import PluginChoice
 from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.manager import PluginManager, default_manager
+from saekit.plugin_building import built
+from saekit.pretrained.detecting import read_with, recognised
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.registry import Registered
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS
@@ -34,12 +36,12 @@ def load_sae(
         return build_sae(_read_own(files), plugins).to(device)
     choice = _detected(files, plugins).key if loader is None else loader
     options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
-    return build_sae(plugins.build("pretrained_loaders", options).load(files), plugins).to(device)
+    return build_sae(read_with(plugins, options, files), plugins).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
-    found = [item for item in items if item.entry.build(item.entry.config()).detects(files)]
+    found, failed = recognised(items, files)
     if len(found) == 1:
         return found[0]
     names = ", ".join(item.key for item in found or items)
@@ -48,6 +50,7 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     raise SAEFormatError(
         f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=..."
+        + "".join(f"\n{text}" for text in failed)
     )
 
 
@@ -134,9 +137,8 @@ def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManage
     """An uninitialised SAE of the architecture ``item``."""
     from saekit.sae.records import SAEInfo
 
-    item.check_requirements()
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
     activation = plugins.build("activation_functions", config.activation)
-    sae: SAE = item.entry.build(config, d_in=d_in, activation=activation)
+    sae: SAE = built(item, config, d_in=d_in, activation=activation)
     sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
     return sae

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from saekit.errors import SaekitError
 
 __all__ = ["error_text", "last_line", "printable", "short"]
@@ -17,7 +19,11 @@ def printable(text: object, *, keep: str = "") -> str:
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _harmless(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _harmless(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # spaces of any width
 
 
 def short(value: object, longest: int = 60) -> str:

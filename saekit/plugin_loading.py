@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import re
 import sys
 import threading
@@ -176,12 +177,33 @@ def _held_output(notes: list[str]) -> Iterator[None]:
         return
     held = _Held(sys.stdout)
     try:
-        with contextlib.redirect_stdout(held):
+        with _descriptor_elsewhere(), contextlib.redirect_stdout(held):
             yield
     finally:
         held.holding = False
         if text := "".join(held.parts).strip():
             notes.append(f"printed while it was loaded, which was held back: {short(text, 200)}")
+
+
+@contextlib.contextmanager
+def _descriptor_elsewhere() -> Iterator[None]:
+    """What bypasses Python (a library in C, a command that is started) goes to standard error meanwhile.
+
+    Only in a program of one thread whose output is the process's own, as saekit's commands are.
+    """
+    saved = None
+    out: Any = sys.stdout
+    if out is sys.__stdout__ and threading.active_count() == 1:
+        with contextlib.suppress(OSError, ValueError):  # closed, or no descriptor at all
+            out.flush()
+            saved = os.dup(1)
+            os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ TOLD = {
         "import sys, types\nsys.modules['torch'] = types.ModuleType('torch')" + good("heavy"),
         "imports torch at discovery, which slows every command: import it inside build",
     ),
+    "starts": ("print('x')\nimport os\nos.system('echo from a command')" + good("starts"), "held back: 'x'"),
     "empty": ("import saekit", "offers nothing: no hook of its returns an entry"),
 }
 """Entry point: its module, which is listed, and what is noted."""

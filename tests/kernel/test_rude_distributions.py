@@ -132,6 +132,7 @@ def test_what_programs_read_stays_clean(site: Path) -> None:
     noted = {note["plugin"] for note in found["notes"] if SLOW not in note["text"]}
     assert noted | {"rude:slow"} == {f"rude:{name}" for name in TOLD}
     assert harmless(listed.stdout)
+    assert "from a command" in listed.stderr
     written = cli(site, "config", "--format", "json")
     assert json.loads(written.stdout)["lr_schedule"]
 

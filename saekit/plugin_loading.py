@@ -192,10 +192,10 @@ def _descriptor_elsewhere() -> Iterator[None]:
     Only in a program of one thread whose output is the process's own, as saekit's commands are.
     """
     saved = None
-    out: Any = sys.stdout
-    if out is sys.__stdout__ and threading.active_count() == 1:
+    own: Any = sys.__stdout__
+    if sys.stdout is own and threading.active_count() == 1:
         with contextlib.suppress(OSError, ValueError):  # closed, or no descriptor at all
-            out.flush()
+            own.flush()
             saved = os.dup(1)
             os.dup2(2, 1)
     try:

@@ -83,7 +83,8 @@ TOLD = {
 
 QUIET = {
     "colors": good("colors", field="'''It is \x1b[31mred.'''", more=", summary='\x1b[31mred\x1b[0m\\nand\\tmore'"),
-    "fails_later": good("fails-later", field="table: dict[str, int] = attrs.Factory(lambda: {}[1])"),
+    "fails_later": "import typing\n"
+    + good("fails-later", field="table: dict[str, typing.Any] = attrs.Factory(lambda: {}[1])"),
     "needs": good("needs", more=", requires=('broken_parent.inner',)"),
     "builds": """
 import attrs, saekit

@@ -16,6 +16,7 @@ import typer
 
 from saekit import __version__
 from saekit.errors import ConfigError, PluginWarning, SaekitError, UnknownKeyError
+from saekit.plugin_text import printable
 
 __all__ = ["app", "main"]
 
@@ -330,7 +331,7 @@ def _quiet_warnings() -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(text.rstrip() + "\n")
+    sys.stderr.write(printable(text.rstrip(), keep="\n\t") + "\n")  # strangers' texts are among them
 
 
 def _leave(code: int) -> NoReturn:

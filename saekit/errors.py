@@ -14,6 +14,7 @@ __all__ = [
     "MissingPackageError",
     "ModelError",
     "PluginError",
+    "PluginFailedError",
     "PluginWarning",
     "SAEFormatError",
     "SaekitError",
@@ -48,6 +49,12 @@ class ConfigError(SaekitError, ValueError):
 
 class PluginError(SaekitError):
     """A plugin that does not keep to the hooks' contract."""
+
+
+class PluginFailedError(PluginError):
+    """A chosen plugin whose own code raised something (the ``__cause__``), or built what it should not."""
+
+    exit_code = 1
 
 
 class UnknownKeyError(PluginError, KeyError):

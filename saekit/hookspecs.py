@@ -9,7 +9,7 @@ A plugin is a module with functions of these names, marked ``@saekit.hookimpl``,
 Each hook takes no argument and returns an iterable of :class:`saekit.Entry`.  Hooks are called once, when the
 plugins are loaded, never in the training loop.  ``Entry.config`` is a frozen attrs class with the plugin's options;
 ``Entry.build`` makes the thing itself and is the place for heavy imports.  The protocols named below are in
-:mod:`saekit.protocols`.
+:mod:`saekit.protocols`; what ``build`` returns is checked for their names.
 """
 
 from __future__ import annotations

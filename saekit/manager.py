@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.metadata
 import os
-import re
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -15,13 +15,15 @@ import pluggy
 
 from saekit import hookspecs
 from saekit.errors import PluginError, PluginWarning, UnknownKeyError
+from saekit.plugin_building import built
+from saekit.plugin_entries import PREFIX, check_hook_names, checked_entries, defines
+from saekit.plugin_loading import installed_points, normalised, watched
+from saekit.plugin_text import last_line, printable
 from saekit.registry import KINDS, Entry, Registered, Registry
 
-__all__ = ["DISABLE_VARIABLE", "Failure", "PluginManager", "default_manager"]
+__all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
 
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
-_GROUP = "saekit"
-_PREFIX = "saekit_register_"
 _OWNED = "the options class of another plugin, {}; define your own"
 
 
@@ -34,6 +36,16 @@ class Failure:
     version: str
     reason: str
     """The last line of the traceback, or what the plugin did wrong."""
+
+
+@attrs.frozen
+class Note:
+    """Something that a plugin did while it was loaded, and that its author should know of."""
+
+    plugin: str
+    """``distribution:entry point``."""
+    version: str
+    text: str
 
 
 class PluginManager:
@@ -49,64 +61,101 @@ class PluginManager:
         self._pluggy.add_hookspecs(hookspecs)
         self.registries = {kind: Registry(kind) for kind in KINDS}
         self.failures: list[Failure] = []
+        self.notes: list[Note] = []
         self.blocked: list[str] = []
         if disabled is None:
             disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
         self._disabled = {name.strip() for name in disabled if name.strip()}
         # A distribution may be written in any spelling of its name, an entry point only in its own.
-        self._disabled |= {":".join([_normalised(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
+        self._disabled |= {":".join([normalised(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
         if discover:
             self._discover()
 
     # ---- loading
 
     def _discover(self) -> None:
-        found = list(importlib.metadata.entry_points(group=_GROUP))
-        # Reading a distribution's name parses its whole metadata, so once for each.
-        owners = {id(dist): _owner(dist) for dist in {id(point.dist): point.dist for point in found}.values()}
-        points = [(*owners[id(point.dist)], point) for point in found]
-        for distribution, version, point in sorted(points, key=lambda p: (p[0], p[2].name, p[2].value)):
-            plugin = f"{distribution}:{point.name}"
-            if self._disabled & {distribution, point.name, plugin}:
+        for point in installed_points():
+            plugin = point.plugin
+            if self._disabled & {point.distribution, point.name, plugin}:
                 self.blocked.append(plugin)
                 continue
-            try:
-                self.register(point.load(), name=point.name, distribution=distribution, version=version)
-            except (Exception, SystemExit) as error:  # a stranger's module may raise anything; the rest must go on
-                self._fail(plugin, version, _last_line(error))
+            reason = None
+            with watched() as notes:
+                try:
+                    entries, evicted = self._taken_in(point.load(), plugin)
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a stranger's module may raise anything; the rest must go on
+                    reason = last_line(error)
+            self.notes += [Note(plugin, point.version, text) for text in notes]
+            if reason is None:
+                self._include(entries, evicted, plugin, point.distribution, point.version)
+            else:
+                self._fail(plugin, point.version, reason)
 
     def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
-        """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it."""
-        full_name = f"{distribution}:{name}"
+        """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it.
+
+        :class:`PluginError` names the plugin and what is wrong with it, whatever its own code raises.
+        """
+        distribution, version = printable(distribution), printable(version)
+        full_name = f"{distribution}:{printable(name)}"
+        with watched() as notes:
+            try:
+                entries, evicted = self._taken_in(plugin, full_name)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                raise PluginError(f"plugin {full_name} {version}".rstrip() + f": {last_line(error)}") from error
+        self.notes += [Note(full_name, version, text) for text in notes]
+        self._include(entries, evicted, full_name, distribution, version)
+
+    def _taken_in(self, plugin: object, full_name: str) -> tuple[list[tuple[str, Entry]], list[Registered]]:
+        """A plugin's entries by kind, checked, and the entries that must give way; raising, nothing of it stays."""
         if self._pluggy.has_plugin(full_name) or self._pluggy.is_registered(plugin):
             raise PluginError(f"the plugin {full_name} is already registered")
         try:
             self._pluggy.register(plugin, name=full_name)
-            _check_hook_names(plugin)
+            check_hook_names(plugin)
             entries = self._entries(plugin)
-            evicted = [item for kind, entry in entries for item in self._evicted(kind, entry)]
+            return entries, [item for kind, entry in entries for item in self._evicted(kind, entry)]
         except BaseException as error:
             if self._pluggy.has_plugin(full_name):
                 self._pluggy.unregister(name=full_name)
             if isinstance(error, pluggy.PluginValidationError):
                 raise PluginError(str(error).replace("\n", " ")) from error
             raise
+
+    def _include(
+        self,
+        entries: list[tuple[str, Entry]],
+        evicted: list[Registered],
+        plugin: str,
+        distribution: str,
+        version: str,
+    ) -> None:
         for item in evicted:
-            self._remove(item, f"{item.entry.config.__qualname__} is {_OWNED.format(full_name)}")
+            self._remove(item, f"{item.entry.config.__qualname__} is {_OWNED.format(plugin)}")
         for kind, entry in entries:
-            self.registries[kind].items.append(Registered(entry, kind, distribution, version, full_name))
+            self.registries[kind].items.append(Registered(entry, kind, distribution, version, plugin))
+        if not entries:
+            self.notes.append(Note(plugin, version, "offers nothing: no hook of its returns an entry"))
 
     def _entries(self, plugin: object) -> list[tuple[str, Entry]]:
         """What one plugin returns from all its hooks, checked."""
         found: list[tuple[str, Entry]] = []
         for kind in KINDS:
-            hook = _PREFIX + kind
+            hook = PREFIX + kind
             for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     if implementation.wrapper or implementation.hookwrapper:
                         raise PluginError(f"{hook} is a hook wrapper, which saekit does not call")
-                    entries = _checked(hook, implementation.function())
-                    _check_own_classes(hook, entries)
+                    try:
+                        entries = checked_entries(hook, implementation.function())
+                    except (PluginError, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        raise PluginError(f"{hook} raised {last_line(error)}") from error
                     found += [(kind, entry) for entry in entries]
         return found
 
@@ -119,7 +168,7 @@ class PluginManager:
         same_class = [item for item in self.registries[kind].items if item.entry.config is entry.config]
         others = [item for item in same_class if item.entry.build is not entry.build]
         for item in others:
-            if not _defines(entry) or _defines(item.entry):
+            if not defines(entry) or defines(item.entry):
                 raise PluginError(f"{entry.config.__qualname__} is {_OWNED.format(item.key)}")
         return others
 
@@ -132,31 +181,39 @@ class PluginManager:
             self._fail(item.plugin, item.version, reason)
 
     def _fail(self, plugin: str, version: str, reason: str) -> None:
+        reason = printable(reason)
         self.failures.append(Failure(plugin, version, reason))
-        warnings.warn(f"plugin {plugin} {version} was left out: {reason}", PluginWarning, stacklevel=4)
+        text = f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}"
+        try:
+            warnings.warn(text, PluginWarning, stacklevel=4)
+        except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
+            with contextlib.suppress(Exception):
+                sys.stderr.write(f"warning: {text}\n")
 
     # ---- looking up
 
     def get(self, kind: str, key: str) -> Registered:
         """The entry of ``kind`` with a bare or qualified ``key``; the errors say what there is instead."""
-        if kind not in self.registries:
-            raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
-        return self.registries[kind].get(key, self.troubles)
+        return self._registry(kind).get(key, self.troubles)
 
     def find(self, kind: str, choice: object) -> Registered:
         """The entry that ``choice`` selects: a key, or an instance of the entry's options class."""
         if isinstance(choice, str):
             return self.get(kind, choice)
-        return self.registries[kind].of_config(choice)
+        return self._registry(kind).of_config(choice)
+
+    def _registry(self, kind: str) -> Registry:
+        if kind not in self.registries:
+            raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
+        return self.registries[kind]
 
     def build(self, kind: str, choice: object, **services: Any) -> Any:
         """Build what ``choice`` selects, passing it ``services`` (see the hook of its kind).
 
-        ``choice`` is a key (then the options are the defaults) or an instance of an options class.
+        ``choice`` is a key (then the options are the defaults) or an instance of an options class.  Whatever goes
+        wrong names the plugin, and what comes back is checked: see :func:`saekit.plugin_building.built`.
         """
-        item = self.find(kind, choice)
-        item.check_requirements()
-        return item.entry.build(self.options(kind, choice), **services)
+        return built(self.find(kind, choice), None if isinstance(choice, str) else choice, **services)
 
     def options(self, kind: str, choice: object) -> Any:
         """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""
@@ -172,91 +229,3 @@ class PluginManager:
 def default_manager() -> PluginManager:
     """The manager of this process, with all installed plugins; made on first use."""
     return PluginManager()
-
-
-def _owner(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
-    """The distribution's name, normalised so that a key has one spelling, and its version."""
-    metadata: Any = (distribution.metadata if distribution is not None else None) or {}  # a broken one has none
-    return _normalised(metadata.get("Name") or "unknown"), metadata.get("Version") or ""
-
-
-def _normalised(distribution: str) -> str:
-    """PEP 503."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _last_line(error: BaseException) -> str:
-    try:
-        text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-    except Exception:  # an exception whose own __str__ fails
-        text = ""
-    return (text.strip() or type(error).__name__).splitlines()[-1]
-
-
-def _defines(entry: Entry) -> bool:
-    """Whether the entry's ``build`` stands in the module of its options class."""
-    build = entry.build.func if isinstance(entry.build, functools.partial) else entry.build
-    return getattr(build, "__module__", None) == entry.config.__module__
-
-
-def _check_hook_names(plugin: object) -> None:
-    """Refuse functions named or marked like hooks that are none: they would silently never be called."""
-    known = {_PREFIX + kind for kind in KINDS}
-    for name in dir(plugin):
-        member = getattr(plugin, name, None)
-        marked = isinstance(getattr(member, "saekit_impl", None), Mapping)
-        if name in known and callable(member) and not marked:
-            raise PluginError(f"{name} lacks the @saekit.hookimpl mark, so it would never be called")
-        looks_like = marked or (name.startswith("saekit_") and callable(member))
-        if looks_like and name not in known:
-            raise PluginError(f"there is no hook {name}; the hooks are {', '.join(sorted(known))}")
-
-
-def _checked(hook: str, entries: object) -> list[Entry]:
-    if isinstance(entries, (str, bytes)) or not isinstance(entries, Iterable):
-        raise PluginError(f"{hook} returned {_short(entries)}, expected an iterable of saekit.Entry")
-    checked = []
-    for entry in entries:
-        if not isinstance(entry, Entry):
-            raise PluginError(f"{hook} returned {_short(entry)} among its entries, expected a saekit.Entry")
-        where = f"{hook}: entry {entry.name!r}"
-        if not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]+", entry.name):
-            raise PluginError(f"{where}: the name must be made of letters, digits, '_', '-', '.' and '+'")
-        if not (isinstance(entry.config, type) and attrs.has(entry.config)):
-            raise PluginError(f"{where}: config is {_short(entry.config)}, expected a frozen attrs class")
-        if not _is_frozen(entry.config):
-            raise PluginError(f"{where}: {entry.config.__qualname__} is not frozen; use @attrs.frozen(kw_only=True)")
-        if "name" in {field.name for field in attrs.fields(entry.config)}:
-            raise PluginError(f"{where}: an option cannot be called 'name', which is the plugin's own key in a file")
-        if not callable(entry.build):
-            raise PluginError(f"{where}: build is {_short(entry.build)}, expected a callable")
-        if isinstance(entry.requires, str) or not all(isinstance(name, str) for name in _items(entry.requires)):
-            raise PluginError(f"{where}: requires is {_short(entry.requires)}, expected a list of package names")
-        checked.append(entry)
-    return checked
-
-
-def _items(value: object) -> list[object]:
-    """The items of a list or tuple; of anything else, something that is no text."""
-    return list(value) if isinstance(value, (list, tuple)) else [None]
-
-
-def _is_frozen(cls: type) -> bool:
-    return "_frozen" in getattr(cls.__setattr__, "__name__", "")
-
-
-def _check_own_classes(hook: str, entries: list[Entry]) -> None:
-    """A config object alone must say which entry it belongs to."""
-    owners: dict[type, Entry] = {}
-    for entry in entries:
-        owner = owners.setdefault(entry.config, entry)
-        if owner.build is not entry.build:
-            raise PluginError(
-                f"{hook}: entries {owner.name!r} and {entry.name!r} share the options class "
-                f"{entry.config.__qualname__}; give each its own"
-            )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

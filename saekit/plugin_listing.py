@@ -11,6 +11,7 @@ import attrs
 from saekit.describe import describe_fields
 from saekit.errors import UnknownKeyError
 from saekit.manager import PluginManager
+from saekit.plugin_text import last_line, printable
 from saekit.registry import KINDS, Registered
 
 __all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
@@ -32,6 +33,7 @@ def overview(manager: PluginManager) -> dict[str, Any]:
     return {
         "plugins": [detail(item) for registry in manager.registries.values() for item in registry.items],
         "failed": [attrs.asdict(failure) for failure in manager.failures],
+        "notes": [attrs.asdict(note) for note in manager.notes],
         "disabled": list(manager.blocked),
     }
 
@@ -39,27 +41,36 @@ def overview(manager: PluginManager) -> dict[str, Any]:
 def detail(item: Registered) -> dict[str, Any]:
     """One plugin with its options."""
     config = item.entry.config
+    try:
+        options, problem = _options(config), None
+    except Exception as error:  # a default that cannot be made, say: it must not hide the others
+        options, problem = [], last_line(error)
     return {
         "kind": item.kind,
         "key": item.key,
         "distribution": item.distribution,
         "version": item.version,
         "plugin": item.plugin,
-        "summary": " ".join(str(item.entry.summary).split()),
+        "summary": " ".join(item.entry.summary.split()),
         "missing": item.missing(),
         "install": item.install_hint() if item.missing() else None,
         "config": f"{config.__module__}.{config.__qualname__}",
-        "options": [
-            {
-                "name": field.name,
-                "type": field.type,
-                "required": field.default is ...,
-                "default": _plain(field.default),
-                "doc": field.doc,
-            }
-            for field in describe_fields(config)
-        ],
+        "options": options,
+        "problem": problem,
     }
+
+
+def _options(config: type) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": field.name,
+            "type": field.type,
+            "required": field.default is ...,
+            "default": _plain(field.default),
+            "doc": field.doc,
+        }
+        for field in describe_fields(config)
+    ]
 
 
 def _plain(value: object) -> Any:
@@ -67,7 +78,9 @@ def _plain(value: object) -> Any:
         return None
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, dict, type(None))) else repr(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if type(value) in (str, int, float, bool, type(None)) else repr(value)
 
 
 def table(data: dict[str, Any]) -> str:
@@ -85,11 +98,14 @@ def table(data: dict[str, Any]) -> str:
             if options:
                 indent = " " * 6
                 lines += textwrap.wrap(options, 110, initial_indent=indent, subsequent_indent=indent)
+            if item["problem"]:
+                lines.append(f"      its options cannot be listed: {item['problem']}")
         lines += [] if items else ["  none"]
     for failure in data["failed"]:
         lines.append(f"failed: {failure['plugin']} {failure['version']}: {failure['reason']}")
+    lines += [f"note: {note['plugin']} {note['version']}: {note['text']}" for note in data["notes"]]
     lines += [f"disabled: {plugin}" for plugin in data["disabled"]]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def detail_text(data: dict[str, Any]) -> str:
@@ -101,6 +117,8 @@ def detail_text(data: dict[str, Any]) -> str:
     ]
     if data["missing"]:
         lines.append(f"needs: {data['install']}")
+    if data["problem"]:
+        lines.append(f"its options cannot be listed: {data['problem']}")
     lines += ["", "options:" if data["options"] else "no options"]
     for option in data["options"]:
         default = "required" if option["required"] else f"default {_shown(option['default'])}"
@@ -108,7 +126,7 @@ def detail_text(data: dict[str, Any]) -> str:
             f"  {option['name']}: {option['type']} ({default})",
             *(f"      {line}" for line in option["doc"].splitlines()),
         ]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _default(option: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from saekit.errors import AmbiguousKeyError, MissingPackageError, UnknownKeyError
+from saekit.plugin_text import printable
 
 __all__ = ["KINDS", "Entry", "Registered", "Registry"]
 
@@ -39,7 +40,7 @@ class Entry:
     requires: Sequence[str] = ()
     """Importable names of optional packages that ``build`` needs."""
     extra: str | None = None
-    """The extra of the plugin's distribution that installs ``requires``."""
+    """The name of the extra of the plugin's distribution that installs ``requires``."""
     summary: str = ""
     """One line for ``saekit plugins``."""
 
@@ -143,7 +144,7 @@ class Registry:
             lines.append(f"No installed plugin comes from '{distribution}': try pip install {distribution}")
         lines.append(f"Registered {self.label}s:")
         lines += [f"  {self._described(item)}" for item in self.items] or ["  none"]
-        return "\n".join(lines + troubles)
+        return printable("\n".join(lines + troubles), keep="\n")  # the key, too, may come from a stranger's file
 
     @staticmethod
     def _described(item: Registered) -> str:
@@ -154,7 +155,7 @@ class Registry:
 def _importable(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # a parent package is missing, or a half-imported module
+    except (Exception, SystemExit):  # a parent package is missing, or fails when it is imported
         return False
 
 

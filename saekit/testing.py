@@ -21,8 +21,10 @@ import attrs
 
 from saekit.hookspecs import hookimpl
 from saekit.manager import PluginManager
-from saekit.protocols import ActivationFunction, Replacement, SparseActivation
+from saekit.plugin_building import METHODS, VALUES
+from saekit.protocols import Replacement
 from saekit.registry import KINDS, Entry
+from saekit.sparse_check import check_sparse_activation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,43 +74,6 @@ def plugin_of(kind: str, *entries: Entry) -> object:
     return SimpleNamespace(__name__=f"fake_{kind}", **{hook.__name__: hookimpl(hook)})
 
 
-def check_sparse_activation(activation: ActivationFunction) -> None:
-    """Verify that ``activation`` is what it declares by having the methods of a ``SparseActivation``.
-
-    :class:`AssertionError` says what is not as it should be.  Numbers are compared with autograd's in float64.
-    """
-    import torch
-
-    assert isinstance(activation, SparseActivation), (
-        f"{activation!r} declares no sparse support: it needs in_place(pre) and pre_gradient(gradient, features)"
-    )
-    generator = torch.Generator().manual_seed(0)
-    pre = torch.randn(64, 33, dtype=torch.float64, generator=generator) * 3
-    pre[0, :4] = torch.tensor([0.0, -0.0, 1e-300, -1e-300])
-    before = pre.clone()
-    leaf = pre.clone().requires_grad_()
-    features = activation(leaf)
-    assert torch.equal(leaf.detach(), before), "calling it changes its argument"
-    assert features.shape == pre.shape, f"it turns the shape {list(pre.shape)} into {list(features.shape)}"
-    found = features.detach()
-    assert bool((found >= 0).all()), "it is negative somewhere"
-    assert not bool(found[pre <= 0].any()), "it is not zero wherever pre <= 0"
-    alone = torch.cat([activation(number) for number in pre.flatten().split(1)]).reshape(pre.shape)
-    assert torch.equal(alone, found), "it does not work on every number by itself"
-    upstream = torch.randn(pre.shape, dtype=torch.float64, generator=generator)
-    (expected,) = torch.autograd.grad(features, leaf, upstream)
-    assert not bool(expected[pre <= 0].any()), "its derivative is not zero wherever pre <= 0"
-    kept = found.clone()
-    gradient = activation.pre_gradient(upstream.clone(), found)
-    assert torch.equal(found, kept), "pre_gradient changes the features"
-    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-12), "pre_gradient is not what autograd finds"
-    flat = activation.pre_gradient(upstream.flatten(), found.flatten())
-    assert torch.equal(flat, gradient.flatten()), "pre_gradient does not work on every number by itself"
-    written = activation.in_place(pre)
-    assert torch.equal(written, found), "in_place is not what calling it returns"
-    assert written.data_ptr() == pre.data_ptr(), "in_place does not write over its argument"
-
-
 @attrs.frozen(kw_only=True)
 class FakeConfig:
     """Options of a fake plugin."""
@@ -120,7 +85,10 @@ class FakeConfig:
 def fake_plugin(
     kind: str, name: str = "fake", build: Callable[..., Any] | None = None, config: type = FakeConfig, **entry: Any
 ) -> object:
-    """A plugin with one entry of ``kind``; without ``build``, it builds ``(kind, config, services)``."""
+    """A plugin with one entry of ``kind``; without ``build``, it builds ``(kind, config, services)``.
+
+    That tuple passes for what the kind promises, and does nothing.
+    """
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
@@ -132,9 +100,23 @@ def _echo(kind: str) -> Callable[..., Any]:
     """One ``build`` per kind, so that fakes may share an options class as aliases do."""
 
     def build(config: Any, **services: Any) -> Any:
-        return kind, config, services
+        return _Echo((kind, config, services))
 
     return build
+
+
+class _Echo(tuple[str, Any, Mapping[str, Any]]):
+    """What was asked for, with every method and value that its kind must have."""
+
+    end = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (*METHODS[self[0]], *VALUES.get(self[0], ())):
+            return self
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class FakeBackend:

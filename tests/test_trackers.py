@@ -23,6 +23,7 @@ from saekit_plugins.wandb import WandbConfig, WandbTracker
 from tiny import run_config
 
 import saekit
+from saekit.errors import PluginFailedError
 from saekit.protocols import Histogram, RunInfo, Tracker
 from saekit.training.trackers import start_trackers
 
@@ -127,7 +128,7 @@ def test_jsonl_that_cannot_be_cut_back_is_left_whole(tmp_path: Path, monkeypatch
     tracker.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("os.fsync", lambda handle: exec("raise OSError('disk full')"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PluginFailedError, match="tracker 'saekit:jsonl' .* failed in build: OSError: disk full"):
         jsonl(tmp_path, resumed_at=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"metrics.jsonl": before}
 

@@ -14,6 +14,8 @@ from saekit.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
 from saekit.manager import PluginManager, default_manager
+from saekit.plugin_building import built
+from saekit.pretrained.detecting import read_with, recognised
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.registry import Registered
 from saekit.site import Site
@@ -37,13 +39,12 @@ def load_sae(
         return build_sae(read_own(files), plugins, files.place, own=True).to(device)
     choice = _detected(files, plugins).key if loader is None else loader
     options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
-    read = plugins.build("pretrained_loaders", options).load(files)
-    return build_sae(read, plugins, files.place).to(device)
+    return build_sae(read_with(plugins, options, files), plugins, files.place).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
-    found = [item for item in items if item.entry.build(item.entry.config()).detects(files)]
+    found, failed = recognised(items, files)
     if len(found) == 1:
         return found[0]
     names = ", ".join(item.key for item in found or items)
@@ -52,6 +53,7 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     raise SAEFormatError(
         f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=..."
+        + "".join(f"\n{text}" for text in failed)
     )
 
 
@@ -169,9 +171,8 @@ def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManage
     """An uninitialised SAE of the architecture ``item``."""
     from saekit.sae.records import SAEInfo
 
-    item.check_requirements()
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
     activation = plugins.build("activation_functions", config.activation)
-    sae: SAE = item.entry.build(config, d_in=d_in, activation=activation)
+    sae: SAE = built(item, config, d_in=d_in, activation=activation)
     sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
     return sae

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.converter import ConfigConverter
-from saekit.errors import PluginError, SaekitError, StorageError
+from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.manager import PluginManager
 from saekit.protocols import Metrics, RunInfo, Tracker
 from saekit.training.setup import chosen_trackers
@@ -259,6 +259,8 @@ def start_trackers(
         for key, choice in chosen_trackers(config, plugins).items():
             try:
                 started[key] = plugins.build("trackers", choice, run=run)
+            except PluginFailedError as error:  # what a stranger's package raises when it has no network, say
+                _cannot_start(key, error.__cause__ or error)
             except SaekitError:
                 raise
             except (Exception, SystemExit) as error:  # whatever a stranger's package raises when it has no network

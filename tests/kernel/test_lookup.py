@@ -22,6 +22,17 @@ class OtherConfig:
     """Options."""
 
 
+@attrs.frozen
+class Rate:
+    """A schedule, of whom it is."""
+
+    by: str
+    end = 0.0
+
+    def __call__(self, step: int) -> float:
+        return self.end
+
+
 def test_one_plugin_may_offer_every_kind() -> None:
     hooks = {}
     for kind in KINDS:
@@ -35,9 +46,9 @@ def test_plugins_may_be_objects_with_methods_and_hooks_may_be_generators() -> No
     class Plugin:
         @saekit.hookimpl
         def saekit_register_lr_schedules(self) -> object:
-            yield Entry("x", OtherConfig, lambda config: "built")
+            yield Entry("x", OtherConfig, lambda config: Rate("built"))
 
-    assert isolated_manager(Plugin()).build(KIND, "test:x") == "built"
+    assert isolated_manager(Plugin()).build(KIND, "test:x") == Rate("built")
 
 
 def test_unknown_keys_list_every_supplier() -> None:
@@ -86,7 +97,7 @@ def test_a_plugin_comes_whole_or_not_at_all() -> None:
     plugin = fake_plugin(KIND)
     plugin.saekit_register_evals = saekit.hookimpl(fails)  # type: ignore[attr-defined]
     manager = isolated_manager()
-    with pytest.raises(RuntimeError, match="half-way"):
+    with pytest.raises(PluginError, match="plugin local:p: saekit_register_evals raised RuntimeError: half-way"):
         manager.register(plugin, name="p")
     assert not any(registry.items for registry in manager.registries.values())
     manager.register(fake_plugin(KIND), name="p")

@@ -22,6 +22,17 @@ class OtherConfig:
     """Options."""
 
 
+@attrs.frozen
+class Rate:
+    """A schedule, of whom it is."""
+
+    by: str
+    end = 0.0
+
+    def __call__(self, step: int) -> float:
+        return self.end
+
+
 def test_unknown_keys_say_what_there_is() -> None:
     manager = isolated_manager(
         fake_plugin(KIND, "constant"),
@@ -102,12 +113,12 @@ class NamedConfig:
 def test_an_options_class_has_one_owner_whatever_the_order() -> None:
     """`build` of the owner is defined beside the class; the other plugin is refused."""
 
-    def own(config: object) -> str:
-        return "own"
+    def own(config: object) -> Rate:
+        return Rate("own")
 
     own.__module__ = FakeConfig.__module__
     owner = plugin_of(KIND, Entry("owner", FakeConfig, own))
-    thief = plugin_of(KIND, Entry("thief", FakeConfig, lambda config: "stolen"))
+    thief = plugin_of(KIND, Entry("thief", FakeConfig, lambda config: Rate("stolen")))
     first = isolated_manager(owner)
     with pytest.raises(PluginError, match="FakeConfig is the options class of another plugin, test:owner; define your"):
         first.register(thief, name="thief", distribution="thief")
@@ -115,18 +126,18 @@ def test_an_options_class_has_one_owner_whatever_the_order() -> None:
     with pytest.warns(PluginWarning, match="FakeConfig is the options class of another plugin, local:owner"):
         second.register(owner, name="owner")
     for manager in (first, second):
-        assert manager.build(KIND, FakeConfig()) == "own"
+        assert manager.build(KIND, FakeConfig()) == Rate("own")
     with pytest.raises(PluginError, match="an option cannot be called 'name'"):
         first.register(plugin_of(KIND, Entry("x", NamedConfig, print)), name="named")
 
 
 def test_aliases_may_share_an_options_class() -> None:
-    def build(config: object) -> str:
-        return "built"
+    def build(config: object) -> Rate:
+        return Rate("built")
 
     manager = isolated_manager(plugin_of(KIND, Entry("long", FakeConfig, build), Entry("short", FakeConfig, build)))
     assert manager.find(KIND, FakeConfig()).entry.name == "long"
-    assert manager.build(KIND, "short") == "built"
+    assert manager.build(KIND, "short") == Rate("built")
 
 
 def test_hooks_that_are_none() -> None:

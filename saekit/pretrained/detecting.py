@@ -1,0 +1,48 @@
+"""Asking strangers' loaders: what fails in one says whose it is, and stops no other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from saekit.errors import PluginFailedError, PluginWarning
+from saekit.manager import PluginManager
+from saekit.plugin_building import blamed, built, returned
+from saekit.plugin_text import error_text
+from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.registry import Registered
+
+__all__ = ["read_with", "recognised"]
+
+
+def recognised(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Registered], list[str]]:
+    """The loaders that say that ``files`` are of their format, and texts about those that failed to say.
+
+    Where one recognises the files, the failures are warnings.
+    """
+    found, failed = [], []
+    for item in items:
+        try:
+            loader = built(item, None)
+            with blamed(item, "detects"):
+                if bool(loader.detects(files)):
+                    found.append(item)
+        except Exception as error:
+            notes = getattr(error, "__notes__", ()) if not isinstance(error, PluginFailedError) else ()
+            failed.append(" ".join([error_text(error), *notes]))
+    if found:
+        for text in failed:
+            warnings.warn(text, PluginWarning, stacklevel=5)
+    return found, failed
+
+
+def read_with(plugins: PluginManager, options: Any, files: SAEFiles) -> PretrainedSAE:
+    """What the loader that ``options`` choose reads from ``files``; its failures name it."""
+    item = plugins.find("pretrained_loaders", options)
+    loader = plugins.build("pretrained_loaders", options)
+    with blamed(item, "load"):
+        read = loader.load(files)
+    if not isinstance(read, PretrainedSAE):
+        raise returned(item, "load", read, "expected a saekit.PretrainedSAE")
+    return read

@@ -230,6 +230,8 @@ def _checked(hook: str, entries: object) -> list[Entry]:
             raise PluginError(f"{where}: an option cannot be called 'name', which is the plugin's own key in a file")
         if not callable(entry.build):
             raise PluginError(f"{where}: build is {_short(entry.build)}, expected a callable")
+        if entry.precheck is not None and not callable(entry.precheck):
+            raise PluginError(f"{where}: precheck is {_short(entry.precheck)}, expected a callable")
         if isinstance(entry.requires, str) or not all(isinstance(name, str) for name in _items(entry.requires)):
             raise PluginError(f"{where}: requires is {_short(entry.requires)}, expected a list of package names")
         checked.append(entry)

@@ -42,6 +42,10 @@ class Entry:
     """The extra of the plugin's distribution that installs ``requires``."""
     summary: str = ""
     """One line for ``saekit plugins``."""
+    precheck: Callable[[Any, Any], object] | None = None
+    """``precheck(config, whole)``: raises what can be seen to be wrong without heavy imports, such as a folder that is
+    not there, before anything heavy is imported; see :mod:`saekit.preflight`.  ``whole`` is the configuration that
+    ``config`` is part of."""
 
 
 @attrs.frozen

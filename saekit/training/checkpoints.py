@@ -2,7 +2,7 @@
 
 ``checkpoints/step-N/`` holds a loadable SAE folder and a training state for each SAE, the state of the batches, and
 ``checkpoint.json`` with the checksums of every file and of itself.  A folder with SAEs alone is one to look at, nothing
-to go on from.
+to go on from.  To see what can be gone on from needs no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from saekit.errors import StorageError
-from saekit.sae.folder import WEIGHTS, write_sae
-from saekit.sae.module import SAE
 from saekit.storage import new_folder, remove_folder, sha256
-from saekit.training.state_files import read_state, write_state
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAE
 
 __all__ = [
     "Checkpoint",
@@ -86,11 +85,16 @@ class Checkpoint:
 
     def stream(self) -> dict[str, Any]:
         """The state of the batches and of the process."""
+        from saekit.training.state_files import read_state
+
         return read_state(self.folder, STREAM)
 
     def training(self, name: str) -> dict[str, Any]:
         """The training state of one SAE."""
         from safetensors.torch import load_file
+
+        from saekit.sae.folder import WEIGHTS
+        from saekit.training.state_files import read_state
 
         state = read_state(self.folder / name, TRAINING)
         if "weights" not in state and state["diverged"] is None:  # they are those of the SAE's own folder
@@ -100,6 +104,8 @@ class Checkpoint:
 
 def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
     """Write ``folder`` as one to look at: an SAE folder for each name."""
+    from saekit.sae.folder import write_sae
+
     with new_folder(folder) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
@@ -117,6 +123,9 @@ def write_checkpoint(
 
     A training state without weights has those of the SAE as it is saved.
     """
+    from saekit.sae.folder import write_sae
+    from saekit.training.state_files import write_state
+
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)
         for name, state in states.items():
@@ -215,6 +224,8 @@ def set_aside(run: Path, newest: Checkpoint) -> None:
 
 def versions() -> dict[str, str]:
     """What the numbers may depend on."""
+    import torch
+
     from saekit import __version__
 
     return {"saekit": __version__, "torch": torch.__version__}

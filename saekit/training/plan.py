@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
 import torch
 from torch import Tensor
 
 from saekit.config import SAEConfig, TrainConfig
-from saekit.config_files import load_config
 from saekit.data import ActivationStream, Contexts, Corpus, StreamContext
 from saekit.data.activations import check_contexts
 from saekit.data.cache.make import cache_sites, cached_contexts, plan_cache
@@ -28,13 +26,13 @@ from saekit.data.opening import (
 )
 from saekit.devices import resolve_device
 from saekit.errors import DataError, SaekitError
-from saekit.manager import PluginManager, default_manager
+from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, Batch, ModelBackend
 from saekit.sae.memory import release
 from saekit.site import Site
+from saekit.training.checks import check_run_folder, chosen_trackers
+from saekit.training.planned import Plan
 from saekit.training.setup import (
-    check_run_folder,
-    chosen_trackers,
     give_weights,
     make_evals,
     make_schedule,
@@ -46,40 +44,15 @@ from saekit.training.trainer import SAETrainer
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["Plan", "plan"]
+__all__ = ["look"]
 
 T = TypeVar("T")
 _FORWARDS, _STEPS = 4, 3  # the first of each is not counted
 
 
-@attrs.frozen
-class Plan:
-    """What a run would be."""
-
-    facts: Mapping[str, str]
-    """In words, for people."""
-    numbers: Mapping[str, float]
-    """Steps, tokens, bytes and seconds, by name."""
-    problems: list[str]
-    """Errors that ``train`` would stop with."""
-    warnings: list[str]
-    """What looks wrong, but would run."""
-
-
-def plan(
-    cfg: TrainConfig | Mapping[str, Any] | str | Path,
-    *,
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
-) -> Plan:
-    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
-
-    Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
-    that can be found; only a configuration that cannot be read at all is raised.
-    """
-    plugins = plugins or default_manager()
-    planner = _Planner(load_config(cfg, plugins=plugins), plugins)
+def look(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Plan:
+    """The plan of a run whose text and model :mod:`saekit.preflight` has found."""
+    planner = _Planner(config, plugins)
     try:
         planner.look(model, dataset)
     finally:

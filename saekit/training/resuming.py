@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -17,7 +17,9 @@ from saekit.manager import PluginManager
 from saekit.storage import tidy
 from saekit.training.checkpoints import Checkpoint, newest_checkpoint, set_aside, versions
 from saekit.training.record import RunRecord, differences
-from saekit.training.session import Session
+
+if TYPE_CHECKING:
+    from saekit.training.session import Session
 
 __all__ = ["Resumption"]
 

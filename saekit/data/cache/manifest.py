@@ -28,7 +28,18 @@ from saekit.errors import DataError
 from saekit.site import Site
 from saekit.storage import sha256, write_text
 
-__all__ = ["DOCUMENTS", "HEADER", "MANIFEST", "TOKENS", "Manifest", "Shard", "SiteRows", "sample_sum", "verify_cache"]
+__all__ = [
+    "DOCUMENTS",
+    "HEADER",
+    "MANIFEST",
+    "TOKENS",
+    "Manifest",
+    "Shard",
+    "SiteRows",
+    "check_target",
+    "sample_sum",
+    "verify_cache",
+]
 
 MANIFEST, TOKENS, DOCUMENTS = "manifest.json", "tokens.safetensors", "documents.safetensors"
 FORMAT = 1
@@ -163,6 +174,22 @@ class Manifest:
                 f"the activation cache {str(folder)!r} was not made for this run:\n{listed}\n"
                 "Change the run to fit, or write another cache (activations.cache.folder)"
             )
+
+
+def check_target(folder: Path) -> None:
+    """What a writer goes on with must be a cache; a folder without a manifest must be empty, but for what a writer that
+    was killed at once has left."""
+    if (folder / MANIFEST).exists():
+        Manifest.load(folder)
+        return
+    if not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if names := [name for name in names if name != ".lock" and not name.startswith(f".{MANIFEST}.")]:
+        raise DataError(
+            f"the folder {str(folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
+            "another (activations.cache.folder)"
+        )
 
 
 def sample_sum(path: Path) -> str:

@@ -17,7 +17,6 @@ from saekit.errors import ConfigError
 from saekit.manager import PluginManager, default_manager
 from saekit.training.checks import alone_in
 from saekit.training.planned import Plan
-from saekit.training.resuming import Resumption
 
 if TYPE_CHECKING:
     from saekit.data.cache.manifest import Manifest
@@ -98,6 +97,8 @@ def resume(
 
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
+    from saekit.training.resuming import Resumption
+
     plugins = plugins or default_manager()
     with alone_in(Path(run)):
         resumption = Resumption.of(Path(run), cfg, overrides, allow, plugins, model, dataset)

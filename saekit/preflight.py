@@ -16,8 +16,6 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.config import PLUGIN_KIND, PluginChoice, PretokenizeConfig, TrainConfig
-from saekit.data import targets
-from saekit.data.cache.manifest import check_target
 from saekit.data.text import check_place
 from saekit.errors import ConfigError, PluginError, SaekitError, StorageError
 from saekit.manager import PluginManager
@@ -90,7 +88,7 @@ def of_training(
         [
             partial(_check_names, configs, plugins, alone),
             partial(_check_writable, folder, f"cannot make a run folder in {folder}: {{}} (checkpoints.folder)"),
-            partial(check_together, configs, plugins),
+            *([] if alone else [partial(check_together, configs, plugins)]),
             *_held_out(configs, dataset),
             *_members(configs, plugins),
             *_starts(configs),
@@ -117,6 +115,8 @@ def of_cache(
     config: TrainConfig, plugins: PluginManager, model: object | None = None, dataset: object | None = None
 ) -> Faults:
     """What is wrong with writing the cache of ``config``."""
+    from saekit.data.cache.manifest import check_target
+
     folder = config.activations.cache.folder
     return Faults.of(
         _inputs([config], plugins, model, dataset),
@@ -131,6 +131,8 @@ def of_pretokenize(
     config: PretokenizeConfig, plugins: PluginManager, model: object | None = None, dataset: object | None = None
 ) -> Faults:
     """What is wrong with packing the text of ``config``."""
+    from saekit.data import targets
+
     named = config.tokenizer
     ids = [partial(targets.check_tokenizer, named)] if named is not None else _model(config, plugins, model)
     others: list[Check] = [partial(targets.check_target, config)]

@@ -38,8 +38,9 @@ class Faults:
 
     @classmethod
     def of(cls, needed: Iterable[Check], others: Iterable[Check]) -> Faults:
-        """What the checks raise; those that are ``needed`` are about the text and the model."""
-        return cls(_raised(needed), _raised(others))
+        """What the checks raise, each fault once; those that are ``needed`` are about the text and the model."""
+        absent = _raised(needed)
+        return cls(list(absent.values()), [error for text, error in _raised(others).items() if text not in absent])
 
     @property
     def texts(self) -> list[str]:
@@ -55,15 +56,15 @@ class Faults:
             raise ConfigError([problem for error in found for problem in _problems(error)], "the run")
 
 
-def _raised(checks: Iterable[Check]) -> list[SaekitError]:
-    """The errors of ``checks``, each once: members of a sweep may share theirs."""
+def _raised(checks: Iterable[Check]) -> dict[str, SaekitError]:
+    """The errors of ``checks`` by what they say: members of a sweep may share theirs."""
     errors: dict[str, SaekitError] = {}
     for check in checks:
         try:
             check()
         except SaekitError as error:
             errors.setdefault(str(error), error)
-    return list(errors.values())
+    return errors
 
 
 def _problems(error: SaekitError) -> list[tuple[str, str]]:

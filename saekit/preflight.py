@@ -120,7 +120,7 @@ def of_cache(
 
     folder = config.activations.cache.folder
     return Faults.of(
-        _inputs([config], plugins, model, dataset),
+        [*_text(config, dataset), *_model(config, plugins, model)],
         [
             partial(_check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
             partial(check_target, Path(folder)),
@@ -148,9 +148,14 @@ def of_pretokenize(
 def _inputs(
     configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None
 ) -> Iterator[Check]:
-    """Of the text and the model, which all of a sweep share."""
-    yield from _text(configs[0], dataset)
+    """Of the text, if it is read, and the model, which all of a sweep share."""
+    if any(_needs_text(config, plugins) for config in configs):
+        yield from _text(configs[0], dataset)
     yield from _model(configs[0], plugins, model)
+
+
+def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
+    return bool(config.evals.run) or plugins.find("activation_sources", config.activations.source).entry.needs_text
 
 
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:

@@ -46,6 +46,8 @@ class Entry:
     """``precheck(config, whole)``: raises what can be seen to be wrong without heavy imports, such as a folder that is
     not there, before anything heavy is imported; see :mod:`saekit.preflight`.  ``whole`` is the configuration that
     ``config`` is part of."""
+    needs_text: bool = True
+    """Of an activation source: whether it opens the text (``stream.contexts``), which must then be there."""
 
 
 @attrs.frozen

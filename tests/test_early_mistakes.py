@@ -295,6 +295,24 @@ def test_a_model_from_code_needs_no_folder(tmp_path: Path) -> None:
         saekit.train(run_config(tmp_path, **chosen), plugins=plugins, model=object())
 
 
+def test_a_run_from_a_cache_needs_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = {"folder": str(tmp_path / "cache"), "tokens": 2000}
+    text = tmp_path / "text.txt"
+    text.write_text("A sentence is a line of words.\n" * 3000)
+    config = run_config(tmp_path / "runs", dataset={"path": "text.txt"}, activations={"cache": cache})
+    config |= {"evals": {"run": []}}
+    saekit.cache_activations(config)
+    text.unlink()
+    with pytest.raises(DataError, match="there is no file or folder"):
+        saekit.train(config)
+    config["activations"]["source"] = {"name": "cached", "folder": cache["folder"]}
+    assert saekit.plan(config).problems == []
+    assert saekit.train(config).metrics["details/n_training_tokens"] == 2000
+    with pytest.raises(DataError, match="there is no file or folder"):
+        saekit.train(config | {"evals": {"n_contexts": 4}})
+
+
 def test_a_missing_package_is_said_before_a_plugin_is_asked(tmp_path: Path) -> None:
     plugins = manager(lambda options, whole: pytest.fail("asked"), requires=["surely_missing"], extra="more")
     with pytest.raises(MissingPackageError, match=r"Install it with: pip install 'stranger\[more\]'$"):

@@ -105,4 +105,4 @@ def _refuse_empty(manifest: Manifest, config: CachedConfig) -> None:
 @hookimpl
 def saekit_register_activation_sources() -> Iterable[Entry]:
     summary = "activations that `saekit cache` wrote, memory-mapped"
-    yield Entry("cached", CachedConfig, CachedSource, summary=summary, precheck=_precheck)
+    yield Entry("cached", CachedConfig, CachedSource, summary=summary, precheck=_precheck, needs_text=False)

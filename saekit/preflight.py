@@ -7,6 +7,7 @@ room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -227,6 +228,6 @@ def _check_writable(folder: str, message: str) -> None:
     """:class:`StorageError` when ``folder`` cannot be made or written to, as far as can be told without trying."""
     place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
-        raise StorageError(message.format(f"{place} is not a folder"))
+        raise StorageError(message.format(f"{os.strerror(errno.ENOTDIR)}: {place}"))
     if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(message.format(f"{place} may not be written to"))
+        raise StorageError(message.format(f"{os.strerror(errno.EACCES)}: {place}"))

@@ -6,14 +6,29 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The environment of `make bench`, which has sae-lens too.
 PEERS ?= .venv-peers
+# The environment of `make test-newest`.
+NEWEST ?= .venv-newest
+EXTRAS := [mamba,wandb,test,docs]
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-newest lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n auto
+
+# The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
+# reason below.
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c $(NEWEST)/torch.txt -e '.$(EXTRAS)'
+	@echo "other than in constraints.txt:"; $(NEWEST)/bin/python -m pip freeze --disable-pip-version-check \
+		--exclude-editable | grep -v '^torch==' | grep -vixFf constraints.txt || true
+	$(NEWEST)/bin/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,7 +52,7 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mamba,wandb,test,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	touch $(STAMP)
 
 $(PEERS)/.installed: pyproject.toml constraints.txt
@@ -58,4 +73,4 @@ $(PEERS)-3/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,18 +9,16 @@ from saekit._lazy import lazy_exports
 if TYPE_CHECKING:
     from saekit.config import PretokenizeConfig, SAEConfig, TrainConfig
     from saekit.config_files import dump_config, load_config
-    from saekit.data.cache.make import cache_activations
-    from saekit.data.pretokenize import pretokenize
     from saekit.errors import ConfigError, DataError, ModelError, SaekitError
     from saekit.hookspecs import hookimpl
+    from saekit.jobs import cache_activations, plan, pretokenize, resume, train
     from saekit.manager import PluginManager, default_manager
     from saekit.pretrained import PretrainedSAE, SAEFiles
     from saekit.protocols import Batch, RunInfo
     from saekit.registry import Entry
     from saekit.sae.module import SAE
     from saekit.site import Site
-    from saekit.training.plan import plan
-    from saekit.training.run import SweepResult, TrainResult, resume, train
+    from saekit.training.run import SweepResult, TrainResult
     from saekit.training.sweep import grid
 
 __version__ = "0.1.0"
@@ -43,16 +41,16 @@ _HOMES = {
     "Site": "saekit.site",
     "TrainConfig": "saekit.config",
     "TrainResult": "saekit.training.run",
-    "cache_activations": "saekit.data.cache.make",
+    "cache_activations": "saekit.jobs",
     "default_manager": "saekit.manager",
     "dump_config": "saekit.config_files",
     "hookimpl": "saekit.hookspecs",
     "load_config": "saekit.config_files",
     "grid": "saekit.training.sweep",
-    "plan": "saekit.training.plan",
-    "pretokenize": "saekit.data.pretokenize",
-    "resume": "saekit.training.run",
-    "train": "saekit.training.run",
+    "plan": "saekit.jobs",
+    "pretokenize": "saekit.jobs",
+    "resume": "saekit.jobs",
+    "train": "saekit.jobs",
 }
 
 __all__ = [

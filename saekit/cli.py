@@ -84,7 +84,7 @@ def _train(
         from saekit.training.sweep import grid
 
         wanted = grid(wanted, parse_grid(axes))
-    from saekit.training.run import resume, train
+    from saekit.jobs import resume, train
 
     with _interruptible():
         _report(train(wanted) if run is None else resume(run, source or None, given, allow=allow or ()))
@@ -173,23 +173,28 @@ def _plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
+    from saekit import preflight
     from saekit.config_files import load_config
+    from saekit.jobs import plan
+    from saekit.manager import default_manager
 
     checked = load_config(*_source(config, overrides))
-    import attrs
-
-    from saekit.training.plan import plan
-
+    early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
+    for text in early:  # now, and not when the model has run
+        typer.echo(f"problem: {text}")
+    sys.stdout.flush()
     found = plan(checked)
     if as_json:
+        import attrs
+
         typer.echo(json.dumps(attrs.asdict(found), indent=2))
     else:
-        width = max(map(len, found.facts))
+        width = max(map(len, found.facts), default=0)
         for name, text in found.facts.items():
             typer.echo(f"{name:{width}}  {text}")
         for text in found.warnings:
             typer.echo(f"warning: {text}")
-        for text in found.problems:
+        for text in found.problems[len(early) :]:
             typer.echo(f"problem: {text}")
     if found.problems:
         raise typer.Exit(2)
@@ -207,9 +212,9 @@ def _pretokenize(
     """
     from saekit.config import PretokenizeConfig
     from saekit.config_files import load_config
+    from saekit.jobs import pretokenize
 
     checked = load_config(*_source(config, overrides), kind=PretokenizeConfig)
-    from saekit.data.pretokenize import pretokenize
 
     with _interruptible("interrupted; nothing was written"):
         made = pretokenize(checked)
@@ -244,10 +249,9 @@ def _cache_write(
     it goes on after the last finished shard when it is called again.
     """
     from saekit.config_files import load_config
+    from saekit.jobs import cache_activations
 
     checked = load_config(*_source(config, overrides))
-    from saekit.data.cache.make import cache_activations
-
     folder = checked.activations.cache.folder
     with _interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
         manifest = cache_activations(checked)

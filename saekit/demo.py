@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saekit.analysis.curves import plot_training_curves
-from saekit.analysis.examples import FeatureExamples, feature_peaks, striking_features, top_examples
 from saekit.config_files import load_config
 from saekit.errors import ConfigError
+from saekit.jobs import train
 from saekit.manager import PluginManager, default_manager
-from saekit.training.run import TrainResult, train
+
+if TYPE_CHECKING:
+    from saekit.analysis.examples import FeatureExamples
+    from saekit.training.run import TrainResult
 
 __all__ = ["DEMO_CONFIG", "demo"]
 
@@ -59,6 +61,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     )
     result = train(config, plugins=plugins)
     console.print(_numbers(result))
+    from saekit.analysis.curves import plot_training_curves
+
     found = _features(result, config)
     for feature in found:
         console.print(_shown(feature), soft_wrap=True)
@@ -89,6 +93,8 @@ def _numbers(result: TrainResult) -> Table:
 
 def _features(result: TrainResult, config: Any, n_contexts: int = 384) -> list[FeatureExamples]:
     """Five striking features on more text than the evals need."""
+    from saekit.analysis.examples import feature_peaks, striking_features, top_examples
+
     wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=n_contexts))
     contexts = wide.held_out(result.backend, config.training.seed)
     peaks = feature_peaks(result.sae, backend=result.backend, site=config.site, contexts=contexts)

@@ -8,8 +8,11 @@ A plugin is a module with functions of these names, marked ``@saekit.hookimpl``,
 
 Each hook takes no argument and returns an iterable of :class:`saekit.Entry`.  Hooks are called once, when the
 plugins are loaded, never in the training loop.  ``Entry.config`` is a frozen attrs class with the plugin's options;
-``Entry.build`` makes the thing itself and is the place for heavy imports.  The protocols named below are in
-:mod:`saekit.protocols`; what ``build`` returns is checked for their names.
+``Entry.build`` makes the thing itself and is the place for heavy imports.  ``Entry.precheck(config, whole)``, which may
+be left out, is called before any of that, with the options and the configuration that they are part of (a
+:class:`saekit.config.TrainConfig`; for a model backend also a :class:`saekit.config.PretokenizeConfig`), and raises a
+:class:`saekit.errors.SaekitError` for what it can see to be wrong without heavy imports.  The protocols named below are
+in :mod:`saekit.protocols`; what ``build`` returns is checked for their names.
 """
 
 from __future__ import annotations

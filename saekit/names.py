@@ -8,6 +8,9 @@ import re
 __all__ = [
     "LONGEST_NAME",
     "RUN_FILES",
+    "SAE_CONFIG",
+    "SAE_SPARSITY",
+    "SAE_WEIGHTS",
     "SWEEP_FILES",
     "fault_of_name",
     "half_written",
@@ -18,6 +21,8 @@ __all__ = [
 
 LONGEST_NAME = 255
 """Bytes of a name in UTF-8: what the usual file systems take."""
+SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+"""The files of an SAE's folder."""
 SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png"})
 """What the folder of a sweep holds beside those of its SAEs."""
 RUN_FILES = SWEEP_FILES | {"config.toml", "sae"}

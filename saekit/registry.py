@@ -43,6 +43,12 @@ class Entry:
     """The name of the extra of the plugin's distribution that installs ``requires``."""
     summary: str = ""
     """One line for ``saekit plugins``."""
+    precheck: Callable[[Any, Any], object] | None = None
+    """``precheck(config, whole)``: raises what can be seen to be wrong without heavy imports, such as a folder that is
+    not there, before anything heavy is imported; see :mod:`saekit.preflight`.  ``whole`` is the configuration that
+    ``config`` is part of."""
+    needs_text: bool = True
+    """Of an activation source: whether it opens the text (``stream.contexts``), which must then be there."""
 
 
 @attrs.frozen

@@ -41,6 +41,41 @@ def test_help(command: str) -> None:
     assert "Usage: " in cli(*command.split(), "--help", watch=True).stdout
 
 
+PARAMETERS = """
+import json, typer
+from saekit.cli import app
+
+def commands(command, path):
+    inner = getattr(command, "commands", {})
+    texts = {parameter.name: getattr(parameter, "help", None) for parameter in command.params}
+    yield path, texts, command.help, list(inner)
+    for name, below in inner.items():
+        yield from commands(below, [*path, name])
+
+print(json.dumps(list(commands(typer.main.get_command(app), []))))
+"""
+
+
+def test_help_explains_every_command_argument_and_option() -> None:
+    listed = subprocess.run([sys.executable, "-c", PARAMETERS], capture_output=True, text=True, check=True)
+    commands = json.loads(listed.stdout)
+    assert ["cache", "write"] in [path for path, *_ in commands]
+    assert {"config", "overrides", "axes", "run", "allow"} <= set(commands[1][1]), commands[1]
+    for path, parameters, about, inner in commands:
+        shown = cli(*path, "--help", watch=True).stdout
+        words = " ".join(shown.split())
+        assert " ".join(about.split()) in words, path
+        assert set(inner) <= set(shown.split()), path
+        for name, text in parameters.items():
+            assert text, f"{path}: {name} has no help"
+            assert " ".join(text.split()) in words, f"{path}: the help of {name} is not shown:\n{shown}"
+
+
+def test_a_suggestion_is_made_once() -> None:
+    said = cli("trian", check=2, watch=True).stderr
+    assert said.count("Did you mean") + said.count("(Possible") == 1, said
+
+
 def test_version() -> None:
     assert cli("--version", watch=True).stdout == f"saekit {saekit.__version__}\n"
 

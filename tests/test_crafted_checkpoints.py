@@ -166,9 +166,7 @@ def test_none_that_can_be_used(tmp_path: Path, made: Path) -> None:
         write_state(checkpoint, "stream", state)
         seal(checkpoint, setting("batches", 0))
     with (
-        pytest.warns(
-            RuntimeWarning, match="a newer checkpoint is not used: .*step-5 does not fit the run as it"
-        ),
+        pytest.warns(RuntimeWarning, match="a newer checkpoint is not used: .*step-5 does not fit the run as it"),
         pytest.raises(StorageError, match=r"every checkpoint in .* is damaged: .*step-5.*; .*step-3"),
     ):
         resume(tmp_path / "run")

@@ -58,7 +58,7 @@ def test_the_command_and_training_on_what_it_wrote(tmp_path: Path, text: Path) -
 SLOW_TEXT = """
 import sys, time
 from pathlib import Path
-import saekit.cli, saekit.data.pretokenize as module
+import saekit.cli, saekit.jobs as module
 
 class Slow:
     def __iter__(self):

@@ -13,8 +13,8 @@ import torch
 from tiny import run_config
 
 import saekit
+from saekit import cache_activations
 from saekit.data import ContextPacker, TokenPolicy
-from saekit.data.cache.make import cache_activations
 from saekit.errors import DataError
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 

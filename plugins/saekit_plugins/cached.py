@@ -14,7 +14,9 @@ from saekit.config import check, path_field
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.config import TrainConfig
     from saekit.data import StreamContext
+    from saekit.data.cache import Manifest
 
 
 @attrs.frozen(kw_only=True)
@@ -47,8 +49,7 @@ class CachedSource:
         folder = Path(config.folder)
         manifest = Manifest.load(folder)
         manifest.check_fits(stream.identity, dict.fromkeys(stream.sites), folder)  # before the model runs
-        if not manifest.contexts:
-            raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` found too little text")
+        _refuse_empty(manifest, config)
         manifest = verify_cache(folder, full=config.verify == "full", manifest=manifest)
         manifest.check_fits(stream.identity, stream.widths, folder)
         self._cache = CachedActivations(folder, manifest, stream.sites)
@@ -92,6 +93,22 @@ class CachedSource:
         self._cache.close()
 
 
+def _precheck(config: CachedConfig, whole: TrainConfig) -> None:
+    """What the manifest alone tells: that there is a cache, and that it has the site."""
+    from saekit.data.cache import Manifest
+
+    folder = Path(config.folder)
+    manifest = Manifest.load(folder)
+    manifest.check_fits({}, {whole.site: None}, folder)
+    _refuse_empty(manifest, config)
+
+
+def _refuse_empty(manifest: Manifest, config: CachedConfig) -> None:
+    if not manifest.contexts:
+        raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` found too little text")
+
+
 @hookimpl
 def saekit_register_activation_sources() -> Iterable[Entry]:
-    yield Entry("cached", CachedConfig, CachedSource, summary="activations that `saekit cache` wrote, memory-mapped")
+    summary = "activations that `saekit cache` wrote, memory-mapped"
+    yield Entry("cached", CachedConfig, CachedSource, summary=summary, precheck=_precheck, needs_text=False)

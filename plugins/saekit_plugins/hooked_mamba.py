@@ -15,7 +15,7 @@ from saekit.config import path_field
 from saekit.devices import resolve_device
 
 if TYPE_CHECKING:
-    from saekit.config import ModelConfig
+    from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
     from saekit_plugins.hooked_transformer import TransformerLensBackend
 
 
@@ -54,6 +54,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         requires=("mamba_lens",),
         extra="mamba",
         summary="Mamba models through mamba-lens",
+        precheck=_precheck,
     )
 
 
@@ -100,14 +101,25 @@ def _instead(module: object) -> str:
     return "Of models of other kinds, saekit needs a backend (model.backend)"
 
 
+def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:
+    """What only a folder can be meant by must be there."""
+    for name, what in ((model.name, "model folder {!r} (model.name)"),
+                       (config.tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+            raise ModelError(f"there is no {what.format(name)}")
+
+
+def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:
+    _check_places(config, whole.model)
+
+
 def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
     import torch
 
     from saekit_plugins.model_folders import load_tokenizer, loading, ready
 
     device = resolve_device(model.device, "model.device", model.dtype)
-    if model.name.startswith((".", "/", "~")) and not Path(model.name).is_dir():
-        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
+    _check_places(config, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba

@@ -16,12 +16,12 @@ import attrs
 from saekit import Entry, ModelError, hookimpl
 from saekit.data.vocabulary import special_tokens
 from saekit_plugins.compiled_parts import CompiledParts
-from saekit_plugins.model_folders import EMBEDDED, load_model
+from saekit_plugins.model_folders import EMBEDDED, load_model, model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.config import ModelConfig
+    from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
     from saekit.protocols import Replacement
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
@@ -218,7 +218,12 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         HookedTransformerOptions,
         _build,
         summary="models of transformer_lens, Hugging Face folders, and saekit/tiny-python",
+        precheck=_precheck,
     )
+
+
+def _precheck(config: HookedTransformerOptions, whole: TrainConfig | PretokenizeConfig) -> None:
+    model_folder(whole.model.name, config.from_pretrained_kwargs)
 
 
 def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:

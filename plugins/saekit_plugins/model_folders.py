@@ -18,20 +18,18 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
 NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
+_PROCESSING = (
+    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
+)  # fmt: skip
 
 
 def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
     """By name: the embedded model, a folder of ours, a Hugging Face folder, or a name of transformer_lens."""
     device = resolve_device(model.device, "model.device", model.dtype)
-    folder = EMBEDDED.get(model.name, Path(model.name))
-    if (folder / NATIVE_CONFIG).is_file():
-        if kwargs:
-            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {model.name!r}: {sorted(kwargs)}")
-        return _load_native(folder, model.dtype, device)
-    if folder.is_dir():
+    if (folder := model_folder(model.name, kwargs)) is not None:
+        if (folder / NATIVE_CONFIG).is_file():
+            return _load_native(folder, model.dtype, device)
         return _load_hf_folder(folder, model.dtype, device, kwargs)
-    if model.name.startswith((".", "/", "~")):
-        raise ModelError(f"there is no model folder {model.name!r} (model.name)")
     from transformer_lens import HookedTransformer
 
     try:
@@ -39,6 +37,24 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
     except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
         raise ModelError(_unknown_name(model.name, error)) from error
     return loaded.eval().requires_grad_(False)
+
+
+def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
+    """The model folder that ``name`` means, checked; None for a name that transformer_lens may know."""
+    folder = EMBEDDED.get(name, Path(name))
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"there is no model folder {name!r} (model.name)")
+        return None
+    if (folder / NATIVE_CONFIG).is_file():
+        if kwargs:
+            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {sorted(kwargs)}")
+        return folder
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")
+    if unknown := sorted(set(kwargs) - set(_PROCESSING)):
+        raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {_PROCESSING}, found {unknown}")
+    return folder
 
 
 @contextmanager
@@ -103,13 +119,7 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as conversion
 
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")
-    processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
-                  "refactor_factored_attn_matrices")  # fmt: skip
-    if unknown := sorted(set(kwargs) - set(processing)):
-        raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {processing}, found {unknown}")
-    options = dict.fromkeys(processing[:4], True) | dict(kwargs)
+    options = dict.fromkeys(_PROCESSING[:4], True) | dict(kwargs)
     torch_dtype = getattr(torch, dtype)
     tokenizer = load_tokenizer(folder)
     with loading(f"the model in {folder}"):

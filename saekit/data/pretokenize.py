@@ -12,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -25,26 +25,25 @@ import numpy as np
 from saekit import __version__
 from saekit.ambient import ambient
 from saekit.config import EvalsConfig, PretokenizeConfig
-from saekit.config_files import load_config
 from saekit.data.contexts import Contexts
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
 from saekit.data.opening import check_context_size
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Reader
+from saekit.data.targets import WITH_A_TOKEN, check_target, check_tokenizer
 from saekit.data.text import Documents
 from saekit.data.vocabulary import Vocabulary, special_tokens
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
-from saekit.manager import PluginManager, default_manager
+from saekit.errors import DataError, ModelError, StorageError
+from saekit.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.reasons import reason
 from saekit.storage import new_folder
 
-__all__ = ["Pretokenized", "pretokenize"]
+__all__ = ["Pretokenized", "write_contexts"]
 
 COLUMN = "input_ids"
 _DOCUMENTS_AT_ONCE = 64  # to a process that tokenises
 _CONTEXTS_AT_ONCE = 1000  # to the disk
-_WITH_A_TOKEN = "Pushing needs a token that may write there (`hf auth login`, or HF_TOKEN)"
 
 
 @attrs.frozen
@@ -65,24 +64,13 @@ class Pretokenized:
 
 
 @ambient()
-def pretokenize(
-    cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
-    *,
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
+def write_contexts(
+    config: PretokenizeConfig, plugins: PluginManager, model: object | None, dataset: object | None
 ) -> Pretokenized:
-    """Pack the text of ``cfg`` into contexts and save them or push them to the Hub.
-
-    The contexts are those that training would make of the same text.  Beside them, ``saekit.json`` says how they were
-    made, so that ``dataset.path`` alone makes training read them.  ``model`` and ``dataset`` are as for
-    :func:`saekit.train`.
-    """
+    """The work of :func:`saekit.pretokenize`."""
     from datasets import Dataset
 
-    plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
-    _check_target(config)
+    check_target(config)
     corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
     tokenizer, documents = _opened(config, plugins, model, corpus)
     with _quiet_datasets(), _storage_errors(config), _work_folder(config.folder) as work:
@@ -99,25 +87,6 @@ def pretokenize(
         if config.hub_repo_id is not None:
             _push(config, packed, text)
     return Pretokenized(made.contexts, corpus.context_size, config.folder, config.hub_repo_id)
-
-
-def _check_target(config: PretokenizeConfig) -> None:
-    if config.folder is not None and Path(config.folder).exists():
-        raise ConfigError([("folder", f"{config.folder!r} exists already; choose another, or remove it")])
-    if config.hub_repo_id is not None:
-        from huggingface_hub import get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-        try:
-            validate_repo_id(config.hub_repo_id)
-            fault = "" if "/" in config.hub_repo_id else "it has no owner"
-        except HFValidationError as error:
-            fault = str(error).splitlines()[0]
-        if fault:
-            raise ConfigError([("hub_repo_id", f"must be owner/name, found {config.hub_repo_id!r}: {fault}")])
-        if config.folder is None and get_token() is None:  # all the work would be lost
-            raise StorageError(f"cannot push to the dataset repository {config.hub_repo_id!r}: {_WITH_A_TOKEN}")
 
 
 @contextmanager
@@ -148,6 +117,7 @@ def _opened(
     """
     checks: list[Callable[[], object]] = []
     if config.tokenizer is not None:
+        check_tokenizer(config.tokenizer)
         tokenizer = _named_tokenizer(config.tokenizer)
     else:
         backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
@@ -352,7 +322,7 @@ def _push(config: PretokenizeConfig, packed: Any, metadata: str) -> None:
         raise KeyboardInterrupt(f"interrupted while pushing to {repo!r}{kept}") from error
     except Exception as error:  # of the library, of the one below it, or of the network
         raise StorageError(
-            f"cannot push to the dataset repository {repo!r}: {reason(error)}{kept}. {_WITH_A_TOKEN}"
+            f"cannot push to the dataset repository {repo!r}: {reason(error)}{kept}. {WITH_A_TOKEN}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
 from saekit.reasons import reason
 
-__all__ = ["DocumentReader", "Documents"]
+__all__ = ["DocumentReader", "Documents", "check_place"]
 
 STDLIB = "saekit/python-stdlib"
 Owners: TypeAlias = tuple[str, Callable[[Sequence[int]], bool]]
@@ -275,6 +276,20 @@ class _Stdlib:
 
 
 def _open(config: DatasetConfig, split: str) -> Any:
+    check_place(config, split)
+    path = Path(config.path)
+    if config.path == STDLIB:
+        return _Stdlib(split)
+    if is_saved_to_disk(path):
+        return _saved_to_disk(path, split, split != config.split)
+    if path.is_file():
+        return _local_file(path)
+    files = {"data_files": list(config.data_files)} if config.data_files else {}
+    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming, **files)
+
+
+def check_place(config: DatasetConfig, split: str) -> None:
+    """:class:`DataError` for what is wrong with ``config.path`` as far as its name and the file system tell."""
     path = Path(config.path)
     if config.data_files and (config.path == STDLIB or is_saved_to_disk(path) or path.is_file()):
         raise DataError(
@@ -282,15 +297,19 @@ def _open(config: DatasetConfig, split: str) -> Any:
             "it out"
         )
     if config.path == STDLIB:
-        return _Stdlib(split)
-    if is_saved_to_disk(path):
-        return _saved_to_disk(path, split, split != config.split)
-    if path.is_file():
-        return _local_file(path, split)
-    if not path.exists() and (path.is_absolute() or config.path.startswith(".") or path.suffix in _FORMATS):
+        _Stdlib(split)
+    elif path.is_file() and not is_saved_to_disk(path):
+        if path.suffix.lower() not in _FORMATS:
+            raise DataError(f"{path} is not a dataset: the name must end in {', '.join(_FORMATS)}")
+        if split != "train":
+            raise DataError(f"the file {str(path)!r} has no split {split!r}; a single file has only 'train'")
+    elif not path.exists() and (path.suffix in _FORMATS or not _may_be_on_hub(config.path)):
         raise DataError(f"there is no file or folder {config.path!r} (dataset.path)")
-    files = {"data_files": list(config.data_files)} if config.data_files else {}
-    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming, **files)
+
+
+def _may_be_on_hub(path: str) -> bool:
+    """Whether this can be the name of a dataset on the Hub: ``name`` or ``owner/name``."""
+    return "://" in path or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) is not None
 
 
 def is_saved_to_disk(path: Path) -> bool:
@@ -314,12 +333,8 @@ def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
     return loaded
 
 
-def _local_file(path: Path, split: str) -> Any:
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"{path} is not a dataset: the name must end in {', '.join(_FORMATS)}")
-    if split != "train":
-        raise DataError(f"the file {str(path)!r} has no split {split!r}; a single file has only 'train'")
+def _local_file(path: Path) -> Any:
+    kind = _FORMATS[path.suffix.lower()]
     if kind == "text":
         return _TextFile(path)
     return _load(kind, None, data_files=str(path), split="train", streaming=True)

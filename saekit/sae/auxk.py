@@ -18,14 +18,21 @@ __all__ = ["add_auxk"]
 
 
 def add_auxk(
-    fast: FastStep, x: Tensor, dead: Tensor, k: int, coefficient: float | Tensor, norms: Tensor | None = None
+    fast: FastStep,
+    x: Tensor,
+    dead: Tensor,
+    k: int,
+    coefficient: float | Tensor,
+    norms: Tensor | None = None,
+    *,
+    shrink: bool = True,
 ) -> Tensor:
     """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all of ``x``.
 
     An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.
     """
     whole = fast.gradients
-    weight = coefficient * min(len(dead) / k, 1.0)
+    weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
     part = Gradients(whole.encoder[dead], whole.decoder[dead], of_encoder=whole.of_encoder, of_decoder=whole.of_decoder)
     encoder = Encoder(part.encoder.T, fast.b_enc[dead])
     scale = None if norms is None else norms[dead]

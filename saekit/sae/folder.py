@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError, StorageError
-from saekit.names import fault_of_name
+from saekit.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.pretrained.strict_json import check_value
 from saekit.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.tensor_files import save_tensors
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
 
-CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+CONFIG, WEIGHTS, SPARSITY = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY
 FORMAT = 1
 # The metadata fields by which sae-lens 6 tells its own layout from older ones.
 _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}

@@ -62,12 +62,20 @@ def ghost_loss(
 
 
 def auxk_loss(
-    pre: Tensor, x: Tensor, output: Tensor, decoder: Tensor, dead: Tensor, k: int, norms: Tensor | None = None
+    pre: Tensor,
+    x: Tensor,
+    output: Tensor,
+    decoder: Tensor,
+    dead: Tensor,
+    k: int,
+    norms: Tensor | None = None,
+    *,
+    shrink: bool = True,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2): dead features learn what is left over.
 
     The ``k`` largest pre-activations of dead features in each row, by ``pre ⊙ norms``, reconstruct the residual; with
-    fewer than ``k`` dead, all do, and the loss shrinks in proportion.  ``pre [n, d_sae]``, ``x`` and ``output
+    fewer than ``k`` dead, all do, and with ``shrink`` (as sparsify and sae-lens do) the loss is less in proportion.  ``pre [n, d_sae]``, ``x`` and ``output
     [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar.  Waits for no
     device.
     """
@@ -77,7 +85,8 @@ def auxk_loss(
     values, features = compared.topk(min(k, pre.shape[1]), dim=1, sorted=False)
     chosen = torch.zeros_like(pre).scatter(1, features, pre.gather(1, features).where(values > -torch.inf, 0))
     errors = (chosen @ decoder - residual).pow(2).sum(-1)
-    return errors.mean() * (dead.sum().to(pre.dtype) / k).clamp_max(1)
+    there = (dead.sum().to(pre.dtype) / k).clamp_max(1)
+    return errors.mean() * (there if shrink else there > 0)
 
 
 def variance_ratio(x: Tensor, output: Tensor) -> Tensor:

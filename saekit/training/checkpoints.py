@@ -2,7 +2,7 @@
 
 ``checkpoints/step-N/`` holds a loadable SAE folder and a training state for each SAE, the state of the batches, and
 ``checkpoint.json`` with the checksums of every file and of itself.  A folder with SAEs alone is one to look at, nothing
-to go on from.
+to go on from.  To see what can be gone on from needs no torch.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from saekit.errors import SaekitError, StorageError
-from saekit.names import half_written
-from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS, write_sae
-from saekit.sae.module import SAE
+from saekit.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, half_written
 from saekit.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
 from saekit.training.facts import check_facts, check_stream, check_training
-from saekit.training.state_files import read_state, write_state
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAE
 
 __all__ = [
     "Checkpoint",
@@ -44,7 +43,7 @@ __all__ = [
 MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
 FORMAT = 1
 _OWN = {MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"}
-_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", CONFIG, WEIGHTS, SPARSITY}
+_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY}
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
@@ -106,7 +105,7 @@ class Checkpoint:
         state = self._read(self.folder / name, TRAINING)
         self._checked(f"{name}/{TRAINING}", lambda: check_training(state, self.facts["saes"][name], name))
         if "weights" not in state and state["diverged"] is None:  # they are those of the SAE's own folder
-            path = self.folder / name / WEIGHTS
+            path = self.folder / name / SAE_WEIGHTS
             try:
                 state["weights"] = load_file(path)
             except (OSError, SafetensorError) as error:
@@ -114,6 +113,8 @@ class Checkpoint:
         return state
 
     def _read(self, folder: Path, stem: str) -> dict[str, Any]:
+        from saekit.training.state_files import read_state
+
         state = read_state(folder, stem)
         if not isinstance(state, dict):
             raise StorageError(f"{stem} in {folder} holds no state")
@@ -128,6 +129,8 @@ class Checkpoint:
 
 def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
     """Write ``folder`` as one to look at: an SAE folder for each name."""
+    from saekit.sae.folder import write_sae
+
     with new_folder(folder) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
@@ -146,6 +149,9 @@ def write_checkpoint(
 
     A training state without weights has those of the SAE as it is saved.
     """
+    from saekit.sae.folder import write_sae
+    from saekit.training.state_files import write_state
+
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)
         for name, state in states.items():
@@ -240,7 +246,7 @@ def keep_saes(folder: Path, names: Collection[str]) -> None:
     with new_folder(folder) as temporary:
         for name in names:
             (temporary / name).mkdir()
-            for file in (WEIGHTS, SPARSITY, CONFIG):
+            for file in (SAE_WEIGHTS, SAE_SPARSITY, SAE_CONFIG):
                 if (folder / name / file).exists():
                     _link(folder / name / file, temporary / name / file)
         _carry_over(folder, temporary)
@@ -290,6 +296,8 @@ def set_aside(run: Path, newest: Checkpoint) -> None:
 
 def versions() -> dict[str, str]:
     """What the numbers may depend on."""
+    import torch
+
     from saekit import __version__
 
     return {"saekit": __version__, "torch": torch.__version__}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
 import torch
 
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig
-from saekit.config_files import load_config
 from saekit.data import Corpus, StreamContext
 from saekit.data.cache.make import cache_sites, cached_contexts, plan_cache
 from saekit.data.cache.read import available_memory
@@ -27,13 +25,14 @@ from saekit.data.opening import (
 )
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.manager import PluginManager, default_manager
+from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.sae.memory import release
+from saekit.training.checks import chosen_trackers
+from saekit.training.planned import Plan
 from saekit.training.planned_text import look_at_text
 from saekit.training.run_folder import check_run_folder
 from saekit.training.setup import (
-    chosen_trackers,
     give_weights,
     make_evals,
     make_schedule,
@@ -47,39 +46,14 @@ from saekit.training.timing import timed, timed_forwards, timed_steps
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
-__all__ = ["Plan", "plan"]
+__all__ = ["look"]
 
 T = TypeVar("T")
 
 
-@attrs.frozen
-class Plan:
-    """What a run would be."""
-
-    facts: Mapping[str, str]
-    """In words, for people."""
-    numbers: Mapping[str, float]
-    """Steps, tokens, bytes and seconds, by name."""
-    problems: list[str]
-    """Errors that ``train`` would stop with."""
-    warnings: list[str]
-    """What looks wrong, but would run."""
-
-
-def plan(
-    cfg: TrainConfig | Mapping[str, Any] | str | Path,
-    *,
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
-) -> Plan:
-    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
-
-    Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
-    that can be found; only a configuration that cannot be read at all is raised.
-    """
-    plugins = plugins or default_manager()
-    planner = _Planner(load_config(cfg, plugins=plugins), plugins)
+def look(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Plan:
+    """The plan of a run whose text and model :mod:`saekit.preflight` has found."""
+    planner = _Planner(config, plugins)
     try:
         with ambient():
             planner.look(model, dataset)

@@ -6,10 +6,9 @@ import shlex
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
@@ -21,8 +20,10 @@ from saekit.storage import tidy
 from saekit.training.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.training.facts import check_alike
 from saekit.training.record import RunRecord, differences
-from saekit.training.session import Session
 from saekit.training.waiting import TrackersState, waiting_of
+
+if TYPE_CHECKING:
+    from saekit.training.session import Session
 
 __all__ = ["Resumption", "UnusableCheckpointError"]
 
@@ -109,6 +110,8 @@ class Resumption:
         Returns what the trackers of each SAE had not taken.  :class:`UnusableCheckpointError` leaves the session half
         filled.
         """
+        from torch import OutOfMemoryError
+
         checkpoint = self.checkpoint
         if checkpoint is None:
             session.give_weights()
@@ -136,7 +139,7 @@ class Resumption:
                 name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
             }
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
             told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

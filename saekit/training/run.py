@@ -1,36 +1,34 @@
-"""``saekit.train`` and ``saekit.resume``: from configurations to saved SAEs."""
+"""The work of ``saekit.train`` and ``saekit.resume``: from configurations to saved SAEs."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any
 
 import attrs
 from torch import Tensor
 
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
-from saekit.config_files import load_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
-from saekit.errors import ConfigError, DataError, DivergedError, StorageError, TrainingInterrupted
-from saekit.manager import PluginManager, default_manager
-from saekit.paths import as_path
+from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.sae.memory import release
 from saekit.sae.module import SAE
-from saekit.storage import locked
 from saekit.training.checkpoints import all_checkpoints
+from saekit.training.checks import alone_in
 from saekit.training.interruption import Interruption
 from saekit.training.loop import fit
 from saekit.training.observers import EvalObserver, TrackerObserver
 from saekit.training.progress import TrainingProgress
 from saekit.training.randomness import seeded
 from saekit.training.record import RunRecord
-from saekit.training.resuming import Resumption, UnusableCheckpointError
+from saekit.training.resuming import Resumption
 from saekit.training.run_folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.training.saving import Saving
 from saekit.training.session import Member, Session
@@ -39,10 +37,7 @@ from saekit.training.sweep import changed_options, member_names
 from saekit.training.trackers import Trackers, close_all, start_trackers
 from saekit.training.waiting import TrackersState
 
-__all__ = ["ConfigSource", "SweepResult", "TrainResult", "resume", "train"]
-
-ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
-"""A config, a dict, or the path of a TOML, YAML or JSON file."""
+__all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
 
 
 @attrs.frozen
@@ -76,50 +71,14 @@ class SweepResult:
     """For each SAE its name, its changed options, its main numbers and its status: the rows of ``summary.csv``."""
 
 
-@overload
-def train(
-    cfg: ConfigSource, *, plugins: PluginManager | None = ..., model: object | None = ..., dataset: object | None = ...
-) -> TrainResult: ...
-
-
-@overload
-def train(
-    cfg: list[Any] | tuple[Any, ...],
-    *,
-    plugins: PluginManager | None = ...,
-    model: object | None = ...,
-    dataset: object | None = ...,
-) -> SweepResult: ...
-
-
-def train(
-    cfg: ConfigSource | list[Any] | tuple[Any, ...],
-    *,
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
+def begin(
+    configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None, *, alone: bool
 ) -> TrainResult | SweepResult:
-    """Train the SAE that ``cfg`` describes, or several on one run of the model: a list, as :func:`saekit.grid` makes.
-
-    ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` an in-memory
-    dataset (a HF ``Dataset``, or a list of ``{"text": ...}`` records); they take the place of ``model.name`` and
-    ``dataset.path``.  ``plugins`` replaces the installed plugins.
-
-    SAEs that are trained together must agree on the model, the text and the checkpoints; each ends as if it had been
-    trained alone.  One that diverges is stopped, and the others go on.
-
-    Raises :class:`saekit.errors.SaekitError` for what is wrong with the configuration, model or data.  When it is
-    interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
-    """
-    plugins = plugins or default_manager()
-    if isinstance(cfg, (TrainConfig, Mapping, str, Path)):
-        configs, names, home = [load_config(cfg, plugins=plugins)], ["sae"], "."
-        name = configs[0].checkpoints.name
+    """Train a new run of ``configs``, which :mod:`saekit.preflight` has looked at: one ``alone``, or a sweep."""
+    if alone:
+        name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
-        configs, home = [load_config(one, plugins=plugins) for one in cfg], None
-        if not configs:
-            raise ConfigError("there is no configuration to train: the list is empty")
-        name, names = member_names(configs, plugins)
+        (name, names), home = member_names(configs, plugins), None
     check_run_folder(configs[0], name)
     opened = dict(zip(names, configs, strict=True))
     with (
@@ -132,62 +91,22 @@ def train(
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
         record.write({name: member.config for name, member in session.members.items()}, plugins)
-        with _alone_in(folder):
+        with alone_in(folder):
             return _run(session, record)
 
 
-def resume(
-    run: str | Path,
-    cfg: ConfigSource | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    allow: Sequence[str] = (),
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
-) -> TrainResult | SweepResult:
-    """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
-
-    A run that was stopped before its first checkpoint begins anew, with a warning.
-
-    ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
-    that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
-    :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.
-
-    Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
-    """
-    plugins = plugins or default_manager()
-    run, unusable = as_path(run), dict[Path, str]()
-    with ambient(), _alone_in(run):
-        while True:
-            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
-            try:
-                return _go_on(resumption, plugins, model, dataset)
-            except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
-                unusable[error.checkpoint] = str(error)
-
-
-def _go_on(
+def go_on(
     resumption: Resumption, plugins: PluginManager, model: object | None, dataset: object | None
 ) -> TrainResult | SweepResult:
+    """Train what is left of a run; the caller is :func:`saekit.training.checks.alone_in` its folder."""
     with (
+        ambient(),
         seeded(next(iter(resumption.configs.values())).training.seed),
         contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
     ):
         untracked = resumption.load_into(session)
         resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """No two processes may train in one run folder."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except BlockingIOError:
-            raise ConfigError(f"another process is still training in {folder}; end it first") from None
-        yield
 
 
 def _run(

@@ -19,25 +19,22 @@ from saekit.errors import ConfigError, SaekitError
 from saekit.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval, Histogram
 from saekit.sae.module import SAE
+from saekit.training.checks import chosen_trackers
 from saekit.training.first_loss import first_loss, first_loss_text
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, metrics_of, metrics_state
 from saekit.training.randomness import random_state, set_random_state
 from saekit.training.setup import (
-    chosen_trackers,
     give_weights,
     make_evals,
     make_schedule,
     make_trainer,
     sae_options,
 )
-from saekit.training.sweep import spelled_out
+from saekit.training.sweep import check_together, spelled_out
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Member", "Session", "end_lane"]
-
-_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
-"""What SAEs of one session cannot differ in."""
 
 
 @attrs.define(eq=False)
@@ -81,7 +78,7 @@ class Session:
     ) -> None:
         """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
         self.plugins = plugins
-        self._check_together(configs)
+        check_together(list(configs.values()), plugins)
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
@@ -152,27 +149,6 @@ class Session:
             if path.startswith("activations.source")
         }
         return repr((source, config.training.train_batch_size_tokens, config.training.seed))
-
-    def _check_together(self, configs: Mapping[str, TrainConfig]) -> None:
-        """:class:`ConfigError` names what SAEs of one session cannot differ in."""
-        first, *others = [
-            {
-                path: value
-                for path, value in spelled_out(config, self.plugins).items()
-                if path.startswith(_COMMON) and path != "checkpoints.name"
-            }
-            for config in configs.values()
-        ]
-        problems: dict[str, str] = {}
-        for other in others:
-            for path in dict.fromkeys([*first, *other]):
-                if (one := first.get(path)) != (two := other.get(path)):
-                    problems.setdefault(
-                        path, f"differs between SAEs that are to be trained together ({one!r} and {two!r}); train them "
-                        "in runs of their own"
-                    )  # fmt: skip
-        if problems:
-            raise ConfigError(list(problems.items()))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from saekit.config import ALWAYS_TRACKED, SAME_AT_START, OptimiserConfig, PluginChoice, SAEConfig, TrainConfig
+from saekit.config import SAME_AT_START, OptimiserConfig, SAEConfig, TrainConfig
 from saekit.converter import ConfigConverter
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
@@ -20,12 +20,12 @@ from saekit.data.opening import seed_for
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
 from saekit.manager import PluginManager
-from saekit.pretrained.files import SAEFiles
 from saekit.pretrained.load import build_module, load_sae
 from saekit.protocols import Eval, ModelBackend
 from saekit.sae.init import initialise
 from saekit.sae.module import SAE
 from saekit.site import Site
+from saekit.training.checks import check_finetuning, chosen_evals, start_files
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimiser import Optimiser
 from saekit.training.randomness import seeded
@@ -33,7 +33,6 @@ from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
 __all__ = [
-    "chosen_trackers",
     "give_weights",
     "make_evals",
     "make_schedule",
@@ -52,19 +51,7 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
 
 def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
     """What is measured, by qualified key."""
-    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
-    return {plugins.find("evals", choice).key: plugins.build("evals", choice) for choice in config.evals.run}
-
-
-def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
-    """The trackers of a run by qualified key, with the one that is always there."""
-    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
-    return {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
-
-
-def _refuse_twice(path: str, keys: Sequence[str]) -> None:
-    if len(set(keys)) < len(keys):
-        raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
+    return {key: plugins.build("evals", choice) for key, choice in chosen_evals(config, plugins).items()}
 
 
 def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None = None) -> tuple[SAEConfig, SAE | None]:
@@ -74,17 +61,12 @@ def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None =
     go together.
     """
     options: SAEConfig = plugins.options("sae_architectures", config.sae)
-    if config.training.finetuning_method == "decoder" and options.apply_b_dec_to_input:
-        raise ConfigError(
-            [("training.finetuning_method", "is 'decoder', which moves b_dec, and sae.apply_b_dec_to_input takes b_dec "
-              "from the input, so that the encoder would change too; set sae.apply_b_dec_to_input = false, or choose "
-              "another method")]
-        )  # fmt: skip
+    check_finetuning(config, options)
     if config.training.from_pretrained_path is None:
         return options, None
     if d_sae is not None:
         return attrs.evolve(options, d_sae=d_sae, expansion_factor=None), None
-    start = load_sae(SAEFiles.in_folder(config.training.from_pretrained_path), plugins=plugins)
+    start = load_sae(start_files(config.training.from_pretrained_path), plugins=plugins)
     if options.d_sae is None and options.expansion_factor is None:
         options = attrs.evolve(options, d_sae=start.d_sae)
     _check_start(config, options, start, plugins)

@@ -20,8 +20,18 @@ from saekit.manager import PluginManager, default_manager
 from saekit.names import SWEEP_FILES, is_plain_name
 from saekit.paths import as_path
 
-__all__ = ["changed_options", "grid", "member_names", "short_names", "spelled_out", "value_text"]
+__all__ = [
+    "changed_options",
+    "check_together",
+    "grid",
+    "member_names",
+    "short_names",
+    "spelled_out",
+    "value_text",
+]
 
+_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
+"""What SAEs that train together cannot differ in."""
 _LONGEST_NAME = 100
 
 
@@ -86,6 +96,28 @@ def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> l
     paths.pop("checkpoints.name", None)
     changed = [path for path in paths if any(table.get(path) != tables[0].get(path) for table in tables)]
     return [{path: table.get(path) for path in changed} for table in tables]
+
+
+def check_together(configs: Sequence[TrainConfig], plugins: PluginManager) -> None:
+    """:class:`ConfigError` names what SAEs that train together cannot differ in."""
+    first, *others = [
+        {
+            path: value
+            for path, value in spelled_out(config, plugins).items()
+            if path.startswith(_COMMON) and path != "checkpoints.name"
+        }
+        for config in configs
+    ]
+    problems: dict[str, str] = {}
+    for other in others:
+        for path in dict.fromkeys([*first, *other]):
+            if (one := first.get(path)) != (two := other.get(path)):
+                problems.setdefault(
+                    path, f"differs between SAEs that are to be trained together ({one!r} and {two!r}); train them "
+                    "in runs of their own"
+                )  # fmt: skip
+    if problems:
+        raise ConfigError(list(problems.items()))
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

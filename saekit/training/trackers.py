@@ -14,7 +14,7 @@ from saekit.converter import ConfigConverter
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.manager import PluginManager
 from saekit.protocols import Metrics, RunInfo, Tracker
-from saekit.training.setup import chosen_trackers
+from saekit.training.checks import chosen_trackers
 from saekit.training.waiting import Record, TrackersState
 
 __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]

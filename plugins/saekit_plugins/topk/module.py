@@ -70,7 +70,9 @@ class TopKSAE(SAE):
         aux = mse.new_zeros(())
         if step.dead is not None and self.config.aux_loss_coefficient and self._may_be_any(step.dead):
             decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
-            aux = auxk_loss(pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms())
+            aux = auxk_loss(
+                pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
+            )
             aux = aux * self.aux_weight(x, output)
         return StepOutput(
             loss=mse + aux,
@@ -99,6 +101,11 @@ class TopKSAE(SAE):
         return coefficient if self.config.aux_loss_normalization == "none" else coefficient * variance_ratio(x, output)
 
     @property
+    def aux_shrinks(self) -> bool:
+        """Whether AuxK is less when fewer than ``k_aux`` features are dead: in the paper it is not."""
+        return self.config.aux_loss_normalization == "none"
+
+    @property
     def k_aux(self) -> int:
         return self.config.k_aux or max(self.d_in // 2, 1)
 
@@ -125,7 +132,7 @@ class TopKSAE(SAE):
         if coefficient and step.dead is not None:
             dead = step.dead.nonzero().squeeze(1)
             if len(dead):
-                aux = add_auxk(fast, x, dead, self.k_aux, self.aux_weight(x, fast.output), norms)
+                aux = add_auxk(fast, x, dead, self.k_aux, self.aux_weight(x, fast.output), norms, shrink=self.aux_shrinks)
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 

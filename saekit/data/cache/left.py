@@ -9,7 +9,7 @@ from pathlib import Path
 from saekit.data.cache.manifest import DOCUMENTS, MANIFEST, TOKENS, Manifest
 from saekit.errors import DataError
 
-__all__ = ["LOCK", "is_left_at_first", "remove_left"]
+__all__ = ["LOCK", "check_target", "remove_left"]
 
 LOCK = ".lock"
 _TORN_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{8}}\.tmp")
@@ -18,7 +18,24 @@ _SHARD = re.compile(r"shard-(\d{5,})")
 _BEGINS = b'{"format"'
 
 
-def is_left_at_first(path: Path) -> bool:
+def check_target(folder: Path) -> None:
+    """What a writer goes on with must be a cache.
+
+    A folder without a manifest must be empty, but for what a writer that was killed at once has left.
+    """
+    if (folder / MANIFEST).exists():
+        Manifest.load(folder)
+        return
+    if not folder.is_dir():
+        return
+    if names := sorted(path.name for path in folder.iterdir() if not _is_left_at_first(path)):
+        raise DataError(
+            f"the folder {str(folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
+            "another (activations.cache.folder)"
+        )
+
+
+def _is_left_at_first(path: Path) -> bool:
     """Whether ``path`` can be there before a manifest is: an empty lock, or a manifest half written."""
     if path.name == LOCK:
         return _is_file(path) and not path.stat().st_size

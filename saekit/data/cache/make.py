@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -12,7 +10,6 @@ import torch
 from saekit import __version__
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
-from saekit.config_files import load_config
 from saekit.data.activations import ActivationStream, check_contexts
 from saekit.data.cache.manifest import Manifest, SiteRows
 from saekit.data.cache.table import why_no_file
@@ -21,29 +18,16 @@ from saekit.data.corpus import Corpus
 from saekit.data.opening import open_backend, open_stream
 from saekit.data.stream import StreamContext
 from saekit.errors import DataError
-from saekit.manager import PluginManager, default_manager
+from saekit.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.site import Site
 
-__all__ = ["cache_activations", "cache_sites", "cached_contexts", "plan_cache"]
+__all__ = ["cache_sites", "cached_contexts", "plan_cache", "write_cache"]
 
 
 @ambient()
-def cache_activations(
-    cfg: TrainConfig | Mapping[str, Any] | str | Path,
-    *,
-    plugins: PluginManager | None = None,
-    model: object | None = None,
-    dataset: object | None = None,
-) -> Manifest:
-    """Write the cache that ``activations.cache`` of a training configuration describes, or what is missing of it.
-
-    ``model`` and ``dataset`` are as for :func:`saekit.train`.  Interrupted in any way, it is gone on with by the same
-    call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
-    early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
-    """
-    plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins)
+def write_cache(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Manifest:
+    """The work of :func:`saekit.cache_activations`."""
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
     sites = cache_sites(config)
     backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")

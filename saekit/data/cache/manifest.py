@@ -32,7 +32,17 @@ from saekit.errors import DataError
 from saekit.site import Site
 from saekit.storage import sha256, write_text
 
-__all__ = ["DOCUMENTS", "HEADER", "MANIFEST", "TOKENS", "Manifest", "Shard", "SiteRows", "sample_sum", "verify_cache"]
+__all__ = [
+    "DOCUMENTS",
+    "HEADER",
+    "MANIFEST",
+    "TOKENS",
+    "Manifest",
+    "Shard",
+    "SiteRows",
+    "sample_sum",
+    "verify_cache",
+]
 
 MANIFEST = "manifest.json"
 MAY_BE_UNKNOWN = ("dataset.contents", "dataset.column")

@@ -20,7 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.data.cache.left import LOCK, is_left_at_first, remove_left
+from saekit.data.cache.left import LOCK, check_target, remove_left
 from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum, verify_cache
 from saekit.errors import DataError, StorageError
 from saekit.protocols import Batch
@@ -49,21 +49,11 @@ class CacheWriter:
         self._failure: BaseException | None = None
         with _as_storage_error(folder), contextlib.ExitStack() as resources:
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_strangers()
+            check_target(folder)
             resources.enter_context(self._locked())
             self.manifest = self._existing(plan)
             """What is written and safe."""
             self._resources = resources.pop_all()
-
-    def _refuse_strangers(self) -> None:
-        """A folder without a manifest must be empty, but for what a writer that was killed at once has left."""
-        if (self._folder / MANIFEST).exists():
-            return
-        if names := sorted(path.name for path in self._folder.iterdir() if not is_left_at_first(path)):
-            raise DataError(
-                f"the folder {str(self._folder)!r} is no activation cache and holds {', '.join(names[:5])}; choose "
-                "another (activations.cache.folder)"
-            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -91,7 +91,8 @@ def feature_peaks(
             best = _strongest(best, (values.float().cpu(), numbers, positions.cpu()), n)
             start += len(vectors)
             del features  # before the next ones are made
-    return FeaturePeaks(*best, fired, fired_contexts, contexts.numel())
+    values, numbers, positions = best
+    return FeaturePeaks(values, numbers, positions, fired, fired_contexts, contexts.numel())
 
 
 def _strongest(one: tuple[Tensor, ...], two: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:

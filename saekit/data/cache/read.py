@@ -173,7 +173,7 @@ class CachedBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next batch, whether or not rows were added to the cache since."""
-        numbers = [state.get(name) for name in ("epoch", "position", "rows")]
+        numbers: list[Any] = [state.get(name) for name in ("epoch", "position", "rows")]
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or numbers[1] > numbers[2]:
             raise DataError(
                 f"the saved reading is damaged: its epoch, position and rows are {numbers}, expected whole numbers "

@@ -142,7 +142,7 @@ def test_faults_inside_nested_classes_are_named_by_their_path() -> None:
         (int, None, "has the default None, which is not of its type"),
         (list[int], attrs.Factory(lambda: 1 / 0), "has a default that cannot be made: ZeroDivisionError"),
     ],
-    ids=str,
+    ids=["text", "set", "list for tuple", "tuple for any", "none", "failing factory"],
 )
 def test_defaults_that_do_not_come_back(kind: Any, default: Any, told: str) -> None:
     ((_, why),) = option(kind, default)

@@ -42,8 +42,9 @@ class SAEConfig:
     """Start from Gaussian decoder rows of norm 0.1."""
     init_encoder_as_decoder_transpose: bool = False
     """Start from `W_enc = W_dec.T`."""
-    b_dec_init_method: Literal["zeros", "mean", "geometric_median"] = "zeros"
-    """Start `b_dec` at zero, or at the mean or geometric median of the first activations."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "zeros"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  `auto`: at their mean where
+    that is most of what activations are, so that features start alive, else at zero."""
 
     def __attrs_post_init__(self) -> None:
         if self.d_sae is not None and self.expansion_factor is not None:

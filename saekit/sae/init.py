@@ -49,12 +49,19 @@ def initialise(
 
 
 def initial_b_dec(method: str, sample: Tensor | None, d_in: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``b_dec [d_in]`` by ``zeros``, ``mean`` or ``geometric_median`` of ``sample [n, d_in]``, in ``dtype``."""
+    """``b_dec [d_in]`` by ``zeros``, ``mean``, ``geometric_median`` or ``auto`` of ``sample [n, d_in]``, in ``dtype``.
+
+    ``auto`` is ``mean`` where the mean's square is more than half of the mean of squares ``‖x‖²``, else ``zeros``.
+    """
     if method == "zeros":
         return torch.zeros(d_in, dtype=dtype, device="cpu")
     if sample is None:
         raise ValueError(f"b_dec_init_method={method!r} needs a sample of activations")
     dtype = torch.promote_types(dtype, sample.dtype)
+    if method == "auto":
+        mean = _mean(sample, dtype)
+        squares = sum(float(piece.pow(2).sum()) for piece in _pieces(sample, dtype)) / len(sample)
+        return mean if float(mean.pow(2).sum()) > squares / 2 else torch.zeros(d_in)
     return _mean(sample, dtype) if method == "mean" else geometric_median(sample, dtype=dtype)
 
 

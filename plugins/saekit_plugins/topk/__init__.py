@@ -41,9 +41,10 @@ class TopKConfig(SAEConfig):
     """Start from Gaussian decoder rows of norm 0.1."""
     init_encoder_as_decoder_transpose: bool = True
     """Start from `W_enc = W_dec.T`."""
-    b_dec_init_method: Literal["zeros", "mean", "geometric_median"] = "mean"
-    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  Where the mean is large, as
-    with outlier dimensions, the same few features are the largest of every row unless it is taken off."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  `auto`: at their mean where
+    that is most of what activations are, as with outlier dimensions: there the same few features would be the largest
+    of every row, and the others never fire.  Else at zero."""
 
 
 @hookimpl

@@ -132,7 +132,8 @@ class TopKSAE(SAE):
         if coefficient and step.dead is not None:
             dead = step.dead.nonzero().squeeze(1)
             if len(dead):
-                aux = add_auxk(fast, x, dead, self.k_aux, self.aux_weight(x, fast.output), norms, shrink=self.aux_shrinks)
+                weight = self.aux_weight(x, fast.output)
+                aux = add_auxk(fast, x, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 

@@ -335,10 +335,8 @@ class SAE(Castable):
 
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""
-        facts = {"d_in": self.d_in, "d_sae": self.d_sae, "dtype": str(self.b_dec.dtype).removeprefix("torch.")}
-        known = [("architecture", self.info.architecture), ("site", self.info.site), *self.info.metadata.items()]
-        lines = [f"{name}={value!r}" for name, value in known if value not in ("", None)]
-        return "\n".join([", ".join(f"{name}={value}" for name, value in facts.items()), *lines])
+        dtype = str(self.b_dec.dtype).removeprefix("torch.")
+        return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""

@@ -45,6 +45,11 @@ class SAEInfo:
         left = {name: value for name, value in self.metadata.items() if name != "normalize_activations"}
         return attrs.evolve(self, metadata={**left, "activation_scale": scale})
 
+    def lines(self) -> list[str]:
+        """What is known, a line each, for people."""
+        known = [("architecture", self.architecture), ("site", self.site), *self.metadata.items()]
+        return [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+
 
 @attrs.frozen
 class StepInput:

@@ -41,14 +41,18 @@ from saekit.training.setup import (
 )
 from saekit.training.timing import bytes_text as _bytes
 from saekit.training.timing import duration_text as _duration
-from saekit.training.timing import timed, timed_forwards, timed_steps
+from saekit.training.timing import silent_at_start, timed, timed_forwards, timed_steps
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saekit.sae.module import SAE
+    from saekit.training.trainer import SAETrainer
 
 __all__ = ["look"]
 
 T = TypeVar("T")
+_FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
 def look(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Plan:
@@ -216,6 +220,19 @@ class _Planner:
         self.numbers["checkpoint_bytes"] = size
         self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
 
+    def first_step(self, trainer: SAETrainer, rows: Tensor) -> None:
+        """The features that no activation makes fire before anything is learnt."""
+        silent, share = silent_at_start(trainer, rows)
+        d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
+        self.numbers["silent_at_start"] = silent
+        self.facts["silent at start"] = f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens"
+        if silent > d_sae / 2 and share > _FIRINGS:  # with fewer, chance alone leaves many out
+            self.warnings.append(
+                f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens, though a feature fires "
+                f"{share:,.0f} times on average; many may stay dead. Start b_dec at the mean of activations "
+                '(sae.b_dec_init_method = "mean"), or choose fewer features'
+            )
+
     def duration(
         self,
         source: ActivationSource | None,
@@ -237,6 +254,7 @@ class _Planner:
             trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
             give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
             self.facts["SAE step"] = trainer.step_path()
+            self.first_step(trainer, rows)
             per_step = timed_steps(trainer, rows)
         else:
             per_step = 0.0

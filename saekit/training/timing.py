@@ -15,7 +15,7 @@ from saekit.protocols import Batch
 from saekit.site import Site
 from saekit.training.trainer import SAETrainer
 
-__all__ = ["bytes_text", "duration_text", "timed", "timed_forwards", "timed_steps"]
+__all__ = ["bytes_text", "duration_text", "silent_at_start", "timed", "timed_forwards", "timed_steps"]
 
 _FORWARDS, _STEPS = 4, 3  # the first of each is not counted
 
@@ -53,16 +53,30 @@ def timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]:
 
 def timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
     """Seconds per step of the real trainer on a full batch."""
-    training = trainer.training
-    size = min(training.train_batch_size_tokens, training.total_tokens)
-    batch = rows.repeat(-(-size // len(rows)), 1)[:size]
+    batch = _batch(trainer, rows)
     times = []
-    for _ in range(min(_STEPS, training.steps)):
+    for _ in range(min(_STEPS, trainer.training.steps)):
         start = time.perf_counter()
         trainer.train_on(batch)
         synchronize(trainer.device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
+
+
+def silent_at_start(trainer: SAETrainer, rows: Tensor) -> tuple[int, float]:
+    """Features that fire on none of ``rows`` in the first step, and how often the average feature does.
+
+    Makes that step.
+    """
+    result = trainer.train_on(_batch(trainer, rows))
+    silent = int((trainer.firing.since_fired > 0).sum())
+    return silent, float(result["metrics/l0"]) * len(_batch(trainer, rows)) / trainer.sae.d_sae  # type: ignore[arg-type]
+
+
+def _batch(trainer: SAETrainer, rows: Tensor) -> Tensor:
+    training = trainer.training
+    size = min(training.train_batch_size_tokens, training.total_tokens)
+    return rows.repeat(-(-size // len(rows)), 1)[:size]
 
 
 def bytes_text(size: float) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.protocols import Histogram, Metrics
+from saekit.protocols import Histogram
 from saekit.sae.module import SAE
 from saekit.sae.records import StepOutput
 
-__all__ = ["eval_metrics", "histogram", "metrics_of", "metrics_state", "step_metrics", "window_metrics"]
+__all__ = ["eval_metrics", "histogram", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
@@ -82,20 +81,4 @@ def eval_metrics(sae: SAE, found: Mapping[str, float]) -> dict[str, float | Hist
     return named | {
         "weights/W_dec_norms": histogram(sae.W_dec.detach().norm(dim=1)),
         "weights/b_e": histogram(sae.b_enc),
-    }
-
-
-def metrics_state(metrics: Metrics) -> dict[str, Any]:
-    """``metrics`` as plain values."""
-    return {
-        name: {"counts": value.counts, "edges": value.edges} if isinstance(value, Histogram) else value
-        for name, value in metrics.items()
-    }
-
-
-def metrics_of(state: Mapping[str, Any]) -> dict[str, float | Histogram]:
-    """The metrics whose :func:`metrics_state` is ``state``."""
-    return {
-        name: Histogram(tuple(value["counts"]), tuple(value["edges"])) if isinstance(value, Mapping) else value
-        for name, value in state.items()
     }

@@ -34,7 +34,7 @@ def check_run_folder(config: TrainConfig, name: str | None) -> None:
     folder = Path(where) / (name or "run")
     try:
         folder.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # whether it can be made is another question
         return
     except OSError as error:
         raise ConfigError([("checkpoints.folder", f"{where!r} cannot be used: {error.strerror}")]) from error

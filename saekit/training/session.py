@@ -22,7 +22,7 @@ from saekit.sae.module import SAE
 from saekit.training.checks import chosen_trackers
 from saekit.training.first_loss import first_loss, first_loss_text
 from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics, metrics_of, metrics_state
+from saekit.training.metrics import eval_metrics
 from saekit.training.randomness import random_state, set_random_state
 from saekit.training.setup import (
     give_weights,
@@ -33,6 +33,7 @@ from saekit.training.setup import (
 )
 from saekit.training.sweep import check_together, spelled_out
 from saekit.training.trainer import SAETrainer
+from saekit.training.waiting import metrics_of, metrics_state
 
 __all__ = ["Member", "Session", "end_lane"]
 

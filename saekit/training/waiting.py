@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.names import is_plain_name
-from saekit.protocols import Metrics, Tracker
-from saekit.training.metrics import metrics_of, metrics_state
+from saekit.protocols import Histogram, Metrics, Tracker
 
-__all__ = ["Record", "TrackersState", "waiting_of", "waiting_state"]
+__all__ = ["Record", "TrackersState", "metrics_of", "metrics_state", "waiting_of", "waiting_state"]
 
 
 @attrs.frozen
@@ -68,3 +67,19 @@ def _record(entry: Mapping[str, Any], checkpoints: Path) -> Record:
     if not isinstance(parts, list) or not parts or not all(map(is_plain_name, parts)):
         raise ValueError(f"a tracker's record is of an SAE in {parts!r}")
     return Record(step, folder=checkpoints.joinpath(*parts))
+
+
+def metrics_state(metrics: Metrics) -> dict[str, Any]:
+    """``metrics`` as plain values."""
+    return {
+        name: {"counts": value.counts, "edges": value.edges} if isinstance(value, Histogram) else value
+        for name, value in metrics.items()
+    }
+
+
+def metrics_of(state: Mapping[str, Any]) -> dict[str, float | Histogram]:
+    """The metrics whose :func:`metrics_state` is ``state``."""
+    return {
+        name: Histogram(tuple(value["counts"]), tuple(value["edges"])) if isinstance(value, Mapping) else value
+        for name, value in state.items()
+    }

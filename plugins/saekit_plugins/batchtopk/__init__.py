@@ -28,6 +28,9 @@ class BatchTopKConfig(TopKConfig):
         default=32.0, validator=check(lambda value: value > 0, "above 0"), metadata={NEEDED_TO_LOAD: True}
     )
     """Active features of a row, on average."""
+    aux_loss_coefficient: float = attrs.field(default=1 / 8, validator=check(lambda value: value >= 0, "0 or more"))
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  More than for `topk`: a
+    feature that comes back has to be among the largest of a whole batch."""
     threshold_lr: float = attrs.field(default=0.01, validator=check(lambda value: 0 < value <= 1, "above 0, at most 1"))
     """How much of each batch's least active feature goes into the running average that becomes the threshold."""
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saekit.training.run import SweepResult, TrainResult
     from saekit.training.sweep import grid
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Batch": "saekit.protocols",

@@ -200,12 +200,12 @@ class RunInfo:
             fault = "is a file of the run itself"
         if fault is None and key in self._files:
             fault = "is another tracker's"
-        if fault is None and (self.folder / name).is_symlink():
-            fault = "is a symbolic link"
+        if fault is None:
+            tidy(self.folder, name.__eq__)
+            fault = "is a symbolic link" if (self.folder / name).is_symlink() else None
         if fault is not None:
             raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
         self._files.add(key)
-        tidy(self.folder, name.__eq__)
         return self.folder / name
 
 

@@ -133,9 +133,11 @@ def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
             whole, kind = half_written(left.name) or ("", "")
             if not whole or not mine(whole):
                 continue
-            if kind == "old" and not (folder / whole).exists():
+            if left.is_symlink():  # saekit leaves none: what it leads to is somebody else's
+                left.unlink()
+            elif kind == "old" and not os.path.lexists(folder / whole):
                 left.rename(folder / whole)
-            elif left.is_dir() and not left.is_symlink():
+            elif left.is_dir():
                 shutil.rmtree(left)
             else:
                 left.unlink()

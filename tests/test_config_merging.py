@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import attrs
 import pytest
 from every_config import manager
 from saekit_plugins.cosine import CosineConfig
@@ -124,15 +123,3 @@ def test_other_roots_know_their_own_tree_alone() -> None:
         converter.structure({"hook_point": 3}, SAEConfig)
     with pytest.raises(ConfigError, match="^lr: is not an option. The options here are beta1, "):
         converter.structure({"lr": 3}, OptimiserConfig)
-
-
-def test_a_plugin_that_cannot_be_read_does_not_hide_the_rest() -> None:
-    @attrs.frozen
-    class Broken:
-        field: Missing = 3  # type: ignore[name-defined]  # noqa: F821
-
-    from saekit.testing import fake_plugin, isolated_manager
-
-    plugins = isolated_manager(fake_plugin("trackers", "broken", build=print, config=Broken), builtins=True)
-    with pytest.raises(ConfigError, match="^lr: is not an option here; it is training.lr$"):
-        load_config({"lr": 3}, plugins=plugins)

@@ -287,7 +287,7 @@ def test_float16_that_overflows_is_an_error() -> None:
 
 
 def test_a_buffer_that_does_not_fit_says_what_to_lower() -> None:
-    live = source(n_batches_in_buffer=10**11)
+    live = source(n_batches_in_buffer=2**24, store_batch_size_prompts=2**12)
     with pytest.raises(ConfigError, match="cannot be allocated on cpu: lower activations.source.n_batches_in_buffer"):
         next(live)
 

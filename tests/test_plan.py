@@ -92,7 +92,9 @@ def test_each_problem(tmp_path: Path, sections: dict[str, Any], words: str) -> N
 
 
 def test_what_looks_wrong_but_runs(tmp_path: Path) -> None:
-    found = saekit.plan(run_config(tmp_path, dataset={"prepend_bos": False}, sae={"d_sae": 16}))
+    found = saekit.plan(
+        run_config(tmp_path, dataset={"prepend_bos": False}, sae={"d_sae": 16}, training={"dead_feature_window": 1000})
+    )
     assert found.problems == []
     for words in (
         "contexts do not begin with BOS",

@@ -150,7 +150,7 @@ def test_fault_23_the_disk_estimate_is_right(tmp_path: Path) -> None:
     config["activations"]["cache"]["tokens"] = manifest.rows
     planned = saekit.plan(config, plugins=fakes(), dataset=DOCUMENTS).numbers["cache_bytes"]
     written = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*"))
-    assert planned == pytest.approx(written, rel=0.05), "the manifest is a large part of so small a cache"
+    assert planned == pytest.approx(written, rel=0.1), "the manifest is a large part of so small a cache"
     assert planned == sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
 
 

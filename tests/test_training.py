@@ -300,7 +300,7 @@ def test_metrics_are_always_written_and_always_json(tmp_path: Path) -> None:
     plugins.register(fake_plugin("trackers", build=lambda config, run: exec("raise OSError('no login')")), name="p")
     with pytest.raises(ConfigError, match="trackers: names a plugin twice"):
         saekit.train(run_config(tmp_path) | {"trackers": ["jsonl", {"name": "jsonl", "file": "b.jsonl"}]})
-    with pytest.raises(ConfigError, match="a file name without folders"):
+    with pytest.raises(ConfigError, match="the name of a file without folders"):
         saekit.load_config({"trackers": [{"name": "jsonl", "file": "a/b"}]})
     with pytest.warns(RuntimeWarning, match="the tracker local:fake cannot start and is off: OSError: no login"):
         result = saekit.train(run_config(tmp_path) | {"trackers": ["fake"]}, plugins=plugins)

@@ -94,13 +94,10 @@ class CachedSource:
 
 
 def _precheck(config: CachedConfig, whole: TrainConfig) -> None:
-    """What the manifest alone tells: that there is a cache, and that it has the site."""
+    """What needs no model: that there is a cache.  What does not fit is told later, all at once."""
     from saekit.data.cache import Manifest
 
-    folder = Path(config.folder)
-    manifest = Manifest.load(folder)
-    manifest.check_fits({}, {whole.site: None}, folder)
-    _refuse_empty(manifest, config)
+    _refuse_empty(Manifest.load(Path(config.folder)), config)
 
 
 def _refuse_empty(manifest: Manifest, config: CachedConfig) -> None:

@@ -78,15 +78,15 @@ def _is_path(_: object, attribute: Any, value: Any) -> None:
 
 
 def check(
-    test: Callable[[Any], bool], expected: str, *, most: float | None = None
+    test: Callable[[Any], bool], expected: str, *, most: float | None = None, finite: bool = True
 ) -> Callable[[object, Any, Any], None]:
-    """A validator whose error says what was expected and what was found.  None passes; inf and nan do not.
+    """A validator whose error says what was expected and what was found.  None passes, nan does not.
 
-    ``most`` is the largest value that makes sense.
+    Nor does inf, if ``finite``.  ``most`` is the largest value that makes sense.
     """
 
     def validate(_: object, attribute: Any, value: Any) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and (math.isnan(value) or (finite and math.isinf(value))):
             raise ConfigError([(attribute.name, f"must be a finite number, {expected}, found {value!r}")])
         try:
             fine = value is None or bool(test(value))

@@ -120,7 +120,9 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
             node = super().compose_mapping_node(anchor)
             seen = set()
             for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if (key.tag, key.value) in seen:
                     raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
                 seen.add((key.tag, key.value))
             return node
@@ -147,7 +149,7 @@ def _read_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, _yaml_loader())  # which is a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:  # explicit tags that do not fit
         raise ValueError(str(error)) from error
 
 

@@ -17,14 +17,18 @@ from saekit.sae.module import SAE
 __all__ = ["Reconstruction", "variance_metrics"]
 
 
+_NEVER = -9.99  # log10 of the firing fraction of a feature that never fired, to which 1e-10 is added
+
+
 @attrs.define
 class Reconstruction:
     """Running sums over rows ``[n, d_in]``; :meth:`metrics` may be read at any time.
 
     Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
 
-    ``dead_features`` are those that fired on none of ``n_tokens``, which says little when those are few: a feature may
-    still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
+    ``dead_features`` are those that fired on none of ``n_tokens``, nor in training as far as that is known
+    (:meth:`fires`).  Where it is not, a feature may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule
+    of three, Hanley and Lippman-Hand 1983).
     """
 
     d_in: int
@@ -40,11 +44,17 @@ class Reconstruction:
     _sum: Tensor = attrs.field(init=False)
     _squares: float = 0.0
     _fired: Tensor = attrs.field(init=False)
+    _known: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._centre = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
         self._sum = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
         self._fired = torch.zeros(self.d_sae, dtype=torch.float64, device="cpu")
+        self._known = torch.zeros(self.d_sae, dtype=torch.bool, device="cpu")
+
+    def fires(self, features: Tensor) -> None:
+        """These features, ``[d_sae]`` bool, are known to fire on other tokens, so they are not dead."""
+        self._known |= features.cpu()
 
     @torch.no_grad()
     def add(self, x: Tensor, output: Tensor, features: Tensor) -> None:
@@ -81,7 +91,7 @@ class Reconstruction:
             "l2_norm_in": self.norm_in / self.rows,
             "l2_norm_out": self.norm_out / self.rows,
             "l2_ratio": self.norm_out / self.norm_in if self.norm_in > 0 else math.nan,
-            "dead_features": float((fractions == 0).sum()),
+            "dead_features": float(((fractions == 0) & ~self._known).sum()),
             "dense_features": float((fractions > 0.1).sum()),
             "n_tokens": float(self.rows),
         }
@@ -101,4 +111,6 @@ def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
             features = sae.encode(x)
             sums.add(x, sae.decode(features), features)
             del features  # before the next ones are made
+    if sae.log_sparsity is not None:
+        sums.fires(sae.log_sparsity > _NEVER)
     return sums.metrics()

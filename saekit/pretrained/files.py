@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.errors import SAEFormatError
+from saekit.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.paths import as_path
 from saekit.pretrained.strict_json import read_object
 from saekit.site import Site
@@ -53,7 +54,8 @@ class SAEFiles:
         """The files of a local folder; of a run folder or a checkpoint, those of the one SAE in it."""
         try:
             folder = as_path(path)
-            if not (folder / "cfg.json").is_file() and (folder / "sae" / "cfg.json").is_file():
+            of_a_run = not any((folder / name).exists() for name in (SAE_CONFIG, SAE_WEIGHTS))
+            if of_a_run and (folder / "sae" / SAE_CONFIG).is_file():
                 folder = folder / "sae"
             if not folder.is_dir():
                 what = "is a file, not a folder" if folder.exists() else "is not there"

@@ -59,7 +59,8 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
 
 def _checked(files: SAEFiles) -> Mapping[str, Any]:
     """saekit's part of ``cfg.json``, with every field of the kind that it should be of."""
-    own = files.json(CONFIG)["saekit"]
+    table = files.json(CONFIG)
+    own = table["saekit"]
     if not isinstance(own, dict):
         raise SAEFormatError(f"saekit in {CONFIG} of {files.place} is {_shown(own)}, expected an object")
     if isinstance(own.get("format"), bool) or own.get("format") != FORMAT:
@@ -67,10 +68,10 @@ def _checked(files: SAEFiles) -> Mapping[str, Any]:
             f"{files.place} has format {_shown(own.get('format'))}, and this saekit reads {FORMAT}: update saekit to "
             f"load it (saekit.format in {CONFIG})"
         )
-    if "seal" in own and own["seal"] != seal(own):
+    if "seal" in own and own["seal"] != seal(table):
         raise SAEFormatError(
-            f"{CONFIG} in {files.place} is damaged or was changed after it was saved: what stands under 'saekit' does "
-            f"not fit saekit.seal. Restore it, or remove saekit.seal to accept the change"
+            f"{CONFIG} in {files.place} is damaged or was changed after it was saved: it does not fit "
+            f"saekit.seal. Restore it, or remove saekit.seal to accept the change"
         )
     for key, kinds in _FIELDS.items():
         if key not in own or not isinstance(own[key], kinds):

@@ -48,6 +48,7 @@ def save_sae(sae: SAE, path: Path) -> Path:
     try:
         target = Path(os.path.realpath(path))  # a link to a folder stays one
         _refuse(target, path)
+        tidy(target.parent, target.name.__eq__)  # what a process that was killed in between has left
         if _is_ours_alone(target):
             with new_folder(target) as folder:
                 write_sae(sae, folder)
@@ -133,18 +134,19 @@ def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
     if sae.log_sparsity is not None:
         sparsity = {"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}
         sums[SPARSITY] = save_tensors(folder / SPARSITY, sparsity)
-    config["saekit"] |= {"sha256": sums, "seal": seal(config["saekit"])}
+    config["saekit"] |= {"sha256": sums, "seal": seal(config)}
     text = (json.dumps(config, indent=2) + "\n").encode()
     (folder / CONFIG).write_bytes(text)
     return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
 
 
-def seal(own: Mapping[str, Any]) -> str:
-    """The checksum of saekit's part of ``cfg.json``, however it is spaced and ordered.
+def seal(table: Mapping[str, Any]) -> str:
+    """The checksum of all of ``cfg.json``, however it is spaced and ordered.
 
     The files' checksums are not in it: each says itself when it does not fit.
     """
-    content = {name: value for name, value in own.items() if name not in ("seal", "sha256")}
+    own = {name: value for name, value in table["saekit"].items() if name not in ("seal", "sha256")}
+    content = {**table, "saekit": own}
     plain = json.loads(json.dumps(content))  # as it will be read: keys are texts, and sorted as such
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

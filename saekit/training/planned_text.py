@@ -64,10 +64,9 @@ def look_at_text(
     kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
     found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.run else "nothing"
     if evals.run:
-        tokens = evals.n_contexts * corpus.context_size
         found.facts["dead features"] = (
-            f"an eval counts those that fire on none of its {tokens:,} tokens; one that fires on 1 token in "
-            f"{tokens // 3:,}, or on fewer, may be among them (evals.n_contexts)"
+            f"an eval counts those that fired on none of its {evals.n_contexts * corpus.context_size:,} tokens, nor in "
+            "the last window of training"
         )
     found.facts["when the text ends"] = str(corpus.config.on_exhausted)
     return found

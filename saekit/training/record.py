@@ -18,7 +18,7 @@ from saekit.manager import PluginManager
 from saekit.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.storage import leads_out, read_json, write_text
 
-__all__ = ["RunRecord", "differences"]
+__all__ = ["RunRecord", "differences", "flat"]
 
 RECORD, CONFIG = "run.json", "config.toml"
 FORMAT = 1
@@ -70,9 +70,13 @@ class RunRecord:
             record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
-        if fault := record._fault() or next(record._ways_out(), None):
+        if fault := record._fault() or record.way_out():
             raise StorageError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
         return record
+
+    def way_out(self) -> str | None:
+        """A link by which the run would write somewhere else than in its folder, in words."""
+        return next(self._ways_out(), None)
 
     def _fault(self) -> str | None:
         """Why this may lead out of the folder, or is no record at all."""
@@ -110,7 +114,7 @@ class RunRecord:
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
     """The dotted options in which two configurations differ, with both values."""
     converter = ConfigConverter(plugins)
-    before, after = _flat(converter.unstructure(old)), _flat(converter.unstructure(new))
+    before, after = flat(converter.unstructure(old)), flat(converter.unstructure(new))
     return {
         path: (before.get(path), after.get(path))
         for path in dict.fromkeys([*before, *after])
@@ -118,11 +122,12 @@ def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> d
     }
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

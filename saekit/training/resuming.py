@@ -13,13 +13,13 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config_files import load_config
 from saekit.converter import ConfigConverter
-from saekit.errors import ConfigError, StorageError
+from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.manager import PluginManager
 from saekit.names import RUN_FILES
 from saekit.storage import tidy
 from saekit.training.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.training.facts import check_alike
-from saekit.training.record import RunRecord, differences
+from saekit.training.record import RunRecord, differences, flat
 from saekit.training.waiting import TrackersState, waiting_of
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Resumption:
         for place in {folder, *(record.home(name) for name in record.saes)}:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
+        if (fault := record.way_out()) is not None:
+            raise StorageError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -85,6 +87,8 @@ class Resumption:
         changed: dict[str, tuple[Any, Any]] = {}
         for name, config in new.items():
             changed |= differences(old[name], config, plugins)
+            if checkpoint is not None:
+                changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
         refuse(changed, frozenset(allow))
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(set(allow) - set(changed) - set(identity))
@@ -129,7 +133,8 @@ class Resumption:
             if saved["versions"].get(package) != version:
                 warnings.warn(
                     f"the checkpoint was written with {package} {saved['versions'].get(package)}, and this is "
-                    f"{version}: the numbers may differ in the last digits from those of a run without a break",
+                    f"{version}: the numbers may differ in the last digits from those of a run without a break, and "
+                    "options that are not stated may have other defaults",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -141,6 +146,10 @@ class Resumption:
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
         except (MemoryError, OutOfMemoryError):
             raise
+        except (DataError, ModelError, OSError) as error:  # not of the checkpoint: an older one would lose steps
+            raise StorageError(
+                f"the run in {self.record.folder} cannot go on from {checkpoint.folder}: {error}"
+            ) from error
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
             told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
@@ -192,6 +201,18 @@ def _of_checkpoint(
         table["checkpoints"] = {**table["checkpoints"], **place}
         old[name] = load_config(table, plugins=plugins)
     return old
+
+
+def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
+    """Options that an older saekit, which saved the checkpoint, did not have: what they mean now may be another thing."""
+    said = flat(saved)
+    table = flat(ConfigConverter(plugins).unstructure(now))
+    sections = {path.rpartition(".")[0] for path in said}  # of a plugin that is chosen by its key alone, none is said
+    return {
+        path: ("not an option", value)
+        for path, value in table.items()
+        if path not in said and path.rpartition(".")[0] in sections and not path.startswith("checkpoints.")
+    }
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> None:

@@ -169,6 +169,8 @@ class Session:
             return None  # what is compiled for another shape may round otherwise in training
         held_out = next((tokens for tokens in self._held_out.values()), None)
         lock = self._streams[0].model_lock
+        if held_out is None and all(stream.position is None for stream in self._streams):
+            return None  # nobody reads the text
         if held_out is None:
             try:
                 with lock:

@@ -25,7 +25,7 @@ class StandardConfig(SAEConfig):
     """λ, the weight of the sparsity penalty."""
     l1_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
     """Steps over which λ rises from 0: step t of w has `λ t / w`."""
-    lp_norm: float = attrs.field(default=1.0, validator=check(lambda value: value > 0, "above 0"))
+    lp_norm: float = attrs.field(default=1.0, validator=check(lambda value: value > 0, "above 0", finite=False))
     """p, the norm of the penalty."""
     scale_sparsity_penalty_by_decoder_norm: bool = False
     """Weigh each feature's penalty by the norm of its decoder row."""

@@ -98,7 +98,10 @@ class TopKSAE(SAE):
     def aux_weight(self, x: Tensor, output: Tensor) -> float | Tensor:
         """What AuxK is multiplied by, for ``x`` and its reconstructions ``output``, ``[n, d_in]`` both."""
         coefficient = self.config.aux_loss_coefficient
-        return coefficient if self.config.aux_loss_normalization == "none" else coefficient * variance_ratio(x, output)
+        if self.config.aux_loss_normalization == "none":
+            return coefficient
+        # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
+        return (coefficient * variance_ratio(x, output)).clamp_max(1)
 
     @property
     def aux_shrinks(self) -> bool:

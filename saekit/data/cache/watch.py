@@ -14,8 +14,8 @@ from typing import Any
 
 import attrs
 
-from saekit.data.cache.manifest import sample_sum
 from saekit.errors import DataError
+from saekit.storage import sha256
 
 __all__ = ["WatchedFile", "check_files"]
 
@@ -30,8 +30,8 @@ class WatchedFile:
     size: int
     mark: tuple[int, int]
     """What is another one when it was replaced or written to: the inode, and the time of the last change."""
-    sample: str | None
-    """The checksum of its sample, where that is known."""
+    sum: str | None
+    """Its sha256, where that is known."""
 
     @classmethod
     def of(cls, path: Path, entry: Mapping[str, Any] | None) -> WatchedFile:
@@ -40,8 +40,8 @@ class WatchedFile:
             found = path.stat()
         except OSError as error:
             raise DataError(f"{path} of the activation cache cannot be read: {error.strerror}") from error
-        sample = None if entry is None else entry["sample"]
-        return cls(path, str(path.absolute()), found.st_size, _mark(found), sample)
+        known = None if entry is None else entry["sha256"]
+        return cls(path, str(path.absolute()), found.st_size, _mark(found), known)
 
     def check(self) -> None:
         """Look closely; :class:`DataError` unless it holds what it held."""
@@ -51,7 +51,7 @@ class WatchedFile:
                 raise self._changed(f"has {found.st_size:,} bytes, and had {self.size:,} when it was opened")
             if _mark(found) == self.mark:
                 return
-            if self.sample is None or sample_sum(Path(self.place)) != self.sample:
+            if self.sum is None or sha256(Path(self.place)) != self.sum:  # once for each change
                 raise self._changed("was replaced or written to, and has other contents than were opened")
         except FileNotFoundError as error:
             raise self._changed("was removed") from error

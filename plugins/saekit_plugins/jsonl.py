@@ -21,11 +21,13 @@ from saekit.protocols import Histogram, Metrics
 
 _TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
 """What else there may be in a run folder."""
+_LONGEST = 200
 _MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker
 
 
 def _is_free(name: str) -> bool:
-    return is_free_in_run(name) and name.casefold() not in _TAKEN
+    room = len(name.encode("utf-8", "replace")) <= _LONGEST  # for the temporary name
+    return is_free_in_run(name) and name.casefold() not in _TAKEN and room
 
 
 @attrs.frozen(kw_only=True)

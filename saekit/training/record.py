@@ -124,10 +124,10 @@ def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> d
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested tables by their dotted paths."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            flat |= flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

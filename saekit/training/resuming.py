@@ -204,7 +204,7 @@ def _of_checkpoint(
 
 
 def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
-    """Options that an older saekit, which saved the checkpoint, did not have: what they mean now may be another thing."""
+    """Options that the saekit which saved the checkpoint did not have; what they stand for now may be another thing."""
     said = flat(saved)
     table = flat(ConfigConverter(plugins).unstructure(now))
     sections = {path.rpartition(".")[0] for path in said}  # of a plugin that is chosen by its key alone, none is said

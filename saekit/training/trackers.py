@@ -27,11 +27,16 @@ class Trackers:
     """All trackers of one SAE.
 
     One that fails is reported once, by a warning in the training thread, and left alone from then on; training goes on.
+    What it has not taken stays in the run's state, the newest :data:`WAITING_AT_MOST` records.
     """
 
     def __init__(self, trackers: dict[str, Tracker], waiting: TrackersState | None = None) -> None:
         """``waiting`` is what the trackers of a run before had not taken; it comes first."""
         waiting = waiting or {}
+        # One that could not be started: what it has not taken, and what comes, is kept for when it can be.
+        self._unstarted = {
+            name: deque(records, WAITING_AT_MOST) for name, records in waiting.items() if name not in trackers
+        }
         self._workers = [_Worker(name, tracker, waiting.get(name, ())) for name, tracker in trackers.items()]
 
     @property
@@ -44,6 +49,8 @@ class Trackers:
         record = Record(step, dict(metrics))  # the caller goes on with its own
         for worker in self._workers:
             worker.hand_over(record)
+        for owed in self._unstarted.values():
+            owed.append(record)
         self._report()
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
@@ -54,15 +61,16 @@ class Trackers:
         self._report()
 
     def waiting(self, saved: Record | None = None) -> TrackersState:
-        """What each tracker that works has not taken; taken is what its method has returned from.
+        """What each tracker has not taken, one that failed or could not be started included.
 
-        ``saved`` is a record of an SAE that those who care will be handed next.
+        Taken is what its method has returned from.  ``saved`` is a record of an SAE that those who care will be handed
+        next.
         """
-        return {
-            worker.name: [*worker.waiting(), *([saved] if saved is not None and worker.cares_of_saes else [])]
-            for worker in self._workers
-            if worker.works
-        }
+        found = {name: list(owed) for name, owed in self._unstarted.items()}
+        for worker in self._workers:
+            more = [saved] if saved is not None and worker.cares_of_saes and worker.works else []
+            found[worker.name] = [*worker.waiting(), *more]
+        return found
 
     def in_use(self, folder: Path) -> bool:
         """Whether a tracker has still to read a saved SAE that is ``folder`` or lies in it: then keep it for now."""
@@ -134,6 +142,8 @@ class _Worker:
         self._off = False
         self._closing = False
         self._jobs: deque[Record] = deque(waiting)
+        self._owed: deque[Record] = deque(maxlen=WAITING_AT_MOST)
+        """Of a tracker that is off, what it has not taken: for the run that goes on with this one."""
         self._now: Record | None = None
         self._changed = threading.Condition()  # guards all of the above
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -146,6 +156,8 @@ class _Worker:
 
     def hand_over(self, job: Record) -> None:
         with self._changed:
+            if self._off and job.folder is None:
+                self._owed.append(job)
             if self._off or self._closing:
                 return
             if len(self._jobs) < WAITING_AT_MOST:
@@ -157,7 +169,9 @@ class _Worker:
 
     def waiting(self) -> list[Record]:
         with self._changed:
-            return [*([] if self._now is None or self._off else [self._now]), *self._jobs]
+            if self._off:
+                return list(self._owed)
+            return [*([] if self._now is None else [self._now]), *self._jobs]
 
     def needs(self, folder: Path) -> bool:
         with self._changed:
@@ -203,6 +217,9 @@ class _Worker:
     def _fail(self, failure: str) -> None:
         with self._changed:
             self.failure = self.failure or failure
+            if not self._off:  # SAE folders are not kept for it
+                left = [*([] if self._now is None else [self._now]), *self._jobs]
+                self._owed.extend(record for record in left if record.folder is None)
             self._off = True
             self._jobs.clear()
             self._changed.notify_all()
@@ -268,7 +285,8 @@ def start_trackers(
     except BaseException:
         Trackers(started).close()
         raise
-    return Trackers(started, waiting)
+    unstarted = {key: () for key in chosen_trackers(config, plugins) if key not in started}
+    return Trackers(started, {**unstarted, **(waiting or {})})
 
 
 def _cannot_start(key: str, error: BaseException) -> None:

@@ -82,10 +82,21 @@ def test_any_change_breaks_the_seal(saved: Path, tmp_path: Path) -> None:
         def change(own: Any, path: tuple[Any, ...] = path) -> None:
             put(own, path, ["changed"])
 
-        with pytest.raises(SAEFormatError, match="cfg.json in .* is damaged or was changed after it was saved: what"):
+        with pytest.raises(
+            SAEFormatError, match="cfg.json in .* is damaged or was changed after it was saved: it does not fit"
+        ):
             SAE.load(edited(saved, tmp_path, change, sealed=True))
         with pytest.raises(SAEFormatError, match="is damaged or was changed"):
             SAE.load(edited(saved, tmp_path, lambda own, path=path: remove(own, path), sealed=True))
+
+
+def test_the_seal_is_of_what_others_read_too(saved: Path, tmp_path: Path) -> None:
+    for name, value in (("d_in", 7), ("apply_b_dec_to_input", False), ("metadata", {"hook_name": "elsewhere"})):
+        folder = edited(saved, tmp_path, lambda own: None, sealed=True)
+        config = json.loads((folder / "cfg.json").read_text())
+        (folder / "cfg.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(SAEFormatError, match="is damaged or was changed after it was saved"):
+            SAE.load(folder)
 
 
 def remove(node: Any, path: tuple[Any, ...]) -> None:

@@ -180,13 +180,24 @@ def test_what_waited_comes_first_and_may_be_more_than_may_wait(monkeypatch: pyte
     assert other.steps == [6]
 
 
-def test_one_that_is_off_waits_for_nothing() -> None:
+def test_one_that_is_off_is_owed_what_it_has_not_taken() -> None:
+    """It is handed over when the run goes on; SAE folders are not kept for it."""
     trackers = Trackers({"broken": Recorder(on_log=raises(OSError("no")))})
     trackers.log({}, 1)
     with pytest.warns(RuntimeWarning, match="broken failed"):
         trackers.flush(SOON)
     trackers.log({}, 2)
-    assert trackers.waiting() == {}
+    trackers.log_checkpoint(Path("step-2"), 2)
+    assert [record.step for record in trackers.waiting()["broken"]] == [1, 2]
+    assert not trackers.in_use(Path("step-2"))
+    trackers.close()
+
+
+def test_one_that_cannot_be_started_is_owed_what_it_has_not_taken() -> None:
+    trackers = Trackers({"jsonl": Recorder()}, {"wandb": [Record(1)]})
+    trackers.log({}, 2)
+    assert trackers.flush(SOON)
+    assert [record.step for record in trackers.waiting()["wandb"]] == [1, 2]
     trackers.close()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import math
 import statistics
@@ -255,6 +256,9 @@ def main() -> None:
     parser.add_argument("--only", choices=["topk", "batchtopk", "standard"], action="append")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    if importlib.util.find_spec("sae_lens") is None:
+        print("not installed, left out: sae-lens")
+        return
     bench = Bench(asked.batches)
     chosen = asked.only or ["topk", "batchtopk", "standard"]
     wanted: list[dict[str, Any]] = [{"name": n, "k": k} for n in chosen if n != "standard" for k in (8, 16, 32)]

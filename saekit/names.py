@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 
 __all__ = [
     "LONGEST_NAME",
@@ -14,6 +15,7 @@ __all__ = [
     "SWEEP_FILES",
     "fault_of_name",
     "half_written",
+    "half_written_mark",
     "is_free_in_run",
     "is_plain_name",
     "made_name",
@@ -27,7 +29,7 @@ SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png"
 """What the folder of a sweep holds beside those of its SAEs."""
 RUN_FILES = SWEEP_FILES | {"config.toml", "sae"}
 """What saekit itself writes into a run folder; nothing else in it may have such a name."""
-_HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)", re.DOTALL)
+_HALF_WRITTEN = re.compile(r"\.(.+)\.(?=[0-9]*[a-f])[0-9a-f]{8}\.(tmp|old)", re.DOTALL)  # not a date
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]')
 
@@ -91,3 +93,10 @@ def _fault_on_windows(name: str) -> str | None:
     if name.partition(".")[0].rstrip().lower() in _WINDOWS_DEVICES:
         return "is the name of a device of Windows"
     return None
+
+
+def half_written_mark() -> str:
+    """What tells half-written files apart: eight hexadecimal digits with a letter among them, so never a date."""
+    while (mark := secrets.token_hex(4)).isdecimal():
+        pass
+    return mark

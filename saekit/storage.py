@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.errors import StorageError
-from saekit.names import LONGEST_NAME, half_written, on_windows
+from saekit.names import LONGEST_NAME, half_written, half_written_mark, on_windows
 
 __all__ = [
     "leads_out",
@@ -232,7 +231,7 @@ def sha256(path: Path) -> str:
 
 def _hidden(path: Path, suffix: str) -> Path:
     name = path.name.encode(errors="surrogateescape")[: LONGEST_NAME - len(".." + "." * 8 + suffix) - 1]
-    return path.with_name(f".{name.decode(errors='ignore')}.{secrets.token_hex(4)}.{suffix}")
+    return path.with_name(f".{name.decode(errors='ignore')}.{half_written_mark()}.{suffix}")
 
 
 def _rename(path: Path, to: Path) -> None:

@@ -110,6 +110,9 @@ def _yaml_resolvers() -> list[tuple[str, re.Pattern[str], list[str]]]:
     ]
 
 
+_MOST_MERGED = 10_000  # entries of a table
+
+
 def _yaml_loader() -> type[yaml.SafeLoader]:
     import yaml
 
@@ -126,6 +129,11 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
                     raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
                 seen.add((key.tag, key.value))
             return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > _MOST_MERGED:  # tables merged into tables grow by leaps
+                raise yaml.composer.ComposerError(None, None, "merges (<<) make a table too large", node.start_mark)
 
         def integer(self, node: Any) -> int:
             text = self.construct_scalar(node)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.errors import PluginFailedError
 from saekit.protocols import Histogram
 from saekit.sae.module import SAE
 from saekit.sae.records import StepOutput
 
-__all__ = ["eval_metrics", "histogram", "step_metrics", "window_metrics"]
+__all__ = ["eval_metrics", "histogram", "numbers_of", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
@@ -72,6 +73,19 @@ _FAMILIAR = {
     "l2_ratio": "l2_ratio",
 }
 """Names under which dashboards of sae-lens look for evals, below ``metrics/``."""
+
+
+def numbers_of(key: str, found: object) -> dict[str, float]:
+    """What the eval ``key`` has ``found``, as plain numbers; :class:`PluginFailedError` for anything else."""
+    if not isinstance(found, Mapping):
+        raise PluginFailedError(f"the eval '{key}' returned {found!r:.60}, expected numbers by name")
+    numbers = {}
+    for name, value in found.items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise PluginFailedError(f"the eval '{key}' returned {name} = {value!r:.60}, expected a number") from error
+    return numbers
 
 
 def eval_metrics(sae: SAE, found: Mapping[str, float]) -> dict[str, float | Histogram]:

@@ -146,14 +146,11 @@ class Resumption:
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
         except (MemoryError, OutOfMemoryError):
             raise
-        except (DataError, ModelError, OSError) as error:  # not of the checkpoint: an older one would lose steps
-            raise StorageError(
-                f"the run in {self.record.folder} cannot go on from {checkpoint.folder}: {error}"
-            ) from error
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
             told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
-            if self.allow or self.changed:
+            passing = isinstance(error, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
+            if self.allow or self.changed or passing:
                 raise StorageError(message) from error
             raise UnusableCheckpointError(checkpoint.folder, message) from error
         if saved["finished"] and not any(lane.training for lane in session.lanes):

@@ -45,4 +45,4 @@ class ComposedSchedule:
         into_decay = step - (self._steps - self._decay)
         if into_decay >= 0 and self._decay:
             return self._main.end * (1 - into_decay / self._decay)
-        return self._main(step - self._warm_up)
+        return float(self._main(step - self._warm_up))

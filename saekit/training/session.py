@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
@@ -22,7 +23,7 @@ from saekit.sae.module import SAE
 from saekit.training.checks import chosen_trackers
 from saekit.training.first_loss import first_loss, first_loss_text
 from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics
+from saekit.training.metrics import eval_metrics, numbers_of
 from saekit.training.randomness import random_state, set_random_state
 from saekit.training.setup import (
     give_weights,
@@ -194,9 +195,14 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
-        with self._streams[0].model_lock:  # no source's thread may run the model while its hooks are in place
-            for measure in member.evals.values():
-                found |= measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+        # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
+        # leave what training would see.
+        with self._streams[0].model_lock, ambient():
+            for key, measure in member.evals.items():
+                told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+                found |= numbers_of(key, told)
+        for parameter in member.trainer.sae.parameters():
+            parameter.grad = None
         return eval_metrics(sae, found)
 
     @property

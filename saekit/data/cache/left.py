@@ -12,8 +12,8 @@ from saekit.errors import DataError
 __all__ = ["LOCK", "check_target", "remove_left"]
 
 LOCK = ".lock"
-_TORN_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{8}}\.tmp")
-_TORN_SHARD = re.compile(r"\.shard-\d{5,}\.[0-9a-f]{8}\.(tmp|old)")
+_TORN_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.(?=[0-9]*[a-f])[0-9a-f]{{8}}\.tmp")
+_TORN_SHARD = re.compile(r"\.shard-\d{5,}\.(?=[0-9]*[a-f])[0-9a-f]{8}\.(tmp|old)")
 _SHARD = re.compile(r"shard-(\d{5,})")
 _BEGINS = b'{"format"'
 

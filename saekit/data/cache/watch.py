@@ -28,7 +28,7 @@ class WatchedFile:
     place: str
     """Where it is, whatever becomes the working directory."""
     size: int
-    mark: tuple[int, int]
+    mark: tuple[int, int, int]
     """What is another one when it was replaced or written to: the inode, and the time of the last change."""
     sum: str | None
     """Its sha256, where that is known."""
@@ -66,15 +66,15 @@ class WatchedFile:
         )
 
 
-def _mark(found: os.stat_result) -> tuple[int, int]:
-    return found.st_ino, found.st_mtime_ns
+def _mark(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns  # the last cannot be set back
 
 
 def check_files(files: Sequence[WatchedFile]) -> None:
     """:class:`DataError` names the first of ``files`` that is not as it was.  Fast, for there may be thousands."""
     try:
         for file, found in zip(files, map(os.stat, [file.place for file in files]), strict=True):
-            if found.st_size != file.size or (found.st_ino, found.st_mtime_ns) != file.mark:
+            if found.st_size != file.size or _mark(found) != file.mark:
                 file.check()
     except OSError:
         for file in files:

@@ -164,3 +164,24 @@ def test_an_eval_changes_nothing_and_its_numbers_are_plain(tmp_path: Path) -> No
     assert torch.get_default_dtype() == torch.float32
     with pytest.raises(PluginFailedError, match=r"the eval 'test:mine' returned rude = 'x', expected a number"):
         with_eval(lambda *arguments, **services: {"rude": "x"}, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "batchtopk"])
+def test_saving_and_loading_again_and_again_changes_nothing(tmp_path: Path, kind: str) -> None:
+    options = {"name": kind, "d_sae": 64} | ({} if kind == "standard" else {"k": 4})
+    backend = fake_plugin("model_backends", "fake", lambda config, **services: FakeBackend())
+    table = run_config(tmp_path, evals={"run": []}) | {"sae": options, "site": {"hook_name": "hook_embed"}}
+    table |= {"model": {"backend": "test:fake"}}
+    sae = saekit.train(table, plugins=isolated_manager(backend, builtins=True), dataset=TEXTS).sae
+    found = []
+    for number in range(4):
+        sae.save(tmp_path / str(number))
+        found.append((tmp_path / str(number) / "sae_weights.safetensors").read_bytes())
+        sae = SAE.load(tmp_path / str(number))
+    assert found[1] == found[2] == found[3]
+
+
+def test_the_folder_of_checkpoints_takes_no_sae(tmp_path: Path) -> None:
+    result = trained(tmp_path)
+    with pytest.raises(StorageError, match="it is a run's folder of checkpoints; choose another folder"):
+        result.sae.save(result.folder / "checkpoints")

@@ -82,6 +82,8 @@ def _is_of_a_run(target: Path) -> str:
     homes = _table(target.parent / "run.json").get("saes")
     if "saes" in _table(target / "run.json") or (isinstance(homes, dict) and target.name in homes.values()):
         return "a run folder"
+    if isinstance(homes, dict) and target.name == "checkpoints":
+        return "a run's folder of checkpoints"
     if "saes" in _table(target / "checkpoint.json"):
         return "a checkpoint"
     return "part of a checkpoint" if "saes" in _table(target.parent / "checkpoint.json") else ""

@@ -28,11 +28,18 @@ class BatchTopKConfig(TopKConfig):
         default=32.0, validator=check(lambda value: value > 0, "above 0"), metadata={NEEDED_TO_LOAD: True}
     )
     """Active features of a row, on average."""
-    aux_loss_coefficient: float = attrs.field(default=1 / 8, validator=check(lambda value: value >= 0, "0 or more"))
-    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  More than for `topk`: a
-    feature that comes back has to be among the largest of a whole batch."""
+    aux_loss_coefficient: float | None = attrs.field(  # type: ignore[assignment]
+        default=None, validator=check(lambda value: value >= 0, "0 or more")
+    )
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  None: `2 / k`, at most
+    1/4.  That is more than for `topk`, and the more the smaller k is, since a feature that comes back has to be among
+    the largest of a whole batch."""
     threshold_lr: float = attrs.field(default=0.01, validator=check(lambda value: 0 < value <= 1, "above 0, at most 1"))
     """How much of each batch's least active feature goes into the running average that becomes the threshold."""
+
+    @property
+    def aux_weight(self) -> float:
+        return min(2 / self.k, 1 / 4) if self.aux_loss_coefficient is None else self.aux_loss_coefficient
 
 
 @hookimpl

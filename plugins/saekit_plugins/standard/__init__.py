@@ -33,6 +33,8 @@ class StandardConfig(SAEConfig):
     """`dense_batch` divides each row's squared error by its distance from the batch's mean."""
     noise_scale: float = attrs.field(default=0.0, validator=_at_least_0)
     """Standard deviation of the Gaussian noise on pre-activations in training; 0 draws nothing."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`: features that read what they write die less often."""
     use_ghost_grads: bool = False
     """Let dead features learn to predict what is left over."""
 

@@ -47,6 +47,11 @@ class TopKConfig(SAEConfig):
     that is most of what activations are, as with outlier dimensions: there the same few features would be the largest
     of every row, and the others never fire.  Else at zero."""
 
+    @property
+    def aux_weight(self) -> float:
+        """``aux_loss_coefficient`` in numbers."""
+        return self.aux_loss_coefficient
+
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:

@@ -68,7 +68,7 @@ class TopKSAE(SAE):
         output = self.reconstruction(features)
         mse = squared_errors(output, x).sum(-1).mean()
         aux = mse.new_zeros(())
-        if step.dead is not None and self.config.aux_loss_coefficient and self._may_be_any(step.dead):
+        if step.dead is not None and self.config.aux_weight and self._may_be_any(step.dead):
             decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
             aux = auxk_loss(
                 pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
@@ -97,7 +97,7 @@ class TopKSAE(SAE):
 
     def aux_weight(self, x: Tensor, output: Tensor) -> float | Tensor:
         """What AuxK is multiplied by, for ``x`` and its reconstructions ``output``, ``[n, d_in]`` both."""
-        coefficient = self.config.aux_loss_coefficient
+        coefficient = self.config.aux_weight
         if self.config.aux_loss_normalization == "none":
             return coefficient
         # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
@@ -120,7 +120,7 @@ class TopKSAE(SAE):
         return "the activation function declares no sparse support"
 
     def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        coefficient, norms = self.config.aux_loss_coefficient, self.feature_norms()
+        coefficient, norms = self.config.aux_weight, self.feature_norms()
         if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
             with torch.enable_grad():
                 result = self.losses(x, step)

@@ -7,8 +7,8 @@ from pathlib import Path
 import attrs
 
 from saekit.config import PretokenizeConfig, TrainConfig
-from saekit.describe import describe_fields
-from saekit.registry import KINDS
+from saekit.config.describe import describe_fields
+from saekit.plugins.registry import KINDS
 from saekit.testing import isolated_manager
 
 TARGET = Path(__file__).parent / "reference" / "configuration.generated.md"

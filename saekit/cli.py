@@ -14,9 +14,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from saekit import __version__
+from saekit._version import __version__
 from saekit.errors import ConfigError, PluginWarning, SaekitError, UnknownKeyError
-from saekit.plugin_text import printable
+from saekit.plugins.text import printable
 
 __all__ = ["app", "main"]
 
@@ -70,7 +70,7 @@ def _train(
     ] = None,
 ) -> None:
     """Train an SAE as a configuration file says, or one for each point of a grid; or go on with a run."""
-    from saekit.config_files import load_config, parse_grid
+    from saekit.config.files import load_config, parse_grid
 
     if run is None and (config is None or allow):
         missing = "a configuration file is missing" if config is None else "--allow goes with --resume"
@@ -81,10 +81,10 @@ def _train(
     if run is None:
         wanted: Any = load_config(source, given)  # before torch is imported, so that mistakes show at once
     if axes:
-        from saekit.training.sweep import grid
+        from saekit.runs.sweep import grid
 
         wanted = grid(wanted, parse_grid(axes))
-    from saekit.jobs import resume, train
+    from saekit.commands.jobs import resume, train
 
     with _interruptible():
         _report(train(wanted) if run is None else resume(run, source or None, given, allow=allow or ()))
@@ -100,7 +100,7 @@ def _report(result: Any) -> None:
         return
     from rich.console import Console
 
-    from saekit.training.summary import summary_table
+    from saekit.runs.summary import summary_table
 
     console = Console(width=None if sys.stdout.isatty() else 1000)
     console.print(summary_table(result.summary, console))
@@ -117,7 +117,7 @@ def _demo(
     folder: Annotated[str, typer.Option(help="Where the run folder goes.")] = "saekit-demo",
 ) -> None:
     """Train an SAE on the embedded model and Python's own sources, offline, and show what it found."""
-    from saekit.demo import demo
+    from saekit.commands.demo import demo
 
     with _interruptible():
         demo(folder, overrides or ())
@@ -132,7 +132,7 @@ def _config(
 ) -> None:
     """Print the full default configuration, commented; or check a file and print what it means."""
     from saekit.config import PretokenizeConfig, TrainConfig
-    from saekit.config_files import commented_toml, dump_config, load_config
+    from saekit.config.files import commented_toml, dump_config, load_config
 
     kinds: dict[str, Any] = {"train": TrainConfig, "pretokenize": PretokenizeConfig}
     if of not in kinds:
@@ -151,8 +151,8 @@ def _plugins(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List every plugin, or one plugin's options with types, defaults and explanations."""
-    from saekit import plugin_listing as listing
-    from saekit.manager import default_manager
+    from saekit.plugins import listing
+    from saekit.plugins.manager import default_manager
 
     manager = default_manager()
     if entry is None:
@@ -173,10 +173,10 @@ def _plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
-    from saekit import preflight
-    from saekit.config_files import load_config
-    from saekit.jobs import plan
-    from saekit.manager import default_manager
+    from saekit.commands import preflight
+    from saekit.commands.jobs import plan
+    from saekit.config.files import load_config
+    from saekit.plugins.manager import default_manager
 
     checked = load_config(*_source(config, overrides))
     early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
@@ -210,9 +210,9 @@ def _pretokenize(
     `saekit config --of pretokenize` prints every option. A file is not needed: saekit pretokenize
     dataset.path=book.txt tokenizer=gpt2 folder=contexts
     """
+    from saekit.commands.jobs import pretokenize
     from saekit.config import PretokenizeConfig
-    from saekit.config_files import load_config
-    from saekit.jobs import pretokenize
+    from saekit.config.files import load_config
 
     checked = load_config(*_source(config, overrides), kind=PretokenizeConfig)
 
@@ -248,8 +248,8 @@ def _cache_write(
     CONFIG is that of the training run that will read them; what is written is said by activations.cache. Interrupted,
     it goes on after the last finished shard when it is called again.
     """
-    from saekit.config_files import load_config
-    from saekit.jobs import cache_activations
+    from saekit.commands.jobs import cache_activations
+    from saekit.config.files import load_config
 
     checked = load_config(*_source(config, overrides))
     folder = checked.activations.cache.folder
@@ -267,7 +267,7 @@ def _cache_verify(
 ) -> None:
     """Compare every file of a cache with its checksum."""
     from saekit.data.cache.manifest import Manifest, verify_cache
-    from saekit.paths import as_path
+    from saekit.files.paths import as_path
     from saekit.progress import ProgressDisplay
 
     size = Manifest.load(as_path(folder)).nbytes

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import attrs
 
 from saekit.errors import ConfigError
-from saekit.names import fault_of_name, is_free_in_run
-from saekit.storage import tidy
+from saekit.files.names import fault_of_name, is_free_in_run
+from saekit.files.storage import tidy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,7 @@ class ActivationSource(Protocol):
 
 @attrs.frozen
 class Histogram:
-    """How many values lie between neighbouring edges: ``counts[i]`` of them in ``edges[i]`` to ``edges[i + 1]``."""
+    """How many values lie between neighboring edges: ``counts[i]`` of them in ``edges[i]`` to ``edges[i + 1]``."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
@@ -219,7 +219,7 @@ class Tracker(Protocol):
     """
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Numbers and histograms by name, after ``step`` optimiser steps."""
+        """Numbers and histograms by name, after ``step`` optimizer steps."""
 
     def close(self) -> None:
         """The run has ended."""

@@ -11,15 +11,16 @@ from unittest import mock
 
 import attrs
 import torch
-from saekit_plugins.cached import CachedConfig
+from saekit_plugins.sources.cached import CachedConfig
 from safetensors import safe_open
 from tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit.commands import cache as make
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data import Corpus, StreamContext
-from saekit.data.cache import CacheWriter, Manifest, make
+from saekit.data.cache import CacheWriter, Manifest
 from saekit.data.cache.manifest import SiteRows
 from saekit.protocols import Batch
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager

@@ -3,7 +3,7 @@
     python tests/make_golden.py            # write every mixed case
     python tests/make_golden.py --check    # replay the cases that were made by another program, and compare
 
-The steps are the reference's own ``SAETrainer.fit``: its forward, loss, optimiser and schedulers run as they are, on
+The steps are the reference's own ``SAETrainer.fit``: its forward, loss, optimizer and schedulers run as they are, on
 a store that hands out the batches of the file.  Where it has a fault that saekit does not share, the fault is undone
 here, from outside, and the file's metadata says so under ``patched``.
 
@@ -212,7 +212,7 @@ FINETUNING_PARAMETERS = {
 
 
 class Store(ActivationsStore):
-    """Hands out given batches, and normalises them as the reference's own store does."""
+    """Hands out given batches, and normalizes them as the reference's own store does."""
 
     def __init__(self, batches: torch.Tensor, normalize_activations: bool) -> None:
         self.batches = batches.double()
@@ -244,9 +244,9 @@ class Run:
         self.trainer = reference.SAETrainer(
             model=None, sae=self.sae, activation_store=self.store, save_checkpoint_fn=self._keep_final, cfg=self.config
         )
-        self._normalise_first()
+        self._normalize_first()
         if init is None:
-            self._initialise_b_dec()
+            self._initialize_b_dec()
         else:
             self.sae.load_state_dict({name: value.clone() for name, value in init.items()})
         self.init = {name: value.clone() for name, value in self.sae.state_dict().items()}
@@ -313,14 +313,14 @@ class Run:
         loss = TrainingSAE.calculate_ghost_grad_loss(self.sae, dead_neuron_mask=dead_neuron_mask, **given)
         return loss * self.config.d_in  # a mean over d_in becomes a sum
 
-    def _normalise_first(self) -> None:
+    def _normalize_first(self) -> None:
         if self.config.normalize_activations:
-            self.patched.append("the activations' norm is estimated before b_dec is initialised")
+            self.patched.append("the activations' norm is estimated before b_dec is initialized")
             self.trainer._estimate_norm_scaling_factor_if_needed()
             self.store.given = 0
             self.trainer._estimate_norm_scaling_factor_if_needed = lambda: None
 
-    def _initialise_b_dec(self) -> None:
+    def _initialize_b_dec(self) -> None:
         rows = self.store.apply_norm_scaling_factor(self.store.batches).flatten(0, 1)
         if self.config.b_dec_init_method == "geometric_median":
             self.sae.initialize_b_dec_with_precalculated(compute_geometric_median(rows, maxiter=100).median)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.live import LiveConfig
+from saekit_plugins.sources.live import LiveConfig
 from tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.ambient import ambient
-from saekit.config_files import load_config
+from saekit.config.files import load_config
 from saekit.evals import spliced_losses, variance_metrics
 from saekit.pretrained.load import build_module
 from saekit.sae import StepInput

@@ -123,7 +123,7 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
 
 
 def _options(**options: object) -> object:
-    from saekit_plugins.hooked_transformer import HookedTransformerOptions
+    from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
 
     return HookedTransformerOptions(**options)  # type: ignore[arg-type]
 
@@ -173,7 +173,7 @@ def test_a_mamba_folder(tmp_path: Path) -> None:
     torch.save(
         convert_hooked_state_dict_to_original_state_dict(model.cfg, model.state_dict()), tmp_path / "pytorch_model.bin"
     )
-    from saekit_plugins.hooked_mamba import HookedMambaOptions
+    from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 
     found = backend(name=str(tmp_path), choice=HookedMambaOptions(tokenizer=str(TOKENIZER)))
     with torch.no_grad():
@@ -183,10 +183,10 @@ def test_a_mamba_folder(tmp_path: Path) -> None:
 
 
 def test_without_mamba_lens_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import saekit.registry
+    import saekit.plugins.registry
 
-    real = saekit.registry._importable
-    monkeypatch.setattr(saekit.registry, "_importable", lambda name: name != "mamba_lens" and real(name))
+    real = saekit.plugins.registry._importable
+    monkeypatch.setattr(saekit.plugins.registry, "_importable", lambda name: name != "mamba_lens" and real(name))
     with pytest.raises(saekit.errors.MissingPackageError, match=r"pip install 'saekit\[mamba\]'"):
         backend(choice="HookedMamba")
 

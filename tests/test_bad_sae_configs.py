@@ -12,8 +12,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from test_loaders import CONNOR, NEW, OLD, tensors, write, write_connor
 from test_saved import make
 

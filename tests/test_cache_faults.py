@@ -32,10 +32,10 @@ from tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit import storage
 from saekit.data.cache import CacheWriter, verify_cache
 from saekit.data.cache import write as writing
 from saekit.errors import DataError, StorageError
+from saekit.files import storage
 from saekit.testing import FakeBackend
 
 

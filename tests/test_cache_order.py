@@ -70,7 +70,7 @@ def test_the_seed_decides(n: int, one: int, other: int, block: int) -> None:
 @few
 @given(st.integers(1, 600), SEEDS, st.integers(2, 70), st.sampled_from([2, 3, 7]))
 def test_blocks_stay_together(n: int, seed: int, block: int, window: int) -> None:
-    """What a stretch of the order reads is whole blocks, so storage reads neighbours."""
+    """What a stretch of the order reads is whole blocks, so storage reads neighbors."""
     with windows_of(window):
         found = RowOrder(n, seed, block).rows(0, n)
     length, blocks = window * block, n // block
@@ -109,7 +109,7 @@ def test_every_permutation_is_as_likely() -> None:
 
 @pytest.mark.parametrize(("n", "block"), [(16, 1), (100, 1), (257, 1), (100, 8)])
 def test_every_row_is_as_likely_anywhere(n: int, block: int) -> None:
-    """At each position each row; and after each row each other one, so neighbours tell nothing either."""
+    """At each position each row; and after each row each other one, so neighbors tell nothing either."""
     orders = np.array([RowOrder(n, seed, block).rows(0, n) for seed in range(600)])
     at = np.zeros((n, n), dtype=np.int64)
     after = np.zeros((n, n), dtype=np.int64)
@@ -120,7 +120,7 @@ def test_every_row_is_as_likely_anywhere(n: int, block: int) -> None:
     assert abs(chi_square(after[~np.eye(n, dtype=bool)])) < 4
 
 
-def test_neighbours_in_the_cache_are_far_apart() -> None:
+def test_neighbors_in_the_cache_are_far_apart() -> None:
     n = 100_000
     position = np.argsort(RowOrder(n, 3).rows(0, n))
     assert abs(chi_square(np.bincount(np.diff(position) % n * 50 // n, minlength=50))) < 4

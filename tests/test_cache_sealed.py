@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import saekit
+from saekit.commands.cache import plan_cache
 from saekit.data.cache import CacheWriter, Manifest, verify_cache
-from saekit.data.cache.make import plan_cache
 from saekit.data.cache.manifest import SiteRows
 from saekit.data.cache.table import sealed
 from saekit.errors import DataError

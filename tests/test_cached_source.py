@@ -258,7 +258,7 @@ def scaled(size: float) -> FakeBackend:
     return backend
 
 
-def test_activations_are_normalised_as_live_ones_are(tmp_path: Path) -> None:
+def test_activations_are_normalized_as_live_ones_are(tmp_path: Path) -> None:
     """The factor is that of the cached rows, and the weights that are saved work on raw activations."""
 
     def run(size: float, source: str = "cached") -> saekit.TrainResult:

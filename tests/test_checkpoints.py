@@ -32,13 +32,13 @@ from test_resume import HOOKS, LIVE, contents, fake_config, manager, pressing, r
 from torch import Tensor
 
 import saekit
-from saekit import storage
 from saekit.errors import DivergedError, StorageError, TrainingInterrupted
+from saekit.files import storage
+from saekit.runs import checkpoints as on_disk
+from saekit.runs import saving
+from saekit.runs.checkpoints import Checkpoint, all_checkpoints, newest_checkpoint, write_checkpoint
+from saekit.runs.state_files import read_state, write_state
 from saekit.testing import fake_plugin
-from saekit.training import checkpoints as on_disk
-from saekit.training import saving
-from saekit.training.checkpoints import Checkpoint, all_checkpoints, newest_checkpoint, write_checkpoint
-from saekit.training.state_files import read_state, write_state
 from saekit.training.trainer import SAETrainer
 
 one_thread = test_resume.one_thread
@@ -208,10 +208,10 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert set(checkpoint.facts["files"]) == files - {"checkpoint.json"}
     training, stream = checkpoint.training("sae"), checkpoint.stream()
     assert set(training) == {
-        "step", "tokens", "scale", "diverged", "weights", "optimiser", "firing", "generator"
+        "step", "tokens", "scale", "diverged", "weights", "optimizer", "firing", "generator"
     }  # fmt: skip
     assert set(training["weights"]) == {"W_enc", "W_dec", "b_enc", "b_dec", "scaling_factor"}
-    assert set(training["optimiser"]["scaling_factor"]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(training["optimizer"]["scaling_factor"]) == {"step", "exp_avg", "exp_avg_sq"}
     assert training["scale"] != 1
     assert set(stream["random"]) == {"python", "numpy", "torch", "cuda"}
     (lane,) = stream["lanes"]
@@ -319,7 +319,7 @@ def test_a_checkpoint_that_fails_at_any_operation(
         untrue += failure is not None and after[-1] == 44
         names = sorted(path.name for path in (run / "checkpoints").iterdir())
         assert names == (["step-3", "step-4"] if found.facts["batches"] != 3 else ["step-3"])
-        assert set(found.training("sae")) >= {"optimiser", "weights"}
+        assert set(found.training("sae")) >= {"optimizer", "weights"}
         shutil.rmtree(run)
         if not reached:
             break
@@ -458,11 +458,11 @@ import sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_resume import fake_config, train, resume
-from saekit.training.checkpoints import newest_checkpoint
+from saekit.runs.checkpoints import newest_checkpoint
 home = Path(sys.argv[2])
 filler = home / "filler"
 config = fake_config(home, checkpoints={"name": "run", "n_checkpoints": 4, "keep_last": 2}, evals={"run": []})
-import saekit.training.saving as saving
+import saekit.runs.saving as saving
 write, kept = saving.write_checkpoint, []
 def watched(path, *rest):
     if path.name == "step-5":  # nearly all of the room goes
@@ -644,7 +644,7 @@ def test_metrics_are_written_before_the_checkpoint_that_counts_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a run that is killed right after it would go on without the lines before it."""
-    from saekit_plugins.jsonl import JsonlTracker
+    from saekit_plugins.trackers.jsonl import JsonlTracker
 
     log, write, lines = JsonlTracker.log, saving.write_checkpoint, []
 

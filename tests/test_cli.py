@@ -11,7 +11,7 @@ import pytest
 from tiny import RUN
 
 import saekit
-from saekit.config_files import dump_config
+from saekit.config.files import dump_config
 
 
 def cli(

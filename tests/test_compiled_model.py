@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.hooked_transformer import TransformerLensBackend
+from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 from tiny import hooked_mamba, hooked_transformer, run_config
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def test_activations_and_losses_are_those_of_the_model_itself(counted: Counted) 
         assert counted.runs >= 3, hook
         counted.runs = 0
         assert close(compiled.loss(TOKENS), loss), hook
-        assert counted.runs == 4, "two blocks, the final normalisation and the unembedding"
+        assert counted.runs == 4, "two blocks, the final normalization and the unembedding"
 
 
 def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
@@ -258,11 +258,11 @@ def test_layers_may_share_a_module(counted: Counted) -> None:
 def test_no_hook_compiles_anything_again(counted: Counted) -> None:
     compiled = backend(hooked_transformer(n_layers=3))
     compiled.loss(TOKENS)
-    assert counted.graphs == 3, "one for all blocks, one for the final normalisation, one for the unembedding"
+    assert counted.graphs == 3, "one for all blocks, one for the final normalization, one for the unembedding"
     for hook in ("blocks.0.hook_resid_mid", "blocks.2.attn.hook_z", "blocks.1.mlp.hook_post"):
         compiled.loss(TOKENS, {hook: halved})
     graphs = counted.graphs
-    assert graphs == 5, "and attention and MLP; the normalisations of blocks are of the same class"
+    assert graphs == 5, "and attention and MLP; the normalizations of blocks are of the same class"
     for hook in HOOKS:
         for factor in (1.0, 2.0):
             compiled.loss(TOKENS, {hook: lambda activation, factor=factor: activation * factor})
@@ -498,4 +498,4 @@ def test_a_run_trains_on_a_compiled_model(counted: Counted, tmp_path: Path) -> N
     numbers = [{k: v for k, v in found.items() if "second" not in k and "time" not in k} for found in metrics]
     assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-4)
     assert len(lines[0]) == len(lines[1])
-    assert counted.graphs <= 6, "blocks for the probe and for other shapes; the final normalisation; the unembedding"
+    assert counted.graphs <= 6, "blocks for the probe and for other shapes; the final normalization; the unembedding"

@@ -10,11 +10,11 @@ import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.live import LiveConfig
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.tanh_relu import TanhReluConfig
-from saekit_plugins.wandb import WandbConfig
+from saekit_plugins.activations.tanh_relu import TanhReluConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.schedules.cosine import CosineConfig
+from saekit_plugins.sources.live import LiveConfig
+from saekit_plugins.trackers.wandb import WandbConfig
 
 import saekit
 from saekit.config import (
@@ -22,15 +22,15 @@ from saekit.config import (
     DatasetConfig,
     EvalsConfig,
     ModelConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     SAEConfig,
     Site,
     TrainConfig,
     TrainingConfig,
 )
-from saekit.config_files import apply_overrides, commented_toml, dump_config, load_config
-from saekit.converter import ConfigConverter
-from saekit.describe import describe_fields
+from saekit.config.converter import ConfigConverter
+from saekit.config.describe import describe_fields
+from saekit.config.files import apply_overrides, commented_toml, dump_config, load_config
 from saekit.errors import ConfigError, UnknownKeyError
 
 
@@ -67,7 +67,7 @@ configs = st.builds(
     ),
     site=st.builds(Site, hook_name=texts, hook_head_index=st.one_of(st.none(), st.integers(0, 64))),
     sae=st.one_of(st.just("saekit:standard"), standard),
-    optimiser=st.builds(OptimiserConfig, beta1=st.floats(0, 0.99), clip_grad_norm=positive),
+    optimizer=st.builds(OptimizerConfig, beta1=st.floats(0, 0.99), clip_grad_norm=positive),
     lr_schedule=st.sampled_from(["saekit:constant", "saekit:cosine", CosineConfig(), CosineConfig(end=0.1)]),
     training=st.builds(TrainingConfig, lr=positive, seed=st.integers(0, 2**31), verbose=st.booleans()),
     evals=st.builds(

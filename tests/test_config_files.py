@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import saekit
-from saekit.config_files import dump_config, load_config, parse_grid
+from saekit.config.files import dump_config, load_config, parse_grid
 from saekit.errors import ConfigError
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 from every_config import manager
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.topk import TopKConfig
-from saekit_plugins.wandb import WandbConfig
+from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.schedules.cosine import CosineConfig
+from saekit_plugins.trackers.wandb import WandbConfig
 
 import saekit
-from saekit.config import OptimiserConfig, PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
+from saekit.config import OptimizerConfig, PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
+from saekit.config.converter import ConfigConverter
 from saekit.config.elsewhere import option_paths
+from saekit.config.files import apply_overrides, load_config
 from saekit.config.sae_lens_names import SAE_LENS
-from saekit.config_files import apply_overrides, load_config
-from saekit.converter import ConfigConverter
 from saekit.errors import ConfigError
 
 FILE = {
@@ -111,7 +111,7 @@ def test_every_name_of_sae_lens_leads_somewhere() -> None:
     for name, place in SAE_LENS.items():
         assert name not in tree, f"{name} is an option of ours"
         first = place.split(" ")[0].rstrip(",")
-        if "." in first or first in ("optimiser", "lr_schedule", "trackers"):
+        if "." in first or first in ("optimizer", "lr_schedule", "trackers"):
             assert first in places or first == "sae.name", name
 
 
@@ -122,4 +122,4 @@ def test_other_roots_know_their_own_tree_alone() -> None:
     with pytest.raises(ConfigError, match="hook_point: is not an option. The options here are"):
         converter.structure({"hook_point": 3}, SAEConfig)
     with pytest.raises(ConfigError, match="^lr: is not an option. The options here are beta1, "):
-        converter.structure({"lr": 3}, OptimiserConfig)
+        converter.structure({"lr": 3}, OptimizerConfig)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import saekit
 from saekit.config import DatasetConfig, TrainConfig
+from saekit.config.converter import ConfigConverter, unsupported_options
 from saekit.config.formats import READERS, write
-from saekit.converter import ConfigConverter, unsupported_options
 
 FORMS = ["toml", "yaml", "json"]
 PLUGINS = manager()

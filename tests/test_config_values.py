@@ -17,8 +17,8 @@ from every_config import Bits, Color, EveryKind, Inner, Level, Mixed, every_conf
 
 import saekit
 from saekit.config import PLUGIN_KIND
-from saekit.config_files import load_config
-from saekit.converter import ConfigConverter
+from saekit.config.converter import ConfigConverter
+from saekit.config.files import load_config
 from saekit.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ def test_numbers_of_numpy_and_torch_paths_and_types() -> None:
 
 
 def test_the_converter_imports_neither_torch_nor_numpy() -> None:
-    code = "import sys, saekit.converter; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, saekit.config.converter; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -160,8 +160,8 @@ def test_limits(override: str, told: str | None) -> None:
 
 
 def test_the_largest_seed_seeds_everything() -> None:
-    from saekit.data.opening import seed_for
-    from saekit.training.randomness import seeded
+    from saekit.runs.opening import seed_for
+    from saekit.runs.randomness import seeded
 
     largest = 2**64 - 1
     with seeded(largest):

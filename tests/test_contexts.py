@@ -154,7 +154,7 @@ def test_a_long_document_is_packed_as_it_is_needed() -> None:
     assert one.take(40_000).tokens.tolist() == two.take(40_000).tokens.tolist()
 
 
-def test_bos_begins_every_context_once_also_on_tokenised_data() -> None:
+def test_bos_begins_every_context_once_also_on_tokenized_data() -> None:
     policy = TokenPolicy(context_size=4, begin_batch=BOS, separator=BOS)
     packer = ContextPacker(policy)
     contexts = packer.add([BOS, 5, 6, 7]) + packer.add([8, 9]) + packer.add([BOS, 4, 4, 4, 4])

@@ -1,4 +1,4 @@
-"""How text becomes contexts: by the configuration, or by what pretokenised data says of itself."""
+"""How text becomes contexts: by the configuration, or by what pretokenized data says of itself."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=200, deadline=None)
 @given(made=policies, other=policies, names=st.sets(st.sampled_from(sorted(DEFAULTS))))
-def test_pretokenised_data_settles_every_option(folder: Path, made: dict, other: dict, names: set[str]) -> None:
+def test_pretokenized_data_settles_every_option(folder: Path, made: dict, other: dict, names: set[str]) -> None:
     (folder / "saekit.json").write_text(json.dumps(made | {"vocab_size": 50}))
     agreeing = {name: made[name] for name in names}
     if valid(agreeing):
@@ -86,7 +86,7 @@ def test_what_contradicts_the_contexts_is_named(tmp_path: Path) -> None:
     contrary = {"context_size": 48, "begin_sequence_token": 7, "sequence_separator_token": "none"}
     with pytest.raises(ConfigError) as caught:
         corpus_of(tmp_path, **contrary)
-    contexts, advice = f"the contexts of {str(tmp_path)!r}", "leave it out, or pretokenise anew"
+    contexts, advice = f"the contexts of {str(tmp_path)!r}", "leave it out, or pretokenize anew"
     assert caught.value.problems == [
         (f"dataset.{name}", f"is {value!r}, but {contexts} were made with {was!r}; {advice}")
         for (name, value), was in zip(contrary.items(), (24, "none", "bos"), strict=True)

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from saekit_plugins.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 
 import saekit
 from saekit.pretrained.load import build_module

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import contents, fake_config, manager, one_thread, pressing, resume, stopped, train
 
 from saekit.errors import StorageError, TrainingInterrupted
-from saekit.training.checkpoints import Checkpoint, _seal, keep_saes
-from saekit.training.state_files import read_state, write_state
+from saekit.runs.checkpoints import Checkpoint, _seal, keep_saes
+from saekit.runs.state_files import read_state, write_state
 
 _ = one_thread
 
@@ -120,11 +120,11 @@ def test_values_in_the_manifest(tmp_path: Path, made: Path, path: str, value: An
         ("stream", "trackers", {"sae": {"saekit:jsonl": [{"step": 1, "saved": ["..", "x"]}]}}),
         ("sae/training", "step", 4), ("sae/training", "step", "5"), ("sae/training", "tokens", None),
         ("sae/training", "scale", 0), ("sae/training", "scale", "x"), ("sae/training", "scale", float("nan")),
-        ("sae/training", "optimiser", 3), ("sae/training", "optimiser", {"W": {}}), ("sae/training", "firing", ...),
+        ("sae/training", "optimizer", 3), ("sae/training", "optimizer", {"W": {}}), ("sae/training", "firing", ...),
         ("sae/training", "firing/rows", "x"), ("sae/training", "firing/fired", torch.zeros(1)),
         ("sae/training", "firing/since_fired", torch.zeros(64)), ("sae/training", "generator", torch.zeros(3)),
         ("sae/training", "diverged", "it did"), ("sae/training", "weights", {}),
-        ("sae/training", "optimiser/b_enc/exp_avg", torch.zeros(3)),
+        ("sae/training", "optimizer/b_enc/exp_avg", torch.zeros(3)),
     ],
 )  # fmt: skip
 def test_values_in_the_states(tmp_path: Path, made: Path, stem: str, path: str, value: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from tiny import run_config
 
 import saekit
@@ -18,8 +18,8 @@ from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput
-from saekit.sae.init import initialise
-from saekit.sae.maths import variance_ratio
+from saekit.sae.init import initialize
+from saekit.sae.losses import variance_ratio
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 D_IN, D_SAE, ROWS = 10, 48, 70
@@ -114,7 +114,7 @@ def test_features_start_alive_with_outlier_dimensions(config: Any) -> None:
     for method in (None, "zeros"):
         options = config(d_sae=512, k=16, **({} if method is None else {"b_dec_init_method": method}))
         sae = built(options, 64)
-        initialise(dict(sae.named_parameters()), options, torch.Generator().manual_seed(0), x)
+        initialize(dict(sae.named_parameters()), options, torch.Generator().manual_seed(0), x)
         pre = sae.pre_activations(x) * sae.decoder_norms()
         alive[method] = len(pre.topk(16, dim=1).indices.unique())
     assert alive[None] > 500
@@ -151,7 +151,7 @@ def test_adams_beta1_is_the_architectures_unless_it_is_set(
 
     monkeypatch.setattr(torch.optim, "Adam", seen)
     sae = {"name": kind} if kind == "standard" else {"name": kind, "k": 4}
-    trained(tmp_path, sae, optimiser={"beta1": stated})
+    trained(tmp_path, sae, optimizer={"beta1": stated})
     assert betas == [(own if stated is None else stated, 0.999)]
 
 

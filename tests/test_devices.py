@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 
 import saekit
-from saekit.config import OptimiserConfig
+from saekit.config import OptimizerConfig
 from saekit.devices import free_memory, resolve_device, widest
 from saekit.errors import ConfigError
 from saekit.pretrained.load import build_module
+from saekit.runs.randomness import random_state, seeded
 from saekit.sae import SAE
-from saekit.training.optimiser import Optimiser
-from saekit.training.randomness import random_state, seeded
+from saekit.training.optimizer import Optimizer
 
 WOKEN = """
 import sys
@@ -164,8 +164,8 @@ def test_what_was_never_tried_on_a_device_is_not_used_there(config: Any) -> None
     sae = built(config)
     sae.to("meta")
     assert sae.step_path() == "plain torch: the kernels are for cpu and cuda, not for meta"
-    optimiser = Optimiser(sae.named_parameters(), OptimiserConfig(), lambda step: 0.1)
-    assert not optimiser._fused
+    optimizer = Optimizer(sae.named_parameters(), OptimizerConfig(), lambda step: 0.1)
+    assert not optimizer._fused
     with torch.no_grad():
         assert sae(torch.zeros(3, 8, device="meta")).shape == (3, 8)
     assert {buffer.dtype for buffer in sae.buffers()} <= {torch.float64}

@@ -14,9 +14,9 @@ import attrs
 import pytest
 
 import saekit
-from saekit import hookspecs
 from saekit.config import CacheConfig, PretokenizeConfig, TrainConfig
-from saekit.describe import describe_fields
+from saekit.config.describe import describe_fields
+from saekit.plugins import hookspecs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

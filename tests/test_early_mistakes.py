@@ -19,7 +19,7 @@ from tiny import run_config
 import saekit
 from saekit import ConfigError, DataError, ModelError, SaekitError
 from saekit.errors import MissingPackageError, PluginError, PluginFailedError, SAEFormatError, StorageError
-from saekit.manager import PluginManager
+from saekit.plugins.manager import PluginManager
 
 HEAVY = ("torch", "datasets", "transformers", "transformer_lens", "mamba_lens", "wandb", "matplotlib")
 RUN_ALL = """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimiserConfig, SAEConfig, TrainingConfig
+from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import DivergedError
 from saekit.pretrained.load import build_module
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
 DEVICES = [
@@ -26,7 +26,7 @@ DEVICES = [
 ]
 
 
-def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **optimiser: Any) -> SAETrainer:
+def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **optimizer: Any) -> SAETrainer:
     plugins = saekit.default_manager()
     sae = build_module(plugins.find("sae_architectures", config), config, 8, plugins)
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **op
     return SAETrainer(
         name="sae", sae=sae, site=saekit.Site(), device=device, generator=torch.Generator(device),
         training=TrainingConfig(training_tokens=10**6, log_frequency=log_frequency),
-        optimiser=Optimiser(sae.named_parameters(), OptimiserConfig(beta1=0.9, **optimiser), lambda step: 0.01),
+        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9, **optimizer), lambda step: 0.01),
         firing=FiringStatistics(sae.d_sae, dead_after=100, window=100, device=device),
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def batch(seed: int, bad: float | None = None) -> Tensor:
 def everything(state: dict[str, Any]) -> dict[str, Tensor]:
     """Weights and moments."""
     flat = {f"weights/{name}": value for name, value in state["weights"].items()}
-    for name, moments in state["optimiser"].items():
+    for name, moments in state["optimizer"].items():
         flat |= {f"{name}/{moment}": value for moment, value in moments.items()}
     return {name: value.clone() for name, value in flat.items()}
 
@@ -109,10 +109,10 @@ def test_a_device_that_is_not_asked_makes_no_step_any_more(kind: str) -> None:
 
 
 def test_the_kernel_of_adam_leaves_a_failed_step_out() -> None:
-    """What a GPU does with the optimiser's flag, on the CPU, whose kernel does the same."""
+    """What a GPU does with the optimizer's flag, on the CPU, whose kernel does the same."""
     own, other = trainer(CONFIGS["standard"]), trainer(CONFIGS["standard"])
-    other.optimiser.looks = False
-    other.optimiser._adam.found_inf = other.optimiser._failed  # type: ignore[attr-defined]
+    other.optimizer.looks = False
+    other.optimizer._adam.found_inf = other.optimizer._failed  # type: ignore[attr-defined]
     for seed in range(3):
         for one in (own, other):
             one.train_on(batch(seed))

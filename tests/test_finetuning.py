@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from safetensors.torch import load_file, save_file
 from test_loaders import OLD, reconstruct, tensors, write
 from test_saved import READER, sae_lens_python
@@ -24,7 +24,7 @@ import saekit
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE
-from saekit.sae.init import initialise
+from saekit.sae.init import initialize
 from saekit.training.trainer import SAETrainer
 
 LEARNS = {
@@ -85,7 +85,7 @@ def test_each_method_moves_its_parameters_and_no_other(
         },
         training={**TUNING, "finetuning_method": method, "lr_warm_up_steps": 2, "lr_decay_steps": 3},
         lr_schedule={"name": "cosine", "end": 0.004},
-        optimiser={"beta1": beta1},
+        optimizer={"beta1": beta1},
     )  # fmt: skip
     result = train(config)
     assert [len(step.x) for step in steps] == [256] * 6 + [164]
@@ -320,7 +320,7 @@ def saved_sae(folder: Path, seed: int = 1, d_sae: int = 40, d_in: int = 8, **opt
     config = StandardConfig(**{"d_sae": d_sae, **options})
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     generator = torch.Generator().manual_seed(seed)
-    initialise(dict(sae.named_parameters()), sae.config, generator)
+    initialize(dict(sae.named_parameters()), sae.config, generator)
     sae.b_enc.data = torch.randn(d_sae, generator=generator).to(sae.b_enc) * 0.1
     sae.b_dec.data = torch.randn(d_in, generator=generator).to(sae.b_dec)
     sae.save(folder)
@@ -512,7 +512,7 @@ def test_starts_that_are_not_there_or_do_not_fit(tmp_path: Path) -> None:
     empty = start_run(tmp_path, tmp_path / "empty")
     for config, error, words in (
         (missing, SAEFormatError, r"the SAE folder .*nowhere is not there"),
-        (empty, SAEFormatError, "no loader recognises .*empty, which has no files"),
+        (empty, SAEFormatError, "no loader recognizes .*empty, which has no files"),
         (
             wide, ConfigError,
             "training.from_pretrained_path: holds an SAE for vectors of 9, but blocks.0.hook_resid_post of 'fake' has "
@@ -554,7 +554,7 @@ def test_the_trainers_parts_alone() -> None:
         tuning = {"finetuning_tokens": 430, "finetuning_method": method}
         options = {
             "asleep": 5, "use_ghost_grads": True, "normalize_sae_decoder": normalize, "apply_b_dec_to_input": False,
-            "optimiser": {"beta1": 0.9},
+            "optimizer": {"beta1": 0.9},
         }  # fmt: skip
         tuned = make_trainer(570, training=tuning, **options)
         plain = make_trainer(600, **options)

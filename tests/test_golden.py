@@ -12,20 +12,20 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.cosine_restarts import CosineRestartsConfig
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.schedules.cosine import CosineConfig
+from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from safetensors import safe_open
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimiserConfig, TrainingConfig
-from saekit.data.normalise import activation_scale
+from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.data.normalize import activation_scale
 from saekit.pretrained.load import build_module
 from saekit.sae.init import initial_b_dec
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
@@ -54,7 +54,7 @@ MIXED = {
     "mixed_tanh_relu_no_b_dec_restarts_decay_strong_clip_beta1_zero",
 }
 PATCHES = {
-    "the activations' norm is estimated before b_dec is initialised",
+    "the activations' norm is estimated before b_dec is initialized",
     "the fine-tuning methods name the scaling factor as the SAE names it",
     "the ghost loss is summed over d_in like the mse, and is 0 when no feature is dead",
     "the gradient parallel to the decoder rows is removed before clipping and the step",
@@ -122,8 +122,8 @@ def trainer_of(golden: Golden) -> SAETrainer:
         assert config.pop(name) == value, f"{name} is not {value}"
     config.pop("hook_layer")
     config.pop("b_dec_init_method")
-    normalised = config.pop("normalize_activations", False)
-    assert normalised or golden.activation_scale == 1
+    normalized = config.pop("normalize_activations", False)
+    assert normalized or golden.activation_scale == 1
     options = StandardConfig(
         d_sae=config.pop("d_sae"),
         activation=config.pop("activation_fn"),
@@ -163,12 +163,12 @@ def trainer_of(golden: Golden) -> SAETrainer:
     schedule = ComposedSchedule(
         training, lambda steps: plugins.build("lr_schedules", main, lr=training.lr, steps=steps)
     )
-    adam = OptimiserConfig(beta1=config.pop("adam_beta1"), beta2=config.pop("adam_beta2"), clip_grad_norm=1.0)
+    adam = OptimizerConfig(beta1=config.pop("adam_beta1"), beta2=config.pop("adam_beta2"), clip_grad_norm=1.0)
     trainer = SAETrainer(
         name="golden",
         sae=sae,
         site=Site(hook_name=config.pop("hook_name")),
-        optimiser=Optimiser(sae.named_parameters(), adam, schedule),
+        optimizer=Optimizer(sae.named_parameters(), adam, schedule),
         firing=FiringStatistics(
             sae.d_sae, dead_after=training.dead_feature_window, window=training.feature_sampling_window, device="cpu"
         ),

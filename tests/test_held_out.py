@@ -47,7 +47,7 @@ def noted(folder: Path) -> dict[tuple[int, ...], set[int]]:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_pretokenised_contexts_say_which_documents_they_are_from(tmp_path: Path, num_proc: int) -> None:
+def test_pretokenized_contexts_say_which_documents_they_are_from(tmp_path: Path, num_proc: int) -> None:
     folder = contexts(tmp_path / "c", num_proc=num_proc, shuffle=False)
     rows = datasets.load_from_disk(str(folder))["document_ids"]
     assert json.loads((folder / "saekit.json").read_text())["documents"] == max(map(max, rows)) + 1 <= 300
@@ -222,7 +222,7 @@ def test_a_cache_that_is_read_very_often(tmp_path: Path) -> None:
 
 
 def test_a_plan_estimates_a_long_text_by_its_beginning(tmp_path: Path) -> None:
-    from saekit.training.planned_text import text_length
+    from saekit.runs.planned_text import text_length
 
     def length(config: DatasetConfig, dataset: Any = None) -> Any:
         return text_length(Corpus.of(config, EvalsConfig(), dataset), FakeBackend())

@@ -13,24 +13,25 @@ import torch
 from conftest import BOTH_WAYS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.relu import Relu
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.tanh_relu import TanhRelu
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.activations.relu import Relu
+from saekit_plugins.activations.tanh_relu import TanhRelu
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from torch import Tensor
 
 import saekit
-import saekit.sae.kernels
-import saekit.sae.screen
-from saekit.config import OptimiserConfig, SAEConfig
+import saekit.kernels.encoder
+import saekit.kernels.screen
+from saekit.config import OptimizerConfig, SAEConfig
+from saekit.kernels import Encoder, SparseFeatures, active_groups, batch_top, top_groups
+from saekit.kernels.groups import top_entries
+from saekit.kernels.screen import Screen, native_bfloat16
+from saekit.kernels.workspace import gradient_for, recycle, scratch
 from saekit.pretrained.load import build_module
-from saekit.sae import SAE, Encoder, SparseFeatures, StepInput, active_groups, batch_top, top_groups
-from saekit.sae.largest import top_entries
-from saekit.sae.memory import gradient_for, recycle, scratch
-from saekit.sae.screen import Screen, native_bfloat16
+from saekit.sae import SAE, StepInput
 from saekit.testing import check_sparse_activation
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -113,9 +114,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small batch has many chunks, and groups come in between."""
     for module in ("kernels", "largest", "gradients", "auxk", "penalty", "inference"):
         monkeypatch.setattr(f"saekit.sae.{module}.CHUNK", 16)
-    monkeypatch.setattr("saekit.sae.kernels._ENTRIES", 50)
-    monkeypatch.setattr("saekit.sae.kernels.PROBE", 8)
-    monkeypatch.setattr("saekit.sae.largest.PROBE", 8)
+    monkeypatch.setattr("saekit.kernels.encoder._ENTRIES", 50)
+    monkeypatch.setattr("saekit.kernels.encoder.PROBE", 8)
+    monkeypatch.setattr("saekit.kernels.groups.PROBE", 8)
 
 
 KINDS = [
@@ -306,7 +307,7 @@ def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.M
     x = torch.randn(2048, 256, generator=seeded(1))
     found = []
     for why in (None, "as the test wants"):
-        monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args, why=why: why)
+        monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)
         calls = count_screens(monkeypatch)
         sae = built(config, d_in=256, bias=-20.0 if name == "standard" else 0.0)
         result = sae.training_step(x, StepInput(step=0, generator=seeded()))
@@ -346,17 +347,17 @@ def test_every_file_that_trains_both_ways_is_there() -> None:
 
 
 def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    why = saekit.sae.why_no_screen
+    why = saekit.kernels.why_no_screen
     cpu = torch.device("cpu")
     assert why(cpu, torch.float64, 4096) == "not for float64"
     assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
     assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
-    monkeypatch.setattr(saekit.sae.screen, "native_bfloat16", lambda: False)
+    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: False)
     assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
     assert built(StandardConfig(d_sae=2048)).step_path() == (
         "fast kernels, not screened: this CPU has no bfloat16 products"
     )
-    monkeypatch.setattr(saekit.sae.screen, "native_bfloat16", lambda: True)
+    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
     assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
 
@@ -587,7 +588,7 @@ def test_groups_of_largest_and_active_cover_every_row() -> None:
 @pytest.mark.parametrize("screen", [True, False])
 def test_what_is_no_number_stays_so(some_sae: SAE, where: str, screen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not pass for a feature that is not active: a broken model would look well, and training go on."""
-    monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args: None if screen else "as the test wants")
+    monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args: None if screen else "as the test wants")
     x = torch.randn(700, 12, generator=seeded(4))
     with torch.no_grad():
         if where == "a row":
@@ -609,8 +610,8 @@ def test_what_is_no_number_stays_so(some_sae: SAE, where: str, screen: bool, mon
 # ---- memory of parameters that is not as the SAE made it
 
 
-def adam(sae: SAE) -> Optimiser:
-    return Optimiser(sae.named_parameters(), OptimiserConfig(beta1=0.9), lambda step: 1e-3)
+def adam(sae: SAE) -> Optimizer:
+    return Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9), lambda step: 1e-3)
 
 
 def contiguous(sae: SAE) -> None:
@@ -630,7 +631,7 @@ def new_memory(sae: SAE) -> None:
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_the_order_of_memory_does_not_change_what_is_learnt(change: Any, late: bool, kernels: Any) -> None:
     if late and change is contiguous:
-        pytest.skip("that makes other parameters, which no optimiser knows")
+        pytest.skip("that makes other parameters, which no optimizer knows")
     x = torch.randn(200, 12, generator=seeded(1))
     weights = []
     for made in (lambda sae: None, change):
@@ -638,12 +639,12 @@ def test_the_order_of_memory_does_not_change_what_is_learnt(change: Any, late: b
         sae.kernels = kernels
         if not late:
             made(sae)
-        optimiser = adam(sae)
+        optimizer = adam(sae)
         for step in range(6):
             if late and step == 3:
                 made(sae)
             sae.training_step(x, StepInput(step=step, generator=seeded()))
-            optimiser.step(step)
+            optimizer.step(step)
         weights.append({name: value.detach().clone() for name, value in sae.named_parameters()})
     for name, value in weights[0].items():
         assert torch.allclose(weights[1][name], value, atol=1e-5), name
@@ -653,11 +654,11 @@ def test_a_gradient_in_another_order_of_memory() -> None:
     weights = []
     for turn in (False, True):
         sae = built(StandardConfig(d_sae=30), bias=-1.0)
-        optimiser = adam(sae)
+        optimizer = adam(sae)
         sae.training_step(torch.randn(200, 12, generator=seeded(1)), StepInput(step=0, generator=seeded()))
         if turn:
             sae.W_enc.grad = sae.W_enc.grad.contiguous()
-        optimiser.step(0)
+        optimizer.step(0)
         weights.append(sae.W_enc.detach().clone())
     assert torch.equal(weights[0], weights[1])
 
@@ -774,7 +775,7 @@ def test_a_screened_threshold(rescale: bool, monkeypatch: pytest.MonkeyPatch) ->
     sae.training_step(x, StepInput(step=0, generator=seeded()))
     found = []
     for why in (None, "as the test wants"):
-        monkeypatch.setattr(saekit.sae.screen, "why_no_screen", lambda *args, why=why: why)
+        monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)
         calls = count_screens(monkeypatch)
         with torch.no_grad():
             found.append(sae.encode(x))
@@ -806,7 +807,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_is_that_of_the_cpu(config: SAECon
     weights = {}
     for device in ("cpu", "cuda"):
         sae = built(config, d_in=256, bias=-10.0).to(device)
-        optimiser, rows = adam(sae), x.to(device)
+        optimizer, rows = adam(sae), x.to(device)
         generator = torch.Generator(device)
         for step in range(4):
             waiting = device == "cuda" and step > 1  # the first steps make memory and handles
@@ -814,7 +815,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_is_that_of_the_cpu(config: SAECon
             try:
                 sae.training_step(rows, StepInput(step=step, generator=generator))
                 sae.before_update()
-                optimiser.step(step)
+                optimizer.step(step)
                 sae.after_update()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -828,7 +829,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_is_that_of_the_cpu(config: SAECon
 def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float) -> None:
     """Adam's first step does not depend on the size of a gradient, but its moments do."""
     own, other = (built(StandardConfig(d_sae=30)) for _ in range(2))
-    optimiser = Optimiser(own.named_parameters(), OptimiserConfig(beta1=0.9, clip_grad_norm=clip), lambda step: 1e-3)
+    optimizer = Optimizer(own.named_parameters(), OptimizerConfig(beta1=0.9, clip_grad_norm=clip), lambda step: 1e-3)
     plain = torch.optim.Adam(other.parameters(), lr=1e-3, betas=(0.9, 0.999))
     for step in range(3):
         for sae in (own, other):
@@ -837,7 +838,7 @@ def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float) -> None
                     torch.randn(parameter.shape, generator=seeded(10 * step + number)) * size * (step + 1)
                 )
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in other.parameters()])
-        assert optimiser.step(step).item() == pytest.approx(norm.item(), rel=1e-5)
+        assert optimizer.step(step).item() == pytest.approx(norm.item(), rel=1e-5)
         if clip:
             torch.nn.utils.clip_grad_norm_(other.parameters(), clip)
         plain.step()
@@ -845,5 +846,5 @@ def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float) -> None
         assert torch.allclose(dict(own.named_parameters())[name], parameter, atol=1e-6), name
         moments = plain.state[parameter]
         for moment in ("exp_avg", "exp_avg_sq"):
-            found = optimiser.state_dict()[name][moment]
+            found = optimizer.state_dict()[name][moment]
             assert torch.allclose(found, moments[moment], rtol=1e-4, atol=1e-12), (name, moment)

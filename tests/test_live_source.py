@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.live import LiveConfig
+from saekit_plugins.sources.live import LiveConfig
 from tiny import hooked_transformer, run_config
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import FakeHub, fake_hub
-from saekit_plugins.connor_rob_hook_z import ConnorRobConfig
+from saekit_plugins.loaders.connor_rob_hook_z import ConnorRobConfig
 from safetensors.torch import save_file
 
 import saekit

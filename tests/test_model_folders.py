@@ -37,7 +37,7 @@ def pickled(value: object) -> bytes:
 def loaded(folder: Path) -> object:
     choice: object = "HookedTransformer"
     if folder.name == "mamba":
-        from saekit_plugins.hooked_mamba import HookedMambaOptions
+        from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 
         choice = HookedMambaOptions(tokenizer=str(TOKENIZER))
     model = ModelConfig(name=str(folder))

@@ -142,7 +142,7 @@ def test_other_objects_are_told_what_to_do() -> None:
 
 
 def test_fast_paths_of_mamba_without_their_packages() -> None:
-    from saekit_plugins.hooked_mamba import HookedMambaOptions
+    from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 
     choice = HookedMambaOptions(forward_kwargs={"fast_conv": True, "fast_ssm": True, "warn_disabled_hooks": False})
     with pytest.raises(ConfigError) as caught:

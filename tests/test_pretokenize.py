@@ -30,7 +30,7 @@ def ids(text: str) -> list[int]:
     return list(tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
-TOKENISED = [{"tokens": ids(text)} for text in TEXTS]
+TOKENIZED = [{"tokens": ids(text)} for text in TEXTS]
 
 
 def options(folder: Path, /, **more: Any) -> dict[str, Any]:
@@ -130,12 +130,12 @@ def test_sources_and_columns(tmp_path: Path) -> None:
             dataset = {"path": str(tmp_path / name), "streaming": streaming}
             found = made(tmp_path, None, dataset=dataset, shuffle=False)
             assert found == (packed(TEXTS[:70]) if name.endswith("0.parquet") else whole)
-    tokenised = [record | other for record, other in zip(RECORDS, TOKENISED, strict=True)]
-    for records in (tokenised, datasets.Dataset.from_list(tokenised), datasets.Dataset.from_list(TOKENISED)):
+    tokenized = [record | other for record, other in zip(RECORDS, TOKENIZED, strict=True)]
+    for records in (tokenized, datasets.Dataset.from_list(tokenized), datasets.Dataset.from_list(TOKENIZED)):
         for num_proc in (1, 2):
             assert made(tmp_path, records, shuffle=False, num_proc=num_proc) == whole, "tokens come before text"
     notes = packed([record["note"] for record in RECORDS])
-    assert made(tmp_path, tokenised, dataset={"column": "note"}, shuffle=False) == notes
+    assert made(tmp_path, tokenized, dataset={"column": "note"}, shuffle=False) == notes
     assert made(tmp_path, datasets.DatasetDict(a=hf), dataset={"split": "a", "column": "note"}, shuffle=False) == notes
 
 
@@ -224,7 +224,7 @@ def test_training_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_contexts_are_packed_once(tmp_path: Path) -> None:
-    """Pretokenising contexts, to shuffle them anew or to push them, changes none of them."""
+    """Pretokenizing contexts, to shuffle them anew or to push them, changes none of them."""
     policy = {"sequence_separator_token": 9, "begin_sequence_token": 7}
     saekit.pretokenize(options(tmp_path / "a", dataset=policy), dataset=RECORDS)
     again = options(tmp_path / "b", dataset={"path": str(tmp_path / "a"), "context_size": None}, shuffle=False)
@@ -249,7 +249,7 @@ def test_a_foreign_vocabulary_is_found_before_the_model_runs(tmp_path: Path, eva
         assert backend.forwards == []
         assert not (tmp_path / "runs").exists()
 
-    refused("were made with a tokenizer of 2048 tokens, but the model 'fake' knows 128: pretokenise for this model")
+    refused("were made with a tokenizer of 2048 tokens, but the model 'fake' knows 128: pretokenize for this model")
     (folder / "saekit.json").write_text('{"context_size": 24}')
     largest = max(rows(folder)[0])
     assert largest > 127
@@ -314,7 +314,7 @@ def test_wrong_data_is_found_before_the_model_runs(tmp_path: Path, dataset: dict
         ({"dataset": {"begin_sequence_token": "sep"}}, RECORDS, DataError, "tokenizer's sep token, and it has none"),
         ({"dataset": {"begin_sequence_token": 5000}}, RECORDS, DataError, "puts in the token id 5000, .*ends at 2047"),
         ({"num_proc": 2}, [*RECORDS, {"text": None}, {"text": 7}], DataError, "document 211 has int 7 in column"),
-        ({"num_proc": 2}, [*TOKENISED, {"tokens": None}, {"tokens": [9999]}], DataError, "document 211 holds .*9999"),
+        ({"num_proc": 2}, [*TOKENIZED, {"tokens": None}, {"tokens": [9999]}], DataError, "document 211 holds .*9999"),
         ({"dataset": {"context_size": 129}, "tokenizer": None}, RECORDS, ConfigError, "takes at most 128 tokens"),
         ({"folder": None}, RECORDS, ConfigError, "folder: is missing: name a folder to write, a hub_repo_id"),
         ({"hub_revision": "x"}, RECORDS, ConfigError, "hub_revision: says where to push, but there is no hub_repo_id"),

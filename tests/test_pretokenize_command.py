@@ -58,7 +58,7 @@ def test_the_command_and_training_on_what_it_wrote(tmp_path: Path, text: Path) -
 SLOW_TEXT = """
 import sys, time
 from pathlib import Path
-import saekit.cli, saekit.jobs as module
+import saekit.cli, saekit.commands.jobs as module
 
 class Slow:
     def __iter__(self):
@@ -206,7 +206,7 @@ def test_metadata_on_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.M
     *sizes, down = json.loads((tmp_path / "x.json").read_text())
     assert sizes == [128, 77, 99, 128], "of text, the default; whether there is a repository, opening it says"
     assert down.startswith(
-        "whether 'somebody/down' holds pretokenised contexts cannot be found out: asked for saekit.json"
+        "whether 'somebody/down' holds pretokenized contexts cannot be found out: asked for saekit.json"
     )
     assert down.endswith(". Try again")
 

@@ -79,7 +79,7 @@ def test_fault_2_a_cache_is_read_to_its_end(tmp_path: Path) -> None:
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, everything.tolist()))
 
 
-def test_fault_3_cached_activations_are_normalised_too(tmp_path: Path) -> None:
+def test_fault_3_cached_activations_are_normalized_too(tmp_path: Path) -> None:
     """In the reference they bypass the factor that evals apply."""
     config = cached_run(tmp_path, dataset={"on_exhausted": "stop"}, training={"training_tokens": 10**6})
     config["activations"]["normalize_activations"] = "expected_average_only_in"
@@ -136,7 +136,7 @@ def test_fault_21_data_that_ends(tmp_path: Path, source: str) -> None:
 
 
 def test_fault_22_contexts_are_whole() -> None:
-    """In the reference the first context lacks BOS on tokenised data, tails are dropped, long documents are cut off."""
+    """In the reference the first context lacks BOS on tokenized data, tails are dropped, long documents are cut off."""
     packer = ContextPacker(TokenPolicy(context_size=4, begin_batch=0, separator=0))
     contexts = [tokens.tolist() for doc in ([1, 2], list(range(3, 12)), [12]) for tokens, _ in packer.add(doc)]
     assert contexts == [[0, 1, 2, 0], [0, 3, 4, 5], [0, 6, 7, 8], [0, 9, 10, 11]]
@@ -155,8 +155,8 @@ def test_fault_23_the_disk_estimate_is_right(tmp_path: Path) -> None:
     assert planned == sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_fault_24_streams_are_pretokenised(tmp_path: Path) -> None:
-    """The reference's pretokeniser fails on them."""
+def test_fault_24_streams_are_pretokenized(tmp_path: Path) -> None:
+    """The reference's pretokenizer fails on them."""
     records = [{"text": f"value_{n} = {n}\n" * 9} for n in range(50)]
     stream = datasets.Dataset.from_list(records).to_iterable_dataset(num_shards=3)
     config = {"dataset": {"context_size": 16}, "folder": str(tmp_path / "contexts"), "verbose": False}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saekit_plugins.cosine_restarts import CosineRestartsConfig
+from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from tiny import run_config
 
 import saekit

@@ -27,10 +27,10 @@ from tiny import hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
-from saekit import storage
 from saekit.errors import ConfigError, StorageError, TrainingInterrupted
+from saekit.files import storage
+from saekit.runs.saving import Saving
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
-from saekit.training.saving import Saving
 from saekit.training.trainer import SAETrainer
 
 EVERYTHING: dict[str, dict[str, Any]] = {
@@ -398,8 +398,8 @@ def test_the_random_numbers_of_plugins_go_on(tmp_path: Path) -> None:
 
 def test_an_architecture_with_a_form_of_its_own(tmp_path: Path) -> None:
     """It saves other tensors than it trains, and has some that nothing learns."""
-    from saekit_plugins.standard import StandardConfig
-    from saekit_plugins.standard.module import StandardSAE
+    from saekit_plugins.architectures.standard import StandardConfig
+    from saekit_plugins.architectures.standard.module import StandardSAE
 
     class Odd(StandardSAE):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -885,7 +885,7 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
 
 def test_two_at_once(tmp_path: Path) -> None:
     stopped(fake_config(tmp_path), 3)
-    code = "import sys, time\nfrom pathlib import Path\nfrom saekit.storage import locked\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom saekit.files.storage import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print(flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)
     assert other.stdout is not None

@@ -15,8 +15,8 @@ from saekit.config.formats import READERS
 from saekit.data.contexts import ContextStream
 from saekit.errors import ConfigError, DataError, PluginFailedError, SAEFormatError, StorageError
 from saekit.evals.variance import variance_metrics
+from saekit.files.storage import tidy
 from saekit.sae import SAE
-from saekit.storage import tidy
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 TEXTS = [{"text": f"value_{n} = {n * n}\n" * 30} for n in range(60)]
@@ -58,7 +58,7 @@ def test_an_option_that_an_older_saekit_did_not_have_must_be_allowed(tmp_path: P
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     facts = json.loads((newest / "checkpoint.json").read_text())
     del facts["saes"]["sae"]["config"]["training"]["log_frequency"]
-    from saekit.training.checkpoints import _seal
+    from saekit.runs.checkpoints import _seal
 
     (newest / "checkpoint.json").write_text(json.dumps(facts | {"sha256": _seal(facts)}))
     with pytest.raises(ConfigError, match=r"training.log_frequency: was 'not an option' when the run was saved"):
@@ -109,7 +109,7 @@ def test_strange_yaml_is_told(text: str) -> None:
 
 
 def test_features_that_fired_in_training_are_not_dead() -> None:
-    from saekit_plugins.standard import StandardConfig
+    from saekit_plugins.architectures.standard import StandardConfig
 
     from saekit.pretrained.load import build_module
 

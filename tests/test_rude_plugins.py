@@ -15,7 +15,7 @@ import torch
 import saekit
 from saekit.config import ModelConfig, SAEConfig
 from saekit.errors import ModelError, PluginFailedError, PluginWarning, SAEFormatError
-from saekit.manager import PluginManager
+from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -94,7 +94,7 @@ def test_a_loader_that_fails_to_look_stops_no_other(folder: Path, name: str) -> 
         assert saekit.SAE.load(folder, plugins=plugins).d_sae == 4
     (text,) = [str(warning.message) for warning in warned]
     assert said in text
-    with pytest.raises(SAEFormatError, match="no loader recognises") as caught:
+    with pytest.raises(SAEFormatError, match="no loader recognizes") as caught:
         saekit.SAE.load(folder, plugins=loaders(**{name: loader}))
     assert said in str(caught.value)
     assert "\x1b" not in str(caught.value) + text

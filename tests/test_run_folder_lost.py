@@ -13,8 +13,8 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import StorageError, TrainingInterrupted
-from saekit.training.run_folder import RunFolderLostError, Standing
-from saekit.training.saving import Saving
+from saekit.runs.folder import RunFolderLostError, Standing
+from saekit.runs.saving import Saving
 from saekit.training.trainer import SAETrainer
 
 _ = one_thread
@@ -118,7 +118,7 @@ def test_nothing_can_be_saved_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     def full(run: Path) -> Path:
         raise StorageError("No space left on device")
 
-    monkeypatch.setattr("saekit.training.run.rescue_folder", full)
+    monkeypatch.setattr("saekit.runs.run.rescue_folder", full)
     at_step(3, lambda: renamed(tmp_path / "run"), monkeypatch)
     with pytest.raises(StorageError, match="was removed, renamed") as caught:
         train(fake_config(tmp_path))

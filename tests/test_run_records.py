@@ -12,8 +12,8 @@ from test_resume import fake_config, manager, one_thread, resume, stopped
 
 import saekit
 from saekit.errors import ConfigError, StorageError
-from saekit.training.checkpoints import Checkpoint, _seal, newest_checkpoint
-from saekit.training.run_folder import run_folder
+from saekit.runs.checkpoints import Checkpoint, _seal, newest_checkpoint
+from saekit.runs.folder import run_folder
 
 _ = one_thread
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from torch import Tensor
 
 import saekit
-from saekit.data.normalise import activation_scale
+from saekit.data.normalize import activation_scale
 from saekit.errors import ConfigError, DataError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput, geometric_median
-from saekit.sae.init import initialise
+from saekit.sae.init import initialize
 
 D_IN, D_SAE, N = 6, 14, 9
 
@@ -52,8 +52,8 @@ def loss_by_definition(sae: SAE, x: Tensor, step: int, dead: list[int]) -> float
     norms = [math.sqrt(sum(v * v for v in row)) for row in W_dec]
     total = 0.0
     for row in rows:
-        centred = [row[d] - b_dec[d] if c.apply_b_dec_to_input else row[d] for d in range(D_IN)]
-        pre = [sum(centred[d] * W_enc[d][j] for d in range(D_IN)) + b_enc[j] for j in range(D_SAE)]
+        centered = [row[d] - b_dec[d] if c.apply_b_dec_to_input else row[d] for d in range(D_IN)]
+        pre = [sum(centered[d] * W_enc[d][j] for d in range(D_IN)) + b_enc[j] for j in range(D_SAE)]
         f = [activation_of(c.activation, p) for p in pre]
         out = [sum(f[j] * W_dec[j][d] for j in range(D_SAE)) + b_dec[d] for d in range(D_IN)]
         scale = 1.0
@@ -168,35 +168,35 @@ def test_the_projection_takes_out_exactly_what_a_unit_decoder_cannot_follow() ->
     assert torch.allclose(removed, (before * sae.W_dec).sum(1, keepdim=True) * sae.W_dec)
 
 
-def initialised(sample: Tensor | None = None, **options: object) -> SAE:
+def initialized(sample: Tensor | None = None, **options: object) -> SAE:
     sae = random_sae(**options)
-    initialise(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3), sample)
+    initialize(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3), sample)
     return sae
 
 
-def test_initialisations() -> None:
-    plain = initialised()
+def test_initializations() -> None:
+    plain = initialized()
     bound = math.sqrt(6 / D_SAE)  # Kaiming-uniform of a [d_in, d_sae] matrix: fan_in is its second size
     assert plain.W_enc.abs().max() <= bound
     assert plain.W_enc.abs().max() > 0.8 * bound
     assert not plain.b_enc.any()
     assert not plain.b_dec.any()
-    orthogonal = initialised(decoder_orthogonal_init=True)
+    orthogonal = initialized(decoder_orthogonal_init=True)
     assert torch.allclose(orthogonal.W_dec.T @ orthogonal.W_dec, torch.eye(D_IN, dtype=torch.float64), atol=1e-6)
-    heuristic = initialised(decoder_heuristic_init=True)
+    heuristic = initialized(decoder_heuristic_init=True)
     assert torch.allclose(heuristic.W_dec.norm(dim=1), torch.full((D_SAE,), 0.1, dtype=torch.float64))
     assert (heuristic.W_dec < 0).any(), "directions of both signs"
-    normal = initialised(normalize_sae_decoder=True, init_encoder_as_decoder_transpose=True)
+    normal = initialized(normalize_sae_decoder=True, init_encoder_as_decoder_transpose=True)
     assert torch.allclose(normal.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
     assert torch.equal(normal.W_enc, normal.W_dec.T)
     normal.W_dec.data += 1
     assert not torch.equal(normal.W_enc, normal.W_dec.T), "a copy"
     x = batch() + 4
-    assert torch.allclose(initialised(x, b_dec_init_method="mean").b_dec, x.mean(0))
-    assert torch.allclose(initialised(x, b_dec_init_method="geometric_median").b_dec, geometric_median(x))
+    assert torch.allclose(initialized(x, b_dec_init_method="mean").b_dec, x.mean(0))
+    assert torch.allclose(initialized(x, b_dec_init_method="geometric_median").b_dec, geometric_median(x))
 
 
-def test_geometric_median_minimises_the_sum_of_distances() -> None:
+def test_geometric_median_minimizes_the_sum_of_distances() -> None:
     assert torch.allclose(
         geometric_median(torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]], dtype=torch.float64)),
         torch.ones(2, dtype=torch.float64),
@@ -241,7 +241,7 @@ def test_folded_is_unfolded(scale: float, options: dict) -> None:
 def test_the_activation_scale() -> None:
     x = batch() * 37
     assert (x * activation_scale(x)).norm(dim=1).mean().item() == pytest.approx(math.sqrt(D_IN))
-    with pytest.raises(DataError, match="mean norm of 0.0, so they cannot be normalised"):
+    with pytest.raises(DataError, match="mean norm of 0.0, so they cannot be normalized"):
         activation_scale(torch.zeros(3, 2))
 
 
@@ -404,14 +404,14 @@ def test_lambda_at_every_step_of_its_warm_up() -> None:
             )
 
 
-# ---- every mix of initialisations
+# ---- every mix of initializations
 
 
 @pytest.mark.parametrize("decoder", ["kaiming", "decoder_orthogonal_init", "decoder_heuristic_init"])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_mix_of_initialisations(decoder: str, transpose: bool, normalize: bool, dtype: str) -> None:
+def test_every_mix_of_initializations(decoder: str, transpose: bool, normalize: bool, dtype: str) -> None:
     options = {"normalize_sae_decoder": normalize, "init_encoder_as_decoder_transpose": transpose, "dtype": dtype}
     if decoder != "kaiming":
         options[decoder] = True
@@ -425,7 +425,7 @@ def test_every_mix_of_initialisations(decoder: str, transpose: bool, normalize: 
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     for parameter in sae.parameters():
         parameter.data.fill_(9)
-    initialise(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3))
+    initialize(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3))
     W_enc, W_dec = sae.W_enc.detach().double(), sae.W_dec.detach().double()
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
@@ -496,7 +496,7 @@ def test_b_dec_of_scaled_activations(dtype: str, scale: float) -> None:
     }.items():
         sae = random_sae(b_dec_init_method=method, dtype=dtype)
         sample = None if method == "zeros" else x
-        initialise(dict(sae.named_parameters()), sae.config, torch.Generator(), sample, scale)
+        initialize(dict(sae.named_parameters()), sae.config, torch.Generator(), sample, scale)
         assert sae.b_dec.detach().numpy() == pytest.approx(expected * scale, rel=1e-6)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit.errors import SAEFormatError, StorageError
+from saekit.files.storage import new_folder, write_text
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE
-from saekit.storage import new_folder, write_text
 
 
 def make(
@@ -190,7 +190,7 @@ def replace_tensor(name: str, value: torch.Tensor | None) -> object:
         (lambda f: (f / "sae_weights.safetensors").unlink(), SAEFormatError, "has no file 'sae_weights.safetensors'"),
         (lambda f: (f / "cfg.json").write_text("{"), SAEFormatError, "cfg.json in .* is not valid JSON"),
         (lambda f: (f / "cfg.json").write_text("[]"), SAEFormatError, "holds list, expected an object"),
-        (lambda f: (f / "cfg.json").unlink(), SAEFormatError, "no loader recognises"),
+        (lambda f: (f / "cfg.json").unlink(), SAEFormatError, "no loader recognizes"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, change: object, error: type[Exception], message: str) -> None:

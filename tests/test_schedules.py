@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.cosine_restarts import CosineRestartsConfig
+from saekit_plugins.schedules.cosine import CosineConfig
+from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 
 import saekit
-from saekit.config import OptimiserConfig, TrainingConfig
+from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import ConfigError
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 
 LR = 3.0
@@ -93,16 +93,16 @@ def test_values_by_hand() -> None:
     assert [composed("constant", 3, 1, 2)(t) for t in range(3)] == [3.0, 3.0, 1.5]
 
 
-def test_the_optimiser_steps_at_the_rate_of_its_step() -> None:
+def test_the_optimizer_steps_at_the_rate_of_its_step() -> None:
     """With a gradient of 1 and no momentum, Adam's step is the learning rate."""
     schedule = composed(CosineConfig(end=0.5), 12, 3, 4)
     weight = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    optimiser = Optimiser([("w", weight)], OptimiserConfig(eps=1e-30, clip_grad_norm=0), schedule)
+    optimizer = Optimizer([("w", weight)], OptimizerConfig(eps=1e-30, clip_grad_norm=0), schedule)
     for step, rate in enumerate(closed_form("cosineannealing", 0.5, 1, 12, 3, 4)):
         before = weight.detach().clone()
         weight.grad = torch.ones_like(weight)
-        optimiser.step(step)
-        assert optimiser.lr == pytest.approx(rate)
+        optimizer.step(step)
+        assert optimizer.lr == pytest.approx(rate)
         assert (before - weight.detach()).tolist() == pytest.approx([rate] * 5, rel=1e-9), step
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saekit.data.shared import ForwardsReader, SharedForwards
 from saekit.protocols import ModelBackend
+from saekit.runs.session import end_lane
 from saekit.testing import FakeBackend
-from saekit.training.session import end_lane
 
 FIRST, LAST, HEADS = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
 

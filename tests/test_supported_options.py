@@ -13,8 +13,8 @@ import attrs
 import pytest
 from every_config import EveryKind, Inner
 
-from saekit.converter import unsupported_options
-from saekit.describe import describe_fields
+from saekit.config.converter import unsupported_options
+from saekit.config.describe import describe_fields
 
 if TYPE_CHECKING:
     import decimal

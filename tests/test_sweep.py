@@ -29,22 +29,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
-from saekit_plugins.cosine import CosineConfig
-from saekit_plugins.live import LiveConfig
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.schedules.cosine import CosineConfig
+from saekit_plugins.sources.live import LiveConfig
 from tiny import run_config
 from torch import Tensor
 
 import saekit
 from saekit.analysis.sweep import plot_sweep
-from saekit.config_files import dump_config, parse_grid
+from saekit.config.files import dump_config, parse_grid
 from saekit.data.shared import SharedForwards
 from saekit.errors import ConfigError, DivergedError, TrainingInterrupted
+from saekit.runs import session
+from saekit.runs.summary import summary_table
+from saekit.runs.sweep import changed_options, member_names, short_names
 from saekit.sae import SAE, StepInput, StepOutput
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
-from saekit.training import session
-from saekit.training.summary import summary_table
-from saekit.training.sweep import changed_options, member_names, short_names
 
 DOCUMENTS = [{"text": "".join(f"value_{n}_{k} = {n * k}\n" for k in range(n % 7 + 12))} for n in range(150)]
 Changes = Mapping[str, Mapping[str, Any]]
@@ -182,7 +182,7 @@ VARIANTS: dict[str, Changes] = {
     "fewer tokens": {"training": {"training_tokens": 450}},
     "more tokens": {"training": {"training_tokens": 1900}},
     "fine-tuning": {"training": {"finetuning_tokens": 500, "finetuning_method": "scale"}},
-    "normalised": {"activations": {"normalize_activations": "expected_average_only_in"}},
+    "normalized": {"activations": {"normalize_activations": "expected_average_only_in"}},
     "mean": {"sae": {"b_dec_init_method": "mean"}},
     "median": {"sae": {"b_dec_init_method": "geometric_median"}, "training": {"seed": 7}},
     "noise": {"sae": {"noise_scale": 0.3}},
@@ -195,7 +195,7 @@ VARIANTS: dict[str, Changes] = {
     "architecture and seed": {"sae": {"name": "test:gain", "d_sae": 12}, "training": {"seed": 7}},
     "double": {"sae": {"dtype": "float64"}},
     "autocast": {"training": {"autocast": True}},
-    "optimiser": {"optimiser": {"beta1": 0.9, "clip_grad_norm": 0.1}},
+    "optimizer": {"optimizer": {"beta1": 0.9, "clip_grad_norm": 0.1}},
     "more evals": {"evals": {"every_n_steps": 2, "n_contexts": 3}},
     "no evals": {"evals": {"run": []}},
     "fewer lines": {"training": {"log_frequency": 3}},
@@ -238,7 +238,7 @@ def test_each_ends_as_if_it_were_alone_on_cached_activations(tmp_path: Path) -> 
         "no thread": {"activations": {"source": {"name": "cached", "folder": place, "prefetch": False}}},
         "live": {"activations": {"source": {"name": "live", "n_batches_in_buffer": 8}}},
     }
-    chosen = ("plain", "hook", "one head", "seed and hook", "batch size", "fewer tokens", "fine-tuning", "normalised",
+    chosen = ("plain", "hook", "one head", "seed and hook", "batch size", "fewer tokens", "fine-tuning", "normalized",
               "median", "architecture and seed")  # fmt: skip
     configs = [
         changed(base, changes) for changes in ({name: VARIANTS[name] for name in chosen} | other_sources).values()
@@ -814,10 +814,10 @@ def test_the_picture(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in lines] == [[r["l0"] for r in GRID[n::2]] for n in (0, 1)], (
         "along the penalty"
     )
-    assert len({line.get_color() for line in lines}) == 2, "coloured by learning rate"
+    assert len({line.get_color() for line in lines}) == 2, "colored by learning rate"
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["lr = 0.0001", "lr = 0.0003"]
-    assert figure.get_suptitle() == "8 SAEs    numbers at the points and lines: l1_coefficient    colours: lr"
+    assert figure.get_suptitle() == "8 SAEs    numbers at the points and lines: l1_coefficient    colors: lr"
     assert left.get_xscale() == "log"
     ticks = [t.get_text() for t, x in zip(left.get_xticklabels(), left.get_xticks(), strict=True) if 15 < x < 250]
     assert ticks == ["20", "50", "100", "200"]

@@ -11,9 +11,9 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.tanh_relu import TanhReluConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.activations.tanh_relu import TanhReluConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_saved import READER, sae_lens_python
@@ -21,14 +21,14 @@ from tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimiserConfig, SAEConfig, TrainingConfig
+from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.pretrained.load import build_module
 from saekit.sae import SAE, StepInput
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
 FOLDER = Path(__file__).parent / "golden_topk"
@@ -89,7 +89,7 @@ class Golden:
         )  # fmt: skip
         return SAETrainer(
             name="golden", sae=sae, site=Site(), training=training, generator=torch.Generator(), device="cpu",
-            optimiser=Optimiser(sae.named_parameters(), OptimiserConfig(beta1=beta1), lambda step: lr),
+            optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=beta1), lambda step: lr),
             firing=FiringStatistics(128, dead_after=window, window=1000, device="cpu"), scale=scale,
         )  # fmt: skip
 

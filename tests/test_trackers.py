@@ -19,13 +19,13 @@ import attrs
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from saekit_plugins.wandb import WandbConfig, WandbTracker
+from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from tiny import run_config
 
 import saekit
 from saekit.errors import PluginFailedError
 from saekit.protocols import Histogram, RunInfo, Tracker
-from saekit.training.trackers import start_trackers
+from saekit.runs.trackers import start_trackers
 
 HISTOGRAM = Histogram((1, 5, 2), (-1.0, 0.0, 0.5, 2.0))
 
@@ -356,7 +356,7 @@ def test_wandb_gets_no_checkpoint_unless_asked_for(tmp_path: Path) -> None:
 
 QUIET = """
 import pathlib, sys
-from saekit_plugins.wandb import WandbConfig, WandbTracker
+from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from saekit import RunInfo
 folder = pathlib.Path(sys.argv[1])
 (folder / "sae").mkdir()

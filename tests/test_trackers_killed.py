@@ -20,11 +20,11 @@ from test_tracker_threads import SOON, Recorder, Uploader, raises, waits
 import saekit
 from saekit.errors import ConfigError
 from saekit.protocols import Histogram, RunInfo
+from saekit.runs import trackers as under_test
+from saekit.runs.checkpoints import newest_checkpoint
+from saekit.runs.trackers import Trackers, settle_all
+from saekit.runs.waiting import Record, waiting_of, waiting_state
 from saekit.testing import fake_plugin
-from saekit.training import trackers as under_test
-from saekit.training.checkpoints import newest_checkpoint
-from saekit.training.trackers import Trackers, settle_all
-from saekit.training.waiting import Record, waiting_of, waiting_state
 
 _ = one_thread
 
@@ -121,9 +121,9 @@ def test_a_tracker_that_hangs_does_not_hold_training_up(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One wait, however many checkpoints; then all that it was given is in each."""
-    monkeypatch.setattr("saekit.training.saving._SECONDS_FOR_TRACKERS", 0.7)
+    monkeypatch.setattr("saekit.runs.saving._SECONDS_FOR_TRACKERS", 0.7)
     close = under_test.close_all
-    monkeypatch.setattr("saekit.training.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
+    monkeypatch.setattr("saekit.runs.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
     slow = Recorder(on_log=waits(gate))
     own = manager(None, fake_plugin("trackers", "slow", build=lambda config, run: slow))
     settled: list[float] = []
@@ -134,7 +134,7 @@ def test_a_tracker_that_hangs_does_not_hold_training_up(
         settle(*arguments)
         settled.append(time.monotonic() - begun)
 
-    monkeypatch.setattr("saekit.training.saving.settle_all", timed)
+    monkeypatch.setattr("saekit.runs.saving.settle_all", timed)
     sections = fake_config(tmp_path, checkpoints={"name": "run", "every_minutes": 1e-9}) | {"trackers": ["slow"]}
     with pytest.warns(RuntimeWarning, match="tracker test:slow did not end within 0.1 s"):
         train(sections, plugins=own)
@@ -317,15 +317,15 @@ def test_a_run_is_finished_when_its_trackers_are(
 ) -> None:
     """One that is left behind is handed the rest when the run goes on, for which there is nothing else to do."""
     close = under_test.close_all
-    monkeypatch.setattr("saekit.training.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
-    monkeypatch.setattr("saekit.training.saving._SECONDS_FOR_TRACKERS", 0.1)
+    monkeypatch.setattr("saekit.runs.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
+    monkeypatch.setattr("saekit.runs.saving._SECONDS_FOR_TRACKERS", 0.1)
     slow = [Recorder(on_log=waits(gate)), (second := Recorder())]
     own = manager(None, fake_plugin("trackers", "slow", build=lambda config, run: slow.pop(0)))
     with pytest.warns(RuntimeWarning, match=r"tracker test:slow did not end within 0.1 s and is left behind with 12"):
         train(fake_config(tmp_path) | {"trackers": ["slow"]}, plugins=own)
     assert not newest_checkpoint(tmp_path / "run").facts["finished"]
     before = contents(tmp_path / "run")
-    monkeypatch.setattr("saekit.training.run.close_all", close)
+    monkeypatch.setattr("saekit.runs.run.close_all", close)
     resume(tmp_path / "run", plugins=own)
     assert second.steps == [*range(1, 12), 11, 11]
     assert newest_checkpoint(tmp_path / "run").facts["finished"]

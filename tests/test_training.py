@@ -27,9 +27,9 @@ from saekit.errors import (
     SAEFormatError,
     TrainingInterrupted,
 )
+from saekit.runs.trackers import Trackers
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.trackers import Trackers
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -99,8 +99,8 @@ def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
         assert result.sae.info.metadata["model_class_name"] == "HookedTransformer"
     config["site"]["hook_head_index"] = 1
     assert saekit.train(config, model=hooked_transformer(), dataset=documents).sae.d_in == 8
-    tokenised = [{"tokens": list(range(1, 200))} for _ in range(40)]
-    assert saekit.train(config, model=hooked_transformer(), dataset=tokenised).sae.d_in == 8
+    tokenized = [{"tokens": list(range(1, 200))} for _ in range(40)]
+    assert saekit.train(config, model=hooked_transformer(), dataset=tokenized).sae.d_in == 8
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     assert all(set(tokens.unique().tolist()) == {0, 5} for tokens in training)
 
 
-def test_normalised_training_does_not_see_the_size_of_activations(tmp_path: Path) -> None:
+def test_normalized_training_does_not_see_the_size_of_activations(tmp_path: Path) -> None:
     """The same model with activations 50 times as large: the same features, and raw activations to use them on."""
 
     def run(size: float) -> saekit.TrainResult:

@@ -20,23 +20,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saekit_plugins.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from test_training import hashes, lines
 from tiny import run_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
-from saekit.config import OptimiserConfig, TrainingConfig
+from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import ConfigError, TrainingInterrupted
 from saekit.pretrained.load import build_module
 from saekit.protocols import Histogram
 from saekit.sae import SAE, StepInput
-from saekit.sae.init import initialise
+from saekit.sae.init import initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import eval_metrics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
@@ -58,7 +58,7 @@ def make_trainer(
     *,
     device: str = "cpu",
     asleep: int = 0,
-    optimiser: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     **sae: Any,
 ) -> SAETrainer:
@@ -66,7 +66,7 @@ def make_trainer(
     plugins = saekit.default_manager()
     options = StandardConfig(**{"d_sae": D_SAE, "dtype": "float64", "l1_coefficient": 0.5, **sae})
     module = build_module(plugins.find("sae_architectures", options), options, D_IN, plugins)
-    initialise(dict(module.named_parameters()), module.config, torch.Generator().manual_seed(0))
+    initialize(dict(module.named_parameters()), module.config, torch.Generator().manual_seed(0))
     module.b_enc.data[:asleep] = -30
     module.to(device)
     config = TrainingConfig(
@@ -86,7 +86,7 @@ def make_trainer(
         name="sae",
         sae=module,
         site=saekit.Site(),
-        optimiser=Optimiser(module.named_parameters(), OptimiserConfig(**(optimiser or {})), schedule),
+        optimizer=Optimizer(module.named_parameters(), OptimizerConfig(**(optimizer or {})), schedule),
         firing=FiringStatistics(
             D_SAE, dead_after=config.dead_feature_window, window=config.feature_sampling_window, device=device
         ),
@@ -142,14 +142,14 @@ def test_clipping_is_torchs(size: float, clip: float, dtype: str) -> None:
     )
     unused = nn.Parameter(torch.zeros(3, dtype=getattr(torch, dtype)))  # has no gradient
     named = [(str(number), parameter) for number, parameter in enumerate([*own, unused])]
-    optimiser = Optimiser(named, OptimiserConfig(clip_grad_norm=clip, eps=1.0), lambda step: 0.5)
+    optimizer = Optimizer(named, OptimizerConfig(clip_grad_norm=clip, eps=1.0), lambda step: 0.5)
     adam = torch.optim.Adam(theirs, lr=0.5, betas=(0.0, 0.999), eps=1.0)
     total = 0.0
     for a, b in zip(own, theirs, strict=True):
         a.grad = (torch.randn(a.shape, generator=generator) * size).to(a)
         b.grad = a.grad.clone()
         total += a.grad.double().pow(2).sum().item()
-    norm = optimiser.step(0)
+    norm = optimizer.step(0)
     assert norm.item() == pytest.approx(math.sqrt(total), rel=1e-5), "the norm before clipping"
     if clip:
         assert nn.utils.clip_grad_norm_(theirs, clip).item() == pytest.approx(norm.item(), rel=1e-6)
@@ -163,7 +163,7 @@ def test_clipping_is_torchs(size: float, clip: float, dtype: str) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_logged_norm_is_that_of_the_projected_gradient_before_clipping(normalize: bool) -> None:
     options = {"normalize_sae_decoder": normalize}
-    first, second, third = (make_trainer(optimiser={"clip_grad_norm": clip}, **options) for clip in (1e-3, 0.0, 1e9))
+    first, second, third = (make_trainer(optimizer={"clip_grad_norm": clip}, **options) for clip in (1e-3, 0.0, 1e9))
     x = rows(100)
     first.sae.training_step(x, StepInput(step=0, generator=torch.Generator()))
     first.sae.before_update()
@@ -354,7 +354,7 @@ def test_autocast_runs_the_products_in_bfloat16(device: str, options: dict[str, 
         assert set(products.dtypes) == {wanted}
         for name, value in trainer.sae.named_parameters():
             assert value.dtype == torch.float32, name
-        for name, state in trainer.optimiser.state_dict().items():
+        for name, state in trainer.optimizer.state_dict().items():
             assert {state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}, name
         runs[autocast] = (weights(trainer), metrics[-1])
     assert runs[True][1]["losses/overall_loss"] == pytest.approx(runs[False][1]["losses/overall_loss"], rel=0.02)

@@ -68,8 +68,8 @@ def metadata(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (permuted, "has another: the tokens of their vocabularies are not the same. Pretokenise for this model"),
-        (without_merges, "has another: the same text has other token ids. Pretokenise for this model"),
+        (permuted, "has another: the tokens of their vocabularies are not the same. Pretokenize for this model"),
+        (without_merges, "has another: the same text has other token ids. Pretokenize for this model"),
     ],
 )
 def test_another_tokenizer_of_equal_size_is_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saekit_plugins.wandb import WandbConfig, WandbTracker
+from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from test_trackers import fake_wandb, needs_wandb, read_back, wandb_data
 
 import saekit

@@ -14,11 +14,11 @@ import test_resume
 from test_save_places import make, other, thesis
 
 import saekit
-from saekit import names, storage
 from saekit.errors import ConfigError, StorageError
-from saekit.names import fault_of_name, made_name
+from saekit.files import names, storage
+from saekit.files.names import fault_of_name, made_name
+from saekit.runs.folder import run_folder
 from saekit.sae import SAE
-from saekit.training.run_folder import run_folder
 
 one_thread = test_resume.one_thread
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import saekit_plugins.hooked_transformer as backend_plugin
+import saekit_plugins.backends.hooked_transformer as backend_plugin
 import torch
 
 TOKENIZER = Path(backend_plugin.__file__).parent / "tiny_python"

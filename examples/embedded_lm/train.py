@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saekit.data.stdlib import stdlib_documents
 
-OUT = Path(__file__).parents[2] / "plugins/saekit_plugins/tiny_python"
+OUT = Path(__file__).parents[2] / "plugins/saekit_plugins/backends/tiny_python"
 BOS = "<|endoftext|>"
 
 
@@ -83,20 +83,20 @@ def train(model: HookedTransformer, rows: torch.Tensor, steps: int, batch: int, 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     start, order = time.monotonic(), torch.empty(0, dtype=torch.long)
     for step in range(steps):
         done = step / steps
         if len(order) < batch:
             order = torch.randperm(len(rows), generator=generator)
         picked, order = order[:batch], order[batch:]
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * min(done / 0.02, 0.5 * (1 + math.cos(math.pi * done))) + 1e-6
         loss = model(rows[picked], return_type="loss")
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         if step % 100 == 0:
             rate = (step + 1) * batch * rows.shape[1] / (time.monotonic() - start)
             print(f"step {step:5d}  {done:5.1%}  loss {loss.item():.3f}  {rate:,.0f} tokens/s", flush=True)
@@ -137,7 +137,7 @@ on the sources of the standard library of Python {python}, without its tests ({t
 
 That is {bits:.3f} bits per byte. Weights are stored in float16 with the layer norms folded in (`LNPre`).
 Its purpose is to be small and real: it has learned Python's tokens, indentation, keywords, docstrings and names, and
-little else. Trained on, and licensed like, Python's standard library (PSF licence); see `LICENSE` for saekit itself.
+little else. Trained on, and licensed like, Python's standard library (PSF license); see `LICENSE` for saekit itself.
 """
 
 

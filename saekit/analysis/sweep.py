@@ -12,7 +12,7 @@ import attrs
 __all__ = ["plot_sweep"]
 
 _PANELS = {"explained_variance": "Explained variance", "ce_recovered": "CE recovered"}
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#4d4d4d")  # Okabe and Ito
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a3d9a", "#4d4d4d")  # Okabe and Ito
 _MARKERS = "os^Dv<>pPX"
 _OFFSETS = (
     (6, 4),
@@ -35,7 +35,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], options: Mapping[str, str], to
     """L0 against explained variance and against CE recovered, a point for each SAE, as a PNG at ``to``.
 
     ``rows`` are those of :attr:`saekit.SweepResult.summary`, and ``options`` the columns that were changed, each with
-    the name it is shown under.  Points are connected along the option that changes L0 the most, and coloured by
+    the name it is shown under.  Points are connected along the option that changes L0 the most, and colored by
     another; what cannot be drawn is named.  None when no row has the numbers.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -73,8 +73,8 @@ class _Look:
     names: Mapping[str, str]
     along: str | None
     """Its values label the points, and lines connect them."""
-    colours: Mapping[Any, str]
-    colour: str | None
+    colors: Mapping[Any, str]
+    color: str | None
     markers: Mapping[Any, str]
     marker: str | None
 
@@ -87,14 +87,14 @@ class _Look:
         if along is not None and not spreads[along]:
             along = None
         others = sorted((o for o in names if o != along), key=lambda option: -len(_values(rows, option)))
-        colour, marker, *_ = [*others, None, None]
+        color, marker, *_ = [*others, None, None]
         if marker is not None and len(_values(rows, marker)) > len(_MARKERS):
             marker = None
         return cls(
             names,
             along,
-            _palette(_values(rows, colour), _numeric(rows, colour)) if colour else {},
-            colour,
+            _palette(_values(rows, color), _numeric(rows, color)) if color else {},
+            color,
             dict(zip(_values(rows, marker), _MARKERS, strict=False)) if marker else {},
             marker,
         )
@@ -102,7 +102,7 @@ class _Look:
     def style(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """How the point of ``row`` looks."""
         return {
-            "color": self.colours[_key(row[self.colour])] if self.colour else _COLOURS[0],
+            "color": self.colors[_key(row[self.color])] if self.color else _COLORS[0],
             "marker": self.markers[_key(row[self.marker])] if self.marker else "o",
         }
 
@@ -114,7 +114,7 @@ class _Look:
     @property
     def by_name(self) -> bool:
         """Whether nothing else tells the SAEs apart."""
-        return self.along is None and (not self.names or not set(self.names) <= {self.colour, self.marker})
+        return self.along is None and (not self.names or not set(self.names) <= {self.color, self.marker})
 
     def caption(self, number: int) -> str:
         parts = [f"{number} SAE{'s' if number > 1 else ''}"]
@@ -122,7 +122,7 @@ class _Look:
             parts.append(f"numbers at the points and lines: {self.names[self.along]}")
         elif self.by_name:
             parts.append("at the points: names")
-        shown = (("colours", self.colour), ("shapes", self.marker))
+        shown = (("colors", self.color), ("shapes", self.marker))
         parts += [f"{what}: {self.names[option]}" for what, option in shown if option]
         return "    ".join(parts)
 
@@ -192,10 +192,10 @@ def _inside(box: Any, outer: Any) -> bool:
 
 
 def _legend(look: _Look) -> Iterator[Any]:
-    """An entry for each colour and for each shape."""
+    """An entry for each color and for each shape."""
     from matplotlib.lines import Line2D
 
-    for option, styles, what in ((look.colour, look.colours, "color"), (look.marker, look.markers, "marker")):
+    for option, styles, what in ((look.color, look.colors, "color"), (look.marker, look.markers, "marker")):
         shown = list(styles.items())
         if len(shown) > _MOST_ENTRIES:  # they are in an order, so a few of them tell
             shown = shown[:: -(-len(shown) // _MOST_ENTRIES)]
@@ -223,12 +223,12 @@ def _note(left: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _palette(values: Sequence[Any], numeric: bool) -> dict[Any, str]:
-    """A colour for each value: from dark to light for numbers, as different as can be for others."""
+    """A color for each value: from dark to light for numbers, as different as can be for others."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    if len(values) <= 2 or (not numeric and len(values) <= len(_COLOURS)):
-        return dict(zip(values, _COLOURS, strict=False))
+    if len(values) <= 2 or (not numeric and len(values) <= len(_COLORS)):
+        return dict(zip(values, _COLORS, strict=False))
     shades = colormaps["viridis" if numeric else "turbo"]
     return {value: to_hex(shades(0.9 * index / (len(values) - 1))) for index, value in enumerate(values)}
 

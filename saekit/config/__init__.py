@@ -2,7 +2,7 @@
 
 Fields made by :func:`plugin_field` hold a plugin's key (``"cosine"``, ``"saekit:cosine"``) or an instance of its own
 options class (``CosineConfig(end=0.1)``); in those made by :func:`path_field`, ``~`` is expanded.
-:mod:`saekit.converter` reads, checks and writes all of it.
+:mod:`saekit.config.converter` reads, checks and writes all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from saekit.config.fields import (
     plugin_field,
 )
 from saekit.config.model import ModelConfig
-from saekit.config.optimizer import OptimiserConfig
+from saekit.config.optimizer import OptimizerConfig
 from saekit.config.pretokenize import PretokenizeConfig
 from saekit.config.run import TrainConfig
 from saekit.config.sae import SAEConfig
@@ -46,7 +46,7 @@ __all__ = [
     "Dtype",
     "EvalsConfig",
     "ModelConfig",
-    "OptimiserConfig",
+    "OptimizerConfig",
     "PluginChoice",
     "PretokenizeConfig",
     "SAEConfig",

@@ -37,16 +37,16 @@ class DatasetConfig:
     column: str | None = None
     """The column to read.  None: the first of `tokens`, `input_ids` and `text` that is there."""
     context_size: int | None = attrs.field(default=None, validator=check(lambda v: v >= 2, "2 or more", most=2**24))
-    """Tokens in a context, the prepended ones included.  None: that of pretokenised data, else 128."""
+    """Tokens in a context, the prepended ones included.  None: that of pretokenized data, else 128."""
     prepend_bos: bool | None = None
-    """Begin every context with the BOS token, exactly once.  None: as pretokenised data does, else true."""
+    """Begin every context with the BOS token, exactly once.  None: as pretokenized data does, else true."""
     begin_batch_token: Token | None = attrs.field(default=None, validator=_token)
     """The token that begins every context when `prepend_bos` is off: `bos`, `eos`, `sep`, an id, or `none`.  None: as
-    in pretokenised data, else `none`."""
+    in pretokenized data, else `none`."""
     begin_sequence_token: Token | None = attrs.field(default=None, validator=_token)
-    """The token put before each document.  None: as in pretokenised data, else `none`."""
+    """The token put before each document.  None: as in pretokenized data, else `none`."""
     sequence_separator_token: Token | None = attrs.field(default=None, validator=_token)
-    """The token put between two documents.  None: as in pretokenised data, else `bos`."""
+    """The token put between two documents.  None: as in pretokenized data, else `bos`."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
     """When the text ends before training does: read it again, end training cleanly, or fail."""
 

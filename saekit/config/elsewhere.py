@@ -13,7 +13,7 @@ from saekit.config.kinds import inner_class
 from saekit.config.sae_lens_names import SAE_LENS
 
 if TYPE_CHECKING:
-    from saekit.manager import PluginManager
+    from saekit.plugins.manager import PluginManager
 
 __all__ = ["UnknownOption", "option_paths"]
 

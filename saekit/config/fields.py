@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 import attrs
 
 from saekit.errors import ConfigError
-from saekit.names import is_free_in_run
-from saekit.paths import expanded
+from saekit.files.names import is_free_in_run
+from saekit.files.paths import expanded
 
 __all__ = [
     "ALWAYS_TRACKED",

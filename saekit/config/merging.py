@@ -13,7 +13,7 @@ from saekit.config.kinds import inner_class, is_class
 from saekit.errors import ConfigError, SaekitError
 
 if TYPE_CHECKING:
-    from saekit.manager import PluginManager
+    from saekit.plugins.manager import PluginManager
 
 __all__ = ["Place", "set_option", "tables"]
 
@@ -92,7 +92,7 @@ def merged(old: Any, new: Any, place: Place) -> Any:
 
 def tables(value: Any, plugins: PluginManager) -> Any:
     """A copy of tables, in which options objects of plugins are tables too, so that options can be set in them."""
-    from saekit.converter import ConfigConverter
+    from saekit.config.converter import ConfigConverter
 
     if isinstance(value, Mapping):
         return {key: tables(item, plugins) for key, item in value.items()}

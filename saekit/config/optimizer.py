@@ -6,11 +6,11 @@ import attrs
 
 from saekit.config.fields import at_least_0, below_1, positive
 
-__all__ = ["OptimiserConfig"]
+__all__ = ["OptimizerConfig"]
 
 
 @attrs.frozen(kw_only=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """Adam."""
 
     beta1: float | None = attrs.field(default=None, validator=below_1)

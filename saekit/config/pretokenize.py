@@ -36,7 +36,7 @@ class PretokenizeConfig:
     seed: int = attrs.field(default=42, validator=a_seed)
     """Seeds the shuffle."""
     num_proc: int = attrs.field(default=1, validator=check(lambda v: v >= 1, "1 or more", most=1024))
-    """Processes that tokenise."""
+    """Processes that tokenize."""
     max_contexts: int | None = attrs.field(default=None, validator=at_least_1)
     """Stop after this many contexts.  None: all of the data."""
     verbose: bool = True

@@ -10,7 +10,7 @@ from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
-from saekit.config.optimizer import OptimiserConfig
+from saekit.config.optimizer import OptimizerConfig
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
 from saekit.site import Site
@@ -32,7 +32,7 @@ class TrainConfig:
     """From contexts to shuffled batches."""
     sae: PluginChoice = plugin_field("sae_architectures", "saekit:standard")
     """The SAE's architecture and its options."""
-    optimiser: OptimiserConfig = attrs.field(factory=OptimiserConfig)
+    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
     """Adam."""
     lr_schedule: PluginChoice = plugin_field("lr_schedules", "saekit:constant")
     """The learning rate between warm-up and decay."""

@@ -17,7 +17,7 @@ class SAEConfig:
     """What every SAE architecture has.  Architecture plugins derive their options from this class."""
 
     adam_beta1: ClassVar[float] = 0.0
-    """What `optimiser.beta1` is for this architecture unless it is set."""
+    """What `optimizer.beta1` is for this architecture unless it is set."""
 
     d_in: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""

@@ -41,9 +41,9 @@ SAE_LENS: dict[str, str] = {
     # training
     "total_training_tokens": "training.training_tokens",
     "train_batch_size": "training.train_batch_size_tokens",
-    "optimizer": "optimiser",
-    "adam_beta1": "optimiser.beta1",
-    "adam_beta2": "optimiser.beta2",
+    "optimizer": "optimizer",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
     "lr_scheduler": "lr_schedule",
     "lr_scheduler_name": "lr_schedule",
     "lr_end": "lr_schedule.end, of the cosine schedules",

@@ -172,7 +172,7 @@ def _nested(kind: Any) -> list[type]:
 
 def _default(field: attrs.Attribute[Any], kind: Any) -> str | None:
     """Why the default would not come back from a file, or None."""
-    from saekit.converter import ConfigConverter
+    from saekit.config.converter import ConfigConverter
 
     default: Any = field.default
     if default is attrs.NOTHING:

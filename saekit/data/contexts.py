@@ -252,7 +252,7 @@ class ContextStream:
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
             raise DataError(
                 f"document {number} holds the token id {bad}, but the vocabulary ends at "
-                f"{self._d_vocab - 1}: the data was tokenised for another model"
+                f"{self._d_vocab - 1}: the data was tokenized for another model"
             )
         return tokens
 

@@ -29,11 +29,11 @@ class Corpus:
     dataset: Any = None
     """A dataset in memory, in place of ``config.path``."""
     packed: Packed | None = None
-    """How pretokenised contexts were made; else None."""
+    """How pretokenized contexts were made; else None."""
 
     @classmethod
     def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None) -> Corpus:
-        """The corpus of a configuration.  Contexts that are pretokenised say themselves how they were made.
+        """The corpus of a configuration.  Contexts that are pretokenized say themselves how they were made.
 
         :class:`ConfigError` names each option that contradicts them.
         """
@@ -93,7 +93,7 @@ class Corpus:
 
     @property
     def holds_out_documents(self) -> bool:
-        """Whether the documents of pretokenised contexts are known, and enough, so that whole ones can be held out."""
+        """Whether the documents of pretokenized contexts are known, and enough, so that whole ones can be held out."""
         return self.packed is not None and self.packed.documents >= max(self.evals.held_out_every, 1)
 
     def held_out(self, backend: ModelBackend, seed: int) -> Tensor:
@@ -136,7 +136,7 @@ class Corpus:
                 "its own in evals.split"
             )
         if self.packed is not None and self.evals.split is None and not self.holds_out_documents:
-            why, instead = f"{self.packed.file} does not say which documents they are from", "Pretokenise anew, which "
+            why, instead = f"{self.packed.file} does not say which documents they are from", "Pretokenize anew, which "
             instead += "notes the documents, or name a split of its own in evals.split"
             if known := self.packed.documents:
                 why = f"they are from {known:,} documents in all, too few to hold out one in that many"
@@ -172,7 +172,7 @@ def _contradictions(path: str, stated: Mapping[str, Any], made: Mapping[str, Any
     same_begin = _begin(stated) == _begin(made)
     return [
         (f"dataset.{name}", f"is {value!r}, but the contexts of {path!r} were made with {made[name]!r}; leave it out, "
-         "or pretokenise anew")
+         "or pretokenize anew")
         for name, value in stated.items()
         if value is not None and value != made[name]
         and not (same_begin and name in ("prepend_bos", "begin_batch_token"))
@@ -195,5 +195,5 @@ def _check_ids(documents: Documents, policy: TokenPolicy, reader: Reader) -> Non
     if max(first) > last or min(first) < 0:
         raise DataError(
             f"document 0 holds the token id {max(first) if max(first) > last else min(first)}, but the vocabulary "
-            f"of {reader.name} ends at {last}: the data was tokenised for another model"
+            f"of {reader.name} ends at {last}: the data was tokenized for another model"
         )

@@ -20,10 +20,10 @@ from saekit.reasons import reason
 __all__ = ["DOCUMENT_IDS", "POLICY_DEFAULTS", "PRETOKENIZED", "Packed", "Reader", "held_documents"]
 
 PRETOKENIZED = "saekit.json"
-"""The file beside pretokenised contexts that says how they were made."""
+"""The file beside pretokenized contexts that says how they were made."""
 _OF_SAE_LENS = "sae_lens.json"
 DOCUMENT_IDS = "document_ids"
-"""The column of pretokenised contexts that has the documents each is from."""
+"""The column of pretokenized contexts that has the documents each is from."""
 POLICY_DEFAULTS: Mapping[str, Any] = {
     "context_size": 128,
     "prepend_bos": True,
@@ -122,13 +122,13 @@ class Packed:
         if self.vocab_size > reader.d_vocab:
             raise DataError(
                 f"{where} were made with a tokenizer of {self.vocab_size} tokens, but {reader.name} knows "
-                f"{reader.d_vocab}: pretokenise for this model"
+                f"{reader.d_vocab}: pretokenize for this model"
             )
         theirs, own = self.token_ids, policy.token_ids()
         if theirs is not None and dict(theirs) != own:
             raise DataError(
                 f"{where} were made with the tokenizer {self.tokenizer!r}, and the tokens that were put in "
-                f"are {dict(theirs)}; for {reader.name} they are {own}: pretokenise for this model"
+                f"are {dict(theirs)}; for {reader.name} they are {own}: pretokenize for this model"
             )
         if first is not None and not isinstance(first, str):
             self._check_first(first, policy, reader)
@@ -137,19 +137,19 @@ class Packed:
             if difference is not None:
                 raise DataError(
                     f"{where} were made with the tokenizer {self.tokenizer!r}, and {reader.name} has another: "
-                    f"{difference}. Pretokenise for this model"
+                    f"{difference}. Pretokenize for this model"
                 )
 
     def _check_first(self, first: Sequence[int], policy: TokenPolicy, reader: Reader) -> None:
         if len(first) != policy.context_size:
             raise DataError(
                 f"the first context of {self.path!r} has {len(first)} tokens, but the file that "
-                f"says how they were made says {policy.context_size}: pretokenise anew"
+                f"says how they were made says {policy.context_size}: pretokenize anew"
             )
         if policy.begin_batch is not None and len(first) and first[0] != policy.begin_batch:
             raise DataError(
                 f"the first context of {self.path!r} begins with the token {first[0]}, but for {reader.name} "
-                f"contexts begin with {policy.begin_batch}: they were made with another tokenizer, so pretokenise for "
+                f"contexts begin with {policy.begin_batch}: they were made with another tokenizer, so pretokenize for "
                 "this model"
             )
 
@@ -175,7 +175,7 @@ class Packed:
 
 
 def held_documents(packed: Packed, every: int) -> Callable[[int], bool]:
-    """Which documents are held out: one in ``every`` or a few more, in runs of neighbours, of at least that many.
+    """Which documents are held out: one in ``every`` or a few more, in runs of neighbors, of at least that many.
 
     Contexts in which documents of both sides meet are for neither, and there are few of them with runs.
     """
@@ -225,14 +225,14 @@ def _on_hub(config: DatasetConfig, name: str) -> Path | None:
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):  # an answer, and not that there is no such file
             raise DataError(
-                f"whether {config.path!r} holds pretokenised contexts cannot be found out: asked for {name}, the Hub "
+                f"whether {config.path!r} holds pretokenized contexts cannot be found out: asked for {name}, the Hub "
                 f"answers {str(error.__cause__).splitlines()[0]}. Try again"
             ) from error
         return None  # whatever is wrong with the repository, opening the dataset says it
 
 
 def _of_sae_lens(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that sae-lens writes beside the contexts of its own pretokeniser."""
+    """The metadata that sae-lens writes beside the contexts of its own pretokenizer."""
     tokens = {
         name: "none" if made.get(name) is None else made[name]
         for name in ("begin_batch_token", "begin_sequence_token", "sequence_separator_token")

@@ -39,7 +39,7 @@ def stdlib_documents(split: str = "train", root: Path | None = None) -> Iterator
         if split != "all" and (split == "heldout") != _is_held_out(name):
             continue
         try:
-            with tokenize.open(named[name]) as file:  # honours a PEP 263 encoding line
+            with tokenize.open(named[name]) as file:  # honors a PEP 263 encoding line
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # a deliberately broken or unreadable source is no text

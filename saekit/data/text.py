@@ -75,7 +75,7 @@ class Documents:
         if owners is not None and owners[0] not in first:
             raise DataError(
                 f"{where} has no column {owners[0]!r}, which is said to have the documents that its contexts are from; "
-                "pretokenise anew, or name a split of its own in evals.split"
+                "pretokenize anew, or name a split of its own in evals.split"
             )
         if hasattr(records, "select_columns"):  # a HF dataset: decode what is read, and nothing else
             records = records.select_columns([column] if owners is None else [column, owners[0]])

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from saekit._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from saekit.evals.splicing import spliced_losses
-    from saekit.evals.variance import Reconstruction, variance_metrics
-
-__all__ = ["Reconstruction", "spliced_losses", "variance_metrics"]
-
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "Reconstruction": "saekit.evals.variance",
-        "variance_metrics": "saekit.evals.variance",
-        "spliced_losses": "saekit.evals.splicing",
-    },
-)
+# The public names stand in __init__.pyi, once, for people, type checkers and this line; each is imported on first use.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

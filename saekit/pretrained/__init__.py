@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from saekit._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from saekit.pretrained.files import PretrainedSAE, SAEFiles
-    from saekit.pretrained.load import load_sae
-
-__all__ = ["PretrainedSAE", "SAEFiles", "load_sae"]
-
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "SAEFiles": "saekit.pretrained.files",
-        "PretrainedSAE": "saekit.pretrained.files",
-        "load_sae": "saekit.pretrained.load",
-    },
-)
+# The public names stand in __init__.pyi, once, for people, type checkers and this line; each is imported on first use.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,19 +7,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from saekit.errors import PluginFailedError, PluginWarning
-from saekit.manager import PluginManager
-from saekit.plugin_building import blamed, built, returned
-from saekit.plugin_text import error_text
+from saekit.plugins.building import blamed, built, returned
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Registered
+from saekit.plugins.text import error_text
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
-from saekit.registry import Registered
 
-__all__ = ["read_with", "recognised"]
+__all__ = ["read_with", "recognized"]
 
 
-def recognised(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Registered], list[str]]:
+def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Registered], list[str]]:
     """The loaders that say that ``files`` are of their format, and texts about those that failed to say.
 
-    Where one recognises the files, the failures are warnings.
+    Where one recognizes the files, the failures are warnings.
     """
     found, failed = [], []
     for item in items:

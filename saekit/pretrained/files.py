@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.errors import SAEFormatError
-from saekit.names import SAE_CONFIG, SAE_WEIGHTS
-from saekit.paths import as_path
-from saekit.pretrained.strict_json import read_object
+from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
+from saekit.files.paths import as_path
+from saekit.files.strict_json import read_object
 from saekit.site import Site
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ import attrs
 
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
-from saekit.converter import ConfigConverter
+from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
-from saekit.manager import PluginManager, default_manager
-from saekit.plugin_building import built
-from saekit.pretrained.detecting import read_with, recognised
+from saekit.plugins.building import built
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.registry import Registered
+from saekit.pretrained.detecting import read_with, recognized
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
-from saekit.registry import Registered
 from saekit.site import Site
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = ["build_module", "build_sae", "load_sae"]
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
 ) -> SAE:
-    """The SAE in ``files``, read by ``loader``, or by the one loader that recognises them."""
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
     from saekit.pretrained.own import is_own, read_own
 
     device = resolve_device(device, "device")
@@ -44,15 +44,15 @@ def load_sae(
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
-    found, failed = recognised(items, files)
+    found, failed = recognized(items, files)
     if len(found) == 1:
         return found[0]
     names = ", ".join(item.key for item in found or items)
     if found:
-        raise SAEFormatError(f"several loaders recognise {files.place}: {names}. Name one: loader=...")
+        raise SAEFormatError(f"several loaders recognize {files.place}: {names}. Name one: loader=...")
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     raise SAEFormatError(
-        f"no loader recognises {files.place}, which has {shown}. There are {names}; name one: loader=..."
+        f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."
         + "".join(f"\n{text}" for text in failed)
     )
 
@@ -168,7 +168,7 @@ def _check_sizes(read: PretrainedSAE, d_in: int, d_sae: int) -> None:
 
 
 def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
-    """An uninitialised SAE of the architecture ``item``."""
+    """An uninitialized SAE of the architecture ``item``."""
     from saekit.sae.records import SAEInfo
 
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)

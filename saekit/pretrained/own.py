@@ -10,11 +10,11 @@ import attrs
 
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.storage import sha256
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
 from saekit.sae.records import SAEInfo
 from saekit.site import Site
-from saekit.storage import sha256
 
 __all__ = ["check_needed", "is_own", "read_own"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError, StorageError
-from saekit.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
-from saekit.pretrained.strict_json import check_value
-from saekit.storage import new_files, new_folder, read_json, replace_files, tidy
-from saekit.tensor_files import save_tensors
+from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
+from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
+from saekit.files.strict_json import check_value
+from saekit.files.tensors import save_tensors
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE

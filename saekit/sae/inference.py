@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from saekit.devices import KERNEL_DEVICES
-from saekit.sae.gradients import decoded
-from saekit.sae.kernels import CHUNK, dense_above, entries_where, mask_like
-from saekit.sae.memory import uninitialised, zeros
-from saekit.sae.sparse import SparseFeatures
+from saekit.kernels.encoder import CHUNK, dense_above, entries_where, mask_like
+from saekit.kernels.gradients import decoded
+from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels.workspace import uninitialized, zeros
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE
@@ -46,7 +46,7 @@ def is_fast(sae: SAE, x: Tensor) -> bool:
 
 
 _MATHEMATICS = (
-    "centred", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
+    "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
     "reconstruction", "training_features",
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def sparse_features(sae: SAE, rows: Tensor) -> SparseFeatures:
 def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in).contiguous()
-    output = uninitialised(tuple(flat.shape), flat.dtype, flat.device)
+    output = uninitialized(tuple(flat.shape), flat.dtype, flat.device)
     for start, group in sae.feature_groups(flat):
         output[start : start + group.shape[0]] = _decoded(sae, group)
     return output.reshape(rows.shape)
@@ -101,7 +101,7 @@ def reconstructions(sae: SAE, rows: Tensor) -> Tensor:
 def decoded_rows(sae: SAE, features: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``features [..., d_sae]``."""
     flat = features.detach().reshape(-1, sae.d_sae).to(sae.W_dec.dtype)
-    output = uninitialised((len(flat), sae.d_in), flat.dtype, flat.device)
+    output = uninitialized((len(flat), sae.d_in), flat.dtype, flat.device)
     for start, part in zip(range(0, len(flat), CHUNK), flat.split(CHUNK), strict=False):
         output[start : start + len(part)] = _decoded(sae, _sparse_if_cheaper(part, dense_above(sae.W_dec)))
     return output.reshape(*features.shape[:-1], sae.d_in)

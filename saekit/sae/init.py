@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from saekit.config import SAEConfig
 
-__all__ = ["geometric_median", "initial_b_dec", "initialise"]
+__all__ = ["geometric_median", "initial_b_dec", "initialize"]
 
 
 @torch.no_grad()
-def initialise(
+def initialize(
     parameters: Mapping[str, Tensor],
     config: SAEConfig,
     generator: torch.Generator,

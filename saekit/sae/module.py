@@ -1,7 +1,7 @@
 """The SAE itself: five lines of mathematics, six hook points, and the step that trains it.
 
 The mathematics stand here and in the architectures, for autograd.  What makes them fast stands beside: see
-:mod:`saekit.sae.kernels`, :mod:`saekit.sae.gradients` and :mod:`saekit.sae.inference`.
+:mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.sae.inference`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from saekit.config import PluginChoice, SAEConfig
 from saekit.devices import KERNEL_DEVICES
 from saekit.errors import SAEFormatError
-from saekit.paths import as_path
+from saekit.files.paths import as_path
+from saekit.kernels.encoder import Features
+from saekit.kernels.screen import why_no_screen
+from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels.workspace import zeros
 from saekit.protocols import ActivationFunction
 from saekit.sae import inference
 from saekit.sae.casting import Castable
 from saekit.sae.hooks import HookPoint
-from saekit.sae.kernels import Features
-from saekit.sae.memory import zeros
 from saekit.sae.records import SAEInfo, StepInput, StepOutput
-from saekit.sae.screen import why_no_screen
-from saekit.sae.sparse import SparseFeatures
 from saekit.site import flatten_heads
 
 if TYPE_CHECKING:
-    from saekit.manager import PluginManager
+    from saekit.plugins.manager import PluginManager
 
 __all__ = ["SAE"]
 
@@ -143,13 +143,13 @@ class SAE(Castable):
         output = self.run_hook("recons", output)
         return output if like is None else output.reshape(like.shape).to(like.dtype)
 
-    def centred(self, x: Tensor) -> Tensor:
+    def centered(self, x: Tensor) -> Tensor:
         """``x̄``, the encoder's input: ``[..., d_in]``."""
         return x - self.b_dec if self.config.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
-        return self.centred(x) @ self.W_enc + self.b_enc
+        return self.centered(x) @ self.W_enc + self.b_enc
 
     def features_of(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations, ``[..., d_sae]`` both."""
@@ -256,7 +256,7 @@ class SAE(Castable):
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Between gradient and update: remove what a normalised decoder cannot follow."""
+        """Between gradient and update: remove what a normalized decoder cannot follow."""
         if not self.config.normalize_sae_decoder or not self.W_dec.requires_grad or self.W_dec.grad is None:
             return
         for gradient, row in zip(self.W_dec.grad.split(_BLOCK), self.W_dec.split(_BLOCK), strict=True):

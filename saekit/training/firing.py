@@ -12,7 +12,7 @@ __all__ = ["FiringStatistics"]
 
 
 class FiringStatistics:
-    """Firing fractions over windows of steps, and steps since each feature last fired.  No host synchronisation."""
+    """Firing fractions over windows of steps, and steps since each feature last fired.  No host synchronization."""
 
     def __init__(self, d_sae: int, *, dead_after: int, window: int, device: str) -> None:
         self._dead_after, self._window = dead_after, window

@@ -36,7 +36,7 @@ class ComposedSchedule:
         return self._main.remark() if isinstance(self._main, Remarks) else None
 
     def __call__(self, step: int) -> float:
-        """The learning rate of optimiser step ``step``, from 0."""
+        """The learning rate of optimizer step ``step``, from 0."""
         if step < 0:
             raise ValueError(f"step {step} is before the first step, 0")
         step = min(step, self._steps - 1)

@@ -20,7 +20,7 @@ from saekit.sae.records import StepInput, StepOutput
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 
 __all__ = ["FINETUNED", "SAETrainer"]
 
@@ -34,13 +34,13 @@ FINETUNED: Mapping[str, tuple[str, ...]] = {
 
 @attrs.define
 class SAETrainer:
-    """An SAE with its optimiser, firing statistics and random numbers.  It knows nothing of where batches come from."""
+    """An SAE with its optimizer, firing statistics and random numbers.  It knows nothing of where batches come from."""
 
     name: str
     """Told apart by this among those that are trained together."""
     sae: SAE
     site: Site
-    optimiser: Optimiser
+    optimizer: Optimizer
     firing: FiringStatistics
     generator: torch.Generator
     device: str
@@ -90,13 +90,13 @@ class SAETrainer:
             x = x * self.scale
         result = self._gradients(x)
         self.sae.before_update()
-        grad_norm = self.optimiser.step(self.step, result.loss)
+        grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
         self.tokens += len(x)
 
         metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
-        if log or self.optimiser.looks:
+        if log or self.optimizer.looks:
             self._check_finite(result.loss, grad_norm, x)
         self.sae.after_update()
         window_ended = self.firing.update(result.fired, len(x))
@@ -106,7 +106,7 @@ class SAETrainer:
                 result,
                 since_fired=self.firing.since_fired,
                 dead=self.firing.dead(),
-                lr=self.optimiser.lr,
+                lr=self.optimizer.lr,
                 grad_norm=grad_norm,
                 tokens=self.tokens,
             )
@@ -151,7 +151,7 @@ class SAETrainer:
             self._finetuning = True
 
     def _check_finite(self, loss: Tensor, grad_norm: Tensor, x: Tensor) -> None:
-        if not self.optimiser.failed:
+        if not self.optimizer.failed:
             self._sound_until = self.step
             return
         found, norm = loss.item(), grad_norm.item()
@@ -165,7 +165,7 @@ class SAETrainer:
                 f"before {self.step}, and no step was made since"
             )
         raise DivergedError(
-            f"{what} (learning rate {self.optimiser.lr:g}, {len(x)} activations of mean norm "
+            f"{what} (learning rate {self.optimizer.lr:g}, {len(x)} activations of mean norm "
             f"{x.norm(dim=-1).mean().item():.4g} and largest value {x.abs().max().item():.4g}, gradient norm "
             f"{norm:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
         )
@@ -177,12 +177,12 @@ class SAETrainer:
             if not bool(value.isfinite().all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.site.name} holds numbers that are not finite after step {self.step} "
-                    f"(learning rate {self.optimiser.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
+                    f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
                 )
-        if self.optimiser.failed:
+        if self.optimizer.failed:
             raise DivergedError(
                 f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and up "
-                f"to {self.step} (learning rate {self.optimiser.lr:g}). Lower training.lr, or add "
+                f"to {self.step} (learning rate {self.optimizer.lr:g}). Lower training.lr, or add "
                 "training.lr_warm_up_steps"
             )
 
@@ -213,7 +213,7 @@ class SAETrainer:
             return facts
         return facts | {
             "weights": {name: value.detach() for name, value in self._tensors().items()},
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "firing": self.firing.state_dict(),
             "generator": self.generator.get_state(),
         }
@@ -232,7 +232,7 @@ class SAETrainer:
             raise StorageError(f"the checkpoint of {self.name} holds weights {found}, but this run's SAE has {shapes}")
         for name, value in own.items():
             value.copy_(saved[name])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
         self._sound_until = self.step
         self.generator.set_state(state["generator"])

@@ -134,7 +134,7 @@ def looking(folder: Path, shards: int, contexts: int, rounds: int) -> None:
     )
     rows = torch.randn(contexts * 16, WIDTH)
     origin = torch.zeros(len(rows), dtype=torch.long)
-    with mock.patch("saekit.storage._sync"), CacheWriter(folder, plan) as writer:
+    with mock.patch("saekit.files.storage._sync"), CacheWriter(folder, plan) as writer:
         for _ in range(shards):
             writer.add(Batch({SITE: rows}, tokens=origin, documents=origin), {})
         writer.finish(ended=False)

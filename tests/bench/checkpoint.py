@@ -21,10 +21,10 @@ import torch
 from common import language_model, random_contexts, settings
 
 import saekit
-from saekit.training.interruption import Interruption
-from saekit.training.saving import Saving
-from saekit.training.session import Session
-from saekit.training.trackers import Trackers
+from saekit.runs.interruption import Interruption
+from saekit.runs.saving import Saving
+from saekit.runs.session import Session
+from saekit.runs.trackers import Trackers
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from saekit_plugins.hooked_transformer import EMBEDDED
+from saekit_plugins.backends.hooked_transformer import EMBEDDED
 
 import saekit
 from saekit.config import TrainConfig
-from saekit.config_files import load_config
+from saekit.config.files import load_config
 from saekit.data import Corpus, StreamContext
 from saekit.protocols import ActivationSource, ModelBackend
-from saekit.training.setup import give_weights, make_schedule, make_trainer, sae_options
+from saekit.runs.setup import give_weights, make_schedule, make_trainer, sae_options
 from saekit.training.trainer import SAETrainer
 
 CONTEXT, VOCABULARY, BATCH = 128, 2048, 4096
@@ -89,7 +89,7 @@ def language_model(n_layers: int = 4, d_model: int = 512, n_heads: int = 8) -> A
 
 
 def random_contexts(n: int, vocabulary: int = VOCABULARY) -> list[dict[str, list[int]]]:
-    """Records of one context each: a dataset that is tokenised already and costs next to nothing to read."""
+    """Records of one context each: a dataset that is tokenized already and costs next to nothing to read."""
     tokens = torch.randint(vocabulary, (n, CONTEXT), generator=torch.Generator().manual_seed(0))
     return [{"tokens": row} for row in tokens.tolist()]
 

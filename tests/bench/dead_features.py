@@ -30,15 +30,15 @@ import torch
 from torch import Tensor
 
 import saekit
-from saekit.config_files import load_config
+from saekit.config.files import load_config
 from saekit.data import Corpus
 from saekit.data.activations import ActivationStream
-from saekit.data.normalise import activation_scale
-from saekit.data.opening import open_backend, open_stream, seed_for
+from saekit.data.normalize import activation_scale
 from saekit.pretrained import PretrainedSAE
 from saekit.pretrained.load import build_sae
+from saekit.runs.opening import open_backend, open_stream, seed_for
+from saekit.runs.setup import give_weights, make_schedule, make_trainer, sae_options
 from saekit.sae import SAE
-from saekit.training.setup import give_weights, make_schedule, make_trainer, sae_options
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 D_SAE, BATCH, LR, WINDOW, CONTEXT = 1024, 1024, 1e-3, 100, 128

@@ -69,7 +69,7 @@ def soak(options: argparse.Namespace, kind: str) -> None:
 
 def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     """The parts of an eval, and the peaks of every feature."""
-    from saekit_plugins.standard import StandardConfig
+    from saekit_plugins.architectures.standard import StandardConfig
 
     import saekit
     from saekit.analysis.examples import feature_peaks

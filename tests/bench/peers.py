@@ -129,14 +129,14 @@ def _sparsify(weights: Weights, x: Tensor) -> Step:
         sae.encoder.weight.copy_(weights["W_enc"].T)
         sae.encoder.bias.copy_(weights["b_enc"])
         sae.W_dec.copy_(weights["W_dec"])
-    optimiser = torch.optim.Adam(sae.parameters(), lr=_LR, fused=True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=_LR, fused=True)
 
     def step() -> None:
         sae.set_decoder_norm_to_unit_norm()
         sae(x).fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

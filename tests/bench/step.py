@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from common import BATCH, Times
 from peers import K, Step, missing, peer_inference, peer_steps, version
-from saekit_plugins.batchtopk import BatchTopKConfig
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.topk import TopKConfig
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from torch import Tensor
 
 import saekit
-import saekit.sae.screen
-from saekit.config import OptimiserConfig, SAEConfig, TrainingConfig
+import saekit.kernels.screen
+from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.pretrained.load import build_module
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimiser import Optimiser
+from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
 SIZES = {"small": (512, 4096), "large": (768, 24576)}
@@ -36,7 +36,7 @@ CONFIGS: dict[str, Callable[[int], SAEConfig]] = {
     "topk": lambda d_sae: TopKConfig(d_sae=d_sae, k=K),
     "batchtopk": lambda d_sae: BatchTopKConfig(d_sae=d_sae, k=K),
 }
-WHY_NO_SCREEN = saekit.sae.screen.why_no_screen
+WHY_NO_SCREEN = saekit.kernels.screen.why_no_screen
 
 
 def shared_weights(d_in: int, d_sae: int, x: Tensor, active: float | None) -> dict[str, Tensor]:
@@ -58,14 +58,14 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
     training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
     return SAETrainer(
         name="bench", sae=sae, site=saekit.Site(), training=training, generator=torch.Generator(), device="cpu",
-        optimiser=Optimiser(sae.named_parameters(), OptimiserConfig(beta1=0.9), lambda step: 1e-7),
+        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9), lambda step: 1e-7),
         firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
     )  # fmt: skip
 
 
 def with_screen(on: bool, work: Callable[[], object]) -> Step:
     def run() -> object:
-        saekit.sae.screen.why_no_screen = WHY_NO_SCREEN if on else lambda *args: "off"
+        saekit.kernels.screen.why_no_screen = WHY_NO_SCREEN if on else lambda *args: "off"
         return work()
 
     return run

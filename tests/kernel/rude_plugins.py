@@ -22,7 +22,7 @@ def good(name: str, *, field: str = '"No options."', more: str = "") -> str:
 LEFT_OUT = {
     "skips": ("import pytest\npytest.skip('not here', allow_module_level=True)", "Skipped: not here"),
     "exits": ("import sys\nsys.exit(3)", "SystemExit: 3"),
-    "cancels": ("import asyncio\nraise asyncio.CancelledError", "CancelledError"),
+    "cancels": ("import asyncio\nraise asyncio.CanceledError", "CanceledError"),
     "escapes": ("raise ValueError('\\x1b[2J\\x1b[31mgone\\u202e')", r"ValueError: \x1b[2J\x1b[31mgone\u202e"),
     "talks": ("raise ValueError('y' * 5000)", "ValueError: yyyyyy"),
     "halfway": (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import saekit
-from saekit import hookspecs
-from saekit.registry import KINDS
+from saekit.plugins import hookspecs
+from saekit.plugins.registry import KINDS
 from saekit.testing import FakeConfig, fake_plugin, isolated_manager
 
 ROOT = Path(saekit.__file__).parent
@@ -123,7 +123,7 @@ def test_plugins_import_public_modules_only() -> None:
 
 LIGHT = """
 import sys
-import saekit, saekit.manager, saekit.testing, saekit.config_files, saekit.cli
+import saekit, saekit.plugins.manager, saekit.testing, saekit.config.files, saekit.cli
 assert len(saekit.default_manager().registries["lr_schedules"].items) >= 5
 saekit.testing.FakeBackend().tokenize("x")
 heavy = {"torch", "transformer_lens", "transformers", "datasets", "wandb", "matplotlib"} & set(sys.modules)

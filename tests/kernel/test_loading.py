@@ -15,12 +15,12 @@ import attrs
 import pytest
 
 import saekit
-from saekit import plugin_loading
 from saekit.errors import PluginError
-from saekit.manager import PluginManager
-from saekit.plugin_loading import watched
-from saekit.plugin_text import error_text, last_line, printable, short
-from saekit.registry import Entry
+from saekit.plugins import loading as plugin_loading
+from saekit.plugins.loading import watched
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Entry
+from saekit.plugins.text import error_text, last_line, printable, short
 from saekit.testing import fake_plugin, isolated_manager, plugin_of
 
 KIND = "lr_schedules"
@@ -197,7 +197,7 @@ def frozen(title: str, /, **annotations: Any) -> type:
 
 
 def test_ordinary_options_need_no_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "saekit.converter", None)
+    monkeypatch.setitem(sys.modules, "saekit.config.converter", None)
     kinds = {
         "a": (int, 1), "b": ("float", 2), "c": ("str | None", None), "d": (bool, False), "e": ("int", None),
         "f": ("tuple[int, ...]", ()), "g": ("dict[str, Any]", attrs.Factory(dict)), "h": ("int | str", "x"),

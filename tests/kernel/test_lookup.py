@@ -10,8 +10,8 @@ import pytest
 
 import saekit
 from saekit.errors import ConfigError, PluginError, UnknownKeyError
-from saekit.manager import PluginManager
-from saekit.registry import KINDS, Entry
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import KINDS, Entry
 from saekit.testing import FakeConfig, fake_plugin, isolated_manager, plugin_of
 
 KIND = "lr_schedules"

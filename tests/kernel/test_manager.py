@@ -10,8 +10,8 @@ import pytest
 
 import saekit
 from saekit.errors import AmbiguousKeyError, MissingPackageError, PluginError, PluginWarning, UnknownKeyError
-from saekit.manager import PluginManager
-from saekit.registry import Entry
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Entry
 from saekit.testing import FakeConfig, fake_plugin, isolated_manager, plugin_of
 
 KIND = "lr_schedules"

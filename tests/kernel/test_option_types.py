@@ -11,7 +11,7 @@ import pytest
 
 import saekit
 from saekit.errors import PluginError
-from saekit.registry import Entry
+from saekit.plugins.registry import Entry
 from saekit.testing import isolated_manager, plugin_of
 
 

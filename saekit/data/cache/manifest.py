@@ -29,8 +29,8 @@ import attrs
 
 from saekit.data.cache.table import DOCUMENTS, FORMAT, HEADER, SEAL, TOKENS, Contents, contents, read_table, sealed
 from saekit.errors import DataError
+from saekit.files.storage import sha256, write_text
 from saekit.site import Site
-from saekit.storage import sha256, write_text
 
 __all__ = [
     "DOCUMENTS",

@@ -17,7 +17,7 @@ class RowOrder:
 
     Numbers go through a Feistel network over the next power of four, again and again until they fall below ``n``
     (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).  With ``block`` above 1, blocks
-    of that many neighbours are permuted, and then the rows of each 4,096 blocks (fewer large ones) among themselves,
+    of that many neighbors are permuted, and then the rows of each 4,096 blocks (fewer large ones) among themselves,
     which suits storage that is slow at reading single rows.
     """
 

@@ -111,7 +111,7 @@ class CachedActivations:
 class CachedBatches:
     """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is three numbers.
 
-    Inside a batch the rows rise: their order means nothing to a training step, and neighbours are read together.
+    Inside a batch the rows rise: their order means nothing to a training step, and neighbors are read together.
     """
 
     def __init__(self, cache: CachedActivations, batch_size: int, *, seed: int, repeat: bool, block: int = 1) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 
 from saekit.errors import DataError
-from saekit.storage import sha256
+from saekit.files.storage import sha256
 
 __all__ = ["WatchedFile", "check_files"]
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from saekit.data.cache.left import LOCK, check_target, remove_left
 from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum, verify_cache
 from saekit.errors import DataError, StorageError
+from saekit.files.storage import new_folder, sha256
+from saekit.files.tensors import SummedFile, header
 from saekit.protocols import Batch
-from saekit.storage import new_folder, sha256
-from saekit.tensor_files import SummedFile, header
 
 __all__ = ["CacheWriter"]
 

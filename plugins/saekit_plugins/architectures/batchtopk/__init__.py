@@ -1,0 +1,58 @@
+"""SAE architecture ``batchtopk``: the largest features of a whole batch, k for each row on average.
+
+Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".  Outside training, features are active above a threshold, the
+average of the least active feature of each batch.  It is saved as what other libraries call a JumpReLU SAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from saekit import ConfigError, Entry, hookimpl
+from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.topk import TopKConfig, check_activation
+
+if TYPE_CHECKING:
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE
+
+
+@attrs.frozen(kw_only=True)
+class BatchTopKConfig(TopKConfig):
+    """``mse + auxk``, where a batch of n rows has at most ``k n`` active features: the largest above zero."""
+
+    k: float = attrs.field(  # type: ignore[assignment]
+        default=32.0, validator=check(lambda value: value > 0, "above 0"), metadata={NEEDED_TO_LOAD: True}
+    )
+    """Active features of a row, on average."""
+    aux_loss_coefficient: float | None = attrs.field(  # type: ignore[assignment]
+        default=None, validator=check(lambda value: value >= 0, "0 or more")
+    )
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none.  None: `2 / k`, at most
+    1/4.  That is more than for `topk`, and the more the smaller k is, since a feature that comes back has to be among
+    the largest of a whole batch."""
+    threshold_lr: float = attrs.field(default=0.01, validator=check(lambda value: 0 < value <= 1, "above 0, at most 1"))
+    """How much of each batch's least active feature goes into the running average that becomes the threshold."""
+
+    @property
+    def aux_weight(self) -> float:
+        return min(2 / self.k, 1 / 4) if self.aux_loss_coefficient is None else self.aux_loss_coefficient
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry(
+        "batchtopk", BatchTopKConfig, _build, summary="the largest features of a batch, k for each row on average"
+    )
+
+
+def _build(config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    check_activation("batchtopk", activation)
+    if config.k > config.features(d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    from saekit_plugins.architectures.batchtopk.module import BatchTopKSAE
+
+    return BatchTopKSAE(config, d_in=d_in, activation=activation)

@@ -1,0 +1,132 @@
+"""The mathematics and the steps of ``batchtopk``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.errors import SAEFormatError
+from saekit.kernels import Encoder, Features, SparseFeatures, active_groups, batch_top, screen_for
+from saekit.protocols import ActivationFunction
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.topk.module import TopKSAE
+
+__all__ = ["BatchTopKSAE"]
+
+
+class BatchTopKSAE(TopKSAE):
+    """See the module."""
+
+    config: BatchTopKConfig
+
+    def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
+        super().__init__(config, d_in=d_in, activation=activation)
+        # In float64, as otherwise small updates of a large average would be lost.
+        for name in ("threshold_average", "threshold_updates"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64, device="cpu"))
+        self._k = Fraction(repr(float(config.k)))  # the decimal that was written, not the binary number next to it
+
+    @property
+    def threshold(self) -> Tensor:
+        """What a feature must exceed outside training: a scalar.
+
+        The running average without its start at zero, as Adam corrects its moments.
+        """
+        started = 1 - (1 - self.config.threshold_lr) ** self.threshold_updates
+        return (self.threshold_average / started).where(started > 0, 0).to(self.W_dec.dtype)
+
+    def features_of(self, pre: Tensor) -> Tensor:
+        norms = self.feature_norms()
+        features = (pre if norms is None else pre * norms).relu()
+        return features * (features > self.threshold)
+
+    # ---- training
+
+    def training_features(self, pre: Tensor) -> Tensor:
+        norms = self.feature_norms()
+        features = (pre if norms is None else pre * norms).relu().flatten()
+        values, places = features.topk(self._wanted(len(pre)), sorted=False)
+        return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
+
+    def _wanted(self, rows: int) -> int:
+        """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
+        return self._k.numerator * rows // self._k.denominator
+
+    @torch.no_grad()
+    def after_features(self, features: Features) -> dict[str, float | Tensor]:
+        values = features.values if isinstance(features, SparseFeatures) else features
+        least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+        there, lr = least < torch.inf, self.config.threshold_lr
+        average = (1 - lr) * self.threshold_average + lr * least.to(self.threshold_average.dtype)
+        self.threshold_average.copy_(average.where(there, self.threshold_average))
+        self.threshold_updates += there
+        return {"topk_threshold": self.threshold}
+
+    def why_no_fast_path(self, *, training: bool) -> str | None:
+        return super().why_no_fast_path(training=training)  # this class has its own features_of, and kernels for it
+
+    def training_groups(self, centered: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
+        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+        wanted = self._wanted(len(centered))
+        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
+
+    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+        norms = self.feature_norms()
+        above = self.threshold if norms is None else self.threshold / norms
+        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+        groups = active_groups(encoder, self.centered(rows), self.activation, above=above, screen=screen_for(encoder))
+        for start, group in groups:
+            if isinstance(group, SparseFeatures):
+                yield start, group.scaled(norms)
+            else:
+                yield start, group if norms is None else group.mul_(norms)
+
+    # ---- saving
+
+    @torch.no_grad()
+    def fold_activation_scale(self, scale: float) -> None:
+        super().fold_activation_scale(scale)
+        if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
+            self.threshold_average /= scale
+
+    def public_config(self) -> dict[str, Any]:
+        return {"architecture": "jumprelu"}
+
+    def public_tensors(self) -> dict[str, Tensor]:
+        tensors, norms = super().public_tensors(), self.norms_when_saved()
+        threshold = self.threshold.detach().cpu().expand(self.d_sae)
+        # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
+        if norms is not None:  # nothing is decoded of a row of norm 0
+            threshold = (threshold.float() / norms.float()).clamp_max(torch.finfo(torch.float32).max)
+        else:
+            threshold = threshold.to(tensors["b_enc"].dtype)
+        return tensors | {"threshold": threshold.contiguous()}
+
+    def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        tensors = dict(tensors)
+        threshold = tensors.pop("threshold", None)
+        if threshold is None:
+            raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
+        super().load_public_tensors(tensors)
+        self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
+        self.threshold_updates.fill_(torch.inf)
+
+    def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
+        """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""
+        whole = threshold.shape == (self.d_sae,)
+        if whole and bool((threshold == threshold[0]).all()):
+            return threshold[0].item()
+        if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
+            norms = W_dec.norm(dim=1).double()
+            every = (threshold.double() * norms)[norms > 0]
+            one = every.median()
+            if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
+                return one.bfloat16().item()
+        raise SAEFormatError(
+            f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
+            f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
+        )

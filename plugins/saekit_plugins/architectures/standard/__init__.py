@@ -1,0 +1,65 @@
+"""SAE architecture ``standard``: one hidden layer and a sparsity penalty (Bricken et al., Anthropic, 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit.config import check
+
+if TYPE_CHECKING:
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE
+
+_at_least_0 = check(lambda value: value >= 0, "0 or more")
+
+
+@attrs.frozen(kw_only=True)
+class StandardConfig(SAEConfig):
+    """``mse + λ_t mean_b ‖f ⊙ w‖_p + ghost``."""
+
+    l1_coefficient: float = attrs.field(default=5.0, validator=_at_least_0)
+    """λ, the weight of the sparsity penalty."""
+    l1_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
+    """Steps over which λ rises from 0: step t of w has `λ t / w`."""
+    lp_norm: float = attrs.field(default=1.0, validator=check(lambda value: value > 0, "above 0", finite=False))
+    """p, the norm of the penalty."""
+    scale_sparsity_penalty_by_decoder_norm: bool = False
+    """Weigh each feature's penalty by the norm of its decoder row."""
+    mse_loss_normalization: Literal["none", "dense_batch"] = "none"
+    """`dense_batch` divides each row's squared error by its distance from the batch's mean."""
+    noise_scale: float = attrs.field(default=0.0, validator=_at_least_0)
+    """Standard deviation of the Gaussian noise on pre-activations in training; 0 draws nothing."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`: features that read what they write die less often."""
+    use_ghost_grads: bool = False
+    """Let dead features learn to predict what is left over."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.normalize_sae_decoder and self.scale_sparsity_penalty_by_decoder_norm:
+            raise ConfigError(
+                [("scale_sparsity_penalty_by_decoder_norm", "has no effect while normalize_sae_decoder keeps every "
+                  "norm at 1; turn one of them off")]
+            )  # fmt: skip
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry("standard", StandardConfig, _build, summary="one hidden layer, an Lp sparsity penalty")
+
+
+def _build(config: StandardConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    from saekit_plugins.architectures.standard.module import StandardSAE
+
+    return StandardSAE(config, d_in=d_in, activation=activation)
+
+
+def l1_coefficient_at(config: StandardConfig, step: int) -> float:
+    """λ at ``step``: linear from 0, so the first step of a warm-up has no penalty."""
+    if not config.l1_warm_up_steps:
+        return config.l1_coefficient
+    return config.l1_coefficient * min(1.0, step / config.l1_warm_up_steps)

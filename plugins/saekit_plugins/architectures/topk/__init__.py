@@ -1,0 +1,79 @@
+"""SAE architecture ``topk``: the k largest features of each row (Gao et al. 2024, "Scaling and evaluating SAEs")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import attrs
+
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
+
+if TYPE_CHECKING:
+    from saekit.protocols import ActivationFunction
+    from saekit.sae import SAE
+
+_at_least_0 = check(lambda value: value >= 0, "0 or more")
+_at_least_1 = check(lambda value: value >= 1, "1 or more")
+
+
+@attrs.frozen(kw_only=True)
+class TopKConfig(SAEConfig):
+    """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
+
+    adam_beta1: ClassVar[float] = 0.9
+
+    k: int = attrs.field(default=32, validator=_at_least_1, metadata={NEEDED_TO_LOAD: True})
+    """Active features of a row."""
+    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
+    """The weight of AuxK, by which dead features learn what the others leave over; 0: none."""
+    aux_loss_normalization: Literal["residual_variance", "none"] = "residual_variance"
+    """`residual_variance`: AuxK counts in units of the variance that it can explain, as in the paper, but never for
+    more than the squared error itself.  `none`: as a sum of squares, as in sae-lens, whose coefficient is 1; less where
+    fewer than `k_aux` are dead."""
+    k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
+    """Dead features of a row that AuxK trains.  None: half of `d_in`."""
+    rescale_acts_by_decoder_norm: bool = attrs.field(default=True, metadata={SAME_AT_START: True})
+    """Compare features as if decoder rows had norm 1.  Norms are folded into the weights that are saved."""
+    normalize_sae_decoder: bool = False
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_heuristic_init: bool = True
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  `auto`: at their mean where
+    that is most of what activations are, as with outlier dimensions: there the same few features would be the largest
+    of every row, and the others never fire.  Else at zero."""
+
+    @property
+    def aux_weight(self) -> float:
+        """``aux_loss_coefficient`` in numbers."""
+        return self.aux_loss_coefficient
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    yield Entry("topk", TopKConfig, _build, summary="the k largest features of each row, AuxK for dead ones")
+
+
+def _build(config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+    check_activation("topk", activation)
+    if config.k > config.features(d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    from saekit_plugins.architectures.topk.module import TopKSAE
+
+    return TopKSAE(config, d_in=d_in, activation=activation)
+
+
+def check_activation(name: str, activation: ActivationFunction) -> None:
+    """:class:`ConfigError` unless it is ReLU."""
+    import torch
+
+    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
+    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
+        raise ConfigError(
+            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave "
+              "it out")]
+        )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The mathematics and the steps of ``topk``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.kernels import Encoder, FastStep, Features, SparseFeatures, add_auxk, dense_above, screen_for, top_groups
+from saekit.protocols import SparseActivation
+from saekit.sae import SAE, StepInput, StepOutput, auxk_loss, squared_errors, variance_ratio
+from saekit_plugins.architectures.topk import TopKConfig
+
+__all__ = ["TopKSAE", "folded"]
+
+FOLDED = ("W_enc", "b_enc", "W_dec")
+
+
+def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
+    """``tensors`` with the decoder's ``norms [d_sae]``, by which features are multiplied, in the encoder."""
+    W_enc, b_enc, W_dec = (tensors[name] for name in FOLDED)
+    return {**tensors, "W_enc": W_enc * norms, "b_enc": b_enc * norms, "W_dec": W_dec / norms[:, None]}
+
+
+class TopKSAE(SAE):
+    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+
+    config: TopKConfig
+
+    def feature_norms(self) -> Tensor | None:
+        """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
+        if not self.config.rescale_acts_by_decoder_norm:
+            return None
+        return self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    def decoder_scale(self) -> Tensor | None:
+        norms, factor = self.feature_norms(), self.scaling_factor
+        if norms is None:
+            return factor
+        return 1 / norms if factor is None else factor / norms
+
+    def features_of(self, pre: Tensor) -> Tensor:
+        norms = self.feature_norms()
+        values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, features, values.relu())
+
+    # ---- training
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        pre = self.pre_activations(x)
+        features = self.training_features(pre)
+        output = self.reconstruction(features)
+        mse = squared_errors(output, x).sum(-1).mean()
+        aux = mse.new_zeros(())
+        if step.dead is not None and self.config.aux_weight and self._may_be_any(step.dead):
+            decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+            aux = auxk_loss(
+                pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
+            )
+            aux = aux * self.aux_weight(x, output)
+        return StepOutput(
+            loss=mse + aux,
+            losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
+            output=output.detach(),
+            fired=(features.detach() > 0).sum(0),
+            coefficients=self.after_features(features.detach()),
+        )
+
+    @torch.compiler.disable
+    def _may_be_any(self, dead: Tensor) -> bool:
+        """Looking costs a CPU nothing, and another device would be waited for."""
+        return dead.device.type != "cpu" or bool(dead.any())
+
+    def training_features(self, pre: Tensor) -> Tensor:
+        """Feature activations in training, ``[n, d_sae]`` both."""
+        return self.features_of(pre)
+
+    def after_features(self, features: Features) -> dict[str, float | Tensor]:
+        """What the features of a training step change in the SAE; and what is logged of it."""
+        return {}
+
+    def aux_weight(self, x: Tensor, output: Tensor) -> float | Tensor:
+        """What AuxK is multiplied by, for ``x`` and its reconstructions ``output``, ``[n, d_in]`` both."""
+        coefficient = self.config.aux_weight
+        if self.config.aux_loss_normalization == "none":
+            return coefficient
+        # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
+        return (coefficient * variance_ratio(x, output)).clamp_max(1)
+
+    @property
+    def aux_shrinks(self) -> bool:
+        """Whether AuxK is less when fewer than ``k_aux`` features are dead: in the paper it is not."""
+        return self.config.aux_loss_normalization == "none"
+
+    @property
+    def k_aux(self) -> int:
+        return self.config.k_aux or max(self.d_in // 2, 1)
+
+    def why_no_fast_path(self, *, training: bool) -> str | None:
+        if self.config.k > dense_above(self.W_dec) * self.d_sae:
+            return f"k = {self.config.k} is so large a part of the features that sparse products cost more"
+        if isinstance(self.activation, SparseActivation):
+            return None
+        return "the activation function declares no sparse support"
+
+    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        coefficient, norms = self.config.aux_weight, self.feature_norms()
+        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
+            with torch.enable_grad():
+                result = self.losses(x, step)
+                result.loss.backward()
+            return result
+        fast = FastStep(self, x)
+        logged: dict[str, float | Tensor] = {}
+        for start, features in self.training_groups(fast.centered, norms):
+            logged |= self.after_features(features.scaled(norms))
+            fast.add(start, features, self._to_pre)
+        aux = x.new_zeros(())
+        if coefficient and step.dead is not None:
+            dead = step.dead.nonzero().squeeze(1)
+            if len(dead):
+                weight = self.aux_weight(x, fast.output)
+                aux = add_auxk(fast, x, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
+        losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
+        return fast.finish(losses, weights=(1, 1), coefficients=logged)
+
+    def training_groups(self, centered: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
+        """The pre-activations of active features in training, group by group with its first row."""
+        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
+        return top_groups(encoder, centered, self.config.k, scale=norms, screen=screen_for(encoder, norms))
+
+    def _to_pre(self, gradient: Tensor, features: Features, rows: slice) -> Tensor:
+        assert isinstance(self.activation, SparseActivation)
+        return self.activation.pre_gradient(
+            gradient, features.values if isinstance(features, SparseFeatures) else features
+        )
+
+    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
+        norms = self.feature_norms()
+        for start, group in self.training_groups(self.centered(rows), norms):
+            yield start, group.scaled(norms)
+
+    # ---- saving
+
+    def public_config(self) -> dict[str, Any]:
+        return {
+            "architecture": "topk",
+            "k": self.config.k,
+            "rescale_acts_by_decoder_norm": self.saved_options()["rescale_acts_by_decoder_norm"],
+        }
+
+    def saved_options(self) -> dict[str, Any]:
+        """With the norms folded in, rows have norm 1; but for a factor of their own, which is folded in, too."""
+        rescaled = self.config.rescale_acts_by_decoder_norm and self.scaling_factor is None
+        return {**super().saved_options(), "rescale_acts_by_decoder_norm": rescaled}
+
+    def public_tensors(self) -> dict[str, Tensor]:
+        """With norms folded in.  Rounded to bfloat16, products with them would choose other features: not in that."""
+        tensors, norms = super().public_tensors(), self.norms_when_saved()
+        if norms is not None:
+            return tensors
+        # Norms that differ from 1 by rounding alone were folded before: again, each save would move the last digits.
+        if (norms := self.feature_norms()) is None or bool(
+            ((norms - 1).abs() <= 4 * torch.finfo(norms.dtype).eps).all()
+        ):
+            return tensors
+        wide = torch.promote_types(norms.dtype, torch.float32)
+        return folded({name: value.to(wide) for name, value in tensors.items()}, norms.detach().cpu().to(wide))
+
+    def norms_when_saved(self) -> Tensor | None:
+        """``[d_sae]``: the norms by which features of the saved tensors are still to be multiplied; None: by nothing.
+
+        Where the decoder as it is saved has other norms, because of a scaling factor, they must be folded.
+        """
+        norms = self.feature_norms()
+        if norms is None or norms.dtype != torch.bfloat16 or self.scaling_factor is not None:
+            return None
+        return None if bool((norms == 1).all()) else norms.detach().cpu()
+
+    @torch.no_grad()
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        norms = self.feature_norms()
+        if norms is not None and dtype == torch.bfloat16 and self.W_dec.dtype != dtype:
+            own = dict(self.named_parameters())
+            for name, value in folded({name: own[name] for name in FOLDED}, norms).items():
+                own[name].copy_(value)  # while there are digits for it
+        super().cast_weights(dtype)

@@ -1,0 +1,129 @@
+"""Model backend ``HookedMamba`` (mamba-lens, the extra ``mamba``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import ConfigError, Entry, ModelError, hookimpl
+from saekit.config import path_field
+from saekit.devices import resolve_device
+
+if TYPE_CHECKING:
+    from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
+    from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+
+
+@attrs.frozen(kw_only=True)
+class HookedMambaOptions:
+    """A Mamba model in the original layout (`config.json`, `pytorch_model.bin`), or one passed from code."""
+
+    tokenizer: str = path_field("EleutherAI/gpt-neox-20b")
+    """A folder or Hub name for the tokenizer; Mamba's own models use this default."""
+    from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Must be empty: HookedMamba's constructor takes nothing beside the name, the device and the tokenizer."""
+    forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Passed to every forward: `fast_conv`, `fast_ssm`, `warn_disabled_hooks`."""
+
+    @from_pretrained_kwargs.validator
+    def _check_kwargs(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+        if value:
+            raise ConfigError(
+                [(attribute.name, f"HookedMamba.from_pretrained does not take {', '.join(map(repr, value))}. It takes "
+                  "the name (model.name), the device (model.device) and the tokenizer (model.backend.tokenizer)")]
+            )  # fmt: skip
+
+    @forward_kwargs.validator
+    def _check_forward(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+        allowed = ("fast_conv", "fast_ssm", "warn_disabled_hooks")
+        if unknown := [name for name in value if name not in allowed]:
+            raise ConfigError([(attribute.name, f"HookedMamba's forward takes {allowed}, found {unknown}")])
+
+
+@hookimpl
+def saekit_register_model_backends() -> Iterable[Entry]:
+    yield Entry(
+        "HookedMamba",
+        HookedMambaOptions,
+        _build,
+        requires=("mamba_lens",),
+        extra="mamba",
+        summary="Mamba models through mamba-lens",
+        precheck=_precheck,
+    )
+
+
+def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+    from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+
+    _check_fast_paths(config.forward_kwargs)
+    module: Any = loaded if loaded is not None else _load(config, model)
+    if not hasattr(module, "input_dependent_hooks"):
+        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {_instead(module)}")
+    name = "custom" if loaded is not None else model.name
+    return TransformerLensBackend(
+        module,
+        name=name,
+        d_vocab=module.cfg.vocab_size,
+        n_ctx=None,
+        forward_kwargs=config.forward_kwargs,
+        autocast=model.autocast,
+        compile_mode=model.compile_mode if model.compile else None,
+    )
+
+
+_FAST_PATHS = {"fast_conv": ("causal_conv1d", "causal-conv1d"), "fast_ssm": ("selective_scan_cuda", "mamba-ssm")}
+"""For each the module that it needs, and the package that has it."""
+
+
+def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
+    """The model would look for their packages in its first forward."""
+    problems = [
+        (f"model.backend.forward_kwargs.{path}", f"needs the module {module}, which is not installed: pip install "
+         f"{package} (for CUDA), or leave it out")
+        for path, (module, package) in _FAST_PATHS.items()
+        if forward_kwargs.get(path) and find_spec(module) is None
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
+def _instead(module: object) -> str:
+    if isinstance(module, str):
+        return f"A model is chosen by its name with model.name = {module!r}"
+    if hasattr(module, "run_with_hooks"):
+        return 'Its backend may be another: model.backend = "HookedTransformer"'
+    return "Of models of other kinds, saekit needs a backend (model.backend)"
+
+
+def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:
+    """What only a folder can be meant by must be there."""
+    for name, what in ((model.name, "model folder {!r} (model.name)"),
+                       (config.tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+            raise ModelError(f"there is no {what.format(name)}")
+
+
+def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:
+    _check_places(config, whole.model)
+
+
+def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
+    import torch
+
+    from saekit_plugins.backends.model_folders import load_tokenizer, loading, ready
+
+    device = resolve_device(model.device, "model.device", model.dtype)
+    _check_places(config, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
+        from mamba_lens import HookedMamba
+    tokenizer = load_tokenizer(config.tokenizer)
+    with loading(f"the Mamba model {model.name!r}"):
+        module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
+        return ready(module, getattr(torch, model.dtype))

@@ -1,0 +1,115 @@
+"""Pretrained loader ``sae_lens``: the folders that sae-lens 2 to 6 write, training checkpoints of 6 among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import Entry, PretrainedSAE, SAEFiles, hookimpl
+from saekit.config import check
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.sae_lens.architectures import architecture_of
+from saekit_plugins.loaders.sae_lens.config import FoundConfig, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS, SPARSITY, SCALER = (
+    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
+)  # fmt: skip
+
+
+@attrs.frozen(kw_only=True)
+class SaeLensConfig:
+    """What the files may not say."""
+
+    activation_scale: float | None = attrs.field(default=None, validator=check(lambda value: value > 0, "above 0"))
+    """What activations were multiplied by in training, for SAEs that were trained on scaled ones and whose files do not
+    say by how much.  It is folded into the weights."""
+
+
+class SaeLensLoader:
+    """Reads ``cfg.json``, ``sae_weights.safetensors`` and, where they are there, ``sparsity.safetensors`` and, of
+    training checkpoints, ``activation_scaler.json``."""
+
+    def __init__(self, config: SaeLensConfig) -> None:
+        self._scale = config.activation_scale
+
+    def detects(self, files: SAEFiles) -> bool:
+        return {CONFIG, WEIGHTS} <= files.names
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        place = f"{CONFIG} in {files.place}"
+        config = read_config(files.json(CONFIG), place)
+        tensors = _with_one_factor(files.tensors(WEIGHTS))
+        architecture = architecture_of(config, tensors, place)
+        sparsity = None
+        if SPARSITY in files.names:
+            sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
+        return PretrainedSAE(
+            architecture=architecture.key,
+            options={
+                "d_in": config.d_in,
+                "d_sae": config.d_sae,
+                "apply_b_dec_to_input": config.apply_b_dec_to_input,
+                "normalize_sae_decoder": False,
+                **architecture.options,
+            },
+            tensors=architecture.tensors,
+            site=config.site,
+            log_sparsity=sparsity,
+            activation_scale=self._activation_scale(config, files),
+            metadata=config.metadata | _defaulted([*config.defaulted, *architecture.defaulted]),
+        )
+
+    def _activation_scale(self, config: FoundConfig, files: SAEFiles) -> float | None:
+        """The factor of a training checkpoint, or the one that the user knows."""
+        saved = _saved_scale(files) if SCALER in files.names else None
+        if not config.scaled:
+            if saved is not None or self._scale is not None:
+                said = f"{SCALER} says" if saved is not None else "activation_scale is"
+                raise SAEFormatError(
+                    f"{CONFIG} in {files.place} says that activations were not scaled, and {said} "
+                    f"{saved or self._scale}: only one of them can be right"
+                )
+            return 1.0
+        if saved is not None and self._scale is not None and saved != self._scale:
+            raise SAEFormatError(
+                f"activation_scale is {self._scale}, but {SCALER} in {files.place} says {saved}; leave the option out"
+            )
+        return self._scale if saved is None else saved
+
+
+def _saved_scale(files: SAEFiles) -> float | None:
+    scale = files.json(SCALER).get("scaling_factor")
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise SAEFormatError(
+            f"scaling_factor in {SCALER} of {files.place} is {scale!r}, expected a number above 0, or null"
+        )
+    return float(scale)
+
+
+def _defaulted(names: list[str]) -> Mapping[str, Any]:
+    return {"defaulted": names} if names else {}
+
+
+def _with_one_factor(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a ``scaling_factor`` only where it does something."""
+    for name in ("scaling_factor", "finetuning_scaling_factor"):  # of 2.x, and of 3 to 5
+        factor = tensors.pop(name, None)
+        if factor is not None and not bool((factor == 1).all()):
+            tensors["scaling_factor"] = factor
+    return tensors
+
+
+@hookimpl
+def saekit_register_pretrained_loaders() -> Iterable[Entry]:
+    yield Entry("sae_lens", SaeLensConfig, _build, summary="folders of sae-lens 2 to 6 (cfg.json, safetensors)")
+
+
+def _build(config: SaeLensConfig) -> SaeLensLoader:
+    return SaeLensLoader(config)

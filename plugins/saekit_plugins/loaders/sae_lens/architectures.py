@@ -1,0 +1,96 @@
+"""From the names of sae-lens's architectures to saekit's, with what becomes of options and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.sae_lens.config import FoundConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Found", "architecture_of"]
+
+_READ = "standard, topk, jumprelu with one threshold for all features, and batchtopk"
+_K = 32.0  # of a batchtopk whose file does not say: only training asks for it
+
+
+@attrs.frozen
+class Found:
+    """An architecture of saekit, and what it needs."""
+
+    key: str
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    defaulted: tuple[str, ...] = ()
+
+
+def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    """Which of saekit's architectures ``config`` and ``tensors`` are; :class:`SAEFormatError` if it has none."""
+    name = config.architecture
+    if name == "standard" and config.activation != "topk":  # 4 and 5 may call a topk that
+        return Found("saekit:standard", {"activation": config.activation}, tensors)
+    if name in ("standard", "topk"):
+        return _topk(config, tensors, place)
+    if name == "jumprelu":
+        return _jumprelu(config, tensors, place)
+    if name == "batchtopk":
+        return _batchtopk(config, tensors, place)
+    raise SAEFormatError(f"architecture in {place} is {name!r}; this loader reads {_READ}")
+
+
+def _topk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    k = config.flat.get("k", config.flat.get("activation_fn_kwargs", {}).get("k"))
+    if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or not 1 <= k <= config.d_sae:
+        where = "k (or activation_fn_kwargs.k)"
+        raise SAEFormatError(f"{where} in {place} is {k!r}, expected a whole number from 1 to d_sae = {config.d_sae}")
+    return Found("saekit:topk", {"k": int(k), **_rescale(config)}, tensors)
+
+
+def _rescale(config: FoundConfig) -> dict[str, bool]:
+    """Before 6, and in its first versions, there is no such option, and norms do not count."""
+    return {"rescale_acts_by_decoder_norm": config.flat.get("rescale_acts_by_decoder_norm", False)}
+
+
+def _jumprelu(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    """A batchtopk, matryoshka or not, as it is used: features above one threshold.  Norms are folded already."""
+    if (logarithm := tensors.pop("log_threshold", None)) is not None:  # of training checkpoints of the first 6
+        tensors["threshold"] = logarithm.exp()
+    threshold = tensors.get("threshold")
+    if threshold is None:
+        raise SAEFormatError(f"{place} says 'jumprelu', but the weights beside it hold no threshold")
+    if list(threshold.shape) != [config.d_sae]:
+        raise SAEFormatError(f"threshold beside {place} has shape {list(threshold.shape)}, expected {[config.d_sae]}")
+    if not bool((threshold == threshold[0]).all()):
+        raise SAEFormatError(
+            f"{place} is a 'jumprelu' SAE whose features have thresholds of their own, from {threshold.min():.4g} to "
+            f"{threshold.max():.4g}; saekit has no architecture for it yet. This loader reads {_READ}"
+        )
+    details = config.flat.get("training_architecture_details", {})
+    k, defaulted = _k(details.get("k"), config, place)
+    return Found("saekit:batchtopk", {"k": k, "rescale_acts_by_decoder_norm": False}, tensors, defaulted)
+
+
+def _batchtopk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    """A training checkpoint: norms are not folded, and the threshold is one number."""
+    threshold = tensors.pop("topk_threshold", None)
+    if threshold is None or threshold.numel() != 1:
+        found = "none" if threshold is None else f"shape {list(threshold.shape)}"
+        raise SAEFormatError(f"{place} says 'batchtopk': expected one number topk_threshold beside it, found {found}")
+    if "k" not in config.flat:
+        raise SAEFormatError(f"{place} lacks k")
+    k, _ = _k(config.flat["k"], config, place)
+    tensors["threshold"] = threshold.reshape(1).repeat(config.d_sae)
+    return Found("saekit:batchtopk", {"k": k, **_rescale(config)}, tensors)
+
+
+def _k(k: object, config: FoundConfig, place: str) -> tuple[float, tuple[str, ...]]:
+    if k is None:
+        return min(_K, float(config.d_sae)), ("k",)
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= config.d_sae:
+        raise SAEFormatError(f"k in {place} is {k!r}, expected a number above 0 and up to d_sae = {config.d_sae}")
+    return float(k), ()

@@ -1,0 +1,122 @@
+"""``cfg.json`` of any sae-lens as one table with today's names, every field of the right kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from saekit import Site
+from saekit.errors import ConfigError, SAEFormatError
+
+__all__ = ["FoundConfig", "read_config"]
+
+_RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
+# What versions before 6, whose configurations are flat, say of the model, its text and what is taken of it.
+_FED = (
+    "model_name", "model_class_name", "model_from_pretrained_kwargs", "model_kwargs", "hook_layer", "context_size",
+    "prepend_bos", "sequence_separator_token", "begin_batch_token", "begin_sequence_token", "exclude_special_tokens",
+    "disable_concat_sequences", "seqpos_slice", "dataset_path", "is_dataset_tokenized", "neuronpedia_id",
+    "sae_lens_training_version",
+)  # fmt: skip
+# In the metadata of 6, but not of what the SAE is fed: they have a place of their own, or are of the file alone.
+_NOT_KEPT = ("hook_name", "hook_head_index", "sae_lens_version")
+_NUMBER, _TEXT, _FLAG = (int, "a whole number above 0"), (str, "a text"), (bool, "true or false")
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "d_in": _NUMBER,
+    "d_sae": _NUMBER,
+    "hook_name": _TEXT,
+    "architecture": _TEXT,
+    "activation": _TEXT,
+    "apply_b_dec_to_input": _FLAG,
+    "rescale_acts_by_decoder_norm": _FLAG,
+    "activation_fn_kwargs": (dict, "an object"),
+    "training_architecture_details": (dict, "an object"),
+}
+
+
+@attrs.frozen(kw_only=True)
+class FoundConfig:
+    """What ``cfg.json`` says, and what it leaves to be understood."""
+
+    flat: Mapping[str, Any]
+    """Everything, with today's names; nulls left out."""
+    d_in: int
+    d_sae: int
+    site: Site
+    architecture: str
+    activation: str
+    apply_b_dec_to_input: bool
+    scaled: bool
+    """Whether training multiplied activations by a factor that is not folded into the weights."""
+    metadata: dict[str, Any]
+    """What the SAE is fed, as far as it is stated."""
+    defaulted: tuple[str, ...]
+    """What decides how the weights are used and is not stated, so that sae-lens's own default holds."""
+
+
+def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
+    """``cfg.json``, checked; :class:`SAEFormatError` names ``place`` and the field."""
+    inner = raw.get("metadata")
+    if inner is not None and not isinstance(inner, dict):
+        raise SAEFormatError(f"metadata in {place} is {inner!r}, expected an object")
+    flat = {name: value for name, value in {**(inner or {}), **raw}.items() if value is not None}
+    flat = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    # ReLU is the default only where neither spelling of the activation is there.
+    flat["activation"] = flat.get("activation_fn", flat.get("activation_fn_str", "relu"))
+    if missing := [name for name in ("d_in", "d_sae", "hook_name") if name not in flat]:
+        raise SAEFormatError(f"{place} lacks {', '.join(missing)}")
+    _check_kinds(flat, place)
+    return FoundConfig(
+        flat=flat,
+        d_in=flat["d_in"],
+        d_sae=flat["d_sae"],
+        site=_site(flat, place),
+        architecture=flat.get("architecture", "standard"),
+        activation=flat["activation"],
+        apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
+        scaled=_scaled(flat, place),
+        metadata=_metadata(flat, inner),
+        defaulted=tuple(_defaulted(flat)),
+    )
+
+
+def _check_kinds(flat: Mapping[str, Any], place: str) -> None:
+    for name, (kind, expected) in _KINDS.items():
+        value = flat.get(name)
+        if value is not None and (type(value) is not kind or (kind is int and value < 1) or value == ""):
+            spelling = "activation_fn" if name == "activation" else name
+            raise SAEFormatError(f"{spelling} in {place} is {value!r}, expected {expected}")
+
+
+def _site(flat: Mapping[str, Any], place: str) -> Site:
+    try:
+        return Site(hook_name=flat["hook_name"], hook_head_index=flat.get("hook_head_index"))
+    except ConfigError as error:
+        raise SAEFormatError(f"{place} does not say where the SAE belongs: {error}") from error
+
+
+def _scaled(flat: Mapping[str, Any], place: str) -> bool:
+    found = flat.get("normalize_activations", "none")
+    if found is True or found == "expected_average_only_in":
+        return True
+    if found is not False and found != "none":
+        raise SAEFormatError(
+            f"normalize_activations in {place} is {found!r}, which this loader cannot apply: it normalizes rows as the "
+            "SAE is used. Expected 'none' or 'expected_average_only_in'"
+        )
+    return False
+
+
+def _metadata(flat: Mapping[str, Any], inner: Mapping[str, Any] | None) -> dict[str, Any]:
+    names = [*_FED, *(name for name in inner or () if name not in (*_FED, *_NOT_KEPT))]
+    return {name: flat[name] for name in names if name in flat}
+
+
+def _defaulted(flat: Mapping[str, Any]) -> list[str]:
+    """Since 6, an SAE of a stated architecture has no other activation than its own."""
+    missing = [name for name in ("architecture", "apply_b_dec_to_input") if name not in flat]
+    if "architecture" in missing and not {"activation_fn", "activation_fn_str"} & set(flat):
+        missing.append("activation_fn")
+    return missing

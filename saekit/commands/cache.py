@@ -1,0 +1,102 @@
+"""``saekit cache``: the model's activations on the training text, written to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import torch
+
+from saekit._version import __version__
+from saekit.ambient import ambient
+from saekit.config import TrainConfig
+from saekit.data.activations import ActivationStream, check_contexts
+from saekit.data.cache.manifest import Manifest, SiteRows
+from saekit.data.cache.table import why_no_file
+from saekit.data.cache.write import CacheWriter
+from saekit.data.corpus import Corpus
+from saekit.data.stream import StreamContext
+from saekit.errors import DataError
+from saekit.plugins.manager import PluginManager
+from saekit.progress import ProgressDisplay
+from saekit.runs.opening import open_backend, open_stream
+from saekit.site import Site
+
+__all__ = ["cache_sites", "cached_contexts", "plan_cache", "write_cache"]
+
+
+@ambient()
+def write_cache(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Manifest:
+    """The work of :func:`saekit.cache_activations`."""
+    corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
+    sites = cache_sites(config)
+    backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")
+    stream = open_stream(config, corpus, plugins, backend, sites)
+    contexts = stream.contexts  # opens the text, before the model runs
+    wanted = cached_contexts(config, corpus.context_size)
+    folder = Path(config.activations.cache.folder)
+    with CacheWriter(folder, plan_cache(config, stream, corpus.context_size)) as writer:
+        writer.check_space(writer.manifest.contexts if writer.manifest.ended else wanted)
+        if writer.manifest.position is not None:
+            contexts.load_state_dict(writer.manifest.position)
+        _write(config, stream, writer, wanted)
+        manifest = writer.manifest
+    check_contexts(manifest.contexts, corpus.context_size)
+    if manifest.contexts < wanted and config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {manifest.rows:,} activations, and {wanted * corpus.context_size:,} were asked for; "
+            f"those are in {str(folder)!r}. Ask for fewer (activations.cache.tokens), or set dataset.on_exhausted"
+        )
+    return manifest
+
+
+def cache_sites(config: TrainConfig) -> list[Site]:
+    """The sites that are written, each once."""
+    return list(dict.fromkeys([config.site, *config.activations.cache.sites]))
+
+
+def cached_contexts(config: TrainConfig, context_size: int) -> int:
+    """The contexts that are asked for."""
+    return -(-(config.activations.cache.tokens or config.training.training_tokens) // context_size)
+
+
+def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) -> Manifest:
+    """The empty cache that a configuration describes."""
+    cache = config.activations.cache
+    forms = []
+    for site, held in stream.dtypes.items():
+        dtype = held if cache.dtype is None else getattr(torch, cache.dtype)
+        name = str(dtype).removeprefix("torch.")
+        if (reason := why_no_file(site.name, name)) is not None:
+            raise DataError(f"the site {site.name!r} cannot be cached: {reason}")
+        forms.append(SiteRows(site, stream.widths[site], name, dtype.itemsize))
+    if len({form.file for form in forms}) < len(forms):
+        raise DataError(
+            f"two of the sites {', '.join(form.site.name for form in forms)} would share a file: cache them apart"
+        )
+    largest = max(form.row_bytes for form in forms) * context_size
+    return Manifest(
+        identity=stream.identity,
+        sites=forms,
+        context_size=context_size,
+        contexts_per_shard=max(cache.shard_megabytes * 1_000_000 // largest, 1),
+        saekit_version=__version__,
+    )
+
+
+def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int) -> None:
+    """Contexts from where the cache ends to ``wanted``, or to the end of the data."""
+    activations = ActivationStream(stream, config.activations.cache.batch_size_prompts)
+    size, there = writer.manifest.context_size, writer.manifest.contexts
+    done, ended = there, writer.manifest.ended
+    needed = writer.manifest.bytes_for(max(wanted, there))
+    with ProgressDisplay(wanted * size, doing="caching", verbose=config.training.verbose) as progress:
+        progress.say(f"{wanted * size:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk")
+        while done < wanted and not ended:
+            asked = min(config.activations.cache.batch_size_prompts, writer.room, wanted - done)
+            contexts = stream.contexts.take(asked)
+            if len(contexts):
+                writer.add(activations.run(contexts), stream.contexts.state_dict())
+            done, ended = done + len(contexts), len(contexts) < asked
+            progress.update(done * size, before=there * size)
+        writer.finish(ended=ended)

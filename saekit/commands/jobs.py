@@ -1,0 +1,181 @@
+"""What saekit does, as functions: train, go on, plan, cache, pretokenize.
+
+Each reads its configuration and asks :mod:`saekit.commands.preflight` what can be seen to be wrong, before it imports
+what does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+from saekit.commands import preflight
+from saekit.config import PretokenizeConfig, TrainConfig
+from saekit.config.files import load_config
+from saekit.errors import ConfigError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.runs.checks import alone_in
+from saekit.runs.planned import Plan
+
+if TYPE_CHECKING:
+    from saekit.commands.pretokenize import Pretokenized
+    from saekit.data.cache.manifest import Manifest
+    from saekit.runs.run import SweepResult, TrainResult
+
+__all__ = ["ConfigSource", "cache_activations", "plan", "pretokenize", "resume", "train"]
+
+ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
+"""A config, a dict, or the path of a TOML, YAML or JSON file."""
+
+
+@overload
+def train(
+    cfg: ConfigSource, *, plugins: PluginManager | None = ..., model: object | None = ..., dataset: object | None = ...
+) -> TrainResult: ...
+
+
+@overload
+def train(
+    cfg: list[Any] | tuple[Any, ...],
+    *,
+    plugins: PluginManager | None = ...,
+    model: object | None = ...,
+    dataset: object | None = ...,
+) -> SweepResult: ...
+
+
+def train(
+    cfg: ConfigSource | list[Any] | tuple[Any, ...],
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> TrainResult | SweepResult:
+    """Train the SAE that ``cfg`` describes, or several on one run of the model: a list, as :func:`saekit.grid` makes.
+
+    ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` an in-memory
+    dataset (a HF ``Dataset``, or a list of ``{"text": ...}`` records); they take the place of ``model.name`` and
+    ``dataset.path``.  ``plugins`` replaces the installed plugins.
+
+    SAEs that are trained together must agree on the model, the text and the checkpoints; each ends as if it had been
+    trained alone.  One that diverges is stopped, and the others go on.
+
+    Raises :class:`saekit.errors.SaekitError` for what is wrong with the configuration, model or data.  When it is
+    interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
+    """
+    plugins = plugins or default_manager()
+    if alone := isinstance(cfg, (TrainConfig, Mapping, str, Path)):
+        configs = [load_config(cfg, plugins=plugins)]
+    else:
+        configs = [load_config(one, plugins=plugins) for one in cfg]
+    if not configs:
+        raise ConfigError("there is no configuration to train: the list is empty")
+    preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
+    from saekit.runs.run import begin
+
+    return begin(configs, plugins, model, dataset, alone=alone)
+
+
+def resume(
+    run: str | Path,
+    cfg: ConfigSource | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow: Sequence[str] = (),
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> TrainResult | SweepResult:
+    """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
+
+    A run that was stopped before its first checkpoint begins anew, with a warning.
+
+    ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
+    that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
+    :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.
+
+    Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
+    """
+    from saekit.runs.resuming import Resumption, UnusableCheckpointError
+
+    plugins = plugins or default_manager()
+    run, unusable = as_path(run), dict[Path, str]()
+    with alone_in(run):
+        while True:
+            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
+            begun = resumption.checkpoint is not None
+            preflight.of_resume(list(resumption.configs.values()), plugins, model, dataset, begun=begun).raise_any()
+            from saekit.runs.run import go_on
+
+            try:
+                return go_on(resumption, plugins, model, dataset)
+            except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
+                unusable[error.checkpoint] = str(error)
+
+
+def plan(
+    cfg: ConfigSource,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Plan:
+    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
+
+    Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
+    that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
+    there, that is found at once, and nothing can be said of the rest.
+    """
+    plugins = plugins or default_manager()
+    config = load_config(cfg, plugins=plugins)
+    faults = preflight.of_training([config], plugins, model, dataset)
+    if faults.absent:
+        return Plan({}, {}, faults.texts, [])
+    from saekit.runs.plan import look
+
+    found = look(config, plugins, model, dataset)
+    return Plan(found.facts, found.numbers, list(dict.fromkeys([*faults.texts, *found.problems])), found.warnings)
+
+
+def cache_activations(
+    cfg: ConfigSource,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Manifest:
+    """Write the cache that ``activations.cache`` of a training configuration describes, or what is missing of it.
+
+    ``model`` and ``dataset`` are as for :func:`saekit.train`.  Interrupted in any way, it is gone on with by the same
+    call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
+    early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
+    """
+    plugins = plugins or default_manager()
+    config = load_config(cfg, plugins=plugins)
+    preflight.of_cache(config, plugins, model, dataset).raise_any()
+    from saekit.commands.cache import write_cache
+
+    return write_cache(config, plugins, model, dataset)
+
+
+def pretokenize(
+    cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Pretokenized:
+    """Pack the text of ``cfg`` into contexts and save them or push them to the Hub.
+
+    The contexts are those that training would make of the same text.  Beside them, ``saekit.json`` says how they were
+    made, so that ``dataset.path`` alone makes training read them.  ``model`` and ``dataset`` are as for
+    :func:`saekit.train`.
+    """
+    plugins = plugins or default_manager()
+    config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
+    preflight.of_pretokenize(config, plugins, model, dataset).raise_any()
+    from saekit.commands.pretokenize import write_contexts
+
+    return write_contexts(config, plugins, model, dataset)

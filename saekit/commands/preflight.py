@@ -1,0 +1,231 @@
+"""What can be seen to be wrong before anything heavy is imported: a slip costs half a second, not half a minute.
+
+Nothing here imports torch or a library of models or datasets, writes anything, or asks a network.  The work makes the
+same checks again where it needs what they are about; they are the same functions, each in a light module of its own
+room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+
+from saekit.config import PLUGIN_KIND, PluginChoice, PretokenizeConfig, TrainConfig
+from saekit.data.text import check_place
+from saekit.errors import ConfigError, SaekitError, StorageError
+from saekit.plugins.building import blamed
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Registered
+from saekit.runs.checks import check_finetuning, chosen_evals, chosen_trackers, start_files
+from saekit.runs.folder import check_run_folder
+from saekit.runs.sweep import check_together, member_names
+
+__all__ = ["Faults", "of_cache", "of_pretokenize", "of_resume", "of_training"]
+
+Check: TypeAlias = Callable[[], object]
+
+
+@attrs.frozen
+class Faults:
+    """What was found to be wrong."""
+
+    absent: Sequence[SaekitError]
+    """The text or the model is not there, so that nothing can be said of what would be made of them."""
+    others: Sequence[SaekitError]
+
+    @classmethod
+    def of(cls, needed: Iterable[Check], others: Iterable[Check]) -> Faults:
+        """What the checks raise, each fault once; those that are ``needed`` are about the text and the model."""
+        absent = _raised(needed)
+        return cls(list(absent.values()), [error for text, error in _raised(others).items() if text not in absent])
+
+    @property
+    def texts(self) -> list[str]:
+        """Each as people read it."""
+        return [str(error) for error in (*self.absent, *self.others)]
+
+    def raise_any(self) -> None:
+        """Raise one as it is, several as one :class:`ConfigError` that lists them."""
+        found = [*self.absent, *self.others]
+        if len(found) == 1:
+            raise found[0]
+        if found:
+            raise ConfigError([problem for error in found for problem in _problems(error)], "the run")
+
+
+def _raised(checks: Iterable[Check]) -> dict[str, SaekitError]:
+    """The errors of ``checks`` by what they say: members of a sweep may share theirs."""
+    errors: dict[str, SaekitError] = {}
+    for check in checks:
+        try:
+            check()
+        except SaekitError as error:
+            errors.setdefault(str(error), error)
+    return errors
+
+
+def _problems(error: SaekitError) -> list[tuple[str, str]]:
+    return error.problems if isinstance(error, ConfigError) else [("", str(error))]
+
+
+# ---- what is looked at for each job
+
+
+def of_training(
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None = None,
+    dataset: object | None = None,
+    *,
+    alone: bool = True,
+) -> Faults:
+    """What is wrong with a new run of ``configs``: of one that is ``alone``, or of those of a sweep."""
+    folder = configs[0].checkpoints.folder
+    return Faults.of(
+        _inputs(configs, plugins, model, dataset),
+        [
+            partial(_check_names, configs, plugins, alone),
+            partial(_check_writable, folder, f"cannot make a run folder in {folder}: {{}} (checkpoints.folder)"),
+            *([] if alone else [partial(check_together, configs, plugins)]),
+            *_held_out(configs, dataset),
+            *_members(configs, plugins),
+            *_starts(configs),
+        ],
+    )
+
+
+def of_resume(
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None = None,
+    dataset: object | None = None,
+    *,
+    begun: bool,
+) -> Faults:
+    """What is wrong with going on with a run; one that has not ``begun`` still needs what it starts from."""
+    return Faults.of(
+        _inputs(configs, plugins, model, dataset),
+        [*_held_out(configs, dataset), *_members(configs, plugins), *([] if begun else _starts(configs))],
+    )
+
+
+def of_cache(
+    config: TrainConfig, plugins: PluginManager, model: object | None = None, dataset: object | None = None
+) -> Faults:
+    """What is wrong with writing the cache of ``config``."""
+    from saekit.data.cache.left import check_target
+
+    folder = config.activations.cache.folder
+    return Faults.of(
+        [*_text(config, dataset), *_model(config, plugins, model)],
+        [
+            partial(_check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
+            partial(check_target, Path(folder)),
+        ],
+    )
+
+
+def of_pretokenize(
+    config: PretokenizeConfig, plugins: PluginManager, model: object | None = None, dataset: object | None = None
+) -> Faults:
+    """What is wrong with packing the text of ``config``."""
+    from saekit.commands import targets
+
+    named = config.tokenizer
+    ids = [partial(targets.check_tokenizer, named)] if named is not None else _model(config, plugins, model)
+    others: list[Check] = [partial(targets.check_target, config)]
+    if config.folder is not None and not Path(config.folder).exists():
+        others.append(partial(_check_writable, config.folder, f"cannot write the contexts to {config.folder!r}: {{}}"))
+    return Faults.of([*_text(config, dataset), *ids], others)
+
+
+# ---- the checks
+
+
+def _inputs(
+    configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None
+) -> Iterator[Check]:
+    """Of the text, if it is read, and the model, which all of a sweep share."""
+    if any(_needs_text(config, plugins) for config in configs):
+        yield from _text(configs[0], dataset)
+    yield from _model(configs[0], plugins, model)
+
+
+def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
+    return bool(config.evals.run) or plugins.find("activation_sources", config.activations.source).entry.needs_text
+
+
+def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:
+    if dataset is None:
+        yield partial(check_place, config.dataset, config.dataset.split)
+
+
+def _held_out(configs: Sequence[TrainConfig], dataset: object | None) -> Iterator[Check]:
+    split = configs[0].evals.split
+    if dataset is None and split is not None and any(config.evals.run for config in configs):
+        yield partial(check_place, configs[0].dataset, split)
+
+
+def _model(config: TrainConfig | PretokenizeConfig, plugins: PluginManager, model: object | None) -> Iterator[Check]:
+    chosen = plugins.find("model_backends", config.model.backend)
+    yield chosen.check_requirements
+    if model is None:
+        yield partial(_precheck, chosen, plugins.options("model_backends", config.model.backend), config)
+
+
+def _starts(configs: Sequence[TrainConfig]) -> Iterator[Check]:
+    for config in configs:
+        if (path := config.training.from_pretrained_path) is not None:
+            yield partial(start_files, path)
+
+
+def _members(configs: Sequence[TrainConfig], plugins: PluginManager) -> Iterator[Check]:
+    """Of what each SAE has for itself."""
+    for config in configs:
+        yield partial(chosen_trackers, config, plugins)
+        yield partial(chosen_evals, config, plugins)
+        yield partial(check_finetuning, config, plugins.options("sae_architectures", config.sae))
+        for kind, choice in _choices(config, plugins):
+            if kind != "model_backends":
+                chosen = plugins.find(kind, choice)
+                yield chosen.check_requirements
+                yield partial(_precheck, chosen, plugins.options(kind, choice), config)
+
+
+def _choices(config: object, plugins: PluginManager) -> Iterator[tuple[str, PluginChoice]]:
+    """Every plugin that ``config`` chooses, with its kind, and those that their options choose."""
+    for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        kind = field.metadata.get(PLUGIN_KIND)
+        for item in value if isinstance(value, tuple) else (value,):
+            if kind is not None:
+                yield kind, item
+                yield from _choices(plugins.options(kind, item), plugins)
+            elif attrs.has(type(item)):
+                yield from _choices(item, plugins)
+
+
+def _precheck(chosen: Registered, options: Any, whole: TrainConfig | PretokenizeConfig) -> None:
+    if chosen.entry.precheck is None or chosen.missing():
+        return
+    with blamed(chosen, "precheck"):  # a fault of the plugin's must not look like the user's
+        chosen.entry.precheck(options, whole)
+
+
+def _check_names(configs: Sequence[TrainConfig], plugins: PluginManager, alone: bool) -> None:
+    check_run_folder(configs[0], configs[0].checkpoints.name if alone else member_names(configs, plugins)[0])
+
+
+def _check_writable(folder: str, message: str) -> None:
+    """:class:`StorageError` when ``folder`` cannot be made or written to, as far as can be told without trying."""
+    place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise StorageError(message.format(f"{os.strerror(errno.ENOTDIR)}: {place}"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(message.format(f"{os.strerror(errno.EACCES)}: {place}"))

@@ -1,0 +1,223 @@
+"""Configuration files: TOML, YAML and JSON in, dotted overrides on top, commented TOML out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import attrs
+
+from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
+from saekit.config.converter import ConfigConverter
+from saekit.config.describe import field_docs
+from saekit.config.formats import READERS, read_toml, toml_value, write
+from saekit.config.merging import Place, set_option, tables
+from saekit.config.values import shown, too_nested
+from saekit.errors import ConfigError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
+
+__all__ = [
+    "apply_overrides",
+    "commented_toml",
+    "dump_config",
+    "load_config",
+    "parse_grid",
+    "read_table",
+    "set_option",
+]
+
+C = TypeVar("C")
+_MOST_KEYS = 20
+
+
+@overload
+def load_config(
+    source: str | Path | Mapping[str, Any] | TrainConfig,
+    overrides: Iterable[str] = ...,
+    *,
+    plugins: PluginManager | None = ...,
+) -> TrainConfig: ...
+
+
+@overload
+def load_config(
+    source: str | Path | Mapping[str, Any] | C,
+    overrides: Iterable[str] = ...,
+    *,
+    plugins: PluginManager | None = ...,
+    kind: type[C],
+) -> C: ...
+
+
+def load_config(
+    source: Any, overrides: Iterable[str] = (), *, plugins: PluginManager | None = None, kind: type[Any] = TrainConfig
+) -> Any:
+    """A checked configuration from a file, a dict or a config object, with ``a.b=value`` overrides on top.
+
+    ``kind`` is its class, by default :class:`TrainConfig`.  Raises :class:`ConfigError` listing every fault with its
+    dotted path.
+    """
+    name = "the configuration"
+    plugins = plugins or default_manager()
+    if isinstance(source, kind):
+        table: Mapping[str, Any] = ConfigConverter(plugins).unstructure(source, qualify=False)
+    elif isinstance(source, Mapping):
+        table = source
+    elif isinstance(source, (str, Path)):
+        table, name = read_table(as_path(source)), str(source)
+    else:
+        raise ConfigError(
+            f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
+        )
+    if overrides := list(overrides):
+        table = apply_overrides(table, overrides, kind=kind, plugins=plugins)
+        name += "" if isinstance(source, (kind, Mapping)) else ", with the changes that were given"
+    return ConfigConverter(plugins).structure(table, kind, name)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file."""
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in READERS) if _is_folder(path.parent) else []
+        hint = f"; in that folder there are {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"there is no configuration file {path}{hint}. `saekit config > run.toml` writes one")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{path} is not a configuration file: the name must end in {', '.join(READERS)}")
+    try:
+        table = reader(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply, as no configuration is") from None
+    if table is None:
+        return {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} must hold a table of sections, found {type(table).__name__}")
+    return table
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - as above
+
+
+def apply_overrides(
+    table: Mapping[str, Any],
+    overrides: Iterable[str],
+    *,
+    kind: type | None = None,
+    plugins: PluginManager | None = None,
+) -> dict[str, Any]:
+    """A copy of ``table`` with ``section.option=value`` set.  Values are TOML; what is not TOML is a text.
+
+    ``kind`` is the class that the table is of: a table that is given for one of its sections (``training={lr=3}``)
+    leaves the rest of the section as it is.
+    """
+    plugins = plugins or default_manager()
+    if problem := too_nested(table):
+        raise ConfigError(f"the configuration {problem}")
+    result: dict[str, Any] = tables(table, plugins)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
+        if len(keys) > _MOST_KEYS:
+            raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")
+        set_option(result, path.strip(), _parsed(text.strip()), Place(kind, plugins))
+    return result
+
+
+def parse_grid(axes: Iterable[str]) -> dict[str, list[Any]]:
+    """``section.option=value,value,...`` for each axis; ``[a, b]`` gives the values as a TOML list.
+
+    A comma in brackets or quotes is part of a value.
+    """
+    grid: dict[str, list[Any]] = {}
+    for axis in axes:
+        path, equals, text = axis.partition("=")
+        if not equals or not all(path.strip().split(".")) or not text.strip():
+            raise ConfigError(f"{axis!r} is not an axis of a grid; write section.option=value,value, as in "
+                              "sae.l1_coefficient=1,5")  # fmt: skip
+        if path.strip() in grid:
+            raise ConfigError([(path.strip(), "is an axis of the grid twice; give all its values in one")])
+        whole = _parsed(text.strip())
+        grid[path.strip()] = whole if isinstance(whole, list) else [_parsed(part.strip()) for part in _parts(text)]
+    return grid
+
+
+def _parts(text: str) -> list[str]:
+    """``text`` cut at the commas that are neither in quotes nor in brackets."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _parsed(text: str) -> Any:
+    try:
+        read = read_toml(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return read["value"] if set(read) == {"value"} else text  # a line break in a text begins no other option
+
+
+def dump_config(
+    config: TrainConfig | PretokenizeConfig, form: str = "toml", *, plugins: PluginManager | None = None
+) -> str:
+    """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
+    converter = ConfigConverter(plugins or default_manager())
+    return write(converter.unstructure(config, spare=form == "toml"), form)
+
+
+def commented_toml(kind: str = "train", *, plugins: PluginManager | None = None) -> str:
+    """The full default configuration of ``train`` or ``pretokenize`` as TOML, each option with its explanation."""
+    default = TrainConfig() if kind == "train" else PretokenizeConfig(folder="contexts")
+    manager = plugins or default_manager()
+    lines = ["# Every option with its default. Options that are not set are shown as `# option =`."]
+    _comment_class(default, (), manager, lines, "")
+    return "\n".join(lines) + "\n"
+
+
+def _comment_class(
+    config: Any, path: tuple[str, ...], manager: PluginManager, lines: list[str], name: str, doc: str = ""
+) -> None:
+    """Append the table of ``config``: its own options first, then its sub-tables, as TOML wants it."""
+    docs = field_docs(type(config))
+    if path:
+        lines += ["", *_comment(doc), f"[{'.'.join(path)}]"]
+    if name:
+        lines.append(f"name = {toml_value(name)}")
+    plain = ConfigConverter(manager).unstructure(config, qualify=True)
+    below = []
+    for field in attrs.fields(type(config)):
+        value = getattr(config, field.name)
+        chosen = ""
+        kind = field.metadata.get(PLUGIN_KIND)
+        if kind and isinstance(value, str) and attrs.fields(manager.get(kind, value).entry.config):
+            chosen, value = value, manager.options(kind, value)
+        if attrs.has(type(value)):
+            below.append((field.name, value, chosen))
+        elif field.init:
+            lines += _comment(docs.get(field.name, ""))
+            lines.append(f"# {field.name} =" if value is None else f"{field.name} = {toml_value(plain[field.name])}")
+    for field_name, value, chosen in below:
+        _comment_class(value, (*path, field_name), manager, lines, chosen, docs.get(field_name, ""))
+
+
+def _comment(doc: str) -> list[str]:
+    return [f"# {line.strip()}" for line in doc.splitlines() if line.strip()]

@@ -1,0 +1,10 @@
+from .activations import ActivationStream as ActivationStream
+from .buffer import ShuffleBuffer as ShuffleBuffer
+from .contexts import ContextPacker as ContextPacker
+from .contexts import Contexts as Contexts
+from .contexts import ContextStream as ContextStream
+from .contexts import TokenPolicy as TokenPolicy
+from .corpus import Corpus as Corpus
+from .prefetch import Prefetched as Prefetched
+from .stream import StreamContext as StreamContext
+from .text import Documents as Documents

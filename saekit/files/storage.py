@@ -1,0 +1,272 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from saekit.errors import StorageError
+from saekit.files.names import LONGEST_NAME, half_written, half_written_mark, on_windows
+
+__all__ = [
+    "leads_out",
+    "locked",
+    "new_files",
+    "new_folder",
+    "read_json",
+    "remove_folder",
+    "replace_files",
+    "sha256",
+    "tidy",
+    "write_text",
+]
+
+_PATIENCE = 2.0  # seconds; on Windows a virus scanner may hold what was just written
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes ``path`` when all went well.
+
+    It replaces what was there, or with ``replace`` off leaves that alone and raises.
+
+    Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
+    which for the instant between two renames has a hidden name beside it, from which :func:`tidy` brings it back.
+    """
+    temporary = _hidden(path, "tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for item in temporary.rglob("*"):
+            if not item.is_symlink():
+                _sync(item)
+        _sync(temporary)
+        if not replace:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
+            _rename(temporary, path)  # which fails if there is something by now
+        else:
+            _put(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}. What was there before is kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_files(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, on the same disk, from which :func:`replace_files` may take new files."""
+    temporary = _hidden(path, "tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, where there may be another folder, which goes."""
+    if not path.exists():
+        _rename(temporary, path)
+        return
+    old = _hidden(path, "old")
+    try:
+        _rename(path, old)
+        _rename(temporary, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name; :class:`StorageError` if that fails."""
+    hidden = _hidden(path, "tmp")
+    try:
+        _rename(path, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
+
+
+def replace_files(folder: Path, files: Mapping[str, Path | None], last: str) -> None:
+    """Move new files into ``folder`` by name, where those that are there go; None: it just goes.
+
+    A folder without its file ``last`` is nothing that is read: that one goes first and comes last, so that whatever
+    ends this before its end leaves no mixture.  The new files must lie on the same disk.  Raises :class:`OSError`.
+    """
+    for path in files.values():
+        if path is not None:
+            _sync(path)
+    (folder / last).unlink(missing_ok=True)
+    _sync(folder)
+    for name in sorted(files, key=lambda name: name == last):
+        if name == last:
+            _sync(folder)
+        if (new := files[name]) is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            _replace(new, folder / name)
+    _sync(folder)
+
+
+def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
+    """Remove what a process that was killed has half written in ``folder``, and bring back what it has half replaced.
+
+    Of files and folders that ``mine`` says yes to, by the name that they were to have.  Nobody may be writing there.
+    """
+    try:
+        for left in list(folder.glob(".*")):
+            whole, kind = half_written(left.name) or ("", "")
+            if not whole or not mine(whole):
+                continue
+            if left.is_symlink():  # saekit leaves none: what it leads to is somebody else's
+                left.unlink()
+            elif kind == "old" and not os.path.lexists(folder / whole):
+                left.rename(folder / whole)
+            elif left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether ``path``, below ``folder``, is in truth somewhere else, by a symbolic link on the way."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from entering this for ``folder``; :class:`BlockingIOError` when one is in it.
+
+    The lock goes with the process, however it ends.  Where the system has no such locks, there is none.
+    """
+    try:
+        import fcntl  # POSIX has it
+    except ImportError:
+        with _locked_on_windows(folder):
+            yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # not on this file system
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked_on_windows(folder: Path) -> Iterator[None]:
+    """Folders cannot be opened there, so a file in it is locked."""
+    try:
+        import msvcrt
+
+        locking: Any = msvcrt
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        try:
+            locking.locking(handle, locking.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK, errno.EAGAIN):
+                raise BlockingIOError(errno.EAGAIN, "another process is in it", str(folder)) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, all or nothing."""
+    temporary = _hidden(path, "tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        _sync(temporary)
+        _replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, UnicodeEncodeError) as error:
+        with suppress(OSError, UnicodeEncodeError):
+            temporary.unlink()
+        reason = error.strerror if isinstance(error, OSError) else "it holds text that is not valid Unicode"
+        raise StorageError(f"cannot write {path}: {reason or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    name = path.name.encode(errors="surrogateescape")[: LONGEST_NAME - len(".." + "." * 8 + suffix) - 1]
+    return path.with_name(f".{name.decode(errors='ignore')}.{half_written_mark()}.{suffix}")
+
+
+def _rename(path: Path, to: Path) -> None:
+    _patiently(lambda: path.rename(to))
+
+
+def _replace(path: Path, to: Path) -> None:
+    _patiently(lambda: path.replace(to))
+
+
+def _patiently(move: Callable[[], object]) -> None:
+    """On Windows nothing moves that somebody has open, as scanners and indexers have for a moment."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            move()
+        except PermissionError:
+            if not on_windows() or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder, as far as the system can say so of folders."""
+    folder = path.is_dir()
+    if folder and on_windows():  # which cannot open one, and needs not
+        return
+    try:
+        handle = os.open(path, os.O_RDWR if on_windows() else os.O_RDONLY)  # where only what can be written is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not (folder and error.errno in _NO_SYNC_OF_FOLDERS):
+            raise

@@ -1,0 +1,12 @@
+from .auxk import add_auxk as add_auxk
+from .encoder import Encoder as Encoder
+from .encoder import Features as Features
+from .encoder import active_groups as active_groups
+from .encoder import dense_above as dense_above
+from .groups import batch_top as batch_top
+from .groups import top_groups as top_groups
+from .penalty import SparsityPenalty as SparsityPenalty
+from .screen import screen_for as screen_for
+from .screen import why_no_screen as why_no_screen
+from .sparse import SparseFeatures as SparseFeatures
+from .step import FastStep as FastStep

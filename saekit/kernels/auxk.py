@@ -1,0 +1,74 @@
+"""AuxK without autograd: see :func:`saekit.sae.losses.auxk_loss`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saekit.kernels.encoder import CHUNK, Encoder, Features, dense_above
+from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
+from saekit.kernels.sparse import SparseFeatures
+
+if TYPE_CHECKING:
+    from saekit.kernels.step import FastStep
+
+__all__ = ["add_auxk"]
+
+
+def add_auxk(
+    fast: FastStep,
+    x: Tensor,
+    dead: Tensor,
+    k: int,
+    coefficient: float | Tensor,
+    norms: Tensor | None = None,
+    *,
+    shrink: bool = True,
+) -> Tensor:
+    """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all of ``x``.
+
+    An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.
+    """
+    whole = fast.gradients
+    weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
+    part = Gradients(whole.encoder[dead], whole.decoder[dead], of_encoder=whole.of_encoder, of_decoder=whole.of_decoder)
+    encoder = Encoder(part.encoder.T, fast.b_enc[dead])
+    scale = None if norms is None else norms[dead]
+    total = x.new_zeros(())
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(x)))
+        features, to_pre = _chosen(encoder.pre_activations(fast.centered[rows]), k, scale, dense_above(part.encoder))
+        error = decoded(features, part.decoder).sub_(x[rows]).add_(fast.output[rows])
+        total += error.pow(2).sum(1).sum()
+        part.add(features, fast.centered[rows], error.mul_(2 * weight / len(x)), to_pre, rows)
+    whole.b_enc[dead] += part.b_enc
+    for name in ("W_enc", "W_dec"):
+        gradient, own = getattr(whole, name), getattr(part, name)
+        if own is not None:
+            gradient.index_add_(0, dead, own)
+    return total * (weight / len(x))
+
+
+def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Features, FeatureGradient]:
+    """The ``k`` largest of each row, whatever their sign, and where the gradient passes."""
+    n, dead = pre.shape
+    if dead <= k:
+        return pre, _everywhere
+    columns = (pre if scale is None else pre * scale).topk(k, dim=1, sorted=False).indices
+    if k <= limit * dead:
+        columns = columns.sort(dim=1).values
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k)
+        return SparseFeatures(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere
+    mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, columns, True)
+
+    def where_chosen(gradient: Tensor, features: Features, rows: slice) -> Tensor:
+        first = rows.start % CHUNK
+        return gradient.mul_(mask[first : first + len(gradient)])
+
+    return pre.mul_(mask), where_chosen
+
+
+def _everywhere(gradient: Tensor, features: Features, rows: slice) -> Tensor:
+    return gradient

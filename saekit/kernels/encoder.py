@@ -1,0 +1,200 @@
+"""The encoder's product, and the features that it leaves active.
+
+Rows go through in chunks of ``CHUNK``, in one buffer that is used again and again, so that beside the parameters one
+``[CHUNK, d_sae]`` buffer and a half is all the memory that a step takes.  Without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels.workspace import scratch
+from saekit.protocols import SparseActivation
+
+if TYPE_CHECKING:
+    from saekit.kernels.screen import Screen
+
+__all__ = [
+    "CHUNK",
+    "PROBE",
+    "Encoder",
+    "Features",
+    "Pending",
+    "active_entries",
+    "active_groups",
+    "dense_above",
+    "entries_where",
+    "mask_like",
+    "screen_below",
+]
+
+CHUNK = 1024
+"""Rows of one product."""
+PROBE = 256
+"""Rows that show how many features are active, before a product is screened."""
+_ENTRIES = 1 << 18  # of one sparse group at least; and no more than a quarter of a buffer if that is larger
+_ENTRY_BYTES = 64
+
+_IN_CACHE = 1 << 22  # numbers of a matrix that the rows of active features are read from at little cost
+
+
+def dense_above(weights: Tensor) -> float:
+    """The fraction of active features above which dense products with ``weights`` cost less than sparse ones.
+
+    Measured: see docs/performance.md.
+    """
+    return 0.16 if weights.numel() <= _IN_CACHE else 0.07
+
+
+def screen_below(weights: Tensor) -> float:
+    """The fraction of active features below which a screen costs less than it saves; measured, too."""
+    return 0.04 if weights.numel() <= _IN_CACHE else 0.02
+
+
+Features: TypeAlias = Tensor | SparseFeatures
+"""The features of a group of rows: all of them, ``[rows, d_sae]``, or those that are active."""
+
+
+@attrs.frozen(eq=False)
+class Encoder:
+    """``x̄ W_enc + b_enc`` by chunks."""
+
+    W_enc: Tensor
+    """``[d_in, d_sae]``."""
+    b_enc: Tensor
+    """``[d_sae]``."""
+
+    @property
+    def d_sae(self) -> int:
+        """The number of features."""
+        return len(self.b_enc)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """``x̄ W_enc`` of ``rows [n, d_in]``, in memory that the next call uses again.
+
+        The bias is left to the caller: a product that begins with it takes a pass over the memory of its own.
+        """
+        out = scratch("pre", (len(rows), self.d_sae), rows.dtype, rows.device)
+        return torch.mm(rows, self.W_enc, out=out)
+
+    def pre_activations(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
+        """With the bias, times ``scale [d_sae]``; in the same memory."""
+        product = self.product(rows)
+        if scale is None:
+            return product.add_(self.b_enc)
+        return torch.addcmul(self.b_enc * scale, product, scale, out=product)
+
+
+def mask_like(pre: Tensor) -> Tensor:
+    """A bool tensor of the shape of ``pre``, in memory that is used again: that of gradients, which come later."""
+    return scratch("gradient", (len(pre), pre.shape[1]), torch.bool, pre.device)
+
+
+def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The places where ``mask [n, m]`` is true: in the flattened tensor, their rows, and their columns.
+
+    None when there are more than ``limit``.
+    """
+    if mask.device.type != "cpu":
+        flat = mask.view(-1).nonzero().squeeze(1)
+    else:  # many times as fast as torch's
+        places = mask.numpy().reshape(-1)
+        if limit is not None and np.count_nonzero(places) > limit:
+            return None
+        flat = torch.from_numpy(np.flatnonzero(places))
+    rows = torch.div(flat, mask.shape[1], rounding_mode="floor")
+    return flat, rows, flat - rows * mask.shape[1]
+
+
+def active_entries(
+    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = None
+) -> SparseFeatures | None:
+    """The entries of ``product [n, d_sae] + bias [d_sae]`` larger than ``above``: a number, or one for each feature.
+
+    None when more than the fraction ``limit`` is.
+    """
+    # Not "above": a number that is none must not pass for a feature that is not active.
+    mask = torch.le(product, above - bias, out=mask_like(product)).logical_not_()
+    found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
+    if found is None:
+        return None
+    flat, rows, features = found
+    return SparseFeatures(rows, features, product.view(-1)[flat].add_(bias[features]), *product.shape)
+
+
+def active_groups(
+    encoder: Encoder,
+    rows: Tensor,
+    activation: SparseActivation,
+    *,
+    above: Tensor | float = 0.0,
+    noise: Callable[[int], Tensor] | None = None,
+    screen: Screen | None = None,
+) -> Iterator[tuple[int, Features]]:
+    """The features of ``rows [n, d_in]`` where pre-activations exceed ``above``, group by group with its first row.
+
+    Each group is sparse or, where many features are active, dense: then it holds the buffer, until the next one.  The
+    first rows show whether the others are worth a ``screen``.
+    ``noise`` gives what is added to the pre-activations of so many rows.  The device is not waited for: on one that is
+    not a CPU, every group is dense.
+    """
+    pending = Pending(encoder, activation)
+    start = 0
+    screening = False
+    while start < len(rows):
+        probe = screen is not None and noise is None and start == 0 and len(rows) > PROBE
+        part = rows[start : start + (PROBE if probe else CHUNK)]
+        found = screen.active(part, above) if screening and screen is not None else None
+        screening &= found is not None
+        if found is None:
+            product = encoder.product(part)
+            if noise is not None:
+                product += noise(len(part))
+            if product.device.type == "cpu":
+                found = active_entries(product, encoder.b_enc, above, limit=dense_above(encoder.W_enc))
+        if found is None:
+            yield from pending.flush()
+            yield start, _dense(product.add_(encoder.b_enc), activation, above)
+        else:
+            screening |= probe and len(found) < screen_below(encoder.W_enc) * len(part) * encoder.d_sae
+            yield from pending.add(start, found)
+        start += len(part)
+    yield from pending.flush()
+
+
+def _dense(pre: Tensor, activation: SparseActivation, above: Tensor | float) -> Tensor:
+    if isinstance(above, Tensor) or above:
+        pre.masked_fill_(torch.le(pre, above, out=mask_like(pre)), 0)
+    return activation.in_place(pre)
+
+
+@attrs.define
+class Pending:
+    """Sparse features of chunks that follow each other, until they are enough for one group."""
+
+    encoder: Encoder
+    activation: SparseActivation | None = None
+    start: int = 0
+    chunks: list[SparseFeatures] = attrs.field(factory=list)
+
+    def add(self, start: int, found: SparseFeatures) -> Iterator[tuple[int, SparseFeatures]]:
+        quarter = CHUNK * self.encoder.d_sae * found.values.itemsize // 4
+        if sum(map(len, self.chunks)) + len(found) > max(_ENTRIES, quarter // _ENTRY_BYTES):
+            yield from self.flush()
+        if not self.chunks:
+            self.start = start
+        self.chunks.append(found)
+
+    def flush(self) -> Iterator[tuple[int, SparseFeatures]]:
+        if self.chunks:
+            joined = SparseFeatures.joined(self.chunks)
+            self.chunks = []
+            active = joined.values if self.activation is None else self.activation(joined.values)
+            yield self.start, joined.with_values(active)

@@ -1,0 +1,163 @@
+"""The largest pre-activations: ``k`` of each row, or as many of a whole batch.
+
+As in :mod:`saekit.kernels.encoder`, rows go through in chunks, and without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where, mask_like
+from saekit.kernels.sparse import SparseFeatures
+
+if TYPE_CHECKING:
+    from saekit.kernels.screen import Screen
+
+__all__ = ["batch_top", "largest_of_each_row", "largest_of_groups", "number_of_groups", "top_entries", "top_groups"]
+
+
+def top_groups(
+    encoder: Encoder, rows: Tensor, k: int, *, scale: Tensor | None = None, screen: Screen | None = None
+) -> Iterator[tuple[int, SparseFeatures]]:
+    """The pre-activations of ``rows [n, d_in]`` that are above zero and among their row's ``k`` largest, in groups.
+
+    ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
+    ``screen`` is one for the same scale.
+    """
+    pending = Pending(encoder)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
+        if found is None:
+            screen = None  # it would refuse the others, too
+            found = top_entries(encoder.pre_activations(part, scale), k)
+        yield from pending.add(start, _unscaled(found, scale))
+    yield from pending.flush()
+
+
+def batch_top(
+    encoder: Encoder, rows: Tensor, wanted: int, *, scale: Tensor | None = None, screen: Screen | None = None
+) -> SparseFeatures:
+    """The ``wanted`` largest pre-activations of all ``rows [n, d_in]`` together that are above zero.
+
+    ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
+    ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.
+    """
+    if rows.device.type != "cpu":
+        return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
+    probe = rows[:PROBE]
+    for excess in (1.5, 6.0, None):  # a cut that leaves too few was too high; the first rows were not like the others
+        cut = 0.0 if excess is None else _cut(encoder, probe, scale, excess * wanted * len(probe) / len(rows))
+        found = _above(encoder, rows, cut if scale is None else cut / scale, screen)
+        if cut == 0 or len(found) >= wanted:
+            break
+    return found if len(found) <= wanted else found.kept(_largest(found.scaled(scale).values, wanted))
+
+
+def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:
+    """What about ``wanted`` scaled pre-activations of ``rows`` reach; 0 if fewer are above zero."""
+    pre = encoder.pre_activations(rows, scale)
+    values = pre[~(pre <= 0)]
+    return 0.0 if len(values) <= wanted else float(values.kthvalue(len(values) - int(wanted)).values)
+
+
+def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen | None) -> SparseFeatures:
+    groups = []
+    for part in rows.split(CHUNK):
+        found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
+        if found is None:
+            screen = None  # it would refuse the others, too
+            found = active_entries(encoder.product(part), encoder.b_enc, above)
+        assert found is not None
+        groups.append(found)
+    return SparseFeatures.joined(groups)
+
+
+def _largest(values: Tensor, wanted: int) -> Tensor:
+    """Where the ``wanted`` largest of ``values`` are, the first of equal ones: a mask."""
+    if not wanted:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.kthvalue(len(values) - wanted + 1).values
+    keep = ~(values <= threshold)
+    ties = (values == threshold).nonzero().squeeze(1)
+    keep[ties[: max(wanted - int(keep.sum()), 0)]] = True
+    return keep
+
+
+def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None) -> SparseFeatures:
+    """Without waiting for the device: ``wanted`` entries, of which some may be zero."""
+    pre = encoder.pre_activations(rows, scale)
+    values, flat = pre.view(-1).topk(wanted, sorted=False)
+    flat, order = flat.sort()
+    places = torch.div(flat, encoder.d_sae, rounding_mode="floor")
+    return SparseFeatures(places, flat - places * encoder.d_sae, values[order].clamp_min(0), *pre.shape)
+
+
+def _unscaled(found: SparseFeatures, scale: Tensor | None) -> SparseFeatures:
+    return found if scale is None else found.with_values(found.values / scale[found.features])
+
+
+def top_entries(pre: Tensor, k: int) -> SparseFeatures:
+    """The ``k`` largest entries of each row of ``pre [n, d_sae]`` that are above zero.
+
+    On a device that is not a CPU, which is not waited for, there are ``k`` of each row, of which some may be zero.
+    """
+    n, d_sae = pre.shape
+    if pre.device.type != "cpu":
+        values, features = pre.topk(k, dim=1, sorted=False)
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k, output_size=n * k)
+        return SparseFeatures(rows, features.reshape(-1), values.reshape(-1).clamp_min(0), n, d_sae)
+    bound = kth_largest_bound(pre, k)
+    if bound is None or bool(bound.isnan().any()):
+        values, features = pre.topk(k, dim=1, sorted=False)
+        rows = torch.arange(n, device=pre.device).repeat_interleave(k)
+        found = SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae)
+        return found.kept(~(found.values <= 0))
+    mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=mask_like(pre))
+    places = entries_where(mask)
+    assert places is not None
+    flat, rows, features = places
+    return largest_of_each_row(SparseFeatures(rows, features, pre.view(-1)[flat], n, d_sae), k)
+
+
+def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
+    """``[n, 1]``: what at least ``k`` of each row of ``pre [n, m]`` reach, near to the k-th largest; None: look at all.
+
+    The k-th largest of the largest of groups, each in a group of its own.
+    """
+    groups = number_of_groups(pre.shape[1], k)
+    if groups is None:
+        return None
+    return largest_of_groups(pre, groups).topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def number_of_groups(d_sae: int, k: int) -> int | None:
+    """In how many groups of features the ``k`` largest are looked for; None: there are too few features."""
+    groups = next((d_sae // width for width in (32, 8) if d_sae // width >= 2 * k), 0)
+    return groups or None
+
+
+def largest_of_groups(numbers: Tensor, groups: int) -> Tensor:
+    """``[..., groups]``: the largest of each group of ``numbers [..., d_sae]``, of which a few may be left over."""
+    width = numbers.shape[-1] // groups
+    largest: Tensor = numbers[..., : groups * width].unflatten(-1, (width, groups)).amax(-2)
+    return largest
+
+
+def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:
+    """The ``k`` entries of each row with the largest values, in the order of their features."""
+    values, numbers = entries.padded()
+    if values.shape[1] <= k:
+        return entries
+    values, places = values.topk(k, dim=1, sorted=False)
+    keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device)
+    keep[numbers.gather(1, places)[values != -torch.inf]] = True
+    return entries.kept(keep)
+
+
+def _tiny(pre: Tensor) -> float:
+    return torch.finfo(pre.dtype).tiny

@@ -1,0 +1,105 @@
+"""What a plugin offers, checked: hooks that exist, and entries that are what :class:`saekit.Entry` says."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from saekit.errors import PluginError
+from saekit.plugins.options import option_faults
+from saekit.plugins.registry import KINDS, Entry
+from saekit.plugins.text import printable, short
+
+__all__ = ["PREFIX", "check_hook_names", "checked_entries", "defines"]
+
+PREFIX = "saekit_register_"
+_MOST = 1000  # entries of one hook: a generator that never ends is a fault
+
+
+def check_hook_names(plugin: object) -> None:
+    """Refuse functions named or marked like hooks that are none: they would silently never be called."""
+    known = {PREFIX + kind for kind in KINDS}
+    for name in dir(plugin):
+        member = getattr(plugin, name, None)
+        marked = isinstance(getattr(member, "saekit_impl", None), Mapping)
+        if name in known and callable(member) and not marked:
+            raise PluginError(f"{name} lacks the @saekit.hookimpl mark, so it would never be called")
+        looks_like = marked or (name.startswith("saekit_") and callable(member))
+        if looks_like and name not in known:
+            raise PluginError(f"there is no hook {name}; the hooks are {', '.join(sorted(known))}")
+
+
+def checked_entries(hook: str, returned: object) -> list[Entry]:
+    """What ``hook`` ``returned``, each entry checked; :class:`PluginError` names the entry and what is wrong."""
+    if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
+        raise PluginError(f"{hook} returned {short(returned)}, expected an iterable of saekit.Entry")
+    entries = list(itertools.islice(returned, _MOST + 1))
+    if len(entries) > _MOST:
+        raise PluginError(f"{hook} returned more than {_MOST} entries")
+    for entry in entries:
+        if not isinstance(entry, Entry):
+            raise PluginError(f"{hook} returned {short(entry)} among its entries, expected a saekit.Entry")
+        if fault := _fault(entry):
+            raise PluginError(f"{hook}: entry {short(entry.name)}: {fault}")
+    _check_own_classes(hook, entries)
+    return entries
+
+
+def _fault(entry: Entry) -> str | None:
+    """What is wrong with one entry."""
+    config, required = entry.config, entry.requires
+    if not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]+", entry.name):
+        return "the name must be made of letters, digits, '_', '-', '.' and '+'"
+    if not (isinstance(config, type) and attrs.has(config)):
+        return f"config is {short(config)}, expected a frozen attrs class"
+    if not _is_frozen(config):
+        return f"{_named(config)} is not frozen; use @attrs.frozen(kw_only=True)"
+    if faults := option_faults(config, KINDS):
+        of = _named(config)
+        return "; ".join(f"option {name!r} of {of} {why}" if name else f"{of}: {why}" for name, why in faults)
+    if not callable(entry.build):
+        return f"build is {short(entry.build)}, expected a callable"
+    precheck = getattr(entry, "precheck", None)
+    if precheck is not None and not callable(precheck):
+        return f"precheck is {short(precheck)}, expected a callable"
+    if not isinstance(required, (list, tuple)) or not all(_is_module_name(name) for name in required):
+        return f"requires is {short(required)}, expected a list of package names"
+    if entry.extra is not None and not (isinstance(entry.extra, str) and re.fullmatch(r"[\w.-]+", entry.extra)):
+        return f"extra is {short(entry.extra)}, expected the name of an extra, or None"
+    if not isinstance(entry.summary, str):
+        return f"summary is {short(entry.summary)}, expected a text"
+    return None
+
+
+def _named(config: type) -> str:
+    return printable(config.__qualname__)
+
+
+def _is_module_name(name: object) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
+def _is_frozen(cls: type) -> bool:
+    return "_frozen" in getattr(cls.__setattr__, "__name__", "")
+
+
+def _check_own_classes(hook: str, entries: list[Entry]) -> None:
+    """A config object alone must say which entry it belongs to."""
+    owners: dict[type, Entry] = {}
+    for entry in entries:
+        owner = owners.setdefault(entry.config, entry)
+        if owner.build is not entry.build:
+            raise PluginError(
+                f"{hook}: entries {owner.name!r} and {entry.name!r} share the options class "
+                f"{_named(entry.config)}; give each its own"
+            )
+
+
+def defines(entry: Entry) -> bool:
+    """Whether the entry's ``build`` stands in the module of its options class."""
+    build = entry.build.func if isinstance(entry.build, functools.partial) else entry.build
+    return getattr(build, "__module__", None) == entry.config.__module__

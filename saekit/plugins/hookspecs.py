@@ -1,0 +1,101 @@
+"""Every hook of saekit: the reference for plugin authors.
+
+A plugin is a module with functions of these names, marked ``@saekit.hookimpl``, and one line in its distribution's
+``pyproject.toml``::
+
+    [project.entry-points.saekit]
+    my_plugin = "my_package.my_module"
+
+Each hook takes no argument and returns an iterable of :class:`saekit.Entry`.  Hooks are called once, when the
+plugins are loaded, never in the training loop.  ``Entry.config`` is a frozen attrs class with the plugin's options;
+``Entry.build`` makes the thing itself and is the place for heavy imports.  ``Entry.precheck(config, whole)``, which may
+be left out, is called before any of that, with the options and the configuration that they are part of (a
+:class:`saekit.config.TrainConfig`; for a model backend also a :class:`saekit.config.PretokenizeConfig`), and raises a
+:class:`saekit.errors.SaekitError` for what it can see to be wrong without heavy imports.  The protocols named below are
+in :mod:`saekit.protocols`; what ``build`` returns is checked for their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from saekit.plugins.registry import Entry
+
+hookspec = pluggy.HookspecMarker("saekit")
+hookimpl = pluggy.HookimplMarker("saekit")
+
+
+@hookspec
+def saekit_register_model_backends() -> Iterable[Entry]:
+    """Language models to read activations from (``model.backend``).
+
+    ``build(config, *, model: saekit.config.ModelConfig, loaded: object | None) -> ModelBackend``
+
+    ``loaded`` is the in-memory model that the caller passed to ``saekit.train(model=...)``, else None: load
+    ``model.name`` then.  Raise :class:`saekit.errors.ModelError` for a name that cannot be loaded.
+    """
+
+
+@hookspec
+def saekit_register_activation_functions() -> Iterable[Entry]:
+    """The SAE's non-linearity (``sae.activation``).
+
+    ``build(config) -> ActivationFunction``: pre-activations ``[..., d_sae]`` to feature activations of that shape,
+    differentiable by autograd.
+    """
+
+
+@hookspec
+def saekit_register_pretrained_loaders() -> Iterable[Entry]:
+    """Formats of saved SAEs (``SAE.load(path, loader=...)``).
+
+    ``build(config) -> PretrainedLoader``: says whether a folder or Hub repository is of its format, and reads it
+    into a :class:`saekit.pretrained.PretrainedSAE`.
+    """
+
+
+@hookspec
+def saekit_register_lr_schedules() -> Iterable[Entry]:
+    """Learning rates (``lr_schedule``).
+
+    ``build(config, *, lr: float, steps: int) -> LRSchedule``: the main schedule's own ``steps`` steps, from the peak
+    ``lr``.  The kernel puts the linear warm-up before and the linear decay after it, and keeps the last rate when a
+    run takes more steps than it was to (its batches were not full).
+    """
+
+
+@hookspec
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    """SAE architectures (``sae``).
+
+    ``config`` derives from :class:`saekit.SAEConfig`.
+    ``build(config, *, d_in: int, activation: ActivationFunction) -> saekit.sae.SAE``: uninitialized, on the CPU, in
+    the default dtype of torch; the kernel initializes, moves and loads it.
+    """
+
+
+@hookspec
+def saekit_register_activation_sources() -> Iterable[Entry]:
+    """Where training batches come from (``activations.source``).
+
+    ``build(config, *, stream: saekit.data.StreamContext) -> ActivationSource``: the context holds the backend, the
+    sites, the batch size and the seed, and opens the packed contexts when they are asked for.
+    """
+
+
+@hookspec
+def saekit_register_trackers() -> Iterable[Entry]:
+    """Where metrics go (``trackers``).
+
+    ``build(config, *, run: saekit.protocols.RunInfo) -> Tracker``: the run's name, folder and full configuration.
+    """
+
+
+@hookspec
+def saekit_register_evals() -> Iterable[Entry]:
+    """Measurements on held-out text (``evals.run``).
+
+    ``build(config) -> Eval``: takes an SAE, a backend, a site and contexts; returns named numbers.
+    """

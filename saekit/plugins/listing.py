@@ -1,0 +1,139 @@
+"""What ``saekit plugins`` shows, as data and as text."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from typing import Any
+
+import attrs
+
+from saekit.config.describe import describe_fields
+from saekit.errors import UnknownKeyError
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import KINDS, Registered
+from saekit.plugins.text import last_line, printable
+
+__all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
+
+
+def kind_named(name: str) -> str:
+    """The kind of that name; ``lr_schedule`` and ``LR-schedules`` are understood too."""
+    folded = name.replace("-", "_").replace(" ", "_").lower()
+    for kind in KINDS:
+        if folded in (kind, kind.removesuffix("s")):
+            return kind
+    close = difflib.get_close_matches(folded, KINDS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UnknownKeyError(f"there is no kind of plugin {name!r}.{hint} The kinds are {', '.join(KINDS)}")
+
+
+def overview(manager: PluginManager) -> dict[str, Any]:
+    """Every plugin, the ones left out included."""
+    return {
+        "plugins": [detail(item) for registry in manager.registries.values() for item in registry.items],
+        "failed": [attrs.asdict(failure) for failure in manager.failures],
+        "notes": [attrs.asdict(note) for note in manager.notes],
+        "disabled": list(manager.blocked),
+    }
+
+
+def detail(item: Registered) -> dict[str, Any]:
+    """One plugin with its options."""
+    config = item.entry.config
+    try:
+        options, problem = _options(config), None
+    except Exception as error:  # a default that cannot be made, say: it must not hide the others
+        options, problem = [], last_line(error)
+    return {
+        "kind": item.kind,
+        "key": item.key,
+        "distribution": item.distribution,
+        "version": item.version,
+        "plugin": item.plugin,
+        "summary": " ".join(item.entry.summary.split()),
+        "missing": item.missing(),
+        "install": item.install_hint() if item.missing() else None,
+        "config": f"{config.__module__}.{config.__qualname__}",
+        "options": options,
+        "problem": problem,
+    }
+
+
+def _options(config: type) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": field.name,
+            "type": field.type,
+            "required": field.default is ...,
+            "default": _plain(field.default),
+            "doc": field.doc,
+        }
+        for field in describe_fields(config)
+    ]
+
+
+def _plain(value: object) -> Any:
+    if value is ...:
+        return None
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if type(value) in (str, int, float, bool, type(None)) else repr(value)
+
+
+def table(data: dict[str, Any]) -> str:
+    """The overview as text, a line per plugin."""
+    lines = []
+    width = max((len(item["key"]) for item in data["plugins"]), default=0)
+    for kind in KINDS:
+        lines.append(kind)
+        items = [item for item in data["plugins"] if item["kind"] == kind]
+        for item in items:
+            owner = f"{item['distribution']} {item['version']}".strip()
+            needs = f"  [needs: {item['install']}]" if item["missing"] else ""
+            lines.append(f"  {item['key']:{width}}  {owner:16}  {item['summary']}{needs}")
+            options = ", ".join(f"{o['name']}: {o['type']}{_default(o)}" for o in item["options"])
+            if options:
+                indent = " " * 6
+                lines += textwrap.wrap(options, 110, initial_indent=indent, subsequent_indent=indent)
+            if item["problem"]:
+                lines.append(f"      its options cannot be listed: {item['problem']}")
+        lines += [] if items else ["  none"]
+    for failure in data["failed"]:
+        lines.append(f"failed: {failure['plugin']} {failure['version']}: {failure['reason']}")
+    lines += [f"note: {note['plugin']} {note['version']}: {note['text']}" for note in data["notes"]]
+    lines += [f"disabled: {plugin}" for plugin in data["disabled"]]
+    return "\n".join(printable(line) for line in lines)
+
+
+def detail_text(data: dict[str, Any]) -> str:
+    """One plugin's options as text."""
+    lines = [
+        f"{data['key']}: {data['summary']}",
+        f"{KINDS[data['kind']]}, from {data['distribution']} {data['version']} ({data['plugin']})",
+        f"options class: {data['config']}",
+    ]
+    if data["missing"]:
+        lines.append(f"needs: {data['install']}")
+    if data["problem"]:
+        lines.append(f"its options cannot be listed: {data['problem']}")
+    lines += ["", "options:" if data["options"] else "no options"]
+    for option in data["options"]:
+        default = "required" if option["required"] else f"default {_shown(option['default'])}"
+        lines += [
+            f"  {option['name']}: {option['type']} ({default})",
+            *(f"      {line}" for line in option["doc"].splitlines()),
+        ]
+    return "\n".join(printable(line) for line in lines)
+
+
+def _default(option: dict[str, Any]) -> str:
+    return "" if option["required"] else f" = {_shown(option['default'])}"
+
+
+def _shown(value: object) -> str:
+    return (
+        {True: "true", False: "false"}[value] if isinstance(value, bool) else "none" if value is None else repr(value)
+    )

@@ -1,0 +1,231 @@
+"""Finding plugins, keeping the broken ones apart, and building what a configuration chooses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import pluggy
+
+from saekit.errors import PluginError, PluginWarning, UnknownKeyError
+from saekit.plugins import hookspecs
+from saekit.plugins.building import built
+from saekit.plugins.entries import PREFIX, check_hook_names, checked_entries, defines
+from saekit.plugins.loading import installed_points, normalized, watched
+from saekit.plugins.registry import KINDS, Entry, Registered, Registry
+from saekit.plugins.text import last_line, printable
+
+__all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
+
+DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
+_OWNED = "the options class of another plugin, {}; define your own"
+
+
+@attrs.frozen
+class Failure:
+    """A plugin that was left out, and why."""
+
+    plugin: str
+    """``distribution:entry point``."""
+    version: str
+    reason: str
+    """The last line of the traceback, or what the plugin did wrong."""
+
+
+@attrs.frozen
+class Note:
+    """Something that a plugin did while it was loaded, and that its author should know of."""
+
+    plugin: str
+    """``distribution:entry point``."""
+    version: str
+    text: str
+
+
+class PluginManager:
+    """Plugins by kind and key.
+
+    ``discover`` loads the entry points of the installed distributions, sorted by distribution and name.
+    ``disabled`` names plugins to leave out, by distribution, entry point or ``distribution:entry point``; by default
+    it is read from the environment variable ``SAEKIT_DISABLE_PLUGINS``, separated by commas.
+    """
+
+    def __init__(self, *, discover: bool = True, disabled: Iterable[str] | None = None) -> None:
+        self._pluggy = pluggy.PluginManager("saekit")
+        self._pluggy.add_hookspecs(hookspecs)
+        self.registries = {kind: Registry(kind) for kind in KINDS}
+        self.failures: list[Failure] = []
+        self.notes: list[Note] = []
+        self.blocked: list[str] = []
+        if disabled is None:
+            disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
+        self._disabled = {name.strip() for name in disabled if name.strip()}
+        # A distribution may be written in any spelling of its name, an entry point only in its own.
+        self._disabled |= {":".join([normalized(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
+        if discover:
+            self._discover()
+
+    # ---- loading
+
+    def _discover(self) -> None:
+        for point in installed_points():
+            plugin = point.plugin
+            if self._disabled & {point.distribution, point.name, plugin}:
+                self.blocked.append(plugin)
+                continue
+            reason = None
+            with watched() as notes:
+                try:
+                    entries, evicted = self._taken_in(point.load(), plugin)
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a stranger's module may raise anything; the rest must go on
+                    reason = last_line(error)
+            self.notes += [Note(plugin, point.version, text) for text in notes]
+            if reason is None:
+                self._include(entries, evicted, plugin, point.distribution, point.version)
+            else:
+                self._fail(plugin, point.version, reason)
+
+    def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
+        """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it.
+
+        :class:`PluginError` names the plugin and what is wrong with it, whatever its own code raises.
+        """
+        distribution, version = printable(distribution), printable(version)
+        full_name = f"{distribution}:{printable(name)}"
+        with watched() as notes:
+            try:
+                entries, evicted = self._taken_in(plugin, full_name)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                raise PluginError(f"plugin {full_name} {version}".rstrip() + f": {last_line(error)}") from error
+        self.notes += [Note(full_name, version, text) for text in notes]
+        self._include(entries, evicted, full_name, distribution, version)
+
+    def _taken_in(self, plugin: object, full_name: str) -> tuple[list[tuple[str, Entry]], list[Registered]]:
+        """A plugin's entries by kind, checked, and the entries that must give way; raising, nothing of it stays."""
+        if self._pluggy.has_plugin(full_name) or self._pluggy.is_registered(plugin):
+            raise PluginError(f"the plugin {full_name} is already registered")
+        try:
+            self._pluggy.register(plugin, name=full_name)
+            check_hook_names(plugin)
+            entries = self._entries(plugin)
+            return entries, [item for kind, entry in entries for item in self._evicted(kind, entry)]
+        except BaseException as error:
+            if self._pluggy.has_plugin(full_name):
+                self._pluggy.unregister(name=full_name)
+            if isinstance(error, pluggy.PluginValidationError):
+                raise PluginError(str(error).replace("\n", " ")) from error
+            raise
+
+    def _include(
+        self,
+        entries: list[tuple[str, Entry]],
+        evicted: list[Registered],
+        plugin: str,
+        distribution: str,
+        version: str,
+    ) -> None:
+        for item in evicted:
+            self._remove(item, f"{item.entry.config.__qualname__} is {_OWNED.format(plugin)}")
+        for kind, entry in entries:
+            self.registries[kind].items.append(Registered(entry, kind, distribution, version, plugin))
+        if not entries:
+            self.notes.append(Note(plugin, version, "offers nothing: no hook of its returns an entry"))
+
+    def _entries(self, plugin: object) -> list[tuple[str, Entry]]:
+        """What one plugin returns from all its hooks, checked."""
+        found: list[tuple[str, Entry]] = []
+        for kind in KINDS:
+            hook = PREFIX + kind
+            for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
+                if implementation.plugin is plugin:
+                    if implementation.wrapper or implementation.hookwrapper:
+                        raise PluginError(f"{hook} is a hook wrapper, which saekit does not call")
+                    try:
+                        entries = checked_entries(hook, implementation.function())
+                    except (PluginError, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        raise PluginError(f"{hook} raised {last_line(error)}") from error
+                    found += [(kind, entry) for entry in entries]
+        return found
+
+    def _evicted(self, kind: str, entry: Entry) -> list[Registered]:
+        """The entries that must give way because they use the options class that ``entry``'s plugin defines.
+
+        A config object alone says which plugin it chooses, so a class has one owner: the plugin whose ``build`` stands
+        in the class's own module.  Raises for an ``entry`` that is not the owner.
+        """
+        same_class = [item for item in self.registries[kind].items if item.entry.config is entry.config]
+        others = [item for item in same_class if item.entry.build is not entry.build]
+        for item in others:
+            if not defines(entry) or defines(item.entry):
+                raise PluginError(f"{entry.config.__qualname__} is {_OWNED.format(item.key)}")
+        return others
+
+    def _remove(self, item: Registered, reason: str) -> None:
+        """Leave out the whole plugin of ``item``."""
+        for registry in self.registries.values():
+            registry.items = [other for other in registry.items if other.plugin != item.plugin]
+        if self._pluggy.has_plugin(item.plugin):
+            self._pluggy.unregister(name=item.plugin)
+            self._fail(item.plugin, item.version, reason)
+
+    def _fail(self, plugin: str, version: str, reason: str) -> None:
+        reason = printable(reason)
+        self.failures.append(Failure(plugin, version, reason))
+        text = f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}"
+        try:
+            warnings.warn(text, PluginWarning, stacklevel=4)
+        except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
+            with contextlib.suppress(Exception):
+                sys.stderr.write(f"warning: {text}\n")
+
+    # ---- looking up
+
+    def get(self, kind: str, key: str) -> Registered:
+        """The entry of ``kind`` with a bare or qualified ``key``; the errors say what there is instead."""
+        return self._registry(kind).get(key, self.troubles)
+
+    def find(self, kind: str, choice: object) -> Registered:
+        """The entry that ``choice`` selects: a key, or an instance of the entry's options class."""
+        if isinstance(choice, str):
+            return self.get(kind, choice)
+        return self._registry(kind).of_config(choice)
+
+    def _registry(self, kind: str) -> Registry:
+        if kind not in self.registries:
+            raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
+        return self.registries[kind]
+
+    def build(self, kind: str, choice: object, **services: Any) -> Any:
+        """Build what ``choice`` selects, passing it ``services`` (see the hook of its kind).
+
+        ``choice`` is a key (then the options are the defaults) or an instance of an options class.  Whatever goes
+        wrong names the plugin, and what comes back is checked: see :func:`saekit.plugins.building.built`.
+        """
+        return built(self.find(kind, choice), None if isinstance(choice, str) else choice, **services)
+
+    def options(self, kind: str, choice: object) -> Any:
+        """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""
+        return self.get(kind, choice).entry.config() if isinstance(choice, str) else choice
+
+    def troubles(self) -> list[str]:
+        """Lines about the plugins that were left out."""
+        lines = [f"Plugin {failure.plugin} failed to load: {failure.reason}" for failure in self.failures]
+        return lines + [f"Plugin {plugin} is disabled by {DISABLE_VARIABLE}." for plugin in self.blocked]
+
+
+@functools.cache
+def default_manager() -> PluginManager:
+    """The manager of this process, with all installed plugins; made on first use."""
+    return PluginManager()

@@ -1,0 +1,171 @@
+"""What plugins hand over, and how it is found again by key."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import attrs
+
+from saekit.errors import AmbiguousKeyError, MissingPackageError, UnknownKeyError
+from saekit.plugins.text import printable
+
+__all__ = ["KINDS", "Entry", "Registered", "Registry"]
+
+# kind (also the end of its hook's name) -> what people call one of them
+KINDS = {
+    "model_backends": "model backend",
+    "activation_functions": "activation function",
+    "pretrained_loaders": "pretrained loader",
+    "lr_schedules": "LR schedule",
+    "sae_architectures": "SAE architecture",
+    "activation_sources": "activation source",
+    "trackers": "tracker",
+    "evals": "eval",
+}
+
+
+@attrs.frozen
+class Entry:
+    """One thing that a plugin offers."""
+
+    name: str
+    """The bare key.  Users select it by this, or by ``distribution:name``."""
+    config: type
+    """A frozen attrs class with the options.  It is this entry's alone (aliases with the same build may share)."""
+    build: Callable[..., Any]
+    """``build(config, **services)``: see the hook.  Heavy imports belong inside."""
+    requires: Sequence[str] = ()
+    """Importable names of optional packages that ``build`` needs."""
+    extra: str | None = None
+    """The name of the extra of the plugin's distribution that installs ``requires``."""
+    summary: str = ""
+    """One line for ``saekit plugins``."""
+    precheck: Callable[[Any, Any], object] | None = None
+    """``precheck(config, whole)``: raises what can be seen to be wrong without heavy imports, such as a folder that is
+    not there, before anything heavy is imported; see :mod:`saekit.commands.preflight`.  ``whole`` is the configuration
+    that ``config`` is part of."""
+    needs_text: bool = True
+    """Of an activation source: whether it opens the text (``stream.contexts``), which must then be there."""
+
+
+@attrs.frozen
+class Registered:
+    """An entry with its provenance."""
+
+    entry: Entry
+    kind: str
+    distribution: str
+    version: str
+    plugin: str
+    """``distribution:entry point``."""
+
+    @property
+    def key(self) -> str:
+        """The qualified key, ``distribution:name``."""
+        return f"{self.distribution}:{self.entry.name}"
+
+    def missing(self) -> list[str]:
+        """The packages in ``requires`` that are not installed."""
+        return [name for name in self.entry.requires if not _importable(name)]
+
+    def install_hint(self) -> str:
+        """The command that installs what is missing."""
+        if self.entry.extra:
+            return f"pip install '{self.distribution}[{self.entry.extra}]'"
+        return f"pip install {' '.join(self.missing())}"
+
+    def check_requirements(self) -> None:
+        """Raise :class:`MissingPackageError`, naming the command to run, when a required package is absent."""
+        if missing := self.missing():
+            raise MissingPackageError(
+                f"{KINDS[self.kind]} '{self.key}' needs {_listed(missing)}, not installed here. "
+                f"Install it with: {self.install_hint()}"
+            )
+
+
+class Registry:
+    """All entries of one kind.  Order of registration decides nothing but the order of listing."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.items: list[Registered] = []
+
+    @property
+    def label(self) -> str:
+        return KINDS[self.kind]
+
+    def get(self, key: str, troubles: Callable[[], Iterable[str]] = tuple) -> Registered:
+        """The entry of a bare or qualified ``key``.
+
+        ``troubles`` gives the lines about plugins that were left out; they are part of the "unknown" message.
+        """
+        found = [item for item in self.items if key in (item.entry.name, item.key)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise AmbiguousKeyError(self._ambiguous(key, found))
+        raise UnknownKeyError(self._unknown(key, list(troubles())))
+
+    def of_config(self, config: object) -> Registered:
+        """The entry whose options ``config`` is an instance of."""
+        found = [item for item in self.items if item.entry.config is type(config)]
+        if not found:
+            name = type(config).__qualname__
+            raise UnknownKeyError(
+                f"{name} is not the options class of any {self.label}. Registered: {self._options_classes()}."
+            )
+        if any(item.entry.build is not found[0].entry.build for item in found):
+            raise AmbiguousKeyError(
+                f"{type(config).__qualname__} is the options class of several {self.label}s, "
+                f"{_listed(item.key for item in found)}: name the one you mean by its key."
+            )
+        return found[0]
+
+    def _options_classes(self) -> str:
+        return _listed(f"{item.entry.config.__qualname__} ({item.key})" for item in self.items) or "none"
+
+    def _ambiguous(self, key: str, found: list[Registered]) -> str:
+        if len({item.key for item in found}) == 1:
+            plugins = _listed(item.plugin for item in found)
+            return (
+                f"{self.label} '{found[0].key}' is registered {len(found)} times by one distribution, from {plugins}. "
+                f"Its author must rename one; until then, SAEKIT_DISABLE_PLUGINS={found[-1].plugin} leaves one out."
+            )
+        owners = _listed(f"{item.distribution} {item.version}".strip() for item in found)
+        keys = _listed(f"'{item.key}'" for item in found)
+        return f"{self.label} '{key}' is supplied by several distributions ({owners}). Write one of {keys}."
+
+    def _unknown(self, key: str, troubles: list[str]) -> str:
+        lines = [f"Unknown {self.label} '{key}'."]
+        names = [item.key if ":" in key else item.entry.name for item in self.items]
+        folded = {name.casefold(): name for name in names}
+        close = difflib.get_close_matches(key.casefold(), folded, n=3, cutoff=0.6)
+        if close:
+            lines[0] += f" Did you mean {_listed((repr(folded[name]) for name in close), last='or')}?"
+        distribution = key.partition(":")[0] if ":" in key else ""
+        if distribution and distribution not in {item.distribution for item in self.items} and not close:
+            lines.append(f"No installed plugin comes from '{distribution}': try pip install {distribution}")
+        lines.append(f"Registered {self.label}s:")
+        lines += [f"  {self._described(item)}" for item in self.items] or ["  none"]
+        return printable("\n".join(lines + troubles), keep="\n")  # the key, too, may come from a stranger's file
+
+    @staticmethod
+    def _described(item: Registered) -> str:
+        text = f"{item.key} ({item.distribution} {item.version}".rstrip() + ")"
+        return f"{text}, needs: {item.install_hint()}" if item.missing() else text
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (Exception, SystemExit):  # a parent package is missing, or fails when it is imported
+        return False
+
+
+def _listed(words: Iterable[str], last: str = "and") -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    words = list(words)
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

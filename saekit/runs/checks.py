@@ -1,0 +1,61 @@
+"""What can be checked of a run before torch is imported: see :mod:`saekit.commands.preflight`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
+from saekit.errors import ConfigError, SAEFormatError
+from saekit.plugins.manager import PluginManager
+from saekit.pretrained.files import SAEFiles
+from saekit.files.storage import locked
+
+__all__ = ["alone_in", "check_finetuning", "chosen_evals", "chosen_trackers", "start_files"]
+
+
+def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
+    """The trackers of a run by qualified key, with the one that is always there."""
+    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
+    return {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
+
+
+def chosen_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
+    """What is measured, by qualified key."""
+    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
+    return {plugins.find("evals", choice).key: choice for choice in config.evals.run}
+
+
+def _refuse_twice(path: str, keys: Sequence[str]) -> None:
+    if len(set(keys)) < len(keys):
+        raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
+
+
+def check_finetuning(config: TrainConfig, options: SAEConfig) -> None:
+    """The decoder's bias can be tuned only where the encoder does not see it."""
+    if config.training.finetuning_method == "decoder" and options.apply_b_dec_to_input:
+        raise ConfigError(
+            [("training.finetuning_method", "is 'decoder', which moves b_dec, and sae.apply_b_dec_to_input takes b_dec "
+              "from the input, so that the encoder would change too; set sae.apply_b_dec_to_input = false, or choose "
+              "another method")]
+        )  # fmt: skip
+
+
+def start_files(path: str) -> SAEFiles:
+    """The files of the saved SAE that training starts from."""
+    try:
+        return SAEFiles.in_folder(path)
+    except SAEFormatError as error:
+        raise SAEFormatError(f"{error} (training.from_pretrained_path)") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No two processes may train in one run folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError:
+            raise ConfigError(f"another process is still training in {folder}; end it first") from None
+        yield

@@ -1,0 +1,124 @@
+"""The folder of a run: whether it may be made, making it, whether it is still there.  Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from saekit.config import TrainConfig
+from saekit.errors import ConfigError, StorageError
+from saekit.files.names import fault_of_name, made_name
+
+__all__ = ["RunFolderLostError", "Standing", "check_run_folder", "rescue_folder", "run_folder"]
+
+
+class RunFolderLostError(StorageError):
+    """The run folder is not there any more."""
+
+
+def check_run_folder(config: TrainConfig, name: str | None) -> None:
+    """A run folder that has a ``name`` must be new, and in ``checkpoints.folder``; else :class:`ConfigError`."""
+    where = config.checkpoints.folder
+    if "\0" in where or not _is_unicode(where):
+        raise ConfigError([("checkpoints.folder", f"is not valid Unicode, or holds a null character: {where!r}")])
+    if name is not None and (fault := fault_of_name(name)):
+        raise ConfigError(
+            [("checkpoints.name", f"must be the name of a new folder in checkpoints.folder, but {name!r} {fault}. To "
+              "keep runs elsewhere, set checkpoints.folder")]
+        )  # fmt: skip
+    folder = Path(where) / (name or "run")
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):  # whether it can be made is another question
+        return
+    except OSError as error:
+        raise ConfigError([("checkpoints.folder", f"{where!r} cannot be used: {error.strerror}")]) from error
+    if name is not None:
+        raise ConfigError(
+            [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def run_folder(config: TrainConfig, name: str | None, kind: str | None = None) -> Path:
+    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number."""
+    parent = Path(config.checkpoints.folder)
+    check_run_folder(config, name)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            (parent / name).mkdir()
+            return parent / name
+        return _numbered(parent, made_name(f"{datetime.now():%Y-%m-%d}-{kind or config.site.name}", room=8))
+    except OSError as error:
+        raise StorageError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
+
+
+def rescue_folder(run: Path) -> Path:
+    """Make a new folder beside one that was lost."""
+    run = Path(os.path.abspath(run))  # noqa: PTH100 - what is not there has no real path
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        return _numbered(run.parent, f"{made_name(run.name, room=16)}-rescued")
+    except OSError as error:
+        raise StorageError(f"cannot make a folder in {run.parent}: {error.strerror}") from error
+
+
+def _numbered(parent: Path, stem: str) -> Path:
+    for number in itertools.count(1):
+        folder = parent / f"{stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable")
+
+
+class Standing:
+    """Sees whether the folders of a run are the ones that they were when this began.  A context manager."""
+
+    def __init__(self, folder: Path, homes: Collection[Path] = ()) -> None:
+        """``homes`` lie in ``folder``, or are it."""
+        self._folders = list(dict.fromkeys([folder, *homes]))
+        self._handles: dict[Path, int] = {}
+        self._known: dict[Path, os.stat_result] = {}
+
+    def __enter__(self) -> Self:
+        for folder in self._folders:
+            # One that is open keeps its identity, also where file systems make up such numbers as they go.
+            with contextlib.suppress(OSError):  # folders cannot be opened on Windows
+                self._handles[folder] = os.open(folder, os.O_RDONLY)
+            self._known[folder] = folder.stat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
+
+    def check(self) -> None:
+        """:class:`RunFolderLostError` when one of them was removed, renamed or replaced."""
+        for folder in self._folders:
+            handle = self._handles.get(folder)
+            known = self._known[folder] if handle is None else os.fstat(handle)
+            try:
+                same = os.path.samestat(known, folder.stat())
+            except FileNotFoundError:
+                same = False
+            except OSError:  # a network drive that does not answer says nothing of the kind
+                continue
+            if not same:
+                raise RunFolderLostError(
+                    f"the folder {folder} was removed, renamed or replaced while the run was training in it"
+                )

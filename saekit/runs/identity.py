@@ -1,0 +1,88 @@
+"""What decides a run's activations, to tell a cache that was made for it from one that was not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saekit.config import TrainConfig
+from saekit.config.converter import ConfigConverter
+from saekit.data.corpus import Corpus
+from saekit.data.text import STDLIB, Documents
+from saekit.errors import DataError
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ModelBackend
+
+__all__ = ["run_identity"]
+
+_DOCUMENTS = 8  # at the start of the text, which are compared
+
+
+def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, backend: ModelBackend) -> dict[str, Any]:
+    """Option paths to plain values (JSON's); two runs that agree on all of it have the same activations.
+
+    Folders and files count by their names and contents, not by where they are.  Where the text cannot be read, its
+    contents are None.
+    """
+    chosen = config.model.backend
+    options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", chosen))
+    dataset, policy = corpus.config, corpus.policy(backend.special_tokens)
+    column, contents = _text(corpus)
+    table = {
+        "model.name": _place(backend.name),
+        "model.weights": getattr(backend, "fingerprint", None),
+        "model.backend": {"name": plugins.find("model_backends", chosen).key, **options},
+        "model.dtype": config.model.dtype,
+        "model.autocast": config.model.autocast,
+        "dataset.path": "in memory" if corpus.dataset is not None else _place(dataset.path),
+        "dataset.contents": contents,
+        "dataset.name": dataset.name,
+        "dataset.split": dataset.split,
+        "dataset.revision": dataset.revision,
+        "dataset.data_files": list(dataset.data_files),
+        "dataset.column": column,
+        "dataset.context_size": dataset.context_size,
+        "dataset.begin_batch_token": policy.begin_batch,
+        "dataset.begin_sequence_token": policy.begin_sequence,
+        "dataset.sequence_separator_token": policy.separator,
+        "evals.held_out_every": _held_out(corpus),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(table, default=repr))
+    return plain
+
+
+def _held_out(corpus: Corpus) -> int | str:
+    every = corpus.evals.held_out_every if corpus.evals.split is None else 0
+    return f"{every}, whole documents of contexts" if every and corpus.holds_out_documents else every
+
+
+def _place(name: str) -> str:
+    """A name on the Hub as it is, a local path by its last part: it may be elsewhere on another machine."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _text(corpus: Corpus) -> tuple[str | None, str | None]:
+    """The column that is read, and a hash of the beginning of the text and of its size where that is known."""
+    try:
+        documents = Documents.open(corpus.config, dataset=corpus.dataset)
+        first = [document for _, document in itertools.islice(documents.read(), _DOCUMENTS)]
+    except DataError:
+        return corpus.config.column, None
+    digest = blake2b(digest_size=8)
+    for document in first:
+        raw = document.encode() if isinstance(document, str) else np.asarray(document, dtype=np.int64).tobytes()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    path = Path(corpus.config.path)
+    if corpus.dataset is None and corpus.config.path == STDLIB:
+        size = f"Python {platform.python_version()}"
+    elif corpus.dataset is None and path.is_file():
+        size = f"{path.stat().st_size} bytes"
+    else:
+        size = f"{documents.size} documents" if documents.size is not None else "a stream"
+    return documents.column, f"{size}, beginning {digest.hexdigest()}"

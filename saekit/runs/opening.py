@@ -1,0 +1,161 @@
+"""From a configuration to the stages of its data; every check here comes before the first long computation."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+from saekit.config import TrainConfig
+from saekit.data.contexts import ContextStream
+from saekit.data.corpus import Corpus
+from saekit.data.faults import check_all
+from saekit.runs.identity import run_identity
+from saekit.data.stream import StreamContext
+from saekit.errors import ConfigError, ModelError
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ActivationSource, ModelBackend
+from saekit.site import Site
+
+_MANY_READINGS = 10
+
+__all__ = [
+    "build_backend",
+    "check_context_size",
+    "check_hooks",
+    "checked_width",
+    "open_backend",
+    "open_source",
+    "open_stream",
+    "repeated",
+    "seed_for",
+    "warn_of",
+]
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for each thing that draws, so that none changes what another draws."""
+    return int.from_bytes(blake2b(f"{seed}:{purpose}".encode(), digest_size=7).digest(), "big")
+
+
+def open_backend(
+    config: TrainConfig,
+    corpus: Corpus,
+    plugins: PluginManager,
+    model: object | None,
+    sites: Sequence[Site],
+    option: str = "site.hook_name",
+) -> ModelBackend:
+    """The model, checked against the context size, the tokens that are put in, and the ``sites``, which ``option``
+    names; it has not run yet.  All that does not fit is told at once."""
+    backend = build_backend(config, plugins, model)
+    check_all(
+        lambda: check_context_size(backend, corpus.context_size),
+        lambda: check_hooks(backend, [config.site], "site.hook_name"),
+        lambda: check_hooks(backend, [site for site in sites if site != config.site], option),
+        lambda: corpus.policy(backend.special_tokens),
+    )
+    return backend
+
+
+def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
+    """The model, whether it fits or not."""
+    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+    return backend
+
+
+def warn_of(text: str) -> None:
+    """As a warning of Python's."""
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def repeated(tokens: int, wanted: int, *, what: str = "the text has") -> str | None:
+    """What to know of so many tokens of which ``wanted`` are trained on, if they are read very often."""
+    if wanted < _MANY_READINGS * tokens:
+        return None
+    return (
+        f"{what} {tokens:,} tokens, and training takes {wanted:,} (training.training_tokens), so each is read "
+        f'{wanted / tokens:,.0f} times. Train on fewer tokens or on more text; dataset.on_exhausted = "stop" ends '
+        "training with the text"
+    )
+
+
+def check_context_size(backend: ModelBackend, context_size: int) -> None:
+    """Contexts must be no longer than the model takes."""
+    if backend.n_ctx is not None and context_size > backend.n_ctx:
+        raise ConfigError(
+            [("dataset.context_size", f"is {context_size}, but the model {backend.name!r} takes at most "
+              f"{backend.n_ctx} tokens")]
+        )  # fmt: skip
+
+
+def check_hooks(backend: ModelBackend, sites: Sequence[Site], option: str) -> None:
+    """Every site's hook must be one of the model's; ``option`` is where the sites come from."""
+    names = backend.hook_names()
+    problems = []
+    for wanted in dict.fromkeys(site.hook_name for site in sites):
+        if wanted in names:
+            continue
+        close = difflib.get_close_matches(wanted, names, n=3)
+        hint = (
+            f"Did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"It has {len(names)} hooks, such as {names[0]!r}."
+        )
+        problems.append(f"the model {backend.name!r} has no hook {wanted!r} ({option}). {hint}")
+    if problems:
+        raise ModelError("\n".join(problems))
+
+
+def open_stream(
+    config: TrainConfig,
+    corpus: Corpus,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    sites: Sequence[Site],
+    *,
+    beside: StreamContext | None = None,
+    doubt: Callable[[str], None] = warn_of,
+) -> StreamContext:
+    """What activations are made from; ``beside`` is another stream that runs the same model.
+
+    ``doubt`` is told, in words, what looks wrong with the text.
+    """
+
+    def open_contexts() -> ContextStream:
+        contexts = corpus.contexts(backend)
+        for text in corpus.doubts(backend):
+            doubt(text)
+        wanted = config.training.total_tokens
+        contexts.on_repeat = lambda tokens: None if (text := repeated(tokens, wanted)) is None else doubt(text)
+        return contexts
+
+    return StreamContext(
+        backend=backend,
+        sites=sites,
+        batch_size=config.training.train_batch_size_tokens,
+        seed=seed_for(config.training.seed, "shuffle"),
+        open_contexts=open_contexts,
+        repeat=config.dataset.on_exhausted == "repeat",
+        find_identity=lambda: run_identity(config, corpus, plugins, backend),
+        model_lock=beside.model_lock if beside is not None else None,
+        doubt=doubt,
+    )
+
+
+def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
+    """The source of shuffled batches."""
+    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
+    if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
+        stream.doubt(text)
+    return source
+
+
+def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:
+    """``d_in`` at ``site``; a different stated one is an error."""
+    d_in = stream.widths[site]
+    if stated is not None and stated != d_in:
+        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {stream.backend.name!r} has width {d_in}")])
+    return d_in

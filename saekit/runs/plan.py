@@ -1,0 +1,267 @@
+"""``saekit plan``: what a run would do, need and take, without running it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from saekit.ambient import ambient
+from saekit.config import SAEConfig, TrainConfig
+from saekit.data import Corpus, StreamContext
+from saekit.commands.cache import cache_sites, cached_contexts, plan_cache
+from saekit.data.cache.read import available_memory
+from saekit.data.faults import problems_of
+from saekit.runs.opening import (
+    build_backend,
+    check_context_size,
+    check_hooks,
+    checked_width,
+    open_source,
+    open_stream,
+)
+from saekit.devices import resolve_device
+from saekit.errors import SaekitError
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ActivationSource, ModelBackend
+from saekit.kernels.workspace import release
+from saekit.runs.checks import chosen_trackers
+from saekit.runs.planned import Plan
+from saekit.runs.planned_text import look_at_text
+from saekit.runs.folder import check_run_folder
+from saekit.runs.setup import (
+    give_weights,
+    make_evals,
+    make_schedule,
+    make_trainer,
+    sae_options,
+)
+from saekit.runs.timing import bytes_text as _bytes
+from saekit.runs.timing import duration_text as _duration
+from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.sae.module import SAE
+    from saekit.training.trainer import SAETrainer
+
+__all__ = ["look"]
+
+T = TypeVar("T")
+_FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
+
+
+def look(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Plan:
+    """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found."""
+    planner = _Planner(config, plugins)
+    try:
+        with ambient():
+            planner.look(model, dataset)
+    finally:
+        release()
+    return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
+
+
+class _Planner:
+    def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
+        self.config, self.plugins = config, plugins
+        self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
+        self.start: SAE | None = None
+        self.facts: dict[str, str] = {}
+        self.numbers: dict[str, float] = {}
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """``work()``, or None with its error among the problems."""
+        try:
+            return work()
+        except SaekitError as error:
+            found = [f"{path}: {message}" if path else message for path, message in problems_of(error)]
+        self.problems += [problem for problem in found if problem not in self.problems]
+        return None
+
+    def doubt(self, text: str) -> None:
+        """Among the warnings, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def look(self, model: object | None, dataset: object | None) -> None:
+        """Everything, as far as it can be reached."""
+        config, plugins = self.config, self.plugins
+        self.training()
+        self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
+        self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
+        self.attempt(lambda: make_evals(config, plugins))
+        self.attempt(lambda: chosen_trackers(config, plugins))
+        if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
+            self.options, self.start = found
+        schedule = self.attempt(lambda: make_schedule(config, plugins))
+        if schedule is not None and (remark := schedule.remark()) is not None:
+            self.warnings.append(remark)
+        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
+        backend = self.attempt(lambda: build_backend(config, plugins, model))
+        if corpus is None or backend is None:
+            return
+        self.attempt(lambda: check_context_size(backend, corpus.context_size))
+        fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
+        self.attempt(lambda: check_hooks(backend, [config.site], "site.hook_name"))
+        stream = open_stream(config, corpus, plugins, backend, [config.site], doubt=self.doubt)
+        there = config.site.hook_name in backend.hook_names()
+        source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
+        try:
+            # A source that has not opened the text does without it, and evals may, too.
+            reads = source is None or "contexts" in vars(stream)
+            if reads or config.evals.run:
+                self.text(corpus, backend, reads=reads)
+            width = self.attempt(lambda: stream.widths[config.site]) if there else None
+            if width is None:
+                return
+            self.attempt(lambda: checked_width(stream, config.site, self.options.d_in))
+            self.sizes(backend, stream, corpus, width)
+            if source is not None:
+                self.source(source)
+            self.checkpoints()
+            if schedule is not None and fits:
+                self.attempt(lambda: self.duration(source, stream, corpus, backend, width, schedule))
+        finally:
+            if source is not None:
+                source.close()
+
+    def training(self) -> None:
+        """What the configuration alone says."""
+        training = self.config.training
+        self.numbers |= {"steps": training.steps, "training_tokens": training.total_tokens}
+        tuned = f", the last {training.finetuning_tokens:,} for fine-tuning" if training.finetuning_tokens else ""
+        self.facts["training"] = (
+            f"{training.steps:,} steps of {training.train_batch_size_tokens:,} tokens, "
+            f"{training.total_tokens:,} in all{tuned}"
+        )
+        if training.dead_after >= training.steps:
+            self.warnings.append(
+                f"training.dead_feature_window is {training.dead_after}, so in {training.steps} steps no "
+                "feature is ever counted as dead"
+            )
+        if training.feature_sampling_window > training.steps:
+            self.warnings.append(
+                f"training.feature_sampling_window is {training.feature_sampling_window}, so in {training.steps} steps "
+                "no firing fractions are logged"
+            )
+
+    def text(self, corpus: Corpus, backend: ModelBackend, *, reads: bool) -> None:
+        """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
+        found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
+        self.facts |= found.facts
+        for text in found.warnings:
+            self.doubt(text)
+
+    def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
+        """Widths, memory and disk."""
+        config, d_sae = self.config, self.options.features(width)
+        parameters = 2 * width * d_sae + d_sae + width
+        saved = parameters * getattr(torch, self.options.dtype).itemsize
+        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
+        self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
+        self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"
+        self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
+        if d_sae < width:
+            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({width})")
+        model_bytes = getattr(backend, "memory_bytes", lambda: 0)()
+        if model_bytes:
+            self.numbers["model_bytes"] = model_bytes
+            self.facts["model memory"] = _bytes(model_bytes)
+        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
+        self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
+        try:
+            self.cache(stream, corpus)
+        except SaekitError as error:  # training does without
+            self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
+
+    def cache(self, stream: StreamContext, corpus: Corpus) -> None:
+        """The size of the cache that ``saekit cache`` would write."""
+        sites = cache_sites(self.config)
+        check_context_size(stream.backend, corpus.context_size)
+        check_hooks(stream.backend, sites, "activations.cache.sites")
+        wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites, doubt=self.doubt)
+        contexts = cached_contexts(self.config, corpus.context_size)
+        needed = plan_cache(self.config, wide, corpus.context_size).bytes_for(contexts)
+        place = Path(self.config.activations.cache.folder).absolute()
+        free = shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+        self.numbers["cache_bytes"] = needed
+        self.facts["activation cache"] = f"{_bytes(needed)} if `saekit cache` writes it; {_bytes(free)} are free"
+
+    def source(self, source: ActivationSource) -> None:
+        """The memory that batches come from."""
+        size = getattr(source, "memory_bytes", lambda: 0)()
+        if not size:
+            return
+        self.numbers["buffer_bytes"] = size
+        self.facts["buffer memory"] = _bytes(size)
+        available = available_memory()
+        needed = size + self.numbers.get("sae_bytes", 0)
+        on_cpu = resolve_device("auto", "") == "cpu"
+        if on_cpu and needed > available:
+            self.warnings.append(
+                f"the buffer and the SAE need {_bytes(needed)}, and {_bytes(available)} of memory are free; lower "
+                "activations.source.n_batches_in_buffer"
+            )
+
+    def checkpoints(self) -> None:
+        """What a run that can be resumed takes on the disk: weights, Adam's two moments, and the buffer."""
+        keep = self.config.checkpoints.keep_last
+        if not keep:
+            self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"
+            return
+        size = self.numbers["sae_bytes"] * 3 // 4 + self.numbers.get("buffer_bytes", 0)
+        self.numbers["checkpoint_bytes"] = size
+        self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
+
+    def first_step(self, trainer: SAETrainer, rows: Tensor) -> None:
+        """The features that no activation makes fire before anything is learnt."""
+        silent, share = silent_at_start(trainer, rows)
+        d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
+        self.numbers["silent_at_start"] = silent
+        self.facts["silent at start"] = f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens"
+        if silent > d_sae / 2 and share > _FIRINGS:  # with fewer, chance alone leaves many out
+            self.warnings.append(
+                f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens, though a feature fires "
+                f"{share:,.0f} times on average; many may stay dead. Start b_dec at the mean of activations "
+                '(sae.b_dec_init_method = "mean"), or choose fewer features'
+            )
+
+    def duration(
+        self,
+        source: ActivationSource | None,
+        stream: StreamContext,
+        corpus: Corpus,
+        backend: ModelBackend,
+        width: int,
+        schedule: Any,
+    ) -> None:
+        """Seconds, from a few forwards (or reads) and steps."""
+        if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
+            per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
+            what = "the model"
+        else:
+            per_token, rows = timed(lambda: next(source, None), self.config.site)
+            what = "reading activations"
+        training = self.config.training
+        if self.options.d_in in (None, width):
+            trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
+            give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
+            self.facts["SAE step"] = trainer.step_path()
+            self.first_step(trainer, rows)
+            per_step = timed_steps(trainer, rows)
+        else:
+            per_step = 0.0
+        forward = per_token * training.total_tokens
+        steps = per_step * training.steps
+        self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
+        self.facts["duration"] = (
+            f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
+            "overlaps; evals not counted"
+        )

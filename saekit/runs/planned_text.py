@@ -1,0 +1,142 @@
+"""What ``saekit plan`` finds out about the text of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import attrs
+import torch
+
+from saekit.config import TrainConfig
+from saekit.data import Contexts, Corpus, TokenPolicy
+from saekit.data.activations import check_contexts
+from saekit.runs.opening import repeated
+from saekit.errors import SaekitError
+from saekit.protocols import ModelBackend
+from saekit.runs.first_loss import first_loss, first_loss_text
+
+__all__ = ["TextFindings", "look_at_text", "text_length"]
+
+T = TypeVar("T")
+_LOOK_AT = 100_000  # tokens, at most, to estimate the text's length
+
+
+class _Attempt(Protocol):
+    def __call__(self, work: Callable[[], T]) -> T | None:
+        """``work()``, or None with its error among the problems."""
+
+
+@attrs.frozen
+class TextFindings:
+    """For :class:`saekit.runs.plan.Plan`."""
+
+    facts: dict[str, str] = attrs.field(factory=dict)
+    warnings: list[str] = attrs.field(factory=list)
+
+
+def look_at_text(
+    config: TrainConfig, corpus: Corpus, backend: ModelBackend, attempt: _Attempt, *, reads: bool
+) -> TextFindings:
+    """The tokens that are put in, the first context, what is held out, and how often training ``reads`` the text."""
+    found = TextFindings()
+    policy = attempt(lambda: corpus.policy(backend.special_tokens))
+    if policy is None:
+        return found
+    found.facts["contexts"] = _contexts_text(corpus.context_size, policy, backend)
+    if policy.begin_batch is None and backend.special_tokens.get("bos") is not None:
+        found.warnings.append(
+            "contexts do not begin with BOS (dataset.prepend_bos); most models were trained with it, and their "
+            "activations are out of the ordinary without"
+        )
+    contexts = attempt(lambda: _first_contexts(corpus, backend))
+    if contexts is not None:
+        found.facts["first context"] = f"{''.join(backend.token_texts(contexts.tokens[0, :16].tolist()))!r}..."
+        if not config.model.compile and (text := _loss_text(backend, contexts)) is not None:
+            found.facts["model loss"] = text
+        if reads and (text := _repeated(config, corpus, backend)) is not None:
+            found.warnings.append(text)
+        found.warnings.extend(corpus.doubts(backend))
+    evals = config.evals
+    if evals.run and contexts is not None and (held := attempt(lambda: corpus.held_out(backend, seed=0))) is not None:
+        found.warnings.extend(corpus.held_out_doubts(len(held)))
+    kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
+    found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.run else "nothing"
+    if evals.run:
+        found.facts["dead features"] = (
+            f"an eval counts those that fired on none of its {evals.n_contexts * corpus.context_size:,} tokens, nor in "
+            "the last window of training"
+        )
+    found.facts["when the text ends"] = str(corpus.config.on_exhausted)
+    return found
+
+
+def _contexts_text(context_size: int, policy: TokenPolicy, backend: ModelBackend) -> str:
+    def name(token: int) -> str:
+        kinds = [kind.upper() for kind, known in backend.special_tokens.items() if known == token]
+        return f"{kinds[0] if kinds else 'token'} {''.join(backend.token_texts([token]))!r} (id {token})"
+
+    begin = "with no token put before them" if policy.begin_batch is None else f"from {name(policy.begin_batch)} on"
+    between = "nothing" if policy.separator is None else name(policy.separator)
+    first = "" if policy.begin_sequence is None else f"; before each document {name(policy.begin_sequence)}"
+    return f"{context_size} tokens, {begin}; between documents {between}{first}"
+
+
+def _first_contexts(corpus: Corpus, backend: ModelBackend) -> Contexts:
+    contexts = corpus.contexts(backend).take(8)
+    check_contexts(len(contexts), corpus.context_size)
+    return contexts
+
+
+def _loss_text(backend: ModelBackend, contexts: Contexts) -> str | None:
+    if backend.n_ctx is not None and contexts.tokens.shape[1] > backend.n_ctx:
+        return None  # a problem of its own
+    return first_loss_text(backend, first_loss(backend, torch.from_numpy(contexts.tokens)))
+
+
+def _repeated(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> str | None:
+    """In words, if the text is read very often."""
+    if corpus.config.on_exhausted != "repeat":
+        return None
+    try:
+        length = text_length(corpus, backend)
+    except SaekitError:  # of a document further on; the run may not come to it
+        return None
+    if length is None or not length[0]:
+        return None
+    what = "the text has" if length[1] else "the text has about"
+    return repeated(length[0], config.training.total_tokens, what=what)
+
+
+def text_length(corpus: Corpus, backend: ModelBackend) -> tuple[int, bool] | None:
+    """Tokens of the text that is trained on, and whether that is their exact number; None: it cannot be told.
+
+    The text is read as far as its first hundred thousand tokens; the number of its documents, or the size of the file,
+    says the rest.
+    """
+    documents = corpus.training_documents()
+    reader = documents.read()
+    tokens = read = size = 0
+    for index, document in reader:
+        tokens += len(backend.tokenize(document) if isinstance(document, str) else document)
+        read, size = index + 1, size + (len(document.encode()) if isinstance(document, str) else 0)
+        if tokens >= _LOOK_AT:
+            break
+    else:
+        return tokens, True
+    if next(iter(reader), None) is None:
+        return tokens, True
+    if documents.size is not None:
+        return tokens * documents.size // read, False
+    path = Path(corpus.config.path)
+    if corpus.dataset is None and path.is_file() and size and path.suffix in (".txt", ".md", ".jsonl", ".json"):
+        kept = _kept(corpus)
+        return int(tokens * path.stat().st_size * kept / size), False
+    return None
+
+
+def _kept(corpus: Corpus) -> float:
+    """The part of the documents that is not held out."""
+    every = corpus.evals.held_out_every if corpus.evals.split is None else 0
+    return 1 - 1 / every if every else 1.0

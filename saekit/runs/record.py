@@ -1,0 +1,133 @@
+"""What a run folder says of itself, so that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from saekit.config import TrainConfig
+from saekit.config.files import dump_config, load_config
+from saekit.config.converter import ConfigConverter
+from saekit.errors import StorageError
+from saekit.plugins.manager import PluginManager
+from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
+from saekit.files.storage import leads_out, read_json, write_text
+
+__all__ = ["RunRecord", "differences", "flat"]
+
+RECORD, CONFIG = "run.json", "config.toml"
+FORMAT = 1
+
+
+@attrs.frozen
+class RunRecord:
+    """A run folder: the SAEs that train in it, and what came from memory and so has to be given again."""
+
+    folder: Path
+    saes: Mapping[str, str]
+    """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
+    in_memory: tuple[str, ...] = ()
+    """``model``, ``dataset``."""
+
+    def home(self, name: str) -> Path:
+        """The folder of an SAE: its ``config.toml``, ``metrics.jsonl`` and, at the end, ``sae/``."""
+        return self.folder / self.saes[name]
+
+    def write(self, configs: Mapping[str, TrainConfig], plugins: PluginManager) -> None:
+        """Write the folders of all SAEs, their configurations, and the record."""
+        for name, config in configs.items():
+            try:
+                self.home(name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
+            write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
+        table = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        write_text(self.folder / RECORD, json.dumps(table, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
+        path = folder / RECORD
+        try:
+            there = path.is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
+            raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
+        if not there:
+            if not folder.exists():
+                raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
+            near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
+            hint = f" It holds the runs {', '.join(near)}." if near else ""
+            raise StorageError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")
+        try:
+            table = read_json(path)
+            if table["format"] != FORMAT:
+                raise StorageError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
+            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
+        if fault := record._fault() or record.way_out():
+            raise StorageError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
+        return record
+
+    def way_out(self) -> str | None:
+        """A link by which the run would write somewhere else than in its folder, in words."""
+        return next(self._ways_out(), None)
+
+    def _fault(self) -> str | None:
+        """Why this may lead out of the folder, or is no record at all."""
+        homes = list(self.saes.values())
+        if not homes:
+            return "it names no SAE"
+        for name, home in self.saes.items():
+            if fault := fault_of_name(name):
+                return f"the name of the SAE {name!r} {fault}"
+            if home != "." and (fault := fault_of_name(home)):
+                return f"the folder {home!r} of the SAE {name} {fault}"
+        if len(homes) > 1 and (wrong := [home for home in homes if home == "." or home.casefold() in SWEEP_FILES]):
+            return f"the folder {wrong[0]!r} cannot be that of one SAE among several"
+        if len(set(homes)) < len(homes):
+            return "several SAEs have one folder"
+        if wrong := [kind for kind in self.in_memory if kind not in ("model", "dataset")]:
+            return f"in_memory holds {wrong[0]!r}"
+        return None
+
+    def _ways_out(self) -> Iterator[str]:
+        """Links among what a run writes by which it would write somewhere else."""
+        homes = {self.folder, *(self.home(name) for name in self.saes)}
+        places = [home / name for home in homes for name in ("", *RUN_FILES)]
+        for inside, folders, files in os.walk(self.folder / "checkpoints"):
+            places += [Path(inside) / name for name in (*folders, *files)]
+        for place in places:
+            if leads_out(place, self.folder):
+                yield f"{place} is a symbolic link that leads out of it"
+
+    def configs(self, plugins: PluginManager) -> dict[str, TrainConfig]:
+        """The configuration of every SAE, as it was written."""
+        return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
+
+
+def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
+    """The dotted options in which two configurations differ, with both values."""
+    converter = ConfigConverter(plugins)
+    before, after = flat(converter.unstructure(old)), flat(converter.unstructure(new))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path)
+    }
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

@@ -1,0 +1,260 @@
+"""Going on with a run: what may have changed, and what is put back."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.config import TrainConfig
+from saekit.config.files import load_config
+from saekit.config.converter import ConfigConverter
+from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.plugins.manager import PluginManager
+from saekit.files.names import RUN_FILES
+from saekit.files.storage import tidy
+from saekit.runs.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
+from saekit.runs.facts import check_alike
+from saekit.runs.record import RunRecord, differences, flat
+from saekit.runs.waiting import TrackersState, waiting_of
+
+if TYPE_CHECKING:
+    from saekit.runs.session import Session
+
+__all__ = ["Resumption", "UnusableCheckpointError"]
+
+
+class UnusableCheckpointError(StorageError):
+    """A checkpoint that is whole, but cannot be gone on from, although nothing has changed."""
+
+    def __init__(self, checkpoint: Path, message: str) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+@attrs.frozen
+class Resumption:
+    """A run that is to go on, checked as far as its files allow."""
+
+    record: RunRecord
+    configs: Mapping[str, TrainConfig]
+    checkpoint: Checkpoint | None
+    """None: the run was stopped before its first one, and begins anew."""
+    allow: frozenset[str]
+    """What may differ beside the configuration."""
+    changed: frozenset[str]
+    """The options of the configuration that differ, all of them allowed."""
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        cfg: Any,
+        overrides: Sequence[str],
+        allow: Sequence[str],
+        plugins: PluginManager,
+        model: object | None,
+        dataset: object | None,
+        unusable: Mapping[Path, str] | None = None,
+    ) -> Resumption:
+        """See :func:`saekit.resume`; :class:`ConfigError` names every option that was changed and not allowed.
+
+        ``unusable`` names checkpoints that look whole and are not, and why.
+        """
+        record = RunRecord.read(folder)  # from here on, nothing leads out of it
+        for place in {folder, *(record.home(name) for name in record.saes)}:
+            tidy(place, RUN_FILES.__contains__)
+        tidy(folder / "checkpoints", is_checkpoint_name)
+        if (fault := record.way_out()) is not None:
+            raise StorageError(f"{folder} cannot be gone on with: {fault}")
+        given = {"model": model, "dataset": dataset}
+        if missing := [kind for kind in record.in_memory if given[kind] is None]:
+            raise ConfigError(
+                f"the run in {folder} was started with a {' and a '.join(missing)} from memory; pass "
+                f"{' and '.join(f'{kind}=...' for kind in missing)} to saekit.resume again"
+            )
+        written = record.configs(plugins)
+        new = _changed(written, cfg, overrides, plugins, folder)
+        # What the checkpoint was made with, not what config.toml says: that may have been edited since.
+        old, checkpoint = written, None
+        if not _just_begun(record, new):
+            checkpoint = newest_checkpoint(folder, unusable, lambda one: _of_checkpoint(one, new, plugins))
+            old = _of_checkpoint(checkpoint, new, plugins)
+        changed: dict[str, tuple[Any, Any]] = {}
+        for name, config in new.items():
+            changed |= differences(old[name], config, plugins)
+            if checkpoint is not None:
+                changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
+        refuse(changed, frozenset(allow))
+        identity = checkpoint.facts["identity"] if checkpoint is not None else {}
+        _refuse_unused(set(allow) - set(changed) - set(identity))
+        if checkpoint is None:
+            warnings.warn(
+                f"the run in {folder} was stopped before its first checkpoint; it begins anew",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        else:
+            _check_left(checkpoint, old, new, folder)
+        return cls(record, new, checkpoint, frozenset(allow) - set(changed), frozenset(changed))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """``d_sae`` of each SAE."""
+        saes = {} if self.checkpoint is None else self.checkpoint.facts["saes"]
+        return {name: about["d_sae"] for name, about in saes.items()}
+
+    def load_into(self, session: Session) -> Mapping[str, TrackersState]:
+        """Put back what the checkpoint holds, or give the first weights where there is none.
+
+        Returns what the trackers of each SAE had not taken.  :class:`UnusableCheckpointError` leaves the session half
+        filled.
+        """
+        from torch import OutOfMemoryError
+
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            session.give_weights()
+            return {}
+        saved = checkpoint.facts
+        now = dict(session.identity)
+        changed = {
+            path: (value, now.get(path))
+            for path, value in saved["identity"].items()
+            if value is not None and now.get(path) is not None and value != now[path]
+        }
+        refuse(changed, self.allow | self.changed)
+        _refuse_unused(self.allow - set(changed))
+        for package, version in versions().items():
+            if saved["versions"].get(package) != version:
+                warnings.warn(
+                    f"the checkpoint was written with {package} {saved['versions'].get(package)}, and this is "
+                    f"{version}: the numbers may differ in the last digits from those of a run without a break, and "
+                    "options that are not stated may have other defaults",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        try:
+            stream = checkpoint.stream()
+            untracked = {
+                name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
+            }
+            session.load_state(stream, lambda name: self._training(checkpoint, session, name))
+        except (MemoryError, OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
+            told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
+            passing = isinstance(error, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
+            if self.allow or self.changed or passing:
+                raise StorageError(message) from error
+            raise UnusableCheckpointError(checkpoint.folder, message) from error
+        if saved["finished"] and not any(lane.training for lane in session.lanes):
+            raise ConfigError(
+                f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
+                "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
+            )
+        set_aside(self.record.folder, checkpoint)
+        return untracked
+
+    def _training(self, checkpoint: Checkpoint, session: Session, name: str) -> Mapping[str, Any]:
+        """The training state of an SAE, whose parts that are always of one shape are so."""
+        state, own = checkpoint.training(name), session.members[name].trainer.state_dict()
+        if not self.changed:
+            check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
+        return state
+
+
+def _changed(
+    old: Mapping[str, TrainConfig], cfg: Any, overrides: Sequence[str], plugins: PluginManager, folder: Path
+) -> dict[str, TrainConfig]:
+    """The configurations to go on with."""
+    if cfg is not None and len(old) > 1:
+        raise ConfigError(
+            f"{folder} is a sweep of {len(old)} SAEs, so one configuration cannot take the place of theirs; change "
+            "options of all of them with section.option=value"
+        )
+    if cfg is not None:
+        return {name: load_config(cfg, overrides, plugins=plugins) for name in old}
+    plain = ConfigConverter(plugins).unstructure
+    return {name: load_config(plain(config), overrides, plugins=plugins) for name, config in old.items()}
+
+
+def _of_checkpoint(
+    checkpoint: Checkpoint, now: Mapping[str, TrainConfig], plugins: PluginManager
+) -> dict[str, TrainConfig]:
+    """The configurations that a checkpoint was made with; where it lies makes no difference."""
+    saes = checkpoint.facts["saes"]
+    if set(saes) != set(now):
+        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
+    old = {}
+    for name, config in now.items():
+        place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
+        table = dict(saes[name]["config"])
+        table["checkpoints"] = {**table["checkpoints"], **place}
+        old[name] = load_config(table, plugins=plugins)
+    return old
+
+
+def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
+    """Options that the saekit which saved the checkpoint did not have; what they stand for now may be another thing."""
+    said = flat(saved)
+    table = flat(ConfigConverter(plugins).unstructure(now))
+    sections = {path.rpartition(".")[0] for path in said}  # of a plugin that is chosen by its key alone, none is said
+    return {
+        path: ("not an option", value)
+        for path, value in table.items()
+        if path not in said and path.rpartition(".")[0] in sections and not path.startswith("checkpoints.")
+    }
+
+
+def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> None:
+    """:class:`ConfigError` for everything that changed and is not in ``allow``."""
+    problems = [
+        (path, f"was {before!r} when the run was saved, and is {now!r} now; a run that goes on as it was cannot change "
+         f"it. To change it all the same: --allow {path} (or allow=[{path!r}])")
+        for path, (before, now) in changed.items()
+        if path not in allow
+    ]  # fmt: skip
+    if problems:
+        raise ConfigError(problems, "the resumed run")
+
+
+def _refuse_unused(allow: Set[str]) -> None:
+    if allow:
+        raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
+
+
+def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
+    """Whether there is nothing yet that a new beginning would lose."""
+    keeps = all(config.checkpoints.keep_last for config in configs.values())
+    saved = any((record.home(name) / "sae").exists() for name in record.saes)
+    return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
+
+
+def _reads_again(old: TrainConfig, now: TrainConfig) -> bool:
+    """Whether text that had ended is there again."""
+    return now.dataset.on_exhausted == "repeat" != old.dataset.on_exhausted
+
+
+def _check_left(
+    checkpoint: Checkpoint, old: Mapping[str, TrainConfig], configs: Mapping[str, TrainConfig], folder: Path
+) -> None:
+    saes = checkpoint.facts["saes"]
+    left = [
+        name
+        for name, config in configs.items()
+        if saes[name]["diverged"] is None
+        and config.training.total_tokens
+        > max(saes[name]["tokens"], 0 if _reads_again(old[name], config) else old[name].training.total_tokens)
+    ]
+    if checkpoint.facts["finished"] and not left:
+        raise ConfigError(
+            f"the run in {folder} is finished. To train it longer, raise training.training_tokens and allow it: "
+            f"saekit train --resume {shlex.quote(str(folder))} training.training_tokens=... "
+            "--allow training.training_tokens"
+        )

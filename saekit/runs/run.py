@@ -1,0 +1,271 @@
+"""The work of ``saekit.train`` and ``saekit.resume``: from configurations to saved SAEs."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from saekit.ambient import ambient
+from saekit.config import TrainConfig
+from saekit.data import Corpus
+from saekit.data.activations import check_contexts
+from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ModelBackend
+from saekit.kernels.workspace import release
+from saekit.sae.module import SAE
+from saekit.runs.checkpoints import all_checkpoints
+from saekit.runs.checks import alone_in
+from saekit.runs.interruption import Interruption
+from saekit.training.loop import fit
+from saekit.runs.observers import EvalObserver, TrackerObserver
+from saekit.runs.progress import TrainingProgress
+from saekit.runs.randomness import seeded
+from saekit.runs.record import RunRecord
+from saekit.runs.resuming import Resumption
+from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
+from saekit.runs.saving import Saving
+from saekit.runs.session import Member, Session
+from saekit.runs.summary import write_summary
+from saekit.runs.sweep import changed_options, member_names
+from saekit.runs.trackers import Trackers, close_all, start_trackers
+from saekit.runs.waiting import TrackersState
+
+__all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
+
+
+@attrs.frozen
+class TrainResult:
+    """What a run leaves behind."""
+
+    sae: SAE
+    folder: Path
+    """The run folder: ``config.toml``, ``metrics.jsonl`` and the SAE in ``sae/``."""
+    metrics: Mapping[str, float]
+    """The last value of every metric, the evals' among them."""
+    backend: ModelBackend
+    """The model, to go on with."""
+    held_out: Tensor | None
+    """``[n, context_size]`` token ids that training never saw, if there are evals."""
+    corpus: Corpus
+    """The text, to go on with."""
+
+
+@attrs.frozen
+class SweepResult:
+    """What SAEs leave behind that were trained together."""
+
+    folder: Path
+    """The sweep's folder: one for each SAE, ``summary.csv`` and ``summary.png``."""
+    results: Mapping[str, TrainResult]
+    """By name, in the order of the configurations; without those that diverged."""
+    diverged: Mapping[str, str]
+    """Why an SAE was stopped, by name."""
+    summary: Sequence[Mapping[str, Any]]
+    """For each SAE its name, its changed options, its main numbers and its status: the rows of ``summary.csv``."""
+
+
+def begin(
+    configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None, *, alone: bool
+) -> TrainResult | SweepResult:
+    """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has looked at: one ``alone``, or a sweep."""
+    if alone:
+        name, names, home = configs[0].checkpoints.name, ["sae"], "."
+    else:
+        (name, names), home = member_names(configs, plugins), None
+    check_run_folder(configs[0], name)
+    opened = dict(zip(names, configs, strict=True))
+    with (
+        ambient(),
+        seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
+        contextlib.closing(Session(opened, plugins, model, dataset)) as session,
+    ):
+        session.give_weights()
+        folder = run_folder(configs[0], name, None if home else "sweep")
+        in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
+        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
+        record.write({name: member.config for name, member in session.members.items()}, plugins)
+        with alone_in(folder):
+            return _run(session, record)
+
+
+def go_on(
+    resumption: Resumption, plugins: PluginManager, model: object | None, dataset: object | None
+) -> TrainResult | SweepResult:
+    """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
+    with (
+        ambient(),
+        seeded(next(iter(resumption.configs.values())).training.seed),
+        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
+    ):
+        untracked = resumption.load_into(session)
+        resumption.record.write(resumption.configs, plugins)
+        return _run(session, resumption.record, resumed=True, untracked=untracked)
+
+
+def _run(
+    session: Session, record: RunRecord, *, resumed: bool = False, untracked: Mapping[str, TrackersState] | None = None
+) -> TrainResult | SweepResult:
+    """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
+    with contextlib.ExitStack() as stack:
+        standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
+        trackers: dict[str, Trackers] = {}
+        stack.push(lambda kind, error, trace: _close_trackers(trackers, ended_well=kind is None))
+        for name, member in session.members.items():
+            trackers[name] = start_trackers(
+                member.config,
+                session.plugins,
+                record.home(name),
+                resumed_at=member.trainer.step if resumed else None,
+                waiting=(untracked or {}).get(name, {}),
+            )
+        interruption = Interruption()
+        saving = Saving(session, record.folder, trackers, interruption, standing)
+        try:
+            with interruption:
+                _fit(session, trackers, saving)
+                interruption.act_at_once()  # there are no more steps to wait for
+                summary = _finish(session, record, trackers, saving)
+                standing.check()
+        except DivergedError:
+            raise  # there is nothing worth keeping in its weights
+        except BaseException as error:
+            _save_after(error, session, record, saving, interruption)
+            raise
+        finally:
+            release()
+    return _result(session, record, summary)
+
+
+def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> None:
+    """Whoever interrupts a run does not want to wait for a slow tracker, and a cluster does not."""
+    close_all(list(trackers.values()), timeout=300 if ended_well else 10)
+
+
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+    with TrainingProgress(session) as progress:
+        fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
+
+
+def _finish(
+    session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving
+) -> Sequence[Mapping[str, Any]]:
+    """Save and measure every SAE that is worth it; returns the summary of a sweep."""
+    for member in _healthy(session):
+        _check_exhausted(member, session.corpus)
+        try:
+            member.trainer.check_weights()
+        except DivergedError as error:
+            member.trainer.diverged = str(error)
+    saving.check_folder()
+    for member in _healthy(session):  # all are saved before the last evals, which may fail
+        member.trainer.raw_sae().save(record.home(member.name) / "sae")
+    for member in _healthy(session):
+        every, step = member.config.evals.every_n_steps, member.trainer.step
+        if not (every and step % every == 0):  # else the loop has just measured
+            final = session.evaluate(member)
+            trackers[member.name].log(final, step)
+            member.note(final)
+    if not _healthy(session):
+        raise DivergedError(_why(session, record, saving))
+    summary: Sequence[Mapping[str, Any]] = []
+    if not _alone(record):
+        changed = changed_options([member.config for member in session.members.values()], session.plugins)
+        summary = write_summary(record.folder, list(session.members.values()), changed)
+    saving.save_if_possible(finished=True)
+    if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
+        saving.finish()
+    return summary
+
+
+def _alone(record: RunRecord) -> bool:
+    return list(record.saes.values()) == ["."]
+
+
+def _healthy(session: Session) -> list[Member]:
+    return [member for member in session.members.values() if member.trainer.diverged is None]
+
+
+def _why(session: Session, record: RunRecord, saving: Saving) -> str:
+    lines = []
+    for name, member in session.members.items():
+        last = saving.last_good(name)
+        kept = f"The last good checkpoint is {last}" if last else "There was no checkpoint before"
+        prefix = f"{name}: " if len(session.members) > 1 else ""
+        lines.append(f"{prefix}{member.trainer.diverged}. {kept}")
+    return "\n".join(lines)
+
+
+def _check_exhausted(member: Member, corpus: Corpus) -> None:
+    tokens, wanted = member.trainer.tokens, member.config.training.total_tokens
+    check_contexts(tokens, corpus.context_size)
+    if tokens < wanted and member.config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {tokens:,} activations, and {wanted:,} were asked for (training.training_tokens). "
+            'Train on fewer, or set dataset.on_exhausted to "repeat" or "stop"'
+        )
+
+
+def _save_after(
+    error: BaseException, session: Session, record: RunRecord, saving: Saving, interruption: Interruption
+) -> None:
+    """Save what there is when training ends early; an interruption is raised as what it is."""
+    saved, problem = None, None
+    if saving.broken_off:
+        problem = "that was interrupted, too"
+    elif session.batches:
+        try:
+            saved, record = _saved(session, record, saving)
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as failed:  # a full disk, or the device that the first error was about: tell both
+            problem = str(failed) if isinstance(failed, StorageError) else f"{type(failed).__name__}: {failed}"
+    newest = next(all_checkpoints(record.folder), None)
+    if isinstance(error, KeyboardInterrupt):
+        signal, run = interruption.signal, record.folder
+        raise TrainingInterrupted(
+            session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
+        ) from error
+    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    on = f"{command} goes on from" if newest else "there is no checkpoint to go on from"
+    if saved is not None and saved == newest:
+        error.add_note(f"the run as it was before is in {saved}; {on} it")
+    elif saved is not None:
+        error.add_note(f"the SAEs are saved in {saved}, without what training needs; {on} {newest or ''}".rstrip())
+    elif problem is not None:
+        error.add_note(f"and the run as it was before could not be saved: {problem}; {on} {newest or ''}".rstrip())
+
+
+def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | None, RunRecord]:
+    """Save the session, in a new run folder if the run's own is lost; returns the checkpoint, and the run it is of."""
+    try:
+        return saving.save(), record
+    except RunFolderLostError:
+        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory)
+        rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
+        return saving.save_in(rescued.folder), rescued
+
+
+def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:
+    results = {
+        member.name: TrainResult(
+            sae=member.trainer.raw_sae(),
+            folder=record.home(member.name),
+            metrics=member.latest,
+            backend=session.backend,
+            held_out=session.held_out(member.config),
+            corpus=session.corpus,
+        )
+        for member in _healthy(session)
+    }
+    if _alone(record):
+        return next(iter(results.values()))
+    diverged = {name: m.trainer.diverged for name, m in session.members.items() if m.trainer.diverged is not None}
+    return SweepResult(record.folder, results, diverged, summary)

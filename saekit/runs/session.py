@@ -1,0 +1,289 @@
+"""SAEs that train side by side on one model and one text.  One SAE is a session of one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.ambient import ambient
+from saekit.config import TrainConfig
+from saekit.data import Corpus, StreamContext
+from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
+from saekit.data.shared import SharedForwards
+from saekit.devices import resolve_device
+from saekit.errors import ConfigError, SaekitError
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ActivationSource, Eval, Histogram
+from saekit.sae.module import SAE
+from saekit.runs.checks import chosen_trackers
+from saekit.runs.first_loss import first_loss, first_loss_text
+from saekit.training.loop import Lane
+from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.runs.randomness import random_state, set_random_state
+from saekit.runs.setup import (
+    give_weights,
+    make_evals,
+    make_schedule,
+    make_trainer,
+    sae_options,
+)
+from saekit.runs.sweep import check_together, spelled_out
+from saekit.training.trainer import SAETrainer
+from saekit.runs.waiting import metrics_of, metrics_state
+
+__all__ = ["Member", "Session", "end_lane"]
+
+
+@attrs.define(eq=False)
+class Member:
+    """One SAE of a session."""
+
+    name: str
+    config: TrainConfig
+    trainer: SAETrainer
+    evals: Mapping[str, Eval]
+    start: SAE | None
+    """The saved SAE that it starts from."""
+    latest: dict[str, float] = attrs.field(factory=dict)
+    """The last value of every metric."""
+
+    def note(self, metrics: Mapping[str, float | Histogram]) -> None:
+        """Remember the numbers among ``metrics``."""
+        self.latest.update({name: value for name, value in metrics.items() if not isinstance(value, Histogram)})
+
+
+def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
+    """No SAE of a lane has steps left.
+
+    What its source does ahead ends first: a forward that it made after that would be shared with nobody.
+    """
+    if (pause := getattr(source, "pause", None)) is not None:
+        pause()
+    release()
+
+
+class Session:
+    """Everything that trains, opened and checked, and its state."""
+
+    def __init__(
+        self,
+        configs: Mapping[str, TrainConfig],
+        plugins: PluginManager,
+        model: object | None = None,
+        dataset: object | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
+        self.plugins = plugins
+        check_together(list(configs.values()), plugins)
+        sizes = sizes or {}
+        prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
+        first = next(iter(configs.values()))
+        self.corpus = Corpus.of(first.dataset, first.evals, dataset)
+        sites = [config.site for config in configs.values()]
+        self.backend = open_backend(first, self.corpus, plugins, model, sites)
+        self._held_out: dict[tuple[int, int], Tensor] = {}
+        for config in configs.values():
+            self.held_out(config)
+        self._streams: list[StreamContext] = []
+        self.lanes: list[Lane] = []
+        try:
+            self.members = self._open_lanes(configs, prepared)
+            if first.checkpoints.keep_last:
+                _ = self.identity  # found out now, before a source's thread reads the text as well
+        except BaseException:
+            self.close()
+            raise
+        self.told = 0
+        """:attr:`tokens` when the observers were last told of a batch."""
+
+    def _open_lanes(self, configs: Mapping[str, TrainConfig], prepared: Mapping[str, _Prepared]) -> dict[str, Member]:
+        """A lane for all SAEs that can train on the very same batches."""
+        groups: dict[str, list[str]] = {}
+        for name, config in configs.items():
+            groups.setdefault(self._lane_key(config), []).append(name)
+        shared = SharedForwards(self.backend) if len(groups) > 1 else None
+        releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
+        members: dict[str, Member] = {}
+        for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
+            source = open_source(configs[names[0]], self.plugins, stream)
+            lane = Lane(source, [], release=functools.partial(end_lane, source, release))
+            self.lanes.append(lane)
+            for name in names:
+                members[name] = self._member(name, configs[name], prepared[name], stream)
+                lane.trainers.append(members[name].trainer)
+        return {name: members[name] for name in configs}
+
+    def _open_stream(self, configs: Sequence[TrainConfig], shared: SharedForwards | None) -> Callable[[], None]:
+        """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
+        sites = list(dict.fromkeys(config.site for config in configs))
+        reader = None if shared is None else shared.reader({site.hook_name for site in sites})
+        beside = next(iter(self._streams), None)
+        stream = open_stream(configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside)
+        self._streams.append(stream)
+        if reader is None:
+            return lambda: None
+        reader.follow(lambda: stream.position)
+        return reader.release
+
+    def _member(self, name: str, config: TrainConfig, prepared: _Prepared, stream: StreamContext) -> Member:
+        d_in = checked_width(stream, config.site, prepared.options.d_in)
+        trainer = make_trainer(
+            config, self.plugins, self.backend, self.corpus, prepared.options, d_in, prepared.schedule, name
+        )
+        if prepared.start is not None and prepared.start.d_in != d_in:
+            raise ConfigError(
+                [("training.from_pretrained_path", f"holds an SAE for vectors of {prepared.start.d_in}, but "
+                  f"{config.site.name} of {self.backend.name!r} has width {d_in}")]
+            )  # fmt: skip
+        return Member(name, config, trainer, prepared.evals, prepared.start)
+
+    def _lane_key(self, config: TrainConfig) -> str:
+        """What decides the batches, among configurations that share a model and a text."""
+        source = {
+            path: value
+            for path, value in spelled_out(config, self.plugins).items()
+            if path.startswith("activations.source")
+        }
+        return repr((source, config.training.train_batch_size_tokens, config.training.seed))
+
+    def held_out(self, config: TrainConfig) -> Tensor | None:
+        """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
+        if not config.evals.run:
+            return None
+        key = (config.evals.n_contexts, config.training.seed)
+        if key not in self._held_out:
+            corpus = attrs.evolve(self.corpus, evals=config.evals)
+            self._held_out[key] = corpus.held_out(self.backend, seed_for(config.training.seed, "held out"))
+            for text in corpus.held_out_doubts(len(self._held_out[key])):
+                warn_of(text)
+        return self._held_out[key]
+
+    def first_loss_text(self) -> str | None:
+        """A line for people, if the model does no better than guessing; the batches stay what they are."""
+        if next(iter(self.members.values())).config.model.compile:
+            return None  # what is compiled for another shape may round otherwise in training
+        held_out = next((tokens for tokens in self._held_out.values()), None)
+        lock = self._streams[0].model_lock
+        if held_out is None and all(stream.position is None for stream in self._streams):
+            return None  # nobody reads the text
+        if held_out is None:
+            try:
+                with lock:
+                    held_out = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
+            except SaekitError:  # a source that needs no text may do without
+                return None
+        return first_loss_text(self.backend, first_loss(self.backend, held_out, lock))
+
+    def give_weights(self) -> None:
+        """The first weights of every SAE, each as if it were alone."""
+        for lane in self.lanes:
+            for trainer in lane.trainers:
+                member = self.members[trainer.name]
+                give_weights(trainer, member.config, self.corpus, lane.source.peek, member.start)
+                member.start = None
+
+    def evaluate(self, member: Member) -> dict[str, float | Histogram]:
+        """What the evals of ``member`` find, under the names that are logged."""
+        held_out = self.held_out(member.config)
+        if held_out is None:
+            return {}
+        sae = member.trainer.raw_sae()
+        found: dict[str, float] = {}
+        # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
+        # leave what training would see.
+        with self._streams[0].model_lock, ambient():
+            for key, measure in member.evals.items():
+                told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+                found |= numbers_of(key, told)
+        for parameter in member.trainer.sae.parameters():
+            parameter.grad = None
+        return eval_metrics(sae, found)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the activations: option paths to plain values."""
+        return self._streams[0].identity
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the SAE that has seen the most has seen."""
+        return max(member.trainer.tokens for member in self.members.values())
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the SAE that is to see the most is to see."""
+        return max(member.config.training.total_tokens for member in self.members.values())
+
+    @property
+    def batches(self) -> int:
+        """Batches that were trained on, in all lanes together."""
+        return sum(lane.batches for lane in self.lanes)
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether every SAE has seen the same batches as the others of its lane."""
+        return not any(lane.stepping for lane in self.lanes)
+
+    def stream_state(self) -> dict[str, Any]:
+        """The state of the batches, and of the process's random numbers."""
+        return {
+            "lanes": [
+                {
+                    "source": lane.source.state_dict(),
+                    "tokens": lane.tokens,
+                    "batches": lane.batches,
+                    "ended": lane.ended,
+                    "untold": {trainer.name: metrics_state(metrics) for trainer, metrics in lane.untold},
+                }
+                for lane in self.lanes
+            ],
+            "told": self.told,
+            "latest": {name: dict(member.latest) for name, member in self.members.items()},
+            "random": random_state(),
+        }
+
+    def load_state(self, stream: Mapping[str, Any], training: Callable[[str], Mapping[str, Any]]) -> None:
+        """Go on where ``stream`` and each SAE's ``training`` state were taken."""
+        for lane, saved in zip(self.lanes, stream["lanes"], strict=True):
+            lane.source.load_state_dict(saved["source"])
+            lane.tokens, lane.batches = saved["tokens"], saved["batches"]
+            lane.ended = saved["ended"] and self.corpus.config.on_exhausted != "repeat"  # it may be allowed by now
+            lane.untold = [
+                (self.members[name].trainer, metrics_of(metrics)) for name, metrics in saved["untold"].items()
+            ]
+        for name, member in self.members.items():
+            member.trainer.load_state_dict(training(name))
+            member.latest = dict(stream["latest"][name])
+        for lane in self.lanes:
+            if not lane.training:
+                lane.release()
+        self.told = stream["told"]
+        set_random_state(stream["random"])
+
+    def close(self) -> None:
+        """End every source."""
+        for lane in self.lanes:
+            lane.source.close()
+
+
+@attrs.frozen
+class _Prepared:
+    """What a configuration alone decides."""
+
+    options: Any
+    start: SAE | None
+    schedule: Any
+    evals: dict[str, Eval]
+
+    @classmethod
+    def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
+        options, start = sae_options(config, plugins, d_sae)
+        resolve_device(config.training.device, "training.device", options.dtype)
+        chosen_trackers(config, plugins)
+        return cls(options, start, make_schedule(config, plugins), make_evals(config, plugins))

@@ -1,0 +1,270 @@
+"""From a configuration to the objects of a run; every check here happens before the first long computation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.config import SAME_AT_START, OptimizerConfig, SAEConfig, TrainConfig
+from saekit.config.converter import ConfigConverter
+from saekit.data import Corpus
+from saekit.data.activations import check_contexts
+from saekit.data.normalize import activation_scale
+from saekit.runs.opening import seed_for
+from saekit.devices import resolve_device
+from saekit.errors import ConfigError
+from saekit.plugins.manager import PluginManager
+from saekit.pretrained.load import build_module, load_sae
+from saekit.protocols import Eval, ModelBackend
+from saekit.sae.init import initialize
+from saekit.sae.module import SAE
+from saekit.site import Site
+from saekit.runs.checks import check_finetuning, chosen_evals, start_files
+from saekit.training.firing import FiringStatistics
+from saekit.training.optimizer import Optimizer
+from saekit.runs.randomness import seeded
+from saekit.training.schedule import ComposedSchedule
+from saekit.training.trainer import SAETrainer
+
+__all__ = [
+    "give_weights",
+    "make_evals",
+    "make_schedule",
+    "make_trainer",
+    "sae_options",
+]
+
+
+def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
+    """The learning rate at every step."""
+    lr = config.training.lr
+    return ComposedSchedule(
+        config.training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=lr, steps=steps)
+    )
+
+
+def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
+    """What is measured, by qualified key."""
+    return {key: plugins.build("evals", choice) for key, choice in chosen_evals(config, plugins).items()}
+
+
+def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None = None) -> tuple[SAEConfig, SAE | None]:
+    """The architecture's options, and the saved SAE that training starts from, if there is one.
+
+    ``d_sae`` is given for a run that goes on, which needs no start any more.  :class:`ConfigError` names what does not
+    go together.
+    """
+    options: SAEConfig = plugins.options("sae_architectures", config.sae)
+    check_finetuning(config, options)
+    if config.training.from_pretrained_path is None:
+        return options, None
+    if d_sae is not None:
+        return attrs.evolve(options, d_sae=d_sae, expansion_factor=None), None
+    start = load_sae(start_files(config.training.from_pretrained_path), plugins=plugins)
+    if options.d_sae is None and options.expansion_factor is None:
+        options = attrs.evolve(options, d_sae=start.d_sae)
+    _check_start(config, options, start, plugins)
+    return options, start
+
+
+_INITIAL = (
+    "decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose", "b_dec_init_method",
+)  # fmt: skip
+
+
+def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: PluginManager) -> None:
+    """A run that starts from ``start`` must be of its kind, and cannot initialize it."""
+    where = _start_of(config)
+    unconverted = ConfigConverter(plugins).unstructure
+    problems = [
+        (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
+        for name in _INITIAL
+        if getattr(options, name) not in (False, "zeros", attrs.fields_dict(type(options))[name].default)
+    ]
+    wanted = unconverted(options)
+    architecture = plugins.find("sae_architectures", config.sae).key
+    for name, own, saved in (
+        ("sae.name", architecture, start.info.architecture),
+        ("sae.activation", wanted["activation"], unconverted(start.config)["activation"]),
+        ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
+        ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
+        ("sae.d_in", options.d_in or start.d_in, start.d_in),
+        *(
+            (f"sae.{field.name}", getattr(options, field.name), start.info.options.get(field.name))
+            for field in attrs.fields(type(options))
+            if field.metadata.get(SAME_AT_START) and start.info.architecture == architecture
+        ),
+    ):
+        if own != saved:
+            problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
+    if start.info.scale_is_unknown and config.activations.normalize_activations == "none":
+        problems.append(
+            ("activations.normalize_activations", f"is 'none', but {where} was trained on scaled activations, by a "
+             "factor that its files do not hold; set it to 'expected_average_only_in'")
+        )  # fmt: skip
+    problems += _decoder_problems(config, options, start, _known_scale(config, start))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _start_of(config: TrainConfig) -> str:
+    return f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
+
+
+def _known_scale(config: TrainConfig, start: SAE) -> float | None:
+    """What a run from ``start`` multiplies activations by, if that is known before it sees any.
+
+    An SAE that was trained on scaled activations goes on with its own factor.
+    """
+    if config.activations.normalize_activations == "none":
+        return 1.0
+    known = start.info.metadata.get("activation_scale", 1.0)
+    return float(known) if known != 1 else None
+
+
+@torch.no_grad()
+def _decoder_problems(
+    config: TrainConfig, options: SAEConfig, start: SAE, scale: float | None
+) -> list[tuple[str, str]]:
+    """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one."""
+    if not options.normalize_sae_decoder:
+        return []
+    norms = _tensors_for(config.training.finetuning_method, start)["W_dec"].norm(dim=1)
+    norms = norms / norms.mean() if scale is None else norms * scale
+    if bool(((norms - 1).abs() < 1e-3).all()):
+        return []
+    on = "" if scale in (None, 1.0) else f" for activations scaled by {scale:.4g}"
+    return [
+        ("sae.normalize_sae_decoder", f"keeps decoder rows at norm 1, and those of {_start_of(config)} have norms from "
+         f"{norms.min():.4g} to {norms.max():.4g}{on}; set it to false")
+    ]  # fmt: skip
+
+
+def _tensors_for(method: str | None, sae: SAE) -> dict[str, Tensor]:
+    """The parameters of ``sae``, with its factors in ``W_dec`` where no fine-tuning is to come."""
+    tensors = {name: value.detach() for name, value in sae.named_parameters()}
+    if method is None and "scaling_factor" in tensors:
+        tensors["W_dec"] = tensors["W_dec"] * tensors.pop("scaling_factor")[:, None]
+    return tensors
+
+
+def make_trainer(
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    corpus: Corpus,
+    options: SAEConfig,
+    d_in: int,
+    schedule: ComposedSchedule,
+    name: str = "sae",
+) -> SAETrainer:
+    """An SAE with everything that trains it; its weights are still to come."""
+    device = resolve_device(config.training.device, "training.device", options.dtype)
+    # An architecture may draw tensors of its own: the same ones alone and beside others.
+    with seeded(seed_for(config.training.seed, "architecture")):
+        sae: SAE = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
+    if config.training.finetuning_method is not None:
+        sae.add_scaling_factor()
+    if options.dtype == "bfloat16":
+        sae.cast_weights(torch.float32)  # until it is saved
+    sae.to(device)
+    sae.kernels = config.training.kernels
+    if config.training.compile:
+        sae.compile_losses(config.training.compile_mode)
+    sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend, corpus, plugins))
+    training = config.training
+    trainer = SAETrainer(
+        name=name,
+        sae=sae,
+        site=config.site,
+        optimizer=Optimizer(sae.named_parameters(), _adam(config, options), schedule),
+        firing=FiringStatistics(
+            sae.d_sae,
+            dead_after=training.dead_after,
+            window=training.feature_sampling_window,
+            device=device,
+        ),
+        generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
+        device=device,
+        training=training,
+    )
+    if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
+        raise ConfigError(
+            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', "
+              "which takes it where there is one")]
+        )  # fmt: skip
+    return trainer
+
+
+def _adam(config: TrainConfig, options: SAEConfig) -> OptimizerConfig:
+    """Adam's options, with what is left to the architecture."""
+    if config.optimizer.beta1 is not None:
+        return config.optimizer
+    return attrs.evolve(config.optimizer, beta1=options.adam_beta1)
+
+
+def give_weights(
+    trainer: SAETrainer,
+    config: TrainConfig,
+    corpus: Corpus,
+    peek: Callable[[], Mapping[Site, Tensor]],
+    start: SAE | None = None,
+) -> None:
+    """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
+    options = trainer.sae.config
+    normalized = config.activations.normalize_activations != "none"
+    initial = start is None and options.b_dec_init_method != "zeros"
+    sample = peek()[config.site].cpu() if normalized or initial else None
+    if sample is not None:
+        check_contexts(len(sample), corpus.context_size)
+    if normalized and sample is not None:
+        known = None if start is None else _known_scale(config, start)
+        trainer.scale = activation_scale(sample) if known is None else known
+    if start is not None:
+        scale = 1.0 if start.info.scale_is_unknown else trainer.scale  # or its weights are for scaled ones as they are
+        if problems := _decoder_problems(config, options, start, scale):
+            raise ConfigError(problems)
+        _copy_weights(start, trainer, scale)
+        return
+    generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
+    initialize(dict(trainer.sae.named_parameters()), options, generator, sample, trainer.scale)
+
+
+@torch.no_grad()
+def _copy_weights(start: SAE, trainer: SAETrainer, scale: float) -> None:
+    """Those of an SAE for raw activations, for activations times ``scale``."""
+    sae = copy.deepcopy(start).double()  # once there and back must not cost digits
+    sae.fold_activation_scale(1 / scale)
+    # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
+    SAE.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
+    known = dict(sae.named_buffers())
+    for name, buffer in trainer.sae.named_buffers():
+        buffer.copy_(known[name])
+    trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
+
+
+def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+    """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
+    dataset = corpus.config
+    model_options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", config.model.backend))
+    return {
+        "model_name": backend.name,
+        "model_class_name": plugins.find("model_backends", config.model.backend).entry.name,
+        # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
+        **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
+        "model_autocast": config.model.autocast,
+        "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
+        "context_size": dataset.context_size,
+        "prepend_bos": dataset.prepend_bos,
+        "begin_batch_token": dataset.begin_batch_token,
+        "begin_sequence_token": dataset.begin_sequence_token,
+        "sequence_separator_token": dataset.sequence_separator_token,
+        "training_tokens": config.training.training_tokens,
+        "seed": config.training.seed,
+    }

@@ -1,0 +1,86 @@
+"""States as files: plain values in JSON, tensors in safetensors, nothing that is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.errors import StorageError
+from saekit.files.storage import read_json
+from saekit.files.tensors import DTYPE_NAMES, save_tensors
+
+__all__ = ["read_state", "write_state"]
+
+_TENSOR = "$tensor"
+
+
+def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, str]:
+    """Write ``state`` to ``stem.json`` and ``stem.safetensors``; returns their checksums by name.
+
+    It may hold mappings by text, lists, numbers, texts, None and tensors; :class:`StorageError` names the place of a
+    value that is none of these.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = _take_out(state, stem, tensors)
+    text = (json.dumps(plain) + "\n").encode()
+    (folder / f"{stem}.json").write_bytes(text)
+    whole = {name: value.detach().cpu().resolve_conj().resolve_neg() for name, value in tensors.items()}
+    summed = save_tensors(folder / f"{stem}.safetensors", whole)
+    return {f"{stem}.json": hashlib.sha256(text).hexdigest(), f"{stem}.safetensors": summed}
+
+
+def read_state(folder: Path, stem: str) -> dict[str, Any]:
+    """What :func:`write_state` wrote; tensors are on the CPU, and tuples have become lists."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        # Copies: what is loaded shows the file, which would stay open, and is not aligned as torch's own memory is.
+        tensors = {name: value.clone() for name, value in load_file(folder / f"{stem}.safetensors").items()}
+        state: dict[str, Any] = _put_back(read_json(folder / f"{stem}.json"), tensors)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise StorageError(f"{stem} in {folder} cannot be read: {error}") from error
+    return state
+
+
+def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPE_NAMES:
+            kind = f"tensor of {value.dtype}, {value.layout}, on {value.device}"
+            raise StorageError(f"the state at {place} holds a {kind}, which cannot be saved")
+        name = place.encode("utf-8", "replace").decode()  # a text that is no Unicode cannot name a tensor
+        while name in tensors:  # "a/b" is one key, or two
+            name += "'"
+        tensors[name] = value
+        return {_TENSOR: name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str) or key == _TENSOR]:
+            raise StorageError(f"the state at {place} has the key {wrong[0]!r}, which cannot be saved; use texts")
+        return {key: _take_out(item, f"{place}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 and not isinstance(value.item(), np.generic):
+        return _take_out(value.item(), place, tensors)  # a number of NumPy's
+    raise StorageError(
+        f"the state at {place} holds a {type(value).__name__}, which cannot be saved. A state_dict may hold mappings, "
+        "lists, numbers, texts, None and tensors"
+    )
+
+
+def _put_back(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _put_back(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_put_back(item, tensors) for item in value]
+    return value

@@ -1,0 +1,174 @@
+"""Several SAEs in one call: which, under what names, and in what they differ."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from saekit.config import PLUGIN_KIND, TrainConfig
+from saekit.config.merging import Place, set_option, tables
+from saekit.config.values import plain, too_nested
+from saekit.config.files import load_config, read_table
+from saekit.config.converter import ConfigConverter
+from saekit.errors import ConfigError
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.files.names import SWEEP_FILES, is_plain_name
+from saekit.files.paths import as_path
+
+__all__ = [
+    "changed_options",
+    "check_together",
+    "grid",
+    "member_names",
+    "short_names",
+    "spelled_out",
+    "value_text",
+]
+
+_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
+"""What SAEs that train together cannot differ in."""
+_LONGEST_NAME = 100
+
+
+def grid(
+    cfg: TrainConfig | Mapping[str, Any] | str | Path,
+    axes: Mapping[str, Iterable[Any]],
+    *,
+    plugins: PluginManager | None = None,
+) -> list[TrainConfig]:
+    """``cfg`` with every combination of the values of ``axes``, by dotted option; the last axis changes fastest.
+
+    ``saekit.grid("run.toml", {"sae.l1_coefficient": [1, 5], "training.lr": [1e-4, 3e-4]})`` gives four, for
+    :func:`saekit.train`.  A plugin is an axis too (``"lr_schedule": ["constant", CosineConfig(end=1e-5)]``), and so are
+    its options (``"lr_schedule.end"``).  :class:`ConfigError` says which axis or option is wrong.
+    """
+    plugins = plugins or default_manager()
+    table = cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(as_path(cfg))
+    if problem := too_nested(table):
+        raise ConfigError(f"the configuration {problem}")
+    values = {path: _axis(path, axis) for path, axis in axes.items()}
+    configs = []
+    for point in itertools.product(*values.values()):
+        changed = tables(table, plugins)
+        # A plugin before its options, in whatever order they are given.
+        for path, value in sorted(zip(values, point, strict=True), key=lambda item: item[0].count(".")):
+            set_option(changed, path, tables(value, plugins), Place(TrainConfig, plugins))
+        configs.append(load_config(changed, plugins=plugins))
+    return configs
+
+
+def _axis(path: str, values: Iterable[Any]) -> list[Any]:
+    values = plain(values)
+    listed = [] if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable) else list(values)
+    if not listed:
+        raise ConfigError([(path, f"an axis of a grid needs a list of values, found {values!r}")])
+    return listed
+
+
+def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted path as plain data: a plugin's key at its own path, and its options below that."""
+    table = ConfigConverter(plugins).unstructure(config)
+    found: dict[str, Any] = {}
+    for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        path, value = prefix + field.name, getattr(config, field.name)
+        kind = field.metadata.get(PLUGIN_KIND)
+        if kind is not None and not isinstance(value, tuple):
+            found[path] = plugins.find(kind, value).key
+            found |= spelled_out(plugins.options(kind, value), plugins, f"{path}.")
+        elif attrs.has(type(value)):
+            found |= spelled_out(value, plugins, f"{path}.")
+        else:
+            found[path] = table[field.name]
+    return found
+
+
+def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:
+    """For each configuration, the options in which they are not all alike."""
+    tables = [spelled_out(config, plugins) for config in configs]
+    paths = dict.fromkeys(path for table in tables for path in table)
+    paths.pop("checkpoints.name", None)
+    changed = [path for path in paths if any(table.get(path) != tables[0].get(path) for table in tables)]
+    return [{path: table.get(path) for path in changed} for table in tables]
+
+
+def check_together(configs: Sequence[TrainConfig], plugins: PluginManager) -> None:
+    """:class:`ConfigError` names what SAEs that train together cannot differ in."""
+    first, *others = [
+        {
+            path: value
+            for path, value in spelled_out(config, plugins).items()
+            if path.startswith(_COMMON) and path != "checkpoints.name"
+        }
+        for config in configs
+    ]
+    problems: dict[str, str] = {}
+    for other in others:
+        for path in dict.fromkeys([*first, *other]):
+            if (one := first.get(path)) != (two := other.get(path)):
+                problems.setdefault(
+                    path, f"differs between SAEs that are to be trained together ({one!r} and {two!r}); train them "
+                    "in runs of their own"
+                )  # fmt: skip
+    if problems:
+        raise ConfigError(list(problems.items()))
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """For each dotted path the shortest end of it that no other has."""
+    paths = list(paths)
+    ends = {path: [path.split(".")[-n:] for n in range(1, path.count(".") + 2)] for path in paths}
+    return {
+        path: ".".join(
+            next(
+                (end for end in ends[path] if not any(end in ends[other] for other in paths if other != path)),
+                ends[path][-1],
+            )
+        )
+        for path in paths
+    }
+
+
+def member_names(configs: Sequence[TrainConfig], plugins: PluginManager) -> tuple[str | None, list[str]]:
+    """The name of the sweep's folder, if the configurations agree on one, and a name for each SAE in it.
+
+    Configurations with different ``checkpoints.name`` name the SAEs; else the changed options do.
+    """
+    given = [config.checkpoints.name for config in configs]
+    if len(set(given)) == 1:
+        width = len(str(len(configs) - 1))
+        return given[0], [
+            _name(f"{index:0{width}}", changed) for index, changed in enumerate(changed_options(configs, plugins))
+        ]
+    if None in given or len(set(given)) < len(given):
+        raise ConfigError(
+            [("checkpoints.name", "must be the same for all, to name the sweep, or different for all, to name each "
+              f"SAE; found {', '.join(map(repr, given))}")]
+        )  # fmt: skip
+    names = [str(name) for name in given]
+    if wrong := [name for name in names if not _names_a_folder(name)]:
+        raise ConfigError([("checkpoints.name", f"names a folder in that of the sweep, which {wrong[0]!r} cannot")])
+    return None, names
+
+
+def _names_a_folder(name: str) -> bool:
+    """Whether the folder of a sweep may hold a folder of this name."""
+    fine = re.fullmatch(r"[\w=+-][\w.=+-]*", name) and is_plain_name(name) and len(name.encode()) <= 200
+    return bool(fine) and name.casefold() not in SWEEP_FILES
+
+
+def _name(number: str, changed: Mapping[str, Any]) -> str:
+    labels = short_names(changed)
+    parts = [number, *(f"{labels[path]}={value_text(value)}" for path, value in changed.items())]
+    return re.sub(r"[^\w.=+-]+", "-", "_".join(parts), flags=re.ASCII)[:_LONGEST_NAME].rstrip("-._")
+
+
+def value_text(value: Any) -> str:
+    """As short as it can be without saying something else."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -1,0 +1,12 @@
+from .hooks import HookPoint as HookPoint
+from .init import geometric_median as geometric_median
+from .losses import auxk_loss as auxk_loss
+from .losses import ghost_loss as ghost_loss
+from .losses import sparsity_penalty as sparsity_penalty
+from .losses import spread as spread
+from .losses import squared_errors as squared_errors
+from .losses import variance_ratio as variance_ratio
+from .module import SAE as SAE
+from .records import SAEInfo as SAEInfo
+from .records import StepInput as StepInput
+from .records import StepOutput as StepOutput

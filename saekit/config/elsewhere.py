@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["UnknownOption", "option_paths"]
 
 _AT_MOST = 4
+RENAMED = {"optimiser": "optimizer"}
+"""Options of earlier versions, by what they are called now."""
 
 
 class UnknownOption(str):
@@ -37,6 +39,8 @@ class UnknownOption(str):
     def told(self, path: str, root: type, plugins: PluginManager) -> str:
         """The same for the option at ``path`` of a ``root``, when the whole tree is looked through."""
         tree = option_paths(root, plugins)
+        if self.key in RENAMED:
+            return f"is called {RENAMED[self.key]} since saekit 0.3"
         if same := tree.get(self.key):
             return _elsewhere(path, same)
         if self.key in SAE_LENS and "training_tokens" in tree:  # not below a plugin's options that are read alone

@@ -41,7 +41,6 @@ SAE_LENS: dict[str, str] = {
     # training
     "total_training_tokens": "training.training_tokens",
     "train_batch_size": "training.train_batch_size_tokens",
-    "optimizer": "optimizer",
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
     "lr_scheduler": "lr_schedule",

@@ -84,7 +84,7 @@ class DataError(SaekitError):
 
 
 class SAEFormatError(SaekitError):
-    """A saved SAE that cannot be read."""
+    """A saved SAE that cannot be read, or one that could not be read again if it were saved."""
 
 
 class StorageError(SaekitError):

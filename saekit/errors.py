@@ -13,6 +13,7 @@ __all__ = [
     "DivergedError",
     "MissingPackageError",
     "ModelError",
+    "PlaceError",
     "PluginError",
     "PluginFailedError",
     "PluginWarning",
@@ -88,9 +89,15 @@ class SAEFormatError(SaekitError):
 
 
 class StorageError(SaekitError):
-    """A run folder, checkpoint or file that cannot be written."""
+    """A run folder, checkpoint or file that cannot be written, or gone on from."""
 
     exit_code = 1
+
+
+class PlaceError(StorageError):
+    """A folder that was named and is not the one: there is nothing to go on from, or nobody may write there."""
+
+    exit_code = 2
 
 
 class DivergedError(SaekitError):

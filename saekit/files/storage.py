@@ -26,6 +26,7 @@ __all__ = [
     "replace_files",
     "sha256",
     "tidy",
+    "why_no_folder_in",
     "write_text",
 ]
 
@@ -142,6 +143,22 @@ def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
                 left.unlink()
     except OSError as error:
         raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
+
+
+def why_no_folder_in(place: Path) -> str | None:
+    """Why no folder can be made in ``place``, in the system's words; None: it can.
+
+    It is tried, with a hidden name: of some file systems, permissions do not say it.
+    """
+    if not place.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    trial = _hidden(place / "trial", "tmp")
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def leads_out(path: Path, folder: Path) -> bool:

@@ -13,7 +13,7 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.config.converter import ConfigConverter
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.errors import ConfigError, DataError, ModelError, PlaceError, StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
@@ -70,7 +70,7 @@ class Resumption:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
         if (fault := record.way_out()) is not None:
-            raise StorageError(f"{folder} cannot be gone on with: {fault}")
+            raise PlaceError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -190,7 +190,7 @@ def _of_checkpoint(
     """The configurations that a checkpoint was made with; where it lies makes no difference."""
     saes = checkpoint.facts["saes"]
     if set(saes) != set(now):
-        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
+        raise PlaceError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
     old = {}
     for name, config in now.items():
         place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}

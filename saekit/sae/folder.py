@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.errors import SAEFormatError, StorageError
+from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
@@ -48,7 +48,7 @@ def save_sae(sae: SAE, path: Path) -> Path:
     :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
     """
     if "\0" in str(path):
-        raise StorageError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
+        raise PlaceError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
     contents = _contents(sae)
     try:
         target = Path(os.path.realpath(path))  # a link to a folder stays one
@@ -68,18 +68,18 @@ def _refuse(target: Path, path: Path) -> None:
     """:class:`StorageError` says why ``target`` is no place for an SAE."""
     where = f"cannot save the SAE in {str(path)!r}: "
     if target.exists() and not target.is_dir():
-        raise StorageError(f"{where}there is a file of that name; give a folder, which may be new")
+        raise PlaceError(f"{where}there is a file of that name; give a folder, which may be new")
     if path.is_symlink() and not target.exists():
-        raise StorageError(f"{where}it is a symbolic link to {target}, which is not there")
+        raise PlaceError(f"{where}it is a symbolic link to {target}, which is not there")
     if not target.exists() and (fault := fault_of_name(target.name)):
-        raise StorageError(f"{where}the name {fault}; choose another")
+        raise PlaceError(f"{where}the name {fault}; choose another")
     if kind := _is_of_a_run(target):
-        raise StorageError(f"{where}it is {kind}; choose another folder, or a new one in it")
+        raise PlaceError(f"{where}it is {kind}; choose another folder, or a new one in it")
     for name in (CONFIG, WEIGHTS, SPARSITY):
         if os.path.lexists(target / name) and not (target / name).is_file():
-            raise StorageError(f"{where}{name} in it is not a file; choose another folder")
+            raise PlaceError(f"{where}{name} in it is not a file; choose another folder")
     if (target / CONFIG).exists() and not (target / WEIGHTS).exists() and not _is_config(target / CONFIG):
-        raise StorageError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
+        raise PlaceError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
 
 
 def _is_of_a_run(target: Path) -> str:

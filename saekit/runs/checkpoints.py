@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
 __all__ = [
+    "MANIFEST",
     "Checkpoint",
     "all_checkpoints",
     "is_checkpoint_name",

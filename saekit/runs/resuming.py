@@ -17,7 +17,7 @@ from saekit.errors import ConfigError, DataError, ModelError, PlaceError, Storag
 from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
-from saekit.runs.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
+from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
 from saekit.runs.record import RunRecord, differences, flat
 from saekit.runs.waiting import TrackersState, waiting_of
@@ -196,7 +196,8 @@ def _of_checkpoint(
         place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
         table = dict(saes[name]["config"])
         table["checkpoints"] = {**table["checkpoints"], **place}
-        old[name] = load_config(table, plugins=plugins)
+        where = f"{checkpoint.folder / MANIFEST}, saes.{name}.config"
+        old[name] = ConfigConverter(plugins).structure(table, TrainConfig, where)
     return old
 
 

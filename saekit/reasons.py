@@ -14,6 +14,8 @@ def reason(error: BaseException) -> str:
     """What ``error`` says, in a line.  Advice to read files in an unsafe way is never passed on."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if type(error).__name__ == "OfflineModeIsEnabled":  # of huggingface_hub
+        return "the Hub is not asked (offline mode), and its cache does not hold it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

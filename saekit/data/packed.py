@@ -15,6 +15,7 @@ from saekit.data.contexts import TokenPolicy
 from saekit.data.text import STDLIB
 from saekit.data.vocabulary import Vocabulary, tokenizer_here
 from saekit.errors import DataError
+from saekit.hub import within_reach
 from saekit.reasons import reason
 
 __all__ = ["DOCUMENT_IDS", "POLICY_DEFAULTS", "PRETOKENIZED", "Packed", "Reader", "held_documents"]
@@ -221,7 +222,8 @@ def _on_hub(config: DatasetConfig, name: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
+        with within_reach():
+            return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):  # an answer, and not that there is no such file
             raise DataError(

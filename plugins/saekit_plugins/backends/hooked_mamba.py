@@ -13,6 +13,7 @@ import attrs
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit.hub import within_reach
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -124,6 +125,6 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba
     tokenizer = load_tokenizer(config.tokenizer)
-    with loading(f"the Mamba model {model.name!r}"):
+    with within_reach(unless=model.name), loading(f"the Mamba model {model.name!r}"):
         module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
         return ready(module, getattr(torch, model.dtype))

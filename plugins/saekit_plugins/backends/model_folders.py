@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.hub import within_reach
 from saekit.reasons import reason
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         return _load_hf_folder(folder, model.dtype, device, kwargs)
     from transformer_lens import HookedTransformer
 
-    try:
-        loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
-    except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
-        raise ModelError(_unknown_name(model.name, error)) from error
+    with within_reach():
+        try:
+            loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
+        except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
+            raise ModelError(_unknown_name(model.name, error)) from error
     return loaded.eval().requires_grad_(False)
 
 
@@ -87,7 +89,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
     from transformers import AutoTokenizer
 
-    with loading(f"the tokenizer {str(name)!r}"):
+    with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

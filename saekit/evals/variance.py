@@ -28,8 +28,8 @@ class Reconstruction:
 
     ``never_fired`` counts the features that fired on none of ``n_tokens``, nor in training as far as that is known
     (:meth:`fires`); a feature that training calls dead has only not fired for a while.  Where nothing is known of
-    training, it may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand
-    1983).
+    training, it may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and
+    Lippman-Hand 1983).
     """
 
     d_in: int

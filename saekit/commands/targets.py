@@ -6,6 +6,7 @@ from pathlib import Path
 
 from saekit.config import PretokenizeConfig
 from saekit.errors import ConfigError, ModelError, PlaceError
+from saekit.files.names import is_path
 
 __all__ = ["WITH_A_TOKEN", "check_target", "check_tokenizer"]
 
@@ -34,5 +35,5 @@ def check_target(config: PretokenizeConfig) -> None:
 
 def check_tokenizer(name: str) -> None:
     """A tokenizer that only a folder can be meant by must be there."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not Path(name).exists() and is_path(name):
         raise ModelError(f"the tokenizer {name!r} cannot be loaded: there is no such folder")

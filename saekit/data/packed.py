@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from saekit.data.contexts import TokenPolicy
 from saekit.data.text import STDLIB
 from saekit.data.vocabulary import Vocabulary, tokenizer_here
 from saekit.errors import DataError
+from saekit.files.storage import read_json
 from saekit.hub import within_reach
 from saekit.reasons import reason
 
@@ -84,10 +84,10 @@ class Packed:
             if file is None or not file.is_file():
                 continue
             try:
-                made = json.loads(file.read_text(encoding="utf-8"))
+                made = read_json(file)
                 made = _of_sae_lens(made) if name == _OF_SAE_LENS else {**POLICY_DEFAULTS, **made}
                 return cls._of(config.path, name, made)
-            except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            except (ValueError, TypeError, KeyError, OSError) as error:
                 said = f"it does not say {error}" if isinstance(error, KeyError) else reason(error)
                 raise DataError(f"{name} of the dataset {config.path!r} cannot be read: {said}") from error
         return None

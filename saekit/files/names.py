@@ -15,8 +15,9 @@ __all__ = [
     "SWEEP_FILES",
     "fault_of_name",
     "half_written",
-    "half_written_mark",
+    "hidden_name",
     "is_free_in_run",
+    "is_path",
     "is_plain_name",
     "made_name",
 ]
@@ -95,8 +96,17 @@ def _fault_on_windows(name: str) -> str | None:
     return None
 
 
-def half_written_mark() -> str:
-    """What tells half-written files apart: eight hexadecimal digits with a letter among them, so never a date."""
+def hidden_name(name: str, kind: str) -> str:
+    """A new name by which :func:`half_written` knows what is to be called ``name``; ``kind`` is ``tmp`` or ``old``.
+
+    Eight hexadecimal digits with a letter among them, so never a date, tell such files apart.
+    """
     while (mark := secrets.token_hex(4)).isdecimal():
         pass
-    return mark
+    room = LONGEST_NAME - len(f"..{mark}.{kind}")
+    return f".{name.encode(errors='surrogateescape')[:room].decode(errors='ignore')}.{mark}.{kind}"
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a model, a tokenizer or a dataset can only mean a path: the Hub's have one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from saekit.errors import SAEFormatError
+from saekit.files.storage import parse_json
 
 __all__ = ["check_value", "parse_object", "read_object"]
 
@@ -28,10 +28,10 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """The object in the bytes of a JSON file, as :func:`read_object` has it."""
     _check_size(len(data), where)
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise SAEFormatError(f"{where} is nested too deeply, expected at most {_DEEPEST} levels") from error
+        value = parse_json(data.decode(), _without_duplicates)
     except ValueError as error:
+        if isinstance(error.__cause__, RecursionError):
+            raise SAEFormatError(f"{where} is nested too deeply, expected at most {_DEEPEST} levels") from error
         raise SAEFormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SAEFormatError(f"{where} holds {type(value).__name__}, expected an object")

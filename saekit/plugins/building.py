@@ -10,7 +10,8 @@ from typing import Any
 
 from saekit.errors import PluginFailedError, SaekitError
 from saekit.plugins.registry import KINDS, Registered
-from saekit.plugins.text import error_text, short
+from saekit.plugins.text import short
+from saekit.reasons import error_text
 
 __all__ = ["METHODS", "VALUES", "blamed", "built", "returned"]
 

@@ -12,7 +12,8 @@ from saekit.config.describe import describe_fields
 from saekit.errors import UnknownKeyError
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import KINDS, Registered
-from saekit.plugins.text import last_line, printable
+from saekit.plugins.text import printable
+from saekit.reasons import last_line
 
 __all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
 

@@ -15,6 +15,7 @@ import attrs
 
 from saekit.config import PLUGIN_KIND
 from saekit.plugins.text import last_line
+from saekit.reasons import last_line
 
 __all__ = ["option_faults"]
 

@@ -12,6 +12,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import error_text
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.reasons import error_text
 
 __all__ = ["read_with", "recognized"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.files.names import is_path
 from saekit.hub import within_reach
 from saekit.reasons import reason
 
@@ -45,7 +46,7 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     """The model folder that ``name`` means, checked; None for a name that transformer_lens may know."""
     folder = EMBEDDED.get(name, Path(name))
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if is_path(name):
             raise ModelError(f"there is no model folder {name!r} (model.name)")
         return None
     if (folder / NATIVE_CONFIG).is_file():
@@ -57,6 +58,13 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     if unknown := sorted(set(kwargs) - set(_PROCESSING)):
         raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {_PROCESSING}, found {unknown}")
     return folder
+
+
+def instead(passed: object, attribute: str, advice: str) -> str:
+    """What to do with what was passed and is no model of the backend's; ``advice`` where it has the ``attribute``."""
+    if isinstance(passed, str):
+        return f"A model is chosen by its name with model.name = {passed!r}"
+    return advice if hasattr(passed, attribute) else "Of models of other kinds, saekit needs a backend (model.backend)"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from saekit.errors import PluginError, PluginWarning, UnknownKeyError
 from saekit.plugins import hookspecs
 from saekit.plugins.building import built
 from saekit.plugins.entries import PREFIX, check_hook_names, checked_entries, defines
-from saekit.plugins.loading import installed_points, watched
+from saekit.plugins.loading import installed_points, normalized, watched
 from saekit.plugins.registry import KINDS, Entry, Registered, Registry
 from saekit.plugins.text import printable
 from saekit.reasons import last_line

@@ -10,7 +10,6 @@ from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
-from saekit.plugins.text import error_text
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.reasons import error_text
 

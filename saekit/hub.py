@@ -13,7 +13,7 @@ from pathlib import Path
 from saekit.errors import SaekitError
 from saekit.reasons import reason
 
-__all__ = ["within_reach"]
+__all__ = ["is_path", "within_reach"]
 
 _PATIENCE = 10.0  # seconds for a connection; a Hub that is slow to answer has made one by then
 _PAUSE = 1.0  # seconds before the second and last try
@@ -21,6 +21,11 @@ _KNOWN_FOR = 30.0  # seconds for which a Hub that could not be reached is not tr
 _NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}  # of the HTTP library, any of them
 _unreached: dict[str, tuple[float, str]] = {}  # by address: when, and why
 _reached: set[str] = set()
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a model, a tokenizer or a dataset can only mean a path: the Hub's have one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from saekit.config import PretokenizeConfig
 from saekit.errors import ConfigError, ModelError, PlaceError
-from saekit.files.names import is_path
+from saekit.hub import is_path
 
 __all__ = ["WITH_A_TOKEN", "check_target", "check_tokenizer"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 
 __all__ = [
     "LONGEST_NAME",
@@ -17,7 +16,6 @@ __all__ = [
     "half_written",
     "hidden_name",
     "is_free_in_run",
-    "is_path",
     "is_plain_name",
     "made_name",
 ]
@@ -101,12 +99,9 @@ def hidden_name(name: str, kind: str) -> str:
 
     Eight hexadecimal digits with a letter among them, so never a date, tell such files apart.
     """
+    import secrets  # here, for most of what needs names writes nothing
+
     while (mark := secrets.token_hex(4)).isdecimal():
         pass
     room = LONGEST_NAME - len(f"..{mark}.{kind}")
     return f".{name.encode(errors='surrogateescape')[:room].decode(errors='ignore')}.{mark}.{kind}"
-
-
-def is_path(name: str) -> bool:
-    """Whether the name of a model, a tokenizer or a dataset can only mean a path: the Hub's have one slash at most."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1

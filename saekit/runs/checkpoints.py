@@ -150,8 +150,8 @@ def write_checkpoint(
 
     A training state without weights has those of the SAE as it is saved.
     """
-    from saekit.sae.folder import write_sae
     from saekit.runs.state_files import write_state
+    from saekit.sae.folder import write_sae
 
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)

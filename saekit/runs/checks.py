@@ -8,9 +8,9 @@ from pathlib import Path
 
 from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.storage import locked
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.files import SAEFiles
-from saekit.files.storage import locked
 
 __all__ = ["alone_in", "check_finetuning", "chosen_evals", "chosen_trackers", "start_files"]
 

@@ -11,11 +11,11 @@ from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
-from saekit.runs.identity import run_identity
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
+from saekit.runs.identity import run_identity
 from saekit.site import Site
 
 _MANY_READINGS = 10

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import load_config
 from saekit.config.converter import ConfigConverter
+from saekit.config.files import load_config
 from saekit.errors import ConfigError, DataError, ModelError, PlaceError, StorageError
-from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
+from saekit.plugins.manager import PluginManager
 from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
 from saekit.runs.record import RunRecord, differences, flat

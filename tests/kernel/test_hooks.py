@@ -103,6 +103,8 @@ PUBLIC_MODULES = [
     "devices",
     "errors",
     "evals",
+    "files",
+    "hub",
     "kernels",
     "pretrained",
     "protocols",

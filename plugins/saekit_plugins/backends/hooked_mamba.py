@@ -13,8 +13,7 @@ import attrs
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
-from saekit.files.names import is_path
-from saekit.hub import within_reach
+from saekit.hub import is_path, within_reach
 from saekit_plugins.backends.model_folders import instead
 
 if TYPE_CHECKING:

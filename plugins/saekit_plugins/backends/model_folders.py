@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
-from saekit.files.names import is_path
-from saekit.hub import within_reach
+from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check, is_free_in_run
-from saekit.files.names import hidden_name
-from saekit.files.storage import parse_json
+from saekit.files import hidden_name, parse_json
 from saekit.protocols import Histogram, Metrics
 
 _TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}

@@ -14,7 +14,7 @@ import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
-from saekit.files.names import hidden_name
+from saekit.files import hidden_name
 from saekit.protocols import Histogram, Metrics
 
 ID_FILE = "wandb-run-id.txt"

@@ -98,10 +98,12 @@ def resume(
 
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
+    from saekit.runs.record import RunRecord
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
+    RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
     with alone_in(run):
         while True:
             resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from saekit.errors import StorageError
 from saekit.files.names import LONGEST_NAME, half_written, half_written_mark, on_windows
 
 __all__ = [
+    "check_file",
     "leads_out",
     "locked",
     "new_files",
@@ -218,13 +220,24 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
     try:
+        check_file(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
+def check_file(path: Path) -> None:
+    """:class:`OSError` for what is there and is no file: to read a pipe waits for ever, and a device may have no end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
 def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -16,7 +16,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.errors import StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
-from saekit.files.storage import leads_out, read_json, write_text
+from saekit.files.storage import check_file, leads_out, read_json, write_text
 
 __all__ = ["RunRecord", "differences", "flat"]
 
@@ -33,6 +33,8 @@ class RunRecord:
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
+    checkpointed: bool = False
+    """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
 
     def home(self, name: str) -> Path:
         """The folder of an SAE: its ``config.toml``, ``metrics.jsonl`` and, at the end, ``sae/``."""
@@ -46,8 +48,20 @@ class RunRecord:
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
             write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
+        self._save()
+
+    def _save(self) -> None:
         table = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        if self.checkpointed:
+            table["checkpointed"] = True
         write_text(self.folder / RECORD, json.dumps(table, indent=1) + "\n")
+
+    @classmethod
+    def note_checkpoint(cls, folder: Path) -> None:
+        """Say in the record in ``folder`` that there is a checkpoint by now."""
+        record = cls.read(folder)
+        if not record.checkpointed:
+            attrs.evolve(record, checkpointed=True)._save()
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -58,6 +72,8 @@ class RunRecord:
         except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
             raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
         if not there:
+            if os.path.lexists(path):
+                raise StorageError(f"{path} is not a file, so {folder} is not a run folder that can be gone on with")
             if not folder.exists():
                 raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
             near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
@@ -67,7 +83,8 @@ class RunRecord:
             table = read_json(path)
             if table["format"] != FORMAT:
                 raise StorageError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
-            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
+            checkpointed = table.get("checkpointed", False) is True
+            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]), checkpointed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
@@ -107,7 +124,14 @@ class RunRecord:
                 yield f"{place} is a symbolic link that leads out of it"
 
     def configs(self, plugins: PluginManager) -> dict[str, TrainConfig]:
-        """The configuration of every SAE, as it was written."""
+        """The configuration of every SAE, as it was written; :class:`StorageError` where there is no such file."""
+        for name in self.saes:
+            try:
+                check_file(self.home(name) / CONFIG)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.home(name) / CONFIG} cannot be read: {error.strerror}; put back the one that the run wrote"
+                ) from error
         return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
 
 

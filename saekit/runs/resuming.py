@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -69,6 +70,7 @@ class Resumption:
         for place in {folder, *(record.home(name) for name in record.saes)}:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
+        _check_beginning(record)
         if (fault := record.way_out()) is not None:
             raise StorageError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
@@ -229,11 +231,28 @@ def _refuse_unused(allow: Set[str]) -> None:
         raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
 
 
+def _check_beginning(record: RunRecord) -> None:
+    """:class:`StorageError` for a run whose checkpoints are gone: to begin anew would cut its records."""
+    folder = record.folder / "checkpoints"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise StorageError(f"{folder} is not a folder, so it can hold no checkpoint; move it away. Nothing was changed")
+    if record.checkpointed and not _saved_anything(record):
+        raise StorageError(
+            f"the run in {record.folder} had written checkpoints, and there is none in {folder} any more (a folder "
+            "step-N each). Put them back, or start a new run under another checkpoints.name; nothing was changed"
+        )
+
+
+def _saved_anything(record: RunRecord) -> bool:
+    """Whether there is an SAE or a checkpoint in the run folder."""
+    saved = any((record.home(name) / "sae").exists() for name in record.saes)
+    return saved or any((record.folder / "checkpoints").glob("step-*"))
+
+
 def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
     """Whether there is nothing yet that a new beginning would lose."""
     keeps = all(config.checkpoints.keep_last for config in configs.values())
-    saved = any((record.home(name) / "sae").exists() for name in record.saes)
-    return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
+    return keeps and not _saved_anything(record)
 
 
 def _reads_again(old: TrainConfig, now: TrainConfig) -> bool:

@@ -129,7 +129,7 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, trackers, saving)
+                _fit(session, trackers, saving, _owed(untracked or {}))
                 interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
                 standing.check()
@@ -148,8 +148,10 @@ def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> No
     close_all(list(trackers.values()), timeout=300 if ended_well else 10)
 
 
-def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]) -> None:
     with TrainingProgress(session) as progress:
+        for name, number in owed.items():
+            progress.say(f"{number:,} records that {name} had not taken are handed over")
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
 
 
@@ -181,7 +183,27 @@ def _finish(
     saving.save_if_possible(finished=True)
     if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
         saving.finish()
+    else:
+        _tell_of_owed(session, record, trackers)
     return summary
+
+
+def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
+    """How many records each tracker has not taken, by its key and, of several, the name of the SAE."""
+    return {
+        f"the tracker {key}" + (f" of {name}" if len(waiting) > 1 else ""): len(records)
+        for name, state in waiting.items()
+        for key, records in state.items()
+        if records
+    }
+
+
+def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Trackers]) -> None:
+    """For people: the warnings have said what became of the trackers."""
+    waiting = {name: group.waiting() for name, group in trackers.items()}
+    owed = " and ".join(f"{number:,} records for {name}" for name, number in _owed(waiting).items())
+    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    TrainingProgress(session).say(f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over")
 
 
 def _alone(record: RunRecord) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ from saekit.runs.checkpoints import (
     write_saes,
 )
 from saekit.runs.interruption import Interruption
+from saekit.runs.record import RunRecord
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers, settle_all
@@ -30,6 +32,8 @@ from saekit.runs.waiting import Record, waiting_state
 
 __all__ = ["Saving"]
 
+_KEPT_FOR_TRACKERS = 8
+"""So many old checkpoints are kept for trackers that have still to read them, beside those that are being read."""
 _SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 
 
@@ -53,7 +57,7 @@ class Saving:
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
         self._saved: Path | None = None
-        self._resumable = False
+        self._resumable = self._noted = self._told_of_lag = False
         self.broken_off = False
         """A save was interrupted."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
@@ -123,7 +127,7 @@ class Saving:
 
     def save_in(self, folder: Path) -> Path | None:
         """:meth:`save` in another run folder, since the run's own is lost."""
-        self._folder, self._standing, self._saved = folder, None, None
+        self._folder, self._standing, self._saved, self._noted = folder, None, None, False
         return self.save()
 
     def _save(self, spaced: bool, finished: bool) -> Path | None:
@@ -142,6 +146,7 @@ class Saving:
             spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: _state(member.trainer) for name, member in session.members.items()}
             write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced))
+            self._note_checkpoint()
         else:
             write_saes(path, saes)
         self._saved, self._resumable = path, resumable
@@ -150,6 +155,13 @@ class Saving:
             self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
         self._remove_old()
         return path
+
+    def _note_checkpoint(self) -> None:
+        """Once there is one, a run without any is not one that was stopped early."""
+        if not self._noted:
+            with contextlib.suppress(StorageError):  # the checkpoint is there, which is what counts
+                RunRecord.note_checkpoint(self._folder)
+            self._noted = True
 
     def _stream(self, path: Path, saes: Collection[str]) -> dict[str, object]:
         """The state of the batches, and what the trackers have not taken; of the checkpoint itself, none has."""
@@ -199,8 +211,12 @@ class Saving:
 
     def _remove_old(self) -> None:
         """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays."""
-        for path in list(all_checkpoints(self._folder))[self._options.keep_last :]:
-            if any(trackers.in_use(path) for trackers in self._trackers.values()):
+        old = list(all_checkpoints(self._folder))[self._options.keep_last :]
+        in_use = [path for path in old if self._in_use(path)]
+        for path in in_use[_KEPT_FOR_TRACKERS:]:
+            self._forget(path)
+        for path in old:
+            if self._in_use(path):
                 continue  # until the next time
             checkpoint = _opened(path)
             if checkpoint is not None and checkpoint.facts["spaced"]:
@@ -211,6 +227,22 @@ class Saving:
                 keep_saes(path, names)
             except StorageError as error:
                 warnings.warn(f"an old checkpoint stays: {error}", RuntimeWarning, stacklevel=5)
+
+    def _in_use(self, path: Path) -> bool:
+        return any(trackers.in_use(path) for trackers in self._trackers.values())
+
+    def _forget(self, path: Path) -> None:
+        """Trackers that are far behind, or hang, are not told of ``path`` any more."""
+        for trackers in self._trackers.values():
+            trackers.forget(path)
+        if not self._told_of_lag:
+            self._told_of_lag = True
+            warnings.warn(
+                f"trackers are more than {_KEPT_FOR_TRACKERS} checkpoints behind: they are not told of {path} and "
+                "others that are too old, which go",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def _diverged(self) -> list[str]:
         return [name for name, member in self._session.members.items() if member.trainer.diverged is not None]

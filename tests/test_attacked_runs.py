@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +20,11 @@ import pytest
 from test_resume import contents, fake_config, manager, one_thread, resume, stopped, train
 from test_tracker_threads import Recorder, Uploader, raises
 
-import saekit
 from saekit.errors import ConfigError, DataError, StorageError
-from saekit.testing import FakeBackend, fake_plugin
+from saekit.testing import fake_plugin
 from saekit.training import saving as saving_module
 from saekit.training import trackers as trackers_module
 from saekit.training.checkpoints import newest_checkpoint
-from saekit.training.saving import Saving
 
 _ = one_thread
 
@@ -168,6 +166,7 @@ def test_a_cache_that_was_written_anew_is_noticed(tmp_path: Path) -> None:
     longer.load_state_dict(state)
     longer.close()
     shutil.rmtree(tmp_path / "c")
+
     def other(start: int, contexts: int, size: int = 8) -> Any:
         return numbered(start + 1, contexts, size)
 

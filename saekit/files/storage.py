@@ -227,7 +227,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_file(path: Path) -> None:
-    """:class:`OSError` for what is there and is no file: to read a pipe waits for ever, and a device may have no end."""
+    """:class:`OSError` for what is no file: to read a pipe may wait for ever, and a device may have no end."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))

@@ -168,11 +168,11 @@ def write_checkpoint(
 
 
 def _check_place(folder: Path) -> None:
-    """:class:`StorageError` when something lies where a checkpoint is to be that is no folder, and so is not saekit's."""
+    """:class:`StorageError` when something lies where a checkpoint is to be that is no folder, so not saekit's."""
     for place in (folder.parent, folder):
         if os.path.lexists(place) and (not place.is_dir() or (place == folder and place.is_symlink())):
             raise StorageError(
-                f"{place} is not a folder of saekit's, and is left alone; move it away, so that checkpoints can be written"
+                f"{place} is not a folder of saekit's, and is left alone; move it away, to make room for checkpoints"
             )
 
 

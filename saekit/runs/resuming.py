@@ -14,7 +14,7 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.config.converter import ConfigConverter
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.errors import ConfigError, DataError, ModelError, PluginFailedError, StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
@@ -149,9 +149,11 @@ class Resumption:
         except (MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
-            told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            cause = error.__cause__ if isinstance(error, PluginFailedError) else error
+            named = isinstance(error, (StorageError, PluginFailedError))
+            told = str(error) if named else f"{type(error).__name__}: {error}"
             message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
-            passing = isinstance(error, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
+            passing = isinstance(cause, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
             if self.allow or self.changed or passing:
                 raise StorageError(message) from error
             raise UnusableCheckpointError(checkpoint.folder, message) from error

@@ -203,7 +203,9 @@ def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Tr
     waiting = {name: group.waiting() for name, group in trackers.items()}
     owed = " and ".join(f"{number:,} records for {name}" for name, number in _owed(waiting).items())
     command = f"saekit train --resume {shlex.quote(str(record.folder))}"
-    TrainingProgress(session).say(f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over")
+    TrainingProgress(session).say(
+        f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over"
+    )
 
 
 def _alone(record: RunRecord) -> bool:

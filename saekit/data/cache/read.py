@@ -66,7 +66,8 @@ class CachedActivations:
     def digest(self, rows: int) -> str:
         """What tells the shards with the first ``rows`` rows from those of another cache: made of their checksums."""
         count = int(np.searchsorted(self._starts, rows))
-        sums = [sorted((name, entry["sha256"]) for name, entry in s.files.items()) for s in self.manifest.shards[:count]]
+        shards = self.manifest.shards[:count]
+        sums = [sorted((name, entry["sha256"]) for name, entry in shard.files.items()) for shard in shards]
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def _mappings(self) -> list[Tensor]:

@@ -21,10 +21,10 @@ from test_resume import contents, fake_config, manager, one_thread, resume, stop
 from test_tracker_threads import Recorder, Uploader, raises
 
 from saekit.errors import ConfigError, DataError, StorageError
+from saekit.runs import saving as saving_module
+from saekit.runs import trackers as trackers_module
+from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import fake_plugin
-from saekit.training import saving as saving_module
-from saekit.training import trackers as trackers_module
-from saekit.training.checkpoints import newest_checkpoint
 
 _ = one_thread
 
@@ -209,7 +209,7 @@ def test_a_tracker_that_hangs_keeps_few_checkpoints(
     monkeypatch.setattr(saving_module, "_SECONDS_FOR_TRACKERS", 0.05)
     monkeypatch.setattr(saving_module, "_KEPT_FOR_TRACKERS", 2)
     close = trackers_module.close_all
-    monkeypatch.setattr("saekit.training.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
+    monkeypatch.setattr("saekit.runs.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
 
     class Hangs(Uploader):
         def log_checkpoint(self, folder: Path, step: int) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from saekit_plugins.standard import StandardConfig
-from saekit_plugins.standard.module import StandardSAE
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard.module import StandardSAE
 from test_resume import fake_config, manager, one_thread, resume, train
 from torch import Tensor
 
 import saekit
 from saekit.errors import PluginFailedError
 from saekit.protocols import Batch
+from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import FakeBackend, fake_plugin
-from saekit.training.checkpoints import newest_checkpoint
 
 _ = one_thread
 

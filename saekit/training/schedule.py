@@ -8,8 +8,8 @@ from collections.abc import Callable
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
 from saekit.plugins.building import blamed, returned
-from saekit.protocols import LRSchedule, Remarks
 from saekit.plugins.registry import Registered
+from saekit.protocols import LRSchedule, Remarks
 
 __all__ = ["ComposedSchedule", "SupervisedSchedule"]
 

@@ -103,10 +103,10 @@ def resume(
 
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
-    RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
+    record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
     with alone_in(run):
         while True:
-            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
+            resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
             preflight.of_resume(list(resumption.configs.values()), plugins, model, dataset, begun=begun).raise_any()
             from saekit.runs.run import go_on

@@ -16,6 +16,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.errors import StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
+from saekit.files.paths import here, steady
 from saekit.files.storage import check_file, leads_out, read_json, write_text
 
 __all__ = ["RunRecord", "differences", "flat"]
@@ -28,13 +29,20 @@ FORMAT = 1
 class RunRecord:
     """A run folder: the SAEs that train in it, and what came from memory and so has to be given again."""
 
-    folder: Path
+    _folder: Path
     saes: Mapping[str, str]
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
     checkpointed: bool = False
     """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
+
+    _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, wherever the process has gone since."""
+        return steady(self._folder, self._given_in)
 
     def home(self, name: str) -> Path:
         """The folder of an SAE: its ``config.toml``, ``metrics.jsonl`` and, at the end, ``sae/``."""

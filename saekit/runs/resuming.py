@@ -143,7 +143,7 @@ class Resumption:
         try:
             stream = checkpoint.stream()
             untracked = {
-                name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
+                name: waiting_of(state, checkpoint.folder.absolute().parent) for name, state in stream.get("trackers", {}).items()
             }
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
         except (MemoryError, OutOfMemoryError):

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from saekit.files.paths import here
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
@@ -80,6 +81,7 @@ def begin(
     else:
         (name, names), home = member_names(configs, plugins), None
     check_run_folder(configs[0], name)
+    given_in = here()
     opened = dict(zip(names, configs, strict=True))
     with (
         ambient(),
@@ -87,7 +89,7 @@ def begin(
         contextlib.closing(Session(opened, plugins, model, dataset)) as session,
     ):
         session.give_weights()
-        folder = run_folder(configs[0], name, None if home else "sweep")
+        folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
         record.write({name: member.config for name, member in session.members.items()}, plugins)

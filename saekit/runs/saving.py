@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from saekit.files.paths import here, steady
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.errors import DivergedError, StorageError
@@ -52,7 +53,8 @@ class Saving:
         standing: Standing | None = None,
     ) -> None:
         """``standing`` watches ``folder``."""
-        self._session, self._folder, self._trackers = session, folder, trackers
+        self._session, self._trackers = session, trackers
+        self._given, self._given_in = folder, here()
         self._interruption, self._standing = interruption, standing
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
@@ -63,6 +65,11 @@ class Saving:
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
         for path in reversed(list(all_checkpoints(folder))):
             self._last_good.update(dict.fromkeys(_healthy(path), path))
+
+    @property
+    def _folder(self) -> Path:
+        """The run folder, wherever the process has gone since."""
+        return steady(self._given, self._given_in)
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
         pass
@@ -105,7 +112,7 @@ class Saving:
             return
         self.check_folder()
         try:
-            mark_finished(self._saved)
+            mark_finished(self._folder / "checkpoints" / self._saved.name)
         except StorageError as error:
             warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
 
@@ -127,7 +134,8 @@ class Saving:
 
     def save_in(self, folder: Path) -> Path | None:
         """:meth:`save` in another run folder, since the run's own is lost."""
-        self._folder, self._standing, self._saved, self._noted = folder, None, None, False
+        self._given, self._given_in, self._standing = folder, here(), None
+        self._saved, self._noted = None, False
         return self.save()
 
     def _save(self, spaced: bool, finished: bool) -> Path | None:
@@ -139,7 +147,7 @@ class Saving:
         saes = self._worth_saving()
         if not saes or (path.exists() and not resumable):
             return path if path.exists() else None
-        if path == self._saved and not finished:  # just now, for another reason
+        if self._saved is not None and path.name == self._saved.name and not finished:  # just now, for another reason
             return path
         if resumable:
             before = _opened(path) if path.exists() else None
@@ -152,7 +160,7 @@ class Saving:
         self._saved, self._resumable = path, resumable
         self._last_good.update(dict.fromkeys(saes, path))
         for name in saes:
-            self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
+            self._trackers[name].log_checkpoint(path.absolute() / name, session.members[name].trainer.step)
         self._remove_old()
         return path
 
@@ -167,8 +175,9 @@ class Saving:
         """The state of the batches, and what the trackers have not taken; of the checkpoint itself, none has."""
         waiting = {}
         for name, trackers in self._trackers.items():
-            saved = Record(self._session.members[name].trainer.step, folder=path / name) if name in saes else None
-            waiting[name] = waiting_state(trackers.waiting(saved), path.parent)
+            place, step = path.absolute(), self._session.members[name].trainer.step
+            saved = Record(step, folder=place / name) if name in saes else None
+            waiting[name] = waiting_state(trackers.waiting(saved), place.parent)
         return {**self._session.stream_state(), "trackers": waiting}
 
     def _worth_saving(self) -> dict[str, SAE]:
@@ -222,19 +231,19 @@ class Saving:
             if checkpoint is not None and checkpoint.facts["spaced"]:
                 names = checkpoint.healthy
             else:
-                names = [name for name in self._diverged() if self._last_good.get(name) == path]
+                names = [name for name in self._diverged() if self._last_good.get(name, Path()).name == path.name]
             try:
                 keep_saes(path, names)
             except StorageError as error:
                 warnings.warn(f"an old checkpoint stays: {error}", RuntimeWarning, stacklevel=5)
 
     def _in_use(self, path: Path) -> bool:
-        return any(trackers.in_use(path) for trackers in self._trackers.values())
+        return any(trackers.in_use(path.absolute()) for trackers in self._trackers.values())
 
     def _forget(self, path: Path) -> None:
         """Trackers that are far behind, or hang, are not told of ``path`` any more."""
         for trackers in self._trackers.values():
-            trackers.forget(path)
+            trackers.forget(path.absolute())
         if not self._told_of_lag:
             self._told_of_lag = True
             warnings.warn(
@@ -250,7 +259,7 @@ class Saving:
     def last_good(self, name: str) -> Path | None:
         """The newest folder of an SAE that was saved before it diverged."""
         path = self._last_good.get(name)
-        return None if path is None else path / name
+        return None if path is None else self._folder / "checkpoints" / path.name / name
 
 
 def _state(trainer: SAETrainer) -> dict[str, object]:

@@ -282,6 +282,7 @@ def start_trackers(
     Any other that cannot (no login, no network) is reported by a warning and left out.
     """
     data = ConfigConverter(plugins).unstructure(config)
+    folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
     started: dict[str, Tracker] = {}
     try:

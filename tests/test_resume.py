@@ -27,7 +27,7 @@ from tiny import hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
-from saekit.errors import ConfigError, StorageError, TrainingInterrupted
+from saekit.errors import ConfigError, PluginFailedError, StorageError, TrainingInterrupted
 from saekit.files import storage
 from saekit.runs.saving import Saving
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
@@ -563,14 +563,14 @@ def test_an_eval_that_fails_is_made_again(tmp_path: Path) -> None:
             folder = tmp_path / f"{fails[1]} {fail_at}"
             folder.mkdir()
             with contextlib.chdir(folder):
-                with pytest.raises(RuntimeError, match="no memory for an eval") as caught:
+                with pytest.raises(PluginFailedError, match="no memory for an eval") as caught:
                     train(configs(), plugins=plugins(fail_at))
                 (note,) = caught.value.__notes__
                 assert re.fullmatch(
                     r"the run as it was before is in runs/run/checkpoints/step-(\d+); saekit train --resume runs/run "
                     "goes on from it", note
                 )  # fmt: skip
-                with pytest.raises(RuntimeError, match="no memory for an eval"):
+                with pytest.raises(PluginFailedError, match="no memory for an eval"):
                     resume(Path("runs/run"), plugins=plugins(1))  # it fails again
                 resume(Path("runs/run"), plugins=plugins(None))
             # There is one checkpoint more, so of an older one only the SAEs are left.
@@ -604,7 +604,7 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
     with contextlib.chdir(tmp_path / "whole"):
         train(fake_config(Path("runs"), LIVE | {"prefetch": prefetch}, **sections))
     with contextlib.chdir(tmp_path / "part"):
-        with pytest.raises(OSError, match="the network drive is gone") as caught:
+        with pytest.raises(PluginFailedError, match="the network drive is gone") as caught:
             train(fake_config(Path("runs"), LIVE | {"prefetch": prefetch}, **sections), plugins=manager(Failing()))
         steps = [int(path.name[5:]) for path in Path("runs/run/checkpoints").glob("step-*")]
         if forward < 8:  # the first buffer
@@ -965,7 +965,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Path(found[2]).name == f"step-{found[1]}"
     capsys.readouterr()
 
-    assert command(monkeypatch, "--resume", "runs") == 1
+    assert command(monkeypatch, "--resume", "runs") == 2
     assert (
         "error: runs is not a run folder: there is no run.json in it. It holds the runs run, whole."
         in capsys.readouterr().err

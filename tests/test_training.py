@@ -24,6 +24,7 @@ from saekit.errors import (
     DivergedError,
     MissingPackageError,
     ModelError,
+    PluginFailedError,
     SAEFormatError,
     TrainingInterrupted,
 )
@@ -241,7 +242,7 @@ def test_a_failing_last_eval_loses_nothing(tmp_path: Path) -> None:
         return lambda sae, **services: exec("raise RuntimeError('an eval broke')")
 
     plugins = isolated_manager(fake_plugin("evals", "bad", build=build), builtins=True)
-    with pytest.raises(RuntimeError, match="an eval broke"):
+    with pytest.raises(PluginFailedError, match="an eval broke"):
         saekit.train(run_config(tmp_path, evals={"run": ["bad"]}), plugins=plugins)
     (folder,) = tmp_path.glob("*/sae")
     assert saekit.SAE.load(folder).d_sae == 64

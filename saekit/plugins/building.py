@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from saekit.errors import PluginFailedError, SaekitError
 from saekit.plugins.registry import KINDS, Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["METHODS", "VALUES", "blamed", "built", "returned"]
+__all__ = ["METHODS", "VALUES", "Part", "blamed", "built", "returned"]
+
+Part: TypeAlias = tuple[Registered, object]
+"""A plugin, and what it has built."""
 
 METHODS = {
     "model_backends": ("hook_names", "tokenize", "token_texts", "activations", "loss"),
@@ -55,8 +59,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
 
 
 @contextmanager
-def blamed(item: Registered, doing: str) -> Iterator[None]:
-    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``."""
+def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequence[Part] = ()) -> Iterator[None]:
+    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``.
+
+    ``at_work`` leaves a want of memory what it is: that is nobody's fault.  ``parts`` are objects of other plugins that
+    the code uses; what one of them raises is said of its plugin.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -67,7 +75,19 @@ def blamed(item: Registered, doing: str) -> Iterator[None]:
             error.add_note(note)
         raise
     except BaseException as error:  # also SystemExit, and what test libraries raise to skip
+        if at_work and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's
+            raise
+        item, doing = _culprit(error, parts) or (item, doing)
         raise PluginFailedError(f"{_who(item)} failed in {doing}: {error_text(error)}") from error
+
+
+def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, str] | None:
+    """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for item, part in parts:
+            if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
+                return item, frame.f_code.co_name
+    return None
 
 
 def _who(item: Registered) -> str:

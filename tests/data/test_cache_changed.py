@@ -204,7 +204,7 @@ def test_a_run_whose_cache_shrinks_ends_with_a_checkpoint_and_goes_on_to_the_sam
     tmp_path: Path, prefetch: str
 ) -> None:
     """In a process of its own, which SIGBUS would end."""
-    places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    places = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     found = subprocess.run(
         [sys.executable, "-c", RUN, tmp_path, prefetch], text=True, capture_output=True, check=False,
         env=os.environ | {"PYTHONPATH": places},

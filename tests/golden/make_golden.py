@@ -1,7 +1,7 @@
 """Makes the mixed cases of ``tests/golden/`` with sae-lens 3.0.0, in an environment that has it.
 
-    python tests/make_golden.py            # write every mixed case
-    python tests/make_golden.py --check    # replay the cases that were made by another program, and compare
+    python tests/golden/make_golden.py            # write every mixed case
+    python tests/golden/make_golden.py --check    # replay the cases that were made by another program, and compare
 
 The steps are the reference's own ``SAETrainer.fit``: its forward, loss, optimizer and schedulers run as they are, on
 a store that hands out the batches of the file.  Where it has a fault that saekit does not share, the fault is undone
@@ -28,7 +28,7 @@ from sae_lens.training.training_sae import TrainingSAE, TrainingSAEConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parent
 SCALED = "scale_sparsity_penalty_by_decoder_norm"
 PLAIN: dict[str, Any] = {
     "hook_name": "blocks.0.hook_resid_post",
@@ -315,7 +315,7 @@ class Run:
 
     def _normalize_first(self) -> None:
         if self.config.normalize_activations:
-            self.patched.append("the activations' norm is estimated before b_dec is initialized")
+            self.patched.append("the activations' norm is estimated before b_dec is initialised")
             self.trainer._estimate_norm_scaling_factor_if_needed()
             self.store.given = 0
             self.trainer._estimate_norm_scaling_factor_if_needed = lambda: None

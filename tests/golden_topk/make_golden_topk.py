@@ -91,17 +91,17 @@ def make(name: str, changed: dict[str, Any], batches: torch.Tensor) -> None:
         tensors["output"] = peer(batches[0]).detach()
     metadata = {"made_with": f"sae-lens {sae_lens.__version__}", "config": json.dumps({**training, **options})}
     save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, HERE / f"golden_topk/{name}.safetensors", metadata
+        {key: value.contiguous() for key, value in tensors.items()}, HERE / f"{name}.safetensors", metadata
     )
     dead = [int(value) for value in traces["dead_features"]]
     print(f"{name}: loss {traces['loss'][0]:.4f} to {traces['loss'][-1]:.4f}, dead {min(dead)} to {max(dead)}")
 
 
 def main() -> None:
-    rows = load_file(HERE / "golden/plain.safetensors")["batches"].flatten(0, 1).double()
+    rows = load_file(HERE.with_name("golden") / "plain.safetensors")["batches"].flatten(0, 1).double()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: STEPS * BATCH]
     batches = rows[order].reshape(STEPS, BATCH, -1)
-    save_file({"batches": batches.float().contiguous()}, HERE / "golden_topk/batches.safetensors")
+    save_file({"batches": batches.float().contiguous()}, HERE / "batches.safetensors")
     for name, changed in CASES.items():
         make(name, changed, batches)
 

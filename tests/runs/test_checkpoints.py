@@ -456,7 +456,7 @@ def test_a_full_disk_when_training_is_interrupted(tmp_path: Path, monkeypatch: p
 SMALL_DISK = """
 import sys, warnings
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/runs"]
 from test_resume import fake_config, train, resume
 from saekit.runs.checkpoints import newest_checkpoint
 home = Path(sys.argv[2])

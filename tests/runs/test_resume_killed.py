@@ -1,6 +1,6 @@
 """A run that is killed again and again, at any moment at all, ends as one that nobody touched.
 
-``SAEKIT_RESUME_TRIALS=200 pytest tests/test_resume_killed.py -s`` kills far more often.  Run as a program, this file is
+``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this file is
 the process that runs are forked from: imports, which take seconds, are made once.
 """
 
@@ -142,9 +142,10 @@ class Server:
 
     def __init__(self, cache: Path) -> None:
         command = [sys.executable, "-W", "error", __file__]
+        places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         self._cache = str(cache)
         self._process = subprocess.Popen(
-            command, env=os.environ | SERVER, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command, env=os.environ | SERVER | {"PYTHONPATH": places}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def __call__(

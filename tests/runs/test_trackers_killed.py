@@ -72,7 +72,7 @@ def config(folder: Path, **checkpoints: Any) -> Any:
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/runs"]
 import test_trackers_killed as t
 t.train(t.config(Path(sys.argv[2]), n_checkpoints=5), plugins=t.plugins())
 """

@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_sae_that_was_there(tmp_path: Path, monkeypatch: 
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/sae"]
 from test_save_places import make, other, thesis, names, FOREIGN
 from saekit.errors import SAEFormatError
 from saekit.sae import SAE

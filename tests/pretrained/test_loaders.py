@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fake_hub import FakeHub, fake_hub
 from saekit_plugins.loaders.connor_rob_hook_z import ConnorRobConfig
 from safetensors.torch import save_file
+from support.fake_hub import FakeHub, fake_hub
 
 import saekit
 from saekit.errors import SAEFormatError

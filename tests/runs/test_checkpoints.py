@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from support import caches
 import pytest
 import test_resume
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support import caches
 from test_resume import HOOKS, LIVE, contents, fake_config, manager, pressing, resume, stopped, train
 from torch import Tensor
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from support import caches
 import numpy as np
 import pytest
 import torch
+from support import caches
 from support.tiny import hooked_transformer, run_config
 from torch import Tensor
 

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support import caches
 import pytest
-from test_resume import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
+from support import caches
 from support.tiny import run_config
+from test_resume import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 
 import saekit
 
@@ -145,7 +145,11 @@ class Server:
         places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         self._cache = str(cache)
         self._process = subprocess.Popen(
-            command, env=os.environ | SERVER | {"PYTHONPATH": places}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command,
+            env=os.environ | SERVER | {"PYTHONPATH": places},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def __call__(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from support import caches
 import pytest
 import torch
+from support import caches
 from test_resume import LIVE, contents, fake_config, manager, pressing, resume, train, without
 
 import saekit

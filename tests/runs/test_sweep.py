@@ -22,9 +22,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.caches import DOCUMENTS as CACHED
-from support.caches import cache, with_options
-from support.caches import config as cached_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
@@ -32,6 +29,9 @@ from rich.console import Console
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.sources.live import LiveConfig
+from support.caches import DOCUMENTS as CACHED
+from support.caches import cache, with_options
+from support.caches import config as cached_config
 from support.tiny import run_config
 from torch import Tensor
 

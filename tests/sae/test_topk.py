@@ -16,8 +16,8 @@ from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_saved import READER, sae_lens_python
 from support.tiny import run_config
+from test_saved import READER, sae_lens_python
 from torch import Tensor
 
 import saekit

@@ -21,8 +21,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_plugins.architectures.standard import StandardConfig
-from test_training import hashes, lines
 from support.tiny import run_config
+from test_training import hashes, lines
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import caches
 import pytest
+from support import caches
 from test_resume import contents, fake_config, manager, one_thread, resume, stopped, train
 from test_tracker_threads import Recorder, Uploader, raises
 

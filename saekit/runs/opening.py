@@ -14,6 +14,7 @@ from saekit.data.faults import check_all
 from saekit.runs.identity import run_identity
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.site import Site
@@ -61,7 +62,7 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not."""
-    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+    backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
     return backend
 
 
@@ -146,7 +147,7 @@ def open_stream(
 
 def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
     """The source of shuffled batches."""
-    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
     if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
         stream.doubt(text)

@@ -107,6 +107,11 @@ def test_values_in_the_manifest(tmp_path: Path, made: Path, path: str, value: An
     falls_back(tmp_path, made, lambda checkpoint: seal(checkpoint, setting(path, value)))
 
 
+def test_a_fault_in_an_option_is_told_with_its_file(tmp_path: Path, made: Path) -> None:
+    told = r"training.lr: expected a number, found 'much' \(in .*step-5/checkpoint.json, saes.sae.config\)"
+    falls_back(tmp_path, made, lambda one: seal(one, setting("saes/sae/config/training/lr", "much")), told)
+
+
 @pytest.mark.parametrize(
     ("stem", "path", "value"),
     [

@@ -60,6 +60,8 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     }  # fmt: skip
     assert names <= set(steps[0])
     evals = {"evals/ce_recovered", "evals/explained_variance", "evals/l0", "evals/ce_loss_without_sae"}
+    evals |= {"evals/never_fired"}
+    assert {name for name in result.metrics if "dead" in name} == {"sparsity/dead_features"}, "one number is called so"
     assert evals <= set(lines(result.folder)[-1])
     assert evals <= set(result.metrics)
     assert 0 < result.metrics["evals/ce_loss_without_sae"] < result.metrics["evals/ce_loss_with_ablation"]

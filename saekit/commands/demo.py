@@ -86,7 +86,7 @@ def _numbers(result: TrainResult) -> Table:
             f"{metrics['evals/ce_loss_without_sae']:.3f} / {metrics['evals/ce_loss_with_sae']:.3f} / "
             f"{metrics['evals/ce_loss_with_ablation']:.3f}",
         ),
-        ("dead features", f"{metrics['sparsity/dead_features']:.0f}"),
+        ("dead features, in training", f"{metrics['sparsity/dead_features']:.0f}"),
     ):
         table.add_row(name, text)
     return table

@@ -1,13 +1,12 @@
 """What can be seen to be wrong before anything heavy is imported: a slip costs half a second, not half a minute.
 
-Nothing here imports torch or a library of models or datasets, writes anything, or asks a network.  The work makes the
-same checks again where it needs what they are about; they are the same functions, each in a light module of its own
-room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
+Nothing here imports torch or a library of models or datasets, leaves anything behind, or asks a network.  The work
+makes the same checks again where it needs what they are about; they are the same functions, each in a light module of
+its own room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,7 +17,8 @@ import attrs
 
 from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
 from saekit.data.text import check_place
-from saekit.errors import ConfigError, SaekitError, StorageError
+from saekit.errors import ConfigError, PlaceError, SaekitError
+from saekit.files.storage import why_no_folder_in
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
@@ -225,9 +225,7 @@ def _check_names(configs: Sequence[TrainConfig], plugins: PluginManager, alone: 
 
 
 def _check_writable(folder: str, message: str) -> None:
-    """:class:`StorageError` when ``folder`` cannot be made or written to, as far as can be told without trying."""
+    """:class:`StorageError` when ``folder`` cannot be made, or no folder in it."""
     place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path))
-    if not place.is_dir():
-        raise StorageError(message.format(f"{os.strerror(errno.ENOTDIR)}: {place}"))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(message.format(f"{os.strerror(errno.EACCES)}: {place}"))
+    if (fault := why_no_folder_in(place)) is not None:
+        raise PlaceError(message.format(f"{fault}: {place}"))

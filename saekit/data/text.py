@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from saekit.config import DatasetConfig
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
+from saekit.hub import within_reach
 from saekit.reasons import reason
 
 __all__ = ["DocumentReader", "Documents", "check_place"]
@@ -285,7 +286,9 @@ def _open(config: DatasetConfig, split: str) -> Any:
     if path.is_file():
         return _local_file(path)
     files = {"data_files": list(config.data_files)} if config.data_files else {}
-    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming, **files)
+    options = {"split": split, "revision": config.revision, "streaming": config.streaming, **files}
+    with within_reach(unless=path):
+        return _load(config.path, config.name, **options)
 
 
 def check_place(config: DatasetConfig, split: str) -> None:

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from saekit.errors import StorageError
-from saekit.files.names import LONGEST_NAME, half_written, half_written_mark, on_windows
+from saekit.files.names import half_written, hidden_name, on_windows
 
 __all__ = [
     "leads_out",
     "locked",
     "new_files",
     "new_folder",
+    "parse_json",
     "read_json",
     "remove_folder",
     "replace_files",
     "sha256",
     "tidy",
+    "why_no_folder_in",
     "write_text",
 ]
 
@@ -144,6 +146,22 @@ def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
         raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
 
 
+def why_no_folder_in(place: Path) -> str | None:
+    """Why no folder can be made in ``place``, in the system's words; None: it can.
+
+    It is tried, with a hidden name: of some file systems, permissions do not say it.
+    """
+    if not place.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    trial = _hidden(place / "trial", "tmp")
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether ``path``, below ``folder``, is in truth somewhere else, by a symbolic link on the way."""
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
@@ -217,10 +235,16 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What JSON says, as :func:`json.loads` has it with ``object_pairs_hook``; one that is nested too deep is no error
+    of the interpreter's, but a :class:`ValueError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sha256(path: Path) -> str:
@@ -230,8 +254,7 @@ def sha256(path: Path) -> str:
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    name = path.name.encode(errors="surrogateescape")[: LONGEST_NAME - len(".." + "." * 8 + suffix) - 1]
-    return path.with_name(f".{name.decode(errors='ignore')}.{half_written_mark()}.{suffix}")
+    return path.with_name(hidden_name(path.name, suffix))
 
 
 def _rename(path: Path, to: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from saekit.errors import PluginFailedError, SaekitError
 from saekit.kinds import Kind
 from saekit.plugins.registry import Registered
-from saekit.plugins.text import error_text, short
+from saekit.plugins.text import short
+from saekit.reasons import error_text
 
 __all__ = ["blamed", "built", "returned"]
 

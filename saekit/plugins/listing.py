@@ -13,7 +13,8 @@ from saekit.errors import UnknownKeyError
 from saekit.kinds import KINDS, Kind
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
-from saekit.plugins.text import last_line, printable
+from saekit.plugins.text import printable
+from saekit.reasons import last_line
 
 __all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
 

@@ -21,7 +21,8 @@ from saekit.plugins.choice import Choice
 from saekit.plugins.entries import check_hook_names, checked_entries, defines
 from saekit.plugins.loading import installed_points, normalized, watched
 from saekit.plugins.registry import Entry, Registered, Registry
-from saekit.plugins.text import last_line, printable
+from saekit.plugins.text import printable
+from saekit.reasons import last_line
 
 __all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
 

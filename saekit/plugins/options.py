@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 
 from saekit.config.fields import PLUGIN_KIND
-from saekit.plugins.text import last_line
+from saekit.reasons import last_line
 
 __all__ = ["option_faults"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.errors import SaekitError, StorageError
+from saekit.errors import PlaceError, SaekitError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, half_written
 from saekit.files.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
 from saekit.runs.facts import check_facts, check_stream, check_training
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAE
 
 __all__ = [
+    "MANIFEST",
     "Checkpoint",
     "all_checkpoints",
     "is_checkpoint_name",
@@ -47,7 +48,7 @@ _OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", SAE_CONFIG, SAE_WE
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
-class OtherFormatError(StorageError):
+class OtherFormatError(PlaceError):
     """A checkpoint that is not damaged, but of another saekit."""
 
 
@@ -149,8 +150,8 @@ def write_checkpoint(
 
     A training state without weights has those of the SAE as it is saved.
     """
-    from saekit.sae.folder import write_sae
     from saekit.runs.state_files import write_state
+    from saekit.sae.folder import write_sae
 
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)
@@ -227,8 +228,8 @@ def newest_checkpoint(
             )
         return checkpoint
     if damaged:
-        raise StorageError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
-    raise StorageError(
+        raise PlaceError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
+    raise PlaceError(
         f"there is no checkpoint to go on from in {run / 'checkpoints'}: the run was stopped before its first one, or "
         "had checkpoints.keep_last = 0"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from saekit.config import TrainConfig
-from saekit.errors import ConfigError, StorageError
+from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.files.names import fault_of_name, made_name
 
 __all__ = ["RunFolderLostError", "Standing", "check_run_folder", "rescue_folder", "run_folder"]
@@ -63,7 +63,7 @@ def run_folder(config: TrainConfig, name: str | None, kind: str | None = None) -
             return parent / name
         return _numbered(parent, made_name(f"{datetime.now():%Y-%m-%d}-{kind or config.site.name}", room=8))
     except OSError as error:
-        raise StorageError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
+        raise PlaceError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
 
 
 def rescue_folder(run: Path) -> Path:

@@ -11,12 +11,12 @@ from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
-from saekit.runs.identity import run_identity
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
+from saekit.runs.identity import run_identity
 from saekit.site import Site
 
 _MANY_READINGS = 10
@@ -62,8 +62,7 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not."""
-    backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
-    return backend
+    return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 
 def warn_of(text: str) -> None:

@@ -12,14 +12,15 @@ import attrs
 
 from saekit.config import TrainConfig
 from saekit.config.files import dump_config, load_config, plain_config
-from saekit.errors import StorageError
-from saekit.plugins.manager import PluginManager
+from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.storage import leads_out, read_json, write_text
+from saekit.plugins.manager import PluginManager
+from saekit.runs.place import RECORD, check_is_run
 
 __all__ = ["RunRecord", "differences", "flat"]
 
-RECORD, CONFIG = "run.json", "config.toml"
+CONFIG = "config.toml"
 FORMAT = 1
 
 
@@ -51,26 +52,17 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
         """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
+        check_is_run(folder)
         path = folder / RECORD
-        try:
-            there = path.is_file()
-        except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
-            raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
-        if not there:
-            if not folder.exists():
-                raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
-            near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
-            hint = f" It holds the runs {', '.join(near)}." if near else ""
-            raise StorageError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")
         try:
             table = read_json(path)
             if table["format"] != FORMAT:
-                raise StorageError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
+                raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
             record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
+            raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
-            raise StorageError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
+            raise PlaceError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
         return record
 
     def way_out(self) -> str | None:

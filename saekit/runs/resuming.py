@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.config import TrainConfig
+from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
-from saekit.plugins.manager import PluginManager
+from saekit.errors import ConfigError, DataError, ModelError, PlaceError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
-from saekit.runs.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
+from saekit.plugins.manager import PluginManager
+from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
 from saekit.runs.record import RunRecord, differences, flat
 from saekit.runs.waiting import TrackersState, waiting_of
@@ -69,7 +70,7 @@ class Resumption:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
         if (fault := record.way_out()) is not None:
-            raise StorageError(f"{folder} cannot be gone on with: {fault}")
+            raise PlaceError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -188,13 +189,14 @@ def _of_checkpoint(
     """The configurations that a checkpoint was made with; where it lies makes no difference."""
     saes = checkpoint.facts["saes"]
     if set(saes) != set(now):
-        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
+        raise PlaceError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
     old = {}
     for name, config in now.items():
         place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
         table = dict(saes[name]["config"])
         table["checkpoints"] = {**table["checkpoints"], **place}
-        old[name] = load_config(table, plugins=plugins)
+        where = f"{checkpoint.folder / MANIFEST}, saes.{name}.config"
+        old[name] = ConfigConverter(plugins).structure(table, TrainConfig, where)
     return old
 
 

@@ -16,26 +16,26 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.kernels.workspace import release
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.kernels.workspace import release
-from saekit.sae.module import SAE
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
+from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
-from saekit.training.loop import fit
 from saekit.runs.observers import EvalObserver, TrackerObserver
 from saekit.runs.progress import TrainingProgress
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
 from saekit.runs.resuming import Resumption
-from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
+from saekit.sae.module import SAE
+from saekit.training.loop import fit
 
 __all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
 
@@ -74,7 +74,7 @@ class SweepResult:
 def begin(
     configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None, *, alone: bool
 ) -> TrainResult | SweepResult:
-    """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has looked at: one ``alone``, or a sweep."""
+    """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
     if alone:
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:

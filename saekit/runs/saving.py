@@ -11,7 +11,6 @@ from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import DivergedError, StorageError
 from saekit.protocols import Histogram
-from saekit.sae.module import SAE
 from saekit.runs.checkpoints import (
     Checkpoint,
     all_checkpoints,
@@ -21,12 +20,13 @@ from saekit.runs.checkpoints import (
     write_checkpoint,
     write_saes,
 )
-from saekit.runs.interruption import Interruption
 from saekit.runs.folder import RunFolderLostError, Standing
+from saekit.runs.interruption import Interruption
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers, settle_all
-from saekit.training.trainer import SAETrainer
 from saekit.runs.waiting import Record, waiting_state
+from saekit.sae.module import SAE
+from saekit.training.trainer import SAETrainer
 
 __all__ = ["Saving"]
 

@@ -13,17 +13,14 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
-from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval, Histogram
-from saekit.sae.module import SAE
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text
-from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import (
     give_weights,
@@ -33,8 +30,11 @@ from saekit.runs.setup import (
     sae_options,
 )
 from saekit.runs.sweep import check_together, spelled_out
-from saekit.training.trainer import SAETrainer
 from saekit.runs.waiting import metrics_of, metrics_state
+from saekit.sae.module import SAE
+from saekit.training.loop import Lane
+from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.training.trainer import SAETrainer
 
 __all__ = ["Member", "Session", "end_lane"]
 

@@ -16,20 +16,20 @@ from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalize import activation_scale
-from saekit.runs.opening import seed_for
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
 from saekit.kinds import LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import build_module, load_sae
 from saekit.protocols import Eval, ModelBackend
+from saekit.runs.checks import check_finetuning, chosen_evals, start_files
+from saekit.runs.opening import seed_for
+from saekit.runs.randomness import seeded
 from saekit.sae.init import initialize
 from saekit.sae.module import SAE
 from saekit.site import Site
-from saekit.runs.checks import check_finetuning, chosen_evals, start_files
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
-from saekit.runs.randomness import seeded
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 

@@ -11,13 +11,13 @@ from typing import Any
 import attrs
 
 from saekit.config import PLUGIN_KIND, TrainConfig
-from saekit.config.merging import Place, set_option, tables
 from saekit.config.files import load_configs, plain_config, read_table
+from saekit.config.merging import Place, set_option, tables
 from saekit.config.values import plain, too_nested
 from saekit.errors import ConfigError
-from saekit.plugins.manager import PluginManager, default_manager
 from saekit.files.names import SWEEP_FILES, is_plain_name
 from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
 
 __all__ = [
     "changed_options",

@@ -14,6 +14,7 @@ from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Metrics, RunInfo, Tracker
+from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.waiting import Record, TrackersState
 
@@ -231,11 +232,11 @@ class _Worker:
             try:
                 job.give(self.tracker)
             except BaseException as error:
-                self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {_text(error)}")
+                self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {error_text(error)}")
         try:
             self.tracker.close()
         except BaseException as error:
-            self._fail(f"tracker {self.name} failed to close: {_text(error)}")
+            self._fail(f"tracker {self.name} failed to close: {error_text(error)}")
 
     def _next(self) -> Record | None:
         """Wait for a call to make; None: there will be none."""
@@ -245,13 +246,6 @@ class _Worker:
             self._changed.wait_for(lambda: self._jobs or self._closing or self._off)
             self._now = self._jobs.popleft() if self._jobs else None
             return self._now
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # an exception whose own __str__ fails
-        return type(error).__name__
 
 
 def start_trackers(
@@ -292,9 +286,9 @@ def start_trackers(
 def _cannot_start(key: str, error: BaseException) -> None:
     if key == ALWAYS_TRACKED:  # without it nothing would be recorded
         kind = StorageError if isinstance(error, OSError) else PluginError
-        raise kind(f"the tracker {key} cannot start: {_text(error)}") from error
+        raise kind(f"the tracker {key} cannot start: {error_text(error)}") from error
     warnings.warn(
-        f"the tracker {key} cannot start and is off: {_text(error)}; the other trackers have the metrics",
+        f"the tracker {key} cannot start and is off: {error_text(error)}; the other trackers have the metrics",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -107,6 +107,8 @@ PUBLIC_MODULES = [
     "devices",
     "errors",
     "evals",
+    "files",
+    "hub",
     "kernels",
     "pretrained",
     "protocols",

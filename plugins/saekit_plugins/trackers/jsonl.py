@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check, is_free_in_run
+from saekit.files import hidden_name, parse_json
 from saekit.protocols import Histogram, Metrics
 
 _TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
@@ -85,7 +85,7 @@ def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
     seconds, there = 0.0, deque[bytes](maxlen=_MAY_COME_AGAIN)
     if not path.exists():
         return seconds, set()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(hidden_name(path.name, "tmp"))
     try:
         with path.open("rb") as lines, temporary.open("wb") as kept:
             for line in lines:
@@ -109,8 +109,8 @@ def _digest(record: dict[str, Any]) -> bytes:
 def _record(line: bytes) -> dict[str, Any]:
     """What ``line`` says; nothing if it was torn by the run's end."""
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        record = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
         record = None
     return record if isinstance(record, dict) else {}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
-from saekit.config.files import load_config
+from saekit.config.files import load_config, load_configs
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -66,10 +66,8 @@ def train(
     interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
     """
     plugins = plugins or default_manager()
-    if alone := isinstance(cfg, (TrainConfig, Mapping, str, Path)):
-        configs = [load_config(cfg, plugins=plugins)]
-    else:
-        configs = [load_config(one, plugins=plugins) for one in cfg]
+    alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
+    configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()

@@ -35,6 +35,7 @@ from saekit.data.vocabulary import Vocabulary, special_tokens
 from saekit.errors import DataError, ModelError, StorageError
 from saekit.files.storage import new_folder
 from saekit.hub import within_reach
+from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.reasons import reason
@@ -121,7 +122,7 @@ def _opened(
         check_tokenizer(config.tokenizer)
         tokenizer = _named_tokenizer(config.tokenizer)
     else:
-        backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+        backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
         tokenizer = getattr(backend, "tokenizer", None)
         if tokenizer is None:
             raise ModelError(

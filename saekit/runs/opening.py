@@ -13,6 +13,7 @@ from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.runs.identity import run_identity
@@ -62,8 +63,7 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not."""
-    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    return backend
+    return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 
 def warn_of(text: str) -> None:
@@ -149,12 +149,12 @@ def open_source(
     config: TrainConfig, plugins: PluginManager, stream: StreamContext, backend: ModelBackend | None = None
 ) -> ActivationSource:
     """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
-    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+    source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
     if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
         stream.doubt(text)
-    model = plugins.find("model_backends", config.model.backend), backend or stream.backend
-    item = plugins.find("activation_sources", config.activations.source)
+    model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
+    item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
     return SupervisedSource(source, item, stream.sites, [model])
 
 

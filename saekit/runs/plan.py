@@ -18,6 +18,7 @@ from saekit.data.faults import problems_of
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
 from saekit.kernels.workspace import release
+from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.runs.checks import chosen_trackers
@@ -69,7 +70,7 @@ def look(config: TrainConfig, plugins: PluginManager, model: object | None, data
 class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
-        self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
+        self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.start: SAE | None = None
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}

@@ -11,8 +11,7 @@ from typing import Any
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.converter import ConfigConverter
-from saekit.config.files import dump_config, load_config
+from saekit.config.files import dump_config, load_config, plain_config
 from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.paths import here, steady
@@ -135,8 +134,7 @@ class RunRecord:
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
     """The dotted options in which two configurations differ, with both values."""
-    converter = ConfigConverter(plugins)
-    before, after = flat(converter.unstructure(old)), flat(converter.unstructure(new))
+    before, after = flat(plain_config(old, plugins)), flat(plain_config(new, plugins))
     return {
         path: (before.get(path), after.get(path))
         for path in dict.fromkeys([*before, *after])

@@ -13,7 +13,7 @@ import attrs
 
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
-from saekit.config.files import load_config
+from saekit.config.files import load_config, load_configs, plain_config
 from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
@@ -185,8 +185,7 @@ def _changed(
         )
     if cfg is not None:
         return {name: load_config(cfg, overrides, plugins=plugins) for name in old}
-    plain = ConfigConverter(plugins).unstructure
-    return {name: load_config(plain(config), overrides, plugins=plugins) for name, config in old.items()}
+    return dict(zip(old, load_configs(old.values(), overrides, plugins=plugins, kind=TrainConfig), strict=True))
 
 
 def _of_checkpoint(
@@ -209,7 +208,7 @@ def _of_checkpoint(
 def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
     """Options that the saekit which saved the checkpoint did not have; what they stand for now may be another thing."""
     said = flat(saved)
-    table = flat(ConfigConverter(plugins).unstructure(now))
+    table = flat(plain_config(now, plugins))
     sections = {path.rpartition(".")[0] for path in said}  # of a plugin that is chosen by its key alone, none is said
     return {
         path: ("not an option", value)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from saekit.config import TrainConfig
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
 from saekit.protocols import Histogram
@@ -213,7 +213,7 @@ class Saving:
 
     def _config(self, config: TrainConfig) -> dict[str, object]:
         """The configuration as plain data, without where the run lies: it may be moved."""
-        table = ConfigConverter(self._session.plugins).unstructure(config)
+        table = plain_config(config, self._session.plugins)
         for option in ("folder", "name"):
             table["checkpoints"].pop(option)
         return table

@@ -16,6 +16,7 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
+from saekit.kinds import EVALS, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval, Histogram
@@ -196,12 +197,12 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
-        model = self.plugins.find("model_backends", member.config.model.backend), self.backend
+        model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
         # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
         # leave what training would see.
         with self._streams[0].model_lock, ambient():
             for key, measure in member.evals.items():
-                with blamed(self.plugins.get("evals", key), "__call__", at_work=True, parts=[model]):
+                with blamed(self.plugins.get(EVALS, key), "__call__", at_work=True, parts=[model]):
                     told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():

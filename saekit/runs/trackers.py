@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from saekit.config import ALWAYS_TRACKED, TrainConfig
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Metrics, RunInfo, Tracker
@@ -275,14 +275,14 @@ def start_trackers(
     for what is wrong with the choice (a missing package, say), and when the tracker that is always there cannot start.
     Any other that cannot (no login, no network) is reported by a warning and left out.
     """
-    data = ConfigConverter(plugins).unstructure(config)
+    data = plain_config(config, plugins)
     folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
     started: dict[str, Tracker] = {}
     try:
         for key, choice in chosen_trackers(config, plugins).items():
             try:
-                started[key] = plugins.build("trackers", choice, run=run)
+                started[key] = choice.build(run=run)
             except PluginFailedError as error:  # what a stranger's package raises when it has no network, say
                 _cannot_start(key, error.__cause__ or error)
             except SaekitError:

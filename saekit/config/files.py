@@ -60,18 +60,16 @@ def load_config(
     ``kind`` is its class, by default :class:`TrainConfig`.  Raises :class:`ConfigError` listing every fault with its
     dotted path.
     """
-    name = "the configuration"
-    plugins = plugins or default_manager()
-    if isinstance(source, kind):
-        table: Mapping[str, Any] = ConfigConverter(plugins).unstructure(source, qualify=False)
-    elif isinstance(source, Mapping):
-        table = source
-    elif isinstance(source, (str, Path)):
-        table, name = read_table(as_path(source)), str(source)
-    else:
+    name, table = "the configuration", source
+    if isinstance(source, (str, Path)):
+        table, name = read_table(as_path(source)), str(source)  # to see that it is not there needs no plugins
+    elif not isinstance(source, (kind, Mapping)):
         raise ConfigError(
             f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
+    plugins = plugins or default_manager()
+    if isinstance(source, kind):
+        table = ConfigConverter(plugins).unstructure(source, qualify=False)
     if overrides := list(overrides):
         table = apply_overrides(table, overrides, kind=kind, plugins=plugins)
         name += "" if isinstance(source, (kind, Mapping)) else ", with the changes that were given"

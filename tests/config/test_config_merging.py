@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.every_config import manager
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.trackers.wandb import WandbConfig
+from support.every_config import manager
 
 import saekit
 from saekit.config import OptimizerConfig, PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig

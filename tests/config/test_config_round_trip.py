@@ -8,9 +8,9 @@ from typing import Any
 
 import attrs
 import pytest
-from support.every_config import EveryKind, Inner, config_of, every_config_class, manager
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.every_config import EveryKind, Inner, config_of, every_config_class, manager
 
 import saekit
 from saekit.config import DatasetConfig, TrainConfig

@@ -18,7 +18,7 @@ from support.caches import (
     train,
     write,
 )
-from test_cli import cli
+from support.command import cli
 from support.tiny import run_config
 
 import saekit

@@ -13,9 +13,9 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from support.caches import HEAD, SITE, config, hashes, manager, plan, source, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.caches import HEAD, SITE, config, hashes, manager, plan, source, write
 
 import saekit
 from saekit.commands.cache import plan_cache

@@ -90,9 +90,7 @@ def make(name: str, changed: dict[str, Any], batches: torch.Tensor) -> None:
         tensors["features"] = peer.encode(batches[0]).detach()
         tensors["output"] = peer(batches[0]).detach()
     metadata = {"made_with": f"sae-lens {sae_lens.__version__}", "config": json.dumps({**training, **options})}
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, HERE / f"{name}.safetensors", metadata
-    )
+    save_file({key: value.contiguous() for key, value in tensors.items()}, HERE / f"{name}.safetensors", metadata)
     dead = [int(value) for value in traces["dead_features"]]
     print(f"{name}: loss {traces['loss'][0]:.4f} to {traces['loss'][-1]:.4f}, dead {min(dead)} to {max(dead)}")
 

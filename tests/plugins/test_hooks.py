@@ -146,7 +146,11 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not subprocess", *s
 
 @pytest.mark.slow
 def test_the_kernel_tests_run_without_torch_in_a_subprocess() -> None:
-    files = [path for path in Path(__file__).parent.glob("test_*.py") if not path.stem.endswith(("distributions", "rude_plugins"))]
+    files = [
+        path
+        for path in Path(__file__).parent.glob("test_*.py")
+        if not path.stem.endswith(("distributions", "rude_plugins"))
+    ]
     found = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, files)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_resume import contents, fake_config, manager, one_thread, pressing, resume, stopped, train
+from support.runs import contents, fake_config, manager, pressing, resume, stopped, train
 
 from saekit.errors import StorageError, TrainingInterrupted
 from saekit.runs.checkpoints import Checkpoint, _seal, keep_saes
 from saekit.runs.state_files import read_state, write_state
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A run that is killed again and again, at any moment at all, ends as one that nobody touched.
 
-``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this file is
-the process that runs are forked from: imports, which take seconds, are made once.
+``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this file
+is the process that runs are forked from: imports, which take seconds, are made once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support import caches
 import pytest
-from test_resume import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
+from support import caches
+from support.runs import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 from support.tiny import run_config
 
 import saekit
@@ -145,7 +145,11 @@ class Server:
         places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         self._cache = str(cache)
         self._process = subprocess.Popen(
-            command, env=os.environ | SERVER | {"PYTHONPATH": places}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command,
+            env=os.environ | SERVER | {"PYTHONPATH": places},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def __call__(

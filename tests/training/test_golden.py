@@ -29,6 +29,8 @@ from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
+pytestmark = pytest.mark.usefixtures("way")
+
 TOLERANCE = 1e-9
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 ONE_OPTION = {

@@ -1,7 +1,7 @@
 """A run that is killed again and again, at any moment at all, ends as one that nobody touched.
 
-``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this file
-is the process that runs are forked from: imports, which take seconds, are made once.
+``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this
+file is the process that runs are forked from: imports, which take seconds, are made once.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from support.tiny import run_config
 
 import saekit
 from saekit import ConfigError, DataError, ModelError, SaekitError
-from saekit.errors import MissingPackageError, PluginError, PluginFailedError, SAEFormatError, StorageError
+from saekit.errors import MissingPackageError, PlaceError, PluginError, PluginFailedError, SAEFormatError
 from saekit.plugins.manager import PluginManager
 
 HEAVY = ("torch", "datasets", "transformers", "transformer_lens", "mamba_lens", "wandb", "matplotlib")
@@ -52,8 +52,10 @@ TAKEN = "checkpoints.name: the run folder runs/taken exists already; choose anot
 # The command, its exit code, and what it must say.
 MISTAKES: list[tuple[str, int, str]] = [
     ("train nowhere.toml", 2, "there is no configuration file nowhere.toml"),
-    ("train --resume nowhere", 1, "there is no folder nowhere; a run prints the name of its folder when it ends"),
-    ("train --resume runs", 1, "runs is not a run folder: there is no run.json in it. It holds the runs done"),
+    ("train --resume nowhere", 2, "there is no folder nowhere; a run prints the name of its folder when it ends"),
+    ("train --resume runs", 2, "runs is not a run folder: there is no run.json in it. It holds the runs done"),
+    ("train --resume file", 2, "file is not a run folder: there is no run.json in it"),
+    ("train --resume torn", 2, "torn/run.json cannot be read"),
     ("train --resume runs/done", 2, "the run in runs/done is finished. To train it longer, raise"),
     ("train --resume runs/done x=y", 2, "x: is not an option"),
     ("train --resume runs/done training.lr=1", 2, "To change it all the same: --allow training.lr"),
@@ -71,8 +73,14 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train run.toml model.backend=HookedMamba model.name=./nowhere", 2, NO_MODEL),
     ("train run.toml checkpoints.name=taken", 2, TAKEN),
     ("train run.toml checkpoints.name=taken --grid sae.l1_coefficient=1,2", 2, TAKEN),
-    ("train run.toml checkpoints.folder=file", 1, "cannot make a run folder in file: "),
-    ("train run.toml checkpoints.folder=file/runs", 1, NO_FOLDER),
+    ("train run.toml checkpoints.folder=file", 2, "cannot make a run folder in file: "),
+    ("train run.toml checkpoints.folder=file/runs", 2, NO_FOLDER),
+    ("train run.toml checkpoints.name=../x", 2, "'../x' is a path, not the name of one folder"),
+    ("train run.toml --grid training.lr", 2, "'training.lr' is not an axis of a grid"),
+    ("train run.toml --resume runs --grid training.lr=1,2", 2, "--grid starts a new run, and --resume goes on with"),
+    ("train --bogus", 2, "No such option: --bogus"),
+    ("train torn", 2, "there is no configuration file torn"),
+    ("train binary.toml", 2, "binary.toml is not valid TOML"),
     (f"train run.toml {CACHED}", 2, NO_CACHE),
     (f"train run.toml {CACHED.replace('nowhere', 'runs')}", 2, "'runs' has no manifest.json"),
     ("train run.toml training.from_pretrained_path=nowhere", 2, "nowhere is not there (training.from_pretrained_path)"),
@@ -81,25 +89,44 @@ MISTAKES: list[tuple[str, int, str]] = [
     (f"train run.toml {TWICE}", 2, "trackers: names a plugin twice: saekit:jsonl, saekit:jsonl"),
     ("train run.toml model.name=./nowhere --grid training.lr=1,2", 2, NO_MODEL),
     ("demo model.name=./nowhere", 2, NO_MODEL),
+    ("demo --folder file", 2, NO_FOLDER),
+    ("demo evals.run=[]", 2, "evals.run: the demo shows the numbers of saekit:reconstruction"),
     ("plan nowhere.toml", 2, "there is no configuration file nowhere.toml"),
     ("plan run.toml dataset.path=./nowhere", 2, f"problem: {NO_TEXT}"),
     ("plan run.toml dataset.path=./nowhere --json", 2, f'"{NO_TEXT}"'),
     ("plan run.toml model.name=./nowhere", 2, f"problem: {NO_MODEL}"),
+    ("plan run.toml checkpoints.folder", 2, "'checkpoints.folder' is not an override"),
     ("cache nowhere.toml", 2, "there is no configuration file nowhere.toml"),
     ("cache run.toml dataset.path=./nowhere", 2, NO_TEXT),
     ("cache run.toml model.name=./nowhere", 2, NO_MODEL),
     ("cache run.toml activations.cache.folder=runs", 2, "'runs' is no activation cache and holds done, taken"),
-    ("cache run.toml activations.cache.folder=file", 1, "cannot write the activation cache 'file': "),
+    ("cache run.toml activations.cache.folder=file", 2, "cannot write the activation cache 'file': "),
     ("cache run.toml activations.cache.folder=torn", 2, "torn/manifest.json cannot be read"),
     ("cache verify nowhere", 2, NO_CACHE),
+    ("cache verify file", 2, "the activation cache 'file' is not there"),
+    ("cache verify torn", 2, "torn/manifest.json cannot be read"),
+    ("cache verify", 2, "Missing argument"),
     ("pretokenize folder=runs", 2, "folder: 'runs' exists already; choose another, or remove it"),
-    ("pretokenize folder=file/new", 1, "cannot write the contexts to 'file/new': "),
+    ("pretokenize folder=file/new", 2, "cannot write the contexts to 'file/new': "),
     ("pretokenize folder=new dataset.path=./nowhere", 2, NO_TEXT),
     ("pretokenize folder=new model.name=./nowhere", 2, NO_MODEL),
     ("pretokenize folder=new tokenizer=./nowhere", 2, f"the tokenizer {NOT_THERE} cannot be loaded: there is no such"),
+    ("pretokenize hub_repo_id=bad", 2, "hub_repo_id: must be owner/name, found 'bad'"),
+    ("pretokenize run.toml", 2, "checkpoints: is not an option"),
     ("config nowhere.toml", 2, "there is no configuration file nowhere.toml"),
+    ("config --of nowhere", 2, "--of: must be train or pretokenize, found 'nowhere'"),
+    ("config --format nowhere", 2, "--format: must be toml, yaml or json, found 'nowhere'"),
     ("plugins nowhere", 2, "'nowhere' is not KIND:KEY"),
+    ("plugins nowhere:relu", 2, "there is no kind of plugin 'nowhere'"),
+    ("plugins activation_functions:nowhere", 2, "Unknown activation function 'nowhere'"),
+    ("nowhere", 2, "No such command 'nowhere'"),
 ]
+if Path("/proc/self").exists():  # where not even root may make a folder, whatever its permissions say
+    MISTAKES += [
+        ("train run.toml checkpoints.folder=/proc/x", 2, "cannot make a run folder in /proc/x: "),
+        ("cache run.toml activations.cache.folder=/proc/x", 2, "cannot write the activation cache '/proc/x': "),
+        ("pretokenize folder=/proc/x", 2, "cannot write the contexts to '/proc/x': "),
+    ]
 SEVERAL = (
     f"train run.toml dataset.path=./nowhere model.name=./nowhere checkpoints.name=taken {CACHED} "
     f"training.from_pretrained_path=nowhere {NEEDED}"
@@ -128,7 +155,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str,
     work = home / "work"
     (work / "runs/taken").mkdir(parents=True)
     (work / "torn").mkdir()
-    (work / "torn/manifest.json").write_text("{")
+    for name in ("manifest.json", "run.json"):
+        (work / "torn" / name).write_text("{")
+    (work / "binary.toml").write_bytes(b"\xff\xfe")
     (work / "file").write_text("")
     saekit.train(run_config(work / "runs", checkpoints={"name": "done"}, evals={"run": []}))
     (work / "run.toml").write_text("[checkpoints]\nfolder = 'runs'\n")
@@ -216,7 +245,7 @@ def test_from_code_too(tmp_path: Path) -> None:
         "ConfigError: there is no configuration to train: the list is empty",
         "ConfigError: model.dtype: differs between SAEs that are to be trained together ('float32' and 'float64'); "
         "train them in runs of their own",
-        "StorageError: there is no folder nowhere; a run prints the name of its folder when it ends",
+        "PlaceError: there is no folder nowhere; a run prints the name of its folder when it ends",
         f"DataError: {NO_TEXT}",
         f"DataError: {NO_TEXT}",
         f'Plan: ["{NO_TEXT}"]',
@@ -330,6 +359,6 @@ def test_one_fault_keeps_its_type(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     start = {"from_pretrained_path": str(tmp_path / "nowhere")}
-    assert error(checkpoints={"folder": str(file)}) is StorageError
+    assert error(checkpoints={"folder": str(file)}) is PlaceError
     assert error(training=start) is SAEFormatError
     assert error(training=start, checkpoints={"folder": str(file)}) is ConfigError

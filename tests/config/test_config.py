@@ -28,9 +28,8 @@ from saekit.config import (
     TrainConfig,
     TrainingConfig,
 )
-from saekit.config.converter import ConfigConverter
 from saekit.config.describe import describe_fields
-from saekit.config.files import apply_overrides, commented_toml, dump_config, load_config
+from saekit.config.files import apply_overrides, commented_toml, dump_config, load_config, plain_config
 from saekit.errors import ConfigError, UnknownKeyError
 
 
@@ -243,7 +242,7 @@ def test_an_options_class_of_no_plugin() -> None:
     with pytest.raises(
         UnknownKeyError, match=r"LiveConfig is not the options class of any LR schedule. Registered: Const"
     ):
-        ConfigConverter(saekit.default_manager()).unstructure(TrainConfig(lr_schedule=LiveConfig()))
+        plain_config(TrainConfig(lr_schedule=LiveConfig()), saekit.default_manager())
 
 
 def test_configs_are_frozen() -> None:

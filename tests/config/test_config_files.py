@@ -169,8 +169,8 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.dataset.data_files == (f"{tmp_path}/a", "b~")
     assert config.training.from_pretrained_path == f"{tmp_path}/sae"
     assert config.activations.cache.folder == str(tmp_path)
-    assert config.activations.source.folder == f"{tmp_path}/cache"
-    assert config.model.backend.tokenizer == f"{tmp_path}/tok"
+    assert config.activations.source.options.folder == f"{tmp_path}/cache"
+    assert config.model.backend.options.tokenizer == f"{tmp_path}/tok"
     config = load_config("~/run.toml")
     assert (config.model.name, config.checkpoints.folder) == (f"{tmp_path}/model", f"{tmp_path}/runs")
     assert saekit.grid("~/run.toml", {"training.lr": [1.0]})[0].model.name == f"{tmp_path}/model"

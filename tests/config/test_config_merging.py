@@ -45,7 +45,7 @@ def test_a_table_with_a_name_that_chooses_a_plugin_replaces_the_choice() -> None
     assert load_config(FILE, ["lr_schedule={end=0.5}"]).lr_schedule == CosineConfig(end=0.5)
     assert load_config(FILE, ["lr_schedule.end=0.5"]).lr_schedule == CosineConfig(end=0.5)
     assert load_config({}, ["sae={d_sae=8}"]).sae == load_config({"sae": {"d_sae": 8}}).sae
-    assert load_config({"sae": {"d_sae": 8}}, ["sae={activation={name='tanh-relu'}}"]).sae.d_sae == 8
+    assert load_config({"sae": {"d_sae": 8}}, ["sae={activation={name='tanh-relu'}}"]).sae.options.d_sae == 8
     made = load_config({"trackers": ["jsonl"]}, ['trackers=[{name="wandb", mode="offline"}]'])
     assert made.trackers == (WandbConfig(mode="offline"),), "a list is a value"
 
@@ -53,9 +53,9 @@ def test_a_table_with_a_name_that_chooses_a_plugin_replaces_the_choice() -> None
 def test_an_option_that_is_a_table_is_replaced() -> None:
     backend = {"name": "HookedTransformer", "from_pretrained_kwargs": {"fold_ln": True}}
     config = load_config({"model": {"backend": backend}}, ["model.backend={from_pretrained_kwargs={center=false}}"])
-    assert config.model.backend.from_pretrained_kwargs == {"center": False}
+    assert config.model.backend.options.from_pretrained_kwargs == {"center": False}
     config = load_config({"model": {"backend": backend}}, ["model.backend.from_pretrained_kwargs.center=false"])
-    assert config.model.backend.from_pretrained_kwargs == {"fold_ln": True, "center": False}
+    assert config.model.backend.options.from_pretrained_kwargs == {"fold_ln": True, "center": False}
 
 
 def test_objects_in_tables_can_be_changed() -> None:

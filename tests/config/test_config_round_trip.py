@@ -15,6 +15,7 @@ from support.every_config import EveryKind, Inner, config_of, every_config_class
 import saekit
 from saekit.config import DatasetConfig, TrainConfig
 from saekit.config.converter import ConfigConverter, unsupported_options
+from saekit.config.files import plain_config
 from saekit.config.formats import READERS, write
 
 FORMS = ["toml", "yaml", "json"]
@@ -24,7 +25,7 @@ PLUGINS = manager()
 def there_and_back(config: Any, form: str) -> Any:
     converter = ConfigConverter(PLUGINS)
     checked = converter.structure(config, type(config))
-    text = write(converter.unstructure(checked, spare=form == "toml"), form)
+    text = write(plain_config(checked, PLUGINS, spare=form == "toml"), form)
     text.encode()
     back = converter.structure(READERS[f".{form}"](text), type(config))
     assert back == checked
@@ -71,11 +72,10 @@ def test_none_as_a_text_is_no_none(form: str) -> None:
 def test_how_none_is_written(tmp_path: Path) -> None:
     """Left out where that says it, else `{none = true}` in TOML and null elsewhere; `none` where no text could be."""
     config = EveryKind(required=None, text_or_none=None, token=None)
-    converter = ConfigConverter(PLUGINS)
-    toml = write(converter.unstructure(config, spare=True), "toml")
+    toml = write(plain_config(config, PLUGINS, spare=True), "toml")
     assert "[text_or_none]\nnone = true" in toml
     assert "token" not in toml
-    assert "text_or_none: null" in write(converter.unstructure(config), "yaml")
+    assert "text_or_none: null" in write(plain_config(config, PLUGINS), "yaml")
     assert saekit.load_config({}, ["sae.d_sae=none"]).sae == saekit.load_config({}, ["sae.d_sae={none=true}"]).sae
     name = saekit.load_config({"checkpoints": {"name": "a"}}, ["checkpoints.name={none=true}"]).checkpoints.name
     assert name is None
@@ -101,5 +101,5 @@ def test_a_field_that_is_no_option() -> None:
         twice: int = attrs.field(init=False, default=6)
 
     converter = ConfigConverter(PLUGINS)
-    assert converter.unstructure(Derived(width=4)) == {"_width": 4}
+    assert plain_config(Derived(width=4), PLUGINS) == {"_width": 4}
     assert converter.structure({"_width": 4}, Derived) == Derived(width=4)

@@ -18,7 +18,7 @@ from support.every_config import Bits, Color, EveryKind, Inner, Level, Mixed, ev
 import saekit
 from saekit.config import PLUGIN_KIND
 from saekit.config.converter import ConfigConverter
-from saekit.config.files import load_config
+from saekit.config.files import load_config, plain_config
 from saekit.errors import ConfigError
 
 
@@ -57,8 +57,8 @@ def test_numbers_of_numpy_and_torch_paths_and_types() -> None:
     training = config.training
     assert (training.seed, training.lr, training.device, training.verbose) == (3, 0.5, "cuda:1", False)
     assert (config.model.dtype, config.model.name, config.model.autocast) == ("bfloat16", "a/b", True)
-    assert (config.sae.d_sae, config.sae.lp_norm, config.dataset.data_files) == (64, 2.0, ("a", "b"))
-    for value in (training.seed, training.lr, training.verbose, training.training_tokens, config.sae.d_sae):
+    assert (config.sae.options.d_sae, config.sae.options.lp_norm, config.dataset.data_files) == (64, 2.0, ("a", "b"))
+    for value in (training.seed, training.lr, training.verbose, training.training_tokens, config.sae.options.d_sae):
         assert type(value) in (int, float, bool)
     inside = of(words={"dtype": torch.float16, "n": np.arange(2), "where": Path("x"), "color": Color.RED}).words
     assert inside == {"dtype": "float16", "n": [0, 1], "where": "x", "color": "red"}
@@ -182,7 +182,7 @@ class Options:
 
 def test_an_enum_class_may_have_any_values() -> None:
     converter = ConfigConverter(manager())
-    assert converter.unstructure(Options()) == {"odd": "NOTHING"}
+    assert plain_config(Options(), manager()) == {"odd": "NOTHING"}
     assert converter.structure({"odd": "NUMBER"}, Options) == Options(Odd.NUMBER)
     assert converter.structure({"odd": "none"}, Options) == Options(None)
 

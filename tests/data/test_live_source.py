@@ -16,7 +16,7 @@ from torch import Tensor
 
 import saekit
 from saekit.data import ActivationStream, ContextStream, StreamContext, TokenPolicy
-from saekit.errors import ConfigError, DataError, ModelError
+from saekit.errors import ConfigError, DataError, ModelError, PluginFailedError
 from saekit.protocols import ActivationSource, Batch
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -216,7 +216,7 @@ def test_an_error_in_the_thread_ends_the_run_and_the_thread(tmp_path: Path) -> N
 
     plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: Failing()), builtins=True)
     config = run_config(tmp_path, model={"backend": "test:fake"}, site={"hook_name": SITE.hook_name}, evals={"run": []})
-    with pytest.raises(OSError, match="the network drive is gone"):
+    with pytest.raises(PluginFailedError, match="the network drive is gone"):
         saekit.train(config, plugins=plugins)
     assert not threads()
     assert list(tmp_path.glob("*/checkpoints/step-*")), "what was learnt until then is saved"

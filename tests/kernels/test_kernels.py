@@ -135,9 +135,6 @@ def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted() -> None
 # ---- the screen
 
 
-# ---- memory
-
-
 def test_memory_is_used_again_and_threads_have_their_own() -> None:
     cpu = torch.device("cpu")
     first = scratch("test", (10, 10), torch.float32, cpu)

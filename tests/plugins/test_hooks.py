@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import saekit
+from saekit.kinds import KINDS
 from saekit.plugins import hookspecs
-from saekit.plugins.registry import KINDS
 from saekit.testing import FakeConfig, fake_plugin, isolated_manager
 
 ROOT = Path(saekit.__file__).parent
@@ -61,6 +61,10 @@ def test_hook_saekit_register_evals() -> None:
     registers_and_builds("evals")
 
 
+def test_hook_saekit_register_optimizers() -> None:
+    registers_and_builds("optimizers")
+
+
 def test_every_hook_has_a_test_and_a_docstring_and_no_argument() -> None:
     hooks = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("saekit_register_")}
     assert set(hooks) == {f"saekit_register_{kind}" for kind in KINDS}
@@ -103,6 +107,8 @@ PUBLIC_MODULES = [
     "devices",
     "errors",
     "evals",
+    "files",
+    "hub",
     "kernels",
     "pretrained",
     "protocols",

@@ -20,7 +20,8 @@ from saekit.plugins import loading as plugin_loading
 from saekit.plugins.loading import watched
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Entry
-from saekit.plugins.text import error_text, last_line, printable, short
+from saekit.plugins.text import printable, short
+from saekit.reasons import error_text, last_line
 from saekit.testing import fake_plugin, isolated_manager, plugin_of
 
 KIND = "lr_schedules"

@@ -10,8 +10,9 @@ import pytest
 
 import saekit
 from saekit.errors import ConfigError, PluginError, UnknownKeyError
+from saekit.kinds import KINDS
 from saekit.plugins.manager import PluginManager
-from saekit.plugins.registry import KINDS, Entry
+from saekit.plugins.registry import Entry
 from saekit.testing import FakeConfig, fake_plugin, isolated_manager, plugin_of
 
 KIND = "lr_schedules"
@@ -38,7 +39,7 @@ def test_one_plugin_may_offer_every_kind() -> None:
     for kind in KINDS:
         hooks.update({name: hook for name, hook in vars(fake_plugin(kind)).items() if name != "__name__"})
     manager = isolated_manager(SimpleNamespace(__name__="everything", **hooks))
-    assert {kind: manager.find(kind, FakeConfig()).kind for kind in KINDS} == {kind: kind for kind in KINDS}
+    assert {kind: manager.find(kind, FakeConfig()).kind for kind in KINDS} == KINDS
     assert {manager.get(kind, "fake").plugin for kind in KINDS} == {"test:everything"}
 
 

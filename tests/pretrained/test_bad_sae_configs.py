@@ -114,6 +114,13 @@ def test_the_seal_is_of_what_is_said_not_of_how(saved: Path, tmp_path: Path) -> 
     assert "seal" in config["saekit"]
 
 
+def test_a_fault_in_an_option_is_told_with_its_file(saved: Path, tmp_path: Path) -> None:
+    folder = edited(saved, tmp_path, lambda own: put(own, ("options", "d_sae"), "many"))
+    told = r"the SAE in .*: its options \(saekit.options in cfg.json\) do not fit saekit:standard: d_sae: expected"
+    with pytest.raises(SAEFormatError, match=told):
+        SAE.load(folder)
+
+
 def test_rubbish_in_any_field_without_a_seal(saved: Path, tmp_path: Path) -> None:
     """It is an error of ours, or it is no rubbish there; never a raw one."""
     own, refused = config_of(saved)["saekit"], 0

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from support import caches
-from support.runs import HOOKS
+from support.runs import HOOKS, fake_config, pressing, resume, stopped, train
+
+from saekit.errors import (
+    TrainingInterrupted,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,14 @@ def gate() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, and the same without a break."""
+    folder = tmp_path_factory.mktemp("made")
+    train(fake_config(folder, checkpoints={"name": "whole"}))
+    stopped(fake_config(folder), 3)
+    with pressing(2), pytest.raises(TrainingInterrupted):
+        resume(folder / "run")
+    return folder

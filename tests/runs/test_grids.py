@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "way")
 
 def test_the_last_axis_of_a_grid_changes_fastest() -> None:
     axes = {"sae.l1_coefficient": [1, 5], "training.lr": [1e-4, 3e-4, 1e-3], "training.seed": range(2)}
-    found = [(c.sae.l1_coefficient, c.training.lr, c.training.seed) for c in saekit.grid({}, axes)]
+    found = [(c.sae.options.l1_coefficient, c.training.lr, c.training.seed) for c in saekit.grid({}, axes)]
     assert found == [(l1, lr, seed) for l1 in (1.0, 5.0) for lr in (1e-4, 3e-4, 1e-3) for seed in (0, 1)]
     assert saekit.grid({}, {}) == [saekit.load_config({})]
 
@@ -65,7 +65,9 @@ def test_plugins_and_their_options_are_axes() -> None:
     assert found == ["saekit:constant", CosineConfig(end=1e-5), CosineConfig(end=2e-5)]
     assert schedules[1] == {"name": "cosine", "end": 1e-5}
 
-    ends = [c.lr_schedule.end for c in saekit.grid({"lr_schedule": "cosine"}, {"lr_schedule.end": [1e-6, 1e-5]})]
+    ends = [
+        c.lr_schedule.options.end for c in saekit.grid({"lr_schedule": "cosine"}, {"lr_schedule.end": [1e-6, 1e-5]})
+    ]
     assert ends == [1e-6, 1e-5]
     sources = saekit.grid(
         {}, {"activations.source.n_batches_in_buffer": [8, 16], "sae.activation": ["relu", "tanh-relu"]}
@@ -73,7 +75,7 @@ def test_plugins_and_their_options_are_axes() -> None:
     assert [config.activations.source for config in sources] == [
         LiveConfig(n_batches_in_buffer=n) for n in (8, 8, 16, 16)
     ]
-    assert [config.sae.activation for config in sources] == ["saekit:relu", "saekit:tanh-relu"] * 2
+    assert [config.sae.options.activation for config in sources] == ["saekit:relu", "saekit:tanh-relu"] * 2
 
 
 @pytest.mark.parametrize("base", [StandardConfig(d_sae=8), {"name": "standard", "d_sae": 8}])
@@ -86,7 +88,10 @@ def test_options_of_a_plugin_that_is_an_object(base: Any) -> None:
 def test_a_plugin_and_its_options_as_axes_in_any_order(plugin_first: bool) -> None:
     table = {"name": "standard", "d_sae": 8}
     axes = [("sae", [table, StandardConfig(d_sae=16)]), ("sae.l1_coefficient", [1.0, 2.0])]
-    found = [(c.sae.d_sae, c.sae.l1_coefficient) for c in saekit.grid({}, dict(axes if plugin_first else axes[::-1]))]
+    found = [
+        (c.sae.options.d_sae, c.sae.options.l1_coefficient)
+        for c in saekit.grid({}, dict(axes if plugin_first else axes[::-1]))
+    ]
     expected = [(8, 1.0), (8, 2.0), (16, 1.0), (16, 2.0)]
     assert found == (expected if plugin_first else [expected[n] for n in (0, 2, 1, 3)])
     assert table == {"name": "standard", "d_sae": 8}, "what was passed stays as it was"
@@ -94,7 +99,10 @@ def test_a_plugin_and_its_options_as_axes_in_any_order(plugin_first: bool) -> No
 
 def test_axes_are_whatever_holds_several_values() -> None:
     for axis in ((1.0, 2.0), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), (float(n) for n in (1, 2)), [1, 2]):
-        assert [config.sae.l1_coefficient for config in saekit.grid({}, {"sae.l1_coefficient": axis})] == [1.0, 2.0]
+        assert [config.sae.options.l1_coefficient for config in saekit.grid({}, {"sae.l1_coefficient": axis})] == [
+            1.0,
+            2.0,
+        ]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Path(found[2]).name == f"step-{found[1]}"
     capsys.readouterr()
 
-    assert command(monkeypatch, "--resume", "runs") == 1
+    assert command(monkeypatch, "--resume", "runs") == 2
     assert (
         "error: runs is not a run folder: there is no run.json in it. It holds the runs run, whole."
         in capsys.readouterr().err

@@ -20,7 +20,7 @@ from support.runs import LIVE, contents, fake_config, manager, pressing, resume,
 from torch import Tensor
 
 import saekit
-from saekit.errors import ConfigError, TrainingInterrupted
+from saekit.errors import ConfigError, PluginFailedError, TrainingInterrupted
 from saekit.testing import FakeBackend, fake_plugin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,14 +254,14 @@ def test_an_eval_that_fails_is_made_again(tmp_path: Path) -> None:
             folder = tmp_path / f"{fails[1]} {fail_at}"
             folder.mkdir()
             with contextlib.chdir(folder):
-                with pytest.raises(RuntimeError, match="no memory for an eval") as caught:
+                with pytest.raises(PluginFailedError, match="no memory for an eval") as caught:
                     train(configs(), plugins=plugins(fail_at))
                 (note,) = caught.value.__notes__
                 assert re.fullmatch(
                     r"the run as it was before is in runs/run/checkpoints/step-(\d+); saekit train --resume runs/run "
                     "goes on from it", note
                 )  # fmt: skip
-                with pytest.raises(RuntimeError, match="no memory for an eval"):
+                with pytest.raises(PluginFailedError, match="no memory for an eval"):
                     resume(Path("runs/run"), plugins=plugins(1))  # it fails again
                 resume(Path("runs/run"), plugins=plugins(None))
             # There is one checkpoint more, so of an older one only the SAEs are left.
@@ -295,7 +295,7 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
     with contextlib.chdir(tmp_path / "whole"):
         train(fake_config(Path("runs"), LIVE | {"prefetch": prefetch}, **sections))
     with contextlib.chdir(tmp_path / "part"):
-        with pytest.raises(OSError, match="the network drive is gone") as caught:
+        with pytest.raises(PluginFailedError, match="the network drive is gone") as caught:
             train(fake_config(Path("runs"), LIVE | {"prefetch": prefetch}, **sections), plugins=manager(Failing()))
         steps = [int(path.name[5:]) for path in Path("runs/run/checkpoints").glob("step-*")]
         if forward < 8:  # the first buffer

@@ -118,9 +118,9 @@ def test_features_that_fired_in_training_are_not_dead() -> None:
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.b_enc[:] = -1e6
-    assert variance_metrics(sae, [x])["dead_features"] == 8
+    assert variance_metrics(sae, [x])["never_fired"] == 8
     sae.log_sparsity = torch.tensor([-1.0, -2.0, -3.0] + [-10.0] * 5)
-    assert variance_metrics(sae, [x])["dead_features"] == 5
+    assert variance_metrics(sae, [x])["never_fired"] == 5
 
 
 @pytest.mark.parametrize("name", [".bk.20261126.old", ".bk.20261126.tmp"])

@@ -24,6 +24,7 @@ from saekit.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("way")
 
+
 LEARNS = {
     "scale": {"scaling_factor"},
     "decoder": {"scaling_factor", "W_dec", "b_dec"},

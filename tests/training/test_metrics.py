@@ -16,6 +16,7 @@ from saekit.training.metrics import eval_metrics
 
 pytestmark = pytest.mark.usefixtures("way")
 
+
 # ---- firing statistics
 
 

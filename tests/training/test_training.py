@@ -24,6 +24,7 @@ from saekit.errors import (
     DivergedError,
     MissingPackageError,
     ModelError,
+    PluginFailedError,
     SAEFormatError,
     TrainingInterrupted,
 )
@@ -54,6 +55,8 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     }  # fmt: skip
     assert names <= set(steps[0])
     evals = {"evals/ce_recovered", "evals/explained_variance", "evals/l0", "evals/ce_loss_without_sae"}
+    evals |= {"evals/never_fired"}
+    assert {name for name in result.metrics if "dead" in name} == {"sparsity/dead_features"}, "one number is called so"
     assert evals <= set(lines(result.folder)[-1])
     assert evals <= set(result.metrics)
     assert 0 < result.metrics["evals/ce_loss_without_sae"] < result.metrics["evals/ce_loss_with_ablation"]
@@ -233,7 +236,7 @@ def test_a_failing_last_eval_loses_nothing(tmp_path: Path) -> None:
         return lambda sae, **services: exec("raise RuntimeError('an eval broke')")
 
     plugins = isolated_manager(fake_plugin("evals", "bad", build=build), builtins=True)
-    with pytest.raises(RuntimeError, match="an eval broke"):
+    with pytest.raises(PluginFailedError, match="an eval broke"):
         saekit.train(run_config(tmp_path, evals={"run": ["bad"]}), plugins=plugins)
     (folder,) = tmp_path.glob("*/sae")
     assert saekit.SAE.load(folder).d_sae == 64

@@ -17,6 +17,7 @@ from support.training import DOCUMENTS, fake_run, fakes, hashes, train
 from torch import Tensor, nn
 
 import saekit
+from saekit.errors import PluginFailedError
 from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -81,7 +82,7 @@ def test_the_callers_generators_come_back_after_an_error(tmp_path: Path) -> None
         return lambda sae, **services: exec("import random; random.random(); raise RuntimeError('an eval broke')")
 
     before = states()
-    with pytest.raises(RuntimeError, match="an eval broke"):
+    with pytest.raises(PluginFailedError, match="an eval broke"):
         train(fake_run(tmp_path, evals={"run": ["bad"]}), fake_plugin("evals", "bad", build=build))
     assert states() == before
 

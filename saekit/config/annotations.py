@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import attrs
 
+from saekit.config.values import enum_value
+
 __all__ = [
     "DICTS",
     "LISTS",
@@ -121,8 +123,6 @@ def words(kind: Any) -> str:
     if is_literal(kind):
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if is_enum(kind):
-        from saekit.config.values import enum_value
-
         return "one of " + ", ".join(repr(enum_value(member)) for member in kind)
     if kind is Path:
         return "a path"

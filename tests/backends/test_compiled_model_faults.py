@@ -20,8 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
-# ---- what is left behind
-
 
 def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
     model = hooked_transformer()
@@ -56,9 +54,6 @@ def test_the_hook_points_of_a_mamba_are_left(counted: Counted) -> None:
     compiled.loss(tokens, {"blocks.1.hook_resid_pre": halved})
     assert counted.runs == 2
     assert seen == [6, 6], "those that mamba-lens made for this forward, before block 0 and after it"
-
-
-# ---- failures
 
 
 class Failing(Counted):

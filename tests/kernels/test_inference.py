@@ -18,8 +18,6 @@ import saekit.kernels.screen
 from saekit.config import SAEConfig
 from saekit.sae import SAE, StepInput
 
-# ---- inference
-
 
 @pytest.fixture(params=["standard", "tanh", "topk", "batchtopk", "batchtopk without norms"])
 def some_sae(request: pytest.FixtureRequest) -> SAE:
@@ -39,9 +37,9 @@ def some_sae(request: pytest.FixtureRequest) -> SAE:
 
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (1500, 12), (3, 2, 6), (0, 12)], ids=str)
 @pytest.mark.parametrize("factor", [False, True])
-def test_inference_is_that_of_plain_torch(some_sae: SAE, shape: tuple[int, ...], factor: bool) -> None:
-    sae = some_sae
-    x = torch.randn(*shape, generator=seeded(4)) * 3
+def test_inference_is_that_of_plain_torch(some_sae: SAE, shape: tuple[int, ...], factor: bool, device: str) -> None:
+    sae = some_sae.to(device)
+    x = (torch.randn(*shape, generator=seeded(4)) * 3).to(device)
     if factor:
         sae.add_scaling_factor()
         sae.scaling_factor.data.copy_(torch.rand(600, generator=seeded(8)) + 0.5)
@@ -146,9 +144,6 @@ def test_what_is_no_number_stays_so(some_sae: SAE, where: str, screen: bool, mon
     some_sae.kernels = "auto"
     result = some_sae.training_step(x, StepInput(step=0, generator=seeded()))
     assert result.loss.isnan()
-
-
-# ---- who answers for a fast path
 
 
 def test_a_gradient_through_the_input_hook() -> None:

@@ -1,4 +1,4 @@
-"""The fast kernels beside dense products and autograd: sparse products, screens, largest entries, inference, memory."""
+"""The fast kernels beside dense products and autograd: active features, largest entries, memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from saekit.sae import StepInput
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small batch has many chunks, and groups come in between."""
-    for module in ("kernels", "largest", "gradients", "auxk", "penalty", "inference"):
-        monkeypatch.setattr(f"saekit.sae.{module}.CHUNK", 16)
+    for module in ("kernels.encoder", "kernels.groups", "kernels.gradients", "kernels.auxk", "kernels.penalty",
+                   "sae.inference"):  # fmt: skip
+        monkeypatch.setattr(f"saekit.{module}.CHUNK", 16)
     monkeypatch.setattr("saekit.kernels.encoder._ENTRIES", 50)
     monkeypatch.setattr("saekit.kernels.encoder.PROBE", 8)
     monkeypatch.setattr("saekit.kernels.groups.PROBE", 8)
@@ -45,19 +46,20 @@ KINDS = [
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bias", [2.0, 0.0, -1.0, -3.0, "mixed"])
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{type(config).__name__}{config.d_sae}")
-def test_a_fast_step_of_many_chunks_is_the_step_of_autograd(config: SAEConfig, bias: float | str) -> None:
+def test_a_fast_step_of_many_chunks_is_the_step_of_autograd(config: SAEConfig, bias: float | str, device: str) -> None:
     """Dense chunks, sparse ones, and both in one batch."""
     x = torch.randn(101, 12, generator=seeded(3), dtype=torch.float64)
     if bias == "mixed":
         x[20:60] *= 0.01
-    dead = torch.zeros(config.features(12), dtype=torch.bool)
+    x = x.to(device)
+    dead = torch.zeros(config.features(12), dtype=torch.bool, device=device)
     dead[:: 3 if config.d_sae == 40 else 2] = True
     found = {}
     for kernels in ("reference", "fast"):
-        sae = built(config, bias=-1.5 if bias == "mixed" else float(bias))
+        sae = built(config, bias=-1.5 if bias == "mixed" else float(bias), device=device)
         sae.kernels = kernels
         assert (sae.why_reference() is None) == (kernels == "fast")
-        result = sae.training_step(x, StepInput(step=1, generator=seeded(), dead=dead))
+        result = sae.training_step(x, StepInput(step=1, generator=seeded(device=device), dead=dead))
         found[kernels] = (
             result,
             {name: value.grad for name, value in sae.named_parameters()},
@@ -88,10 +90,11 @@ def test_both_dense_and_sparse_groups_occur() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("d_sae", "k"), [(40, 1), (40, 40), (64, 32), (300, 3), (4096, 32), (2049, 17)])
-def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype) -> None:
+def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype, device: str) -> None:
     pre = torch.randn(50, d_sae, generator=seeded(), dtype=dtype) - 1
     pre[3] = -1
     pre[4] = 0
+    pre = pre.to(device)
     found = top_entries(pre.clone(), k)
     values, features = pre.topk(k, dim=1)
     expected = torch.zeros_like(pre).scatter(1, features, values.relu())
@@ -99,22 +102,23 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype) -> None
     assert bool((found.values > 0).all())
 
 
-def test_ties_do_not_make_more_than_k() -> None:
-    pre = torch.ones(20, 4096)
+def test_ties_do_not_make_more_than_k(device: str) -> None:
+    pre = torch.ones(20, 4096, device=device)
     pre[:, ::2] = 2.0
     found = top_entries(pre, 32)
-    assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32))
+    assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32, device=device))
     assert bool((found.values == 2).all())
 
 
 @pytest.mark.parametrize("wanted", [1, 700, 5001, 10**6])
 @pytest.mark.parametrize("first_rows", [1.0, 0.01, 30.0], ids=["alike", "quiet first", "loud first"])
-def test_the_largest_of_a_batch(wanted: int, first_rows: float) -> None:
+def test_the_largest_of_a_batch(wanted: int, first_rows: float, device: str) -> None:
     """Whatever the first rows say of the others."""
-    sae = built(StandardConfig(d_sae=64, dtype="float64"))
+    sae = built(StandardConfig(d_sae=64, dtype="float64"), device=device)
     rows = torch.randn(1200, 12, generator=seeded(1), dtype=torch.float64)
     rows[:256] *= first_rows
-    scale = torch.rand(64, generator=seeded(2), dtype=torch.float64) + 0.5
+    rows = rows.to(device)
+    scale = (torch.rand(64, generator=seeded(2), dtype=torch.float64) + 0.5).to(device)
     encoder = Encoder(sae.W_enc.detach(), sae.b_enc.detach())
     pre = rows @ encoder.W_enc + encoder.b_enc
     compared = (pre * scale).relu().flatten()
@@ -125,14 +129,11 @@ def test_the_largest_of_a_batch(wanted: int, first_rows: float) -> None:
     assert len(found) == min(wanted, int((compared > 0).sum()))
 
 
-def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted() -> None:
-    encoder = Encoder(torch.zeros(3, 50), torch.ones(50))
-    found = batch_top(encoder, torch.zeros(40, 3), 77)
+def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted(device: str) -> None:
+    encoder = Encoder(torch.zeros(3, 50, device=device), torch.ones(50, device=device))
+    found = batch_top(encoder, torch.zeros(40, 3, device=device), 77)
     assert len(found) == 77
     assert found.rows[-1] == 1, "the first ones"
-
-
-# ---- the screen
 
 
 def test_memory_is_used_again_and_threads_have_their_own() -> None:
@@ -179,20 +180,20 @@ def test_groups_of_largest_and_active_cover_every_row() -> None:
         assert end == 2500
 
 
-# ---- who answers for a fast path
+# ---- batches and weights with nothing in them
 
 
-def test_so_few_rows_that_none_is_wanted() -> None:
-    sae = built(BatchTopKConfig(d_sae=60, k=0.7))
-    result = sae.training_step(torch.randn(1, 12), StepInput(step=0, generator=seeded()))
+def test_so_few_rows_that_none_is_wanted(device: str) -> None:
+    sae = built(BatchTopKConfig(d_sae=60, k=0.7), device=device)
+    result = sae.training_step(torch.randn(1, 12, device=device), StepInput(step=0, generator=seeded(device=device)))
     assert not result.fired.any()
     with pytest.raises(ValueError, match="there are no rows to train on"):
-        sae.training_step(torch.zeros(0, 12), StepInput(step=0, generator=seeded()))
+        sae.training_step(torch.zeros(0, 12, device=device), StepInput(step=0, generator=seeded(device=device)))
 
 
-def test_a_decoder_row_of_zeros_has_no_gradient_of_its_norm() -> None:
+def test_a_decoder_row_of_zeros_has_no_gradient_of_its_norm(device: str) -> None:
     options = {"scale_sparsity_penalty_by_decoder_norm": True, "normalize_sae_decoder": False, "l1_coefficient": 50.0}
-    sae = built(StandardConfig(d_sae=60, **options))
+    sae = built(StandardConfig(d_sae=60, **options), device=device)
     sae.W_dec.data[7] = 0
-    sae.training_step(torch.randn(50, 12), StepInput(step=0, generator=seeded()))
+    sae.training_step(torch.randn(50, 12, device=device), StepInput(step=0, generator=seeded(device=device)))
     assert sae.W_dec.grad.isfinite().all()

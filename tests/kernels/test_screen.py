@@ -18,8 +18,6 @@ from saekit.kernels import Encoder
 from saekit.kernels.screen import Screen
 from saekit.sae import StepInput
 
-# ---- the screen
-
 
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize(("d_in", "d_sae"), [(64, 1024), (512, 2048), (100, 3001)])
@@ -116,9 +114,6 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
     assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
-
-
-# ---- who answers for a fast path
 
 
 def test_two_screens_at_once() -> None:

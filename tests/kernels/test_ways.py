@@ -13,8 +13,6 @@ from support.kernels import built
 
 from saekit.config import SAEConfig
 
-# ---- the screen
-
 
 @pytest.mark.parametrize(
     ("config", "change", "expected"),
@@ -34,9 +32,6 @@ def test_the_way_of_a_step_in_words(config: SAEConfig, change: dict[str, Any], e
     for name, value in change.items():
         setattr(sae, name, value)
     assert sae.step_path() == expected
-
-
-# ---- who answers for a fast path
 
 
 def test_a_class_that_changes_the_mathematics_loses_the_fast_path() -> None:

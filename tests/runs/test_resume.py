@@ -51,8 +51,6 @@ MOMENTS = {
     "at the last step": 11,
 }
 
-# ---- every kind of moment
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Any]:

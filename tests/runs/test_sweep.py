@@ -1,4 +1,4 @@
-"""Many SAEs on one stream: which, under what names, each as if it were alone, and what is said of them at the end."""
+"""Many SAEs on one stream: each as if it were alone, by one run of the model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from saekit.sae import SAE
 from saekit.testing import fake_plugin
 
 pytestmark = pytest.mark.usefixtures("one_thread", "way")
-
-# ---- runs on a model that is not the point
 
 
 def assert_as_alone(configs: Sequence[Mapping[str, Any]], folder: Path, **options: Any) -> saekit.SweepResult:

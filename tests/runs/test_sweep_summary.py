@@ -27,9 +27,6 @@ from saekit.runs.sweep import short_names
 pytestmark = pytest.mark.usefixtures("one_thread", "way")
 
 
-# ---- the summary
-
-
 def row(number: int, options: Mapping[str, Any], l0: float | None, ev: float | None, **more: Any) -> dict[str, Any]:
     name = "_".join([str(number), *(f"{path.rpartition('.')[2]}={value}" for path, value in options.items())])
     return {

@@ -206,7 +206,7 @@ def test_a_sweep_is_each_alone_and_a_start_is_the_saved_one(tmp_path: Path) -> N
 def by_hand(kind: str, factor: bool = False, **options: Any) -> SAE:
     plugins = saekit.default_manager()
     table = {"name": kind, "k": 4, "d_sae": 64} | options
-    choice = saekit.load_config({"sae": table}).sae
+    choice = saekit.load_config({"sae": table}).sae.options
     sae = build_module(plugins.find("sae_architectures", choice), choice, WIDTH, plugins)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

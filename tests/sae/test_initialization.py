@@ -57,9 +57,6 @@ def test_geometric_median_minimizes_the_sum_of_distances() -> None:
     assert geometric_median(line).item() == pytest.approx(2, abs=1e-3), "in one dimension it is the median"
 
 
-# ---- every mix of initializations
-
-
 @pytest.mark.parametrize("decoder", ["kaiming", "decoder_orthogonal_init", "decoder_heuristic_init"])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])

@@ -16,13 +16,14 @@ pytestmark = pytest.mark.usefixtures("way")
 
 
 def in_numpy(sae: SAE) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy().copy() for name, value in sae.named_parameters()}
+    return {name: value.detach().cpu().numpy().copy() for name, value in sae.named_parameters()}
 
 
 def noise_of(sae: SAE) -> np.ndarray:
     """What ``step_input``'s generator gives, times the scale."""
-    drawn = torch.randn(N, D_SAE, generator=torch.Generator().manual_seed(0))
-    return drawn.double().numpy() * sae.config.noise_scale
+    device = sae.W_enc.device
+    drawn = torch.randn(N, D_SAE, generator=torch.Generator(device).manual_seed(0), device=device)
+    return drawn.double().cpu().numpy() * sae.config.noise_scale
 
 
 def pre_in_numpy(sae: SAE, p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -74,14 +75,14 @@ def spec_loss(
     return InNumpy(mse, l1, ghost, mse + coefficient * l1 + ghost, out, f, held)
 
 
-def away_from_kinks(factor: bool, **options: object) -> SAE:
+def away_from_kinks(factor: bool, device: str, **options: object) -> SAE:
     """The first of the random SAEs with no pre-activation near 0, where differences say nothing of gradients."""
     for seed in itertools.count():
-        sae = random_sae(seed, **options)
+        sae = random_sae(seed, device=device, **options)
         if factor:
             sae.add_scaling_factor()
             generator = torch.Generator().manual_seed(seed)
-            sae.scaling_factor.data += torch.rand(D_SAE, generator=generator, dtype=torch.float64) - 0.3
+            sae.scaling_factor.data += (torch.rand(D_SAE, generator=generator, dtype=torch.float64) - 0.3).to(device)
         pre = pre_in_numpy(sae, in_numpy(sae), batch().numpy()) + noise_of(sae)
         if np.abs(pre).min() > 0.02:
             return sae
@@ -99,23 +100,23 @@ def assert_gradients(sae: SAE, x: np.ndarray, step: int, dead: list[int], held: 
                 p = in_numpy(sae)
                 p[name] += sign * h * direction
                 ends.append(spec_loss(sae, p, x, step, dead, held).loss)
-            found = float((parameter.grad.numpy() * direction).sum())
+            found = float((parameter.grad.cpu().numpy() * direction).sum())
             assert found == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-6), name
 
 
 @pytest.mark.parametrize("normalization", ["none", "dense_batch"])
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("activation", ["relu", "tanh-relu"])
-def test_every_mix_of_options_and_its_gradients(activation: str, p: float, normalization: str) -> None:
-    x, off_on = batch(), (False, True)
+def test_every_mix_of_options_and_its_gradients(activation: str, p: float, normalization: str, device: str) -> None:
+    x, off_on = batch(device=device), (False, True)
     for number, (apply, weigh, ghosts, noise, factor) in enumerate(itertools.product(*[off_on] * 5)):
         sae = away_from_kinks(
-            factor, activation=activation, lp_norm=p, mse_loss_normalization=normalization, apply_b_dec_to_input=apply,
-            scale_sparsity_penalty_by_decoder_norm=weigh, use_ghost_grads=ghosts, noise_scale=0.3 if noise else 0.0,
-            l1_coefficient=0.7, l1_warm_up_steps=10 if number % 3 else 0,
+            factor, device, activation=activation, lp_norm=p, mse_loss_normalization=normalization,
+            apply_b_dec_to_input=apply, scale_sparsity_penalty_by_decoder_norm=weigh, use_ghost_grads=ghosts,
+            noise_scale=0.3 if noise else 0.0, l1_coefficient=0.7, l1_warm_up_steps=10 if number % 3 else 0,
         )  # fmt: skip
         step, dead = (0, 3, 10, 40)[number // 5 % 4], ([], [6], [1, 4, 13])[number % 5 % 3]
-        expected = spec_loss(sae, in_numpy(sae), x.numpy(), step, dead)
+        expected = spec_loss(sae, in_numpy(sae), x.cpu().numpy(), step, dead)
         result = sae.training_step(x, step_input(sae, step, dead))
         found = {name: value.item() for name, value in result.losses.items()}
         assert found == pytest.approx(
@@ -123,16 +124,16 @@ def test_every_mix_of_options_and_its_gradients(activation: str, p: float, norma
         )
         assert (found["ghost_grad_loss"] > 0) == (ghosts and bool(dead))
         assert result.loss.item() == pytest.approx(expected.loss, rel=1e-12)
-        assert result.output.numpy() == pytest.approx(expected.output, rel=1e-12, abs=1e-12)
+        assert result.output.cpu().numpy() == pytest.approx(expected.output, rel=1e-12, abs=1e-12)
         assert not result.output.requires_grad
         assert result.fired.tolist() == (expected.features > 0).sum(0).tolist()
-        assert_gradients(sae, x.numpy(), step, dead, expected.held)
+        assert_gradients(sae, x.cpu().numpy(), step, dead, expected.held)
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0])
-def test_rows_on_which_nothing_fires_have_a_gradient_too(p: float) -> None:
+def test_rows_on_which_nothing_fires_have_a_gradient_too(p: float, device: str) -> None:
     """A norm of nothing but zeros has none of its own, and must not make the others nan."""
-    sae, x = random_sae(lp_norm=p, scale_sparsity_penalty_by_decoder_norm=True), batch()
+    sae, x = random_sae(device=device, lp_norm=p, scale_sparsity_penalty_by_decoder_norm=True), batch(device=device)
     sae.b_enc.data[0] -= sae.pre_activations(x)[:, 0].median().detach()  # fires on half of the rows
     sae.b_enc.data[1:] -= 100
     sae.training_step(x, step_input(sae))

@@ -66,19 +66,20 @@ CASES = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_loss_is_its_definition(options: dict) -> None:
-    sae, x, dead = random_sae(**{"activation": "relu", **options}), batch(), [1, 4]
+def test_loss_is_its_definition(options: dict, device: str) -> None:
+    sae, x, dead = random_sae(device=device, **{"activation": "relu", **options}), batch(device=device), [1, 4]
     found = sae.losses(x, step_input(sae, dead=dead))
     assert found.loss.item() == pytest.approx(loss_by_definition(sae, x, 3, dead), rel=1e-12)
 
 
 @pytest.mark.parametrize("options", [case for case in CASES if not case.get("use_ghost_grads")], ids=str)
-def test_gradients_are_finite_differences(options: dict) -> None:
-    sae, x = random_sae(**options), batch()
+def test_gradients_are_finite_differences(options: dict, device: str) -> None:
+    sae, x = random_sae(device=device, **options), batch(device=device)
     sae.training_step(x, step_input(sae))
     for parameter in sae.parameters():
         gradient = parameter.grad.clone()
-        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        drawn = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        direction = drawn.to(device)
         values = []
         for sign in (1, -1):
             parameter.data += sign * 1e-6 * direction
@@ -87,10 +88,10 @@ def test_gradients_are_finite_differences(options: dict) -> None:
         assert (values[0] - values[1]) / 2e-6 == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-7)
 
 
-def test_ghost_gradients_reach_dead_features_only_through_their_residual() -> None:
+def test_ghost_gradients_reach_dead_features_only_through_their_residual(device: str) -> None:
     """The scale and the ratio are detached, so compare with differences of the loss with both held fixed."""
-    sae, x, dead = random_sae(use_ghost_grads=True, l1_coefficient=0.0), batch(), [2, 7]
-    plain = random_sae(l1_coefficient=0.0)
+    sae, x, dead = random_sae(device=device, use_ghost_grads=True, l1_coefficient=0.0), batch(device=device), [2, 7]
+    plain = random_sae(device=device, l1_coefficient=0.0)
     sae.training_step(x, step_input(sae, dead=dead))
     plain.training_step(x, step_input(plain))
     gradient = sae.W_dec.grad - plain.W_dec.grad
@@ -130,10 +131,10 @@ def test_noise_only_when_asked_and_from_its_own_generator() -> None:
     assert torch.equal(noisy(x), noisy(x)), "and none at inference"
 
 
-def test_the_projection_takes_out_exactly_what_a_unit_decoder_cannot_follow() -> None:
-    sae, x = random_sae(normalize_sae_decoder=True), batch()
+def test_the_projection_takes_out_exactly_what_a_unit_decoder_cannot_follow(device: str) -> None:
+    sae, x = random_sae(device=device, normalize_sae_decoder=True), batch(device=device)
     sae.after_update()
-    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones_like(sae.b_enc))
     sae.training_step(x, step_input(sae))
     before = sae.W_dec.grad.clone()
     sae.before_update()

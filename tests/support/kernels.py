@@ -19,8 +19,8 @@ from saekit.sae import SAE
 from saekit.training.optimizer import Optimizer
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 def random_features(n: int, d_sae: int, density: float, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -33,14 +33,14 @@ def sparse(dense: Tensor) -> SparseFeatures:
     return SparseFeatures(rows, features, dense[rows, features], *dense.shape)
 
 
-def built(config: SAEConfig, d_in: int = 12, seed: int = 0, bias: float = 0.0) -> SAE:
+def built(config: SAEConfig, d_in: int = 12, seed: int = 0, bias: float = 0.0, device: str = "cpu") -> SAE:
     plugins = saekit.default_manager()
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=seeded(seed)) / 2)
         sae.b_enc += bias
-    return sae
+    return sae.to(device)
 
 
 def screened(d_in: int, d_sae: int, kind: str, seed: int = 0) -> tuple[Encoder, Tensor]:

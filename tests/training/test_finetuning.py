@@ -1,4 +1,4 @@
-"""Fine-tuning learns exactly what it should and nothing else, and training may start from a saved SAE."""
+"""Fine-tuning learns exactly what it should and nothing else."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_the_plan_tells_of_fine_tuning(tmp_path: Path) -> None:
     assert "fine-tuning" not in saekit.plan(config, plugins=fakes(), dataset=DOCUMENTS).facts["training"]
 
 
-# ---- starting from a saved SAE
+# ---- in float64, to the last bit
 
 
 def test_the_trainers_parts_alone() -> None:

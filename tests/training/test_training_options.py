@@ -1,4 +1,4 @@
-"""The training step's options, each against its own definition: clip, statistics, metrics, autocast, compile, seeds."""
+"""The training step's options: where random numbers come from, and that each option reaches the run."""
 
 from __future__ import annotations
 

@@ -315,7 +315,7 @@ class Run:
 
     def _normalize_first(self) -> None:
         if self.config.normalize_activations:
-            self.patched.append("the activations' norm is estimated before b_dec is initialized")
+            self.patched.append("the activations' norm is estimated before b_dec is initialised")
             self.trainer._estimate_norm_scaling_factor_if_needed()
             self.store.given = 0
             self.trainer._estimate_norm_scaling_factor_if_needed = lambda: None

@@ -54,7 +54,7 @@ MIXED = {
     "mixed_tanh_relu_no_b_dec_restarts_decay_strong_clip_beta1_zero",
 }
 PATCHES = {
-    "the activations' norm is estimated before b_dec is initialized",
+    "the activations' norm is estimated before b_dec is initialised",
     "the fine-tuning methods name the scaling factor as the SAE names it",
     "the ghost loss is summed over d_in like the mse, and is 0 when no feature is dead",
     "the gradient parallel to the decoder rows is removed before clipping and the step",

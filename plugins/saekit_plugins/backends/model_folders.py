@@ -147,9 +147,10 @@ def _hf_model(folder: Path, dtype: Any) -> Any:
     """The library would draw weights that are not there at random, with no more than a remark in its log."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
     )
+    model, info = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(fault) or ())):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

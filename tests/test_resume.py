@@ -27,6 +27,7 @@ from tiny import hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
+from saekit.backends import Forward
 from saekit.errors import ConfigError, StorageError, TrainingInterrupted
 from saekit.files import storage
 from saekit.runs.saving import Saving
@@ -309,9 +310,9 @@ def test_a_step_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """However far the thread that runs the model ahead has gone: two runs with one seed leave the same checkpoint."""
 
     class Slow(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             time.sleep(0.02)
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     work, pause = SAETrainer.train_on, [0.0]
 
@@ -515,10 +516,10 @@ def test_a_start_is_needed_once(tmp_path: Path) -> None:
 
 def test_a_model_that_ran_out_of_memory_goes_on_in_halves(tmp_path: Path) -> None:
     class Cramped(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(tokens) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     config = fake_config(tmp_path, LIVE | {"prefetch": False}, evals={"run": []})
     with pytest.warns(RuntimeWarning, match="ran out of memory on 4 contexts at once"):
@@ -591,12 +592,12 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
 
         left = forward
 
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(tokens) == 4:
                 self.left -= 1
                 if self.left == -1:
                     raise OSError("the network drive is gone")
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "part").mkdir()

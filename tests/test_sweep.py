@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from torch import Tensor
 
 import saekit
 from saekit.analysis.sweep import plot_sweep
+from saekit.backends import Forward
 from saekit.config.files import dump_config, parse_grid
 from saekit.data.shared import SharedForwards
 from saekit.errors import ConfigError, DivergedError, TrainingInterrupted
@@ -95,10 +96,10 @@ class CountingBackend(FakeBackend):
         super().__init__()
         self.seen: list[bytes] = []
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        if len(tokens) > 1:
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        if len(tokens) > 1 and options.get("want", "held") == "held":
             self.seen.append(tokens.numpy().tobytes())
-        return super().activations(tokens, hooks)
+        return super().run(tokens, **options)
 
 
 def manager(backend: FakeBackend | None = None, *others: object) -> saekit.PluginManager:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
+from saekit.backends import Forward
 from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import ConfigError, TrainingInterrupted
 from saekit.pretrained.load import build_module
@@ -369,9 +370,9 @@ def test_autocast_in_a_run_is_the_saes_alone(tmp_path: Path) -> None:
     asked: list[bool] = []
 
     class Watched(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             asked.append(torch.is_autocast_enabled("cpu"))
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     seen: list[tuple[bool, torch.dtype]] = []
 

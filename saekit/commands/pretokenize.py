@@ -36,6 +36,7 @@ from saekit.errors import DataError, ModelError, StorageError
 from saekit.files.storage import new_folder
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
+from saekit.protocols import HasTokenizer
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size
 
@@ -121,7 +122,7 @@ def _opened(
         tokenizer = _named_tokenizer(config.tokenizer)
     else:
         backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-        tokenizer = getattr(backend, "tokenizer", None)
+        tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
         if tokenizer is None:
             raise ModelError(
                 f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "

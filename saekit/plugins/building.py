@@ -15,7 +15,7 @@ from saekit.plugins.text import error_text, short
 __all__ = ["METHODS", "VALUES", "blamed", "built", "returned"]
 
 METHODS = {
-    "model_backends": ("hook_names", "tokenize", "token_texts", "activations", "loss"),
+    "model_backends": ("hook_names", "tokenize", "token_texts", "run", "unembedding", "fingerprint"),
     "activation_functions": ("__call__",),
     "pretrained_loaders": ("detects", "load"),
     "lr_schedules": ("__call__",),

@@ -13,6 +13,7 @@ import attrs
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit_plugins.backends.passed import check_passed
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -62,9 +63,8 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
     _check_fast_paths(config.forward_kwargs)
-    module: Any = loaded if loaded is not None else _load(config, model)
-    if not hasattr(module, "input_dependent_hooks"):
-        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {_instead(module)}")
+    check_passed(loaded, "HookedMamba")
+    module: Any = loaded or _load(config, model)
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -91,14 +91,6 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     if problems:
         raise ConfigError(problems)
-
-
-def _instead(module: object) -> str:
-    if isinstance(module, str):
-        return f"A model is chosen by its name with model.name = {module!r}"
-    if hasattr(module, "run_with_hooks"):
-        return 'Its backend may be another: model.backend = "HookedTransformer"'
-    return "Of models of other kinds, saekit needs a backend (model.backend)"
 
 
 def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:

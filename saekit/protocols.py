@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.backends.forward import Forward, Replacement, Want
-    from saekit.pretrained import PretrainedSAE, SAEFiles
-    from saekit.sae import SAE
+    from saekit.pretrained.files import PretrainedSAE, SAEFiles
+    from saekit.sae.records import StepInput, StepOutput
     from saekit.site import Site
 
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
     "Batch",
+    "Dictionary",
     "Eval",
     "HasMemory",
     "HasTokenizer",
@@ -31,6 +32,7 @@ __all__ = [
     "LRSchedule",
     "Metrics",
     "ModelBackend",
+    "Optimizer",
     "PretrainedLoader",
     "Remarks",
     "RunInfo",
@@ -154,6 +156,47 @@ class Remarks(Protocol):
         """What a user may not expect of it, as it was set up; None: nothing."""
 
 
+class Dictionary(Protocol):
+    """What an architecture builds, as far as the kernel must find it; derive it from :class:`saekit.SAE`."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations ``[..., d_sae]`` of ``x [..., d_in]``."""
+
+    def decode(self, features: Tensor) -> Tensor:
+        """The reconstruction of feature activations ``[..., d_sae]``."""
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The loss and its terms for ``x [n, d_in]``, by autograd."""
+
+    def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The same, with every parameter's gradient filled in."""
+
+    def public_tensors(self) -> Mapping[str, Tensor]:
+        """What is saved, by name."""
+
+    def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what was saved."""
+
+    def to(self, device: Any) -> Any:
+        """Move there."""
+
+
+class Optimizer(Protocol):
+    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them."""
+
+    param_groups: list[dict[str, Any]]
+    """Parameters with their settings; ``lr`` is set before every step."""
+
+    def step(self) -> Any:
+        """One update from the parameters' ``grad``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on exactly."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on where ``state`` was taken."""
+
+
 @attrs.frozen(eq=False)
 class Batch:
     """Rows of activations: for each site, ``[n, d_in]`` for the same ``n`` tokens, and where the tokens are from."""
@@ -240,11 +283,18 @@ class RunInfo:
             fault = "is another tracker's"
         if fault is None:
             tidy(self.folder, name.__eq__)
-            fault = "is a symbolic link" if (self.folder / name).is_symlink() else None
+            fault = _fault_of_place(self.folder / name)
         if fault is not None:
             raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
         self._files.add(key)
         return self.folder / name
+
+
+def _fault_of_place(path: Path) -> str | None:
+    """Why what lies there is nothing that a tracker may write into."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"
 
 
 class Tracker(Protocol):
@@ -266,8 +316,8 @@ class Tracker(Protocol):
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
-        """Numbers by name.  ``contexts [n, context_size]`` are token ids."""
+    def __call__(self, sae: Any, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
+        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, ``contexts [n, context_size]`` are token ids."""
 
 
 class PretrainedLoader(Protocol):

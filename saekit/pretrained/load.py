@@ -11,8 +11,10 @@ import attrs
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
+from saekit.kinds import ACTIVATION_FUNCTIONS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.building import built
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
@@ -38,12 +40,12 @@ def load_sae(
     if loader is None and is_own(files):
         return build_sae(read_own(files), plugins, files.place, own=True).to(device)
     choice = _detected(files, plugins).key if loader is None else loader
-    options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
-    return build_sae(read_with(plugins, options, files), plugins, files.place).to(device)
+    bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+    return build_sae(read_with(bound, files), plugins, files.place).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
     found, failed = recognized(items, files)
     if len(found) == 1:
         return found[0]
@@ -111,7 +113,7 @@ def _check(read: PretrainedSAE, place: str) -> None:
 
 def _architecture(read: PretrainedSAE, plugins: PluginManager, place: str) -> Registered:
     try:
-        return plugins.get("sae_architectures", read.architecture)
+        return plugins.get(SAE_ARCHITECTURES, read.architecture)
     except UnknownKeyError as error:
         raise UnknownKeyError(f"the architecture of the SAE in {place}: {error}") from None
 
@@ -129,7 +131,8 @@ def _config(read: PretrainedSAE, item: Registered, plugins: PluginManager, place
     try:
         return ConfigConverter(plugins).structure(options, item.entry.config, "the saved SAE's options")
     except ConfigError as error:
-        raise SAEFormatError(f"the SAE in {place}: its options do not fit {item.key}: {error}") from error
+        source = f" (saekit.options in {CONFIG})" if own else ""
+        raise SAEFormatError(f"the SAE in {place}: its options{source} do not fit {item.key}: {error}") from error
 
 
 def _dtype(read: PretrainedSAE) -> str:
@@ -172,7 +175,7 @@ def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManage
     from saekit.sae.records import SAEInfo
 
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
-    activation = plugins.build("activation_functions", config.activation)
+    activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
     sae: SAE = built(item, config, d_in=d_in, activation=activation)
-    sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
+    sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
     return sae

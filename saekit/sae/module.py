@@ -352,7 +352,8 @@ class SAE(Castable):
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
 
-        sae-lens 6 reads it too, where it has the architecture.
+        sae-lens 6 reads it too, where it has the architecture.  Raises :class:`SAEFormatError`, before anything is
+        touched, for what could not be loaded again: numbers that are not finite, say.
         """
         from saekit.sae.folder import save_sae
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -11,9 +12,14 @@ from torch import Tensor
 
 from saekit.site import Site
 
-__all__ = ["SAEInfo", "StepInput", "StepOutput"]
+__all__ = ["SAEInfo", "StepInput", "StepOutput", "is_scale"]
 
 _SCALED = "expected_average_only_in"
+
+
+def is_scale(value: object) -> bool:
+    """Whether activations can be multiplied by ``value``: a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @attrs.frozen(kw_only=True)

@@ -13,6 +13,7 @@ import attrs
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit.hub import is_path, within_reach
 from saekit_plugins.backends.passed import check_passed
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:
     """What only a folder can be meant by must be there."""
     for name, what in ((model.name, "model folder {!r} (model.name)"),
                        (config.tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
-        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        if is_path(name) and not Path(name).is_dir():
             raise ModelError(f"there is no {what.format(name)}")
 
 
@@ -116,6 +117,6 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba
     tokenizer = load_tokenizer(config.tokenizer)
-    with loading(f"the Mamba model {model.name!r}"):
+    with within_reach(unless=model.name), loading(f"the Mamba model {model.name!r}"):
         module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
         return ready(module, getattr(torch, model.dtype))

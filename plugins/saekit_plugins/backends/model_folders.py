@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         return _load_hf_folder(folder, model.dtype, device, kwargs)
     from transformer_lens import HookedTransformer
 
-    try:
-        loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
-    except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
-        raise ModelError(_unknown_name(model.name, error)) from error
+    with within_reach():
+        try:
+            loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
+        except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
+            raise ModelError(_unknown_name(model.name, error)) from error
     return loaded.eval().requires_grad_(False)
 
 
@@ -43,7 +45,7 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     """The model folder that ``name`` means, checked; None for a name that transformer_lens may know."""
     folder = EMBEDDED.get(name, Path(name))
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if is_path(name):
             raise ModelError(f"there is no model folder {name!r} (model.name)")
         return None
     if (folder / NATIVE_CONFIG).is_file():
@@ -87,7 +89,7 @@ def load_tokenizer(name: str | Path, revision: str = "main") -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
     from transformers import AutoTokenizer
 
-    with loading(f"the tokenizer {str(name)!r}"):
+    with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
 
 
@@ -170,7 +172,7 @@ def load_causal_lm(model: ModelConfig, **options: Any) -> object:
 
     device = resolve_device(model.device, "model.device", model.dtype)
     _causal_lm_place(model.name)
-    with loading(f"the model {model.name!r}"):
+    with within_reach(unless=model.name), loading(f"the model {model.name!r}"):
         return ready(hf_model(model.name, getattr(torch, model.dtype), **options), device)
 
 

@@ -19,10 +19,14 @@ from .plugins.manager import default_manager as default_manager
 from .plugins.registry import Entry as Entry
 from .pretrained import PretrainedSAE as PretrainedSAE
 from .pretrained import SAEFiles as SAEFiles
-from .protocols import Batch as Batch
-from .protocols import RunInfo as RunInfo
 from .runs.run import SweepResult as SweepResult
 from .runs.run import TrainResult as TrainResult
 from .runs.sweep import grid as grid
 from .sae.module import SAE as SAE
 from .site import Site as Site
+from .values import Batch as Batch
+from .values import Ports as Ports
+from .values import RunInfo as RunInfo
+from .values import SAEInfo as SAEInfo
+from .values import StepInput as StepInput
+from .values import StepOutput as StepOutput

@@ -17,10 +17,11 @@ import saekit
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError
 from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
 from saekit.sae.init import initialize
 from saekit.sae.losses import variance_ratio
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput
 
 D_IN, D_SAE, ROWS = 10, 48, 70
 

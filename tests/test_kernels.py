@@ -29,9 +29,10 @@ from saekit.kernels.groups import top_entries
 from saekit.kernels.screen import Screen, native_bfloat16
 from saekit.kernels.workspace import gradient_for, recycle, scratch
 from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
 from saekit.testing import check_sparse_activation
 from saekit.training.optimizer import Optimizer
+from saekit.values import StepInput
 
 
 def seeded(seed: int = 0) -> torch.Generator:

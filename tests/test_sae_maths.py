@@ -18,8 +18,9 @@ import saekit
 from saekit.data.normalize import activation_scale
 from saekit.errors import ConfigError, DataError
 from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput, geometric_median
+from saekit.sae import SAE, geometric_median
 from saekit.sae.init import initialize
+from saekit.values import StepInput
 
 D_IN, D_SAE, N = 6, 14, 9
 

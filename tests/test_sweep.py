@@ -43,8 +43,9 @@ from saekit.errors import ConfigError, DivergedError, TrainingInterrupted
 from saekit.runs import session
 from saekit.runs.summary import summary_table
 from saekit.runs.sweep import changed_options, member_names, short_names
-from saekit.sae import SAE, StepInput, StepOutput
+from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput, StepOutput
 
 DOCUMENTS = [{"text": "".join(f"value_{n}_{k} = {n * k}\n" for k in range(n % 7 + 12))} for n in range(150)]
 Changes = Mapping[str, Mapping[str, Any]]

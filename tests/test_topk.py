@@ -24,12 +24,13 @@ import saekit
 from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
+from saekit.values import StepInput
 
 FOLDER = Path(__file__).parent / "golden_topk"
 CASES = sorted(path.stem for path in FOLDER.glob("*topk_*.safetensors"))

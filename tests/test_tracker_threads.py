@@ -14,10 +14,10 @@ import pytest
 
 import saekit
 from saekit.errors import MissingPackageError, PluginError, StorageError
-from saekit.protocols import Histogram
 from saekit.runs import trackers as under_test
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.testing import fake_plugin
+from saekit.values import Histogram
 
 SOON = 30.0  # seconds: only a failing test waits that long
 

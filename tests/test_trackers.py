@@ -24,8 +24,9 @@ from tiny import run_config
 
 import saekit
 from saekit.errors import PluginFailedError
-from saekit.protocols import Histogram, RunInfo, Tracker
+from saekit.protocols import Tracker
 from saekit.runs.trackers import start_trackers
+from saekit.values import Histogram, RunInfo
 
 HISTOGRAM = Histogram((1, 5, 2), (-1.0, 0.0, 0.5, 2.0))
 

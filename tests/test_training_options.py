@@ -30,8 +30,7 @@ import saekit
 from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import ConfigError, TrainingInterrupted
 from saekit.pretrained.load import build_module
-from saekit.protocols import Histogram
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
 from saekit.sae.init import initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
@@ -39,6 +38,7 @@ from saekit.training.metrics import eval_metrics
 from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram, StepInput
 
 D_IN, D_SAE = 12, 40
 DEVICES = [

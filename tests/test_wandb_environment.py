@@ -11,7 +11,7 @@ from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from test_trackers import fake_wandb, needs_wandb, read_back, wandb_data
 
 import saekit
-from saekit.protocols import RunInfo
+from saekit.values import RunInfo
 
 _ = wandb_data
 GIVEN = {"project": "p", "entity": "e", "mode": "offline", "tags": ("t",)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import DataError
-from saekit.protocols import Batch
 from saekit.site import Site
+from saekit.values import Batch
 
 __all__ = ["ShuffleBuffer"]
 

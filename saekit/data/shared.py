@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.protocols import ModelBackend, Replacement
+from saekit.protocols import ModelBackend
+from saekit.values import Replacement
 
 __all__ = ["ForwardsReader", "SharedForwards"]
 

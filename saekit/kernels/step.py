@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.kernels.encoder import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
 from saekit.kernels.workspace import scratch, uninitialized
-from saekit.sae.records import StepOutput
+from saekit.values import StepOutput
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAE

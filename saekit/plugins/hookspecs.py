@@ -89,7 +89,7 @@ def saekit_register_activation_sources() -> Iterable[Entry]:
 def saekit_register_trackers() -> Iterable[Entry]:
     """Where metrics go (``trackers``).
 
-    ``build(config, *, run: saekit.protocols.RunInfo) -> Tracker``: the run's name, folder and full configuration.
+    ``build(config, *, run: saekit.values.RunInfo) -> Tracker``: the run's name, folder and full configuration.
     """
 
 

@@ -67,7 +67,7 @@ def build_sae(read: PretrainedSAE, plugins: PluginManager, place: str = "the sav
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
     """
-    from saekit.sae.records import SAEInfo
+    from saekit.values import SAEInfo
 
     _check(read, place)
     item = _architecture(read, plugins, place)
@@ -169,7 +169,7 @@ def _check_sizes(read: PretrainedSAE, d_in: int, d_sae: int) -> None:
 
 def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
     """An uninitialized SAE of the architecture ``item``."""
-    from saekit.sae.records import SAEInfo
+    from saekit.values import SAEInfo
 
     config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
     activation = plugins.build("activation_functions", config.activation)

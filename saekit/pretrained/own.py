@@ -13,8 +13,8 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import sha256
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
-from saekit.sae.records import SAEInfo
 from saekit.site import Site
+from saekit.values import SAEInfo
 
 __all__ = ["check_needed", "is_own", "read_own"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from saekit.protocols import Histogram
+from saekit.values import Histogram
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers
 from saekit.training.trainer import SAETrainer

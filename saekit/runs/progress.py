@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from saekit.progress import ProgressDisplay
-from saekit.protocols import Histogram
+from saekit.values import Histogram
 from saekit.runs.session import Session
 from saekit.training.trainer import SAETrainer
 

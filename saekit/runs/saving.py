@@ -10,7 +10,7 @@ from pathlib import Path
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.errors import DivergedError, StorageError
-from saekit.protocols import Histogram
+from saekit.values import Histogram
 from saekit.sae.module import SAE
 from saekit.runs.checkpoints import (
     Checkpoint,

@@ -18,7 +18,8 @@ from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, Eval, Histogram
+from saekit.protocols import ActivationSource, Eval
+from saekit.values import Histogram
 from saekit.sae.module import SAE
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text

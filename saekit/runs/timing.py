@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.data import ActivationStream, Contexts, StreamContext
 from saekit.devices import synchronize
 from saekit.errors import DataError
-from saekit.protocols import Batch
+from saekit.values import Batch
 from saekit.site import Site
 from saekit.training.trainer import SAETrainer
 

@@ -13,7 +13,8 @@ from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Metrics, RunInfo, Tracker
+from saekit.protocols import Tracker
+from saekit.values import Metrics, RunInfo
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.waiting import Record, TrackersState
 

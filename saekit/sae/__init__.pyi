@@ -7,6 +7,3 @@ from .losses import spread as spread
 from .losses import squared_errors as squared_errors
 from .losses import variance_ratio as variance_ratio
 from .module import SAE as SAE
-from .records import SAEInfo as SAEInfo
-from .records import StepInput as StepInput
-from .records import StepOutput as StepOutput

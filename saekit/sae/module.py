@@ -26,8 +26,8 @@ from saekit.protocols import ActivationFunction
 from saekit.sae import inference
 from saekit.sae.casting import Castable
 from saekit.sae.hooks import HookPoint
-from saekit.sae.records import SAEInfo, StepInput, StepOutput
 from saekit.site import flatten_heads
+from saekit.values import SAEInfo, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from saekit.plugins.manager import PluginManager

@@ -23,8 +23,8 @@ from saekit.plugins.building import METHODS, VALUES
 from saekit.plugins.hookspecs import hookimpl
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import KINDS, Entry
-from saekit.protocols import Replacement
 from saekit.testing.sparse import check_sparse_activation
+from saekit.values import Replacement
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,9 @@ from typing import Protocol
 import attrs
 
 from saekit.errors import DivergedError
-from saekit.protocols import ActivationSource, Batch, Histogram
+from saekit.protocols import ActivationSource
 from saekit.training.trainer import SAETrainer
+from saekit.values import Batch, Histogram
 
 __all__ = ["Lane", "Observer", "fit"]
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import PluginFailedError
-from saekit.protocols import Histogram
 from saekit.sae.module import SAE
-from saekit.sae.records import StepOutput
+from saekit.values import Histogram, StepOutput
 
 __all__ = ["eval_metrics", "histogram", "numbers_of", "step_metrics", "window_metrics"]
 

@@ -14,13 +14,12 @@ from torch import Tensor
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
-from saekit.protocols import Histogram
 from saekit.sae.module import SAE
-from saekit.sae.records import StepInput, StepOutput
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import Optimizer
+from saekit.values import Histogram, StepInput, StepOutput
 
 __all__ = ["FINETUNED", "SAETrainer"]
 

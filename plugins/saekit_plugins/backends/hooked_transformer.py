@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
-    from saekit.protocols import Replacement
+    from saekit.values import Replacement
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 

@@ -9,7 +9,8 @@ import torch
 
 from saekit.kernels import Encoder, FastStep, Features, SparseFeatures, SparsityPenalty, active_groups, screen_for
 from saekit.protocols import SparseActivation
-from saekit.sae import SAE, StepInput, StepOutput, ghost_loss, sparsity_penalty, spread, squared_errors
+from saekit.sae import SAE, ghost_loss, sparsity_penalty, spread, squared_errors
+from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.standard import StandardConfig, l1_coefficient_at
 
 __all__ = ["StandardSAE"]

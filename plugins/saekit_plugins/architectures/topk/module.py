@@ -10,7 +10,8 @@ from torch import Tensor
 
 from saekit.kernels import Encoder, FastStep, Features, SparseFeatures, add_auxk, dense_above, screen_for, top_groups
 from saekit.protocols import SparseActivation
-from saekit.sae import SAE, StepInput, StepOutput, auxk_loss, squared_errors, variance_ratio
+from saekit.sae import SAE, auxk_loss, squared_errors, variance_ratio
+from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.topk import TopKConfig
 
 __all__ = ["TopKSAE", "folded"]

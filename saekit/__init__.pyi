@@ -22,7 +22,7 @@ from .pretrained import SAEFiles as SAEFiles
 from .runs.run import SweepResult as SweepResult
 from .runs.run import TrainResult as TrainResult
 from .runs.sweep import grid as grid
-from .sae.module import SAE as SAE
+from .sae.saved import SAE as SAE
 from .site import Site as Site
 from .values import Batch as Batch
 from .values import Ports as Ports

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.pretrained import PretrainedSAE, SAEFiles
-    from saekit.sae import SAE
     from saekit.site import Site
 
 __all__ = [
@@ -147,8 +146,8 @@ class Tracker(Protocol):
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
-        """Numbers by name.  ``contexts [n, context_size]`` are token ids."""
+    def __call__(self, sae: Any, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
+        """Numbers by name, of ``sae``, a :class:`saekit.SAE`.  ``contexts [n, context_size]`` are token ids."""
 
 
 class PretrainedLoader(Protocol):

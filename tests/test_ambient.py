@@ -19,7 +19,7 @@ import saekit
 from saekit.ambient import ambient
 from saekit.config.files import load_config
 from saekit.evals import spliced_losses, variance_metrics
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import StepInput
 

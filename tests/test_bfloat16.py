@@ -16,8 +16,8 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import TrainingInterrupted
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import Batch
 

@@ -437,10 +437,10 @@ def test_a_full_disk_when_training_is_interrupted(tmp_path: Path, monkeypatch: p
     )
     config["checkpoints"]["name"], calls[0] = "other", 0
 
-    def broken(trainer: SAETrainer, rows: Tensor) -> None:
+    def broken(trainer: SAETrainer, rows: Tensor, *rest: Any) -> None:
         if trainer.step == 4:
             raise ValueError("a fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     work = SAETrainer.train_on
     monkeypatch.setattr(SAETrainer, "train_on", broken)
@@ -717,9 +717,9 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     work = SAETrainer.train_on
 
-    def slow(trainer: SAETrainer, rows: Tensor) -> Any:
+    def slow(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         clock[0] += 25 * 60
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(saving, "write_checkpoint", note)
@@ -752,17 +752,17 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int, what: str = "r
     """From this step on, the SAE of this name gets rows that are not numbers, or has weights that are not."""
     work = SAETrainer.train_on
 
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
+    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step + 1 >= step and name in trainer.name:
             if what == "rows":
                 rows = rows.clone()
                 rows[0, 0] = math.inf
             else:
-                found = work(trainer, rows)
+                found = work(trainer, rows, *rest)
                 with torch.no_grad():
                     trainer.sae.b_enc[0] = math.nan
                 return found
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", train_on)
 
@@ -885,8 +885,8 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     config = fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 5})
     work, began = SAETrainer.train_on, []
 
-    def hangs(trainer: SAETrainer, rows: Tensor) -> Any:
-        found = work(trainer, rows)
+    def hangs(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
+        found = work(trainer, rows, *rest)
         if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # the first one is only noted
@@ -951,10 +951,10 @@ def test_an_error_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest.Mo
         config = saekit.grid(config, {"sae.l1_coefficient": [1.0, 2.0]}, plugins=manager())
     work = SAETrainer.train_on
 
-    def fails(trainer: SAETrainer, rows: Tensor) -> Any:
+    def fails(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == 3 and (not sweep or "=2" in trainer.name):
             raise RuntimeError("an architecture's fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="an architecture's fault") as caught:
         patch.setattr(SAETrainer, "train_on", fails)
@@ -976,10 +976,10 @@ def test_an_error_right_after_a_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     config = fake_config(tmp_path, checkpoints={"name": "run", "every_minutes": 1e-9})
     work = SAETrainer.train_on
 
-    def fails(trainer: SAETrainer, rows: Tensor) -> Any:
+    def fails(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == 3:
             raise RuntimeError("a fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", fails)
     with pytest.raises(RuntimeError, match="a fault") as caught:

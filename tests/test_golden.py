@@ -21,7 +21,7 @@ from torch import Tensor
 import saekit
 from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.data.normalize import activation_scale
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.sae.init import initial_b_dec
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
@@ -54,7 +54,7 @@ MIXED = {
     "mixed_tanh_relu_no_b_dec_restarts_decay_strong_clip_beta1_zero",
 }
 PATCHES = {
-    "the activations' norm is estimated before b_dec is initialized",
+    "the activations' norm is estimated before b_dec is initialised",
     "the fine-tuning methods name the scaling factor as the SAE names it",
     "the ghost loss is summed over d_in like the mse, and is 0 when no feature is dead",
     "the gradient parallel to the decoder rows is removed before clipping and the step",

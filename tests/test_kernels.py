@@ -28,8 +28,8 @@ from saekit.kernels import Encoder, SparseFeatures, active_groups, batch_top, to
 from saekit.kernels.groups import top_entries
 from saekit.kernels.screen import Screen, native_bfloat16
 from saekit.kernels.workspace import gradient_for, recycle, scratch
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.testing import check_sparse_activation
 from saekit.training.optimizer import Optimizer
 from saekit.values import StepInput

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import saekit
 from saekit.errors import SAEFormatError, StorageError
 from saekit.files.storage import new_folder, write_text
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 
 
 def make(

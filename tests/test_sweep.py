@@ -74,8 +74,8 @@ class GainConfig(saekit.SAEConfig):
 
 
 class GainSAE(SAE):
-    def __init__(self, config: Any, *, d_in: int, activation: Any) -> None:
-        super().__init__(config, d_in=d_in, activation=activation)
+    def __init__(self, config: Any, *, ports: Any, activation: Any) -> None:
+        super().__init__(config, ports=ports, activation=activation)
         self.gain = torch.nn.Parameter(torch.rand(self.d_sae))  # of the process's random numbers, as torch's own are
 
     def encode(self, x: Tensor) -> Tensor:

@@ -29,9 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import saekit
 from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import ConfigError, TrainingInterrupted
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
-from saekit.sae.init import initialize
+from saekit.sae.build import build_module, initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import eval_metrics
@@ -66,7 +65,7 @@ def make_trainer(
     plugins = saekit.default_manager()
     options = StandardConfig(**{"d_sae": D_SAE, "dtype": "float64", "l1_coefficient": 0.5, **sae})
     module = build_module(plugins.find("sae_architectures", options), options, D_IN, plugins)
-    initialize(dict(module.named_parameters()), module.config, torch.Generator().manual_seed(0))
+    initialize(module, torch.Generator().manual_seed(0))
     module.b_enc.data[:asleep] = -30
     module.to(device)
     config = TrainingConfig(
@@ -528,10 +527,10 @@ def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(
     assert compiled.runs == 8
     step = SAETrainer.train_on
 
-    def stopping(trainer: SAETrainer, batch: Tensor) -> Any:
+    def stopping(trainer: SAETrainer, batch: Tensor, *rest: Any) -> Any:
         if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer, batch)
+        return step(trainer, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(SAETrainer, "train_on", stopping)
@@ -686,13 +685,13 @@ def test_an_architecture_that_draws_its_own_tensors(tmp_path: Path) -> None:
     class MixedConfig(StandardConfig):
         pass
 
-    def build(config: Any, *, d_in: int, activation: Any) -> SAE:
+    def build(config: Any, *, ports: Any, activation: Any) -> SAE:
         plain = (
             saekit.default_manager()
             .find("sae_architectures", "standard")
-            .entry.build(config, d_in=d_in, activation=activation)
+            .entry.build(config, ports=ports, activation=activation)
         )
-        plain.mixing = nn.Parameter(nn.Linear(d_in, d_in).weight.detach())
+        plain.mixing = nn.Parameter(nn.Linear(ports.d_in, ports.d_in).weight.detach())
         return plain
 
     mixed = fake_plugin("sae_architectures", "mixed", build=build, config=MixedConfig)

@@ -13,23 +13,23 @@ from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
-from saekit.plugins.building import built
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.site import Site
+from saekit.values import SAEInfo
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+    from saekit.sae.module import Dictionary
 
-__all__ = ["build_module", "build_sae", "load_sae"]
+__all__ = ["build_sae", "load_sae"]
 
 
 @ambient()
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
-) -> SAE:
+) -> Dictionary:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
     from saekit.pretrained.own import is_own, read_own
 
@@ -62,12 +62,14 @@ def _usable(item: Registered) -> bool:
     return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
-def build_sae(read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False) -> SAE:
+def build_sae(
+    read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
+) -> Dictionary:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
     """
-    from saekit.values import SAEInfo
+    from saekit.sae.build import build_module
 
     _check(read, place)
     item = _architecture(read, plugins, place)
@@ -165,14 +167,3 @@ def _check_sizes(read: PretrainedSAE, d_in: int, d_sae: int) -> None:
             f"the weights do not fit the options: the log sparsity has shape {list(read.log_sparsity.shape)}, "
             f"expected {[d_sae]}"
         )
-
-
-def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
-    """An uninitialized SAE of the architecture ``item``."""
-    from saekit.values import SAEInfo
-
-    config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
-    activation = plugins.build("activation_functions", config.activation)
-    sae: SAE = built(item, config, d_in=d_in, activation=activation)
-    sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
-    return sae

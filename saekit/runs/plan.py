@@ -46,7 +46,7 @@ from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_ste
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae.module import SAE
+    from saekit.sae.module import Dictionary
     from saekit.training.trainer import SAETrainer
 
 __all__ = ["look"]
@@ -70,7 +70,7 @@ class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
-        self.start: SAE | None = None
+        self.start: Dictionary | None = None
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
@@ -19,7 +19,8 @@ from saekit.errors import DataError, DivergedError, StorageError, TrainingInterr
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.kernels.workspace import release
-from saekit.sae.module import SAE
+from saekit.sae.folder import save_sae
+from saekit.sae.saved import SAE
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
 from saekit.runs.interruption import Interruption
@@ -165,7 +166,7 @@ def _finish(
             member.trainer.diverged = str(error)
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
-        member.trainer.raw_sae().save(record.home(member.name) / "sae")
+        save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
     for member in _healthy(session):
         every, step = member.config.evals.every_n_steps, member.trainer.step
         if not (every and step % every == 0):  # else the loop has just measured
@@ -256,7 +257,7 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
 def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:
     results = {
         member.name: TrainResult(
-            sae=member.trainer.raw_sae(),
+            sae=cast(SAE, member.trainer.raw_sae()),  # architectures derive from it
             folder=record.home(member.name),
             metrics=member.latest,
             backend=session.backend,

@@ -11,7 +11,7 @@ from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.errors import DivergedError, StorageError
 from saekit.values import Histogram
-from saekit.sae.module import SAE
+from saekit.sae.module import Dictionary
 from saekit.runs.checkpoints import (
     Checkpoint,
     all_checkpoints,
@@ -159,7 +159,7 @@ class Saving:
             waiting[name] = waiting_state(trackers.waiting(saved), path.parent)
         return {**self._session.stream_state(), "trackers": waiting}
 
-    def _worth_saving(self) -> dict[str, SAE]:
+    def _worth_saving(self) -> dict[str, Dictionary]:
         saes = {}
         for name, member in self._session.members.items():
             try:
@@ -224,8 +224,7 @@ class Saving:
 def _state(trainer: SAETrainer) -> dict[str, object]:
     """The training state, without the weights where the SAE as it is saved has the very same."""
     state = trainer.state_dict()
-    own_form = type(trainer.sae).public_tensors is not SAE.public_tensors or list(trainer.sae.buffers())
-    if trainer.as_saved and trainer.sae.scaling_factor is None and not own_form:
+    if trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
         state.pop("weights", None)
     return state
 

@@ -20,7 +20,7 @@ from saekit.errors import ConfigError, SaekitError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
 from saekit.values import Histogram
-from saekit.sae.module import SAE
+from saekit.sae.module import Dictionary
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.training.loop import Lane
@@ -48,7 +48,7 @@ class Member:
     config: TrainConfig
     trainer: SAETrainer
     evals: Mapping[str, Eval]
-    start: SAE | None
+    start: Dictionary | None
     """The saved SAE that it starts from."""
     latest: dict[str, float] = attrs.field(factory=dict)
     """The last value of every metric."""
@@ -278,7 +278,7 @@ class _Prepared:
     """What a configuration alone decides."""
 
     options: Any
-    start: SAE | None
+    start: Dictionary | None
     schedule: Any
     evals: dict[str, Eval]
 

@@ -24,7 +24,7 @@ from saekit.files.strict_json import check_value
 from saekit.files.tensors import save_tensors
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+    from saekit.sae.module import Dictionary
 
 __all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
 
@@ -35,7 +35,7 @@ _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 _HALF = "sae_files"  # what is half written has a hidden name made of this
 
 
-def save_sae(sae: SAE, path: Path) -> Path:
+def save_sae(sae: Dictionary, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``; returns ``path``.
 
     A folder that holds an SAE's files alone is replaced whole.  Into any other folder the SAE's own files go, in the
@@ -120,7 +120,7 @@ def _works_in(folder: Path) -> bool:
         return False
 
 
-def _write_into(target: Path, sae: SAE) -> None:
+def _write_into(target: Path, sae: Dictionary) -> None:
     tidy(target, _HALF.__eq__)
     with new_files(target / _HALF) as home:
         written = write_sae(sae, home)
@@ -128,7 +128,7 @@ def _write_into(target: Path, sae: SAE) -> None:
         replace_files(target, new, last=CONFIG)
 
 
-def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
+def write_sae(sae: Dictionary, folder: Path) -> dict[str, str]:
     """Write the files of ``sae`` into ``folder``, which is there; returns their checksums."""
     tensors = sae.public_tensors()
     config = folder_config(sae, tensors)
@@ -153,7 +153,7 @@ def seal(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def folder_config(sae: SAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def folder_config(sae: Dictionary, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """``cfg.json`` beside ``tensors``: what sae-lens 6 reads, and saekit's own part.
 
     The type of the weights is that of the tensors, whatever the SAE was made with.
@@ -197,6 +197,6 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     check_value(dict(metadata), "sae.info.metadata")
 
 
-def site_has_head(sae: SAE) -> bool:
+def site_has_head(sae: Dictionary) -> bool:
     """Whether the SAE reads one head alone, so that it sees ``[..., d_head]`` and nothing to flatten."""
     return sae.info.site is not None and sae.info.site.hook_head_index is not None

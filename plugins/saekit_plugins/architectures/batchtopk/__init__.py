@@ -16,8 +16,8 @@ from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.topk import TopKConfig, check_activation
 
 if TYPE_CHECKING:
+    from saekit import SAE, Ports
     from saekit.protocols import ActivationFunction
-    from saekit.sae import SAE
 
 
 @attrs.frozen(kw_only=True)
@@ -49,10 +49,10 @@ def saekit_register_sae_architectures() -> Iterable[Entry]:
     )
 
 
-def _build(config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+def _build(config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
     check_activation("batchtopk", activation)
-    if config.k > config.features(d_in):
-        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    if config.k > config.features(ports.d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
     from saekit_plugins.architectures.batchtopk.module import BatchTopKSAE
 
-    return BatchTopKSAE(config, d_in=d_in, activation=activation)
+    return BatchTopKSAE(config, ports=ports, activation=activation)

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit import Ports
 from saekit.errors import SAEFormatError
 from saekit.kernels import Encoder, Features, SparseFeatures, active_groups, batch_top, screen_for
 from saekit.protocols import ActivationFunction
+from saekit.sae import Factor, one_factor
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk.module import TopKSAE
 
 __all__ = ["BatchTopKSAE"]
+
+_AVERAGE = ("threshold_average", "threshold_updates")  # what the threshold is made of; it is saved in their place
 
 
 class BatchTopKSAE(TopKSAE):
@@ -23,10 +27,10 @@ class BatchTopKSAE(TopKSAE):
 
     config: BatchTopKConfig
 
-    def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
-        super().__init__(config, d_in=d_in, activation=activation)
+    def __init__(self, config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
+        super().__init__(config, ports=ports, activation=activation)
         # In float64, as otherwise small updates of a large average would be lost.
-        for name in ("threshold_average", "threshold_updates"):
+        for name in _AVERAGE:
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device="cpu"))
         self._k = Fraction(repr(float(config.k)))  # the decimal that was written, not the binary number next to it
 
@@ -88,16 +92,18 @@ class BatchTopKSAE(TopKSAE):
     # ---- saving
 
     @torch.no_grad()
-    def fold_activation_scale(self, scale: float) -> None:
-        super().fold_activation_scale(scale)
+    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        super().fold_activation_scale(scale, target_scale)
         if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
-            self.threshold_average /= scale
+            self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
 
     def public_tensors(self) -> dict[str, Tensor]:
         tensors, norms = super().public_tensors(), self.norms_when_saved()
+        for name in _AVERAGE:
+            tensors.pop(name)
         threshold = self.threshold.detach().cpu().expand(self.d_sae)
         # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
         if norms is not None:  # nothing is decoded of a row of norm 0
@@ -111,9 +117,9 @@ class BatchTopKSAE(TopKSAE):
         threshold = tensors.pop("threshold", None)
         if threshold is None:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
-        super().load_public_tensors(tensors)
+        average = [torch.zeros((), dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)]
+        super().load_public_tensors(tensors | dict(zip(_AVERAGE, average, strict=True)))
         self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
-        self.threshold_updates.fill_(torch.inf)
 
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""

@@ -11,8 +11,8 @@ from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import check
 
 if TYPE_CHECKING:
+    from saekit import SAE, Ports
     from saekit.protocols import ActivationFunction
-    from saekit.sae import SAE
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -52,10 +52,10 @@ def saekit_register_sae_architectures() -> Iterable[Entry]:
     yield Entry("standard", StandardConfig, _build, summary="one hidden layer, an Lp sparsity penalty")
 
 
-def _build(config: StandardConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+def _build(config: StandardConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
     from saekit_plugins.architectures.standard.module import StandardSAE
 
-    return StandardSAE(config, d_in=d_in, activation=activation)
+    return StandardSAE(config, ports=ports, activation=activation)
 
 
 def l1_coefficient_at(config: StandardConfig, step: int) -> float:

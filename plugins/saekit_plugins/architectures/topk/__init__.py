@@ -11,8 +11,8 @@ from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
 
 if TYPE_CHECKING:
+    from saekit import SAE, Ports
     from saekit.protocols import ActivationFunction
-    from saekit.sae import SAE
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 _at_least_1 = check(lambda value: value >= 1, "1 or more")
@@ -58,13 +58,13 @@ def saekit_register_sae_architectures() -> Iterable[Entry]:
     yield Entry("topk", TopKConfig, _build, summary="the k largest features of each row, AuxK for dead ones")
 
 
-def _build(config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> SAE:
+def _build(config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
     check_activation("topk", activation)
-    if config.k > config.features(d_in):
-        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+    if config.k > config.features(ports.d_in):
+        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
     from saekit_plugins.architectures.topk.module import TopKSAE
 
-    return TopKSAE(config, d_in=d_in, activation=activation)
+    return TopKSAE(config, ports=ports, activation=activation)
 
 
 def check_activation(name: str, activation: ActivationFunction) -> None:

@@ -1,0 +1,59 @@
+"""Making a dictionary: the module that options describe, and its starting weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.config.converter import ConfigConverter
+from saekit.plugins.building import built
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Registered
+from saekit.sae.module import Dictionary
+from saekit.sae.parameters import Factor, Start
+from saekit.values import Ports, SAEInfo
+
+__all__ = ["build_module", "initialize"]
+
+
+def build_module(item: Registered, config: Any, ports: Ports | int, plugins: PluginManager) -> Dictionary:
+    """An uninitialized dictionary of the architecture ``item``; ``ports`` may be the width of an SAE's one site."""
+    ports = Ports.one(ports) if isinstance(ports, int) else ports
+    config = attrs.evolve(config, d_in=ports.d_in, d_sae=config.features(ports.d_in), expansion_factor=None)
+    activation = plugins.build("activation_functions", config.activation)
+    sae: Dictionary = built(item, config, ports=ports, activation=activation)
+    sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
+    return sae
+
+
+@torch.no_grad()
+def initialize(
+    sae: Dictionary,
+    generator: torch.Generator,
+    sample: Tensor | None = None,
+    scale: Factor = 1.0,
+    *,
+    target: Tensor | None = None,
+    target_scale: Factor | None = None,
+) -> None:
+    """Give ``sae`` the starting weights that its options and its table of parameters say.
+
+    ``sample [n, d_in]`` are raw activations to come, which may be None for the ``b_dec_init_method`` ``zeros``, and
+    ``scale`` is what they will be multiplied by.  ``target [n, d_out]`` and ``target_scale`` likewise, and by default
+    the same.
+    """
+    start = Start(
+        sae.config,
+        generator,
+        torch.promote_types(sae.dtype, torch.float32),
+        sae.table,
+        sample,
+        sample if target is None else target,
+        scale,
+        scale if target_scale is None else target_scale,
+    )
+    for name, value in start.values().items():
+        getattr(sae, name).copy_(value)

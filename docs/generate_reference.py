@@ -8,7 +8,7 @@ import attrs
 
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.describe import describe_fields
-from saekit.plugins.registry import KINDS
+from saekit.kinds import KINDS
 from saekit.testing import isolated_manager
 
 TARGET = Path(__file__).parent / "reference" / "configuration.generated.md"
@@ -56,7 +56,7 @@ def reference() -> str:
     lines += ["## `saekit pretokenize`", "", *options_table(PretokenizeConfig)]
     lines += ["`dataset` and `model` have the options of the sections above.", ""]
     for kind, registry in isolated_manager(builtins=True).registries.items():
-        lines += [f"## Plugins: {KINDS[kind]}s", ""]
+        lines += [f"## Plugins: {KINDS[kind].labels}", ""]
         for item in registry.items:
             lines += [f"### `{item.key}`", "", f"{item.entry.summary[:1].upper()}{item.entry.summary[1:]}.", ""]
             if item.entry.extra:

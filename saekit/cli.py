@@ -70,14 +70,19 @@ def _train(
     ] = None,
 ) -> None:
     """Train an SAE as a configuration file says, or one for each point of a grid; or go on with a run."""
-    from saekit.config.files import load_config, parse_grid
-
     if run is None and (config is None or allow):
         missing = "a configuration file is missing" if config is None else "--allow goes with --resume"
         raise ConfigError(f"{missing}: saekit train run.toml, or saekit train --resume RUN")
     if run is not None and axes:
         raise ConfigError("--grid starts a new run, and --resume goes on with one; give one of them")
+    if run is not None:
+        from saekit.files.paths import as_path
+        from saekit.runs.place import check_is_run
+
+        check_is_run(as_path(run))  # before anything is imported that is for runs
     source, given = ({}, []) if config is None else _source(config, overrides)
+    from saekit.config.files import load_config, parse_grid
+
     if run is None:
         wanted: Any = load_config(source, given)  # before torch is imported, so that mistakes show at once
     if axes:

@@ -13,6 +13,7 @@ __all__ = [
     "DivergedError",
     "MissingPackageError",
     "ModelError",
+    "PlaceError",
     "PluginError",
     "PluginFailedError",
     "PluginWarning",
@@ -84,13 +85,19 @@ class DataError(SaekitError):
 
 
 class SAEFormatError(SaekitError):
-    """A saved SAE that cannot be read."""
+    """A saved SAE that cannot be read, or one that could not be read again if it were saved."""
 
 
 class StorageError(SaekitError):
-    """A run folder, checkpoint or file that cannot be written."""
+    """A run folder, checkpoint or file that cannot be written, or gone on from."""
 
     exit_code = 1
+
+
+class PlaceError(StorageError):
+    """A folder that was named and is not the one: there is nothing to go on from, or nobody may write there."""
+
+    exit_code = 2
 
 
 class DivergedError(SaekitError):

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Metrics, Replacement
+from saekit.values import Batch, Metrics, Replacement, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.pretrained import PretrainedSAE, SAEFiles
+    from saekit.pretrained.files import PretrainedSAE, SAEFiles
     from saekit.site import Site
 
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
+    "Dictionary",
     "Eval",
     "LRSchedule",
     "ModelBackend",
+    "Optimizer",
     "PretrainedLoader",
     "Remarks",
     "SparseActivation",
@@ -103,6 +105,47 @@ class Remarks(Protocol):
         """What a user may not expect of it, as it was set up; None: nothing."""
 
 
+class Dictionary(Protocol):
+    """What an architecture builds, as far as the kernel must find it; derive it from :class:`saekit.SAE`."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations ``[..., d_sae]`` of ``x [..., d_in]``."""
+
+    def decode(self, features: Tensor) -> Tensor:
+        """The reconstruction of feature activations ``[..., d_sae]``."""
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The loss and its terms for ``x [n, d_in]``, by autograd."""
+
+    def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        """The same, with every parameter's gradient filled in."""
+
+    def public_tensors(self) -> Mapping[str, Tensor]:
+        """What is saved, by name."""
+
+    def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what was saved."""
+
+    def to(self, device: Any) -> Any:
+        """Move there."""
+
+
+class Optimizer(Protocol):
+    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them."""
+
+    param_groups: list[dict[str, Any]]
+    """Parameters with their settings; ``lr`` is set before every step."""
+
+    def step(self) -> Any:
+        """One update from the parameters' ``grad``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on exactly."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on where ``state`` was taken."""
+
+
 @runtime_checkable
 class ActivationSource(Protocol):
     """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller.
@@ -147,7 +190,7 @@ class Eval(Protocol):
     """A measurement on held-out contexts."""
 
     def __call__(self, sae: Any, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
-        """Numbers by name, of ``sae``, a :class:`saekit.SAE`.  ``contexts [n, context_size]`` are token ids."""
+        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, ``contexts [n, context_size]`` are token ids."""
 
 
 class PretrainedLoader(Protocol):

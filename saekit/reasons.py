@@ -1,8 +1,11 @@
-"""What a library's error says, as one line of ours."""
+"""What errors of libraries and of plugins say, as text of ours: short, and without control characters."""
 
 from __future__ import annotations
 
-__all__ = ["reason"]
+from saekit.errors import SaekitError
+from saekit.plugins.text import printable
+
+__all__ = ["error_text", "last_line", "reason", "reason_of_unpickling"]
 
 _UNSAFE = ("weights_only", "weights only", "allow_pickle", "safe_globals", "unpickl", "torch.load")
 _FOREIGN_CODE = ("trust_remote_code", "custom code")
@@ -14,6 +17,8 @@ def reason(error: BaseException) -> str:
     """What ``error`` says, in a line.  Advice to read files in an unsafe way is never passed on."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if type(error).__name__ == "OfflineModeIsEnabled":  # of huggingface_hub
+        return "the Hub is not asked (offline mode), and its cache does not hold it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -25,3 +30,29 @@ def reason(error: BaseException) -> str:
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
     return f"{type(error).__name__}: {first}" if isinstance(error, _WITHOUT_A_SENTENCE) else first
+
+
+def reason_of_unpickling(error: BaseException) -> str:
+    """What torch's weights-only unpickler says, in a line; it goes on with how to run the pickle all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "WeightsUnpickler error" in line or line.startswith("Unsupported")]
+    if told:
+        return told[0].split("WeightsUnpickler error:")[-1].split(". Please")[0].strip()
+    if isinstance(error, EOFError):
+        return "it is empty or cut off"
+    return type(error).__name__ if lines and lines[0].startswith("Weights only load failed") else reason(error)
+
+
+def error_text(error: BaseException) -> str:
+    """``ValueError: why``, or only why for an error of saekit's own, in as many lines as it has."""
+    try:
+        text = str(error) if isinstance(error, SaekitError) else f"{type(error).__name__}: {error}"
+    except Exception:  # an exception whose own __str__ fails
+        text = ""
+    text = printable(text.strip().removesuffix(":"), keep="\n") or type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of :func:`error_text`, as a traceback ends."""
+    return error_text(error).splitlines()[-1]

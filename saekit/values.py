@@ -5,6 +5,7 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "StepInput", "StepOutput",
+    "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
@@ -154,6 +156,11 @@ class StepOutput(NamedTuple):
     """The architecture's own metrics, logged under these names; tensors are scalars."""
 
 
+def is_scale(value: object) -> bool:
+    """Whether activations can be multiplied by ``value``: a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 @attrs.frozen(kw_only=True)
 class SAEInfo:
     """Where an SAE comes from and where it belongs."""
@@ -227,8 +234,15 @@ class RunInfo:
             fault = "is another tracker's"
         if fault is None:
             tidy(self.folder, name.__eq__)
-            fault = "is a symbolic link" if (self.folder / name).is_symlink() else None
+            fault = _fault_of_place(self.folder / name)
         if fault is not None:
             raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
         self._files.add(key)
         return self.folder / name
+
+
+def _fault_of_place(path: Path) -> str | None:
+    """Why what lies there is nothing that a tracker may write into."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"

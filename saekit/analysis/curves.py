@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from saekit.errors import StorageError
+from saekit.errors import PlaceError
 
 __all__ = ["plot_training_curves", "read_metrics"]
 
@@ -22,7 +22,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of ``metrics.jsonl`` in a run folder."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise StorageError(f"{folder} has no metrics.jsonl: it is not a run folder, or its run had no jsonl tracker")
+        raise PlaceError(f"{folder} has no metrics.jsonl: it is not a run folder, or its run had no jsonl tracker")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.site import Site
 
 __all__ = ["Example", "FeatureExamples", "FeaturePeaks", "feature_peaks", "striking_features", "top_examples"]
@@ -66,7 +66,7 @@ class FeaturePeaks:
 @ambient()
 @torch.no_grad()
 def feature_peaks(
-    sae: Dictionary, *, backend: ModelBackend, site: Site, contexts: Tensor, n: int = 12, batch_size: int = 32
+    sae: SAEModule, *, backend: ModelBackend, site: Site, contexts: Tensor, n: int = 12, batch_size: int = 32
 ) -> FeaturePeaks:
     """Each feature's peaks in the ``n`` of ``contexts [contexts, context_size]`` where it fires most.
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from saekit.commands.jobs import train
 from saekit.config.files import load_config
 from saekit.errors import ConfigError
+from saekit.kinds import EVALS
 from saekit.plugins.manager import PluginManager, default_manager
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
-    if "saekit:reconstruction" not in {plugins.find("evals", choice).key for choice in config.evals.run}:
+    if "saekit:reconstruction" not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
         raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
     console.print(
         f"Training an SAE on [bold]{config.site.hook_name}[/] of [bold]{config.model.name}[/] "
@@ -85,7 +86,7 @@ def _numbers(result: TrainResult) -> Table:
             f"{metrics['evals/ce_loss_without_sae']:.3f} / {metrics['evals/ce_loss_with_sae']:.3f} / "
             f"{metrics['evals/ce_loss_with_ablation']:.3f}",
         ),
-        ("dead features", f"{metrics['sparsity/dead_features']:.0f}"),
+        ("dead features, in training", f"{metrics['sparsity/dead_features']:.0f}"),
     ):
         table.add_row(name, text)
     return table

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
-from saekit.config.files import load_config
+from saekit.config.files import load_config, load_configs
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -66,10 +66,8 @@ def train(
     interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
     """
     plugins = plugins or default_manager()
-    if alone := isinstance(cfg, (TrainConfig, Mapping, str, Path)):
-        configs = [load_config(cfg, plugins=plugins)]
-    else:
-        configs = [load_config(one, plugins=plugins) for one in cfg]
+    alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
+    configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
@@ -98,13 +96,15 @@ def resume(
 
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
+    from saekit.runs.record import RunRecord
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
+    record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
     with alone_in(run):
         while True:
-            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
+            resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
             preflight.of_resume(list(resumption.configs.values()), plugins, model, dataset, begun=begun).raise_any()
             from saekit.runs.run import go_on

@@ -1,13 +1,12 @@
 """What can be seen to be wrong before anything heavy is imported: a slip costs half a second, not half a minute.
 
-Nothing here imports torch or a library of models or datasets, writes anything, or asks a network.  The work makes the
-same checks again where it needs what they are about; they are the same functions, each in a light module of its own
-room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
+Nothing here imports torch or a library of models or datasets, leaves anything behind, or asks a network.  The work
+makes the same checks again where it needs what they are about; they are the same functions, each in a light module of
+its own room.  A plugin takes part by :attr:`saekit.Entry.precheck`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -16,12 +15,14 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from saekit.config import PLUGIN_KIND, PluginChoice, PretokenizeConfig, TrainConfig
+from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
 from saekit.data.text import check_place
-from saekit.errors import ConfigError, SaekitError, StorageError
+from saekit.errors import ConfigError, PlaceError, SaekitError
+from saekit.files.storage import why_no_folder_in
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
-from saekit.plugins.registry import Registered
 from saekit.runs.checks import check_finetuning, chosen_evals, chosen_trackers, start_files
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
@@ -158,7 +159,7 @@ def _inputs(
 
 
 def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
-    return bool(config.evals.run) or plugins.find("activation_sources", config.activations.source).entry.needs_text
+    return bool(config.evals.run) or plugins.find(ACTIVATION_SOURCES, config.activations.source).entry.needs_text
 
 
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:
@@ -173,10 +174,10 @@ def _held_out(configs: Sequence[TrainConfig], dataset: object | None) -> Iterato
 
 
 def _model(config: TrainConfig | PretokenizeConfig, plugins: PluginManager, model: object | None) -> Iterator[Check]:
-    chosen = plugins.find("model_backends", config.model.backend)
-    yield chosen.check_requirements
+    chosen = plugins.bound(MODEL_BACKENDS, config.model.backend)
+    yield chosen.item.check_requirements
     if model is None:
-        yield partial(_precheck, chosen, plugins.options("model_backends", config.model.backend), config)
+        yield partial(_precheck, chosen, config)
 
 
 def _starts(configs: Sequence[TrainConfig]) -> Iterator[Check]:
@@ -190,32 +191,33 @@ def _members(configs: Sequence[TrainConfig], plugins: PluginManager) -> Iterator
     for config in configs:
         yield partial(chosen_trackers, config, plugins)
         yield partial(chosen_evals, config, plugins)
-        yield partial(check_finetuning, config, plugins.options("sae_architectures", config.sae))
-        for kind, choice in _choices(config, plugins):
-            if kind != "model_backends":
-                chosen = plugins.find(kind, choice)
-                yield chosen.check_requirements
-                yield partial(_precheck, chosen, plugins.options(kind, choice), config)
+        yield partial(check_finetuning, config, plugins.options(SAE_ARCHITECTURES, config.sae))
+        for chosen in _choices(config, plugins):
+            if chosen.kind != MODEL_BACKENDS:
+                yield chosen.item.check_requirements
+                yield partial(_precheck, chosen, config)
 
 
-def _choices(config: object, plugins: PluginManager) -> Iterator[tuple[str, PluginChoice]]:
-    """Every plugin that ``config`` chooses, with its kind, and those that their options choose."""
+def _choices(config: object, plugins: PluginManager) -> Iterator[Choice[Any]]:
+    """Every plugin that ``config`` chooses, and those that their options choose."""
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
         for item in value if isinstance(value, tuple) else (value,):
-            if kind is not None:
-                yield kind, item
-                yield from _choices(plugins.options(kind, item), plugins)
+            if kind is not None and item is not None:
+                chosen = plugins.bound(kind, item)
+                yield chosen
+                yield from _choices(chosen.options, plugins)
             elif attrs.has(type(item)):
                 yield from _choices(item, plugins)
 
 
-def _precheck(chosen: Registered, options: Any, whole: TrainConfig | PretokenizeConfig) -> None:
-    if chosen.entry.precheck is None or chosen.missing():
+def _precheck(chosen: Choice[Any], whole: TrainConfig | PretokenizeConfig) -> None:
+    precheck = chosen.item.entry.precheck
+    if precheck is None or chosen.item.missing():
         return
-    with blamed(chosen, "precheck"):  # a fault of the plugin's must not look like the user's
-        chosen.entry.precheck(options, whole)
+    with blamed(chosen.item, "precheck"):  # a fault of the plugin's must not look like the user's
+        precheck(chosen.options, whole)
 
 
 def _check_names(configs: Sequence[TrainConfig], plugins: PluginManager, alone: bool) -> None:
@@ -223,9 +225,7 @@ def _check_names(configs: Sequence[TrainConfig], plugins: PluginManager, alone: 
 
 
 def _check_writable(folder: str, message: str) -> None:
-    """:class:`StorageError` when ``folder`` cannot be made or written to, as far as can be told without trying."""
+    """:class:`StorageError` when ``folder`` cannot be made, or no folder in it."""
     place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path))
-    if not place.is_dir():
-        raise StorageError(message.format(f"{os.strerror(errno.ENOTDIR)}: {place}"))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(message.format(f"{os.strerror(errno.EACCES)}: {place}"))
+    if (fault := why_no_folder_in(place)) is not None:
+        raise PlaceError(message.format(f"{fault}: {place}"))

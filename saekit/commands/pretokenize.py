@@ -34,6 +34,8 @@ from saekit.data.text import Documents
 from saekit.data.vocabulary import Vocabulary, special_tokens
 from saekit.errors import DataError, ModelError, StorageError
 from saekit.files.storage import new_folder
+from saekit.hub import within_reach
+from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.reasons import reason
@@ -120,7 +122,7 @@ def _opened(
         check_tokenizer(config.tokenizer)
         tokenizer = _named_tokenizer(config.tokenizer)
     else:
-        backend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
+        backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
         tokenizer = getattr(backend, "tokenizer", None)
         if tokenizer is None:
             raise ModelError(
@@ -137,10 +139,11 @@ def _opened(
 def _named_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the library raises whatever the files of a tokenizer make it stumble on
-        raise ModelError(f"the tokenizer {name!r} cannot be loaded: {reason(error)}") from error
+    with within_reach(unless=name):
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # the library raises whatever the files of a tokenizer make it stumble on
+            raise ModelError(f"the tokenizer {name!r} cannot be loaded: {reason(error)}") from error
 
 
 def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, tokenizer: Any, file: Path) -> _Made:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from saekit.config import PretokenizeConfig
-from saekit.errors import ConfigError, ModelError, StorageError
+from saekit.errors import ConfigError, ModelError, PlaceError
+from saekit.hub import is_path
 
 __all__ = ["WITH_A_TOKEN", "check_target", "check_tokenizer"]
 
@@ -29,10 +30,10 @@ def check_target(config: PretokenizeConfig) -> None:
         if fault:
             raise ConfigError([("hub_repo_id", f"must be owner/name, found {config.hub_repo_id!r}: {fault}")])
         if config.folder is None and get_token() is None:  # all the work would be lost
-            raise StorageError(f"cannot push to the dataset repository {config.hub_repo_id!r}: {WITH_A_TOKEN}")
+            raise PlaceError(f"cannot push to the dataset repository {config.hub_repo_id!r}: {WITH_A_TOKEN}")
 
 
 def check_tokenizer(name: str) -> None:
     """A tokenizer that only a folder can be meant by must be there."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not Path(name).exists() and is_path(name):
         raise ModelError(f"the tokenizer {name!r} cannot be loaded: there is no such folder")

@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
+from saekit.kinds import ACTIVATION_SOURCES
 from saekit.site import Site
 
 __all__ = ["ActivationsConfig", "CacheConfig"]
@@ -37,7 +38,7 @@ class CacheConfig:
 class ActivationsConfig:
     """From contexts to shuffled batches."""
 
-    source: PluginChoice = plugin_field("activation_sources", "saekit:live")
+    source: PluginChoice = plugin_field(ACTIVATION_SOURCES, "saekit:live")
     """Where batches come from."""
     normalize_activations: Literal["none", "expected_average_only_in"] = "none"
     """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the

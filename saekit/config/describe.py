@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
-from saekit.config import PLUGIN_KIND
-from saekit.config.kinds import is_enum, unwrapped
+from saekit.config.annotations import is_enum, unwrapped
+from saekit.config.fields import PLUGIN_KIND
 from saekit.config.values import enum_value, plain
 
 __all__ = ["FieldInfo", "describe_fields", "field_docs"]

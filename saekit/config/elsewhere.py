@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
+from saekit.config.annotations import inner_class
 from saekit.config.fields import PLUGIN_KIND
-from saekit.config.kinds import inner_class
 from saekit.config.sae_lens_names import SAE_LENS
+from saekit.config.structuring import UnknownOption
+from saekit.plugins.manager import PluginManager
 
-if TYPE_CHECKING:
-    from saekit.plugins.manager import PluginManager
-
-__all__ = ["UnknownOption", "option_paths"]
+__all__ = ["option_paths", "told"]
 
 _AT_MOST = 4
 RENAMED = {"optimiser": "optimizer"}
 """Options of earlier versions, by what they are called now."""
 
 
-class UnknownOption(str):
-    """The message about an option that is not there, by what is known of its own table alone."""
-
-    key: str
-    close: bool
-
-    def __new__(cls, key: str, fields: Iterable[str]) -> UnknownOption:
-        options = list(fields)
-        close = difflib.get_close_matches(key, options, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"The options here are {', '.join(options) or 'none'}."
-        made = super().__new__(cls, f"is not an option. {hint}")
-        made.key, made.close = key, bool(close)
-        return made
-
-    def told(self, path: str, root: type, plugins: PluginManager) -> str:
-        """The same for the option at ``path`` of a ``root``, when the whole tree is looked through."""
-        tree = option_paths(root, plugins)
-        if self.key in RENAMED:
-            return f"is called {RENAMED[self.key]} since saekit 0.3"
-        if same := tree.get(self.key):
-            return _elsewhere(path, same)
-        if self.key in SAE_LENS and "training_tokens" in tree:  # not below a plugin's options that are read alone
-            return f"is a name of sae-lens; here it is {SAE_LENS[self.key]}"
-        if self.close:
-            return str(self)
-        close = difflib.get_close_matches(self.key, tree, n=1, cutoff=0.8)
-        return f"is not an option. Did you mean {' or '.join(list(tree[close[0]])[:_AT_MOST])}?" if close else str(self)
+def told(option: UnknownOption, path: str, root: type, plugins: PluginManager) -> str:
+    """The message about an ``option`` at ``path`` of a ``root``, when the whole tree is looked through."""
+    tree = option_paths(root, plugins)
+    if option.key in RENAMED:
+        return f"is called {RENAMED[option.key]} since saekit 0.3"
+    if same := tree.get(option.key):
+        return _elsewhere(path, same)
+    if option.key in SAE_LENS and "training_tokens" in tree:  # not below a plugin's options that are read alone
+        return f"is a name of sae-lens; here it is {SAE_LENS[option.key]}"
+    if option.close:
+        return str(option)
+    close = difflib.get_close_matches(option.key, tree, n=1, cutoff=0.8)
+    return f"is not an option. Did you mean {' or '.join(list(tree[close[0]])[:_AT_MOST])}?" if close else str(option)
 
 
 def _elsewhere(path: str, places: Mapping[str, tuple[str, ...]]) -> str:

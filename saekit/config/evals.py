@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
+from saekit.kinds import EVALS
 
 __all__ = ["EvalsConfig"]
 
@@ -13,7 +14,7 @@ __all__ = ["EvalsConfig"]
 class EvalsConfig:
     """Measurements on text that is never trained on."""
 
-    run: tuple[PluginChoice, ...] = plugin_field("evals", ("saekit:reconstruction",))
+    run: tuple[PluginChoice, ...] = plugin_field(EVALS, ("saekit:reconstruction",))
     """What to measure, at the end of training and every `every_n_steps`."""
     every_n_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps between two evals during training; 0: only at the end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -12,6 +12,7 @@ import attrs
 from saekit.errors import ConfigError
 from saekit.files.names import is_free_in_run
 from saekit.files.paths import expanded
+from saekit.kinds import Kind
 
 __all__ = [
     "ALWAYS_TRACKED",
@@ -36,7 +37,10 @@ __all__ = [
 ]
 
 PluginChoice: TypeAlias = Any
-"""A plugin's key, or an instance of its options class; in files also a table with ``name`` and the options."""
+"""A plugin's key, or an instance of its options class; in files also a table with ``name`` and the options.
+
+In a configuration that was loaded, a :class:`saekit.plugins.choice.Choice`, which has the ``key`` and the ``options``.
+"""
 Token: TypeAlias = str | int
 """``bos``, ``eos``, ``sep``, ``none`` or a token id."""
 CompileMode: TypeAlias = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -51,9 +55,9 @@ no default takes its place.  Options with :data:`SAME_AT_START` are needed, too.
 ALWAYS_TRACKED = "saekit:jsonl"
 
 
-def plugin_field(kind: str, default: Any) -> Any:
+def plugin_field(kind: Kind[Any] | str, default: Any, *, metadata: Mapping[str, Any] | None = None) -> Any:
     """A field that chooses a plugin of ``kind``; a tuple as ``default`` makes it choose several."""
-    return attrs.field(default=default, metadata={PLUGIN_KIND: kind})
+    return attrs.field(default=default, metadata={PLUGIN_KIND: str(kind), **(metadata or {})})
 
 
 def path_field(default: Any = attrs.NOTHING, *, validator: Callable[[object, Any, Any], None] | None = None) -> Any:

@@ -9,12 +9,14 @@ from typing import Any, TypeVar, overload
 
 import attrs
 
-from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
+from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.describe import field_docs
+from saekit.config.fields import PLUGIN_KIND
 from saekit.config.formats import READERS, read_toml, toml_value, write
 from saekit.config.merging import Place, set_option, tables
 from saekit.config.values import shown, too_nested
+from saekit.config.writing import plain_table
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -24,7 +26,9 @@ __all__ = [
     "commented_toml",
     "dump_config",
     "load_config",
+    "load_configs",
     "parse_grid",
+    "plain_config",
     "read_table",
     "set_option",
 ]
@@ -60,22 +64,30 @@ def load_config(
     ``kind`` is its class, by default :class:`TrainConfig`.  Raises :class:`ConfigError` listing every fault with its
     dotted path.
     """
-    name = "the configuration"
-    plugins = plugins or default_manager()
-    if isinstance(source, kind):
-        table: Mapping[str, Any] = ConfigConverter(plugins).unstructure(source, qualify=False)
-    elif isinstance(source, Mapping):
-        table = source
-    elif isinstance(source, (str, Path)):
+    return load_configs([source], overrides, plugins=plugins, kind=kind)[0]
+
+
+def load_configs(
+    sources: Iterable[Any], overrides: Iterable[str] = (), *, plugins: PluginManager | None = None, kind: type[C]
+) -> list[C]:
+    """Several configurations, each as :func:`load_config` reads it."""
+    plugins, overrides = plugins or default_manager(), list(overrides)
+    converter = ConfigConverter(plugins)
+    return [_loaded(source, overrides, converter, kind) for source in sources]
+
+
+def _loaded(source: Any, overrides: list[str], converter: ConfigConverter, kind: type[C]) -> C:
+    table, name = source, "the configuration"
+    if isinstance(source, (str, Path)):
         table, name = read_table(as_path(source)), str(source)
-    else:
+        name += ", with the changes that were given" if overrides else ""
+    elif not isinstance(source, (kind, Mapping)):
         raise ConfigError(
             f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
-    if overrides := list(overrides):
-        table = apply_overrides(table, overrides, kind=kind, plugins=plugins)
-        name += "" if isinstance(source, (kind, Mapping)) else ", with the changes that were given"
-    return ConfigConverter(plugins).structure(table, kind, name)
+    if overrides:
+        table = apply_overrides(table, overrides, kind=kind, plugins=converter.plugins)
+    return converter.structure(table, kind, name)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -107,13 +119,15 @@ def _is_folder(path: Path) -> bool:
 
 
 def apply_overrides(
-    table: Mapping[str, Any],
+    table: object,
     overrides: Iterable[str],
     *,
     kind: type | None = None,
     plugins: PluginManager | None = None,
 ) -> dict[str, Any]:
-    """A copy of ``table`` with ``section.option=value`` set.  Values are TOML; what is not TOML is a text.
+    """A copy of ``table`` (or of a configuration, as a table) with ``section.option=value`` set.
+
+    Values are TOML; what is not TOML is a text.
 
     ``kind`` is the class that the table is of: a table that is given for one of its sections (``training={lr=3}``)
     leaves the rest of the section as it is.
@@ -180,8 +194,15 @@ def dump_config(
     config: TrainConfig | PretokenizeConfig, form: str = "toml", *, plugins: PluginManager | None = None
 ) -> str:
     """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
-    converter = ConfigConverter(plugins or default_manager())
-    return write(converter.unstructure(config, spare=form == "toml"), form)
+    return write(plain_config(config, plugins or default_manager(), spare=form == "toml"), form)
+
+
+def plain_config(config: object, plugins: PluginManager, *, spare: bool = False) -> dict[str, Any]:
+    """A configuration as plain data, every plugin by its qualified key; those that are bound are not looked up.
+
+    ``spare`` leaves out the options that are None and are None by default: some formats have no null.
+    """
+    return plain_table(config, lambda kind, choice: plugins.find(kind, choice).key, spare=spare)
 
 
 def commented_toml(kind: str = "train", *, plugins: PluginManager | None = None) -> str:
@@ -202,7 +223,7 @@ def _comment_class(
         lines += ["", *_comment(doc), f"[{'.'.join(path)}]"]
     if name:
         lines.append(f"name = {toml_value(name)}")
-    plain = ConfigConverter(manager).unstructure(config, qualify=True)
+    plain = plain_config(config, manager)
     below = []
     for field in attrs.fields(type(config)):
         value = getattr(config, field.name)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
+from saekit.config.annotations import inner_class, is_class
 from saekit.config.fields import PLUGIN_KIND
-from saekit.config.kinds import inner_class, is_class
+from saekit.config.structuring import fields_of
 from saekit.errors import ConfigError, SaekitError
-
-if TYPE_CHECKING:
-    from saekit.plugins.manager import PluginManager
+from saekit.kinds import KINDS
+from saekit.plugins.choice import Choice
+from saekit.plugins.manager import PluginManager
 
 __all__ = ["Place", "set_option", "tables"]
 
@@ -92,14 +93,14 @@ def merged(old: Any, new: Any, place: Place) -> Any:
 
 def tables(value: Any, plugins: PluginManager) -> Any:
     """A copy of tables, in which options objects of plugins are tables too, so that options can be set in them."""
-    from saekit.config.converter import ConfigConverter
-
     if isinstance(value, Mapping):
         return {key: tables(item, plugins) for key, item in value.items()}
+    if isinstance(value, Choice):
+        return {"name": value.key, **tables(fields_of(value.options), plugins)} if value.spelled else value.key
     if not is_class(type(value)):
         return value
-    table = ConfigConverter(plugins).unstructure(value, qualify=False)
-    for kind in plugins.registries:
+    table = tables(fields_of(value), plugins)
+    for kind in KINDS.values():
         try:
             return {"name": plugins.find(kind, value).key, **table}
         except SaekitError:  # it is not of this kind

@@ -13,6 +13,7 @@ from saekit.config.model import ModelConfig
 from saekit.config.optimizer import OptimizerConfig
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
+from saekit.kinds import LR_SCHEDULES, SAE_ARCHITECTURES, TRACKERS
 from saekit.site import Site
 
 __all__ = ["TrainConfig"]
@@ -30,17 +31,17 @@ class TrainConfig:
     """Where the SAE reads."""
     activations: ActivationsConfig = attrs.field(factory=ActivationsConfig)
     """From contexts to shuffled batches."""
-    sae: PluginChoice = plugin_field("sae_architectures", "saekit:standard")
+    sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, "saekit:standard")
     """The SAE's architecture and its options."""
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
     """Adam."""
-    lr_schedule: PluginChoice = plugin_field("lr_schedules", "saekit:constant")
+    lr_schedule: PluginChoice = plugin_field(LR_SCHEDULES, "saekit:constant")
     """The learning rate between warm-up and decay."""
     training: TrainingConfig = attrs.field(factory=TrainingConfig)
     """How long, how fast, and what is watched."""
     evals: EvalsConfig = attrs.field(factory=EvalsConfig)
     """Measurements on text that is never trained on."""
-    trackers: tuple[PluginChoice, ...] = plugin_field("trackers", ())
+    trackers: tuple[PluginChoice, ...] = plugin_field(TRACKERS, ())
     """Where metrics go beside the JSON lines in the run folder, which are always written."""
     checkpoints: CheckpointsConfig = attrs.field(factory=CheckpointsConfig)
     """Where the run is kept."""

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 import attrs
 
-from saekit.config.fields import NEEDED_TO_LOAD, PLUGIN_KIND, PluginChoice, a_size, check
+from saekit.config.fields import NEEDED_TO_LOAD, PluginChoice, a_size, check, plugin_field
 from saekit.errors import ConfigError
+from saekit.kinds import ACTIVATION_FUNCTIONS
 
 __all__ = ["SAEConfig"]
 
@@ -25,9 +26,7 @@ class SAEConfig:
     """The number of features."""
     expansion_factor: int | None = attrs.field(default=None, validator=check(lambda v: v >= 1, "1 or more", most=2**20))
     """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
-    activation: PluginChoice = attrs.field(
-        default="saekit:relu", metadata={PLUGIN_KIND: "activation_functions", NEEDED_TO_LOAD: True}
-    )
+    activation: PluginChoice = plugin_field(ACTIVATION_FUNCTIONS, "saekit:relu", metadata={NEEDED_TO_LOAD: True})
     """The non-linearity."""
     apply_b_dec_to_input: bool = attrs.field(default=True, metadata={NEEDED_TO_LOAD: True})
     """Subtract the decoder's bias from the input."""

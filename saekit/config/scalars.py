@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, get_args
 
-from saekit.config.kinds import PRIMITIVES, is_enum, is_literal, words
+from saekit.config.annotations import PRIMITIVES, is_enum, is_literal, words
 from saekit.config.values import enum_value, half_a_pair, plain, shown
 
 __all__ = ["structure_enum", "structure_key", "structure_literal", "structure_primitive"]

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import attrs
 
-from saekit.config.fields import PLUGIN_KIND
-from saekit.config.kinds import (
+from saekit.config.annotations import (
+    LISTS,
     is_any,
     is_class,
     is_dict,
@@ -21,10 +21,14 @@ from saekit.config.kinds import (
     is_literal,
     is_primitive,
     is_union,
+    made_of,
     unwrapped,
     words,
 )
+from saekit.config.fields import PLUGIN_KIND
+from saekit.config.structuring import Structurer
 from saekit.config.values import enum_value, shown
+from saekit.config.writing import plain_value
 
 __all__ = ["unsupported_options"]
 
@@ -114,8 +118,6 @@ def _key_reason(kind: Any) -> str | None:
 
 
 def _unsorted(kind: Any) -> str | None:
-    from saekit.config.kinds import LISTS, made_of
-
     members = get_args(kind)
     if LISTS[made_of(kind)] in (set, frozenset) and members and _forms(unwrapped(members[0])) & {"table", "list"}:
         return "is a set of lists or tables; use a list of them"
@@ -172,8 +174,6 @@ def _nested(kind: Any) -> list[type]:
 
 def _default(field: attrs.Attribute[Any], kind: Any) -> str | None:
     """Why the default would not come back from a file, or None."""
-    from saekit.config.converter import ConfigConverter
-
     default: Any = field.default
     if default is attrs.NOTHING:
         return None
@@ -186,9 +186,8 @@ def _default(field: attrs.Attribute[Any], kind: Any) -> str | None:
             return f"has a default that cannot be made: {type(error).__name__}: {error}"
     if is_class(type(default)):
         return None  # with the options in it
-    nothing: Any = None
     try:
-        back = ConfigConverter(nothing).there_and_back(default, kind)
+        back = Structurer().structured(plain_value(default), kind)
         same = bool(back == default) or default != default
     except Exception as error:
         return f"has the default {shown(default)}, which is not of its type {words(kind)}: {error}"

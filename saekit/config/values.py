@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import attrs
+
 __all__ = ["enum_value", "half_a_pair", "plain", "shown", "too_nested"]
 
 _LONGEST = 10_000
@@ -85,6 +87,9 @@ def too_nested(table: object) -> str | None:
             return f"holds more than {_MOST:,} values, which no configuration does"
         if isinstance(value, Mapping):
             left += [(item, depth + 1) for item in value.values()]
+        elif attrs.has(type(value)):
+            fields: Any = attrs.fields(type(value))  # type: ignore[arg-type]
+            left += [(getattr(value, field.name), depth + 1) for field in fields]
         elif isinstance(value, (list, tuple, set, frozenset)):
             left += [(item, depth + 1) for item in value]
     return None

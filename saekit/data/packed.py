@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,8 @@ from saekit.data.contexts import TokenPolicy
 from saekit.data.text import STDLIB
 from saekit.data.vocabulary import Vocabulary, tokenizer_here
 from saekit.errors import DataError
+from saekit.files.storage import read_json
+from saekit.hub import within_reach
 from saekit.reasons import reason
 
 __all__ = ["DOCUMENT_IDS", "POLICY_DEFAULTS", "PRETOKENIZED", "Packed", "Reader", "held_documents"]
@@ -83,10 +84,10 @@ class Packed:
             if file is None or not file.is_file():
                 continue
             try:
-                made = json.loads(file.read_text(encoding="utf-8"))
+                made = read_json(file)
                 made = _of_sae_lens(made) if name == _OF_SAE_LENS else {**POLICY_DEFAULTS, **made}
                 return cls._of(config.path, name, made)
-            except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            except (ValueError, TypeError, KeyError, OSError) as error:
                 said = f"it does not say {error}" if isinstance(error, KeyError) else reason(error)
                 raise DataError(f"{name} of the dataset {config.path!r} cannot be read: {said}") from error
         return None
@@ -221,7 +222,8 @@ def _on_hub(config: DatasetConfig, name: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
+        with within_reach():
+            return Path(hf_hub_download(config.path, name, repo_type="dataset", revision=config.revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):  # an answer, and not that there is no such file
             raise DataError(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from saekit.config import DatasetConfig
+from saekit.data.faults import check_counts
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
+from saekit.hub import within_reach
 from saekit.reasons import reason
 
 __all__ = ["DocumentReader", "Documents", "check_place"]
@@ -171,6 +173,7 @@ class DocumentReader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
+        check_counts(state, "next")
         self._next, self._iterator = state["next"], None
         self._loaded = state.get("records") if self._seekable else None
         if self._loaded is not None:
@@ -285,7 +288,9 @@ def _open(config: DatasetConfig, split: str) -> Any:
     if path.is_file():
         return _local_file(path)
     files = {"data_files": list(config.data_files)} if config.data_files else {}
-    return _load(config.path, config.name, split=split, revision=config.revision, streaming=config.streaming, **files)
+    options = {"split": split, "revision": config.revision, "streaming": config.streaming, **files}
+    with within_reach(unless=path):
+        return _load(config.path, config.name, **options)
 
 
 def check_place(config: DatasetConfig, split: str) -> None:

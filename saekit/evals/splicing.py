@@ -8,7 +8,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.site import Site
 
 __all__ = ["spliced_losses"]
@@ -17,7 +17,7 @@ __all__ = ["spliced_losses"]
 @ambient()
 @torch.no_grad()
 def spliced_losses(
-    sae: Dictionary, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
+    sae: SAEModule, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
 ) -> dict[str, float]:
     """Mean next-token cross-entropy in nats without the SAE, with its reconstruction, and with the site set to zero.
 

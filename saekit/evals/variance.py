@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.devices import widest
 from saekit.evals.pieces import at_once
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 
 __all__ = ["Reconstruction", "variance_metrics"]
 
@@ -26,9 +26,10 @@ class Reconstruction:
 
     Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
 
-    ``dead_features`` are those that fired on none of ``n_tokens``, nor in training as far as that is known
-    (:meth:`fires`).  Where it is not, a feature may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule
-    of three, Hanley and Lippman-Hand 1983).
+    ``never_fired`` counts the features that fired on none of ``n_tokens``, nor in training as far as that is known
+    (:meth:`fires`); a feature that training calls dead has only not fired for a while.  Where nothing is known of
+    training, it may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and
+    Lippman-Hand 1983).
     """
 
     d_in: int
@@ -53,7 +54,7 @@ class Reconstruction:
         self._known = torch.zeros(self.d_sae, dtype=torch.bool, device="cpu")
 
     def fires(self, features: Tensor) -> None:
-        """These features, ``[d_sae]`` bool, are known to fire on other tokens, so they are not dead."""
+        """These features, ``[d_sae]`` bool, are known to fire on other tokens."""
         self._known |= features.cpu()
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Reconstruction:
             "l2_norm_in": self.norm_in / self.rows,
             "l2_norm_out": self.norm_out / self.rows,
             "l2_ratio": self.norm_out / self.norm_in if self.norm_in > 0 else math.nan,
-            "dead_features": float(((fractions == 0) & ~self._known).sum()),
+            "never_fired": float(((fractions == 0) & ~self._known).sum()),
             "dense_features": float((fractions > 0.1).sum()),
             "n_tokens": float(self.rows),
         }
@@ -99,7 +100,7 @@ class Reconstruction:
 
 @ambient()
 @torch.no_grad()
-def variance_metrics(sae: Dictionary, batches: Iterable[Tensor]) -> dict[str, float]:
+def variance_metrics(sae: SAEModule, batches: Iterable[Tensor]) -> dict[str, float]:
     """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``.
 
     Features are made for so many rows at once as fit into little memory, however large the batches are.

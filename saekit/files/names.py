@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 
 __all__ = [
     "LONGEST_NAME",
@@ -15,7 +14,7 @@ __all__ = [
     "SWEEP_FILES",
     "fault_of_name",
     "half_written",
-    "half_written_mark",
+    "hidden_name",
     "is_free_in_run",
     "is_plain_name",
     "made_name",
@@ -95,8 +94,14 @@ def _fault_on_windows(name: str) -> str | None:
     return None
 
 
-def half_written_mark() -> str:
-    """What tells half-written files apart: eight hexadecimal digits with a letter among them, so never a date."""
+def hidden_name(name: str, kind: str) -> str:
+    """A new name by which :func:`half_written` knows what is to be called ``name``; ``kind`` is ``tmp`` or ``old``.
+
+    Eight hexadecimal digits with a letter among them, so never a date, tell such files apart.
+    """
+    import secrets  # here, for most of what needs names writes nothing
+
     while (mark := secrets.token_hex(4)).isdecimal():
         pass
-    return mark
+    room = LONGEST_NAME - len(f"..{mark}.{kind}")
+    return f".{name.encode(errors='surrogateescape')[:room].decode(errors='ignore')}.{mark}.{kind}"

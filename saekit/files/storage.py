@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from saekit.errors import StorageError
-from saekit.files.names import LONGEST_NAME, half_written, half_written_mark, on_windows
+from saekit.files.names import half_written, hidden_name, on_windows
 
 __all__ = [
+    "check_file",
     "leads_out",
     "locked",
     "new_files",
     "new_folder",
+    "parse_json",
     "read_json",
     "remove_folder",
     "replace_files",
     "sha256",
     "tidy",
+    "why_no_folder_in",
     "write_text",
 ]
 
@@ -144,6 +148,22 @@ def tidy(folder: Path, mine: Callable[[str], bool]) -> None:
         raise StorageError(f"cannot tidy {folder} up after a run that was killed: {error.strerror or error}") from error
 
 
+def why_no_folder_in(place: Path) -> str | None:
+    """Why no folder can be made in ``place``, in the system's words; None: it can.
+
+    It is tried, with a hidden name: of some file systems, permissions do not say it.
+    """
+    if not place.is_dir():
+        return os.strerror(errno.ENOTDIR)
+    trial = _hidden(place / "trial", "tmp")
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether ``path``, below ``folder``, is in truth somewhere else, by a symbolic link on the way."""
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
@@ -217,21 +237,37 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
+    check_file(path)
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What JSON says, as :func:`json.loads` has it with ``object_pairs_hook``; one that is nested too deep is no error
+    of the interpreter's, but a :class:`ValueError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def check_file(path: Path) -> None:
+    """:class:`OSError` for what is no file: to read a pipe may wait for ever, and a device may have no end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    name = path.name.encode(errors="surrogateescape")[: LONGEST_NAME - len(".." + "." * 8 + suffix) - 1]
-    return path.with_name(f".{name.decode(errors='ignore')}.{half_written_mark()}.{suffix}")
+    return path.with_name(hidden_name(path.name, suffix))
 
 
 def _rename(path: Path, to: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from saekit.errors import SAEFormatError
+from saekit.files.storage import parse_json
 
-__all__ = ["check_value", "read_object"]
+__all__ = ["check_value", "parse_object", "read_object"]
 
 _LARGEST = 1 << 24  # bytes
 _DEEPEST = 64
@@ -17,19 +17,31 @@ _DEEPEST = 64
 def read_object(path: Path, where: str) -> dict[str, Any]:
     """The object in a JSON file; :class:`SAEFormatError` names ``where`` and the field."""
     try:
-        if (size := path.stat().st_size) > _LARGEST:
-            raise SAEFormatError(f"{where} has {size:,} bytes, expected at most {_LARGEST:,}")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise SAEFormatError(f"{where} is nested too deeply, expected at most {_DEEPEST} levels") from error
-    except ValueError as error:
-        raise SAEFormatError(f"{where} is not valid JSON: {error}") from error
+        _check_size(path.stat().st_size, where)
+        data = path.read_bytes()
     except OSError as error:
         raise SAEFormatError(f"{where} cannot be read: {error.strerror or error}") from error
+    return parse_object(data, where)
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """The object in the bytes of a JSON file, as :func:`read_object` has it."""
+    _check_size(len(data), where)
+    try:
+        value = parse_json(data.decode(), _without_duplicates)
+    except ValueError as error:
+        if isinstance(error.__cause__, RecursionError):
+            raise SAEFormatError(f"{where} is nested too deeply, expected at most {_DEEPEST} levels") from error
+        raise SAEFormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SAEFormatError(f"{where} holds {type(value).__name__}, expected an object")
     check_value(value, where)
     return value
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > _LARGEST:
+        raise SAEFormatError(f"{where} has {size:,} bytes, expected at most {_LARGEST:,}")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

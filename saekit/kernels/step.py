@@ -14,7 +14,7 @@ from saekit.kernels.workspace import scratch, uninitialized
 from saekit.values import StepOutput
 
 if TYPE_CHECKING:
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
 
 __all__ = ["FastStep"]
 
@@ -30,7 +30,7 @@ class FastStep:
         return fast.finish(losses=...)
     """
 
-    def __init__(self, sae: Dictionary, x: Tensor, row_weights: Tensor | None = None) -> None:
+    def __init__(self, sae: SAEModule, x: Tensor, row_weights: Tensor | None = None) -> None:
         """On ``x [n, d_in]``; ``row_weights [n, 1]`` multiply each row's squared error."""
         if not len(x):
             raise ValueError("there are no rows to train on: x is [0, d_in]")
@@ -114,6 +114,6 @@ class FastStep:
         )
 
 
-def _decoder(sae: Dictionary) -> Tensor:
+def _decoder(sae: SAEModule) -> Tensor:
     decoder, factor = sae.W_dec.detach(), sae.scaling_factor
     return decoder if factor is None else decoder * factor.detach()[:, None]

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import math
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from saekit.errors import PluginFailedError, SaekitError
-from saekit.plugins.registry import KINDS, Registered
-from saekit.plugins.text import error_text, short
+from saekit.kinds import Kind
+from saekit.plugins.registry import Registered
+from saekit.plugins.text import short
+from saekit.reasons import error_text
 
-__all__ = ["METHODS", "VALUES", "blamed", "built", "returned"]
+__all__ = ["Part", "blamed", "built", "returned"]
 
-METHODS = {
-    "model_backends": ("hook_names", "tokenize", "token_texts", "activations", "loss"),
-    "activation_functions": ("__call__",),
-    "pretrained_loaders": ("detects", "load"),
-    "lr_schedules": ("__call__",),
-    "sae_architectures": ("encode", "decode", "losses", "training_step", "public_tensors", "load_public_tensors", "to"),
-    "activation_sources": ("__iter__", "__next__", "peek", "state_dict", "load_state_dict", "close"),
-    "trackers": ("log", "close"),
-    "evals": ("__call__",),
-}
-"""What can be called on what each kind builds (see :mod:`saekit.protocols`)."""
-VALUES = {
-    "model_backends": ("name", "device", "n_ctx", "d_vocab", "special_tokens"),
-    "lr_schedules": ("end",),
-}
-"""What else it must have."""
+Part: TypeAlias = tuple[Registered, object]
+"""A plugin, and what it has built."""
 
 
 def built(item: Registered, options: Any, **services: Any) -> Any:
@@ -40,12 +31,34 @@ def built(item: Registered, options: Any, **services: Any) -> Any:
     :class:`saekit.errors.PluginFailedError`.
     """
     item.check_requirements()
+    build = _imported(item, item.entry.build) if isinstance(item.entry.build, str) else item.entry.build
     with blamed(item, "build"):
-        made = item.entry.build(item.entry.config() if options is None else options, **services)
+        made = build(item.entry.config() if options is None else options, **services)
         fault = _fault(item.kind, made)
     if fault:
         raise returned(item, "build", made, fault)
     return made
+
+
+def _imported(item: Registered, path: str) -> Callable[..., Any]:
+    """What stands at an import path, ``package.module:name``."""
+    module_name, _, name = path.partition(":")
+    where = f"its build, '{path}'"
+    with blamed(item, f"importing {where}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # another module, which it imports
+            raise PluginFailedError(f"{_who(item)}: there is no module {error.name}, of {where}") from error
+        try:
+            found: Any = functools.reduce(getattr, name.split("."), module)
+        except AttributeError as error:
+            raise PluginFailedError(f"{_who(item)}: there is no {name} in {module_name}, of {where}") from error
+        if not callable(found):
+            raise PluginFailedError(f"{_who(item)}: {where} is {short(found)}, expected a class or a function")
+    result: Callable[..., Any] = found
+    return result
 
 
 def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFailedError:
@@ -54,8 +67,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
 
 
 @contextmanager
-def blamed(item: Registered, doing: str) -> Iterator[None]:
-    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``."""
+def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequence[Part] = ()) -> Iterator[None]:
+    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``.
+
+    ``at_work`` leaves a want of memory what it is: that is nobody's fault.  ``parts`` are objects of other plugins that
+    the code uses; what one of them raises is said of its plugin.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -66,16 +83,28 @@ def blamed(item: Registered, doing: str) -> Iterator[None]:
             error.add_note(note)
         raise
     except BaseException as error:  # also SystemExit, and what test libraries raise to skip
+        if at_work and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's
+            raise
+        item, doing = _culprit(error, parts) or (item, doing)
         raise PluginFailedError(f"{_who(item)} failed in {doing}: {error_text(error)}") from error
 
 
+def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, str] | None:
+    """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for item, part in parts:
+            if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
+                return item, frame.f_code.co_name
+    return None
+
+
 def _who(item: Registered) -> str:
-    return f"{KINDS[item.kind]} '{item.key}' ({item.distribution} {item.version}".rstrip() + ")"
+    return f"{item.kind.label} '{item.key}' ({item.distribution} {item.version}".rstrip() + ")"
 
 
-def _fault(kind: str, made: Any) -> str | None:
+def _fault(kind: Kind[Any], made: Any) -> str | None:
     """What is missing in ``made``, in words, or None."""
-    label = _with_article(KINDS[kind])
+    label = kind.one
     if made is None:
         return f"expected {label}"
     if isinstance(made, type):
@@ -83,17 +112,12 @@ def _fault(kind: str, made: Any) -> str | None:
     if inspect.iscoroutine(made):
         made.close()
         return f"a coroutine, expected {label}: build must not be async"
-    missing = [f"{name}()" for name in METHODS[kind] if not callable(getattr(made, name, None))]
-    missing += [name for name in VALUES.get(kind, ()) if not _has(made, name)]
+    missing = [f"{name}()" for name in kind.methods if not callable(getattr(made, name, None))]
+    missing += [name for name in kind.values if not _has(made, name)]
     if missing:
         return f"which lacks {', '.join(missing)}; expected {label}, as saekit.protocols describes it"
-    if kind == "lr_schedules" and not _is_number(made.end):
-        return f"whose end is {short(made.end)}, expected a finite number"
-    return None
-
-
-def _with_article(label: str) -> str:
-    return f"an {label}" if label.startswith(("LR", "SAE", "a", "e")) else f"a {label}"
+    wrong = [name for name in kind.numbers if not _is_number(getattr(made, name))]
+    return f"whose {wrong[0]} is {short(getattr(made, wrong[0]))}, expected a finite number" if wrong else None
 
 
 def _has(made: Any, name: str) -> bool:

@@ -10,19 +10,20 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from saekit.errors import PluginError
+from saekit.kinds import KINDS
 from saekit.plugins.options import option_faults
-from saekit.plugins.registry import KINDS, Entry
+from saekit.plugins.registry import Entry
 from saekit.plugins.text import printable, short
 
-__all__ = ["PREFIX", "check_hook_names", "checked_entries", "defines"]
+__all__ = ["check_hook_names", "checked_entries", "defines"]
 
-PREFIX = "saekit_register_"
+_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 _MOST = 1000  # entries of one hook: a generator that never ends is a fault
 
 
 def check_hook_names(plugin: object) -> None:
     """Refuse functions named or marked like hooks that are none: they would silently never be called."""
-    known = {PREFIX + kind for kind in KINDS}
+    known = {kind.hook for kind in KINDS.values()}
     for name in dir(plugin):
         member = getattr(plugin, name, None)
         marked = isinstance(getattr(member, "saekit_impl", None), Mapping)
@@ -61,8 +62,8 @@ def _fault(entry: Entry) -> str | None:
     if faults := option_faults(config, KINDS):
         of = _named(config)
         return "; ".join(f"option {name!r} of {of} {why}" if name else f"{of}: {why}" for name, why in faults)
-    if not callable(entry.build):
-        return f"build is {short(entry.build)}, expected a callable"
+    if not callable(entry.build) and not (isinstance(entry.build, str) and re.fullmatch(_PATH, entry.build)):
+        return f"build is {short(entry.build)}, expected a callable, or an import path, such as package.module:Class"
     precheck = getattr(entry, "precheck", None)
     if precheck is not None and not callable(precheck):
         return f"precheck is {short(precheck)}, expected a callable"
@@ -92,7 +93,7 @@ def _check_own_classes(hook: str, entries: list[Entry]) -> None:
     owners: dict[type, Entry] = {}
     for entry in entries:
         owner = owners.setdefault(entry.config, entry)
-        if owner.build is not entry.build:
+        if owner.build != entry.build:
             raise PluginError(
                 f"{hook}: entries {owner.name!r} and {entry.name!r} share the options class "
                 f"{_named(entry.config)}; give each its own"
@@ -100,6 +101,12 @@ def _check_own_classes(hook: str, entries: list[Entry]) -> None:
 
 
 def defines(entry: Entry) -> bool:
-    """Whether the entry's ``build`` stands in the module of its options class."""
+    """Whether the entry's ``build`` stands in the module of its options class, or below it where that is a package.
+
+    An options class in ``my_plugin/__init__.py`` and what ``my_plugin/module.py`` builds are one plugin's.
+    """
+    own = entry.config.__module__
+    if isinstance(entry.build, str):
+        return f"{entry.build.partition(':')[0]}.".startswith(f"{own}.")
     build = entry.build.func if isinstance(entry.build, functools.partial) else entry.build
-    return getattr(build, "__module__", None) == entry.config.__module__
+    return getattr(build, "__module__", None) == own

@@ -8,10 +8,13 @@ A plugin is a module with functions of these names, marked ``@saekit.hookimpl``,
 
 Each hook takes no argument and returns an iterable of :class:`saekit.Entry`.  Hooks are called once, when the
 plugins are loaded, never in the training loop.  ``Entry.config`` is a frozen attrs class with the plugin's options;
-``Entry.build`` makes the thing itself and is the place for heavy imports.  ``Entry.precheck(config, whole)``, which may
-be left out, is called before any of that, with the options and the configuration that they are part of (a
-:class:`saekit.config.TrainConfig`; for a model backend also a :class:`saekit.config.PretokenizeConfig`), and raises a
-:class:`saekit.errors.SaekitError` for what it can see to be wrong without heavy imports.  The protocols named below are
+``Entry.build`` makes the thing itself: a function with the heavy imports inside, or the import path of a class or
+function in a module of its own (``"my_package.module:MyClass"``), which is imported on use.
+
+``Entry.precheck(config, whole)``, which may be left out, is called before any of that, with the options and the
+configuration that they are part of (a :class:`saekit.config.TrainConfig`; for a model backend also a
+:class:`saekit.config.PretokenizeConfig`), and raises a :class:`saekit.errors.SaekitError` for what it can see to be
+wrong without heavy imports.  The protocols named below are
 in :mod:`saekit.protocols`; what ``build`` returns is checked for their names.
 """
 
@@ -98,4 +101,13 @@ def saekit_register_evals() -> Iterable[Entry]:
     """Measurements on held-out text (``evals.run``).
 
     ``build(config) -> Eval``: takes an SAE, a backend, a site and contexts; returns named numbers.
+    """
+
+
+@hookspec
+def saekit_register_optimizers() -> Iterable[Entry]:
+    """What updates the weights (``optimizer``).
+
+    ``build(config, *, groups: list[dict[str, Any]], lr: float) -> Optimizer``: ``groups`` are parameters with their
+    settings, as :mod:`torch.optim` takes them; the kernel clips gradients and sets each group's rate before every step.
     """

@@ -10,18 +10,20 @@ import attrs
 
 from saekit.config.describe import describe_fields
 from saekit.errors import UnknownKeyError
+from saekit.kinds import KINDS, Kind
 from saekit.plugins.manager import PluginManager
-from saekit.plugins.registry import KINDS, Registered
-from saekit.plugins.text import last_line, printable
+from saekit.plugins.registry import Registered
+from saekit.plugins.text import printable
+from saekit.reasons import last_line
 
 __all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
 
 
-def kind_named(name: str) -> str:
+def kind_named(name: str) -> Kind[Any]:
     """The kind of that name; ``lr_schedule`` and ``LR-schedules`` are understood too."""
     folded = name.replace("-", "_").replace(" ", "_").lower()
-    for kind in KINDS:
-        if folded in (kind, kind.removesuffix("s")):
+    for known, kind in KINDS.items():
+        if folded in (known, known.removesuffix("s")):
             return kind
     close = difflib.get_close_matches(folded, KINDS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -46,7 +48,7 @@ def detail(item: Registered) -> dict[str, Any]:
     except Exception as error:  # a default that cannot be made, say: it must not hide the others
         options, problem = [], last_line(error)
     return {
-        "kind": item.kind,
+        "kind": item.kind.name,
         "key": item.key,
         "distribution": item.distribution,
         "version": item.version,
@@ -112,7 +114,7 @@ def detail_text(data: dict[str, Any]) -> str:
     """One plugin's options as text."""
     lines = [
         f"{data['key']}: {data['summary']}",
-        f"{KINDS[data['kind']]}, from {data['distribution']} {data['version']} ({data['plugin']})",
+        f"{KINDS[data['kind']].label}, from {data['distribution']} {data['version']} ({data['plugin']})",
         f"options class: {data['config']}",
     ]
     if data["missing"]:

@@ -16,7 +16,8 @@ from typing import Any
 import attrs
 
 from saekit.errors import PluginError
-from saekit.plugins.text import last_line, printable, short
+from saekit.plugins.text import printable, short
+from saekit.reasons import last_line
 
 __all__ = ["Point", "installed_points", "normalized", "watched"]
 

@@ -8,21 +8,25 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import attrs
 import pluggy
 
-from saekit.errors import PluginError, PluginWarning, UnknownKeyError
+from saekit.errors import PluginError, PluginWarning
+from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins import hookspecs
 from saekit.plugins.building import built
-from saekit.plugins.entries import PREFIX, check_hook_names, checked_entries, defines
+from saekit.plugins.choice import Choice
+from saekit.plugins.entries import check_hook_names, checked_entries, defines
 from saekit.plugins.loading import installed_points, normalized, watched
-from saekit.plugins.registry import KINDS, Entry, Registered, Registry
-from saekit.plugins.text import last_line, printable
+from saekit.plugins.registry import Entry, Registered, Registry
+from saekit.plugins.text import printable
+from saekit.reasons import last_line
 
 __all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
 
+T = TypeVar("T")
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
 _OWNED = "the options class of another plugin, {}; define your own"
 
@@ -59,7 +63,7 @@ class PluginManager:
     def __init__(self, *, discover: bool = True, disabled: Iterable[str] | None = None) -> None:
         self._pluggy = pluggy.PluginManager("saekit")
         self._pluggy.add_hookspecs(hookspecs)
-        self.registries = {kind: Registry(kind) for kind in KINDS}
+        self.registries = {name: Registry(kind) for name, kind in KINDS.items()}
         self.failures: list[Failure] = []
         self.notes: list[Note] = []
         self.blocked: list[str] = []
@@ -110,7 +114,7 @@ class PluginManager:
         self.notes += [Note(full_name, version, text) for text in notes]
         self._include(entries, evicted, full_name, distribution, version)
 
-    def _taken_in(self, plugin: object, full_name: str) -> tuple[list[tuple[str, Entry]], list[Registered]]:
+    def _taken_in(self, plugin: object, full_name: str) -> tuple[list[tuple[Kind[Any], Entry]], list[Registered]]:
         """A plugin's entries by kind, checked, and the entries that must give way; raising, nothing of it stays."""
         if self._pluggy.has_plugin(full_name) or self._pluggy.is_registered(plugin):
             raise PluginError(f"the plugin {full_name} is already registered")
@@ -128,7 +132,7 @@ class PluginManager:
 
     def _include(
         self,
-        entries: list[tuple[str, Entry]],
+        entries: list[tuple[Kind[Any], Entry]],
         evicted: list[Registered],
         plugin: str,
         distribution: str,
@@ -137,15 +141,15 @@ class PluginManager:
         for item in evicted:
             self._remove(item, f"{item.entry.config.__qualname__} is {_OWNED.format(plugin)}")
         for kind, entry in entries:
-            self.registries[kind].items.append(Registered(entry, kind, distribution, version, plugin))
+            self.registries[kind.name].items.append(Registered(entry, kind, distribution, version, plugin))
         if not entries:
             self.notes.append(Note(plugin, version, "offers nothing: no hook of its returns an entry"))
 
-    def _entries(self, plugin: object) -> list[tuple[str, Entry]]:
+    def _entries(self, plugin: object) -> list[tuple[Kind[Any], Entry]]:
         """What one plugin returns from all its hooks, checked."""
-        found: list[tuple[str, Entry]] = []
-        for kind in KINDS:
-            hook = PREFIX + kind
+        found: list[tuple[Kind[Any], Entry]] = []
+        for kind in KINDS.values():
+            hook = kind.hook
             for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     if implementation.wrapper or implementation.hookwrapper:
@@ -159,14 +163,14 @@ class PluginManager:
                     found += [(kind, entry) for entry in entries]
         return found
 
-    def _evicted(self, kind: str, entry: Entry) -> list[Registered]:
+    def _evicted(self, kind: Kind[Any], entry: Entry) -> list[Registered]:
         """The entries that must give way because they use the options class that ``entry``'s plugin defines.
 
         A config object alone says which plugin it chooses, so a class has one owner: the plugin whose ``build`` stands
         in the class's own module.  Raises for an ``entry`` that is not the owner.
         """
-        same_class = [item for item in self.registries[kind].items if item.entry.config is entry.config]
-        others = [item for item in same_class if item.entry.build is not entry.build]
+        same_class = [item for item in self.registries[kind.name].items if item.entry.config is entry.config]
+        others = [item for item in same_class if item.entry.build != entry.build]
         for item in others:
             if not defines(entry) or defines(item.entry):
                 raise PluginError(f"{entry.config.__qualname__} is {_OWNED.format(item.key)}")
@@ -192,32 +196,53 @@ class PluginManager:
 
     # ---- looking up
 
-    def get(self, kind: str, key: str) -> Registered:
+    def registry(self, kind: Kind[Any] | str) -> Registry:
+        """All entries of ``kind``."""
+        return self.registries[kind_of(kind).name]
+
+    def get(self, kind: Kind[Any] | str, key: str) -> Registered:
         """The entry of ``kind`` with a bare or qualified ``key``; the errors say what there is instead."""
-        return self._registry(kind).get(key, self.troubles)
+        return self.registry(kind).get(key, self.troubles)
 
-    def find(self, kind: str, choice: object) -> Registered:
-        """The entry that ``choice`` selects: a key, or an instance of the entry's options class."""
-        if isinstance(choice, str):
-            return self.get(kind, choice)
-        return self._registry(kind).of_config(choice)
+    def find(self, kind: Kind[Any] | str, choice: object) -> Registered:
+        """The entry that ``choice`` selects: a key, an instance of the entry's options class, or a bound choice."""
+        if isinstance(choice, Choice):
+            return choice.item
+        return self.get(kind, choice) if isinstance(choice, str) else self.registry(kind).of_config(choice)
 
-    def _registry(self, kind: str) -> Registry:
-        if kind not in self.registries:
-            raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
-        return self.registries[kind]
+    @overload
+    def build(self, kind: Kind[T], choice: object, **services: Any) -> T: ...
 
-    def build(self, kind: str, choice: object, **services: Any) -> Any:
+    @overload
+    def build(self, kind: str, choice: object, **services: Any) -> Any: ...
+
+    def build(self, kind: Kind[Any] | str, choice: object, **services: Any) -> Any:
         """Build what ``choice`` selects, passing it ``services`` (see the hook of its kind).
 
-        ``choice`` is a key (then the options are the defaults) or an instance of an options class.  Whatever goes
-        wrong names the plugin, and what comes back is checked: see :func:`saekit.plugins.building.built`.
+        ``choice`` is a key (then the options are the defaults), an instance of an options class, or a bound choice.
+        Whatever goes wrong names the plugin, and what comes back is checked: see
+        :func:`saekit.plugins.building.built`.
         """
+        if isinstance(choice, Choice):
+            return choice.build(**services)
         return built(self.find(kind, choice), None if isinstance(choice, str) else choice, **services)
 
-    def options(self, kind: str, choice: object) -> Any:
+    @overload
+    def bound(self, kind: Kind[T], choice: object) -> Choice[T]: ...
+
+    @overload
+    def bound(self, kind: str, choice: object) -> Choice[Any]: ...
+
+    def bound(self, kind: Kind[Any] | str, choice: object) -> Choice[Any]:
+        """``choice`` (as for :meth:`build`) with its plugin and its options; one that is bound is so already."""
+        if isinstance(choice, Choice):
+            return choice
+        item, spelled = self.find(kind, choice), not isinstance(choice, str)
+        return Choice(item.kind, item, choice if spelled else item.entry.config(), spelled)
+
+    def options(self, kind: Kind[Any] | str, choice: object) -> Any:
         """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""
-        return self.get(kind, choice).entry.config() if isinstance(choice, str) else choice
+        return self.bound(kind, choice).options if isinstance(choice, (str, Choice)) else choice
 
     def troubles(self) -> list[str]:
         """Lines about the plugins that were left out."""

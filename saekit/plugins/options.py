@@ -13,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
-from saekit.config import PLUGIN_KIND
-from saekit.plugins.text import last_line
+from saekit.config.fields import PLUGIN_KIND
+from saekit.reasons import last_line
 
 __all__ = ["option_faults"]
 
@@ -38,7 +38,7 @@ def option_faults(cls: type, kinds: Collection[str]) -> list[tuple[str, str]]:
         own = [field for field in fields if field.metadata.get(PLUGIN_KIND) is None]
         if all(_is_plain(field, hints.get(field.name)) for field in own):
             return []
-    from saekit.config.converter import unsupported_options  # not before: it takes a tenth of a second to import
+    from saekit.config.supported import unsupported_options  # not before: it takes a tenth of a second to import
 
     return unsupported_options(cls) or ([("", unresolved)] if unresolved else [])
 

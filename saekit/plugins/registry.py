@@ -10,21 +10,10 @@ from typing import Any
 import attrs
 
 from saekit.errors import AmbiguousKeyError, MissingPackageError, UnknownKeyError
+from saekit.kinds import Kind
 from saekit.plugins.text import printable
 
-__all__ = ["KINDS", "Entry", "Registered", "Registry"]
-
-# kind (also the end of its hook's name) -> what people call one of them
-KINDS = {
-    "model_backends": "model backend",
-    "activation_functions": "activation function",
-    "pretrained_loaders": "pretrained loader",
-    "lr_schedules": "LR schedule",
-    "sae_architectures": "SAE architecture",
-    "activation_sources": "activation source",
-    "trackers": "tracker",
-    "evals": "eval",
-}
+__all__ = ["Entry", "Registered", "Registry"]
 
 
 @attrs.frozen
@@ -35,8 +24,9 @@ class Entry:
     """The bare key.  Users select it by this, or by ``distribution:name``."""
     config: type
     """A frozen attrs class with the options.  It is this entry's alone (aliases with the same build may share)."""
-    build: Callable[..., Any]
-    """``build(config, **services)``: see the hook.  Heavy imports belong inside."""
+    build: Callable[..., Any] | str
+    """``build(config, **services)``: see the hook.  A function, with heavy imports inside, or the import path of a
+    class or function, ``"my_package.my_module:MyClass"``, which is imported on use."""
     requires: Sequence[str] = ()
     """Importable names of optional packages that ``build`` needs."""
     extra: str | None = None
@@ -56,7 +46,7 @@ class Registered:
     """An entry with its provenance."""
 
     entry: Entry
-    kind: str
+    kind: Kind[Any]
     distribution: str
     version: str
     plugin: str
@@ -81,7 +71,7 @@ class Registered:
         """Raise :class:`MissingPackageError`, naming the command to run, when a required package is absent."""
         if missing := self.missing():
             raise MissingPackageError(
-                f"{KINDS[self.kind]} '{self.key}' needs {_listed(missing)}, not installed here. "
+                f"{self.kind.label} '{self.key}' needs {_listed(missing)}, not installed here. "
                 f"Install it with: {self.install_hint()}"
             )
 
@@ -89,13 +79,9 @@ class Registered:
 class Registry:
     """All entries of one kind.  Order of registration decides nothing but the order of listing."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: Kind[Any]) -> None:
         self.kind = kind
         self.items: list[Registered] = []
-
-    @property
-    def label(self) -> str:
-        return KINDS[self.kind]
 
     def get(self, key: str, troubles: Callable[[], Iterable[str]] = tuple) -> Registered:
         """The entry of a bare or qualified ``key``.
@@ -115,11 +101,11 @@ class Registry:
         if not found:
             name = type(config).__qualname__
             raise UnknownKeyError(
-                f"{name} is not the options class of any {self.label}. Registered: {self._options_classes()}."
+                f"{name} is not the options class of any {self.kind.label}. Registered: {self._options_classes()}."
             )
-        if any(item.entry.build is not found[0].entry.build for item in found):
+        if any(item.entry.build != found[0].entry.build for item in found):
             raise AmbiguousKeyError(
-                f"{type(config).__qualname__} is the options class of several {self.label}s, "
+                f"{type(config).__qualname__} is the options class of several {self.kind.labels}, "
                 f"{_listed(item.key for item in found)}: name the one you mean by its key."
             )
         return found[0]
@@ -131,15 +117,16 @@ class Registry:
         if len({item.key for item in found}) == 1:
             plugins = _listed(item.plugin for item in found)
             return (
-                f"{self.label} '{found[0].key}' is registered {len(found)} times by one distribution, from {plugins}. "
-                f"Its author must rename one; until then, SAEKIT_DISABLE_PLUGINS={found[-1].plugin} leaves one out."
+                f"{self.kind.label} '{found[0].key}' is registered {len(found)} times by one distribution, from "
+                f"{plugins}. Its author must rename one; until then, SAEKIT_DISABLE_PLUGINS={found[-1].plugin} leaves "
+                "one out."
             )
         owners = _listed(f"{item.distribution} {item.version}".strip() for item in found)
         keys = _listed(f"'{item.key}'" for item in found)
-        return f"{self.label} '{key}' is supplied by several distributions ({owners}). Write one of {keys}."
+        return f"{self.kind.label} '{key}' is supplied by several distributions ({owners}). Write one of {keys}."
 
     def _unknown(self, key: str, troubles: list[str]) -> str:
-        lines = [f"Unknown {self.label} '{key}'."]
+        lines = [f"Unknown {self.kind.label} '{key}'."]
         names = [item.key if ":" in key else item.entry.name for item in self.items]
         folded = {name.casefold(): name for name in names}
         close = difflib.get_close_matches(key.casefold(), folded, n=3, cutoff=0.6)
@@ -148,7 +135,7 @@ class Registry:
         distribution = key.partition(":")[0] if ":" in key else ""
         if distribution and distribution not in {item.distribution for item in self.items} and not close:
             lines.append(f"No installed plugin comes from '{distribution}': try pip install {distribution}")
-        lines.append(f"Registered {self.label}s:")
+        lines.append(f"Registered {self.kind.labels}:")
         lines += [f"  {self._described(item)}" for item in self.items] or ["  none"]
         return printable("\n".join(lines + troubles), keep="\n")  # the key, too, may come from a stranger's file
 

@@ -1,14 +1,10 @@
-"""What strangers' code says of itself, as text that is safe to show: short, and without control characters."""
+"""What strangers' code gives, as text that is safe to show: short, and without control characters."""
 
 from __future__ import annotations
 
 import unicodedata
 
-from saekit.errors import SaekitError
-
-__all__ = ["error_text", "last_line", "printable", "short"]
-
-_LONGEST = 400
+__all__ = ["printable", "short"]
 
 
 def printable(text: object, *, keep: str = "") -> str:
@@ -33,18 +29,3 @@ def short(value: object, longest: int = 60) -> str:
     except Exception:
         text = f"an object of {type(value).__name__} whose repr fails"
     return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-def error_text(error: BaseException) -> str:
-    """``ValueError: why``, or only why for an error of saekit's own, in as many lines as it has."""
-    try:
-        text = str(error) if isinstance(error, SaekitError) else f"{type(error).__name__}: {error}"
-    except Exception:  # an exception whose own __str__ fails
-        text = ""
-    text = printable(text.strip().removesuffix(":"), keep="\n") or type(error).__name__
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of :func:`error_text`, as a traceback ends."""
-    return error_text(error).splitlines()[-1]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
-from saekit.plugins.manager import PluginManager
+from saekit.plugins.choice import Choice
 from saekit.plugins.registry import Registered
-from saekit.plugins.text import error_text
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.protocols import PretrainedLoader
+from saekit.reasons import error_text
 
 __all__ = ["read_with", "recognized"]
 
@@ -37,10 +37,9 @@ def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Regis
     return found, failed
 
 
-def read_with(plugins: PluginManager, options: Any, files: SAEFiles) -> PretrainedSAE:
-    """What the loader that ``options`` choose reads from ``files``; its failures name it."""
-    item = plugins.find("pretrained_loaders", options)
-    loader = plugins.build("pretrained_loaders", options)
+def read_with(choice: Choice[PretrainedLoader], files: SAEFiles) -> PretrainedSAE:
+    """What the loader that was chosen reads from ``files``; its failures name it."""
+    item, loader = choice.item, choice.build()
     with blamed(item, "load"):
         read = loader.load(files)
     if not isinstance(read, PretrainedSAE):

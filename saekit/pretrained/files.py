@@ -12,6 +12,8 @@ from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
+from saekit.hub import within_reach
+from saekit.reasons import reason
 from saekit.site import Site
 
 if TYPE_CHECKING:
@@ -62,31 +64,32 @@ class SAEFiles:
                 raise SAEFormatError(f"the SAE folder {folder} {what}")
             names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no right to look, no such user
-            raise SAEFormatError(f"the SAE folder {path} cannot be read: {_first_line(error)}") from error
+            raise SAEFormatError(f"the SAE folder {path} cannot be read: {reason(error)}") from error
         return cls(str(folder), names, lambda name: folder / name)
 
     @classmethod
     def on_hub(cls, repo_id: str, folder: str = "", *, revision: str | None = None) -> SAEFiles:
         """The files below ``folder`` of a Hugging Face repository; downloads go through its cache."""
         from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         place = f"{repo_id}/{prefix}".rstrip("/")
-        try:
-            everything = HfApi().list_repo_files(repo_id, revision=revision)
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {_first_line(error)}") from error
+        with within_reach():
+            try:
+                everything = HfApi().list_repo_files(repo_id, revision=revision)
+            except Exception as error:  # of the library, of the one below it, or of the network
+                raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason(error)}") from error
         names = frozenset(name[len(prefix) :] for name in everything if name.startswith(prefix))
         if not names:
             folders = sorted({name.rpartition("/")[0] for name in everything} - {""})
             raise SAEFormatError(f"{repo_id} has no folder {folder!r}; it has {', '.join(folders) or 'no folders'}")
 
         def download(name: str) -> Path:
-            try:
-                return Path(hf_hub_download(repo_id, prefix + name, revision=revision))
-            except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-                raise SAEFormatError(f"cannot download {prefix + name} of {repo_id!r}: {_first_line(error)}") from error
+            with within_reach():
+                try:
+                    return Path(hf_hub_download(repo_id, prefix + name, revision=revision))
+                except Exception as error:  # as above
+                    raise SAEFormatError(f"cannot download {prefix + name} of {repo_id!r}: {reason(error)}") from error
 
         return cls(place, names, download)
 
@@ -119,7 +122,3 @@ class SAEFiles:
         from saekit.pretrained.tensors import read_tensors
 
         return read_tensors(self.path(name), f"{name} in {self.place}", only, minus_infinity=minus_infinity)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

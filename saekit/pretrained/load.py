@@ -13,6 +13,7 @@ from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
+from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
@@ -21,7 +22,7 @@ from saekit.site import Site
 from saekit.values import SAEInfo
 
 if TYPE_CHECKING:
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
 
 __all__ = ["build_sae", "load_sae"]
 
@@ -29,7 +30,7 @@ __all__ = ["build_sae", "load_sae"]
 @ambient()
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
-) -> Dictionary:
+) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
     from saekit.pretrained.own import is_own, read_own
 
@@ -38,12 +39,12 @@ def load_sae(
     if loader is None and is_own(files):
         return build_sae(read_own(files), plugins, files.place, own=True).to(device)
     choice = _detected(files, plugins).key if loader is None else loader
-    options = ConfigConverter(plugins).choice(choice, "pretrained_loaders")
-    return build_sae(read_with(plugins, options, files), plugins, files.place).to(device)
+    bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+    return build_sae(read_with(bound, files), plugins, files.place).to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registries["pretrained_loaders"].items if _usable(item)]
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
     found, failed = recognized(items, files)
     if len(found) == 1:
         return found[0]
@@ -64,7 +65,7 @@ def _usable(item: Registered) -> bool:
 
 def build_sae(
     read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
-) -> Dictionary:
+) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
@@ -113,7 +114,7 @@ def _check(read: PretrainedSAE, place: str) -> None:
 
 def _architecture(read: PretrainedSAE, plugins: PluginManager, place: str) -> Registered:
     try:
-        return plugins.get("sae_architectures", read.architecture)
+        return plugins.get(SAE_ARCHITECTURES, read.architecture)
     except UnknownKeyError as error:
         raise UnknownKeyError(f"the architecture of the SAE in {place}: {error}") from None
 
@@ -131,7 +132,8 @@ def _config(read: PretrainedSAE, item: Registered, plugins: PluginManager, place
     try:
         return ConfigConverter(plugins).structure(options, item.entry.config, "the saved SAE's options")
     except ConfigError as error:
-        raise SAEFormatError(f"the SAE in {place}: its options do not fit {item.key}: {error}") from error
+        source = f" (saekit.options in {CONFIG})" if own else ""
+        raise SAEFormatError(f"the SAE in {place}: its options{source} do not fit {item.key}: {error}") from error
 
 
 def _dtype(read: PretrainedSAE) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from saekit.files.storage import sha256
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
 from saekit.site import Site
-from saekit.values import SAEInfo
+from saekit.values import SAEInfo, is_scale
 
 __all__ = ["check_needed", "is_own", "read_own"]
 
@@ -41,7 +40,7 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
         _check_sum(name, expected, files)
     metadata = dict(own["metadata"])
     scale = metadata.get("activation_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+    if not is_scale(scale):
         raise _wrong(files, "metadata.activation_scale", scale, "a number above 0")
     sparsity = None
     if SPARSITY in (sums or files.names):  # one that belongs to other weights is left alone

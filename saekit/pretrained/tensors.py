@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
+from saekit.reasons import reason, reason_of_unpickling
 
 __all__ = ["check_tensor", "check_tensors", "dtype_name", "read_tensors"]
 
@@ -44,7 +45,7 @@ def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
     try:
         return load_file(path)
     except Exception as error:  # the library raises its own errors, and those of what it calls, for damaged files
-        raise SAEFormatError(f"{where} is not a readable safetensors file: {_reason(error)}") from error
+        raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
 
 
 def _unpickled(path: Path, where: str) -> Mapping[str, Any]:
@@ -54,22 +55,11 @@ def _unpickled(path: Path, where: str) -> Mapping[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler meets anything in a damaged file
         raise SAEFormatError(
-            f"{where} is not a plain file of tensors, and nothing else is unpickled: {_reason(error)}"
+            f"{where} is not a plain file of tensors, and nothing else is unpickled: {reason_of_unpickling(error)}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise SAEFormatError(f"{where} must hold tensors by name, found {type(state).__name__}")
     return state
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line.  torch's own text goes on with how to run the pickle all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "WeightsUnpickler error" in line or line.startswith("Unsupported")]
-    if told:
-        return told[0].split("WeightsUnpickler error:")[-1].split(". Please")[0].strip()
-    if not lines or lines[0].startswith("Weights only load failed"):
-        return "it is empty or cut off" if isinstance(error, EOFError) else type(error).__name__
-    return lines[0]
 
 
 def check_tensors(tensors: Mapping[str, object], where: str, *, minus_infinity: bool = False) -> None:

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.errors import SaekitError, StorageError
+from saekit.errors import PlaceError, SaekitError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, half_written
 from saekit.files.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
 from saekit.runs.facts import check_facts, check_stream, check_training
 
 if TYPE_CHECKING:
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
 
 __all__ = [
+    "MANIFEST",
     "Checkpoint",
     "all_checkpoints",
     "is_checkpoint_name",
@@ -47,7 +48,7 @@ _OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", SAE_CONFIG, SAE_WE
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
-class OtherFormatError(StorageError):
+class OtherFormatError(PlaceError):
     """A checkpoint that is not damaged, but of another saekit."""
 
 
@@ -127,10 +128,11 @@ class Checkpoint:
             raise StorageError(f"{what} in {self.folder} is damaged: {error}") from error
 
 
-def write_saes(folder: Path, saes: Mapping[str, Dictionary]) -> None:
+def write_saes(folder: Path, saes: Mapping[str, SAEModule]) -> None:
     """Write ``folder`` as one to look at: an SAE folder for each name."""
     from saekit.sae.folder import write_sae
 
+    _check_place(folder)
     with new_folder(folder) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
@@ -140,7 +142,7 @@ def write_saes(folder: Path, saes: Mapping[str, Dictionary]) -> None:
 
 def write_checkpoint(
     folder: Path,
-    saes: Mapping[str, Dictionary],
+    saes: Mapping[str, SAEModule],
     states: Mapping[str, Mapping[str, Any]],
     stream: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -149,9 +151,10 @@ def write_checkpoint(
 
     A training state without weights has those of the SAE as it is saved.
     """
-    from saekit.sae.folder import write_sae
     from saekit.runs.state_files import write_state
+    from saekit.sae.folder import write_sae
 
+    _check_place(folder)
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)
         for name, state in states.items():
@@ -163,6 +166,15 @@ def write_checkpoint(
         manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
         _carry_over(folder, temporary)
         (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+
+
+def _check_place(folder: Path) -> None:
+    """:class:`StorageError` when something lies where a checkpoint is to be that is no folder, so not saekit's."""
+    for place in (folder.parent, folder):
+        if os.path.lexists(place) and (not place.is_dir() or (place == folder and place.is_symlink())):
+            raise StorageError(
+                f"{place} is not a folder of saekit's, and is left alone; move it away, to make room for checkpoints"
+            )
 
 
 def mark_finished(folder: Path) -> None:
@@ -227,8 +239,8 @@ def newest_checkpoint(
             )
         return checkpoint
     if damaged:
-        raise StorageError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
-    raise StorageError(
+        raise PlaceError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
+    raise PlaceError(
         f"there is no checkpoint to go on from in {run / 'checkpoints'}: the run was stopped before its first one, or "
         "had checkpoints.keep_last = 0"
     )

@@ -6,25 +6,31 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from saekit.config import ALWAYS_TRACKED, PluginChoice, SAEConfig, TrainConfig
+from saekit.config import ALWAYS_TRACKED, SAEConfig, TrainConfig
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.storage import locked
+from saekit.kinds import EVALS, TRACKERS
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.files import SAEFiles
-from saekit.files.storage import locked
+from saekit.protocols import Eval, Tracker
 
 __all__ = ["alone_in", "check_finetuning", "chosen_evals", "chosen_trackers", "start_files"]
 
 
-def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
+def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, Choice[Tracker]]:
     """The trackers of a run by qualified key, with the one that is always there."""
-    _refuse_twice("trackers", [plugins.find("trackers", choice).key for choice in config.trackers])
-    return {plugins.find("trackers", choice).key: choice for choice in (ALWAYS_TRACKED, *config.trackers)}
+    chosen = [plugins.bound(TRACKERS, choice) for choice in config.trackers]
+    _refuse_twice("trackers", [choice.key for choice in chosen])
+    always = plugins.bound(TRACKERS, ALWAYS_TRACKED)
+    return {always.key: always, **{choice.key: choice for choice in chosen}}
 
 
-def chosen_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, PluginChoice]:
+def chosen_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Choice[Eval]]:
     """What is measured, by qualified key."""
-    _refuse_twice("evals.run", [plugins.find("evals", choice).key for choice in config.evals.run])
-    return {plugins.find("evals", choice).key: choice for choice in config.evals.run}
+    chosen = [plugins.bound(EVALS, choice) for choice in config.evals.run]
+    _refuse_twice("evals.run", [choice.key for choice in chosen])
+    return {choice.key: choice for choice in chosen}
 
 
 def _refuse_twice(path: str, keys: Sequence[str]) -> None:

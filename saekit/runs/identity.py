@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from saekit.config import TrainConfig
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.data.corpus import Corpus
 from saekit.data.text import STDLIB, Documents
 from saekit.errors import DataError
+from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 
@@ -30,14 +31,13 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
     Folders and files count by their names and contents, not by where they are.  Where the text cannot be read, its
     contents are None.
     """
-    chosen = config.model.backend
-    options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", chosen))
+    chosen = plugins.bound(MODEL_BACKENDS, config.model.backend)
     dataset, policy = corpus.config, corpus.policy(backend.special_tokens)
     column, contents = _text(corpus)
     table = {
         "model.name": _place(backend.name),
         "model.weights": getattr(backend, "fingerprint", None),
-        "model.backend": {"name": plugins.find("model_backends", chosen).key, **options},
+        "model.backend": {"name": chosen.key, **plain_config(chosen.options, plugins)},
         "model.dtype": config.model.dtype,
         "model.autocast": config.model.autocast,
         "dataset.path": "in memory" if corpus.dataset is not None else _place(dataset.path),

@@ -11,11 +11,13 @@ from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
-from saekit.runs.identity import run_identity
 from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
+from saekit.runs.identity import run_identity
+from saekit.runs.supervised import SupervisedSource
 from saekit.site import Site
 
 _MANY_READINGS = 10
@@ -61,8 +63,7 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not."""
-    backend: ModelBackend = plugins.build("model_backends", config.model.backend, model=config.model, loaded=model)
-    return backend
+    return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 
 def warn_of(text: str) -> None:
@@ -144,13 +145,17 @@ def open_stream(
     )
 
 
-def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
-    """The source of shuffled batches."""
-    source: ActivationSource = plugins.build("activation_sources", config.activations.source, stream=stream)
+def open_source(
+    config: TrainConfig, plugins: PluginManager, stream: StreamContext, backend: ModelBackend | None = None
+) -> ActivationSource:
+    """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
+    source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
     if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
         stream.doubt(text)
-    return source
+    model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
+    item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    return SupervisedSource(source, item, stream.sites, [model])
 
 
 def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:

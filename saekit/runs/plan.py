@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from saekit.ambient import ambient
+from saekit.commands.cache import cache_sites, cached_contexts, plan_cache
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
-from saekit.commands.cache import cache_sites, cached_contexts, plan_cache
 from saekit.data.cache.read import available_memory
 from saekit.data.faults import problems_of
+from saekit.devices import resolve_device
+from saekit.errors import SaekitError
+from saekit.kernels.workspace import release
+from saekit.kinds import SAE_ARCHITECTURES
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ActivationSource, ModelBackend
+from saekit.runs.checks import chosen_trackers
+from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
     build_backend,
     check_context_size,
@@ -23,15 +31,8 @@ from saekit.runs.opening import (
     open_source,
     open_stream,
 )
-from saekit.devices import resolve_device
-from saekit.errors import SaekitError
-from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, ModelBackend
-from saekit.kernels.workspace import release
-from saekit.runs.checks import chosen_trackers
 from saekit.runs.planned import Plan
 from saekit.runs.planned_text import look_at_text
-from saekit.runs.folder import check_run_folder
 from saekit.runs.setup import (
     give_weights,
     make_evals,
@@ -46,7 +47,7 @@ from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_ste
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
     from saekit.training.trainer import SAETrainer
 
 __all__ = ["look"]
@@ -69,8 +70,8 @@ def look(config: TrainConfig, plugins: PluginManager, model: object | None, data
 class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
-        self.options: SAEConfig = plugins.options("sae_architectures", config.sae)
-        self.start: Dictionary | None = None
+        self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
+        self.start: SAEModule | None = None
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []

@@ -12,10 +12,10 @@ import torch
 from saekit.config import TrainConfig
 from saekit.data import Contexts, Corpus, TokenPolicy
 from saekit.data.activations import check_contexts
-from saekit.runs.opening import repeated
 from saekit.errors import SaekitError
 from saekit.protocols import ModelBackend
 from saekit.runs.first_loss import first_loss, first_loss_text
+from saekit.runs.opening import repeated
 
 __all__ = ["TextFindings", "look_at_text", "text_length"]
 

@@ -11,16 +11,17 @@ from typing import Any
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import dump_config, load_config
-from saekit.config.converter import ConfigConverter
-from saekit.errors import StorageError
-from saekit.plugins.manager import PluginManager
+from saekit.config.files import dump_config, load_config, plain_config
+from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
-from saekit.files.storage import leads_out, read_json, write_text
+from saekit.files.paths import here, steady
+from saekit.files.storage import check_file, leads_out, read_json, write_text
+from saekit.plugins.manager import PluginManager
+from saekit.runs.place import RECORD, check_is_run
 
 __all__ = ["RunRecord", "differences", "flat"]
 
-RECORD, CONFIG = "run.json", "config.toml"
+CONFIG = "config.toml"
 FORMAT = 1
 
 
@@ -28,11 +29,20 @@ FORMAT = 1
 class RunRecord:
     """A run folder: the SAEs that train in it, and what came from memory and so has to be given again."""
 
-    folder: Path
+    _folder: Path
     saes: Mapping[str, str]
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
+    checkpointed: bool = False
+    """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
+
+    _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, wherever the process has gone since."""
+        return steady(self._folder, self._given_in)
 
     def home(self, name: str) -> Path:
         """The folder of an SAE: its ``config.toml``, ``metrics.jsonl`` and, at the end, ``sae/``."""
@@ -46,32 +56,36 @@ class RunRecord:
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
             write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
+        self._save()
+
+    def _save(self) -> None:
         table = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        if self.checkpointed:
+            table["checkpointed"] = True
         write_text(self.folder / RECORD, json.dumps(table, indent=1) + "\n")
+
+    @classmethod
+    def note_checkpoint(cls, folder: Path) -> None:
+        """Say in the record in ``folder`` that there is a checkpoint by now."""
+        record = cls.read(folder)
+        if not record.checkpointed:
+            attrs.evolve(record, checkpointed=True)._save()
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
         """The record in ``folder``; :class:`StorageError` when it is not a run folder."""
+        check_is_run(folder)
         path = folder / RECORD
-        try:
-            there = path.is_file()
-        except (OSError, ValueError) as error:  # a name that is too long, no permission, a null character
-            raise StorageError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
-        if not there:
-            if not folder.exists():
-                raise StorageError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
-            near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
-            hint = f" It holds the runs {', '.join(near)}." if near else ""
-            raise StorageError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")
         try:
             table = read_json(path)
             if table["format"] != FORMAT:
-                raise StorageError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
-            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
+                raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
+            checkpointed = table.get("checkpointed", False) is True
+            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]), checkpointed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{path} cannot be read: {type(error).__name__} {error}") from error
+            raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
-            raise StorageError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
+            raise PlaceError(f"{path} is not as saekit writes it, or {folder} is not: {fault}. Nothing was changed")
         return record
 
     def way_out(self) -> str | None:
@@ -107,14 +121,20 @@ class RunRecord:
                 yield f"{place} is a symbolic link that leads out of it"
 
     def configs(self, plugins: PluginManager) -> dict[str, TrainConfig]:
-        """The configuration of every SAE, as it was written."""
+        """The configuration of every SAE, as it was written; :class:`StorageError` where there is no such file."""
+        for name in self.saes:
+            try:
+                check_file(self.home(name) / CONFIG)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.home(name) / CONFIG} cannot be read: {error.strerror}; put back the one that the run wrote"
+                ) from error
         return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
 
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
     """The dotted options in which two configurations differ, with both values."""
-    converter = ConfigConverter(plugins)
-    before, after = flat(converter.unstructure(old)), flat(converter.unstructure(new))
+    before, after = flat(plain_config(old, plugins)), flat(plain_config(new, plugins))
     return {
         path: (before.get(path), after.get(path))
         for path in dict.fromkeys([*before, *after])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import load_config
 from saekit.config.converter import ConfigConverter
-from saekit.errors import ConfigError, DataError, ModelError, StorageError
-from saekit.plugins.manager import PluginManager
+from saekit.config.files import load_config, load_configs, plain_config
+from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
-from saekit.runs.checkpoints import Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
+from saekit.plugins.manager import PluginManager
+from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
 from saekit.runs.record import RunRecord, differences, flat
 from saekit.runs.waiting import TrackersState, waiting_of
@@ -69,8 +70,9 @@ class Resumption:
         for place in {folder, *(record.home(name) for name in record.saes)}:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
+        _check_beginning(record)
         if (fault := record.way_out()) is not None:
-            raise StorageError(f"{folder} cannot be gone on with: {fault}")
+            raise PlaceError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
         if missing := [kind for kind in record.in_memory if given[kind] is None]:
             raise ConfigError(
@@ -141,15 +143,18 @@ class Resumption:
         try:
             stream = checkpoint.stream()
             untracked = {
-                name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
+                name: waiting_of(state, checkpoint.folder.absolute().parent)
+                for name, state in stream.get("trackers", {}).items()
             }
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
         except (MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
-            told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            cause = error.__cause__ if isinstance(error, PluginFailedError) else error
+            named = isinstance(error, (StorageError, PluginFailedError))
+            told = str(error) if named else f"{type(error).__name__}: {error}"
             message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
-            passing = isinstance(error, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
+            passing = isinstance(cause, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
             if self.allow or self.changed or passing:
                 raise StorageError(message) from error
             raise UnusableCheckpointError(checkpoint.folder, message) from error
@@ -180,8 +185,7 @@ def _changed(
         )
     if cfg is not None:
         return {name: load_config(cfg, overrides, plugins=plugins) for name in old}
-    plain = ConfigConverter(plugins).unstructure
-    return {name: load_config(plain(config), overrides, plugins=plugins) for name, config in old.items()}
+    return dict(zip(old, load_configs(old.values(), overrides, plugins=plugins, kind=TrainConfig), strict=True))
 
 
 def _of_checkpoint(
@@ -190,20 +194,21 @@ def _of_checkpoint(
     """The configurations that a checkpoint was made with; where it lies makes no difference."""
     saes = checkpoint.facts["saes"]
     if set(saes) != set(now):
-        raise StorageError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
+        raise PlaceError(f"{checkpoint.folder} holds {', '.join(saes)}, but the run has {', '.join(now)}")
     old = {}
     for name, config in now.items():
         place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
         table = dict(saes[name]["config"])
         table["checkpoints"] = {**table["checkpoints"], **place}
-        old[name] = load_config(table, plugins=plugins)
+        where = f"{checkpoint.folder / MANIFEST}, saes.{name}.config"
+        old[name] = ConfigConverter(plugins).structure(table, TrainConfig, where)
     return old
 
 
 def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
     """Options that the saekit which saved the checkpoint did not have; what they stand for now may be another thing."""
     said = flat(saved)
-    table = flat(ConfigConverter(plugins).unstructure(now))
+    table = flat(plain_config(now, plugins))
     sections = {path.rpartition(".")[0] for path in said}  # of a plugin that is chosen by its key alone, none is said
     return {
         path: ("not an option", value)
@@ -229,11 +234,28 @@ def _refuse_unused(allow: Set[str]) -> None:
         raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
 
 
+def _check_beginning(record: RunRecord) -> None:
+    """:class:`StorageError` for a run whose checkpoints are gone: to begin anew would cut its records."""
+    folder = record.folder / "checkpoints"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise StorageError(f"{folder} is not a folder, so it can hold no checkpoint; move it away. Nothing was changed")
+    if record.checkpointed and not _saved_anything(record):
+        raise StorageError(
+            f"the run in {record.folder} had written checkpoints, and there is none in {folder} any more (a folder "
+            "step-N each). Put them back, or start a new run under another checkpoints.name; nothing was changed"
+        )
+
+
+def _saved_anything(record: RunRecord) -> bool:
+    """Whether there is an SAE or a checkpoint in the run folder."""
+    saved = any((record.home(name) / "sae").exists() for name in record.saes)
+    return saved or any((record.folder / "checkpoints").glob("step-*"))
+
+
 def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
     """Whether there is nothing yet that a new beginning would lose."""
     keeps = all(config.checkpoints.keep_last for config in configs.values())
-    saved = any((record.home(name) / "sae").exists() for name in record.saes)
-    return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
+    return keeps and not _saved_anything(record)
 
 
 def _reads_again(old: TrainConfig, now: TrainConfig) -> bool:

@@ -16,27 +16,28 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.files.paths import here
+from saekit.kernels.workspace import release
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.kernels.workspace import release
-from saekit.sae.folder import save_sae
-from saekit.sae.saved import SAE
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
+from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
-from saekit.training.loop import fit
 from saekit.runs.observers import EvalObserver, TrackerObserver
 from saekit.runs.progress import TrainingProgress
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
 from saekit.runs.resuming import Resumption
-from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
+from saekit.sae.folder import save_sae
+from saekit.sae.saved import SAE
+from saekit.training.loop import fit
 
 __all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
 
@@ -75,12 +76,13 @@ class SweepResult:
 def begin(
     configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None, *, alone: bool
 ) -> TrainResult | SweepResult:
-    """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has looked at: one ``alone``, or a sweep."""
+    """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
     if alone:
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
         (name, names), home = member_names(configs, plugins), None
     check_run_folder(configs[0], name)
+    given_in = here()
     opened = dict(zip(names, configs, strict=True))
     with (
         ambient(),
@@ -88,7 +90,7 @@ def begin(
         contextlib.closing(Session(opened, plugins, model, dataset)) as session,
     ):
         session.give_weights()
-        folder = run_folder(configs[0], name, None if home else "sweep")
+        folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
         record.write({name: member.config for name, member in session.members.items()}, plugins)
@@ -130,7 +132,7 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, trackers, saving)
+                _fit(session, trackers, saving, _owed(untracked or {}))
                 interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
                 standing.check()
@@ -149,8 +151,10 @@ def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> No
     close_all(list(trackers.values()), timeout=300 if ended_well else 10)
 
 
-def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]) -> None:
     with TrainingProgress(session) as progress:
+        for name, number in owed.items():
+            progress.say(f"{number:,} records that {name} had not taken are handed over")
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
 
 
@@ -182,7 +186,29 @@ def _finish(
     saving.save_if_possible(finished=True)
     if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
         saving.finish()
+    else:
+        _tell_of_owed(session, record, trackers)
     return summary
+
+
+def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
+    """How many records each tracker has not taken, by its key and, of several, the name of the SAE."""
+    return {
+        f"the tracker {key}" + (f" of {name}" if len(waiting) > 1 else ""): len(records)
+        for name, state in waiting.items()
+        for key, records in state.items()
+        if records
+    }
+
+
+def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Trackers]) -> None:
+    """For people: the warnings have said what became of the trackers."""
+    waiting = {name: group.waiting() for name, group in trackers.items()}
+    owed = " and ".join(f"{number:,} records for {name}" for name, number in _owed(waiting).items())
+    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    TrainingProgress(session).say(
+        f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over"
+    )
 
 
 def _alone(record: RunRecord) -> bool:

@@ -13,18 +13,16 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
-from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
+from saekit.kinds import EVALS, MODEL_BACKENDS
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
-from saekit.values import Histogram
-from saekit.sae.module import Dictionary
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text
-from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import (
     give_weights,
@@ -34,8 +32,12 @@ from saekit.runs.setup import (
     sae_options,
 )
 from saekit.runs.sweep import check_together, spelled_out
-from saekit.training.trainer import SAETrainer
 from saekit.runs.waiting import metrics_of, metrics_state
+from saekit.sae.module import SAEModule
+from saekit.training.loop import Lane
+from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 __all__ = ["Member", "Session", "end_lane"]
 
@@ -48,7 +50,7 @@ class Member:
     config: TrainConfig
     trainer: SAETrainer
     evals: Mapping[str, Eval]
-    start: Dictionary | None
+    start: SAEModule | None
     """The saved SAE that it starts from."""
     latest: dict[str, float] = attrs.field(factory=dict)
     """The last value of every metric."""
@@ -112,7 +114,7 @@ class Session:
         releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
         members: dict[str, Member] = {}
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
-            source = open_source(configs[names[0]], self.plugins, stream)
+            source = open_source(configs[names[0]], self.plugins, stream, self.backend)
             lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
             for name in names:
@@ -196,11 +198,13 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
+        model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
         # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
         # leave what training would see.
         with self._streams[0].model_lock, ambient():
             for key, measure in member.evals.items():
-                told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+                with blamed(self.plugins.get(EVALS, key), "__call__", at_work=True, parts=[model]):
+                    told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None
@@ -278,7 +282,7 @@ class _Prepared:
     """What a configuration alone decides."""
 
     options: Any
-    start: Dictionary | None
+    start: SAEModule | None
     schedule: Any
     evals: dict[str, Eval]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -12,25 +13,27 @@ import torch
 from torch import Tensor
 
 from saekit.config import SAME_AT_START, OptimizerConfig, SAEConfig, TrainConfig
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalize import activation_scale
-from saekit.runs.opening import seed_for
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
+from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import Eval, ModelBackend
+from saekit.runs.checks import check_finetuning, chosen_evals, start_files
+from saekit.runs.opening import seed_for
+from saekit.runs.randomness import seeded
 from saekit.sae.build import build_module, initialize
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.sae.parameters import tensors_of
 from saekit.site import Site
-from saekit.runs.checks import check_finetuning, chosen_evals, start_files
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
-from saekit.runs.randomness import seeded
-from saekit.training.schedule import ComposedSchedule
+from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.training.trainer import SAETrainer
 
 __all__ = [
@@ -44,24 +47,28 @@ __all__ = [
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
     """The learning rate at every step."""
-    lr = config.training.lr
-    return ComposedSchedule(
-        config.training, lambda steps: plugins.build("lr_schedules", config.lr_schedule, lr=lr, steps=steps)
-    )
+    lr, item = config.training.lr, plugins.find(LR_SCHEDULES, config.lr_schedule)
+
+    def build(steps: int) -> SupervisedSchedule:
+        return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
+
+    return ComposedSchedule(config.training, build)
 
 
 def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
     """What is measured, by qualified key."""
-    return {key: plugins.build("evals", choice) for key, choice in chosen_evals(config, plugins).items()}
+    return {key: choice.build() for key, choice in chosen_evals(config, plugins).items()}
 
 
-def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None = None) -> tuple[SAEConfig, Dictionary | None]:
+def sae_options(
+    config: TrainConfig, plugins: PluginManager, d_sae: int | None = None
+) -> tuple[SAEConfig, SAEModule | None]:
     """The architecture's options, and the saved SAE that training starts from, if there is one.
 
     ``d_sae`` is given for a run that goes on, which needs no start any more.  :class:`ConfigError` names what does not
     go together.
     """
-    options: SAEConfig = plugins.options("sae_architectures", config.sae)
+    options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
     check_finetuning(config, options)
     if config.training.from_pretrained_path is None:
         return options, None
@@ -79,20 +86,19 @@ _INITIAL = (
 )  # fmt: skip
 
 
-def _check_start(config: TrainConfig, options: SAEConfig, start: Dictionary, plugins: PluginManager) -> None:
+def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plugins: PluginManager) -> None:
     """A run that starts from ``start`` must be of its kind, and cannot initialize it."""
     where = _start_of(config)
-    unconverted = ConfigConverter(plugins).unstructure
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
         for name in _INITIAL
         if getattr(options, name) not in (False, "zeros", attrs.fields_dict(type(options))[name].default)
     ]
-    wanted = unconverted(options)
-    architecture = plugins.find("sae_architectures", config.sae).key
+    wanted = plain_config(options, plugins)
+    architecture = plugins.find(SAE_ARCHITECTURES, config.sae).key
     for name, own, saved in (
         ("sae.name", architecture, start.info.architecture),
-        ("sae.activation", wanted["activation"], unconverted(start.config)["activation"]),
+        ("sae.activation", wanted["activation"], plain_config(start.config, plugins)["activation"]),
         ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
         ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
         ("sae.d_in", options.d_in or start.d_in, start.d_in),
@@ -118,7 +124,7 @@ def _start_of(config: TrainConfig) -> str:
     return f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
 
 
-def _known_scale(config: TrainConfig, start: Dictionary) -> float | None:
+def _known_scale(config: TrainConfig, start: SAEModule) -> float | None:
     """What a run from ``start`` multiplies activations by, if that is known before it sees any.
 
     An SAE that was trained on scaled activations goes on with its own factor.
@@ -131,7 +137,7 @@ def _known_scale(config: TrainConfig, start: Dictionary) -> float | None:
 
 @torch.no_grad()
 def _decoder_problems(
-    config: TrainConfig, options: SAEConfig, start: Dictionary, scale: float | None
+    config: TrainConfig, options: SAEConfig, start: SAEModule, scale: float | None
 ) -> list[tuple[str, str]]:
     """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one."""
     kept = [entry.name for entry in type(start).parameters_of(options) if entry.unit_rows]
@@ -149,7 +155,7 @@ def _decoder_problems(
     ]  # fmt: skip
 
 
-def _tensors_for(method: str | None, sae: Dictionary) -> dict[str, Tensor]:
+def _tensors_for(method: str | None, sae: SAEModule) -> dict[str, Tensor]:
     """The tensors of ``sae``, with factors in the matrix that they multiply where no fine-tuning is to come."""
     tensors = {name: value.detach() for name, value in tensors_of(sae).items()}
     return sae.table.folded(tensors) if method is None else tensors
@@ -169,7 +175,7 @@ def make_trainer(
     device = resolve_device(config.training.device, "training.device", options.dtype)
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
-        sae: Dictionary = build_module(plugins.find("sae_architectures", config.sae), options, d_in, plugins)
+        sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, d_in, plugins)
     if config.training.finetuning_method is not None:
         sae.add_factors_for(config.training.finetuning_method)
     if options.dtype == "bfloat16":
@@ -195,6 +201,7 @@ def make_trainer(
         device=device,
         training=training,
         backend=backend,
+        watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
         raise ConfigError(
@@ -202,6 +209,15 @@ def make_trainer(
               "which takes it where there is one")]
         )  # fmt: skip
     return trainer
+
+
+def _watching(
+    config: TrainConfig, plugins: PluginManager, sae: SAEModule
+) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """What goes wrong in the SAE's own code says which plugin it is of."""
+    item = plugins.find(SAE_ARCHITECTURES, config.sae)
+    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), getattr(sae, "activation", None)
+    return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
 
 
 def _adam(config: TrainConfig, options: SAEConfig) -> OptimizerConfig:
@@ -216,7 +232,7 @@ def give_weights(
     config: TrainConfig,
     corpus: Corpus,
     peek: Callable[[], Mapping[Site, Tensor]],
-    start: Dictionary | None = None,
+    start: SAEModule | None = None,
 ) -> None:
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
@@ -242,22 +258,23 @@ def give_weights(
 
 
 @torch.no_grad()
-def _copy_weights(start: Dictionary, trainer: SAETrainer, scale: float) -> None:
+def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: float) -> None:
     """Those of an SAE for raw activations, for activations times ``scale``."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
     sae.fold_activation_scale(1 / scale)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
-    Dictionary.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
+    SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
 def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
     """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
     dataset = corpus.config
-    model_options = ConfigConverter(plugins).unstructure(plugins.options("model_backends", config.model.backend))
+    backend_choice = plugins.bound(MODEL_BACKENDS, config.model.backend)
+    model_options = plain_config(backend_choice.options, plugins)
     return {
         "model_name": backend.name,
-        "model_class_name": plugins.find("model_backends", config.model.backend).entry.name,
+        "model_class_name": backend_choice.item.entry.name,
         # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
         **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
         "model_autocast": config.model.autocast,

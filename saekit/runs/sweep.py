@@ -11,14 +11,13 @@ from typing import Any
 import attrs
 
 from saekit.config import PLUGIN_KIND, TrainConfig
+from saekit.config.files import load_configs, plain_config, read_table
 from saekit.config.merging import Place, set_option, tables
 from saekit.config.values import plain, too_nested
-from saekit.config.files import load_config, read_table
-from saekit.config.converter import ConfigConverter
 from saekit.errors import ConfigError
-from saekit.plugins.manager import PluginManager, default_manager
 from saekit.files.names import SWEEP_FILES, is_plain_name
 from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
 
 __all__ = [
     "changed_options",
@@ -52,14 +51,14 @@ def grid(
     if problem := too_nested(table):
         raise ConfigError(f"the configuration {problem}")
     values = {path: _axis(path, axis) for path, axis in axes.items()}
-    configs = []
+    points = []
     for point in itertools.product(*values.values()):
         changed = tables(table, plugins)
         # A plugin before its options, in whatever order they are given.
         for path, value in sorted(zip(values, point, strict=True), key=lambda item: item[0].count(".")):
             set_option(changed, path, tables(value, plugins), Place(TrainConfig, plugins))
-        configs.append(load_config(changed, plugins=plugins))
-    return configs
+        points.append(changed)
+    return load_configs(points, plugins=plugins, kind=TrainConfig)
 
 
 def _axis(path: str, values: Iterable[Any]) -> list[Any]:
@@ -70,9 +69,14 @@ def _axis(path: str, values: Iterable[Any]) -> list[Any]:
     return listed
 
 
-def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dict[str, Any]:
-    """Every option by its dotted path as plain data: a plugin's key at its own path, and its options below that."""
-    table = ConfigConverter(plugins).unstructure(config)
+def spelled_out(
+    config: object, plugins: PluginManager, prefix: str = "", table: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every option by its dotted path as plain data: a plugin's key at its own path, and its options below that.
+
+    ``table`` is ``config`` as plain data, where that is there already.
+    """
+    table = plain_config(config, plugins) if table is None else table
     found: dict[str, Any] = {}
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
         if not field.init:
@@ -80,10 +84,11 @@ def spelled_out(config: object, plugins: PluginManager, prefix: str = "") -> dic
         path, value = prefix + field.name, getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is not None and not isinstance(value, tuple):
-            found[path] = plugins.find(kind, value).key
-            found |= spelled_out(plugins.options(kind, value), plugins, f"{path}.")
+            choice = plugins.bound(kind, value)
+            found[path] = choice.key
+            found |= spelled_out(choice.options, plugins, f"{path}.", table[field.name] if choice.spelled else None)
         elif attrs.has(type(value)):
-            found |= spelled_out(value, plugins, f"{path}.")
+            found |= spelled_out(value, plugins, f"{path}.", table[field.name])
         else:
             found[path] = table[field.name]
     return found

@@ -10,13 +10,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from saekit.config import ALWAYS_TRACKED, TrainConfig
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Tracker
-from saekit.values import Metrics, RunInfo
+from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.waiting import Record, TrackersState
+from saekit.values import Metrics, RunInfo
 
 __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 
@@ -77,6 +78,11 @@ class Trackers:
         """Whether a tracker has still to read a saved SAE that is ``folder`` or lies in it: then keep it for now."""
         return any(worker.needs(folder) for worker in self._workers)
 
+    def forget(self, folder: Path) -> None:
+        """Tell no tracker any more of a saved SAE that is ``folder`` or lies in it; one may be reading it by now."""
+        for worker in self._workers:
+            worker.forget(folder)
+
     def flush(self, timeout: float, *, only: str | None = None) -> bool:
         """Wait at most ``timeout`` seconds until everything, or what tracker ``only`` was given, is written.
 
@@ -112,7 +118,7 @@ def settle_all(groups: Collection[Trackers], timeout: float) -> None:
 def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
     """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds.
 
-    Returns whether all have ended, rather than being left behind.
+    Returns whether all have taken everything, rather than being left behind or off, or never having started.
     """
     deadline = time.monotonic() + timeout
     workers = [worker for trackers in groups for worker in trackers._workers]
@@ -123,7 +129,8 @@ def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
             worker.leave_behind(timeout)
     for trackers in groups:
         trackers._report()
-    return not any(worker.left_behind for worker in workers)
+    owed = any(records for trackers in groups for records in trackers.waiting().values())
+    return not owed and not any(worker.left_behind for worker in workers)
 
 
 class _Worker:
@@ -179,6 +186,12 @@ class _Worker:
             jobs = [*self._jobs, *([] if self._now is None else [self._now])]
         return any(job.folder is not None and job.folder.is_relative_to(folder) for job in jobs)
 
+    def forget(self, folder: Path) -> None:
+        with self._changed:
+            kept = [job for job in self._jobs if job.folder is None or not job.folder.is_relative_to(folder)]
+            self._jobs.clear()
+            self._jobs.extend(kept)
+
     def settle(self, deadline: float) -> None:
         self._lags = not self.idle_by(0.0 if self._lags else deadline)
 
@@ -232,11 +245,11 @@ class _Worker:
             try:
                 job.give(self.tracker)
             except BaseException as error:
-                self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {_text(error)}")
+                self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {error_text(error)}")
         try:
             self.tracker.close()
         except BaseException as error:
-            self._fail(f"tracker {self.name} failed to close: {_text(error)}")
+            self._fail(f"tracker {self.name} failed to close: {error_text(error)}")
 
     def _next(self) -> Record | None:
         """Wait for a call to make; None: there will be none."""
@@ -246,13 +259,6 @@ class _Worker:
             self._changed.wait_for(lambda: self._jobs or self._closing or self._off)
             self._now = self._jobs.popleft() if self._jobs else None
             return self._now
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # an exception whose own __str__ fails
-        return type(error).__name__
 
 
 def start_trackers(
@@ -270,13 +276,14 @@ def start_trackers(
     for what is wrong with the choice (a missing package, say), and when the tracker that is always there cannot start.
     Any other that cannot (no login, no network) is reported by a warning and left out.
     """
-    data = ConfigConverter(plugins).unstructure(config)
+    data = plain_config(config, plugins)
+    folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
     started: dict[str, Tracker] = {}
     try:
         for key, choice in chosen_trackers(config, plugins).items():
             try:
-                started[key] = plugins.build("trackers", choice, run=run)
+                started[key] = choice.build(run=run)
             except PluginFailedError as error:  # what a stranger's package raises when it has no network, say
                 _cannot_start(key, error.__cause__ or error)
             except SaekitError:
@@ -293,9 +300,9 @@ def start_trackers(
 def _cannot_start(key: str, error: BaseException) -> None:
     if key == ALWAYS_TRACKED:  # without it nothing would be recorded
         kind = StorageError if isinstance(error, OSError) else PluginError
-        raise kind(f"the tracker {key} cannot start: {_text(error)}") from error
+        raise kind(f"the tracker {key} cannot start: {error_text(error)}") from error
     warnings.warn(
-        f"the tracker {key} cannot start and is off: {_text(error)}; the other trackers have the metrics",
+        f"the tracker {key} cannot start and is off: {error_text(error)}; the other trackers have the metrics",
         RuntimeWarning,
         stacklevel=3,
     )

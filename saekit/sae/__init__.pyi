@@ -6,7 +6,7 @@ from .losses import sparsity_penalty as sparsity_penalty
 from .losses import spread as spread
 from .losses import squared_errors as squared_errors
 from .losses import variance_ratio as variance_ratio
-from .module import Dictionary as Dictionary
+from .module import SAEModule as SAEModule
 from .parameters import Factor as Factor
 from .parameters import Parameter as Parameter
 from .parameters import Start as Start

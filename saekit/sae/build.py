@@ -8,30 +8,31 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.config.converter import ConfigConverter
+from saekit.config.files import plain_config
+from saekit.kinds import ACTIVATION_FUNCTIONS
 from saekit.plugins.building import built
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, Start
 from saekit.values import Ports, SAEInfo
 
 __all__ = ["build_module", "initialize"]
 
 
-def build_module(item: Registered, config: Any, ports: Ports | int, plugins: PluginManager) -> Dictionary:
+def build_module(item: Registered, config: Any, ports: Ports | int, plugins: PluginManager) -> SAEModule:
     """An uninitialized dictionary of the architecture ``item``; ``ports`` may be the width of an SAE's one site."""
     ports = Ports.one(ports) if isinstance(ports, int) else ports
     config = attrs.evolve(config, d_in=ports.d_in, d_sae=config.features(ports.d_in), expansion_factor=None)
-    activation = plugins.build("activation_functions", config.activation)
-    sae: Dictionary = built(item, config, ports=ports, activation=activation)
-    sae.info = SAEInfo(architecture=item.key, options=ConfigConverter(plugins).unstructure(config))
+    activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
+    sae: SAEModule = built(item, config, ports=ports, activation=activation)
+    sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
     return sae
 
 
 @torch.no_grad()
 def initialize(
-    sae: Dictionary,
+    sae: SAEModule,
     generator: torch.Generator,
     sample: Tensor | None = None,
     scale: Factor = 1.0,

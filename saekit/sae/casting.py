@@ -14,7 +14,7 @@ __all__ = ["Castable"]
 
 
 class Castable(nn.Module):
-    """What :class:`saekit.sae.module.Dictionary` has of it."""
+    """What :class:`saekit.sae.module.SAEModule` has of it."""
 
     def kept_in_digits(self) -> Collection[Tensor]:
         """The parameters that are never in less than float32."""

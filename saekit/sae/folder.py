@@ -14,17 +14,20 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import Tensor
 
-from saekit.errors import SAEFormatError, StorageError
+from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
-from saekit.files.strict_json import check_value
+from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
+from saekit.pretrained.tensors import check_tensor, check_tensors
+from saekit.values import is_scale
 
 if TYPE_CHECKING:
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
 
 __all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
 
@@ -35,25 +38,27 @@ _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 _HALF = "sae_files"  # what is half written has a hidden name made of this
 
 
-def save_sae(sae: Dictionary, path: Path) -> Path:
+def save_sae(sae: SAEModule, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``; returns ``path``.
 
     A folder that holds an SAE's files alone is replaced whole.  Into any other folder the SAE's own files go, in the
     place of those of an SAE that is there; nothing else in it is touched, and until all are there it does not load.
 
-    Raises :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
+    Raises :class:`SAEFormatError` for an SAE that could not be loaded again, before anything is touched, and
+    :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
     """
     if "\0" in str(path):
-        raise StorageError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
+        raise PlaceError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
+    contents = _contents(sae)
     try:
         target = Path(os.path.realpath(path))  # a link to a folder stays one
         _refuse(target, path)
         tidy(target.parent, target.name.__eq__)  # what a process that was killed in between has left
         if _is_ours_alone(target):
             with new_folder(target) as folder:
-                write_sae(sae, folder)
+                _write(contents, folder)
         else:
-            _write_into(target, sae)
+            _write_into(target, contents)
     except (OSError, UnicodeEncodeError) as error:
         raise StorageError(f"cannot save the SAE in {str(path)!r}: {error}") from error
     return path
@@ -63,18 +68,18 @@ def _refuse(target: Path, path: Path) -> None:
     """:class:`StorageError` says why ``target`` is no place for an SAE."""
     where = f"cannot save the SAE in {str(path)!r}: "
     if target.exists() and not target.is_dir():
-        raise StorageError(f"{where}there is a file of that name; give a folder, which may be new")
+        raise PlaceError(f"{where}there is a file of that name; give a folder, which may be new")
     if path.is_symlink() and not target.exists():
-        raise StorageError(f"{where}it is a symbolic link to {target}, which is not there")
+        raise PlaceError(f"{where}it is a symbolic link to {target}, which is not there")
     if not target.exists() and (fault := fault_of_name(target.name)):
-        raise StorageError(f"{where}the name {fault}; choose another")
+        raise PlaceError(f"{where}the name {fault}; choose another")
     if kind := _is_of_a_run(target):
-        raise StorageError(f"{where}it is {kind}; choose another folder, or a new one in it")
+        raise PlaceError(f"{where}it is {kind}; choose another folder, or a new one in it")
     for name in (CONFIG, WEIGHTS, SPARSITY):
         if os.path.lexists(target / name) and not (target / name).is_file():
-            raise StorageError(f"{where}{name} in it is not a file; choose another folder")
+            raise PlaceError(f"{where}{name} in it is not a file; choose another folder")
     if (target / CONFIG).exists() and not (target / WEIGHTS).exists() and not _is_config(target / CONFIG):
-        raise StorageError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
+        raise PlaceError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
 
 
 def _is_of_a_run(target: Path) -> str:
@@ -120,26 +125,64 @@ def _works_in(folder: Path) -> bool:
         return False
 
 
-def _write_into(target: Path, sae: Dictionary) -> None:
+def _write_into(target: Path, contents: _Contents) -> None:
     tidy(target, _HALF.__eq__)
     with new_files(target / _HALF) as home:
-        written = write_sae(sae, home)
+        written = _write(contents, home)
         new = {file: home / file if file in written else None for file in (WEIGHTS, SPARSITY, CONFIG)}
         replace_files(target, new, last=CONFIG)
 
 
-def write_sae(sae: Dictionary, folder: Path) -> dict[str, str]:
+def write_sae(sae: SAEModule, folder: Path) -> dict[str, str]:
     """Write the files of ``sae`` into ``folder``, which is there; returns their checksums."""
-    tensors = sae.public_tensors()
-    config = folder_config(sae, tensors)
-    sums = {WEIGHTS: save_tensors(folder / WEIGHTS, tensors)}
+    return _write(_contents(sae), folder)
+
+
+@attrs.frozen
+class _Contents:
+    """What is to be written, checked as if it were read again."""
+
+    config: dict[str, Any]
+    """``cfg.json`` without the checksums."""
+    tensors: dict[str, Tensor]
+    sparsity: Tensor | None
+
+
+def _contents(sae: SAEModule) -> _Contents:
+    """:class:`SAEFormatError` says what of ``sae`` could not be loaded again."""
+    tensors, where = sae.public_tensors(), "the SAE that is to be saved"
+    check_tensors(tensors, where)
+    for name in (entry.name for entry in sae.table):
+        if name in tensors:
+            _check_shape(tensors[name], list(sae.table.shape(name)), name, where)
+    sparsity = None
     if sae.log_sparsity is not None:
-        sparsity = {"sparsity": sae.log_sparsity.detach().cpu().float().contiguous()}
-        sums[SPARSITY] = save_tensors(folder / SPARSITY, sparsity)
-    config["saekit"] |= {"sha256": sums, "seal": seal(config)}
-    text = (json.dumps(config, indent=2) + "\n").encode()
+        check_tensor(sae.log_sparsity, "log_sparsity", where, minus_infinity=True)
+        _check_shape(sae.log_sparsity, [sae.d_sae], "log_sparsity", where)
+        sparsity = sae.log_sparsity.detach().cpu().float().contiguous()
+    config = folder_config(sae, tensors)
+    parse_object(_text(config, dict.fromkeys((WEIGHTS, SPARSITY), "0" * 64)), f"{CONFIG} of {where}")
+    return _Contents(config, tensors, sparsity)
+
+
+def _check_shape(value: Tensor, shape: list[int], name: str, where: str) -> None:
+    if list(value.shape) != shape:
+        raise SAEFormatError(f"{name} of {where} has shape {list(value.shape)}, expected {shape}")
+
+
+def _write(contents: _Contents, folder: Path) -> dict[str, str]:
+    sums = {WEIGHTS: save_tensors(folder / WEIGHTS, contents.tensors)}
+    if contents.sparsity is not None:
+        sums[SPARSITY] = save_tensors(folder / SPARSITY, {"sparsity": contents.sparsity})
+    text = _text(contents.config, sums)
     (folder / CONFIG).write_bytes(text)
     return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
+
+
+def _text(config: Mapping[str, Any], sums: Mapping[str, str]) -> bytes:
+    """``cfg.json`` with the checksums of the other files and its own."""
+    own = {**config["saekit"], "sha256": sums, "seal": seal(config)}
+    return (json.dumps({**config, "saekit": own}, indent=2) + "\n").encode()
 
 
 def seal(table: Mapping[str, Any]) -> str:
@@ -153,7 +196,7 @@ def seal(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def folder_config(sae: Dictionary, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """``cfg.json`` beside ``tensors``: what sae-lens 6 reads, and saekit's own part.
 
     The type of the weights is that of the tensors, whatever the SAE was made with.
@@ -191,12 +234,15 @@ def weights_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     try:
-        json.dumps(metadata)
+        text = json.dumps(metadata)
     except (TypeError, ValueError, RecursionError) as error:
         raise SAEFormatError(f"sae.info.metadata cannot be saved, as it is not plain JSON: {error}") from error
     check_value(dict(metadata), "sae.info.metadata")
+    parse_object(text.encode(), "sae.info.metadata")  # 1 and "1" are one name there
+    if not is_scale(scale := metadata.get("activation_scale", 1.0)):
+        raise SAEFormatError(f"activation_scale in sae.info.metadata is {scale!r}, expected a number above 0")
 
 
-def site_has_head(sae: Dictionary) -> bool:
+def site_has_head(sae: SAEModule) -> bool:
     """Whether the SAE reads one head alone, so that it sees ``[..., d_head]`` and nothing to flatten."""
     return sae.info.site is not None and sae.info.site.hook_head_index is not None

@@ -16,7 +16,7 @@ from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import uninitialized, zeros
 
 if TYPE_CHECKING:
-    from saekit.sae.module import Dictionary
+    from saekit.sae.module import SAEModule
 
 __all__ = [
     "decoded_rows",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-def is_fast(sae: Dictionary, x: Tensor) -> bool:
+def is_fast(sae: SAEModule, x: Tensor) -> bool:
     """Whether the kernels can serve: nobody asks for a gradient, or for another precision."""
     if sae.kernels == "reference" or sae.W_enc.dtype not in (torch.float32, torch.float64):
         return False
@@ -65,7 +65,7 @@ def overridden(kind: type) -> str | None:
     return None
 
 
-def dense_features(sae: Dictionary, rows: Tensor) -> Tensor:
+def dense_features(sae: SAEModule, rows: Tensor) -> Tensor:
     """Features ``[..., d_sae]`` of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     features = zeros((len(flat), sae.d_sae), flat.dtype, flat.device)
@@ -78,7 +78,7 @@ def dense_features(sae: Dictionary, rows: Tensor) -> Tensor:
     return features.reshape(*rows.shape[:-1], sae.d_sae)
 
 
-def sparse_features(sae: Dictionary, rows: Tensor) -> SparseFeatures:
+def sparse_features(sae: SAEModule, rows: Tensor) -> SparseFeatures:
     """The active features of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     groups = [group if isinstance(group, SparseFeatures) else nonzero_features(group)
@@ -89,7 +89,7 @@ def sparse_features(sae: Dictionary, rows: Tensor) -> SparseFeatures:
     return joined if flat.device.type == "cpu" else joined.kept(joined.values != 0)
 
 
-def reconstructions(sae: Dictionary, rows: Tensor) -> Tensor:
+def reconstructions(sae: SAEModule, rows: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``rows [..., d_in]``."""
     flat = rows.detach().reshape(-1, sae.d_in).contiguous()
     output = uninitialized(tuple(flat.shape), flat.dtype, flat.device)
@@ -98,7 +98,7 @@ def reconstructions(sae: Dictionary, rows: Tensor) -> Tensor:
     return output.reshape(rows.shape)
 
 
-def decoded_rows(sae: Dictionary, features: Tensor) -> Tensor:
+def decoded_rows(sae: SAEModule, features: Tensor) -> Tensor:
     """``x̂ [..., d_in]`` of ``features [..., d_sae]``."""
     flat = features.detach().reshape(-1, sae.d_sae).to(sae.W_dec.dtype)
     output = uninitialized((len(flat), sae.d_in), flat.dtype, flat.device)
@@ -128,7 +128,7 @@ def _sparse_if_cheaper(part: Tensor, limit: float) -> Tensor | SparseFeatures:
     return SparseFeatures(rows, columns, part.view(-1)[flat], *part.shape)
 
 
-def _decoded(sae: Dictionary, features: Tensor | SparseFeatures) -> Tensor:
+def _decoded(sae: SAEModule, features: Tensor | SparseFeatures) -> Tensor:
     scale = sae.decoder_scale()
     if isinstance(features, SparseFeatures):
         features = features.scaled(scale)

@@ -28,14 +28,14 @@ from saekit.sae.parameters import Factor, Parameter, ParameterTable, tensors_of
 from saekit.site import flatten_heads
 from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 
-__all__ = ["Dictionary"]
+__all__ = ["SAEModule"]
 
 # Parameters whose gradients the fast step makes.
 _KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
-class Dictionary(Castable):
+class SAEModule(Castable):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -376,7 +376,7 @@ class Dictionary(Castable):
     @property
     def saved_as_it_is(self) -> bool:
         """Whether :meth:`public_tensors` are the very tensors that it has, all of them and nothing else."""
-        own = type(self).public_tensors is Dictionary.public_tensors
+        own = type(self).public_tensors is SAEModule.public_tensors
         return own and all(getattr(self, entry.name) is None for entry in self.table if entry.optional)
 
     def extra_repr(self) -> str:

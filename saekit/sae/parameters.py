@@ -170,7 +170,7 @@ class ParameterTable:
     # ---- saving and loading
 
     def fold_scale(self, module: nn.Module, scale: Factor, target_scale: Factor) -> None:
-        """See :meth:`saekit.sae.Dictionary.fold_activation_scale`."""
+        """See :meth:`saekit.sae.SAEModule.fold_activation_scale`."""
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None:
                 entry.fold(value, {"d_in": scale, "d_out": target_scale})

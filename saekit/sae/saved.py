@@ -12,15 +12,15 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.files import SAEFiles
 from saekit.pretrained.load import load_sae
 from saekit.sae.folder import save_sae
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 
 __all__ = ["SAE"]
 
 _S = TypeVar("_S", bound="SAE")
 
 
-class SAE(Dictionary):
-    """What users load, and architectures derive from; all it can do beside files is :class:`Dictionary`'s."""
+class SAE(SAEModule):
+    """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -61,7 +61,7 @@ class SAE(Dictionary):
         return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
 
 
-def _as(cls: type[_S], sae: Dictionary) -> _S:
+def _as(cls: type[_S], sae: SAEModule) -> _S:
     if not isinstance(sae, cls):
         raise SAEFormatError(f"this is a {type(sae).__name__}, not a {cls.__name__}; load it with saekit.SAE.load")
     return sae

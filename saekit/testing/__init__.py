@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.plugins.building import METHODS, VALUES
+from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins.hookspecs import hookimpl
 from saekit.plugins.manager import PluginManager
-from saekit.plugins.registry import KINDS, Entry
+from saekit.plugins.registry import Entry
 from saekit.testing.sparse import check_sparse_activation
 from saekit.values import Replacement
 
@@ -64,13 +64,13 @@ def _register_builtins(manager: PluginManager) -> None:
         manager.register(point.load(), name=point.name, distribution="saekit", version=own.version)
 
 
-def plugin_of(kind: str, *entries: Entry) -> object:
+def plugin_of(kind: Kind[Any] | str, *entries: Entry) -> object:
     """A plugin that returns ``entries`` from the hook of ``kind``, such as ``lr_schedules``."""
 
     def hook() -> Iterable[Entry]:
         return entries
 
-    hook.__name__ = f"saekit_register_{kind}"
+    hook.__name__ = kind_of(kind).hook
     return SimpleNamespace(__name__=f"fake_{kind}", **{hook.__name__: hookimpl(hook)})
 
 
@@ -83,12 +83,17 @@ class FakeConfig:
 
 
 def fake_plugin(
-    kind: str, name: str = "fake", build: Callable[..., Any] | None = None, config: type = FakeConfig, **entry: Any
+    kind: Kind[Any] | str,
+    name: str = "fake",
+    build: Callable[..., Any] | None = None,
+    config: type = FakeConfig,
+    **entry: Any,
 ) -> object:
     """A plugin with one entry of ``kind``; without ``build``, it builds ``(kind, config, services)``.
 
     That tuple passes for what the kind promises, and does nothing.
     """
+    kind = str(kind)
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
@@ -114,7 +119,7 @@ class _Echo(tuple[str, Any, Mapping[str, Any]]):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name in (*METHODS[self[0]], *VALUES.get(self[0], ())):
+        if name in (*KINDS[self[0]].methods, *KINDS[self[0]].values):
             return self
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

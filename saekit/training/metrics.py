@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import PluginFailedError
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.values import Histogram, StepOutput
 
 __all__ = ["eval_metrics", "histogram", "numbers_of", "step_metrics", "window_metrics"]
@@ -88,7 +88,7 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
     return numbers
 
 
-def eval_metrics(sae: Dictionary, found: Mapping[str, float]) -> dict[str, float | Histogram]:
+def eval_metrics(sae: SAEModule, found: Mapping[str, float]) -> dict[str, float | Histogram]:
     """The numbers that evals have ``found`` of ``sae``, and histograms of its weights."""
     named: dict[str, float | Histogram] = {f"evals/{name}": value for name, value in found.items()}
     named |= {f"metrics/{known}": found[name] for name, known in _FAMILIAR.items() if name in found}

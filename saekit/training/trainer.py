@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ from saekit.config import TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.protocols import ModelBackend
-from saekit.sae.module import Dictionary
+from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
@@ -32,7 +33,7 @@ class SAETrainer:
 
     name: str
     """Told apart by this among those that are trained together."""
-    sae: Dictionary
+    sae: SAEModule
     site: Site
     optimizer: Optimizer
     firing: FiringStatistics
@@ -51,6 +52,8 @@ class SAETrainer:
     tokens: int = 0
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
+    watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
+    """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
     _sound_until: int = attrs.field(default=0, init=False)
     """The last step of which it is known that all was finite."""
@@ -112,8 +115,10 @@ class SAETrainer:
         if self.scaled:
             x = x * self.factors(self.sae.ports.inputs)
             y = None if y is None else y * self.factors(self.sae.ports.targets)
-        result = self._gradients(x, y, batch)
-        self.sae.before_update()
+        with self.watched("training_step"):
+            result = self._gradients(x, y, batch)
+        with self.watched("before_update"):
+            self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
         self.tokens += len(x)
@@ -122,7 +127,8 @@ class SAETrainer:
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
         if log or self.optimizer.looks:
             self._check_finite(result.loss, grad_norm, x)
-        self.sae.after_update()
+        with self.watched("after_update"):
+            self.sae.after_update()
         window_ended = self.firing.update(result.fired, len(x))
         if log:
             metrics |= step_metrics(
@@ -218,7 +224,7 @@ class SAETrainer:
                 "training.lr_warm_up_steps"
             )
 
-    def raw_sae(self) -> Dictionary:
+    def raw_sae(self) -> SAEModule:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
 
         It is the SAE itself, or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.

@@ -13,6 +13,8 @@ import attrs
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit.hub import is_path, within_reach
+from saekit_plugins.backends.model_folders import instead
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -64,7 +66,8 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
     _check_fast_paths(config.forward_kwargs)
     module: Any = loaded if loaded is not None else _load(config, model)
     if not hasattr(module, "input_dependent_hooks"):
-        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {_instead(module)}")
+        told = instead(module, "run_with_hooks", 'Its backend may be another: model.backend = "HookedTransformer"')
+        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {told}")
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -93,19 +96,11 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def _instead(module: object) -> str:
-    if isinstance(module, str):
-        return f"A model is chosen by its name with model.name = {module!r}"
-    if hasattr(module, "run_with_hooks"):
-        return 'Its backend may be another: model.backend = "HookedTransformer"'
-    return "Of models of other kinds, saekit needs a backend (model.backend)"
-
-
 def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:
     """What only a folder can be meant by must be there."""
     for name, what in ((model.name, "model folder {!r} (model.name)"),
                        (config.tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
-        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        if is_path(name) and not Path(name).is_dir():
             raise ModelError(f"there is no {what.format(name)}")
 
 
@@ -124,6 +119,6 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba
     tokenizer = load_tokenizer(config.tokenizer)
-    with loading(f"the Mamba model {model.name!r}"):
+    with within_reach(unless=model.name), loading(f"the Mamba model {model.name!r}"):
         module = HookedMamba.from_pretrained(model.name, device=device, tokenizer=tokenizer)
         return ready(module, getattr(torch, model.dtype))

@@ -16,7 +16,7 @@ import attrs
 from saekit import Entry, ModelError, hookimpl
 from saekit.data.vocabulary import special_tokens
 from saekit_plugins.backends.compiled_parts import CompiledParts
-from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
+from saekit_plugins.backends.model_folders import EMBEDDED, instead, load_model, model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,21 +243,17 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     )
 
 
+_SAVE_IT = "Save it and its tokenizer with save_pretrained(folder), and choose that with model.name"
+
+
 def _passed(loaded: object) -> object:
     if hasattr(loaded, "input_dependent_hooks"):
         raise ModelError(
             'the model passed is a HookedMamba, and its backend must be named: model.backend = "HookedMamba"'
         )
     if not all(hasattr(loaded, name) for name in ("run_with_hooks", "hook_dict", "cfg", "tokenizer")):
-        raise ModelError(f"model must be a HookedTransformer, found {type(loaded).__name__}. {_instead(loaded)}")
+        told = instead(loaded, "save_pretrained", _SAVE_IT)
+        raise ModelError(f"model must be a HookedTransformer, found {type(loaded).__name__}. {told}")
     if lacking := [name for name in ("d_vocab", "n_ctx") if not hasattr(loaded.cfg, name)]:  # type: ignore[attr-defined]
         raise ModelError(f"the cfg of the model, a {type(loaded).__name__}, lacks {' and '.join(lacking)}")
     return loaded
-
-
-def _instead(loaded: object) -> str:
-    if isinstance(loaded, str):
-        return f"A model is chosen by its name with model.name = {loaded!r}"
-    if hasattr(loaded, "save_pretrained"):
-        return "Save it and its tokenizer with save_pretrained(folder), and choose that with model.name"
-    return "Of models of other kinds, saekit needs a backend (model.backend)"

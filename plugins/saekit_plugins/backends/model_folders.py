@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         return _load_hf_folder(folder, model.dtype, device, kwargs)
     from transformer_lens import HookedTransformer
 
-    try:
-        loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
-    except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
-        raise ModelError(_unknown_name(model.name, error)) from error
+    with within_reach():
+        try:
+            loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
+        except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
+            raise ModelError(_unknown_name(model.name, error)) from error
     return loaded.eval().requires_grad_(False)
 
 
@@ -43,7 +45,7 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     """The model folder that ``name`` means, checked; None for a name that transformer_lens may know."""
     folder = EMBEDDED.get(name, Path(name))
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if is_path(name):
             raise ModelError(f"there is no model folder {name!r} (model.name)")
         return None
     if (folder / NATIVE_CONFIG).is_file():
@@ -55,6 +57,13 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     if unknown := sorted(set(kwargs) - set(_PROCESSING)):
         raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {_PROCESSING}, found {unknown}")
     return folder
+
+
+def instead(passed: object, attribute: str, advice: str) -> str:
+    """What to do with what was passed and is no model of the backend's; ``advice`` where it has the ``attribute``."""
+    if isinstance(passed, str):
+        return f"A model is chosen by its name with model.name = {passed!r}"
+    return advice if hasattr(passed, attribute) else "Of models of other kinds, saekit needs a backend (model.backend)"
 
 
 @contextmanager
@@ -87,7 +96,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
     from transformers import AutoTokenizer
 
-    with loading(f"the tokenizer {str(name)!r}"):
+    with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

@@ -6,17 +6,17 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check, is_free_in_run
+from saekit.files import hidden_name, parse_json
 from saekit.values import Histogram, Metrics
 
 _TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
@@ -85,14 +85,15 @@ def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
     seconds, there = 0.0, deque[bytes](maxlen=_MAY_COME_AGAIN)
     if not path.exists():
         return seconds, set()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(hidden_name(path.name, "tmp"))
     try:
         with path.open("rb") as lines, temporary.open("wb") as kept:
             for line in lines:
                 record = _record(line)
                 if step and isinstance(record.get("step"), int) and record["step"] <= step:
                     kept.write(line)
-                    seconds = record.pop("seconds", seconds)
+                    said = record.pop("seconds", None)
+                    seconds = said if _is_time(said) else seconds
                     there.append(_digest(record))
             kept.flush()
             os.fsync(kept.fileno())
@@ -102,6 +103,10 @@ def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
     return seconds, set(there)
 
 
+def _is_time(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 0 <= value < 1e12  # a person may have edited the file
+
+
 def _digest(record: dict[str, Any]) -> bytes:
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
 
@@ -109,8 +114,8 @@ def _digest(record: dict[str, Any]) -> bytes:
 def _record(line: bytes) -> dict[str, Any]:
     """What ``line`` says; nothing if it was torn by the run's end."""
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
+        record = parse_json(line) if line.endswith(b"\n") else None
+    except ValueError:
         record = None
     return record if isinstance(record, dict) else {}
 

@@ -14,6 +14,7 @@ import attrs
 
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
+from saekit.files import hidden_name
 from saekit.values import Histogram, Metrics
 
 ID_FILE = "wandb-run-id.txt"
@@ -112,7 +113,7 @@ def _run_id(file: Path) -> str:
         raise ValueError(f"{file} holds no id of a W&B run; remove it to begin a new one")
     if not stored:
         stored = secrets.token_hex(4)
-        temporary = file.with_name(f".{file.name}.{stored}.tmp")
+        temporary = file.with_name(hidden_name(file.name, "tmp"))
         temporary.write_text(stored + "\n", encoding="utf-8")
         temporary.replace(file)
     return stored

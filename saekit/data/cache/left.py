@@ -8,12 +8,11 @@ from pathlib import Path
 
 from saekit.data.cache.manifest import DOCUMENTS, MANIFEST, TOKENS, Manifest
 from saekit.errors import DataError
+from saekit.files.names import half_written
 
 __all__ = ["LOCK", "check_target", "remove_left"]
 
 LOCK = ".lock"
-_TORN_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.(?=[0-9]*[a-f])[0-9a-f]{{8}}\.tmp")
-_TORN_SHARD = re.compile(r"\.shard-\d{5,}\.(?=[0-9]*[a-f])[0-9a-f]{8}\.(tmp|old)")
 _SHARD = re.compile(r"shard-(\d{5,})")
 _BEGINS = b'{"format"'
 
@@ -54,7 +53,8 @@ def remove_left(folder: Path, manifest: Manifest) -> None:
     for path in sorted(folder.iterdir()):
         match = _SHARD.fullmatch(path.name)
         unnamed = match is not None and int(match[1]) >= following
-        if (path.name == manifest.shard_folder(following) or _TORN_SHARD.fullmatch(path.name)) and _holds(path, ours):
+        name, _ = half_written(path.name) or ("", "")
+        if (path.name == manifest.shard_folder(following) or _SHARD.fullmatch(name)) and _holds(path, ours):
             torn.append(path)
         elif unnamed:
             raise DataError(
@@ -79,7 +79,7 @@ def _is_file(path: Path) -> bool:
 
 def _is_torn_manifest(path: Path) -> bool:
     """Whether it begins as a manifest does, as far as it goes; what was not synced may be zeros."""
-    if _TORN_MANIFEST.fullmatch(path.name) is None or not _is_file(path):
+    if half_written(path.name) != (MANIFEST, "tmp") or not _is_file(path):
         return False
     with path.open("rb") as file:
         start = file.read(64)

@@ -29,7 +29,7 @@ import attrs
 
 from saekit.data.cache.table import DOCUMENTS, FORMAT, HEADER, SEAL, TOKENS, Contents, contents, read_table, sealed
 from saekit.errors import DataError
-from saekit.files.storage import sha256, write_text
+from saekit.files.storage import parse_json, sha256, write_text
 from saekit.site import Site
 
 __all__ = [
@@ -250,6 +250,6 @@ def _own_header(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(HEADER)
     try:
-        return json.loads(start[8:]) if int.from_bytes(start[:8], "little") == HEADER - 8 else None
-    except (ValueError, RecursionError):
+        return parse_json(start[8:]) if int.from_bytes(start[:8], "little") == HEADER - 8 else None
+    except ValueError:
         return None

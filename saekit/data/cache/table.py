@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 
 from saekit.errors import DataError
+from saekit.files.storage import read_json
 from saekit.site import Site
 
 __all__ = [
@@ -111,12 +112,12 @@ def read_table(file: Path) -> dict[str, Any]:
     A seal need not be there: it was not always.
     """
     try:
-        table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        table: dict[str, Any] = read_json(file)
         if table["format"] != FORMAT or type(table["format"]) is not int:
             raise DataError(
                 f"{file} has format {_short(table['format'])}, and this saekit reads {FORMAT}: update saekit to read it"
             )
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}. {_WHAT_TO_DO}") from error
     found = list(_faults(table))
     if SEAL in table:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saekit.data.cache.left import LOCK, check_target, remove_left
 from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum, verify_cache
-from saekit.errors import DataError, StorageError
+from saekit.errors import DataError, PlaceError, StorageError
 from saekit.files.storage import new_folder, sha256
 from saekit.files.tensors import SummedFile, header
 from saekit.values import Batch
@@ -114,7 +114,7 @@ class CacheWriter:
         needed = self.manifest.bytes_for(contexts) - self.manifest.bytes_for(self.manifest.contexts)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise StorageError(
+            raise PlaceError(
                 f"the activation cache {str(self._folder)!r} needs {_gigabytes(needed)}, and the disk has "
                 f"{_gigabytes(free)} free. Write fewer tokens (activations.cache.tokens), in a smaller type "
                 "(activations.cache.dtype), or elsewhere (activations.cache.folder)"

@@ -1,0 +1,132 @@
+"""The kinds of plugin: one typed object each, from which hook, label and what is checked of what is built follow.
+
+``manager.build(LR_SCHEDULES, choice, ...)`` is an :class:`saekit.protocols.LRSchedule`, to type checkers too.
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import attrs
+
+from saekit import protocols
+from saekit.errors import UnknownKeyError
+
+__all__ = [
+    "ACTIVATION_FUNCTIONS",
+    "ACTIVATION_SOURCES",
+    "EVALS",
+    "KINDS",
+    "LR_SCHEDULES",
+    "MODEL_BACKENDS",
+    "OPTIMIZERS",
+    "PRETRAINED_LOADERS",
+    "SAE_ARCHITECTURES",
+    "TRACKERS",
+    "Kind",
+    "kind_of",
+]
+
+_CALLED = ("__call__", "__iter__", "__next__")
+T_co = TypeVar("T_co", covariant=True)
+
+
+@attrs.frozen
+class Kind(Generic[T_co]):
+    """A kind of plugin, which builds ``T_co``."""
+
+    name: str
+    """As in ``saekit plugins`` and at the end of the hook's name: ``lr_schedules``."""
+    label: str
+    """What people call one of them: ``LR schedule``."""
+    protocol: type
+    """What is built keeps to it; its methods and values are looked for in what ``build`` returns."""
+    numbers: tuple[str, ...] = ()
+    """Values of the protocol that must be finite numbers."""
+
+    @property
+    def hook(self) -> str:
+        """The name of the hook that registers them."""
+        return f"saekit_register_{self.name}"
+
+    @property
+    def labels(self) -> str:
+        """What people call several of them."""
+        return f"{self.label}s"
+
+    @property
+    def one(self) -> str:
+        """The label with its article."""
+        return f"an {self.label}" if self.label.startswith(("LR", "SAE", "a", "e", "o")) else f"a {self.label}"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What can be called on what is built."""
+        return _members(self.protocol)[0]
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What else it must have."""
+        return _members(self.protocol)[1]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def _members(protocol: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The methods, and the annotated values and properties, of a protocol, in the order in which it names them."""
+    methods: list[str] = []
+    values: list[str] = []
+    for base in reversed(protocol.__mro__):
+        if base not in (object, Protocol, Generic):
+            public = {name: member for name, member in vars(base).items() if name in _CALLED or name[0] != "_"}
+            methods += [name for name, member in public.items() if callable(member)]
+            values += [*inspect.get_annotations(base)]
+            values += [name for name, member in public.items() if isinstance(member, property)]
+    return tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(values))
+
+
+MODEL_BACKENDS: Kind[protocols.ModelBackend] = Kind("model_backends", "model backend", protocols.ModelBackend)
+ACTIVATION_FUNCTIONS: Kind[protocols.ActivationFunction] = Kind(
+    "activation_functions", "activation function", protocols.ActivationFunction
+)
+PRETRAINED_LOADERS: Kind[protocols.PretrainedLoader] = Kind(
+    "pretrained_loaders", "pretrained loader", protocols.PretrainedLoader
+)
+LR_SCHEDULES: Kind[protocols.LRSchedule] = Kind("lr_schedules", "LR schedule", protocols.LRSchedule, numbers=("end",))
+SAE_ARCHITECTURES: Kind[protocols.Dictionary] = Kind("sae_architectures", "SAE architecture", protocols.Dictionary)
+ACTIVATION_SOURCES: Kind[protocols.ActivationSource] = Kind(
+    "activation_sources", "activation source", protocols.ActivationSource
+)
+TRACKERS: Kind[protocols.Tracker] = Kind("trackers", "tracker", protocols.Tracker)
+EVALS: Kind[protocols.Eval] = Kind("evals", "eval", protocols.Eval)
+OPTIMIZERS: Kind[protocols.Optimizer] = Kind("optimizers", "optimizer", protocols.Optimizer)
+
+KINDS: Mapping[str, Kind[Any]] = {
+    kind.name: kind
+    for kind in (
+        MODEL_BACKENDS,
+        ACTIVATION_FUNCTIONS,
+        PRETRAINED_LOADERS,
+        LR_SCHEDULES,
+        SAE_ARCHITECTURES,
+        ACTIVATION_SOURCES,
+        TRACKERS,
+        EVALS,
+        OPTIMIZERS,
+    )
+}
+"""By name."""
+
+
+def kind_of(kind: Kind[Any] | str) -> Kind[Any]:
+    """The kind itself, or the one of that name; :class:`UnknownKeyError` when there is none."""
+    known = kind if isinstance(kind, Kind) else KINDS.get(kind)
+    if known is None:
+        raise UnknownKeyError(f"there is no kind of plugin {kind!r}; the kinds are {', '.join(KINDS)}")
+    return known

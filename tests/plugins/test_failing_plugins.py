@@ -177,8 +177,8 @@ def test_an_architecture(tmp_path: Path) -> None:
                 raise SystemExit(3)
             return super().training_step(x, step)
 
-    def build(config: Any, *, d_in: int, activation: Any) -> Any:
-        return Broken(config, d_in=d_in, activation=activation)
+    def build(config: Any, *, ports: Any, activation: Any) -> Any:
+        return Broken(config, ports=ports, activation=activation)
 
     own = manager(None, fake_plugin("sae_architectures", "mine", build, config=Config))
     table = fake_config(tmp_path)

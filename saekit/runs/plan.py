@@ -43,6 +43,7 @@ from saekit.runs.setup import (
 from saekit.runs.timing import bytes_text as _bytes
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+from saekit.sae.build import build_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,9 +163,15 @@ class _Planner:
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
         """Widths, memory and disk."""
-        config, d_sae = self.config, self.options.features(width)
-        parameters = 2 * width * d_sae + d_sae + width
-        saved = parameters * getattr(torch, self.options.dtype).itemsize
+        config, item = self.config, self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
+        sae = self.attempt(
+            lambda: build_module(item, self.options, width, self.plugins)
+        )  # memory is taken as it is used
+        if sae is None:
+            return
+        d_sae, dtype = sae.d_sae, getattr(torch, self.options.dtype)
+        parameters = sae.table.count()
+        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
         weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
         self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
         self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"

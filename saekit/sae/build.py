@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.config.files import plain_config
+from saekit.errors import ConfigError, PluginFailedError
 from saekit.kinds import ACTIVATION_FUNCTIONS
 from saekit.plugins.building import built
 from saekit.plugins.manager import PluginManager
@@ -25,7 +26,12 @@ def build_module(item: Registered, config: Any, ports: Ports | int, plugins: Plu
     ports = Ports.one(ports) if isinstance(ports, int) else ports
     config = attrs.evolve(config, d_in=ports.d_in, d_sae=config.features(ports.d_in), expansion_factor=None)
     activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
-    sae: SAEModule = built(item, config, ports=ports, activation=activation)
+    try:
+        sae: SAEModule = built(item, config, ports=ports, activation=activation)
+    except (MemoryError, PluginFailedError) as error:
+        if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
+            raise
+        raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
     return sae
 

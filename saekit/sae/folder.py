@@ -221,9 +221,18 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
             "architecture": sae.info.architecture,
             "options": {**sae.saved_options(), "dtype": "float32" if dtype == "float16" else dtype},
             "site": dict(place) or None,
+            **_ports(sae),
             "metadata": dict(sae.info.metadata),
         },
     }
+
+
+def _ports(sae: SAEModule) -> dict[str, Any]:
+    """Those that are not one site, by name, in order."""
+    ports = sae.ports
+    if ports.same and len(ports.inputs) == 1:
+        return {}
+    return {"ports": {"inputs": dict(ports.inputs), "targets": dict(ports.targets)}}
 
 
 def weights_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

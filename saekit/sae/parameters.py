@@ -8,6 +8,8 @@ parameter's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import attrs
@@ -18,13 +20,27 @@ from saekit.config import SAEConfig
 from saekit.errors import SAEFormatError
 from saekit.kernels.workspace import zeros
 
-__all__ = ["Factor", "Parameter", "ParameterTable", "Start", "one_factor", "tensors_of"]
+__all__ = ["Factor", "Parameter", "ParameterTable", "Start", "one_factor", "tensors_of", "to_hold"]
 
 Factor: TypeAlias = float | Tensor
 """One number for all, or a vector of one for each column."""
 
 _BLOCK = 1024  # rows that are worked on together, in the cache
 _CPU = torch.device("cpu")
+_to_hold: ContextVar[Mapping[str, Tensor] | None] = ContextVar("_to_hold", default=None)
+
+
+@contextmanager
+def to_hold(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Modules that are made here shall hold ``tensors``: they are compared with the table before anything is allocated.
+
+    :class:`SAEFormatError` names those of other shapes.
+    """
+    token = _to_hold.set(tensors)
+    try:
+        yield
+    finally:
+        _to_hold.reset(token)
 
 
 @attrs.frozen
@@ -124,9 +140,26 @@ class ParameterTable:
 
     def allocate(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Register all parameters: zeros, but for those that may be missing, which are."""
+        self._check(_to_hold.get())
         for entry in self.entries:
             parameter = None if entry.optional else entry.memory(entry.shape(self.sizes), dtype)
             module.register_parameter(entry.name, parameter)
+
+    def _check(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """:class:`SAEFormatError` unless ``tensors`` may be those of this table."""
+        if tensors is None:
+            return
+        shapes = {entry.name: list(entry.shape(self.sizes)) for entry in self.entries}
+        problems = [
+            f"{name} has shape {list(value.shape)}, expected {shapes[name]}"
+            for name, value in tensors.items()
+            if name in shapes and list(value.shape) != shapes[name]
+        ]
+        held, wanted = sum(value.numel() for value in tensors.values()), self.sizes["d_in"] * self.sizes["d_sae"]
+        if not problems and wanted > 1000 * held:
+            problems = [f"d_in × d_sae is {wanted:.3g}, and there are {held:,} numbers"]
+        if problems:
+            raise SAEFormatError(f"the weights do not fit the options: {'; '.join(problems)}")
 
     def add_optional(self, module: nn.Module, name: str) -> None:
         """Factors of 1, unless they are there, on the device and in the type of what they multiply."""

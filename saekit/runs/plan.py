@@ -164,9 +164,8 @@ class _Planner:
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
         """Widths, memory and disk."""
         config, item = self.config, self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
-        sae = self.attempt(
-            lambda: build_module(item, self.options, width, self.plugins)
-        )  # memory is taken as it is used
+        # Memory is taken as it is written to, so this takes none.
+        sae = self.attempt(lambda: build_module(item, self.options, width, self.plugins))
         if sae is None:
             return
         d_sae, dtype = sae.d_sae, getattr(torch, self.options.dtype)

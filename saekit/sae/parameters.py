@@ -156,8 +156,8 @@ class ParameterTable:
             if name in shapes and list(value.shape) != shapes[name]
         ]
         held, wanted = sum(value.numel() for value in tensors.values()), self.sizes["d_in"] * self.sizes["d_sae"]
-        if not problems and wanted > 1000 * held:
-            problems = [f"d_in × d_sae is {wanted:.3g}, and there are {held:,} numbers"]
+        if wanted > 1000 * held:
+            problems += [f"d_in × d_sae is {wanted:.3g}, and there are {held:,} numbers"]
         if problems:
             raise SAEFormatError(f"the weights do not fit the options: {'; '.join(problems)}")
 

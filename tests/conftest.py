@@ -28,8 +28,9 @@ BOTH_WAYS = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Whatever trains, trains by the fast kernels and by plain torch."""
-    if metafunc.module.__name__ in BOTH_WAYS:
+    """Whatever trains, trains by the fast kernels and by plain torch; a process of its own does as it always does."""
+    alone = metafunc.definition.get_closest_marker("own_process") is not None
+    if metafunc.module.__name__ in BOTH_WAYS and not alone:
         metafunc.fixturenames.append("kernels")
         metafunc.parametrize("kernels", ["fast", "reference"], indirect=True)
 

@@ -91,8 +91,9 @@ def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequen
 
 def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, str] | None:
     """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
+    known = [(item, part) for item, part in parts if part is not None]
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        for item, part in parts:
+        for item, part in known:
             if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
                 return item, frame.f_code.co_name
     return None

@@ -210,6 +210,16 @@ def test_several_are_reported_together(found: dict[str, tuple[int, str, list[str
     assert (code, imported) == (2, [])
 
 
+def test_that_nothing_is_there_is_seen_without_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PluginManager, "__init__", lambda self: pytest.fail("plugins are looked for"))
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        saekit.load_config(tmp_path / "nowhere.toml")
+    code = "import sys; from saekit.cli import main; sys.argv[1:] = ['train', '--resume', 'nowhere']\ntry: main()\n"
+    code += "finally: print(sorted({'saekit.config', 'saekit.plugins.manager', 'attrs'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "[]\n"), ran.stderr
+
+
 FROM_CODE = """
 import json, sys
 import saekit

@@ -957,6 +957,7 @@ def cli(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.own_process
 def test_a_grid_on_the_command_line(tmp_path: Path) -> None:
     config = run_config(Path("runs"), training={"training_tokens": 1000}, sae={"normalize_sae_decoder": False})
     (tmp_path / "run.toml").write_text(dump_config(saekit.load_config(config)))

@@ -17,7 +17,7 @@ from saekit.data.cache.read import available_memory
 from saekit.data.faults import problems_of
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.kernels.workspace import release
+from saekit.kernels.workspace import SHARED
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
@@ -64,7 +64,7 @@ def look(config: TrainConfig, plugins: PluginManager, model: object | None, data
         with ambient():
             planner.look(model, dataset)
     finally:
-        release()
+        SHARED.release()
     return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
 
 

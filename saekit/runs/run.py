@@ -17,7 +17,7 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.files.paths import here
-from saekit.kernels.workspace import release
+from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checkpoints import all_checkpoints
@@ -142,7 +142,7 @@ def _run(
             _save_after(error, session, record, saving, interruption)
             raise
         finally:
-            release()
+            SHARED.release()
     return _result(session, record, summary)
 
 

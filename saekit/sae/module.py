@@ -9,33 +9,29 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.devices import KERNEL_DEVICES
 from saekit.errors import ConfigError
-from saekit.kernels.encoder import Features
-from saekit.kernels.screen import why_no_screen
+from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
-from saekit.sae import inference, init
-from saekit.sae.casting import Castable
+from saekit.sae import init
 from saekit.sae.hooks import HookPoint
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, tensors_of
+from saekit.sae.ways import Ways
 from saekit.site import flatten_heads
 from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 
 __all__ = ["SAEModule"]
 
-# Parameters whose gradients the fast step makes.
-_KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
-class SAEModule(Castable):
+class SAEModule(Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -44,13 +40,10 @@ class SAEModule(Castable):
 
     Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.
     Architectures derive from :class:`saekit.SAE`, which also saves and loads.  They state their parameters in
-    :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have a
-    fast path override :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
+    :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have fast
+    ways list them in :attr:`step_kernels`.
     """
 
-    kernels: Literal["auto", "fast", "reference"] = "auto"
-    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``reference``:
-    plain torch."""
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     W_enc: nn.Parameter
@@ -72,7 +65,6 @@ class SAEModule(Castable):
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
         self._hooks_off = False
-        self._compile_mode: str | None = None
         self.table.allocate(self, getattr(torch, config.dtype))
         for name in _HOOKS:
             self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
@@ -119,11 +111,6 @@ class SAEModule(Castable):
         return [value for value in found if value is not None]
 
     @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return next(self.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What it computes in: the type of its parameters, but for those that keep more digits."""
         return next(
@@ -147,19 +134,28 @@ class SAEModule(Castable):
 
     def _reconstructed(self, x: Tensor) -> Tensor:
         rows = self.run_hook("input", self._rows(x))
-        if self._hooked("acts_pre", "acts_post") or not inference.is_fast(self, rows):
+        kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(rows)
+        if kernel is None:
             return self.decode(self._encoded(rows), like=x)
-        return self._finished(inference.reconstructions(self, rows), x)
+        flat = _flat(rows)
+        with self.memory.lent() as workspace:
+            output = inference.reconstructions(kernel.groups(self, flat, workspace), len(flat), kernel.decoder(self))
+        return self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
         return self._encoded(self.run_hook("input", self._rows(x)))
 
     def _encoded(self, rows: Tensor) -> Tensor:
-        if inference.is_fast(self, rows) and not self._hooked("acts_pre"):
-            features = inference.dense_features(self, rows)
-        else:
+        kernel = None if self._hooked("acts_pre") else self._kernel_for(rows)
+        if kernel is None:
             features = self.features_of(self.run_hook("acts_pre", self.pre_activations(rows)))
+        else:
+            flat = _flat(rows)
+            with self.memory.lent() as workspace:
+                groups = kernel.groups(self, flat, workspace)
+                features = inference.dense_features(groups, len(flat), self.d_sae, flat)
+            features = features.reshape(*rows.shape[:-1], self.d_sae)
         return self.run_hook("acts_post", features)
 
     def encode_sparse(self, x: Tensor) -> SparseFeatures:
@@ -168,9 +164,12 @@ class SAEModule(Castable):
         With hooks on features or pre-activations, they are those that the hooks leave.
         """
         with torch.no_grad():
-            if not self._hooked("acts_pre", "acts_post") and inference.is_fast(self, x):
-                return inference.sparse_features(self, self.run_hook("input", self._rows(x)))
-            return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
+            kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(x)
+            if kernel is None:
+                return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
+            flat = _flat(self.run_hook("input", self._rows(x)))
+            with self.memory.lent() as workspace:
+                return inference.sparse_features(kernel.groups(self, flat, workspace), self.d_sae, flat)
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest feature activations of each row, in falling order, and their features: ``[..., k]`` both.
@@ -185,9 +184,12 @@ class SAEModule(Castable):
 
     def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
         """Reconstructions ``[..., d_out]``, in the shape and dtype of ``like``, an input, if that is given."""
-        fast = inference.is_fast(self, features)
-        output = inference.decoded_rows(self, features) if fast else self.reconstruction(features)
-        return self._finished(output, like)
+        kernel = self._kernel_for(features)
+        if kernel is None:
+            return self._finished(self.reconstruction(features), like)
+        with self.memory.lent() as workspace:
+            output = inference.decoded_rows(kernel.decoder(self), features.detach().reshape(-1, self.d_sae), workspace)
+        return self._finished(output.reshape(*features.shape[:-1], self.d_out), like)
 
     def _finished(self, output: Tensor, like: Tensor | None) -> Tensor:
         output = self.run_hook("recons", output)
@@ -252,60 +254,14 @@ class SAEModule(Castable):
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
-        if self.why_reference() is None:
-            with torch.no_grad():
-                return self.fast_step(x.contiguous(), step)
+        kernel, _ = self._training_kernel()
+        if kernel is not None:
+            with torch.no_grad(), self.memory.lent() as workspace:
+                return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad():
             result = self.losses(x, step)
             result.loss.backward()
         return result
-
-    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        """What :meth:`training_step` does, without autograd."""
-        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define fast_step(x, step)")
-
-    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
-        """The features of ``rows [n, d_in]`` for inference, group by group with its first row, without autograd."""
-        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define feature_groups(rows)")
-
-    def why_no_fast_path(self, *, training: bool) -> str | None:
-        """Why this SAE, with its options, has no fast path for ``training`` or else for inference; None: it has one."""
-        return "the architecture has no fast path"
-
-    def why_no_screen(self) -> str | None:
-        """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
-        reason = why_no_screen(self.device, self.dtype, self.d_sae)
-        if reason is None and not self.W_enc.T.is_contiguous():
-            return "the numbers of a column of W_enc do not lie together"
-        return reason
-
-    def step_path(self) -> str:
-        """The way of a training step now, in words."""
-        if (reason := self.why_reference()) is not None:
-            return f"plain torch: {reason}"
-        reason = self.why_no_screen()
-        return "fast kernels, " + ("screened in bfloat16" if reason is None else f"not screened: {reason}")
-
-    def why_reference(self) -> str | None:
-        """Why a training step now takes the way of autograd; None: it takes the fast one."""
-        if self.kernels == "reference":
-            return 'kernels is "reference"'
-        if "losses" in vars(self):
-            return "it is compiled"
-        if self.device.type not in KERNEL_DEVICES:
-            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {self.device.type}"
-        if torch.is_autocast_enabled(self.device.type):
-            return "autocast rounds its products"
-        if self.dtype != torch.float32 and not (self.dtype == torch.float64 and self.kernels == "fast"):
-            return f"the weights are {str(self.dtype).removeprefix('torch.')}"
-        if more := [name for name, value in self.named_parameters() if value.requires_grad and name not in _KNOWN]:
-            return f"the kernels have no gradient for {', '.join(more)}"
-        return self.why_no_fast_path(training=True) or inference.overridden(type(self))
-
-    def compile_losses(self, mode: str = "default") -> None:
-        """From now on train with :meth:`losses` compiled by ``torch.compile``."""
-        self._compile_mode = mode
-        self.losses = torch.compile(self.losses, mode=mode)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -384,14 +340,6 @@ class SAEModule(Castable):
         dtype = str(self.dtype).removeprefix("torch.")
         return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        for name in ("losses", "table"):
-            state.pop(name, None)
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._compile_mode is not None:
-            self.compile_losses(self._compile_mode)
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).contiguous()

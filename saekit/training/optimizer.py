@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saekit.config import OptimizerConfig
 from saekit.devices import KERNEL_DEVICES
 from saekit.errors import StorageError
-from saekit.kernels.workspace import recycle
+from saekit.kernels.workspace import SHARED
 
 __all__ = ["Optimizer"]
 
@@ -77,7 +77,7 @@ class Optimizer:
         if not (self.looks and self.failed):
             self._update(norm)
         self._adam.zero_grad(set_to_none=True)
-        recycle(gradients)
+        SHARED.recycle(gradients)
         return norm
 
     def _update(self, norm: Tensor) -> None:

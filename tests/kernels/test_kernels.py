@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ import saekit.kernels.screen
 from saekit.config import OptimizerConfig, SAEConfig
 from saekit.kernels import Encoder, SparseFeatures, active_groups, batch_top, top_groups
 from saekit.kernels.groups import top_entries
-from saekit.kernels.screen import Screen, native_bfloat16
-from saekit.kernels.workspace import gradient_for, recycle, scratch
+from saekit.kernels.private_torch import has_bfloat16_products
+from saekit.kernels.screen import Screen
+from saekit.kernels.workspace import SHARED, Workspace, Workspaces
 from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.testing import check_sparse_activation
@@ -113,10 +116,10 @@ def test_groups_are_joined_in_order() -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small batch has many chunks, and groups come in between."""
-    for module in ("kernels", "largest", "gradients", "auxk", "penalty", "inference"):
-        monkeypatch.setattr(f"saekit.sae.{module}.CHUNK", 16)
+    for module in ("encoder", "active", "groups", "gradients", "auxk", "penalty", "inference"):
+        monkeypatch.setattr(f"saekit.kernels.{module}.CHUNK", 16)
     monkeypatch.setattr("saekit.kernels.encoder._ENTRIES", 50)
-    monkeypatch.setattr("saekit.kernels.encoder.PROBE", 8)
+    monkeypatch.setattr("saekit.kernels.active.PROBE", 8)
     monkeypatch.setattr("saekit.kernels.groups.PROBE", 8)
 
 
@@ -180,7 +183,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype) -> None
     pre = torch.randn(50, d_sae, generator=seeded(), dtype=dtype) - 1
     pre[3] = -1
     pre[4] = 0
-    found = top_entries(pre.clone(), k)
+    found = top_entries(pre.clone(), k, Workspace())
     values, features = pre.topk(k, dim=1)
     expected = torch.zeros_like(pre).scatter(1, features, values.relu())
     assert torch.equal(found.dense(), expected)
@@ -190,7 +193,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype) -> None
 def test_ties_do_not_make_more_than_k() -> None:
     pre = torch.ones(20, 4096)
     pre[:, ::2] = 2.0
-    found = top_entries(pre, 32)
+    found = top_entries(pre, 32, Workspace())
     assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32))
     assert bool((found.values == 2).all())
 
@@ -293,7 +296,7 @@ def test_a_screen_finds_the_largest(kind: str, k: int) -> None:
     assert int((dense > 0).sum(1).max()) <= k
 
 
-needs_bfloat16 = pytest.mark.skipif(not native_bfloat16(), reason="this CPU has no bfloat16 products")
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU has no bfloat16 products")
 
 
 @needs_bfloat16
@@ -353,12 +356,12 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(cpu, torch.float64, 4096) == "not for float64"
     assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
     assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
-    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: False)
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: False)
     assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
     assert built(StandardConfig(d_sae=2048)).step_path() == (
         "fast kernels, not screened: this CPU has no bfloat16 products"
     )
-    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: True)
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
     assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
 
@@ -476,7 +479,7 @@ def test_k_out_of_range() -> None:
 
 def test_no_gradient_no_autocast_no_other_type(some_sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for bfloat16 gets it: those products are not the kernels' business."""
-    monkeypatch.setattr(type(some_sae), "feature_groups", None)
+    monkeypatch.setattr(type(some_sae.step_kernels[0]), "groups", None)
     x = torch.randn(6, 12, generator=seeded())
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -538,24 +541,44 @@ def test_an_activation_without_a_declaration_trains_by_autograd() -> None:
 # ---- memory
 
 
-def test_memory_is_used_again_and_threads_have_their_own() -> None:
-    cpu = torch.device("cpu")
-    first = scratch("test", (10, 10), torch.float32, cpu)
-    assert scratch("test", (5, 7), torch.float64, cpu).data_ptr() == first.data_ptr()
-    assert scratch("other", (5, 7), torch.float64, cpu).data_ptr() != first.data_ptr()
-    there: list[int] = []
-    thread = threading.Thread(target=lambda: there.append(scratch("test", (10, 10), torch.float32, cpu).data_ptr()))
-    thread.start()
-    thread.join()
-    assert there != [first.data_ptr()]
+def test_memory_is_used_again_and_who_works_at_once_has_their_own() -> None:
+    cpu, pool = torch.device("cpu"), Workspaces()
+
+    def place(workspace: Workspace, name: str = "test") -> int:
+        return workspace.scratch(name, (10, 10), torch.float32, cpu).data_ptr()
+
+    with pool.lent() as first:
+        where = place(first)
+        assert first.scratch("test", (5, 7), torch.float64, cpu).data_ptr() == where
+        assert place(first, "other") != where
+        there: list[int] = []
+
+        def work() -> None:
+            with pool.lent() as mine:
+                there.append(place(mine))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert there != [where]
+    with pool.lent() as one, pool.lent() as two:
+        assert {place(one), place(two)} == {where, *there}, "what was given back"
+
+
+def test_copies_and_pickles_work_in_shared_memory() -> None:
+    sae = built(StandardConfig(d_sae=20))
+    sae.memory = Workspaces()
+    assert copy.deepcopy(sae).memory is sae.memory
+    assert pickle.loads(pickle.dumps(sae)).memory is SHARED
 
 
 def test_gradients_are_used_again_and_never_twice_at_once() -> None:
     like = torch.empty(1 << 11, 1 << 10)
-    one, two = gradient_for(like), gradient_for(like)
+    memory = Workspace()
+    one, two = memory.gradient_for(like), memory.gradient_for(like)
     assert one.data_ptr() != two.data_ptr()
-    recycle([one, two.T, None, torch.empty(3)])
-    again, more, third = gradient_for(like), gradient_for(like), gradient_for(like)
+    memory.recycle([one, two.T, None, torch.empty(3)])
+    again, more, third = (memory.gradient_for(like) for _ in range(3))
     assert {again.data_ptr(), more.data_ptr()} == {one.data_ptr(), two.data_ptr()}
     assert third.data_ptr() not in (one.data_ptr(), two.data_ptr())
     assert again.shape == like.shape
@@ -673,9 +696,9 @@ def test_a_class_that_changes_the_mathematics_loses_the_fast_path() -> None:
         changed = type("Changed", (base,), {name: lambda self, *args, name=name: getattr(base, name)(self, *args)})
         sae = built(TopKConfig(d_sae=60, k=3))
         sae.__class__ = changed
-        assert sae.why_reference() == f"Changed overrides {name}, and not why_no_fast_path"
+        assert sae.why_reference() == f"Changed overrides {name}, and not step_kernels"
         assert sae.step_path().startswith("plain torch: ")
-        vouched = type("Vouched", (changed,), {"why_no_fast_path": base.why_no_fast_path})
+        vouched = type("Vouched", (changed,), {"step_kernels": base.step_kernels})
         sae.__class__ = vouched
         assert sae.why_reference() is None
 

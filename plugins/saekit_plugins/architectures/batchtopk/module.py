@@ -11,20 +11,41 @@ from torch import Tensor
 
 from saekit import Ports
 from saekit.errors import SAEFormatError
-from saekit.kernels import Encoder, Features, SparseFeatures, active_groups, batch_top, screen_for
+from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for
 from saekit.protocols import ActivationFunction
 from saekit.sae import Factor, one_factor
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
-from saekit_plugins.architectures.topk.module import TopKSAE
+from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
 
 __all__ = ["BatchTopKSAE"]
 
 _AVERAGE = ("threshold_average", "threshold_updates")  # what the threshold is made of; it is saved in their place
 
 
+class BatchTopKKernel(TopKKernel):
+    """As :class:`TopKKernel`, but for which features are active."""
+
+    def chosen(
+        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None
+    ) -> Iterator[tuple[int, SparseFeatures]]:
+        wanted = sae.wanted(len(centered))
+        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
+
+    def groups(self, sae: Any, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
+        norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
+        above = sae.threshold if norms is None else sae.threshold / norms
+        groups = active_groups(encoder, sae.centered(rows), sae.activation, above=above, screen=screen_for(encoder))
+        for start, group in groups:
+            if isinstance(group, SparseFeatures):
+                yield start, group.scaled(norms)
+            else:
+                yield start, group if norms is None else group.mul_(norms)
+
+
 class BatchTopKSAE(TopKSAE):
     """See the module."""
 
+    step_kernels = (BatchTopKKernel(),)
     config: BatchTopKConfig
 
     def __init__(self, config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
@@ -53,10 +74,10 @@ class BatchTopKSAE(TopKSAE):
     def training_features(self, pre: Tensor) -> Tensor:
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu().flatten()
-        values, places = features.topk(self._wanted(len(pre)), sorted=False)
+        values, places = features.topk(self.wanted(len(pre)), sorted=False)
         return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
 
-    def _wanted(self, rows: int) -> int:
+    def wanted(self, rows: int) -> int:
         """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
         return self._k.numerator * rows // self._k.denominator
 
@@ -69,25 +90,6 @@ class BatchTopKSAE(TopKSAE):
         self.threshold_average.copy_(average.where(there, self.threshold_average))
         self.threshold_updates += there
         return {"topk_threshold": self.threshold}
-
-    def why_no_fast_path(self, *, training: bool) -> str | None:
-        return super().why_no_fast_path(training=training)  # this class has its own features_of, and kernels for it
-
-    def training_groups(self, centered: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
-        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        wanted = self._wanted(len(centered))
-        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
-
-    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
-        norms = self.feature_norms()
-        above = self.threshold if norms is None else self.threshold / norms
-        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        groups = active_groups(encoder, self.centered(rows), self.activation, above=above, screen=screen_for(encoder))
-        for start, group in groups:
-            if isinstance(group, SparseFeatures):
-                yield start, group.scaled(norms)
-            else:
-                yield start, group if norms is None else group.mul_(norms)
 
     # ---- saving
 

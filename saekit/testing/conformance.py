@@ -65,10 +65,12 @@ class Report:
         return [outcome for outcome in self.outcomes if outcome.not_tried is not None]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.faults)} of {len(self.outcomes)} checks found faults:"]
-        for outcome in self.faults:
-            lines += [f"  {outcome.entry}", f"    {outcome.check}: {outcome.fault}"]
-            lines += [f"      ({outcome.promise})"] if outcome.promise else []
+        lines = [f"{len(self.faults)} of {len(self.outcomes)} checks found faults" + (":" if self.faults else "")]
+        for entry in dict.fromkeys(outcome.entry for outcome in self.faults):
+            lines.append(f"  {entry}")
+            for outcome in (fault for fault in self.faults if fault.entry == entry):
+                lines.append(f"    {outcome.check}: {outcome.fault}")
+                lines += [f"      promised: {outcome.promise}"] if outcome.promise else []
         if self.not_tried:
             lines += ["not tried:", *(f"  {outcome}" for outcome in self.not_tried)]
         return "\n".join(lines)
@@ -195,7 +197,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
     for options in every:
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
         for check in (*OF_EVERY_KIND, *own):
-            outcome = Outcome(f"{label} ({options})", check.name, check.promise)
+            outcome = Outcome(f"{label} ({_shown(options)})", check.name, check.promise)
             reason = given.skip.get(f"{item.entry.name}: {check.name}")
             if reason is None and failed and check not in OF_EVERY_KIND:
                 reason = failed
@@ -205,6 +207,17 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
             yield (found := _run(check, outcome, item, options, manager, given))
             if check.name == _FIRST and found.fault is not None:
                 failed = "it cannot be built"
+
+
+def _shown(options: Any) -> str:
+    """The options that are not the defaults."""
+    fields = attrs.fields(type(options))
+    given = [
+        f"{field.name}={getattr(options, field.name)!r}"
+        for field in fields
+        if field.init and getattr(options, field.name) != field.default
+    ]
+    return f"{type(options).__qualname__}({', '.join(given)})"
 
 
 def _run(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_SMALL = 1e-2  # below that, last digits are those of what was subtracted
+
 __all__ = ["is_number", "must_agree", "must_be_equal", "seeded"]
 
 
@@ -40,7 +42,7 @@ def must_agree(what: str, found: Tensor, expected: Tensor, tolerance: float) -> 
     )
     if bool(finite.any()):
         off = float((found - expected)[finite].abs().max())
-        size = max(float(expected[finite].abs().max()), 1e-6)
+        size = max(float(expected[finite].abs().max()), _SMALL)
         must(off <= tolerance * size, f"{what}: off by {off / size:.2g} of the largest number, expected {tolerance:g}")
 
 

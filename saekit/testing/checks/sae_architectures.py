@@ -300,7 +300,7 @@ def _scales(ports: Ports, each: bool) -> tuple[Any, Any]:
 def saving(subject: Subject) -> None:
     """It is saved and loaded again as the same, with factors of fine-tuning, too; twice moves no digit."""
     for where, ports in takes(subject):
-        for method in (None, *_methods(made(subject, ports))):
+        for method in (None, *(_methods(made(subject, ports)) if ports is ONE else ())):
             sae = _with_factors(made(subject, ports), method)
             sae.info = attrs.evolve(sae.info, site=Site(), metadata={"model_name": "fake"})
             folder = subject.place / f"{where} {method}"

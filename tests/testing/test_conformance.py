@@ -28,7 +28,9 @@ BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_po
 
 
 def batchtopk(folder: Path) -> dict[str, Any]:
-    return {"configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}}
+    return {
+        "configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}
+    }
 
 
 def cached(folder: Path) -> dict[str, Any]:

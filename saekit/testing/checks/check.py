@@ -17,7 +17,7 @@ __all__ = ["Check", "Checks", "Fault", "NotTried", "Subject", "must"]
 C = TypeVar("C", bound="Callable[[Subject], None]")
 
 
-class Fault(AssertionError):
+class Fault(AssertionError):  # noqa: N818 - the plugin's, not an error of ours
     """What a plugin does is not what its kind promises."""
 
 

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
     from saekit.sae import SAE
 
-__all__ = ["ONE", "PORTS", "ROWS", "made", "must_be_one_step", "rows", "step_input", "stepped", "takes", "uninitialized"]
+__all__ = [
+    "ONE",
+    "PORTS",
+    "ROWS",
+    "made",
+    "must_be_one_step",
+    "rows",
+    "step_input",
+    "stepped",
+    "takes",
+    "uninitialized",
+]
 
 ROWS = 24
 ONE = Ports.one(6, Site().name)
@@ -72,7 +83,7 @@ def _stir(sae: SAE, seed: int) -> None:
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
             if spread > 0:
-                parameter += 0.1 * spread * drawn
+                parameter.add_(0.1 * spread * drawn)
             else:  # a constant: a number of another sign could mean something else
                 parameter.mul_(1 + 0.2 * drawn.tanh()).add_(0.05 * drawn * (parameter == 0))
         sae.after_update()
@@ -129,8 +140,8 @@ def must_be_one_step(
         for name in {**found, **expected}:
             if name not in found or name not in expected:
                 raise Fault(f"{name} is among {what} of one way alone{where}")
-            values = [torch.as_tensor(value, dtype=torch.float64) for value in (found[name], expected[name])]
-            must_agree(f"{name} of {what}{where}", *values, tolerance)
+            own, right = (torch.as_tensor(value, dtype=torch.float64) for value in (found[name], expected[name]))
+            must_agree(f"{name} of {what}{where}", own, right, tolerance)
     gradients = dict(reference.named_parameters())
     for name, parameter in sae.named_parameters():
         own, right = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, gradients[name]))

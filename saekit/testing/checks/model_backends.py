@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHECKS = Checks()
 _CLOSE = 1e-5
-_MOST_HOOKS, _LOOKED_AT = 4, 60
+_MOST_HOOKS, _LOOKED_AT = 4, 24
 _TEXT = "def add(a, b):\n    return a + b\n"
 
 
@@ -142,7 +142,10 @@ def early_stop(subject: Subject) -> None:
         tried.backend.run(tried.tokens, read={first})
         short = len(calls)
         tried.backend.run(tried.tokens, want="logits")
-        must(not calls or 2 * short < len(calls), f"a forward for {first!r} calls {short} modules, as many as a whole one")
+        must(
+            not calls or 2 * short < len(calls),
+            f"a forward for {first!r} calls {short} modules, as many as a whole one",
+        )
     whole = tried.backend.run(tried.tokens, read={first}, want="logits").held[first]
     must_agree(f"what {first!r} holds in a forward that ends early", early, whole, _CLOSE)
     must(not tried.backend.run(tried.tokens).held, "a forward that reads nothing holds something")
@@ -171,7 +174,9 @@ def loss(subject: Subject) -> None:
 
     tried = _Tried.of(subject)
     logits = tried.logits()
-    must(logits.shape[:2] == tried.tokens.shape, f"logits have the shape {list(logits.shape)}, expected [b, t, d_vocab]")
+    must(
+        logits.shape[:2] == tried.tokens.shape, f"logits have the shape {list(logits.shape)}, expected [b, t, d_vocab]"
+    )
     must(logits.shape[2] >= tried.backend.d_vocab, f"there are {logits.shape[2]} logits, and d_vocab is more")
     found = tried.backend.run(tried.tokens, want="loss").loss
     must_agree("the loss", found, next_token_loss(logits, tried.tokens.to(logits.device)), 1e-4)

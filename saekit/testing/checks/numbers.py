@@ -37,7 +37,8 @@ def must_agree(what: str, found: Tensor, expected: Tensor, tolerance: float) -> 
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     finite = expected.isfinite()
     must(
-        bool(((found == expected) | finite | (found.isnan() & expected.isnan())).all()) and bool(found[finite].isfinite().all()),
+        bool(((found == expected) | finite | (found.isnan() & expected.isnan())).all())
+        and bool(found[finite].isfinite().all()),
         f"{what}: numbers that are not finite are not where they were expected",
     )
     if bool(finite.any()):

@@ -68,7 +68,9 @@ def table(subject: Subject) -> None:
                 continue
             must(name in listed, f"{name} is a parameter that its table (parameters_of) does not have ({where})")
             shape = sae.table.shape(name)
-            must(tuple(value.shape) == shape, f"{name} has the shape {list(value.shape)}, and by its table {list(shape)}")
+            must(
+                tuple(value.shape) == shape, f"{name} has the shape {list(value.shape)}, and by its table {list(shape)}"
+            )
         there = {name for name, _ in sae.named_parameters()}
         lost = [name for name, entry in listed.items() if not entry.optional and name not in there]
         must(not lost, f"its table has {', '.join(lost)}, which the module does not ({where})")
@@ -117,7 +119,9 @@ def inference(subject: Subject) -> None:
         sae(x).square().sum().backward()
         must(x.grad is not None and bool(x.grad.any()), "outputs have no gradient to inputs")
         with torch.no_grad():
-            must_agree("outputs where nobody wants a gradient", sae(x), sae(x.detach().clone().requires_grad_()), _EXACT)
+            must_agree(
+                "outputs where nobody wants a gradient", sae(x), sae(x.detach().clone().requires_grad_()), _EXACT
+            )
 
 
 @CHECKS.add
@@ -229,7 +233,7 @@ def unit_rows(subject: Subject) -> None:
     with torch.no_grad():
         for value in sae.parameters():
             if value.grad is not None:
-                value -= 0.01 * value.grad
+                value.sub_(0.01 * value.grad)
     before = {name: value.detach().clone() for name, value in sae.named_parameters()}
     sae.after_update()
     for entry in sae.table:

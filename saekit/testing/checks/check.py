@@ -67,6 +67,10 @@ class Checks:
         self._checks.append(Check(function.__name__, " ".join((function.__doc__ or "").split()), function))
         return function
 
+    def extend(self, others: Checks) -> None:
+        """With the checks of another file."""
+        self._checks += others
+
     def __iter__(self) -> Iterator[Check]:
         return iter(self._checks)
 

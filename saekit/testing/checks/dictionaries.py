@@ -23,13 +23,16 @@ __all__ = [
     "ONE",
     "PORTS",
     "ROWS",
+    "copied",
     "made",
+    "methods",
     "must_be_one_step",
     "rows",
     "step_input",
     "stepped",
     "takes",
     "uninitialized",
+    "with_factors",
 ]
 
 ROWS = 24
@@ -157,3 +160,21 @@ def copied(sae: SAE, kernels: Any = None) -> SAE:
     if kernels is not None:
         found.kernels = kernels
     return found
+
+
+def methods(sae: SAE) -> list[str]:
+    """The ways to fine-tune that its table knows."""
+    return list(dict.fromkeys(method for entry in sae.table for method in entry.groups))
+
+
+def with_factors(sae: SAE, method: str | None) -> SAE:
+    """With factors that ``method`` trains, none of them 1."""
+    import torch
+
+    if method is not None:
+        sae.add_factors_for(method)
+        with torch.no_grad():
+            for entry in sae.table:
+                if entry.optional and (value := getattr(sae, entry.name)) is not None:
+                    value.copy_(0.5 + torch.rand(value.shape, generator=seeded(3), dtype=torch.float64))
+    return sae

@@ -19,9 +19,9 @@ import saekit
 from saekit.ambient import ambient
 from saekit.config.files import load_config
 from saekit.evals import spliced_losses, variance_metrics
-from saekit.pretrained.load import build_module
-from saekit.sae import StepInput
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput
 
 SITE = "blocks.0.hook_resid_post"
 DOCUMENTS = [{"text": f"line {n} of a text that is {n % 7} long\n" * 5} for n in range(40)]
@@ -168,7 +168,7 @@ def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> N
             backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
             where = {"backend": backend, "site": saekit.Site(hook_name=SITE), "contexts": contexts}
             with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
-                backend.activations(contexts, [SITE])
+                backend.run(contexts, read=[SITE])
                 rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
             measured = spliced_losses(sae, **where) | variance_metrics(sae, [rows])
         found.append((files(folder), plan.problems, plan.warnings, plan.facts["SAE step"], measured))

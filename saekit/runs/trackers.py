@@ -13,10 +13,11 @@ from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Metrics, RunInfo, Tracker
+from saekit.protocols import Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.waiting import Record, TrackersState
+from saekit.values import Metrics, RunInfo
 
 __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 
@@ -278,9 +279,9 @@ def start_trackers(
     data = plain_config(config, plugins)
     folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
-    started: dict[str, Tracker] = {}
+    chosen, started = chosen_trackers(config, plugins), dict[str, Tracker]()
     try:
-        for key, choice in chosen_trackers(config, plugins).items():
+        for key, choice in chosen.items():
             try:
                 started[key] = choice.build(run=run)
             except PluginFailedError as error:  # what a stranger's package raises when it has no network, say
@@ -292,7 +293,7 @@ def start_trackers(
     except BaseException:
         Trackers(started).close()
         raise
-    unstarted = {key: () for key in chosen_trackers(config, plugins) if key not in started}
+    unstarted = {key: () for key in chosen if key not in started}
     return Trackers(started, {**unstarted, **(waiting or {})})
 
 

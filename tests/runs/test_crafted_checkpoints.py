@@ -76,7 +76,7 @@ def test_a_fault_in_an_option_is_told_with_its_file(tmp_path: Path, made: Path) 
         ("sae/training", "firing/rows", "x"), ("sae/training", "firing/fired", torch.zeros(1)),
         ("sae/training", "firing/since_fired", torch.zeros(64)), ("sae/training", "generator", torch.zeros(3)),
         ("sae/training", "diverged", "it did"), ("sae/training", "weights", {}),
-        ("sae/training", "optimizer/b_enc/exp_avg", torch.zeros(3)),
+        ("sae/training", "optimizer/b_enc/exp_avg", torch.zeros(3)), ("sae/training", "optimizer/b_enc/exp_avg", ...),
     ],
 )  # fmt: skip
 def test_values_in_the_states(tmp_path: Path, made: Path, stem: str, path: str, value: Any) -> None:

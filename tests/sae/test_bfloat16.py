@@ -15,11 +15,12 @@ from support.runs import pressing
 from torch import Tensor
 
 import saekit
+from saekit import Forward
 from saekit.errors import TrainingInterrupted
-from saekit.pretrained.load import build_module
-from saekit.protocols import Batch
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import Batch
 
 WIDTH, FEATURES, ROWS = 24, 48, 256
 DOCUMENTS = [{"text": "abc def " * 50}]
@@ -65,8 +66,8 @@ class Mixtures:
 
 
 class Wide(FakeBackend):
-    def activations(self, tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
-        return {name: torch.zeros(*tokens.shape, WIDTH) for name in hooks}
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        return Forward({name: torch.zeros(*tokens.shape, WIDTH) for name in options["read"]})
 
 
 def manager() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.sae import SAE, StepInput, StepOutput
+from saekit import Forward
+from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput, StepOutput
 
 DOCUMENTS = [{"text": "".join(f"value_{n}_{k} = {n * k}\n" for k in range(n % 7 + 12))} for n in range(150)]
 Changes = Mapping[str, Mapping[str, Any]]
@@ -32,8 +34,8 @@ class GainConfig(saekit.SAEConfig):
 
 
 class GainSAE(SAE):
-    def __init__(self, config: Any, *, d_in: int, activation: Any) -> None:
-        super().__init__(config, d_in=d_in, activation=activation)
+    def __init__(self, config: Any, *, ports: Any, activation: Any) -> None:
+        super().__init__(config, ports=ports, activation=activation)
         self.gain = torch.nn.Parameter(torch.rand(self.d_sae))  # of the process's random numbers, as torch's own are
 
     def encode(self, x: Tensor) -> Tensor:
@@ -54,10 +56,10 @@ class CountingBackend(FakeBackend):
         super().__init__()
         self.seen: list[bytes] = []
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        if len(tokens) > 1:
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        if len(tokens) > 1 and options.get("want", "held") == "held":
             self.seen.append(tokens.numpy().tobytes())
-        return super().activations(tokens, hooks)
+        return super().run(tokens, **options)
 
 
 def manager(backend: FakeBackend | None = None, *others: object) -> saekit.PluginManager:

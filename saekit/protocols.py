@@ -245,11 +245,18 @@ class RunInfo:
             fault = "is another tracker's"
         if fault is None:
             tidy(self.folder, name.__eq__)
-            fault = "is a symbolic link" if (self.folder / name).is_symlink() else None
+            fault = _fault_of_place(self.folder / name)
         if fault is not None:
             raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
         self._files.add(key)
         return self.folder / name
+
+
+def _fault_of_place(path: Path) -> str | None:
+    """Why what lies there is nothing that a tracker may write into."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"
 
 
 class Tracker(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from saekit_plugins.sources.live import LiveConfig
-from tiny import hooked_transformer, run_config
+from support.tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.ambient import ambient

@@ -96,13 +96,15 @@ def resume(
 
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """
+    from saekit.runs.record import RunRecord
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
+    record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
     with alone_in(run):
         while True:
-            resumption = Resumption.of(run, cfg, overrides, allow, plugins, model, dataset, unusable)
+            resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
             preflight.of_resume(list(resumption.configs.values()), plugins, model, dataset, begun=begun).raise_any()
             from saekit.runs.run import go_on

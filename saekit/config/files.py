@@ -71,21 +71,26 @@ def load_configs(
     sources: Iterable[Any], overrides: Iterable[str] = (), *, plugins: PluginManager | None = None, kind: type[C]
 ) -> list[C]:
     """Several configurations, each as :func:`load_config` reads it."""
+    tables = [_read(source, kind) for source in sources]  # to see that one is not there needs no plugins
     plugins, overrides = plugins or default_manager(), list(overrides)
     converter = ConfigConverter(plugins)
-    return [_loaded(source, overrides, converter, kind) for source in sources]
+    return [_loaded(table, name, overrides, converter, kind) for table, name in tables]
 
 
-def _loaded(source: Any, overrides: list[str], converter: ConfigConverter, kind: type[C]) -> C:
-    table, name = source, "the configuration"
+def _read(source: Any, kind: type) -> tuple[Any, str]:
+    """What ``source`` holds, and what to call it."""
     if isinstance(source, (str, Path)):
-        table, name = read_table(as_path(source)), str(source)
-        name += ", with the changes that were given" if overrides else ""
-    elif not isinstance(source, (kind, Mapping)):
+        return read_table(as_path(source)), str(source)
+    if not isinstance(source, (kind, Mapping)):
         raise ConfigError(
             f"expected a {kind.__name__}, a dict or the path of a configuration file, found {type(source).__qualname__}"
         )
+    return source, "the configuration"
+
+
+def _loaded(table: Any, name: str, overrides: list[str], converter: ConfigConverter, kind: type[C]) -> C:
     if overrides:
+        name += "" if name == "the configuration" else ", with the changes that were given"
         table = apply_overrides(table, overrides, kind=kind, plugins=converter.plugins)
     return converter.structure(table, kind, name)
 

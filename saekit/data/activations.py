@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saekit.data.contexts import Contexts
+from saekit.data.faults import check_counts
 from saekit.data.stream import StreamContext
 from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
@@ -124,8 +125,9 @@ class ActivationStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
+        check_counts(state, "at_once")
         self._contexts.load_state_dict(state["contexts"])
-        self._at_once = min(state["at_once"], self._batch_size)
+        self._at_once = max(min(state["at_once"], self._batch_size), 1)
 
 
 def _out_of_memory(error: BaseException) -> bool:

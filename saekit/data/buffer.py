@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.data.faults import check_counts
 from saekit.errors import DataError
 from saekit.protocols import Batch
 from saekit.site import Site
@@ -124,6 +125,7 @@ class ShuffleBuffer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next row.  Which slots hold the rows makes no difference."""
+        check_counts(state, "capacity", "waiting")
         if state["capacity"] != self.capacity or set(state["rows"]) != {site.name for site in self._rows}:
             raise DataError(
                 f"the saved buffer has {state['capacity']:,} rows of {', '.join(state['rows'])}, but this run's has "
@@ -131,6 +133,10 @@ class ShuffleBuffer:
                 "saved with"
             )
         rows = len(state["origins"])
+        if not state["waiting"] <= rows <= self.capacity or tuple(state["origins"].shape) != (rows, 3):
+            raise ValueError(
+                f"the saved buffer has {rows:,} rows, {state['waiting']:,} of them waiting, which cannot be"
+            )
         for site, block in self._rows.items():
             block[:rows] = state["rows"][site.name].to(block.device)
         self._origins[:rows] = state["origins"]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saekit.config import DatasetConfig
+from saekit.data.faults import check_counts
 from saekit.data.text import Documents
 from saekit.errors import DataError
 
@@ -149,9 +150,12 @@ class ContextPacker:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken."""
-        self._filled = len(state["tokens"])
-        self._tokens[: self._filled], self._documents[: self._filled] = state["tokens"], state["documents"]
-        self._any_document = state["any_document"]
+        filled = np.array([state["tokens"], state["documents"]]).reshape(2, -1)
+        if filled.shape[1] >= self.policy.context_size or (filled.size and filled.dtype.kind != "i"):
+            raise ValueError(f"the tokens that wait in a saved state are {state['tokens']!r:.80}")
+        self._filled = filled.shape[1]
+        self._tokens[: self._filled], self._documents[: self._filled] = filled
+        self._any_document = bool(state["any_document"])
 
 
 class ContextStream:
@@ -271,6 +275,11 @@ class ContextStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
+        check_counts(state, "offset", "epoch", "contexts_served", "tokens_this_epoch")
+        ready = [(np.array(tokens), np.array(documents)) for tokens, documents in state["ready"]]
+        shape = (self.policy.context_size,)
+        if not all(array.dtype.kind == "i" and array.shape == shape for pair in ready for array in pair):
+            raise ValueError(f"the contexts that wait in a saved state are not of {self.policy.context_size} token ids")
         self._reader = self._documents.read()
         self._reader.load_state_dict(state["reader"])
         self._before = state["reader"]
@@ -279,5 +288,5 @@ class ContextStream:
             self._offset = state["offset"]
         self._epoch, self.contexts_served = state["epoch"], state["contexts_served"]
         self._tokens_this_epoch = state["tokens_this_epoch"]
-        self._ready = [(np.array(tokens), np.array(documents)) for tokens, documents in state["ready"]]
+        self._ready = ready
         self._packer.load_state_dict(state["packer"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any
 
 from saekit.errors import ConfigError, DataError, ModelError, SaekitError
 
-__all__ = ["check_all", "problems_of"]
+__all__ = ["check_all", "check_counts", "problems_of"]
 
 
 def check_all(*checks: Callable[[], object]) -> None:
@@ -29,3 +31,11 @@ def problems_of(error: SaekitError) -> list[tuple[str, str]]:
         return list(error.problems)
     lines = str(error).splitlines() if isinstance(error, (DataError, ModelError)) else [str(error)]
     return [("", line) for line in lines]
+
+
+def check_counts(state: Mapping[str, Any], *names: str) -> None:
+    """:class:`ValueError` unless ``state``, which was read from a file, has whole numbers from 0 under ``names``."""
+    for name in names:
+        value = state[name]
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= int(value) < 2**63:
+            raise ValueError(f"{name} of a saved state is {value!r}, expected a whole number from 0")

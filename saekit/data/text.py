@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from saekit.config import DatasetConfig
+from saekit.data.faults import check_counts
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
 from saekit.hub import within_reach
@@ -172,6 +173,7 @@ class DocumentReader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
+        check_counts(state, "next")
         self._next, self._iterator = state["next"], None
         self._loaded = state.get("records") if self._seekable else None
         if self._loaded is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["as_path", "expanded"]
+__all__ = ["as_path", "expanded", "here", "steady"]
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
@@ -16,3 +16,19 @@ def expanded(path: str | os.PathLike[str]) -> str:
 def as_path(path: str | os.PathLike[str]) -> Path:
     """``path`` with ``~`` expanded.  Every call that takes a path from the outside begins with this."""
     return Path(expanded(path))
+
+
+def here() -> Path | None:
+    """The working directory, unless somebody has removed it."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def steady(path: Path, given_in: Path | None) -> Path:
+    """``path``, which was given when ``given_in`` was the working directory, as a path to the same place now.
+
+    It stays as people wrote it for as long as that means the same.
+    """
+    return path if given_in is None or path.is_absolute() or here() == given_in else given_in / path

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from saekit.errors import StorageError
 from saekit.files.names import half_written, hidden_name, on_windows
 
 __all__ = [
+    "check_file",
     "leads_out",
     "locked",
     "new_files",
@@ -235,6 +237,7 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; :class:`ValueError` for one that is not valid or nested too deep, :class:`OSError`."""
+    check_file(path)
     return parse_json(path.read_text(encoding="utf-8"))
 
 
@@ -247,8 +250,18 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
         raise ValueError("it is nested too deeply") from error
 
 
+def check_file(path: Path) -> None:
+    """:class:`OSError` for what is no file: to read a pipe may wait for ever, and a device may have no end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
 def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

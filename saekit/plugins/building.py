@@ -6,9 +6,10 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from saekit.errors import PluginFailedError, SaekitError
 from saekit.kinds import Kind
@@ -16,7 +17,10 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["blamed", "built", "returned"]
+__all__ = ["Part", "blamed", "built", "returned"]
+
+Part: TypeAlias = tuple[Registered, object]
+"""A plugin, and what it has built."""
 
 
 def built(item: Registered, options: Any, **services: Any) -> Any:
@@ -63,8 +67,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
 
 
 @contextmanager
-def blamed(item: Registered, doing: str) -> Iterator[None]:
-    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``."""
+def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequence[Part] = ()) -> Iterator[None]:
+    """What strangers' code raises inside says which plugin it is of, and that it was ``doing``.
+
+    ``at_work`` leaves a want of memory what it is: that is nobody's fault.  ``parts`` are objects of other plugins that
+    the code uses; what one of them raises is said of its plugin.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -75,7 +83,20 @@ def blamed(item: Registered, doing: str) -> Iterator[None]:
             error.add_note(note)
         raise
     except BaseException as error:  # also SystemExit, and what test libraries raise to skip
+        if at_work and (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's
+            raise
+        item, doing = _culprit(error, parts) or (item, doing)
         raise PluginFailedError(f"{_who(item)} failed in {doing}: {error_text(error)}") from error
+
+
+def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, str] | None:
+    """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
+    known = [(item, part) for item, part in parts if part is not None]
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for item, part in known:
+            if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
+                return item, frame.f_code.co_name
+    return None
 
 
 def _who(item: Registered) -> str:

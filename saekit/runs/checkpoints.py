@@ -132,6 +132,7 @@ def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
     """Write ``folder`` as one to look at: an SAE folder for each name."""
     from saekit.sae.folder import write_sae
 
+    _check_place(folder)
     with new_folder(folder) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
@@ -153,6 +154,7 @@ def write_checkpoint(
     from saekit.runs.state_files import write_state
     from saekit.sae.folder import write_sae
 
+    _check_place(folder)
     with new_folder(folder) as temporary:
         sums = write_state(temporary, STREAM, stream)
         for name, state in states.items():
@@ -164,6 +166,15 @@ def write_checkpoint(
         manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
         _carry_over(folder, temporary)
         (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+
+
+def _check_place(folder: Path) -> None:
+    """:class:`StorageError` when something lies where a checkpoint is to be that is no folder, so not saekit's."""
+    for place in (folder.parent, folder):
+        if os.path.lexists(place) and (not place.is_dir() or (place == folder and place.is_symlink())):
+            raise StorageError(
+                f"{place} is not a folder of saekit's, and is left alone; move it away, to make room for checkpoints"
+            )
 
 
 def mark_finished(folder: Path) -> None:

@@ -54,7 +54,7 @@ def check_stream(stream: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     _require(sum(lane["batches"] for lane in stream["lanes"]) == facts["batches"], "the number of batches")
     _check(stream, "latest", lambda value: _is_table(value) and value.keys() == facts["saes"].keys())
     for name, latest in stream["latest"].items():
-        _require(_is_table(latest), f"latest.{name}")
+        _require(_is_table(latest) and all(isinstance(x, (int, float)) for x in latest.values()), f"latest.{name}")
 
 
 def check_training(state: Mapping[str, Any], about: Mapping[str, Any], name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Self
 from saekit.config import TrainConfig
 from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.files.names import fault_of_name, made_name
+from saekit.files.paths import here, steady
 
 __all__ = ["RunFolderLostError", "Standing", "check_run_folder", "rescue_folder", "run_folder"]
 
@@ -52,9 +53,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def run_folder(config: TrainConfig, name: str | None, kind: str | None = None) -> Path:
-    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number."""
-    parent = Path(config.checkpoints.folder)
+def run_folder(config: TrainConfig, name: str | None, kind: str | None = None, given_in: Path | None = None) -> Path:
+    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number.
+
+    ``given_in`` was the working directory when the configuration was given.
+    """
+    parent = steady(Path(config.checkpoints.folder), given_in)
     check_run_folder(config, name)
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,7 @@ class Standing:
         self._folders = list(dict.fromkeys([folder, *homes]))
         self._handles: dict[Path, int] = {}
         self._known: dict[Path, os.stat_result] = {}
+        self._given_in = here()
 
     def __enter__(self) -> Self:
         for folder in self._folders:
@@ -113,7 +118,7 @@ class Standing:
             handle = self._handles.get(folder)
             known = self._known[folder] if handle is None else os.fstat(handle)
             try:
-                same = os.path.samestat(known, folder.stat())
+                same = os.path.samestat(known, steady(folder, self._given_in).stat())
             except FileNotFoundError:
                 same = False
             except OSError:  # a network drive that does not answer says nothing of the kind

@@ -17,6 +17,7 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.runs.identity import run_identity
+from saekit.runs.supervised import SupervisedSource
 from saekit.site import Site
 
 _MANY_READINGS = 10
@@ -144,13 +145,17 @@ def open_stream(
     )
 
 
-def open_source(config: TrainConfig, plugins: PluginManager, stream: StreamContext) -> ActivationSource:
-    """The source of shuffled batches."""
+def open_source(
+    config: TrainConfig, plugins: PluginManager, stream: StreamContext, backend: ModelBackend | None = None
+) -> ActivationSource:
+    """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
     source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
     if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
         stream.doubt(text)
-    return source
+    model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
+    item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    return SupervisedSource(source, item, stream.sites, [model])
 
 
 def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:

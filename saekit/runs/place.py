@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from saekit.errors import PlaceError
@@ -20,6 +21,8 @@ def check_is_run(folder: Path) -> None:
         raise PlaceError(f"the run folder {str(folder)!r} cannot be read: {error}") from error
     if there:
         return
+    if os.path.lexists(folder / RECORD):
+        raise PlaceError(f"{folder / RECORD} is not a file, so {folder} is not a run folder that can be gone on with")
     if not folder.exists():
         raise PlaceError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
     near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []

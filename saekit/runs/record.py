@@ -14,7 +14,8 @@ from saekit.config import TrainConfig
 from saekit.config.files import dump_config, load_config, plain_config
 from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
-from saekit.files.storage import leads_out, read_json, write_text
+from saekit.files.paths import here, steady
+from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
 from saekit.runs.place import RECORD, check_is_run
 
@@ -28,11 +29,20 @@ FORMAT = 1
 class RunRecord:
     """A run folder: the SAEs that train in it, and what came from memory and so has to be given again."""
 
-    folder: Path
+    _folder: Path
     saes: Mapping[str, str]
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
+    checkpointed: bool = False
+    """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
+
+    _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, wherever the process has gone since."""
+        return steady(self._folder, self._given_in)
 
     def home(self, name: str) -> Path:
         """The folder of an SAE: its ``config.toml``, ``metrics.jsonl`` and, at the end, ``sae/``."""
@@ -46,8 +56,20 @@ class RunRecord:
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
             write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
+        self._save()
+
+    def _save(self) -> None:
         table = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        if self.checkpointed:
+            table["checkpointed"] = True
         write_text(self.folder / RECORD, json.dumps(table, indent=1) + "\n")
+
+    @classmethod
+    def note_checkpoint(cls, folder: Path) -> None:
+        """Say in the record in ``folder`` that there is a checkpoint by now."""
+        record = cls.read(folder)
+        if not record.checkpointed:
+            attrs.evolve(record, checkpointed=True)._save()
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -58,7 +80,8 @@ class RunRecord:
             table = read_json(path)
             if table["format"] != FORMAT:
                 raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
-            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]))
+            checkpointed = table.get("checkpointed", False) is True
+            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]), checkpointed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
@@ -98,7 +121,14 @@ class RunRecord:
                 yield f"{place} is a symbolic link that leads out of it"
 
     def configs(self, plugins: PluginManager) -> dict[str, TrainConfig]:
-        """The configuration of every SAE, as it was written."""
+        """The configuration of every SAE, as it was written; :class:`StorageError` where there is no such file."""
+        for name in self.saes:
+            try:
+                check_file(self.home(name) / CONFIG)
+            except OSError as error:
+                raise StorageError(
+                    f"{self.home(name) / CONFIG} cannot be read: {error.strerror}; put back the one that the run wrote"
+                ) from error
         return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
 
 

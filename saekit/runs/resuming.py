@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -13,7 +14,7 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
-from saekit.errors import ConfigError, DataError, ModelError, PlaceError, StorageError
+from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
 from saekit.plugins.manager import PluginManager
@@ -69,6 +70,7 @@ class Resumption:
         for place in {folder, *(record.home(name) for name in record.saes)}:
             tidy(place, RUN_FILES.__contains__)
         tidy(folder / "checkpoints", is_checkpoint_name)
+        _check_beginning(record)
         if (fault := record.way_out()) is not None:
             raise PlaceError(f"{folder} cannot be gone on with: {fault}")
         given = {"model": model, "dataset": dataset}
@@ -141,15 +143,18 @@ class Resumption:
         try:
             stream = checkpoint.stream()
             untracked = {
-                name: waiting_of(state, checkpoint.folder.parent) for name, state in stream.get("trackers", {}).items()
+                name: waiting_of(state, checkpoint.folder.absolute().parent)
+                for name, state in stream.get("trackers", {}).items()
             }
             session.load_state(stream, lambda name: self._training(checkpoint, session, name))
         except (MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
-            told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            cause = error.__cause__ if isinstance(error, PluginFailedError) else error
+            named = isinstance(error, (StorageError, PluginFailedError))
+            told = str(error) if named else f"{type(error).__name__}: {error}"
             message = f"{checkpoint.folder} does not fit the run as it is now: {told}"
-            passing = isinstance(error, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
+            passing = isinstance(cause, (DataError, ModelError, OSError))  # an older checkpoint would lose steps
             if self.allow or self.changed or passing:
                 raise StorageError(message) from error
             raise UnusableCheckpointError(checkpoint.folder, message) from error
@@ -229,11 +234,28 @@ def _refuse_unused(allow: Set[str]) -> None:
         raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
 
 
+def _check_beginning(record: RunRecord) -> None:
+    """:class:`StorageError` for a run whose checkpoints are gone: to begin anew would cut its records."""
+    folder = record.folder / "checkpoints"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise StorageError(f"{folder} is not a folder, so it can hold no checkpoint; move it away. Nothing was changed")
+    if record.checkpointed and not _saved_anything(record):
+        raise StorageError(
+            f"the run in {record.folder} had written checkpoints, and there is none in {folder} any more (a folder "
+            "step-N each). Put them back, or start a new run under another checkpoints.name; nothing was changed"
+        )
+
+
+def _saved_anything(record: RunRecord) -> bool:
+    """Whether there is an SAE or a checkpoint in the run folder."""
+    saved = any((record.home(name) / "sae").exists() for name in record.saes)
+    return saved or any((record.folder / "checkpoints").glob("step-*"))
+
+
 def _just_begun(record: RunRecord, configs: Mapping[str, TrainConfig]) -> bool:
     """Whether there is nothing yet that a new beginning would lose."""
     keeps = all(config.checkpoints.keep_last for config in configs.values())
-    saved = any((record.home(name) / "sae").exists() for name in record.saes)
-    return keeps and not saved and not any((record.folder / "checkpoints").glob("step-*"))
+    return keeps and not _saved_anything(record)
 
 
 def _reads_again(old: TrainConfig, now: TrainConfig) -> bool:

@@ -16,6 +16,7 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.files.paths import here
 from saekit.kernels.workspace import release
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
@@ -80,6 +81,7 @@ def begin(
     else:
         (name, names), home = member_names(configs, plugins), None
     check_run_folder(configs[0], name)
+    given_in = here()
     opened = dict(zip(names, configs, strict=True))
     with (
         ambient(),
@@ -87,7 +89,7 @@ def begin(
         contextlib.closing(Session(opened, plugins, model, dataset)) as session,
     ):
         session.give_weights()
-        folder = run_folder(configs[0], name, None if home else "sweep")
+        folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
         record.write({name: member.config for name, member in session.members.items()}, plugins)
@@ -129,7 +131,7 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, trackers, saving)
+                _fit(session, trackers, saving, _owed(untracked or {}))
                 interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
                 standing.check()
@@ -148,8 +150,10 @@ def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> No
     close_all(list(trackers.values()), timeout=300 if ended_well else 10)
 
 
-def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving) -> None:
+def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]) -> None:
     with TrainingProgress(session) as progress:
+        for name, number in owed.items():
+            progress.say(f"{number:,} records that {name} had not taken are handed over")
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
 
 
@@ -181,7 +185,29 @@ def _finish(
     saving.save_if_possible(finished=True)
     if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
         saving.finish()
+    else:
+        _tell_of_owed(session, record, trackers)
     return summary
+
+
+def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
+    """How many records each tracker has not taken, by its key and, of several, the name of the SAE."""
+    return {
+        f"the tracker {key}" + (f" of {name}" if len(waiting) > 1 else ""): len(records)
+        for name, state in waiting.items()
+        for key, records in state.items()
+        if records
+    }
+
+
+def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Trackers]) -> None:
+    """For people: the warnings have said what became of the trackers."""
+    waiting = {name: group.waiting() for name, group in trackers.items()}
+    owed = " and ".join(f"{number:,} records for {name}" for name, number in _owed(waiting).items())
+    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    TrainingProgress(session).say(
+        f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over"
+    )
 
 
 def _alone(record: RunRecord) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import DivergedError, StorageError
+from saekit.files.paths import here, steady
 from saekit.protocols import Histogram
 from saekit.runs.checkpoints import (
     Checkpoint,
@@ -22,6 +24,7 @@ from saekit.runs.checkpoints import (
 )
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
+from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
@@ -30,6 +33,8 @@ from saekit.training.trainer import SAETrainer
 
 __all__ = ["Saving"]
 
+_KEPT_FOR_TRACKERS = 8
+"""So many old checkpoints are kept for trackers that have still to read them, beside those that are being read."""
 _SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 
 
@@ -48,17 +53,23 @@ class Saving:
         standing: Standing | None = None,
     ) -> None:
         """``standing`` watches ``folder``."""
-        self._session, self._folder, self._trackers = session, folder, trackers
+        self._session, self._trackers = session, trackers
+        self._given, self._given_in = folder, here()
         self._interruption, self._standing = interruption, standing
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
         self._saved: Path | None = None
-        self._resumable = False
+        self._resumable = self._noted = self._told_of_lag = False
         self.broken_off = False
         """A save was interrupted."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
         for path in reversed(list(all_checkpoints(folder))):
             self._last_good.update(dict.fromkeys(_healthy(path), path))
+
+    @property
+    def _folder(self) -> Path:
+        """The run folder, wherever the process has gone since."""
+        return steady(self._given, self._given_in)
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
         pass
@@ -101,7 +112,7 @@ class Saving:
             return
         self.check_folder()
         try:
-            mark_finished(self._saved)
+            mark_finished(self._folder / "checkpoints" / self._saved.name)
         except StorageError as error:
             warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
 
@@ -123,7 +134,8 @@ class Saving:
 
     def save_in(self, folder: Path) -> Path | None:
         """:meth:`save` in another run folder, since the run's own is lost."""
-        self._folder, self._standing, self._saved = folder, None, None
+        self._given, self._given_in, self._standing = folder, here(), None
+        self._saved, self._noted = None, False
         return self.save()
 
     def _save(self, spaced: bool, finished: bool) -> Path | None:
@@ -135,28 +147,37 @@ class Saving:
         saes = self._worth_saving()
         if not saes or (path.exists() and not resumable):
             return path if path.exists() else None
-        if path == self._saved and not finished:  # just now, for another reason
+        if self._saved is not None and path.name == self._saved.name and not finished:  # just now, for another reason
             return path
         if resumable:
             before = _opened(path) if path.exists() else None
             spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: _state(member.trainer) for name, member in session.members.items()}
             write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced))
+            self._note_checkpoint()
         else:
             write_saes(path, saes)
         self._saved, self._resumable = path, resumable
         self._last_good.update(dict.fromkeys(saes, path))
         for name in saes:
-            self._trackers[name].log_checkpoint(path / name, session.members[name].trainer.step)
+            self._trackers[name].log_checkpoint(path.absolute() / name, session.members[name].trainer.step)
         self._remove_old()
         return path
+
+    def _note_checkpoint(self) -> None:
+        """Once there is one, a run without any is not one that was stopped early."""
+        if not self._noted:
+            with contextlib.suppress(StorageError):  # the checkpoint is there, which is what counts
+                RunRecord.note_checkpoint(self._folder)
+            self._noted = True
 
     def _stream(self, path: Path, saes: Collection[str]) -> dict[str, object]:
         """The state of the batches, and what the trackers have not taken; of the checkpoint itself, none has."""
         waiting = {}
         for name, trackers in self._trackers.items():
-            saved = Record(self._session.members[name].trainer.step, folder=path / name) if name in saes else None
-            waiting[name] = waiting_state(trackers.waiting(saved), path.parent)
+            place, step = path.absolute(), self._session.members[name].trainer.step
+            saved = Record(step, folder=place / name) if name in saes else None
+            waiting[name] = waiting_state(trackers.waiting(saved), place.parent)
         return {**self._session.stream_state(), "trackers": waiting}
 
     def _worth_saving(self) -> dict[str, SAE]:
@@ -199,18 +220,38 @@ class Saving:
 
     def _remove_old(self) -> None:
         """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays."""
-        for path in list(all_checkpoints(self._folder))[self._options.keep_last :]:
-            if any(trackers.in_use(path) for trackers in self._trackers.values()):
+        old = list(all_checkpoints(self._folder))[self._options.keep_last :]
+        in_use = [path for path in old if self._in_use(path)]
+        for path in in_use[_KEPT_FOR_TRACKERS:]:
+            self._forget(path)
+        for path in old:
+            if self._in_use(path):
                 continue  # until the next time
             checkpoint = _opened(path)
             if checkpoint is not None and checkpoint.facts["spaced"]:
                 names = checkpoint.healthy
             else:
-                names = [name for name in self._diverged() if self._last_good.get(name) == path]
+                names = [name for name in self._diverged() if self._last_good.get(name, Path()).name == path.name]
             try:
                 keep_saes(path, names)
             except StorageError as error:
                 warnings.warn(f"an old checkpoint stays: {error}", RuntimeWarning, stacklevel=5)
+
+    def _in_use(self, path: Path) -> bool:
+        return any(trackers.in_use(path.absolute()) for trackers in self._trackers.values())
+
+    def _forget(self, path: Path) -> None:
+        """Trackers that are far behind, or hang, are not told of ``path`` any more."""
+        for trackers in self._trackers.values():
+            trackers.forget(path.absolute())
+        if not self._told_of_lag:
+            self._told_of_lag = True
+            warnings.warn(
+                f"trackers are more than {_KEPT_FOR_TRACKERS} checkpoints behind: they are not told of {path} and "
+                "others that are too old, which go",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def _diverged(self) -> list[str]:
         return [name for name, member in self._session.members.items() if member.trainer.diverged is not None]
@@ -218,7 +259,7 @@ class Saving:
     def last_good(self, name: str) -> Path | None:
         """The newest folder of an SAE that was saved before it diverged."""
         path = self._last_good.get(name)
-        return None if path is None else path / name
+        return None if path is None else self._folder / "checkpoints" / path.name / name
 
 
 def _state(trainer: SAETrainer) -> dict[str, object]:

@@ -16,10 +16,11 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
-from saekit.kinds import ACTIVATION_SOURCES
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval, Histogram
-from saekit.runs.checks import chosen_trackers
+from saekit.runs.checks import chosen_evals, chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
 from saekit.runs.randomness import random_state, set_random_state
@@ -112,7 +113,7 @@ class Session:
         releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
         members: dict[str, Member] = {}
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
-            source = open_source(configs[names[0]], self.plugins, stream)
+            source = open_source(configs[names[0]], self.plugins, stream, self.backend)
             lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
             for name in names:
@@ -193,11 +194,14 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
+        chosen = chosen_evals(member.config, self.plugins)
+        model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
         # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
         # leave what training would see.
         with self._streams[0].model_lock, ambient():
             for key, measure in member.evals.items():
-                told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+                with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
+                    told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from saekit.data.activations import check_contexts
 from saekit.data.normalize import activation_scale
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
-from saekit.kinds import LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import build_module, load_sae
 from saekit.protocols import Eval, ModelBackend
@@ -30,7 +32,7 @@ from saekit.sae.module import SAE
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
-from saekit.training.schedule import ComposedSchedule
+from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.training.trainer import SAETrainer
 
 __all__ = [
@@ -44,10 +46,12 @@ __all__ = [
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
     """The learning rate at every step."""
-    lr = config.training.lr
-    return ComposedSchedule(
-        config.training, lambda steps: plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps)
-    )
+    lr, item = config.training.lr, plugins.find(LR_SCHEDULES, config.lr_schedule)
+
+    def build(steps: int) -> SupervisedSchedule:
+        return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
+
+    return ComposedSchedule(config.training, build)
 
 
 def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
@@ -193,6 +197,7 @@ def make_trainer(
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
         training=training,
+        watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
         raise ConfigError(
@@ -200,6 +205,15 @@ def make_trainer(
               "which takes it where there is one")]
         )  # fmt: skip
     return trainer
+
+
+def _watching(
+    config: TrainConfig, plugins: PluginManager, sae: SAE
+) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """What goes wrong in the SAE's own code says which plugin it is of."""
+    item = plugins.find(SAE_ARCHITECTURES, config.sae)
+    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), getattr(sae, "activation", None)
+    return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
 
 
 def _adam(config: TrainConfig, options: SAEConfig) -> OptimizerConfig:

@@ -77,6 +77,11 @@ class Trackers:
         """Whether a tracker has still to read a saved SAE that is ``folder`` or lies in it: then keep it for now."""
         return any(worker.needs(folder) for worker in self._workers)
 
+    def forget(self, folder: Path) -> None:
+        """Tell no tracker any more of a saved SAE that is ``folder`` or lies in it; one may be reading it by now."""
+        for worker in self._workers:
+            worker.forget(folder)
+
     def flush(self, timeout: float, *, only: str | None = None) -> bool:
         """Wait at most ``timeout`` seconds until everything, or what tracker ``only`` was given, is written.
 
@@ -112,7 +117,7 @@ def settle_all(groups: Collection[Trackers], timeout: float) -> None:
 def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
     """Close the trackers of several SAEs, at the same time and within one ``timeout`` in seconds.
 
-    Returns whether all have ended, rather than being left behind.
+    Returns whether all have taken everything, rather than being left behind or off, or never having started.
     """
     deadline = time.monotonic() + timeout
     workers = [worker for trackers in groups for worker in trackers._workers]
@@ -123,7 +128,8 @@ def close_all(groups: Sequence[Trackers], timeout: float = 300.0) -> bool:
             worker.leave_behind(timeout)
     for trackers in groups:
         trackers._report()
-    return not any(worker.left_behind for worker in workers)
+    owed = any(records for trackers in groups for records in trackers.waiting().values())
+    return not owed and not any(worker.left_behind for worker in workers)
 
 
 class _Worker:
@@ -178,6 +184,12 @@ class _Worker:
         with self._changed:
             jobs = [*self._jobs, *([] if self._now is None else [self._now])]
         return any(job.folder is not None and job.folder.is_relative_to(folder) for job in jobs)
+
+    def forget(self, folder: Path) -> None:
+        with self._changed:
+            kept = [job for job in self._jobs if job.folder is None or not job.folder.is_relative_to(folder)]
+            self._jobs.clear()
+            self._jobs.extend(kept)
 
     def settle(self, deadline: float) -> None:
         self._lags = not self.idle_by(0.0 if self._lags else deadline)
@@ -264,6 +276,7 @@ def start_trackers(
     Any other that cannot (no login, no network) is reported by a warning and left out.
     """
     data = plain_config(config, plugins)
+    folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
     chosen, started = chosen_trackers(config, plugins), dict[str, Tracker]()
     try:

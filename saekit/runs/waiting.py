@@ -78,8 +78,12 @@ def metrics_state(metrics: Metrics) -> dict[str, Any]:
 
 
 def metrics_of(state: Mapping[str, Any]) -> dict[str, float | Histogram]:
-    """The metrics whose :func:`metrics_state` is ``state``."""
-    return {
-        name: Histogram(tuple(value["counts"]), tuple(value["edges"])) if isinstance(value, Mapping) else value
-        for name, value in state.items()
-    }
+    """The metrics whose :func:`metrics_state` is ``state``; :class:`ValueError` for what is none."""
+    return {name: _metric(name, value) for name, value in state.items()}
+
+
+def _metric(name: str, value: Any) -> float | Histogram:
+    numbers = [*value["counts"], *value["edges"]] if isinstance(value, Mapping) else [value]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(f"the metric {name} is {value!r:.80}, expected a number or a histogram")
+    return Histogram(tuple(value["counts"]), tuple(value["edges"])) if isinstance(value, Mapping) else value

@@ -15,6 +15,8 @@ from saekit.kernels.workspace import recycle
 
 __all__ = ["Optimizer"]
 
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of torch's Adam
+
 
 class Optimizer:
     """Clips the gradient's total norm and takes a fused Adam step at the scheduled rate.
@@ -109,6 +111,8 @@ class Optimizer:
         if unknown := sorted(set(state) - set(self._names)):
             raise StorageError(f"the saved optimizer has moments of {', '.join(unknown)}, which this SAE does not have")
         for name, parameter in zip(self._names, self._parameters, strict=True):
+            if name in state and state[name].keys() != _MOMENTS:
+                raise StorageError(f"the saved optimizer has {', '.join(state[name]) or 'no moments'} of {name}")
             for moment, value in state.get(name, {}).items():
                 if value.ndim and value.shape != parameter.shape:
                     raise StorageError(

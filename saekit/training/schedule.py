@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
+from saekit.plugins.building import blamed, returned
+from saekit.plugins.registry import Registered
 from saekit.protocols import LRSchedule, Remarks
 
-__all__ = ["ComposedSchedule"]
+__all__ = ["ComposedSchedule", "SupervisedSchedule"]
+
+
+class SupervisedSchedule:
+    """The main schedule of the plugin ``item``, whose faults say so."""
+
+    def __init__(self, schedule: LRSchedule, item: Registered) -> None:
+        self._schedule, self._item = schedule, item
+        self.end = schedule.end
+
+    def remark(self) -> str | None:
+        """What it has to say, if anything."""
+        if not isinstance(self._schedule, Remarks):
+            return None
+        with blamed(self._item, "remark"):
+            return self._schedule.remark()
+
+    def __call__(self, step: int) -> float:
+        with blamed(self._item, f"__call__ of step {step}", at_work=True):
+            rate = float(self._schedule(step))
+        if not math.isfinite(rate):
+            raise returned(self._item, f"__call__ of step {step}", rate, "expected a finite number")
+        return rate
 
 
 class ComposedSchedule:

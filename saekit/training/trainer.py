@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import attrs
@@ -51,6 +52,8 @@ class SAETrainer:
     tokens: int = 0
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
+    watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
+    """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
     _sound_until: int = attrs.field(default=0, init=False)
     """The last step of which it is known that all was finite."""
@@ -88,8 +91,10 @@ class SAETrainer:
         x = rows_on(self.device, rows, self.sae.W_enc.dtype)
         if self.scale != 1:
             x = x * self.scale
-        result = self._gradients(x)
-        self.sae.before_update()
+        with self.watched("training_step"):
+            result = self._gradients(x)
+        with self.watched("before_update"):
+            self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
         self.tokens += len(x)
@@ -98,7 +103,8 @@ class SAETrainer:
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
         if log or self.optimizer.looks:
             self._check_finite(result.loss, grad_norm, x)
-        self.sae.after_update()
+        with self.watched("after_update"):
+            self.sae.after_update()
         window_ended = self.firing.update(result.fired, len(x))
         if log:
             metrics |= step_metrics(

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import attrs
 
@@ -92,7 +92,8 @@ def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
                 record = _record(line)
                 if step and isinstance(record.get("step"), int) and record["step"] <= step:
                     kept.write(line)
-                    seconds = record.pop("seconds", seconds)
+                    said = record.pop("seconds", None)
+                    seconds = said if _is_time(said) else seconds
                     there.append(_digest(record))
             kept.flush()
             os.fsync(kept.fileno())
@@ -100,6 +101,10 @@ def _cut_back(path: Path, step: int) -> tuple[float, set[bytes]]:
     finally:
         temporary.unlink(missing_ok=True)
     return seconds, set(there)
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 0 <= value < 1e12  # a person may have edited the file
 
 
 def _digest(record: dict[str, Any]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
+import json
 import math
 import mmap
 import os
@@ -61,6 +63,13 @@ class CachedActivations:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def digest(self, rows: int) -> str:
+        """What tells the shards with the first ``rows`` rows from those of another cache: made of their checksums."""
+        count = int(np.searchsorted(self._starts, rows))
+        shards = self.manifest.shards[:count]
+        sums = [sorted((name, entry["sha256"]) for name, entry in shard.files.items()) for shard in shards]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
     def _mappings(self) -> list[Tensor]:
         return [*itertools.chain.from_iterable(self._rows.values()), *self._tokens, *self._documents]
 
@@ -109,7 +118,7 @@ class CachedActivations:
 
 
 class CachedBatches:
-    """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is three numbers.
+    """Batches of ``batch_size`` rows in a new order for each reading; a stage, whose state is a few numbers.
 
     Inside a batch the rows rise: their order means nothing to a training step, and neighbors are read together.
     """
@@ -118,6 +127,7 @@ class CachedBatches:
         self._cache, self._batch_size = cache, batch_size
         self._seed, self._repeat, self._block = seed, repeat, block
         self._rows = len(cache)
+        self._digest = cache.digest(self._rows)
         self._epoch = self._position = 0
         self._order = self._order_of(0)
 
@@ -162,13 +172,14 @@ class CachedBatches:
         return self._cache.take(np.sort(order.rows(start, min(start + n, self._rows)))).activations
 
     def state_dict(self) -> dict[str, Any]:
-        """The reading, the position in it, and how many rows it is of."""
+        """The reading, the position in it, how many rows it is of, and what tells these rows from others."""
         return {
             "seed": self._seed,
             "block": self._block,
             "epoch": self._epoch,
             "position": self._position,
             "rows": self._rows,
+            "contents": self._digest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +200,13 @@ class CachedBatches:
                 f"the activation cache has {len(self._cache):,} rows, and when the run was saved it had "
                 f"{state['rows']:,}: restore it, or start anew"
             )
+        digest = self._cache.digest(state["rows"])
+        if state.get("contents", digest) != digest:  # a saekit before this one did not save it
+            raise DataError(
+                "the activation cache was written anew since the run was saved, and holds other rows: restore it, or "
+                "start anew"
+            )
+        self._digest = digest
         self._epoch, self._position, self._rows = state["epoch"], state["position"], state["rows"]
         self._order = self._order_of(self._epoch)
 

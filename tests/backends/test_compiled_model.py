@@ -1,0 +1,501 @@
+"""``model.compile``: compiled code really runs, and hooks see and change what they do without it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+from support.tiny import hooked_mamba, hooked_transformer, run_config
+from torch import Tensor
+
+import saekit
+from saekit.config import ModelConfig
+from saekit.errors import ModelError
+
+# What inductor imports uses what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
+HOOKS = [
+    "blocks.0.hook_resid_post",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.hook_resid_mid",
+    "blocks.1.hook_resid_post",
+    "blocks.0.attn.hook_z",
+    "blocks.1.attn.hook_pattern",
+    "blocks.0.mlp.hook_post",
+    "blocks.1.hook_mlp_out",
+    "blocks.1.ln1.hook_normalized",
+    "ln_final.hook_normalized",
+]
+
+
+class Counted:
+    """In place of inductor: runs the graphs that torch traces, and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = self.runs = 0
+        self.modes: list[str | None] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return self.outputs(graph(*args))
+
+        return run
+
+    def outputs(self, outputs: Any) -> Any:
+        return outputs
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counted = Counted()
+    use(counted, monkeypatch)
+    return counted
+
+
+def use(compiler: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.compile
+
+    def compiling(function: Any, *, mode: str | None = None) -> Any:
+        compiler.modes.append(mode)
+        return real(function, backend=compiler)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+
+
+def backend(model: Any = None, *, mamba: bool = False, **config: Any) -> TransformerLensBackend:
+    made: TransformerLensBackend = saekit.default_manager().build(
+        "model_backends",
+        "HookedMamba" if mamba else "HookedTransformer",
+        model=ModelConfig(**{"compile": True} | config),
+        loaded=model,
+    )
+    return made
+
+
+def halved(activation: Tensor) -> Tensor:
+    return activation * 0.5
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, atol=1e-5, equal_nan=True)
+
+
+def state(model: Any) -> list[Any]:
+    """What is attached to the modules of ``model``, beside the lists of hooks that run_with_hooks makes anew."""
+    return [
+        (name, module.__class__, sorted(vars(module)), vars(module).get("attn_scale").__class__)
+        for name, module in model.named_modules()
+    ] + [(name, id(hook), len(hook._forward_hooks), len(hook.fwd_hooks)) for name, hook in model.hook_dict.items()]
+
+
+# ---- the same numbers
+
+
+def test_activations_and_losses_are_those_of_the_model_itself(counted: Counted) -> None:
+    model = hooked_transformer()
+    plain, compiled = backend(model, compile=False), backend(model)
+    loss = plain.loss(TOKENS)
+    for hook in HOOKS:
+        expected, changed = plain.activations(TOKENS, {hook}), plain.loss(TOKENS, {hook: halved})
+        counted.runs = 0
+        assert close(compiled.activations(TOKENS, {hook})[hook], expected[hook]), hook
+        assert counted.runs > 0, hook
+        counted.runs = 0
+        assert close(compiled.loss(TOKENS, {hook: halved}), changed), hook
+        assert (changed - loss).abs().max() > 1e-6, hook
+        assert counted.runs >= 3, hook
+        counted.runs = 0
+        assert close(compiled.loss(TOKENS), loss), hook
+        assert counted.runs == 4, "two blocks, the final normalization and the unembedding"
+
+
+def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
+    model = hooked_transformer()
+    plain, compiled = backend(model, compile=False), backend(model)
+    hooks = {"hook_embed", "blocks.0.hook_resid_pre"}
+    expected = plain.activations(TOKENS, hooks)
+    with pytest.warns(RuntimeWarning, match="model.compile does nothing for hook_embed: no part that runs for it"):
+        found = compiled.activations(TOKENS, hooks)
+    found = compiled.activations(TOKENS, hooks)  # once
+    assert all(torch.equal(found[hook], expected[hook]) for hook in hooks)
+    assert not counted.runs
+    changed = plain.loss(TOKENS, dict.fromkeys(hooks, halved))
+    assert close(compiled.loss(TOKENS, dict.fromkeys(hooks, halved)), changed)
+    assert counted.runs == 4
+
+
+def test_with_the_real_compiler() -> None:
+    model = hooked_transformer()
+    plain, compiled = backend(model, compile=False), backend(model)
+    for hooks in ({"blocks.1.hook_resid_pre"}, {"blocks.0.hook_resid_post", "blocks.1.attn.hook_z"}):
+        expected, found = plain.activations(TOKENS, hooks), compiled.activations(TOKENS, hooks)
+        assert all(close(found[hook], expected[hook]) for hook in hooks)
+    replacements = {"blocks.0.hook_resid_post": halved}
+    assert close(compiled.loss(TOKENS, replacements), plain.loss(TOKENS, replacements))
+    assert torch._dynamo.utils.counters["inductor"], "inductor has worked"
+
+
+def test_autocast_is_in_effect_in_compiled_code(counted: Counted) -> None:
+    model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
+    plain, compiled = backend(model, compile=False, autocast=True), backend(model, autocast=True)
+    full = backend(model, compile=False).activations(TOKENS, {hook})[hook]
+    found = compiled.activations(TOKENS, {hook})[hook]
+    assert counted.runs == 2
+    assert torch.equal(found, plain.activations(TOKENS, {hook})[hook])
+    assert not close(found, full)
+
+
+def test_a_mamba(counted: Counted) -> None:
+    model, tokens = hooked_mamba(), TOKENS[:, :6]
+    plain, compiled = backend(model, mamba=True, compile=False), backend(model, mamba=True)
+    for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_ssm_input", "blocks.1.hook_h.3"):
+        counted.runs = 0
+        assert close(compiled.activations(tokens, {hook})[hook], plain.activations(tokens, {hook})[hook])
+        assert counted.runs == (2 if "resid_post" in hook else 1)
+        assert close(compiled.loss(tokens, {hook: halved}), plain.loss(tokens, {hook: halved}))
+    assert counted.graphs == 1, "both blocks, all hooks"
+    assert close(compiled.loss(tokens), plain.loss(tokens))
+    assert counted.graphs == 1
+
+
+# ---- compiled code really runs
+
+
+def test_what_is_returned_comes_from_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tampering(Counted):
+        def outputs(self, outputs: Any) -> Any:
+            return [output + 1 for output in outputs]
+
+    use(Tampering(), monkeypatch)
+    model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
+    plain, compiled = backend(model, compile=False), backend(model)
+    expected = plain.activations(TOKENS, {hook})[hook]
+    assert close(compiled.activations(TOKENS, {hook})[hook], expected + 1)
+    assert not close(compiled.loss(TOKENS, {hook: torch.zeros_like}), plain.loss(TOKENS, {hook: torch.zeros_like}))
+
+
+def test_blocks_do_not_run_as_they_are(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.hook_points import HookPoint
+
+    ran: list[str] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            ran.append(self.name)
+        return x
+
+    monkeypatch.setattr(HookPoint, "forward", forward)
+    compiled = backend(hooked_transformer())
+    compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+    assert ran == ["hook_embed", "hook_pos_embed", "blocks.0.hook_resid_post"]
+    ran.clear()
+    compiled.loss(TOKENS, {"blocks.1.hook_resid_pre": halved})
+    assert ran == ["hook_embed", "hook_pos_embed", "blocks.1.hook_resid_pre"]
+    ran.clear()
+    compiled.loss(TOKENS, {"blocks.1.attn.hook_z": halved})
+    assert not [name for name in ran if name.startswith(("blocks.0.", "blocks.1.ln", "blocks.1.mlp.", "ln_final"))]
+    assert {"blocks.1.attn.hook_z", "blocks.1.hook_resid_mid"} < set(ran)
+
+
+def test_the_mode_is_torchs(counted: Counted) -> None:
+    with pytest.warns(RuntimeWarning, match="does nothing for hook_embed"):  # a forward that is quick
+        backend(hooked_transformer(), compile_mode="max-autotune-no-cudagraphs").activations(TOKENS, {"hook_embed"})
+    assert set(counted.modes) == {"max-autotune-no-cudagraphs"}
+
+
+def test_outputs_of_cuda_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Static(Counted):
+        """Gives the same memory at each run, as CUDA graphs do."""
+
+        memory: Tensor | None = None
+
+        def outputs(self, outputs: Any) -> Any:
+            if self.memory is None:
+                self.memory = torch.empty_like(outputs[0])
+            return [self.memory.copy_(outputs[0])]
+
+    use(Static(), monkeypatch)
+    model, hooks = hooked_transformer(), {"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}
+    compiled = backend(model, compile_mode="reduce-overhead")
+    found = compiled.activations(TOKENS, hooks)
+    compiled.activations(TOKENS + 1, hooks)
+    expected = backend(model, compile=False).activations(TOKENS, hooks)
+    assert all(close(found[hook], expected[hook]) for hook in hooks)
+
+
+def test_layers_may_share_a_module(counted: Counted) -> None:
+    model, hook = hooked_transformer(), "blocks.0.hook_resid_mid"
+    model.blocks[1].mlp = model.blocks[0].mlp
+    expected = backend(model, compile=False).loss(TOKENS, {hook: halved})
+    model.blocks[1].hook_resid_mid.add_perma_hook(lambda activation, hook: None)
+    assert close(backend(model).loss(TOKENS, {hook: halved}), expected)
+    assert "forward" not in vars(model.blocks[0].mlp)
+
+
+# ---- how often it is compiled
+
+
+def test_no_hook_compiles_anything_again(counted: Counted) -> None:
+    compiled = backend(hooked_transformer(n_layers=3))
+    compiled.loss(TOKENS)
+    assert counted.graphs == 3, "one for all blocks, one for the final normalization, one for the unembedding"
+    for hook in ("blocks.0.hook_resid_mid", "blocks.2.attn.hook_z", "blocks.1.mlp.hook_post"):
+        compiled.loss(TOKENS, {hook: halved})
+    graphs = counted.graphs
+    assert graphs == 5, "and attention and MLP; the normalizations of blocks are of the same class"
+    for hook in HOOKS:
+        for factor in (1.0, 2.0):
+            compiled.loss(TOKENS, {hook: lambda activation, factor=factor: activation * factor})
+            compiled.activations(TOKENS, {hook})
+    assert counted.graphs == graphs
+
+
+def test_no_number_of_tokens_compiles_for_ever(counted: Counted) -> None:
+    compiled = backend(hooked_transformer())
+    hooks = {"blocks.1.hook_resid_post"}
+    compiled.activations(torch.zeros(1, 7, dtype=torch.long), hooks)  # the probe
+    graphs = []
+    for shape in ((16, 32), (16, 32), (5, 32), (8, 32), (2, 50), (3, 3), (1, 32), (1, 9), (4, 4)):
+        compiled.activations(torch.ones(shape, dtype=torch.long), hooks)
+        graphs.append(counted.graphs)
+    assert graphs == [2, 2, 2, 2, 2, 2, 3, 3, 3], "one of each: the first; others; one context of other lengths"
+
+
+# ---- hooks of the model's owner
+
+
+Undo = Callable[[], Any]
+
+
+def _permanent(model: Any) -> Undo:
+    hook = model.blocks[0].hook_mlp_out
+    hook.add_perma_hook(lambda activation, hook: activation * 0.5)
+    return lambda: hook.remove_hooks(including_permanent=True)
+
+
+def _at_the_end(model: Any) -> Undo:
+    hook = model.blocks[0].hook_resid_post
+    hook.add_perma_hook(lambda activation, hook: activation * 0.5)
+    return lambda: hook.remove_hooks(including_permanent=True)
+
+
+def _on_attention(model: Any) -> Undo:
+    return model.blocks[0].attn.register_forward_hook(lambda module, args, out: out * 0.5).remove
+
+
+def _before_mlp(model: Any) -> Undo:
+    return model.blocks[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,)).remove
+
+
+def _on_a_block(model: Any) -> Undo:
+    return model.blocks[0].register_forward_hook(lambda module, args, out: out * 0.5).remove
+
+
+def _own_forward(model: Any) -> Undo:
+    mlp = model.blocks[0].mlp
+    real = mlp.forward
+
+    compiled = []
+
+    def forward(x: Tensor) -> Tensor:
+        compiled.append(torch.compiler.is_compiling())
+        return real(x) * 0.5
+
+    def undo() -> None:
+        del mlp.forward
+        assert not any(compiled), "it may do what cannot be compiled"
+
+    mlp.forward = forward
+    return undo
+
+
+def _everywhere(model: Any) -> Undo:
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 0.5 if type(module).__name__ == "MLP" else None
+    ).remove
+
+
+def test_hooks_of_the_owner_go_on_working(counted: Counted) -> None:
+    model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
+    plain, compiled = backend(model, compile=False), backend(model)
+    before, loss = compiled.activations(TOKENS, {hook})[hook], compiled.loss(TOKENS)  # compiled without
+    for add in (_permanent, _at_the_end, _on_attention, _before_mlp, _on_a_block, _own_forward, _everywhere):
+        undo, name = add(model), add.__name__
+        try:
+            counted.runs = 0
+            with pytest.warns(RuntimeWarning, match="does nothing") if add is _everywhere else nullcontext():
+                found = compiled.activations(TOKENS, {hook})[hook]
+            assert close(found, plain.activations(TOKENS, {hook})[hook]), name
+            assert not close(found, before), name
+            assert bool(counted.runs) == (add is not _everywhere), name
+            assert close(compiled.loss(TOKENS), plain.loss(TOKENS)), name
+            assert close(compiled.loss(TOKENS, {hook: halved}), plain.loss(TOKENS, {hook: halved})), name
+            assert not close(compiled.loss(TOKENS), loss), name
+        finally:
+            undo()
+        assert close(compiled.activations(TOKENS, {hook})[hook], before), name
+
+
+def test_what_others_compile_with_hooks_is_not_this_code(counted: Counted) -> None:
+    model = hooked_transformer()
+    block = model.blocks[0]
+    block.attn.attn_scale = float(block.attn.attn_scale)
+    backend(model).activations(TOKENS, {"blocks.0.hook_resid_post"})
+    block.hook_mlp_out.add_perma_hook(lambda activation, hook: activation * 0.5)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        resid = torch.randn(3, 20, 16)
+        expected = block(resid)
+        assert close(torch.compile(type(block).forward)(block, resid), expected)
+
+
+# ---- what is left behind
+
+
+def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
+    model = hooked_transformer()
+    compiled = backend(model)
+    before, loss = state(model), compiled.loss(TOKENS)
+    for hook in ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"):
+        for error in (ValueError("mine"), RuntimeError("mine"), torch._dynamo.exc.InternalTorchDynamoError("mine")):
+
+            def broken(activation: Tensor, error: Exception = error) -> Tensor:
+                raise error
+
+            with pytest.raises(type(error)) as caught:
+                compiled.loss(TOKENS, {hook: broken})
+            assert caught.value is error, hook
+            assert state(model) == before
+            assert close(compiled.loss(TOKENS), loss)
+            assert state(model) == before
+    _, cache = model.run_with_cache(TOKENS)
+    assert "blocks.0.attn.hook_z" in cache, "the model runs as ever"
+
+
+def test_the_hook_points_of_a_mamba_are_left(counted: Counted) -> None:
+    model, tokens = hooked_mamba(), TOKENS[:, :6]
+    compiled = backend(model, mamba=True)
+    seen: list[int] = []
+
+    def look(activation: Tensor, hook: Any) -> None:
+        seen.append(len(model.blocks[0].hook_h.hooks))
+
+    for hook in (model.hook_embed, model.hook_norm):
+        hook.add_perma_hook(look)
+    compiled.loss(tokens, {"blocks.1.hook_resid_pre": halved})
+    assert counted.runs == 2
+    assert seen == [6, 6], "those that mamba-lens made for this forward, before block 0 and after it"
+
+
+# ---- failures
+
+
+class Failing(Counted):
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        raise NotImplementedError("no such machine\nand a long report")
+
+
+def test_a_failure_to_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Failing(), monkeypatch)
+    model = hooked_transformer()
+    before, compiled = state(model), backend(model)
+    with pytest.raises(ModelError) as caught:
+        compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+    assert str(caught.value) == (
+        "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile = false "
+        "to run it as it is"
+    )
+    assert caught.value.__suppress_context__, "torch's report is not shown"
+    assert state(model) == before
+
+
+def test_without_a_compiler_for_c() -> None:
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
+    with (
+        torch._inductor.config.patch(missing),
+        pytest.raises(ModelError, match=r"\(model.compile\): InvalidCxxCompiler: No working C\+\+ compiler found"),
+    ):
+        backend(hooked_transformer(d_model=24)).loss(TOKENS)
+
+
+def test_a_python_for_which_torch_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("torch.compile is not supported on Python 4+")
+
+    monkeypatch.setattr(torch, "compile", refusing)
+    with pytest.raises(ModelError, match=r"\(model.compile\): RuntimeError: torch.compile is not supported on Python"):
+        backend(hooked_transformer()).loss(TOKENS)
+
+
+def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[Exception] = []
+
+    class Full(Counted):
+        def outputs(self, outputs: Any) -> Any:
+            raise failures[-1]
+
+    use(Full(), monkeypatch)
+    compiled = backend(hooked_transformer())
+    for failure in (RuntimeError("a kernel failed"), MemoryError()):
+        failures.append(failure)
+        with pytest.raises(type(failure)) as caught:
+            compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+        assert caught.value is failure
+
+
+def test_other_models_are_refused() -> None:
+    other = SimpleNamespace(run_with_hooks=None, hook_dict={}, cfg=SimpleNamespace(d_vocab=1, n_ctx=1), tokenizer=None)
+    with pytest.raises(ModelError, match=r"model.compile is for HookedTransformer and HookedMamba, not for Simple"):
+        backend(other)
+
+
+# ---- in threads and in a run
+
+
+def test_another_thread_uses_the_same_code(counted: Counted) -> None:
+    model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
+    compiled, found = backend(model), []
+    thread = threading.Thread(target=lambda: found.append(compiled.activations(TOKENS, {hook})[hook]))
+    thread.start()
+    thread.join()
+    assert counted.graphs == 1
+    assert torch.equal(compiled.activations(TOKENS, {hook})[hook], found[0])
+    assert (counted.graphs, counted.runs) == (1, 2)
+    assert set(counted.modes) == {"default"}
+
+
+def test_a_run_trains_on_a_compiled_model(counted: Counted, tmp_path: Path) -> None:
+    metrics, lines = [], []
+    for compiled in (False, True):
+        config = run_config(
+            tmp_path / str(compiled), site={"hook_name": "blocks.0.hook_resid_post"}, model={"compile": compiled},
+            evals={"every_n_steps": 4},
+        )  # fmt: skip
+        result = saekit.train(config)
+        metrics.append(result.metrics)
+        (log,) = (tmp_path / str(compiled)).rglob("*.jsonl")
+        lines.append([json.loads(line) for line in log.read_text().splitlines()])
+        assert bool(counted.runs) == compiled
+    numbers = [{k: v for k, v in found.items() if "second" not in k and "time" not in k} for found in metrics]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-4)
+    assert len(lines[0]) == len(lines[1])
+    assert counted.graphs <= 6, "blocks for the probe and for other shapes; the final normalization; the unembedding"

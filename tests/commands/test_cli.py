@@ -1,0 +1,168 @@
+"""The command line: what it prints, how it fails, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny import RUN
+
+import saekit
+from saekit.config.files import dump_config
+
+
+def cli(
+    *arguments: object, cwd: Path | None = None, check: int = 0, watch: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run ``saekit``; with ``watch``, fail if it imports torch or transformer_lens."""
+    options = ["-X", "importtime"] if watch else []
+    found = subprocess.run(
+        [sys.executable, *options, "-m", "saekit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+    if watch:
+        imported = {
+            line.rpartition("|")[2].strip() for line in found.stderr.splitlines() if line.startswith("import time:")
+        }
+        heavy = {"torch", "transformer_lens", "transformers", "datasets"}
+        assert not imported & heavy, sorted(imported & heavy)
+        found.stderr = "".join(f"{line}\n" for line in found.stderr.splitlines() if not line.startswith("import time:"))
+    assert found.returncode == check, found.stderr
+    return found
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "demo", "config", "plugins", "plan", "pretokenize", "cache", "cache verify"],
+)
+def test_help(command: str) -> None:
+    assert "Usage: " in cli(*command.split(), "--help", watch=True).stdout
+
+
+PARAMETERS = """
+import json, typer
+from saekit.cli import app
+
+def commands(command, path):
+    inner = getattr(command, "commands", {})
+    texts = {parameter.name: getattr(parameter, "help", None) for parameter in command.params}
+    yield path, texts, command.help, list(inner)
+    for name, below in inner.items():
+        yield from commands(below, [*path, name])
+
+print(json.dumps(list(commands(typer.main.get_command(app), []))))
+"""
+
+
+def test_help_explains_every_command_argument_and_option() -> None:
+    listed = subprocess.run([sys.executable, "-c", PARAMETERS], capture_output=True, text=True, check=True)
+    commands = json.loads(listed.stdout)
+    assert ["cache", "write"] in [path for path, *_ in commands]
+    assert {"config", "overrides", "axes", "run", "allow"} <= set(commands[1][1]), commands[1]
+    for path, parameters, about, inner in commands:
+        shown = cli(*path, "--help", watch=True).stdout
+        words = " ".join(shown.split())
+        assert " ".join(about.split()) in words, path
+        assert set(inner) <= set(shown.split()), path
+        for name, text in parameters.items():
+            assert text, f"{path}: {name} has no help"
+            assert " ".join(text.split()) in words, f"{path}: the help of {name} is not shown:\n{shown}"
+
+
+def test_a_suggestion_is_made_once() -> None:
+    said = cli("trian", check=2, watch=True).stderr
+    assert said.count("Did you mean") + said.count("(Possible") == 1, said
+
+
+def test_version() -> None:
+    assert cli("--version", watch=True).stdout == f"saekit {saekit.__version__}\n"
+
+
+def test_config_prints_what_train_reads(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(cli("config", watch=True).stdout)
+    full = cli("config", tmp_path / "run.toml", "sae.l1_coefficient=3", "--format", "json", watch=True).stdout
+    assert json.loads(full)["sae"]["l1_coefficient"] == 3.0
+
+
+def test_train(tmp_path: Path) -> None:
+    config = saekit.load_config({name: dict(section) for name, section in RUN.items()})
+    (tmp_path / "run.yaml").write_text(dump_config(config, "yaml"))
+    found = cli("train", "run.yaml", "sae.l1_coefficient=2", "checkpoints.name=x", cwd=tmp_path)
+    assert "run folder: runs/x" in found.stdout
+    assert "ce_recovered" in found.stdout
+    assert saekit.SAE.load(tmp_path / "runs/x/sae").config.l1_coefficient == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.toml"], "error: there is no configuration file nowhere.toml"),
+        (["train", "bad.toml"], "training.lr: expected a number, found 'x'"),
+        (["train", "bad.toml"], "error: bad.toml has 2 problems:"),
+        (["train", "good.toml", "training.lr"], "is not an override"),
+        (["train", "good.toml", "sae=gatd"], "Unknown SAE architecture 'gatd'"),
+        (["config", "--format", "ini"], "must be toml, yaml or json, found 'ini'"),
+        (["plugins", "cosine"], "'cosine' is not KIND:KEY"),
+        (["plugins", "schedules:cosine"], "there is no kind of plugin 'schedules'. Did you mean 'lr_schedules'?"),
+        (["plugins", "lr_schedules:cosin"], "Did you mean 'cosine'?"),
+        (["trian"], "No such command 'trian'"),
+        (["train"], "a configuration file is missing: saekit train run.toml, or saekit train --resume RUN"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "bad.toml").write_text('[training]\nlr = "x"\nlrr = 1\n')
+    (tmp_path / "good.toml").write_text("")
+    found = cli(*arguments, cwd=tmp_path, check=2, watch=True)
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not found.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.toml", "good.toml"}
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1/run.toml").write_text("[training]\nlr = 'x'\n")
+    assert "training.lr: expected a number" in cli("plan", "lr=1/run.toml", cwd=tmp_path, check=2, watch=True).stderr
+    found = cli("plan", "training.lr=fast", cwd=tmp_path, check=2, watch=True)
+    assert "training.lr: expected a number, found 'fast'" in found.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    found = cli("--debug", "train", "nowhere.toml", cwd=tmp_path, check=1)
+    assert "Traceback" in found.stderr
+    assert "ConfigError" in found.stderr
+
+
+def test_plugins() -> None:
+    data = json.loads(cli("plugins", "--json", watch=True).stdout)
+    by_key = {item["key"]: item for item in data["plugins"]}
+    assert by_key["saekit:cosine"]["options"] == [
+        {"name": "end", "type": "float or none", "required": False, "default": None,
+         "doc": "The last rate.  None: a tenth of the peak."}
+    ]  # fmt: skip
+    builtin = {
+        "relu", "tanh-relu", "constant", "cosineannealing", "cosine", "cosineannealingwarmrestarts", "cosine-restarts",
+        "standard", "HookedTransformer", "HookedMamba", "live", "jsonl", "wandb", "sae_lens", "connor_rob_hook_z",
+        "reconstruction",
+    }  # fmt: skip
+    assert {key.removeprefix("saekit:") for key in by_key} >= builtin
+    assert data["failed"] == []
+    text = cli("plugins", watch=True).stdout
+    assert all(key in text for key in by_key)
+    shown = cli("plugins", "sae_architecture:standard", watch=True).stdout
+    assert "l1_coefficient: float (default 5.0)\n      λ, the weight of the sparsity penalty." in shown
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    found = cli("demo", "training.training_tokens=80000", "training.lr_decay_steps=0", "--folder", "out", cwd=tmp_path)
+    for words in ("explained variance", "L0", "CE recovered", "dead features", "Feature ", "«", "Training curves:"):
+        assert words in found.stdout
+    assert found.stdout.count("Feature ") == 5
+    assert "tokens/s" in found.stderr
+    (picture,) = tmp_path.glob("out/*/training_curves.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (folder,) = tmp_path.glob("out/*/sae")
+    assert saekit.SAE.load(folder).d_sae == 1024

@@ -1,0 +1,160 @@
+"""`saekit plan`: what it says is so, everything that train would refuse is found at once, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import hooked_transformer, run_config
+
+import saekit
+
+
+def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
+    config = run_config(tmp_path, training={"log_frequency": 100})
+    model = hooked_transformer()
+    found = saekit.plan(config, model=model)
+    assert found.problems == []
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    numbers = found.numbers
+    assert (numbers["steps"], numbers["training_tokens"], numbers["d_in"], numbers["d_sae"]) == (8, 2000, 16, 64)
+    assert numbers["buffer_bytes"] == (4 + 1) * 8 * 32 * 16 * 4, "four forwards, and one ahead"
+    assert numbers["checkpoint_bytes"] == numbers["sae_bytes"] * 3 / 4 + numbers["buffer_bytes"]
+    assert numbers["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert numbers["forward_seconds"] > 0
+    assert numbers["step_seconds"] > 0
+    assert numbers["seconds"] == numbers["forward_seconds"] + numbers["step_seconds"]
+    result = saekit.train(config, model=model)
+    assert result.metrics["details/n_training_tokens"] == numbers["training_tokens"]
+    weights = sum(parameter.nbytes for parameter in result.sae.parameters())
+    assert numbers["sae_bytes"] == 4 * weights
+    assert found.facts["contexts"] == (
+        "32 tokens, from BOS '<|endoftext|>' (id 0) on; between documents BOS '<|endoftext|>' (id 0)"
+    )
+    assert found.facts["site"] == "blocks.1.hook_resid_post of custom, width 16"
+    assert found.facts["SAE step"] == "fast kernels, not screened: not for fewer than 1024 features"
+    planned = saekit.plan(run_config(tmp_path, training={"autocast": True}))
+    assert planned.facts["SAE step"] == "plain torch: autocast rounds its products"
+
+
+def test_planning_changes_nothing(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    before = saekit.train(config).sae.W_enc
+    state = torch.get_rng_state()
+    saekit.plan(config)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(before, saekit.train(config).sae.W_enc)
+
+
+def test_everything_that_train_would_refuse_at_once(tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path,
+        sae={"d_in": 64},
+        dataset={"context_size": 129},
+        training={"train_batch_size_tokens": 8000, "device": "cuda:7"},
+        evals={"split": "test"},
+        lr_schedule={"name": "cosine", "end": 0},
+    )
+    config["training"]["lr_decay_steps"] = 1
+    found = saekit.plan(config)
+    for words in (
+        "dataset.context_size: is 129, but the model 'saekit/tiny-python' takes at most 128 tokens",
+        "sae.d_in: is 64, but blocks.1.hook_resid_post of 'saekit/tiny-python' has width 128",
+        "too few for batches of 8,000",
+        "training.device: 'cuda:7' cannot be used",
+        "has no split 'test'",
+        "nothing to decay from",
+    ):
+        assert sum(words in problem for problem in found.problems) == 1, (words, found.problems)
+    assert len(found.problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"site": {"hook_name": "blocks.1.hook_resid_pots"}}, "has no hook 'blocks.1.hook_resid_pots'"),
+        ({"dataset": {"column": "body"}}, "has no column 'body'"),
+        ({"dataset": {"path": "./nowhere"}}, "there is no file or folder './nowhere'"),
+        ({"dataset": {"sequence_separator_token": "sep"}}, "asks for the tokenizer's sep token"),
+        ({"model": {"name": "./nowhere"}}, "there is no model folder './nowhere'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value)[:40],
+)
+def test_each_problem(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
+    found = saekit.plan(run_config(tmp_path, **sections))
+    assert any(words in problem for problem in found.problems), found.problems
+    assert len(found.problems) == 1
+
+
+def test_what_looks_wrong_but_runs(tmp_path: Path) -> None:
+    found = saekit.plan(
+        run_config(tmp_path, dataset={"prepend_bos": False}, sae={"d_sae": 16}, training={"dead_feature_window": 1000})
+    )
+    assert found.problems == []
+    for words in (
+        "contexts do not begin with BOS",
+        "fewer features (16) than its input has dimensions (128)",
+        "no feature is ever counted as dead",
+        "no firing fractions are logged",
+    ):
+        assert sum(words in warning for warning in found.warnings) == 1, words
+    assert "with no token put before them" in found.facts["contexts"]
+
+
+def test_a_run_from_a_cache_is_timed_by_its_reads(tmp_path: Path) -> None:
+    cache = {"folder": str(tmp_path / "cache"), "tokens": 2000}
+    config = run_config(tmp_path / "runs", activations={"cache": cache})
+    planned = saekit.plan(config)
+    saekit.cache_activations(config)
+    size = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
+    assert planned.numbers["cache_bytes"] == size
+    config["activations"]["source"] = {"name": "cached", "folder": cache["folder"]}
+    found = saekit.plan(config)
+    assert found.problems == []
+    assert "reading activations" in found.facts["duration"]
+    assert "buffer_bytes" not in found.numbers
+
+
+def test_text_that_is_too_short(tmp_path: Path) -> None:
+    config = run_config(tmp_path, evals={"run": [], "split": None}, dataset={"on_exhausted": "stop"})
+    found = saekit.plan(config, dataset=[{"text": "abc"}] * 3)
+    assert "the data does not fill one context of 32 tokens" in found.problems
+
+
+def test_what_train_refuses_by_name_alone(tmp_path: Path) -> None:
+    found = saekit.plan(run_config(tmp_path, evals={"run": ["reconstruction", "saekit:reconstruction"]}))
+    assert any("evals.run: names a plugin twice" in problem for problem in found.problems)
+    found = saekit.plan(run_config(tmp_path) | {"trackers": ["jsonl", {"name": "jsonl", "file": "b.jsonl"}]})
+    assert any("trackers: names a plugin twice" in problem for problem in found.problems)
+
+
+def test_a_cache_that_could_not_be_written_is_no_problem_of_training(tmp_path: Path) -> None:
+    config = run_config(tmp_path, activations={"cache": {"sites": [{"hook_name": "blocks.9.hook_resid_post"}]}})
+    config["activations"]["source"] = {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4}
+    found = saekit.plan(config)
+    assert found.problems == []
+    assert any("'blocks.9.hook_resid_post' (activations.cache.sites)" in warning for warning in found.warnings)
+
+
+def plan_in_shell(*arguments: object, cwd: Path, code: int) -> str:
+    found = subprocess.run(
+        [sys.executable, "-m", "saekit.cli", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+    assert found.returncode == code, found.stderr
+    return found.stdout
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run_config(tmp_path / "runs"))))
+    shown = plan_in_shell("run.toml", "sae.d_in=5", cwd=tmp_path, code=2)
+    assert "duration" in shown
+    assert "problem: sae.d_in: is 5" in shown
+    data = json.loads(plan_in_shell("run.toml", "--json", cwd=tmp_path, code=0))
+    assert data["numbers"]["steps"] == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"run.toml"}

@@ -1,0 +1,307 @@
+"""The live source: every activation once, and a saved state that goes on with the very same batches."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saekit_plugins.sources.live import LiveConfig
+from support.tiny import hooked_transformer, run_config
+from torch import Tensor
+
+import saekit
+from saekit.data import ActivationStream, ContextStream, StreamContext, TokenPolicy
+from saekit.errors import ConfigError, DataError, ModelError, PluginFailedError
+from saekit.protocols import ActivationSource, Batch
+from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+
+SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+OTHER = saekit.Site(hook_name="blocks.0.attn.hook_z", hook_head_index=1)
+DOCUMENTS = [[(7 * n + t) % 120 + 1 for t in range(10 + n % 13)] for n in range(60)]
+PREFETCH = pytest.mark.parametrize("prefetch", [False, True], ids=["plain", "prefetched"])
+
+
+def stream_of(
+    backend: Any = None, *, repeat: bool = False, batch: int = 24, sites: Collection[saekit.Site] = (SITE,)
+) -> StreamContext:
+    backend = backend or FakeBackend()
+
+    def contexts() -> ContextStream:
+        return ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
+
+    return StreamContext(backend=backend, sites=list(sites), batch_size=batch, seed=3, open_contexts=contexts)
+
+
+def source(stream: StreamContext | None = None, *, repeat: bool = False, **options: Any) -> Any:
+    small = {"store_batch_size_prompts": 4, "n_batches_in_buffer": 4, "prefetch": False}
+    config = LiveConfig(**(small | options))
+    return saekit.default_manager().build("activation_sources", config, stream=stream or stream_of(repeat=repeat))
+
+
+def expected() -> tuple[Tensor, Tensor, Tensor]:
+    """The model's activations on the packed documents, with tokens and documents, row by row."""
+    packed = ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=False).take(10**6)
+    tokens = torch.from_numpy(packed.tokens)
+    rows = FakeBackend().activations(tokens, {SITE.hook_name})[SITE.hook_name].flatten(0, 1)
+    return rows, tokens.flatten(), torch.from_numpy(packed.documents).flatten()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "saekit-prefetch"]
+
+
+@PREFETCH
+def test_every_activation_is_served_once_with_its_origin(prefetch: bool) -> None:
+    live = source(prefetch=prefetch)
+    assert isinstance(live, ActivationSource)
+    batches: list[Batch] = list(live)
+    live.close()
+    assert all(len(batch) == 24 for batch in batches[:-1])
+    served = torch.cat([batch.activations[SITE] for batch in batches])
+    origins = torch.stack(
+        [torch.cat([getattr(b, name) for b in batches]) for name in ("documents", "tokens", "positions")], 1
+    )
+    rows, tokens, documents = expected()
+    assert len(served) == len(rows)
+    wanted = torch.stack([documents, tokens, torch.arange(len(rows)) % 8], 1)
+    # Each row is its own: sort both by everything that is known of it.
+    assert sorted(map(tuple, origins.tolist())) == sorted(map(tuple, wanted.tolist()))
+    by_token = FakeBackend().activations(origins[:, 1:2], {SITE.hook_name})[SITE.hook_name][:, 0]
+    assert torch.allclose(served, by_token), "the fake model's activations depend on the token alone"
+    assert not torch.equal(served, rows), "shuffled"
+
+
+def test_prefetching_changes_no_batch() -> None:
+    plain, ahead = source(repeat=True), source(repeat=True, prefetch=True)
+    for _ in range(60):
+        one, two = next(plain), next(ahead)
+        assert torch.equal(one.activations[SITE], two.activations[SITE])
+        assert torch.equal(one.documents, two.documents)
+    assert threads()
+    ahead.close()
+    assert not threads()
+
+
+def test_a_look_uses_nothing_up() -> None:
+    one, two = source(), source()
+    looked = one.peek()[SITE]
+    assert len(looked) == 128
+    assert all(torch.equal(a.activations[SITE], b.activations[SITE]) for a, b in zip(one, two, strict=True))
+
+
+@PREFETCH
+@pytest.mark.parametrize("taken", [0, 1, 5, 17])
+def test_a_pause_ends_the_thread_and_changes_nothing(taken: int, prefetch: bool) -> None:
+    paused, other = source(repeat=True, prefetch=prefetch), source(repeat=True)
+    for _ in range(taken):
+        next(paused)
+        next(other)
+    state = paused.state_dict()
+    paused.pause()
+    assert not threads()
+    assert paused.state_dict()["contexts"] == state["contexts"]
+    for _ in range(20):
+        assert torch.equal(next(paused).activations[SITE], next(other).activations[SITE])
+    paused.close()
+
+
+@PREFETCH
+@pytest.mark.parametrize("taken", [0, 1, 2, 5, 17, 40])
+def test_a_saved_state_goes_on_with_the_very_same_batches(taken: int, prefetch: bool) -> None:
+    one, two = source(repeat=True, prefetch=prefetch), source(repeat=True, prefetch=not prefetch)
+    for _ in range(3):
+        next(two)  # it may have been anywhere
+    for _ in range(taken):
+        next(one)
+    two.load_state_dict(one.state_dict())
+    for _ in range(30):
+        a, b = next(one), next(two)
+        assert torch.equal(a.activations[SITE], b.activations[SITE])
+        assert torch.equal(a.tokens, b.tokens)
+    one.close()
+    two.close()
+
+
+def test_several_sites_share_their_tokens() -> None:
+    backend = FakeBackend()
+    live = source(stream_of(backend, sites=[SITE, OTHER]))
+    batch = next(live)
+    assert {site: rows.shape for site, rows in batch.activations.items()} == {SITE: (24, 8), OTHER: (24, 4)}
+    heads = batch.activations[OTHER]
+    assert torch.allclose(heads, backend._embedding()[batch.tokens].reshape(-1, 2, 4)[:, 1])
+    assert {shape for shape in backend.forwards if shape[0] == 4} == {(4, 8)}, "one forward for both"
+    assert backend.forwards.count((4, 8)) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_type_in_the_buffer(dtype: str) -> None:
+    live = source(dtype=dtype, prefetch=False, act_store_device="cpu")
+    batch = next(live)
+    assert batch.activations[SITE].dtype == getattr(torch, dtype)
+    assert live.memory_bytes() == 4 * 4 * 8 * 8 * getattr(torch, dtype).itemsize
+    exact = FakeBackend().activations(batch.tokens[:, None], {SITE.hook_name})[SITE.hook_name][:, 0]
+    assert torch.equal(batch.activations[SITE], exact.to(getattr(torch, dtype)))
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="activations.source.act_store_device: 'cuda:7' cannot be used"):
+        source(act_store_device="cuda:7")
+
+
+class Cramped(FakeBackend):
+    """A model that can take ``most`` contexts at once."""
+
+    def __init__(self, most: int, error: BaseException) -> None:
+        super().__init__()
+        self.most, self.error = most, error
+
+    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        if len(tokens) > self.most:
+            raise self.error
+        return super().activations(tokens, hooks)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_forward_with_one_warning(error: BaseException) -> None:
+    backend = Cramped(1, error)
+    stream = stream_of(backend)
+    assert stream.widths == {SITE: 8}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batches = list(ActivationStream(stream, 4))
+    assert [str(w.message) for w in caught] == [
+        "the model ran out of memory on 4 contexts at once; it goes on with fewer. Lower the source's batch size "
+        "(store_batch_size_prompts) to avoid the attempt"
+    ]
+    assert {shape[0] for shape in backend.forwards} == {1}
+    rows, tokens, documents = expected()
+    assert torch.equal(torch.cat([batch.activations[SITE] for batch in batches]), rows)
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), tokens)
+    assert torch.equal(torch.cat([batch.documents for batch in batches]), documents)
+
+
+def test_out_of_memory_on_one_context_says_what_to_do() -> None:
+    stream = stream_of(Cramped(0, MemoryError()))
+    with (
+        pytest.warns(RuntimeWarning, match="out of memory on 4 contexts"),
+        pytest.raises(ModelError, match="on one context of 8 tokens. Lower dataset.context_size"),
+    ):
+        next(ActivationStream(stream, 4))
+
+
+def test_other_errors_of_the_model_are_not_out_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        next(ActivationStream(stream_of(Cramped(2, RuntimeError("shape mismatch"))), 4))
+
+
+def test_an_error_in_the_thread_ends_the_run_and_the_thread(tmp_path: Path) -> None:
+    class Failing(FakeBackend):
+        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+            if len(self.forwards) > 7:
+                assert threading.current_thread().name == "saekit-prefetch"
+                raise OSError("the network drive is gone")
+            return super().activations(tokens, hooks)
+
+    plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: Failing()), builtins=True)
+    config = run_config(tmp_path, model={"backend": "test:fake"}, site={"hook_name": SITE.hook_name}, evals={"run": []})
+    with pytest.raises(PluginFailedError, match="the network drive is gone"):
+        saekit.train(config, plugins=plugins)
+    assert not threads()
+    assert list(tmp_path.glob("*/checkpoints/step-*")), "what was learnt until then is saved"
+
+
+def test_no_thread_survives_a_run(tmp_path: Path) -> None:
+    saekit.train(run_config(tmp_path))
+    assert not threads()
+
+
+def test_prefetching_and_evals_do_not_meet_in_the_model(tmp_path: Path) -> None:
+    """Evals replace activations by hooks on the very modules that the thread runs."""
+    config = run_config(tmp_path, evals={"every_n_steps": 1}, training={"training_tokens": 4000})
+    model = hooked_transformer()
+    weights = []
+    for prefetch in (False, True):
+        config["activations"]["source"]["prefetch"] = prefetch
+        result = saekit.train(config, model=model)
+        weights.append(result.sae.W_enc.detach().clone())
+        assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert torch.equal(*weights)
+
+
+def test_activations_carry_no_graph() -> None:
+    model = hooked_transformer()
+    backend = saekit.default_manager().build(
+        "model_backends", "HookedTransformer", model=saekit.config.ModelConfig(), loaded=model
+    )
+    batch = next(source(stream_of(backend, sites=[saekit.Site(hook_name="blocks.1.hook_resid_post")])))
+    (rows,) = batch.activations.values()
+    assert rows.grad_fn is None
+    assert not rows.requires_grad
+
+
+def test_autocast_runs_the_model_in_bfloat16(tmp_path: Path) -> None:
+    model = hooked_transformer()
+    seen = []
+    model.blocks[0].mlp.hook_pre.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for autocast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        seen.clear()
+        saekit.train(run_config(tmp_path, model={"autocast": autocast}), model=model)
+        assert set(seen) == {dtype}
+
+
+def test_how_well_a_batch_is_mixed_is_logged(tmp_path: Path) -> None:
+    documents = [{"text": f"value_{n} = {n}"} for n in range(500)]
+    config = run_config(tmp_path, evals={"run": [], "split": None})
+    result = saekit.train(config, dataset=documents)
+    assert 32 <= result.metrics["details/distinct_documents"] <= 256
+
+
+def test_the_stages_hand_out_ordinary_tensors() -> None:
+    """Whoever trains on them directly needs what autograd can save."""
+    backend = saekit.default_manager().build(
+        "model_backends", "HookedTransformer", model=saekit.config.ModelConfig(), loaded=hooked_transformer()
+    )
+    (rows,) = next(ActivationStream(stream_of(backend, sites=[SITE]), 4)).activations.values()
+    weight = torch.ones(rows.shape[1], requires_grad=True)
+    (rows * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_float16_that_overflows_is_an_error() -> None:
+    backend = FakeBackend()
+    backend._weights = backend._embedding() * 1e5
+    with pytest.raises(DataError, match="which float16 cannot hold: choose bfloat16"):
+        next(source(stream_of(backend), dtype="float16"))
+
+
+def test_a_buffer_that_does_not_fit_says_what_to_lower() -> None:
+    live = source(n_batches_in_buffer=2**24, store_batch_size_prompts=2**12)
+    with pytest.raises(ConfigError, match="cannot be allocated on cpu: lower activations.source.n_batches_in_buffer"):
+        next(live)
+
+
+def test_a_saved_buffer_of_other_options_is_refused() -> None:
+    one, two = source(prefetch=False), source(prefetch=False, n_batches_in_buffer=5)
+    next(one)
+    with pytest.raises(DataError, match="the saved buffer has 128 rows of .*, but this run's has 160"):
+        two.load_state_dict(one.state_dict())
+
+
+def test_a_smaller_batch_is_spread_over_a_whole_one() -> None:
+    batch = Batch({SITE: torch.arange(10.0)[:, None]}, documents=torch.arange(10))
+    assert batch.thinned(4).documents.tolist() == [0, 2, 5, 7]
+    assert batch.thinned(4).activations[SITE][:, 0].tolist() == [0, 2, 5, 7]
+    assert len(batch.thinned(1)) == 1
+    assert batch.thinned(10) is batch.thinned(99) is batch

@@ -1,0 +1,180 @@
+"""Loaders of other people's formats, from a folder and from a fake Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from saekit_plugins.loaders.connor_rob_hook_z import ConnorRobConfig
+from safetensors.torch import save_file
+from support.fake_hub import FakeHub, fake_hub
+
+import saekit
+from saekit.errors import SAEFormatError
+from saekit.sae import SAE
+
+
+def tensors(d_in: int = 6, d_sae: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def reconstruct(t: dict[str, torch.Tensor], x: torch.Tensor, tanh: bool = False) -> torch.Tensor:
+    f = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+    return (f.tanh() if tanh else f) @ t["W_dec"] + t["b_dec"]
+
+
+def write(folder: Path, config: dict, weights: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(weights, folder / "sae_weights.safetensors")
+    return folder
+
+
+OLD = {"hook_point": "blocks.2.hook_resid_pre", "hook_point_layer": 2, "hook_point_head_index": None,
+       "d_in": 6, "d_sae": 10, "model_name": "gpt2-small"}  # fmt: skip
+NEW = {
+    "architecture": "standard",
+    "d_in": 6,
+    "d_sae": 10,
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "metadata": {"hook_name": "blocks.2.hook_resid_pre", "model_name": "gpt2-small", "sae_lens_version": "6.0.0"},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "tanh"),
+    [
+        (OLD, False),
+        (OLD | {"activation_fn": "tanh-relu"}, True),
+        (OLD | {"activation_fn_str": "tanh-relu"}, True),
+        (NEW, False),
+    ],
+)
+def test_sae_lens_of_every_age(tmp_path: Path, config: dict, tanh: bool) -> None:
+    weights, x = tensors(), torch.randn(4, 6)
+    sae = SAE.load(write(tmp_path, config, weights | {"scaling_factor": torch.ones(10)}))
+    assert torch.allclose(sae(x), reconstruct(weights, x, tanh), atol=1e-6)
+    assert sae.info.site == saekit.Site(hook_name="blocks.2.hook_resid_pre")
+    assert sae.info.metadata["model_name"] == "gpt2-small"
+    assert sae.log_sparsity is None
+
+
+def test_sae_lens_details(tmp_path: Path) -> None:
+    weights, x, factor = tensors(), torch.randn(4, 6), torch.linspace(0.5, 2, 10)
+    folder = write(tmp_path / "a", OLD | {"apply_b_dec_to_input": False}, weights | {"scaling_factor": factor})
+    save_file({"sparsity": torch.arange(10.0)}, folder / "sparsity.safetensors")
+    sae = SAE.load(folder, loader="saekit:sae_lens")
+    f = (x @ weights["W_enc"] + weights["b_enc"]).relu()
+    assert torch.allclose(sae(x), f * factor @ weights["W_dec"] + weights["b_dec"], atol=1e-5), (
+        "a learned scale is kept"
+    )
+    assert torch.equal(sae.log_sparsity, torch.arange(10.0))
+    with pytest.raises(SAEFormatError, match=r"lacks d_in, hook_name"):
+        SAE.load(write(tmp_path / "b", {"d_sae": 10}, weights))
+    with pytest.raises(
+        SAEFormatError, match="architecture in cfg.json in .* is 'gated'; this loader reads standard, topk"
+    ):
+        SAE.load(write(tmp_path / "c", OLD | {"architecture": "gated"}, weights))
+    with pytest.warns(UserWarning, match="does not hold the factor"):
+        SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
+    with pytest.raises(SAEFormatError, match="normalize_activations in cfg.json in .* is 'layer_norm', which this"):
+        SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": "layer_norm"}, weights))
+    with pytest.raises(SAEFormatError, match=r"W_enc has shape \[6, 10\], expected \[6, 11\]"):
+        SAE.load(write(tmp_path / "f", OLD | {"d_sae": 11}, weights))
+
+
+CONNOR = {"act_size": 6, "dict_size": 10, "act_name": "blocks.3.attn.hook_z", "layer": 3}
+
+
+def write_connor(folder: Path, state: object, name: str = "gpt2-small_L3_Hcat_z", config: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / f"{name}.pt")
+    (folder / f"{name}_cfg.json").write_text(json.dumps(config or CONNOR))
+    return folder
+
+
+def test_connor_rob_hook_z(tmp_path: Path) -> None:
+    weights = tensors()
+    sae = SAE.load(write_connor(tmp_path, weights))
+    z = torch.randn(2, 3, 2, 3)
+    assert torch.allclose(sae(z), reconstruct(weights, z.flatten(-2)).reshape(z.shape), atol=1e-6)
+    assert sae.info.site == saekit.Site(hook_name="blocks.3.attn.hook_z")
+    expected = {"model_name": "gpt2-small", "context_size": 128, "hook_layer": 3, "prepend_bos": True}
+    assert sae.info.metadata == expected
+    write_connor(tmp_path, weights, "another")
+    with pytest.raises(SAEFormatError, match=r"holds 2 SAEs of this format; say which.*It has another, gpt2"):
+        SAE.load(tmp_path)
+    for loader in ({"name": "connor_rob_hook_z", "sae": "another"}, ConnorRobConfig(sae="another")):
+        assert torch.equal(SAE.load(tmp_path, loader=loader).W_dec, weights["W_dec"])
+    with pytest.raises(saekit.ConfigError, match="saee: is not an option. Did you mean 'sae'"):
+        SAE.load(tmp_path, loader={"name": "connor_rob_hook_z", "saee": "another"})
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+@pytest.mark.parametrize("state", [Bomb(), {**tensors(), "x": Bomb()}])
+def test_a_pickle_that_holds_anything_but_tensors_is_refused(tmp_path: Path, state: object) -> None:
+    with pytest.raises(SAEFormatError, match="is not a plain file of tensors, and nothing else is unpickled"):
+        SAE.load(write_connor(tmp_path, state))
+
+
+def test_connor_rob_with_parts_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        SAEFormatError, match="must hold W_enc, b_enc, W_dec, b_dec; b_enc, W_dec, b_dec not found, only W_enc"
+    ):
+        SAE.load(write_connor(tmp_path / "a", {"W_enc": torch.zeros(1)}))
+    with pytest.raises(SAEFormatError, match="lacks dict_size, layer"):
+        SAE.load(write_connor(tmp_path / "b", tensors(), config={"act_size": 6, "act_name": "x"}))
+    (folder := tmp_path / "c").mkdir()
+    (folder / "x.pt").write_bytes(pickle.dumps([1]))
+    (folder / "x_cfg.json").write_text(json.dumps(CONNOR))
+    with pytest.raises(SAEFormatError):
+        SAE.load(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub with one repository, ``somebody/saes``."""
+    root = tmp_path / "hub"
+    write(root / "models/somebody/saes/layer2", OLD, tensors())
+    write_connor(root / "models/somebody/saes/attn", tensors(seed=1))
+    with fake_hub(root) as hub:
+        yield hub
+
+
+FROM_HUB = """
+import torch, saekit
+for folder in ("layer2", "attn"):
+    sae = saekit.SAE.from_hub("somebody/saes", folder)
+    print(sae.info.site.hook_name, sae.W_enc.sum().item())
+for repo, folder in (("somebody/saes", "layer9"), ("somebody/else", "x")):
+    try:
+        saekit.SAE.from_hub(repo, folder)
+    except saekit.errors.SAEFormatError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_from_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    environment = hub.environment(tmp_path / "home")
+    found = subprocess.run([sys.executable, "-c", FROM_HUB], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("blocks.2.hook_resid_pre ")
+    assert lines[1].startswith("blocks.3.attn.hook_z ")
+    assert float(lines[0].split()[1]) == pytest.approx(tensors()["W_enc"].sum().item())
+    assert lines[2] == "somebody/saes has no folder 'layer9'; it has attn, layer2"
+    assert lines[3].startswith("cannot list the Hub repository 'somebody/else'")

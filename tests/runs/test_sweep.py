@@ -474,7 +474,7 @@ def test_a_grid_is_the_product_of_its_axes(widths: list[int], rates: list[float]
         width, rate = divmod(rest, len(rates))
         point = {"lr": rates[rate], "seed": seeds[seed]}
         assert config == attrs.evolve(
-            base, sae=attrs.evolve(base.sae, d_sae=widths[width]), training=attrs.evolve(base.training, **point)
+            base, sae=attrs.evolve(base.sae.options, d_sae=widths[width]), training=attrs.evolve(base.training, **point)
         )
 
 
@@ -483,7 +483,7 @@ def test_a_grid_starts_from_a_file_a_dict_or_a_config(tmp_path: Path) -> None:
     config = saekit.load_config(table)
     (tmp_path / "run.toml").write_text(dump_config(config))
     axes = {"sae.d_sae": [64, 128]}
-    expected = [attrs.evolve(config, sae=attrs.evolve(config.sae, d_sae=width)) for width in (64, 128)]
+    expected = [attrs.evolve(config, sae=attrs.evolve(config.sae.options, d_sae=width)) for width in (64, 128)]
     for base in (table, config, tmp_path / "run.toml", str(tmp_path / "run.toml")):
         assert saekit.grid(base, axes) == expected
     assert table["sae"]["d_sae"] == 32, "what was passed stays as it was"
@@ -679,7 +679,7 @@ def test_folders_are_named_after_what_differs() -> None:
     assert names({}, {}, {}) == (None, ["0", "1", "2"]), "the same again"
     assert names(*[{}] * 11)[1][:2] == ["00", "01"], "in order in any listing"
     assert names({}, {"lr_schedule": {"name": "cosine", "end": 1e-5}})[1] == [
-        "0_lr_schedule=saekit-constant_end=None", "1_lr_schedule=saekit-cosineannealing_end=1e-05"
+        "0_lr_schedule=saekit-constant_end=None", "1_lr_schedule=saekit-cosine_end=1e-05"
     ]  # fmt: skip
     assert names({"evals": {"run": []}}, {})[1] == ["0_run=", "1_run=-saekit-reconstruction"]
 

@@ -110,6 +110,7 @@ PUBLIC_MODULES = [
     "files",
     "hub",
     "kernels",
+    "kinds",
     "pretrained",
     "protocols",
     "reasons",

@@ -134,8 +134,8 @@ def inside(module: str, *rooms: str) -> bool:
 
 
 GROUND = (
-    "saekit.errors", "saekit.files.names", "saekit.files.storage", "saekit.pretrained.files", "saekit.sae.records",
-    "saekit.site",
+    "saekit.backends.forward", "saekit.errors", "saekit.files.names", "saekit.files.storage",
+    "saekit.pretrained.files", "saekit.sae.records", "saekit.site",
 )  # fmt: skip
 """What protocols may speak of."""
 NEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

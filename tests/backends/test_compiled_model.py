@@ -29,18 +29,21 @@ pytestmark = [
 def test_activations_and_losses_are_those_of_the_model_itself(counted: Counted) -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
-    loss = plain.loss(TOKENS)
+    loss = plain.run(TOKENS, want="loss").loss
     for hook in HOOKS:
-        expected, changed = plain.activations(TOKENS, {hook}), plain.loss(TOKENS, {hook: halved})
+        expected, changed = (
+            plain.run(TOKENS, read={hook}).held,
+            plain.run(TOKENS, replace={hook: halved}, want="loss").loss,
+        )
         counted.runs = 0
-        assert close(compiled.activations(TOKENS, {hook})[hook], expected[hook]), hook
+        assert close(compiled.run(TOKENS, read={hook}).held[hook], expected[hook]), hook
         assert counted.runs > 0, hook
         counted.runs = 0
-        assert close(compiled.loss(TOKENS, {hook: halved}), changed), hook
+        assert close(compiled.run(TOKENS, replace={hook: halved}, want="loss").loss, changed), hook
         assert (changed - loss).abs().max() > 1e-6, hook
         assert counted.runs >= 3, hook
         counted.runs = 0
-        assert close(compiled.loss(TOKENS), loss), hook
+        assert close(compiled.run(TOKENS, want="loss").loss, loss), hook
         assert counted.runs == 4, "two blocks, the final normalization and the unembedding"
 
 
@@ -48,14 +51,14 @@ def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
     hooks = {"hook_embed", "blocks.0.hook_resid_pre"}
-    expected = plain.activations(TOKENS, hooks)
+    expected = plain.run(TOKENS, read=hooks).held
     with pytest.warns(RuntimeWarning, match="model.compile does nothing for hook_embed: no part that runs for it"):
-        found = compiled.activations(TOKENS, hooks)
-    found = compiled.activations(TOKENS, hooks)  # once
+        found = compiled.run(TOKENS, read=hooks).held
+    found = compiled.run(TOKENS, read=hooks).held  # once
     assert all(torch.equal(found[hook], expected[hook]) for hook in hooks)
     assert not counted.runs
-    changed = plain.loss(TOKENS, dict.fromkeys(hooks, halved))
-    assert close(compiled.loss(TOKENS, dict.fromkeys(hooks, halved)), changed)
+    changed = plain.run(TOKENS, replace=dict.fromkeys(hooks, halved), want="loss").loss
+    assert close(compiled.run(TOKENS, replace=dict.fromkeys(hooks, halved), want="loss").loss, changed)
     assert counted.runs == 4
 
 
@@ -63,20 +66,23 @@ def test_with_the_real_compiler() -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
     for hooks in ({"blocks.1.hook_resid_pre"}, {"blocks.0.hook_resid_post", "blocks.1.attn.hook_z"}):
-        expected, found = plain.activations(TOKENS, hooks), compiled.activations(TOKENS, hooks)
+        expected, found = plain.run(TOKENS, read=hooks).held, compiled.run(TOKENS, read=hooks).held
         assert all(close(found[hook], expected[hook]) for hook in hooks)
     replacements = {"blocks.0.hook_resid_post": halved}
-    assert close(compiled.loss(TOKENS, replacements), plain.loss(TOKENS, replacements))
+    assert close(
+        compiled.run(TOKENS, replace=replacements, want="loss").loss,
+        plain.run(TOKENS, replace=replacements, want="loss").loss,
+    )
     assert torch._dynamo.utils.counters["inductor"], "inductor has worked"
 
 
 def test_autocast_is_in_effect_in_compiled_code(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
     plain, compiled = backend(model, compile=False, autocast=True), backend(model, autocast=True)
-    full = backend(model, compile=False).activations(TOKENS, {hook})[hook]
-    found = compiled.activations(TOKENS, {hook})[hook]
+    full = backend(model, compile=False).run(TOKENS, read={hook}).held[hook]
+    found = compiled.run(TOKENS, read={hook}).held[hook]
     assert counted.runs == 2
-    assert torch.equal(found, plain.activations(TOKENS, {hook})[hook])
+    assert torch.equal(found, plain.run(TOKENS, read={hook}).held[hook])
     assert not close(found, full)
 
 
@@ -85,11 +91,14 @@ def test_a_mamba(counted: Counted) -> None:
     plain, compiled = backend(model, mamba=True, compile=False), backend(model, mamba=True)
     for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_ssm_input", "blocks.1.hook_h.3"):
         counted.runs = 0
-        assert close(compiled.activations(tokens, {hook})[hook], plain.activations(tokens, {hook})[hook])
+        assert close(compiled.run(tokens, read={hook}).held[hook], plain.run(tokens, read={hook}).held[hook])
         assert counted.runs == (2 if "resid_post" in hook else 1)
-        assert close(compiled.loss(tokens, {hook: halved}), plain.loss(tokens, {hook: halved}))
+        assert close(
+            compiled.run(tokens, replace={hook: halved}, want="loss").loss,
+            plain.run(tokens, replace={hook: halved}, want="loss").loss,
+        )
     assert counted.graphs == 1, "both blocks, all hooks"
-    assert close(compiled.loss(tokens), plain.loss(tokens))
+    assert close(compiled.run(tokens, want="loss").loss, plain.run(tokens, want="loss").loss)
     assert counted.graphs == 1
 
 
@@ -104,9 +113,12 @@ def test_what_is_returned_comes_from_compiled_code(monkeypatch: pytest.MonkeyPat
     use(Tampering(), monkeypatch)
     model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
     plain, compiled = backend(model, compile=False), backend(model)
-    expected = plain.activations(TOKENS, {hook})[hook]
-    assert close(compiled.activations(TOKENS, {hook})[hook], expected + 1)
-    assert not close(compiled.loss(TOKENS, {hook: torch.zeros_like}), plain.loss(TOKENS, {hook: torch.zeros_like}))
+    expected = plain.run(TOKENS, read={hook}).held[hook]
+    assert close(compiled.run(TOKENS, read={hook}).held[hook], expected + 1)
+    assert not close(
+        compiled.run(TOKENS, replace={hook: torch.zeros_like}, want="loss").loss,
+        plain.run(TOKENS, replace={hook: torch.zeros_like}, want="loss").loss,
+    )
 
 
 def test_blocks_do_not_run_as_they_are(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,20 +133,20 @@ def test_blocks_do_not_run_as_they_are(counted: Counted, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HookPoint, "forward", forward)
     compiled = backend(hooked_transformer())
-    compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+    compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
     assert ran == ["hook_embed", "hook_pos_embed", "blocks.0.hook_resid_post"]
     ran.clear()
-    compiled.loss(TOKENS, {"blocks.1.hook_resid_pre": halved})
+    compiled.run(TOKENS, replace={"blocks.1.hook_resid_pre": halved}, want="loss")
     assert ran == ["hook_embed", "hook_pos_embed", "blocks.1.hook_resid_pre"]
     ran.clear()
-    compiled.loss(TOKENS, {"blocks.1.attn.hook_z": halved})
+    compiled.run(TOKENS, replace={"blocks.1.attn.hook_z": halved}, want="loss")
     assert not [name for name in ran if name.startswith(("blocks.0.", "blocks.1.ln", "blocks.1.mlp.", "ln_final"))]
     assert {"blocks.1.attn.hook_z", "blocks.1.hook_resid_mid"} < set(ran)
 
 
 def test_the_mode_is_torchs(counted: Counted) -> None:
     with pytest.warns(RuntimeWarning, match="does nothing for hook_embed"):  # a forward that is quick
-        backend(hooked_transformer(), compile_mode="max-autotune-no-cudagraphs").activations(TOKENS, {"hook_embed"})
+        backend(hooked_transformer(), compile_mode="max-autotune-no-cudagraphs").run(TOKENS, read={"hook_embed"})
     assert set(counted.modes) == {"max-autotune-no-cudagraphs"}
 
 
@@ -152,18 +164,18 @@ def test_outputs_of_cuda_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     use(Static(), monkeypatch)
     model, hooks = hooked_transformer(), {"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}
     compiled = backend(model, compile_mode="reduce-overhead")
-    found = compiled.activations(TOKENS, hooks)
-    compiled.activations(TOKENS + 1, hooks)
-    expected = backend(model, compile=False).activations(TOKENS, hooks)
+    found = compiled.run(TOKENS, read=hooks).held
+    compiled.run(TOKENS + 1, read=hooks)
+    expected = backend(model, compile=False).run(TOKENS, read=hooks).held
     assert all(close(found[hook], expected[hook]) for hook in hooks)
 
 
 def test_layers_may_share_a_module(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.0.hook_resid_mid"
     model.blocks[1].mlp = model.blocks[0].mlp
-    expected = backend(model, compile=False).loss(TOKENS, {hook: halved})
+    expected = backend(model, compile=False).run(TOKENS, replace={hook: halved}, want="loss").loss
     model.blocks[1].hook_resid_mid.add_perma_hook(lambda activation, hook: None)
-    assert close(backend(model).loss(TOKENS, {hook: halved}), expected)
+    assert close(backend(model).run(TOKENS, replace={hook: halved}, want="loss").loss, expected)
     assert "forward" not in vars(model.blocks[0].mlp)
 
 
@@ -172,26 +184,26 @@ def test_layers_may_share_a_module(counted: Counted) -> None:
 
 def test_no_hook_compiles_anything_again(counted: Counted) -> None:
     compiled = backend(hooked_transformer(n_layers=3))
-    compiled.loss(TOKENS)
+    compiled.run(TOKENS, want="loss")
     assert counted.graphs == 3, "one for all blocks, one for the final normalization, one for the unembedding"
     for hook in ("blocks.0.hook_resid_mid", "blocks.2.attn.hook_z", "blocks.1.mlp.hook_post"):
-        compiled.loss(TOKENS, {hook: halved})
+        compiled.run(TOKENS, replace={hook: halved}, want="loss")
     graphs = counted.graphs
     assert graphs == 5, "and attention and MLP; the normalizations of blocks are of the same class"
     for hook in HOOKS:
         for factor in (1.0, 2.0):
-            compiled.loss(TOKENS, {hook: lambda activation, factor=factor: activation * factor})
-            compiled.activations(TOKENS, {hook})
+            compiled.run(TOKENS, replace={hook: lambda activation, factor=factor: activation * factor}, want="loss")
+            compiled.run(TOKENS, read={hook})
     assert counted.graphs == graphs
 
 
 def test_no_number_of_tokens_compiles_for_ever(counted: Counted) -> None:
     compiled = backend(hooked_transformer())
     hooks = {"blocks.1.hook_resid_post"}
-    compiled.activations(torch.zeros(1, 7, dtype=torch.long), hooks)  # the probe
+    compiled.run(torch.zeros(1, 7, dtype=torch.long), read=hooks)  # the probe
     graphs = []
     for shape in ((16, 32), (16, 32), (5, 32), (8, 32), (2, 50), (3, 3), (1, 32), (1, 9), (4, 4)):
-        compiled.activations(torch.ones(shape, dtype=torch.long), hooks)
+        compiled.run(torch.ones(shape, dtype=torch.long), read=hooks)
         graphs.append(counted.graphs)
     assert graphs == [2, 2, 2, 2, 2, 2, 3, 3, 3], "one of each: the first; others; one context of other lengths"
 
@@ -253,29 +265,35 @@ def _everywhere(model: Any) -> Undo:
 def test_hooks_of_the_owner_go_on_working(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
     plain, compiled = backend(model, compile=False), backend(model)
-    before, loss = compiled.activations(TOKENS, {hook})[hook], compiled.loss(TOKENS)  # compiled without
+    before, loss = (
+        compiled.run(TOKENS, read={hook}).held[hook],
+        compiled.run(TOKENS, want="loss").loss,
+    )  # compiled without
     for add in (_permanent, _at_the_end, _on_attention, _before_mlp, _on_a_block, _own_forward, _everywhere):
         undo, name = add(model), add.__name__
         try:
             counted.runs = 0
             with pytest.warns(RuntimeWarning, match="does nothing") if add is _everywhere else nullcontext():
-                found = compiled.activations(TOKENS, {hook})[hook]
-            assert close(found, plain.activations(TOKENS, {hook})[hook]), name
+                found = compiled.run(TOKENS, read={hook}).held[hook]
+            assert close(found, plain.run(TOKENS, read={hook}).held[hook]), name
             assert not close(found, before), name
             assert bool(counted.runs) == (add is not _everywhere), name
-            assert close(compiled.loss(TOKENS), plain.loss(TOKENS)), name
-            assert close(compiled.loss(TOKENS, {hook: halved}), plain.loss(TOKENS, {hook: halved})), name
-            assert not close(compiled.loss(TOKENS), loss), name
+            assert close(compiled.run(TOKENS, want="loss").loss, plain.run(TOKENS, want="loss").loss), name
+            assert close(
+                compiled.run(TOKENS, replace={hook: halved}, want="loss").loss,
+                plain.run(TOKENS, replace={hook: halved}, want="loss").loss,
+            ), name
+            assert not close(compiled.run(TOKENS, want="loss").loss, loss), name
         finally:
             undo()
-        assert close(compiled.activations(TOKENS, {hook})[hook], before), name
+        assert close(compiled.run(TOKENS, read={hook}).held[hook], before), name
 
 
 def test_what_others_compile_with_hooks_is_not_this_code(counted: Counted) -> None:
     model = hooked_transformer()
     block = model.blocks[0]
     block.attn.attn_scale = float(block.attn.attn_scale)
-    backend(model).activations(TOKENS, {"blocks.0.hook_resid_post"})
+    backend(model).run(TOKENS, read={"blocks.0.hook_resid_post"})
     block.hook_mlp_out.add_perma_hook(lambda activation, hook: activation * 0.5)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         resid = torch.randn(3, 20, 16)
@@ -289,11 +307,11 @@ def test_what_others_compile_with_hooks_is_not_this_code(counted: Counted) -> No
 def test_another_thread_uses_the_same_code(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
     compiled, found = backend(model), []
-    thread = threading.Thread(target=lambda: found.append(compiled.activations(TOKENS, {hook})[hook]))
+    thread = threading.Thread(target=lambda: found.append(compiled.run(TOKENS, read={hook}).held[hook]))
     thread.start()
     thread.join()
     assert counted.graphs == 1
-    assert torch.equal(compiled.activations(TOKENS, {hook})[hook], found[0])
+    assert torch.equal(compiled.run(TOKENS, read={hook}).held[hook], found[0])
     assert (counted.graphs, counted.runs) == (1, 2)
     assert set(counted.modes) == {"default"}
 

@@ -24,7 +24,7 @@ pytestmark = [
 def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
     model = hooked_transformer()
     compiled = backend(model)
-    before, loss = state(model), compiled.loss(TOKENS)
+    before, loss = state(model), compiled.run(TOKENS, want="loss").loss
     for hook in ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"):
         for error in (ValueError("mine"), RuntimeError("mine"), torch._dynamo.exc.InternalTorchDynamoError("mine")):
 
@@ -32,10 +32,10 @@ def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
                 raise error
 
             with pytest.raises(type(error)) as caught:
-                compiled.loss(TOKENS, {hook: broken})
+                compiled.run(TOKENS, replace={hook: broken}, want="loss")
             assert caught.value is error, hook
             assert state(model) == before
-            assert close(compiled.loss(TOKENS), loss)
+            assert close(compiled.run(TOKENS, want="loss").loss, loss)
             assert state(model) == before
     _, cache = model.run_with_cache(TOKENS)
     assert "blocks.0.attn.hook_z" in cache, "the model runs as ever"
@@ -51,7 +51,7 @@ def test_the_hook_points_of_a_mamba_are_left(counted: Counted) -> None:
 
     for hook in (model.hook_embed, model.hook_norm):
         hook.add_perma_hook(look)
-    compiled.loss(tokens, {"blocks.1.hook_resid_pre": halved})
+    compiled.run(tokens, replace={"blocks.1.hook_resid_pre": halved}, want="loss")
     assert counted.runs == 2
     assert seen == [6, 6], "those that mamba-lens made for this forward, before block 0 and after it"
 
@@ -66,7 +66,7 @@ def test_a_failure_to_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
     model = hooked_transformer()
     before, compiled = state(model), backend(model)
     with pytest.raises(ModelError) as caught:
-        compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+        compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
     assert str(caught.value) == (
         "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile = false "
         "to run it as it is"
@@ -81,7 +81,7 @@ def test_without_a_compiler_for_c() -> None:
         torch._inductor.config.patch(missing),
         pytest.raises(ModelError, match=r"\(model.compile\): InvalidCxxCompiler: No working C\+\+ compiler found"),
     ):
-        backend(hooked_transformer(d_model=24)).loss(TOKENS)
+        backend(hooked_transformer(d_model=24)).run(TOKENS, want="loss")
 
 
 def test_a_python_for_which_torch_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_python_for_which_torch_has_no_compiler(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "compile", refusing)
     with pytest.raises(ModelError, match=r"\(model.compile\): RuntimeError: torch.compile is not supported on Python"):
-        backend(hooked_transformer()).loss(TOKENS)
+        backend(hooked_transformer()).run(TOKENS, want="loss")
 
 
 def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatc
     for failure in (RuntimeError("a kernel failed"), MemoryError()):
         failures.append(failure)
         with pytest.raises(type(failure)) as caught:
-            compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+            compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
         assert caught.value is failure
 
 

@@ -100,6 +100,7 @@ def test_the_kernel_never_imports_a_plugin() -> None:
 
 
 PUBLIC_MODULES = [
+    "backends",
     "config",
     "data",
     "data.cache",

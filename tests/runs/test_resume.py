@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from support.runs import (
 from torch import Tensor
 
 import saekit
+from saekit.backends import Forward
 from saekit.errors import TrainingInterrupted
 from saekit.files import storage
 from saekit.runs.saving import Saving
@@ -186,9 +187,9 @@ def test_a_step_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """However far the thread that runs the model ahead has gone: two runs with one seed leave the same checkpoint."""
 
     class Slow(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             time.sleep(0.02)
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     work, pause = SAETrainer.train_on, [0.0]
 

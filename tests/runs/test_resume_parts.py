@@ -20,6 +20,7 @@ from support.runs import LIVE, contents, fake_config, manager, pressing, resume,
 from torch import Tensor
 
 import saekit
+from saekit.backends import Forward
 from saekit.errors import ConfigError, PluginFailedError, TrainingInterrupted
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -206,10 +207,10 @@ def test_a_start_is_needed_once(tmp_path: Path) -> None:
 
 def test_a_model_that_ran_out_of_memory_goes_on_in_halves(tmp_path: Path) -> None:
     class Cramped(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(tokens) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     config = fake_config(tmp_path, LIVE | {"prefetch": False}, evals={"run": []})
     with pytest.warns(RuntimeWarning, match="ran out of memory on 4 contexts at once"):
@@ -282,12 +283,12 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
 
         left = forward
 
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(tokens) == 4:
                 self.left -= 1
                 if self.left == -1:
                     raise OSError("the network drive is gone")
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "part").mkdir()

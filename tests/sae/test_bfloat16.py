@@ -15,6 +15,7 @@ from support.runs import pressing
 from torch import Tensor
 
 import saekit
+from saekit.backends import Forward
 from saekit.errors import TrainingInterrupted
 from saekit.pretrained.load import build_module
 from saekit.protocols import Batch
@@ -65,8 +66,8 @@ class Mixtures:
 
 
 class Wide(FakeBackend):
-    def activations(self, tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
-        return {name: torch.zeros(*tokens.shape, WIDTH) for name in hooks}
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        return Forward({name: torch.zeros(*tokens.shape, WIDTH) for name in options["read"]})
 
 
 def manager() -> Any:

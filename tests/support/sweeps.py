@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit.backends import Forward
 from saekit.sae import SAE, StepInput, StepOutput
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -54,10 +55,10 @@ class CountingBackend(FakeBackend):
         super().__init__()
         self.seen: list[bytes] = []
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        if len(tokens) > 1:
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        if len(tokens) > 1 and options.get("want", "held") == "held":
             self.seen.append(tokens.numpy().tobytes())
-        return super().activations(tokens, hooks)
+        return super().run(tokens, **options)
 
 
 def manager(backend: FakeBackend | None = None, *others: object) -> saekit.PluginManager:

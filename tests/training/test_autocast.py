@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
+from saekit.backends import Forward
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -60,9 +61,9 @@ def test_autocast_in_a_run_is_the_saes_alone(tmp_path: Path) -> None:
     asked: list[bool] = []
 
     class Watched(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             asked.append(torch.is_autocast_enabled("cpu"))
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     seen: list[tuple[bool, torch.dtype]] = []
 

@@ -115,7 +115,7 @@ def test_fault_17_the_model_runs_without_a_graph() -> None:
     backend = saekit.default_manager().build(
         "model_backends", "HookedTransformer", model=saekit.config.ModelConfig(), loaded=hooked_transformer()
     )
-    held = backend.activations(torch.ones(2, 5, dtype=torch.long), {"blocks.1.hook_resid_post"})
+    held = backend.run(torch.ones(2, 5, dtype=torch.long), read={"blocks.1.hook_resid_post"}).held
     assert all(rows.is_inference() and rows.grad_fn is None for rows in held.values())
 
 

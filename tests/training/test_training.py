@@ -322,7 +322,6 @@ def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("command", "number", "code"),
     [

@@ -118,6 +118,7 @@ PUBLIC_MODULES = [
     "sae",
     "site",
     "testing",
+    "values",
 ]
 PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}
 

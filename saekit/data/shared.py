@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.backends import Forward, Replacement, Want
+from saekit.backends.forward import Forward, Replacement, Want
 from saekit.protocols import HasMemory, HasTokenizer, ModelBackend
 
 __all__ = ["ForwardsReader", "SharedForwards"]

@@ -132,7 +132,7 @@ def _config(read: PretrainedSAE, item: Registered, plugins: PluginManager, place
         return ConfigConverter(plugins).structure(options, item.entry.config, "the saved SAE's options")
     except ConfigError as error:
         source = f" (saekit.options in {CONFIG})" if own else ""
-        raise SAEFormatError(f"the SAE in {place}: its options{source} do not fit {item.key}: {error}") from error
+        raise SAEFormatError(f"the SAE in {place}: its options do not fit {item.key}: {error}{source}") from error
 
 
 def _dtype(read: PretrainedSAE) -> str:

@@ -4,109 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, use
 from support.tiny import hooked_mamba, hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
-from saekit.config import ModelConfig
-from saekit.errors import ModelError
 
-# What inductor imports uses what torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
-TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
-HOOKS = [
-    "blocks.0.hook_resid_post",
-    "blocks.1.hook_resid_pre",
-    "blocks.1.hook_resid_mid",
-    "blocks.1.hook_resid_post",
-    "blocks.0.attn.hook_z",
-    "blocks.1.attn.hook_pattern",
-    "blocks.0.mlp.hook_post",
-    "blocks.1.hook_mlp_out",
-    "blocks.1.ln1.hook_normalized",
-    "ln_final.hook_normalized",
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # What inductor imports uses what torch deprecates.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-
-
-class Counted:
-    """In place of inductor: runs the graphs that torch traces, and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-        self.modes: list[str | None] = []
-
-    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return self.outputs(graph(*args))
-
-        return run
-
-    def outputs(self, outputs: Any) -> Any:
-        return outputs
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted()
-    use(counted, monkeypatch)
-    return counted
-
-
-def use(compiler: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.compile
-
-    def compiling(function: Any, *, mode: str | None = None) -> Any:
-        compiler.modes.append(mode)
-        return real(function, backend=compiler)
-
-    monkeypatch.setattr(torch, "compile", compiling)
-
-
-def backend(model: Any = None, *, mamba: bool = False, **config: Any) -> TransformerLensBackend:
-    made: TransformerLensBackend = saekit.default_manager().build(
-        "model_backends",
-        "HookedMamba" if mamba else "HookedTransformer",
-        model=ModelConfig(**{"compile": True} | config),
-        loaded=model,
-    )
-    return made
-
-
-def halved(activation: Tensor) -> Tensor:
-    return activation * 0.5
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, atol=1e-5, equal_nan=True)
-
-
-def state(model: Any) -> list[Any]:
-    """What is attached to the modules of ``model``, beside the lists of hooks that run_with_hooks makes anew."""
-    return [
-        (name, module.__class__, sorted(vars(module)), vars(module).get("attn_scale").__class__)
-        for name, module in model.named_modules()
-    ] + [(name, id(hook), len(hook._forward_hooks), len(hook.fwd_hooks)) for name, hook in model.hook_dict.items()]
-
 
 # ---- the same numbers
 
@@ -384,106 +299,6 @@ def test_what_others_compile_with_hooks_is_not_this_code(counted: Counted) -> No
         resid = torch.randn(3, 20, 16)
         expected = block(resid)
         assert close(torch.compile(type(block).forward)(block, resid), expected)
-
-
-# ---- what is left behind
-
-
-def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
-    model = hooked_transformer()
-    compiled = backend(model)
-    before, loss = state(model), compiled.run(TOKENS, want="loss").loss
-    for hook in ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"):
-        for error in (ValueError("mine"), RuntimeError("mine"), torch._dynamo.exc.InternalTorchDynamoError("mine")):
-
-            def broken(activation: Tensor, error: Exception = error) -> Tensor:
-                raise error
-
-            with pytest.raises(type(error)) as caught:
-                compiled.run(TOKENS, replace={hook: broken}, want="loss")
-            assert caught.value is error, hook
-            assert state(model) == before
-            assert close(compiled.run(TOKENS, want="loss").loss, loss)
-            assert state(model) == before
-    _, cache = model.run_with_cache(TOKENS)
-    assert "blocks.0.attn.hook_z" in cache, "the model runs as ever"
-
-
-def test_the_hook_points_of_a_mamba_are_left(counted: Counted) -> None:
-    model, tokens = hooked_mamba(), TOKENS[:, :6]
-    compiled = backend(model, mamba=True)
-    seen: list[int] = []
-
-    def look(activation: Tensor, hook: Any) -> None:
-        seen.append(len(model.blocks[0].hook_h.hooks))
-
-    for hook in (model.hook_embed, model.hook_norm):
-        hook.add_perma_hook(look)
-    compiled.run(tokens, replace={"blocks.1.hook_resid_pre": halved}, want="loss")
-    assert counted.runs == 2
-    assert seen == [6, 6], "those that mamba-lens made for this forward, before block 0 and after it"
-
-
-# ---- failures
-
-
-class Failing(Counted):
-    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        raise NotImplementedError("no such machine\nand a long report")
-
-
-def test_a_failure_to_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(Failing(), monkeypatch)
-    model = hooked_transformer()
-    before, compiled = state(model), backend(model)
-    with pytest.raises(ModelError) as caught:
-        compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
-    assert str(caught.value) == (
-        "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile = false "
-        "to run it as it is"
-    )
-    assert caught.value.__suppress_context__, "torch's report is not shown"
-    assert state(model) == before
-
-
-def test_without_a_compiler_for_c() -> None:
-    missing = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
-    with (
-        torch._inductor.config.patch(missing),
-        pytest.raises(ModelError, match=r"\(model.compile\): InvalidCxxCompiler: No working C\+\+ compiler found"),
-    ):
-        backend(hooked_transformer(d_model=24)).run(TOKENS, want="loss")
-
-
-def test_a_python_for_which_torch_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("torch.compile is not supported on Python 4+")
-
-    monkeypatch.setattr(torch, "compile", refusing)
-    with pytest.raises(ModelError, match=r"\(model.compile\): RuntimeError: torch.compile is not supported on Python"):
-        backend(hooked_transformer()).run(TOKENS, want="loss")
-
-
-def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: list[Exception] = []
-
-    class Full(Counted):
-        def outputs(self, outputs: Any) -> Any:
-            raise failures[-1]
-
-    use(Full(), monkeypatch)
-    compiled = backend(hooked_transformer())
-    for failure in (RuntimeError("a kernel failed"), MemoryError()):
-        failures.append(failure)
-        with pytest.raises(type(failure)) as caught:
-            compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
-        assert caught.value is failure
-
-
-def test_other_models_are_refused() -> None:
-    other = SimpleNamespace(run_with_hooks=None, hook_dict={}, cfg=SimpleNamespace(d_vocab=1, n_ctx=1), tokenizer=None)
-    with pytest.raises(ModelError, match=r"model.compile is for HookedTransformer and HookedMamba, not for Simple"):
-        backend(other)
 
 
 # ---- in threads and in a run

@@ -18,6 +18,8 @@ from saekit.data import ContextPacker, TokenPolicy
 from saekit.errors import DataError
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 DOCUMENTS = [{"tokens": [(7 * n + t) % 120 + 1 for t in range(20 + n % 13)]} for n in range(100)]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
 from saekit.kernels import Encoder, Features, SparseFeatures, active_groups, batch_top, screen_for
-from saekit.protocols import ActivationFunction
+from saekit.protocols import ActivationFunction, SparseActivation
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk.module import TopKSAE
 
@@ -22,6 +22,9 @@ class BatchTopKSAE(TopKSAE):
     """See the module."""
 
     config: BatchTopKConfig
+    _name: ClassVar[str] = "batchtopk"
+    threshold_average: Tensor
+    threshold_updates: Tensor
 
     def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
         super().__init__(config, d_in=d_in, activation=activation)
@@ -78,7 +81,8 @@ class BatchTopKSAE(TopKSAE):
         norms = self.feature_norms()
         above = self.threshold if norms is None else self.threshold / norms
         encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        groups = active_groups(encoder, self.centered(rows), self.activation, above=above, screen=screen_for(encoder))
+        activation = cast("SparseActivation", self.activation)  # ReLU
+        groups = active_groups(encoder, self.centered(rows), activation, above=above, screen=screen_for(encoder))
         for start, group in groups:
             if isinstance(group, SparseFeatures):
                 yield start, group.scaled(norms)
@@ -125,7 +129,7 @@ class BatchTopKSAE(TopKSAE):
             every = (threshold.double() * norms)[norms > 0]
             one = every.median()
             if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
-                return one.bfloat16().item()
+                return float(one.bfloat16())
         raise SAEFormatError(
             f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
             f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"

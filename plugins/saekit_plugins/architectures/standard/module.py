@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,7 +44,7 @@ class StandardSAE(SAE):
             coefficients={"l1_coefficient": coefficient},
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drawn(self, x: torch.Tensor, step: StepInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The noise ``[n, d_sae]`` and the numbers of the dead features, where they are used.
 
@@ -71,20 +71,25 @@ class StandardSAE(SAE):
     def feature_groups(self, rows: torch.Tensor) -> Iterator[tuple[int, Features]]:
         return self._groups(self.centered(rows))
 
+    @property
+    def _sparse(self) -> SparseActivation:
+        """The activation, which is one where there is a fast path."""
+        return cast("SparseActivation", self.activation)
+
     def _groups(self, centered: torch.Tensor, noise: Any = None) -> Iterator[tuple[int, Features]]:
         encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
         screen = screen_for(encoder) if noise is None else None
-        return active_groups(encoder, centered, self.activation, noise=noise, screen=screen)
+        return active_groups(encoder, centered, self._sparse, noise=noise, screen=screen)
 
     def fast_step(self, x: torch.Tensor, step: StepInput) -> StepOutput:
-        config, coefficient = self.config, l1_coefficient_at(self.config, step.step)
+        config, coefficient, sparse = self.config, l1_coefficient_at(self.config, step.step), self._sparse
         fast = FastStep(self, x, None if config.mse_loss_normalization == "none" else 1 / spread(x))
         norms = self.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
         penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=self.W_dec.requires_grad)
 
         def to_pre(gradient: torch.Tensor, features: Features, rows: slice) -> torch.Tensor:
             values = features.values if isinstance(features, SparseFeatures) else features
-            return self.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+            return sparse.pre_gradient(penalty.add_gradient(gradient, features), values)
 
         for start, features in self._groups(fast.centered, self._noise(step) if config.noise_scale else None):
             penalty.count(features)

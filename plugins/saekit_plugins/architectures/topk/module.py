@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from saekit.errors import ConfigError
 from saekit.kernels import Encoder, FastStep, Features, SparseFeatures, add_auxk, dense_above, screen_for, top_groups
-from saekit.protocols import SparseActivation
+from saekit.protocols import ActivationFunction, SparseActivation
 from saekit.sae import SAE, StepInput, StepOutput, auxk_loss, squared_errors, variance_ratio
 from saekit_plugins.architectures.topk import TopKConfig
 
 __all__ = ["TopKSAE", "folded"]
 
 FOLDED = ("W_enc", "b_enc", "W_dec")
+
+
+def check_relu(architecture: str, activation: ActivationFunction) -> None:
+    """:class:`ConfigError` unless ``activation`` is ReLU."""
+    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
+    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
+        raise ConfigError(
+            [("sae.activation", f"is not ReLU, and {architecture} is defined by the largest pre-activations "
+              "themselves; leave it out")]
+        )  # fmt: skip
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -25,9 +36,19 @@ def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
 
 
 class TopKSAE(SAE):
-    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``.
+
+    :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
+    """
 
     config: TopKConfig
+    _name: ClassVar[str] = "topk"
+
+    def __init__(self, config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
+        check_relu(self._name, activation)
+        if config.k > config.features(d_in):
+            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
+        super().__init__(config, d_in=d_in, activation=activation)
 
     def feature_norms(self) -> Tensor | None:
         """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
@@ -68,7 +89,7 @@ class TopKSAE(SAE):
             coefficients=self.after_features(features.detach()),
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
-from test_resume import fake_config, manager, one_thread, resume, train
+from support.runs import fake_config, manager, resume, train
 from torch import Tensor
 
 import saekit
@@ -22,7 +22,7 @@ from saekit.protocols import Batch
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import FakeBackend, fake_plugin
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Source:

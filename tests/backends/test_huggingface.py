@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from functools import cache
 from pathlib import Path
@@ -364,12 +366,48 @@ def test_the_tokenizer_may_be_elsewhere(folder: Path, tmp_path: Path) -> None:
         backend(name=str(bare), options=options(tokenizer=str(folder))).tokenize("def")
         == tokenizer()("def")["input_ids"]
     )
+    with pytest.raises(ModelError, match=r"there is no tokenizer folder './t' \(model.backend.tokenizer\)"):
+        choice = {"name": "AutoModelForCausalLM", "tokenizer": "./t"}
+        saekit.train(run_config(tmp_path, model={"name": str(bare), "backend": choice}))
     alone = _made("neox")
     if hasattr(alone, "tokenizer"):
         del alone.tokenizer
     assert backend(alone).special_tokens == {"bos": None, "eos": None, "sep": None}
     with pytest.raises(ModelError, match="the model 'custom' has no tokenizer"):
         backend(alone).tokenize("def")
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    code = {"AutoConfig": "model.Config", "AutoModelForCausalLM": "model.Model"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": code}))
+    (tmp_path / "m/model.py").write_text("raise SystemExit('its code ran')")
+    with pytest.raises(ModelError, match="needs code of its own, and saekit runs no code that comes with a model"):
+        backend(name=str(tmp_path / "m"))
+
+
+def test_pretokenize_and_cache(folder: Path, tmp_path: Path) -> None:
+    """Whatever else asks a model for something."""
+    chosen = {"name": str(folder), "backend": "AutoModelForCausalLM"}
+    made = saekit.pretokenize(
+        {
+            "folder": str(tmp_path / "p"),
+            "max_contexts": 9,
+            "verbose": False,
+            "dataset": {"context_size": 32},
+            "model": chosen,
+        }
+    )
+    assert made.contexts == 9
+    config = run_config(
+        tmp_path, site={"hook_name": "transformer.h.1.mlp.input"}, model=chosen,
+        activations={"cache": {"folder": str(tmp_path / "c"), "tokens": 600}},
+    )  # fmt: skip
+    plan = saekit.plan(config)
+    assert not plan.problems
+    assert plan.facts["site"].endswith("width 16")
+    assert saekit.cache_activations(config).contexts >= 18
 
 
 def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:

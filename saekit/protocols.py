@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import attrs
-
-from saekit.errors import ConfigError
-from saekit.files.names import fault_of_name, is_free_in_run
-from saekit.files.storage import tidy
+from saekit.values import Batch, Forward, Metrics, Replacement, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.backends.forward import Forward, Replacement, Want
     from saekit.pretrained.files import PretrainedSAE, SAEFiles
-    from saekit.sae.records import StepInput, StepOutput
     from saekit.site import Site
 
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
-    "Batch",
     "Dictionary",
     "Eval",
     "HasMemory",
     "HasTokenizer",
-    "Histogram",
     "LRSchedule",
-    "Metrics",
     "ModelBackend",
     "Optimizer",
     "PretrainedLoader",
     "Remarks",
-    "RunInfo",
     "SparseActivation",
     "Tracker",
 ]
@@ -197,30 +186,6 @@ class Optimizer(Protocol):
         """Go on where ``state`` was taken."""
 
 
-@attrs.frozen(eq=False)
-class Batch:
-    """Rows of activations: for each site, ``[n, d_in]`` for the same ``n`` tokens, and where the tokens are from."""
-
-    activations: Mapping[Site, Tensor]
-    tokens: Tensor | None = None
-    """``[n]`` token ids, where the source knows them."""
-    documents: Tensor | None = None
-    """``[n]`` positions of the tokens' documents in the dataset."""
-    positions: Tensor | None = None
-    """``[n]`` positions in the context."""
-
-    def __len__(self) -> int:
-        return len(next(iter(self.activations.values())))
-
-    def thinned(self, n: int) -> Batch:
-        """``n`` rows spread evenly over the batch, or all: rows may be in an order, so the first would not be fair."""
-        if n >= len(self):
-            return self
-        kept = [row * len(self) // n for row in range(n)]
-        origins = [None if origin is None else origin[kept] for origin in (self.tokens, self.documents, self.positions)]
-        return Batch({site: rows[kept] for site, rows in self.activations.items()}, *origins)
-
-
 @runtime_checkable
 class ActivationSource(Protocol):
     """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller.
@@ -243,58 +208,6 @@ class ActivationSource(Protocol):
 
     def close(self) -> None:
         """Release threads, files and memory."""
-
-
-@attrs.frozen
-class Histogram:
-    """How many values lie between neighboring edges: ``counts[i]`` of them in ``edges[i]`` to ``edges[i + 1]``."""
-
-    counts: tuple[int, ...]
-    edges: tuple[float, ...]
-    """One more than there are counts."""
-
-
-Metrics: TypeAlias = Mapping[str, float | Histogram]
-"""What is logged, by name."""
-
-
-@attrs.frozen
-class RunInfo:
-    """What a tracker may know of the run it follows."""
-
-    name: str
-    folder: Path
-    config: Mapping[str, Any]
-    """The whole configuration as plain data."""
-    resumed_at: int | None = None
-    """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
-    _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
-
-    def file(self, name: str) -> Path:
-        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
-
-        :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
-        """
-        key = name.casefold()  # some file systems know no other
-        fault = fault_of_name(name)
-        if fault is None and not is_free_in_run(name):
-            fault = "is a file of the run itself"
-        if fault is None and key in self._files:
-            fault = "is another tracker's"
-        if fault is None:
-            tidy(self.folder, name.__eq__)
-            fault = _fault_of_place(self.folder / name)
-        if fault is not None:
-            raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
-        self._files.add(key)
-        return self.folder / name
-
-
-def _fault_of_place(path: Path) -> str | None:
-    """Why what lies there is nothing that a tracker may write into."""
-    if path.is_symlink():
-        return "is a symbolic link"
-    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"
 
 
 class Tracker(Protocol):

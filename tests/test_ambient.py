@@ -19,9 +19,9 @@ import saekit
 from saekit.ambient import ambient
 from saekit.config.files import load_config
 from saekit.evals import spliced_losses, variance_metrics
-from saekit.pretrained.load import build_module
-from saekit.sae import StepInput
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput
 
 SITE = "blocks.0.hook_resid_post"
 DOCUMENTS = [{"text": f"line {n} of a text that is {n % 7} long\n" * 5} for n in range(40)]

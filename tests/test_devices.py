@@ -18,9 +18,9 @@ import saekit
 from saekit.config import OptimizerConfig
 from saekit.devices import free_memory, resolve_device, widest
 from saekit.errors import ConfigError
-from saekit.pretrained.load import build_module
 from saekit.runs.randomness import random_state, seeded
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.training.optimizer import Optimizer
 
 WOKEN = """

@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 from saekit.site import Site
 
 __all__ = ["Example", "FeatureExamples", "FeaturePeaks", "feature_peaks", "striking_features", "top_examples"]
@@ -66,7 +66,7 @@ class FeaturePeaks:
 @ambient()
 @torch.no_grad()
 def feature_peaks(
-    sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor, n: int = 12, batch_size: int = 32
+    sae: SAEModule, *, backend: ModelBackend, site: Site, contexts: Tensor, n: int = 12, batch_size: int = 32
 ) -> FeaturePeaks:
     """Each feature's peaks in the ``n`` of ``contexts [contexts, context_size]`` where it fires most.
 
@@ -82,7 +82,7 @@ def feature_peaks(
     for tokens in contexts.split(batch_size):
         held = site.extract(backend.run(tokens, read={site.hook_name}).held[site.hook_name])
         for vectors in held.split(at_once(sae, held.shape[1])):
-            features = sae.encode(vectors.to(sae.W_enc.device))
+            features = sae.encode(vectors.to(sae.device))
             features[:, 0] = 0
             fired += (features > 0).sum((0, 1)).cpu()
             values, positions = features.max(1)

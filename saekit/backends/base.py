@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, get_args
 
-from saekit.backends.forward import Forward, Hooks, Replacement, Want, next_token_loss
+from saekit.backends.forward import Hooks, next_token_loss
 from saekit.errors import ModelError
+from saekit.values import Forward, Replacement, Want
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Literal, TypeAlias
-
-import attrs
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from saekit.errors import ModelError
+from saekit.values import Replacement, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Forward", "Hooks", "Replacement", "Want", "next_token_loss"]
-
-Replacement: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Takes what a hook holds, ``[b, t, ...]``, and returns what the model shall go on with, of the same shape."""
-Want: TypeAlias = Literal["held", "loss", "logits"]
-"""What a forward is for beside what its hooks hold: nothing else, the loss, or the logits."""
-
-
-@attrs.frozen(eq=False)
-class Forward:
-    """What one forward gave."""
-
-    held: Mapping[str, Tensor]
-    """What each hook that was read holds, ``[b, t, ...]``, before anything was put in its place."""
-    _loss: Tensor | None = None
-    _logits: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        """Next-token cross-entropy in nats, ``[b, t - 1]``, of a forward that was asked for it."""
-        return _asked_for(self._loss, "loss")
-
-    @property
-    def logits(self) -> Tensor:
-        """``[b, t, d_vocab]``, of a forward that was asked for them."""
-        return _asked_for(self._logits, "logits")
-
-
-def _asked_for(value: Tensor | None, what: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"this forward was not asked for its {what}: run(..., want={what!r})")
-    return value
+__all__ = ["Hooks", "next_token_loss"]
 
 
 class Hooks:

@@ -70,7 +70,7 @@ class ConfigConverter(Structurer):
         if not (field.metadata.get(PLUGIN_KIND) or is_class(type(default))):
             return {}
         try:
-            return {field.alias: self._checked(default, field)}
+            return {field.alias or field.name: self._checked(default, field)}
         except (ProblemsError, SaekitError):
             return {}
 

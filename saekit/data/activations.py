@@ -14,7 +14,7 @@ from saekit.data.faults import check_counts
 from saekit.data.stream import StreamContext
 from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
-from saekit.protocols import Batch
+from saekit.values import Batch
 
 __all__ = ["ActivationStream", "check_contexts"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saekit.data.faults import check_counts
 from saekit.errors import DataError
-from saekit.protocols import Batch
 from saekit.site import Site
+from saekit.values import Batch
 
 __all__ = ["ShuffleBuffer"]
 

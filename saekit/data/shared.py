@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.backends.forward import Forward, Replacement, Want
 from saekit.protocols import HasMemory, HasTokenizer, ModelBackend
+from saekit.values import Forward, Replacement, Want
 
 __all__ = ["ForwardsReader", "SharedForwards"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 
 __all__ = ["at_once"]
 
 _BYTES = 1 << 26  # of the features of a piece, as a dense tensor
 
 
-def at_once(sae: SAE, rows: int = 1) -> int:
+def at_once(sae: SAEModule, rows: int = 1) -> int:
     """How many items of ``rows`` rows each have few enough features; one at least."""
-    return max(_BYTES // (rows * sae.d_sae * sae.W_enc.itemsize), 1)
+    return max(_BYTES // (rows * sae.d_sae * sae.dtype.itemsize), 1)

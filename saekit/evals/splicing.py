@@ -8,7 +8,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 from saekit.site import Site
 
 __all__ = ["spliced_losses"]
@@ -17,19 +17,18 @@ __all__ = ["spliced_losses"]
 @ambient()
 @torch.no_grad()
 def spliced_losses(
-    sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
+    sae: SAEModule, *, backend: ModelBackend, site: Site, contexts: Tensor, batch_size: int = 16
 ) -> dict[str, float]:
     """Mean next-token cross-entropy in nats without the SAE, with its reconstruction, and with the site set to zero.
 
     ``ce_recovered`` is ``(CE_zero − CE_sae) / (CE_zero − CE_clean)``, the ratio of the means.  Only ``site`` is
     touched: one head stays one head.
     """
-    parameter = sae.W_enc
 
     def reconstruct(activations: Tensor) -> Tensor:
         vectors = site.extract(activations)  # [b, t, d_in]; contexts stay whole, which hooks of the SAE may count on
         pieces = vectors.split(at_once(sae, vectors.shape[1]))
-        values = torch.cat([sae(piece.to(parameter.device)).to(vectors.device) for piece in pieces])
+        values = torch.cat([sae(piece.to(sae.device)).to(vectors.device) for piece in pieces])
         return site.replace(activations, values)
 
     def zero(activations: Tensor) -> Tensor:

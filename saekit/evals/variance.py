@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.ambient import ambient
 from saekit.devices import widest
 from saekit.evals.pieces import at_once
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 
 __all__ = ["Reconstruction", "variance_metrics"]
 
@@ -100,7 +100,7 @@ class Reconstruction:
 
 @ambient()
 @torch.no_grad()
-def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
+def variance_metrics(sae: SAEModule, batches: Iterable[Tensor]) -> dict[str, float]:
     """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``.
 
     Features are made for so many rows at once as fit into little memory, however large the batches are.
@@ -108,7 +108,7 @@ def variance_metrics(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
     sums = Reconstruction(sae.d_in, sae.d_sae)
     for batch in batches:
         for x in batch.split(at_once(sae)):
-            x = x.to(sae.W_enc.device)
+            x = x.to(sae.device)
             features = sae.encode(x)
             sums.add(x, sae.decode(features), features)
             del features  # before the next ones are made

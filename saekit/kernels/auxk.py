@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from saekit.kernels.encoder import CHUNK, Encoder, Features, dense_above
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
 from saekit.kernels.sparse import SparseFeatures
-
-if TYPE_CHECKING:
-    from saekit.kernels.step import FastStep
+from saekit.kernels.step import FastStep
 
 __all__ = ["add_auxk"]
 
 
 def add_auxk(
     fast: FastStep,
-    x: Tensor,
+    encoder: Encoder,
     dead: Tensor,
     k: int,
     coefficient: float | Tensor,
@@ -27,28 +23,36 @@ def add_auxk(
     *,
     shrink: bool = True,
 ) -> Tensor:
-    """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all of ``x``.
+    """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all rows.
+
+    ``encoder`` is that of ``fast``.
 
     An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.
     """
     whole = fast.gradients
     weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
-    part = Gradients(whole.encoder[dead], whole.decoder[dead], of_encoder=whole.of_encoder, of_decoder=whole.of_decoder)
-    encoder = Encoder(part.encoder.T, fast.b_enc[dead])
+    part = Gradients(
+        whole.encoder[dead],
+        whole.decoder[dead],
+        encoder.workspace,
+        of_encoder=whole.of_encoder,
+        of_decoder=whole.of_decoder,
+    )
+    encoder, target = Encoder(part.encoder.T, encoder.b_enc[dead], encoder.workspace), fast.target
     scale = None if norms is None else norms[dead]
-    total = x.new_zeros(())
-    for start in range(0, len(x), CHUNK):
-        rows = slice(start, min(start + CHUNK, len(x)))
+    total = target.new_zeros(())
+    for start in range(0, len(target), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(target)))
         features, to_pre = _chosen(encoder.pre_activations(fast.centered[rows]), k, scale, dense_above(part.encoder))
-        error = decoded(features, part.decoder).sub_(x[rows]).add_(fast.output[rows])
+        error = decoded(features, part.decoder).sub_(target[rows]).add_(fast.output[rows])
         total += error.pow(2).sum(1).sum()
-        part.add(features, fast.centered[rows], error.mul_(2 * weight / len(x)), to_pre, rows)
+        part.add(features, fast.centered[rows], error.mul_(2 * weight / len(target)), to_pre, rows)
     whole.b_enc[dead] += part.b_enc
     for name in ("W_enc", "W_dec"):
         gradient, own = getattr(whole, name), getattr(part, name)
         if own is not None:
             gradient.index_add_(0, dead, own)
-    return total * (weight / len(x))
+    return total * (weight / len(target))
 
 
 def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Features, FeatureGradient]:

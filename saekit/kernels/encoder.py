@@ -6,8 +6,8 @@ Rows go through in chunks of ``CHUNK``, in one buffer that is used again and aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from saekit.kernels.sparse import SparseFeatures
-from saekit.kernels.workspace import scratch
+from saekit.kernels.workspace import Workspace
 from saekit.protocols import SparseActivation
-
-if TYPE_CHECKING:
-    from saekit.kernels.screen import Screen
 
 __all__ = [
     "CHUNK",
@@ -28,10 +25,8 @@ __all__ = [
     "Features",
     "Pending",
     "active_entries",
-    "active_groups",
     "dense_above",
     "entries_where",
-    "mask_like",
     "screen_below",
 ]
 
@@ -70,6 +65,8 @@ class Encoder:
     """``[d_in, d_sae]``."""
     b_enc: Tensor
     """``[d_sae]``."""
+    workspace: Workspace = attrs.field(factory=Workspace)
+    """The memory of its products."""
 
     @property
     def d_sae(self) -> int:
@@ -81,7 +78,7 @@ class Encoder:
 
         The bias is left to the caller: a product that begins with it takes a pass over the memory of its own.
         """
-        out = scratch("pre", (len(rows), self.d_sae), rows.dtype, rows.device)
+        out = self.workspace.scratch("pre", (len(rows), self.d_sae), rows.dtype, rows.device)
         return torch.mm(rows, self.W_enc, out=out)
 
     def pre_activations(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -90,11 +87,6 @@ class Encoder:
         if scale is None:
             return product.add_(self.b_enc)
         return torch.addcmul(self.b_enc * scale, product, scale, out=product)
-
-
-def mask_like(pre: Tensor) -> Tensor:
-    """A bool tensor of the shape of ``pre``, in memory that is used again: that of gradients, which come later."""
-    return scratch("gradient", (len(pre), pre.shape[1]), torch.bool, pre.device)
 
 
 def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -114,65 +106,19 @@ def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tenso
 
 
 def active_entries(
-    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = None
+    product: Tensor, bias: Tensor, above: Tensor | float, workspace: Workspace, limit: float | None = None
 ) -> SparseFeatures | None:
     """The entries of ``product [n, d_sae] + bias [d_sae]`` larger than ``above``: a number, or one for each feature.
 
     None when more than the fraction ``limit`` is.
     """
     # Not "above": a number that is none must not pass for a feature that is not active.
-    mask = torch.le(product, above - bias, out=mask_like(product)).logical_not_()
+    mask = torch.le(product, above - bias, out=workspace.mask_like(product)).logical_not_()
     found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
     if found is None:
         return None
     flat, rows, features = found
     return SparseFeatures(rows, features, product.view(-1)[flat].add_(bias[features]), *product.shape)
-
-
-def active_groups(
-    encoder: Encoder,
-    rows: Tensor,
-    activation: SparseActivation,
-    *,
-    above: Tensor | float = 0.0,
-    noise: Callable[[int], Tensor] | None = None,
-    screen: Screen | None = None,
-) -> Iterator[tuple[int, Features]]:
-    """The features of ``rows [n, d_in]`` where pre-activations exceed ``above``, group by group with its first row.
-
-    Each group is sparse or, where many features are active, dense: then it holds the buffer, until the next one.  The
-    first rows show whether the others are worth a ``screen``.
-    ``noise`` gives what is added to the pre-activations of so many rows.  The device is not waited for: on one that is
-    not a CPU, every group is dense.
-    """
-    pending = Pending(encoder, activation)
-    start = 0
-    screening = False
-    while start < len(rows):
-        probe = screen is not None and noise is None and start == 0 and len(rows) > PROBE
-        part = rows[start : start + (PROBE if probe else CHUNK)]
-        found = screen.active(part, above) if screening and screen is not None else None
-        screening &= found is not None
-        if found is None:
-            product = encoder.product(part)
-            if noise is not None:
-                product += noise(len(part))
-            if product.device.type == "cpu":
-                found = active_entries(product, encoder.b_enc, above, limit=dense_above(encoder.W_enc))
-        if found is None:
-            yield from pending.flush()
-            yield start, _dense(product.add_(encoder.b_enc), activation, above)
-        else:
-            screening |= probe and len(found) < screen_below(encoder.W_enc) * len(part) * encoder.d_sae
-            yield from pending.add(start, found)
-        start += len(part)
-    yield from pending.flush()
-
-
-def _dense(pre: Tensor, activation: SparseActivation, above: Tensor | float) -> Tensor:
-    if isinstance(above, Tensor) or above:
-        pre.masked_fill_(torch.le(pre, above, out=mask_like(pre)), 0)
-    return activation.in_place(pre)
 
 
 @attrs.define

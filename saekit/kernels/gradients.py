@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saekit.kernels.encoder import CHUNK, Features
 from saekit.kernels.sparse import SparseFeatures
-from saekit.kernels.workspace import gradient_for, scratch
+from saekit.kernels.workspace import Workspace
 
 __all__ = ["FeatureGradient", "Gradients", "decoded"]
 
@@ -47,6 +47,8 @@ class Gradients:
     """``W_encᵀ [d_sae, d_in]``."""
     decoder: Tensor
     """``W_dec [d_sae, d_in]``, times the scaling factor if there is one."""
+    workspace: Workspace = attrs.field(factory=Workspace)
+    """The memory of large gradients, and of what is in between."""
     of_encoder: bool = True
     """Whether anything of the encoder learns."""
     of_decoder: bool = True
@@ -77,45 +79,42 @@ class Gradients:
     def _add_sparse(self, f: SparseFeatures, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
         self.fired += f.counts()
         if self.of_decoder:
-            self.W_dec, new = _made(self.W_dec, self.decoder)
+            self.W_dec, new = self._made(self.W_dec, self.decoder)
             f.add_outer_products(f.values, output, self.W_dec, replace=new)
         if self.of_encoder:
             pre = to_pre(f.inner_products(output, self.decoder), f, rows)
             self.b_enc += f.sums(pre)
-            self.W_enc, new = _made(self.W_enc, self.encoder)
+            self.W_enc, new = self._made(self.W_enc, self.encoder)
             f.add_outer_products(pre, x, self.W_enc, replace=new)
 
     def _add_dense(self, f: Tensor, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
-        self.fired += _positive(f)
+        self.fired += self._positive(f)
         if self.of_decoder:
-            self.W_dec = _add_product(self.W_dec, self.decoder, f, output)
+            self.W_dec = self._add_product(self.W_dec, self.decoder, f, output)
         if not self.of_encoder:
             return
         for start in range(0, len(f), CHUNK // 2):  # so that a buffer and a half is enough
             part = slice(start, start + CHUNK // 2)
             those = slice(rows.start + start, min(rows.start + start + CHUNK // 2, rows.stop))
-            out = scratch("gradient", (len(f[part]), f.shape[1]), f.dtype, f.device)
+            out = self.workspace.scratch("gradient", (len(f[part]), f.shape[1]), f.dtype, f.device)
             pre = to_pre(torch.mm(output[part], self.decoder.T, out=out), f[part], those)
             self.b_enc += pre.sum(0)
-            self.W_enc = _add_product(self.W_enc, self.encoder, pre, x[part])
+            self.W_enc = self._add_product(self.W_enc, self.encoder, pre, x[part])
 
+    def _made(self, gradient: Tensor | None, like: Tensor) -> tuple[Tensor, bool]:
+        """The gradient so far, or memory for one; and whether it is new."""
+        return (self.workspace.gradient_for(like), True) if gradient is None else (gradient, False)
 
-def _made(gradient: Tensor | None, like: Tensor) -> tuple[Tensor, bool]:
-    """The gradient so far, or memory for one; and whether it is new."""
-    return (gradient_for(like), True) if gradient is None else (gradient, False)
+    def _add_product(self, gradient: Tensor | None, like: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``gradient + leftᵀ right``."""
+        if gradient is None:
+            return torch.mm(left.T, right, out=self.workspace.gradient_for(like))
+        return gradient.addmm_(left.T, right)
 
+    def _positive(self, f: Tensor) -> Tensor:
+        """``[d_sae]``: rows of ``f [n, d_sae]`` above zero.
 
-def _add_product(gradient: Tensor | None, like: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``gradient + leftᵀ right``."""
-    if gradient is None:
-        return torch.mm(left.T, right, out=gradient_for(like))
-    return gradient.addmm_(left.T, right)
-
-
-def _positive(f: Tensor) -> Tensor:
-    """``[d_sae]``: rows of ``f [n, d_sae]`` above zero.
-
-    Counted in bytes as far as those go, which is fifty times as fast as counting bools.
-    """
-    mask = torch.gt(f, 0, out=scratch("gradient", (len(f), f.shape[1]), torch.bool, f.device)).view(torch.uint8)
-    return torch.stack([part.sum(0, dtype=torch.uint8) for part in mask.split(255)]).sum(0)
+        Counted in bytes as far as those go, which is fifty times as fast as counting bools.
+        """
+        mask = torch.gt(f, 0, out=self.workspace.mask_like(f)).view(torch.uint8)
+        return torch.stack([part.sum(0, dtype=torch.uint8) for part in mask.split(255)]).sum(0)

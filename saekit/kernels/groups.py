@@ -6,18 +6,17 @@ As in :mod:`saekit.kernels.encoder`, rows go through in chunks, and without auto
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where, mask_like
+from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where
+from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
+from saekit.kernels.screen import Screen
 from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels.workspace import Workspace
 
-if TYPE_CHECKING:
-    from saekit.kernels.screen import Screen
-
-__all__ = ["batch_top", "largest_of_each_row", "largest_of_groups", "number_of_groups", "top_entries", "top_groups"]
+__all__ = ["batch_top", "top_entries", "top_groups"]
 
 
 def top_groups(
@@ -34,7 +33,7 @@ def top_groups(
         found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
         if found is None:
             screen = None  # it would refuse the others, too
-            found = top_entries(encoder.pre_activations(part, scale), k)
+            found = top_entries(encoder.pre_activations(part, scale), k, encoder.workspace)
         yield from pending.add(start, _unscaled(found, scale))
     yield from pending.flush()
 
@@ -71,7 +70,7 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
         found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
         if found is None:
             screen = None  # it would refuse the others, too
-            found = active_entries(encoder.product(part), encoder.b_enc, above)
+            found = active_entries(encoder.product(part), encoder.b_enc, above, encoder.workspace)
         assert found is not None
         groups.append(found)
     return SparseFeatures.joined(groups)
@@ -101,7 +100,7 @@ def _unscaled(found: SparseFeatures, scale: Tensor | None) -> SparseFeatures:
     return found if scale is None else found.with_values(found.values / scale[found.features])
 
 
-def top_entries(pre: Tensor, k: int) -> SparseFeatures:
+def top_entries(pre: Tensor, k: int, workspace: Workspace) -> SparseFeatures:
     """The ``k`` largest entries of each row of ``pre [n, d_sae]`` that are above zero.
 
     On a device that is not a CPU, which is not waited for, there are ``k`` of each row, of which some may be zero.
@@ -117,7 +116,7 @@ def top_entries(pre: Tensor, k: int) -> SparseFeatures:
         rows = torch.arange(n, device=pre.device).repeat_interleave(k)
         found = SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae)
         return found.kept(~(found.values <= 0))
-    mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=mask_like(pre))
+    mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=workspace.mask_like(pre))
     places = entries_where(mask)
     assert places is not None
     flat, rows, features = places
@@ -133,30 +132,6 @@ def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
     if groups is None:
         return None
     return largest_of_groups(pre, groups).topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-
-
-def number_of_groups(d_sae: int, k: int) -> int | None:
-    """In how many groups of features the ``k`` largest are looked for; None: there are too few features."""
-    groups = next((d_sae // width for width in (32, 8) if d_sae // width >= 2 * k), 0)
-    return groups or None
-
-
-def largest_of_groups(numbers: Tensor, groups: int) -> Tensor:
-    """``[..., groups]``: the largest of each group of ``numbers [..., d_sae]``, of which a few may be left over."""
-    width = numbers.shape[-1] // groups
-    largest: Tensor = numbers[..., : groups * width].unflatten(-1, (width, groups)).amax(-2)
-    return largest
-
-
-def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:
-    """The ``k`` entries of each row with the largest values, in the order of their features."""
-    values, numbers = entries.padded()
-    if values.shape[1] <= k:
-        return entries
-    values, places = values.topk(k, dim=1, sorted=False)
-    keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device)
-    keep[numbers.gather(1, places)[values != -torch.inf]] = True
-    return entries.kept(keep)
 
 
 def _tiny(pre: Tensor) -> float:

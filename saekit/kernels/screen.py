@@ -12,17 +12,14 @@ computed exactly.  That pays where a CPU multiplies bfloat16 by itself, at more 
 
 from __future__ import annotations
 
-import functools
-import threading
-
 import attrs
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import Encoder, entries_where, mask_like, screen_below
-from saekit.kernels.groups import largest_of_each_row, largest_of_groups, number_of_groups
+from saekit.kernels.encoder import Encoder, entries_where, screen_below
+from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
+from saekit.kernels.private_torch import has_bfloat16_products
 from saekit.kernels.sparse import SparseFeatures
-from saekit.kernels.workspace import scratch
 
 __all__ = ["Screen", "screen_for", "why_no_screen"]
 
@@ -34,13 +31,6 @@ _LIMIT = 1.5  # times as many candidates as there may be active features: with m
 _SMALLEST = 1024  # features; below, the product is cheap anyway
 
 
-@functools.cache
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks) and torch.backends.mkldnn.is_available()
-
-
 def why_no_screen(device: torch.device, dtype: torch.dtype, d_sae: int) -> str | None:
     """Why products of this kind are not screened; None: they are."""
     if dtype != torch.float32:
@@ -49,7 +39,7 @@ def why_no_screen(device: torch.device, dtype: torch.dtype, d_sae: int) -> str |
         return f"not on {device.type}"
     if d_sae < _SMALLEST:
         return f"not for fewer than {_SMALLEST} features"
-    return None if native_bfloat16() else "this CPU has no bfloat16 products"
+    return None if has_bfloat16_products() else "this CPU has no bfloat16 products"
 
 
 def screen_for(encoder: Encoder, scale: Tensor | None = None) -> Screen | None:
@@ -72,9 +62,6 @@ class _Rounded:
     finite: bool
 
 
-_in_memory = threading.local()  # the screen whose encoder is in the memory that all of them use
-
-
 @attrs.define(eq=False)
 class Screen:
     """Finds the active features of rows.  It rounds the encoder when it is first used, so make one for each step."""
@@ -90,7 +77,9 @@ class Screen:
         bounds, margins = self._bounds(rows, above)
         if not self._are_numbers(margins):
             return None
-        mask = torch.gt(bounds.view(torch.int16), 0, out=mask_like(bounds))  # the sign alone, many times as fast
+        mask = torch.gt(
+            bounds.view(torch.int16), 0, out=self.encoder.workspace.mask_like(bounds)
+        )  # the sign alone, many times as fast
         candidates = self._exact(rows, mask, int(_LIMIT * screen_below(self.encoder.W_enc) * mask.numel()))
         if candidates is None:
             return None
@@ -114,7 +103,7 @@ class Screen:
         least -= largest_of_groups(self._rounded.raised, groups) * (1 + _ULP)
         kth = least.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         threshold = (kth * (1 - 2 * _ULP)).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().view(torch.int16)
-        mask = torch.ge(bounds.view(torch.int16), threshold, out=mask_like(bounds))
+        mask = torch.ge(bounds.view(torch.int16), threshold, out=self.encoder.workspace.mask_like(bounds))
         candidates = self._exact(rows, mask, 6 * k * n)
         if candidates is None:
             return None
@@ -145,19 +134,20 @@ class Screen:
         lost, norms = (rows - short).norm(dim=1, keepdim=True), short.norm(dim=1, keepdim=True)
         wide[:, d_in : d_in + 2] = 1
         wide[:, d_in + 2 : d_in + 4] = _up(torch.cat([lost, norms], 1))
-        out = scratch("pre", (n, len(encoder.norms)), torch.bfloat16, rows.device)
+        out = self.encoder.workspace.scratch("pre", (n, len(encoder.norms)), torch.bfloat16, rows.device)
         return torch.mm(wide, encoder.weights.T, out=out), (lost * (1 + 2 * _ULP), norms * (1 + 2 * _ULP))
 
     def _rounded_encoder(self, above: Tensor | float) -> _Rounded:
-        if self._rounded is None or self._above is not above or getattr(_in_memory, "screen", None) is not self:
+        owners = self.encoder.workspace.owners  # all screens round into the same memory
+        if self._rounded is None or self._above is not above or owners.get("rounded") is not self:
             self._rounded, self._above = self._round(above), above
-            _in_memory.screen = self
+            owners["rounded"] = self
         return self._rounded
 
     def _round(self, above: Tensor | float) -> _Rounded:
         weights, bias = self.encoder.W_enc.T, self.encoder.b_enc - above
         d_sae, d_in = weights.shape
-        wide = scratch("rounded", (d_sae, d_in + _EXTRA), torch.bfloat16, weights.device)
+        wide = self.encoder.workspace.scratch("rounded", (d_sae, d_in + _EXTRA), torch.bfloat16, weights.device)
         norms, lost = weights.new_empty(d_sae), weights.new_empty(d_sae)
         for start in range(0, d_sae, _BLOCK):
             block = slice(start, start + _BLOCK)

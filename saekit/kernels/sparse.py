@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saekit.kernels.private_torch import entry_products
+
 __all__ = ["SparseFeatures"]
 
-_BLOCK = (
-    2048  # features whose weight gradients are made at once: they stay in the cache, and their memory is used again
-)
+# Features whose weight gradients are made at once: they stay in the cache, and their memory is used again.
+_BLOCK = 2048
 
 
 class _ByFeature(NamedTuple):
@@ -111,10 +112,7 @@ class SparseFeatures:
         For ``vectors [n, d]`` and ``weights [d_sae, d]``, both with rows in one piece.  Where the vectors are the
         gradient to :meth:`decoded`, this is the gradient to the values.
         """
-        products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            vectors, weights, self.features, self.starts, self.rows, 0, -1
-        )  # 0: the sum; no entry is padding
-        return products
+        return entry_products(vectors, weights, self.features, self.starts, self.rows)
 
     def add_outer_products(self, values: Tensor, vectors: Tensor, out: Tensor, *, replace: bool = False) -> None:
         """Add to ``out [d_sae, d]``, for each feature, its entries' ``values [entries]`` times ``vectors [n, d]``.

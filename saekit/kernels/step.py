@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.kernels.encoder import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
-from saekit.kernels.workspace import scratch, uninitialized
-from saekit.sae.records import StepOutput
+from saekit.kernels.workspace import Workspace, uninitialized
+from saekit.values import StepOutput
 
-if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+__all__ = ["FastStep", "Layer"]
 
-__all__ = ["FastStep"]
+_OF_OUTPUTS = {"W_dec", "b_dec", "scaling_factor"}
+
+
+class Layer(Protocol):
+    """What a step needs of a dictionary: its hidden layer."""
+
+    config: Any
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    scaling_factor: nn.Parameter | None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of them; their gradients are left in ``grad``."""
+
+    def decoder_norms(self) -> Tensor:
+        """``[d_sae]``."""
 
 
 class FastStep:
@@ -24,59 +39,80 @@ class FastStep:
 
     ::
 
-        fast = FastStep(sae, x)
+        fast = FastStep(sae, x, workspace)
         for start, features in groups:
             fast.add(start, features, to_pre)
         return fast.finish(losses=...)
     """
 
-    def __init__(self, sae: SAE, x: Tensor, row_weights: Tensor | None = None) -> None:
-        """On ``x [n, d_in]``; ``row_weights [n, 1]`` multiply each row's squared error."""
+    def __init__(
+        self,
+        sae: Any,
+        x: Tensor,
+        workspace: Workspace,
+        *,
+        target: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> None:
+        """On ``x [n, d_in]`` towards ``target [n, d_out]``, or ``x`` itself.
+
+        ``sae`` is a :class:`Layer`; ``row_weights [n, 1]`` multiply each row's squared error.
+        """
         if not len(x):
-            raise ValueError("there are no rows to train on: x is [0, d_in]")
-        self._sae, self._x, self._weights = sae, x, row_weights
+            raise ValueError(f"there are no rows to train on: x is {list(x.shape)}")
+        self._sae: Layer = sae
+        self._weights, self._workspace = row_weights, workspace
+        self._centers: bool = sae.config.apply_b_dec_to_input
+        self.target = x if target is None else target
+        """``[n, d_out]``."""
         self.centered = x
         """``[n, d_in]``: the encoder's input."""
-        if sae.config.apply_b_dec_to_input:
-            self.centered = torch.sub(x, sae.b_dec.detach(), out=scratch("centered", x.shape, x.dtype, x.device))
-        self.b_enc = sae.b_enc.detach()
+        if self._centers:
+            out = workspace.scratch("centered", tuple(x.shape), x.dtype, x.device)
+            self.centered = torch.sub(x, sae.b_dec.detach(), out=out)
         self.output: Tensor
-        """``[n, d_in]``: reconstructions, as far as they are made."""
+        """``[n, d_out]``: reconstructions, as far as they are made."""
         self.squares = x.new_zeros(len(x))
         """``[n]``: each row's squared error, weighted."""
-        learns = {name: parameter.requires_grad for name, parameter in sae.named_parameters()}
+        learns = {name for name, parameter in self._sae.named_parameters() if parameter.requires_grad}
         self.gradients = Gradients(
-            sae.W_enc.detach().T,
-            _decoder(sae),
-            of_encoder=learns["W_enc"] or learns["b_enc"] or (learns["b_dec"] and sae.config.apply_b_dec_to_input),
-            of_decoder=learns["W_dec"] or learns.get("scaling_factor", False),
+            self._sae.W_enc.detach().T,
+            _decoder(self._sae),
+            workspace,
+            of_encoder=bool(learns - _OF_OUTPUTS) or ("b_dec" in learns and self._centers),
+            of_decoder=bool(learns & {"W_dec", "scaling_factor"}),
         )
-        self._b_dec = torch.zeros_like(sae.b_dec)
+        self._b_dec = torch.zeros_like(self._sae.b_dec)
 
     def add(self, start: int, features: Features, to_pre: FeatureGradient) -> None:
-        """A group of rows that begins at row ``start``."""
+        """A group of rows that begins at row ``start``.
+
+        ``to_pre`` gives the gradient to the encoder's products from that to features.  It is not asked where nothing of
+        the encoder learns.
+        """
         rows = slice(start, start + features.shape[0])
-        x = self._x[rows]
+        target = self.target[rows]
         output = decoded(features, self.gradients.decoder, self._sae.b_dec.detach())
-        if len(x) == len(self._x):
+        if len(target) == len(self.target):
             self.output = output
         else:
             if start == 0:
-                self.output = uninitialized(tuple(self._x.shape), x.dtype, x.device)
+                self.output = uninitialized(tuple(self.target.shape), target.dtype, target.device)
             self.output[rows] = output
-        error = torch.sub(output, x, out=scratch("error", x.shape, x.dtype, x.device))
+        out = self._workspace.scratch("error", tuple(target.shape), target.dtype, target.device)
+        error = torch.sub(output, target, out=out)
         squares = torch.linalg.vector_norm(error, dim=1, keepdim=True).square_()
         if self._weights is not None:
             squares *= self._weights[rows]
             error *= self._weights[rows]
         self.squares[rows] = squares[:, 0]
-        gradient = error.mul_(2 / len(self._x))
+        gradient = error.mul_(2 / len(self.target))
         self._b_dec += gradient.sum(0)
         self.gradients.add(features, self.centered[rows], gradient, to_pre, rows)
 
     @property
     def mse(self) -> Tensor:
-        """``mean_b Σ_d (x̂ − x)²`` with the rows' weights: a scalar."""
+        """``mean_b Σ_d (ŷ − y)²`` with the rows' weights: a scalar."""
         return self.squares.mean()
 
     def finish(
@@ -85,14 +121,33 @@ class FastStep:
         *,
         weights: Iterable[float],
         coefficients: Mapping[str, float | Tensor] | None = None,
+        metrics: Mapping[str, float | Tensor] | None = None,
         to_decoder_norms: Tensor | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        """Write the gradients.  The loss is ``losses`` by ``weights``; ``to_decoder_norms [d_sae]`` is its part's."""
+        """Write the gradients.  The loss is ``losses`` by ``weights``; ``to_decoder_norms [d_sae]`` is its part's.
+
+        ``gradients`` are those of the architecture's own parameters, by name; they take the place of those made here.
+        """
+        found = {**self._found(to_decoder_norms), **(gradients or {})}
+        for name, parameter in self._sae.named_parameters():
+            parameter.grad = found.get(name) if parameter.requires_grad else None
+        terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
+        return StepOutput(
+            loss=torch.stack(terms).sum(),
+            losses=losses,
+            output=self.output,
+            fired=self.gradients.fired,
+            coefficients=coefficients or {},
+            metrics=metrics or {},
+        )
+
+    def _found(self, to_decoder_norms: Tensor | None) -> dict[str, Tensor | None]:
         sae, found = self._sae, self.gradients
         gradients: dict[str, Tensor | None] = {"W_enc": found.W_enc, "b_enc": found.b_enc, "b_dec": self._b_dec}
         if found.W_enc is not None:
             gradients["W_enc"] = found.W_enc.T
-            if sae.config.apply_b_dec_to_input:
+            if self._centers:
                 self._b_dec -= sae.W_enc.detach() @ found.b_enc
         W_dec, factor = found.W_dec, sae.scaling_factor
         if factor is not None and W_dec is not None:
@@ -102,18 +157,9 @@ class FastStep:
             norms = sae.decoder_norms().detach()
             W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / norms).where(norms > 0, 0)[:, None])
         gradients["W_dec"] = W_dec
-        for name, parameter in sae.named_parameters():
-            parameter.grad = gradients.get(name) if parameter.requires_grad else None
-        terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
-        return StepOutput(
-            loss=torch.stack(terms).sum(),
-            losses=losses,
-            output=self.output,
-            fired=found.fired,
-            coefficients=coefficients or {},
-        )
+        return gradients
 
 
-def _decoder(sae: SAE) -> Tensor:
+def _decoder(sae: Layer) -> Tensor:
     decoder, factor = sae.W_dec.detach(), sae.scaling_factor
     return decoder if factor is None else decoder * factor.detach()[:, None]

@@ -74,8 +74,8 @@ def saekit_register_sae_architectures() -> Iterable[Entry]:
     """SAE architectures (``sae``).
 
     ``config`` derives from :class:`saekit.SAEConfig`.
-    ``build(config, *, d_in: int, activation: ActivationFunction) -> saekit.sae.SAE``: uninitialized, on the CPU, in
-    the default dtype of torch; the kernel initializes, moves and loads it.
+    ``build(config, *, ports: saekit.Ports, activation: ActivationFunction) -> saekit.SAE``: uninitialized, on the
+    CPU; the kernel initializes, moves and loads it.
     """
 
 
@@ -92,7 +92,7 @@ def saekit_register_activation_sources() -> Iterable[Entry]:
 def saekit_register_trackers() -> Iterable[Entry]:
     """Where metrics go (``trackers``).
 
-    ``build(config, *, run: saekit.protocols.RunInfo) -> Tracker``: the run's name, folder and full configuration.
+    ``build(config, *, run: saekit.values.RunInfo) -> Tracker``: the run's name, folder and full configuration.
     """
 
 

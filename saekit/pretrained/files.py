@@ -15,6 +15,7 @@ from saekit.files.strict_json import read_object
 from saekit.hub import within_reach
 from saekit.reasons import reason
 from saekit.site import Site
+from saekit.values import Ports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,11 @@ class PretrainedSAE:
     options: Mapping[str, Any]
     """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
     tensors: Mapping[str, Tensor]
-    """``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]``, ``b_dec``, and the architecture's own."""
+    """The architecture's parameters by name: of most, ``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]`` and
+    ``b_dec``."""
     site: Site | None = None
+    ports: Ports | None = None
+    """The sites that it reads and writes, by name, with their widths.  None: :attr:`site` alone, of width ``d_in``."""
     log_sparsity: Tensor | None = None
     """``[d_sae]``: log10 of the fraction of tokens on which each feature fired; -inf for never."""
     activation_scale: float | None = 1.0

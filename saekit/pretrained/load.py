@@ -11,27 +11,26 @@ import attrs
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
-from saekit.config.files import plain_config
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
-from saekit.kinds import ACTIVATION_FUNCTIONS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
-from saekit.plugins.building import built
+from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.site import Site
+from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+    from saekit.sae.module import SAEModule
 
-__all__ = ["build_module", "build_sae", "load_sae"]
+__all__ = ["build_sae", "load_sae"]
 
 
 @ambient()
 def load_sae(
     files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
-) -> SAE:
+) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
     from saekit.pretrained.own import is_own, read_own
 
@@ -64,20 +63,24 @@ def _usable(item: Registered) -> bool:
     return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
-def build_sae(read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False) -> SAE:
+def build_sae(
+    read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
+) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
     """
-    from saekit.sae.records import SAEInfo
+    from saekit.sae.build import build_module
+    from saekit.sae.parameters import to_hold
 
     _check(read, place)
     item = _architecture(read, plugins, place)
     config = _config(read, item, plugins, place, own)
-    d_in = config.d_in or _length_of_b_dec(read, place)
+    ports = _ports(read, config, place)
     try:
-        _check_sizes(read, d_in, config.features(d_in))
-        sae = build_module(item, config, d_in, plugins)
+        with to_hold(read.tensors):
+            sae = build_module(item, config, ports, plugins)
+        _check_sparsity(read, sae.d_sae)
         sae.load_public_tensors(read.tensors)
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
@@ -100,7 +103,7 @@ def _check(read: PretrainedSAE, place: str) -> None:
     from saekit.pretrained.tensors import check_tensor, check_tensors
 
     expected = (("options", Mapping), ("tensors", Mapping), ("metadata", Mapping), ("site", Site | None))
-    for name, kind in (("architecture", str), *expected):
+    for name, kind in (("architecture", str), *expected, ("ports", Ports | None)):
         if not isinstance(value := getattr(read, name), kind):
             raise SAEFormatError(f"the loader of {place} gave {value!r} as {name}")
     check_tensors(read.tensors, place)
@@ -146,36 +149,17 @@ def _dtype(read: PretrainedSAE) -> str:
     return "float32" if dtype == torch.float16 or rounds else str(dtype).removeprefix("torch.")
 
 
-def _length_of_b_dec(read: PretrainedSAE, place: str) -> int:
-    b_dec = read.tensors.get("b_dec")
-    if b_dec is None or b_dec.ndim != 1:
-        raise SAEFormatError(f"{place} says d_in nowhere, and holds no vector b_dec that would have that length")
-    return len(b_dec)
+def _ports(read: PretrainedSAE, config: Any, place: str) -> Ports:
+    if read.ports is not None:
+        return read.ports
+    if config.d_in is None:
+        raise SAEFormatError(f"{place} says d_in nowhere: a loader gives it among the options")
+    return Ports.one(config.d_in) if read.site is None else Ports.one(config.d_in, read.site.name)
 
 
-def _check_sizes(read: PretrainedSAE, d_in: int, d_sae: int) -> None:
-    """Before anything is allocated: that the files are as large as the options say."""
-    if "W_enc" in read.tensors and list(read.tensors["W_enc"].shape) != [d_in, d_sae]:
-        found = list(read.tensors["W_enc"].shape)
-        raise SAEFormatError(f"the weights do not fit the options: W_enc has shape {found}, expected {[d_in, d_sae]}")
-    held = sum(value.numel() for value in read.tensors.values())
-    if d_in * d_sae > 1000 * held:
-        raise SAEFormatError(
-            f"the weights do not fit the options: d_in × d_sae is {d_in * d_sae:.3g}, and there are {held:,} numbers"
-        )
+def _check_sparsity(read: PretrainedSAE, d_sae: int) -> None:
     if read.log_sparsity is not None and list(read.log_sparsity.shape) != [d_sae]:
         raise SAEFormatError(
             f"the weights do not fit the options: the log sparsity has shape {list(read.log_sparsity.shape)}, "
             f"expected {[d_sae]}"
         )
-
-
-def build_module(item: Registered, config: Any, d_in: int, plugins: PluginManager) -> SAE:
-    """An uninitialized SAE of the architecture ``item``."""
-    from saekit.sae.records import SAEInfo
-
-    config = attrs.evolve(config, d_in=d_in, d_sae=config.features(d_in), expansion_factor=None)
-    activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
-    sae: SAE = built(item, config, d_in=d_in, activation=activation)
-    sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
-    return sae

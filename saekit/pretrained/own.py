@@ -12,8 +12,8 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import sha256
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
-from saekit.sae.records import SAEInfo, is_scale
 from saekit.site import Site
+from saekit.values import Ports, SAEInfo, is_scale
 
 __all__ = ["check_needed", "is_own", "read_own"]
 
@@ -50,6 +50,7 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
         options=own["options"],
         tensors=files.tensors(WEIGHTS),
         site=None if own["site"] is None else _site(own["site"], files),
+        ports=_ports(own["ports"], files) if "ports" in own else None,
         log_sparsity=sparsity,
         activation_scale=None if SAEInfo(metadata=metadata).scale_is_unknown else 1.0,
         metadata=metadata,
@@ -107,6 +108,17 @@ def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
             f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
             f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
         )
+
+
+def _ports(table: object, files: SAEFiles) -> Ports:
+    expected = "inputs and targets, each an object of widths by the names of sites"
+    if not isinstance(table, dict) or set(table) != {"inputs", "targets"}:
+        raise _wrong(files, "ports", table, expected)
+    for widths in table.values():
+        whole = isinstance(widths, dict) and all(type(width) is int for width in widths.values())
+        if not whole or not widths or min(widths.values()) < 1:
+            raise _wrong(files, "ports", table, expected)
+    return Ports(table["inputs"], table["targets"])
 
 
 def _site(table: Mapping[str, Any], files: SAEFiles) -> Site:

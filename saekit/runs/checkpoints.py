@@ -25,7 +25,7 @@ from saekit.files.storage import leads_out, new_folder, read_json, remove_folder
 from saekit.runs.facts import check_facts, check_stream, check_training
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+    from saekit.sae.module import SAEModule
 
 __all__ = [
     "MANIFEST",
@@ -128,7 +128,7 @@ class Checkpoint:
             raise StorageError(f"{what} in {self.folder} is damaged: {error}") from error
 
 
-def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
+def write_saes(folder: Path, saes: Mapping[str, SAEModule]) -> None:
     """Write ``folder`` as one to look at: an SAE folder for each name."""
     from saekit.sae.folder import write_sae
 
@@ -142,7 +142,7 @@ def write_saes(folder: Path, saes: Mapping[str, SAE]) -> None:
 
 def write_checkpoint(
     folder: Path,
-    saes: Mapping[str, SAE],
+    saes: Mapping[str, SAEModule],
     states: Mapping[str, Mapping[str, Any]],
     stream: Mapping[str, Any],
     facts: Mapping[str, Any],

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import attrs
 
-from saekit.protocols import Histogram
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 __all__ = ["EvalObserver", "TrackerObserver"]
 

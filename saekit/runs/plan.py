@@ -17,7 +17,7 @@ from saekit.data.cache.read import available_memory
 from saekit.data.faults import problems_of
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.kernels.workspace import release
+from saekit.kernels.workspace import SHARED
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, HasMemory, ModelBackend
@@ -43,11 +43,12 @@ from saekit.runs.setup import (
 from saekit.runs.timing import bytes_text as _bytes
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+from saekit.sae.build import build_module
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae.module import SAE
+    from saekit.sae.module import SAEModule
     from saekit.training.trainer import SAETrainer
 
 __all__ = ["look"]
@@ -63,7 +64,7 @@ def look(config: TrainConfig, plugins: PluginManager, model: object | None, data
         with ambient():
             planner.look(model, dataset)
     finally:
-        release()
+        SHARED.release()
     return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
 
 
@@ -71,7 +72,7 @@ class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
-        self.start: SAE | None = None
+        self.start: SAEModule | None = None
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
@@ -162,9 +163,14 @@ class _Planner:
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
         """Widths, memory and disk."""
-        config, d_sae = self.config, self.options.features(width)
-        parameters = 2 * width * d_sae + d_sae + width
-        saved = parameters * getattr(torch, self.options.dtype).itemsize
+        config, item = self.config, self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
+        # Memory is taken as it is written to, so this takes none.
+        sae = self.attempt(lambda: build_module(item, self.options, width, self.plugins))
+        if sae is None:
+            return
+        d_sae, dtype = sae.d_sae, getattr(torch, self.options.dtype)
+        parameters = sae.table.count()
+        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
         weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
         self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
         self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Self
 
 from saekit.progress import ProgressDisplay
-from saekit.protocols import Histogram
 from saekit.runs.session import Session
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 __all__ = ["TrainingProgress"]
 

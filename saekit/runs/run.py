@@ -6,7 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from torch import Tensor
@@ -17,7 +17,7 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.files.paths import here
-from saekit.kernels.workspace import release
+from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checkpoints import all_checkpoints
@@ -35,7 +35,8 @@ from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
-from saekit.sae.module import SAE
+from saekit.sae.folder import save_sae
+from saekit.sae.saved import SAE
 from saekit.training.loop import fit
 
 __all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
@@ -141,7 +142,7 @@ def _run(
             _save_after(error, session, record, saving, interruption)
             raise
         finally:
-            release()
+            SHARED.release()
     return _result(session, record, summary)
 
 
@@ -169,7 +170,7 @@ def _finish(
             member.trainer.diverged = str(error)
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
-        member.trainer.raw_sae().save(record.home(member.name) / "sae")
+        save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
     for member in _healthy(session):
         every, step = member.config.evals.every_n_steps, member.trainer.step
         if not (every and step % every == 0):  # else the loop has just measured
@@ -282,7 +283,7 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
 def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:
     results = {
         member.name: TrainResult(
-            sae=member.trainer.raw_sae(),
+            sae=cast(SAE, member.trainer.raw_sae()),  # architectures derive from it
             folder=record.home(member.name),
             metrics=member.latest,
             backend=session.backend,

@@ -12,7 +12,6 @@ from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
-from saekit.protocols import Histogram
 from saekit.runs.checkpoints import (
     Checkpoint,
     all_checkpoints,
@@ -28,8 +27,9 @@ from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 __all__ = ["Saving"]
 
@@ -180,7 +180,7 @@ class Saving:
             waiting[name] = waiting_state(trackers.waiting(saved), place.parent)
         return {**self._session.stream_state(), "trackers": waiting}
 
-    def _worth_saving(self) -> dict[str, SAE]:
+    def _worth_saving(self) -> dict[str, SAEModule]:
         saes = {}
         for name, member in self._session.members.items():
             try:
@@ -265,8 +265,7 @@ class Saving:
 def _state(trainer: SAETrainer) -> dict[str, object]:
     """The training state, without the weights where the SAE as it is saved has the very same."""
     state = trainer.state_dict()
-    own_form = type(trainer.sae).public_tensors is not SAE.public_tensors or list(trainer.sae.buffers())
-    if trainer.as_saved and trainer.sae.scaling_factor is None and not own_form:
+    if trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
         state.pop("weights", None)
     return state
 

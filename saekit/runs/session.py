@@ -19,7 +19,7 @@ from saekit.errors import ConfigError, SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, Eval, Histogram
+from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
@@ -33,10 +33,11 @@ from saekit.runs.setup import (
 )
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
-from saekit.sae.module import SAE
+from saekit.sae.module import SAEModule
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, numbers_of
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 __all__ = ["Member", "Session", "end_lane"]
 
@@ -49,7 +50,7 @@ class Member:
     config: TrainConfig
     trainer: SAETrainer
     evals: Mapping[str, Eval]
-    start: SAE | None
+    start: SAEModule | None
     """The saved SAE that it starts from."""
     latest: dict[str, float] = attrs.field(factory=dict)
     """The last value of every metric."""
@@ -278,7 +279,7 @@ class _Prepared:
     """What a configuration alone decides."""
 
     options: Any
-    start: SAE | None
+    start: SAEModule | None
     schedule: Any
     evals: dict[str, Eval]
 

@@ -22,13 +22,14 @@ from saekit.errors import ConfigError
 from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.load import build_module, load_sae
+from saekit.pretrained.load import load_sae
 from saekit.protocols import Eval, ModelBackend
 from saekit.runs.checks import check_finetuning, chosen_evals, start_files
 from saekit.runs.opening import seed_for
 from saekit.runs.randomness import seeded
-from saekit.sae.init import initialize
-from saekit.sae.module import SAE
+from saekit.sae.build import build_module, initialize
+from saekit.sae.module import SAEModule
+from saekit.sae.parameters import tensors_of
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
@@ -59,7 +60,9 @@ def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
     return {key: choice.build() for key, choice in chosen_evals(config, plugins).items()}
 
 
-def sae_options(config: TrainConfig, plugins: PluginManager, d_sae: int | None = None) -> tuple[SAEConfig, SAE | None]:
+def sae_options(
+    config: TrainConfig, plugins: PluginManager, d_sae: int | None = None
+) -> tuple[SAEConfig, SAEModule | None]:
     """The architecture's options, and the saved SAE that training starts from, if there is one.
 
     ``d_sae`` is given for a run that goes on, which needs no start any more.  :class:`ConfigError` names what does not
@@ -83,7 +86,7 @@ _INITIAL = (
 )  # fmt: skip
 
 
-def _check_start(config: TrainConfig, options: SAEConfig, start: SAE, plugins: PluginManager) -> None:
+def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plugins: PluginManager) -> None:
     """A run that starts from ``start`` must be of its kind, and cannot initialize it."""
     where = _start_of(config)
     problems = [
@@ -121,7 +124,7 @@ def _start_of(config: TrainConfig) -> str:
     return f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
 
 
-def _known_scale(config: TrainConfig, start: SAE) -> float | None:
+def _known_scale(config: TrainConfig, start: SAEModule) -> float | None:
     """What a run from ``start`` multiplies activations by, if that is known before it sees any.
 
     An SAE that was trained on scaled activations goes on with its own factor.
@@ -134,12 +137,14 @@ def _known_scale(config: TrainConfig, start: SAE) -> float | None:
 
 @torch.no_grad()
 def _decoder_problems(
-    config: TrainConfig, options: SAEConfig, start: SAE, scale: float | None
+    config: TrainConfig, options: SAEConfig, start: SAEModule, scale: float | None
 ) -> list[tuple[str, str]]:
     """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one."""
-    if not options.normalize_sae_decoder:
+    kept = [entry.name for entry in type(start).parameters_of(options) if entry.unit_rows]
+    if not kept:
         return []
-    norms = _tensors_for(config.training.finetuning_method, start)["W_dec"].norm(dim=1)
+    tensors = _tensors_for(config.training.finetuning_method, start)
+    norms = torch.cat([tensors[name].norm(dim=-1).flatten() for name in kept])
     norms = norms / norms.mean() if scale is None else norms * scale
     if bool(((norms - 1).abs() < 1e-3).all()):
         return []
@@ -150,12 +155,10 @@ def _decoder_problems(
     ]  # fmt: skip
 
 
-def _tensors_for(method: str | None, sae: SAE) -> dict[str, Tensor]:
-    """The parameters of ``sae``, with its factors in ``W_dec`` where no fine-tuning is to come."""
-    tensors = {name: value.detach() for name, value in sae.named_parameters()}
-    if method is None and "scaling_factor" in tensors:
-        tensors["W_dec"] = tensors["W_dec"] * tensors.pop("scaling_factor")[:, None]
-    return tensors
+def _tensors_for(method: str | None, sae: SAEModule) -> dict[str, Tensor]:
+    """The tensors of ``sae``, with factors in the matrix that they multiply where no fine-tuning is to come."""
+    tensors = {name: value.detach() for name, value in tensors_of(sae).items()}
+    return sae.table.folded(tensors) if method is None else tensors
 
 
 def make_trainer(
@@ -172,9 +175,9 @@ def make_trainer(
     device = resolve_device(config.training.device, "training.device", options.dtype)
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
-        sae: SAE = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, d_in, plugins)
+        sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, d_in, plugins)
     if config.training.finetuning_method is not None:
-        sae.add_scaling_factor()
+        sae.add_factors_for(config.training.finetuning_method)
     if options.dtype == "bfloat16":
         sae.cast_weights(torch.float32)  # until it is saved
     sae.to(device)
@@ -187,7 +190,7 @@ def make_trainer(
         name=name,
         sae=sae,
         site=config.site,
-        optimizer=Optimizer(sae.named_parameters(), _adam(config, options), schedule),
+        optimizer=Optimizer(sae.named_parameters(), _adam(config, options), schedule, sae.table.lr_factors()),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_after,
@@ -197,6 +200,7 @@ def make_trainer(
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
         training=training,
+        backend=backend,
         watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
@@ -208,7 +212,7 @@ def make_trainer(
 
 
 def _watching(
-    config: TrainConfig, plugins: PluginManager, sae: SAE
+    config: TrainConfig, plugins: PluginManager, sae: SAEModule
 ) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """What goes wrong in the SAE's own code says which plugin it is of."""
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
@@ -228,38 +232,38 @@ def give_weights(
     config: TrainConfig,
     corpus: Corpus,
     peek: Callable[[], Mapping[Site, Tensor]],
-    start: SAE | None = None,
+    start: SAEModule | None = None,
 ) -> None:
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
     normalized = config.activations.normalize_activations != "none"
     initial = start is None and options.b_dec_init_method != "zeros"
     sample = peek()[config.site].cpu() if normalized or initial else None
+    scale = 1.0
     if sample is not None:
         check_contexts(len(sample), corpus.context_size)
     if normalized and sample is not None:
         known = None if start is None else _known_scale(config, start)
-        trainer.scale = activation_scale(sample) if known is None else known
+        scale = trainer.scale = activation_scale(sample) if known is None else known
     if start is not None:
-        scale = 1.0 if start.info.scale_is_unknown else trainer.scale  # or its weights are for scaled ones as they are
+        if start.info.scale_is_unknown:
+            scale = 1.0  # its weights are for scaled activations as they are
         if problems := _decoder_problems(config, options, start, scale):
             raise ConfigError(problems)
         _copy_weights(start, trainer, scale)
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
-    initialize(dict(trainer.sae.named_parameters()), options, generator, sample, trainer.scale)
+    ports = trainer.sae.ports
+    initialize(trainer.sae, generator, sample, trainer.factors(ports.inputs))
 
 
 @torch.no_grad()
-def _copy_weights(start: SAE, trainer: SAETrainer, scale: float) -> None:
+def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: float) -> None:
     """Those of an SAE for raw activations, for activations times ``scale``."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
     sae.fold_activation_scale(1 / scale)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
-    SAE.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
-    known = dict(sae.named_buffers())
-    for name, buffer in trainer.sae.named_buffers():
-        buffer.copy_(known[name])
+    SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
-from saekit.protocols import ActivationSource, Batch
+from saekit.protocols import ActivationSource
 from saekit.site import Site
+from saekit.values import Batch
 
 __all__ = ["SupervisedSource"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from saekit.data import ActivationStream, Contexts, StreamContext
 from saekit.devices import synchronize
 from saekit.errors import DataError
-from saekit.protocols import Batch
 from saekit.site import Site
 from saekit.training.trainer import SAETrainer
+from saekit.values import Batch
 
 __all__ = ["bytes_text", "duration_text", "silent_at_start", "timed", "timed_forwards", "timed_steps"]
 

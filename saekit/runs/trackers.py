@@ -13,10 +13,11 @@ from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Metrics, RunInfo, Tracker
+from saekit.protocols import Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.waiting import Record, TrackersState
+from saekit.values import Metrics, RunInfo
 
 __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 

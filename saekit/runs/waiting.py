@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.files.names import is_plain_name
-from saekit.protocols import Histogram, Metrics, Tracker
+from saekit.protocols import Tracker
+from saekit.values import Histogram, Metrics
 
 __all__ = ["Record", "TrackersState", "metrics_of", "metrics_state", "waiting_of", "waiting_state"]
 

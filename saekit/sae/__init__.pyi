@@ -6,7 +6,9 @@ from .losses import sparsity_penalty as sparsity_penalty
 from .losses import spread as spread
 from .losses import squared_errors as squared_errors
 from .losses import variance_ratio as variance_ratio
-from .module import SAE as SAE
-from .records import SAEInfo as SAEInfo
-from .records import StepInput as StepInput
-from .records import StepOutput as StepOutput
+from .module import SAEModule as SAEModule
+from .parameters import Factor as Factor
+from .parameters import Parameter as Parameter
+from .parameters import Start as Start
+from .parameters import one_factor as one_factor
+from .saved import SAE as SAE

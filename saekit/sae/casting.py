@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,11 @@ __all__ = ["Castable"]
 
 
 class Castable(nn.Module):
-    """What :class:`saekit.sae.SAE` has of it."""
+    """What :class:`saekit.sae.module.SAEModule` has of it."""
+
+    def kept_in_digits(self) -> Collection[Tensor]:
+        """The parameters that are never in less than float32."""
+        return ()
 
     @torch.no_grad()
     def cast_weights(self, dtype: torch.dtype) -> None:
@@ -22,23 +27,31 @@ class Castable(nn.Module):
         Training in bfloat16 keeps them in float32, for small updates of large numbers would be lost, and casts them
         when they are measured and saved.  An architecture does before that what would lose digits after it.
         """
+        kept = {id(parameter) for parameter in self.kept_in_digits()}
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            parameter.data = parameter.data.to(wide if id(parameter) in kept else dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64."""
+        """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64, and
+        parameters that keep their digits in float32 at least."""
         sums = {id(buffer) for buffer in self.buffers() if buffer.dtype == torch.float64}
+        kept = {id(value) for value in self.kept_in_digits()}
+        kept |= {id(value.grad) for value in self.kept_in_digits() if value.grad is not None}
 
         def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) in kept:
+                result = fn(tensor)
+                wide = torch.promote_types(result.dtype, torch.float32)
+                return result if result.dtype == wide else tensor.to(result.device, wide)
             if id(tensor) not in sums:
-                result: Tensor = fn(tensor)
-                return result
+                return fn(tensor)  # type: ignore[no-any-return]
             try:
                 result = fn(tensor)
             except TypeError:  # a device without float64
                 return fn(tensor.float())  # type: ignore[no-any-return]
-            kept = widest(result.device)
-            return result if result.dtype == kept else tensor.to(result.device, kept)
+            wide = widest(result.device)
+            return result if result.dtype == wide else tensor.to(result.device, wide)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -24,10 +24,10 @@ from saekit.files.storage import new_files, new_folder, read_json, replace_files
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
 from saekit.pretrained.tensors import check_tensor, check_tensors
-from saekit.sae.records import is_scale
+from saekit.values import is_scale
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAE
+    from saekit.sae.module import SAEModule
 
 __all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
 
@@ -38,7 +38,7 @@ _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 _HALF = "sae_files"  # what is half written has a hidden name made of this
 
 
-def save_sae(sae: SAE, path: Path) -> Path:
+def save_sae(sae: SAEModule, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``; returns ``path``.
 
     A folder that holds an SAE's files alone is replaced whole.  Into any other folder the SAE's own files go, in the
@@ -133,7 +133,7 @@ def _write_into(target: Path, contents: _Contents) -> None:
         replace_files(target, new, last=CONFIG)
 
 
-def write_sae(sae: SAE, folder: Path) -> dict[str, str]:
+def write_sae(sae: SAEModule, folder: Path) -> dict[str, str]:
     """Write the files of ``sae`` into ``folder``, which is there; returns their checksums."""
     return _write(_contents(sae), folder)
 
@@ -148,14 +148,13 @@ class _Contents:
     sparsity: Tensor | None
 
 
-def _contents(sae: SAE) -> _Contents:
+def _contents(sae: SAEModule) -> _Contents:
     """:class:`SAEFormatError` says what of ``sae`` could not be loaded again."""
     tensors, where = sae.public_tensors(), "the SAE that is to be saved"
     check_tensors(tensors, where)
-    known = {"W_enc": [sae.d_in, sae.d_sae], "b_enc": [sae.d_sae], "W_dec": [sae.d_sae, sae.d_in], "b_dec": [sae.d_in]}
-    for name, shape in known.items():
+    for name in (entry.name for entry in sae.table):
         if name in tensors:
-            _check_shape(tensors[name], shape, name, where)
+            _check_shape(tensors[name], list(sae.table.shape(name)), name, where)
     sparsity = None
     if sae.log_sparsity is not None:
         check_tensor(sae.log_sparsity, "log_sparsity", where, minus_infinity=True)
@@ -197,7 +196,7 @@ def seal(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def folder_config(sae: SAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """``cfg.json`` beside ``tensors``: what sae-lens 6 reads, and saekit's own part.
 
     The type of the weights is that of the tensors, whatever the SAE was made with.
@@ -222,9 +221,18 @@ def folder_config(sae: SAE, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             "architecture": sae.info.architecture,
             "options": {**sae.saved_options(), "dtype": "float32" if dtype == "float16" else dtype},
             "site": dict(place) or None,
+            **_ports(sae),
             "metadata": dict(sae.info.metadata),
         },
     }
+
+
+def _ports(sae: SAEModule) -> dict[str, Any]:
+    """Those that are not one site, by name, in order."""
+    ports = sae.ports
+    if ports.same and len(ports.inputs) == 1:
+        return {}
+    return {"ports": {"inputs": dict(ports.inputs), "targets": dict(ports.targets)}}
 
 
 def weights_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -244,6 +252,6 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         raise SAEFormatError(f"activation_scale in sae.info.metadata is {scale!r}, expected a number above 0")
 
 
-def site_has_head(sae: SAE) -> bool:
+def site_has_head(sae: SAEModule) -> bool:
     """Whether the SAE reads one head alone, so that it sees ``[..., d_head]`` and nothing to flatten."""
     return sae.info.site is not None and sae.info.site.hook_head_index is not None

@@ -1,51 +1,79 @@
-"""Starting values."""
+"""Starting values: what the ``init`` of a :class:`saekit.sae.parameters.Parameter` may be.
+
+Each is a function of what is known at the start and of the shape that is wanted.  What is drawn is drawn on the CPU in
+float32, so that neither the device nor the dtype changes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
+import attrs
 import torch
 from torch import Tensor, nn
 
-from saekit.config import SAEConfig
+from saekit.errors import ConfigError
+from saekit.sae.parameters import Start
 
-__all__ = ["geometric_median", "initial_b_dec", "initialize"]
+__all__ = [
+    "b_dec", "constant", "decoder", "encoder", "geometric_median", "initial_b_dec", "ones", "zeros",
+]  # fmt: skip
 
 
-@torch.no_grad()
-def initialize(
-    parameters: Mapping[str, Tensor],
-    config: SAEConfig,
-    generator: torch.Generator,
-    sample: Tensor | None = None,
-    scale: float = 1.0,
-) -> None:
-    """Fill ``W_enc [d_in, d_sae]``, ``W_dec [d_sae, d_in]``, ``b_enc`` and ``b_dec`` in place, as ``config`` says.
+def zeros(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """Zeros."""
+    return torch.zeros(shape, device="cpu")
 
-    ``sample [n, d_in]`` are the raw activations for ``b_dec_init_method``, which may be None for ``zeros``, and
-    ``scale`` is what they will be multiplied by.  What is drawn is drawn on the CPU in float32, so that neither the
-    device nor the dtype changes it.
-    """
-    d_in, d_sae = parameters["W_enc"].shape
-    encoder = torch.empty(d_in, d_sae, dtype=torch.float32, device="cpu")
-    decoder = torch.empty(d_sae, d_in, dtype=torch.float32, device="cpu")
-    nn.init.kaiming_uniform_(encoder, generator=generator)
+
+def ones(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """Ones."""
+    return torch.ones(shape, device="cpu")
+
+
+@attrs.frozen
+class constant:
+    """``constant(0.01)``: that number everywhere."""
+
+    value: float
+
+    def __call__(self, start: Start, shape: tuple[int, ...]) -> Tensor:
+        return torch.full(shape, self.value, dtype=start.dtype, device="cpu")
+
+
+def encoder(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """``W_enc [d_in, d_sae]``: Kaiming-uniform, or ``W_dec.T`` with ``init_encoder_as_decoder_transpose``."""
+    drawn = nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=start.generator)
+    if not start.config.init_encoder_as_decoder_transpose:
+        return drawn
+    turned = start["W_dec"].T
+    if turned.shape != drawn.shape:
+        raise ConfigError(
+            [("sae.init_encoder_as_decoder_transpose", f"needs targets as wide as inputs; W_dec.T is "
+              f"{list(turned.shape)}, and W_enc {list(shape)}. Set it to false")]
+        )  # fmt: skip
+    return turned
+
+
+def decoder(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """``W_dec [d_sae, d_out]``: Kaiming-uniform, orthogonal or of norm 0.1, as the options say; with rows of norm 1
+    where those are kept."""
+    config, generator = start.config, start.generator
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
     if config.decoder_orthogonal_init:
-        nn.init.orthogonal_(decoder, generator=generator)
+        nn.init.orthogonal_(values, generator=generator)
     elif config.decoder_heuristic_init:
-        decoder.normal_(generator=generator)
-        decoder *= 0.1 / decoder.norm(dim=1, keepdim=True)
+        values.normal_(generator=generator)
+        values *= 0.1 / values.norm(dim=1, keepdim=True)
     else:
-        nn.init.kaiming_uniform_(decoder, generator=generator)
+        nn.init.kaiming_uniform_(values, generator=generator)
     if config.normalize_sae_decoder:
-        decoder /= decoder.norm(dim=1, keepdim=True)
-    if config.init_encoder_as_decoder_transpose:
-        encoder = decoder.T
-    parameters["W_enc"].copy_(encoder)
-    parameters["W_dec"].copy_(decoder)
-    parameters["b_enc"].zero_()
-    dtype = torch.promote_types(parameters["b_dec"].dtype, torch.float32)
-    parameters["b_dec"].copy_(initial_b_dec(config.b_dec_init_method, sample, d_in, dtype) * scale)
+        values /= values.norm(dim=1, keepdim=True)
+    return values
+
+
+def b_dec(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """``b_dec [d_out]``, by ``b_dec_init_method``, of targets as they will be scaled."""
+    return initial_b_dec(start.config.b_dec_init_method, start.target, shape[0], start.dtype) * start.target_scale
 
 
 def initial_b_dec(method: str, sample: Tensor | None, d_in: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""The SAE itself: five lines of mathematics, six hook points, and the step that trains it.
+"""A dictionary of features: five lines of mathematics, six hook points, and the step that trains it.
 
 The mathematics stand here and in the architectures, for autograd.  What makes them fast stands beside: see
 :mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.sae.inference`.
@@ -8,81 +8,116 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saekit.config import PluginChoice, SAEConfig
-from saekit.devices import KERNEL_DEVICES
-from saekit.errors import SAEFormatError
-from saekit.files.paths import as_path
-from saekit.kernels.encoder import Features
-from saekit.kernels.screen import why_no_screen
+from saekit.config import SAEConfig
+from saekit.errors import ConfigError
+from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
-from saekit.kernels.workspace import zeros
 from saekit.protocols import ActivationFunction
-from saekit.sae import inference
-from saekit.sae.casting import Castable
+from saekit.sae import init
 from saekit.sae.hooks import HookPoint
-from saekit.sae.records import SAEInfo, StepInput, StepOutput
+from saekit.sae.parameters import Factor, Parameter, ParameterTable, tensors_of
+from saekit.sae.ways import Ways
 from saekit.site import flatten_heads
+from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 
-if TYPE_CHECKING:
-    from saekit.plugins.manager import PluginManager
+__all__ = ["SAEModule"]
 
-__all__ = ["SAE"]
-
-_S = TypeVar("_S", bound="SAE")
-
-_BLOCK = 1024  # decoder rows that are worked on together, in the cache
-# Parameters whose gradients the fast step makes.
-_KNOWN = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 _HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 
-class SAE(Castable):
-    """A sparse autoencoder, ``x̂ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec`` with ``x̄ = x − b_dec`` or ``x``.
+class SAEModule(Ways):
+    """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
-    ``scale``, the ``scaling_factor [d_sae]`` of fine-tuning (Wright and Sharkey 2024, "Addressing feature
-    suppression in SAEs"), is there only where it is used: see :meth:`add_scaling_factor`.
+    In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
+    fine-tuning (Wright and Sharkey 2024, "Addressing feature suppression in SAEs"), is there only where it is used: see
+    :meth:`add_scaling_factor`.
 
-    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product, and returns the same shape and dtype.
-    Architectures override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have a fast path
-    override :meth:`why_no_fast_path`, :meth:`fast_step` and :meth:`feature_groups`, too.
+    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.
+    Architectures derive from :class:`saekit.SAE`, which also saves and loads.  They state their parameters in
+    :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have fast
+    ways list them in :attr:`step_kernels`.
     """
 
-    kernels: Literal["auto", "fast", "reference"] = "auto"
-    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``reference``:
-    plain torch."""
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    W_enc: nn.Parameter
+    b_dec: nn.Parameter
+    scaling_factor: nn.Parameter | None
 
-    def __init__(self, config: SAEConfig, *, d_in: int, activation: ActivationFunction) -> None:
+    def __init__(self, config: SAEConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         super().__init__()
-        self.config = config
-        self.d_in, self.d_sae = d_in, config.features(d_in)
+        if config.apply_b_dec_to_input and not ports.same:
+            raise ConfigError(
+                [("sae.apply_b_dec_to_input", "takes what is added to the targets from the inputs, and these are other "
+                  "sites; set it to false")]
+            )  # fmt: skip
+        self.config, self.ports = config, ports
+        self.d_in, self.d_out, self.d_sae = ports.d_in, ports.d_out, config.features(ports.d_in)
         self.activation = activation
         self.info = SAEInfo()
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
         self._hooks_off = False
-        self._compile_mode: str | None = None
-        dtype = getattr(torch, config.dtype)
-        # In this order sae-lens sums the gradient's norm; the last digits depend on it.
-        cpu = torch.device("cpu")
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae, dtype=dtype, device=cpu))
-        self.W_dec = nn.Parameter(zeros((self.d_sae, d_in), dtype, cpu))
-        # The numbers of a feature lie together, as in W_dec: the kernels read those of the active ones.  In float64,
-        # results are compared with those of others to the last digits, which depend on the order in memory.
-        turned = dtype != torch.float64
-        shape = (self.d_sae, d_in) if turned else (d_in, self.d_sae)
-        self.W_enc = nn.Parameter(zeros(shape, dtype, cpu).T if turned else zeros(shape, dtype, cpu))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=cpu))
-        self.scaling_factor: nn.Parameter | None
-        self.register_parameter("scaling_factor", None)
+        self.table.allocate(self, getattr(torch, config.dtype))
         for name in _HOOKS:
             self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
+
+    @classmethod
+    def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
+        """The architecture's parameters.  One with others of its own adds them to these, or states all of them."""
+        return (
+            # In this order sae-lens sums the gradient's norm; the last digits depend on it.
+            Parameter("b_enc", ("d_sae",), init=init.zeros, histogram="b_e"),
+            Parameter(
+                "W_dec",
+                ("d_sae", "d_out"),
+                init=init.decoder,
+                scale={"d_out": -1},
+                unit_rows=config.normalize_sae_decoder,
+                groups=("decoder",),
+                histogram="W_dec_norms",
+            ),
+            Parameter(
+                "W_enc", ("d_in", "d_sae"), init=init.encoder, turn=0, scale={"d_in": 1}, columns_contiguous=True
+            ),
+            Parameter(
+                "b_dec", ("d_out",), init=init.b_dec, scale={"d_out": -1}, groups=("decoder", "unrotated_decoder")
+            ),
+            Parameter(
+                "scaling_factor",
+                ("d_sae",),
+                init=init.ones,
+                groups=("scale", "decoder", "unrotated_decoder"),
+                folds_into="W_dec",
+            ),
+        )
+
+    @cached_property
+    def table(self) -> ParameterTable:
+        """All that is known of the parameters."""
+        sizes = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
+        sizes |= {"inputs": len(self.ports.inputs), "targets": len(self.ports.targets)}
+        return ParameterTable(type(self).parameters_of(self.config), sizes)
+
+    def kept_in_digits(self) -> list[Tensor]:
+        found = [getattr(self, entry.name) for entry in self.table if entry.keeps_digits]
+        return [value for value in found if value is not None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the type of its parameters, but for those that keep more digits."""
+        return next(
+            value.dtype
+            for entry in self.table
+            if not entry.keeps_digits and isinstance(value := getattr(self, entry.name), Tensor)
+        )
 
     # ---- inference
 
@@ -90,6 +125,8 @@ class SAE(Castable):
         """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks."""
         output = self._reconstructed(x)
         if self.use_error_term:
+            if not self.ports.same:
+                raise ValueError("use_error_term is for what reads and writes the same sites")
             with torch.no_grad(), self._without_hooks():
                 error = x - self._reconstructed(x)
             output = output + self.run_hook("error", error)
@@ -97,19 +134,28 @@ class SAE(Castable):
 
     def _reconstructed(self, x: Tensor) -> Tensor:
         rows = self.run_hook("input", self._rows(x))
-        if self._hooked("acts_pre", "acts_post") or not inference.is_fast(self, rows):
+        kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(rows)
+        if kernel is None:
             return self.decode(self._encoded(rows), like=x)
-        return self._finished(inference.reconstructions(self, rows), x)
+        flat = _flat(rows)
+        with self.memory.lent() as workspace:
+            output = inference.reconstructions(kernel.groups(self, flat, workspace), len(flat), kernel.decoder(self))
+        return self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
         return self._encoded(self.run_hook("input", self._rows(x)))
 
     def _encoded(self, rows: Tensor) -> Tensor:
-        if inference.is_fast(self, rows) and not self._hooked("acts_pre"):
-            features = inference.dense_features(self, rows)
-        else:
+        kernel = None if self._hooked("acts_pre") else self._kernel_for(rows)
+        if kernel is None:
             features = self.features_of(self.run_hook("acts_pre", self.pre_activations(rows)))
+        else:
+            flat = _flat(rows)
+            with self.memory.lent() as workspace:
+                groups = kernel.groups(self, flat, workspace)
+                features = inference.dense_features(groups, len(flat), self.d_sae, flat)
+            features = features.reshape(*rows.shape[:-1], self.d_sae)
         return self.run_hook("acts_post", features)
 
     def encode_sparse(self, x: Tensor) -> SparseFeatures:
@@ -118,9 +164,12 @@ class SAE(Castable):
         With hooks on features or pre-activations, they are those that the hooks leave.
         """
         with torch.no_grad():
-            if not self._hooked("acts_pre", "acts_post") and inference.is_fast(self, x):
-                return inference.sparse_features(self, self.run_hook("input", self._rows(x)))
-            return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
+            kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(x)
+            if kernel is None:
+                return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
+            flat = _flat(self.run_hook("input", self._rows(x)))
+            with self.memory.lent() as workspace:
+                return inference.sparse_features(kernel.groups(self, flat, workspace), self.d_sae, flat)
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest feature activations of each row, in falling order, and their features: ``[..., k]`` both.
@@ -134,14 +183,20 @@ class SAE(Castable):
         return values.reshape(shape), features.reshape(shape)
 
     def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
-        """Reconstructions ``[..., d_in]``, in the shape and dtype of ``like`` if that is given."""
-        fast = inference.is_fast(self, features)
-        output = inference.decoded_rows(self, features) if fast else self.reconstruction(features)
-        return self._finished(output, like)
+        """Reconstructions ``[..., d_out]``, in the shape and dtype of ``like``, an input, if that is given."""
+        kernel = self._kernel_for(features)
+        if kernel is None:
+            return self._finished(self.reconstruction(features), like)
+        with self.memory.lent() as workspace:
+            output = inference.decoded_rows(kernel.decoder(self), features.detach().reshape(-1, self.d_sae), workspace)
+        return self._finished(output.reshape(*features.shape[:-1], self.d_out), like)
 
     def _finished(self, output: Tensor, like: Tensor | None) -> Tensor:
         output = self.run_hook("recons", output)
-        return output if like is None else output.reshape(like.shape).to(like.dtype)
+        if like is None:
+            return output
+        shape = like.shape if self.ports.same else (*flatten_heads(like, self.d_in)[0].shape[:-1], self.d_out)
+        return output.reshape(shape).to(like.dtype)
 
     def centered(self, x: Tensor) -> Tensor:
         """``x̄``, the encoder's input: ``[..., d_in]``."""
@@ -180,7 +235,7 @@ class SAE(Castable):
             self._hooks_off = False
 
     def reconstruction(self, features: Tensor) -> Tensor:
-        """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_in]``, without the hooks of :meth:`decode`."""
+        """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_out]``, without the hooks of :meth:`decode`."""
         scale = self.decoder_scale()
         return (features if scale is None else features * scale) @ self.W_dec + self.b_dec
 
@@ -189,7 +244,7 @@ class SAE(Castable):
         return self.scaling_factor
 
     def _rows(self, x: Tensor) -> Tensor:
-        return flatten_heads(x, self.d_in)[0].to(self.W_enc.dtype)
+        return flatten_heads(x, self.d_in)[0].to(self.dtype)
 
     # ---- training
 
@@ -199,80 +254,34 @@ class SAE(Castable):
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
-        if self.why_reference() is None:
-            with torch.no_grad():
-                return self.fast_step(x.contiguous(), step)
+        kernel, _ = self._training_kernel()
+        if kernel is not None:
+            with torch.no_grad(), self.memory.lent() as workspace:
+                return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad():
             result = self.losses(x, step)
             result.loss.backward()
         return result
 
-    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        """What :meth:`training_step` does, without autograd."""
-        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define fast_step(x, step)")
-
-    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
-        """The features of ``rows [n, d_in]`` for inference, group by group with its first row, without autograd."""
-        raise TypeError(f"{type(self).__name__} says that it has a fast path: it must define feature_groups(rows)")
-
-    def why_no_fast_path(self, *, training: bool) -> str | None:
-        """Why this SAE, with its options, has no fast path for ``training`` or else for inference; None: it has one."""
-        return "the architecture has no fast path"
-
-    def why_no_screen(self) -> str | None:
-        """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
-        reason = why_no_screen(self.W_enc.device, self.W_enc.dtype, self.d_sae)
-        if reason is None and not self.W_enc.T.is_contiguous():
-            return "the numbers of a column of W_enc do not lie together"
-        return reason
-
-    def step_path(self) -> str:
-        """The way of a training step now, in words."""
-        if (reason := self.why_reference()) is not None:
-            return f"plain torch: {reason}"
-        reason = self.why_no_screen()
-        return "fast kernels, " + ("screened in bfloat16" if reason is None else f"not screened: {reason}")
-
-    def why_reference(self) -> str | None:
-        """Why a training step now takes the way of autograd; None: it takes the fast one."""
-        if self.kernels == "reference":
-            return 'kernels is "reference"'
-        if "losses" in vars(self):
-            return "it is compiled"
-        if self.W_enc.device.type not in KERNEL_DEVICES:
-            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {self.W_enc.device.type}"
-        if torch.is_autocast_enabled(self.W_enc.device.type):
-            return "autocast rounds its products"
-        if self.W_enc.dtype != torch.float32 and not (self.W_enc.dtype == torch.float64 and self.kernels == "fast"):
-            return f"the weights are {str(self.W_enc.dtype).removeprefix('torch.')}"
-        if more := [name for name, value in self.named_parameters() if value.requires_grad and name not in _KNOWN]:
-            return f"the kernels have no gradient for {', '.join(more)}"
-        return self.why_no_fast_path(training=True) or inference.overridden(type(self))
-
-    def compile_losses(self, mode: str = "default") -> None:
-        """From now on train with :meth:`losses` compiled by ``torch.compile``."""
-        self._compile_mode = mode
-        self.losses = torch.compile(self.losses, mode=mode)  # type: ignore[method-assign]
-
     @torch.no_grad()
     def before_update(self) -> None:
-        """Between gradient and update: remove what a normalized decoder cannot follow."""
-        if not self.config.normalize_sae_decoder or not self.W_dec.requires_grad or self.W_dec.grad is None:
-            return
-        for gradient, row in zip(self.W_dec.grad.split(_BLOCK), self.W_dec.split(_BLOCK), strict=True):
-            along = (gradient * row).sum(1, keepdim=True) / row.pow(2).sum(1, keepdim=True)
-            gradient.addcmul_(along, row, value=-1)
+        """Between gradient and update: remove what rows of norm 1 cannot follow."""
+        self.table.project(self)
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """After an update: decoder rows back to norm 1."""
-        if self.config.normalize_sae_decoder and self.W_dec.requires_grad:
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        """After an update: rows that have norm 1 back to it."""
+        self.table.renormalize(self)
 
     def add_scaling_factor(self) -> None:
         """Multiply features by a factor of their own before they are decoded, at first 1."""
-        if self.scaling_factor is None:
-            self.scaling_factor = nn.Parameter(torch.ones_like(self.b_enc))
+        self.add_factors_for("scale")
+
+    def add_factors_for(self, method: str) -> None:
+        """Add the factors that fine-tuning by ``method`` trains, at first 1; until then they do not learn."""
+        for entry in self.table:
+            if entry.optional and method in entry.groups:
+                self.table.add_optional(self, entry.name)
 
     def learn_only(self, names: Collection[str]) -> None:
         """From now on train these parameters and leave the others as they are."""
@@ -280,12 +289,16 @@ class SAE(Castable):
             parameter.requires_grad_(name in names)
 
     @torch.no_grad()
-    def fold_activation_scale(self, scale: float) -> None:
-        """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``."""
-        self.W_enc.mul_(scale)
-        self.W_dec.div_(scale)
-        self.b_dec.div_(scale)
-        if self.info.scale_is_unknown:  # until now
+    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``.
+
+        What comes out was, and no longer is, ``target_scale`` times as large; left out, that is ``scale``.  Both are
+        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.
+        """
+        if target_scale is None and not self.ports.same:
+            raise ValueError("inputs and targets are other sites: each has a scale of its own, so give both")
+        self.table.fold_scale(self, scale, scale if target_scale is None else target_scale)
+        if self.info.scale_is_unknown and not isinstance(scale, Tensor):  # until now
             self.info = self.info.with_scale(scale)
 
     # ---- saving and loading
@@ -302,13 +315,11 @@ class SAE(Castable):
         return dict(self.info.options)
 
     def public_tensors(self) -> dict[str, Tensor]:
-        """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU.
+        """The tensors of ``sae_weights.safetensors``, contiguous, on the CPU: parameters, and buffers too.
 
         A scaling factor is part of ``W_dec`` there: other readers know none.
         """
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
-        factor = tensors.pop("scaling_factor", None)
-        return tensors if factor is None else tensors | {"W_dec": tensors["W_dec"] * factor[:, None]}
+        return self.table.folded({name: value.detach().cpu().contiguous() for name, value in tensors_of(self).items()})
 
     @torch.no_grad()
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -316,86 +327,19 @@ class SAE(Castable):
 
         A ``scaling_factor`` among them becomes the SAE's; without one, it has none or factors of 1.
         """
-        if "scaling_factor" in tensors:
-            self.add_scaling_factor()
-        elif self.scaling_factor is not None:
-            tensors = {**tensors, "scaling_factor": torch.ones_like(self.scaling_factor)}
-        own = dict(self.named_parameters())
-        problems = [f"{name} is missing" for name in own if name not in tensors]
-        problems += [f"{name} is not a tensor of this architecture" for name in tensors if name not in own]
-        problems += [
-            f"{name} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-            for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
-        ]
-        if problems:
-            raise SAEFormatError(f"the weights do not fit {self.info.architecture}: {'; '.join(problems)}")
-        for name, value in own.items():
-            value.copy_(tensors[name].to(value.dtype))  # here, for another device may not have the other dtype
+        self.table.load(self, tensors, self.info.architecture)
+
+    @property
+    def saved_as_it_is(self) -> bool:
+        """Whether :meth:`public_tensors` are the very tensors that it has, all of them and nothing else."""
+        own = type(self).public_tensors is SAEModule.public_tensors
+        return own and all(getattr(self, entry.name) is None for entry in self.table if entry.optional)
 
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""
-        dtype = str(self.b_dec.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("losses", None)
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._compile_mode is not None:
-            self.compile_losses(self._compile_mode)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
-
-        sae-lens 6 reads it too, where it has the architecture.  Raises :class:`SAEFormatError`, before anything is
-        touched, for what could not be loaded again: numbers that are not finite, say.
-        """
-        from saekit.sae.folder import save_sae
-
-        return save_sae(self, as_path(path))
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        loader: PluginChoice | None = None,
-        device: str = "cpu",
-        plugins: PluginManager | None = None,
-    ) -> Self:
-        """The SAE in a folder, of whatever format a loader plugin knows.
-
-        ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
-        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
-        """
-        from saekit.pretrained import SAEFiles, load_sae
-
-        return _as(cls, load_sae(SAEFiles.in_folder(path), loader=loader, device=device, plugins=plugins))
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        folder: str = "",
-        *,
-        revision: str | None = None,
-        loader: PluginChoice | None = None,
-        device: str = "cpu",
-        plugins: PluginManager | None = None,
-    ) -> Self:
-        """The SAE in a folder of a Hugging Face repository."""
-        from saekit.pretrained import SAEFiles, load_sae
-
-        files = SAEFiles.on_hub(repo_id, folder, revision=revision)
-        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
-
-
-def _as(cls: type[_S], sae: SAE) -> _S:
-    if not isinstance(sae, cls):
-        raise SAEFormatError(f"this is a {type(sae).__name__}, not a {cls.__name__}; load it with saekit.SAE.load")
-    return sae
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).contiguous()

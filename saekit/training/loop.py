@@ -8,8 +8,9 @@ from typing import Protocol
 import attrs
 
 from saekit.errors import DivergedError
-from saekit.protocols import ActivationSource, Batch, Histogram
+from saekit.protocols import ActivationSource
 from saekit.training.trainer import SAETrainer
+from saekit.values import Batch, Histogram
 
 __all__ = ["Lane", "Observer", "fit"]
 
@@ -98,7 +99,7 @@ def _tell(lane: Lane, observers: Sequence[Observer]) -> None:
 def _step(trainer: SAETrainer, batch: Batch) -> dict[str, float | Histogram]:
     batch = batch.thinned(trainer.training.total_tokens - trainer.tokens)
     try:
-        metrics = trainer.train_on(batch.activations[trainer.site])
+        metrics = trainer.train_on(*trainer.rows_of(batch), batch)
     except DivergedError as error:
         trainer.diverged = str(error)
         return {}

@@ -9,31 +9,31 @@ import torch
 from torch import Tensor
 
 from saekit.errors import PluginFailedError
-from saekit.protocols import Histogram
-from saekit.sae.module import SAE
-from saekit.sae.records import StepOutput
+from saekit.sae.module import SAEModule
+from saekit.values import Histogram, StepOutput
 
 __all__ = ["eval_metrics", "histogram", "numbers_of", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
 def step_metrics(
-    x: Tensor, result: StepOutput, *, since_fired: Tensor, dead: Tensor, lr: float, grad_norm: Tensor, tokens: int
+    target: Tensor, result: StepOutput, *, since_fired: Tensor, dead: Tensor, lr: float, grad_norm: Tensor, tokens: int
 ) -> dict[str, float]:
-    """The metrics of one step on rows ``x [n, d_in]``; reading them is the one place that waits for the device."""
+    """The metrics of a step towards ``target [n, d_out]``; reading them is the one place that waits for the device."""
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    squares = (x - result.output).pow(2).sum(-1)
-    variances = (x - x.mean(0)).pow(2).sum(-1)
-    values = {f"losses/{name}": value for name, value in result.losses.items()}
+    squares = (target - result.output).pow(2).sum(-1)
+    variances = (target - target.mean(0)).pow(2).sum(-1)
+    values: dict[str, Tensor] = {f"losses/{name}": value for name, value in result.losses.items()}
     values |= {
         "losses/overall_loss": result.loss,
         "metrics/explained_variance": 1 - squares.sum() / variances.sum(),
         "metrics/explained_variance_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
-        "metrics/l0": result.fired.sum() / len(x),
+        "metrics/l0": result.fired.sum() / len(target),
         "sparsity/mean_passes_since_fired": since_fired.to(dtype).mean(),
         "sparsity/dead_features": dead.sum(),
         "details/grad_norm": grad_norm,
     }
+    values |= {name: torch.as_tensor(value) for name, value in result.metrics.items()}
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
         "details/current_learning_rate": lr,
@@ -88,11 +88,12 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
     return numbers
 
 
-def eval_metrics(sae: SAE, found: Mapping[str, float]) -> dict[str, float | Histogram]:
+def eval_metrics(sae: SAEModule, found: Mapping[str, float]) -> dict[str, float | Histogram]:
     """The numbers that evals have ``found`` of ``sae``, and histograms of its weights."""
     named: dict[str, float | Histogram] = {f"evals/{name}": value for name, value in found.items()}
     named |= {f"metrics/{known}": found[name] for name, known in _FAMILIAR.items() if name in found}
-    return named | {
-        "weights/W_dec_norms": histogram(sae.W_dec.detach().norm(dim=1)),
-        "weights/b_e": histogram(sae.b_enc),
-    }
+    for entry in sae.table:
+        if entry.histogram is not None and (value := getattr(sae, entry.name)) is not None:
+            numbers = value.detach() if value.ndim == 1 else value.detach().norm(dim=-1)
+            named[f"weights/{entry.histogram}"] = histogram(numbers)
+    return named

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saekit.config import OptimizerConfig
 from saekit.devices import KERNEL_DEVICES
 from saekit.errors import StorageError
-from saekit.kernels.workspace import recycle
+from saekit.kernels.workspace import SHARED
 
 __all__ = ["Optimizer"]
 
@@ -29,7 +29,9 @@ class Optimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
         schedule: Callable[[int], float],
+        lr_factors: Mapping[str, float] | None = None,
     ) -> None:
+        """``lr_factors`` multiply the rate of the parameters that they name."""
         self._names, self._parameters = zip(*parameters, strict=True)
         # Torch's fused kernel copies what is not contiguous.  A matrix whose transpose is shows Adam that instead.
         self._turned = [p.dim() == 2 and p.T.is_contiguous() and not p.is_contiguous() for p in self._parameters]
@@ -46,7 +48,9 @@ class Optimizer:
         self.looks = device.type == "cpu" or not self._fused
         """Whether every step looks if loss and gradient are numbers, because it costs nothing or must be."""
         self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as Adam's kernel wants it
-        self._adam = torch.optim.Adam(self._shown, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
+        self._groups = self._by_factor(lr_factors or {})
+        groups = [{"params": [self._shown[index] for index in part]} for part in self._groups.values()]
+        self._adam = torch.optim.Adam(groups, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
         if not self.looks:
             self._adam.found_inf = self._failed  # type: ignore[attr-defined]  # its kernel looks at it on the device
         self.lr = schedule(0)
@@ -73,7 +77,7 @@ class Optimizer:
         if not (self.looks and self.failed):
             self._update(norm)
         self._adam.zero_grad(set_to_none=True)
-        recycle(gradients)
+        SHARED.recycle(gradients)
         return norm
 
     def _update(self, norm: Tensor) -> None:
@@ -82,9 +86,16 @@ class Optimizer:
             self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()  # type: ignore[attr-defined]
         elif self._clip:
             nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
-        for group in self._adam.param_groups:
-            group["lr"] = self.lr
+        for factor, group in zip(self._groups, self._adam.param_groups, strict=True):
+            group["lr"] = self.lr * factor
         self._adam.step()
+
+    def _by_factor(self, factors: Mapping[str, float]) -> dict[float, list[int]]:
+        """The numbers of the parameters by the factor of their rate."""
+        groups: dict[float, list[int]] = {}
+        for index, name in enumerate(self._names):
+            groups.setdefault(factors.get(name, 1.0), []).append(index)
+        return groups
 
     def _show_gradients(self) -> None:
         for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
@@ -118,8 +129,9 @@ class Optimizer:
                     raise StorageError(
                         f"the saved {moment} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
                     )
+        order = [index for part in self._groups.values() for index in part]  # as Adam numbers them
         numbered = {
-            index: {
+            order.index(index): {
                 # In the order of memory of what Adam is shown, which the fused kernel walks through.
                 moment: torch.empty_like(shown).copy_(value.T if turned else value) if value.dim() else value
                 for moment, value in state[name].items()

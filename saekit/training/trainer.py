@@ -15,22 +15,16 @@ from torch import Tensor
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
-from saekit.protocols import Histogram
-from saekit.sae.module import SAE
-from saekit.sae.records import StepInput, StepOutput
+from saekit.protocols import ModelBackend
+from saekit.sae.module import SAEModule
+from saekit.sae.parameters import Factor
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import Optimizer
+from saekit.values import Batch, Histogram, StepInput, StepOutput
 
-__all__ = ["FINETUNED", "SAETrainer"]
-
-FINETUNED: Mapping[str, tuple[str, ...]] = {
-    "scale": ("scaling_factor",),
-    "decoder": ("scaling_factor", "W_dec", "b_dec"),
-    "unrotated_decoder": ("scaling_factor", "b_dec"),
-}
-"""The parameters that learn after ``training_tokens``, by ``finetuning_method``."""
+__all__ = ["SAETrainer"]
 
 
 @attrs.define
@@ -39,15 +33,21 @@ class SAETrainer:
 
     name: str
     """Told apart by this among those that are trained together."""
-    sae: SAE
+    sae: SAEModule
     site: Site
     optimizer: Optimizer
     firing: FiringStatistics
     generator: torch.Generator
     device: str
     training: TrainingConfig
-    scale: float = 1.0
-    """Activations are multiplied by this before the SAE sees them."""
+    inputs: tuple[Site, ...] = ()
+    """The sites that it reads, in the order of :attr:`saekit.sae.SAE.ports`.  None named: :attr:`site`."""
+    targets: tuple[Site, ...] = ()
+    """The sites that it writes.  None named: the inputs."""
+    scale: float | dict[str, float] = 1.0
+    """Activations are multiplied by this before the SAE sees them: one number, or that of each site by its name."""
+    backend: ModelBackend | None = None
+    """The run's model, for steps that want it."""
     step: int = 0
     tokens: int = 0
     diverged: str | None = None
@@ -59,8 +59,9 @@ class SAETrainer:
     """The last step of which it is known that all was finite."""
 
     def __attrs_post_init__(self) -> None:
-        if self.sae.scaling_factor is not None:
-            self.sae.scaling_factor.requires_grad_(False)  # until fine-tuning begins
+        for entry in self.sae.table:
+            if entry.optional and (factor := getattr(self.sae, entry.name)) is not None:
+                factor.requires_grad_(False)  # until fine-tuning begins
 
     @property
     def finished(self) -> bool:
@@ -74,25 +75,48 @@ class SAETrainer:
         An SAE in bfloat16 trains in float32, with its products in bfloat16, as under autocast: in bfloat16 itself,
         most updates are too small to change a weight or a moment.
         """
-        return self.scale == 1 and self.sae.W_enc.dtype == getattr(torch, self.sae.config.dtype)
+        return not self.scaled and self.sae.dtype == getattr(torch, self.sae.config.dtype)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether activations are multiplied by anything but 1."""
+        return self.scale != 1 and (not isinstance(self.scale, dict) or any(s != 1 for s in self.scale.values()))
+
+    def factors(self, widths: Mapping[str, int]) -> Factor:
+        """What vectors are multiplied by that lie side by side, with ``widths`` by the names of their sites."""
+        if not isinstance(self.scale, dict):
+            return self.scale
+        each = [torch.full((width,), self.scale.get(name, 1.0)) for name, width in widths.items()]
+        return torch.cat(each).to(self.device, self.sae.dtype)
 
     @property
     def rounds_products(self) -> bool:
         """Whether products are made in bfloat16."""
         return self.training.autocast or (self.sae.config.dtype == "bfloat16" and self.training.kernels != "fast")
 
-    def train_on(self, rows: Tensor) -> dict[str, float | Histogram]:
-        """One step on ``rows [n, d_in]``.  Metrics when it is time to log or this was the last step, else nothing.
+    def rows_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """``[n, d_in]`` of its inputs and ``[n, d_out]`` of its targets; None: they are the same."""
+        x = _side_by_side(batch, self.inputs or (self.site,))
+        return x, None if self.sae.ports.same else _side_by_side(batch, self.targets)
+
+    def train_on(
+        self, rows: Tensor, target: Tensor | None = None, batch: Batch | None = None
+    ) -> dict[str, float | Histogram]:
+        """One step on ``rows [n, d_in]``, of ``batch``, towards ``target [n, d_out]``, or the rows themselves.
+
+        Metrics when it is time to log or this was the last step, else nothing.
 
         :class:`DivergedError` when the loss or its gradient is not finite, which is looked at when metrics are made,
         and at every step where looking costs nothing.  Weights are then those before that step.
         """
         self._begin_finetuning_if_due()
-        x = rows_on(self.device, rows, self.sae.W_enc.dtype)
-        if self.scale != 1:
-            x = x * self.scale
+        x = rows_on(self.device, rows, self.sae.dtype)
+        y = None if target is None else rows_on(self.device, target, self.sae.dtype)
+        if self.scaled:
+            x = x * self.factors(self.sae.ports.inputs)
+            y = None if y is None else y * self.factors(self.sae.ports.targets)
         with self.watched("training_step"):
-            result = self._gradients(x)
+            result = self._gradients(x, y, batch)
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
@@ -108,7 +132,7 @@ class SAETrainer:
         window_ended = self.firing.update(result.fired, len(x))
         if log:
             metrics |= step_metrics(
-                x,
+                x if y is None else y,
                 result,
                 since_fired=self.firing.since_fired,
                 dead=self.firing.dead(),
@@ -120,11 +144,19 @@ class SAETrainer:
             metrics |= window_metrics(self.firing.last_fractions)
         return metrics
 
-    def _gradients(self, x: Tensor) -> StepOutput:
+    def _gradients(self, x: Tensor, target: Tensor | None, batch: Batch | None) -> StepOutput:
         dead: Tensor | None = self.firing.dead()
         if x.device.type != "cpu" and self.step <= self.training.dead_after:
             dead = None  # none can be; and to look would be to wait for the device
-        step = StepInput(step=self.step, generator=self.generator, dead=dead)
+        step = StepInput(
+            step=self.step,
+            generator=self.generator,
+            dead=dead,
+            steps=self.training.steps,
+            target=target,
+            batch=batch,
+            backend=self.backend,
+        )
         if self.rounds_products:  # inside an autocast of the caller's, torch would go on with the last step's weights
             torch.clear_autocast_cache()
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.rounds_products):
@@ -153,7 +185,7 @@ class SAETrainer:
     def _begin_finetuning_if_due(self) -> None:
         method = self.training.finetuning_method
         if method is not None and not self._finetuning and self.tokens >= self.training.training_tokens:
-            self.sae.learn_only(FINETUNED[method])
+            self.sae.learn_only(self.sae.table.trained_by(method))
             self._finetuning = True
 
     def _check_finite(self, loss: Tensor, grad_norm: Tensor, x: Tensor) -> None:
@@ -192,7 +224,7 @@ class SAETrainer:
                 "training.lr_warm_up_steps"
             )
 
-    def raw_sae(self) -> SAE:
+    def raw_sae(self) -> SAEModule:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
 
         It is the SAE itself, or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
@@ -201,8 +233,8 @@ class SAETrainer:
         if not self.as_saved:
             sae = copy.deepcopy(sae)
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
-            if self.scale != 1:
-                sae.fold_activation_scale(self.scale)
+            if self.scaled:
+                sae.fold_activation_scale(self.factors(sae.ports.inputs), self.factors(sae.ports.targets))
             sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
@@ -242,3 +274,9 @@ class SAETrainer:
         self.firing.load_state_dict(state["firing"])
         self._sound_until = self.step
         self.generator.set_state(state["generator"])
+
+
+def _side_by_side(batch: Batch, sites: tuple[Site, ...]) -> Tensor:
+    if len(sites) == 1:
+        return batch.activations[sites[0]]
+    return torch.cat([batch.activations[site] for site in sites], dim=-1)

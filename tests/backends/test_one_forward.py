@@ -13,7 +13,8 @@ from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 from torch import Tensor
 
 import saekit
-from saekit.backends import Backend, Forward, Hooks, ModuleBackend, next_token_loss, wrong_model
+from saekit import Forward
+from saekit.backends import Backend, Hooks, ModuleBackend, next_token_loss, wrong_model
 from saekit.config import ModelConfig
 from saekit.data.shared import SharedForwards
 from saekit.errors import ModelError

@@ -26,7 +26,7 @@ from common import BATCH, CONTEXT, PEER, Case, Run, Times, language_model, rando
 import saekit
 from saekit.data.cache import CachedActivations, CachedBatches, CacheWriter, Manifest
 from saekit.data.cache.manifest import SiteRows
-from saekit.protocols import Batch
+from saekit.values import Batch
 
 HOOK, WIDTH = "blocks.0.hook_resid_pre", 512
 SITE = saekit.Site(hook_name=HOOK)

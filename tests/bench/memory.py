@@ -74,7 +74,7 @@ def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     import saekit
     from saekit.analysis.examples import feature_peaks
     from saekit.evals import spliced_losses, variance_metrics
-    from saekit.pretrained.load import build_module
+    from saekit.sae.build import build_module
 
     d_sae = 2048 if options.quick else 16384
     model = language_model(1, 64, 2)

@@ -24,7 +24,7 @@ from torch import Tensor
 import saekit
 import saekit.kernels.screen
 from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer

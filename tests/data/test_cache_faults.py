@@ -32,7 +32,7 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.data.cache import CacheWriter, verify_cache
 from saekit.data.cache import write as writing
 from saekit.errors import DataError, StorageError

@@ -15,11 +15,12 @@ from support.tiny import hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.data import ActivationStream, ContextStream, StreamContext, TokenPolicy
 from saekit.errors import ConfigError, DataError, ModelError, PluginFailedError
-from saekit.protocols import ActivationSource, Batch
+from saekit.protocols import ActivationSource
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import Batch
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 OTHER = saekit.Site(hook_name="blocks.0.attn.hook_z", hook_head_index=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.data.shared import ForwardsReader, SharedForwards
 from saekit.protocols import ModelBackend
 from saekit.runs.session import end_lane

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import saekit
 from saekit.analysis.examples import feature_peaks, striking_features, top_examples
 from saekit.evals import pieces, spliced_losses, variance_metrics
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")

@@ -11,8 +11,8 @@ from saekit_plugins.activations.tanh_relu import TanhRelu
 from saekit_plugins.architectures.standard import StandardConfig
 from support.kernels import built, seeded
 
-from saekit.sae import StepInput
 from saekit.testing import check_sparse_activation
+from saekit.values import StepInput
 
 
 class Wrong(Relu):

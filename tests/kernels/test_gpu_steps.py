@@ -10,7 +10,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from support.kernels import adam, built, seeded
 
 from saekit.config import SAEConfig
-from saekit.sae import StepInput
+from saekit.values import StepInput
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ON_GPU = [

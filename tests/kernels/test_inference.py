@@ -16,7 +16,8 @@ import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
 from saekit.config import SAEConfig
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
+from saekit.values import StepInput
 
 
 @pytest.fixture(params=["standard", "tanh", "topk", "batchtopk", "batchtopk without norms"])
@@ -109,7 +110,7 @@ def test_k_out_of_range() -> None:
 
 def test_no_gradient_no_autocast_no_other_type(some_sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for bfloat16 gets it: those products are not the kernels' business."""
-    monkeypatch.setattr(type(some_sae), "feature_groups", None)
+    monkeypatch.setattr(type(some_sae.step_kernels[0]), "groups", None)
     x = torch.randn(6, 12, generator=seeded())
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):

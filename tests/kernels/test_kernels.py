@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -16,8 +18,8 @@ from torch import Tensor
 from saekit.config import SAEConfig
 from saekit.kernels import Encoder, SparseFeatures, active_groups, batch_top, top_groups
 from saekit.kernels.groups import top_entries
-from saekit.kernels.workspace import gradient_for, recycle, scratch
-from saekit.sae import StepInput
+from saekit.kernels.workspace import SHARED, Workspace, Workspaces
+from saekit.values import StepInput
 
 # ---- the active features
 
@@ -29,7 +31,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
                    "sae.inference"):  # fmt: skip
         monkeypatch.setattr(f"saekit.{module}.CHUNK", 16)
     monkeypatch.setattr("saekit.kernels.encoder._ENTRIES", 50)
-    monkeypatch.setattr("saekit.kernels.encoder.PROBE", 8)
+    monkeypatch.setattr("saekit.kernels.active.PROBE", 8)
     monkeypatch.setattr("saekit.kernels.groups.PROBE", 8)
 
 
@@ -95,7 +97,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype, device:
     pre[3] = -1
     pre[4] = 0
     pre = pre.to(device)
-    found = top_entries(pre.clone(), k)
+    found = top_entries(pre.clone(), k, Workspace())
     values, features = pre.topk(k, dim=1)
     expected = torch.zeros_like(pre).scatter(1, features, values.relu())
     assert torch.equal(found.dense(), expected)
@@ -105,7 +107,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype, device:
 def test_ties_do_not_make_more_than_k(device: str) -> None:
     pre = torch.ones(20, 4096, device=device)
     pre[:, ::2] = 2.0
-    found = top_entries(pre, 32)
+    found = top_entries(pre, 32, Workspace())
     assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32, device=device))
     assert bool((found.values == 2).all())
 
@@ -136,24 +138,44 @@ def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted(device: s
     assert found.rows[-1] == 1, "the first ones"
 
 
-def test_memory_is_used_again_and_threads_have_their_own() -> None:
-    cpu = torch.device("cpu")
-    first = scratch("test", (10, 10), torch.float32, cpu)
-    assert scratch("test", (5, 7), torch.float64, cpu).data_ptr() == first.data_ptr()
-    assert scratch("other", (5, 7), torch.float64, cpu).data_ptr() != first.data_ptr()
-    there: list[int] = []
-    thread = threading.Thread(target=lambda: there.append(scratch("test", (10, 10), torch.float32, cpu).data_ptr()))
-    thread.start()
-    thread.join()
-    assert there != [first.data_ptr()]
+def test_memory_is_used_again_and_who_works_at_once_has_their_own() -> None:
+    cpu, pool = torch.device("cpu"), Workspaces()
+
+    def place(workspace: Workspace, name: str = "test") -> int:
+        return workspace.scratch(name, (10, 10), torch.float32, cpu).data_ptr()
+
+    with pool.lent() as first:
+        where = place(first)
+        assert first.scratch("test", (5, 7), torch.float64, cpu).data_ptr() == where
+        assert place(first, "other") != where
+        there: list[int] = []
+
+        def work() -> None:
+            with pool.lent() as mine:
+                there.append(place(mine))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert there != [where]
+    with pool.lent() as one, pool.lent() as two:
+        assert {place(one), place(two)} == {where, *there}, "what was given back"
+
+
+def test_copies_and_pickles_work_in_shared_memory() -> None:
+    sae = built(StandardConfig(d_sae=20))
+    sae.memory = Workspaces()
+    assert copy.deepcopy(sae).memory is sae.memory
+    assert pickle.loads(pickle.dumps(sae)).memory is SHARED
 
 
 def test_gradients_are_used_again_and_never_twice_at_once() -> None:
     like = torch.empty(1 << 11, 1 << 10)
-    one, two = gradient_for(like), gradient_for(like)
+    memory = Workspace()
+    one, two = memory.gradient_for(like), memory.gradient_for(like)
     assert one.data_ptr() != two.data_ptr()
-    recycle([one, two.T, None, torch.empty(3)])
-    again, more, third = gradient_for(like), gradient_for(like), gradient_for(like)
+    memory.recycle([one, two.T, None, torch.empty(3)])
+    again, more, third = (memory.gradient_for(like) for _ in range(3))
     assert {again.data_ptr(), more.data_ptr()} == {one.data_ptr(), two.data_ptr()}
     assert third.data_ptr() not in (one.data_ptr(), two.data_ptr())
     assert again.shape == like.shape

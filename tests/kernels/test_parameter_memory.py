@@ -10,8 +10,9 @@ from saekit_plugins.architectures.standard import StandardConfig
 from support.kernels import adam, built, seeded
 
 from saekit.config import OptimizerConfig
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
 from saekit.training.optimizer import Optimizer
+from saekit.values import StepInput
 
 # ---- memory of parameters that is not as the SAE made it
 

@@ -16,7 +16,7 @@ import saekit.kernels.encoder
 import saekit.kernels.screen
 from saekit.kernels import Encoder
 from saekit.kernels.screen import Screen
-from saekit.sae import StepInput
+from saekit.values import StepInput
 
 
 @pytest.mark.parametrize("kind", HARD)
@@ -106,12 +106,12 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(cpu, torch.float64, 4096) == "not for float64"
     assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
     assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
-    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: False)
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: False)
     assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
     assert built(StandardConfig(d_sae=2048)).step_path() == (
         "fast kernels, not screened: this CPU has no bfloat16 products"
     )
-    monkeypatch.setattr(saekit.kernels.screen, "native_bfloat16", lambda: True)
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
     assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
 

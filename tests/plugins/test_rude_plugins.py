@@ -16,7 +16,7 @@ import saekit
 from saekit.config import ModelConfig, SAEConfig
 from saekit.errors import ModelError, PluginFailedError, PluginWarning, SAEFormatError
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 KIND = "pretrained_loaders"

@@ -19,8 +19,8 @@ from support.saved import make
 
 import saekit
 from saekit.errors import ConfigError, SAEFormatError, SaekitError
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def test_large_numbers_whose_sum_is_not_finite_are_fine() -> None:
         ({"architecture": None}, "gave None as architecture"),
         ({"activation_scale": NAN}, "scaled by nan, expected a number above 0"),
         ({"options": {"d_sae": 10, "d_in": 10**9}, "tensors": {"b_dec": torch.zeros(6)}}, "d_in × d_sae is 1e\\+10"),
-        ({"options": {"d_sae": 10}, "tensors": {"b_enc": torch.zeros(10)}}, "holds no vector b_dec"),
+        ({"options": {"d_sae": 10}, "tensors": {"b_enc": torch.zeros(10)}}, "says d_in nowhere"),
         ({"options": {"d_in": 6, "d_sae": 11}, "tensors": tensors()}, r"W_enc has shape \[6, 10\], expected \[6, 11\]"),
     ],
 )

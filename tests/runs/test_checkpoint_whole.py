@@ -196,10 +196,10 @@ def test_a_full_disk_when_training_is_interrupted(tmp_path: Path, monkeypatch: p
     )
     config["checkpoints"]["name"], calls[0] = "other", 0
 
-    def broken(trainer: SAETrainer, rows: Tensor) -> None:
+    def broken(trainer: SAETrainer, rows: Tensor, *rest: Any) -> None:
         if trainer.step == 4:
             raise ValueError("a fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     work = SAETrainer.train_on
     monkeypatch.setattr(SAETrainer, "train_on", broken)

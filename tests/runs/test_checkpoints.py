@@ -138,9 +138,9 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     work = SAETrainer.train_on
 
-    def slow(trainer: SAETrainer, rows: Tensor) -> Any:
+    def slow(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         clock[0] += 25 * 60
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(saving, "write_checkpoint", note)

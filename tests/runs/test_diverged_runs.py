@@ -27,17 +27,17 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int, what: str = "r
     """From this step on, the SAE of this name gets rows that are not numbers, or has weights that are not."""
     work = SAETrainer.train_on
 
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
+    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step + 1 >= step and name in trainer.name:
             if what == "rows":
                 rows = rows.clone()
                 rows[0, 0] = math.inf
             else:
-                found = work(trainer, rows)
+                found = work(trainer, rows, *rest)
                 with torch.no_grad():
                     trainer.sae.b_enc[0] = math.nan
                 return found
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", train_on)
 

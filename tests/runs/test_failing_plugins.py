@@ -16,11 +16,11 @@ from support.runs import fake_config, manager, resume, train
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.errors import PluginFailedError
-from saekit.protocols import Batch
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import FakeBackend, fake_plugin
+from saekit.values import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,8 +176,8 @@ def test_an_architecture(tmp_path: Path) -> None:
                 raise SystemExit(3)
             return super().training_step(x, step)
 
-    def build(config: Any, *, d_in: int, activation: Any) -> Any:
-        return Broken(config, d_in=d_in, activation=activation)
+    def build(config: Any, *, ports: Any, activation: Any) -> Any:
+        return Broken(config, ports=ports, activation=activation)
 
     own = manager(None, fake_plugin("sae_architectures", "mine", build, config=Config))
     table = fake_config(tmp_path)

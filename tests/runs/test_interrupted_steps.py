@@ -26,8 +26,8 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     config = fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 5})
     work, began = SAETrainer.train_on, []
 
-    def hangs(trainer: SAETrainer, rows: Tensor) -> Any:
-        found = work(trainer, rows)
+    def hangs(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
+        found = work(trainer, rows, *rest)
         if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # the first one is only noted
@@ -92,10 +92,10 @@ def test_an_error_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest.Mo
         config = saekit.grid(config, {"sae.l1_coefficient": [1.0, 2.0]}, plugins=manager())
     work = SAETrainer.train_on
 
-    def fails(trainer: SAETrainer, rows: Tensor) -> Any:
+    def fails(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == 3 and (not sweep or "=2" in trainer.name):
             raise RuntimeError("an architecture's fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="an architecture's fault") as caught:
         patch.setattr(SAETrainer, "train_on", fails)
@@ -117,10 +117,10 @@ def test_an_error_right_after_a_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     config = fake_config(tmp_path, checkpoints={"name": "run", "every_minutes": 1e-9})
     work = SAETrainer.train_on
 
-    def fails(trainer: SAETrainer, rows: Tensor) -> Any:
+    def fails(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == 3:
             raise RuntimeError("a fault")
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", fails)
     with pytest.raises(RuntimeError, match="a fault") as caught:

@@ -28,7 +28,7 @@ from support.runs import (
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.errors import TrainingInterrupted
 from saekit.files import storage
 from saekit.runs.saving import Saving
@@ -193,9 +193,9 @@ def test_a_step_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     work, pause = SAETrainer.train_on, [0.0]
 
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
+    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         time.sleep(pause[0])
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", train_on)
     found = []

@@ -20,7 +20,7 @@ from support.runs import LIVE, contents, fake_config, manager, pressing, resume,
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.errors import ConfigError, PluginFailedError, TrainingInterrupted
 from saekit.testing import FakeBackend, fake_plugin
 

@@ -111,7 +111,7 @@ def test_strange_yaml_is_told(text: str) -> None:
 def test_features_that_fired_in_training_are_not_dead() -> None:
     from saekit_plugins.architectures.standard import StandardConfig
 
-    from saekit.pretrained.load import build_module
+    from saekit.sae.build import build_module
 
     plugins = saekit.default_manager()
     sae = build_module(plugins.find("sae_architectures", StandardConfig()), StandardConfig(d_sae=8), 4, plugins)

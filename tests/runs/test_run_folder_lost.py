@@ -40,11 +40,11 @@ def parent_removed(run: Path) -> None:
 def at_step(step: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     train_on, done = SAETrainer.train_on, list[int]()
 
-    def train_then(trainer: SAETrainer, rows: Tensor) -> Any:
+    def train_then(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == step and not done:
             done.append(step)
             work()
-        return train_on(trainer, rows)
+        return train_on(trainer, rows, *rest)
 
     monkeypatch.setattr(SAETrainer, "train_on", train_then)
 

@@ -14,10 +14,10 @@ from support.trackers import SOON, Recorder, Uploader, raises, waits
 
 import saekit
 from saekit.errors import MissingPackageError, PluginError, StorageError
-from saekit.protocols import Histogram
 from saekit.runs import trackers as under_test
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.testing import fake_plugin
+from saekit.values import Histogram
 
 
 @attrs.define

@@ -21,8 +21,9 @@ from support.wandb_runs import fake_wandb, needs_wandb, read_back
 
 import saekit
 from saekit.errors import PluginFailedError
-from saekit.protocols import Histogram, RunInfo, Tracker
+from saekit.protocols import Tracker
 from saekit.runs.trackers import start_trackers
+from saekit.values import Histogram, RunInfo
 
 HISTOGRAM = Histogram((1, 5, 2), (-1.0, 0.0, 0.5, 2.0))
 

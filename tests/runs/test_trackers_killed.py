@@ -18,12 +18,12 @@ from support.trackers import SOON, Recorder, Uploader, raises, waits
 
 import saekit
 from saekit.errors import ConfigError
-from saekit.protocols import Histogram, RunInfo
 from saekit.runs import trackers as under_test
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_of, waiting_state
 from saekit.testing import fake_plugin
+from saekit.values import Histogram, RunInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

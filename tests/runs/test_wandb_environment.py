@@ -11,7 +11,7 @@ from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from support.wandb_runs import fake_wandb, needs_wandb, read_back
 
 import saekit
-from saekit.protocols import RunInfo
+from saekit.values import RunInfo
 
 GIVEN = {"project": "p", "entity": "e", "mode": "offline", "tags": ("t",)}
 SET = {

@@ -15,12 +15,12 @@ from support.runs import pressing
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.errors import TrainingInterrupted
-from saekit.pretrained.load import build_module
-from saekit.protocols import Batch
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import Batch
 
 WIDTH, FEATURES, ROWS = 24, 48, 256
 DOCUMENTS = [{"text": "abc def " * 50}]

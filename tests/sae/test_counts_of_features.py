@@ -10,8 +10,9 @@ import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 
 import saekit
-from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
+from saekit.sae.build import build_module
+from saekit.values import StepInput
 
 K = [0.29, 0.57, 0.58, 1.1, 1.15, 2.3, 3.37, 4.35, 8.2, 16.4, 0.1, 1 / 3, 4.0, 5, 1e-3, 2.675]
 

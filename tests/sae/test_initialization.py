@@ -13,16 +13,15 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import ConfigError
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE, geometric_median
-from saekit.sae.init import initialize
+from saekit.sae.build import build_module, initialize
 
 pytestmark = pytest.mark.usefixtures("way")
 
 
 def initialized(sample: Tensor | None = None, **options: object) -> SAE:
     sae = random_sae(**options)
-    initialize(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3), sample)
+    initialize(sae, torch.Generator().manual_seed(3), sample)
     return sae
 
 
@@ -75,7 +74,7 @@ def test_every_mix_of_initializations(decoder: str, transpose: bool, normalize: 
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     for parameter in sae.parameters():
         parameter.data.fill_(9)
-    initialize(dict(sae.named_parameters()), sae.config, torch.Generator().manual_seed(3))
+    initialize(sae, torch.Generator().manual_seed(3))
     W_enc, W_dec = sae.W_enc.detach().double(), sae.W_dec.detach().double()
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
@@ -146,7 +145,7 @@ def test_b_dec_of_scaled_activations(dtype: str, scale: float) -> None:
     }.items():
         sae = random_sae(b_dec_init_method=method, dtype=dtype)
         sample = None if method == "zeros" else x
-        initialize(dict(sae.named_parameters()), sae.config, torch.Generator(), sample, scale)
+        initialize(sae, torch.Generator(), sample, scale)
         assert sae.b_dec.detach().numpy() == pytest.approx(expected * scale, rel=1e-6)
 
 

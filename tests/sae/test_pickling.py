@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import saekit
-from saekit.pretrained.load import build_module
-from saekit.sae import SAE, HookPoint, StepInput
+from saekit.sae import SAE, HookPoint
+from saekit.sae.build import build_module
+from saekit.values import StepInput
 
 ARCHITECTURES = [item.key for item in saekit.default_manager().registries["sae_architectures"].items
                  if item.key.startswith("saekit:")]  # fmt: skip

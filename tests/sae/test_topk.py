@@ -23,13 +23,14 @@ from torch import Tensor
 import saekit
 from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
+from saekit.values import StepInput
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -22,8 +22,8 @@ from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.cache import CacheWriter, Manifest
 from saekit.data.cache.manifest import SiteRows
-from saekit.protocols import Batch
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import Batch
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 LAST = saekit.Site(hook_name="blocks.1.hook_resid_post")

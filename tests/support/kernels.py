@@ -13,9 +13,10 @@ import saekit.kernels.encoder
 import saekit.kernels.screen
 from saekit.config import OptimizerConfig, SAEConfig
 from saekit.kernels import Encoder, SparseFeatures
-from saekit.kernels.screen import Screen, native_bfloat16
-from saekit.pretrained.load import build_module
+from saekit.kernels.private_torch import has_bfloat16_products
+from saekit.kernels.screen import Screen
 from saekit.sae import SAE
+from saekit.sae.build import build_module
 from saekit.training.optimizer import Optimizer
 
 
@@ -65,7 +66,7 @@ def screened(d_in: int, d_sae: int, kind: str, seed: int = 0) -> tuple[Encoder, 
 
 
 HARD = ["plain", "norms", "outliers", "bias", "exact"]
-needs_bfloat16 = pytest.mark.skipif(not native_bfloat16(), reason="this CPU has no bfloat16 products")
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU has no bfloat16 products")
 
 
 def count_screens(monkeypatch: pytest.MonkeyPatch) -> list[int]:

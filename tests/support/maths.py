@@ -7,8 +7,9 @@ from saekit_plugins.architectures.standard import StandardConfig
 from torch import Tensor
 
 import saekit
-from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
+from saekit.sae import SAE
+from saekit.sae.build import build_module
+from saekit.values import StepInput
 
 D_IN, D_SAE, N = 6, 14, 9
 

@@ -108,11 +108,11 @@ def pressing(*at: int, number: int = signal.SIGINT, name: str | None = None) -> 
     """Press Ctrl-C in the middle of these steps, counted in the order in which SAEs (or one of them) make them."""
     made, work = [0], SAETrainer.train_on
 
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
+    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         made[0] += name in (None, trainer.name)
         if made[0] in at and name in (None, trainer.name):
             os.kill(os.getpid(), number)
-        return work(trainer, rows)
+        return work(trainer, rows, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SAETrainer, "train_on", train_on)

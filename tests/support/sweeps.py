@@ -15,9 +15,10 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.backends import Forward
-from saekit.sae import SAE, StepInput, StepOutput
+from saekit import Forward
+from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput, StepOutput
 
 DOCUMENTS = [{"text": "".join(f"value_{n}_{k} = {n * k}\n" for k in range(n % 7 + 12))} for n in range(150)]
 Changes = Mapping[str, Mapping[str, Any]]
@@ -33,8 +34,8 @@ class GainConfig(saekit.SAEConfig):
 
 
 class GainSAE(SAE):
-    def __init__(self, config: Any, *, d_in: int, activation: Any) -> None:
-        super().__init__(config, d_in=d_in, activation=activation)
+    def __init__(self, config: Any, *, ports: Any, activation: Any) -> None:
+        super().__init__(config, ports=ports, activation=activation)
         self.gain = torch.nn.Parameter(torch.rand(self.d_sae))  # of the process's random numbers, as torch's own are
 
     def encode(self, x: Tensor) -> Tensor:

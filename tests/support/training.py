@@ -15,15 +15,14 @@ from torch import Tensor
 
 import saekit
 from saekit.config import OptimizerConfig, TrainingConfig
-from saekit.pretrained.load import build_module
-from saekit.protocols import Histogram
 from saekit.sae import SAE
-from saekit.sae.init import initialize
+from saekit.sae.build import build_module, initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -56,7 +55,7 @@ def make_trainer(
     plugins = saekit.default_manager()
     options = StandardConfig(**{"d_sae": D_SAE, "dtype": "float64", "l1_coefficient": 0.5, **sae})
     module = build_module(plugins.find("sae_architectures", options), options, D_IN, plugins)
-    initialize(dict(module.named_parameters()), module.config, torch.Generator().manual_seed(0))
+    initialize(module, torch.Generator().manual_seed(0))
     module.b_enc.data[:asleep] = -30
     module.to(device)
     config = TrainingConfig(

@@ -17,9 +17,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     found: list[Step] = []
     original = SAETrainer.train_on
 
-    def watched(trainer: SAETrainer, batch: Tensor) -> Any:
+    def watched(trainer: SAETrainer, batch: Tensor, *rest: Any) -> Any:
         before = weights(trainer)
-        metrics = original(trainer, batch)
+        metrics = original(trainer, batch, *rest)
         x = batch.to(trainer.sae.W_enc.dtype) * trainer.scale
         found.append(Step(trainer.sae, x, before, weights(trainer), dict(metrics)))
         return metrics

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
-from saekit.backends import Forward
+from saekit import Forward
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 pytestmark = pytest.mark.usefixtures("way")

@@ -12,8 +12,8 @@ from support.training import make_trainer, rows
 from torch import nn
 
 from saekit.config import OptimizerConfig
-from saekit.sae import StepInput
 from saekit.training.optimizer import Optimizer
+from saekit.values import StepInput
 
 pytestmark = pytest.mark.usefixtures("way")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import ConfigError, TrainingInterrupted
-from saekit.sae import StepInput
 from saekit.training.trainer import SAETrainer
+from saekit.values import StepInput
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -151,10 +151,10 @@ def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(
     assert compiled.runs == 8
     step = SAETrainer.train_on
 
-    def stopping(trainer: SAETrainer, batch: Tensor) -> Any:
+    def stopping(trainer: SAETrainer, batch: Tensor, *rest: Any) -> Any:
         if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer, batch)
+        return step(trainer, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(SAETrainer, "train_on", stopping)

@@ -16,11 +16,11 @@ from support.tiny import run_config
 import saekit
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError
-from saekit.pretrained.load import build_module
-from saekit.sae import SAE, StepInput
-from saekit.sae.init import initialize
+from saekit.sae import SAE
+from saekit.sae.build import build_module, initialize
 from saekit.sae.losses import variance_ratio
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
+from saekit.values import StepInput
 
 D_IN, D_SAE, ROWS = 10, 48, 70
 
@@ -114,7 +114,7 @@ def test_features_start_alive_with_outlier_dimensions(config: Any) -> None:
     for method in (None, "zeros"):
         options = config(d_sae=512, k=16, **({} if method is None else {"b_dec_init_method": method}))
         sae = built(options, 64)
-        initialize(dict(sae.named_parameters()), options, torch.Generator().manual_seed(0), x)
+        initialize(sae, torch.Generator().manual_seed(0), x)
         pre = sae.pre_activations(x) * sae.decoder_norms()
         alive[method] = len(pre.topk(16, dim=1).indices.unique())
     assert alive[None] > 500

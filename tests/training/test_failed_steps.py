@@ -15,7 +15,7 @@ import saekit
 from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import DivergedError
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer

@@ -21,7 +21,7 @@ from torch import Tensor
 import saekit
 from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.data.normalize import activation_scale
-from saekit.pretrained.load import build_module
+from saekit.sae.build import build_module
 from saekit.sae.init import initial_b_dec
 from saekit.site import Site
 from saekit.training.firing import FiringStatistics

@@ -54,7 +54,7 @@ def rows_seen(config: dict[str, Any]) -> torch.Tensor:
         def losses(self, x: torch.Tensor, step: Any) -> Any:
             seen.append(x.clone())
             loss = self.W_enc.sum() * 0
-            from saekit.sae import StepOutput
+            from saekit.values import StepOutput
 
             return StepOutput(loss=loss, losses={}, output=x, fired=torch.zeros(self.d_sae, dtype=torch.long))
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.pretrained.load import build_module
 from saekit.sae import SAE
-from saekit.sae.init import initialize
+from saekit.sae.build import build_module, initialize
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -29,7 +28,7 @@ def saved_sae(folder: Path, seed: int = 1, d_sae: int = 40, d_in: int = 8, **opt
     config = StandardConfig(**{"d_sae": d_sae, **options})
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     generator = torch.Generator().manual_seed(seed)
-    initialize(dict(sae.named_parameters()), sae.config, generator)
+    initialize(sae, generator)
     sae.b_enc.data = torch.randn(d_sae, generator=generator).to(sae.b_enc) * 0.1
     sae.b_dec.data = torch.randn(d_in, generator=generator).to(sae.b_dec)
     sae.save(folder)

@@ -94,13 +94,13 @@ def test_an_architecture_that_draws_its_own_tensors(tmp_path: Path) -> None:
     class MixedConfig(StandardConfig):
         pass
 
-    def build(config: Any, *, d_in: int, activation: Any) -> SAE:
+    def build(config: Any, *, ports: Any, activation: Any) -> SAE:
         plain = (
             saekit.default_manager()
             .find("sae_architectures", "standard")
-            .entry.build(config, d_in=d_in, activation=activation)
+            .entry.build(config, ports=ports, activation=activation)
         )
-        plain.mixing = nn.Parameter(nn.Linear(d_in, d_in).weight.detach())
+        plain.mixing = nn.Parameter(nn.Linear(ports.d_in, ports.d_in).weight.detach())
         return plain
 
     mixed = fake_plugin("sae_architectures", "mixed", build=build, config=MixedConfig)

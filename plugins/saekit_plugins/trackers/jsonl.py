@@ -17,7 +17,7 @@ import attrs
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check, is_free_in_run
 from saekit.files import hidden_name, parse_json
-from saekit.protocols import Histogram, Metrics
+from saekit.values import Histogram, Metrics
 
 _TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
 """What else there may be in a run folder."""

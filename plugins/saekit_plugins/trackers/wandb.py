@@ -15,7 +15,7 @@ import attrs
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
 from saekit.files import hidden_name
-from saekit.protocols import Histogram, Metrics
+from saekit.values import Histogram, Metrics
 
 ID_FILE = "wandb-run-id.txt"
 """Holds the W&B run's id, in the run folder: a run that is resumed goes on in the same W&B run."""

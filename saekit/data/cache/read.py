@@ -22,8 +22,8 @@ from saekit.data.cache.manifest import DOCUMENTS, HEADER, TOKENS, Manifest
 from saekit.data.cache.order import RowOrder
 from saekit.data.cache.watch import WatchedFile, check_files
 from saekit.errors import DataError
-from saekit.protocols import Batch
 from saekit.site import Site
+from saekit.values import Batch
 
 __all__ = ["CachedActivations", "CachedBatches", "available_memory"]
 

@@ -25,7 +25,7 @@ from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Mani
 from saekit.errors import DataError, PlaceError, StorageError
 from saekit.files.storage import new_folder, sha256
 from saekit.files.tensors import SummedFile, header
-from saekit.protocols import Batch
+from saekit.values import Batch
 
 __all__ = ["CacheWriter"]
 

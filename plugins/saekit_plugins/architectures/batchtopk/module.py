@@ -4,32 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from saekit import Ports
 from saekit.errors import SAEFormatError
-from saekit.kernels import Encoder, Features, SparseFeatures, active_groups, batch_top, screen_for
-from saekit.protocols import ActivationFunction, SparseActivation
+from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for
+from saekit.protocols import ActivationFunction
+from saekit.sae import Factor, one_factor
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
-from saekit_plugins.architectures.topk.module import TopKSAE
+from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
 
 __all__ = ["BatchTopKSAE"]
+
+_AVERAGE = ("threshold_average", "threshold_updates")  # what the threshold is made of; it is saved in their place
+
+
+class BatchTopKKernel(TopKKernel):
+    """As :class:`TopKKernel`, but for which features are active."""
+
+    def chosen(
+        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None
+    ) -> Iterator[tuple[int, SparseFeatures]]:
+        wanted = sae.wanted(len(centered))
+        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
+
+    def groups(self, sae: Any, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
+        norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
+        above = sae.threshold if norms is None else sae.threshold / norms
+        groups = active_groups(encoder, sae.centered(rows), sae.activation, above=above, screen=screen_for(encoder))
+        for start, group in groups:
+            if isinstance(group, SparseFeatures):
+                yield start, group.scaled(norms)
+            else:
+                yield start, group if norms is None else group.mul_(norms)
 
 
 class BatchTopKSAE(TopKSAE):
     """See the module."""
 
+    step_kernels = (BatchTopKKernel(),)
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"
     threshold_average: Tensor
     threshold_updates: Tensor
 
-    def __init__(self, config: BatchTopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
-        super().__init__(config, d_in=d_in, activation=activation)
+    def __init__(self, config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
+        super().__init__(config, ports=ports, activation=activation)
         # In float64, as otherwise small updates of a large average would be lost.
-        for name in ("threshold_average", "threshold_updates"):
+        for name in _AVERAGE:
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device="cpu"))
         self._k = Fraction(repr(float(config.k)))  # the decimal that was written, not the binary number next to it
 
@@ -52,10 +77,10 @@ class BatchTopKSAE(TopKSAE):
     def training_features(self, pre: Tensor) -> Tensor:
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu().flatten()
-        values, places = features.topk(self._wanted(len(pre)), sorted=False)
+        values, places = features.topk(self.wanted(len(pre)), sorted=False)
         return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
 
-    def _wanted(self, rows: int) -> int:
+    def wanted(self, rows: int) -> int:
         """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
         return self._k.numerator * rows // self._k.denominator
 
@@ -69,39 +94,21 @@ class BatchTopKSAE(TopKSAE):
         self.threshold_updates += there
         return {"topk_threshold": self.threshold}
 
-    def why_no_fast_path(self, *, training: bool) -> str | None:
-        return super().why_no_fast_path(training=training)  # this class has its own features_of, and kernels for it
-
-    def training_groups(self, centered: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
-        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        wanted = self._wanted(len(centered))
-        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
-
-    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
-        norms = self.feature_norms()
-        above = self.threshold if norms is None else self.threshold / norms
-        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        activation = cast("SparseActivation", self.activation)  # ReLU
-        groups = active_groups(encoder, self.centered(rows), activation, above=above, screen=screen_for(encoder))
-        for start, group in groups:
-            if isinstance(group, SparseFeatures):
-                yield start, group.scaled(norms)
-            else:
-                yield start, group if norms is None else group.mul_(norms)
-
     # ---- saving
 
     @torch.no_grad()
-    def fold_activation_scale(self, scale: float) -> None:
-        super().fold_activation_scale(scale)
+    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        super().fold_activation_scale(scale, target_scale)
         if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
-            self.threshold_average /= scale
+            self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
 
     def public_tensors(self) -> dict[str, Tensor]:
         tensors, norms = super().public_tensors(), self.norms_when_saved()
+        for name in _AVERAGE:
+            tensors.pop(name)
         threshold = self.threshold.detach().cpu().expand(self.d_sae)
         # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
         if norms is not None:  # nothing is decoded of a row of norm 0
@@ -115,9 +122,9 @@ class BatchTopKSAE(TopKSAE):
         threshold = tensors.pop("threshold", None)
         if threshold is None:
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
-        super().load_public_tensors(tensors)
+        average = [torch.zeros((), dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)]
+        super().load_public_tensors(tensors | dict(zip(_AVERAGE, average, strict=True)))
         self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
-        self.threshold_updates.fill_(torch.inf)
 
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""

@@ -8,10 +8,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from saekit import Ports
 from saekit.errors import ConfigError
-from saekit.kernels import Encoder, FastStep, Features, SparseFeatures, add_auxk, dense_above, screen_for, top_groups
+from saekit.kernels import (
+    Encoder,
+    FastStep,
+    Features,
+    SparseFeatures,
+    SparseKernel,
+    Workspace,
+    add_auxk,
+    dense_above,
+    screen_for,
+    top_groups,
+)
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, StepInput, StepOutput, auxk_loss, squared_errors, variance_ratio
+from saekit.sae import SAE, auxk_loss, squared_errors, variance_ratio
+from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.topk import TopKConfig
 
 __all__ = ["TopKSAE", "folded"]
@@ -35,20 +48,72 @@ def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
     return {**tensors, "W_enc": W_enc * norms, "b_enc": b_enc * norms, "W_dec": W_dec / norms[:, None]}
 
 
+class TopKKernel(SparseKernel["TopKSAE"]):
+    """Of the active features alone, in every product but the encoder's."""
+
+    def refuses_options(self, sae: TopKSAE, *, training: bool) -> str | None:
+        if sae.config.k > dense_above(sae.W_dec) * sae.d_sae:
+            return f"k = {sae.config.k} is so large a part of the features that sparse products cost more"
+        if isinstance(sae.activation, SparseActivation):
+            return None
+        return "the activation function declares no sparse support"
+
+    def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
+        coefficient, norms = sae.config.aux_weight, sae.feature_norms()
+        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
+            with torch.enable_grad():
+                result = sae.losses(x, step)
+                result.loss.backward()
+            return result
+        fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
+        logged: dict[str, float | Tensor] = {}
+
+        def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
+            values = features.values if isinstance(features, SparseFeatures) else features
+            found: Tensor = sae.activation.pre_gradient(gradient, values)
+            return found
+
+        for start, features in self.chosen(sae, encoder, fast.centered, norms):
+            logged |= sae.after_features(features.scaled(norms))
+            fast.add(start, features, to_pre)
+        aux = x.new_zeros(())
+        if coefficient and step.dead is not None:
+            dead = step.dead.nonzero().squeeze(1)
+            if len(dead):
+                weight = sae.aux_weight(fast.target, fast.output)
+                aux = add_auxk(fast, encoder, dead, sae.k_aux, weight, norms, shrink=sae.aux_shrinks)
+        losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
+        return fast.finish(losses, weights=(1, 1), coefficients=logged)
+
+    def chosen(
+        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None
+    ) -> Iterator[tuple[int, SparseFeatures]]:
+        """The pre-activations of active features in training, group by group with its first row."""
+        return top_groups(encoder, centered, sae.config.k, scale=norms, screen=screen_for(encoder, norms))
+
+    def groups(self, sae: TopKSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
+        norms = sae.feature_norms()
+        for start, group in self.chosen(sae, self.encoder(sae, workspace), sae.centered(rows), norms):
+            yield start, group.scaled(norms)
+
+
 class TopKSAE(SAE):
     """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``.
 
     :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
     """
 
+    step_kernels = (TopKKernel(),)
     config: TopKConfig
     _name: ClassVar[str] = "topk"
 
-    def __init__(self, config: TopKConfig, *, d_in: int, activation: ActivationFunction) -> None:
+    def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(self._name, activation)
-        if config.k > config.features(d_in):
-            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(d_in)} features")])
-        super().__init__(config, d_in=d_in, activation=activation)
+        if config.k > config.features(ports.d_in):
+            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
+        super().__init__(config, ports=ports, activation=activation)
+
+    activation: Any
 
     def feature_norms(self) -> Tensor | None:
         """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
@@ -73,14 +138,15 @@ class TopKSAE(SAE):
         pre = self.pre_activations(x)
         features = self.training_features(pre)
         output = self.reconstruction(features)
-        mse = squared_errors(output, x).sum(-1).mean()
+        target = step.target_for(x)
+        mse = squared_errors(output, target).sum(-1).mean()
         aux = mse.new_zeros(())
         if step.dead is not None and self.config.aux_weight and self._may_be_any(step.dead):
             decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
             aux = auxk_loss(
-                pre, x, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
+                pre, target, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
             )
-            aux = aux * self.aux_weight(x, output)
+            aux = aux * self.aux_weight(target, output)
         return StepOutput(
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
@@ -102,13 +168,13 @@ class TopKSAE(SAE):
         """What the features of a training step change in the SAE; and what is logged of it."""
         return {}
 
-    def aux_weight(self, x: Tensor, output: Tensor) -> float | Tensor:
-        """What AuxK is multiplied by, for ``x`` and its reconstructions ``output``, ``[n, d_in]`` both."""
+    def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
+        """What AuxK is multiplied by, for ``target`` and its reconstructions ``output``, ``[n, d_out]`` both."""
         coefficient = self.config.aux_weight
         if self.config.aux_loss_normalization == "none":
             return coefficient
         # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
-        return (coefficient * variance_ratio(x, output)).clamp_max(1)
+        return (coefficient * variance_ratio(target, output)).clamp_max(1)
 
     @property
     def aux_shrinks(self) -> bool:
@@ -118,50 +184,6 @@ class TopKSAE(SAE):
     @property
     def k_aux(self) -> int:
         return self.config.k_aux or max(self.d_in // 2, 1)
-
-    def why_no_fast_path(self, *, training: bool) -> str | None:
-        if self.config.k > dense_above(self.W_dec) * self.d_sae:
-            return f"k = {self.config.k} is so large a part of the features that sparse products cost more"
-        if isinstance(self.activation, SparseActivation):
-            return None
-        return "the activation function declares no sparse support"
-
-    def fast_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        coefficient, norms = self.config.aux_weight, self.feature_norms()
-        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
-            with torch.enable_grad():
-                result = self.losses(x, step)
-                result.loss.backward()
-            return result
-        fast = FastStep(self, x)
-        logged: dict[str, float | Tensor] = {}
-        for start, features in self.training_groups(fast.centered, norms):
-            logged |= self.after_features(features.scaled(norms))
-            fast.add(start, features, self._to_pre)
-        aux = x.new_zeros(())
-        if coefficient and step.dead is not None:
-            dead = step.dead.nonzero().squeeze(1)
-            if len(dead):
-                weight = self.aux_weight(x, fast.output)
-                aux = add_auxk(fast, x, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
-        losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
-        return fast.finish(losses, weights=(1, 1), coefficients=logged)
-
-    def training_groups(self, centered: Tensor, norms: Tensor | None) -> Iterator[tuple[int, SparseFeatures]]:
-        """The pre-activations of active features in training, group by group with its first row."""
-        encoder = Encoder(self.W_enc.detach(), self.b_enc.detach())
-        return top_groups(encoder, centered, self.config.k, scale=norms, screen=screen_for(encoder, norms))
-
-    def _to_pre(self, gradient: Tensor, features: Features, rows: slice) -> Tensor:
-        assert isinstance(self.activation, SparseActivation)
-        return self.activation.pre_gradient(
-            gradient, features.values if isinstance(features, SparseFeatures) else features
-        )
-
-    def feature_groups(self, rows: Tensor) -> Iterator[tuple[int, Features]]:
-        norms = self.feature_norms()
-        for start, group in self.training_groups(self.centered(rows), norms):
-            yield start, group.scaled(norms)
 
     # ---- saving
 

@@ -1,0 +1,129 @@
+"""A fast way to train and to use an architecture, as an object: it says what it refuses, and does the rest.
+
+An architecture lists those that it may use (:attr:`saekit.SAE.step_kernels`); the first that does not refuse is taken,
+and where all do, autograd is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.devices import KERNEL_DEVICES
+from saekit.kernels.encoder import Encoder, Features
+from saekit.kernels.inference import Decoder
+from saekit.kernels.screen import why_no_screen
+from saekit.kernels.workspace import Workspace
+from saekit.values import StepInput, StepOutput
+
+__all__ = ["SparseKernel", "StepKernel", "Use", "choose"]
+
+S = TypeVar("S")
+
+
+@attrs.frozen(kw_only=True)
+class Use:
+    """What a kernel is asked to serve."""
+
+    training: bool
+    """A training step; else inference, for which nobody wants a gradient."""
+    device: torch.device
+    dtype: torch.dtype
+    """That of the weights."""
+    asked: Literal["auto", "fast", "reference"] = "auto"
+    """``training.kernels``."""
+    autocast: bool = False
+    """The caller wants products rounded by torch's autocast."""
+    compiled: bool = False
+    """The loss is compiled, or what is done is traced."""
+    learning: frozenset[str] = frozenset()
+    """The parameters that want a gradient."""
+
+
+class StepKernel(Generic[S]):
+    """For dictionaries of the class ``S``.  It has no state: one object serves all."""
+
+    name: ClassVar[str] = "fast kernels"
+
+    def refuses(self, sae: S, use: Use) -> str | None:
+        """Why it cannot serve this architecture with its options, this device, type and so on; None: it can."""
+        raise NotImplementedError
+
+    def step(self, sae: S, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
+        """A training step on ``x [n, d_in]``: what :meth:`saekit.SAE.losses` reports, with its gradients in the
+        parameters' ``grad``, which are None before.  Without autograd."""
+        raise NotImplementedError
+
+    def groups(self, sae: S, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
+        """The features of ``rows [n, d_in]`` for inference, group by group with its first row; each is used up before
+        the next is asked for."""
+        raise NotImplementedError
+
+    def decoder(self, sae: S) -> Decoder:
+        """What makes outputs of features."""
+        raise NotImplementedError
+
+    def remark(self, sae: S) -> str:
+        """How it works here, in words; shown beside its name."""
+        return ""
+
+
+class SparseKernel(StepKernel[S]):
+    """For one hidden layer whose features are mostly zero: ``W_enc``, ``b_enc``, ``W_dec``, ``b_dec`` and, where
+    fine-tuning added it, ``scaling_factor``.  Architectures override :meth:`refuses_options`, :meth:`step`,
+    :meth:`groups`."""
+
+    gradients: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
+    """The parameters whose gradients :meth:`step` makes."""
+
+    def refuses(self, sae: S, use: Use) -> str | None:
+        if use.asked == "reference":
+            return 'kernels is "reference"'
+        if use.compiled:
+            return "it is compiled"
+        if use.device.type not in KERNEL_DEVICES:
+            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {use.device.type}"
+        if use.autocast:
+            return "autocast rounds its products"
+        wide = use.dtype == torch.float64 and (use.asked == "fast" or not use.training)
+        if use.dtype != torch.float32 and not wide:
+            return f"the weights are {str(use.dtype).removeprefix('torch.')}"
+        if more := sorted(use.learning - set(self.gradients)):
+            return f"the kernels have no gradient for {', '.join(more)}"
+        return self.refuses_options(sae, training=use.training)
+
+    def refuses_options(self, sae: S, *, training: bool) -> str | None:
+        """Why not with the options of ``sae``, for ``training`` or else for inference; None: with these, too."""
+        return None
+
+    def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
+        """``x̄ W_enc + b_enc`` by chunks, in the memory of ``workspace``."""
+        return Encoder(sae.W_enc.detach(), sae.b_enc.detach(), workspace)
+
+    def decoder(self, sae: Any) -> Decoder:
+        return Decoder(sae.W_dec, sae.b_dec, sae.decoder_scale())
+
+    def remark(self, sae: Any) -> str:
+        reason = self.why_no_screen(sae)
+        return "screened in bfloat16" if reason is None else f"not screened: {reason}"
+
+    def why_no_screen(self, sae: Any) -> str | None:
+        """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
+        reason = why_no_screen(sae.W_enc.device, sae.W_enc.dtype, sae.W_enc.shape[1])
+        if reason is None and not sae.W_enc.T.is_contiguous():
+            return "the numbers of a column of W_enc do not lie together"
+        return reason
+
+
+def choose(kernels: Sequence[StepKernel[S]], sae: S, use: Use) -> tuple[StepKernel[S] | None, str]:
+    """The first of ``kernels`` that does not refuse, and in words why none of those before it, or none at all, is."""
+    reasons: list[str] = []
+    for kernel in kernels:
+        if (reason := kernel.refuses(sae, use)) is None:
+            return kernel, "; ".join(reasons)
+        reasons.append(reason if len(kernels) == 1 else f"{kernel.name}: {reason}")
+    return None, "; ".join(reasons) or "the architecture has no fast path"

@@ -1,0 +1,67 @@
+"""``SAE``: a dictionary that is loaded and saved, for people.  The module itself knows no files and no loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self, TypeVar
+
+from saekit.config import PluginChoice
+from saekit.errors import SAEFormatError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager
+from saekit.pretrained.files import SAEFiles
+from saekit.pretrained.load import load_sae
+from saekit.sae.folder import save_sae
+from saekit.sae.module import SAEModule
+
+__all__ = ["SAE"]
+
+_S = TypeVar("_S", bound="SAE")
+
+
+class SAE(SAEModule):
+    """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
+
+        sae-lens 6 reads it too, where it has the architecture.
+        """
+        return save_sae(self, as_path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """The SAE in a folder, of whatever format a loader plugin knows.
+
+        ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        """
+        return _as(cls, load_sae(SAEFiles.in_folder(path), loader=loader, device=device, plugins=plugins))
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        folder: str = "",
+        *,
+        revision: str | None = None,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """The SAE in a folder of a Hugging Face repository."""
+        files = SAEFiles.on_hub(repo_id, folder, revision=revision)
+        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+
+
+def _as(cls: type[_S], sae: SAEModule) -> _S:
+    if not isinstance(sae, cls):
+        raise SAEFormatError(f"this is a {type(sae).__name__}, not a {cls.__name__}; load it with saekit.SAE.load")
+    return sae

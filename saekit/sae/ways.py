@@ -1,0 +1,118 @@
+"""How a module does what it does: by one of its kernels, by a compiled loss, or by plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from saekit.kernels.kernel import StepKernel, Use, choose
+from saekit.kernels.private_torch import is_followed
+from saekit.kernels.workspace import SHARED, Workspaces
+from saekit.sae.casting import Castable
+
+__all__ = ["Ways"]
+
+_MATHEMATICS = (
+    "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
+    "reconstruction", "training_features",
+)  # fmt: skip
+
+
+class Ways(Castable):
+    """What :class:`saekit.sae.SAEModule` has of it."""
+
+    kernels: Literal["auto", "fast", "reference"] = "auto"
+    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``reference``:
+    plain torch."""
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
+    """The fast ways of this very class, the best first.  One that changes the mathematics inherits none."""
+    memory: Workspaces = SHARED
+    """Where kernels work."""
+
+    losses: Any
+    _compile_mode: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
+
+    def step_path(self) -> str:
+        """The way of a training step now, in words."""
+        kernel, reasons = self._training_kernel()
+        if kernel is None:
+            return f"plain torch: {reasons}"
+        remark = kernel.remark(self)
+        return kernel.name + (f", {remark}" if remark else "") + (f" (not {reasons})" if reasons else "")
+
+    def why_reference(self) -> str | None:
+        """Why a training step now takes the way of autograd; None: it takes a fast one."""
+        kernel, reasons = self._training_kernel()
+        return None if kernel is not None else reasons
+
+    def _training_kernel(self) -> tuple[StepKernel[Any] | None, str]:
+        learning = frozenset(name for name, value in self.named_parameters() if value.requires_grad)
+        return self._chosen(training=True, compiled="losses" in vars(self), learning=learning)
+
+    def _kernel_for(self, x: Tensor) -> StepKernel[Any] | None:
+        """That of inference on ``x``; None where somebody wants its gradient, or all refuse."""
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return None
+        return self._chosen(training=False, compiled=is_followed(x), learning=frozenset())[0]
+
+    def _chosen(
+        self, *, training: bool, compiled: bool, learning: frozenset[str]
+    ) -> tuple[StepKernel[Any] | None, str]:
+        device = self.device
+        use = Use(
+            training=training,
+            device=device,
+            dtype=self.dtype,
+            asked=self.kernels,
+            autocast=torch.is_autocast_enabled(device.type),
+            compiled=compiled,
+            learning=learning,
+        )
+        kernel, reasons = choose(self.step_kernels, self, use)
+        if kernel is not None and (changed := _changed(type(self))) is not None:
+            return None, changed
+        return kernel, reasons
+
+    def compile_losses(self, mode: str = "default") -> None:
+        """From now on train with :meth:`losses` compiled by ``torch.compile``."""
+        self._compile_mode = mode
+        self.losses = torch.compile(self.losses, mode=mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        for name in ("losses", "table"):  # either is made again
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._compile_mode is not None:
+            self.compile_losses(self._compile_mode)
+
+
+def _changed(kind: type) -> str | None:
+    """Why the kernels that ``kind`` inherits are not its own: it changes the mathematics.  None: it does not.
+
+    The class that lists ``step_kernels`` answers for the mathematics that it has and inherits.
+    """
+    for owner in kind.__mro__:
+        if "step_kernels" in vars(owner):
+            return None
+        for name in _MATHEMATICS:
+            if name in vars(owner):
+                return f"{owner.__name__} overrides {name}, and not step_kernels"
+    return None

@@ -1,0 +1,276 @@
+"""What travels through a run: batches, what a step is given and reports, what is logged, what an SAE knows of itself.
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+
+import attrs
+
+from saekit.errors import ConfigError
+from saekit.files.names import fault_of_name, is_free_in_run
+from saekit.files.storage import tidy
+from saekit.site import Site
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "StepInput", "StepOutput",
+    "Want", "is_scale",
+]  # fmt: skip
+
+_SCALED = "expected_average_only_in"
+
+Replacement: TypeAlias = "Callable[[Tensor], Tensor]"
+"""Takes what a hook holds, ``[b, t, ...]``, and returns what the model shall go on with, of the same shape."""
+Want: TypeAlias = Literal["held", "loss", "logits"]
+"""What a forward is for beside what its hooks hold: nothing else, the loss, or the logits."""
+
+
+@attrs.frozen(eq=False)
+class Forward:
+    """What one forward gave."""
+
+    held: Mapping[str, Tensor]
+    """What each hook that was read holds, ``[b, t, ...]``, before anything was put in its place."""
+    _loss: Tensor | None = None
+    _logits: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Next-token cross-entropy in nats, ``[b, t - 1]``, of a forward that was asked for it."""
+        return _asked_for(self._loss, "loss")
+
+    @property
+    def logits(self) -> Tensor:
+        """``[b, t, d_vocab]``, of a forward that was asked for them."""
+        return _asked_for(self._logits, "logits")
+
+
+def _asked_for(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"this forward was not asked for its {what}: run(..., want={what!r})")
+    return value
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """Rows of activations: for each site, ``[n, d_in]`` for the same ``n`` tokens, and where the tokens are from."""
+
+    activations: Mapping[Site, Tensor]
+    tokens: Tensor | None = None
+    """``[n]`` token ids, where the source knows them."""
+    documents: Tensor | None = None
+    """``[n]`` positions of the tokens' documents in the dataset."""
+    positions: Tensor | None = None
+    """``[n]`` positions in the context."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.activations.values())))
+
+    def thinned(self, n: int) -> Batch:
+        """``n`` rows spread evenly over the batch, or all: rows may be in an order, so the first would not be fair."""
+        if n >= len(self):
+            return self
+        kept = [row * len(self) // n for row in range(n)]
+        origins = [None if origin is None else origin[kept] for origin in (self.tokens, self.documents, self.positions)]
+        return Batch({site: rows[kept] for site, rows in self.activations.items()}, *origins)
+
+
+@attrs.frozen(eq=False)
+class Ports:
+    """The sites that a dictionary reads, and those that it writes, with their widths.
+
+    Inside a dictionary the inputs lie side by side in one matrix ``x [n, d_in]``, and the targets in another,
+    ``[n, d_out]``, in the order of the names here.  An SAE has one site, which is both.
+    """
+
+    inputs: Mapping[str, int]
+    """The width of each input by the name of its site (:attr:`saekit.Site.name`)."""
+    targets: Mapping[str, int] = attrs.field()
+    """Likewise of each target.  Left out: the inputs."""
+
+    @targets.default
+    def _inputs(self) -> Mapping[str, int]:
+        return self.inputs
+
+    @classmethod
+    def one(cls, d_in: int, name: str = "x") -> Ports:
+        """Those of an SAE of the width ``d_in``."""
+        return cls({name: d_in})
+
+    def __attrs_post_init__(self) -> None:
+        for what, widths in (("inputs", self.inputs), ("targets", self.targets)):
+            if not widths or any(isinstance(width, bool) or width < 1 for width in widths.values()):
+                raise ValueError(f"{what} must be widths of 1 or more by the names of sites, found {dict(widths)}")
+
+    def __eq__(self, other: object) -> bool:
+        """In the same order, too: columns depend on it."""
+        if not isinstance(other, Ports):
+            return NotImplemented
+        return [*self.inputs.items()] == [*other.inputs.items()] and [*self.targets.items()] == [*other.targets.items()]
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.inputs.items()), tuple(self.targets.items())))
+
+    @property
+    def d_in(self) -> int:
+        """The width of all inputs side by side."""
+        return sum(self.inputs.values())
+
+    @property
+    def d_out(self) -> int:
+        """The width of all targets side by side."""
+        return sum(self.targets.values())
+
+    @property
+    def same(self) -> bool:
+        """Whether the targets are the inputs."""
+        return [*self.inputs.items()] == [*self.targets.items()]
+
+    def split_input(self, x: Tensor) -> dict[str, Tensor]:
+        """Views ``[..., width]`` of ``x [..., d_in]``, by the names of the inputs."""
+        return dict(zip(self.inputs, x.split([*self.inputs.values()], dim=-1), strict=True))
+
+    def split_target(self, y: Tensor) -> dict[str, Tensor]:
+        """Views ``[..., width]`` of ``y [..., d_out]``, by the names of the targets."""
+        return dict(zip(self.targets, y.split([*self.targets.values()], dim=-1), strict=True))
+
+
+@attrs.frozen
+class StepInput:
+    """What a training step may depend on beside its ``x [n, d_in]``."""
+
+    step: int
+    """From 0."""
+    generator: torch.Generator
+    """For whatever the step draws."""
+    dead: Tensor | None = None
+    """``[d_sae]`` bool: the features that have not fired for the dead-feature window."""
+    steps: int | None = None
+    """How many there are to be in all, as far as that is known: a schedule of the architecture's own ends there."""
+    target: Tensor | None = None
+    """``[n, d_out]``: what is to be reconstructed.  None: ``x`` itself."""
+    batch: Batch | None = None
+    """Where the rows come from: tokens, documents and positions, where the source knows them."""
+    backend: Any = None
+    """The :class:`saekit.protocols.ModelBackend` of the run, where there is one: for losses of the model's outputs."""
+
+    def target_for(self, x: Tensor) -> Tensor:
+        """:attr:`target`, or ``x``."""
+        return x if self.target is None else self.target
+
+
+class StepOutput(NamedTuple):
+    """What a training step reports.  Tensors stay on the device; nothing waits for them."""
+
+    loss: Tensor
+    losses: Mapping[str, Tensor]
+    """The terms by their logged name, such as ``mse_loss``."""
+    output: Tensor
+    """``[n, d_out]``, detached."""
+    fired: Tensor
+    """``[d_sae]``: rows on which each feature was above zero."""
+    coefficients: Mapping[str, float | Tensor] = {}
+    """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
+    metrics: Mapping[str, float | Tensor] = {}
+    """The architecture's own metrics, logged under these names; tensors are scalars."""
+
+
+def is_scale(value: object) -> bool:
+    """Whether activations can be multiplied by ``value``: a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+@attrs.frozen(kw_only=True)
+class SAEInfo:
+    """Where an SAE comes from and where it belongs."""
+
+    architecture: str = ""
+    """The qualified key of the plugin that made it."""
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    """The architecture's options as plain data, every plugin by its qualified key."""
+    site: Site | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
+
+    @property
+    def scale_is_unknown(self) -> bool:
+        """Whether the SAE was trained on scaled activations, and nobody knows by which factor."""
+        return self.metadata.get("normalize_activations") in (True, _SCALED)
+
+    def with_scale(self, scale: float | None) -> Self:
+        """For weights that a factor was folded into, where it was unknown until now or nothing was said; None: unknown.
+
+        A factor of 1 says nothing.
+        """
+        if scale is None:
+            return attrs.evolve(self, metadata={**self.metadata, "normalize_activations": _SCALED})
+        if scale == 1:
+            return self
+        left = {name: value for name, value in self.metadata.items() if name != "normalize_activations"}
+        return attrs.evolve(self, metadata={**left, "activation_scale": scale})
+
+    def lines(self) -> list[str]:
+        """What is known, a line each, for people."""
+        known = [("architecture", self.architecture), ("site", self.site), *self.metadata.items()]
+        return [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+
+
+@attrs.frozen
+class Histogram:
+    """How many values lie between neighboring edges: ``counts[i]`` of them in ``edges[i]`` to ``edges[i + 1]``."""
+
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+    """One more than there are counts."""
+
+
+Metrics: TypeAlias = Mapping[str, float | Histogram]
+"""What is logged, by name."""
+
+
+@attrs.frozen
+class RunInfo:
+    """What a tracker may know of the run it follows."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    """The whole configuration as plain data."""
+    resumed_at: int | None = None
+    """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
+    _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
+
+    def file(self, name: str) -> Path:
+        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
+
+        :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
+        """
+        key = name.casefold()  # some file systems know no other
+        fault = fault_of_name(name)
+        if fault is None and not is_free_in_run(name):
+            fault = "is a file of the run itself"
+        if fault is None and key in self._files:
+            fault = "is another tracker's"
+        if fault is None:
+            tidy(self.folder, name.__eq__)
+            fault = _fault_of_place(self.folder / name)
+        if fault is not None:
+            raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
+        self._files.add(key)
+        return self.folder / name
+
+
+def _fault_of_place(path: Path) -> str | None:
+    """Why what lies there is nothing that a tracker may write into."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"

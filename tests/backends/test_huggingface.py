@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.runs import pressing
 from support.tiny import run_config, tokenizer
 from torch import Tensor
 
 import saekit
 from saekit.config import ModelConfig
 from saekit.errors import ConfigError, ModelError, TrainingInterrupted
-from saekit.training.trainer import SAETrainer
 
 TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "neox": "gpt_neox.layers"}
@@ -288,7 +286,7 @@ def test_a_model_that_is_passed_stays_as_it_was(tmp_path: Path) -> None:
         made.requires_grad_(True)
 
 
-def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path) -> None:
     """With the backend's default options; a run that was stopped and goes on is the one that never was."""
     whole, part = (
         run_config(
@@ -300,16 +298,7 @@ def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path, monkey
     expected = saekit.train(whole)
     assert 7 < expected.metrics["evals/ce_loss_without_sae"] < 8.5, "about log 2048, for it is untrained"
     assert expected.sae.info.metadata["model_class_name"] == "AutoModelForCausalLM"
-    work, steps = SAETrainer.train_on, [0]
-
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
-        steps[0] += 1
-        if steps[0] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return work(trainer, rows)
-
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        patch.setattr(SAETrainer, "train_on", train_on)
+    with pressing(4), pytest.raises(TrainingInterrupted):
         saekit.train(part)
     found = saekit.resume(tmp_path / "part/run")
     assert found.metrics == expected.metrics

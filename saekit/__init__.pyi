@@ -25,8 +25,11 @@ from .runs.sweep import grid as grid
 from .sae.saved import SAE as SAE
 from .site import Site as Site
 from .values import Batch as Batch
+from .values import Forward as Forward
 from .values import Ports as Ports
+from .values import Replacement as Replacement
 from .values import RunInfo as RunInfo
 from .values import SAEInfo as SAEInfo
 from .values import StepInput as StepInput
 from .values import StepOutput as StepOutput
+from .values import Want as Want

@@ -13,8 +13,18 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 
-from saekit import protocols
 from saekit.errors import UnknownKeyError
+from saekit.protocols import (
+    ActivationFunction,
+    ActivationSource,
+    Dictionary,
+    Eval,
+    LRSchedule,
+    ModelBackend,
+    Optimizer,
+    PretrainedLoader,
+    Tracker,
+)
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -91,21 +101,15 @@ def _members(protocol: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(values))
 
 
-MODEL_BACKENDS: Kind[protocols.ModelBackend] = Kind("model_backends", "model backend", protocols.ModelBackend)
-ACTIVATION_FUNCTIONS: Kind[protocols.ActivationFunction] = Kind(
-    "activation_functions", "activation function", protocols.ActivationFunction
-)
-PRETRAINED_LOADERS: Kind[protocols.PretrainedLoader] = Kind(
-    "pretrained_loaders", "pretrained loader", protocols.PretrainedLoader
-)
-LR_SCHEDULES: Kind[protocols.LRSchedule] = Kind("lr_schedules", "LR schedule", protocols.LRSchedule, numbers=("end",))
-SAE_ARCHITECTURES: Kind[protocols.Dictionary] = Kind("sae_architectures", "SAE architecture", protocols.Dictionary)
-ACTIVATION_SOURCES: Kind[protocols.ActivationSource] = Kind(
-    "activation_sources", "activation source", protocols.ActivationSource
-)
-TRACKERS: Kind[protocols.Tracker] = Kind("trackers", "tracker", protocols.Tracker)
-EVALS: Kind[protocols.Eval] = Kind("evals", "eval", protocols.Eval)
-OPTIMIZERS: Kind[protocols.Optimizer] = Kind("optimizers", "optimizer", protocols.Optimizer)
+MODEL_BACKENDS: Kind[ModelBackend] = Kind("model_backends", "model backend", ModelBackend)
+ACTIVATION_FUNCTIONS: Kind[ActivationFunction] = Kind("activation_functions", "activation function", ActivationFunction)
+PRETRAINED_LOADERS: Kind[PretrainedLoader] = Kind("pretrained_loaders", "pretrained loader", PretrainedLoader)
+LR_SCHEDULES: Kind[LRSchedule] = Kind("lr_schedules", "LR schedule", LRSchedule, numbers=("end",))
+SAE_ARCHITECTURES: Kind[Dictionary] = Kind("sae_architectures", "SAE architecture", Dictionary)
+ACTIVATION_SOURCES: Kind[ActivationSource] = Kind("activation_sources", "activation source", ActivationSource)
+TRACKERS: Kind[Tracker] = Kind("trackers", "tracker", Tracker)
+EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
+OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
 
 KINDS: Mapping[str, Kind[Any]] = {
     kind.name: kind

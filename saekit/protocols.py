@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Metrics, Replacement, StepInput, StepOutput
+from saekit.values import Batch, Forward, Metrics, Replacement, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = [
     "ActivationSource",
     "Dictionary",
     "Eval",
+    "HasMemory",
+    "HasTokenizer",
     "LRSchedule",
     "ModelBackend",
     "Optimizer",
@@ -51,11 +53,49 @@ class ModelBackend(Protocol):
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token as the text that it stands for."""
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        """What ``hooks`` hold for ``tokens [b, t]``, without autograd; the forward stops after the last one needed."""
+    def run(
+        self,
+        tokens: Tensor,
+        *,
+        read: Collection[str] = (),
+        replace: Mapping[str, Replacement] | None = None,
+        want: Want = "held",
+        grad: bool = False,
+    ) -> Forward:
+        """The one forward, on ``tokens [b, t]``, which may be on any device.
 
-    def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
-        """Next-token cross-entropy in nats, ``[b, t - 1]``, with activations replaced at the named hooks."""
+        It holds what the hooks of ``read`` hold, before anything is put in its place; at those of ``replace`` the model
+        goes on with what the function returns, which is of the same shape.  ``want`` is ``"loss"`` or ``"logits"``
+        where one of these is needed; else the forward stops after the last hook that is read.
+
+        Nothing is recorded for autograd, unless ``grad``: then loss and logits are differentiable by what was read, by
+        what the functions use, and by those of the model's parameters that learn.  :class:`saekit.errors.ModelError`
+        for a hook that the model lacks, or that does not run.
+        """
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """The weights ``[d_model, d_vocab]`` that make logits of the last (normalized) residual stream, and the bias
+        ``[d_vocab]`` if there is one.  :class:`saekit.errors.ModelError` where there are none.
+        """
+
+    def fingerprint(self) -> str | None:
+        """A text that tells the model's weights from others of that name; None where that is not known."""
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A model backend with a Hugging Face tokenizer: `saekit pretokenize` uses it, and vocabularies are told apart."""
+
+    tokenizer: Any
+    """None for a model without."""
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """What can tell how much memory it needs."""
+
+    def memory_bytes(self) -> int:
+        """What it holds while nothing runs, such as a model's weights."""
 
 
 class ActivationFunction(Protocol):

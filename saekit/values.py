@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import attrs
 
@@ -22,14 +22,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "StepInput", "StepOutput",
-    "is_scale",
+    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "StepInput", "StepOutput",
+    "Want", "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
 
 Replacement: TypeAlias = "Callable[[Tensor], Tensor]"
 """Takes what a hook holds, ``[b, t, ...]``, and returns what the model shall go on with, of the same shape."""
+Want: TypeAlias = Literal["held", "loss", "logits"]
+"""What a forward is for beside what its hooks hold: nothing else, the loss, or the logits."""
+
+
+@attrs.frozen(eq=False)
+class Forward:
+    """What one forward gave."""
+
+    held: Mapping[str, Tensor]
+    """What each hook that was read holds, ``[b, t, ...]``, before anything was put in its place."""
+    _loss: Tensor | None = None
+    _logits: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Next-token cross-entropy in nats, ``[b, t - 1]``, of a forward that was asked for it."""
+        return _asked_for(self._loss, "loss")
+
+    @property
+    def logits(self) -> Tensor:
+        """``[b, t, d_vocab]``, of a forward that was asked for them."""
+        return _asked_for(self._logits, "logits")
+
+
+def _asked_for(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"this forward was not asked for its {what}: run(..., want={what!r})")
+    return value
 
 
 @attrs.frozen(eq=False)

@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,23 +22,26 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saekit-hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-BOTH_WAYS = {
-    "test_finetuning", "test_golden", "test_reference_faults", "test_sae_maths", "test_sweep", "test_topk",
-    "test_training", "test_training_options",
-}  # fmt: skip
+# Their assertions tell what they found, as those of the tests do.
+pytest.register_assert_rewrite("support")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Whatever trains, trains by the fast kernels and by plain torch; a process of its own does as it always does."""
-    alone = metafunc.definition.get_closest_marker("own_process") is not None
-    if metafunc.module.__name__ in BOTH_WAYS and not alone:
-        metafunc.fixturenames.append("kernels")
-        metafunc.parametrize("kernels", ["fast", "reference"], indirect=True)
+    """Parameters of :func:`way` and :func:`device`; torch is imported only where it is wanted."""
+    if "way" in metafunc.fixturenames:
+        metafunc.parametrize("way", ["fast", "reference"], indirect=True)
+    if "device" in metafunc.fixturenames:
+        import torch
+
+        metafunc.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], indirect=True)
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way that every SAE of this process goes which is not told another: in float64, too."""
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whatever trains, trains by the fast kernels and by plain torch.
+
+    It is the way that every SAE of this process goes which is not told another: in float64, too.
+    """
     from saekit.sae import SAE
 
     def auto(sae: Any) -> str:
@@ -49,3 +53,31 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(SAE, "kernels", property(auto, ask))
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and a GPU where there is one."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors are no work for several, which would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """For one test of a module that asks for :func:`one_thread`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(threads)

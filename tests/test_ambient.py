@@ -168,7 +168,7 @@ def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> N
             backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
             where = {"backend": backend, "site": saekit.Site(hook_name=SITE), "contexts": contexts}
             with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
-                backend.activations(contexts, [SITE])
+                backend.run(contexts, read=[SITE])
                 rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
             measured = spliced_losses(sae, **where) | variance_metrics(sae, [rows])
         found.append((files(folder), plan.problems, plan.warnings, plan.facts["SAE step"], measured))

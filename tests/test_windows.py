@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_resume
-from test_save_places import make, other, thesis
+from support import runs
+from support.saved import make, other, thesis
 
 import saekit
 from saekit.errors import ConfigError, StorageError
@@ -20,7 +20,7 @@ from saekit.files.names import fault_of_name, made_name
 from saekit.runs.folder import run_folder
 from saekit.sae import SAE
 
-one_thread = test_resume.one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("windows")
 def test_a_run_from_start_to_end(tmp_path: Path) -> None:
-    test_resume.stopped(test_resume.fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 4}), 5)
-    result = test_resume.resume(tmp_path / "run")
+    runs.stopped(runs.fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 4}), 5)
+    result = runs.resume(tmp_path / "run")
     assert result.metrics["details/n_training_tokens"] == 2700
-    assert SAE.load(result.folder / "sae", plugins=test_resume.manager()).d_sae == 64
+    assert SAE.load(result.folder / "sae", plugins=runs.manager()).d_sae == 64
 
 
 @pytest.mark.usefixtures("windows")
@@ -146,7 +146,7 @@ def test_without_any_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 )  # fmt: skip
 def test_names_that_windows_does_not_take(tmp_path: Path, name: str, told: str) -> None:
     with pytest.raises(ConfigError, match=f"checkpoints.name: must be the name of a new folder .*{told}"):
-        saekit.train(test_resume.fake_config(tmp_path, checkpoints={"name": name}), plugins=test_resume.manager())
+        saekit.train(runs.fake_config(tmp_path, checkpoints={"name": name}), plugins=runs.manager())
 
 
 @pytest.mark.parametrize("name", ["a:b", "a<b", "what?", "con", "a."])

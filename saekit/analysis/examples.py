@@ -80,7 +80,7 @@ def feature_peaks(
     best: tuple[Tensor, ...] = (torch.empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae))
     start = 0
     for tokens in contexts.split(batch_size):
-        held = site.extract(backend.activations(tokens, {site.hook_name})[site.hook_name])
+        held = site.extract(backend.run(tokens, read={site.hook_name}).held[site.hook_name])
         for vectors in held.split(at_once(sae, held.shape[1])):
             features = sae.encode(vectors.to(sae.device))
             features[:, 0] = 0

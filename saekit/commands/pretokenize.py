@@ -38,6 +38,7 @@ from saekit.hub import within_reach
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
+from saekit.protocols import HasTokenizer
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size
 
@@ -123,7 +124,7 @@ def _opened(
         tokenizer = _named_tokenizer(config.tokenizer)
     else:
         backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
-        tokenizer = getattr(backend, "tokenizer", None)
+        tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
         if tokenizer is None:
             raise ModelError(
                 f"the model {backend.name!r} has no Hugging Face tokenizer; name one (tokenizer = a folder, or a name "

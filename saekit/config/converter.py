@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import attrs
 
+from saekit.config.annotations import is_class
 from saekit.config.elsewhere import told
+from saekit.config.fields import PLUGIN_KIND
 from saekit.config.structuring import ProblemsError, Structurer, UnknownOption, fields_of
 from saekit.config.supported import unsupported_options
 from saekit.config.values import plain, shown, too_nested
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, SaekitError
 from saekit.kinds import Kind, kind_of
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
@@ -59,6 +61,18 @@ class ConfigConverter(Structurer):
             ]
             raise ConfigError(items, source) from None
         return made
+
+    def _default(self, field: attrs.Attribute[Any]) -> dict[str, object]:
+        """The plugins that a default chooses are bound, too; one that is not there is told when it is used."""
+        default: Any = field.default
+        if type(default).__name__ == "Factory" and not default.takes_self:
+            default = default.factory()
+        if not (field.metadata.get(PLUGIN_KIND) or is_class(type(default))):
+            return {}
+        try:
+            return {field.alias or field.name: self._checked(default, field)}
+        except (ProblemsError, SaekitError):
+            return {}
 
     def _choice(self, value: object, kind: str, default: object) -> Choice[Any]:
         """A key, a table with a name and options, an options object, or what was bound before, bound anew."""

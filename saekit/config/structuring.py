@@ -111,6 +111,8 @@ class Structurer:
             if name not in data:
                 if field.default is attrs.NOTHING:
                     problems.append((name, "is required"))
+                else:
+                    values.update(self._default(field))
                 continue
             try:
                 values[field.alias] = self._checked(data[name], field)
@@ -122,6 +124,10 @@ class Structurer:
             return cls(**values)
         except Exception as error:
             raise ProblemsError(_flatten(error, "")) from error
+
+    def _default(self, field: attrs.Attribute[Any]) -> dict[str, object]:
+        """What an option that is not given is made with: nothing, so that attrs takes the default."""
+        return {}
 
     def _checked(self, data: object, field: attrs.Attribute[Any]) -> object:
         value = self._field(data, field)

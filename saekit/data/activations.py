@@ -88,7 +88,7 @@ class ActivationStream:
     def _forward(self, tokens: Tensor) -> dict[Any, Tensor]:
         sites = self._stream.sites
         with self._stream.model_lock:
-            held = self._stream.backend.activations(tokens, {site.hook_name for site in sites})
+            held = self._stream.backend.run(tokens, read={site.hook_name for site in sites}).held
             rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
             return {site: self._kept(values) for site, values in rows.items()}
 

@@ -15,7 +15,7 @@ from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Pack
 from saekit.data.text import STDLIB, Documents
 from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError
-from saekit.protocols import ModelBackend
+from saekit.protocols import HasTokenizer, ModelBackend
 
 __all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "reader_of"]
 
@@ -158,7 +158,7 @@ class Corpus:
 
 def reader_of(backend: ModelBackend) -> Reader:
     """A model as a reader of contexts."""
-    named = getattr(getattr(backend, "tokenizer", None), "name_or_path", None)
+    named = getattr(backend.tokenizer, "name_or_path", None) if isinstance(backend, HasTokenizer) else None
     return Reader(
         f"the model {backend.name!r}",
         backend.d_vocab,

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.protocols import ModelBackend
-from saekit.values import Replacement
+from saekit.protocols import HasMemory, HasTokenizer, ModelBackend
+from saekit.values import Forward, Replacement, Want
 
 __all__ = ["ForwardsReader", "SharedForwards"]
 
@@ -79,19 +79,19 @@ class SharedForwards:
     def _run(self, key: _Key, reader: ForwardsReader, tokens: Tensor, hooks: Collection[str]) -> _Kept:
         others = [other for other in self._readers if other is not reader and other.comes_to(key)]
         wanted = set(hooks).union(*(other.hooks for other in others))
-        held = self._activations(tokens, wanted)
+        held = self._held(tokens, wanted)
         kept = _Kept(held, others)
         if others and self.nbytes + kept.nbytes <= self._most_bytes:  # else the oldest stay: they are needed first
             self._kept[key] = kept
         return kept
 
-    def _activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+    def _held(self, tokens: Tensor, hooks: Collection[str]) -> Mapping[str, Tensor]:
         if self._kept:
             try:
-                return self._backend.activations(tokens, hooks)
+                return self._backend.run(tokens, read=hooks).held
             except (MemoryError, RuntimeError):  # perhaps for want of the memory that is taken up here
                 self._kept.clear()
-        return self._backend.activations(tokens, hooks)
+        return self._backend.run(tokens, read=hooks).held
 
     def _forget(self, reader: ForwardsReader, before: int | None = None) -> None:
         """What ``reader`` has passed without taking it, as it may when its forwards are of another size; or all."""
@@ -109,7 +109,7 @@ class SharedForwards:
 
 
 class ForwardsReader:
-    """The backend, whose ``activations`` are shared; ``hooks`` are those that will be read."""
+    """The backend, whose forwards are shared where they only read; ``hooks`` are those that will be read."""
 
     name: str
     device: str
@@ -121,6 +121,10 @@ class ForwardsReader:
         self._shared, self._backend, self.hooks = shared, backend, frozenset(hooks)
         self._find_position: Callable[[], int | None] = lambda: None
         self._taken: list[_Key] = []
+        if isinstance(backend, HasTokenizer):  # what it can do beside the rest, this can, and no more
+            self.tokenizer = backend.tokenizer
+        if isinstance(backend, HasMemory):
+            self.memory_bytes = backend.memory_bytes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -156,8 +160,21 @@ class ForwardsReader:
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         return self._backend.token_texts(tokens)
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        return self._shared.take(self, tokens, hooks)
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        return self._backend.unembedding()
 
-    def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
-        return self._backend.loss(tokens, replacements)
+    def fingerprint(self) -> str | None:
+        return self._backend.fingerprint()
+
+    def run(
+        self,
+        tokens: Tensor,
+        *,
+        read: Collection[str] = (),
+        replace: Mapping[str, Replacement] | None = None,
+        want: Want = "held",
+        grad: bool = False,
+    ) -> Forward:
+        if replace or want != "held" or grad:
+            return self._backend.run(tokens, read=read, replace=replace, want=want, grad=grad)
+        return Forward(self._shared.take(self, tokens, read))

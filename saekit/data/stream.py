@@ -91,7 +91,7 @@ class StreamContext:
 def probe(backend: ModelBackend, sites: Sequence[Site]) -> dict[Site, tuple[int, torch.dtype]]:
     """``d_in`` and dtype at each site, by one forward; :class:`ConfigError` for a hook without a vector per token."""
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
-    held = backend.activations(tokens, {site.hook_name for site in sites})
+    held = backend.run(tokens, read={site.hook_name for site in sites}).held
     found = {}
     for site in sites:
         values = held[site.hook_name]

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from saekit.errors import SaekitError
-from saekit.protocols import ModelBackend
+from saekit.protocols import HasTokenizer, ModelBackend
 
 __all__ = ["Vocabulary", "special_tokens", "tokenizer_here"]
 
@@ -69,8 +69,8 @@ class Vocabulary:
 
     @classmethod
     def of_backend(cls, backend: ModelBackend) -> Vocabulary:
-        """That of a model.  A backend that has a Hugging Face tokenizer as ``tokenizer`` is known best."""
-        return cls.of(getattr(backend, "tokenizer", None), backend.tokenize)
+        """That of a model, which is known best by a Hugging Face tokenizer."""
+        return cls.of(backend.tokenizer if isinstance(backend, HasTokenizer) else None, backend.tokenize)
 
     @classmethod
     def of_metadata(cls, made: Mapping[str, Any]) -> Vocabulary:

@@ -37,11 +37,10 @@ def spliced_losses(
     totals = {"ce_loss_without_sae": 0.0, "ce_loss_with_sae": 0.0, "ce_loss_with_ablation": 0.0}
     count = 0
     for tokens in contexts.split(batch_size):
-        losses = (
-            backend.loss(tokens),
-            backend.loss(tokens, {site.hook_name: reconstruct}),
-            backend.loss(tokens, {site.hook_name: zero}),
-        )
+        losses = [
+            backend.run(tokens, replace=replace, want="loss").loss
+            for replace in ({}, {site.hook_name: reconstruct}, {site.hook_name: zero})
+        ]
         for name, loss in zip(totals, losses, strict=True):
             totals[name] += loss.cpu().double().sum().item()  # not every device has float64
         count += losses[0].numel()

@@ -28,7 +28,7 @@ def first_loss(
         return None
     try:
         with lock or nullcontext(), seeded(0), torch.no_grad():
-            return float(backend.loss(first).double().mean())
+            return float(backend.run(first, want="loss").loss.double().mean())
     except Exception:  # it is only a line to be shown; whatever is wrong here, the run itself will say
         return None
 

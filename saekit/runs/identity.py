@@ -36,7 +36,7 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
     column, contents = _text(corpus)
     table = {
         "model.name": _place(backend.name),
-        "model.weights": getattr(backend, "fingerprint", None),
+        "model.weights": backend.fingerprint(),
         "model.backend": {"name": chosen.key, **plain_config(chosen.options, plugins)},
         "model.dtype": config.model.dtype,
         "model.autocast": config.model.autocast,

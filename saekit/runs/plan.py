@@ -20,7 +20,7 @@ from saekit.errors import SaekitError
 from saekit.kernels.workspace import SHARED
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, ModelBackend
+from saekit.protocols import ActivationSource, HasMemory, ModelBackend
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
@@ -177,7 +177,7 @@ class _Planner:
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
         if d_sae < width:
             self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({width})")
-        model_bytes = getattr(backend, "memory_bytes", lambda: 0)()
+        model_bytes = backend.memory_bytes() if isinstance(backend, HasMemory) else 0
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)

@@ -16,7 +16,7 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
-from saekit.kinds import EVALS, MODEL_BACKENDS
+from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
@@ -148,12 +148,9 @@ class Session:
 
     def _lane_key(self, config: TrainConfig) -> str:
         """What decides the batches, among configurations that share a model and a text."""
-        source = {
-            path: value
-            for path, value in spelled_out(config, self.plugins).items()
-            if path.startswith("activations.source")
-        }
-        return repr((source, config.training.train_batch_size_tokens, config.training.seed))
+        source = self.plugins.bound(ACTIVATION_SOURCES, config.activations.source)
+        options = spelled_out(source.options, self.plugins)
+        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""

@@ -105,6 +105,8 @@ def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> l
 
 def check_together(configs: Sequence[TrainConfig], plugins: PluginManager) -> None:
     """:class:`ConfigError` names what SAEs that train together cannot differ in."""
+    if len(configs) < 2:
+        return
     first, *others = [
         {
             path: value

@@ -279,9 +279,9 @@ def start_trackers(
     data = plain_config(config, plugins)
     folder = folder.absolute()  # their threads may outlast a change of the working directory
     run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
-    started: dict[str, Tracker] = {}
+    chosen, started = chosen_trackers(config, plugins), dict[str, Tracker]()
     try:
-        for key, choice in chosen_trackers(config, plugins).items():
+        for key, choice in chosen.items():
             try:
                 started[key] = choice.build(run=run)
             except PluginFailedError as error:  # what a stranger's package raises when it has no network, say
@@ -293,7 +293,7 @@ def start_trackers(
     except BaseException:
         Trackers(started).close()
         raise
-    unstarted = {key: () for key in chosen_trackers(config, plugins) if key not in started}
+    unstarted = {key: () for key in chosen if key not in started}
     return Trackers(started, {**unstarted, **(waiting or {})})
 
 

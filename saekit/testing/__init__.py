@@ -13,18 +13,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.backends import Backend, Hooks
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins.hookspecs import hookimpl
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Entry
 from saekit.testing.sparse import check_sparse_activation
-from saekit.values import Replacement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,12 +124,12 @@ class _Echo(tuple[str, Any, Mapping[str, Any]]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class FakeBackend:
+class FakeBackend(Backend):
     """A tiny language model for tests: an embedding that is doubled by each of two blocks, and an unembedding.
 
-    Keeps to :class:`saekit.protocols.ModelBackend`.  Its hooks are ``hook_embed``, ``blocks.0.hook_resid_post``,
-    ``blocks.1.hook_resid_post`` (``[b, t, 8]``) and ``blocks.0.attn.hook_z`` (``[b, t, 2, 4]``); its tokenizer gives
-    each character a token, and its only special token is ``bos`` (0).
+    Its hooks are ``hook_embed``, ``blocks.0.hook_resid_post``, ``blocks.1.hook_resid_post`` (``[b, t, 8]``) and
+    ``blocks.0.attn.hook_z`` (``[b, t, 2, 4]``); its tokenizer gives each character a token, and its only special token
+    is ``bos`` (0).
     """
 
     name = "fake"
@@ -154,38 +154,23 @@ class FakeBackend:
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         return [chr(token) for token in tokens]
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        held: dict[str, Tensor] = {}
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        return self._embedding().T, None
 
-        def keep(name: str) -> Replacement:
-            def look(activation: Tensor) -> Tensor:
-                held[name] = activation
-                return activation
-
-            return look
-
-        self._residual(tokens, {name: keep(name) for name in hooks})
-        return held
-
-    def loss(self, tokens: Tensor, replacements: Mapping[str, Replacement] | None = None) -> Tensor:
-        from torch.nn.functional import cross_entropy
-
-        logits = self._residual(tokens, replacements or {}) @ self._embedding().T
-        flat = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        return flat.reshape(tokens.shape[0], -1)
-
-    def _residual(self, tokens: Tensor, replace: Mapping[str, Replacement]) -> Tensor:
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
         self.forwards.append(tuple(tokens.shape))
-        same: Replacement = lambda activation: activation  # noqa: E731
-        residual = replace.get("hook_embed", same)(self._embedding()[tokens])
-        heads = replace.get("blocks.0.attn.hook_z", same)(residual.reshape(*residual.shape[:2], 2, 4))
-        residual = replace.get("blocks.0.hook_resid_post", same)(residual + heads.flatten(-2))
-        return replace.get("blocks.1.hook_resid_post", same)(residual * 2)
+        embedding = self._embedding()
+        residual = hooks("hook_embed", embedding[tokens])
+        heads = hooks("blocks.0.attn.hook_z", residual.reshape(*residual.shape[:2], 2, 4))
+        residual = hooks("blocks.0.hook_resid_post", residual + heads.flatten(-2))
+        residual = hooks("blocks.1.hook_resid_post", residual * 2)
+        return None if hooks.done else residual @ embedding.T
 
     def _embedding(self) -> Tensor:
         import torch
 
         if self._weights is None:
-            generator = torch.Generator().manual_seed(self._seed)
-            self._weights = torch.randn(self.d_vocab, self.d_model, generator=generator)
+            with torch.inference_mode(False):  # gradients may be asked for later
+                generator = torch.Generator().manual_seed(self._seed)
+                self._weights = torch.randn(self.d_vocab, self.d_model, generator=generator)
         return self._weights

@@ -43,7 +43,7 @@ def backend(model: object | None = None, choice: object = "HookedTransformer", *
 def test_activations_are_those_of_a_whole_forward(hooks: set[str]) -> None:
     model = hooked_transformer()
     _, cache = model.run_with_cache(TOKENS)
-    held = backend(model).activations(TOKENS, hooks)
+    held = backend(model).run(TOKENS, read=hooks).held
     assert set(held) == hooks
     for name in hooks:
         assert torch.equal(held[name], cache[name])
@@ -61,7 +61,7 @@ def test_the_forward_stops_before_the_first_block_that_is_not_needed() -> None:
         "ln_final.hook_normalized": [0, 1, 2],
     }.items():
         ran.clear()
-        backend(model).activations(TOKENS, {hook})
+        backend(model).run(TOKENS, read={hook})
         assert ran == blocks
 
 
@@ -69,10 +69,10 @@ def test_loss_with_and_without_replacements() -> None:
     model = hooked_transformer()
     expected = model(TOKENS, return_type="loss", loss_per_token=True)
     found = backend(model)
-    assert torch.allclose(found.loss(TOKENS), expected)
-    same = found.loss(TOKENS, {"blocks.0.hook_resid_post": lambda activation: activation})
+    assert torch.allclose(found.run(TOKENS, want="loss").loss, expected)
+    same = found.run(TOKENS, replace={"blocks.0.hook_resid_post": lambda activation: activation}, want="loss").loss
     assert torch.allclose(same, expected)
-    zeroed = found.loss(TOKENS, {"blocks.1.hook_resid_post": torch.zeros_like})
+    zeroed = found.run(TOKENS, replace={"blocks.1.hook_resid_post": torch.zeros_like}, want="loss").loss
     final = model.unembed(model.ln_final(torch.zeros(3, 20, 16)))
     assert torch.allclose(zeroed, model.loss_fn(final, TOKENS, per_token=True), atol=1e-5)
     assert not model.blocks[0].hook_resid_post.fwd_hooks, "nothing stays attached"
@@ -88,7 +88,7 @@ def test_the_embedded_model_is_what_its_card_says() -> None:
     assert stated < bigram - 0.5 < unigram
     config = saekit.load_config({"evals": {"split": "heldout", "n_contexts": 400}})
     contexts = Corpus.of(config.dataset, config.evals).held_out(found, seed=0)
-    loss = found.loss(contexts).mean().item()
+    loss = found.run(contexts, want="loss").loss.mean().item()
     assert abs(loss - stated) < 0.15, "a sample of the held-out text"
     assert sum(p.stat().st_size for p in TOKENIZER.iterdir()) < 3_000_000
 
@@ -107,12 +107,12 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
         expected = torch.nn.functional.cross_entropy(
             hf(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none"
         )
-    assert torch.allclose(found.loss(TOKENS).flatten(), expected, atol=1e-4)
+    assert torch.allclose(found.run(TOKENS, want="loss").loss.flatten(), expected, atol=1e-4)
     assert found.tokenize("def f(x):") == tokenizer()("def f(x):")["input_ids"]
     processing = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
     untouched = _options(from_pretrained_kwargs=dict.fromkeys(processing, False))
     raw = backend(name=str(tmp_path / "gpt2-folder"), choice=untouched)
-    residual = raw.activations(TOKENS, {"blocks.1.hook_resid_pre"})["blocks.1.hook_resid_pre"]
+    residual = raw.run(TOKENS, read={"blocks.1.hook_resid_pre"}).held["blocks.1.hook_resid_pre"]
     with torch.no_grad():
         expected = hf(TOKENS, output_hidden_states=True).hidden_states[1]
     assert torch.allclose(residual, expected, atol=1e-5), "unprocessed, the residual stream is the model's own"
@@ -145,9 +145,9 @@ def test_mamba_activations_and_losses() -> None:
     with torch.no_grad():
         expected = model(TOKENS, return_type="loss", loss_per_token=True)
         _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.1.hook_resid_pre", "blocks.1.hook_ssm_input"])
-    assert torch.allclose(found.loss(TOKENS), expected)
+    assert torch.allclose(found.run(TOKENS, want="loss").loss, expected)
     for name in ("blocks.1.hook_resid_pre", "blocks.1.hook_ssm_input"):
-        assert torch.allclose(found.activations(TOKENS, {name})[name], cache[name])
+        assert torch.allclose(found.run(TOKENS, read={name}).held[name], cache[name])
 
 
 def test_an_sae_trains_on_a_mamba(tmp_path: Path) -> None:
@@ -177,7 +177,9 @@ def test_a_mamba_folder(tmp_path: Path) -> None:
 
     found = backend(name=str(tmp_path), choice=HookedMambaOptions(tokenizer=str(TOKENIZER)))
     with torch.no_grad():
-        assert torch.allclose(found.loss(TOKENS), model(TOKENS, return_type="loss", loss_per_token=True), atol=1e-5)
+        assert torch.allclose(
+            found.run(TOKENS, want="loss").loss, model(TOKENS, return_type="loss", loss_per_token=True), atol=1e-5
+        )
     with pytest.raises(ModelError, match="there is no model folder './nowhere'"):
         backend(name="./nowhere", choice=HookedMambaOptions(tokenizer=str(TOKENIZER)))
 
@@ -202,17 +204,17 @@ def test_the_models_autocast_is_not_the_replacements() -> None:
         seen.append((torch.eye(16) @ torch.eye(16)).dtype)
         return activation
 
-    found.loss(TOKENS, {"blocks.0.hook_resid_post": replace})
+    found.run(TOKENS, replace={"blocks.0.hook_resid_post": replace}, want="loss")
     assert seen == [torch.float32]
 
 
 def test_a_fingerprint_tells_weights_apart() -> None:
-    one, again, other = (backend(hooked_transformer(seed=seed)).fingerprint for seed in (0, 0, 1))
+    one, again, other = (backend(hooked_transformer(seed=seed)).fingerprint() for seed in (0, 0, 1))
     assert one == again != other
     model = hooked_transformer()
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
-    assert backend(model).fingerprint != one
+    assert backend(model).fingerprint() != one
     for parameter in model.parameters():
         parameter.data.mul_(1 / 1.5)
-    assert backend(model).fingerprint == one, "up to rounding"
+    assert backend(model).fingerprint() == one, "up to rounding"

@@ -4,109 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, use
 from support.tiny import hooked_mamba, hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
-from saekit.config import ModelConfig
-from saekit.errors import ModelError
 
-# What inductor imports uses what torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
-TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
-HOOKS = [
-    "blocks.0.hook_resid_post",
-    "blocks.1.hook_resid_pre",
-    "blocks.1.hook_resid_mid",
-    "blocks.1.hook_resid_post",
-    "blocks.0.attn.hook_z",
-    "blocks.1.attn.hook_pattern",
-    "blocks.0.mlp.hook_post",
-    "blocks.1.hook_mlp_out",
-    "blocks.1.ln1.hook_normalized",
-    "ln_final.hook_normalized",
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # What inductor imports uses what torch deprecates.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
-
-
-class Counted:
-    """In place of inductor: runs the graphs that torch traces, and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-        self.modes: list[str | None] = []
-
-    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return self.outputs(graph(*args))
-
-        return run
-
-    def outputs(self, outputs: Any) -> Any:
-        return outputs
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted()
-    use(counted, monkeypatch)
-    return counted
-
-
-def use(compiler: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.compile
-
-    def compiling(function: Any, *, mode: str | None = None) -> Any:
-        compiler.modes.append(mode)
-        return real(function, backend=compiler)
-
-    monkeypatch.setattr(torch, "compile", compiling)
-
-
-def backend(model: Any = None, *, mamba: bool = False, **config: Any) -> TransformerLensBackend:
-    made: TransformerLensBackend = saekit.default_manager().build(
-        "model_backends",
-        "HookedMamba" if mamba else "HookedTransformer",
-        model=ModelConfig(**{"compile": True} | config),
-        loaded=model,
-    )
-    return made
-
-
-def halved(activation: Tensor) -> Tensor:
-    return activation * 0.5
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, atol=1e-5, equal_nan=True)
-
-
-def state(model: Any) -> list[Any]:
-    """What is attached to the modules of ``model``, beside the lists of hooks that run_with_hooks makes anew."""
-    return [
-        (name, module.__class__, sorted(vars(module)), vars(module).get("attn_scale").__class__)
-        for name, module in model.named_modules()
-    ] + [(name, id(hook), len(hook._forward_hooks), len(hook.fwd_hooks)) for name, hook in model.hook_dict.items()]
-
 
 # ---- the same numbers
 
@@ -114,18 +29,21 @@ def state(model: Any) -> list[Any]:
 def test_activations_and_losses_are_those_of_the_model_itself(counted: Counted) -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
-    loss = plain.loss(TOKENS)
+    loss = plain.run(TOKENS, want="loss").loss
     for hook in HOOKS:
-        expected, changed = plain.activations(TOKENS, {hook}), plain.loss(TOKENS, {hook: halved})
+        expected, changed = (
+            plain.run(TOKENS, read={hook}).held,
+            plain.run(TOKENS, replace={hook: halved}, want="loss").loss,
+        )
         counted.runs = 0
-        assert close(compiled.activations(TOKENS, {hook})[hook], expected[hook]), hook
+        assert close(compiled.run(TOKENS, read={hook}).held[hook], expected[hook]), hook
         assert counted.runs > 0, hook
         counted.runs = 0
-        assert close(compiled.loss(TOKENS, {hook: halved}), changed), hook
+        assert close(compiled.run(TOKENS, replace={hook: halved}, want="loss").loss, changed), hook
         assert (changed - loss).abs().max() > 1e-6, hook
         assert counted.runs >= 3, hook
         counted.runs = 0
-        assert close(compiled.loss(TOKENS), loss), hook
+        assert close(compiled.run(TOKENS, want="loss").loss, loss), hook
         assert counted.runs == 4, "two blocks, the final normalization and the unembedding"
 
 
@@ -133,14 +51,14 @@ def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
     hooks = {"hook_embed", "blocks.0.hook_resid_pre"}
-    expected = plain.activations(TOKENS, hooks)
+    expected = plain.run(TOKENS, read=hooks).held
     with pytest.warns(RuntimeWarning, match="model.compile does nothing for hook_embed: no part that runs for it"):
-        found = compiled.activations(TOKENS, hooks)
-    found = compiled.activations(TOKENS, hooks)  # once
+        found = compiled.run(TOKENS, read=hooks).held
+    found = compiled.run(TOKENS, read=hooks).held  # once
     assert all(torch.equal(found[hook], expected[hook]) for hook in hooks)
     assert not counted.runs
-    changed = plain.loss(TOKENS, dict.fromkeys(hooks, halved))
-    assert close(compiled.loss(TOKENS, dict.fromkeys(hooks, halved)), changed)
+    changed = plain.run(TOKENS, replace=dict.fromkeys(hooks, halved), want="loss").loss
+    assert close(compiled.run(TOKENS, replace=dict.fromkeys(hooks, halved), want="loss").loss, changed)
     assert counted.runs == 4
 
 
@@ -148,20 +66,23 @@ def test_with_the_real_compiler() -> None:
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
     for hooks in ({"blocks.1.hook_resid_pre"}, {"blocks.0.hook_resid_post", "blocks.1.attn.hook_z"}):
-        expected, found = plain.activations(TOKENS, hooks), compiled.activations(TOKENS, hooks)
+        expected, found = plain.run(TOKENS, read=hooks).held, compiled.run(TOKENS, read=hooks).held
         assert all(close(found[hook], expected[hook]) for hook in hooks)
     replacements = {"blocks.0.hook_resid_post": halved}
-    assert close(compiled.loss(TOKENS, replacements), plain.loss(TOKENS, replacements))
+    assert close(
+        compiled.run(TOKENS, replace=replacements, want="loss").loss,
+        plain.run(TOKENS, replace=replacements, want="loss").loss,
+    )
     assert torch._dynamo.utils.counters["inductor"], "inductor has worked"
 
 
 def test_autocast_is_in_effect_in_compiled_code(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
     plain, compiled = backend(model, compile=False, autocast=True), backend(model, autocast=True)
-    full = backend(model, compile=False).activations(TOKENS, {hook})[hook]
-    found = compiled.activations(TOKENS, {hook})[hook]
+    full = backend(model, compile=False).run(TOKENS, read={hook}).held[hook]
+    found = compiled.run(TOKENS, read={hook}).held[hook]
     assert counted.runs == 2
-    assert torch.equal(found, plain.activations(TOKENS, {hook})[hook])
+    assert torch.equal(found, plain.run(TOKENS, read={hook}).held[hook])
     assert not close(found, full)
 
 
@@ -170,11 +91,14 @@ def test_a_mamba(counted: Counted) -> None:
     plain, compiled = backend(model, mamba=True, compile=False), backend(model, mamba=True)
     for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_ssm_input", "blocks.1.hook_h.3"):
         counted.runs = 0
-        assert close(compiled.activations(tokens, {hook})[hook], plain.activations(tokens, {hook})[hook])
+        assert close(compiled.run(tokens, read={hook}).held[hook], plain.run(tokens, read={hook}).held[hook])
         assert counted.runs == (2 if "resid_post" in hook else 1)
-        assert close(compiled.loss(tokens, {hook: halved}), plain.loss(tokens, {hook: halved}))
+        assert close(
+            compiled.run(tokens, replace={hook: halved}, want="loss").loss,
+            plain.run(tokens, replace={hook: halved}, want="loss").loss,
+        )
     assert counted.graphs == 1, "both blocks, all hooks"
-    assert close(compiled.loss(tokens), plain.loss(tokens))
+    assert close(compiled.run(tokens, want="loss").loss, plain.run(tokens, want="loss").loss)
     assert counted.graphs == 1
 
 
@@ -189,9 +113,12 @@ def test_what_is_returned_comes_from_compiled_code(monkeypatch: pytest.MonkeyPat
     use(Tampering(), monkeypatch)
     model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
     plain, compiled = backend(model, compile=False), backend(model)
-    expected = plain.activations(TOKENS, {hook})[hook]
-    assert close(compiled.activations(TOKENS, {hook})[hook], expected + 1)
-    assert not close(compiled.loss(TOKENS, {hook: torch.zeros_like}), plain.loss(TOKENS, {hook: torch.zeros_like}))
+    expected = plain.run(TOKENS, read={hook}).held[hook]
+    assert close(compiled.run(TOKENS, read={hook}).held[hook], expected + 1)
+    assert not close(
+        compiled.run(TOKENS, replace={hook: torch.zeros_like}, want="loss").loss,
+        plain.run(TOKENS, replace={hook: torch.zeros_like}, want="loss").loss,
+    )
 
 
 def test_blocks_do_not_run_as_they_are(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,20 +133,20 @@ def test_blocks_do_not_run_as_they_are(counted: Counted, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HookPoint, "forward", forward)
     compiled = backend(hooked_transformer())
-    compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
+    compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
     assert ran == ["hook_embed", "hook_pos_embed", "blocks.0.hook_resid_post"]
     ran.clear()
-    compiled.loss(TOKENS, {"blocks.1.hook_resid_pre": halved})
+    compiled.run(TOKENS, replace={"blocks.1.hook_resid_pre": halved}, want="loss")
     assert ran == ["hook_embed", "hook_pos_embed", "blocks.1.hook_resid_pre"]
     ran.clear()
-    compiled.loss(TOKENS, {"blocks.1.attn.hook_z": halved})
+    compiled.run(TOKENS, replace={"blocks.1.attn.hook_z": halved}, want="loss")
     assert not [name for name in ran if name.startswith(("blocks.0.", "blocks.1.ln", "blocks.1.mlp.", "ln_final"))]
     assert {"blocks.1.attn.hook_z", "blocks.1.hook_resid_mid"} < set(ran)
 
 
 def test_the_mode_is_torchs(counted: Counted) -> None:
     with pytest.warns(RuntimeWarning, match="does nothing for hook_embed"):  # a forward that is quick
-        backend(hooked_transformer(), compile_mode="max-autotune-no-cudagraphs").activations(TOKENS, {"hook_embed"})
+        backend(hooked_transformer(), compile_mode="max-autotune-no-cudagraphs").run(TOKENS, read={"hook_embed"})
     assert set(counted.modes) == {"max-autotune-no-cudagraphs"}
 
 
@@ -237,18 +164,18 @@ def test_outputs_of_cuda_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     use(Static(), monkeypatch)
     model, hooks = hooked_transformer(), {"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}
     compiled = backend(model, compile_mode="reduce-overhead")
-    found = compiled.activations(TOKENS, hooks)
-    compiled.activations(TOKENS + 1, hooks)
-    expected = backend(model, compile=False).activations(TOKENS, hooks)
+    found = compiled.run(TOKENS, read=hooks).held
+    compiled.run(TOKENS + 1, read=hooks)
+    expected = backend(model, compile=False).run(TOKENS, read=hooks).held
     assert all(close(found[hook], expected[hook]) for hook in hooks)
 
 
 def test_layers_may_share_a_module(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.0.hook_resid_mid"
     model.blocks[1].mlp = model.blocks[0].mlp
-    expected = backend(model, compile=False).loss(TOKENS, {hook: halved})
+    expected = backend(model, compile=False).run(TOKENS, replace={hook: halved}, want="loss").loss
     model.blocks[1].hook_resid_mid.add_perma_hook(lambda activation, hook: None)
-    assert close(backend(model).loss(TOKENS, {hook: halved}), expected)
+    assert close(backend(model).run(TOKENS, replace={hook: halved}, want="loss").loss, expected)
     assert "forward" not in vars(model.blocks[0].mlp)
 
 
@@ -257,26 +184,26 @@ def test_layers_may_share_a_module(counted: Counted) -> None:
 
 def test_no_hook_compiles_anything_again(counted: Counted) -> None:
     compiled = backend(hooked_transformer(n_layers=3))
-    compiled.loss(TOKENS)
+    compiled.run(TOKENS, want="loss")
     assert counted.graphs == 3, "one for all blocks, one for the final normalization, one for the unembedding"
     for hook in ("blocks.0.hook_resid_mid", "blocks.2.attn.hook_z", "blocks.1.mlp.hook_post"):
-        compiled.loss(TOKENS, {hook: halved})
+        compiled.run(TOKENS, replace={hook: halved}, want="loss")
     graphs = counted.graphs
     assert graphs == 5, "and attention and MLP; the normalizations of blocks are of the same class"
     for hook in HOOKS:
         for factor in (1.0, 2.0):
-            compiled.loss(TOKENS, {hook: lambda activation, factor=factor: activation * factor})
-            compiled.activations(TOKENS, {hook})
+            compiled.run(TOKENS, replace={hook: lambda activation, factor=factor: activation * factor}, want="loss")
+            compiled.run(TOKENS, read={hook})
     assert counted.graphs == graphs
 
 
 def test_no_number_of_tokens_compiles_for_ever(counted: Counted) -> None:
     compiled = backend(hooked_transformer())
     hooks = {"blocks.1.hook_resid_post"}
-    compiled.activations(torch.zeros(1, 7, dtype=torch.long), hooks)  # the probe
+    compiled.run(torch.zeros(1, 7, dtype=torch.long), read=hooks)  # the probe
     graphs = []
     for shape in ((16, 32), (16, 32), (5, 32), (8, 32), (2, 50), (3, 3), (1, 32), (1, 9), (4, 4)):
-        compiled.activations(torch.ones(shape, dtype=torch.long), hooks)
+        compiled.run(torch.ones(shape, dtype=torch.long), read=hooks)
         graphs.append(counted.graphs)
     assert graphs == [2, 2, 2, 2, 2, 2, 3, 3, 3], "one of each: the first; others; one context of other lengths"
 
@@ -338,134 +265,40 @@ def _everywhere(model: Any) -> Undo:
 def test_hooks_of_the_owner_go_on_working(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.1.hook_resid_post"
     plain, compiled = backend(model, compile=False), backend(model)
-    before, loss = compiled.activations(TOKENS, {hook})[hook], compiled.loss(TOKENS)  # compiled without
+    before, loss = (
+        compiled.run(TOKENS, read={hook}).held[hook],
+        compiled.run(TOKENS, want="loss").loss,
+    )  # compiled without
     for add in (_permanent, _at_the_end, _on_attention, _before_mlp, _on_a_block, _own_forward, _everywhere):
         undo, name = add(model), add.__name__
         try:
             counted.runs = 0
             with pytest.warns(RuntimeWarning, match="does nothing") if add is _everywhere else nullcontext():
-                found = compiled.activations(TOKENS, {hook})[hook]
-            assert close(found, plain.activations(TOKENS, {hook})[hook]), name
+                found = compiled.run(TOKENS, read={hook}).held[hook]
+            assert close(found, plain.run(TOKENS, read={hook}).held[hook]), name
             assert not close(found, before), name
             assert bool(counted.runs) == (add is not _everywhere), name
-            assert close(compiled.loss(TOKENS), plain.loss(TOKENS)), name
-            assert close(compiled.loss(TOKENS, {hook: halved}), plain.loss(TOKENS, {hook: halved})), name
-            assert not close(compiled.loss(TOKENS), loss), name
+            assert close(compiled.run(TOKENS, want="loss").loss, plain.run(TOKENS, want="loss").loss), name
+            assert close(
+                compiled.run(TOKENS, replace={hook: halved}, want="loss").loss,
+                plain.run(TOKENS, replace={hook: halved}, want="loss").loss,
+            ), name
+            assert not close(compiled.run(TOKENS, want="loss").loss, loss), name
         finally:
             undo()
-        assert close(compiled.activations(TOKENS, {hook})[hook], before), name
+        assert close(compiled.run(TOKENS, read={hook}).held[hook], before), name
 
 
 def test_what_others_compile_with_hooks_is_not_this_code(counted: Counted) -> None:
     model = hooked_transformer()
     block = model.blocks[0]
     block.attn.attn_scale = float(block.attn.attn_scale)
-    backend(model).activations(TOKENS, {"blocks.0.hook_resid_post"})
+    backend(model).run(TOKENS, read={"blocks.0.hook_resid_post"})
     block.hook_mlp_out.add_perma_hook(lambda activation, hook: activation * 0.5)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         resid = torch.randn(3, 20, 16)
         expected = block(resid)
         assert close(torch.compile(type(block).forward)(block, resid), expected)
-
-
-# ---- what is left behind
-
-
-def test_an_error_in_a_hook_leaves_all_as_it_was(counted: Counted) -> None:
-    model = hooked_transformer()
-    compiled = backend(model)
-    before, loss = state(model), compiled.loss(TOKENS)
-    for hook in ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.attn.hook_z"):
-        for error in (ValueError("mine"), RuntimeError("mine"), torch._dynamo.exc.InternalTorchDynamoError("mine")):
-
-            def broken(activation: Tensor, error: Exception = error) -> Tensor:
-                raise error
-
-            with pytest.raises(type(error)) as caught:
-                compiled.loss(TOKENS, {hook: broken})
-            assert caught.value is error, hook
-            assert state(model) == before
-            assert close(compiled.loss(TOKENS), loss)
-            assert state(model) == before
-    _, cache = model.run_with_cache(TOKENS)
-    assert "blocks.0.attn.hook_z" in cache, "the model runs as ever"
-
-
-def test_the_hook_points_of_a_mamba_are_left(counted: Counted) -> None:
-    model, tokens = hooked_mamba(), TOKENS[:, :6]
-    compiled = backend(model, mamba=True)
-    seen: list[int] = []
-
-    def look(activation: Tensor, hook: Any) -> None:
-        seen.append(len(model.blocks[0].hook_h.hooks))
-
-    for hook in (model.hook_embed, model.hook_norm):
-        hook.add_perma_hook(look)
-    compiled.loss(tokens, {"blocks.1.hook_resid_pre": halved})
-    assert counted.runs == 2
-    assert seen == [6, 6], "those that mamba-lens made for this forward, before block 0 and after it"
-
-
-# ---- failures
-
-
-class Failing(Counted):
-    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
-        raise NotImplementedError("no such machine\nand a long report")
-
-
-def test_a_failure_to_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(Failing(), monkeypatch)
-    model = hooked_transformer()
-    before, compiled = state(model), backend(model)
-    with pytest.raises(ModelError) as caught:
-        compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
-    assert str(caught.value) == (
-        "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile = false "
-        "to run it as it is"
-    )
-    assert caught.value.__suppress_context__, "torch's report is not shown"
-    assert state(model) == before
-
-
-def test_without_a_compiler_for_c() -> None:
-    missing = {"cpp.cxx": (None, "no-such-compiler"), "fx_graph_cache": False}
-    with (
-        torch._inductor.config.patch(missing),
-        pytest.raises(ModelError, match=r"\(model.compile\): InvalidCxxCompiler: No working C\+\+ compiler found"),
-    ):
-        backend(hooked_transformer(d_model=24)).loss(TOKENS)
-
-
-def test_a_python_for_which_torch_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("torch.compile is not supported on Python 4+")
-
-    monkeypatch.setattr(torch, "compile", refusing)
-    with pytest.raises(ModelError, match=r"\(model.compile\): RuntimeError: torch.compile is not supported on Python"):
-        backend(hooked_transformer()).loss(TOKENS)
-
-
-def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: list[Exception] = []
-
-    class Full(Counted):
-        def outputs(self, outputs: Any) -> Any:
-            raise failures[-1]
-
-    use(Full(), monkeypatch)
-    compiled = backend(hooked_transformer())
-    for failure in (RuntimeError("a kernel failed"), MemoryError()):
-        failures.append(failure)
-        with pytest.raises(type(failure)) as caught:
-            compiled.activations(TOKENS, {"blocks.0.hook_resid_post"})
-        assert caught.value is failure
-
-
-def test_other_models_are_refused() -> None:
-    other = SimpleNamespace(run_with_hooks=None, hook_dict={}, cfg=SimpleNamespace(d_vocab=1, n_ctx=1), tokenizer=None)
-    with pytest.raises(ModelError, match=r"model.compile is for HookedTransformer and HookedMamba, not for Simple"):
-        backend(other)
 
 
 # ---- in threads and in a run
@@ -474,11 +307,11 @@ def test_other_models_are_refused() -> None:
 def test_another_thread_uses_the_same_code(counted: Counted) -> None:
     model, hook = hooked_transformer(), "blocks.0.hook_resid_post"
     compiled, found = backend(model), []
-    thread = threading.Thread(target=lambda: found.append(compiled.activations(TOKENS, {hook})[hook]))
+    thread = threading.Thread(target=lambda: found.append(compiled.run(TOKENS, read={hook}).held[hook]))
     thread.start()
     thread.join()
     assert counted.graphs == 1
-    assert torch.equal(compiled.activations(TOKENS, {hook})[hook], found[0])
+    assert torch.equal(compiled.run(TOKENS, read={hook}).held[hook], found[0])
     assert (counted.graphs, counted.runs) == (1, 2)
     assert set(counted.modes) == {"default"}
 

@@ -85,12 +85,12 @@ def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     torch.nn.init.normal_(sae.W_enc)
     tokens = torch.randint(VOCABULARY, (contexts, CONTEXT), generator=torch.Generator().manual_seed(0))
     backend = run.backend
-    backend.loss(tokens[:1])
+    backend.run(tokens[:1], want="loss")
     base = megabytes("VmRSS")
 
     def rows() -> Iterator[torch.Tensor]:
         for part in tokens.split(per_forward):
-            yield site.extract(backend.activations(part, {site.hook_name})[site.hook_name]).flatten(0, 1)
+            yield site.extract(backend.run(part, read={site.hook_name}).held[site.hook_name]).flatten(0, 1)
 
     variance_metrics(sae, rows())
     with torch.no_grad():

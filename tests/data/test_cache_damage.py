@@ -18,8 +18,8 @@ from support.caches import (
     train,
     write,
 )
+from support.command import cli
 from support.tiny import run_config
-from test_cli import cli
 
 import saekit
 from saekit.data.cache import verify_cache

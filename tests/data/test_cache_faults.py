@@ -32,6 +32,7 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit import Forward
 from saekit.data.cache import CacheWriter, verify_cache
 from saekit.data.cache import write as writing
 from saekit.errors import DataError, StorageError
@@ -285,10 +286,10 @@ def test_an_error_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     class Impatient(FakeBackend):
-        def activations(self, *arguments: Any) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(self.forwards) == 9:
                 raise KeyboardInterrupt
-            return super().activations(*arguments)
+            return super().run(tokens, **options)
 
     running = threads()
     with pytest.raises(KeyboardInterrupt):

@@ -15,6 +15,7 @@ from support.tiny import hooked_transformer, run_config
 from torch import Tensor
 
 import saekit
+from saekit import Forward
 from saekit.data import ActivationStream, ContextStream, StreamContext, TokenPolicy
 from saekit.errors import ConfigError, DataError, ModelError, PluginFailedError
 from saekit.protocols import ActivationSource
@@ -48,7 +49,7 @@ def expected() -> tuple[Tensor, Tensor, Tensor]:
     """The model's activations on the packed documents, with tokens and documents, row by row."""
     packed = ContextStream(DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=False).take(10**6)
     tokens = torch.from_numpy(packed.tokens)
-    rows = FakeBackend().activations(tokens, {SITE.hook_name})[SITE.hook_name].flatten(0, 1)
+    rows = FakeBackend().run(tokens, read={SITE.hook_name}).held[SITE.hook_name].flatten(0, 1)
     return rows, tokens.flatten(), torch.from_numpy(packed.documents).flatten()
 
 
@@ -72,7 +73,7 @@ def test_every_activation_is_served_once_with_its_origin(prefetch: bool) -> None
     wanted = torch.stack([documents, tokens, torch.arange(len(rows)) % 8], 1)
     # Each row is its own: sort both by everything that is known of it.
     assert sorted(map(tuple, origins.tolist())) == sorted(map(tuple, wanted.tolist()))
-    by_token = FakeBackend().activations(origins[:, 1:2], {SITE.hook_name})[SITE.hook_name][:, 0]
+    by_token = FakeBackend().run(origins[:, 1:2], read={SITE.hook_name}).held[SITE.hook_name][:, 0]
     assert torch.allclose(served, by_token), "the fake model's activations depend on the token alone"
     assert not torch.equal(served, rows), "shuffled"
 
@@ -145,7 +146,7 @@ def test_the_type_in_the_buffer(dtype: str) -> None:
     batch = next(live)
     assert batch.activations[SITE].dtype == getattr(torch, dtype)
     assert live.memory_bytes() == 4 * 4 * 8 * 8 * getattr(torch, dtype).itemsize
-    exact = FakeBackend().activations(batch.tokens[:, None], {SITE.hook_name})[SITE.hook_name][:, 0]
+    exact = FakeBackend().run(batch.tokens[:, None], read={SITE.hook_name}).held[SITE.hook_name][:, 0]
     assert torch.equal(batch.activations[SITE], exact.to(getattr(torch, dtype)))
 
 
@@ -161,10 +162,10 @@ class Cramped(FakeBackend):
         super().__init__()
         self.most, self.error = most, error
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
         if len(tokens) > self.most:
             raise self.error
-        return super().activations(tokens, hooks)
+        return super().run(tokens, **options)
 
 
 OUT_OF_MEMORY = [
@@ -209,11 +210,11 @@ def test_other_errors_of_the_model_are_not_out_of_memory() -> None:
 
 def test_an_error_in_the_thread_ends_the_run_and_the_thread(tmp_path: Path) -> None:
     class Failing(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(self.forwards) > 7:
                 assert threading.current_thread().name == "saekit-prefetch"
                 raise OSError("the network drive is gone")
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: Failing()), builtins=True)
     config = run_config(tmp_path, model={"backend": "test:fake"}, site={"hook_name": SITE.hook_name}, evals={"run": []})

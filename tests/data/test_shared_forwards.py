@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saekit import Forward
 from saekit.data.shared import ForwardsReader, SharedForwards
 from saekit.protocols import ModelBackend
 from saekit.runs.session import end_lane
@@ -26,9 +27,9 @@ class CountingBackend(FakeBackend):
         super().__init__()
         self.ran: list[tuple[bytes, frozenset[str]]] = []
 
-    def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
-        self.ran.append((tokens.numpy().tobytes(), frozenset(hooks)))
-        return super().activations(tokens, hooks)
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        self.ran.append((tokens.numpy().tobytes(), frozenset(options["read"])))
+        return super().run(tokens, **options)
 
 
 class Reading:
@@ -45,8 +46,8 @@ class Reading:
         assert self.place is not None
         tokens = text(self.place, self.at_once)
         self.place += self.at_once
-        found = self.reader.activations(tokens, self.reader.hooks)
-        expected = FakeBackend().activations(tokens, self.reader.hooks)
+        found = self.reader.run(tokens, read=self.reader.hooks).held
+        expected = FakeBackend().run(tokens, read=self.reader.hooks).held
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         return found
@@ -132,8 +133,8 @@ def test_a_reader_that_reads_no_text_is_not_waited_for() -> None:
     assert shared.nbytes == 0
     assert backend.ran[-1][1] == {FIRST}
     probe = torch.zeros(1, 7, dtype=torch.long)
-    found = cached.reader.activations(probe, {LAST})
-    assert torch.equal(found[LAST], FakeBackend().activations(probe, {LAST})[LAST])
+    found = cached.reader.run(probe, read={LAST}).held
+    assert torch.equal(found[LAST], FakeBackend().run(probe, read={LAST}).held[LAST])
     assert shared.nbytes == 0
 
 
@@ -181,18 +182,18 @@ def test_other_hooks_than_were_announced() -> None:
     one, other = Reading(shared, {FIRST}), Reading(shared, {FIRST})
     one.next()
     other.place = 2
-    found = other.reader.activations(text(0, 2), {HEADS})
-    assert torch.equal(found[HEADS], FakeBackend().activations(text(0, 2), {HEADS})[HEADS])
+    found = other.reader.run(text(0, 2), read={HEADS}).held
+    assert torch.equal(found[HEADS], FakeBackend().run(text(0, 2), read={HEADS}).held[HEADS])
     assert shared.nbytes == 0
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_what_is_kept_is_given_up_before_the_model_runs_out_of_memory(error: BaseException) -> None:
     class Full(CountingBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if shared.nbytes > 2 * bytes_of_a_forward():
                 raise error
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     backend = Full()
     shared = SharedForwards(backend)
@@ -207,7 +208,7 @@ def test_what_is_kept_is_given_up_before_the_model_runs_out_of_memory(error: Bas
 
 def test_an_error_of_the_model_is_the_readers() -> None:
     class Broken(FakeBackend):
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             raise RuntimeError("it broke")
 
     reading = Reading(SharedForwards(Broken()), {FIRST})
@@ -247,7 +248,8 @@ def test_a_reader_is_the_model_in_all_else() -> None:
     for name in [name for name in vars(ModelBackend) | ModelBackend.__annotations__ if not name.startswith("_")]:
         assert hasattr(reader, name), name
     tokens = text(0, 2)
-    assert torch.equal(reader.loss(tokens, {FIRST: torch.zeros_like}), backend.loss(tokens, {FIRST: torch.zeros_like}))
+    found, expected = (model.run(tokens, replace={FIRST: torch.zeros_like}, want="loss") for model in (reader, backend))
+    assert torch.equal(found.loss, expected.loss)
     assert reader.hook_names() == backend.hook_names()
     assert reader.token_texts(reader.tokenize("abc")) == ["a", "b", "c"]
     for name in ("name", "device", "n_ctx", "d_vocab", "special_tokens", "own"):

@@ -47,7 +47,7 @@ def tokens(n: int) -> Tensor:
 
 
 def rows(contexts: Tensor) -> Tensor:
-    return FakeBackend().activations(contexts, {SITE.hook_name})[SITE.hook_name].flatten(0, 1)
+    return FakeBackend().run(contexts, read={SITE.hook_name}).held[SITE.hook_name].flatten(0, 1)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
@@ -79,7 +79,7 @@ def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peaks_are_those_of_all_activations() -> None:
     sae, contexts, backend = make_sae(64), tokens(50), FakeBackend()
-    features = sae.encode(backend.activations(contexts, {SITE.hook_name})[SITE.hook_name]).detach()
+    features = sae.encode(backend.run(contexts, read={SITE.hook_name}).held[SITE.hook_name]).detach()
     features[:, 0] = 0
     for batch_size in (7, 50):
         peaks = feature_peaks(sae, backend=backend, site=SITE, contexts=contexts, n=5, batch_size=batch_size)

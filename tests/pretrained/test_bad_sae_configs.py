@@ -14,8 +14,8 @@ import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk import TopKConfig
-from test_loaders import CONNOR, NEW, OLD, tensors, write, write_connor
-from test_saved import make
+from support.foreign import CONNOR, NEW, OLD, tensors, write, write_connor
+from support.saved import make
 
 import saekit
 from saekit.errors import ConfigError, SAEFormatError, SaekitError

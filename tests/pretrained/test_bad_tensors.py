@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loaders import NEW, tensors, write, write_connor
-from test_saved import make
+from support.foreign import NEW, tensors, write, write_connor
+from support.saved import make
 
 from saekit import PretrainedSAE
 from saekit.errors import SAEFormatError

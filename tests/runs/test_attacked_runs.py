@@ -17,8 +17,8 @@ from unittest import mock
 
 import pytest
 from support import caches
-from test_resume import contents, fake_config, manager, one_thread, resume, stopped, train
-from test_tracker_threads import Recorder, Uploader, raises
+from support.runs import contents, fake_config, manager, resume, stopped, train
+from support.trackers import Recorder, Uploader, raises
 
 from saekit.errors import ConfigError, DataError, StorageError
 from saekit.runs import saving as saving_module
@@ -26,7 +26,7 @@ from saekit.runs import trackers as trackers_module
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import fake_plugin
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

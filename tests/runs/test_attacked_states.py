@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_crafted_checkpoints import falls_back, made, seal, setting
-from test_resume import contents, fake_config, manager, one_thread, resume, stopped, train
-from test_tracker_threads import Uploader
+from support.crafted import falls_back, seal, setting
+from support.runs import contents, fake_config, manager, resume, stopped, train
+from support.trackers import Uploader
 
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.runs.state_files import read_state, write_state
 from saekit.testing import fake_plugin
 
-_ = one_thread, made
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LANE = "lanes/0/source"
 

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_resume import contents, fake_config, manager, one_thread, pressing, resume, stopped, train
+from support.crafted import falls_back, seal, setting
+from support.runs import fake_config, manager, resume, stopped
 
-from saekit.errors import StorageError, TrainingInterrupted
-from saekit.runs.checkpoints import Checkpoint, _seal, keep_saes
+from saekit.errors import StorageError
+from saekit.runs.checkpoints import Checkpoint, keep_saes
 from saekit.runs.state_files import read_state, write_state
 
-_ = one_thread
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints, and the same without a break."""
-    folder = tmp_path_factory.mktemp("made")
-    train(fake_config(folder, checkpoints={"name": "whole"}))
-    stopped(fake_config(folder), 3)
-    with pressing(2), pytest.raises(TrainingInterrupted):
-        resume(folder / "run")
-    return folder
-
-
-def seal(checkpoint: Path, change: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Make the checksums right again, as whoever crafts a checkpoint can."""
-    table = json.loads((checkpoint / "checkpoint.json").read_text())
-    for name in table["files"]:
-        if (checkpoint / name).exists():
-            table["files"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-    if change is not None:
-        change(table)
-    table["sha256"] = _seal(table)
-    (checkpoint / "checkpoint.json").write_text(json.dumps(table))
-
-
-def falls_back(tmp_path: Path, made: Path, change: Callable[[Path], None], told: str = "") -> None:
-    shutil.copytree(made / "run", tmp_path / "run")
-    change(tmp_path / "run/checkpoints/step-5")
-    with pytest.warns(RuntimeWarning, match=f"a newer checkpoint is not used: .*{told}.*Going on from step-3 instead"):
-        resume(tmp_path / "run")
-    ours, theirs = contents(tmp_path / "run"), contents(made / "whole")
-    for path in ("metrics.jsonl", "sae/sae_weights.safetensors", "sae/cfg.json"):
-        assert ours[path] == theirs[path]
-    assert (tmp_path / "run/checkpoints/step-5.damaged").is_dir()
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = "[" * 100_000
 
 
@@ -75,21 +37,6 @@ def test_nested_less_deep_than_json_takes(tmp_path: Path, made: Path) -> None:
         seal(checkpoint)
 
     falls_back(tmp_path, made, change)
-
-
-def setting(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(table: dict[str, Any]) -> None:
-        *keys, last = path.split("/")
-        node: Any = table
-        for key in keys:
-            node = node[int(key) if isinstance(node, list) else key]
-        place: Any = int(last) if isinstance(node, list) else last
-        if value is Ellipsis:
-            del node[place]
-        else:
-            node[place] = value
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from support.tiny import run_config
 
@@ -25,13 +24,7 @@ from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 DOCUMENTS = [{"text": f"value_{n} = {n}\n" * 30} for n in range(60)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of a tiny model are slower with two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

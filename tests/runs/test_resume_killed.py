@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 from support import caches
+from support.runs import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 from support.tiny import run_config
-from test_resume import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 
 import saekit
 

@@ -16,7 +16,7 @@ import attrs
 import pytest
 import torch
 from support import caches
-from test_resume import LIVE, contents, fake_config, manager, pressing, resume, train, without
+from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
 
 import saekit
 from saekit.errors import TrainingInterrupted
@@ -31,12 +31,7 @@ def unnamed(folder: str, source: dict[str, Any] = LIVE, **sections: dict[str, An
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

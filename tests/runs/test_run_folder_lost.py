@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import contents, fake_config, manager, one_thread, pressing, resume, train
+from support.runs import contents, fake_config, manager, pressing, resume, train
 from torch import Tensor
 
 import saekit
@@ -17,7 +17,7 @@ from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.saving import Saving
 from saekit.training.trainer import SAETrainer
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def removed(run: Path) -> None:

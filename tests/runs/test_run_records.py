@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import fake_config, manager, one_thread, resume, stopped
+from support.runs import fake_config, manager, resume, stopped
 
 import saekit
 from saekit.errors import ConfigError, StorageError
 from saekit.runs.checkpoints import Checkpoint, _seal, newest_checkpoint
 from saekit.runs.folder import run_folder
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+from support.trackers import SOON, Recorder, Uploader, raises, waits
 
 import saekit
 from saekit.errors import MissingPackageError, PluginError, StorageError
@@ -18,67 +18,6 @@ from saekit.runs import trackers as under_test
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.testing import fake_plugin
 from saekit.values import Histogram
-
-SOON = 30.0  # seconds: only a failing test waits that long
-
-
-class Recorder:
-    """A tracker that remembers its calls, with hooks to misbehave."""
-
-    def __init__(
-        self, on_log: Callable[[int], object] | None = None, on_close: Callable[[], object] | None = None
-    ) -> None:
-        self.calls: list[tuple[Any, int]] = []
-        self.threads: set[int] = set()
-        self.closed = threading.Event()
-        self._on_log, self._on_close = on_log, on_close
-
-    def log(self, metrics: Any, step: int) -> None:
-        self.threads.add(threading.get_ident())
-        self.calls.append((metrics, step))
-        if self._on_log:
-            self._on_log(step)
-
-    def close(self) -> None:
-        self.threads.add(threading.get_ident())
-        self.closed.set()
-        if self._on_close:
-            self._on_close()
-
-    @property
-    def steps(self) -> list[int]:
-        return [step for _, step in self.calls]
-
-
-class Uploader(Recorder):
-    """One that is told of checkpoints too."""
-
-    def log_checkpoint(self, folder: Path, step: int) -> None:
-        self.log(folder, step)
-
-
-def raises(error: BaseException) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        raise error
-
-    return hook
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """Trackers wait for it; it opens at the test's end, so that no thread is left."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
-def waits(gate: threading.Event, begun: threading.Event | None = None) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        if begun is not None:
-            begun.set()
-        gate.wait(SOON)
-
-    return hook
 
 
 @attrs.define

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import attrs
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
 from support.tiny import run_config
+from support.wandb_runs import fake_wandb, needs_wandb, read_back
 
 import saekit
 from saekit.errors import PluginFailedError
@@ -29,7 +26,6 @@ from saekit.runs.trackers import start_trackers
 from saekit.values import Histogram, RunInfo
 
 HISTOGRAM = Histogram((1, 5, 2), (-1.0, 0.0, 0.5, 2.0))
-
 
 # ---- jsonl
 
@@ -77,8 +73,6 @@ LINES = st.lists(
 TORN = st.binary(max_size=30).map(lambda tail: tail.replace(b"\n", b"")) | st.sampled_from(
     [b'{"step": 1, "seconds": 0.0}', b'{"step": 1, "sec', b"{", b"\xff\xfe", b"\0\0\0"]
 )
-
-
 DAMAGED = st.sampled_from([b"", b"{", b"\xff\xfe", b"\0\0", b"3", b"null", b"[1]", b'{"a": 1}', b'{"step": null}'])
 
 
@@ -137,15 +131,6 @@ def test_jsonl_that_cannot_be_cut_back_is_left_whole(tmp_path: Path, monkeypatch
 # ---- wandb, without the package
 
 
-def fake_wandb(monkeypatch: pytest.MonkeyPatch, starting_step: int) -> SimpleNamespace:
-    """A W&B whose run has been at work up to ``starting_step``; it keeps what it is given."""
-    fake = SimpleNamespace(inits=[], logged=[], Settings=dict, Histogram=lambda np_histogram: np_histogram)
-    run = SimpleNamespace(starting_step=starting_step, log=lambda metrics, step: fake.logged.append((metrics, step)))
-    fake.init = lambda **options: fake.inits.append(options) or run
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
 def test_wandb_keeps_its_id_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_wandb(monkeypatch, starting_step=0)
     (tmp_path / "a").mkdir()
@@ -185,88 +170,6 @@ def test_wandb_gets_no_more_bins_than_it_takes(tmp_path: Path, monkeypatch: pyte
 
 
 # ---- wandb
-
-
-def leveldb_records(log: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]:
-    """The records of W&B's transaction log, which is LevelDB's log format after seven bytes of its own."""
-    position, parts = 0, b""
-    while position + header <= len(log):
-        left = block - (position + 7) % block  # W&B's seven bytes count in the first block
-        if left < header:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", log, position)
-        if position + header + length > len(log):
-            return  # still being written
-        parts += log[position + header : position + header + length]
-        position += header + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
-
-@attrs.define
-class Written:
-    """What is in a W&B file."""
-
-    history: list[dict[str, Any]] = attrs.field(factory=list)
-    config: dict[str, str] = attrs.field(factory=dict)
-    runs: list[Any] = attrs.field(factory=list)
-    artifacts: list[Any] = attrs.field(factory=list)
-    ended: bool = False
-
-
-def read_file(file: Path) -> Written:
-    from wandb.proto import wandb_internal_pb2
-
-    written = Written()
-    for data in leveldb_records(file.read_bytes()[7:]):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            items = record.history.item
-            written.history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-        if record.HasField("run"):
-            written.runs.append(record.run)
-            written.config |= {item.key: item.value_json for item in record.run.config.update}
-        if record.HasField("artifact"):
-            written.artifacts.append(record.artifact)
-        written.ended |= record.HasField("exit")
-    return written
-
-
-def read_back(folder: Path) -> list[Written]:
-    """What the W&B files of a run folder hold, the oldest first, once the runs have ended.
-
-    W&B's own process writes them, and may still do so after the run's end.
-    """
-    deadline = time.monotonic() + 60
-    while True:
-        found = [read_file(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
-        if all(written.ended for written in found) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
-
-
-def needs_wandb(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that runs W&B."""
-    missing = saekit.default_manager().get("trackers", "wandb").missing()
-    for mark in (
-        pytest.mark.slow,
-        pytest.mark.skipif(bool(missing), reason="needs wandb"),
-        pytest.mark.filterwarnings("default"),  # wandb's own threads and files are its own affair
-        pytest.mark.usefixtures("wandb_data"),
-    ):
-        test = mark(test)
-    return test
-
-
-@pytest.fixture
-def wandb_data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where W&B keeps copies until they are sent."""
-    folder = tmp_path_factory.mktemp("wandb-data")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(folder))
-    return folder
 
 
 def offline(folder: Path, name: str = "run", resumed_at: int | None = None, **options: Any) -> WandbTracker:

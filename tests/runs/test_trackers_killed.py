@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import contents, fake_config, manager, one_thread, resume, stopped, train
-from test_tracker_threads import SOON, Recorder, Uploader, raises, waits
+from support.runs import contents, fake_config, manager, resume, stopped, train
+from support.trackers import SOON, Recorder, Uploader, raises, waits
 
 import saekit
 from saekit.errors import ConfigError
@@ -26,14 +25,7 @@ from saekit.runs.waiting import Record, waiting_of, waiting_state
 from saekit.testing import fake_plugin
 from saekit.values import Histogram, RunInfo
 
-_ = one_thread
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    event = threading.Event()
-    yield event
-    event.set()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- a run that is killed

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
-from test_trackers import fake_wandb, needs_wandb, read_back, wandb_data
+from support.wandb_runs import fake_wandb, needs_wandb, read_back
 
 import saekit
 from saekit.values import RunInfo
 
-_ = wandb_data
 GIVEN = {"project": "p", "entity": "e", "mode": "offline", "tags": ("t",)}
 SET = {
     "WANDB_PROJECT": "its project", "WANDB_ENTITY": "its team", "WANDB_MODE": "disabled", "WANDB_TAGS": "one, two,,",

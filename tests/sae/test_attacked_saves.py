@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from test_saved import make
+from support.saved import make
 
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_CONFIG

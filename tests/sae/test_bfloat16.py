@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import pressing
+from support.runs import pressing
 from torch import Tensor
 
 import saekit
+from saekit import Forward
 from saekit.errors import TrainingInterrupted
 from saekit.sae import SAE
 from saekit.sae.build import build_module
@@ -65,8 +66,8 @@ class Mixtures:
 
 
 class Wide(FakeBackend):
-    def activations(self, tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
-        return {name: torch.zeros(*tokens.shape, WIDTH) for name in hooks}
+    def run(self, tokens: Tensor, **options: Any) -> Forward:
+        return Forward({name: torch.zeros(*tokens.shape, WIDTH) for name in options["read"]})
 
 
 def manager() -> Any:
@@ -206,7 +207,7 @@ def test_a_sweep_is_each_alone_and_a_start_is_the_saved_one(tmp_path: Path) -> N
 def by_hand(kind: str, factor: bool = False, **options: Any) -> SAE:
     plugins = saekit.default_manager()
     table = {"name": kind, "k": 4, "d_sae": 64} | options
-    choice = saekit.load_config({"sae": table}).sae
+    choice = saekit.load_config({"sae": table}).sae.options
     sae = build_module(plugins.find("sae_architectures", choice), choice, WIDTH, plugins)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -223,9 +224,9 @@ def by_hand(kind: str, factor: bool = False, **options: Any) -> SAE:
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
-@pytest.mark.parametrize("way", ["made", "cast"])
-def test_no_row_loses_a_feature_when_it_is_saved(kind: str, way: str, tmp_path: Path) -> None:
-    sae = by_hand(kind, dtype="bfloat16") if way == "made" else by_hand(kind).to(torch.bfloat16)
+@pytest.mark.parametrize("how", ["made", "cast"])
+def test_no_row_loses_a_feature_when_it_is_saved(kind: str, how: str, tmp_path: Path) -> None:
+    sae = by_hand(kind, dtype="bfloat16") if how == "made" else by_hand(kind).to(torch.bfloat16)
     loaded = saekit.SAE.load(sae.save(tmp_path / "sae")).to(torch.bfloat16)
     x = torch.randn(4096, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

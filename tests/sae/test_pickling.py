@@ -74,21 +74,21 @@ def through_torch(sae: SAE) -> SAE:
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda sae: pickle.loads(pickle.dumps(sae)), "torch": through_torch}
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("how", list(WAYS))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_copies(architecture: str, way: str) -> None:
+def test_copies(architecture: str, how: str) -> None:
     sae = make(architecture, factor=True)
     sae.learn_only({"W_dec"})
-    found = WAYS[way](sae)
+    found = WAYS[how](sae)
     same(found, sae)
     found.W_dec.data.add_(1)
     assert not torch.equal(found(X), sae(X))
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_an_activation_of_its_own(way: str) -> None:
+@pytest.mark.parametrize("how", list(WAYS))
+def test_an_activation_of_its_own(how: str) -> None:
     same(
-        WAYS[way](make("saekit:standard", activation="saekit:tanh-relu")),
+        WAYS[how](make("saekit:standard", activation="saekit:tanh-relu")),
         make("saekit:standard", activation="saekit:tanh-relu"),
     )
 
@@ -119,11 +119,11 @@ def double(features: torch.Tensor, hook: HookPoint) -> torch.Tensor:
     return 2 * features
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_hooks_travel(way: str) -> None:
+@pytest.mark.parametrize("how", list(WAYS))
+def test_hooks_travel(how: str) -> None:
     sae = make("saekit:standard")
     handle = sae.hook_sae_acts_post.add_hook(double)
-    found = WAYS[way](sae)
+    found = WAYS[how](sae)
     same(found, sae)
     SEEN.clear()
     found(X)
@@ -140,8 +140,8 @@ def test_a_hook_that_cannot_be_pickled_says_so() -> None:
     assert torch.equal(copy.deepcopy(sae)(X), sae(X))
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_a_compiled_loss_is_of_the_copys_own_weights(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", list(WAYS))
+def test_a_compiled_loss_is_of_the_copys_own_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
     def compile_it(function: Any, mode: str) -> Any:
@@ -151,7 +151,7 @@ def test_a_compiled_loss_is_of_the_copys_own_weights(way: str, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", compile_it)
     sae = make("saekit:standard")
     sae.compile_losses("max-autotune")
-    found = WAYS[way](sae)
+    found = WAYS[how](sae)
     assert compiled == ["max-autotune"] * 2
     assert found.why_reference() == sae.why_reference()
     step = StepInput(step=3, generator=torch.Generator().manual_seed(0))

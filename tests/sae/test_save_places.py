@@ -11,38 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_saved import make
+from support.saved import FOREIGN, OWN, make, names, other, thesis
 
 import saekit
 from saekit.errors import SAEFormatError, StorageError
 from saekit.sae import SAE
-from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS
-
-OWN = {CONFIG, WEIGHTS, SPARSITY}
-
-
-def other() -> SAE:
-    """One that differs in every file."""
-    sae = make(d_in=7)
-    with torch.no_grad():
-        sae.W_dec.add_(1)
-    return sae
-
-
-def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def thesis(folder: Path) -> Path:
-    """A folder with somebody's work in it."""
-    (folder / "chapters").mkdir(parents=True)
-    (folder / "thesis.tex").write_text("years of work")
-    (folder / "chapters" / "one.tex").write_text("more of it")
-    (folder / ".notes").write_text("hidden")
-    return folder
-
-
-FOREIGN = {"thesis.tex", "chapters", "chapters/one.tex", ".notes"}
+from saekit.sae.folder import CONFIG, WEIGHTS
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
@@ -170,8 +144,8 @@ def test_a_full_disk_leaves_the_sae_that_was_there(tmp_path: Path, monkeypatch: 
 KILLED = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/sae"]
-from test_save_places import make, other, thesis, names, FOREIGN
+sys.path.insert(0, sys.argv[1])
+from support.saved import make, other, thesis, names, FOREIGN
 from saekit.errors import SAEFormatError
 from saekit.sae import SAE
 home, alone = Path(sys.argv[2]), sys.argv[3] == "alone"

@@ -16,8 +16,8 @@ from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.saved import READER, sae_lens_python
 from support.tiny import run_config
-from test_saved import READER, sae_lens_python
 from torch import Tensor
 
 import saekit
@@ -31,6 +31,8 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
+
+pytestmark = pytest.mark.usefixtures("way")
 
 FOLDER = Path(__file__).parents[1] / "golden_topk"
 CASES = sorted(path.stem for path in FOLDER.glob("*topk_*.safetensors"))

@@ -20,11 +20,6 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
-]
-
 
 def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **optimizer: Any) -> SAETrainer:
     plugins = saekit.default_manager()
@@ -65,7 +60,6 @@ CONFIGS: dict[str, SAEConfig] = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -29,6 +29,8 @@ from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
+pytestmark = pytest.mark.usefixtures("way")
+
 TOLERANCE = 1e-9
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 ONE_OPTION = {
@@ -196,11 +198,11 @@ class Deviations:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_thirty_steps_equal_the_reference(path: Path, kernels: str) -> None:
+def test_thirty_steps_equal_the_reference(path: Path, way: str) -> None:
     golden = read(path)
     trainer = trainer_of(golden)
     # With p < 1 the gradient of a feature near zero has no bound, and the order of operations shows in every digit.
-    tolerance = 1e-7 if kernels == "fast" and golden.config["lp_norm"] < 1 else TOLERANCE
+    tolerance = 1e-7 if way == "fast" and golden.config["lp_norm"] < 1 else TOLERANCE
     trace = golden.part("trace.")
     trace.pop("scaling_factor")
     deviations = Deviations()

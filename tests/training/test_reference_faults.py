@@ -18,6 +18,8 @@ from saekit.data import ContextPacker, TokenPolicy
 from saekit.errors import DataError
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
+pytestmark = pytest.mark.usefixtures("way")
+
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 DOCUMENTS = [{"tokens": [(7 * n + t) % 120 + 1 for t in range(20 + n % 13)]} for n in range(100)]
 
@@ -113,7 +115,7 @@ def test_fault_17_the_model_runs_without_a_graph() -> None:
     backend = saekit.default_manager().build(
         "model_backends", "HookedTransformer", model=saekit.config.ModelConfig(), loaded=hooked_transformer()
     )
-    held = backend.activations(torch.ones(2, 5, dtype=torch.long), {"blocks.1.hook_resid_post"})
+    held = backend.run(torch.ones(2, 5, dtype=torch.long), read={"blocks.1.hook_resid_post"}).held
     assert all(rows.is_inference() and rows.grad_fn is None for rows in held.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import datasets
 import pytest
 import torch
 from support.tiny import hooked_transformer, run_config
+from support.training import hashes, lines
 
 import saekit
 from saekit.errors import (
@@ -32,13 +32,7 @@ from saekit.runs.trackers import Trackers
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "sae").iterdir())}
-
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
@@ -328,7 +322,6 @@ def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("command", "number", "code"),
     [

@@ -14,7 +14,7 @@ from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
 from saekit.hub import is_path, within_reach
-from saekit_plugins.backends.model_folders import instead
+from saekit_plugins.backends.passed import check_passed
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -64,10 +64,8 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
     _check_fast_paths(config.forward_kwargs)
-    module: Any = loaded if loaded is not None else _load(config, model)
-    if not hasattr(module, "input_dependent_hooks"):
-        told = instead(module, "run_with_hooks", 'Its backend may be another: model.backend = "HookedTransformer"')
-        raise ModelError(f"model must be a HookedMamba, found {type(module).__name__}. {told}")
+    check_passed(loaded, "HookedMamba")
+    module: Any = loaded or _load(config, model)
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,

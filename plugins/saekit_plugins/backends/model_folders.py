@@ -15,7 +15,7 @@ from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 
 if TYPE_CHECKING:
-    from saekit.config import ModelConfig
+    from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
 
 EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
 NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
@@ -59,13 +59,6 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     return folder
 
 
-def instead(passed: object, attribute: str, advice: str) -> str:
-    """What to do with what was passed and is no model of the backend's; ``advice`` where it has the ``attribute``."""
-    if isinstance(passed, str):
-        return f"A model is chosen by its name with model.name = {passed!r}"
-    return advice if hasattr(passed, attribute) else "Of models of other kinds, saekit needs a backend (model.backend)"
-
-
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Whatever the files of a model make the libraries stumble on is a :class:`ModelError` that names ``what``."""
@@ -92,12 +85,12 @@ def _unknown_name(name: str, error: Exception) -> str:
     return f"the model {name!r} cannot be loaded: {reason(error)}"
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, revision: str = "main") -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
     from transformers import AutoTokenizer
 
     with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
 
 
 def _load_native(folder: Path, dtype: str, device: str) -> object:
@@ -132,30 +125,55 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
     torch_dtype = getattr(torch, dtype)
     tokenizer = load_tokenizer(folder)
     with loading(f"the model in {folder}"):
-        hf_model = _hf_model(folder, torch_dtype)
+        module = hf_model(folder, torch_dtype, local_files_only=True)
         with _config_folder(folder) as neutral:
             config = conversion.get_pretrained_model_config(
                 neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
             )
-        state = conversion.get_pretrained_state_dict(str(folder), config, hf_model, dtype=torch_dtype)
+        state = conversion.get_pretrained_state_dict(str(folder), config, module, dtype=torch_dtype)
         model = HookedTransformer(config, tokenizer, move_to_device=False)
         model.load_and_process_state_dict(state, **options)
         return ready(model, device)
 
 
-def _hf_model(folder: Path, dtype: Any) -> Any:
-    """The library would draw weights that are not there at random, with no more than a remark in its log."""
+def hf_model(place: str | Path, dtype: Any, **options: Any) -> Any:
+    """The causal language model of transformers in a folder, or of that name on the Hub.
+
+    The library would draw weights that are not there at random, with no more than a remark in its log.
+    """
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, local_files_only=True, output_loading_info=True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
     )
+    model, info = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(fault) or ())):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             kind = "lack" if fault == "missing_keys" else "have another shape than config.json says in"
-            raise ModelError(f"the weights in {folder} {kind} {', '.join(names[:3])}{more}")
+            raise ModelError(f"the weights in {place} {kind} {', '.join(names[:3])}{more}")
     return model
+
+
+def check_causal_lm(config: object, whole: TrainConfig | PretokenizeConfig) -> None:
+    """What can be seen of a name or folder that transformers is to load: the precheck of its backend."""
+    _causal_lm_place(whole.model.name)
+
+
+def _causal_lm_place(name: str) -> None:
+    folder = model_folder(name, {})
+    if folder is not None and (folder / NATIVE_CONFIG).is_file():
+        raise ModelError(f'{name!r} is a model of transformer_lens; its backend is model.backend = "HookedTransformer"')
+
+
+def load_causal_lm(model: ModelConfig, **options: Any) -> object:
+    """A causal language model of transformers, from a folder or the Hub, to be read only."""
+    import torch
+
+    device = resolve_device(model.device, "model.device", model.dtype)
+    _causal_lm_place(model.name)
+    with within_reach(unless=model.name), loading(f"the model {model.name!r}"):
+        return ready(hf_model(model.name, getattr(torch, model.dtype), **options), device)
 
 
 def ready(model: Any, target: Any) -> object:

@@ -38,7 +38,8 @@ class ReconstructionEval:
 
         def rows() -> Iterator[Tensor]:
             for tokens in contexts.split(size):
-                yield site.extract(backend.activations(tokens, {site.hook_name})[site.hook_name]).flatten(0, 1)
+                held = backend.run(tokens, read={site.hook_name}).held
+                yield site.extract(held[site.hook_name]).flatten(0, 1)
 
         losses = spliced_losses(sae, backend=backend, site=site, contexts=contexts, batch_size=size)
         return variance_metrics(sae, rows()) | losses

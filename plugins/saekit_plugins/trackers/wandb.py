@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -56,13 +56,14 @@ class WandbTracker:
         self._log_checkpoints = config.log_checkpoints
         # With the id, since a name may be used again elsewhere in the project.
         self._artifact_name = f"{re.sub('[^A-Za-z0-9_.-]', '-', run.name)[:100]}-{run_id}"
+        mode: Any = config.mode or _environment("MODE") or "online"
         self._run = wandb.init(
             project=config.project or _environment("PROJECT") or "saekit",
             entity=config.entity or _environment("ENTITY"),
             name=_environment("NAME") or run.name,
             dir=_environment("DIR") or str(run.folder),
             config=dict(run.config),
-            mode=config.mode or _environment("MODE") or "online",
+            mode=mode,
             tags=_tags() if config.tags is None else list(config.tags),
             id=run_id,
             resume="allow",

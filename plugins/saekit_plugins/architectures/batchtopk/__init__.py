@@ -7,17 +7,12 @@ average of the least active feature of each batch.  It is saved as what other li
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import attrs
 
-from saekit import ConfigError, Entry, hookimpl
+from saekit import Entry, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
-from saekit_plugins.architectures.topk import TopKConfig, check_activation
-
-if TYPE_CHECKING:
-    from saekit import SAE, Ports
-    from saekit.protocols import ActivationFunction
+from saekit_plugins.architectures.topk import TopKConfig
 
 
 @attrs.frozen(kw_only=True)
@@ -44,15 +39,5 @@ class BatchTopKConfig(TopKConfig):
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    yield Entry(
-        "batchtopk", BatchTopKConfig, _build, summary="the largest features of a batch, k for each row on average"
-    )
-
-
-def _build(config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
-    check_activation("batchtopk", activation)
-    if config.k > config.features(ports.d_in):
-        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
-    from saekit_plugins.architectures.batchtopk.module import BatchTopKSAE
-
-    return BatchTopKSAE(config, ports=ports, activation=activation)
+    build, summary = f"{__name__}.module:BatchTopKSAE", "the largest features of a batch, k for each row on average"
+    yield Entry("batchtopk", BatchTopKConfig, build, summary=summary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class BatchTopKSAE(TopKSAE):
 
     step_kernels = (BatchTopKKernel(),)
     config: BatchTopKConfig
+    _name: ClassVar[str] = "batchtopk"
+    threshold_average: Tensor
+    threshold_updates: Tensor
 
     def __init__(self, config: BatchTopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         super().__init__(config, ports=ports, activation=activation)
@@ -133,7 +136,7 @@ class BatchTopKSAE(TopKSAE):
             every = (threshold.double() * norms)[norms > 0]
             one = every.median()
             if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
-                return one.bfloat16().item()
+                return float(one.bfloat16())
         raise SAEFormatError(
             f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
             f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"

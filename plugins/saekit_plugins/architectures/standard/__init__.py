@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import check
-
-if TYPE_CHECKING:
-    from saekit import SAE, Ports
-    from saekit.protocols import ActivationFunction
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -49,13 +45,8 @@ class StandardConfig(SAEConfig):
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    yield Entry("standard", StandardConfig, _build, summary="one hidden layer, an Lp sparsity penalty")
-
-
-def _build(config: StandardConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
-    from saekit_plugins.architectures.standard.module import StandardSAE
-
-    return StandardSAE(config, ports=ports, activation=activation)
+    build = f"{__name__}.module:StandardSAE"
+    yield Entry("standard", StandardConfig, build, summary="one hidden layer, an Lp sparsity penalty")
 
 
 def l1_coefficient_at(config: StandardConfig, step: int) -> float:

@@ -59,7 +59,8 @@ class StandardKernel(SparseKernel["StandardSAE"]):
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             values = features.values if isinstance(features, SparseFeatures) else features
-            return sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+            found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+            return found
 
         noise = self._noise(sae, step) if config.noise_scale else None
         for start, features in self._groups(sae, fast.centered, workspace, noise):
@@ -114,7 +115,7 @@ class StandardSAE(SAE):
             coefficients={"l1_coefficient": coefficient},
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drawn(self, x: Tensor, step: StepInput) -> tuple[Tensor | None, Tensor | None]:
         """The noise ``[n, d_sae]`` and the numbers of the dead features, where they are used.
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit import Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
-
-if TYPE_CHECKING:
-    from saekit import SAE, Ports
-    from saekit.protocols import ActivationFunction
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 _at_least_1 = check(lambda value: value >= 1, "1 or more")
@@ -55,25 +51,5 @@ class TopKConfig(SAEConfig):
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    yield Entry("topk", TopKConfig, _build, summary="the k largest features of each row, AuxK for dead ones")
-
-
-def _build(config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> SAE:
-    check_activation("topk", activation)
-    if config.k > config.features(ports.d_in):
-        raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
-    from saekit_plugins.architectures.topk.module import TopKSAE
-
-    return TopKSAE(config, ports=ports, activation=activation)
-
-
-def check_activation(name: str, activation: ActivationFunction) -> None:
-    """:class:`ConfigError` unless it is ReLU."""
-    import torch
-
-    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
-    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
-        raise ConfigError(
-            [("sae.activation", f"is not ReLU, and {name} is defined by the largest pre-activations themselves; leave "
-              "it out")]
-        )  # fmt: skip
+    build = f"{__name__}.module:TopKSAE"
+    yield Entry("topk", TopKConfig, build, summary="the k largest features of each row, AuxK for dead ones")

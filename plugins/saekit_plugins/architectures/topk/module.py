@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from saekit import Ports
+from saekit.errors import ConfigError
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -20,7 +22,7 @@ from saekit.kernels import (
     screen_for,
     top_groups,
 )
-from saekit.protocols import SparseActivation
+from saekit.protocols import ActivationFunction, SparseActivation
 from saekit.sae import SAE, auxk_loss, squared_errors, variance_ratio
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.topk import TopKConfig
@@ -28,6 +30,16 @@ from saekit_plugins.architectures.topk import TopKConfig
 __all__ = ["TopKSAE", "folded"]
 
 FOLDED = ("W_enc", "b_enc", "W_dec")
+
+
+def check_relu(architecture: str, activation: ActivationFunction) -> None:
+    """:class:`ConfigError` unless ``activation`` is ReLU."""
+    numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
+    if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
+        raise ConfigError(
+            [("sae.activation", f"is not ReLU, and {architecture} is defined by the largest pre-activations "
+              "themselves; leave it out")]
+        )  # fmt: skip
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -58,7 +70,8 @@ class TopKKernel(SparseKernel["TopKSAE"]):
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             values = features.values if isinstance(features, SparseFeatures) else features
-            return sae.activation.pre_gradient(gradient, values)
+            found: Tensor = sae.activation.pre_gradient(gradient, values)
+            return found
 
         for start, features in self.chosen(sae, encoder, fast.centered, norms):
             logged |= sae.after_features(features.scaled(norms))
@@ -85,10 +98,21 @@ class TopKKernel(SparseKernel["TopKSAE"]):
 
 
 class TopKSAE(SAE):
-    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``."""
+    """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``.
+
+    :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
+    """
 
     step_kernels = (TopKKernel(),)
     config: TopKConfig
+    _name: ClassVar[str] = "topk"
+
+    def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
+        check_relu(self._name, activation)
+        if config.k > config.features(ports.d_in):
+            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
+        super().__init__(config, ports=ports, activation=activation)
+
     activation: Any
 
     def feature_norms(self) -> Tensor | None:
@@ -131,7 +155,7 @@ class TopKSAE(SAE):
             coefficients=self.after_features(features.detach()),
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())

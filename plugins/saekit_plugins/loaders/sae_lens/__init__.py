@@ -61,7 +61,7 @@ class SaeLensLoader:
             site=config.site,
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, files),
-            metadata=config.metadata | _defaulted([*config.defaulted, *architecture.defaulted]),
+            metadata={**config.metadata, **_defaulted([*config.defaulted, *architecture.defaulted])},
         )
 
     def _activation_scale(self, config: FoundConfig, files: SAEFiles) -> float | None:

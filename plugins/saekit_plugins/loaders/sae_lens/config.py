@@ -85,7 +85,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
 def _check_kinds(flat: Mapping[str, Any], place: str) -> None:
     for name, (kind, expected) in _KINDS.items():
         value = flat.get(name)
-        if value is not None and (type(value) is not kind or (kind is int and value < 1) or value == ""):
+        if value is not None and (type(value) is not kind or (type(value) is int and value < 1) or value == ""):
             spelling = "activation_fn" if name == "activation" else name
             raise SAEFormatError(f"{spelling} in {place} is {value!r}, expected {expected}")
 

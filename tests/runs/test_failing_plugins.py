@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +12,17 @@ import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
-from test_resume import fake_config, manager, one_thread, resume, train
+from support.runs import fake_config, manager, resume, train
 from torch import Tensor
 
 import saekit
+from saekit import Forward
 from saekit.errors import PluginFailedError
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import FakeBackend, fake_plugin
 from saekit.values import Batch
 
-_ = one_thread
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Source:
@@ -128,18 +129,16 @@ def test_a_model_is_not_the_sources_fault(tmp_path: Path, prefetch: bool) -> Non
     class Failing(FakeBackend):
         left = 9
 
-        def activations(self, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
             if len(tokens) == 4:
                 self.left -= 1
                 if self.left == 0:
                     raise SystemExit(3)
-            return super().activations(tokens, hooks)
+            return super().run(tokens, **options)
 
     source = {"name": "live", "store_batch_size_prompts": 4, "n_batches_in_buffer": 8, "prefetch": prefetch}
     table = fake_config(tmp_path, source, evals={"run": []})
-    with pytest.raises(
-        PluginFailedError, match=r"^model backend 'test:fake' \(test 0\) failed in activations: SystemEx"
-    ):
+    with pytest.raises(PluginFailedError, match=r"^model backend 'test:fake' \(test 0\) failed in run: SystemEx"):
         train(table, plugins=manager(Failing()))
     assert newest_checkpoint(tmp_path / "run").facts["batches"] >= 1
 

@@ -1,0 +1,80 @@
+"""Model backend ``AutoModelForCausalLM`` (transformers): any causal language model, its modules' paths as hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import ConfigError, Entry, hookimpl
+from saekit.backends import ModuleBackend
+from saekit.config import path_field
+from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
+from saekit_plugins.backends.passed import check_passed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.config import ModelConfig
+
+_ELSEWHERE = ("dtype", "torch_dtype", "device_map", "revision", "attn_implementation")
+
+
+@attrs.frozen(kw_only=True)
+class HuggingFaceOptions:
+    """Any causal language model of transformers: a folder, a name on the Hub, or one passed from code."""
+
+    tokenizer: str = path_field("")
+    """A folder or Hub name for the tokenizer; empty: the model's own."""
+    revision: str = "main"
+    """A branch, tag or commit of the model's repository on the Hub."""
+    attn_implementation: str | None = None
+    """How attention is computed: `eager`, `sdpa`, `flash_attention_2`; without it, as transformers chooses."""
+    from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Passed to `AutoModelForCausalLM.from_pretrained`, such as `{variant = "fp16"}`."""
+
+    @from_pretrained_kwargs.validator
+    def _check_kwargs(self, attribute: attrs.Attribute[Any], value: dict[str, Any]) -> None:
+        problems = [
+            f"{name} is an option of its own (of model, or of model.backend)" for name in value if name in _ELSEWHERE
+        ]
+        if "trust_remote_code" in value:
+            problems.append(
+                "trust_remote_code is refused: no code that comes with a model is run. Pass the model from code"
+            )
+        if problems:
+            raise ConfigError([(attribute.name, problem) for problem in problems])
+
+
+class HuggingFaceBackend(ModuleBackend):
+    """A causal language model of transformers, with ``transformer.h.1`` or ``model.layers.3.mlp.input`` for hooks."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        return super().unembedding() if head is None else (head.weight.T, getattr(head, "bias", None))
+
+
+def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | None) -> HuggingFaceBackend:
+    if model.compile:
+        raise ConfigError([("model.compile", "is not for AutoModelForCausalLM, since compiled code knows no hooks")])
+    check_passed(loaded, "AutoModelForCausalLM")
+    options = {"revision": config.revision, "attn_implementation": config.attn_implementation}
+    module: Any = loaded or load_causal_lm(model, **options | config.from_pretrained_kwargs)
+    name = model.name if loaded is None else module.name_or_path
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is None and (config.tokenizer or name):
+        tokenizer = load_tokenizer(config.tokenizer or name, "main" if config.tokenizer else config.revision)
+    text = module.config.get_text_config()
+    known = {"d_vocab": text.vocab_size, "n_ctx": getattr(text, "max_position_embeddings", None)}
+    return HuggingFaceBackend(module, name=name or "custom", tokenizer=tokenizer, autocast=model.autocast, **known)
+
+
+@hookimpl
+def saekit_register_model_backends() -> Iterable[Entry]:
+    summary = "causal language models of transformers, hooked by module paths"
+    yield Entry("AutoModelForCausalLM", HuggingFaceOptions, _build, summary=summary, precheck=check_causal_lm)

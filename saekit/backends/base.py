@@ -1,0 +1,102 @@
+"""The base class of model backends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, get_args
+
+from saekit.backends.forward import Hooks, next_token_loss
+from saekit.errors import ModelError
+from saekit.values import Forward, Replacement, Want
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """A :class:`saekit.protocols.ModelBackend` of which only the model is missing.
+
+    What a subclass must have: the values below, :meth:`hook_names`, :meth:`tokenize`, :meth:`token_texts` and
+    :meth:`forward`.  Of models that are modules of torch, :class:`saekit.backends.ModuleBackend` has most of it.
+    """
+
+    name: str
+    device: str
+    n_ctx: int | None
+    d_vocab: int
+    special_tokens: Mapping[str, int | None]
+    autocast: bool = False
+    """Whether the model's products are made in bfloat16 (``model.autocast``)."""
+    why_silent: str = ""
+    """Why a hook that is there may not run, and what to do, for the message to say; begins with a space."""
+
+    @abstractmethod
+    def hook_names(self) -> Sequence[str]:
+        """Every hook point."""
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+
+    @abstractmethod
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as the text that it stands for."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        """Run the model on ``tokens [b, t]``, which are where it is, calling ``hooks(name, activation)`` on the way.
+
+        Returns logits ``[b, t, d_vocab]``, or the loss ``[b, t - 1]`` if that is wanted (``hooks.want``); from logits
+        the base class makes it.  A forward that may stop early (``hooks.done``) may return None.
+        """
+
+    def run(
+        self,
+        tokens: Tensor,
+        *,
+        read: Collection[str] = (),
+        replace: Mapping[str, Replacement] | None = None,
+        want: Want = "held",
+        grad: bool = False,
+    ) -> Forward:
+        """See :meth:`saekit.protocols.ModelBackend.run`."""
+        if want not in get_args(Want):
+            raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
+        tokens = tokens.to(self.device)
+        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad)
+        if hooks.done:
+            return Forward({})
+        with self.running(tokens, grad=grad):
+            out = self.forward(tokens, hooks)
+            if want == "loss" and out is not None and out.ndim == 3:
+                out = next_token_loss(out, tokens)
+        if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
+            raise ModelError(
+                f"the hook {silent[0]!r} of {self.name!r} does not run as the model is configured{self.why_silent}"
+            )
+        return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)
+
+    @contextmanager
+    def running(self, tokens: Tensor, *, grad: bool) -> Iterator[None]:
+        """What torch is told for one forward: whether gradients are kept, and what the products are made in."""
+        import torch
+
+        # A copy of the weights that autocast kept beyond this forward could not be trained on.
+        with (
+            torch.inference_mode(not grad),
+            torch.set_grad_enabled(grad),
+            torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False),
+        ):
+            yield
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """The weights ``[d_model, d_vocab]`` that make logits, and the bias ``[d_vocab]`` if there is one."""
+        raise ModelError(f"the model {self.name!r} has no unembedding that its backend knows")
+
+    def fingerprint(self) -> str | None:
+        """A text that tells the model's weights from others; None where that is not known."""
+        return None

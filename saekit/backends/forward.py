@@ -1,0 +1,93 @@
+"""One forward of a language model: what it was asked for, what happens at its hooks, and what it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from saekit.errors import ModelError
+from saekit.values import Replacement, Want
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Hooks", "next_token_loss"]
+
+
+class Hooks:
+    """What is to happen at the hooks of one forward.
+
+    A backend calls it with a hook's name and what the hook holds, and goes on with what it returns.
+    """
+
+    def __init__(
+        self,
+        read: Collection[str],
+        replace: Mapping[str, Replacement],
+        *,
+        tokens: Tensor,
+        want: Want = "held",
+        grad: bool = False,
+    ) -> None:
+        self.read, self.replace = frozenset(read), dict(replace)
+        self.want: Want = want
+        self.held: dict[str, Tensor] = {}
+        """What was read so far."""
+        self.silent = {*self.read, *self.replace}
+        """The hooks that nothing was heard of so far."""
+        self._tokens, self._grad = tokens.shape, grad
+
+    @property
+    def names(self) -> list[str]:
+        """The hooks at which something happens, each once."""
+        return sorted({*self.read, *self.replace})
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is needed of the rest of the forward."""
+        return self.want == "held" and len(self.held) == len(self.read)
+
+    def __call__(self, name: str, activation: Tensor) -> Tensor:
+        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``."""
+        self.silent.discard(name)
+        if name not in self.read and name not in self.replace:
+            return activation
+        value = self._by_position(activation)
+        if name in self.read and name not in self.held:
+            if self._grad and not value.requires_grad and value.is_floating_point():
+                value.requires_grad_()  # where the weights do not learn, gradients begin here
+            self.held[name] = value
+        if (replacement := self.replace.get(name)) is not None:
+            value = self._replaced(name, value, replacement)
+        return value if value.shape == activation.shape else value.reshape(activation.shape)
+
+    def _by_position(self, activation: Tensor) -> Tensor:
+        """``[b, t, d]``, where a module has flattened its rows to ``[b * t, d]``."""
+        flat = activation.ndim == 2 and activation.shape[:2] != self._tokens
+        return activation.unflatten(0, self._tokens) if flat and len(activation) == self._tokens.numel() else activation
+
+    def _replaced(self, name: str, value: Tensor, replacement: Replacement) -> Tensor:
+        import torch
+
+        # The model's bfloat16 is not for what is put in its place, such as an SAE.
+        with torch.autocast(value.device.type, enabled=False):
+            new = replacement(value)
+        if not isinstance(new, torch.Tensor) or new.shape != value.shape:
+            found = list(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
+            raise ModelError(f"what replaces {name!r} must be a tensor of shape {list(value.shape)}, found {found}")
+        return new.to(value)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy in nats, ``[b, t - 1]``, of ``logits [b, t, d_vocab]`` for the next of ``tokens [b, t]``.
+
+    Logits of half precision are summed in float32, as their libraries do.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    ahead = logits[:, :-1].flatten(0, 1)
+    if ahead.dtype in (torch.bfloat16, torch.float16):
+        ahead = ahead.float()
+    following = tokens[:, 1:]
+    return cross_entropy(ahead, following.flatten().long(), reduction="none").reshape(following.shape)

@@ -1,0 +1,208 @@
+"""Backends of models that are modules of torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from saekit.backends.base import Backend
+from saekit.backends.forward import Hooks
+from saekit.data.vocabulary import special_tokens
+from saekit.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ModuleBackend"]
+
+_INPUT = ".input"
+
+
+class ModuleBackend(Backend):
+    """A ``torch.nn.Module``, whose hooks are the paths of its modules.
+
+    ``model.layers.3`` holds what that module returns (of several things the first tensor), ``model.layers.3.input`` the
+    first tensor that it is called with.  A subclass says how the model makes :meth:`logits`.
+
+    The model stays as it was: whether its parameters learn, which of its modules are in training mode, and what is
+    hooked to them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        d_vocab: int,
+        n_ctx: int | None,
+        tokenizer: Any = None,
+        autocast: bool = False,
+    ) -> None:
+        self.model, self._evaluating = model, _Evaluating(model)
+        self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
+        self.device = str(next(model.parameters()).device)
+        self.autocast = autocast
+        self.tokenizer = tokenizer
+        if getattr(tokenizer, "vocab_size", 0) > d_vocab:  # tokens added later do not count
+            raise ModelError(
+                f"the tokenizer of {name!r} has {tokenizer.vocab_size} tokens, but the model knows {d_vocab}: they do "
+                "not belong together"
+            )
+        self.special_tokens = special_tokens(tokenizer)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """``[b, t, d_vocab]`` for ``tokens [b, t]``."""
+        raise NotImplementedError(f"{type(self).__name__} must have logits(tokens), or a forward of its own")
+
+    def hook_names(self) -> Sequence[str]:
+        return [name for path, _ in self.model.named_modules() if path for name in (path, path + _INPUT)]
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        with ExitStack() as attached:
+            for name in hooks.names:
+                attached.callback(self._attach(name, hooks).remove)
+            try:
+                return self.logits(tokens)
+            except _Done:
+                return None
+
+    @contextmanager
+    def running(self, tokens: Tensor, *, grad: bool) -> Iterator[None]:
+        with self._evaluating(), super().running(tokens, grad=grad):
+            yield
+
+    def _attach(self, name: str, hooks: Hooks) -> Any:
+        """Have torch call ``hooks`` at ``name``; what is returned can be removed."""
+
+        def hooked(activation: Tensor) -> Tensor:
+            value = hooks(name, activation)
+            if hooks.done:
+                raise _Done
+            return value
+
+        if (module := self._module(name)) is not None:
+            return module.register_forward_hook(lambda module, args, out: _at_first(out, hooked))
+        if (module := self._module(name.removesuffix(_INPUT))) is not None:
+            return module.register_forward_pre_hook(
+                lambda module, args, kwargs: _at_first((args, kwargs), hooked), with_kwargs=True
+            )
+        raise ModelError(f"the model {self.name!r} has no hook {name!r}")
+
+    def _module(self, path: str) -> Any:
+        try:
+            return self.model.get_submodule(path) if path else None
+        except AttributeError:
+            return None
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._read_by()(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        tokenizer = self._read_by()
+        return [tokenizer.decode([token]) for token in tokens]
+
+    def _read_by(self) -> Any:
+        if self.tokenizer is None:
+            raise ModelError(
+                f"the model {self.name!r} has no tokenizer, so it cannot read text. Give the model one, or use a "
+                "dataset of token ids"
+            )
+        return self.tokenizer
+
+    def memory_bytes(self) -> int:
+        """The weights'."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def fingerprint(self) -> str | None:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Three random projections of a sample of the weights, rounded: other weights give others."""
+        import torch
+
+        samples = []
+        for values in self.model.parameters():
+            flat = values.detach().flatten()
+            samples.append(flat[:: max(len(flat) // 64, 1)][:64].cpu().double())
+        weights = torch.cat(samples)
+        directions = torch.randn(3, len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        norm = weights.norm()
+        return " ".join(f"{value:.3f}" for value in [*(directions @ weights / norm).tolist(), norm.log().item()])
+
+
+class _Evaluating:
+    """Calling it gives a context in which the modules of ``model`` are in evaluation mode; then each is as it was.
+
+    Forwards may be nested, or run in several threads: the modules go back when the last one has ended.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._forwards = 0
+        self._training: list[Any] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._forwards += 1
+            if self._forwards == 1:
+                self._training = [module for module in self._model.modules() if module.training]
+                self._set(False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._forwards -= 1
+                if not self._forwards:
+                    self._set(True)
+                    self._training = []
+
+    def _set(self, training: bool) -> None:
+        for module in self._training:
+            module.training = training  # this module alone, not what is in it
+
+
+class _Done(Exception):  # noqa: N818 - not an error
+    """Everything that was asked for is there."""
+
+
+def _at_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``out`` with the first tensor in it changed; it may be a tensor, or tuples, lists and dictionaries of others.
+
+    What holds the tensor is made anew only if another takes its place.
+    """
+    path = _path_to_tensor(out)
+    return out if path is None else _changed(out, path, change)
+
+
+def _path_to_tensor(out: Any) -> tuple[Any, ...] | None:
+    import torch
+
+    if isinstance(out, torch.Tensor):
+        return ()
+    places: Any = out.items() if isinstance(out, dict) else enumerate(out) if isinstance(out, (tuple, list)) else ()
+    for place, value in places:
+        if (path := _path_to_tensor(value)) is not None:
+            return place, *path
+    return None
+
+
+def _changed(out: Any, path: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> Any:
+    if not path:
+        return change(out)
+    place, *rest = path
+    new = _changed(out[place], tuple(rest), change)
+    if new is out[place]:
+        return out
+    if isinstance(out, dict):
+        copy = out.copy()
+        copy[place] = new
+        return copy
+    items = [*out[:place], new, *out[place + 1 :]]
+    return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)

@@ -1,0 +1,166 @@
+"""The screen in bfloat16: what it lets through, and what it says where there is none."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
+from support.kernels import HARD, built, count_screens, needs_bfloat16, screened, seeded
+
+import saekit
+import saekit.kernels.encoder
+import saekit.kernels.screen
+from saekit.kernels import Encoder
+from saekit.kernels.screen import Screen
+from saekit.values import StepInput
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("d_in", "d_sae"), [(64, 1024), (512, 2048), (100, 3001)])
+def test_the_bound_holds(kind: str, d_in: int, d_sae: int) -> None:
+    encoder, rows = screened(d_in, d_sae, kind)
+    for scale, above in itertools.product((None, torch.rand(d_sae, generator=seeded(3)) + 0.1), (0.0, 0.7)):
+        bounds, _ = Screen(encoder, scale)._bounds(rows, above)
+        exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double() - above
+        exact = exact if scale is None else exact * scale
+        below = exact - bounds.double() - 2.0**-8 * exact.abs()  # what is left is the rounding of the bound itself
+        assert below.max() <= 0
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_a_screen_finds_every_active_feature(kind: str) -> None:
+    encoder, rows = screened(256, 2048, kind)
+    product = rows @ encoder.W_enc + encoder.b_enc
+    exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double()
+    sure = exact > 1e-5 * product.abs().max()  # nearer to zero, two orders of summing differ
+    found = Screen(encoder).active(rows, 0.0)
+    if kind in ("norms", "bias"):  # most features are active, or may be, and it says so
+        assert found is None
+        return
+    assert found is not None
+    dense = found.dense()
+    assert bool((dense[sure] > 0).all())
+    assert not bool(((dense > 0) & (exact < -1e-5 * product.abs().max())).any())
+    assert torch.allclose(dense[sure], product[sure], rtol=1e-3, atol=1e-5 * float(product.abs().max()))
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("k", [1, 16, 32])
+def test_a_screen_finds_the_largest(kind: str, k: int) -> None:
+    encoder, rows = screened(256, 2048, kind)
+    scale = torch.rand(2048, generator=seeded(9)) + 0.5
+    found = Screen(encoder, scale).top(rows, k)
+    if found is None:
+        assert kind in ("norms", "bias"), "too many come into question"
+        return
+    exact = (rows.double() @ encoder.W_enc.double() + encoder.b_enc.double()) * scale
+    least = exact.topk(k, dim=1).values[:, -1:].clamp_min(0)
+    dense, error = found.dense(), 1e-5 * exact.abs().max()
+    assert bool((dense[exact > least + error] > 0).all()), "the k largest are there"
+    assert not bool(((dense > 0) & (exact < least - error)).any()), "and no others"
+    assert int((dense > 0).sum(1).max()) <= k
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["standard", "topk", "batchtopk"])
+def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 2048 rows they select the same features, and gradients agree to float32's last digits."""
+    config = {
+        "standard": StandardConfig(d_sae=2048, l1_coefficient=0.1),
+        "topk": TopKConfig(d_sae=2048, k=16),
+        "batchtopk": BatchTopKConfig(d_sae=2048, k=16),
+    }[name]
+    x = torch.randn(2048, 256, generator=seeded(1))
+    found = []
+    for why in (None, "as the test wants"):
+        monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)
+        calls = count_screens(monkeypatch)
+        sae = built(config, d_in=256, bias=-20.0 if name == "standard" else 0.0)
+        result = sae.training_step(x, StepInput(step=0, generator=seeded()))
+        assert bool(calls) == (why is None)
+        found.append((result, {name: value.grad for name, value in sae.named_parameters()}))
+    (screened, gradients), (plain, expected) = found
+    # Between a number just above zero and one just below, the order of summing decides.
+    assert (screened.fired - plain.fired).abs().sum() <= 3
+    assert 5 < plain.fired.sum() / 2048 < 40
+    assert torch.allclose(screened.output, plain.output, rtol=1e-4, atol=1e-4)
+    for key, gradient in expected.items():
+        assert torch.allclose(gradients[key], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), key
+
+
+@needs_bfloat16
+def test_where_many_are_active_nothing_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_screens(monkeypatch)
+    sae = built(StandardConfig(d_sae=2048), d_in=64)
+    sae.training_step(torch.randn(600, 64, generator=seeded()), StepInput(step=0, generator=seeded()))
+    assert not calls
+
+
+def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = saekit.kernels.why_no_screen
+    cpu = torch.device("cpu")
+    assert why(cpu, torch.float64, 4096) == "not for float64"
+    assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
+    assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: False)
+    assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
+    assert built(StandardConfig(d_sae=2048)).step_path() == (
+        "fast kernels, not screened: this CPU has no bfloat16 products"
+    )
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
+    assert why(cpu, torch.float32, 4096) is None
+    assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
+
+
+def test_two_screens_at_once() -> None:
+    (one, rows), (two, _) = screened(64, 2048, "plain", seed=1), screened(64, 2048, "plain", seed=7)
+    first, second = Screen(one), Screen(two)
+    alone = first.active(rows, 0.0)
+    second.active(rows, 0.0)
+    again = first.active(rows, 0.0)
+    assert alone is not None
+    assert again is not None
+    assert torch.equal(alone.dense(), again.dense())
+
+
+def test_a_bias_that_rounds_far_does_not_hide_the_largest() -> None:
+    """Bounds are raised by different amounts, which the lower bounds must know of: the second feature is the largest.
+
+    Weights and rows lose nothing in bfloat16, and the bias of the first feature loses almost 4.
+    """
+    weights, bias = torch.zeros(1024, 8), torch.full((1024,), -5000.0)
+    weights[:2, 0], weights[0, 1], weights[1, 1] = 1024.0, 3.984375, 0.0625
+    bias[0], bias[1] = 0.0931 - 1027.984375, 0.0967 - 1024.0625
+    rows = torch.zeros(512, 8)
+    rows[:, :2] = 1
+    encoder = Encoder(weights.T, bias)
+    pre = rows @ encoder.W_enc + bias
+    assert pre[0, 1] > pre[0, 0] > 0
+    found = Screen(encoder).top(rows, 1)
+    assert found is not None
+    assert found.features.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_screened_threshold(rescale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside training, of a BatchTopK SAE: one number, or one for each feature."""
+    sae = built(BatchTopKConfig(d_sae=2048, k=8, rescale_acts_by_decoder_norm=rescale), d_in=64)
+    x = torch.randn(700, 64, generator=seeded(1))
+    sae.training_step(x, StepInput(step=0, generator=seeded()))
+    found = []
+    for why in (None, "as the test wants"):
+        monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)
+        calls = count_screens(monkeypatch)
+        with torch.no_grad():
+            found.append(sae.encode(x))
+        assert bool(calls) == (why is None)
+    sae.kernels = "reference"
+    for one, other in ((found[0], found[1]), (found[0], sae.encode(x).detach())):
+        both = (one > 0) & (other > 0)
+        # The threshold is a feature of this very batch: the order of summing, which no two CPUs share, decides on it.
+        assert ((one > 0) != (other > 0)).sum() <= 3
+        assert torch.allclose(one[both], other[both], atol=1e-4)

@@ -1,0 +1,197 @@
+"""What imports what: no circle of files, and rooms that do not know what they need not know.
+
+Every import counts, those under ``TYPE_CHECKING`` and inside functions included.  A lazy ``__init__`` imports nothing;
+who imports a name from it imports the file that its ``__init__.pyi`` names.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import saekit
+
+ROOT = Path(saekit.__file__).parent.parent
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+KNOWN_CIRCLES: list[set[str]] = [
+    {"saekit.kernels.encoder", "saekit.kernels.groups", "saekit.kernels.screen"},
+    {
+        "saekit.pretrained.load", "saekit.pretrained.own", "saekit.sae.folder", "saekit.sae.inference",
+        "saekit.sae.module",
+    },
+]  # fmt: skip
+"""Circles that are left; whoever mends one takes it out."""
+KNOWN_TRESPASSES: dict[str, set[str]] = {
+    "a module does not know its loaders": {
+        "saekit.sae.module -> saekit.pretrained.files",
+        "saekit.sae.module -> saekit.pretrained.load",
+        "saekit.sae.folder -> saekit.pretrained.tensors",
+    },
+}
+"""Imports that a room should not have, by rule; whoever mends one takes it out."""
+KNOWN_LONG = {"saekit.sae.module"}
+"""Files that are too long; whoever cuts one takes it out."""
+
+
+@cache
+def files() -> dict[str, Path]:
+    """Every module of the kernel and the built-in plugins."""
+    found = {}
+    for base in (ROOT / "saekit", ROOT / "plugins" / "saekit_plugins"):
+        for path in base.rglob("*.py"):
+            parts = path.relative_to(base.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def face(module: str) -> dict[str, str]:
+    """Of a lazy ``__init__``: public name to the module that it is from."""
+    stub = files()[module].with_name("__init__.pyi")
+    if files()[module].name != "__init__.py" or not stub.exists():
+        return {}
+    imports = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{module}.{node.module}" for node in imports for alias in node.names}
+
+
+def targets(node: ast.AST) -> Iterator[str]:
+    """The modules that an import statement names, as far as they are known: others by their own name."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            if inner in files():
+                yield inner
+            elif node.module in files():
+                yield origin(node.module, alias.name)
+            else:
+                yield node.module
+
+
+def origin(module: str, name: str) -> str:
+    """The module that ``name`` is from, which is imported from ``module``."""
+    while name in face(module):
+        module = face(module)[name]
+    return module
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Module to the modules that it imports."""
+    return {
+        module: {target for node in ast.walk(ast.parse(path.read_text())) for target in targets(node)} - {module}
+        for module, path in files().items()
+    }
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of modules that reach one another."""
+    reached = {module: reachable(module, edges) for module in edges}
+    found: list[set[str]] = []
+    for module, others in reached.items():
+        circle = {other for other in others if module in reached.get(other, ())}
+        if circle and circle not in found:
+            found.append(circle)
+    return found
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    left = [start]
+    while left:
+        for module in edges.get(left.pop(), ()):
+            if module not in seen:
+                seen.add(module)
+                left.append(module)
+    return seen
+
+
+def test_circles_are_found() -> None:
+    edges = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"a"}}
+    assert circles(edges) == [{"a", "b", "c"}]
+
+
+def test_every_kind_of_import_counts() -> None:
+    assert "saekit.sae.module" in graph()["saekit.pretrained.load"], "under TYPE_CHECKING"
+    assert "saekit.runs.run" in graph()["saekit.commands.jobs"], "inside a function"
+    assert "torch" in graph()["saekit.sae.module"]
+    assert origin("saekit", "train") == "saekit.commands.jobs", "through a lazy face"
+
+
+def test_there_is_no_circle_of_files() -> None:
+    found = circles(graph())
+    assert sorted(map(sorted, found)) == sorted(map(sorted, KNOWN_CIRCLES))
+
+
+def inside(module: str, *rooms: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+GROUND = (
+    "saekit.errors", "saekit.files.names", "saekit.files.storage", "saekit.pretrained.files", "saekit.sae.records",
+    "saekit.site",
+)  # fmt: skip
+"""What protocols may speak of."""
+NEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "the kernel imports no plugin": (("saekit",), ("saekit_plugins",)),
+    "a module does not know its loaders": (("saekit.sae",), ("saekit.pretrained",)),
+    "stages know no config file, manager or command": (
+        ("saekit.data",),
+        ("saekit.config.files", "saekit.config.converter", "saekit.plugins", "saekit.commands", "saekit.runs"),
+    ),
+    "training draws no pictures": (("saekit.training",), ("matplotlib", "saekit.analysis", "saekit.reports")),
+    "training knows no run": (("saekit.training", "saekit.kernels", "saekit.sae"), ("saekit.runs", "saekit.commands")),
+    "kinds and choices know no configuration": (
+        ("saekit.kinds", "saekit.plugins.registry", "saekit.plugins.building", "saekit.plugins.choice"),
+        ("saekit.config",),
+    ),
+}
+"""Rule: the rooms that it is about, and what nothing in them imports."""
+
+
+@pytest.mark.parametrize("rule", NEVERS)
+def test_never(rule: str) -> None:
+    rooms, others = NEVERS[rule]
+    found = {
+        f"{module} -> {target}"
+        for module, imported in graph().items()
+        for target in imported
+        if inside(module, *rooms) and inside(target, *others)
+    }
+    assert found == KNOWN_TRESPASSES.get(rule, set())
+
+
+def test_protocols_import_nothing_that_they_describe() -> None:
+    own = {target for target in graph()["saekit.protocols"] if inside(target, "saekit")}
+    assert own <= set(GROUND)
+
+
+def test_nobody_inside_imports_saekit_itself() -> None:
+    found = [module for module, imported in graph().items() if inside(module, "saekit") and "saekit" in imported]
+    named = [
+        module
+        for module, path in files().items()
+        if inside(module, "saekit")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "saekit"
+    ]
+    assert found + named == []
+
+
+@pytest.mark.parametrize("module", files())
+def test_short_files_and_functions(module: str) -> None:
+    text = files()[module].read_text()
+    assert (len(text.splitlines()) > LONGEST_FILE) == (module in KNOWN_LONG)
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    }  # fmt: skip
+    assert not long

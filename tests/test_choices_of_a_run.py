@@ -13,7 +13,7 @@ from saekit_plugins.architectures.batchtopk.module import BatchTopKSAE
 from saekit_plugins.architectures.standard.module import StandardSAE
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.topk.module import TopKSAE
-from tiny import hooked_transformer, run_config
+from support.tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.config import files

@@ -20,7 +20,7 @@ import saekit
 from saekit.config.files import dump_config, parse_grid
 from saekit.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_last_axis_of_a_grid_changes_fastest() -> None:

@@ -15,7 +15,7 @@ import saekit
 from saekit.errors import ConfigError
 from saekit.runs.sweep import changed_options, member_names, short_names
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

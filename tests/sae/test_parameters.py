@@ -279,9 +279,7 @@ def test_state_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
     sae.register_buffer("steps", torch.zeros((), dtype=torch.int64))
     with pytest.raises(SAEFormatError, match="steps .* holds numbers of type int64"):
         sae.save(tmp_path / "sae")
-    with pytest.raises(
-        SAEFormatError, match=r"loaded again: steps \(torch.int64\). Keep them in floating"
-    ):
+    with pytest.raises(SAEFormatError, match=r"loaded again: steps \(torch.int64\). Keep them in floating"):
         sae.check_state()
 
     class Extra(Counting):

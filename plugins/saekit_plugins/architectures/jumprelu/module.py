@@ -172,21 +172,19 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         above = sae.threshold.detach().clamp_min(0)
         return active_groups(encoder, sae.centered(rows), sae.activation, above=above, screen=screen_for(encoder))
 
+    def leaves(self, sae: JumpReLUSAE, x: Tensor, step: StepInput) -> bool:
+        revives = step.dead is not None and bool(sae.config.pre_act_loss_coefficient or sae.config.aux_loss_coefficient)
+        return revives and x.device.type != "cpu"  # to count the dead would be to wait for it
+
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l0_coefficient_at(step.step)
-        revives = step.dead is not None and bool(config.pre_act_loss_coefficient or config.aux_loss_coefficient)
-        if revives and x.device.type != "cpu":  # to count the dead would be to wait for it
-            with torch.enable_grad():
-                result = sae.losses(x, step)
-                result.loss.backward()
-            return result
         fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
         jumps = _Jumps(sae, len(x), coefficient, workspace)
         groups = active_groups(encoder, fast.centered, None, above=jumps.above, screen=screen_for(encoder))
         for start, pre in groups:
             fast.add(start, jumps.features(start, pre), jumps.to_pre)
         pre_act = aux = x.new_zeros(())
-        if revives and step.dead is not None:
+        if step.dead is not None and (config.pre_act_loss_coefficient or config.aux_loss_coefficient):
             dead = step.dead.nonzero().squeeze(1)
             if len(dead) and config.pre_act_loss_coefficient:
                 pre_act = jumps.add_pre_act_loss(fast, encoder, dead)

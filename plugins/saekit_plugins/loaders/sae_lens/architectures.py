@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "architecture_of"]
 
-_READ = "standard, topk, jumprelu, and batchtopk"
+_READ = "standard, topk, jumprelu, batchtopk, and transcoders"
 _K = 32.0  # of a batchtopk whose file does not say: only training asks for it
 
 
@@ -27,6 +27,8 @@ class Found:
     options: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     defaulted: tuple[str, ...] = ()
+    d_out: int | None = None
+    """The width of the site that it writes, where that is another than it reads."""
 
 
 def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
@@ -40,6 +42,8 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
         return _jumprelu(config, tensors, place)
     if name == "batchtopk":
         return _batchtopk(config, tensors, place)
+    if name in _TRANSCODERS:
+        return _transcoder(config, tensors, place)
     raise SAEFormatError(f"architecture in {place} is {name!r}; this loader reads {_READ}")
 
 
@@ -103,6 +107,27 @@ def _jumprelu_options(config: FoundConfig) -> dict[str, Any]:
     if loss != "target_l0":
         options.pop("target_l0", None)
     return options | {"sparsity_loss": loss, "aux_loss_coefficient": 0.0}
+
+
+_TRANSCODERS = {
+    "transcoder": ("saekit:transcoder", False),
+    "skip_transcoder": ("saekit:transcoder", True),
+    "jumprelu_transcoder": ("saekit:jumprelu_transcoder", False),
+    "jumprelu_skip_transcoder": ("saekit:jumprelu_transcoder", True),
+}
+"""saekit's architecture, and whether it has a skip connection."""
+
+
+def _transcoder(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    d_out = config.flat.get("d_out")
+    if type(d_out) is not int or d_out < 1:
+        raise SAEFormatError(f"d_out in {place} is {d_out!r}, expected a whole number above 0")
+    if config.apply_b_dec_to_input:
+        raise SAEFormatError(f"apply_b_dec_to_input in {place} is true or missing, and no transcoder does that")
+    key, skip = _TRANSCODERS[config.architecture]
+    if "jumprelu" in key:
+        _thresholds(config, tensors, place)
+    return Found(key, {"skip_connection": skip}, tensors, d_out=d_out)
 
 
 def _batchtopk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:

@@ -349,7 +349,8 @@ class SAEModule(Ways):
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
+        widths = f"d_in={self.d_in}, " + ("" if self.ports.same else f"d_out={self.d_out}, ")
+        return "\n".join([f"{widths}d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.pretrained.files import PretrainedSAE, SAEFiles
-    from saekit.site import Site
+    from saekit.site import Site, Sites
 
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
     "Dictionary",
     "Eval",
+    "GuardedOptimizer",
     "HasMemory",
+    "HasMoments",
     "HasTokenizer",
     "LRSchedule",
     "ModelBackend",
@@ -26,6 +28,7 @@ __all__ = [
     "PretrainedLoader",
     "Remarks",
     "SparseActivation",
+    "StatesWidths",
     "Tracker",
 ]
 
@@ -126,8 +129,9 @@ class SparseActivation(ActivationFunction, Protocol):
 class LRSchedule(Protocol):
     """The main part of a learning-rate schedule, between warm-up and decay."""
 
-    end: float
-    """The rate from which the linear decay to zero starts."""
+    @property
+    def end(self) -> float:
+        """The rate from which the linear decay to zero starts."""
 
     def __call__(self, step: int) -> float:
         """The learning rate at the main part's own ``step``, from 0.
@@ -171,10 +175,15 @@ class Dictionary(Protocol):
 
 
 class Optimizer(Protocol):
-    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them."""
+    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them.
+
+    The kernel does the rest: it clips, follows the schedule, leaves out steps whose loss or gradient is no number, and
+    saves the state by the names of parameters.
+    """
 
     param_groups: list[dict[str, Any]]
-    """Parameters with their settings; ``lr`` is set before every step."""
+    """Parameters (``params``) with their settings; ``lr`` is set before every step, to the scheduled rate times
+    ``lr_factor``."""
 
     def step(self) -> Any:
         """One update from the parameters' ``grad``."""
@@ -184,6 +193,24 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Go on where ``state`` was taken."""
+
+
+@runtime_checkable
+class GuardedOptimizer(Optimizer, Protocol):
+    """One that clips and looks for itself, as torch's fused ones do: the GPU need not be waited for at every step."""
+
+    grad_scale: Tensor | None
+    """Gradients are divided by this scalar as they are read; None: by nothing."""
+    found_inf: Tensor | None
+    """Where this scalar is not 0, a step changes nothing; None: it is not looked at."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
+
+    moments: Collection[str]
+    """The names: tensors of the parameter's shape, or scalars."""
 
 
 @runtime_checkable
@@ -210,6 +237,18 @@ class ActivationSource(Protocol):
         """Release threads, files and memory."""
 
 
+@runtime_checkable
+class StatesWidths(Protocol):
+    """An activation source that knows how wide its activations are, so that the model need not be asked.
+
+    A run without a language model needs such a one.
+    """
+
+    @property
+    def widths(self) -> Mapping[Site, int]:
+        """``d`` at each site that it has; those of the stream must be among them."""
+
+
 class Tracker(Protocol):
     """Receives metrics, in a thread of its own, so that it may take its time.
 
@@ -229,8 +268,10 @@ class Tracker(Protocol):
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: Any, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
-        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, ``contexts [n, context_size]`` are token ids."""
+    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
+        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, which reads and writes ``sites``; ``contexts [n,
+        context_size]`` are token ids.
+        """
 
 
 class PretrainedLoader(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
@@ -136,11 +136,15 @@ class SAEModule(Ways):
         rows = self.run_hook("input", self._rows(x))
         kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(rows)
         if kernel is None:
-            return self.decode(self._encoded(rows), like=x)
-        flat = _flat(rows)
-        with self.memory.lent() as workspace:
-            output = inference.reconstructions(kernel.groups(self, flat, workspace), len(flat), kernel.decoder(self))
-        return self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
+            output = self.decode(self._encoded(rows), like=x)
+        else:
+            flat = _flat(rows)
+            with self.memory.lent() as workspace:
+                groups = kernel.groups(self, flat, workspace)
+                output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
+            output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
+        passed = self.bypass(rows)
+        return output if passed is None else output + passed.reshape(output.shape).to(output.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
@@ -210,6 +214,13 @@ class SAEModule(Ways):
         """Feature activations from pre-activations, ``[..., d_sae]`` both."""
         return self.activation(pre)
 
+    def bypass(self, x: Tensor) -> Tensor | None:
+        """What reaches the outputs past the features, ``[..., d_in]`` to ``[..., d_out]``; None: nothing.
+
+        :meth:`forward` adds it, :meth:`decode` does not.
+        """
+        return None
+
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
         norms: Tensor = self.W_dec.norm(dim=1)
@@ -255,7 +266,7 @@ class SAEModule(Ways):
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         kernel, _ = self._training_kernel()
-        if kernel is not None:
+        if kernel is not None and not kernel.leaves(self, x, step):
             with torch.no_grad(), self.memory.lent() as workspace:
                 return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad():
@@ -329,6 +340,18 @@ class SAEModule(Ways):
         """
         self.table.load(self, tensors, self.info.architecture)
 
+    def check_state(self) -> None:
+        """:class:`SAEFormatError` for state that could not be saved: better said before training than after it."""
+        tensors = tensors_of(self)
+        if type(self).public_tensors is not SAEModule.public_tensors:
+            return  # what is saved of it is the architecture's own business
+        if odd := [f"{name} ({value.dtype})" for name, value in tensors.items() if not value.is_floating_point()]:
+            raise SAEFormatError(
+                f"{type(self).__name__} has buffers that could not be loaded again: {', '.join(odd)}. Keep them in "
+                "floating-point numbers, register them with persistent=False, or override public_tensors and "
+                "load_public_tensors"
+            )
+
     @property
     def saved_as_it_is(self) -> bool:
         """Whether :meth:`public_tensors` are the very tensors that it has, all of them and nothing else."""
@@ -338,7 +361,8 @@ class SAEModule(Ways):
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
+        widths = f"d_in={self.d_in}, " + ("" if self.ports.same else f"d_out={self.d_out}, ")
+        return "\n".join([f"{widths}d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
 
 def _flat(x: Tensor) -> Tensor:

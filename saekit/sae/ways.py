@@ -16,8 +16,8 @@ from saekit.sae.casting import Castable
 __all__ = ["Ways"]
 
 _MATHEMATICS = (
-    "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
-    "reconstruction", "training_features",
+    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses",
+    "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class Ways(Castable):
             device=device,
             dtype=self.dtype,
             asked=self.kernels,
-            autocast=torch.is_autocast_enabled(device.type),
+            autocast=torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type),
             compiled=compiled,
             learning=learning,
         )

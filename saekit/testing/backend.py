@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from saekit.backends import Backend, Hooks
+from saekit.backends.base import Backend
+from saekit.backends.forward import Hooks
 
 if TYPE_CHECKING:
     from torch import Tensor

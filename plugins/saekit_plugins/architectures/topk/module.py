@@ -59,13 +59,12 @@ class TopKKernel(SparseKernel["TopKSAE"]):
             return None
         return "the activation function declares no sparse support"
 
+    def leaves(self, sae: TopKSAE, x: Tensor, step: StepInput) -> bool:
+        # To count the dead would be to wait for a device.
+        return bool(sae.config.aux_weight) and step.dead is not None and x.device.type != "cpu"
+
     def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         coefficient, norms = sae.config.aux_weight, sae.feature_norms()
-        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
-            with torch.enable_grad():
-                result = sae.losses(x, step)
-                result.loss.backward()
-            return result
         fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
         logged: dict[str, float | Tensor] = {}
 

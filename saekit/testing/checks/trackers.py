@@ -28,10 +28,17 @@ _CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": "saekit:stand
 _PATIENCE, _GRACE = 30.0, 2.0
 
 
-def _run(place: Path, *, resumed_at: int | None = None, name: str = "a run") -> RunInfo:
+def _run(place: Path, *, resumed_at: int | None = None, name: str = "a run", asked: list[str] | None = None) -> RunInfo:
+    """A run in a folder of ``place``; in ``asked`` are the names that the tracker has asked it for."""
     folder = place / name
     folder.mkdir(exist_ok=True)
-    return RunInfo(name=name, folder=folder, config=copy.deepcopy(_CONFIG), resumed_at=resumed_at)
+
+    def file(name: str) -> Path:
+        if asked is not None:
+            asked.append(name)
+        return folder / name
+
+    return RunInfo(name=name, folder=folder, config=copy.deepcopy(_CONFIG), resumed_at=resumed_at, file=file)
 
 
 def _in_its_thread(work: Callable[[], Any]) -> None:
@@ -86,12 +93,12 @@ def log(subject: Subject) -> None:
 @CHECKS.add
 def own_files(subject: Subject) -> None:
     """What it writes in the run folder is where ``run.file(name)`` says, so that it is nobody else's."""
-    run = _run(subject.place)
+    asked: list[str] = []
+    run = _run(subject.place, asked=asked)
     tracker = subject.build(run=run)
     _in_its_thread(lambda: _logged(tracker, [1, 2]))
     _in_its_thread(tracker.close)
-    own = run._files
-    strange = [path.name for path in run.folder.iterdir() if path.name.casefold() not in own]
+    strange = [path.name for path in run.folder.iterdir() if path.name not in asked]
     must(not strange, f"it writes {', '.join(strange)} in the run folder, and did not ask run.file for it")
     beside = [path.name for path in subject.place.iterdir() if path != run.folder]
     must(not beside, f"it writes {', '.join(beside)} beside the run folder")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.values import Histogram, Metrics, RunInfo
@@ -85,11 +87,15 @@ def log(subject: Subject) -> None:
 @CHECKS.add
 def own_files(subject: Subject) -> None:
     """What it writes in the run folder is where ``run.file(name)`` says, so that it is nobody else's."""
-    run = _run(subject.place)
-    tracker = subject.build(run=run)
+    run, own = _run(subject.place), set[str]()
+
+    def file(name: str) -> Path:
+        own.add(name.casefold())
+        return run.folder / name
+
+    tracker = subject.build(run=attrs.evolve(run, file=file))
     _in_its_thread(lambda: _logged(tracker, [1, 2]))
     _in_its_thread(tracker.close)
-    own = run._files
     strange = [path.name for path in run.folder.iterdir() if path.name.casefold() not in own]
     must(not strange, f"it writes {', '.join(strange)} in the run folder, and did not ask run.file for it")
     beside = [path.name for path in subject.place.iterdir() if path != run.folder]

@@ -28,11 +28,15 @@ _DOCUMENTS = [[(7 * n + t) % 120 + 1 for t in range(10 + n % 13)] for n in range
 _BATCH, _MOST, _PATIENCE = 24, 300, 2.0
 
 
+def _no_text(text: str) -> list[int]:
+    raise NotImplementedError("documents are token ids here")
+
+
 def _stream(*, repeat: bool = True, sites: tuple[Site, ...] = (_SITE,), seed: int = 3, **options: Any) -> StreamContext:
     from saekit.data import ContextStream, StreamContext, TokenPolicy
 
     def contexts() -> ContextStream:
-        return ContextStream(_DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
+        return ContextStream(_DOCUMENTS, _no_text, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
 
     given: dict[str, Any] = {"backend": FakeBackend(), "open_contexts": contexts} | options
     return StreamContext(sites=sites, batch_size=_BATCH, seed=seed, repeat=repeat, **given)
@@ -246,7 +250,7 @@ def model_lock(subject: Subject) -> None:
 
 @CHECKS.add
 def close(subject: Subject) -> None:
-    """``close``, and ``pause`` where there is one, end its threads; a pause changes no batch, and twice does no harm."""
+    """``close``, and ``pause`` where there is one, end its threads, once or twice; a pause changes no batch."""
     before = {*threading.enumerate()}
     with _opened(subject) as plain, _opened(subject) as source:
         expected, found = _batches(plain, 6), _batches(source, 3)

@@ -17,7 +17,7 @@ __all__ = ["Check", "Checks", "Fault", "NotTried", "Subject", "must"]
 C = TypeVar("C", bound="Callable[[Subject], None]")
 
 
-class Fault(AssertionError):
+class Fault(AssertionError):  # noqa: N818 - the plugin's, not an error of ours
     """What a plugin does is not what its kind promises."""
 
 
@@ -66,6 +66,10 @@ class Checks:
         """A decorator: the function's name and docstring are those of the check."""
         self._checks.append(Check(function.__name__, " ".join((function.__doc__ or "").split()), function))
         return function
+
+    def extend(self, others: Checks) -> None:
+        """With the checks of another file."""
+        self._checks += others
 
     def __iter__(self) -> Iterator[Check]:
         return iter(self._checks)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHECKS = Checks()
 _CLOSE = 1e-5
-_MOST_HOOKS, _LOOKED_AT = 4, 60
+_MOST_HOOKS, _LOOKED_AT = 4, 24
 _TEXT = "def add(a, b):\n    return a + b\n"
 
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _METRICS: Metrics = {
     "plots/many": Histogram((1,) * 600, tuple(map(float, range(601)))),
 }
 _CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": "saekit:standard"}, "trackers": ["saekit:jsonl"]}
-_PATIENCE = 30.0
+_PATIENCE, _GRACE = 30.0, 2.0
 
 
 def _run(place: Path, *, resumed_at: int | None = None, name: str = "a run") -> RunInfo:
@@ -120,7 +121,7 @@ def several(subject: Subject) -> None:
     trackers = [subject.build(run=_run(subject.place, name=name)) for name in ("one", "another")]
     for step in (1, 2):
         for tracker in trackers:
-            _in_its_thread(lambda tracker=tracker: tracker.log(dict(_METRICS), step))  # type: ignore[misc]
+            _in_its_thread(partial(tracker.log, dict(_METRICS), step))
     for tracker in trackers:
         _in_its_thread(tracker.close)
     used = [run for run in ("one", "another") if any((subject.place / run).iterdir())]
@@ -159,6 +160,6 @@ def close(subject: Subject) -> None:
     _in_its_thread(tracker.close)
     left = [thread for thread in {*threading.enumerate()} - before if not thread.daemon]
     for thread in left:
-        thread.join(2.0)
+        thread.join(_GRACE)
     left = [thread for thread in left if thread.is_alive()]
     must(not left, f"after close() there is still the thread {left[0].name if left else ''}")

@@ -18,7 +18,9 @@ __all__ = [
     "ActivationSource",
     "Dictionary",
     "Eval",
+    "GuardedOptimizer",
     "HasMemory",
+    "HasMoments",
     "HasTokenizer",
     "LRSchedule",
     "ModelBackend",
@@ -173,10 +175,15 @@ class Dictionary(Protocol):
 
 
 class Optimizer(Protocol):
-    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them."""
+    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them.
+
+    The kernel does the rest: it clips, follows the schedule, leaves out steps whose loss or gradient is no number, and
+    saves the state by the names of parameters.
+    """
 
     param_groups: list[dict[str, Any]]
-    """Parameters with their settings; ``lr`` is set before every step."""
+    """Parameters (``params``) with their settings; ``lr`` is set before every step, to the scheduled rate times
+    ``lr_factor``."""
 
     def step(self) -> Any:
         """One update from the parameters' ``grad``."""
@@ -186,6 +193,24 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Go on where ``state`` was taken."""
+
+
+@runtime_checkable
+class GuardedOptimizer(Optimizer, Protocol):
+    """One that clips and looks for itself, as torch's fused ones do: the GPU need not be waited for at every step."""
+
+    grad_scale: Tensor | None
+    """Gradients are divided by this scalar as they are read; None: by nothing."""
+    found_inf: Tensor | None
+    """Where this scalar is not 0, a step changes nothing; None: it is not looked at."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
+
+    moments: Collection[str]
+    """The names: tensors of the parameter's shape, or scalars."""
 
 
 @runtime_checkable

@@ -10,10 +10,9 @@ from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
-from saekit.config.optimizer import OptimizerConfig
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
-from saekit.kinds import LR_SCHEDULES, SAE_ARCHITECTURES, TRACKERS
+from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES, TRACKERS
 from saekit.site import Site, Sites
 
 __all__ = ["TrainConfig"]
@@ -38,8 +37,8 @@ class TrainConfig:
     """From contexts to shuffled batches."""
     sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, "saekit:standard")
     """The SAE's architecture and its options."""
-    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
-    """Adam."""
+    optimizer: PluginChoice = plugin_field(OPTIMIZERS, "saekit:adam")
+    """What updates the weights, and its options."""
     lr_schedule: PluginChoice = plugin_field(LR_SCHEDULES, "saekit:constant")
     """The learning rate between warm-up and decay."""
     training: TrainingConfig = attrs.field(factory=TrainingConfig)

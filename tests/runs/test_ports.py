@@ -1,4 +1,4 @@
-"""Dictionaries of several sites: a whole run, stopped and gone on with, beside others, from a cache, saved and loaded."""
+"""Dictionaries of several sites: a whole run, stopped and gone on with, beside others, cached, saved and loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ports
-from support.ports import EARLY, EMBED, HEAD, LATE, SITES, manager, run, train
-from support.sweeps import kept
+from support.ports import EMBED, HEAD, LATE, SITES, manager, run, train
 
 import saekit
 

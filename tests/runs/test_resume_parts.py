@@ -306,3 +306,16 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
         resume(Path("runs/run"))
     found = without(contents(tmp_path / "part/runs/run"), f"checkpoints/step-{steps[0]}/")
     assert found == contents(tmp_path / "whole/runs/run")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_every_optimizer_goes_on_bit_by_bit(tmp_path: Path, optimizer: str) -> None:
+    """``b_dec`` and the rest, in fine-tuning, too, where some parameters stop."""
+    chosen = {"optimizer": {"name": optimizer}}
+    with contextlib.chdir(tmp_path):
+        whole = train(fake_config(Path("whole"), **chosen))
+        for step in (3, 9):
+            stopped(fake_config(Path(f"runs{step}"), **chosen), step)
+            resumed = resume(Path(f"runs{step}/run"))
+            assert resumed.metrics == whole.metrics
+            assert all(torch.equal(a, b) for a, b in zip(resumed.sae.parameters(), whole.sae.parameters(), strict=True))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import support.gated
 import torch
@@ -17,12 +18,17 @@ from support.runs import LIVE, contents, fake_config, manager, pressing, resume,
 from torch import Tensor
 
 import saekit
-from saekit import Ports, SAEInfo, StepInput
+from saekit import Batch, Ports, SAEInfo, StepInput
+from saekit.config import OptimizerConfig, TrainingConfig
 from saekit.errors import SAEFormatError, TrainingInterrupted
 from saekit.sae import Parameter, init
 from saekit.sae.build import build_module, initialize
-from saekit.testing import isolated_manager
+from saekit.testing import fake_plugin, isolated_manager
+from saekit.training.firing import FiringStatistics
+from saekit.training.optimizer import Optimizer
+from saekit.training.trainer import SAETrainer
 
+FIRST, SECOND = saekit.Site(hook_name="first"), saekit.Site(hook_name="second")
 TWO = Ports({"first": 7, "second": 5})
 OTHER = Ports({"read": 12}, {"written": 8})
 PLAIN = {"init_encoder_as_decoder_transpose": False, "normalize_sae_decoder": False}
@@ -273,6 +279,8 @@ def test_state_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
     sae.register_buffer("steps", torch.zeros((), dtype=torch.int64))
     with pytest.raises(SAEFormatError, match="steps .* holds numbers of type int64"):
         sae.save(tmp_path / "sae")
+    with pytest.raises(SAEFormatError, match=r"loaded again: steps \(torch.int64\). Keep them in floating"):
+        sae.check_state()
 
     class Extra(Counting):
         def get_extra_state(self) -> Any:
@@ -284,6 +292,8 @@ def test_state_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
     extra = Extra(StandardConfig(d_sae=20, **PLAIN), ports=Ports.one(6), activation=torch.relu)
     with pytest.raises(SAEFormatError, match="Extra has state that is no tensor .* register it as a buffer"):
         extra.save(tmp_path / "sae")
+    with pytest.raises(SAEFormatError, match="Extra has state that is no tensor"):
+        extra.check_state()
     assert not (tmp_path / "sae").exists()
 
 
@@ -334,6 +344,66 @@ def test_a_run_of_it_learns_logs_and_goes_on_bit_by_bit(tmp_path: Path) -> None:
     x = rows(20, whole.sae.d_in, dtype=torch.float32)
     torch.testing.assert_close(again(x), whole.sae(x))  # the factors are in W_dec there
     assert "scaling_factor" not in again.public_tensors()
+
+
+def test_state_that_could_not_be_saved_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    @attrs.frozen(kw_only=True)
+    class Config(StandardConfig):
+        """Of a class that counts in whole numbers."""
+
+    class Whole(Counting):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def losses(self, x: Tensor, step: StepInput) -> Any:
+            raise AssertionError("too late")
+
+    config = gated_run(tmp_path, sae={"name": "whole", "d_sae": 16})
+    plugins = manager(None, fake_plugin("sae_architectures", "whole", Whole, config=Config))
+    with pytest.raises(SAEFormatError, match=r"Whole has buffers .* steps \(torch.int64\)"):
+        train(config, plugins=plugins)
+
+
+def trainer_of(sae: Any, **changes: Any) -> SAETrainer:
+    training = TrainingConfig(training_tokens=10**6, lr=1e-3)
+    return SAETrainer(
+        name="sae", sae=sae, site=FIRST, training=training, generator=torch.Generator(), device="cpu",
+        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(), lambda step: 1e-3, sae.table.lr_factors()),
+        firing=FiringStatistics(sae.d_sae, dead_after=3, window=5, device="cpu"), **changes,
+    )  # fmt: skip
+
+
+def test_a_trainer_of_several_sites_has_a_scale_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = built(TWO, dtype="float64"), rows()
+    trainer = trainer_of(sae, inputs=(FIRST, SECOND), scale={"first": 2.0, "second": 0.25})
+    seen: list[StepInput] = []
+    steps = type(sae).training_step
+    monkeypatch.setattr(type(sae), "training_step", lambda own, x, step: (seen.append(step), steps(own, x, step))[1])
+    batch = Batch({SECOND: x[:, 7:], FIRST: x[:, :7]}, tokens=torch.arange(50))
+    inputs, target = trainer.rows_of(batch)
+    assert torch.equal(inputs, x)
+    assert target is None
+    metrics = trainer.train_on(inputs, target, batch)
+    assert metrics["details/open_gates"] > 0
+    (step,) = seen
+    assert (step.step, step.steps, step.batch, step.target) == (0, trainer.training.steps, batch, None)
+    scale = torch.cat([torch.full((7,), 2.0), torch.full((5,), 0.25)]).double()
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.raw_sae()(x), trainer.sae(x * scale) / scale, rtol=1e-10, atol=1e-10)
+    assert not trainer.as_saved
+
+
+def test_a_trainer_of_a_transcoder_has_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x, y = built(OTHER, dtype="float64", apply_b_dec_to_input=False), rows(), rows(width=8)
+    trainer = trainer_of(sae, inputs=(FIRST,), targets=(SECOND,), scale={"read": 2.0, "written": 0.5})
+    inputs, target = trainer.rows_of(Batch({FIRST: x, SECOND: y}))
+    assert torch.equal(target, y)
+    with torch.no_grad():
+        output = sae(2 * x)
+    metrics = trainer.train_on(inputs, target)
+    expected = 1 - (output - y / 2).pow(2).sum() / (y / 2 - (y / 2).mean(0)).pow(2).sum()
+    assert metrics["metrics/explained_variance"] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_rates_follow_the_table(tmp_path: Path) -> None:

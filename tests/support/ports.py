@@ -44,7 +44,9 @@ class MapSAE(SAE):
 
     def losses(self, x: Tensor, step: StepInput) -> StepOutput:
         assert (step.target is None) == self.ports.same
-        assert step.batch is not None and step.steps is not None and step.backend is not None
+        assert step.batch is not None
+        assert step.steps is not None
+        assert step.backend is not None
         features = self.features_of(self.pre_activations(x))
         output = self.reconstruction(features)
         mse = (output - step.target_for(x)).pow(2).sum(-1).mean()

@@ -24,6 +24,7 @@ from .runs.run import TrainResult as TrainResult
 from .runs.sweep import grid as grid
 from .sae.saved import SAE as SAE
 from .site import Site as Site
+from .site import Sites as Sites
 from .values import Batch as Batch
 from .values import Forward as Forward
 from .values import Ports as Ports

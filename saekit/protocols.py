@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.pretrained.files import PretrainedSAE, SAEFiles
-    from saekit.site import Site
+    from saekit.site import Site, Sites
 
 __all__ = [
     "ActivationFunction",
@@ -28,6 +28,7 @@ __all__ = [
     "PretrainedLoader",
     "Remarks",
     "SparseActivation",
+    "StatesWidths",
     "Tracker",
 ]
 
@@ -128,8 +129,9 @@ class SparseActivation(ActivationFunction, Protocol):
 class LRSchedule(Protocol):
     """The main part of a learning-rate schedule, between warm-up and decay."""
 
-    end: float
-    """The rate from which the linear decay to zero starts."""
+    @property
+    def end(self) -> float:
+        """The rate from which the linear decay to zero starts."""
 
     def __call__(self, step: int) -> float:
         """The learning rate at the main part's own ``step``, from 0.
@@ -235,6 +237,18 @@ class ActivationSource(Protocol):
         """Release threads, files and memory."""
 
 
+@runtime_checkable
+class StatesWidths(Protocol):
+    """An activation source that knows how wide its activations are, so that the model need not be asked.
+
+    A run without a language model needs such a one.
+    """
+
+    @property
+    def widths(self) -> Mapping[Site, int]:
+        """``d`` at each site that it has; those of the stream must be among them."""
+
+
 class Tracker(Protocol):
     """Receives metrics, in a thread of its own, so that it may take its time.
 
@@ -254,8 +268,10 @@ class Tracker(Protocol):
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: Any, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
-        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, ``contexts [n, context_size]`` are token ids."""
+    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
+        """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, which reads and writes ``sites``; ``contexts [n,
+        context_size]`` are token ids.
+        """
 
 
 class PretrainedLoader(Protocol):

@@ -1,7 +1,8 @@
-"""A place in a model where activations are read and replaced; the only module that knows the shapes of heads."""
+"""Places in a model where activations are read and replaced; the only module that knows the shapes of heads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from saekit.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Site", "flatten_heads"]
+__all__ = ["Site", "Sites", "flatten_heads"]
 
 
 def _plain(head: int | None) -> int | None:
@@ -22,7 +23,7 @@ def _plain(head: int | None) -> int | None:
 
 @attrs.frozen(kw_only=True)
 class Site:
-    """Where the SAE reads: a hook of the model, and one attention head of it if wanted."""
+    """Where a dictionary reads or writes: a hook of the model, and one attention head of it if wanted."""
 
     hook_name: str = attrs.field(default="blocks.1.hook_resid_post")
     """The model's name of the hook point."""
@@ -90,6 +91,91 @@ class Site:
             raise ConfigError(
                 f"hook_head_index {self.hook_head_index} is out of range: hook {self.hook_name!r} has {shape[2]} heads"
             )
+
+
+@attrs.frozen
+class Sites:
+    """The sites that a dictionary reads and those that it writes, in the order in which their vectors lie side by side.
+
+    :class:`ConfigError` for sites of which one is named twice, or overwritten by another.
+    """
+
+    inputs: tuple[Site, ...]
+    targets: tuple[Site, ...] = attrs.field()
+    """Left out: the inputs."""
+
+    @targets.default
+    def _inputs(self) -> tuple[Site, ...]:
+        return self.inputs
+
+    @classmethod
+    def one(cls, site: Site) -> Sites:
+        """Those of an SAE."""
+        return cls((site,))
+
+    def __attrs_post_init__(self) -> None:
+        problems = [("inputs", fault) for fault in _faults(self.inputs, written=self.same)]
+        if not self.same:
+            problems += [("targets", fault) for fault in _faults(self.targets, written=True)]
+        if problems := problems or [("targets", fault) for fault in _faults(self.all, written=False)]:
+            raise ConfigError(problems)
+
+    @property
+    def same(self) -> bool:
+        """Whether the targets are the inputs."""
+        return self.targets == self.inputs
+
+    @property
+    def all(self) -> tuple[Site, ...]:
+        """Each once, the inputs first."""
+        return tuple(dict.fromkeys((*self.inputs, *self.targets)))
+
+    @property
+    def name(self) -> str:
+        """All of them as one word, for folders and logs: ``a``, ``a+b``, ``a-to-b``."""
+        read, written = ("+".join(site.name for site in sites) for sites in (self.inputs, self.targets))
+        return read if self.same else f"{read}-to-{written}"
+
+    def input_of(self, held: Mapping[str, Tensor]) -> Tensor:
+        """The inputs ``[b, t, d_in]``, side by side, from what hooks hold; of one site a view."""
+        return _side_by_side(self.inputs, held)
+
+    def target_of(self, held: Mapping[str, Tensor]) -> Tensor:
+        """The targets ``[b, t, d_out]``, likewise."""
+        return _side_by_side(self.targets, held)
+
+    def replaced(self, hook_name: str, activations: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """What ``hook_name`` holds, with the vectors of each target there replaced by its ``values [b, t, width]``.
+
+        Those are by the names of the targets.
+        """
+        for site in self.targets:
+            if site.hook_name == hook_name:
+                activations = site.replace(activations, values[site.name])
+        return activations
+
+
+def _faults(sites: Sequence[Site], *, written: bool) -> list[str]:
+    """What is wrong with ``sites`` that lie side by side, in words."""
+    names = [site.name for site in sites]
+    faults = [f"names {name} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not sites:
+        faults.append("must be one site or more")
+    whole = {site.hook_name for site in sites if site.hook_head_index is None}
+    faults += [
+        f"has {site.name}, which is a part of {site.hook_name}, a target, too: leave out one of them"
+        for site in sites
+        if written and site.hook_head_index is not None and site.hook_name in whole
+    ]
+    return faults
+
+
+def _side_by_side(sites: Sequence[Site], held: Mapping[str, Tensor]) -> Tensor:
+    if len(sites) == 1:
+        return sites[0].extract(held[sites[0].hook_name])
+    import torch
+
+    return torch.cat([site.extract(held[site.hook_name]) for site in sites], dim=-1)
 
 
 def flatten_heads(x: Tensor, d_in: int) -> tuple[Tensor, bool]:

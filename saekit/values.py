@@ -6,24 +6,21 @@ Importing this imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import attrs
 
-from saekit.errors import ConfigError
-from saekit.files.names import fault_of_name, is_free_in_run
-from saekit.files.storage import tidy
-from saekit.site import Site
+from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 __all__ = [
-    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "StepInput", "StepOutput",
-    "Want", "is_scale",
+    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "Scale", "StepInput",
+    "StepOutput", "Want", "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
@@ -75,11 +72,22 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
 
+    def rows_at(self, sites: Sequence[Site]) -> Tensor:
+        """The rows ``[n, d]`` at ``sites``, side by side; of one site the very tensor that is there."""
+        if len(sites) == 1:
+            return self.activations[sites[0]]
+        import torch
+
+        return torch.cat([self.activations[site] for site in sites], dim=-1)
+
     def thinned(self, n: int) -> Batch:
         """``n`` rows spread evenly over the batch, or all: rows may be in an order, so the first would not be fair."""
         if n >= len(self):
             return self
-        kept = [row * len(self) // n for row in range(n)]
+        return self.at([row * len(self) // n for row in range(n)])
+
+    def at(self, kept: list[int] | Tensor) -> Batch:
+        """The rows of these numbers."""
         origins = [None if origin is None else origin[kept] for origin in (self.tokens, self.documents, self.positions)]
         return Batch({site: rows[kept] for site, rows in self.activations.items()}, *origins)
 
@@ -105,6 +113,12 @@ class Ports:
     def one(cls, d_in: int, name: str = "x") -> Ports:
         """Those of an SAE of the width ``d_in``."""
         return cls({name: d_in})
+
+    @classmethod
+    def of(cls, sites: Sites, widths: Mapping[Site, int]) -> Ports:
+        """Those at ``sites``."""
+        inputs, targets = ({site.name: widths[site] for site in some} for some in (sites.inputs, sites.targets))
+        return cls(inputs, targets)
 
     def __attrs_post_init__(self) -> None:
         for what, widths in (("inputs", self.inputs), ("targets", self.targets)):
@@ -134,6 +148,12 @@ class Ports:
     def same(self) -> bool:
         """Whether the targets are the inputs."""
         return [*self.inputs.items()] == [*self.targets.items()]
+
+    def join_input(self, values: Mapping[str, Tensor]) -> Tensor:
+        """``x [..., d_in]``: the inputs side by side, from ``values [..., width]`` by their names."""
+        import torch
+
+        return torch.cat([values[name] for name in self.inputs], dim=-1)
 
     def split_input(self, x: Tensor) -> dict[str, Tensor]:
         """Views ``[..., width]`` of ``x [..., d_in]``, by the names of the inputs."""
@@ -184,8 +204,18 @@ class StepOutput(NamedTuple):
     """The architecture's own metrics, logged under these names; tensors are scalars."""
 
 
+Scale: TypeAlias = float | Mapping[str, float]
+"""What activations are multiplied by: a number, or one for each site by its name."""
+
+
 def is_scale(value: object) -> bool:
-    """Whether activations can be multiplied by ``value``: a finite number above 0."""
+    """Whether activations can be multiplied by ``value``: a finite number above 0, or such numbers by name."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(name, str) and _is_factor(one) for name, one in value.items())
+    return _is_factor(value)
+
+
+def _is_factor(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
@@ -197,7 +227,8 @@ class SAEInfo:
     """The qualified key of the plugin that made it."""
     options: Mapping[str, Any] = attrs.field(factory=dict)
     """The architecture's options as plain data, every plugin by its qualified key."""
-    site: Site | None = None
+    sites: Sites | None = None
+    """The sites of the model that it reads and writes."""
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
 
@@ -206,7 +237,12 @@ class SAEInfo:
         """Whether the SAE was trained on scaled activations, and nobody knows by which factor."""
         return self.metadata.get("normalize_activations") in (True, _SCALED)
 
-    def with_scale(self, scale: float | None) -> Self:
+    @property
+    def site(self) -> Site | None:
+        """The site of an SAE; of what has several, the first that is read."""
+        return None if self.sites is None else self.sites.inputs[0]
+
+    def with_scale(self, scale: Scale | None) -> Self:
         """For weights that a factor was folded into, where it was unknown until now or nothing was said; None: unknown.
 
         A factor of 1 says nothing.
@@ -220,8 +256,14 @@ class SAEInfo:
 
     def lines(self) -> list[str]:
         """What is known, a line each, for people."""
-        known = [("architecture", self.architecture), ("site", self.site), *self.metadata.items()]
+        known = [("architecture", self.architecture), *self._places(), *self.metadata.items()]
         return [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+
+    def _places(self) -> list[tuple[str, Any]]:
+        if self.sites is None or self.sites == Sites.one(self.sites.inputs[0]):
+            return [("site", self.site)]
+        targets = [] if self.sites.same else [("targets", self.sites.targets)]
+        return [("inputs", self.sites.inputs), *targets]
 
 
 @attrs.frozen
@@ -247,30 +289,13 @@ class RunInfo:
     """The whole configuration as plain data."""
     resumed_at: int | None = None
     """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
-    _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
+    file: Callable[[str], Path] = attrs.field(repr=False, eq=False)
+    """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
 
-    def file(self, name: str) -> Path:
-        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
+    In a run, :class:`saekit.errors.ConfigError` when it is the run's own or another tracker's, or ``name`` is not the
+    name of one file.
+    """
 
-        :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
-        """
-        key = name.casefold()  # some file systems know no other
-        fault = fault_of_name(name)
-        if fault is None and not is_free_in_run(name):
-            fault = "is a file of the run itself"
-        if fault is None and key in self._files:
-            fault = "is another tracker's"
-        if fault is None:
-            tidy(self.folder, name.__eq__)
-            fault = _fault_of_place(self.folder / name)
-        if fault is not None:
-            raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
-        self._files.add(key)
-        return self.folder / name
-
-
-def _fault_of_place(path: Path) -> str | None:
-    """Why what lies there is nothing that a tracker may write into."""
-    if path.is_symlink():
-        return "is a symbolic link"
-    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"
+    @file.default
+    def _beside(self) -> Callable[[str], Path]:
+        return self.folder.joinpath

@@ -166,7 +166,7 @@ def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> N
             sae = saekit.SAE.load(folder / "run" / "sae")
             assert all(value.requires_grad and not value.is_inference() for value in sae.parameters())
             backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
-            where = {"backend": backend, "site": saekit.Site(hook_name=SITE), "contexts": contexts}
+            where = {"backend": backend, "sites": saekit.Site(hook_name=SITE), "contexts": contexts}
             with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
                 backend.run(contexts, read=[SITE])
                 rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))

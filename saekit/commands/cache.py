@@ -52,7 +52,7 @@ def write_cache(config: TrainConfig, plugins: PluginManager, model: object | Non
 
 def cache_sites(config: TrainConfig) -> list[Site]:
     """The sites that are written, each once."""
-    return list(dict.fromkeys([config.site, *config.activations.cache.sites]))
+    return list(dict.fromkeys([*config.sites.all, *config.activations.cache.sites]))
 
 
 def cached_contexts(config: TrainConfig, context_size: int) -> int:

@@ -23,7 +23,7 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
-from saekit.runs.checks import check_finetuning, chosen_evals, chosen_trackers, start_files
+from saekit.runs.checks import check_finetuning, check_without_model, chosen_evals, chosen_trackers, start_files
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
@@ -191,6 +191,7 @@ def _members(configs: Sequence[TrainConfig], plugins: PluginManager) -> Iterator
     for config in configs:
         yield partial(chosen_trackers, config, plugins)
         yield partial(chosen_evals, config, plugins)
+        yield partial(check_without_model, config, plugins)
         yield partial(check_finetuning, config, plugins.options(SAE_ARCHITECTURES, config.sae))
         for chosen in _choices(config, plugins):
             if chosen.kind != MODEL_BACKENDS:

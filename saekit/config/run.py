@@ -13,7 +13,7 @@ from saekit.config.model import ModelConfig
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES, TRACKERS
-from saekit.site import Site
+from saekit.site import Site, Sites
 
 __all__ = ["TrainConfig"]
 
@@ -27,7 +27,12 @@ class TrainConfig:
     dataset: DatasetConfig = attrs.field(factory=DatasetConfig)
     """The text, and how it becomes contexts."""
     site: Site = attrs.field(factory=Site)
-    """Where the SAE reads."""
+    """Where an SAE reads and writes: the one site of a dictionary that has one."""
+    inputs: tuple[Site, ...] = ()
+    """The sites that a dictionary reads which has several, or which writes elsewhere, instead of `site`; their vectors
+    lie side by side in this order.  `sae.d_in`, where it is stated, is the sum of their widths."""
+    targets: tuple[Site, ...] = ()
+    """The sites whose activations it is to give, beside `inputs`.  None named: the inputs themselves."""
     activations: ActivationsConfig = attrs.field(factory=ActivationsConfig)
     """From contexts to shuffled batches."""
     sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, "saekit:standard")
@@ -45,7 +50,25 @@ class TrainConfig:
     checkpoints: CheckpointsConfig = attrs.field(factory=CheckpointsConfig)
     """Where the run is kept."""
 
+    @property
+    def sites(self) -> Sites:
+        """What is read and written."""
+        if not self.inputs:
+            return Sites.one(self.site)
+        return Sites(self.inputs, self.targets or self.inputs)
+
+    @property
+    def input_sites(self) -> tuple[Site, ...]:
+        """The sites that are read."""
+        return self.sites.inputs
+
+    @property
+    def target_sites(self) -> tuple[Site, ...]:
+        """The sites that are written."""
+        return self.sites.targets
+
     def __attrs_post_init__(self) -> None:
+        self._check_sites()
         if self.evals.split is not None and self.evals.split == self.dataset.split:
             raise ConfigError(
                 [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "
@@ -56,3 +79,20 @@ class TrainConfig:
                 [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
                   "measure nothing: evals.run = []")]
             )  # fmt: skip
+
+    def _check_sites(self) -> None:
+        if self.targets and not self.inputs:
+            raise ConfigError(
+                [("targets", f"names what is to be given, {_named(self.targets)}, and nothing names what is read "
+                  "besides: name those sites in inputs. What reads and writes one site has it in site")]
+            )  # fmt: skip
+        if self.inputs and self.site != Site():
+            raise ConfigError(
+                [("site", f"is {self.site.name}, beside inputs = {_named(self.inputs)}, which are all that is read; "
+                  "leave out one of the two")]
+            )  # fmt: skip
+        _ = self.sites
+
+
+def _named(sites: tuple[Site, ...]) -> str:
+    return ", ".join(site.name for site in sites)

@@ -39,17 +39,21 @@ class StreamContext:
         repeat: bool = True,
         find_identity: Callable[[], Mapping[str, Any]] = dict,
         model_lock: threading.RLock | None = None,
+        has_model: bool = True,
         doubt: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.backend = backend
         self.sites = tuple(sites)
-        """The sites to read."""
+        """The sites to read: all inputs and targets of every dictionary that trains on these batches."""
         self.batch_size = batch_size
         """Rows in a batch."""
         self.seed = seed
         """For the source's own generators."""
         self.repeat = repeat
         """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
+        self.has_model = has_model
+        """Whether ``backend`` is a language model: a run may have none, and then the source alone knows of activations.
+        It states their widths (:class:`saekit.protocols.StatesWidths`), and there are no contexts."""
         self.model_lock = model_lock or threading.RLock()
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
         self.doubt = doubt

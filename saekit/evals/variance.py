@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import attrs
 import torch
@@ -21,10 +21,44 @@ _NEVER = -9.99  # log10 of the firing fraction of a feature that never fired, to
 
 
 @attrs.define
-class Reconstruction:
-    """Running sums over rows ``[n, d_in]``; :meth:`metrics` may be read at any time.
+class _Variance:
+    """Running sums of what is given of ``y [n, d]``."""
 
-    Explained variance is ``1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²`` with x̄ the mean over everything that was added.
+    d: int
+    rows: int = 0
+    squared_error: float = 0.0
+    _centre: Tensor = attrs.field(init=False)
+    _sum: Tensor = attrs.field(init=False)
+    _squares: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        self._centre = torch.zeros(self.d, dtype=torch.float64, device="cpu")
+        self._sum = torch.zeros(self.d, dtype=torch.float64, device="cpu")
+
+    def add(self, y: Tensor, output: Tensor) -> None:
+        """Count ``y`` and ``output [n, d]``, in float64 on the CPU."""
+        if not self.rows:
+            self._centre = y.mean(0)  # sums around a near mean keep their digits
+        shifted = y - self._centre
+        self._sum += shifted.sum(0)
+        self._squares += shifted.pow(2).sum().item()
+        self.squared_error += (output - y).pow(2).sum().item()
+        self.rows += len(y)
+
+    @property
+    def explained(self) -> float:
+        """``1 − Σ‖y − ŷ‖² / Σ‖y − ȳ‖²``; nan where all is alike."""
+        variance = self._squares - self._sum.pow(2).sum().item() / self.rows
+        return 1 - self.squared_error / variance if variance > 0 else math.nan
+
+
+@attrs.define
+class Reconstruction:
+    """Running sums over rows of targets ``y [n, d_out]``, which of an SAE are its inputs; :meth:`metrics` may be read
+    at any time.
+
+    Explained variance is ``1 − Σ‖y − ŷ‖² / Σ‖y − ȳ‖²`` with ȳ the mean over everything that was added.  With several
+    ``targets``, widths by their names, it is told of each, too (``explained_variance/NAME``).
 
     ``never_fired`` counts the features that fired on none of ``n_tokens``, nor in training as far as that is known
     (:meth:`fires`); a feature that training calls dead has only not fired for a while.  Where nothing is known of
@@ -32,60 +66,63 @@ class Reconstruction:
     Lippman-Hand 1983).
     """
 
-    d_in: int
+    d_out: int
     d_sae: int
-    rows: int = 0
-    squared_error: float = 0.0
+    targets: Mapping[str, int] = attrs.field(factory=dict)
     l0: float = 0.0
     l1: float = 0.0
     cosine: float = 0.0
     norm_in: float = 0.0
     norm_out: float = 0.0
-    _centre: Tensor = attrs.field(init=False)
-    _sum: Tensor = attrs.field(init=False)
-    _squares: float = 0.0
+    _whole: _Variance = attrs.field(init=False)
+    _each: Mapping[str, _Variance] = attrs.field(init=False)
     _fired: Tensor = attrs.field(init=False)
     _known: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._centre = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
-        self._sum = torch.zeros(self.d_in, dtype=torch.float64, device="cpu")
+        self._whole = _Variance(self.d_out)
+        several = self.targets if len(self.targets) > 1 else {}
+        self._each = {name: _Variance(width) for name, width in several.items()}
         self._fired = torch.zeros(self.d_sae, dtype=torch.float64, device="cpu")
         self._known = torch.zeros(self.d_sae, dtype=torch.bool, device="cpu")
+
+    @property
+    def rows(self) -> int:
+        """How many were added."""
+        return self._whole.rows
 
     def fires(self, features: Tensor) -> None:
         """These features, ``[d_sae]`` bool, are known to fire on other tokens."""
         self._known |= features.cpu()
 
     @torch.no_grad()
-    def add(self, x: Tensor, output: Tensor, features: Tensor) -> None:
-        """Count ``x`` and ``output [n, d_in]`` and ``features [n, d_sae]``."""
-        x, output = x.cpu().double(), output.cpu().double()  # not every device has float64
-        if not self.rows:
-            self._centre = x.mean(0)  # sums around a near mean keep their digits
-        shifted = x - self._centre
-        self._sum += shifted.sum(0)
-        self._squares += shifted.pow(2).sum().item()
-        self.squared_error += (output - x).pow(2).sum().item()
+    def add(self, y: Tensor, output: Tensor, features: Tensor) -> None:
+        """Count ``y`` and ``output [n, d_out]`` and ``features [n, d_sae]``."""
+        y, output = y.cpu().double(), output.cpu().double()  # not every device has float64
+        self._whole.add(y, output)
+        if self._each:
+            widths = [*self.targets.values()]
+            parts = zip(self._each.values(), y.split(widths, 1), output.split(widths, 1), strict=True)
+            for sums, wanted, given in parts:
+                sums.add(wanted, given)
         active = features > 0
         self._fired += active.sum(0).cpu()
         self.l0 += active.sum().item()
         self.l1 += features.abs().sum(dtype=widest(features.device)).item()
-        norm_in, norm_out = x.norm(dim=-1), output.norm(dim=-1)
+        norm_in, norm_out = y.norm(dim=-1), output.norm(dim=-1)
         self.norm_in += norm_in.sum().item()
         self.norm_out += norm_out.sum().item()
-        self.cosine += ((x * output).sum(-1) / (norm_in * norm_out).clamp_min(1e-30)).sum().item()
-        self.rows += len(x)
+        self.cosine += ((y * output).sum(-1) / (norm_in * norm_out).clamp_min(1e-30)).sum().item()
 
     def metrics(self) -> dict[str, float]:
         """The numbers by name."""
         if not self.rows:
             raise ValueError("nothing was added")
-        variance = self._squares - self._sum.pow(2).sum().item() / self.rows
         fractions = self._fired / self.rows
         return {
-            "explained_variance": 1 - self.squared_error / variance if variance > 0 else math.nan,
-            "mse": self.squared_error / self.rows,
+            "explained_variance": self._whole.explained,
+            **{f"explained_variance/{name}": sums.explained for name, sums in self._each.items()},
+            "mse": self._whole.squared_error / self.rows,
             "l0": self.l0 / self.rows,
             "l1": self.l1 / self.rows,
             "cosine_similarity": self.cosine / self.rows,
@@ -100,17 +137,19 @@ class Reconstruction:
 
 @ambient()
 @torch.no_grad()
-def variance_metrics(sae: SAEModule, batches: Iterable[Tensor]) -> dict[str, float]:
-    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``.
+def variance_metrics(sae: SAEModule, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``, or of rows with targets ``[n, d_out]``.
 
     Features are made for so many rows at once as fit into little memory, however large the batches are.
     """
-    sums = Reconstruction(sae.d_in, sae.d_sae)
+    sums = Reconstruction(sae.d_out, sae.d_sae, sae.ports.targets)
     for batch in batches:
-        for x in batch.split(at_once(sae)):
+        rows, targets = (batch, None) if isinstance(batch, Tensor) else batch
+        pieces = rows.split(at_once(sae))
+        for x, y in zip(pieces, [None] * len(pieces) if targets is None else targets.split(at_once(sae)), strict=True):
             x = x.to(sae.device)
             features = sae.encode(x)
-            sums.add(x, sae.decode(features), features)
+            sums.add(x if y is None else y, sae.decode(features), features)
             del features  # before the next ones are made
     if sae.log_sparsity is not None:
         sums.fires(sae.log_sparsity > _NEVER)

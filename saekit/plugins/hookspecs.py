@@ -37,7 +37,8 @@ def saekit_register_model_backends() -> Iterable[Entry]:
     ``build(config, *, model: saekit.config.ModelConfig, loaded: object | None) -> ModelBackend``
 
     ``loaded`` is the in-memory model that the caller passed to ``saekit.train(model=...)``, else None: load
-    ``model.name`` then.  Raise :class:`saekit.errors.ModelError` for a name that cannot be loaded.
+    ``model.name`` then.  Raise :class:`saekit.errors.ModelError` for a name that cannot be loaded.  An entry with
+    ``no_model=True`` stands for having none, as the built-in ``none`` does.
     """
 
 
@@ -84,7 +85,10 @@ def saekit_register_activation_sources() -> Iterable[Entry]:
     """Where training batches come from (``activations.source``).
 
     ``build(config, *, stream: saekit.data.StreamContext) -> ActivationSource``: the context holds the backend, the
-    sites, the batch size and the seed, and opens the packed contexts when they are asked for.
+    sites, the batch size and the seed, and opens the packed contexts when they are asked for.  Each batch has rows at
+    every one of the sites, of the same tokens.  A source that states the widths of its activations
+    (:class:`saekit.protocols.StatesWidths`) and opens no text (``Entry(needs_text=False)``) works without a language
+    model, too: ``stream.has_model`` says whether there is one.
     """
 
 
@@ -100,7 +104,8 @@ def saekit_register_trackers() -> Iterable[Entry]:
 def saekit_register_evals() -> Iterable[Entry]:
     """Measurements on held-out text (``evals.run``).
 
-    ``build(config) -> Eval``: takes an SAE, a backend, a site and contexts; returns named numbers.
+    ``build(config) -> Eval``: takes an SAE, a backend, the sites that it reads and writes, and contexts; returns named
+    numbers.
     """
 
 

@@ -38,7 +38,11 @@ class Entry:
     not there, before anything heavy is imported; see :mod:`saekit.commands.preflight`.  ``whole`` is the configuration
     that ``config`` is part of."""
     needs_text: bool = True
-    """Of an activation source: whether it opens the text (``stream.contexts``), which must then be there."""
+    """Of an activation source or an eval: whether it opens the text, which must then be there, with a model to read
+    it."""
+    no_model: bool = False
+    """Of a model backend: it stands for having none, so that hooks and contexts are not checked, and nothing that needs
+    a model or a text can be chosen beside it."""
 
 
 @attrs.frozen

@@ -14,7 +14,7 @@ from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
 from saekit.hub import within_reach
 from saekit.reasons import reason
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.values import Ports
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ class PretrainedSAE:
     """The architecture's parameters by name: of most, ``W_enc [d_in, d_sae]``, ``b_enc``, ``W_dec [d_sae, d_in]`` and
     ``b_dec``."""
     site: Site | None = None
+    """The one site of an SAE."""
+    sites: Sites | None = None
+    """The sites of what has other ones: a transcoder, or a crosscoder.  None: :attr:`site`."""
     ports: Ports | None = None
-    """The sites that it reads and writes, by name, with their widths.  None: :attr:`site` alone, of width ``d_in``."""
+    """Their widths by their names (:attr:`saekit.Site.name`).  None: :attr:`site` alone, of width ``d_in``."""
     log_sparsity: Tensor | None = None
     """``[d_sae]``: log10 of the fraction of tokens on which each feature fired; -inf for never."""
     activation_scale: float | None = 1.0

@@ -18,7 +18,7 @@ from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def build_sae(
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
     metadata = SAEInfo(metadata=read.metadata).with_scale(read.activation_scale).metadata
-    sae.info = attrs.evolve(sae.info, site=read.site, metadata=metadata)
+    sae.info = attrs.evolve(sae.info, sites=_sites(read), metadata=metadata)
     if read.activation_scale not in (None, 1):
         sae.fold_activation_scale(read.activation_scale)
     sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()
@@ -103,9 +103,10 @@ def _check(read: PretrainedSAE, place: str) -> None:
     from saekit.pretrained.tensors import check_tensor, check_tensors
 
     expected = (("options", Mapping), ("tensors", Mapping), ("metadata", Mapping), ("site", Site | None))
-    for name, kind in (("architecture", str), *expected, ("ports", Ports | None)):
+    for name, kind in (("architecture", str), *expected, ("sites", Sites | None), ("ports", Ports | None)):
         if not isinstance(value := getattr(read, name), kind):
             raise SAEFormatError(f"the loader of {place} gave {value!r} as {name}")
+    _check_ports(read, place)
     check_tensors(read.tensors, place)
     if read.log_sparsity is not None:
         check_tensor(read.log_sparsity, "log_sparsity", place, minus_infinity=True)
@@ -155,6 +156,21 @@ def _ports(read: PretrainedSAE, config: Any, place: str) -> Ports:
     if config.d_in is None:
         raise SAEFormatError(f"{place} says d_in nowhere: a loader gives it among the options")
     return Ports.one(config.d_in) if read.site is None else Ports.one(config.d_in, read.site.name)
+
+
+def _sites(read: PretrainedSAE) -> Sites | None:
+    return read.sites if read.site is None else Sites.one(read.site)
+
+
+def _check_ports(read: PretrainedSAE, place: str) -> None:
+    """Sites and widths are of the same names."""
+    sites, ports = _sites(read), read.ports
+    if sites is None or (ports is None and read.site is not None):
+        return
+    named = [[site.name for site in some] for some in (sites.inputs, sites.targets)]
+    wide = None if ports is None else [[*ports.inputs], [*ports.targets]]
+    if named != wide:
+        raise SAEFormatError(f"the loader of {place} gave the sites {named}, and widths of {wide}")
 
 
 def _check_sparsity(read: PretrainedSAE, d_sae: int) -> None:

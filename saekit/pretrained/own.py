@@ -12,7 +12,7 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import sha256
 from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo, is_scale
 
 __all__ = ["check_needed", "is_own", "read_own"]
@@ -41,7 +41,7 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
     metadata = dict(own["metadata"])
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
-        raise _wrong(files, "metadata.activation_scale", scale, "a number above 0")
+        raise _wrong(files, "metadata.activation_scale", scale, "a number above 0, or one for each site by its name")
     sparsity = None
     if SPARSITY in (sums or files.names):  # one that belongs to other weights is left alone
         sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
@@ -50,7 +50,7 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
         options=own["options"],
         tensors=files.tensors(WEIGHTS),
         site=None if own["site"] is None else _site(own["site"], files),
-        ports=_ports(own["ports"], files) if "ports" in own else None,
+        **_ports(own, files),
         log_sparsity=sparsity,
         activation_scale=None if SAEInfo(metadata=metadata).scale_is_unknown else 1.0,
         metadata=metadata,
@@ -110,15 +110,31 @@ def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
         )
 
 
-def _ports(table: object, files: SAEFiles) -> Ports:
-    expected = "inputs and targets, each an object of widths by the names of sites"
-    if not isinstance(table, dict) or set(table) != {"inputs", "targets"}:
-        raise _wrong(files, "ports", table, expected)
-    for widths in table.values():
-        whole = isinstance(widths, dict) and all(type(width) is int for width in widths.values())
-        if not whole or not widths or min(widths.values()) < 1:
-            raise _wrong(files, "ports", table, expected)
-    return Ports(table["inputs"], table["targets"])
+def _ports(own: Mapping[str, Any], files: SAEFiles) -> dict[str, Any]:
+    """The sites of what has other ones than one, and how wide they are."""
+    if not own.keys() & {"inputs", "targets"}:
+        return {}
+    inputs, targets = (_widths(own.get(option, _NOTHING), option, files) for option in ("inputs", "targets"))
+    if differing := [site.name for site in inputs if targets.get(site, inputs[site]) != inputs[site]]:
+        raise _wrong(files, "targets", own["targets"], f"the width of {differing[0]} that inputs say")
+    try:
+        sites = Sites(tuple(inputs), tuple(targets))
+    except ConfigError as error:
+        raise SAEFormatError(f"the sites in {CONFIG} of {files.place} do not go together: {error}") from error
+    return {"sites": sites, "ports": Ports.of(sites, inputs | targets)}
+
+
+def _widths(found: object, option: str, files: SAEFiles) -> dict[Site, int]:
+    expected = "a list of sites, each with its width, a whole number of 1 or more"
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise _wrong(files, option, found, expected)
+    widths = {}
+    for table in found:
+        width = table.get("width", _NOTHING)
+        if type(width) is not int or width < 1:
+            raise _wrong(files, f"{option}.width", width, "a whole number of 1 or more")
+        widths[_site({key: value for key, value in table.items() if key != "width"}, files)] = width
+    return widths
 
 
 def _site(table: Mapping[str, Any], files: SAEFiles) -> Site:

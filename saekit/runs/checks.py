@@ -9,13 +9,16 @@ from pathlib import Path
 from saekit.config import ALWAYS_TRACKED, SAEConfig, TrainConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import locked
-from saekit.kinds import EVALS, TRACKERS
+from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS, TRACKERS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.files import SAEFiles
 from saekit.protocols import Eval, Tracker
 
-__all__ = ["alone_in", "check_finetuning", "chosen_evals", "chosen_trackers", "start_files"]
+__all__ = [
+    "alone_in", "check_finetuning", "check_without_model", "chosen_evals", "chosen_trackers", "has_model",
+    "start_files",
+]  # fmt: skip
 
 
 def chosen_trackers(config: TrainConfig, plugins: PluginManager) -> dict[str, Choice[Tracker]]:
@@ -36,6 +39,33 @@ def chosen_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Choic
 def _refuse_twice(path: str, keys: Sequence[str]) -> None:
     if len(set(keys)) < len(keys):
         raise ConfigError([(path, f"names a plugin twice: {', '.join(keys)}")])
+
+
+def has_model(config: TrainConfig, plugins: PluginManager) -> bool:
+    """Whether a run has a language model (``model.backend`` is not such as ``none``)."""
+    return not plugins.find(MODEL_BACKENDS, config.model.backend).entry.no_model
+
+
+def check_without_model(config: TrainConfig, plugins: PluginManager) -> None:
+    """Of a run that has no model: nothing that it chooses may need one, or a text, which a model would read."""
+    if has_model(config, plugins):
+        return
+    backend = plugins.find(MODEL_BACKENDS, config.model.backend).key
+    problems = []
+    source = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    if source.entry.needs_text:
+        problems.append(
+            ("activations.source", f"is '{source.key}', which reads a text by a language model, and this run has none "
+             f"(model.backend = '{backend}'); choose a source that has activations of its own")
+        )  # fmt: skip
+    needing = [key for key, choice in chosen_evals(config, plugins).items() if choice.item.entry.needs_text]
+    if needing:
+        problems.append(
+            ("evals.run", f"has {', '.join(needing)}, which measure on a text by a language model, and this run has "
+             f"none (model.backend = '{backend}'); leave them out: evals.run = []")
+        )  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_finetuning(config: TrainConfig, options: SAEConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from saekit.files.names import is_plain_name
+from saekit.values import is_scale
 
 __all__ = ["check_alike", "check_facts", "check_stream", "check_training"]
 
@@ -61,8 +62,7 @@ def check_training(state: Mapping[str, Any], about: Mapping[str, Any], name: str
     """:class:`ValueError` for a training state that is not that of the SAE that the manifest speaks ``about``."""
     for key in ("step", "tokens", "diverged"):
         _require(key in state and state[key] == about[key], f"{key} of {name}")
-    scale = state.get("scale")
-    _require(_is_number(scale) and scale is not None and 0 < scale < float("inf"), f"scale of {name}")
+    _require(is_scale(state.get("scale")), f"scale of {name}")
 
 
 def check_alike(saved: Any, own: Any, where: str) -> None:
@@ -92,10 +92,6 @@ def _require(fine: bool, what: str, fault: str = "is not as saekit writes it") -
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST)
 
 
 def _is_bool(value: object) -> bool:

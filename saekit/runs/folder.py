@@ -54,7 +54,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def run_folder(config: TrainConfig, name: str | None, kind: str | None = None, given_in: Path | None = None) -> Path:
-    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the site) and a number.
+    """Make the run's folder, which must be new: ``name``, or the date, ``kind`` (None: the sites) and a number.
 
     ``given_in`` was the working directory when the configuration was given.
     """
@@ -65,7 +65,7 @@ def run_folder(config: TrainConfig, name: str | None, kind: str | None = None, g
         if name is not None:
             (parent / name).mkdir()
             return parent / name
-        return _numbered(parent, made_name(f"{datetime.now():%Y-%m-%d}-{kind or config.site.name}", room=8))
+        return _numbered(parent, made_name(f"{datetime.now():%Y-%m-%d}-{kind or config.sites.name}", room=8))
     except OSError as error:
         raise PlaceError(f"cannot make a run folder in {parent}: {error.strerror} (checkpoints.folder)") from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
+from typing import TypeAlias
 
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
@@ -15,24 +16,30 @@ from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, ModelBackend
+from saekit.protocols import ModelBackend
+from saekit.runs.checks import has_model
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
-from saekit.site import Site
+from saekit.site import Site, Sites
+from saekit.values import Ports
 
 _MANY_READINGS = 10
+Widths: TypeAlias = Mapping[Site, int]
 
 __all__ = [
     "build_backend",
     "check_context_size",
     "check_hooks",
-    "checked_width",
+    "checked_ports",
     "open_backend",
     "open_source",
     "open_stream",
     "repeated",
     "seed_for",
+    "sites_option",
     "warn_of",
+    "widths_of",
+    "widths_text",
 ]
 
 
@@ -52,10 +59,13 @@ def open_backend(
     """The model, checked against the context size, the tokens that are put in, and the ``sites``, which ``option``
     names; it has not run yet.  All that does not fit is told at once."""
     backend = build_backend(config, plugins, model)
+    if not has_model(config, plugins):
+        return backend
+    own = config.sites.all
     check_all(
         lambda: check_context_size(backend, corpus.context_size),
-        lambda: check_hooks(backend, [config.site], "site.hook_name"),
-        lambda: check_hooks(backend, [site for site in sites if site != config.site], option),
+        lambda: check_hooks(backend, own, sites_option(config)),
+        lambda: check_hooks(backend, [site for site in sites if site not in own], option),
         lambda: corpus.policy(backend.special_tokens),
     )
     return backend
@@ -124,6 +134,8 @@ def open_stream(
     ``doubt`` is told, in words, what looks wrong with the text.
     """
 
+    there = has_model(config, plugins)
+
     def open_contexts() -> ContextStream:
         contexts = corpus.contexts(backend)
         for text in corpus.doubts(backend):
@@ -139,7 +151,8 @@ def open_stream(
         seed=seed_for(config.training.seed, "shuffle"),
         open_contexts=open_contexts,
         repeat=config.dataset.on_exhausted == "repeat",
-        find_identity=lambda: run_identity(config, corpus, plugins, backend),
+        find_identity=(lambda: run_identity(config, corpus, plugins, backend)) if there else dict,
+        has_model=there,
         model_lock=beside.model_lock if beside is not None else None,
         doubt=doubt,
     )
@@ -147,7 +160,7 @@ def open_stream(
 
 def open_source(
     config: TrainConfig, plugins: PluginManager, stream: StreamContext, backend: ModelBackend | None = None
-) -> ActivationSource:
+) -> SupervisedSource:
     """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
     source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
@@ -158,9 +171,32 @@ def open_source(
     return SupervisedSource(source, item, stream.sites, [model])
 
 
-def checked_width(stream: StreamContext, site: Site, stated: int | None) -> int:
-    """``d_in`` at ``site``; a different stated one is an error."""
-    d_in = stream.widths[site]
-    if stated is not None and stated != d_in:
-        raise ConfigError([("sae.d_in", f"is {stated}, but {site.name} of {stream.backend.name!r} has width {d_in}")])
-    return d_in
+def sites_option(config: TrainConfig) -> str:
+    """The options that name the sites."""
+    return "inputs, targets" if config.inputs else "site.hook_name"
+
+
+def widths_of(source: SupervisedSource, stream: StreamContext) -> Widths:
+    """``d`` at each site of ``stream``: as the source states them, or else as the model has them."""
+    if source.widths is not None:
+        return source.widths
+    if not stream.has_model:
+        raise ConfigError(
+            [("activations.source", f"is '{source.key}', which does not say how wide its activations are (widths), and "
+              "this run has no language model to ask")]
+        )  # fmt: skip
+    return stream.widths
+
+
+def checked_ports(widths: Widths, sites: Sites, stated: int | None, model: str) -> Ports:
+    """Those at ``sites`` of the ``model``; a ``stated`` ``d_in`` that is not the inputs' sum is an error."""
+    ports = Ports.of(sites, widths)
+    if stated is not None and stated != ports.d_in:
+        raise ConfigError([("sae.d_in", f"is {stated}, but {widths_text(ports.inputs, model)}")])
+    return ports
+
+
+def widths_text(widths: Mapping[str, int], model: str) -> str:
+    """In words: what is how wide, and of several how wide all are together."""
+    first, *others = [f"{name} of {model!r} has width {width}" for name, width in widths.items()]
+    return first if not others else f"{', '.join([first, *others])}: {sum(widths.values())} side by side"

@@ -21,15 +21,17 @@ from saekit.kernels.workspace import SHARED
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, HasMemory, ModelBackend
-from saekit.runs.checks import chosen_trackers
+from saekit.runs.checks import check_without_model, chosen_trackers, has_model
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
     build_backend,
     check_context_size,
     check_hooks,
-    checked_width,
+    checked_ports,
     open_source,
     open_stream,
+    sites_option,
+    widths_of,
 )
 from saekit.runs.planned import Plan
 from saekit.runs.planned_text import look_at_text
@@ -40,14 +42,14 @@ from saekit.runs.setup import (
     make_trainer,
     sae_options,
 )
+from saekit.runs.supervised import SupervisedSource
 from saekit.runs.timing import bytes_text as _bytes
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
 from saekit.sae.build import build_module
+from saekit.values import Batch, Ports
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saekit.sae.module import SAEModule
     from saekit.training.trainer import SAETrainer
 
@@ -98,6 +100,7 @@ class _Planner:
         self.training()
         self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
         self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
+        self.attempt(lambda: check_without_model(config, plugins))
         self.attempt(lambda: make_evals(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
@@ -109,30 +112,43 @@ class _Planner:
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
-        self.attempt(lambda: check_context_size(backend, corpus.context_size))
-        fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
-        self.attempt(lambda: check_hooks(backend, [config.site], "site.hook_name"))
-        stream = open_stream(config, corpus, plugins, backend, [config.site], doubt=self.doubt)
-        there = config.site.hook_name in backend.hook_names()
+        fits, there = self.fitting(backend, corpus)
+        stream = open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt)
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
             reads = source is None or "contexts" in vars(stream)
-            if reads or config.evals.run:
+            if stream.has_model and (reads or config.evals.run):
                 self.text(corpus, backend, reads=reads)
-            width = self.attempt(lambda: stream.widths[config.site]) if there else None
-            if width is None:
+            ports = self.attempt(lambda: self.ports(source, stream)) if there else None
+            if ports is None:
                 return
-            self.attempt(lambda: checked_width(stream, config.site, self.options.d_in))
-            self.sizes(backend, stream, corpus, width)
+            self.sizes(backend, stream, corpus, ports)
             if source is not None:
                 self.source(source)
             self.checkpoints()
-            if schedule is not None and fits:
-                self.attempt(lambda: self.duration(source, stream, corpus, backend, width, schedule))
+            if schedule is not None and fits and (source is not None or stream.has_model):
+                self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:
                 source.close()
+
+    def fitting(self, backend: ModelBackend, corpus: Corpus) -> tuple[bool, bool]:
+        """Whether contexts are short enough for the model, and whether all the sites are there."""
+        if not has_model(self.config, self.plugins):
+            return True, True
+        sites = self.config.sites.all
+        self.attempt(lambda: check_context_size(backend, corpus.context_size))
+        self.attempt(lambda: check_hooks(backend, sites, sites_option(self.config)))
+        fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
+        return fits, {site.hook_name for site in sites} <= set(backend.hook_names())
+
+    def ports(self, source: SupervisedSource | None, stream: StreamContext) -> Ports:
+        """The widths of the sites; a stated one that is wrong is among the problems."""
+        widths = stream.widths if source is None else widths_of(source, stream)
+        sites, model = self.config.sites, stream.backend.name
+        self.attempt(lambda: checked_ports(widths, sites, self.options.d_in, model))
+        return Ports.of(sites, widths)
 
     def training(self) -> None:
         """What the configuration alone says."""
@@ -161,32 +177,46 @@ class _Planner:
         for text in found.warnings:
             self.doubt(text)
 
-    def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, width: int) -> None:
+    def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, ports: Ports) -> None:
         """Widths, memory and disk."""
-        config, item = self.config, self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
+        item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
         # Memory is taken as it is written to, so this takes none.
-        sae = self.attempt(lambda: build_module(item, self.options, width, self.plugins))
+        sae = self.attempt(lambda: build_module(item, self.options, ports, self.plugins))
         if sae is None:
             return
         d_sae, dtype = sae.d_sae, getattr(torch, self.options.dtype)
         parameters = sae.table.count()
         saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
         weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
-        self.numbers |= {"d_in": width, "d_sae": d_sae, "sae_bytes": 4 * weights}
-        self.facts["site"] = f"{config.site.name} of {backend.name}, width {width}"
+        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae, "sae_bytes": 4 * weights}
+        self.sites(backend, ports)
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
-        if d_sae < width:
-            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({width})")
+        if d_sae < ports.d_in:
+            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({ports.d_in})")
         model_bytes = backend.memory_bytes() if isinstance(backend, HasMemory) else 0
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
         self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
         self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
+        if not stream.has_model:
+            return
         try:
             self.cache(stream, corpus)
         except SaekitError as error:  # training does without
             self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
+
+    def sites(self, backend: ModelBackend, ports: Ports) -> None:
+        """What is read and written, and how wide it is."""
+        inputs, targets = (
+            ", ".join(f"{name} of {backend.name}, width {width}" for name, width in widths.items())
+            for widths in (ports.inputs, ports.targets)
+        )
+        if ports.same:
+            self.facts["site" if len(ports.inputs) == 1 else "sites"] = inputs
+            return
+        self.numbers["d_out"] = ports.d_out
+        self.facts |= {"inputs": inputs, "targets": targets}
 
     def cache(self, stream: StreamContext, corpus: Corpus) -> None:
         """The size of the cache that ``saekit cache`` would write."""
@@ -227,7 +257,7 @@ class _Planner:
         self.numbers["checkpoint_bytes"] = size
         self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
 
-    def first_step(self, trainer: SAETrainer, rows: Tensor) -> None:
+    def first_step(self, trainer: SAETrainer, rows: Batch) -> None:
         """The features that no activation makes fire before anything is learnt."""
         silent, share = silent_at_start(trainer, rows)
         d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
@@ -242,11 +272,11 @@ class _Planner:
 
     def duration(
         self,
-        source: ActivationSource | None,
+        source: SupervisedSource | None,
         stream: StreamContext,
         corpus: Corpus,
         backend: ModelBackend,
-        width: int,
+        ports: Ports,
         schedule: Any,
     ) -> None:
         """Seconds, from a few forwards (or reads) and steps."""
@@ -254,12 +284,12 @@ class _Planner:
             per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
         else:
-            per_token, rows = timed(lambda: next(source, None), self.config.site)
+            per_token, rows = timed(lambda: next(source, None), stream.sites)
             what = "reading activations"
         training = self.config.training
-        if self.options.d_in in (None, width):
-            trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, width, schedule)
-            give_weights(trainer, self.config, corpus, lambda: {self.config.site: rows}, self.start)
+        if self.options.d_in in (None, ports.d_in):
+            trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, ports, schedule)
+            give_weights(trainer, self.config, corpus, lambda: rows.activations, self.start)
             self.facts["SAE step"] = trainer.step_path()
             self.first_step(trainer, rows)
             per_step = timed_steps(trainer, rows)

@@ -15,16 +15,17 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, SaekitError
-from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS
+from saekit.errors import SaekitError
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
-from saekit.runs.checks import chosen_trackers
+from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
 from saekit.runs.first_loss import first_loss, first_loss_text
-from saekit.runs.opening import checked_width, open_backend, open_source, open_stream, seed_for, warn_of
+from saekit.runs.opening import checked_ports, open_backend, open_source, open_stream, seed_for, warn_of, widths_of
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import (
+    check_start_widths,
     give_weights,
     make_evals,
     make_schedule,
@@ -34,6 +35,7 @@ from saekit.runs.setup import (
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
+from saekit.site import Site
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, numbers_of
 from saekit.training.trainer import SAETrainer
@@ -88,7 +90,7 @@ class Session:
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset)
-        sites = [config.site for config in configs.values()]
+        sites = list(dict.fromkeys(site for config in configs.values() for site in config.sites.all))
         self.backend = open_backend(first, self.corpus, plugins, model, sites)
         self._held_out: dict[tuple[int, int], Tensor] = {}
         for config in configs.values():
@@ -117,14 +119,15 @@ class Session:
             source = open_source(configs[names[0]], self.plugins, stream, self.backend)
             lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
+            widths = widths_of(source, stream)
             for name in names:
-                members[name] = self._member(name, configs[name], prepared[name], stream)
+                members[name] = self._member(name, configs[name], prepared[name], widths)
                 lane.trainers.append(members[name].trainer)
         return {name: members[name] for name in configs}
 
     def _open_stream(self, configs: Sequence[TrainConfig], shared: SharedForwards | None) -> Callable[[], None]:
         """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
-        sites = list(dict.fromkeys(config.site for config in configs))
+        sites = list(dict.fromkeys(site for config in configs for site in config.sites.all))
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
         beside = next(iter(self._streams), None)
         stream = open_stream(configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside)
@@ -134,16 +137,13 @@ class Session:
         reader.follow(lambda: stream.position)
         return reader.release
 
-    def _member(self, name: str, config: TrainConfig, prepared: _Prepared, stream: StreamContext) -> Member:
-        d_in = checked_width(stream, config.site, prepared.options.d_in)
+    def _member(self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int]) -> Member:
+        ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
-            config, self.plugins, self.backend, self.corpus, prepared.options, d_in, prepared.schedule, name
+            config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
         )
-        if prepared.start is not None and prepared.start.d_in != d_in:
-            raise ConfigError(
-                [("training.from_pretrained_path", f"holds an SAE for vectors of {prepared.start.d_in}, but "
-                  f"{config.site.name} of {self.backend.name!r} has width {d_in}")]
-            )  # fmt: skip
+        if prepared.start is not None:
+            check_start_widths(prepared.start, ports, self.backend.name)
         return Member(name, config, trainer, prepared.evals, prepared.start)
 
     def _lane_key(self, config: TrainConfig) -> str:
@@ -154,7 +154,7 @@ class Session:
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
-        if not config.evals.run:
+        if not config.evals.run or not has_model(config, self.plugins):
             return None
         key = (config.evals.n_contexts, config.training.seed)
         if key not in self._held_out:
@@ -195,13 +195,14 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
+        chosen = chosen_evals(member.config, self.plugins)
         model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
         # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
         # leave what training would see.
         with self._streams[0].model_lock, ambient():
             for key, measure in member.evals.items():
-                with blamed(self.plugins.get(EVALS, key), "__call__", at_work=True, parts=[model]):
-                    told = measure(sae, backend=self.backend, site=member.config.site, contexts=held_out)
+                with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
+                    told = measure(sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None
@@ -285,6 +286,7 @@ class _Prepared:
 
     @classmethod
     def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
+        check_without_model(config, plugins)
         options, start = sae_options(config, plugins, d_sae)
         resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)

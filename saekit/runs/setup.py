@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -25,19 +25,21 @@ from saekit.plugins.building import blamed, built
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import Eval, ModelBackend
-from saekit.runs.checks import check_finetuning, chosen_evals, start_files
-from saekit.runs.opening import seed_for
+from saekit.runs.checks import check_finetuning, chosen_evals, has_model, start_files
+from saekit.runs.opening import seed_for, widths_text
 from saekit.runs.randomness import seeded
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
-from saekit.sae.parameters import tensors_of
-from saekit.site import Site
+from saekit.sae.parameters import Factor, factors_of, tensors_of
+from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.training.trainer import SAETrainer
+from saekit.values import Batch, Ports, Scale
 
 __all__ = [
+    "check_start_widths",
     "give_weights",
     "make_evals",
     "make_schedule",
@@ -103,6 +105,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
         ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
         ("sae.d_in", options.d_in or start.d_in, start.d_in),
+        *_sites_compared(config.sites, start.ports),
         *(
             (f"sae.{field.name}", getattr(options, field.name), start.info.options.get(field.name))
             for field in attrs.fields(type(options))
@@ -121,11 +124,40 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         raise ConfigError(problems)
 
 
+def _sites_compared(sites: Sites, saved: Ports) -> Iterator[tuple[str, str, str]]:
+    """What must be alike: one site may be another than before, several lie in one order."""
+    for option, own, widths in (("inputs", sites.inputs, saved.inputs), ("targets", sites.targets, saved.targets)):
+        if option == "inputs" or not (sites.same and saved.same):
+            names, before = [site.name for site in own], [*widths]
+            one = len(names) == len(before) == 1 and sites.same == saved.same
+            yield option, "" if one else ", ".join(names), "" if one else ", ".join(before)
+
+
+def check_start_widths(start: SAEModule, ports: Ports, model: str) -> None:
+    """:class:`ConfigError` where the SAE that training starts from is for vectors of another size than ``ports``."""
+    for own, found in ((start.ports.inputs, ports.inputs), (start.ports.targets, ports.targets)):
+        if [*own.values()] != [*found.values()]:
+            sizes = " and ".join(map(str, own.values()))
+            raise ConfigError(
+                [("training.from_pretrained_path", f"holds an SAE for vectors of {sizes}, but "
+                  f"{widths_text(found, model)}")]
+            )  # fmt: skip
+
+
+def _at_sites(ports: Ports, sites: Sites) -> Ports:
+    """Those of the same widths at other sites."""
+    inputs, targets = (
+        {site.name: width for site, width in zip(some, widths.values(), strict=True)}
+        for some, widths in ((sites.inputs, ports.inputs), (sites.targets, ports.targets))
+    )
+    return Ports(inputs, targets)
+
+
 def _start_of(config: TrainConfig) -> str:
     return f"the SAE in {config.training.from_pretrained_path} (training.from_pretrained_path)"
 
 
-def _known_scale(config: TrainConfig, start: SAEModule) -> float | None:
+def _known_scale(config: TrainConfig, start: SAEModule) -> Scale | None:
     """What a run from ``start`` multiplies activations by, if that is known before it sees any.
 
     An SAE that was trained on scaled activations goes on with its own factor.
@@ -133,27 +165,51 @@ def _known_scale(config: TrainConfig, start: SAEModule) -> float | None:
     if config.activations.normalize_activations == "none":
         return 1.0
     known = start.info.metadata.get("activation_scale", 1.0)
+    if isinstance(known, Mapping):  # of the same sites: another may have vectors of another size
+        names = [site.name for site in config.sites.all]
+        return {name: float(known[name]) for name in names} if set(names) == set(known) else None
     return float(known) if known != 1 else None
 
 
 @torch.no_grad()
 def _decoder_problems(
-    config: TrainConfig, options: SAEConfig, start: SAEModule, scale: float | None
+    config: TrainConfig, options: SAEConfig, start: SAEModule, scale: Scale | None
 ) -> list[tuple[str, str]]:
-    """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one."""
+    """Rows that are to be kept at norm 1 must have it from the start, or the SAE would be another one.
+
+    Where the scale of one site is not known yet, all of one norm will do; of several, nothing can be said.
+    """
     kept = [entry.name for entry in type(start).parameters_of(options) if entry.unit_rows]
-    if not kept:
+    if not kept or (scale is None and len(config.sites.all) > 1):
         return []
     tensors = _tensors_for(config.training.finetuning_method, start)
+    if isinstance(scale, Mapping):
+        read, written = _unfolding(scale, _at_sites(start.ports, config.sites))
+        for name in kept:
+            tensors[name] = tensors[name].clone()
+            start.table[name].fold(tensors[name], {"d_in": read, "d_out": written})
     norms = torch.cat([tensors[name].norm(dim=-1).flatten() for name in kept])
-    norms = norms / norms.mean() if scale is None else norms * scale
+    if not isinstance(scale, Mapping):
+        norms = norms / norms.mean() if scale is None else norms * scale
     if bool(((norms - 1).abs() < 1e-3).all()):
         return []
-    on = "" if scale in (None, 1.0) else f" for activations scaled by {scale:.4g}"
+    on = "" if scale in (None, 1.0) else f" for activations scaled by {_scale_text(scale)}"
     return [
         ("sae.normalize_sae_decoder", f"keeps decoder rows at norm 1, and those of {_start_of(config)} have norms from "
          f"{norms.min():.4g} to {norms.max():.4g}{on}; set it to false")
     ]  # fmt: skip
+
+
+def _unfolding(scale: Scale, ports: Ports) -> tuple[Factor, Factor]:
+    """What to fold into an SAE for raw activations, so that it is one for activations times ``scale``."""
+    read, written = factors_of(scale, ports)
+    return 1 / read, 1 / written
+
+
+def _scale_text(scale: Scale) -> str:
+    if not isinstance(scale, Mapping):
+        return f"{scale:.4g}"
+    return ", ".join(f"{factor:.4g} at {name}" for name, factor in scale.items())
 
 
 def _tensors_for(method: str | None, sae: SAEModule) -> dict[str, Tensor]:
@@ -168,7 +224,7 @@ def make_trainer(
     backend: ModelBackend,
     corpus: Corpus,
     options: SAEConfig,
-    d_in: int,
+    ports: Ports,
     schedule: ComposedSchedule,
     name: str = "sae",
 ) -> SAETrainer:
@@ -176,7 +232,8 @@ def make_trainer(
     device = resolve_device(config.training.device, "training.device", options.dtype)
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
-        sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, d_in, plugins)
+        sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, ports, plugins)
+    sae.check_state()
     if config.training.finetuning_method is not None:
         sae.add_factors_for(config.training.finetuning_method)
     if options.dtype == "bfloat16":
@@ -185,12 +242,12 @@ def make_trainer(
     sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
-    sae.info = attrs.evolve(sae.info, site=config.site, metadata=_metadata(config, backend, corpus, plugins))
+    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=_metadata(config, backend, corpus, plugins))
     training = config.training
     trainer = SAETrainer(
         name=name,
         sae=sae,
-        site=config.site,
+        sites=config.sites,
         optimizer=_make_optimizer(config, plugins, sae, schedule),
         firing=FiringStatistics(
             sae.d_sae,
@@ -252,13 +309,11 @@ def give_weights(
     options = trainer.sae.config
     normalized = config.activations.normalize_activations != "none"
     initial = start is None and options.b_dec_init_method != "zeros"
-    sample = peek()[config.site].cpu() if normalized or initial else None
-    scale = 1.0
-    if sample is not None:
-        check_contexts(len(sample), corpus.context_size)
+    sample = _sample(peek(), config.sites, corpus) if normalized or initial else None
+    scale: Scale = 1.0
     if normalized and sample is not None:
         known = None if start is None else _known_scale(config, start)
-        scale = trainer.scale = activation_scale(sample) if known is None else known
+        scale = trainer.scale = _scale_of(sample, config.sites) if known is None else known
     if start is not None:
         if start.info.scale_is_unknown:
             scale = 1.0  # its weights are for scaled activations as they are
@@ -267,15 +322,38 @@ def give_weights(
         _copy_weights(start, trainer, scale)
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
-    ports = trainer.sae.ports
-    initialize(trainer.sae, generator, sample, trainer.factors(ports.inputs))
+    read, written = trainer.factors
+    x, target = _starting_rows(sample, config.sites) if sample is not None else (None, None)
+    initialize(trainer.sae, generator, x, read, target=target, target_scale=written)
+
+
+def _sample(peeked: Mapping[Site, Tensor], sites: Sites, corpus: Corpus) -> dict[Site, Tensor]:
+    """``[n, d]`` at each site, on the CPU."""
+    sample = {site: peeked[site].cpu() for site in sites.all}
+    for rows in sample.values():
+        check_contexts(len(rows), corpus.context_size)
+    return sample
+
+
+def _scale_of(sample: Mapping[Site, Tensor], sites: Sites) -> Scale:
+    """That of the one site, or of several that of each."""
+    found = {site.name: activation_scale(sample[site]) for site in sites.all}
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _starting_rows(sample: Mapping[Site, Tensor], sites: Sites) -> tuple[Tensor, Tensor | None]:
+    """Inputs and, where they are others, targets of the same tokens."""
+    # A source may show more of one site than of another.
+    n = min(len(rows) for rows in sample.values())
+    rows = Batch({site: rows[:n] for site, rows in sample.items()})
+    return rows.rows_at(sites.inputs), None if sites.same else rows.rows_at(sites.targets)
 
 
 @torch.no_grad()
-def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: float) -> None:
+def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale) -> None:
     """Those of an SAE for raw activations, for activations times ``scale``."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
-    sae.fold_activation_scale(1 / scale)
+    sae.fold_activation_scale(*_unfolding(scale, trainer.sae.ports))
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
     SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
@@ -283,6 +361,9 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: float) -> None:
 
 def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
     """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
+    training = {"training_tokens": config.training.training_tokens, "seed": config.training.seed}
+    if not has_model(config, plugins):
+        return training
     dataset = corpus.config
     backend_choice = plugins.bound(MODEL_BACKENDS, config.model.backend)
     model_options = plain_config(backend_choice.options, plugins)
@@ -298,6 +379,5 @@ def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugin
         "begin_batch_token": dataset.begin_batch_token,
         "begin_sequence_token": dataset.begin_sequence_token,
         "sequence_separator_token": dataset.sequence_separator_token,
-        "training_tokens": config.training.training_tokens,
-        "seed": config.training.seed,
+        **training,
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
-from saekit.protocols import ActivationSource
+from saekit.protocols import ActivationSource, StatesWidths
 from saekit.site import Site
 from saekit.values import Batch
 
@@ -27,6 +28,23 @@ class SupervisedSource:
     ) -> None:
         """``sites`` are those that each batch must hold, and ``parts`` other plugins' objects that it uses."""
         self._source, self._item, self._sites, self._parts = source, item, tuple(sites), tuple(parts)
+
+    @property
+    def key(self) -> str:
+        """The plugin's qualified key."""
+        return self._item.key
+
+    @cached_property
+    def widths(self) -> Mapping[Site, int] | None:
+        """What the source states of its own: see :class:`saekit.protocols.StatesWidths`.  None: nothing."""
+        with self._blamed("widths"):
+            if not isinstance(self._source, StatesWidths):
+                return None
+            found = dict(self._source.widths)
+            wrong = [site.name for site in self._sites if type(found.get(site)) is not int or found[site] < 1]
+        if wrong:
+            raise returned(self._item, "widths", found, f"expected a width of 1 or more for {', '.join(wrong)}")
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
@@ -57,6 +75,10 @@ class SupervisedSource:
             return f"which lacks the activations of {', '.join(missing)}"
         if len({len(rows) for rows in batch.activations.values()}) != 1:
             return "which has another number of rows at each site"
+        for site, width in (self.widths or {}).items():
+            rows = batch.activations.get(site)
+            if rows is not None and tuple(rows.shape[1:]) != (width,):
+                return f"whose rows at {site.name} are not {width} wide, as it says that they are"
         return "" if len(batch) else "which has no rows; a source whose data has ended raises StopIteration"
 
     def peek(self) -> Mapping[Site, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["bytes_text", "duration_text", "silent_at_start", "timed", "timed_for
 _FORWARDS, _STEPS = 4, 3  # the first of each is not counted
 
 
-def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Tensor]:
+def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Batch]:
     """Seconds per token, and the activations that came out."""
     activations = ActivationStream(stream, 8)
 
@@ -31,52 +31,63 @@ def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tu
             synchronize(batch.activations[stream.sites[0]].device)
         return batch
 
-    return timed(forward, stream.sites[0])
+    return timed(forward, stream.sites)
 
 
-def timed(make: Callable[[], Batch | None], site: Site) -> tuple[float, Tensor]:
+def timed(make: Callable[[], Batch | None], sites: Sequence[Site]) -> tuple[float, Batch]:
     """The least seconds per token of a few batches, of which the first does not count, and all their rows.
 
     The least, since whatever else a machine does can only make a batch slower.
     """
-    times, rows = [], []
+    times: list[float] = []
+    parts: list[Batch] = []
     for _ in range(_FORWARDS):
         start = time.perf_counter()
         if (batch := make()) is None:
             break
         times.append((time.perf_counter() - start) / len(batch))
-        rows.append(batch.activations[site])
-    if not rows:
+        parts.append(batch)
+    if not parts:
         raise DataError("there are no activations to time; is there any text?")
-    return min(times[1:] or times), torch.cat(rows)
+    rows = {site: torch.cat([part.activations[site] for part in parts]) for site in sites}
+    origins = [_joined([getattr(part, name) for part in parts]) for name in ("tokens", "documents", "positions")]
+    return min(times[1:] or times), Batch(rows, *origins)
 
 
-def timed_steps(trainer: SAETrainer, rows: Tensor) -> float:
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
+
+
+def timed_steps(trainer: SAETrainer, rows: Batch) -> float:
     """Seconds per step of the real trainer on a full batch."""
     batch = _batch(trainer, rows)
     times = []
     for _ in range(min(_STEPS, trainer.training.steps)):
         start = time.perf_counter()
-        trainer.train_on(batch)
+        trainer.train_on(*trainer.rows_of(batch), batch)
         synchronize(trainer.device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 
 
-def silent_at_start(trainer: SAETrainer, rows: Tensor) -> tuple[int, float]:
+def silent_at_start(trainer: SAETrainer, rows: Batch) -> tuple[int, float]:
     """Features that fire on none of ``rows`` in the first step, and how often the average feature does.
 
     Makes that step.
     """
-    result = trainer.train_on(_batch(trainer, rows))
+    batch = _batch(trainer, rows)
+    result = trainer.train_on(*trainer.rows_of(batch), batch)
     silent = int((trainer.firing.since_fired > 0).sum())
-    return silent, float(result["metrics/l0"]) * len(_batch(trainer, rows)) / trainer.sae.d_sae  # type: ignore[arg-type]
+    return silent, float(result["metrics/l0"]) * len(batch) / trainer.sae.d_sae  # type: ignore[arg-type]
 
 
-def _batch(trainer: SAETrainer, rows: Tensor) -> Tensor:
+def _batch(trainer: SAETrainer, rows: Batch) -> Batch:
+    """As many of ``rows`` as a step takes, from the beginning again where there are fewer."""
     training = trainer.training
     size = min(training.train_batch_size_tokens, training.total_tokens)
-    return rows.repeat(-(-size // len(rows)), 1)[:size]
+    taken = torch.arange(size) % len(rows)
+    return rows.at(taken)
 
 
 def bytes_text(size: float) -> str:

@@ -24,6 +24,7 @@ from saekit.files.storage import new_files, new_folder, read_json, replace_files
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
 from saekit.pretrained.tensors import check_tensor, check_tensors
+from saekit.site import Site
 from saekit.values import is_scale
 
 if TYPE_CHECKING:
@@ -203,36 +204,56 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     """
     dtype = str(weights_dtype(tensors)).removeprefix("torch.")
     _check_metadata(sae.info.metadata)
-    site = sae.info.site
+    site = sae.info.site if _has_one_site(sae) else None
     hook_name = site.hook_name if site else ""
-    place: Mapping[str, Any] = {"hook_name": hook_name, "hook_head_index": site.hook_head_index} if site else {}
     return {
         **sae.public_config(),
         "d_in": sae.d_in,
+        **({} if sae.ports.same else {"d_out": sae.d_out}),
         "d_sae": sae.d_sae,
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
         "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else "none",
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
-        "metadata": {**_LAYOUT, **sae.info.metadata, **place},
+        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae)},
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,
             "options": {**sae.saved_options(), "dtype": "float32" if dtype == "float16" else dtype},
-            "site": dict(place) or None,
+            "site": _place(site) if site else None,
             **_ports(sae),
             "metadata": dict(sae.info.metadata),
         },
     }
 
 
-def _ports(sae: SAEModule) -> dict[str, Any]:
-    """Those that are not one site, by name, in order."""
-    ports = sae.ports
-    if ports.same and len(ports.inputs) == 1:
+def _has_one_site(sae: SAEModule) -> bool:
+    """Whether it reads and writes one site."""
+    return sae.ports.same and len(sae.ports.inputs) == 1
+
+
+def _place(site: Site) -> dict[str, Any]:
+    return {"hook_name": site.hook_name, "hook_head_index": site.hook_head_index}
+
+
+def _hooks(sae: SAEModule) -> dict[str, Any]:
+    """The sites by the names of sae-lens, which knows one that is read and one that is written."""
+    sites = sae.info.sites
+    if sites is None or len(sites.inputs) > 1 or len(sites.targets) > 1:
         return {}
-    return {"ports": {"inputs": dict(ports.inputs), "targets": dict(ports.targets)}}
+    return _place(sites.inputs[0]) | ({} if sites.same else {"hook_name_out": sites.targets[0].hook_name})
+
+
+def _ports(sae: SAEModule) -> dict[str, Any]:
+    """The sites of what has other ones than one, with their widths, in order; where none are known, by their names."""
+    if _has_one_site(sae):
+        return {}
+    known = {} if sae.info.sites is None else {site.name: site for site in sae.info.sites.all}
+    return {
+        option: [{**_place(known.get(name) or Site(hook_name=name)), "width": width} for name, width in widths.items()]
+        for option, widths in (("inputs", sae.ports.inputs), ("targets", sae.ports.targets))
+    }
 
 
 def weights_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -249,7 +270,10 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     check_value(dict(metadata), "sae.info.metadata")
     parse_object(text.encode(), "sae.info.metadata")  # 1 and "1" are one name there
     if not is_scale(scale := metadata.get("activation_scale", 1.0)):
-        raise SAEFormatError(f"activation_scale in sae.info.metadata is {scale!r}, expected a number above 0")
+        raise SAEFormatError(
+            f"activation_scale in sae.info.metadata is {scale!r}, expected a number above 0, or one for each site by "
+            "its name"
+        )
 
 
 def site_has_head(sae: SAEModule) -> bool:

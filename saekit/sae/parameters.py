@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from saekit.config import SAEConfig
 from saekit.errors import SAEFormatError
 from saekit.kernels.workspace import zeros
+from saekit.values import Ports, Scale
 
-__all__ = ["Factor", "Parameter", "ParameterTable", "Start", "one_factor", "tensors_of", "to_hold"]
+__all__ = ["Factor", "Parameter", "ParameterTable", "Start", "factors_of", "one_factor", "tensors_of", "to_hold"]
 
 Factor: TypeAlias = float | Tensor
 """One number for all, or a vector of one for each column."""
@@ -269,6 +270,19 @@ class Start:
         """Those of all parameters that every SAE of the architecture has."""
         there = [entry for entry in self.table if not entry.optional]
         return {entry.name: self[entry.name] for entry in sorted(there, key=lambda entry: entry.turn)}
+
+
+def factors_of(
+    scale: Scale, ports: Ports, dtype: torch.dtype = torch.float64, device: torch.device | str = _CPU
+) -> tuple[Factor, Factor]:
+    """What inputs and targets are multiplied by: a number, or of numbers by site vectors ``[d_in]`` and ``[d_out]``."""
+    if not isinstance(scale, Mapping):
+        return scale, scale
+    read, written = (
+        torch.cat([torch.full((width,), scale[name], dtype=torch.float64, device=_CPU) for name, width in some.items()])
+        for some in (ports.inputs, ports.targets)
+    )
+    return read.to(dtype).to(device), written.to(dtype).to(device)
 
 
 def one_factor(factor: Factor, why: str = "features have no ports") -> Factor:

@@ -10,19 +10,26 @@ from torch import Tensor
 
 from saekit.errors import PluginFailedError
 from saekit.sae.module import SAEModule
-from saekit.values import Histogram, StepOutput
+from saekit.values import Histogram, Ports, StepOutput
 
 __all__ = ["eval_metrics", "histogram", "numbers_of", "step_metrics", "window_metrics"]
 
 
 @torch.no_grad()
 def step_metrics(
-    target: Tensor, result: StepOutput, *, since_fired: Tensor, dead: Tensor, lr: float, grad_norm: Tensor, tokens: int
+    target: Tensor,
+    result: StepOutput,
+    *,
+    since_fired: Tensor,
+    dead: Tensor,
+    lr: float,
+    grad_norm: Tensor,
+    tokens: int,
+    ports: Ports,
 ) -> dict[str, float]:
     """The metrics of a step towards ``target [n, d_out]``; reading them is the one place that waits for the device."""
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    squares = (target - result.output).pow(2).sum(-1)
-    variances = (target - target.mean(0)).pow(2).sum(-1)
+    squares, variances = _squares(target, result.output)
     values: dict[str, Tensor] = {f"losses/{name}": value for name, value in result.losses.items()}
     values |= {
         "losses/overall_loss": result.loss,
@@ -33,12 +40,30 @@ def step_metrics(
         "sparsity/dead_features": dead.sum(),
         "details/grad_norm": grad_norm,
     }
+    values |= _of_each_target(target, result.output, ports)
     values |= {name: torch.as_tensor(value) for name, value in result.metrics.items()}
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
         "details/current_learning_rate": lr,
         **{f"details/current_{name}": float(value) for name, value in result.coefficients.items()},
         "details/n_training_tokens": tokens,
+    }
+
+
+def _squares(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row ``‖y − ŷ‖²`` and ``‖y − ȳ‖²``: ``[n]`` both."""
+    return (target - output).pow(2).sum(-1), (target - target.mean(0)).pow(2).sum(-1)
+
+
+def _of_each_target(target: Tensor, output: Tensor, ports: Ports) -> dict[str, Tensor]:
+    """The explained variance of each of several targets."""
+    if len(ports.targets) == 1:
+        return {}
+    pairs = zip(ports.split_target(target).items(), ports.split_target(output).values(), strict=True)
+    found = {name: _squares(wanted, given) for (name, wanted), given in pairs}
+    return {
+        f"metrics/explained_variance/{name}": 1 - squares.sum() / variances.sum()
+        for name, (squares, variances) in found.items()
     }
 
 

@@ -17,12 +17,12 @@ from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
-from saekit.sae.parameters import Factor
-from saekit.site import Site
+from saekit.sae.parameters import Factor, factors_of
+from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import Optimizer
-from saekit.values import Batch, Histogram, StepInput, StepOutput
+from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
 
@@ -34,18 +34,16 @@ class SAETrainer:
     name: str
     """Told apart by this among those that are trained together."""
     sae: SAEModule
-    site: Site
+    sites: Sites
+    """Those that it reads and writes, in the order of :attr:`saekit.sae.SAE.ports`."""
     optimizer: Optimizer
     firing: FiringStatistics
     generator: torch.Generator
     device: str
     training: TrainingConfig
-    inputs: tuple[Site, ...] = ()
-    """The sites that it reads, in the order of :attr:`saekit.sae.SAE.ports`.  None named: :attr:`site`."""
-    targets: tuple[Site, ...] = ()
-    """The sites that it writes.  None named: the inputs."""
-    scale: float | dict[str, float] = 1.0
-    """Activations are multiplied by this before the SAE sees them: one number, or that of each site by its name."""
+    scale: Scale = 1.0
+    """Activations are multiplied by this before the SAE sees them: the number of its one site, or of several that of
+    each by its name."""
     backend: ModelBackend | None = None
     """The run's model, for steps that want it."""
     step: int = 0
@@ -55,6 +53,8 @@ class SAETrainer:
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
+    _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
+    """The scale, and what is made of it."""
     _sound_until: int = attrs.field(default=0, init=False)
     """The last step of which it is known that all was finite."""
 
@@ -80,14 +80,15 @@ class SAETrainer:
     @property
     def scaled(self) -> bool:
         """Whether activations are multiplied by anything but 1."""
-        return self.scale != 1 and (not isinstance(self.scale, dict) or any(s != 1 for s in self.scale.values()))
+        scale = self.scale
+        return any(factor != 1 for factor in scale.values()) if isinstance(scale, Mapping) else scale != 1
 
-    def factors(self, widths: Mapping[str, int]) -> Factor:
-        """What vectors are multiplied by that lie side by side, with ``widths`` by the names of their sites."""
-        if not isinstance(self.scale, dict):
-            return self.scale
-        each = [torch.full((width,), self.scale.get(name, 1.0)) for name, width in widths.items()]
-        return torch.cat(each).to(self.device, self.sae.dtype)
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """What inputs and targets are multiplied by: a number, or ``[d_in]`` and ``[d_out]``."""
+        if self._factors is None or self._factors[0] is not self.scale:
+            self._factors = self.scale, factors_of(self.scale, self.sae.ports, self.sae.dtype, self.device)
+        return self._factors[1]
 
     @property
     def rounds_products(self) -> bool:
@@ -95,9 +96,11 @@ class SAETrainer:
         return self.training.autocast or (self.sae.config.dtype == "bfloat16" and self.training.kernels != "fast")
 
     def rows_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """``[n, d_in]`` of its inputs and ``[n, d_out]`` of its targets; None: they are the same."""
-        x = _side_by_side(batch, self.inputs or (self.site,))
-        return x, None if self.sae.ports.same else _side_by_side(batch, self.targets)
+        """``[n, d_in]`` of its inputs and ``[n, d_out]`` of its targets; None: they are the same.
+
+        Of one site they are the batch's own, of several side by side in new memory.
+        """
+        return batch.rows_at(self.sites.inputs), None if self.sites.same else batch.rows_at(self.sites.targets)
 
     def train_on(
         self, rows: Tensor, target: Tensor | None = None, batch: Batch | None = None
@@ -113,8 +116,8 @@ class SAETrainer:
         x = rows_on(self.device, rows, self.sae.dtype)
         y = None if target is None else rows_on(self.device, target, self.sae.dtype)
         if self.scaled:
-            x = x * self.factors(self.sae.ports.inputs)
-            y = None if y is None else y * self.factors(self.sae.ports.targets)
+            read, written = self.factors
+            x, y = x * read, None if y is None else y * written
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
         with self.watched("before_update"):
@@ -139,6 +142,7 @@ class SAETrainer:
                 lr=self.optimizer.lr,
                 grad_norm=grad_norm,
                 tokens=self.tokens,
+                ports=self.sae.ports,
             )
         if window_ended and self.firing.last_fractions is not None:
             metrics |= window_metrics(self.firing.last_fractions)
@@ -194,12 +198,12 @@ class SAETrainer:
             return
         found, norm = loss.item(), grad_norm.item()
         if not math.isfinite(found):
-            what = f"the loss of {self.site.name} is {found} at step {self.step}"
+            what = f"the loss of {self.sites.name} is {found} at step {self.step}"
         elif not math.isfinite(norm):
-            what = f"the gradient of {self.site.name} is not finite at step {self.step}, where the loss is {found:.4g}"
+            what = f"the gradient of {self.sites.name} is not finite at step {self.step}, where the loss is {found:.4g}"
         else:  # on a device that is not asked at every step
             what = (
-                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and "
+                f"the loss or gradient of {self.sites.name} was not finite at a step after {self._sound_until} and "
                 f"before {self.step}, and no step was made since"
             )
         raise DivergedError(
@@ -214,12 +218,12 @@ class SAETrainer:
         for name, value in self.sae.named_parameters():
             if not bool(value.isfinite().all()):
                 raise DivergedError(
-                    f"{name} of the SAE at {self.site.name} holds numbers that are not finite after step {self.step} "
+                    f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
                 )
         if self.optimizer.failed:
             raise DivergedError(
-                f"the loss or gradient of {self.site.name} was not finite at a step after {self._sound_until} and up "
+                f"the loss or gradient of {self.sites.name} was not finite at a step after {self._sound_until} and up "
                 f"to {self.step} (learning rate {self.optimizer.lr:g}). Lower training.lr, or add "
                 "training.lr_warm_up_steps"
             )
@@ -234,7 +238,7 @@ class SAETrainer:
             sae = copy.deepcopy(sae)
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
             if self.scaled:
-                sae.fold_activation_scale(self.factors(sae.ports.inputs), self.factors(sae.ports.targets))
+                sae.fold_activation_scale(*self.factors)
             sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
@@ -274,9 +278,3 @@ class SAETrainer:
         self.firing.load_state_dict(state["firing"])
         self._sound_until = self.step
         self.generator.set_state(state["generator"])
-
-
-def _side_by_side(batch: Batch, sites: tuple[Site, ...]) -> Tensor:
-    if len(sites) == 1:
-        return batch.activations[sites[0]]
-    return torch.cat([batch.activations[site] for site in sites], dim=-1)

@@ -97,7 +97,7 @@ class Bench:
 
     def found(self, sae: SAE, dead: float) -> Found:
         """The numbers of an SAE for raw activations, on held-out text."""
-        numbers = self.measure(sae, backend=self.backend, site=SITE, contexts=self.held_out)
+        numbers = self.measure(sae, backend=self.backend, sites=saekit.Sites.one(SITE), contexts=self.held_out)
         return Found(numbers["explained_variance"], numbers["ce_recovered"], numbers["l0"], dead)
 
     # ---- saekit

@@ -60,7 +60,8 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
     training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
     build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
     return SAETrainer(
-        name="bench", sae=sae, site=saekit.Site(), training=training, generator=torch.Generator(), device="cpu",
+        name="bench", sae=sae, sites=saekit.Sites.one(saekit.Site()),
+        training=training, generator=torch.Generator(), device="cpu",
         optimizer=Optimizer(sae.named_parameters(), build, lambda step: 1e-7),
         firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
     )  # fmt: skip

@@ -58,7 +58,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
     for contexts in (tokens(32), tokens(64), tokens(128)):
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
-            spliced_losses(sae, backend=FakeBackend(), site=SITE, contexts=contexts, batch_size=8)
+            spliced_losses(sae, backend=FakeBackend(), sites=SITE, contexts=contexts, batch_size=8)
             feature_peaks(sae, backend=FakeBackend(), site=SITE, contexts=contexts)
         found.append(largest.elements)
     assert len(set(found)) == 1, found
@@ -70,7 +70,7 @@ def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured() -> dict[str, float]:
         found = variance_metrics(sae, rows(contexts).split(256))
-        return found | spliced_losses(sae, backend=backend, site=SITE, contexts=contexts)
+        return found | spliced_losses(sae, backend=backend, sites=SITE, contexts=contexts)
 
     whole = measured()
     monkeypatch.setattr(pieces, "_BYTES", 1)  # a row, a context

@@ -34,7 +34,9 @@ def make(architecture: str, *, activation: str = "saekit:relu", factor: bool = F
         value.data.copy_(torch.randn(value.shape, generator=generator))
     for name, buffer in sae.named_buffers():
         buffer.fill_({"threshold_average": 0.3, "threshold_updates": 900}[name])  # as after some training
-    sae.info = attrs.evolve(sae.info, site=saekit.Site(hook_name="x", hook_head_index=1), metadata={"context_size": 7})
+    sae.info = attrs.evolve(
+        sae.info, sites=saekit.Sites.one(saekit.Site(hook_name="x", hook_head_index=1)), metadata={"context_size": 7}
+    )
     sae.log_sparsity = torch.randn(24, generator=generator)
     sae.kernels = "reference"
     return sae

@@ -91,7 +91,8 @@ class Golden:
             dead_feature_window=window, log_frequency=1,
         )  # fmt: skip
         return SAETrainer(
-            name="golden", sae=sae, site=Site(), training=training, generator=torch.Generator(), device="cpu",
+            name="golden", sae=sae, sites=saekit.Sites.one(Site()),
+            training=training, generator=torch.Generator(), device="cpu",
             optimizer=adam_for(sae.named_parameters(), lambda step: lr, beta1=beta1),
             firing=FiringStatistics(128, dead_after=window, window=1000, device="cpu"), scale=scale,
         )  # fmt: skip
@@ -169,7 +170,9 @@ def trained(kind: str, **options: Any) -> SAE:
         for parameter in sae.parameters():
             parameter.grad = None
     sae.info = attrs.evolve(
-        sae.info, site=Site(hook_name="blocks.0.hook_resid_post"), metadata={"model_name": "gpt2-small"}
+        sae.info,
+        sites=saekit.Sites.one(Site(hook_name="blocks.0.hook_resid_post")),
+        metadata={"model_name": "gpt2-small"},
     )
     return sae
 

@@ -28,7 +28,7 @@ def make(
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     sae.info = attrs.evolve(
         sae.info,
-        site=saekit.Site(hook_name=hook_name, hook_head_index=head),
+        sites=saekit.Sites.one(saekit.Site(hook_name=hook_name, hook_head_index=head)),
         metadata={"model_name": "gpt2-small", "context_size": 128, "prepend_bos": True},
     )
     sae.log_sparsity = torch.randn(30, generator=generator)

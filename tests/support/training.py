@@ -74,7 +74,7 @@ def make_trainer(
     return SAETrainer(
         name="sae",
         sae=module,
-        site=saekit.Site(),
+        sites=saekit.Sites.one(saekit.Site()),
         optimizer=adam_for(module.named_parameters(), schedule, **(optimizer or {})),
         firing=FiringStatistics(
             D_SAE, dead_after=config.dead_feature_window, window=config.feature_sampling_window, device=device

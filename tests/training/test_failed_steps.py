@@ -31,7 +31,7 @@ def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **op
     sae.to(device)
     sae.after_update()
     return SAETrainer(
-        name="sae", sae=sae, site=saekit.Site(), device=device, generator=torch.Generator(device),
+        name="sae", sae=sae, sites=saekit.Sites.one(saekit.Site()), device=device, generator=torch.Generator(device),
         training=TrainingConfig(training_tokens=10**6, log_frequency=log_frequency),
         optimizer=adam_for(sae.named_parameters(), lambda step: 0.01, beta1=0.9, **optimizer),
         firing=FiringStatistics(sae.d_sae, dead_after=100, window=100, device=device),

@@ -24,7 +24,7 @@ from saekit.config import TrainingConfig
 from saekit.data.normalize import activation_scale
 from saekit.sae.build import build_module
 from saekit.sae.init import initial_b_dec
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
@@ -169,7 +169,7 @@ def trainer_of(golden: Golden) -> SAETrainer:
     trainer = SAETrainer(
         name="golden",
         sae=sae,
-        site=Site(hook_name=config.pop("hook_name")),
+        sites=Sites.one(Site(hook_name=config.pop("hook_name"))),
         optimizer=adam_for(sae.named_parameters(), schedule, **betas),
         firing=FiringStatistics(
             sae.d_sae, dead_after=training.dead_feature_window, window=training.feature_sampling_window, device="cpu"

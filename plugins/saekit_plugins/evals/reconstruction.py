@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from saekit import Entry, Site, hookimpl
+from saekit import Entry, Sites, hookimpl
 from saekit.config import check
 
 if TYPE_CHECKING:
@@ -31,17 +31,18 @@ class ReconstructionEval:
 
     config: ReconstructionConfig
 
-    def __call__(self, sae: SAE, *, backend: ModelBackend, site: Site, contexts: Tensor) -> dict[str, float]:
+    def __call__(self, sae: SAE, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
         from saekit.evals import spliced_losses, variance_metrics
 
         size = self.config.batch_size_prompts
 
-        def rows() -> Iterator[Tensor]:
+        def rows() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
             for tokens in contexts.split(size):
-                held = backend.run(tokens, read={site.hook_name}).held
-                yield site.extract(held[site.hook_name]).flatten(0, 1)
+                held = backend.run(tokens, read={site.hook_name for site in sites.all}).held
+                x = sites.input_of(held).flatten(0, 1)
+                yield x if sites.same else (x, sites.target_of(held).flatten(0, 1))
 
-        losses = spliced_losses(sae, backend=backend, site=site, contexts=contexts, batch_size=size)
+        losses = spliced_losses(sae, backend=backend, sites=sites, contexts=contexts, batch_size=size)
         return variance_metrics(sae, rows()) | losses
 
 

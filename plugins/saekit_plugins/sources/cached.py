@@ -51,7 +51,8 @@ class CachedSource:
         manifest.check_fits(stream.identity, dict.fromkeys(stream.sites), folder)  # before the model runs
         _refuse_empty(manifest, config)
         manifest = verify_cache(folder, full=config.verify == "full", manifest=manifest)
-        manifest.check_fits(stream.identity, stream.widths, folder)
+        if stream.has_model:
+            manifest.check_fits(stream.identity, stream.widths, folder)
         self._cache = CachedActivations(folder, manifest, stream.sites)
         self._cache.advise(single_rows=config.block_rows == 1)
         self._reader = CachedBatches(
@@ -59,6 +60,11 @@ class CachedSource:
         )
         self._prefetched = Prefetched(self._reader, depth=2) if config.prefetch else None
         self._batches: Any = self._prefetched or self._reader
+
+    @property
+    def widths(self) -> Mapping[Site, int]:
+        """Those on disk."""
+        return {rows.site: rows.d_in for rows in self._cache.manifest.sites}
 
     @property
     def rows(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, PretrainedSAE, SAEFiles, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
@@ -59,6 +59,7 @@ class SaeLensLoader:
             },
             tensors=architecture.tensors,
             site=config.site,
+            ports=_ports(config, architecture.d_out),
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, files),
             metadata={**config.metadata, **_defaulted([*config.defaulted, *architecture.defaulted])},
@@ -80,6 +81,13 @@ class SaeLensLoader:
                 f"activation_scale is {self._scale}, but {SCALER} in {files.place} says {saved}; leave the option out"
             )
         return self._scale if saved is None else saved
+
+
+def _ports(config: FoundConfig, d_out: int | None) -> Ports | None:
+    """Those of a transcoder, whose target some files do not name."""
+    if d_out is None:
+        return None
+    return Ports({config.site.name: config.d_in}, {config.flat.get("hook_name_out") or "output": d_out})
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

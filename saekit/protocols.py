@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Forward, Metrics, Replacement, StepInput, StepOutput, Want
+from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
+    "Concludes",
     "Dictionary",
     "Eval",
     "GuardedOptimizer",
@@ -263,6 +264,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """The run has ended."""
+
+
+@runtime_checkable
+class Concludes(Tracker, Protocol):
+    """A tracker that is told how its run ended."""
+
+    def conclude(self, end: RunEnd) -> None:
+        """Called once, after the last record and before :meth:`close`."""
 
 
 class Eval(Protocol):

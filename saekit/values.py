@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "Scale", "StepInput",
-    "StepOutput", "Want", "is_scale",
+    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo", "SAEInfo", "Scale",
+    "StepInput", "StepOutput", "Want", "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
@@ -277,6 +277,17 @@ class Histogram:
 
 Metrics: TypeAlias = Mapping[str, float | Histogram]
 """What is logged, by name."""
+
+
+@attrs.frozen
+class RunEnd:
+    """How a run ended, or one SAE of several: what a tracker may be told before it is closed."""
+
+    status: Literal["finished", "interrupted", "diverged", "failed"]
+    """`finished`: trained and saved; `interrupted`: stopped from outside, to go on; `diverged`: its loss is no number
+    any more; `failed`: by an error.  A process that is killed tells nothing; one that goes on with its run does."""
+    reason: str = ""
+    """In words, where it is not `finished`."""
 
 
 @attrs.frozen

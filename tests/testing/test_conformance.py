@@ -134,13 +134,16 @@ SILENT = {
     "one that declares no sparse support": "it declares no sparse support",
     "no checkpoints": "it has none",
     "text": "its entry says that it needs text",
+    "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
 }
 """Why a check may say nothing of a built-in."""
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "wandb")) for name in BUILT_IN]
+)
 def test_every_built_in_keeps_its_promises(name: str, tmp_path: Path) -> None:
     given = GIVEN.get(name, lambda folder: {})(tmp_path)
     report = check_plugin(importlib.import_module(BUILT_IN[name]), **given, **SKIPPED.get(name, {}))

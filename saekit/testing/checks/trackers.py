@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saekit.protocols import Concludes
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
-from saekit.values import Histogram, Metrics, RunInfo
+from saekit.values import Histogram, Metrics, RunEnd, RunInfo
 
 CHECKS = Checks()
 _METRICS: Metrics = {
@@ -25,6 +26,7 @@ _METRICS: Metrics = {
     "plots/many": Histogram((1,) * 600, tuple(map(float, range(601)))),
 }
 _CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": "saekit:standard"}, "trackers": ["saekit:jsonl"]}
+_ENDS = (RunEnd("finished"), *(RunEnd(how, "why") for how in ("interrupted", "diverged", "failed")))
 _PATIENCE, _GRACE = 30.0, 2.0
 
 
@@ -150,6 +152,20 @@ def checkpoints(subject: Subject) -> None:
 
 def _sums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@CHECKS.add
+def end(subject: Subject) -> None:
+    """Where it has ``conclude(end)``, it takes every way in which a run may end, after the last record."""
+    for number, how in enumerate(_ENDS):
+        tracker = subject.build(run=_run(subject.place, name=f"run {number}"))
+        try:
+            if not isinstance(tracker, Concludes):
+                raise NotTried("it is not told how a run ends")
+            _in_its_thread(partial(_logged, tracker, [1]))
+            _in_its_thread(partial(tracker.conclude, how))
+        finally:
+            _in_its_thread(tracker.close)
 
 
 @CHECKS.add

@@ -74,6 +74,12 @@ def test_bad_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrays: obje
         saekit.SAE.load(tmp_path, plugins=plugins)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_its_own_test_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    importlib.import_module("test_saekit_numpy_loader").test_it_keeps_what_a_loader_promises(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_example_in_a_fresh_environment(tmp_path: Path) -> None:
     wheel = built_wheel(tmp_path / "dist")

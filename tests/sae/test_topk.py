@@ -359,3 +359,21 @@ def test_contradictions_are_errors(config: SAEConfig, message: str) -> None:
 def test_options_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("config", [TopKConfig(d_sae=20, k=3), BatchTopKConfig(d_sae=20, k=3)], ids=["topk", "batchtopk"])
+def test_a_scale_for_each_port_is_folded_in(config: TopKConfig) -> None:
+    """Decoder norms, by which features are compared, change by a factor of their own for each feature."""
+    plugins = saekit.default_manager()
+    ports = saekit.Ports({"a": 4, "b": 3})
+    sae = build_module(plugins.find("sae_architectures", config), attrs.evolve(config, dtype="float64"), ports, plugins)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    sae.training_step(x, StepInput(step=0, generator=generator))  # which finds a threshold
+    scale = torch.tensor([0.5] * 4 + [3.0] * 3, dtype=torch.float64)
+    expected = sae(x * scale) / scale
+    sae.fold_activation_scale(scale, scale)
+    assert torch.allclose(sae(x), expected, rtol=1e-12)
+    assert sae.saved_options()["rescale_acts_by_decoder_norm"] is False

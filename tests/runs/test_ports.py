@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ports
-from support.ports import EARLY, EMBED, HEAD, LATE, SITES, manager, run, train
-from support.sweeps import kept
+from support.ports import EMBED, HEAD, LATE, SITES, manager, run, train
 
 import saekit
 

@@ -127,8 +127,9 @@ class SparseActivation(ActivationFunction, Protocol):
 class LRSchedule(Protocol):
     """The main part of a learning-rate schedule, between warm-up and decay."""
 
-    end: float
-    """The rate from which the linear decay to zero starts."""
+    @property
+    def end(self) -> float:
+        """The rate from which the linear decay to zero starts."""
 
     def __call__(self, step: int) -> float:
         """The learning rate at the main part's own ``step``, from 0.

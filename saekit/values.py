@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import attrs
 
-from saekit.errors import ConfigError
-from saekit.files.names import fault_of_name, is_free_in_run
-from saekit.files.storage import tidy
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -292,30 +289,13 @@ class RunInfo:
     """The whole configuration as plain data."""
     resumed_at: int | None = None
     """The step after which a run that was stopped goes on, or None: what was logged for later steps comes again."""
-    _files: set[str] = attrs.field(factory=set, repr=False, eq=False)
+    file: Callable[[str], Path] = attrs.field(repr=False, eq=False)
+    """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
 
-    def file(self, name: str) -> Path:
-        """The path in the run folder of a file or folder of the tracker's own, half-written ones of which are removed.
+    In a run, :class:`saekit.errors.ConfigError` when it is the run's own or another tracker's, or ``name`` is not the
+    name of one file.
+    """
 
-        :class:`ConfigError` when it is the run's own or another tracker's, or ``name`` is not the name of one file.
-        """
-        key = name.casefold()  # some file systems know no other
-        fault = fault_of_name(name)
-        if fault is None and not is_free_in_run(name):
-            fault = "is a file of the run itself"
-        if fault is None and key in self._files:
-            fault = "is another tracker's"
-        if fault is None:
-            tidy(self.folder, name.__eq__)
-            fault = _fault_of_place(self.folder / name)
-        if fault is not None:
-            raise ConfigError([("trackers", f"the file {name!r} in the run folder {fault}; choose another name")])
-        self._files.add(key)
-        return self.folder / name
-
-
-def _fault_of_place(path: Path) -> str | None:
-    """Why what lies there is nothing that a tracker may write into."""
-    if path.is_symlink():
-        return "is a symbolic link"
-    return None if path.is_file() or path.is_dir() or not path.exists() else "is a pipe or a device"
+    @file.default
+    def _beside(self) -> Callable[[str], Path]:
+        return self.folder.joinpath

@@ -62,22 +62,21 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors are no work for several, which would wait for each other."""
+def one_thread() -> Iterator[int]:
+    """Small tensors are no work for several, which would wait for each other.  Gives how many there were."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    yield threads
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def several_threads() -> Iterator[None]:
-    """For one test of a module that asks for :func:`one_thread`."""
+def several_threads(one_thread: int) -> Iterator[None]:
+    """As many as ever, for one test of a module that asks for :func:`one_thread`."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, os.cpu_count() or 1))
+    torch.set_num_threads(one_thread)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.backends.base import Backend
 from saekit.backends.forward import Hooks
-from saekit.data.vocabulary import special_tokens
+from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ import numpy as np
 
 from saekit._version import __version__
 from saekit.ambient import ambient
+from saekit.backends.special import special_tokens
 from saekit.commands.targets import WITH_A_TOKEN, check_target, check_tokenizer
 from saekit.config import EvalsConfig, PretokenizeConfig
 from saekit.data.contexts import Contexts
@@ -31,7 +32,7 @@ from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Reader
 from saekit.data.text import Documents
-from saekit.data.vocabulary import Vocabulary, special_tokens
+from saekit.data.vocabulary import Vocabulary
 from saekit.errors import DataError, ModelError, StorageError
 from saekit.files.storage import new_folder
 from saekit.hub import within_reach

@@ -12,7 +12,7 @@ import attrs
 from saekit.errors import SaekitError
 from saekit.protocols import HasTokenizer, ModelBackend
 
-__all__ = ["Vocabulary", "special_tokens", "tokenizer_here"]
+__all__ = ["Vocabulary", "tokenizer_here"]
 
 _PROBE = (
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14159 o'clock, isn't it?\n\n"
@@ -21,20 +21,6 @@ _PROBE = (
     "antidisestablishmentarianism HTTPServerError snake_case_name 0x1F 1,000,000 user@example.com https://a.b/c?d=e"
 )
 """Words, digits, code, white space and many scripts: tokenizers that read this alike are alike."""
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int | None]:
-    """The ids of ``bos``, ``eos`` and ``sep`` of a Hugging Face tokenizer, None for those that it lacks.
-
-    A name that is no token of the vocabulary has the id of the unknown token in that library: it is lacking, too.
-    """
-    found: dict[str, int | None] = {}
-    for kind in ("bos", "eos", "sep"):
-        token = getattr(tokenizer, f"{kind}_token_id", None)
-        name, unknown = getattr(tokenizer, f"{kind}_token", None), getattr(tokenizer, "unk_token", None)
-        is_unknown = token is not None and token == getattr(tokenizer, "unk_token_id", None)
-        found[kind] = None if is_unknown and str(name) != str(unknown) else token
-    return found
 
 
 @attrs.frozen

@@ -17,7 +17,6 @@ from saekit.plugins.text import printable, short
 
 __all__ = ["check_hook_names", "checked_entries", "defines"]
 
-_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 _MOST = 1000  # entries of one hook: a generator that never ends is a fault
 
 
@@ -62,7 +61,7 @@ def _fault(entry: Entry) -> str | None:
     if faults := option_faults(config, KINDS):
         of = _named(config)
         return "; ".join(f"option {name!r} of {of} {why}" if name else f"{of}: {why}" for name, why in faults)
-    if not callable(entry.build) and not (isinstance(entry.build, str) and re.fullmatch(_PATH, entry.build)):
+    if not callable(entry.build) and not _is_import_path(entry.build):
         return f"build is {short(entry.build)}, expected a callable, or an import path, such as package.module:Class"
     precheck = getattr(entry, "precheck", None)
     if precheck is not None and not callable(precheck):
@@ -82,6 +81,11 @@ def _named(config: type) -> str:
 
 def _is_module_name(name: object) -> bool:
     return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
+def _is_import_path(build: object) -> bool:
+    module, colon, name = build.partition(":") if isinstance(build, str) else ("", "", "")
+    return bool(colon) and _is_module_name(module) and _is_module_name(name)
 
 
 def _is_frozen(cls: type) -> bool:

@@ -16,11 +16,11 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
-from saekit.runs.checks import check_without_model, chosen_trackers, has_model
+from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import checked_ports, open_backend, open_source, open_stream, seed_for, warn_of, widths_of
 from saekit.runs.randomness import random_state, set_random_state
@@ -195,12 +195,13 @@ class Session:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
+        chosen = chosen_evals(member.config, self.plugins)
         model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
         # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
         # leave what training would see.
         with self._streams[0].model_lock, ambient():
             for key, measure in member.evals.items():
-                with blamed(self.plugins.get(EVALS, key), "__call__", at_work=True, parts=[model]):
+                with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
                     told = measure(sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():

@@ -232,6 +232,7 @@ def make_trainer(
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
         sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, ports, plugins)
+    sae.check_state()
     if config.training.finetuning_method is not None:
         sae.add_factors_for(config.training.finetuning_method)
     if options.dtype == "bfloat16":

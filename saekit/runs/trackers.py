@@ -16,6 +16,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.protocols import Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
+from saekit.runs.tracker_files import TrackerFiles
 from saekit.runs.waiting import Record, TrackersState
 from saekit.values import Metrics, RunInfo
 
@@ -278,7 +279,7 @@ def start_trackers(
     """
     data = plain_config(config, plugins)
     folder = folder.absolute()  # their threads may outlast a change of the working directory
-    run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at)
+    run = RunInfo(name=folder.name, folder=folder, config=data, resumed_at=resumed_at, file=TrackerFiles(folder).path)
     chosen, started = chosen_trackers(config, plugins), dict[str, Tracker]()
     try:
         for key, choice in chosen.items():

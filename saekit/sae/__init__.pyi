@@ -1,3 +1,4 @@
+from . import init as init
 from .hooks import HookPoint as HookPoint
 from .init import geometric_median as geometric_median
 from .losses import auxk_loss as auxk_loss

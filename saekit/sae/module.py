@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
@@ -329,6 +329,18 @@ class SAEModule(Ways):
         """
         self.table.load(self, tensors, self.info.architecture)
 
+    def check_state(self) -> None:
+        """:class:`SAEFormatError` for state that could not be saved: better said before training than after it."""
+        tensors = tensors_of(self)
+        if type(self).public_tensors is not SAEModule.public_tensors:
+            return  # what is saved of it is the architecture's own business
+        if odd := [f"{name} ({value.dtype})" for name, value in tensors.items() if not value.is_floating_point()]:
+            raise SAEFormatError(
+                f"{type(self).__name__} has buffers that could not be loaded again: {', '.join(odd)}. Keep them in "
+                "floating-point numbers, register them with persistent=False, or override public_tensors and "
+                "load_public_tensors"
+            )
+
     @property
     def saved_as_it_is(self) -> bool:
         """Whether :meth:`public_tensors` are the very tensors that it has, all of them and nothing else."""
@@ -338,7 +350,8 @@ class SAEModule(Ways):
     def extra_repr(self) -> str:
         """What the SAE is, where it belongs and what it is fed."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return "\n".join([f"d_in={self.d_in}, d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
+        widths = f"d_in={self.d_in}, " + ("" if self.ports.same else f"d_out={self.d_out}, ")
+        return "\n".join([f"{widths}d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Ways(Castable):
             device=device,
             dtype=self.dtype,
             asked=self.kernels,
-            autocast=torch.is_autocast_enabled(device.type),
+            autocast=torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type),
             compiled=compiled,
             learning=learning,
         )

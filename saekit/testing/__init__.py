@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.backends import Backend, Hooks
+from saekit.backends.base import Backend
+from saekit.backends.forward import Hooks
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins.hookspecs import hookimpl
 from saekit.plugins.manager import PluginManager

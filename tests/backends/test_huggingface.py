@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.runs import pressing
 from support.tiny import run_config, tokenizer
 from torch import Tensor
 
 import saekit
 from saekit.config import ModelConfig
 from saekit.errors import ConfigError, ModelError, TrainingInterrupted
-from saekit.training.trainer import SAETrainer
 
 TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "neox": "gpt_neox.layers"}
@@ -286,7 +286,7 @@ def test_a_model_that_is_passed_stays_as_it_was(tmp_path: Path) -> None:
         made.requires_grad_(True)
 
 
-def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path) -> None:
     """With the backend's default options; a run that was stopped and goes on is the one that never was."""
     whole, part = (
         run_config(
@@ -298,16 +298,7 @@ def test_a_folder_is_trained_on_and_resumed(folder: Path, tmp_path: Path, monkey
     expected = saekit.train(whole)
     assert 7 < expected.metrics["evals/ce_loss_without_sae"] < 8.5, "about log 2048, for it is untrained"
     assert expected.sae.info.metadata["model_class_name"] == "AutoModelForCausalLM"
-    work, steps = SAETrainer.train_on, [0]
-
-    def train_on(trainer: SAETrainer, rows: Tensor) -> Any:
-        steps[0] += 1
-        if steps[0] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return work(trainer, rows)
-
-    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted):
-        patch.setattr(SAETrainer, "train_on", train_on)
+    with pressing(4), pytest.raises(TrainingInterrupted):
         saekit.train(part)
     found = saekit.resume(tmp_path / "part/run")
     assert found.metrics == expected.metrics
@@ -364,12 +355,48 @@ def test_the_tokenizer_may_be_elsewhere(folder: Path, tmp_path: Path) -> None:
         backend(name=str(bare), options=options(tokenizer=str(folder))).tokenize("def")
         == tokenizer()("def")["input_ids"]
     )
+    with pytest.raises(ModelError, match=r"there is no tokenizer folder './t' \(model.backend.tokenizer\)"):
+        choice = {"name": "AutoModelForCausalLM", "tokenizer": "./t"}
+        saekit.train(run_config(tmp_path, model={"name": str(bare), "backend": choice}))
     alone = _made("neox")
     if hasattr(alone, "tokenizer"):
         del alone.tokenizer
     assert backend(alone).special_tokens == {"bos": None, "eos": None, "sep": None}
     with pytest.raises(ModelError, match="the model 'custom' has no tokenizer"):
         backend(alone).tokenize("def")
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    code = {"AutoConfig": "model.Config", "AutoModelForCausalLM": "model.Model"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": code}))
+    (tmp_path / "m/model.py").write_text("raise SystemExit('its code ran')")
+    with pytest.raises(ModelError, match="needs code of its own, and saekit runs no code that comes with a model"):
+        backend(name=str(tmp_path / "m"))
+
+
+def test_pretokenize_and_cache(folder: Path, tmp_path: Path) -> None:
+    """Whatever else asks a model for something."""
+    chosen = {"name": str(folder), "backend": "AutoModelForCausalLM"}
+    made = saekit.pretokenize(
+        {
+            "folder": str(tmp_path / "p"),
+            "max_contexts": 9,
+            "verbose": False,
+            "dataset": {"context_size": 32},
+            "model": chosen,
+        }
+    )
+    assert made.contexts == 9
+    config = run_config(
+        tmp_path, site={"hook_name": "transformer.h.1.mlp.input"}, model=chosen,
+        activations={"cache": {"folder": str(tmp_path / "c"), "tokens": 600}},
+    )  # fmt: skip
+    plan = saekit.plan(config)
+    assert not plan.problems
+    assert plan.facts["site"].endswith("width 16")
+    assert saekit.cache_activations(config).contexts >= 18
 
 
 def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:

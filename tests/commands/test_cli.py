@@ -139,7 +139,7 @@ def test_plugins() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    found = cli("demo", "training.training_tokens=80000", "training.lr_decay_steps=0", "--folder", "out", cwd=tmp_path)
+    found = cli("demo", "training.training_tokens=45056", "training.lr_decay_steps=0", "--folder", "out", cwd=tmp_path)
     for words in ("explained variance", "L0", "CE recovered", "dead features", "Feature ", "«", "Training curves:"):
         assert words in found.stdout
     assert found.stdout.count("Feature ") == 5

@@ -107,7 +107,7 @@ def test_an_object_of_a_section_in_a_dict_is_checked() -> None:
 def _numbers() -> list[tuple[type, Any, type]]:
     found = []
     for cls in every_config_class():
-        if cls.__module__ == "every_config":
+        if cls.__module__ == "support.every_config":
             continue
         attrs.resolve_types(cls)
         for field in attrs.fields(cls):

@@ -27,9 +27,8 @@ from saekit.values import StepInput
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small batch has many chunks, and groups come in between."""
-    for module in ("kernels.encoder", "kernels.groups", "kernels.gradients", "kernels.auxk", "kernels.penalty",
-                   "sae.inference"):  # fmt: skip
-        monkeypatch.setattr(f"saekit.{module}.CHUNK", 16)
+    for module in ("encoder", "active", "groups", "gradients", "auxk", "penalty", "inference"):
+        monkeypatch.setattr(f"saekit.kernels.{module}.CHUNK", 16)
     monkeypatch.setattr("saekit.kernels.encoder._ENTRIES", 50)
     monkeypatch.setattr("saekit.kernels.active.PROBE", 8)
     monkeypatch.setattr("saekit.kernels.groups.PROBE", 8)

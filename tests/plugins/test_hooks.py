@@ -100,6 +100,7 @@ def test_the_kernel_never_imports_a_plugin() -> None:
 
 
 PUBLIC_MODULES = [
+    "backends",
     "config",
     "data",
     "data.cache",
@@ -110,12 +111,14 @@ PUBLIC_MODULES = [
     "files",
     "hub",
     "kernels",
+    "kinds",
     "pretrained",
     "protocols",
     "reasons",
     "sae",
     "site",
     "testing",
+    "values",
 ]
 PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}
 

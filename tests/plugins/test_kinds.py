@@ -44,7 +44,14 @@ SNIPPET = """
 from saekit.config import TrainConfig
 from saekit.kinds import EVALS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
+from saekit.protocols import Eval, LRSchedule, Tracker
 from saekit_plugins.architectures.topk.module import TopKSAE
+from saekit_plugins.evals.reconstruction import ReconstructionEval
+from saekit_plugins.schedules.cosine import Cosine
+from saekit_plugins.trackers.jsonl import JsonlTracker
+
+def keep(schedule: Cosine, tracker: JsonlTracker, measure: ReconstructionEval) -> tuple[LRSchedule, Tracker, Eval]:
+    return schedule, tracker, measure
 
 def look(manager: PluginManager, config: TrainConfig, key: str) -> None:
     reveal_type(manager.build(LR_SCHEDULES, config.lr_schedule, lr=1.0, steps=3))

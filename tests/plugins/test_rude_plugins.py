@@ -138,7 +138,7 @@ def test_an_architecture_that_is_none() -> None:
 
 
 class Partial(FakeBackend):
-    loss = None  # type: ignore[assignment]
+    run = None  # type: ignore[assignment]
 
     @property
     def tokenizer(self) -> Any:
@@ -158,7 +158,7 @@ class WithProperties(FakeBackend):
     ("made", "error", "said"),
     [
         (FakeBackend, PluginFailedError, "a class, expected a model backend: an instance of it"),
-        (Partial(), PluginFailedError, r"which lacks loss\(\); expected a model backend"),
+        (Partial(), PluginFailedError, r"which lacks run\(\); expected a model backend"),
         (
             object(),
             PluginFailedError,

@@ -15,6 +15,7 @@ from support.runs import LIVE, fake_config, manager, resume, stopped, train
 from torch import Tensor
 
 import saekit
+from saekit.errors import StorageError
 from saekit.runs import checkpoints as on_disk
 from saekit.runs import saving
 from saekit.runs.checkpoints import Checkpoint, all_checkpoints
@@ -157,9 +158,11 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_old_checkpoint_that_cannot_be_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system where somebody reads it; training goes on."""
-    monkeypatch.setattr(
-        on_disk, "remove_folder", lambda path: exec("raise StorageError('cannot remove it: busy')", globals())
-    )
+
+    def busy(path: Path) -> None:
+        raise StorageError("cannot remove it: busy")
+
+    monkeypatch.setattr(on_disk, "remove_folder", busy)
     config = fake_config(tmp_path, checkpoints={"name": "run", "every_minutes": 1e-9})
     with pytest.warns(RuntimeWarning, match="an old checkpoint stays: cannot remove it: busy"):
         train(config)

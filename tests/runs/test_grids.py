@@ -20,7 +20,7 @@ import saekit
 from saekit.config.files import dump_config, parse_grid
 from saekit.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_last_axis_of_a_grid_changes_fastest() -> None:
@@ -44,7 +44,7 @@ def test_a_grid_is_the_product_of_its_axes(widths: list[int], rates: list[float]
         width, rate = divmod(rest, len(rates))
         point = {"lr": rates[rate], "seed": seeds[seed]}
         assert config == attrs.evolve(
-            base, sae=attrs.evolve(base.sae, d_sae=widths[width]), training=attrs.evolve(base.training, **point)
+            base, sae=attrs.evolve(base.sae.options, d_sae=widths[width]), training=attrs.evolve(base.training, **point)
         )
 
 
@@ -53,7 +53,7 @@ def test_a_grid_starts_from_a_file_a_dict_or_a_config(tmp_path: Path) -> None:
     config = saekit.load_config(table)
     (tmp_path / "run.toml").write_text(dump_config(config))
     axes = {"sae.d_sae": [64, 128]}
-    expected = [attrs.evolve(config, sae=attrs.evolve(config.sae, d_sae=width)) for width in (64, 128)]
+    expected = [attrs.evolve(config, sae=attrs.evolve(config.sae.options, d_sae=width)) for width in (64, 128)]
     for base in (table, config, tmp_path / "run.toml", str(tmp_path / "run.toml")):
         assert saekit.grid(base, axes) == expected
     assert table["sae"]["d_sae"] == 32, "what was passed stays as it was"

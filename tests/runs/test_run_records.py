@@ -14,6 +14,7 @@ import saekit
 from saekit.errors import ConfigError, StorageError
 from saekit.runs.checkpoints import Checkpoint, _seal, newest_checkpoint
 from saekit.runs.folder import run_folder
+from saekit.runs.tracker_files import TrackerFiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +125,7 @@ def test_a_run_may_be_reached_by_a_link_itself(place: Path) -> None:
 def test_the_files_of_trackers_are_no_links(tmp_path: Path, file: str) -> None:
     (tmp_path / "precious").write_text('{"step": 9}\n')
     (tmp_path / file).symlink_to(tmp_path / "precious")
-    info = saekit.RunInfo("run", tmp_path, {}, 3)
+    info = saekit.RunInfo("run", tmp_path, {}, 3, TrackerFiles(tmp_path).path)
     with pytest.raises(ConfigError, match=f"the file '{file}' in the run folder is a symbolic link"):
         info.file(file)
     if file == "metrics.jsonl":

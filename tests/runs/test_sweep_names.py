@@ -15,7 +15,7 @@ import saekit
 from saekit.errors import ConfigError
 from saekit.runs.sweep import changed_options, member_names, short_names
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_folders_are_named_after_what_differs() -> None:
     assert names({}, {}, {}) == (None, ["0", "1", "2"]), "the same again"
     assert names(*[{}] * 11)[1][:2] == ["00", "01"], "in order in any listing"
     assert names({}, {"lr_schedule": {"name": "cosine", "end": 1e-5}})[1] == [
-        "0_lr_schedule=saekit-constant_end=None", "1_lr_schedule=saekit-cosineannealing_end=1e-05"
+        "0_lr_schedule=saekit-constant_end=None", "1_lr_schedule=saekit-cosine_end=1e-05"
     ]  # fmt: skip
     assert names({"evals": {"run": []}}, {})[1] == ["0_run=", "1_run=-saekit-reconstruction"]
 

@@ -24,7 +24,7 @@ from saekit.config.files import dump_config
 from saekit.runs.summary import summary_table
 from saekit.runs.sweep import short_names
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def row(number: int, options: Mapping[str, Any], l0: float | None, ev: float | None, **more: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import saekit
 from saekit.errors import ConfigError
 from saekit.runs import trackers as under_test
 from saekit.runs.checkpoints import newest_checkpoint
+from saekit.runs.tracker_files import TrackerFiles
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_of, waiting_state
 from saekit.testing import fake_plugin
@@ -231,7 +232,7 @@ def test_waiting_records_as_plain_values(tmp_path: Path) -> None:
 def jsonl(folder: Path, resumed_at: int | None = None, **options: Any) -> Any:
     plugins = saekit.default_manager()
     choice = saekit.load_config({"trackers": [{"name": "jsonl", **options}]}, plugins=plugins).trackers[0]
-    return plugins.build("trackers", choice, run=RunInfo("run", folder, {}, resumed_at))
+    return plugins.build("trackers", choice, run=RunInfo("run", folder, {}, resumed_at, TrackerFiles(folder).path))
 
 
 def test_jsonl_keeps_no_record_twice(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_jsonl_takes_no_file_of_the_run(file: str) -> None:
 
 
 def test_two_trackers_do_not_share_a_file(tmp_path: Path) -> None:
-    run = RunInfo("run", tmp_path, {})
+    run = RunInfo("run", tmp_path, {}, file=TrackerFiles(tmp_path).path)
     assert run.file("mine.txt") == tmp_path / "mine.txt"
     for name, told in (
         ("mine.txt", "is another tracker's; choose another name"), ("MINE.txt", "is another tracker's"),

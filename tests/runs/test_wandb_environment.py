@@ -29,7 +29,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def init(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
     fake = fake_wandb(monkeypatch, starting_step=0)
     config = saekit.load_config({"trackers": [{"name": "wandb", **options}]}).trackers[0]
-    config = WandbConfig() if isinstance(config, str) else config
+    config = config.options
     WandbTracker(config, RunInfo("run", folder, {}))
     found: dict[str, Any] = fake.inits[0]
     return found

@@ -42,4 +42,4 @@ def test_every_k_and_batch() -> None:
         sae = built(k)
         for rows in (*range(1, 300), 1000, 4096, 16384):
             exact = math.floor(Decimal(repr(float(k))) * rows)
-            assert sae._wanted(rows) == exact, (k, rows)  # type: ignore[operator]
+            assert sae.wanted(rows) == exact, (k, rows)  # type: ignore[operator]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import ConfigError, Entry, ModelError, hookimpl
+from saekit import ConfigError, Entry, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
-from saekit.hub import is_path, within_reach
+from saekit.hub import within_reach
+from saekit_plugins.backends.model_folders import check_folders
 from saekit_plugins.backends.passed import check_passed
 
 if TYPE_CHECKING:
@@ -94,16 +94,8 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def _check_places(config: HookedMambaOptions, model: ModelConfig) -> None:
-    """What only a folder can be meant by must be there."""
-    for name, what in ((model.name, "model folder {!r} (model.name)"),
-                       (config.tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
-        if is_path(name) and not Path(name).is_dir():
-            raise ModelError(f"there is no {what.format(name)}")
-
-
 def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:
-    _check_places(config, whole.model)
+    check_folders(whole.model.name, config.tokenizer)
 
 
 def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
@@ -112,7 +104,7 @@ def _load(config: HookedMambaOptions, model: ModelConfig) -> object:
     from saekit_plugins.backends.model_folders import load_tokenizer, loading, ready
 
     device = resolve_device(model.device, "model.device", model.dtype)
-    _check_places(config, model)
+    check_folders(model.name, config.tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
         from mamba_lens import HookedMamba

@@ -66,7 +66,7 @@ def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | N
     options = {"revision": config.revision, "attn_implementation": config.attn_implementation}
     module: Any = loaded or load_causal_lm(model, **options | config.from_pretrained_kwargs)
     name = model.name if loaded is None else module.name_or_path
-    tokenizer = getattr(module, "tokenizer", None)
+    tokenizer = None if config.tokenizer else getattr(module, "tokenizer", None)
     if tokenizer is None and (config.tokenizer or name):
         tokenizer = load_tokenizer(config.tokenizer or name, "main" if config.tokenizer else config.revision)
     text = module.config.get_text_config()

@@ -155,12 +155,21 @@ def hf_model(place: str | Path, dtype: Any, **options: Any) -> Any:
     return model
 
 
-def check_causal_lm(config: object, whole: TrainConfig | PretokenizeConfig) -> None:
-    """What can be seen of a name or folder that transformers is to load: the precheck of its backend."""
-    _causal_lm_place(whole.model.name)
+def check_folders(model: str, tokenizer: str) -> None:
+    """What only a folder can be meant by must be there."""
+    for name, what in ((model, "model folder {!r} (model.name)"),
+                       (tokenizer, "tokenizer folder {!r} (model.backend.tokenizer)")):  # fmt: skip
+        if is_path(name) and not Path(name).is_dir():
+            raise ModelError(f"there is no {what.format(name)}")
 
 
-def _causal_lm_place(name: str) -> None:
+def check_causal_lm(config: Any, whole: TrainConfig | PretokenizeConfig) -> None:
+    """What can be seen of folders that transformers is to load from: the precheck of its backend."""
+    check_folders(whole.model.name, config.tokenizer)
+    _check_causal_lm_folder(whole.model.name)
+
+
+def _check_causal_lm_folder(name: str) -> None:
     folder = model_folder(name, {})
     if folder is not None and (folder / NATIVE_CONFIG).is_file():
         raise ModelError(f'{name!r} is a model of transformer_lens; its backend is model.backend = "HookedTransformer"')
@@ -171,7 +180,7 @@ def load_causal_lm(model: ModelConfig, **options: Any) -> object:
     import torch
 
     device = resolve_device(model.device, "model.device", model.dtype)
-    _causal_lm_place(model.name)
+    _check_causal_lm_folder(model.name)
     with within_reach(unless=model.name), loading(f"the model {model.name!r}"):
         return ready(hf_model(model.name, getattr(torch, model.dtype), **options), device)
 

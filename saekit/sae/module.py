@@ -111,13 +111,13 @@ class SAEModule(Ways):
         return [value for value in found if value is not None]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in: the type of its parameters, but for those that keep more digits."""
-        return next(
-            value.dtype
-            for entry in self.table
-            if not entry.keeps_digits and isinstance(value := getattr(self, entry.name), Tensor)
-        )
+    def _leading(self) -> Tensor:
+        return getattr(self, self._leading_name)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _leading_name(self) -> str:
+        always = [entry for entry in self.table if not entry.optional]
+        return min(always, key=lambda entry: entry.keeps_digits).name
 
     # ---- inference
 

@@ -25,7 +25,6 @@ from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.values import Ports, StepOutput
 
 if TYPE_CHECKING:
-
     from saekit.sae import SAE
 
 CHECKS = Checks()

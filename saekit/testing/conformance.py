@@ -205,6 +205,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
     missing = item.missing()
     wanted = [check for check in (*OF_EVERY_KIND, *own) if given.wants(check.name)]
     for options in every:
+        known: dict[str, Any] = {}
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
         for check in wanted:
             outcome = Outcome(f"{label} ({_shown(options)})", check.name, check.promise)
@@ -214,7 +215,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
             if reason is not None:
                 yield attrs.evolve(outcome, not_tried=reason)
                 continue
-            yield (found := _run(check, outcome, item, options, manager, given))
+            yield (found := _run(check, outcome, item, options, manager, given, known))
             if check.name == _FIRST and found.fault is not None:
                 failed = "it cannot be built"
 
@@ -231,11 +232,17 @@ def _shown(options: Any) -> str:
 
 
 def _run(
-    check: Check, outcome: Outcome, item: Registered, options: Any, manager: PluginManager, given: _Given
+    check: Check,
+    outcome: Outcome,
+    item: Registered,
+    options: Any,
+    manager: PluginManager,
+    given: _Given,
+    known: dict[str, Any],
 ) -> Outcome:
     name = item.entry.name
     with tempfile.TemporaryDirectory() as place:
-        subject = Subject(item, options, manager, Path(place), given.models.get(name), given.paths(name))
+        subject = Subject(item, options, manager, Path(place), given.models.get(name), given.paths(name), known)
 
         def run() -> None:
             before = surroundings(item.entry.requires)

@@ -22,7 +22,7 @@ from saekit.testing.checks.every_kind import OF_EVERY_KIND
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("kind", "check"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("kind", "check"), CASES)
 def test_each_check_finds_its_fault(kind: str, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_sources, "_PATIENCE", 0.05)
     monkeypatch.setattr(trackers, "_GRACE", 0.05)
@@ -68,7 +68,10 @@ def saekit_register_lr_schedules():
         ("import random; random.seed(0)", "changes Python's random numbers"),
         ("import sys; sys.path.insert(0, '/mine')", "changes sys.path"),
         ("import logging; logging.basicConfig()", "changes logging"),
-        ("import time\nwhile time.process_time() < 2.5: pass", "s, in every command, expected 0.5 s at most"),
+        (
+            "import time; start = time.process_time()\nwhile time.process_time() < start + 0.6: pass",
+            "s, in every command, expected 0.5 s at most",
+        ),
         ("import os\nif os.environ.get('PYTEST_VERSION') is None: raise ValueError('nowhere')", ""),
     ],
     ids=["prints", "complains", "torch", "environment", "random", "path", "logging", "slow", "clean"],

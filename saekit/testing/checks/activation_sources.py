@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.protocols import StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend
@@ -267,6 +268,21 @@ def _must_end(before: set[threading.Thread]) -> None:
     while (left := {*threading.enumerate()} - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     must(not left, f"after close() there is still the thread {next(iter(left)).name if left else ''}")
+
+
+@CHECKS.add
+def widths(subject: Subject) -> None:
+    """Where it states ``widths``, they are those of its batches."""
+    with _opened(subject) as source:
+        batch: Batch = next(source)
+        if not isinstance(source, StatesWidths):
+            raise NotTried("it states none")
+        stated = dict(source.widths)
+        for site, rows in batch.activations.items():
+            must(
+                stated.get(site) == rows.shape[1],
+                f"it states the width {stated.get(site)} of {site.name}, and gives rows of {rows.shape[1]}",
+            )
 
 
 @CHECKS.add

@@ -39,6 +39,8 @@ class Subject:
     """Of a backend: what it is to run, or a :class:`saekit.config.ModelConfig` that names it."""
     folders: tuple[Path, ...] = ()
     """Of a loader: SAEs of its format."""
+    known: dict[str, Any] = attrs.field(factory=dict)
+    """What a check has found out of the entry with these options, for those after it."""
 
     def build(self, **services: Any) -> Any:
         """What the entry builds, with its kind's services."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from saekit.kinds import SAE_ARCHITECTURES
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.testing.backend import FakeBackend
 from saekit.testing.checks.check import Checks, Subject, must
 from saekit.testing.checks.numbers import is_number, must_be_equal, seeded
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from saekit.sae import SAEModule
 
 CHECKS = Checks()
-_SITE = Site(hook_name="blocks.0.hook_resid_post")
+_SITES = Sites.one(Site(hook_name="blocks.0.hook_resid_post"))
 _KEY = "saekit:standard"
 
 
@@ -36,15 +35,15 @@ def _sae(subject: Subject, *, d_sae: int = 24, seed: int = 0) -> SAEModule:
     item = subject.plugins.get(SAE_ARCHITECTURES, _KEY)
     sae = build_module(item, item.entry.config(d_sae=d_sae), FakeBackend.d_model, subject.plugins)
     initialize(sae, seeded(seed))
-    sae.info = attrs.evolve(sae.info, site=_SITE)
+    sae.info = attrs.evolve(sae.info, sites=_SITES)
     return sae
 
 
 def _measured(measure: Any, sae: SAEModule, backend: FakeBackend | None = None, contexts: Tensor | None = None) -> Any:
     found = measure(
-        sae, backend=backend or FakeBackend(), site=_SITE, contexts=_contexts() if contexts is None else contexts
+        sae, backend=backend or FakeBackend(), sites=_SITES, contexts=_contexts() if contexts is None else contexts
     )
-    return copy.deepcopy(found)
+    return dict(found) if isinstance(found, dict) else found  # it may use the same again
 
 
 @CHECKS.add

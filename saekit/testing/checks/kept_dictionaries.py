@@ -11,7 +11,7 @@ import attrs
 from saekit.errors import SAEFormatError
 from saekit.reasons import error_text
 from saekit.runs.state_files import read_state, write_state
-from saekit.site import Site
+from saekit.site import Site, Sites
 from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.dictionaries import (
     ONE,
@@ -25,6 +25,7 @@ from saekit.testing.checks.dictionaries import (
     with_factors,
 )
 from saekit.testing.checks.numbers import must_agree, must_be_equal
+from saekit.values import Ports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,8 @@ _EXACT = 1e-9
 def checkpoint(subject: Subject) -> None:
     """Its state is that of its module: a fresh one that takes it over makes the very next steps."""
     sae = made(subject)
+    stepped(sae)
+    sae.zero_grad(set_to_none=True)
     write_state(subject.place, "state", dict(sae.state_dict()))
     fresh = made(subject, seed=1)
     fresh.load_state_dict(read_state(subject.place, "state"))
@@ -57,16 +60,22 @@ def saving(subject: Subject) -> None:
     for where, ports in takes(subject):
         for method in (None, *(methods(made(subject, ports)) if ports is ONE else ())):
             sae = with_factors(made(subject, ports), method)
-            sae.info = attrs.evolve(sae.info, site=Site(), metadata={"model_name": "fake"})
+            sae.info = attrs.evolve(sae.info, sites=_sites(ports), metadata={"model_name": "fake"})
             folder = subject.place / f"{where} {method}"
             again = _saved(sae, folder / "once", subject)
             must(type(again) is type(sae), f"it is loaded as {type(again).__name__}")
             must(again.ports == sae.ports, f"it is loaded with the ports {again.ports}, expected {sae.ports}")
-            must(again.info.site == sae.info.site, f"it is loaded with the site {again.info.site}")
+            must(again.info.sites == sae.info.sites, f"it is loaded with the sites {again.info.sites}")
             x, _ = rows(ports)
             must_agree(f"outputs after it was saved ({where}, {method})", again(x), sae(x), _EXACT)
             twice = _saved(again, folder / "twice", subject)
             must_be_equal(f"tensors saved twice ({where})", twice.public_tensors(), again.public_tensors())
+
+
+def _sites(ports: Ports) -> Sites:
+    """Those whose names are the ports'."""
+    inputs, targets = (tuple(Site(hook_name=name) for name in widths) for widths in (ports.inputs, ports.targets))
+    return Sites(inputs) if ports.same else Sites(inputs, targets)
 
 
 def _saved(sae: SAE, folder: Any, subject: Subject) -> SAE:

@@ -49,7 +49,9 @@ class _Tried:
     def of(cls, subject: Subject) -> _Tried:
         backend = _backend(subject)
         tokens = _tokens(backend)
-        hooks = _usable(backend, tokens)
+        if "hooks" not in subject.known:
+            subject.known["hooks"] = _usable(backend, tokens)
+        hooks = subject.known["hooks"]
         must(hooks, f"no hook of {backend.name!r} holds a vector for each token, [b, t, d]")
         return cls(backend, tokens, hooks)
 

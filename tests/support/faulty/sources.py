@@ -107,6 +107,12 @@ class Lasting(Numbers):
         threading.Thread(target=threading.Event().wait, args=[1.0], name="mine", daemon=True).start()
 
 
+class Boasting(Numbers):
+    @property
+    def widths(self) -> dict[Any, int]:
+        return dict.fromkeys(self.stream.sites, 100)
+
+
 class Large(Numbers):
     def memory_bytes(self) -> Any:
         return "much"
@@ -128,6 +134,7 @@ CASES = cases(
         "exhaustion": ("it reads the text, which is read once, and has given 300 batches of 24 and no end", Reading),
         "model_lock": (r"its thread \['mine'\] runs the model without stream.model_lock", Unlocked),
         "close": (r"after close\(\) there is still the thread mine", Lasting),
+        "widths": ("it states the width 100 of blocks.0.hook_resid_post, and gives rows of 8", Boasting),
         "memory": ("memory_bytes is 'much', expected a whole number", Large),
     },
 ) + cases(

@@ -63,6 +63,11 @@ class Lasting(Quiet):
         threading.Thread(target=threading.Event().wait, args=[1.0], name="mine").start()
 
 
+class Optimist(Quiet):
+    def conclude(self, end: Any) -> None:
+        {"finished": 0, "failed": 1}[end.status]
+
+
 class Unending:
     def __init__(self, config: Any, *, run: Any) -> None:
         pass
@@ -80,6 +85,7 @@ CASES = cases(
         "resume": ("FileExistsError", Once),
         "several": ("another run is followed", Alone),
         "checkpoints": ("log_checkpoint changes the folder", Mover),
+        "end": ("KeyError: 'interrupted'", Optimist),
         "close": (r"after close\(\) there is still the thread mine", Lasting),
     },
 )

@@ -12,6 +12,7 @@ from support import ports
 from support.ports import EARLY, EMBED, HEAD, LATE, SITES, manager, run, train
 from support.runs import pressing
 from support.sweeps import CountingBackend, changed, fake, kept
+from support.tiny import run_config
 
 import saekit
 from saekit.config import ModelConfig
@@ -195,3 +196,30 @@ def test_the_folder_names_the_sites(tmp_path: Path) -> None:
     assert "d_out" not in one
     assert "inputs" not in one["saekit"]
     assert one["saekit"]["site"] == {"hook_name": EARLY.hook_name, "hook_head_index": None}
+
+
+def named(hook_name: str, head: int | None = None) -> saekit.Site:
+    return saekit.Site(hook_name=f"blocks.{hook_name}", hook_head_index=head)
+
+
+@pytest.mark.parametrize(
+    ("sites", "architecture"),
+    [
+        (saekit.Sites((named("0.ln2.hook_normalized"),), (named("0.hook_mlp_out"),)), "test:map"),
+        (saekit.Sites((named("0.hook_resid_post"), named("1.attn.hook_z", 0))), "standard"),
+    ],
+    ids=["map", "standard"],
+)
+def test_on_the_embedded_model(tmp_path: Path, sites: saekit.Sites, architecture: str) -> None:
+    config = run_config(
+        tmp_path,
+        training={"lr": 0.01, "training_tokens": 8000},
+        activations=EVERYTHING["activations"],
+        evals={"split": None},
+    )
+    config["sae"] = {"name": architecture, "d_sae": 64, "b_dec_init_method": "mean"}
+    config |= {"inputs": ports.tables(sites.inputs), "targets": ports.tables(sites.targets)}
+    result = saekit.train(config, plugins=manager())
+    assert result.sae.ports.same == (architecture == "standard")
+    assert result.metrics["evals/explained_variance"] > 0.1
+    assert result.metrics["evals/ce_loss_with_sae"] < result.metrics["evals/ce_loss_with_ablation"]

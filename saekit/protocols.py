@@ -277,9 +277,9 @@ class Concludes(Tracker, Protocol):
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
+    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Any) -> dict[str, float]:
         """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, which reads and writes ``sites``; ``contexts [n,
-        context_size]`` are token ids.
+        context_size]`` are token ids, or None where no eval of the run needs text.
         """
 
 

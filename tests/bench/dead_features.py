@@ -29,6 +29,7 @@ from typing import Any
 
 import attrs
 import torch
+from saekit_plugins.evals.reconstruction import ReconstructionConfig, ReconstructionEval
 from torch import Tensor
 
 import saekit
@@ -66,7 +67,7 @@ class Bench:
         self.corpus = Corpus.of(self.config.dataset, self.config.evals)
         self.backend = open_backend(self.config, self.corpus, self.plugins, None, [SITE])
         self.held_out = self.corpus.held_out(self.backend, seed_for(hook_seed, "held out"))
-        self.measure = saekit.default_manager().build("evals", "reconstruction")
+        self.measure = ReconstructionEval(ReconstructionConfig())
 
     def table(self, sae: Mapping[str, Any], seed: int, folder: str = "unused", **training: Any) -> dict[str, Any]:
         """A run's configuration."""

@@ -361,7 +361,9 @@ def test_options_out_of_range(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("config", [TopKConfig(d_sae=20, k=3), BatchTopKConfig(d_sae=20, k=3)], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize(
+    "config", [TopKConfig(d_sae=20, k=3), BatchTopKConfig(d_sae=20, k=3)], ids=["topk", "batchtopk"]
+)
 def test_a_scale_for_each_port_is_folded_in(config: TopKConfig) -> None:
     """Decoder norms, by which features are compared, change by a factor of their own for each feature."""
     plugins = saekit.default_manager()

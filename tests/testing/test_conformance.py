@@ -24,7 +24,7 @@ from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from saekit_plugins.sources.cached import CachedConfig
 from saekit_plugins.sources.live import LiveConfig
 from saekit_plugins.trackers.wandb import WandbConfig
-from support import caches, foreign
+from support import caches, foreign, gated
 from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 
 from saekit.kinds import KINDS
@@ -154,6 +154,13 @@ def test_every_built_in_keeps_its_promises(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_the_fake_backend_keeps_its_promises() -> None:
     check_plugin(fake_plugin("model_backends", build=lambda config, **services: FakeBackend()))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_strangers_architecture_keeps_its_promises() -> None:
+    """One with parameters of its own, and a fast step made of public parts."""
+    checks = [check.name for check in importlib.import_module("saekit.testing.checks.sae_architectures").CHECKS]
+    assert [outcome.check for outcome in check_plugin(gated, only=checks).outcomes] == checks
 
 
 def test_every_kind_has_its_checks() -> None:

@@ -199,7 +199,7 @@ class _Planner:
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
-        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
+        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and two moments, as Adam keeps them)"
         self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         if not stream.has_model:
             return

@@ -34,12 +34,11 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
+from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan
 from saekit.runs.planned_text import look_at_text
 from saekit.runs.setup import (
     give_weights,
-    make_evals,
-    make_schedule,
     make_trainer,
     sae_options,
 )

@@ -220,8 +220,8 @@ def test_thresholds_keep_their_digits(dtype: str) -> None:
 
 
 def with_site(sae: SAE) -> SAE:
-    site, metadata = saekit.Site(hook_name="blocks.0.hook_resid_post"), {"model_name": "gpt2-small"}
-    sae.info = attrs.evolve(sae.info, site=site, metadata=metadata)
+    sites = saekit.Sites.one(saekit.Site(hook_name="blocks.0.hook_resid_post"))
+    sae.info = attrs.evolve(sae.info, sites=sites, metadata={"model_name": "gpt2-small"})
     return sae
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,7 @@ def test_what_the_peer_computes(tmp_path: Path, name: str) -> None:
     expected = load_file(FIXTURES / f"sae_lens_6.54.12_{name}/expected.safetensors")
     sae = SAE.load(FIXTURES / f"sae_lens_6.54.12_{name}")
     assert (sae.info.architecture, sae.config.skip_connection) == PEERS[name]
+    assert [site.hook_name for site in sae.info.sites.all] == ["blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"]
     assert dict(sae.ports.inputs) == {"blocks.0.ln2.hook_normalized": 16}
     assert dict(sae.ports.targets) == {"blocks.0.hook_mlp_out": expected["forward"].shape[1]}
     for loaded in (sae, SAE.load(sae.save(tmp_path / "again"))):
@@ -181,7 +184,7 @@ def test_what_the_peer_computes(tmp_path: Path, name: str) -> None:
             close(loaded.encode(expected["x"]), expected["encode"])
             close(loaded.decode(expected["encode"]), expected["decode"])
             close(loaded(expected["x"]), expected["forward"])
-        assert loaded.ports == sae.ports
+        assert (loaded.ports, loaded.info.sites) == (sae.ports, sae.info.sites)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -193,9 +196,6 @@ def test_what_the_peer_computes(tmp_path: Path, name: str) -> None:
     ({"architecture": "skip_transcoder"}, "W_skip is missing"),
 ])  # fmt: skip
 def test_folders_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    import json
-    import shutil
-
     folder = shutil.copytree(FIXTURES / "sae_lens_6.54.12_transcoder", tmp_path / "copy")
     config = json.loads((folder / "cfg.json").read_text()) | change
     (folder / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -211,13 +211,15 @@ def test_sae_lens_6_reads_the_folder(tmp_path: Path, kind: type, skip: bool) -> 
     if python is None:
         pytest.skip("sae-lens 6 is not installed; name a Python that has it in SAEKIT_SAE_LENS_PYTHON")
     sae, x = built(kind(d_sae=D_SAE, skip_connection=skip)), rows(50)[0].float()
-    site, metadata = saekit.Site(hook_name="blocks.0.hook_mlp_in"), {"model_name": "gpt2-small"}
-    sae.info = attrs.evolve(sae.info, site=site, metadata=metadata)
+    sites = saekit.Sites((saekit.Site(hook_name="read"),), (saekit.Site(hook_name="written"),))
+    sae.info = attrs.evolve(sae.info, sites=sites, metadata={"model_name": "gpt2-small"})
     sae.save(tmp_path / "sae")
     save_file({"x": x}, tmp_path / "x.safetensors")
     command = [python, "-c", READER, tmp_path / "sae", tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+    metadata = json.loads((tmp_path / "sae/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["hook_name_out"]) == ("read", "written")
     theirs = load_file(tmp_path / "out.safetensors")
     assert torch.allclose(theirs["out"], sae(x), atol=1e-5)
     assert torch.allclose(theirs["features"], sae.encode(x), atol=1e-5)

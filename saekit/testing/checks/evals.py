@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from saekit.kinds import SAE_ARCHITECTURES
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from saekit.sae import SAEModule
 
 CHECKS = Checks()
-_SITE = Site(hook_name="blocks.0.hook_resid_post")
+_SITES = Sites.one(Site(hook_name="blocks.0.hook_resid_post"))
 _KEY = "saekit:standard"
 
 
@@ -37,25 +36,22 @@ def _sae(subject: Subject, *, d_sae: int = 24, seed: int = 0) -> SAEModule:
     item = subject.plugins.get(SAE_ARCHITECTURES, _KEY)
     sae = build_module(item, item.entry.config(d_sae=d_sae), FakeBackend.d_model, subject.plugins)
     initialize(sae, seeded(seed))
-    sae.info = attrs.evolve(sae.info, sites=Sites.one(_SITE))
+    sae.info = attrs.evolve(sae.info, sites=_SITES)
     return sae
 
 
 def _measured(measure: Any, sae: SAEModule, backend: FakeBackend | None = None, contexts: Tensor | None = None) -> Any:
     found = measure(
-        sae,
-        backend=backend or FakeBackend(),
-        sites=Sites.one(_SITE),
-        contexts=_contexts() if contexts is None else contexts,
+        sae, backend=backend or FakeBackend(), sites=_SITES, contexts=_contexts() if contexts is None else contexts
     )
-    return copy.deepcopy(found)
+    return dict(found) if isinstance(found, dict) else found  # it may use the same again
 
 
 def _built(subject: Subject) -> Any:
     run = EvalRun(
         name="sae",
         backend=FakeBackend(),
-        sites=Sites.one(_SITE),
+        sites=_SITES,
         device="cpu",
         steps=10,
         seed=0,

@@ -30,8 +30,7 @@ from saekit.kernels import (
     screen_for,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, Parameter, auxk_loss, squared_errors, variance_ratio
-from saekit.sae.parameters import Start
+from saekit.sae import SAE, Parameter, auxk_loss, init, squared_errors, variance_ratio
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.topk.module import check_relu
@@ -39,11 +38,6 @@ from saekit_plugins.architectures.topk.module import check_relu
 __all__ = ["JumpReLUKernel", "JumpReLUSAE"]
 
 _ROWS = 1024  # of dead features' pre-activations that are made at once
-
-
-def _initial_threshold(start: Start, shape: tuple[int, ...]) -> Tensor:
-    config: Any = start.config
-    return torch.full(shape, config.initial_threshold, dtype=start.dtype, device="cpu")
 
 
 @attrs.define(eq=False)
@@ -220,10 +214,10 @@ class JumpReLUSAE(SAE):
 
     @classmethod
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
-        threshold = Parameter(
-            "threshold", ("d_sae",), init=_initial_threshold, keeps_digits=True, histogram="threshold"
-        )
-        return (*super().parameters_of(config), threshold)
+        options: Any = config
+        start = init.constant(options.initial_threshold)
+        own = Parameter("threshold", ("d_sae",), init=start, keeps_digits=True, histogram="threshold")
+        return (*super().parameters_of(config), own)
 
     def features_of(self, pre: Tensor) -> Tensor:
         return pre.relu() * (pre > self.threshold)

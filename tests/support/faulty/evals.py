@@ -44,11 +44,11 @@ def keeping() -> Measure:
 CASES = cases(
     "evals",
     {
-        "build": ("expected an eval", lambda config: None),
-        "numbers": (r"norm is tensor\(.*\), expected a plain number", lambda config: tensor),
-        "repeatable": ("the numbers of a second time, number: found 1.0, expected 0.0", lambda config: counting()),
-        "leaves_the_sae": ("of the SAE, afterwards, hooks: found 1, expected 0", lambda config: hooking),
-        "leaves_the_model": ("the contexts, afterwards,: other numbers", lambda config: clearing),
-        "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config: keeping()),
+        "build": ("expected an eval", lambda config, run: None),
+        "numbers": (r"norm is tensor\(.*\), expected a plain number", lambda config, run: tensor),
+        "repeatable": ("the numbers of a second time, number: found 1.0, expected 0.0", lambda config, run: counting()),
+        "leaves_the_sae": ("of the SAE, afterwards, hooks: found 1, expected 0", lambda config, run: hooking),
+        "leaves_the_model": ("the contexts, afterwards,: other numbers", lambda config, run: clearing),
+        "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),
     },
 )

@@ -23,7 +23,14 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
-from saekit.runs.checks import check_finetuning, check_without_model, chosen_evals, chosen_trackers, start_files
+from saekit.runs.checks import (
+    check_finetuning,
+    check_model_runs,
+    check_without_model,
+    chosen_evals,
+    chosen_trackers,
+    start_files,
+)
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
@@ -128,6 +135,7 @@ def of_cache(
         [
             partial(_check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
             partial(check_target, Path(folder)),
+            partial(check_model_runs, config, plugins),
         ],
     )
 

@@ -16,8 +16,8 @@ from saekit.pretrained.files import SAEFiles
 from saekit.protocols import Eval, Tracker
 
 __all__ = [
-    "alone_in", "check_finetuning", "check_model_runs", "check_without_model", "chosen_evals", "chosen_trackers", "has_model",
-    "start_files",
+    "alone_in", "check_finetuning", "check_model_runs", "check_without_model", "chosen_evals", "chosen_trackers",
+    "has_model", "start_files",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Forward, Metrics, Replacement, StepInput, StepOutput, Want
+from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
+    "Concludes",
     "Dictionary",
     "Eval",
+    "GuardedOptimizer",
     "HasMemory",
+    "HasMoments",
     "HasTokenizer",
     "LRSchedule",
     "ModelBackend",
@@ -173,10 +176,15 @@ class Dictionary(Protocol):
 
 
 class Optimizer(Protocol):
-    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them."""
+    """Updates parameters from their gradients, as those of :mod:`torch.optim` do; derive it from one of them.
+
+    The kernel does the rest: it clips, follows the schedule, leaves out steps whose loss or gradient is no number, and
+    saves the state by the names of parameters.
+    """
 
     param_groups: list[dict[str, Any]]
-    """Parameters with their settings; ``lr`` is set before every step."""
+    """Parameters (``params``) with their settings; ``lr`` is set before every step, to the scheduled rate times
+    ``lr_factor``."""
 
     def step(self) -> Any:
         """One update from the parameters' ``grad``."""
@@ -186,6 +194,24 @@ class Optimizer(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Go on where ``state`` was taken."""
+
+
+@runtime_checkable
+class GuardedOptimizer(Optimizer, Protocol):
+    """One that clips and looks for itself, as torch's fused ones do: the GPU need not be waited for at every step."""
+
+    grad_scale: Tensor | None
+    """Gradients are divided by this scalar as they are read; None: by nothing."""
+    found_inf: Tensor | None
+    """Where this scalar is not 0, a step changes nothing; None: it is not looked at."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
+
+    moments: Collection[str]
+    """The names: tensors of the parameter's shape, or scalars."""
 
 
 @runtime_checkable
@@ -240,12 +266,20 @@ class Tracker(Protocol):
         """The run has ended."""
 
 
+@runtime_checkable
+class Concludes(Tracker, Protocol):
+    """A tracker that is told how its run ended."""
+
+    def conclude(self, end: RunEnd) -> None:
+        """Called once, after the last record and before :meth:`close`."""
+
+
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
+    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Any) -> dict[str, float]:
         """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, which reads and writes ``sites``; ``contexts [n,
-        context_size]`` are token ids.
+        context_size]`` are token ids, or None where no eval of the run needs text.
         """
 
 

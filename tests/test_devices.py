@@ -13,15 +13,15 @@ import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from support.optimizers import adam_for
 
 import saekit
-from saekit.config import OptimizerConfig
 from saekit.devices import free_memory, resolve_device, widest
 from saekit.errors import ConfigError
+from saekit.protocols import GuardedOptimizer
 from saekit.runs.randomness import random_state, seeded
 from saekit.sae import SAE
 from saekit.sae.build import build_module
-from saekit.training.optimizer import Optimizer
 
 WOKEN = """
 import sys
@@ -38,6 +38,7 @@ for name in ("get_rng_state_all", "get_rng_state", "synchronize", "current_devic
     setattr(torch.cuda, name, woken)
 
 import saekit
+from saekit.protocols import GuardedOptimizer
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 plugins = isolated_manager(
@@ -164,8 +165,8 @@ def test_what_was_never_tried_on_a_device_is_not_used_there(config: Any) -> None
     sae = built(config)
     sae.to("meta")
     assert sae.step_path() == "plain torch: the kernels are for cpu and cuda, not for meta"
-    optimizer = Optimizer(sae.named_parameters(), OptimizerConfig(), lambda step: 0.1)
-    assert not optimizer._fused
+    optimizer = adam_for(sae.named_parameters(), lambda step: 0.1)
+    assert not isinstance(optimizer._inner, GuardedOptimizer)
     with torch.no_grad():
         assert sae(torch.zeros(3, 8, device="meta")).shape == (3, 8)
     assert {buffer.dtype for buffer in sae.buffers()} <= {torch.float64}

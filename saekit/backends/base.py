@@ -66,7 +66,7 @@ class Backend(ABC):
         """See :meth:`saekit.protocols.ModelBackend.run`."""
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
-        tokens = tokens.to(self.device)
+        tokens = tokens.to(self.device).contiguous()  # models take views of them
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad)
         if hooks.done:
             return Forward({})

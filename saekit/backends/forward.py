@@ -50,7 +50,7 @@ class Hooks:
     def __call__(self, name: str, activation: Tensor) -> Tensor:
         """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``."""
         self.silent.discard(name)
-        if name not in self.read and name not in self.replace:
+        if self.done or (name not in self.read and name not in self.replace):
             return activation
         value = self._by_position(activation)
         if name in self.read and name not in self.held:

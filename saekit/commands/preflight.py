@@ -167,7 +167,8 @@ def _inputs(
 
 
 def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
-    return bool(config.evals.run) or plugins.find(ACTIVATION_SOURCES, config.activations.source).entry.needs_text
+    source = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    return source.entry.needs_text or config.evals.reads_text
 
 
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:
@@ -177,7 +178,7 @@ def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> It
 
 def _held_out(configs: Sequence[TrainConfig], dataset: object | None) -> Iterator[Check]:
     split = configs[0].evals.split
-    if dataset is None and split is not None and any(config.evals.run for config in configs):
+    if dataset is None and split is not None and any(config.evals.reads_text for config in configs):
         yield partial(check_place, configs[0].dataset, split)
 
 

@@ -10,10 +10,9 @@ from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
-from saekit.config.optimizer import OptimizerConfig
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
-from saekit.kinds import LR_SCHEDULES, SAE_ARCHITECTURES, TRACKERS
+from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES, TRACKERS
 from saekit.site import Site, Sites
 
 __all__ = ["TrainConfig"]
@@ -38,8 +37,8 @@ class TrainConfig:
     """From contexts to shuffled batches."""
     sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, "saekit:standard")
     """The SAE's architecture and its options."""
-    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig)
-    """Adam."""
+    optimizer: PluginChoice = plugin_field(OPTIMIZERS, "saekit:adam")
+    """What updates the weights, and its options."""
     lr_schedule: PluginChoice = plugin_field(LR_SCHEDULES, "saekit:constant")
     """The learning rate between warm-up and decay."""
     training: TrainingConfig = attrs.field(factory=TrainingConfig)
@@ -75,7 +74,7 @@ class TrainConfig:
                 [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "
                   "or leave it out to keep one document in evals.held_out_every from training")]
             )  # fmt: skip
-        if self.evals.run and self.evals.split is None and not self.evals.held_out_every:
+        if self.evals.reads_text and self.evals.split is None and not self.evals.held_out_every:
             raise ConfigError(
                 [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
                   "measure nothing: evals.run = []")]

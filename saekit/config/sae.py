@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import attrs
 
@@ -17,8 +18,9 @@ __all__ = ["SAEConfig"]
 class SAEConfig:
     """What every SAE architecture has.  Architecture plugins derive their options from this class."""
 
-    adam_beta1: ClassVar[float] = 0.0
-    """What `optimizer.beta1` is for this architecture unless it is set."""
+    optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """What options of optimizers that are None are for this architecture, by the optimizer's qualified key:
+    `{"saekit:adam": {"beta1": 0.9}}`."""
 
     d_in: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
     """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""

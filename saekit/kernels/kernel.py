@@ -53,6 +53,10 @@ class StepKernel(Generic[S]):
         """Why it cannot serve this architecture with its options, this device, type and so on; None: it can."""
         raise NotImplementedError
 
+    def leaves(self, sae: S, x: Tensor, step: StepInput) -> bool:
+        """Whether it leaves this one step, among those that it does not refuse, to autograd."""
+        return False
+
     def step(self, sae: S, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         """A training step on ``x [n, d_in]``: what :meth:`saekit.SAE.losses` reports, with its gradients in the
         parameters' ``grad``, which are None before.  Without autograd."""

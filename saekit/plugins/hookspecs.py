@@ -113,6 +113,9 @@ def saekit_register_evals() -> Iterable[Entry]:
 def saekit_register_optimizers() -> Iterable[Entry]:
     """What updates the weights (``optimizer``).
 
+    ``config`` derives from :class:`saekit.config.OptimizerConfig`.
     ``build(config, *, groups: list[dict[str, Any]], lr: float) -> Optimizer``: ``groups`` are parameters with their
-    settings, as :mod:`torch.optim` takes them; the kernel clips gradients and sets each group's rate before every step.
+    settings, as :mod:`torch.optim` takes them; the kernel clips gradients and sets each group's rate before every step,
+    times its ``lr_factor``.  Lists beside ``params`` say of each parameter its name (``names``), whether its rows are
+    kept at norm 1 (``unit_rows``), and whether it is shown as the transpose of what the SAE has (``transposed``).
     """

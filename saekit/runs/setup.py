@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,9 +19,9 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalize import activation_scale
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError
-from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed
+from saekit.errors import ConfigError, PluginFailedError
+from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, OPTIMIZERS, SAE_ARCHITECTURES
+from saekit.plugins.building import blamed, built
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import Eval, ModelBackend
@@ -35,7 +36,7 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.training.trainer import SAETrainer
-from saekit.values import Batch, Ports, Scale
+from saekit.values import Batch, EvalRun, Ports, Scale
 
 __all__ = [
     "check_start_widths",
@@ -57,9 +58,28 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
     return ComposedSchedule(config.training, build)
 
 
-def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
+def make_evals(
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    open_contexts: Callable[[], Tensor | None],
+    device: str,
+    name: str = "sae",
+) -> dict[str, Eval]:
     """What is measured, by qualified key."""
-    return {key: choice.build() for key, choice in chosen_evals(config, plugins).items()}
+
+    def run(key: str) -> EvalRun:
+        return EvalRun(
+            name=name,
+            backend=backend,
+            sites=config.sites,
+            device=device,
+            steps=config.training.steps,
+            seed=seed_for(config.training.seed, f"eval {key}"),
+            open_contexts=open_contexts,
+        )
+
+    return {key: choice.build(run=run(key)) for key, choice in chosen_evals(config, plugins).items()}
 
 
 def sae_options(
@@ -247,7 +267,7 @@ def make_trainer(
         name=name,
         sae=sae,
         sites=config.sites,
-        optimizer=Optimizer(sae.named_parameters(), _adam(config, options), schedule, sae.table.lr_factors()),
+        optimizer=_make_optimizer(config, plugins, sae, schedule),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_after,
@@ -277,11 +297,24 @@ def _watching(
     return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
 
 
-def _adam(config: TrainConfig, options: SAEConfig) -> OptimizerConfig:
-    """Adam's options, with what is left to the architecture."""
-    if config.optimizer.beta1 is not None:
-        return config.optimizer
-    return attrs.evolve(config.optimizer, beta1=options.adam_beta1)
+def _make_optimizer(
+    config: TrainConfig, plugins: PluginManager, sae: SAEModule, schedule: ComposedSchedule
+) -> Optimizer:
+    """The chosen one, with what is left to the architecture."""
+    chosen = plugins.bound(OPTIMIZERS, config.optimizer)
+    if not isinstance(chosen.options, OptimizerConfig):
+        raise PluginFailedError(
+            f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
+            "saekit.config.OptimizerConfig, which has clip_grad_norm"
+        )
+    stated = sae.config.optimizer_defaults.get(chosen.key, {})
+    with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
+        options = attrs.evolve(
+            chosen.options, **{name: value for name, value in stated.items() if getattr(chosen.options, name) is None}
+        )
+    build = functools.partial(built, chosen.item, options)
+    with blamed(chosen.item, "build"):
+        return Optimizer(sae.named_parameters(), build, schedule, clip=options.clip_grad_norm, table=sae.table)
 
 
 def give_weights(

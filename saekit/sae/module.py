@@ -113,13 +113,13 @@ class SAEModule(Ways):
         return [value for value in found if value is not None]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in: the type of its parameters, but for those that keep more digits."""
-        return next(
-            value.dtype
-            for entry in self.table
-            if not entry.keeps_digits and isinstance(value := getattr(self, entry.name), Tensor)
-        )
+    def _leading(self) -> Tensor:
+        return getattr(self, self._leading_name)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _leading_name(self) -> str:
+        always = [entry for entry in self.table if not entry.optional]
+        return min(always, key=lambda entry: entry.keeps_digits).name
 
     # ---- inference
 
@@ -138,11 +138,15 @@ class SAEModule(Ways):
         rows = self.run_hook("input", self._rows(x))
         kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(rows)
         if kernel is None:
-            return self.decode(self._encoded(rows), like=x)
-        flat = _flat(rows)
-        with self.memory.lent() as workspace:
-            output = inference.reconstructions(kernel.groups(self, flat, workspace), len(flat), kernel.decoder(self))
-        return self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
+            output = self.decode(self._encoded(rows), like=x)
+        else:
+            flat = _flat(rows)
+            with self.memory.lent() as workspace:
+                groups = kernel.groups(self, flat, workspace)
+                output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
+            output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
+        passed = self.bypass(rows)
+        return output if passed is None else output + passed.reshape(output.shape).to(output.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
@@ -212,6 +216,13 @@ class SAEModule(Ways):
         """Feature activations from pre-activations, ``[..., d_sae]`` both."""
         return self.activation(pre)
 
+    def bypass(self, x: Tensor) -> Tensor | None:
+        """What reaches the outputs past the features, ``[..., d_in]`` to ``[..., d_out]``; None: nothing.
+
+        :meth:`forward` adds it, :meth:`decode` does not.
+        """
+        return None
+
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
         norms: Tensor = self.W_dec.norm(dim=1)
@@ -257,7 +268,7 @@ class SAEModule(Ways):
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         kernel, _ = self._training_kernel()
-        if kernel is not None:
+        if kernel is not None and not kernel.leaves(self, x, step):
             with torch.no_grad(), self.memory.lent() as workspace:
                 return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad():

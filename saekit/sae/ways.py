@@ -16,8 +16,8 @@ from saekit.sae.casting import Castable
 __all__ = ["Ways"]
 
 _MATHEMATICS = (
-    "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses", "pre_activations",
-    "reconstruction", "training_features",
+    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses",
+    "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
 
 
@@ -36,14 +36,19 @@ class Ways(Castable):
     _compile_mode: str | None = None
 
     @property
+    def _leading(self) -> Tensor:
+        """The parameter whose device and type are the module's."""
+        return next(self.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
-        return next(self.parameters()).device
+        return self._leading.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return next(self.parameters()).dtype
+        """What it computes in: the type of its parameters, but for those that keep more digits."""
+        return self._leading.dtype
 
     def step_path(self) -> str:
         """The way of a training step now, in words."""

@@ -1,25 +1,32 @@
-"""Adam with clipping, in as few passes as torch offers; a step that is no number changes nothing."""
+"""What is done around every optimizer's step; a step that is no number changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from saekit.config import OptimizerConfig
-from saekit.devices import KERNEL_DEVICES
-from saekit.errors import StorageError
+from saekit.errors import PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
+from saekit.protocols import GuardedOptimizer, HasMoments
+from saekit.protocols import Optimizer as InnerOptimizer
+from saekit.sae.parameters import ParameterTable
 
-__all__ = ["Optimizer"]
+__all__ = ["BuildOptimizer", "Optimizer"]
 
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of torch's Adam
+BuildOptimizer: TypeAlias = Callable[..., InnerOptimizer]
+"""``build(groups=..., lr=...)``: see the hook ``saekit_register_optimizers``."""
+
+_REST = "(others)"
+"""Beside the names of parameters in a saved state: what else an optimizer keeps.  No parameter can be called so."""
+_OURS = ("params", "lr")  # of a group's settings; they are those of the run that goes on
 
 
 class Optimizer:
-    """Clips the gradient's total norm and takes a fused Adam step at the scheduled rate.
+    """Clips the gradient's total norm and lets an optimizer take a step at the scheduled rate.
 
     Parameters without a gradient are left alone.
     """
@@ -27,32 +34,34 @@ class Optimizer:
     def __init__(
         self,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        config: OptimizerConfig,
+        build: BuildOptimizer,
         schedule: Callable[[int], float],
-        lr_factors: Mapping[str, float] | None = None,
+        *,
+        clip: float = 1.0,
+        table: ParameterTable | None = None,
     ) -> None:
-        """``lr_factors`` multiply the rate of the parameters that they name."""
+        """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them."""
         self._names, self._parameters = zip(*parameters, strict=True)
-        # Torch's fused kernel copies what is not contiguous.  A matrix whose transpose is shows Adam that instead.
+        # Fused kernels copy what is not contiguous.  A matrix whose transpose is shows the optimizer that instead.
         self._turned = [p.dim() == 2 and p.T.is_contiguous() and not p.is_contiguous() for p in self._parameters]
         self._shown = [
             nn.Parameter(p.detach().T) if turned else p
             for p, turned in zip(self._parameters, self._turned, strict=True)
         ]
-        self._clip = config.clip_grad_norm
+        self._clip = clip
         self._schedule = schedule
-        betas = (float(config.beta1 or 0), float(config.beta2))
         device = self._parameters[0].device
-        # In float64 runs are compared to the last digits, and torch's plain loop has the order of operations of others.
-        self._fused = device.type in KERNEL_DEVICES and all(p.dtype != torch.float64 for p in self._parameters)
-        self.looks = device.type == "cpu" or not self._fused
+        groups = self._groups(table)
+        factors = {id(shown): group["lr_factor"] for group in groups for shown in group["params"]}
+        self._inner = build(groups=groups, lr=schedule(0))
+        self._check(factors)
+        self._first = [self._settings(group) for group in self._inner.param_groups]
+        self._guarded = self._inner if isinstance(self._inner, GuardedOptimizer) else None
+        self.looks = device.type == "cpu" or self._guarded is None
         """Whether every step looks if loss and gradient are numbers, because it costs nothing or must be."""
-        self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as Adam's kernel wants it
-        self._groups = self._by_factor(lr_factors or {})
-        groups = [{"params": [self._shown[index] for index in part]} for part in self._groups.values()]
-        self._adam = torch.optim.Adam(groups, lr=schedule(0), betas=betas, eps=config.eps, fused=self._fused)
-        if not self.looks:
-            self._adam.found_inf = self._failed  # type: ignore[attr-defined]  # its kernel looks at it on the device
+        self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as fused kernels want it
+        if self._guarded is not None and not self.looks:
+            self._guarded.found_inf = self._failed
         self.lr = schedule(0)
         """The rate of the last step."""
 
@@ -76,26 +85,49 @@ class Optimizer:
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
             self._update(norm)
-        self._adam.zero_grad(set_to_none=True)
+        for shown in self._shown:
+            shown.grad = None
         SHARED.recycle(gradients)
         return norm
 
     def _update(self, norm: Tensor) -> None:
-        if self._clip and self._fused:
-            # Adam's own kernel divides by this as it reads, which saves a pass; the 1e-6 is torch's, in clipping.
-            self._adam.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()  # type: ignore[attr-defined]
+        if self._clip and self._guarded is not None:
+            # A kernel divides by this as it reads, which saves a pass; the 1e-6 is torch's, in clipping.
+            self._guarded.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()
         elif self._clip:
             nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
-        for factor, group in zip(self._groups, self._adam.param_groups, strict=True):
-            group["lr"] = self.lr * factor
-        self._adam.step()
+        for group in self._inner.param_groups:
+            group["lr"] = self.lr * group["lr_factor"]
+        self._inner.step()
 
-    def _by_factor(self, factors: Mapping[str, float]) -> dict[float, list[int]]:
-        """The numbers of the parameters by the factor of their rate."""
-        groups: dict[float, list[int]] = {}
-        for index, name in enumerate(self._names):
-            groups.setdefault(factors.get(name, 1.0), []).append(index)
-        return groups
+    # ---- groups
+
+    def _groups(self, table: ParameterTable | None) -> list[dict[str, Any]]:
+        """The parameters by the factor of their rate, as :mod:`torch.optim` takes them."""
+        factors = {} if table is None else table.lr_factors()
+        unit_rows = set() if table is None else {entry.name for entry in table if entry.unit_rows}
+        groups: dict[float, dict[str, Any]] = {}
+        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
+            factor = factors.get(name, 1.0)
+            group = groups.setdefault(factor, {"params": [], "names": [], "unit_rows": [], "transposed": []})
+            group["lr_factor"] = factor
+            for what, value in (("params", shown), ("names", name), ("unit_rows", name in unit_rows)):
+                group[what].append(value)
+            group["transposed"].append(turned)
+        return list(groups.values())
+
+    def _check(self, factors: Mapping[int, float]) -> None:
+        """:class:`PluginFailedError` unless the optimizer has every parameter once, with the factor of its rate."""
+        found = [(id(p), group.get("lr_factor")) for group in self._inner.param_groups for p in group["params"]]
+        if len(found) != len(factors) or dict(found) != factors:
+            raise PluginFailedError(
+                f"{type(self._inner).__name__} has not the parameters that it was given in its param_groups, each once "
+                "and with the lr_factor of its group; where it makes groups of its own, it must copy that"
+            )
+
+    @staticmethod
+    def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: copy.deepcopy(value) for name, value in group.items() if name not in _OURS}
 
     def _show_gradients(self) -> None:
         for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
@@ -106,37 +138,79 @@ class Optimizer:
                 shown.grad = None if parameter.grad is None else parameter.grad.T
                 parameter.grad = None
             if shown.grad is not None and shown.grad.stride() != shown.stride():
-                shown.grad = torch.empty_like(shown).copy_(shown.grad)  # the fused kernel goes by memory alone
+                shown.grad = torch.empty_like(shown).copy_(shown.grad)  # fused kernels go by memory alone
+
+    # ---- state
+
+    def _numbered(self) -> Iterator[tuple[int, str, nn.Parameter, bool]]:
+        """Number in the optimizer's own state, name, what is shown, and whether that is turned."""
+        numbers = {id(p): n for n, p in enumerate(p for group in self._inner.param_groups for p in group["params"])}
+        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
+            yield numbers[id(shown)], name, shown, turned
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments by the name of the parameter; the rate follows from the step."""
-        found = {}
-        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
-            if shown in self._adam.state:
-                moments = self._adam.state[shown].items()
-                found[name] = {moment: value.T if turned and value.dim() == 2 else value for moment, value in moments}
-        return found
+        """What the optimizer keeps, by the name of the parameter; the rate follows from the step.
+
+        Settings of groups that it changed as it went, and whatever else is in its ``state_dict()``, are beside them.
+        """
+        state = self._inner.state_dict()
+        found: dict[str, Any] = {}
+        for number, name, shown, turned in self._numbered():
+            if number in state["state"]:
+                kept = state["state"][number].items()
+                found[name] = {key: value.T if turned and _is_like(value, shown) else value for key, value in kept}
+        others = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+        changed = {
+            str(number): {key: value for key, value in settings.items() if not _same(value, first.get(key))}
+            for number, (settings, first) in enumerate(
+                zip(map(self._settings, self._inner.param_groups), self._first, strict=True)
+            )
+        }
+        if changed := {number: settings for number, settings in changed.items() if settings}:
+            others["param_groups"] = changed
+        return {**found, _REST: others} if others else found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on where ``state`` was taken; :class:`StorageError` where it is not of these parameters."""
+        others = dict(state.get(_REST, {}))
+        self._check_saved({name: value for name, value in state.items() if name != _REST})
+        numbered = {
+            number: {
+                # In the order of memory of what the optimizer is shown, which fused kernels walk through.
+                key: torch.empty_like(shown).copy_(value.T if turned else value)
+                if _is_like(value, shown.T if turned else shown) and value.dim()
+                else value
+                for key, value in state[name].items()
+            }
+            for number, name, shown, turned in self._numbered()
+            if name in state
+        }
+        own = self._inner.state_dict()
+        changed = others.pop("param_groups", {})
+        groups = [{**group, **changed.get(str(number), {})} for number, group in enumerate(own["param_groups"])]
+        self._inner.load_state_dict({**own, **others, "param_groups": groups, "state": numbered})
+
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
         if unknown := sorted(set(state) - set(self._names)):
             raise StorageError(f"the saved optimizer has moments of {', '.join(unknown)}, which this SAE does not have")
+        if not isinstance(self._inner, HasMoments):
+            return
         for name, parameter in zip(self._names, self._parameters, strict=True):
-            if name in state and state[name].keys() != _MOMENTS:
+            if name in state and state[name].keys() != set(self._inner.moments):
                 raise StorageError(f"the saved optimizer has {', '.join(state[name]) or 'no moments'} of {name}")
             for moment, value in state.get(name, {}).items():
                 if value.ndim and value.shape != parameter.shape:
                     raise StorageError(
                         f"the saved {moment} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
                     )
-        order = [index for part in self._groups.values() for index in part]  # as Adam numbers them
-        numbered = {
-            order.index(index): {
-                # In the order of memory of what Adam is shown, which the fused kernel walks through.
-                moment: torch.empty_like(shown).copy_(value.T if turned else value) if value.dim() else value
-                for moment, value in state[name].items()
-            }
-            for index, (name, shown, turned) in enumerate(zip(self._names, self._shown, self._turned, strict=True))
-            if name in state
-        }
-        self._adam.load_state_dict({**self._adam.state_dict(), "state": numbered})
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and one.shape == other.shape and bool((one == other).all())
+    return type(one) is type(other) and bool(one == other)

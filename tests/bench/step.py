@@ -9,6 +9,7 @@ judges nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,11 +20,12 @@ from peers import K, Step, missing, peer_inference, peer_steps, version
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.optimizers.adam import AdamConfig
 from torch import Tensor
 
 import saekit
 import saekit.kernels.screen
-from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
+from saekit.config import SAEConfig, TrainingConfig
 from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
@@ -56,10 +58,11 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
         for name, parameter in sae.named_parameters():
             parameter.copy_(weights[name])
     training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
+    build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
     return SAETrainer(
         name="bench", sae=sae, sites=saekit.Sites.one(saekit.Site()),
         training=training, generator=torch.Generator(), device="cpu",
-        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9), lambda step: 1e-7),
+        optimizer=Optimizer(sae.named_parameters(), build, lambda step: 1e-7),
         firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
     )  # fmt: skip
 

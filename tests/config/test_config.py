@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saekit_plugins.activations.tanh_relu import TanhReluConfig
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.optimizers.adam import AdamConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.sources.live import LiveConfig
 from saekit_plugins.trackers.wandb import WandbConfig
@@ -22,7 +23,6 @@ from saekit.config import (
     DatasetConfig,
     EvalsConfig,
     ModelConfig,
-    OptimizerConfig,
     SAEConfig,
     Site,
     TrainConfig,
@@ -66,7 +66,7 @@ configs = st.builds(
     ),
     site=st.builds(Site, hook_name=texts, hook_head_index=st.one_of(st.none(), st.integers(0, 64))),
     sae=st.one_of(st.just("saekit:standard"), standard),
-    optimizer=st.builds(OptimizerConfig, beta1=st.floats(0, 0.99), clip_grad_norm=positive),
+    optimizer=st.builds(AdamConfig, beta1=st.floats(0, 0.99), clip_grad_norm=positive),
     lr_schedule=st.sampled_from(["saekit:constant", "saekit:cosine", CosineConfig(), CosineConfig(end=0.1)]),
     training=st.builds(TrainingConfig, lr=positive, seed=st.integers(0, 2**31), verbose=st.booleans()),
     evals=st.builds(
@@ -218,8 +218,9 @@ def test_the_commented_default_is_the_default(tmp_path: Path) -> None:
     plugins = saekit.default_manager()
     assert plugins.options("sae_architectures", config.sae) == StandardConfig()
     assert plugins.options("activation_sources", config.activations.source) == LiveConfig()
+    assert plugins.options("optimizers", config.optimizer) == AdamConfig()
     assert attrs.evolve(config, sae=TrainConfig().sae, activations=TrainConfig().activations,
-                        model=TrainConfig().model, evals=TrainConfig().evals,
+                        model=TrainConfig().model, evals=TrainConfig().evals, optimizer=TrainConfig().optimizer,
                         trackers=TrainConfig().trackers) == TrainConfig()  # fmt: skip
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.optimizers.adam import AdamConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.trackers.wandb import WandbConfig
 from support.every_config import manager
 
 import saekit
-from saekit.config import OptimizerConfig, PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
+from saekit.config import PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.elsewhere import option_paths
 from saekit.config.files import apply_overrides, load_config
@@ -121,5 +122,5 @@ def test_other_roots_know_their_own_tree_alone() -> None:
         load_config({"folder": "x", "context_size": 3}, kind=PretokenizeConfig)
     with pytest.raises(ConfigError, match="hook_point: is not an option. The options here are"):
         converter.structure({"hook_point": 3}, SAEConfig)
-    with pytest.raises(ConfigError, match="^lr: is not an option. The options here are beta1, "):
-        converter.structure({"lr": 3}, OptimizerConfig)
+    with pytest.raises(ConfigError, match="^lr: is not an option. The options here are clip_grad_norm, beta1, "):
+        converter.structure({"lr": 3}, AdamConfig)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from support.kernels import adam, built, seeded
+from support.optimizers import adam_for
 
-from saekit.config import OptimizerConfig
 from saekit.sae import SAE
-from saekit.training.optimizer import Optimizer
 from saekit.values import StepInput
 
 # ---- memory of parameters that is not as the SAE made it
@@ -74,7 +73,7 @@ def test_a_gradient_in_another_order_of_memory(device: str) -> None:
 def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float, device: str) -> None:
     """Adam's first step does not depend on the size of a gradient, but its moments do."""
     own, other = (built(StandardConfig(d_sae=30), device=device) for _ in range(2))
-    optimizer = Optimizer(own.named_parameters(), OptimizerConfig(beta1=0.9, clip_grad_norm=clip), lambda step: 1e-3)
+    optimizer = adam_for(own.named_parameters(), lambda step: 1e-3, beta1=0.9, clip_grad_norm=clip)
     plain = torch.optim.Adam(other.parameters(), lr=1e-3, betas=(0.9, 0.999))
     for step in range(3):
         for sae in (own, other):
@@ -92,4 +91,5 @@ def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float, device:
         moments = plain.state[parameter]
         for moment in ("exp_avg", "exp_avg_sq"):
             found = optimizer.state_dict()[name][moment]
-            assert torch.allclose(found, moments[moment], rtol=1e-4, atol=1e-12), (name, moment)
+            rounded = 1e-12 if device == "cpu" else 1e-7 * size  # of what is near zero
+            assert torch.allclose(found, moments[moment], rtol=1e-4, atol=rounded), (name, moment)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import os
-import site
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.installed import ROOT, built_wheel, fresh_environment, run
 
 import saekit
 from saekit.errors import SAEFormatError
 from saekit.testing import isolated_manager
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "saekit-numpy-loader"
 
 CHECK = """
@@ -31,12 +26,6 @@ sae = saekit.SAE.load(sys.argv[1])
 x = torch.from_numpy(np.load(sys.argv[2]))
 print(json.dumps({"saekit": saekit.__file__, "site": sae.info.site.hook_name, "out": sae(x).tolist()}))
 """
-
-
-def run(*command: object, **options: object) -> str:
-    found = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
-    assert found.returncode == 0, found.stderr
-    return found.stdout
 
 
 def test_it_is_short() -> None:
@@ -87,18 +76,9 @@ def test_bad_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrays: obje
 
 @pytest.mark.slow
 def test_the_example_in_a_fresh_environment(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    wheel = built_wheel(tmp_path / "dist")
     assert wheel.stat().st_size < 4_000_000
-    venv.create(tmp_path / "env", with_pip=True, symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    # torch and the like come from this environment instead of being downloaded again: a path in a .pth file adds its
-    # packages behind the fresh ones, and does not run the .pth file that makes saekit importable from the checkout.
-    (fresh,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (fresh / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
-        "--ignore-installed", "--disable-pip-version-check", wheel, EXAMPLE, cwd=tmp_path, env=environment)  # fmt: skip
+    python, fresh, environment = fresh_environment(tmp_path, wheel, EXAMPLE)
 
     rng = np.random.default_rng(1)
     arrays = arrays_of(rng)

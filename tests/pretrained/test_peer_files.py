@@ -30,6 +30,10 @@ LOADED = {
     "sae_lens_6.54.12_training_topk": "saekit:topk",
     "sae_lens_6.54.12_batchtopk": "saekit:batchtopk",
     "sae_lens_6.54.12_matryoshka_batchtopk": "saekit:batchtopk",
+    "sae_lens_4.4.5_jumprelu": "saekit:jumprelu",
+    "sae_lens_5.11.0_jumprelu": "saekit:jumprelu",
+    "sae_lens_6.54.12_jumprelu": "saekit:jumprelu",
+    "sae_lens_6.54.12_training_jumprelu": "saekit:jumprelu",
     "connor_rob_hook_z": "saekit:standard",
 }
 
@@ -76,9 +80,37 @@ def copied(tmp_path: Path, name: str, changes: dict[str, Any] | None = None, to:
     return folder
 
 
-def test_thresholds_that_differ_wait_for_their_architecture() -> None:
-    with pytest.raises(SAEFormatError, match=r"'jumprelu' SAE whose features have thresholds of their own, from .*yet"):
-        SAE.load(FIXTURES / "sae_lens_6.54.12_jumprelu")
+def test_a_jumprelu_trains_on_as_it_was_trained() -> None:
+    sae = SAE.load(FIXTURES / "sae_lens_6.54.12_training_jumprelu")
+    found = (sae.config.bandwidth, sae.config.initial_threshold, sae.config.l0_coefficient, sae.config.sparsity_loss)
+    assert found == (0.05, 0.01, 1.0, "l0")
+    assert sae.config.aux_loss_coefficient == 0
+
+
+def test_a_jumprelu_by_its_thresholds_alone(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "sae_lens_6.54.12_jumprelu")
+    table = json.loads((folder / "cfg.json").read_text())
+    for name in ("training_architecture", "training_architecture_details"):
+        del table["metadata"][name]
+    (folder / "cfg.json").write_text(json.dumps(table))
+    assert SAE.load(folder).info.architecture == "saekit:jumprelu"
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["threshold"].fill_(0.3)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    assert SAE.load(folder).info.architecture == "saekit:batchtopk", "which is saved so"
+    table["metadata"]["training_architecture"] = "jumprelu"
+    (folder / "cfg.json").write_text(json.dumps(table))
+    assert SAE.load(folder).info.architecture == "saekit:jumprelu"
+
+
+def test_logarithms_of_thresholds(tmp_path: Path) -> None:
+    """Training checkpoints of the first sae-lens 6."""
+    folder = copied(tmp_path, "sae_lens_6.54.12_training_jumprelu")
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    save_file(tensors, folder / "sae_weights.safetensors")
+    expected = load_file(folder / "expected.safetensors")
+    close(SAE.load(folder).encode(expected["x"]), expected["encode"])
 
 
 @pytest.mark.parametrize("k", [None, 0, 65, 2.5, "8", True])

@@ -70,7 +70,7 @@ def assert_the_same(
 def test_the_random_numbers_of_plugins_go_on(tmp_path: Path) -> None:
     """An eval that draws from the process's own generators, of Python, NumPy and torch."""
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def measure(sae: object, **services: object) -> dict[str, float]:
             return {
                 "python": random.random(), "gauss": random.gauss(), "numpy": np.random.rand(),
@@ -227,7 +227,7 @@ def test_an_eval_that_fails_is_made_again(tmp_path: Path) -> None:
     def plugins(fail_at: int | None) -> saekit.PluginManager:
         calls = [0]
 
-        def build(config: object) -> object:
+        def build(config: object, *, run: object) -> object:
             def measure(sae: Any, **services: object) -> dict[str, float]:
                 calls[0] += 1
                 if calls[0] == fail_at:
@@ -306,3 +306,16 @@ def test_a_source_that_fails_is_asked_again(tmp_path: Path, prefetch: bool, forw
         resume(Path("runs/run"))
     found = without(contents(tmp_path / "part/runs/run"), f"checkpoints/step-{steps[0]}/")
     assert found == contents(tmp_path / "whole/runs/run")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_every_optimizer_goes_on_bit_by_bit(tmp_path: Path, optimizer: str) -> None:
+    """``b_dec`` and the rest, in fine-tuning, too, where some parameters stop."""
+    chosen = {"optimizer": {"name": optimizer}}
+    with contextlib.chdir(tmp_path):
+        whole = train(fake_config(Path("whole"), **chosen))
+        for step in (3, 9):
+            stopped(fake_config(Path(f"runs{step}"), **chosen), step)
+            resumed = resume(Path(f"runs{step}/run"))
+            assert resumed.metrics == whole.metrics
+            assert all(torch.equal(a, b) for a, b in zip(resumed.sae.parameters(), whole.sae.parameters(), strict=True))

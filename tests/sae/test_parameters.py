@@ -14,21 +14,21 @@ import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
 from support.gated import GatedConfig, GatedSAE
+from support.optimizers import adam_for
 from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
 from torch import Tensor
 
 import saekit
 from saekit import Batch, Ports, SAEInfo, StepInput
-from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.config import TrainingConfig
 from saekit.errors import SAEFormatError, TrainingInterrupted
 from saekit.sae import Parameter, init
 from saekit.sae.build import build_module, initialize
 from saekit.testing import fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
-FIRST, SECOND = saekit.Site(hook_name="first"), saekit.Site(hook_name="second")
+FIRST, SECOND, READ, WRITTEN = (saekit.Site(hook_name=name) for name in ("first", "second", "read", "written"))
 TWO = Ports({"first": 7, "second": 5})
 OTHER = Ports({"read": 12}, {"written": 8})
 PLAIN = {"init_encoder_as_decoder_transpose": False, "normalize_sae_decoder": False}
@@ -380,7 +380,7 @@ def trainer_of(sae: Any, **changes: Any) -> SAETrainer:
     training = TrainingConfig(training_tokens=10**6, lr=1e-3)
     return SAETrainer(
         name="sae", sae=sae, training=training, generator=torch.Generator(), device="cpu",
-        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(), lambda step: 1e-3, sae.table.lr_factors()),
+        optimizer=adam_for(sae.named_parameters(), lambda step: 1e-3),
         firing=FiringStatistics(sae.d_sae, dead_after=3, window=5, device="cpu"), **changes,
     )  # fmt: skip
 

@@ -16,19 +16,19 @@ from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.optimizers import adam_for
 from support.saved import READER, sae_lens_python
 from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
+from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
 
@@ -93,7 +93,7 @@ class Golden:
         return SAETrainer(
             name="golden", sae=sae, sites=saekit.Sites.one(Site()),
             training=training, generator=torch.Generator(), device="cpu",
-            optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=beta1), lambda step: lr),
+            optimizer=adam_for(sae.named_parameters(), lambda step: lr, beta1=beta1),
             firing=FiringStatistics(128, dead_after=window, window=1000, device="cpu"), scale=scale,
         )  # fmt: skip
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 PYPROJECT = """\
 [build-system]
@@ -40,3 +45,31 @@ def install(projects: list[Path], target: Path, python: str = sys.executable) ->
                "--disable-pip-version-check", "--target", str(target), *map(str, projects)]  # fmt: skip
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def run(*command: object, **options: object) -> str:
+    """What ``command`` prints; it must succeed."""
+    found = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def built_wheel(folder: Path) -> Path:
+    """saekit's own, built into ``folder``."""
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def fresh_environment(folder: Path, *projects: Path) -> tuple[Path, Path, dict[str, str]]:
+    """An environment in ``folder`` with ``projects`` (folders or wheels): its Python, its packages, its variables."""
+    venv.create(folder / "env", with_pip=True, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    # torch and the like come from this environment instead of being downloaded again: a path in a .pth file adds its
+    # packages behind the fresh ones, and does not run the .pth file that makes saekit importable from the checkout.
+    (fresh,) = (folder / "env").glob("lib/python*/site-packages")
+    (fresh / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
+        "--ignore-installed", "--disable-pip-version-check", *projects, cwd=folder, env=environment)  # fmt: skip
+    return python, fresh, environment

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.optimizers import adam_for
 from torch import Tensor
 
 import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
-from saekit.config import OptimizerConfig, SAEConfig
+from saekit.config import SAEConfig
 from saekit.kernels import Encoder, SparseFeatures
 from saekit.kernels.private_torch import has_bfloat16_products
 from saekit.kernels.screen import Screen
@@ -82,4 +83,4 @@ def count_screens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def adam(sae: SAE) -> Optimizer:
-    return Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9), lambda step: 1e-3)
+    return adam_for(sae.named_parameters(), lambda step: 1e-3, beta1=0.9)

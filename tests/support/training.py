@@ -10,16 +10,16 @@ from typing import Any
 import attrs
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
+from support.optimizers import adam_for
 from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.config import TrainingConfig
 from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
@@ -75,7 +75,7 @@ def make_trainer(
         name="sae",
         sae=module,
         sites=saekit.Sites.one(saekit.Site()),
-        optimizer=Optimizer(module.named_parameters(), OptimizerConfig(**(optimizer or {})), schedule),
+        optimizer=adam_for(module.named_parameters(), schedule, **(optimizer or {})),
         firing=FiringStatistics(
             D_SAE, dead_after=config.dead_feature_window, window=config.feature_sampling_window, device=device
         ),

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.optimizers import adam_for
 from support.training import make_trainer, rows
 from torch import nn
 
-from saekit.config import OptimizerConfig
-from saekit.training.optimizer import Optimizer
 from saekit.values import StepInput
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -28,7 +27,7 @@ def test_clipping_is_torchs(size: float, clip: float, dtype: str) -> None:
     )
     unused = nn.Parameter(torch.zeros(3, dtype=getattr(torch, dtype)))  # has no gradient
     named = [(str(number), parameter) for number, parameter in enumerate([*own, unused])]
-    optimizer = Optimizer(named, OptimizerConfig(clip_grad_norm=clip, eps=1.0), lambda step: 0.5)
+    optimizer = adam_for(named, lambda step: 0.5, clip_grad_norm=clip, eps=1.0)
     adam = torch.optim.Adam(theirs, lr=0.5, betas=(0.0, 0.999), eps=1.0)
     total = 0.0
     for a, b in zip(own, theirs, strict=True):

@@ -9,15 +9,15 @@ import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from support.optimizers import adam_for
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
+from saekit.config import SAEConfig, TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import DivergedError
 from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
 
@@ -33,7 +33,7 @@ def trainer(config: SAEConfig, device: str = "cpu", log_frequency: int = 1, **op
     return SAETrainer(
         name="sae", sae=sae, sites=saekit.Sites.one(saekit.Site()), device=device, generator=torch.Generator(device),
         training=TrainingConfig(training_tokens=10**6, log_frequency=log_frequency),
-        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(beta1=0.9, **optimizer), lambda step: 0.01),
+        optimizer=adam_for(sae.named_parameters(), lambda step: 0.01, beta1=0.9, **optimizer),
         firing=FiringStatistics(sae.d_sae, dead_after=100, window=100, device=device),
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_the_kernel_of_adam_leaves_a_failed_step_out() -> None:
     """What a GPU does with the optimizer's flag, on the CPU, whose kernel does the same."""
     own, other = trainer(CONFIGS["standard"]), trainer(CONFIGS["standard"])
     other.optimizer.looks = False
-    other.optimizer._adam.found_inf = other.optimizer._failed  # type: ignore[attr-defined]
+    other.optimizer._inner.found_inf = other.optimizer._failed  # type: ignore[attr-defined]
     for seed in range(3):
         for one in (own, other):
             one.train_on(batch(seed))

@@ -16,16 +16,16 @@ from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from safetensors import safe_open
+from support.optimizers import adam_for
 from torch import Tensor
 
 import saekit
-from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.config import TrainingConfig
 from saekit.data.normalize import activation_scale
 from saekit.sae.build import build_module
 from saekit.sae.init import initial_b_dec
 from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 
@@ -165,12 +165,12 @@ def trainer_of(golden: Golden) -> SAETrainer:
     schedule = ComposedSchedule(
         training, lambda steps: plugins.build("lr_schedules", main, lr=training.lr, steps=steps)
     )
-    adam = OptimizerConfig(beta1=config.pop("adam_beta1"), beta2=config.pop("adam_beta2"), clip_grad_norm=1.0)
+    betas = {"beta1": config.pop("adam_beta1"), "beta2": config.pop("adam_beta2")}
     trainer = SAETrainer(
         name="golden",
         sae=sae,
         sites=Sites.one(Site(hook_name=config.pop("hook_name"))),
-        optimizer=Optimizer(sae.named_parameters(), adam, schedule),
+        optimizer=adam_for(sae.named_parameters(), schedule, **betas),
         firing=FiringStatistics(
             sae.d_sae, dead_after=training.dead_feature_window, window=training.feature_sampling_window, device="cpu"
         ),

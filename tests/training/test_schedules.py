@@ -10,11 +10,11 @@ import pytest
 import torch
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
+from support.optimizers import adam_for
 
 import saekit
-from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
-from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule
 
 LR = 3.0
@@ -97,7 +97,7 @@ def test_the_optimizer_steps_at_the_rate_of_its_step() -> None:
     """With a gradient of 1 and no momentum, Adam's step is the learning rate."""
     schedule = composed(CosineConfig(end=0.5), 12, 3, 4)
     weight = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    optimizer = Optimizer([("w", weight)], OptimizerConfig(eps=1e-30, clip_grad_norm=0), schedule)
+    optimizer = adam_for([("w", weight)], schedule, eps=1e-30, clip_grad_norm=0)
     for step, rate in enumerate(closed_form("cosineannealing", 0.5, 1, 12, 3, 4)):
         before = weight.detach().clone()
         weight.grad = torch.ones_like(weight)

@@ -70,6 +70,8 @@ class TransformerLensBackend(ModuleBackend):
         def at(activation: Tensor, hook: Any) -> Tensor:
             return hooks(hook.name, activation)
 
+        if unknown := [name for name in hooks.names if name not in self.model.hook_dict]:
+            raise ModelError(f"the model {self.name!r} has no hook {unknown[0]!r}")
         names = [name for name in hooks.names if name != entry]
         compiled = nullcontext() if self._compiled is None else self._compiled.except_at(names)
         with compiled:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import attrs
 
@@ -18,7 +18,7 @@ _at_least_1 = check(lambda value: value >= 1, "1 or more")
 class TopKConfig(SAEConfig):
     """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
 
-    adam_beta1: ClassVar[float] = 0.9
+    optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
     k: int = attrs.field(default=32, validator=_at_least_1, metadata={NEEDED_TO_LOAD: True})
     """Active features of a row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from saekit.kernels import (
     top_groups,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, auxk_loss, squared_errors, variance_ratio
+from saekit.sae import SAE, Factor, auxk_loss, squared_errors, variance_ratio
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.topk import TopKConfig
 
@@ -58,13 +59,12 @@ class TopKKernel(SparseKernel["TopKSAE"]):
             return None
         return "the activation function declares no sparse support"
 
+    def leaves(self, sae: TopKSAE, x: Tensor, step: StepInput) -> bool:
+        # To count the dead would be to wait for a device.
+        return bool(sae.config.aux_weight) and step.dead is not None and x.device.type != "cpu"
+
     def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         coefficient, norms = sae.config.aux_weight, sae.feature_norms()
-        if coefficient and step.dead is not None and x.device.type != "cpu":  # counting would wait for it
-            with torch.enable_grad():
-                result = sae.losses(x, step)
-                result.loss.backward()
-            return result
         fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
         logged: dict[str, float | Tensor] = {}
 
@@ -226,7 +226,20 @@ class TopKSAE(SAE):
     def cast_weights(self, dtype: torch.dtype) -> None:
         norms = self.feature_norms()
         if norms is not None and dtype == torch.bfloat16 and self.W_dec.dtype != dtype:
-            own = dict(self.named_parameters())
-            for name, value in folded({name: own[name] for name in FOLDED}, norms).items():
-                own[name].copy_(value)  # while there are digits for it
+            self._fold(norms)  # while there are digits for it
         super().cast_weights(dtype)
+
+    @torch.no_grad()
+    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        norms, target = self.feature_norms(), scale if target_scale is None else target_scale
+        if norms is not None and isinstance(target, Tensor) and not bool((target == target[0]).all()):
+            # Rows come to have other norms, each by a factor of its own: the norms until now are those that count.
+            self._fold(norms)
+            self.config = attrs.evolve(self.config, rescale_acts_by_decoder_norm=False)
+            self.info = attrs.evolve(self.info, options={**self.info.options, "rescale_acts_by_decoder_norm": False})
+        super().fold_activation_scale(scale, target_scale)
+
+    def _fold(self, norms: Tensor) -> None:
+        own = dict(self.named_parameters())
+        for name, value in folded({name: own[name] for name in FOLDED}, norms).items():
+            own[name].copy_(value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, PretrainedSAE, SAEFiles, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
@@ -58,7 +58,7 @@ class SaeLensLoader:
                 **architecture.options,
             },
             tensors=architecture.tensors,
-            site=config.site,
+            **_place_of(config, architecture.d_out),
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, files),
             metadata={**config.metadata, **_defaulted([*config.defaulted, *architecture.defaulted])},
@@ -80,6 +80,16 @@ class SaeLensLoader:
                 f"activation_scale is {self._scale}, but {SCALER} in {files.place} says {saved}; leave the option out"
             )
         return self._scale if saved is None else saved
+
+
+def _place_of(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
+    """Its site, or of a transcoder those that it reads and writes; the latter may be named nowhere."""
+    if d_out is None:
+        return {"site": config.site}
+    target = config.flat.get("hook_name_out", "output")
+    sites = Sites((config.site,), (Site(hook_name=target),))
+    widths = {config.site.name: config.d_in}, {target: d_out}
+    return {"sites": sites if "hook_name_out" in config.flat else None, "ports": Ports(*widths)}
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

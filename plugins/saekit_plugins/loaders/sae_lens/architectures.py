@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "architecture_of"]
 
-_READ = "standard, topk, jumprelu with one threshold for all features, and batchtopk"
+_READ = "standard, topk, jumprelu, batchtopk, and transcoders"
 _K = 32.0  # of a batchtopk whose file does not say: only training asks for it
 
 
@@ -27,6 +27,8 @@ class Found:
     options: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     defaulted: tuple[str, ...] = ()
+    d_out: int | None = None
+    """The width of the site that it writes, where that is another than it reads."""
 
 
 def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
@@ -40,6 +42,8 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
         return _jumprelu(config, tensors, place)
     if name == "batchtopk":
         return _batchtopk(config, tensors, place)
+    if name in _TRANSCODERS:
+        return _transcoder(config, tensors, place)
     raise SAEFormatError(f"architecture in {place} is {name!r}; this loader reads {_READ}")
 
 
@@ -57,22 +61,73 @@ def _rescale(config: FoundConfig) -> dict[str, bool]:
 
 
 def _jumprelu(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
-    """A batchtopk, matryoshka or not, as it is used: features above one threshold.  Norms are folded already."""
-    if (logarithm := tensors.pop("log_threshold", None)) is not None:  # of training checkpoints of the first 6
-        tensors["threshold"] = logarithm.exp()
-    threshold = tensors.get("threshold")
-    if threshold is None:
-        raise SAEFormatError(f"{place} says 'jumprelu', but the weights beside it hold no threshold")
-    if list(threshold.shape) != [config.d_sae]:
-        raise SAEFormatError(f"threshold beside {place} has shape {list(threshold.shape)}, expected {[config.d_sae]}")
-    if not bool((threshold == threshold[0]).all()):
-        raise SAEFormatError(
-            f"{place} is a 'jumprelu' SAE whose features have thresholds of their own, from {threshold.min():.4g} to "
-            f"{threshold.max():.4g}; saekit has no architecture for it yet. This loader reads {_READ}"
-        )
+    """A jumprelu, or a batchtopk, matryoshka or not, as it is used: features above one threshold, norms folded."""
+    threshold = _thresholds(config, tensors, place)
+    trained_as = str(config.flat.get("training_architecture", ""))
+    one = bool((threshold == threshold[0]).all())
+    if trained_as == "jumprelu" or "jumprelu_bandwidth" in config.flat or not one:
+        return Found("saekit:jumprelu", _jumprelu_options(config), tensors)
     details = config.flat.get("training_architecture_details", {})
     k, defaulted = _k(details.get("k"), config, place)
     return Found("saekit:batchtopk", {"k": k, "rescale_acts_by_decoder_norm": False}, tensors, defaulted)
+
+
+def _thresholds(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Tensor:
+    """``[d_sae]``, in the place of their logarithms, which training checkpoints of the first 6 hold."""
+    if (logarithm := tensors.pop("log_threshold", None)) is not None:
+        tensors["threshold"] = logarithm.exp()
+    threshold = tensors.get("threshold")
+    if threshold is None:
+        raise SAEFormatError(f"{place} says {config.architecture!r}, but the weights beside it hold no threshold")
+    if list(threshold.shape) != [config.d_sae]:
+        raise SAEFormatError(f"threshold beside {place} has shape {list(threshold.shape)}, expected {[config.d_sae]}")
+    return threshold
+
+
+_JUMPRELU = {
+    "jumprelu_bandwidth": "bandwidth",
+    "jumprelu_init_threshold": "initial_threshold",
+    "jumprelu_tanh_scale": "tanh_scale",
+    "jumprelu_ste_to_input": "ste_to_input",
+    "l0_coefficient": "l0_coefficient",
+    "l0_warm_up_steps": "l0_warm_up_steps",
+    "pre_act_loss_coefficient": "pre_act_loss_coefficient",
+    "target_l0": "target_l0",
+}
+_SPARSITY_LOSSES = {"step": "l0", "quadratic": "target_l0", "tanh": "tanh"}
+
+
+def _jumprelu_options(config: FoundConfig) -> dict[str, Any]:
+    """How it was trained, where that is said: so it would train on.  sae-lens has no AuxK."""
+    said = {**config.flat.get("training_architecture_details", {}), **config.flat}
+    if "jumprelu_bandwidth" not in said:
+        return {}
+    options = {ours: said[theirs] for theirs, ours in _JUMPRELU.items() if said.get(theirs) is not None}
+    loss = _SPARSITY_LOSSES.get(str(said.get("jumprelu_sparsity_loss_mode")), "l0")
+    if loss != "target_l0":
+        options.pop("target_l0", None)
+    return options | {"sparsity_loss": loss, "aux_loss_coefficient": 0.0}
+
+
+_TRANSCODERS = {
+    "transcoder": ("saekit:transcoder", False),
+    "skip_transcoder": ("saekit:transcoder", True),
+    "jumprelu_transcoder": ("saekit:jumprelu_transcoder", False),
+    "jumprelu_skip_transcoder": ("saekit:jumprelu_transcoder", True),
+}
+"""saekit's architecture, and whether it has a skip connection."""
+
+
+def _transcoder(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    d_out = config.flat.get("d_out")
+    if type(d_out) is not int or d_out < 1:
+        raise SAEFormatError(f"d_out in {place} is {d_out!r}, expected a whole number above 0")
+    if config.apply_b_dec_to_input:
+        raise SAEFormatError(f"apply_b_dec_to_input in {place} is true or missing, and no transcoder does that")
+    key, skip = _TRANSCODERS[config.architecture]
+    if "jumprelu" in key:
+        _thresholds(config, tensors, place)
+    return Found(key, {"skip_connection": skip}, tensors, d_out=d_out)
 
 
 def _batchtopk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:

@@ -27,6 +27,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "d_in": _NUMBER,
     "d_sae": _NUMBER,
     "hook_name": _TEXT,
+    "hook_name_out": _TEXT,
     "architecture": _TEXT,
     "activation": _TEXT,
     "apply_b_dec_to_input": _FLAG,

@@ -1,0 +1,77 @@
+"""SAE architecture ``jumprelu``: features above a threshold of their own, which is learned, too.
+
+Rajamanoharan et al. 2024, "Jumping Ahead" (arXiv 2407.14435), and, with ``sparsity_loss = "tanh"``, the Anthropic
+interpretability team's update of January 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import attrs
+
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit.config import check
+
+_at_least_0 = check(lambda value: value >= 0, "0 or more")
+_above_0 = check(lambda value: value > 0, "above 0")
+
+
+@attrs.frozen(kw_only=True)
+class JumpReLUConfig(SAEConfig):
+    """``mse + λ_t sparsity + μ pre_act + auxk``, with ``f = z`` where ``z`` exceeds the threshold of the feature.
+
+    A jump has no slope: thresholds learn by an estimate of it from the pre-activations near by.
+    """
+
+    adam_beta1: ClassVar[float] = 0.9
+
+    l0_coefficient: float = attrs.field(default=0.5, validator=_at_least_0)
+    """λ, the weight of the sparsity loss."""
+    l0_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
+    """Steps over which λ rises from 0: step t of w has `λ t / w`."""
+    sparsity_loss: Literal["l0", "target_l0", "tanh"] = "l0"
+    """`l0`: the number of active features of a row.  `target_l0`: `2 (l0 − L)² / L`, which draws it to L.  `tanh`: the
+    sum of `tanh(c f ‖w‖)` over the features, `w` their decoder rows."""
+    target_l0: float | None = attrs.field(default=None, validator=_above_0)
+    """L of the sparsity loss `target_l0`."""
+    tanh_scale: float = attrs.field(default=4.0, validator=_above_0)
+    """c of the sparsity loss `tanh`."""
+    pre_act_loss_coefficient: float = attrs.field(default=0.0, validator=_at_least_0)
+    """μ, the weight of what draws dead features up: the sum over them of `max(threshold − z, 0) ‖w‖`."""
+    bandwidth: float = attrs.field(default=0.05, validator=_above_0)
+    """The width of the window around a threshold whose pre-activations say where it should go."""
+    initial_threshold: float = attrs.field(default=0.01, validator=_at_least_0)
+    """Every threshold at the start."""
+    ste_to_input: bool = False
+    """Let the estimate of the jump's slope pass to pre-activations, too, and so to the encoder."""
+    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
+    """The weight of AuxK, by which dead features learn what the others leave over, in units of the variance that it can
+    explain, but never for more than the squared error itself; 0: none."""
+    k_aux: int | None = attrs.field(default=None, validator=check(lambda value: value >= 1, "1 or more"))
+    """Dead features of a row that AuxK trains.  None: half of `d_in`."""
+    normalize_sae_decoder: bool = False
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_heuristic_init: bool = True
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = True
+    """Start from `W_enc = W_dec.T`."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  `auto`: at their mean where
+    that is most of what activations are, so that features start alive, else at zero."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if (self.target_l0 is not None) != (self.sparsity_loss == "target_l0"):
+            raise ConfigError([("target_l0", 'is the L of sparsity_loss = "target_l0": give both, or neither')])
+
+    def l0_coefficient_at(self, step: int) -> float:
+        """λ at ``step``: linear from 0."""
+        return self.l0_coefficient * (min(1.0, step / self.l0_warm_up_steps) if self.l0_warm_up_steps else 1.0)
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    build = f"{__name__}.module:JumpReLUSAE"
+    yield Entry("jumprelu", JumpReLUConfig, build, summary="features above thresholds of their own, which are learned")

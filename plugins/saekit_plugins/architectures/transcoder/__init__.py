@@ -1,0 +1,98 @@
+"""SAE architectures that write another site than they read.
+
+Dunefsky et al. 2024, "Transcoders Find Interpretable LLM Feature Circuits" (arXiv 2406.11944); with a skip connection
+Paulo et al. 2025, "Transcoders Beat Sparse Autoencoders for Interpretability" (arXiv 2501.18823).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import attrs
+
+from saekit import ConfigError, Entry, hookimpl
+from saekit.config import NEEDED_TO_LOAD
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
+
+
+def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
+    if value:
+        raise ConfigError(
+            [(attribute.name, "is not for transcoders, whose b_dec belongs to the targets; leave it out")]
+        )
+
+
+def _apply_b_dec_to_input() -> Any:
+    return attrs.field(default=False, validator=_no_b_dec_of_inputs, metadata={NEEDED_TO_LOAD: True})
+
+
+def _skip_connection() -> Any:
+    return attrs.field(default=False, metadata={NEEDED_TO_LOAD: True})
+
+
+@attrs.frozen(kw_only=True)
+class TranscoderConfig(StandardConfig):
+    """``standard`` from one site to another: ``ŷ = relu(x W_enc + b_enc) W_dec + b_dec``."""
+
+    adam_beta1: ClassVar[float] = 0.9
+
+    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
+    """Always false: the decoder's bias is in the space of the targets."""
+    skip_connection: bool = _skip_connection()
+    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    scale_sparsity_penalty_by_decoder_norm: bool = True
+    """Weigh each feature's penalty by the norm of its decoder row."""
+    normalize_sae_decoder: bool = False
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
+    decoder_heuristic_init: bool = True
+    """Start from Gaussian decoder rows of norm 0.1."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
+    b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
+    """Start `b_dec` at zero, or at the mean or geometric median of the first targets.  `auto`: at their mean where that
+    is most of what they are, else at zero."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.skip_connection and self.mse_loss_normalization != "none":
+            raise ConfigError(
+                [("mse_loss_normalization", "is not for transcoders with a skip_connection; leave it out")]
+            )
+
+
+@attrs.frozen(kw_only=True)
+class JumpReLUTranscoderConfig(JumpReLUConfig):
+    """``jumprelu`` from one site to another."""
+
+    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
+    """Always false: the decoder's bias is in the space of the targets."""
+    skip_connection: bool = _skip_connection()
+    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
+
+
+@attrs.frozen(kw_only=True)
+class TopKTranscoderConfig(TopKConfig):
+    """``topk`` from one site to another."""
+
+    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
+    """Always false: the decoder's bias is in the space of the targets."""
+    skip_connection: bool = _skip_connection()
+    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    module = f"{__name__}.module"
+    yield Entry("transcoder", TranscoderConfig, f"{module}:TranscoderSAE", summary="standard, to another site")
+    yield Entry(
+        "jumprelu_transcoder", JumpReLUTranscoderConfig, f"{module}:JumpReLUTranscoderSAE",
+        summary="jumprelu, to another site",
+    )  # fmt: skip
+    yield Entry("topk_transcoder", TopKTranscoderConfig, f"{module}:TopKTranscoderSAE", summary="topk, to another site")

@@ -1,0 +1,10 @@
+from .backend import FakeBackend as FakeBackend
+from .conformance import ConformanceError as ConformanceError
+from .conformance import Report as Report
+from .conformance import check_plugin as check_plugin
+from .conformance import plugin_report as plugin_report
+from .fakes import FakeConfig as FakeConfig
+from .fakes import fake_plugin as fake_plugin
+from .fakes import isolated_manager as isolated_manager
+from .fakes import plugin_of as plugin_of
+from .sparse import check_sparse_activation as check_sparse_activation

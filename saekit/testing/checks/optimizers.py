@@ -1,0 +1,161 @@
+"""What an optimizer promises."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.reasons import error_text
+from saekit.runs.state_files import write_state
+from saekit.testing.checks.check import Checks, Fault, Subject, must
+from saekit.testing.checks.numbers import must_be_equal, seeded
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CHECKS = Checks()
+_LR = 0.05
+_SHAPES = {"matrix": (7, 5), "vector": (5,), "number": (), "slower": (3, 4)}
+_FACTOR = 0.25
+"""Of the rate of the parameter ``slower``, which is in a group of its own."""
+
+
+class _Training:
+    """Parameters that are drawn to a target, and an optimizer of them."""
+
+    def __init__(self, subject: Subject, dtype: str = "float32") -> None:
+        import torch
+
+        generator, kind = seeded(), getattr(torch, dtype)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.targets = {}
+        for name, shape in _SHAPES.items():
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.parameters[name] = torch.nn.Parameter(drawn.to(kind))
+            self.targets[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+        self.groups = [self._group(list(_SHAPES)[:-1], 1.0), self._group(["slower"], _FACTOR)]
+        self.optimizer: Any = subject.build(groups=self.groups, lr=_LR)
+
+    def _group(self, names: list[str], factor: float) -> dict[str, Any]:
+        flags = [False] * len(names)
+        params = [self.parameters[name] for name in names]
+        return {"params": params, "names": names, "unit_rows": flags, "transposed": list(flags), "lr_factor": factor}
+
+    def step(self, n: int = 1, *, lr: float = _LR, without: tuple[str, ...] = ()) -> None:
+        """As the kernel does: the rate is set, and gradients are gone afterwards."""
+        import torch
+
+        for _ in range(n):
+            for name, value in self.parameters.items():
+                value.grad = None if name in without else (value - self.targets[name]).detach()
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_factor", 1.0)
+            with torch.no_grad():
+                self.optimizer.step()
+            for value in self.parameters.values():
+                value.grad = None
+
+    def off(self) -> float:
+        """How far parameters are from their targets."""
+        squares = [(value - self.targets[name]).square().sum() for name, value in self.parameters.items()]
+        return float(sum(squares[1:], squares[0]))
+
+    def values(self) -> dict[str, Any]:
+        """A copy."""
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+
+@CHECKS.add
+def build(subject: Subject) -> None:
+    """It is built for groups of parameters, and keeps to its protocol."""
+    _Training(subject)
+
+
+@CHECKS.add
+def step(subject: Subject) -> None:
+    """Steps bring parameters of every shape nearer to where their gradient is zero, in float32 and float64."""
+    for dtype in ("float32", "float64"):
+        training = _Training(subject, dtype)
+        before, first = training.off(), training.values()
+        training.step()
+        for name, value in training.parameters.items():
+            must(not value.equal(first[name]), f"a step leaves {name} ({list(value.shape)}) where it was ({dtype})")
+            must(value.isfinite().all(), f"a step makes {name} no number ({dtype})")
+        training.step(200)
+        must(training.off() < before, f"200 steps lead away from the minimum: {before:.3g} became {training.off():.3g}")
+
+
+@CHECKS.add
+def groups(subject: Subject) -> None:
+    """Its ``param_groups`` have every parameter once, with the settings of its group."""
+    training = _Training(subject)
+    found = {id(value): group for group in training.optimizer.param_groups for value in group["params"]}
+    count = sum(len(group["params"]) for group in training.optimizer.param_groups)
+    for name, value in training.parameters.items():
+        group = found.get(id(value))
+        must(group is not None, f"its param_groups lack the parameter {name}")
+        factor = _FACTOR if name == "slower" else 1.0
+        lr_factor = (group or {}).get("lr_factor")
+        must(lr_factor == factor, f"the group of {name} has the lr_factor {lr_factor}, expected {factor}")
+        must("lr" in (group or {}), f"the group of {name} has no lr")
+    must(count == len(training.parameters), f"its param_groups have {count} parameters, given {len(_SHAPES)}")
+
+
+@CHECKS.add
+def rate(subject: Subject) -> None:
+    """It follows the ``lr`` of each group as it is set before the step: at 0 nothing changes."""
+    training = _Training(subject)
+    training.step(3)
+    before = training.values()
+    training.step(3, lr=0.0)
+    must_be_equal("parameters after steps with lr 0", training.values(), before)
+    small, large = _Training(subject), _Training(subject)
+    start = small.values()
+    small.step(lr=_LR / 100)
+    large.step(lr=_LR)
+    for name in _SHAPES:
+        moved = [float((one.parameters[name] - start[name]).detach().norm()) for one in (small, large)]
+        must(moved[0] < moved[1], f"{name} moves by {moved[0]:.3g} at {_LR / 100}, and by {moved[1]:.3g} at {_LR}")
+
+
+@CHECKS.add
+def no_gradient(subject: Subject) -> None:
+    """A parameter without a gradient stays as it is; gradients are not kept."""
+    training = _Training(subject)
+    training.step(2)
+    before = training.values()
+    training.step(2, without=("matrix", "number"))
+    for name in ("matrix", "number"):
+        must_be_equal(f"{name}, which has no gradient,", training.parameters[name].detach(), before[name])
+
+
+@CHECKS.add
+def state(subject: Subject) -> None:
+    """A state is plain values and tensors; with it and the weights, a fresh one makes the very next steps."""
+    for taken_after in (0, 1, 5):
+        one, other = _Training(subject), _Training(subject)
+        one.step(taken_after)
+        saved = copy.deepcopy(one.optimizer.state_dict())
+        weights = one.values()
+        _must_be_plain(saved, subject.place)
+        one.step(4)
+        other.step(2)  # which the state that is loaded replaces
+        for name, value in other.parameters.items():
+            value.data.copy_(weights[name])
+        other.optimizer.load_state_dict(saved)
+        other.step(4)
+        must_be_equal(f"weights after a state was loaded, of {taken_after} steps,", other.values(), one.values())
+
+
+def _must_be_plain(saved: Any, place: Path) -> None:
+    try:
+        write_state(Path(tempfile.mkdtemp(dir=place)), "state", _by_texts(saved))
+    except Exception as error:
+        raise Fault(f"its state_dict cannot be saved: {error_text(error)}") from error
+
+
+def _by_texts(value: Any) -> Any:
+    """Torch numbers parameters; the kernel saves them by their names."""
+    return {str(key): _by_texts(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,178 @@
+"""What a loader of saved SAEs promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.errors import PluginFailedError, SaekitError
+from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.pretrained.load import load_sae
+from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
+from saekit.testing.checks.numbers import must_be_equal, seeded
+from saekit.testing.checks.sae_files import cut_off, with_other_tensors, without
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.sae import SAEModule
+
+CHECKS = Checks()
+_FOREIGN: Mapping[str, Mapping[str, bytes]] = {
+    "an empty folder": {},
+    "a model": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"\x08\0\0\0\0\0\0\0{}      "},
+    "notes": {"README.md": b"# Notes\n", "notes.txt": b"", "sub/data.csv": b"a,b\n1,2\n"},
+    "pictures": {"one.png": b"\x89PNG", "two.jpg": b"\xff\xd8"},
+}
+
+
+@CHECKS.add
+def build(subject: Subject) -> None:
+    """It is built from its options, and keeps to its protocol."""
+    subject.build()
+
+
+@CHECKS.add
+def detects(subject: Subject) -> None:
+    """``detects`` is true of its own folders and of no foreign one, by the names of files alone."""
+    loader = subject.build()
+
+    def unreadable(name: str) -> Path:
+        raise Fault(f"detects reads {name!r}; it judges by names alone")
+
+    for what, files in _FOREIGN.items():
+        found = loader.detects(SAEFiles(what, frozenset(files), unreadable))
+        must(isinstance(found, bool), f"detects returns {found!r}, expected true or false")
+        must(not found, f"detects takes {what} for its own: {', '.join(files) or 'no files'}")
+    for folder in subject.folders:
+        names = SAEFiles.in_folder(folder).names
+        must(
+            loader.detects(SAEFiles("its own", names, unreadable)), f"detects does not know {', '.join(sorted(names))}"
+        )
+
+
+@CHECKS.add
+def refuses_foreign_folders(subject: Subject) -> None:
+    """``load`` of what is no SAE of its format is an error of saekit's."""
+    loader = subject.build()
+    for what, files in _FOREIGN.items():
+        folder = subject.place / what
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        made = _read(partial(loader.load, SAEFiles.in_folder(folder)), f"there is {what}")
+        must(made is None, f"load makes an SAE of {what}")
+
+
+def _folders(subject: Subject) -> tuple[Path, ...]:
+    if not subject.folders:
+        raise NotTried(f"no SAE of its format is given: folders={{{subject.item.entry.name!r}: ...}}")
+    return subject.folders
+
+
+def _loaded(subject: Subject, folder: Path) -> SAEModule:
+    return load_sae(SAEFiles.in_folder(folder), loader=subject.options, plugins=subject.plugins)
+
+
+@CHECKS.add
+def loads(subject: Subject) -> None:
+    """An SAE of its format is read, the same each time, and can be used; its files stay as they are."""
+    import torch
+
+    for folder in _folders(subject):
+        before = _contents(folder)
+        read = subject.build().load(SAEFiles.in_folder(folder))
+        must(isinstance(read, PretrainedSAE), f"load returns {type(read).__name__}, expected a PretrainedSAE")
+        sae = _loaded(subject, folder)
+        x = torch.randn(5, sae.d_in, generator=seeded()).to(sae.dtype)
+        output = sae(x)
+        must(output.isfinite().all(), f"the SAE in {folder} makes outputs that are no finite numbers")
+        must_be_equal("the SAE, loaded again,", _everything(_loaded(subject, folder)), _everything(sae))
+        must(_contents(folder) == before, f"load changes the files of {folder}")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _everything(sae: SAEModule) -> dict[str, Tensor]:
+    tensors = {name: value.detach() for name, value in sae.state_dict().items()}
+    return tensors if sae.log_sparsity is None else {**tensors, "log_sparsity": sae.log_sparsity}
+
+
+@CHECKS.add
+def saves(subject: Subject) -> None:
+    """What it read can be saved by saekit and loaded again, with the same outputs."""
+    import torch
+
+    for number, folder in enumerate(_folders(subject)):
+        sae: Any = _loaded(subject, folder)
+        sae.save(subject.place / f"saved-{number}")
+        again = load_sae(SAEFiles.in_folder(subject.place / f"saved-{number}"), plugins=subject.plugins)
+        x = torch.randn(5, sae.d_in, generator=seeded()).to(sae.dtype)
+        must_be_equal("the outputs, saved and loaded again,", again(x), sae(x))
+
+
+def _read(load: Callable[[], Any], what: str) -> Any:
+    """What ``load`` makes, or None where it refuses as it should."""
+    try:
+        return load()
+    except PluginFailedError as error:  # by its own code
+        raise Fault(f"of a folder in which {what} it raises {error.__cause__!r}, expected a SAEFormatError") from error
+    except SaekitError:
+        return None
+    except Exception as error:
+        raise Fault(f"of a folder in which {what} it raises {error!r}, expected a SAEFormatError") from error
+
+
+def _refused_or_the_same(subject: Subject, whole: Mapping[str, Tensor], damaged: Iterator[tuple[str, Path]]) -> None:
+    for what, folder in damaged:
+        sae = _read(partial(_loaded, subject, folder), what)
+        if sae is None:
+            continue
+        found = _everything(sae)
+        try:
+            must_be_equal("the SAE", {name: found.get(name) for name in whole}, whole)
+        except Fault:
+            raise Fault(f"of a folder in which {what} it makes another SAE, expected a SAEFormatError") from None
+
+
+@CHECKS.add
+def refuses_damaged_files(subject: Subject) -> None:
+    """A file that is cut off is refused with an error of saekit's; one that is missing raises no other."""
+    for folder in _folders(subject):
+        _refused_or_the_same(subject, _everything(_loaded(subject, folder)), cut_off(folder, subject.place))
+        for what, copy in without(folder, subject.place):
+            _read(partial(_loaded, subject, copy), what)
+
+
+@CHECKS.add
+def refuses_no_numbers(subject: Subject) -> None:
+    """Weights that hold NaN are refused, and not made into others."""
+
+    def spoilt(value: Tensor) -> Tensor:
+        value.view(-1)[-1] = float("nan")
+        return value
+
+    for folder in _folders(subject):
+        whole = _everything(_loaded(subject, folder))
+        damaged = with_other_tensors(folder, subject.place, spoilt)
+        _refused_or_the_same(subject, whole, ((f"{what} holds NaN", copy) for what, copy in damaged))
+
+
+@CHECKS.add
+def refuses_wrong_shapes(subject: Subject) -> None:
+    """Weights of another shape, or of which one is missing, are refused."""
+
+    def shorter(value: Tensor) -> Tensor:
+        return value[:-1].clone() if value.ndim and len(value) > 1 else value.repeat(2)
+
+    for folder in _folders(subject):
+        whole = _everything(_loaded(subject, folder))
+        damaged = with_other_tensors(folder, subject.place, shorter)
+        _refused_or_the_same(subject, whole, ((f"{what} has another shape", copy) for what, copy in damaged))
+        for what, copy in with_other_tensors(folder, subject.place, lambda value: None):
+            _read(partial(_loaded, subject, copy), f"{what} is missing")

@@ -1,0 +1,102 @@
+"""Plugins and managers that a test makes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+
+from saekit.kinds import KINDS, Kind, kind_of
+from saekit.plugins.hookspecs import hookimpl
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.registry import Entry
+
+__all__ = ["FakeConfig", "fake_plugin", "isolated_manager", "plugin_of"]
+
+
+def isolated_manager(*plugins: object, distribution: str = "test", builtins: bool = False) -> PluginManager:
+    """A manager with these plugins (modules, or objects with hook methods) and no installed ones.
+
+    The plugins appear as coming from ``distribution``.  With ``builtins``, saekit's own plugins are there too, and
+    nobody else's.
+    """
+    manager = PluginManager(discover=False)
+    if builtins:
+        _register_builtins(manager)
+    for number, plugin in enumerate(plugins):
+        name = getattr(plugin, "__name__", type(plugin).__name__)
+        manager.register(
+            plugin, name=name if number == 0 else f"{name}.{number}", distribution=distribution, version="0"
+        )
+    return manager
+
+
+def _register_builtins(manager: PluginManager) -> None:
+    from importlib.metadata import distribution
+
+    own = distribution("saekit")
+    for point in sorted(own.entry_points.select(group="saekit"), key=lambda point: point.name):
+        manager.register(point.load(), name=point.name, distribution="saekit", version=own.version)
+
+
+def plugin_of(kind: Kind[Any] | str, *entries: Entry) -> object:
+    """A plugin that returns ``entries`` from the hook of ``kind``, such as ``lr_schedules``."""
+
+    def hook() -> Iterable[Entry]:
+        return entries
+
+    hook.__name__ = kind_of(kind).hook
+    return SimpleNamespace(__name__=f"fake_{kind}", **{hook.__name__: hookimpl(hook)})
+
+
+@attrs.frozen(kw_only=True)
+class FakeConfig:
+    """Options of a fake plugin."""
+
+    value: int = 0
+    """Any number."""
+
+
+def fake_plugin(
+    kind: Kind[Any] | str,
+    name: str = "fake",
+    build: Callable[..., Any] | None = None,
+    config: type = FakeConfig,
+    **entry: Any,
+) -> object:
+    """A plugin with one entry of ``kind``; without ``build``, it builds ``(kind, config, services)``.
+
+    That tuple passes for what the kind promises, and does nothing.
+    """
+    kind = str(kind)
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
+
+    return plugin_of(kind, Entry(name, config, build or _echo(kind), **entry))
+
+
+@functools.cache
+def _echo(kind: str) -> Callable[..., Any]:
+    """One ``build`` per kind, so that fakes may share an options class as aliases do."""
+
+    def build(config: Any, **services: Any) -> Any:
+        return _Echo((kind, config, services))
+
+    return build
+
+
+class _Echo(tuple[str, Any, Mapping[str, Any]]):
+    """What was asked for, with every method and value that its kind must have."""
+
+    end = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in (*KINDS[self[0]].methods, *KINDS[self[0]].values):
+            return self
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,0 +1,163 @@
+"""Every built-in plugin keeps what its kind promises."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.transcoder import (
+    JumpReLUTranscoderConfig,
+    TopKTranscoderConfig,
+    TranscoderConfig,
+)
+from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
+from saekit_plugins.sources.cached import CachedConfig
+from saekit_plugins.sources.live import LiveConfig
+from saekit_plugins.trackers.wandb import WandbConfig
+from support import caches, foreign
+from support.tiny import hooked_mamba, hooked_transformer, tokenizer
+
+from saekit.kinds import KINDS
+from saekit.testing import FakeBackend, check_plugin, fake_plugin
+
+BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_points.select(group="saekit")}
+
+
+def batchtopk(folder: Path) -> dict[str, Any]:
+    return {
+        "configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}
+    }
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    caches.write(folder / "cache", 60)
+    every = CachedConfig(folder=str(folder / "cache"))
+    return {"configs": {"cached": [every, attrs.evolve(every, prefetch=False, block_rows=4)]}}
+
+
+def connor_rob_hook_z(folder: Path) -> dict[str, Any]:
+    return {"folders": {"connor_rob_hook_z": foreign.write_connor(folder / "connor", foreign.tensors())}}
+
+
+def cosine_restarts(folder: Path) -> dict[str, Any]:
+    several = [CosineRestartsConfig(), CosineRestartsConfig(n_restart_cycles=3, end=0.0, fill=True)]
+    return {"configs": {"cosineannealingwarmrestarts": several}}
+
+
+def hooked(name: str, model: Callable[[], Any]) -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: {"models": {name: model()}}
+
+
+def gpt2() -> Any:
+    """With dropout, so that a forward in training mode would show."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_positions=64, n_embd=16, n_layer=3, n_head=2, **special))
+    model.tokenizer = tokenizer()
+    return model.train()
+
+
+def jumprelu(folder: Path) -> dict[str, Any]:
+    other = JumpReLUConfig(sparsity_loss="tanh", pre_act_loss_coefficient=0.1, ste_to_input=True, l0_warm_up_steps=5)
+    return {"configs": {"jumprelu": [JumpReLUConfig(initial_threshold=0.2), other]}}
+
+
+def live(folder: Path) -> dict[str, Any]:
+    small = LiveConfig(store_batch_size_prompts=4, n_batches_in_buffer=4)
+    return {"configs": {"live": [small, attrs.evolve(small, prefetch=False, dtype="bfloat16")]}}
+
+
+def sae_lens(folder: Path) -> dict[str, Any]:
+    old = foreign.write(folder / "old", foreign.OLD, foreign.tensors())
+    return {"folders": {"sae_lens": [old, foreign.write(folder / "new", foreign.NEW, foreign.tensors())]}}
+
+
+def standard(folder: Path) -> dict[str, Any]:
+    other = StandardConfig(
+        normalize_sae_decoder=False, scale_sparsity_penalty_by_decoder_norm=True, lp_norm=0.5, noise_scale=0.1,
+        l1_warm_up_steps=5, mse_loss_normalization="dense_batch",
+    )  # fmt: skip
+    return {"configs": {"standard": [StandardConfig(use_ghost_grads=True), other]}}
+
+
+def topk(folder: Path) -> dict[str, Any]:
+    return {"configs": {"topk": [TopKConfig(k=3), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+
+
+def transcoder(folder: Path) -> dict[str, Any]:
+    return {
+        "configs": {
+            "transcoder": TranscoderConfig(skip_connection=True),
+            "jumprelu_transcoder": JumpReLUTranscoderConfig(initial_threshold=0.2),
+            "topk_transcoder": TopKTranscoderConfig(k=3, skip_connection=True),
+        }
+    }
+
+
+def wandb(folder: Path) -> dict[str, Any]:
+    return {"configs": {"wandb": WandbConfig(mode="offline", log_checkpoints=True)}}
+
+
+GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "batchtopk": batchtopk,
+    "cached": cached,
+    "connor_rob_hook_z": connor_rob_hook_z,
+    "cosine_restarts": cosine_restarts,
+    "hooked_mamba": hooked("HookedMamba", hooked_mamba),
+    "hooked_transformer": hooked("HookedTransformer", hooked_transformer),
+    "huggingface": hooked("AutoModelForCausalLM", gpt2),
+    "jumprelu": jumprelu,
+    "live": live,
+    "sae_lens": sae_lens,
+    "standard": standard,
+    "topk": topk,
+    "transcoder": transcoder,
+    "wandb": wandb,
+}
+"""What the checks of a built-in need beside its defaults."""
+SKIPPED = {"none": {"skip": {"none": "it stands for no model"}}}
+SILENT = {
+    "no model": "it stands for no model",
+    "widths": "it states none",
+    "one that declares no sparse support": "it declares no sparse support",
+    "no checkpoints": "it has none",
+    "text": "its entry says that it needs text",
+    "end": "it is not told how a run ends",
+    "ghost": "use_ghost_grads has no fast path",
+}
+"""Why a check may say nothing of a built-in."""
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "wandb")) for name in BUILT_IN]
+)
+def test_every_built_in_keeps_its_promises(name: str, tmp_path: Path) -> None:
+    given = GIVEN.get(name, lambda folder: {})(tmp_path)
+    report = check_plugin(importlib.import_module(BUILT_IN[name]), **given, **SKIPPED.get(name, {}))
+    reasons = [str(outcome.not_tried) for outcome in report.not_tried]
+    assert [reason for reason in reasons if not any(reason.endswith(known) for known in SILENT.values())] == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_fake_backend_keeps_its_promises() -> None:
+    check_plugin(fake_plugin("model_backends", build=lambda config, **services: FakeBackend()))
+
+
+def test_every_kind_has_its_checks() -> None:
+    for kind in KINDS:
+        checks = [check.name for check in importlib.import_module(f"saekit.testing.checks.{kind}").CHECKS]
+        assert checks[0] == "build"
+        assert len(checks) == len(set(checks)) > 4

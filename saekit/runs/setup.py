@@ -240,7 +240,7 @@ def make_trainer(
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
         training=training,
-        backend=backend,
+        backend=backend if has_model(config, plugins) else None,
         watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:

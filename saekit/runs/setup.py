@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from saekit.data.normalize import activation_scale
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, PluginFailedError
 from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, OPTIMIZERS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed, built
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import Eval, ModelBackend
@@ -44,6 +43,7 @@ __all__ = [
     "make_evals",
     "make_schedule",
     "make_trainer",
+    "metadata_of",
     "sae_options",
 ]
 
@@ -242,7 +242,7 @@ def make_trainer(
     sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
-    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=_metadata(config, backend, corpus, plugins))
+    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=metadata_of(config, backend, corpus, plugins))
     training = config.training
     trainer = SAETrainer(
         name=name,
@@ -288,14 +288,11 @@ def _make_optimizer(
             f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
             "saekit.config.OptimizerConfig, which has clip_grad_norm"
         )
-    stated = sae.config.optimizer_defaults.get(chosen.key, {})
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
-        options = attrs.evolve(
-            chosen.options, **{name: value for name, value in stated.items() if getattr(chosen.options, name) is None}
-        )
-    build = functools.partial(built, chosen.item, options)
+        chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
+    clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
-        return Optimizer(sae.named_parameters(), build, schedule, clip=options.clip_grad_norm, table=sae.table)
+        return Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
 
 
 def give_weights(
@@ -359,7 +356,7 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale) -> None:
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
-def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
     """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
     training = {"training_tokens": config.training.training_tokens, "seed": config.training.seed}
     if not has_model(config, plugins):

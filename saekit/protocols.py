@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Forward, Metrics, Replacement, StepInput, StepOutput, Want
+from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationFunction",
     "ActivationSource",
+    "Concludes",
     "Dictionary",
     "Eval",
     "GuardedOptimizer",
@@ -265,12 +266,20 @@ class Tracker(Protocol):
         """The run has ended."""
 
 
+@runtime_checkable
+class Concludes(Tracker, Protocol):
+    """A tracker that is told how its run ended."""
+
+    def conclude(self, end: RunEnd) -> None:
+        """Called once, after the last record and before :meth:`close`."""
+
+
 class Eval(Protocol):
     """A measurement on held-out contexts."""
 
-    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
+    def __call__(self, sae: Any, *, backend: ModelBackend, sites: Sites, contexts: Any) -> dict[str, float]:
         """Numbers by name.  ``sae`` is a :class:`saekit.SAE`, which reads and writes ``sites``; ``contexts [n,
-        context_size]`` are token ids.
+        context_size]`` are token ids, or None where no eval of the run needs text.
         """
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunInfo", "SAEInfo", "Scale", "StepInput",
-    "StepOutput", "Want", "is_scale",
+    "Batch", "EvalRun", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo", "SAEInfo",
+    "Scale", "StepInput", "StepOutput", "Want", "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
@@ -277,6 +277,46 @@ class Histogram:
 
 Metrics: TypeAlias = Mapping[str, float | Histogram]
 """What is logged, by name."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class EvalRun:
+    """What an eval may know of the run whose SAE it measures."""
+
+    name: str
+    """The SAE's, among those that are trained together."""
+    backend: Any
+    """The :class:`saekit.protocols.ModelBackend` of the run."""
+    sites: Sites
+    """What the SAE reads and writes."""
+    device: str
+    """Where the SAE is."""
+    steps: int
+    """How many are trained."""
+    seed: int
+    """For what the eval draws: the same in every run of these options."""
+    open_contexts: Callable[[], Tensor | None]
+    """See :attr:`contexts`."""
+
+    @property
+    def contexts(self) -> Tensor | None:
+        """``[n, context_size]`` token ids that training never sees, as every measurement is given.
+
+        None for an eval whose entry says ``needs_text=False``, where no other eval of the run reads text: it is opened
+        for none but those that do.
+        """
+        return self.open_contexts()
+
+
+@attrs.frozen
+class RunEnd:
+    """How a run ended, or one SAE of several: what a tracker may be told before it is closed."""
+
+    status: Literal["finished", "interrupted", "diverged", "failed"]
+    """`finished`: trained and saved; `interrupted`: stopped from outside, to go on; `diverged`: its loss is no number
+    any more; `failed`: by an error.  A process that is killed tells nothing; one that goes on with its run does."""
+    reason: str = ""
+    """In words, where it is not `finished`."""
 
 
 @attrs.frozen

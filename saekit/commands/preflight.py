@@ -23,7 +23,13 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
-from saekit.runs.checks import check_finetuning, check_without_model, chosen_evals, chosen_trackers, start_files
+from saekit.runs.checks import (
+    check_finetuning,
+    check_without_model,
+    chosen_evals,
+    chosen_trackers,
+    start_files,
+)
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
@@ -159,7 +165,8 @@ def _inputs(
 
 
 def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
-    return bool(config.evals.run) or plugins.find(ACTIVATION_SOURCES, config.activations.source).entry.needs_text
+    source = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    return source.entry.needs_text or config.evals.reads_text
 
 
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:
@@ -169,7 +176,7 @@ def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> It
 
 def _held_out(configs: Sequence[TrainConfig], dataset: object | None) -> Iterator[Check]:
     split = configs[0].evals.split
-    if dataset is None and split is not None and any(config.evals.run for config in configs):
+    if dataset is None and split is not None and any(config.evals.reads_text for config in configs):
         yield partial(check_place, configs[0].dataset, split)
 
 

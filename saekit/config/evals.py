@@ -24,3 +24,8 @@ class EvalsConfig:
     """A split of the dataset to measure on.  None: one document in `held_out_every` is kept from training."""
     held_out_every: int = attrs.field(default=20, validator=check(lambda v: v == 0 or v >= 2, "0, or 2 or more"))
     """See `split`.  0 trains on every document."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything that is measured needs held-out text."""
+        return any(getattr(choice, "needs_text", True) for choice in self.run)

@@ -74,7 +74,7 @@ class TrainConfig:
                 [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "
                   "or leave it out to keep one document in evals.held_out_every from training")]
             )  # fmt: skip
-        if self.evals.run and self.evals.split is None and not self.evals.held_out_every:
+        if self.evals.reads_text and self.evals.split is None and not self.evals.held_out_every:
             raise ConfigError(
                 [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
                   "measure nothing: evals.run = []")]

@@ -88,9 +88,9 @@ def _largest(values: Tensor, wanted: int) -> Tensor:
 
 
 def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None) -> SparseFeatures:
-    """Without waiting for the device: ``wanted`` entries, of which some may be zero."""
+    """Without waiting for the device: ``wanted`` entries, or all, of which some may be zero."""
     pre = encoder.pre_activations(rows, scale)
-    values, flat = pre.view(-1).topk(wanted, sorted=False)
+    values, flat = pre.view(-1).topk(min(wanted, pre.numel()), sorted=False)
     flat, order = flat.sort()
     places = torch.div(flat, encoder.d_sae, rounding_mode="floor")
     return SparseFeatures(places, flat - places * encoder.d_sae, values[order].clamp_min(0), *pre.shape)

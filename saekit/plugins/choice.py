@@ -39,6 +39,11 @@ class Choice(Generic[T_co]):
         return self.item.key
 
     @property
+    def needs_text(self) -> bool:
+        """Of a source or an eval: whether it opens a text, which must then be there."""
+        return self.item.entry.needs_text
+
+    @property
     def given(self) -> Any:
         """The same as plain code has it: the options, or the key where none were given."""
         return self.options if self.spelled else self.key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,9 +100,8 @@ class _Planner:
         config, plugins = self.config, self.plugins
         self.training()
         self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
-        self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
+        device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: check_without_model(config, plugins))
-        self.attempt(lambda: make_evals(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
             self.options, self.start = found
@@ -112,13 +112,15 @@ class _Planner:
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
+        measured = functools.partial(corpus.held_out, backend, seed=0)
+        self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu"))
         fits, there = self.fitting(backend, corpus)
         stream = open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt)
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
             reads = source is None or "contexts" in vars(stream)
-            if stream.has_model and (reads or config.evals.run):
+            if stream.has_model and (reads or config.evals.reads_text):
                 self.text(corpus, backend, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:

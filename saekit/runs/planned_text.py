@@ -59,11 +59,15 @@ def look_at_text(
             found.warnings.append(text)
         found.warnings.extend(corpus.doubts(backend))
     evals = config.evals
-    if evals.run and contexts is not None and (held := attempt(lambda: corpus.held_out(backend, seed=0))) is not None:
+    if (
+        evals.reads_text
+        and contexts is not None
+        and (held := attempt(lambda: corpus.held_out(backend, seed=0))) is not None
+    ):
         found.warnings.extend(corpus.held_out_doubts(len(held)))
     kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
-    found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.run else "nothing"
-    if evals.run:
+    found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.reads_text else "nothing"
+    if evals.reads_text:
         found.facts["dead features"] = (
             f"an eval counts those that fired on none of its {evals.n_contexts * corpus.context_size:,} tokens, nor in "
             "the last window of training"

@@ -20,6 +20,7 @@ from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
+from saekit.reasons import error_text
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
@@ -38,6 +39,7 @@ from saekit.runs.waiting import TrackersState
 from saekit.sae.folder import save_sae
 from saekit.sae.saved import SAE
 from saekit.training.loop import fit
+from saekit.values import RunEnd
 
 __all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
 
@@ -119,7 +121,11 @@ def _run(
     with contextlib.ExitStack() as stack:
         standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
         trackers: dict[str, Trackers] = {}
-        stack.push(lambda kind, error, trace: _close_trackers(trackers, ended_well=kind is None))
+
+        def close(kind: object, error: BaseException | None, trace: object) -> None:
+            _close_trackers(session, trackers, error)
+
+        stack.push(close)
         for name, member in session.members.items():
             trackers[name] = start_trackers(
                 member.config,
@@ -146,9 +152,24 @@ def _run(
     return _result(session, record, summary)
 
 
-def _close_trackers(trackers: Mapping[str, Trackers], *, ended_well: bool) -> None:
-    """Whoever interrupts a run does not want to wait for a slow tracker, and a cluster does not."""
-    close_all(list(trackers.values()), timeout=300 if ended_well else 10)
+def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:
+    """Whether all have taken everything.
+
+    Whoever interrupts a run does not want to wait for a slow tracker, and a cluster does not.
+    """
+    for name, each in trackers.items():
+        each.conclude(_end_of(session.members[name], error))
+    return close_all(list(trackers.values()), timeout=300 if error is None else 10)
+
+
+def _end_of(member: Member, error: BaseException | None) -> RunEnd:
+    if member.trainer.diverged is not None:
+        return RunEnd("diverged", member.trainer.diverged)
+    if error is None:
+        return RunEnd("finished")
+    kinds = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
+    status: Any = next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
+    return RunEnd(status, error_text(error))
 
 
 def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]) -> None:
@@ -184,7 +205,9 @@ def _finish(
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
         summary = write_summary(record.folder, list(session.members.values()), changed)
     saving.save_if_possible(finished=True)
-    if close_all(list(trackers.values())):  # else it can be gone on with, and they are handed what they have not taken
+    if _close_trackers(
+        session, trackers, None
+    ):  # else it can be gone on with, and they are handed what they have not taken
         saving.finish()
     else:
         _tell_of_owed(session, record, trackers)

@@ -144,7 +144,9 @@ class Session:
         )
         if prepared.start is not None:
             check_start_widths(prepared.start, ports, self.backend.name)
-        return Member(name, config, trainer, prepared.evals, prepared.start)
+        held_out = functools.partial(self.held_out, config)
+        evals = make_evals(config, self.plugins, self.backend, held_out, trainer.device, name)
+        return Member(name, config, trainer, evals, prepared.start)
 
     def _lane_key(self, config: TrainConfig) -> str:
         """What decides the batches, among configurations that share a model and a text."""
@@ -154,7 +156,7 @@ class Session:
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
-        if not config.evals.run or not has_model(config, self.plugins):
+        if not (has_model(config, self.plugins) and config.evals.reads_text):
             return None
         key = (config.evals.n_contexts, config.training.seed)
         if key not in self._held_out:
@@ -191,7 +193,7 @@ class Session:
     def evaluate(self, member: Member) -> dict[str, float | Histogram]:
         """What the evals of ``member`` find, under the names that are logged."""
         held_out = self.held_out(member.config)
-        if held_out is None:
+        if not member.evals:
             return {}
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
@@ -282,7 +284,6 @@ class _Prepared:
     options: Any
     start: SAEModule | None
     schedule: Any
-    evals: dict[str, Eval]
 
     @classmethod
     def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
@@ -290,4 +291,4 @@ class _Prepared:
         options, start = sae_options(config, plugins, d_sae)
         resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)
-        return cls(options, start, make_schedule(config, plugins), make_evals(config, plugins))
+        return cls(options, start, make_schedule(config, plugins))

@@ -35,7 +35,7 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import Optimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.training.trainer import SAETrainer
-from saekit.values import Batch, Ports, Scale
+from saekit.values import Batch, EvalRun, Ports, Scale
 
 __all__ = [
     "check_start_widths",
@@ -58,9 +58,28 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
     return ComposedSchedule(config.training, build)
 
 
-def make_evals(config: TrainConfig, plugins: PluginManager) -> dict[str, Eval]:
+def make_evals(
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    open_contexts: Callable[[], Tensor | None],
+    device: str,
+    name: str = "sae",
+) -> dict[str, Eval]:
     """What is measured, by qualified key."""
-    return {key: choice.build() for key, choice in chosen_evals(config, plugins).items()}
+
+    def run(key: str) -> EvalRun:
+        return EvalRun(
+            name=name,
+            backend=backend,
+            sites=config.sites,
+            device=device,
+            steps=config.training.steps,
+            seed=seed_for(config.training.seed, f"eval {key}"),
+            open_contexts=open_contexts,
+        )
+
+    return {key: choice.build(run=run(key)) for key, choice in chosen_evals(config, plugins).items()}
 
 
 def sae_options(

@@ -18,6 +18,7 @@ from saekit.errors import ConfigError
 from saekit.files.names import SWEEP_FILES, is_plain_name
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.site import Site
 
 __all__ = [
     "changed_options",
@@ -178,4 +179,6 @@ def _name(number: str, changed: Mapping[str, Any]) -> str:
 
 def value_text(value: Any) -> str:
     """As short as it can be without saying something else."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "hook_name" in item for item in value):
+        return "+".join(Site(**item).name for item in value)
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

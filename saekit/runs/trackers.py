@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from saekit.config import ALWAYS_TRACKED, TrainConfig
 from saekit.config.files import plain_config
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Tracker
+from saekit.protocols import Concludes, Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.tracker_files import TrackerFiles
 from saekit.runs.waiting import Record, TrackersState
-from saekit.values import Metrics, RunInfo
+from saekit.values import Metrics, RunEnd, RunInfo
 
 __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 
@@ -94,6 +95,11 @@ class Trackers:
         self._report()
         return all(written)
 
+    def conclude(self, end: RunEnd) -> None:
+        """Trackers that are not closed by now are told how the run ended, when they are."""
+        for worker in self._workers:
+            worker.conclude(end)
+
     def close(self, timeout: float = 300.0) -> None:
         """End every tracker when it has written what it was given; one that takes longer is left behind."""
         close_all([self], timeout)
@@ -150,6 +156,7 @@ class _Worker:
         self._reported = False
         self._off = False
         self._closing = False
+        self._end: RunEnd | None = None
         self._jobs: deque[Record] = deque(waiting)
         self._owed: deque[Record] = deque(maxlen=WAITING_AT_MOST)
         """Of a tracker that is off, what it has not taken: for the run that goes on with this one."""
@@ -202,6 +209,10 @@ class _Worker:
                 lambda: self._off or not (self._jobs or self._now), max(0.0, deadline - time.monotonic())
             )
 
+    def conclude(self, end: RunEnd) -> None:
+        with self._changed:
+            self._end = self._end if self._closing else end
+
     def close(self) -> None:
         with self._changed:
             self._closing = True
@@ -247,10 +258,17 @@ class _Worker:
                 job.give(self.tracker)
             except BaseException as error:
                 self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {error_text(error)}")
+        with self._changed:
+            end = self._end  # none yet for one that is off before the run ends
+        if end is not None and isinstance(self.tracker, Concludes):
+            self._last(functools.partial(self.tracker.conclude, end), "conclude")
+        self._last(self.tracker.close, "close")
+
+    def _last(self, call: Callable[[], object], doing: str) -> None:
         try:
-            self.tracker.close()
+            call()
         except BaseException as error:
-            self._fail(f"tracker {self.name} failed to close: {error_text(error)}")
+            self._fail(f"tracker {self.name} failed to {doing}: {error_text(error)}")
 
     def _next(self) -> Record | None:
         """Wait for a call to make; None: there will be none."""
@@ -291,8 +309,10 @@ def start_trackers(
                 raise
             except (Exception, SystemExit) as error:  # whatever a stranger's package raises when it has no network
                 _cannot_start(key, error)
-    except BaseException:
-        Trackers(started).close()
+    except BaseException as error:
+        begun = Trackers(started)
+        begun.conclude(RunEnd("failed", error_text(error)))
+        begun.close()
         raise
     unstarted = {key: () for key in chosen if key not in started}
     return Trackers(started, {**unstarted, **(waiting or {})})

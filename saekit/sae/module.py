@@ -38,7 +38,9 @@ class SAEModule(Ways):
     fine-tuning (Wright and Sharkey 2024, "Addressing feature suppression in SAEs"), is there only where it is used: see
     :meth:`add_scaling_factor`.
 
-    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.
+    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.  Several
+    inputs are given side by side (:meth:`saekit.Ports.join_input`), and several targets come out side by side
+    (:meth:`saekit.Ports.split_target`).
     Architectures derive from :class:`saekit.SAE`, which also saves and loads.  They state their parameters in
     :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have fast
     ways list them in :attr:`step_kernels`.
@@ -111,13 +113,13 @@ class SAEModule(Ways):
         return [value for value in found if value is not None]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in: the type of its parameters, but for those that keep more digits."""
-        return next(
-            value.dtype
-            for entry in self.table
-            if not entry.keeps_digits and isinstance(value := getattr(self, entry.name), Tensor)
-        )
+    def _leading(self) -> Tensor:
+        return getattr(self, self._leading_name)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _leading_name(self) -> str:
+        always = [entry for entry in self.table if not entry.optional]
+        return min(always, key=lambda entry: entry.keeps_digits).name
 
     # ---- inference
 

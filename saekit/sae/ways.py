@@ -36,14 +36,19 @@ class Ways(Castable):
     _compile_mode: str | None = None
 
     @property
+    def _leading(self) -> Tensor:
+        """The parameter whose device and type are the module's."""
+        return next(self.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
-        return next(self.parameters()).device
+        return self._leading.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return next(self.parameters()).dtype
+        """What it computes in: the type of its parameters, but for those that keep more digits."""
+        return self._leading.dtype
 
     def step_path(self) -> str:
         """The way of a training step now, in words."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def check_plugin(
     models: Mapping[str, object] | None = None,
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
 ) -> Report:
     """Verify that every entry of ``plugins`` (modules, or objects with hook methods) keeps what its kind promises.
 
@@ -92,11 +93,11 @@ def check_plugin(
     ``models`` has, for backends, a small model to run (what ``saekit.train(model=...)`` takes), or a
     :class:`saekit.config.ModelConfig` that names one.  ``folders`` has, for loaders, the path of an SAE's folder of
     their format, or several.  ``skip`` leaves out an entry, ``"halving"``, or a check of it, ``"halving: finite"``, and
-    says why.
+    says why.  ``only`` has the names of the checks that are made, while one is mended.
 
     Returns what was checked; :class:`ConformanceError`, an AssertionError, tells all faults at once.
     """
-    report = plugin_report(*plugins, configs=configs, models=models, folders=folders, skip=skip)
+    report = plugin_report(*plugins, configs=configs, models=models, folders=folders, skip=skip, only=only)
     if report.faults:
         raise ConformanceError(str(report))
     return report
@@ -108,9 +109,10 @@ def plugin_report(
     models: Mapping[str, object] | None = None,
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
 ) -> Report:
     """What :func:`check_plugin` finds, as a report; faults raise nothing."""
-    given = _Given(configs or {}, models or {}, folders or {}, skip or {})
+    given = _Given(configs or {}, models or {}, folders or {}, skip or {}, only)
     outcomes = [outcome for plugin in plugins for outcome in _of_module(plugin, given)]
     try:
         manager, items = _managed(plugins)
@@ -128,6 +130,11 @@ class _Given:
     models: Mapping[str, object]
     folders: Mapping[str, Any]
     skip: Mapping[str, str]
+    only: Collection[str] | None = None
+
+    def wants(self, check: str) -> bool:
+        """Whether it is to be made."""
+        return self.only is None or check in self.only
 
     def check_names(self, names: Sequence[str]) -> None:
         """A slip of the pen would leave something unchecked."""
@@ -171,6 +178,8 @@ def _managed(plugins: Sequence[Any]) -> tuple[PluginManager, list[Registered]]:
 
 
 def _of_module(plugin: Any, given: _Given) -> Iterator[Outcome]:
+    if not given.wants("import"):
+        return
     name = getattr(plugin, "__name__", type(plugin).__name__)
     with tempfile.TemporaryDirectory() as place:
         promise = " ".join((check_import.__doc__ or "").split())
@@ -194,9 +203,11 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
         return
     own: Checks = importlib.import_module(f"saekit.testing.checks.{item.kind.name}").CHECKS
     missing = item.missing()
+    wanted = [check for check in (*OF_EVERY_KIND, *own) if given.wants(check.name)]
     for options in every:
+        known: dict[str, Any] = {}
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
-        for check in (*OF_EVERY_KIND, *own):
+        for check in wanted:
             outcome = Outcome(f"{label} ({_shown(options)})", check.name, check.promise)
             reason = given.skip.get(f"{item.entry.name}: {check.name}")
             if reason is None and failed and check not in OF_EVERY_KIND:
@@ -204,7 +215,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
             if reason is not None:
                 yield attrs.evolve(outcome, not_tried=reason)
                 continue
-            yield (found := _run(check, outcome, item, options, manager, given))
+            yield (found := _run(check, outcome, item, options, manager, given, known))
             if check.name == _FIRST and found.fault is not None:
                 failed = "it cannot be built"
 
@@ -221,17 +232,23 @@ def _shown(options: Any) -> str:
 
 
 def _run(
-    check: Check, outcome: Outcome, item: Registered, options: Any, manager: PluginManager, given: _Given
+    check: Check,
+    outcome: Outcome,
+    item: Registered,
+    options: Any,
+    manager: PluginManager,
+    given: _Given,
+    known: dict[str, Any],
 ) -> Outcome:
     name = item.entry.name
     with tempfile.TemporaryDirectory() as place:
-        subject = Subject(item, options, manager, Path(place), given.models.get(name), given.paths(name))
+        subject = Subject(item, options, manager, Path(place), given.models.get(name), given.paths(name), known)
 
         def run() -> None:
-            before = surroundings()
+            before = surroundings(item.entry.requires)
             check.run(subject)
             # A model's library may draw its first weights from torch's own random numbers.
-            if others := changed(before, random_too=item.kind is not MODEL_BACKENDS):
+            if others := changed(before, item.entry.requires, random_too=item.kind is not MODEL_BACKENDS):
                 raise Fault(f"it changed {', '.join(others)}, which belong to the whole process")
 
         return _tried(run, outcome)

@@ -1,6 +1,6 @@
 """Features that learn, beside sae-lens: explained variance, CE recovered and dead features at equal budget.
 
-    python tests/bench/dead_features.py [--seeds 3] [--batches 586] [--own-pipeline]
+    python tests/bench/dead_features.py [--seeds 3] [--batches 586] [--own-pipeline] [--workers 1]
 
 The embedded model at ``blocks.0.hook_resid_post``, activations scaled to a mean norm of ``sqrt(d_in)``, SAEs of 1,024
 features, batches of 1,024 rows, learning rate 1e-3, a dead-feature window of 100 steps in both.  Everything else is
@@ -23,10 +23,13 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import attrs
 import torch
+from saekit_plugins.evals.reconstruction import ReconstructionConfig, ReconstructionEval
 from torch import Tensor
 
 import saekit
@@ -64,7 +67,7 @@ class Bench:
         self.corpus = Corpus.of(self.config.dataset, self.config.evals)
         self.backend = open_backend(self.config, self.corpus, self.plugins, None, [SITE])
         self.held_out = self.corpus.held_out(self.backend, seed_for(hook_seed, "held out"))
-        self.measure = saekit.default_manager().build("evals", "reconstruction")
+        self.measure = ReconstructionEval(ReconstructionConfig())
 
     def table(self, sae: Mapping[str, Any], seed: int, folder: str = "unused", **training: Any) -> dict[str, Any]:
         """A run's configuration."""
@@ -106,8 +109,8 @@ class Bench:
         """Train on ``rows``."""
         config = load_config(self.table(sae, seed))
         options, _ = sae_options(config, self.plugins)
-        schedule = make_schedule(config, self.plugins)
-        trainer = make_trainer(config, self.plugins, self.backend, self.corpus, options, rows.shape[1], schedule)
+        schedule, ports = make_schedule(config, self.plugins), saekit.Ports.one(rows.shape[1], SITE.name)
+        trainer = make_trainer(config, self.plugins, self.backend, self.corpus, options, ports, schedule)
         give_weights(trainer, config, self.corpus, lambda: {SITE: rows[: 1 << 15] / scale})
         trainer.scale = 1.0  # the rows are scaled already
         for batch in rows.split(BATCH):
@@ -248,10 +251,33 @@ def at_l0(bench: Bench, wanted: float, rows: Tensor, scale: float, seed: int) ->
     return found
 
 
+_bench: Bench
+
+
+def _begin(batches: int, workers: int) -> None:
+    """What each process needs."""
+    global _bench
+    warnings.simplefilter("ignore")
+    if workers > 1:
+        torch.set_num_threads(1)
+    _bench = Bench(batches)
+
+
+def _both(task: tuple[dict[str, Any], int, bool]) -> tuple[Found, Found]:
+    """saekit's and the peer's, of one SAE and seed."""
+    sae, seed, own_pipeline = task
+    rows, scale = _bench.rows(seed)
+    theirs = _bench.peer_pipeline(sae, seed) if own_pipeline else _bench.peer(sae, rows, scale, seed)
+    if sae["name"] == "standard":
+        return at_l0(_bench, theirs.l0, rows, scale, seed), theirs
+    return _bench.own_pipeline(sae, seed) if own_pipeline else _bench.own(sae, rows, scale, seed), theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=586)
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--own-pipeline", action="store_true")
     parser.add_argument("--only", choices=["topk", "batchtopk", "standard"], action="append")
     asked = parser.parse_args()
@@ -259,23 +285,17 @@ def main() -> None:
     if importlib.util.find_spec("sae_lens") is None:
         print("not installed, left out: sae-lens")
         return
-    bench = Bench(asked.batches)
     chosen = asked.only or ["topk", "batchtopk", "standard"]
     wanted: list[dict[str, Any]] = [{"name": n, "k": k} for n in chosen if n != "standard" for k in (8, 16, 32)]
     wanted += [{"name": "standard", "l1_coefficient": x} for x in (2.0, 4.0, 8.0) if "standard" in chosen]
+    tasks = [(sae, seed, asked.own_pipeline) for sae in wanted for seed in range(asked.seeds)]
     own: dict[str, list[Found]] = {}
     peer: dict[str, list[Found]] = {}
-    for seed in range(asked.seeds):
-        rows, scale = bench.rows(seed)
-        for sae in wanted:
+    with ProcessPoolExecutor(asked.workers, get_context("spawn"), _begin, (asked.batches, asked.workers)) as pool:
+        for (sae, _, _), (mine, theirs) in zip(tasks, pool.map(_both, tasks), strict=True):
             name = " ".join(map(str, sae.values()))
-            peers = bench.peer_pipeline(sae, seed) if asked.own_pipeline else bench.peer(sae, rows, scale, seed)
-            if sae["name"] == "standard":
-                mine = at_l0(bench, peers.l0, rows, scale, seed)
-            else:
-                mine = bench.own_pipeline(sae, seed) if asked.own_pipeline else bench.own(sae, rows, scale, seed)
             own.setdefault(name, []).append(mine)
-            peer.setdefault(name, []).append(peers)
+            peer.setdefault(name, []).append(theirs)
     print(f"saekit | sae-lens, means of {asked.seeds} seeds, {asked.batches} batches")
     fine = [line(name, own[name], peer[name]) for name in own]
     print("none worse by more than two standard errors" if all(fine) else f"{fine.count(False)} worse")

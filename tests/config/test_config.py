@@ -218,8 +218,9 @@ def test_the_commented_default_is_the_default(tmp_path: Path) -> None:
     plugins = saekit.default_manager()
     assert plugins.options("sae_architectures", config.sae) == StandardConfig()
     assert plugins.options("activation_sources", config.activations.source) == LiveConfig()
+    assert plugins.options("optimizers", config.optimizer) == AdamConfig()
     assert attrs.evolve(config, sae=TrainConfig().sae, activations=TrainConfig().activations,
-                        model=TrainConfig().model, evals=TrainConfig().evals,
+                        model=TrainConfig().model, evals=TrainConfig().evals, optimizer=TrainConfig().optimizer,
                         trackers=TrainConfig().trackers) == TrainConfig()  # fmt: skip
 
 

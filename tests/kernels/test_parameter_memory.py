@@ -91,4 +91,5 @@ def test_clipping_inside_adam_is_that_of_torch(clip: float, size: float, device:
         moments = plain.state[parameter]
         for moment in ("exp_avg", "exp_avg_sq"):
             found = optimizer.state_dict()[name][moment]
-            assert torch.allclose(found, moments[moment], rtol=1e-4, atol=1e-12), (name, moment)
+            rounded = 1e-12 if device == "cpu" else 1e-7 * size  # of what is near zero
+            assert torch.allclose(found, moments[moment], rtol=1e-4, atol=rounded), (name, moment)

@@ -59,7 +59,7 @@ def test_the_working_directory_may_change(tmp_path: Path, name: str | None) -> N
     """The run is one, where it was begun, and so it is when it goes on."""
 
     def plugins(leave: bool) -> Any:
-        def build(config: object) -> Any:
+        def build(config: object, *, run: object) -> Any:
             def measure(sae: object, **services: object) -> dict[str, float]:
                 if leave:
                     os.chdir(tmp_path / "elsewhere")
@@ -93,7 +93,7 @@ def test_the_working_directory_may_change(tmp_path: Path, name: str | None) -> N
 
 
 def test_a_run_that_goes_on_may_leave_too(tmp_path: Path) -> None:
-    def build(config: object) -> Any:
+    def build(config: object, *, run: object) -> Any:
         def measure(sae: object, **services: object) -> dict[str, float]:
             os.chdir(tmp_path / "elsewhere")
             return {}

@@ -71,7 +71,7 @@ def test_a_resumed_run_holds_no_file_of_a_checkpoint(tmp_path: Path) -> None:
     stopped(fake_config(tmp_path), 4)
     held: list[str] = []
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def look(sae: object, **services: object) -> dict[str, float]:
             mapped = Path("/proc/self/maps").read_text().splitlines()
             held.extend(line for line in mapped if str(tmp_path / "run/checkpoints") in line)

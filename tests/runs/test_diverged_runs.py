@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
-import torch
 from safetensors import safe_open
-from support.runs import HOOKS, contents, fake_config, manager, pressing, resume, stopped, train
-from torch import Tensor
+from support.runs import HOOKS, contents, fake_config, manager, poison, pressing, resume, stopped, train
 
 import saekit
 from saekit.errors import DivergedError, TrainingInterrupted
@@ -21,25 +17,6 @@ from saekit.runs.checkpoints import all_checkpoints
 from saekit.training.trainer import SAETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int, what: str = "rows") -> None:
-    """From this step on, the SAE of this name gets rows that are not numbers, or has weights that are not."""
-    work = SAETrainer.train_on
-
-    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
-        if trainer.step + 1 >= step and name in trainer.name:
-            if what == "rows":
-                rows = rows.clone()
-                rows[0, 0] = math.inf
-            else:
-                found = work(trainer, rows, *rest)
-                with torch.no_grad():
-                    trainer.sae.b_enc[0] = math.nan
-                return found
-        return work(trainer, rows, *rest)
-
-    monkeypatch.setattr(SAETrainer, "train_on", train_on)
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

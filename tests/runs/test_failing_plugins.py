@@ -117,7 +117,7 @@ def test_a_want_of_memory_is_nobodys_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("broken")])
 def test_an_eval(tmp_path: Path, error: BaseException) -> None:
-    own = manager(None, fake_plugin("evals", "mine", lambda config: failing(error)))
+    own = manager(None, fake_plugin("evals", "mine", lambda config, run: failing(error)))
     sections = {"run": ["mine"], "every_n_steps": 4, "n_contexts": 4}
     with pytest.raises(PluginFailedError, match=r"^eval 'test:mine' \(test 0\) failed in __call__: (SystemE|RuntimeE)"):
         train(fake_config(tmp_path, evals=sections), plugins=own)

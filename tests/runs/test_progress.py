@@ -148,7 +148,7 @@ def test_time_left_and_rate_count_what_was_done_since_a_resume(
 def test_a_resumed_run_says_its_own_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     presses = [True]
 
-    def build(evals: object) -> Any:
+    def build(evals: object, *, run: object) -> Any:
         def press(sae: Any, **services: Any) -> dict[str, float]:
             if presses.pop() if presses else False:
                 os.kill(os.getpid(), signal.SIGINT)

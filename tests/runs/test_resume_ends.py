@@ -56,7 +56,7 @@ def test_stopped_between_the_last_eval_and_the_last_checkpoint(tmp_path: Path, m
 def test_a_signal_in_the_last_evals_acts_at_once(tmp_path: Path) -> None:
     pressed = [True, False, False]
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def measure(sae: object, **services: object) -> dict[str, float]:
             if pressed.pop(0):
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -70,7 +70,7 @@ def assert_the_same(
 def test_the_random_numbers_of_plugins_go_on(tmp_path: Path) -> None:
     """An eval that draws from the process's own generators, of Python, NumPy and torch."""
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def measure(sae: object, **services: object) -> dict[str, float]:
             return {
                 "python": random.random(), "gauss": random.gauss(), "numpy": np.random.rand(),
@@ -227,7 +227,7 @@ def test_an_eval_that_fails_is_made_again(tmp_path: Path) -> None:
     def plugins(fail_at: int | None) -> saekit.PluginManager:
         calls = [0]
 
-        def build(config: object) -> object:
+        def build(config: object, *, run: object) -> object:
             def measure(sae: Any, **services: object) -> dict[str, float]:
                 calls[0] += 1
                 if calls[0] == fail_at:

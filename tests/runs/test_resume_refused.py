@@ -221,7 +221,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_a_run_folder_that_is_trained_in_is_locked(tmp_path: Path) -> None:
     tried = []
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def measure(sae: object, **services: object) -> dict[str, float]:
             with pytest.raises(ConfigError, match="another process is still training in"):
                 resume(tmp_path / "run")

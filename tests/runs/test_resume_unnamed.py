@@ -165,7 +165,7 @@ def test_one_none_among_the_options(tmp_path: Path) -> None:
     told = []
 
     class Measure:
-        def __init__(self, config: Options) -> None:
+        def __init__(self, config: Options, *, run: object) -> None:
             self.config = config
 
         def __call__(self, sae: object, **services: object) -> dict[str, float]:

@@ -140,7 +140,7 @@ def test_merged_yaml_does_not_grow_without_bounds() -> None:
 
 def with_eval(measure: Any, folder: Path, **sections: Any) -> Any:
     backend = fake_plugin("model_backends", "fake", lambda config, **services: FakeBackend())
-    plugins = isolated_manager(backend, fake_plugin("evals", "mine", lambda config: measure), builtins=True)
+    plugins = isolated_manager(backend, fake_plugin("evals", "mine", lambda config, run: measure), builtins=True)
     options = config(folder, **sections) | {"evals": {"run": ["mine"], "every_n_steps": 2, "n_contexts": 4}}
     return saekit.train(options, plugins=plugins, dataset=TEXTS)
 

@@ -242,7 +242,7 @@ def test_data_that_ends_ends_every_lane(tmp_path: Path) -> None:
 def test_a_sweep_that_was_stopped_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
     armed = False
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         def press(sae: SAE, **services: Any) -> dict[str, float]:
             if armed and sae.info.metadata["training_tokens"] == 800 and sae.info.metadata["seed"] == 2:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -14,21 +14,21 @@ import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
 from support.gated import GatedConfig, GatedSAE
+from support.optimizers import adam_for
 from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
 from torch import Tensor
 
 import saekit
 from saekit import Batch, Ports, SAEInfo, StepInput
-from saekit.config import OptimizerConfig, TrainingConfig
+from saekit.config import TrainingConfig
 from saekit.errors import SAEFormatError, TrainingInterrupted
 from saekit.sae import Parameter, init
 from saekit.sae.build import build_module, initialize
 from saekit.testing import fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
 from saekit.training.trainer import SAETrainer
 
-FIRST, SECOND = saekit.Site(hook_name="first"), saekit.Site(hook_name="second")
+FIRST, SECOND, READ, WRITTEN = (saekit.Site(hook_name=name) for name in ("first", "second", "read", "written"))
 TWO = Ports({"first": 7, "second": 5})
 OTHER = Ports({"read": 12}, {"written": 8})
 PLAIN = {"init_encoder_as_decoder_transpose": False, "normalize_sae_decoder": False}
@@ -214,23 +214,34 @@ def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:
 def test_a_transcoders_folder_names_its_sites(tmp_path: Path) -> None:
     sae = built(OTHER, apply_b_dec_to_input=False)
     path = sae.save(tmp_path / "sae")
-    assert json.loads((path / "cfg.json").read_text())["saekit"]["ports"] == {
-        "inputs": {"read": 12}, "targets": {"written": 8},
-    }  # fmt: skip
+    own = json.loads((path / "cfg.json").read_text())["saekit"]
+    assert own["inputs"] == [{"hook_name": "read", "hook_head_index": None, "width": 12}]
+    assert own["targets"] == [{"hook_name": "written", "hook_head_index": None, "width": 8}]
     plugins = isolated_manager(support.gated, builtins=True)
     again = saekit.SAE.load(path, plugins=plugins)
     assert again.ports == OTHER
     assert torch.equal(again(rows(dtype=torch.float32)), sae(rows(dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("ports", [{}, {"inputs": {"a": 12}}, {"inputs": {"a": "12"}, "targets": {"a": 12}}, 3])
-def test_ports_of_a_folder_that_are_none(tmp_path: Path, ports: object) -> None:
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, "saekit.targets in cfg.json .* found None, expected a list of sites, each with its width"),
+        ([3], "saekit.targets in cfg.json .* expected a list of sites"),
+        ([{"hook_name": "a"}], "saekit.targets.width .* found nothing, expected a whole number of 1 or more"),
+        ([{"hook_name": "a", "width": "12"}], "saekit.targets.width .* found '12'"),
+        ([{"width": 12}], "is not a site: .*hook_name: is missing"),
+        ([{"hook_name": "first", "width": 12}], "found .*, expected the width of first that inputs say"),
+        ([], "targets: must be one site or more"),
+    ],
+)
+def test_targets_of_a_folder_that_are_none(tmp_path: Path, targets: object, message: str) -> None:
     path = built(TWO).save(tmp_path / "sae")
     table = json.loads((path / "cfg.json").read_text())
-    table["saekit"]["ports"] = ports
+    table["saekit"]["targets"] = targets
     del table["saekit"]["seal"]
     (path / "cfg.json").write_text(json.dumps(table))
-    with pytest.raises(SAEFormatError, match="saekit.ports in cfg.json .* expected inputs and targets, each an object"):
+    with pytest.raises(SAEFormatError, match=message):
         saekit.SAE.load(path, plugins=isolated_manager(support.gated, builtins=True))
 
 
@@ -368,15 +379,15 @@ def test_state_that_could_not_be_saved_is_refused_before_the_first_step(tmp_path
 def trainer_of(sae: Any, **changes: Any) -> SAETrainer:
     training = TrainingConfig(training_tokens=10**6, lr=1e-3)
     return SAETrainer(
-        name="sae", sae=sae, site=FIRST, training=training, generator=torch.Generator(), device="cpu",
-        optimizer=Optimizer(sae.named_parameters(), OptimizerConfig(), lambda step: 1e-3, sae.table.lr_factors()),
+        name="sae", sae=sae, training=training, generator=torch.Generator(), device="cpu",
+        optimizer=adam_for(sae.named_parameters(), lambda step: 1e-3),
         firing=FiringStatistics(sae.d_sae, dead_after=3, window=5, device="cpu"), **changes,
     )  # fmt: skip
 
 
 def test_a_trainer_of_several_sites_has_a_scale_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x = built(TWO, dtype="float64"), rows()
-    trainer = trainer_of(sae, inputs=(FIRST, SECOND), scale={"first": 2.0, "second": 0.25})
+    trainer = trainer_of(sae, sites=saekit.Sites((FIRST, SECOND)), scale={"first": 2.0, "second": 0.25})
     seen: list[StepInput] = []
     steps = type(sae).training_step
     monkeypatch.setattr(type(sae), "training_step", lambda own, x, step: (seen.append(step), steps(own, x, step))[1])
@@ -396,7 +407,7 @@ def test_a_trainer_of_several_sites_has_a_scale_for_each(monkeypatch: pytest.Mon
 
 def test_a_trainer_of_a_transcoder_has_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x, y = built(OTHER, dtype="float64", apply_b_dec_to_input=False), rows(), rows(width=8)
-    trainer = trainer_of(sae, inputs=(FIRST,), targets=(SECOND,), scale={"read": 2.0, "written": 0.5})
+    trainer = trainer_of(sae, sites=saekit.Sites((FIRST,), (SECOND,)), scale={"read": 2.0, "written": 0.5})
     inputs, target = trainer.rows_of(Batch({FIRST: x, SECOND: y}))
     assert torch.equal(target, y)
     with torch.no_grad():

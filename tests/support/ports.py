@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 from support import sweeps
-from support.sweeps import changed
+from support.sweeps import DOCUMENTS, changed
 from torch import Tensor
 
 import saekit
@@ -46,7 +46,6 @@ class MapSAE(SAE):
         assert (step.target is None) == self.ports.same
         assert step.batch is not None
         assert step.steps is not None
-        assert step.backend is not None
         features = self.features_of(self.pre_activations(x))
         output = self.reconstruction(features)
         mse = (output - step.target_for(x)).pow(2).sum(-1).mean()
@@ -73,4 +72,4 @@ def run(folder: Path, sites: saekit.Sites = SITES, **sections: Mapping[str, Any]
 
 
 def train(configs: Any, plugins: saekit.PluginManager | None = None, **options: Any) -> Any:
-    return saekit.train(configs, plugins=plugins or manager(), **({"dataset": sweeps.DOCUMENTS} | options))
+    return saekit.train(configs, plugins=plugins or manager(), **({"dataset": DOCUMENTS} | options))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import caches
 from support.tiny import run_config
 from torch import Tensor
@@ -127,3 +129,22 @@ def stopped(config: Any, at: int, **options: Any) -> TrainingInterrupted:
 
 def on_cache(source: str, cache: Path) -> dict[str, Any]:
     return SOURCES[source] | ({"folder": str(cache)} if source.startswith("cached") else {})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int, what: str = "rows") -> None:
+    """From this step on, the SAE of this name gets rows that are not numbers, or has weights that are not."""
+    work = SAETrainer.train_on
+
+    def train_on(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
+        if trainer.step + 1 >= step and name in trainer.name:
+            if what == "rows":
+                rows = rows.clone()
+                rows[0, 0] = math.inf
+            else:
+                found = work(trainer, rows, *rest)
+                with torch.no_grad():
+                    trainer.sae.b_enc[0] = math.nan
+                return found
+        return work(trainer, rows, *rest)
+
+    monkeypatch.setattr(SAETrainer, "train_on", train_on)

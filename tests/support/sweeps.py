@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -74,7 +75,7 @@ def manager(backend: FakeBackend | None = None, *others: object) -> saekit.Plugi
 
 def changed(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """Options of some sections changed; another plugin comes without the options of the one before."""
-    merged = {name: dict(options) for name, options in config.items()}
+    merged: dict[str, Any] = {name: copy.copy(options) for name, options in config.items()}
     for section, options in changes.items():
         old = merged.get(section, {})
         other = section in ("sae", "lr_schedule") and options.get("name", old.get("name")) != old.get("name")

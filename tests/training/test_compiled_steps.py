@@ -186,6 +186,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_with_the_real_compiler(device: str) -> None:
     torch._dynamo.reset()
     options = {"noise_scale": 0.1, "use_ghost_grads": True, "dtype": "float32", "device": device, "asleep": 5}

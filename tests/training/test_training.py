@@ -181,7 +181,7 @@ def test_plugins_of_one_manager_are_enough_to_train_save_and_load(tmp_path: Path
 
 
 def test_a_failing_last_eval_loses_nothing(tmp_path: Path) -> None:
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         return lambda sae, **services: exec("raise RuntimeError('an eval broke')")
 
     plugins = isolated_manager(fake_plugin("evals", "bad", build=build), builtins=True)
@@ -245,7 +245,7 @@ def test_metrics_are_always_written_and_always_json(tmp_path: Path) -> None:
 def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
     """Ctrl-C in the middle of an eval waits for the step's end."""
 
-    def build(config: object) -> object:
+    def build(config: object, *, run: object) -> object:
         return lambda sae, **services: os.kill(os.getpid(), signal.SIGINT) or {"pressed": 1.0}
 
     plugins = isolated_manager(fake_plugin("evals", "impatient", build=build), builtins=True)

@@ -78,7 +78,7 @@ def test_plugins_that_draw_from_the_processs_generators(tmp_path: Path) -> None:
 
 
 def test_the_callers_generators_come_back_after_an_error(tmp_path: Path) -> None:
-    def build(config: object) -> Any:
+    def build(config: object, *, run: object) -> Any:
         return lambda sae, **services: exec("import random; random.random(); raise RuntimeError('an eval broke')")
 
     before = states()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
     from saekit.sae import SAE
+    from saekit.values import EvalRun
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +49,8 @@ class ReconstructionEval:
 
 @hookimpl
 def saekit_register_evals() -> Iterable[Entry]:
-    yield Entry(
-        "reconstruction", ReconstructionConfig, ReconstructionEval, summary="explained variance, L0, CE recovered"
-    )
+    yield Entry("reconstruction", ReconstructionConfig, _build, summary="explained variance, L0, CE recovered")
+
+
+def _build(config: ReconstructionConfig, *, run: EvalRun) -> ReconstructionEval:
+    return ReconstructionEval(config)

@@ -15,11 +15,12 @@ import attrs
 from saekit import Entry, RunInfo, hookimpl
 from saekit.config import check
 from saekit.files import hidden_name
-from saekit.values import Histogram, Metrics
+from saekit.values import Histogram, Metrics, RunEnd
 
 ID_FILE = "wandb-run-id.txt"
 """Holds the W&B run's id, in the run folder: a run that is resumed goes on in the same W&B run."""
 BINS_AT_MOST = 512  # W&B refuses a histogram with more
+_EXIT_CODES = {"finished": 0, "interrupted": 255, "diverged": 1, "failed": 1}  # 255 is W&B's own of Ctrl-C
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +55,7 @@ class WandbTracker:
         run_id = _run_id(run.file(ID_FILE))
         self._wandb = wandb
         self._log_checkpoints = config.log_checkpoints
+        self._exit_code: int | None = None
         # With the id, since a name may be used again elsewhere in the project.
         self._artifact_name = f"{re.sub('[^A-Za-z0-9_.-]', '-', run.name)[:100]}-{run_id}"
         mode: Any = config.mode or _environment("MODE") or "online"
@@ -94,8 +96,11 @@ class WandbTracker:
                 artifact.add_file(str(file), name=file.relative_to(folder).as_posix())
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])  # W&B adds "latest"
 
+    def conclude(self, end: RunEnd) -> None:
+        self._exit_code = _EXIT_CODES[end.status]
+
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=self._exit_code)
 
 
 def _environment(name: str) -> str | None:

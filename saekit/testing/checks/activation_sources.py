@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.protocols import StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend
@@ -28,11 +29,15 @@ _DOCUMENTS = [[(7 * n + t) % 120 + 1 for t in range(10 + n % 13)] for n in range
 _BATCH, _MOST, _PATIENCE = 24, 300, 2.0
 
 
+def _no_text(text: str) -> list[int]:
+    raise NotImplementedError("documents are token ids here")
+
+
 def _stream(*, repeat: bool = True, sites: tuple[Site, ...] = (_SITE,), seed: int = 3, **options: Any) -> StreamContext:
     from saekit.data import ContextStream, StreamContext, TokenPolicy
 
     def contexts() -> ContextStream:
-        return ContextStream(_DOCUMENTS, list, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
+        return ContextStream(_DOCUMENTS, _no_text, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
 
     given: dict[str, Any] = {"backend": FakeBackend(), "open_contexts": contexts} | options
     return StreamContext(sites=sites, batch_size=_BATCH, seed=seed, repeat=repeat, **given)
@@ -246,7 +251,7 @@ def model_lock(subject: Subject) -> None:
 
 @CHECKS.add
 def close(subject: Subject) -> None:
-    """``close``, and ``pause`` where there is one, end its threads; a pause changes no batch, and twice does no harm."""
+    """``close``, and ``pause`` where there is one, end its threads, once or twice; a pause changes no batch."""
     before = {*threading.enumerate()}
     with _opened(subject) as plain, _opened(subject) as source:
         expected, found = _batches(plain, 6), _batches(source, 3)
@@ -263,6 +268,21 @@ def _must_end(before: set[threading.Thread]) -> None:
     while (left := {*threading.enumerate()} - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     must(not left, f"after close() there is still the thread {next(iter(left)).name if left else ''}")
+
+
+@CHECKS.add
+def widths(subject: Subject) -> None:
+    """Where it states ``widths``, they are those of its batches."""
+    with _opened(subject) as source:
+        batch: Batch = next(source)
+        if not isinstance(source, StatesWidths):
+            raise NotTried("it states none")
+        stated = dict(source.widths)
+        for site, rows in batch.activations.items():
+            must(
+                stated.get(site) == rows.shape[1],
+                f"it states the width {stated.get(site)} of {site.name}, and gives rows of {rows.shape[1]}",
+            )
 
 
 @CHECKS.add

@@ -17,7 +17,7 @@ __all__ = ["Check", "Checks", "Fault", "NotTried", "Subject", "must"]
 C = TypeVar("C", bound="Callable[[Subject], None]")
 
 
-class Fault(AssertionError):
+class Fault(AssertionError):  # noqa: N818 - the plugin's, not an error of ours
     """What a plugin does is not what its kind promises."""
 
 
@@ -39,6 +39,8 @@ class Subject:
     """Of a backend: what it is to run, or a :class:`saekit.config.ModelConfig` that names it."""
     folders: tuple[Path, ...] = ()
     """Of a loader: SAEs of its format."""
+    known: dict[str, Any] = attrs.field(factory=dict)
+    """What a check has found out of the entry with these options, for those after it."""
 
     def build(self, **services: Any) -> Any:
         """What the entry builds, with its kind's services."""
@@ -66,6 +68,10 @@ class Checks:
         """A decorator: the function's name and docstring are those of the check."""
         self._checks.append(Check(function.__name__, " ".join((function.__doc__ or "").split()), function))
         return function
+
+    def extend(self, others: Checks) -> None:
+        """With the checks of another file."""
+        self._checks += others
 
     def __iter__(self) -> Iterator[Check]:
         return iter(self._checks)

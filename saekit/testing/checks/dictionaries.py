@@ -23,13 +23,16 @@ __all__ = [
     "ONE",
     "PORTS",
     "ROWS",
+    "copied",
     "made",
+    "methods",
     "must_be_one_step",
     "rows",
     "step_input",
     "stepped",
     "takes",
     "uninitialized",
+    "with_factors",
 ]
 
 ROWS = 24
@@ -83,7 +86,7 @@ def _stir(sae: SAE, seed: int) -> None:
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
             if spread > 0:
-                parameter += 0.1 * spread * drawn
+                parameter.add_(0.1 * spread * drawn)
             else:  # a constant: a number of another sign could mean something else
                 parameter.mul_(1 + 0.2 * drawn.tanh()).add_(0.05 * drawn * (parameter == 0))
         sae.after_update()
@@ -140,8 +143,8 @@ def must_be_one_step(
         for name in {**found, **expected}:
             if name not in found or name not in expected:
                 raise Fault(f"{name} is among {what} of one way alone{where}")
-            values = [torch.as_tensor(value, dtype=torch.float64) for value in (found[name], expected[name])]
-            must_agree(f"{name} of {what}{where}", *values, tolerance)
+            own, right = (torch.as_tensor(value, dtype=torch.float64) for value in (found[name], expected[name]))
+            must_agree(f"{name} of {what}{where}", own, right, tolerance)
     gradients = dict(reference.named_parameters())
     for name, parameter in sae.named_parameters():
         own, right = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, gradients[name]))
@@ -157,3 +160,21 @@ def copied(sae: SAE, kernels: Any = None) -> SAE:
     if kernels is not None:
         found.kernels = kernels
     return found
+
+
+def methods(sae: SAE) -> list[str]:
+    """The ways to fine-tune that its table knows."""
+    return list(dict.fromkeys(method for entry in sae.table for method in entry.groups))
+
+
+def with_factors(sae: SAE, method: str | None) -> SAE:
+    """With factors that ``method`` trains, none of them 1."""
+    import torch
+
+    if method is not None:
+        sae.add_factors_for(method)
+        with torch.no_grad():
+            for entry in sae.table:
+                if entry.optional and (value := getattr(sae, entry.name)) is not None:
+                    value.copy_(0.5 + torch.rand(value.shape, generator=seeded(3), dtype=torch.float64))
+    return sae

@@ -32,7 +32,7 @@ _PRINTED = 200
 
 @OF_EVERY_KIND.add
 def options_round_trip(subject: Subject) -> None:
-    """Options, None in every place included, come back from TOML, YAML and JSON as they were: load(dump(cfg)) == cfg."""
+    """load(dump(options)) == options: from TOML, YAML and JSON they come back, None in every place included."""
     kind, converter = subject.item.kind, ConfigConverter(subject.plugins)
     for options in _variations(converter.choice(subject.options, kind).options):
         for ending, read in READERS.items():

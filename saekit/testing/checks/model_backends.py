@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHECKS = Checks()
 _CLOSE = 1e-5
-_MOST_HOOKS, _LOOKED_AT = 4, 60
+_MOST_HOOKS, _LOOKED_AT = 4, 24
 _TEXT = "def add(a, b):\n    return a + b\n"
 
 
@@ -49,7 +49,9 @@ class _Tried:
     def of(cls, subject: Subject) -> _Tried:
         backend = _backend(subject)
         tokens = _tokens(backend)
-        hooks = _usable(backend, tokens)
+        if "hooks" not in subject.known:
+            subject.known["hooks"] = _usable(backend, tokens)
+        hooks = subject.known["hooks"]
         must(hooks, f"no hook of {backend.name!r} holds a vector for each token, [b, t, d]")
         return cls(backend, tokens, hooks)
 

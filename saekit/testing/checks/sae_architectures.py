@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from saekit.config import SAEConfig
-from saekit.errors import SAEFormatError
-from saekit.reasons import error_text
-from saekit.runs.state_files import read_state, write_state
-from saekit.site import Site
-from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
+from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.dictionaries import (
     ONE,
     ROWS,
     copied,
     made,
+    methods,
     must_be_one_step,
     rows,
     step_input,
     stepped,
     takes,
     uninitialized,
+    with_factors,
 )
+from saekit.testing.checks.kept_dictionaries import KEPT
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.values import Ports, StepOutput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saekit.sae import SAE
 
 CHECKS = Checks()
@@ -114,7 +107,10 @@ def inference(subject: Subject) -> None:
             must(features.shape == (*given.shape[:-1], sae.d_sae), f"features have the shape {list(features.shape)}")
             must(output.isfinite().all(), f"outputs are not finite ({where})")
             must_be_equal("what it was given, afterwards,", given, before)
-        must_agree("decode(encode(x)), and what it is called with x,", sae.decode(sae.encode(x)), sae(x), _EXACT)
+        decoded = sae.decode(sae.encode(x))
+        must(decoded.shape == (ROWS, ports.d_out), f"decode gives the shape {list(decoded.shape)} ({where})")
+        if not any({"d_in", "d_out"} <= {*entry.dims} for entry in sae.table):  # which goes around the features
+            must_agree("decode(encode(x)), and what it is called with x,", decoded, sae(x), _EXACT)
         x.requires_grad_()
         sae(x).square().sum().backward()
         must(x.grad is not None and bool(x.grad.any()), "outputs have no gradient to inputs")
@@ -233,7 +229,7 @@ def unit_rows(subject: Subject) -> None:
     with torch.no_grad():
         for value in sae.parameters():
             if value.grad is not None:
-                value -= 0.01 * value.grad
+                value.sub_(0.01 * value.grad)
     before = {name: value.detach().clone() for name, value in sae.named_parameters()}
     sae.after_update()
     for entry in sae.table:
@@ -248,20 +244,6 @@ def _of_the_kernel() -> Any:
     from saekit.sae import SAE
 
     return SAE.after_update
-
-
-@CHECKS.add
-def checkpoint(subject: Subject) -> None:
-    """Its state is that of its module: a fresh one that takes it over makes the very next steps."""
-    sae = made(subject)
-    write_state(subject.place, "state", dict(sae.state_dict()))
-    fresh = made(subject, seed=1)
-    fresh.load_state_dict(read_state(subject.place, "state"))
-    for number in (2, 3):
-        expected, found = stepped(sae, step=number, seed=number), stepped(fresh, step=number, seed=number)
-        must_be_one_step(fresh, found, sae, expected, tolerance=0, where=" of a step from saved state")
-        for one in (sae, fresh):
-            one.zero_grad(set_to_none=True)
 
 
 @CHECKS.add
@@ -301,81 +283,12 @@ def _scales(ports: Ports, each: bool) -> tuple[Any, Any]:
 
 
 @CHECKS.add
-def saving(subject: Subject) -> None:
-    """It is saved and loaded again as the same, with factors of fine-tuning, too; twice moves no digit."""
-    for where, ports in takes(subject):
-        for method in (None, *(_methods(made(subject, ports)) if ports is ONE else ())):
-            sae = _with_factors(made(subject, ports), method)
-            sae.info = attrs.evolve(sae.info, site=Site(), metadata={"model_name": "fake"})
-            folder = subject.place / f"{where} {method}"
-            again = _saved(sae, folder / "once", subject)
-            must(type(again) is type(sae), f"it is loaded as {type(again).__name__}")
-            must(again.ports == sae.ports, f"it is loaded with the ports {again.ports}, expected {sae.ports}")
-            must(again.info.site == sae.info.site, f"it is loaded with the site {again.info.site}")
-            x, _ = rows(ports)
-            must_agree(f"outputs after it was saved ({where}, {method})", again(x), sae(x), _EXACT)
-            twice = _saved(again, folder / "twice", subject)
-            must_be_equal(f"tensors saved twice ({where})", twice.public_tensors(), again.public_tensors())
-
-
-def _saved(sae: SAE, folder: Any, subject: Subject) -> SAE:
-    from saekit.sae import SAE
-
-    folder.parent.mkdir(exist_ok=True)
-    sae.save(folder)
-    return SAE.load(folder, plugins=subject.plugins)
-
-
-def _methods(sae: SAE) -> list[str]:
-    """The ways to fine-tune that its table knows."""
-    return list(dict.fromkeys(method for entry in sae.table for method in entry.groups))
-
-
-def _with_factors(sae: SAE, method: str | None) -> SAE:
-    """With factors that ``method`` trains, none of them 1."""
-    import torch
-
-    if method is not None:
-        sae.add_factors_for(method)
-        with torch.no_grad():
-            for entry in sae.table:
-                if entry.optional and (value := getattr(sae, entry.name)) is not None:
-                    value.copy_(0.5 + torch.rand(value.shape, generator=seeded(3), dtype=torch.float64))
-    return sae
-
-
-@CHECKS.add
-def wrong_tensors(subject: Subject) -> None:
-    """Tensors that do not fit are refused: one that is missing, one that is unknown, one of another shape."""
-    sae = made(subject)
-    tensors: Mapping[str, Tensor] = sae.public_tensors()
-    for what, given in _wrong(tensors):
-        try:
-            copied(sae).load_public_tensors(given)
-        except SAEFormatError:
-            continue
-        except Exception as error:
-            raise Fault(f"{what} raises {error_text(error)}, expected a SAEFormatError") from error
-        raise Fault(f"{what} is taken, expected a SAEFormatError")
-
-
-def _wrong(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    import torch
-
-    for name, value in tensors.items():
-        others = {other: tensors[other] for other in tensors if other != name}
-        yield f"a folder without {name}", others
-        yield f"{name} of another shape", others | {name: torch.cat([value.flatten(), value.flatten()])}
-    yield "an unknown tensor", {**tensors, "nobody_knows_it": torch.zeros(3)}
-
-
-@CHECKS.add
 def learn_only(subject: Subject) -> None:
     """Fine-tuning: what its method trains gets autograd's gradient, everything else none, and stays as it is."""
     plain = made(subject)
     cases: dict[str, tuple[SAE, frozenset[str]]] = {
-        f"method {method}": (sae := _with_factors(copied(plain), method), sae.table.trained_by(method))
-        for method in _methods(plain)
+        f"method {method}": (sae := with_factors(copied(plain), method), sae.table.trained_by(method))
+        for method in methods(plain)
     }
     cases |= {f"{name} alone": (plain, frozenset([name])) for name, _ in plain.named_parameters()}
     for where, (fresh, names) in cases.items():
@@ -409,21 +322,4 @@ def _must_learn(one: SAE, whole: SAE, names: set[str], where: str) -> None:
     must_be_one_step(again, stepped(again), reference, stepped(reference), where=f" ({where})")
 
 
-@CHECKS.add
-def copies(subject: Subject) -> None:
-    """It can be copied and pickled, also to other processes; a copy has weights of its own."""
-    import torch
-
-    sae = made(subject)
-    x, _ = rows(ONE)
-    expected = sae(x)
-    try:
-        again = pickle.loads(pickle.dumps(sae))
-    except Exception as error:
-        raise Fault(f"it cannot be pickled: {error_text(error)}; define its class at a module's top level") from error
-    must_be_equal("outputs of what was pickled", again(x), expected)
-    copy = copied(sae)
-    with torch.no_grad():
-        for value in copy.parameters():
-            value.zero_()
-    must_be_equal("outputs after a copy was changed", sae(x), expected)
+CHECKS.extend(KEPT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     elif path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             others = {name: value for name, value in archive.items() if value.dtype.kind != "f"}
-        np.savez(path, **others, **{name: value.numpy() for name, value in tensors.items()})
+        arrays: dict[str, Any] = {**others, **{name: value.numpy() for name, value in tensors.items()}}
+        np.savez(path, **arrays)
     else:
         torch.save(tensors, path)

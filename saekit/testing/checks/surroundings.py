@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["RANDOM", "changed", "surroundings"]
@@ -14,13 +15,14 @@ _OF_TORCH = ("TORCH", "TRITON")  # it sets some itself, on first use
 RANDOM = ("Python's random numbers", "NumPy's random numbers", "torch's random numbers")
 
 
-def surroundings() -> dict[str, Any]:
-    """By what they are called."""
+def surroundings(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """By what they are called.  ``packages`` may set variables of the environment that begin with their names."""
     import numpy as np
     import torch
 
+    others = (*_OF_TORCH, *(package.upper() for package in packages))
     return {
-        "the environment": {name: os.environ[name] for name in os.environ if not name.startswith(_OF_TORCH)},
+        "the environment": {name: os.environ[name] for name in os.environ if not name.startswith(others)},
         "the working directory": os.getcwd(),  # noqa: PTH109
         "sys.path": list(sys.path),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
@@ -35,7 +37,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def changed(before: dict[str, Any], *, random_too: bool) -> list[str]:
+def changed(before: dict[str, Any], packages: Sequence[str] = (), *, random_too: bool) -> list[str]:
     """What is not as it was ``before``."""
-    now = surroundings()
+    now = surroundings(packages)
     return [name for name in before if before[name] != now[name] and (random_too or name not in RANDOM)]

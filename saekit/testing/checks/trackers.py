@@ -7,12 +7,14 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saekit.protocols import Concludes
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
-from saekit.values import Histogram, Metrics, RunInfo
+from saekit.values import Histogram, Metrics, RunEnd, RunInfo
 
 CHECKS = Checks()
 _METRICS: Metrics = {
@@ -24,13 +26,21 @@ _METRICS: Metrics = {
     "plots/many": Histogram((1,) * 600, tuple(map(float, range(601)))),
 }
 _CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": "saekit:standard"}, "trackers": ["saekit:jsonl"]}
-_PATIENCE = 30.0
+_ENDS = (RunEnd("finished"), *(RunEnd(how, "why") for how in ("interrupted", "diverged", "failed")))
+_PATIENCE, _GRACE = 30.0, 2.0
 
 
-def _run(place: Path, *, resumed_at: int | None = None, name: str = "a run") -> RunInfo:
+def _run(place: Path, *, resumed_at: int | None = None, name: str = "a run", asked: list[str] | None = None) -> RunInfo:
+    """A run in a folder of ``place``; in ``asked`` are the names that the tracker has asked it for."""
     folder = place / name
     folder.mkdir(exist_ok=True)
-    return RunInfo(name=name, folder=folder, config=copy.deepcopy(_CONFIG), resumed_at=resumed_at)
+
+    def file(name: str) -> Path:
+        if asked is not None:
+            asked.append(name)
+        return folder / name
+
+    return RunInfo(name=name, folder=folder, config=copy.deepcopy(_CONFIG), resumed_at=resumed_at, file=file)
 
 
 def _in_its_thread(work: Callable[[], Any]) -> None:
@@ -85,12 +95,12 @@ def log(subject: Subject) -> None:
 @CHECKS.add
 def own_files(subject: Subject) -> None:
     """What it writes in the run folder is where ``run.file(name)`` says, so that it is nobody else's."""
-    run = _run(subject.place)
+    asked: list[str] = []
+    run = _run(subject.place, asked=asked)
     tracker = subject.build(run=run)
     _in_its_thread(lambda: _logged(tracker, [1, 2]))
     _in_its_thread(tracker.close)
-    own = run._files
-    strange = [path.name for path in run.folder.iterdir() if path.name.casefold() not in own]
+    strange = [path.name for path in run.folder.iterdir() if path.name not in asked]
     must(not strange, f"it writes {', '.join(strange)} in the run folder, and did not ask run.file for it")
     beside = [path.name for path in subject.place.iterdir() if path != run.folder]
     must(not beside, f"it writes {', '.join(beside)} beside the run folder")
@@ -114,7 +124,7 @@ def several(subject: Subject) -> None:
     trackers = [subject.build(run=_run(subject.place, name=name)) for name in ("one", "another")]
     for step in (1, 2):
         for tracker in trackers:
-            _in_its_thread(lambda tracker=tracker: tracker.log(dict(_METRICS), step))  # type: ignore[misc]
+            _in_its_thread(partial(tracker.log, dict(_METRICS), step))
     for tracker in trackers:
         _in_its_thread(tracker.close)
     used = [run for run in ("one", "another") if any((subject.place / run).iterdir())]
@@ -145,6 +155,20 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 @CHECKS.add
+def end(subject: Subject) -> None:
+    """Where it has ``conclude(end)``, it takes every way in which a run may end, after the last record."""
+    for number, how in enumerate(_ENDS):
+        tracker = subject.build(run=_run(subject.place, name=f"run {number}"))
+        try:
+            if not isinstance(tracker, Concludes):
+                raise NotTried("it is not told how a run ends")
+            _in_its_thread(partial(_logged, tracker, [1]))
+            _in_its_thread(partial(tracker.conclude, how))
+        finally:
+            _in_its_thread(tracker.close)
+
+
+@CHECKS.add
 def close(subject: Subject) -> None:
     """After ``close`` no thread of it is left that would keep the process alive."""
     before = {*threading.enumerate()}
@@ -153,6 +177,6 @@ def close(subject: Subject) -> None:
     _in_its_thread(tracker.close)
     left = [thread for thread in {*threading.enumerate()} - before if not thread.daemon]
     for thread in left:
-        thread.join(2.0)
+        thread.join(_GRACE)
     left = [thread for thread in left if thread.is_alive()]
     must(not left, f"after close() there is still the thread {left[0].name if left else ''}")

@@ -1,0 +1,69 @@
+"""The sites that a configuration names."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+
+import saekit
+from saekit import Site, Sites
+from saekit.errors import ConfigError
+
+A, B, HEAD = Site(hook_name="a"), Site(hook_name="b"), Site(hook_name="a", hook_head_index=2)
+TABLES = {"a": {"hook_name": "a"}, "b": {"hook_name": "b"}, "head": {"hook_name": "a", "hook_head_index": 2}}
+
+
+def test_one_site_is_both() -> None:
+    config = saekit.load_config({"site": TABLES["a"]})
+    assert config.sites == Sites.one(A)
+    assert (config.input_sites, config.target_sites) == ((A,), (A,))
+    assert config.sites.same
+    assert config.sites.name == "a"
+
+
+def test_several_are_named_in_order() -> None:
+    config = saekit.load_config({"inputs": [TABLES["b"], TABLES["a"]]})
+    assert config.sites == Sites((B, A), (B, A))
+    assert config.sites.name == "b+a"
+    other = saekit.load_config({"inputs": [TABLES["b"], TABLES["head"]], "targets": [TABLES["a"], TABLES["b"]]})
+    assert not other.sites.same
+    assert other.sites.all == (B, HEAD, A)
+    assert other.sites.name == "b+a.head2-to-a+b"
+    for written in (config, other):
+        assert saekit.load_config(tomllib.loads(saekit.dump_config(written))) == written
+    given = saekit.load_config({}, ["inputs=[{hook_name='b'}]", "targets=[{hook_name='a'}]"])
+    assert given.sites == Sites((B,), (A,))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"targets": [TABLES["b"]]}, "targets: names what is to be given, b, and nothing names what is read"),
+        ({"site": TABLES["a"], "inputs": [TABLES["b"]]}, "site: is a, beside inputs = b, which are all that is read"),
+        ({"inputs": [TABLES["b"], TABLES["b"]]}, "inputs: names b twice"),
+        ({"inputs": [TABLES["b"]], "targets": [TABLES["a"], TABLES["a"]]}, "targets: names a twice"),
+        ({"inputs": [TABLES["a"], TABLES["head"]]}, "inputs: has a.head2, which is a part of a, a target, too"),
+        (
+            {"inputs": [TABLES["b"]], "targets": [TABLES["head"], TABLES["a"]]},
+            "targets: has a.head2, which is a part of a, a target, too: leave out one of them",
+        ),
+        ({"inputs": [TABLES["head"]], "targets": [{"hook_name": "a.head2"}]}, "targets: names a.head2 twice"),
+        ({"inputs": TABLES["a"]}, "inputs: expected a list"),
+        ({"inputs": [{"hook_nam": "a"}]}, r"inputs\[0\].hook_nam"),
+    ],
+)
+def test_mistakes(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        saekit.load_config(table)
+
+
+def test_what_is_only_read_may_overlap() -> None:
+    config = saekit.load_config({"inputs": [TABLES["a"], TABLES["head"]], "targets": [TABLES["b"]]})
+    assert config.sites == Sites((A, HEAD), (B,))
+
+
+def test_sites_are_an_axis() -> None:
+    configs = saekit.grid({}, {"inputs": [[TABLES["a"]], [TABLES["b"], TABLES["head"]]], "training.lr": [1e-3]})
+    assert [config.sites.name for config in configs] == ["a", "b+a.head2"]

@@ -1,0 +1,130 @@
+"""Evals are built with what they need of the run, and text is opened only for those that read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from support.runs import fake_config, manager, train
+
+import saekit
+from saekit.errors import ConfigError
+from saekit.testing import FakeBackend, FakeConfig, fake_plugin
+from saekit.values import EvalRun
+
+
+def eval_seen(built: list[EvalRun], called: list[Any], **entry: Any) -> object:
+    """One that remembers what it was built with, and the contexts of each call."""
+
+    def build(config: FakeConfig, *, run: EvalRun) -> Any:
+        built.append(run)
+
+        def measure(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> dict[str, float]:
+            called.append(contexts)
+            return {"norm": sae.W_dec.norm().item()}
+
+        return measure
+
+    return fake_plugin("evals", "seen", build=build, **entry)
+
+
+def test_an_eval_is_built_with_what_it_needs_of_the_run(tmp_path: Path) -> None:
+    built: list[EvalRun] = []
+    called: list[Any] = []
+    backend = FakeBackend()
+    config = fake_config(tmp_path, evals={"run": ["seen"]})
+    result = train(config, plugins=manager(backend, eval_seen(built, called)))
+    (run,) = built
+    assert run.backend is backend
+    assert run.sites == saekit.Sites.one(saekit.Site(hook_name=config["site"]["hook_name"]))
+    assert (run.name, run.device, run.steps) == ("sae", "cpu", 11)
+    assert run.contexts is not None
+    assert torch.equal(run.contexts, called[0])
+    assert result.metrics["evals/norm"] == pytest.approx(result.sae.W_dec.norm().item(), rel=1e-4)
+
+
+class Drawn:
+    """Rows of its own, without a text or a model."""
+
+    def __init__(self, config: DrawnConfig, *, stream: Any) -> None:
+        self._stream, self._generator = stream, torch.Generator().manual_seed(0)
+
+    @property
+    def widths(self) -> dict[saekit.Site, int]:
+        return dict.fromkeys(self._stream.sites, 8)
+
+    def __iter__(self) -> Drawn:
+        return self
+
+    def __next__(self) -> saekit.Batch:
+        return saekit.Batch(dict(self.peek()))
+
+    def peek(self) -> dict[saekit.Site, torch.Tensor]:
+        rows = torch.randn(self._stream.batch_size, 8, generator=self._generator)
+        return dict.fromkeys(self._stream.sites, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._generator.set_state(state["generator"])
+
+    def close(self) -> None:
+        pass
+
+
+@attrs.frozen(kw_only=True)
+class DrawnConfig:
+    """No options."""
+
+
+def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path) -> None:
+    config = fake_config(tmp_path, {"name": "drawn"}, model={"backend": "none"})
+    config["evals"] |= {"run": ["seen"], "held_out_every": 0}
+    config["dataset"]["path"] = str(tmp_path / "nowhere.jsonl")
+    built: list[EvalRun] = []
+    called: list[Any] = []
+    source = fake_plugin("activation_sources", "drawn", build=Drawn, config=DrawnConfig, needs_text=False)
+    reads = manager(None, eval_seen([], []), source)
+    with pytest.raises(ConfigError, match="evals.held_out_every: is 0, so no text is left to measure on"):
+        train(config, plugins=reads, dataset=None)
+    plugins = manager(None, eval_seen(built, called, needs_text=False), source)
+    report = saekit.plan(config, plugins=plugins)
+    assert not report.problems, report.problems
+    result = train(config, plugins=plugins, dataset=None)
+    assert called
+    assert set(map(type, called)) == {type(None)}
+    assert built[-1].contexts is None
+    assert "evals/norm" in result.metrics
+    assert result.held_out is None
+
+
+def test_kl_of_the_spliced_model_in_an_eval(tmp_path: Path) -> None:
+    """By the model's one forward, with the logits and with the SAE in the place of what a hook holds."""
+    found: list[tuple[float, float]] = []
+
+    def build(config: FakeConfig, *, run: EvalRun) -> Any:
+        def kl(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> dict[str, float]:
+            (site,) = sites.inputs
+            clean = backend.run(contexts, want="logits").logits.log_softmax(-1)
+
+            def of(vectors: Any) -> float:
+                put = {site.hook_name: lambda held: site.replace(held, vectors(site.extract(held)))}
+                logits = backend.run(contexts, replace=put, want="logits").logits
+                return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).mean().item()
+
+            found.append((of(lambda x: x), of(sae)))
+            return {"kl": found[-1][1]}
+
+        return kl
+
+    result = train(
+        fake_config(tmp_path, evals={"run": ["kl"]}), plugins=manager(None, fake_plugin("evals", "kl", build))
+    )
+    same, spliced = found[-1]
+    assert same == pytest.approx(0, abs=1e-6)
+    assert spliced > 1e-4
+    assert result.metrics["evals/kl"] == spliced

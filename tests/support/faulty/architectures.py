@@ -1,0 +1,152 @@
+"""SAE architectures that break a promise each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard.module import StandardKernel, StandardSAE
+from support.faulty.case import cases
+from torch import Tensor, nn
+
+from saekit.values import StepInput, StepOutput
+
+COUNT = itertools.count(1)
+
+
+@attrs.frozen(kw_only=True)
+class Config(StandardConfig):
+    """That of an SAE with which nothing is wrong."""
+
+
+def rounded(config: Any, **services: Any) -> Any:
+    return StandardSAE(config, **services).float()
+
+
+class Extra(StandardSAE):
+    def __init__(self, config: Any, **services: Any) -> None:
+        super().__init__(config, **services)
+        self.extra = nn.Parameter(torch.zeros(3))
+
+
+class Restless(StandardSAE):
+    @classmethod
+    def parameters_of(cls, config: Any) -> Any:
+        first, *others = super().parameters_of(config)
+        return (attrs.evolve(first, init=lambda start, shape: torch.full(shape, next(COUNT) / 100)), *others)
+
+
+class Widening(StandardSAE):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
+class Attached(StandardSAE):
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        return super().losses(x, step)._replace(output=self(x))
+
+
+class Drawing(StandardSAE):
+    """Draws from where nobody can look."""
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        result = super().losses(x, step)
+        return result._replace(loss=result.loss * next(COUNT))
+
+
+class Deaf(StandardSAE):
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        return super().losses(x, attrs.evolve(step, target=None if self.ports.same else step.target))
+
+
+class WrongKernel(StandardKernel):
+    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Any) -> StepOutput:
+        result = super().step(sae, x, step, workspace)
+        sae.b_dec.grad *= 1.0001
+        return result
+
+
+class Wrong(StandardSAE):
+    step_kernels = (WrongKernel(),)
+
+
+class Growing(StandardSAE):
+    def after_update(self) -> None:
+        pass
+
+
+class Counting(StandardSAE):
+    """Has a state that nobody saves."""
+
+    steps = 0
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        self.steps += 1
+        result = super().losses(x, step)
+        return result._replace(loss=result.loss * self.steps)
+
+
+class Unscaled(StandardSAE):
+    @classmethod
+    def parameters_of(cls, config: Any) -> Any:
+        return tuple(attrs.evolve(entry, scale={}) for entry in super().parameters_of(config))
+
+
+class Shifting(StandardSAE):
+    def public_tensors(self) -> dict[str, Tensor]:
+        tensors = super().public_tensors()
+        return {**tensors, "b_dec": tensors["b_dec"] + 1}
+
+
+class Lenient(StandardSAE):
+    def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self.public_tensors()
+        super().load_public_tensors({name: tensors.get(name, own[name]) for name in own})
+
+
+class Teaching(StandardSAE):
+    """Gives everything a gradient."""
+
+    def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
+        result = super().training_step(x, step)
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return result
+
+
+class Unpicklable(StandardSAE):
+    def __init__(self, config: Any, **services: Any) -> None:
+        super().__init__(config, **services)
+        self.function = lambda x: x
+
+    def __deepcopy__(self, memo: Any) -> Unpicklable:
+        copy = Unpicklable(self.config, ports=self.ports, activation=self.activation)
+        copy.load_state_dict(self.state_dict())
+        return copy
+
+
+CASES = cases(
+    "sae_architectures",
+    {
+        "build": ("with dtype float64 it is in torch.float32", rounded),
+        "table": (r"extra is a parameter that its table \(parameters_of\) does not have", Extra),
+        "initialization": ("starting values of the same seed, b_enc: other numbers", Restless),
+        "inference": ("of torch.float32 it makes outputs in torch.float64", Widening),
+        "step": ("its output is not detached", Attached),
+        "draws": ("the loss: off by", Drawing),
+        "targets": ("its loss is the same whatever step.target is", Deaf),
+        "kernels": (r"the gradient of b_dec \(one site, fast kernels\): off by 0.0001", Wrong),
+        "unit_rows": ("norms of rows of W_dec: off by", Growing),
+        "checkpoint": ("the loss of a step from saved state: off by", Counting),
+        "folding": (r"outputs after a scale was folded in \(one site\): off by", Unscaled),
+        "saving": (r"outputs after it was saved \(one site, None\): off by", Shifting),
+        "wrong_tensors": ("a folder without .* is taken, expected a SAEFormatError", Lenient),
+        "learn_only": ("has a gradient where it does not learn", Teaching),
+        "copies": ("cannot be pickled: .*; define its class at a module's top level", Unpicklable),
+    },
+    config=Config,
+)

@@ -1,0 +1,66 @@
+"""Optimizers that break a promise each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.faulty.case import cases
+
+
+class Descent(torch.optim.SGD):
+    """Nothing is wrong with it."""
+
+    def __init__(self, config: Any, *, groups: list[dict[str, Any]], lr: float, **options: Any) -> None:
+        super().__init__(groups, lr=lr, **options)
+
+
+class Ascent(Descent):
+    def __init__(self, config: Any, **services: Any) -> None:
+        super().__init__(config, **services, maximize=True)
+
+
+class Forgetful(Descent):
+    def __init__(self, config: Any, *, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(config, groups=groups[:1], lr=lr)
+
+
+class Steady(Descent):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] = 0.01
+        return super().step()
+
+
+class Decaying(Descent):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["lr"] / 100)
+        return super().step()
+
+
+class Hidden(Descent):
+    """Slows down by a count that is not in its state."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] /= self.steps
+        return super().step()
+
+
+CASES = cases(
+    "optimizers",
+    {
+        "build": ("expected an optimizer", lambda config, **services: None),
+        "step": ("200 steps lead away from the minimum", Ascent),
+        "groups": ("its param_groups lack the parameter slower", Forgetful),
+        "rate": ("parameters after steps with lr 0, matrix: other numbers", Steady),
+        "no_gradient": ("matrix, which has no gradient,: other numbers", Decaying),
+        "state": ("weights after a state was loaded, of 0 steps,", Hidden),
+    },
+)

@@ -1,0 +1,144 @@
+"""Activation sources that break a promise each."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from support.faulty.case import cases
+
+from saekit import Batch
+
+COUNT = itertools.count()
+
+
+class Numbers:
+    """Random rows that follow from the seed and the number of the batch; nothing is wrong with it."""
+
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        self.stream, self.at, self.seed = stream, 0, stream.seed
+
+    def __iter__(self) -> Numbers:
+        return self
+
+    def rows(self, n: int) -> dict[Any, Any]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.at)
+        return {site: torch.randn(n, width, generator=generator) for site, width in self.stream.widths.items()}
+
+    def __next__(self) -> Batch:
+        rows = self.rows(self.stream.batch_size)
+        self.at += 1
+        return Batch(rows)
+
+    def peek(self) -> Mapping[Any, Any]:
+        return self.rows(10)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.at = state["at"]
+
+    def close(self) -> None:
+        pass
+
+
+class Small(Numbers):
+    def rows(self, n: int) -> dict[Any, Any]:
+        return super().rows(n - 1)
+
+
+class Unseeded(Numbers):
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        self.seed = next(COUNT)
+
+
+class Eager(Numbers):
+    def peek(self) -> Mapping[Any, Any]:
+        return next(self).activations
+
+
+class Behind(Numbers):
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": max(self.at - 1, 0)}
+
+
+class Alive(Numbers):
+    """Its state is its own memory."""
+
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        self.state: dict[str, Any] = {}
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        self.state["at"] = self.at
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        self.state["at"] = self.at
+        return self.state
+
+
+class Reading(Numbers):
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        stream.contexts  # noqa: B018 - opens the text
+
+
+class Unlocked(Numbers):
+    def __next__(self) -> Batch:
+        def forward() -> None:
+            self.stream.backend.run(torch.ones(1, 4, dtype=torch.long), read={"hook_embed"})
+
+        thread = threading.Thread(target=forward, name="mine")
+        thread.start()
+        thread.join()
+        return super().__next__()
+
+
+class Lasting(Numbers):
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        threading.Thread(target=threading.Event().wait, args=[1.0], name="mine", daemon=True).start()
+
+
+class Boasting(Numbers):
+    @property
+    def widths(self) -> dict[Any, int]:
+        return dict.fromkeys(self.stream.sites, 100)
+
+
+class Large(Numbers):
+    def memory_bytes(self) -> Any:
+        return "much"
+
+
+def broken(config: Any, *, stream: Any) -> Any:
+    raise KeyError("rows")
+
+
+CASES = cases(
+    "activation_sources",
+    {
+        "build": ("failed in build: KeyError: 'rows'", broken),
+        "batches": (r"batch 0 has rows of shape \[23, 8\] at .*, expected \[24, 8\]", Small),
+        "seeds": ("batches of the same seed, 0, .*: other numbers", Unseeded),
+        "peek": (r"batches after peek\(\), 0, .*: other numbers", Eager),
+        "state": ("batches from a state after 1, 0, .*: other numbers", Behind),
+        "state_stays": ("a state, after the source went on,, at: found 6, expected 2", Alive),
+        "exhaustion": ("it reads the text, which is read once, and has given 300 batches of 24 and no end", Reading),
+        "model_lock": (r"its thread \['mine'\] runs the model without stream.model_lock", Unlocked),
+        "close": (r"after close\(\) there is still the thread mine", Lasting),
+        "widths": ("it states the width 100 of blocks.0.hook_resid_post, and gives rows of 8", Boasting),
+        "memory": ("memory_bytes is 'much', expected a whole number", Large),
+    },
+) + cases(
+    "activation_sources",
+    {"text_is_needed": ("it opens the text, and its entry says needs_text=False", Reading)},
+    needs_text=False,
+)

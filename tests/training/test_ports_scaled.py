@@ -1,0 +1,171 @@
+"""Activations of several sites: a scale for each, and starts made of the right ones.  The source is a test's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from support.ports import MapConfig, MapSAE, tables
+from support.tiny import run_config
+from torch import Tensor
+
+import saekit
+from saekit.data import StreamContext
+from saekit.errors import ConfigError, PluginFailedError
+from saekit.testing import fake_plugin, isolated_manager
+from saekit.values import Batch
+
+A, B, C = (saekit.Site(hook_name=name) for name in "abc")
+WIDTHS = {A: 6, B: 3, C: 5}
+PEEKED = {A: 300, B: 200, C: 250}
+"""A source may show more of one site than of another."""
+
+
+@attrs.frozen(kw_only=True)
+class DrawnConfig:
+    """Numbers, of a size of its own at each site."""
+
+    states: bool = True
+    """Say how wide they are."""
+    lies: bool = False
+    """About their widths."""
+
+
+def sample(site: saekit.Site, rows: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * seed + ord(site.hook_name))
+    size = {A: 1.0, B: 20.0, C: 0.05}[site]
+    return (torch.randn(rows, WIDTHS[site], generator=generator, dtype=torch.float64) + 1.5) * size
+
+
+class Drawn:
+    def __init__(self, config: DrawnConfig, *, stream: StreamContext) -> None:
+        self._stream, self._lies, self._made = stream, config.lies, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._made += 1
+        n = self._stream.batch_size
+        return Batch({site: sample(site, n, self._made) for site in self._stream.sites}, tokens=torch.arange(n))
+
+    def peek(self) -> Mapping[saekit.Site, Tensor]:
+        return {site: sample(site, PEEKED[site]) for site in self._stream.sites}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": self._made}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._made = state["made"]
+
+    def close(self) -> None:
+        pass
+
+
+class WideDrawn(Drawn):
+    @property
+    def widths(self) -> Mapping[saekit.Site, int]:
+        return {site: width + self._lies for site, width in WIDTHS.items()}
+
+
+def manager() -> saekit.PluginManager:
+    def build(config: DrawnConfig, *, stream: StreamContext) -> Drawn:
+        return (WideDrawn if config.states else Drawn)(config, stream=stream)
+
+    return isolated_manager(
+        fake_plugin("sae_architectures", "map", build=MapSAE, config=MapConfig),
+        fake_plugin("activation_sources", "drawn", build=build, config=DrawnConfig, needs_text=False),
+        builtins=True,
+    )
+
+
+def config(folder: Path, sites: saekit.Sites, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A run that does not move: what it begins with is what is saved."""
+    own: dict[str, dict[str, Any]] = {
+        "model": {"backend": "none"},
+        "activations": {"source": {"name": "drawn"}, "normalize_activations": "expected_average_only_in"},
+        "sae": {"name": "test:map", "d_sae": 16, "dtype": "float64", "b_dec_init_method": "mean"},
+        "training": {"lr": 1e-30, "training_tokens": 500, "train_batch_size_tokens": 100},
+        "evals": {"run": [], "split": None},
+    }
+    for name, options in sections.items():
+        own[name] = own.get(name, {}) | options
+    table = run_config(folder, **own)
+    table["sae"].pop("l1_coefficient")
+    return table | {"inputs": tables(sites.inputs), "targets": tables(sites.targets)}
+
+
+def train(table: dict[str, Any]) -> saekit.TrainResult:
+    return saekit.train(table, plugins=manager())
+
+
+@pytest.mark.parametrize(
+    "sites", [saekit.Sites((A, B), (C,)), saekit.Sites((B, A)), saekit.Sites((C,), (A, C))], ids=lambda s: s.name
+)
+def test_each_site_is_scaled_by_its_own_norm(tmp_path: Path, sites: saekit.Sites) -> None:
+    sae = train(config(tmp_path, sites)).sae
+    scale = sae.info.metadata["activation_scale"]
+    assert set(scale) == {site.name for site in sites.all}
+    for site in sites.all:
+        norm = sample(site, PEEKED[site]).norm(dim=1).mean()
+        assert scale[site.name] == pytest.approx(math.sqrt(WIDTHS[site]) / float(norm), rel=1e-12)
+    shown = min(PEEKED[site] for site in sites.all)
+    means = torch.cat([sample(site, PEEKED[site])[:shown].mean(0) for site in sites.targets])
+    torch.testing.assert_close(sae.b_dec.detach(), means, rtol=1e-12, atol=0)
+
+
+def test_the_scale_is_folded_into_what_is_saved(tmp_path: Path) -> None:
+    """In float64: the SAE of raw activations does what the one of scaled activations did."""
+    sites = saekit.Sites((A, B), (C,))
+    table = config(tmp_path, sites)
+    raw = train(table).sae
+    table["activations"]["normalize_activations"] = "none"
+    plain = train(table).sae  # of the same weights, but for b_dec
+    scale = raw.info.metadata["activation_scale"]
+    read = torch.cat([torch.full((WIDTHS[site],), scale[site.name], dtype=torch.float64) for site in sites.inputs])
+    with torch.no_grad():
+        plain.b_dec.mul_(scale["c"])
+        x = torch.cat([sample(site, 40, seed=9) for site in sites.inputs], dim=1)
+        torch.testing.assert_close(raw(x), plain(x * read) / scale["c"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(raw.encode(x), plain.encode(x * read), rtol=1e-12, atol=1e-14)
+
+
+def test_a_target_among_the_inputs_has_one_scale(tmp_path: Path) -> None:
+    saved = train(config(tmp_path, saekit.Sites((A, B), (B,)))).folder
+    sae = saekit.SAE.load(saved, plugins=manager())
+    assert set(sae.info.metadata["activation_scale"]) == {"a", "b"}
+
+
+def test_a_source_of_its_own_trains_without_a_model(tmp_path: Path) -> None:
+    table = config(
+        tmp_path, saekit.Sites((A, B), (C,)), training={"lr": 1e-3, "log_frequency": 1, "training_tokens": 9000}
+    )
+    result = train(table | {"dataset": {"path": str(tmp_path / "nowhere")}})
+    first = saekit.train(table | {"training": table["training"] | {"training_tokens": 100}}, plugins=manager()).metrics[
+        "losses/mse_loss"
+    ]
+    assert result.metrics["losses/mse_loss"] < 0.8 * first
+    assert result.held_out is None
+    plan = saekit.plan(table, plugins=manager())
+    assert not plan.problems
+    assert plan.facts["inputs"] == "a of none, width 6, b of none, width 3"
+    assert "first context" not in plan.facts
+
+
+def test_widths_must_be_said_and_be_true(tmp_path: Path) -> None:
+    sites = saekit.Sites((A,), (B,))
+    silent = {"source": {"name": "drawn", "states": False}}
+    with pytest.raises(ConfigError, match="activations.source: is 'test:drawn', which does not say how wide"):
+        train(config(tmp_path, sites, activations=silent))
+    lying = {"source": {"name": "drawn", "lies": True}, "normalize_activations": "none"}
+    with pytest.raises(PluginFailedError, match="test:drawn.* whose rows at a are not 7 wide"):
+        train(config(tmp_path, sites, activations=lying, sae={"b_dec_init_method": "zeros"}))
+    with pytest.raises(PluginFailedError, match="test:drawn.* widths .* expected a width of 1 or more for d"):
+        train(config(tmp_path, saekit.Sites((A,), (saekit.Site(hook_name="d"),))))
+    with pytest.raises(ConfigError, match="sae.apply_b_dec_to_input: takes what is added to"):
+        train(config(tmp_path, sites, sae={"apply_b_dec_to_input": True}))

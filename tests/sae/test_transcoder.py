@@ -117,6 +117,20 @@ def test_finite_differences(way: str, config: SAEConfig) -> None:
         assert (found[name] * direction).sum().item() == pytest.approx(slope, rel=2e-5, abs=2e-6), name
 
 
+@pytest.mark.parametrize("config", KINDS[-4:], ids=lambda config: f"{type(config).__name__}{config.skip_connection}")
+def test_a_step_that_the_kernel_leaves_to_autograd(monkeypatch: pytest.MonkeyPatch, config: SAEConfig) -> None:
+    """As on a device that would be waited for, when features are dead."""
+    sae, (x, y) = built(config, bias=-2.0), rows(90)
+    step = StepInput(step=4, generator=seeded(), dead=torch.arange(D_SAE) % 4 == 0, target=y)
+    expected, wanted = gradients(sae, x, step, "reference")
+    monkeypatch.setattr(type(sae.step_kernels[0]), "leaves", lambda *asked: True)
+    monkeypatch.setattr(type(sae.step_kernels[0]), "step", None)
+    result, found = gradients(sae, x, step, "fast")
+    assert torch.equal(result.loss, expected.loss)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
 def test_what_passes_the_features_by_is_in_forward_alone(way: str) -> None:
     """As in sae-lens."""
     sae, (x, _) = built(TranscoderConfig(d_sae=D_SAE, dtype="float64", skip_connection=True)), rows(6)

@@ -20,6 +20,7 @@ from torch import Tensor
 import saekit
 from saekit.config import SAEConfig
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.evals import variance_metrics
 from saekit.kernels import SparseFeatures, Workspace
 from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
@@ -142,6 +143,13 @@ def test_what_passes_the_features_by_is_in_forward_alone(way: str) -> None:
             assert torch.allclose(sae.decode(features), features @ sae.W_dec + sae.b_dec)
             assert torch.allclose(sae(x), features @ sae.W_dec + sae.b_dec + x @ sae.W_skip.T)
             assert sae(x.reshape(2, 3, 12)).shape == (2, 3, 7)
+
+
+def test_what_evals_measure_is_what_forward_gives() -> None:
+    sae, (x, y) = built(TranscoderConfig(d_sae=D_SAE, dtype="float64", skip_connection=True)), rows(60)
+    left = (sae(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    found = variance_metrics(sae, [(x[:40], y[:40]), (x[40:], y[40:])])
+    assert found["explained_variance"] == pytest.approx(1 - left.item())
 
 
 def test_each_side_has_its_scale() -> None:

@@ -116,6 +116,7 @@ PUBLIC_MODULES = [
     "protocols",
     "reasons",
     "sae",
+    "sae.init",
     "site",
     "testing",
     "values",

@@ -142,7 +142,7 @@ class Unspeakable(Exception):  # noqa: N818
     ("error", "text"),
     [
         (OSError("no network"), "OSError: no network"),
-        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
         (SystemExit(3), "SystemExit: 3"),
         (Unspeakable(), "Unspeakable"),
     ],

@@ -180,7 +180,7 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
         tmp_path, tmp_path / "start",
         sae={
             "activation": "tanh-relu", "apply_b_dec_to_input": False, "d_sae": 41, "d_in": 9,
-            "decoder_orthogonal_init": True, "init_encoder_as_decoder_transpose": True, "b_dec_init_method": "mean",
+            "decoder_orthogonal_init": True, "b_dec_init_method": "mean",
         },
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
@@ -189,7 +189,6 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
     where = f"the SAE in {tmp_path / 'start'} (training.from_pretrained_path)"
     for words in (
         "sae.decoder_orthogonal_init: chooses a start, but training starts from",
-        "sae.init_encoder_as_decoder_transpose: chooses a start",
         "sae.b_dec_init_method: chooses a start",
         f"sae.activation: is 'saekit:tanh-relu', but {where} has 'saekit:relu'",
         f"sae.apply_b_dec_to_input: is False, but {where} has True",

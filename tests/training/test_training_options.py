@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard.module import StandardSAE
 from support.training import DOCUMENTS, fake_run, fakes, hashes, train
 from torch import Tensor, nn
 
@@ -95,11 +96,7 @@ def test_an_architecture_that_draws_its_own_tensors(tmp_path: Path) -> None:
         pass
 
     def build(config: Any, *, ports: Any, activation: Any) -> SAE:
-        plain = (
-            saekit.default_manager()
-            .find("sae_architectures", "standard")
-            .entry.build(config, ports=ports, activation=activation)
-        )
+        plain = StandardSAE(config, ports=ports, activation=activation)
         plain.mixing = nn.Parameter(nn.Linear(ports.d_in, ports.d_in).weight.detach())
         return plain
 
@@ -155,7 +152,7 @@ def test_options_reach_the_run(tmp_path: Path) -> None:
         "unit": {"normalize_sae_decoder": True},
         "orthogonal": {"decoder_orthogonal_init": True},
         "heuristic": {"decoder_heuristic_init": True},
-        "transpose": {"init_encoder_as_decoder_transpose": True},
+        "untied start": {"init_encoder_as_decoder_transpose": False},
         "mean": {"b_dec_init_method": "mean"},
         "median": {"b_dec_init_method": "geometric_median"},
         "float64": {"dtype": "float64"},

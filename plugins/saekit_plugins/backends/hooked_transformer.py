@@ -70,7 +70,7 @@ class TransformerLensBackend(ModuleBackend):
         def at(activation: Tensor, hook: Any) -> Tensor:
             return hooks(hook.name, activation)
 
-        if unknown := [name for name in hooks.names if name not in self.model.hook_dict]:
+        if unknown := [name for name in hooks.names if not self._has(name)]:
             raise ModelError(f"the model {self.name!r} has no hook {unknown[0]!r}")
         names = [name for name in hooks.names if name != entry]
         compiled = nullcontext() if self._compiled is None else self._compiled.except_at(names)
@@ -96,6 +96,11 @@ class TransformerLensBackend(ModuleBackend):
         if only_entry and not self.model.hook_dict[entry].fwd_hooks:
             return last, entry
         return last + 1, None
+
+    def _has(self, name: str) -> bool:
+        """Also a hook that mamba-lens makes as it runs, one for each token: ``blocks.1.hook_h.3``."""
+        parent, _, number = name.rpartition(".")
+        return name in self.model.hook_dict or (number.isdigit() and parent in dict(self.model.named_modules()))
 
     def _checked_kwargs(self) -> dict[str, Any]:
         accepted = inspect.signature(self.model.forward).parameters

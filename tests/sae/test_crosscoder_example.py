@@ -82,6 +82,10 @@ def test_the_fast_step_is_that_of_autograd(plugin: Any, options: dict[str, Any])
     assert one.losses["mse_loss"].item() == pytest.approx((sae(x) - x).pow(2).sum(1).mean().item())
 
 
+def test_its_own_test_passes(plugin: Any) -> None:
+    importlib.import_module("test_saekit_crosscoder").test_it_keeps_what_an_architecture_promises()
+
+
 def config(folder: Path, tokens: int) -> dict[str, Any]:
     training = {"training_tokens": tokens, "log_frequency": 1}
     base = fake(folder, sae={"name": "crosscoder", "d_sae": 24}, training=training,

@@ -25,6 +25,7 @@ from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.runs.checks import (
     check_finetuning,
+    check_model_runs,
     check_without_model,
     chosen_evals,
     chosen_trackers,
@@ -134,6 +135,7 @@ def of_cache(
         [
             partial(_check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
             partial(check_target, Path(folder)),
+            partial(check_model_runs, config, plugins),
         ],
     )
 

@@ -34,7 +34,7 @@ class SAEConfig:
     """Subtract the decoder's bias from the input."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """The type of the SAE's weights.  In `bfloat16` it is saved and measured; it trains with products in bfloat16, and
-    with weights and Adam's moments in float32."""
+    with weights and the optimizer's moments in float32."""
     normalize_sae_decoder: bool = True
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
     decoder_orthogonal_init: bool = False

@@ -104,8 +104,8 @@ def saekit_register_trackers() -> Iterable[Entry]:
 def saekit_register_evals() -> Iterable[Entry]:
     """Measurements on held-out text (``evals.run``).
 
-    ``build(config) -> Eval``: takes an SAE, a backend, the sites that it reads and writes, and contexts; returns named
-    numbers.
+    ``build(config, *, run: saekit.values.EvalRun) -> Eval``: takes an SAE, a backend, the sites that it reads and
+    writes, and contexts; returns named numbers.  Those that read no text say so (``Entry(needs_text=False)``).
     """
 
 

@@ -16,8 +16,8 @@ from saekit.pretrained.files import SAEFiles
 from saekit.protocols import Eval, Tracker
 
 __all__ = [
-    "alone_in", "check_finetuning", "check_without_model", "chosen_evals", "chosen_trackers", "has_model",
-    "start_files",
+    "alone_in", "check_finetuning", "check_model_runs", "check_without_model", "chosen_evals", "chosen_trackers",
+    "has_model", "start_files",
 ]  # fmt: skip
 
 
@@ -44,6 +44,13 @@ def _refuse_twice(path: str, keys: Sequence[str]) -> None:
 def has_model(config: TrainConfig, plugins: PluginManager) -> bool:
     """Whether a run has a language model (``model.backend`` is not such as ``none``)."""
     return not plugins.find(MODEL_BACKENDS, config.model.backend).entry.no_model
+
+
+def check_model_runs(config: TrainConfig, plugins: PluginManager) -> None:
+    """Of work that is done by running the model: there is one."""
+    if not has_model(config, plugins):
+        key = plugins.find(MODEL_BACKENDS, config.model.backend).key
+        raise ConfigError([("model.backend", f"is '{key}', and activations are written by running a language model")])
 
 
 def check_without_model(config: TrainConfig, plugins: PluginManager) -> None:

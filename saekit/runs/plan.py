@@ -34,12 +34,11 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
+from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan
 from saekit.runs.planned_text import look_at_text
 from saekit.runs.setup import (
     give_weights,
-    make_evals,
-    make_schedule,
     make_trainer,
     sae_options,
 )
@@ -199,7 +198,7 @@ class _Planner:
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
-        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and Adam's moments)"
+        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and two moments, as Adam keeps them)"
         self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         if not stream.has_model:
             return

@@ -23,12 +23,11 @@ from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import checked_ports, open_backend, open_source, open_stream, seed_for, warn_of, widths_of
+from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import (
     check_start_widths,
     give_weights,
-    make_evals,
-    make_schedule,
     make_trainer,
     sae_options,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,73 +12,38 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.config import SAME_AT_START, OptimizerConfig, SAEConfig, TrainConfig
+from saekit.config import SAME_AT_START, SAEConfig, TrainConfig
 from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.data.normalize import activation_scale
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, PluginFailedError
-from saekit.kinds import ACTIVATION_FUNCTIONS, LR_SCHEDULES, MODEL_BACKENDS, OPTIMIZERS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed, built
+from saekit.errors import ConfigError
+from saekit.kinds import ACTIVATION_FUNCTIONS, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
-from saekit.protocols import Eval, ModelBackend
-from saekit.runs.checks import check_finetuning, chosen_evals, has_model, start_files
+from saekit.protocols import ModelBackend
+from saekit.runs.checks import check_finetuning, has_model, start_files
 from saekit.runs.opening import seed_for, widths_text
+from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of, tensors_of
 from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
-from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
+from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
-from saekit.values import Batch, EvalRun, Ports, Scale
+from saekit.values import Batch, Ports, Scale
 
 __all__ = [
     "check_start_widths",
     "give_weights",
-    "make_evals",
-    "make_schedule",
     "make_trainer",
+    "metadata_of",
     "sae_options",
 ]
-
-
-def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
-    """The learning rate at every step."""
-    lr, item = config.training.lr, plugins.find(LR_SCHEDULES, config.lr_schedule)
-
-    def build(steps: int) -> SupervisedSchedule:
-        return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
-
-    return ComposedSchedule(config.training, build)
-
-
-def make_evals(
-    config: TrainConfig,
-    plugins: PluginManager,
-    backend: ModelBackend,
-    open_contexts: Callable[[], Tensor | None],
-    device: str,
-    name: str = "sae",
-) -> dict[str, Eval]:
-    """What is measured, by qualified key."""
-
-    def run(key: str) -> EvalRun:
-        return EvalRun(
-            name=name,
-            backend=backend,
-            sites=config.sites,
-            device=device,
-            steps=config.training.steps,
-            seed=seed_for(config.training.seed, f"eval {key}"),
-            open_contexts=open_contexts,
-        )
-
-    return {key: choice.build(run=run(key)) for key, choice in chosen_evals(config, plugins).items()}
 
 
 def sae_options(
@@ -261,13 +225,13 @@ def make_trainer(
     sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
-    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=_metadata(config, backend, corpus, plugins))
+    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=metadata_of(config, backend, corpus, plugins))
     training = config.training
     trainer = SAETrainer(
         name=name,
         sae=sae,
         sites=config.sites,
-        optimizer=_make_optimizer(config, plugins, sae, schedule),
+        optimizer=make_optimizer(config, plugins, sae, schedule),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_after,
@@ -277,7 +241,7 @@ def make_trainer(
         generator=torch.Generator(device).manual_seed(seed_for(training.seed, "noise")),
         device=device,
         training=training,
-        backend=backend,
+        backend=backend if has_model(config, plugins) else None,
         watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
@@ -295,26 +259,6 @@ def _watching(
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
     activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), getattr(sae, "activation", None)
     return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
-
-
-def _make_optimizer(
-    config: TrainConfig, plugins: PluginManager, sae: SAEModule, schedule: ComposedSchedule
-) -> Optimizer:
-    """The chosen one, with what is left to the architecture."""
-    chosen = plugins.bound(OPTIMIZERS, config.optimizer)
-    if not isinstance(chosen.options, OptimizerConfig):
-        raise PluginFailedError(
-            f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
-            "saekit.config.OptimizerConfig, which has clip_grad_norm"
-        )
-    stated = sae.config.optimizer_defaults.get(chosen.key, {})
-    with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
-        options = attrs.evolve(
-            chosen.options, **{name: value for name, value in stated.items() if getattr(chosen.options, name) is None}
-        )
-    build = functools.partial(built, chosen.item, options)
-    with blamed(chosen.item, "build"):
-        return Optimizer(sae.named_parameters(), build, schedule, clip=options.clip_grad_norm, table=sae.table)
 
 
 def give_weights(
@@ -378,7 +322,7 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale) -> None:
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
-def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
     """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
     training = {"training_tokens": config.training.training_tokens, "seed": config.training.seed}
     if not has_model(config, plugins):

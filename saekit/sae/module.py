@@ -38,8 +38,8 @@ class SAEModule(Ways):
     fine-tuning (Wright and Sharkey 2024, "Addressing feature suppression in SAEs"), is there only where it is used: see
     :meth:`add_scaling_factor`.
 
-    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.  Several
-    inputs are given side by side (:meth:`saekit.Ports.join_input`), and several targets come out side by side
+    Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.
+    Several inputs are given side by side (:meth:`saekit.Ports.join_input`), and several targets come out so
     (:meth:`saekit.Ports.split_target`).
     Architectures derive from :class:`saekit.SAE`, which also saves and loads.  They state their parameters in
     :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have fast

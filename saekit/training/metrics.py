@@ -41,7 +41,7 @@ def step_metrics(
         "details/grad_norm": grad_norm,
     }
     values |= _of_each_target(target, result.output, ports)
-    values |= {name: torch.as_tensor(value) for name, value in result.metrics.items()}
+    values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
         "details/current_learning_rate": lr,

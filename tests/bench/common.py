@@ -20,7 +20,8 @@ from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.data import Corpus, StreamContext
 from saekit.protocols import ActivationSource, ModelBackend
-from saekit.runs.setup import give_weights, make_schedule, make_trainer, sae_options
+from saekit.runs.parts import make_schedule
+from saekit.runs.setup import give_weights, make_trainer, sae_options
 from saekit.training.trainer import SAETrainer
 
 CONTEXT, VOCABULARY, BATCH = 128, 2048, 4096

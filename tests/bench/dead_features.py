@@ -40,7 +40,8 @@ from saekit.data.normalize import activation_scale
 from saekit.pretrained import PretrainedSAE
 from saekit.pretrained.load import build_sae
 from saekit.runs.opening import open_backend, open_stream, seed_for
-from saekit.runs.setup import give_weights, make_schedule, make_trainer, sae_options
+from saekit.runs.parts import make_schedule
+from saekit.runs.setup import give_weights, make_trainer, sae_options
 from saekit.sae import SAE
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")

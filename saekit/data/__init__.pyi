@@ -5,6 +5,7 @@ from .contexts import Contexts as Contexts
 from .contexts import ContextStream as ContextStream
 from .contexts import TokenPolicy as TokenPolicy
 from .corpus import Corpus as Corpus
+from .normalize import activation_scale as activation_scale
 from .prefetch import Prefetched as Prefetched
 from .stream import StreamContext as StreamContext
 from .text import Documents as Documents

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import attrs
 
 from saekit.kinds import Kind
 from saekit.plugins.building import built
@@ -43,6 +47,11 @@ class Choice(Generic[T_co]):
     def given(self) -> Any:
         """The same as plain code has it: the options, or the key where none were given."""
         return self.options if self.spelled else self.key
+
+    def with_defaults(self, stated: Mapping[str, Any]) -> Choice[T_co]:
+        """The same choice, with those of its options that are None as ``stated``."""
+        unset = {name: value for name, value in stated.items() if getattr(self.options, name) is None}
+        return dataclasses.replace(self, options=attrs.evolve(self.options, **unset))
 
     def build(self, **services: Any) -> T_co:
         """What the plugin builds, checked: see :func:`saekit.plugins.building.built`."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
-import attrs
 from torch import Tensor
 
 from saekit.config import OptimizerConfig, TrainConfig
 from saekit.errors import PluginFailedError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed, built
+from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.runs.checks import chosen_evals
@@ -44,14 +42,11 @@ def make_optimizer(
             f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
             "saekit.config.OptimizerConfig, which has clip_grad_norm"
         )
-    stated = sae.config.optimizer_defaults.get(chosen.key, {})
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
-        options = attrs.evolve(
-            chosen.options, **{name: value for name, value in stated.items() if getattr(chosen.options, name) is None}
-        )
-    build = functools.partial(built, chosen.item, options)
+        chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
+    clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
-        return Optimizer(sae.named_parameters(), build, schedule, clip=options.clip_grad_norm, table=sae.table)
+        return Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
 
 
 def make_evals(

@@ -41,6 +41,7 @@ __all__ = [
     "check_start_widths",
     "give_weights",
     "make_trainer",
+    "metadata_of",
     "sae_options",
 ]
 
@@ -224,7 +225,7 @@ def make_trainer(
     sae.kernels = config.training.kernels
     if config.training.compile:
         sae.compile_losses(config.training.compile_mode)
-    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=_metadata(config, backend, corpus, plugins))
+    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=metadata_of(config, backend, corpus, plugins))
     training = config.training
     trainer = SAETrainer(
         name=name,
@@ -321,7 +322,7 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale) -> None:
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
-def _metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
+def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
     """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
     training = {"training_tokens": config.training.training_tokens, "seed": config.training.seed}
     if not has_model(config, plugins):

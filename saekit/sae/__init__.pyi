@@ -1,4 +1,6 @@
 from . import init as init
+from .build import build_module as build_module
+from .build import initialize as initialize
 from .hooks import HookPoint as HookPoint
 from .init import geometric_median as geometric_median
 from .losses import auxk_loss as auxk_loss

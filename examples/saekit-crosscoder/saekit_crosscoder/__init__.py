@@ -4,6 +4,8 @@ Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diff
 activation times the sum of its decoders' norms: ``Σ_s ‖x_s − x̂_s‖² + λ Σ_i f_i Σ_s ‖W_dec,i^s‖``.
 """
 
+from typing import ClassVar
+
 import attrs
 
 from saekit import Entry, SAEConfig, hookimpl
@@ -16,7 +18,7 @@ at_least_0 = check(lambda value: value >= 0, "0 or more")
 class CrosscoderConfig(SAEConfig):
     """``mse + λ_t mean_b Σ_i f_i Σ_s ‖W_dec,i^s‖``."""
 
-    adam_beta1 = 0.9
+    optimizer_defaults: ClassVar = {"saekit:adam": {"beta1": 0.9}}
 
     l1_coefficient: float = attrs.field(default=2.0, validator=at_least_0)
     """λ, the weight of the penalty."""

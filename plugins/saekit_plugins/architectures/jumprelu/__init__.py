@@ -6,8 +6,8 @@ interpretability team's update of January 2025.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import attrs
 
@@ -25,7 +25,7 @@ class JumpReLUConfig(SAEConfig):
     A jump has no slope: thresholds learn by an estimate of it from the pre-activations near by.
     """
 
-    adam_beta1: ClassVar[float] = 0.9
+    optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
     l0_coefficient: float = attrs.field(default=0.5, validator=_at_least_0)
     """λ, the weight of the sparsity loss."""
@@ -40,12 +40,15 @@ class JumpReLUConfig(SAEConfig):
     """c of the sparsity loss `tanh`."""
     pre_act_loss_coefficient: float = attrs.field(default=0.0, validator=_at_least_0)
     """μ, the weight of what draws dead features up: the sum over them of `max(threshold − z, 0) ‖w‖`."""
-    bandwidth: float = attrs.field(default=0.05, validator=_above_0)
-    """The width of the window around a threshold whose pre-activations say where it should go."""
-    initial_threshold: float = attrs.field(default=0.01, validator=_at_least_0)
+    bandwidth: float = attrs.field(default=1.0, validator=_above_0)
+    """The width of the window around a threshold whose pre-activations say where it should go.  Like thresholds and λ
+    it is for activations of a norm near √d_in (`activations.normalize_activations`)."""
+    initial_threshold: float = attrs.field(default=0.5, validator=_at_least_0)
     """Every threshold at the start."""
-    ste_to_input: bool = False
-    """Let the estimate of the jump's slope pass to pre-activations, too, and so to the encoder."""
+    ste_to_input: bool = True
+    """Let the estimate of the jump's slope pass to pre-activations, too, and so to the encoder, as Anthropic does.
+    Without it thresholds alone learn to be sparse, at most a learning rate per step; short runs end with many active
+    features."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over, in units of the variance that it can
     explain, but never for more than the squared error itself; 0: none."""

@@ -6,7 +6,7 @@ Paulo et al. 2025, "Transcoders Beat Sparse Autoencoders for Interpretability" (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -37,7 +37,7 @@ def _skip_connection() -> Any:
 class TranscoderConfig(StandardConfig):
     """``standard`` from one site to another: ``ŷ = relu(x W_enc + b_enc) W_dec + b_dec``."""
 
-    adam_beta1: ClassVar[float] = 0.9
+    optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
     apply_b_dec_to_input: bool = _apply_b_dec_to_input()
     """Always false: the decoder's bias is in the space of the targets."""

@@ -1,0 +1,74 @@
+"""All of training in one file, as plain lines: ``python one_file.py run.toml FOLDER``.
+
+The SAE that it leaves has the same bytes as that of ``saekit.train``, which adds what people want of a run beside:
+checks before it begins, evals, logs, checkpoints and going on, many SAEs at once, several sites, fine-tuning.
+"""
+
+import sys
+
+import attrs
+import torch
+
+import saekit
+from saekit.data import Corpus, StreamContext, activation_scale
+from saekit.runs import metadata_of, seed_for
+from saekit.sae import build_module, initialize
+from saekit.training import ComposedSchedule, FiringStatistics, Optimizer
+
+
+def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
+    plugins, training, site = saekit.default_manager(), config.training, config.site
+    seed = {what: seed_for(training.seed, what) for what in ("shuffle", "init", "noise")}
+
+    # text -> tokens -> contexts -> activations -> batches
+    corpus = Corpus.of(config.dataset, config.evals)
+    model = config.model.backend.build(model=config.model, loaded=None)
+    stream = StreamContext(
+        backend=model, sites=[site], batch_size=training.train_batch_size_tokens, seed=seed["shuffle"],
+        open_contexts=lambda: corpus.contexts(model), repeat=config.dataset.on_exhausted == "repeat",
+    )  # fmt: skip
+    source = config.activations.source.build(stream=stream)
+
+    # the dictionary, and its first weights
+    sae = build_module(config.sae.item, config.sae.options, saekit.Ports.of(config.sites, stream.widths), plugins)
+    sample, scale = source.peek()[site], 1.0
+    if config.activations.normalize_activations != "none":
+        scale = activation_scale(sample)
+    initialize(sae, torch.Generator().manual_seed(seed["init"]), sample, scale)
+
+    # what changes it
+    schedule = ComposedSchedule(training, lambda steps: config.lr_schedule.build(lr=training.lr, steps=steps))
+    chosen = config.optimizer.with_defaults(sae.config.optimizer_defaults.get(config.optimizer.key, {}))
+    clip = chosen.options.clip_grad_norm
+    optimizer = Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
+    firing = FiringStatistics(
+        sae.d_sae, dead_after=training.dead_after, window=training.feature_sampling_window, device="cpu"
+    )
+    noise, steps, tokens = torch.Generator().manual_seed(seed["noise"]), 0, 0
+
+    while tokens < training.training_tokens:
+        x = next(source).thinned(training.training_tokens - tokens).activations[site].to(sae.dtype)
+        x = x * scale if scale != 1 else x
+        result = sae.training_step(x, saekit.StepInput(step=steps, generator=noise, dead=firing.dead()))
+        sae.before_update()
+        optimizer.step(steps, result.loss)
+        sae.after_update()
+        firing.update(result.fired, len(x))
+        steps, tokens = steps + 1, tokens + len(x)
+        if steps % 100 == 0:
+            print(f"step {steps}: loss {result.loss:.4g}, {result.fired.sum() / len(x):.1f} features a token")
+    source.close()
+
+    # the SAE for activations as they are, and what it is fed
+    if scale != 1:
+        sae.fold_activation_scale(scale)
+    seen = {"training_tokens": tokens, "activation_scale": scale}
+    metadata = metadata_of(config, model, corpus, plugins) | seen
+    sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=metadata)
+    sae.log_sparsity = firing.log_sparsity()
+    sae.save(folder)
+    return sae
+
+
+if __name__ == "__main__":
+    train(saekit.load_config(sys.argv[1]), sys.argv[2])

@@ -145,8 +145,7 @@ class SAEModule(Ways):
                 groups = kernel.groups(self, flat, workspace)
                 output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
             output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
-        passed = self.bypass(rows)
-        return output if passed is None else output + passed.reshape(output.shape).to(output.dtype)
+        return self.with_bypass(output, rows)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
@@ -222,6 +221,11 @@ class SAEModule(Ways):
         :meth:`forward` adds it, :meth:`decode` does not.
         """
         return None
+
+    def with_bypass(self, output: Tensor, x: Tensor) -> Tensor:
+        """``output``, decoded from features of ``x``, with what passes them by: what :meth:`forward` gives."""
+        passed = self.bypass(self._rows(x))
+        return output if passed is None else output + passed.reshape(output.shape).to(output.dtype)
 
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""

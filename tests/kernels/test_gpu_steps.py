@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.transcoder import TranscoderConfig
 from support.kernels import adam, built, seeded
 
 from saekit.config import SAEConfig
@@ -19,6 +21,8 @@ ON_GPU = [
                    normalize_sae_decoder=False),
     TopKConfig(d_sae=2048, k=16),
     BatchTopKConfig(d_sae=2048, k=16),
+    JumpReLUConfig(d_sae=2048),
+    TranscoderConfig(d_sae=2048, skip_connection=True),
 ]  # fmt: skip
 
 

@@ -49,6 +49,19 @@ def test_what_a_configuration_chooses_is_bound(manager: PluginManager, given: An
     assert manager.options(LR_SCHEDULES, choice) is choice.options
 
 
+def test_options_that_are_none_have_defaults_of_others() -> None:
+    @attrs.frozen(kw_only=True)
+    class Rated:
+        rate: float | None = None
+        decay: float | None = None
+
+    plugins = isolated_manager(fake_plugin(LR_SCHEDULES, build=lambda config: config, config=Rated), builtins=True)
+    choice = load_config({"lr_schedule": {"name": "fake", "rate": 2.0}}, plugins=plugins).lr_schedule
+    filled = choice.with_defaults({"rate": 1.0, "decay": 0.5})
+    assert filled.options == Rated(rate=2.0, decay=0.5)
+    assert (filled.key, choice.options) == (choice.key, Rated(rate=2.0))
+
+
 def test_a_bound_choice_is_looked_up_no_more(manager: PluginManager, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = load_config({"lr_schedule": "fake"}, plugins=manager).lr_schedule
     monkeypatch.setattr(Registry, "get", None)

@@ -20,15 +20,17 @@ ELSEWHERE = {
     "targets": [{"hook_name": "blocks.0.mlp.hook_pre"}],  # 512
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "jumprelu": {"sae": {"name": "jumprelu", "initial_threshold": 0.05}},
+    "jumprelu": {"sae": {"name": "jumprelu"}},
     "transcoder": {"sae": {"name": "transcoder"}, **ELSEWHERE},
-    "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True, "initial_threshold": 0.05}, **ELSEWHERE},
+    "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True}, **ELSEWHERE},
     "topk": {"sae": {"name": "topk_transcoder", "k": 8, "skip_connection": True}, **ELSEWHERE},
 }
 
 
 def config(folder: Path, kind: str, name: str, tokens: int = 2048) -> dict[str, Any]:
     own = KINDS[kind] | {"sae": {"d_sae": 96, **KINDS[kind]["sae"]}}
+    if "jumprelu" in own["sae"]["name"] and tokens < 10_000:
+        own["sae"]["initial_threshold"] = 0.05  # from higher ones it takes more steps until features fire
     base = run_config(
         folder, training={"training_tokens": tokens, "dead_feature_window": 2, "lr": 2e-3}, checkpoints={"name": name},
         activations={"normalize_activations": "expected_average_only_in"},

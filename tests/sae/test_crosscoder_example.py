@@ -117,8 +117,8 @@ result = saekit.train({
     "dataset": {"context_size": 32},
     "activations": {"normalize_activations": "expected_average_only_in",
                     "source": {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4}},
-    "sae": {"name": "crosscoder", "d_sae": 256, "l1_coefficient": 1.0},
-    "training": {"training_tokens": 20_000, "train_batch_size_tokens": 512, "lr": 2e-3, "verbose": False},
+    "sae": {"name": "crosscoder", "d_sae": 256, "l1_coefficient": 0.3},
+    "training": {"training_tokens": 40_000, "train_batch_size_tokens": 512, "lr": 3e-3, "verbose": False},
     "evals": {"n_contexts": 4},
     "checkpoints": {"folder": sys.argv[1]},
 })

@@ -20,6 +20,7 @@ from torch import Tensor
 import saekit
 from saekit.config import SAEConfig
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.evals import variance_metrics
 from saekit.kernels import SparseFeatures, Workspace
 from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
@@ -117,6 +118,20 @@ def test_finite_differences(way: str, config: SAEConfig) -> None:
         assert (found[name] * direction).sum().item() == pytest.approx(slope, rel=2e-5, abs=2e-6), name
 
 
+@pytest.mark.parametrize("config", KINDS[-4:], ids=lambda config: f"{type(config).__name__}{config.skip_connection}")
+def test_a_step_that_the_kernel_leaves_to_autograd(monkeypatch: pytest.MonkeyPatch, config: SAEConfig) -> None:
+    """As on a device that would be waited for, when features are dead."""
+    sae, (x, y) = built(config, bias=-2.0), rows(90)
+    step = StepInput(step=4, generator=seeded(), dead=torch.arange(D_SAE) % 4 == 0, target=y)
+    expected, wanted = gradients(sae, x, step, "reference")
+    monkeypatch.setattr(type(sae.step_kernels[0]), "leaves", lambda *asked: True)
+    monkeypatch.setattr(type(sae.step_kernels[0]), "step", None)
+    result, found = gradients(sae, x, step, "fast")
+    assert torch.equal(result.loss, expected.loss)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
 def test_what_passes_the_features_by_is_in_forward_alone(way: str) -> None:
     """As in sae-lens."""
     sae, (x, _) = built(TranscoderConfig(d_sae=D_SAE, dtype="float64", skip_connection=True)), rows(6)
@@ -128,6 +143,13 @@ def test_what_passes_the_features_by_is_in_forward_alone(way: str) -> None:
             assert torch.allclose(sae.decode(features), features @ sae.W_dec + sae.b_dec)
             assert torch.allclose(sae(x), features @ sae.W_dec + sae.b_dec + x @ sae.W_skip.T)
             assert sae(x.reshape(2, 3, 12)).shape == (2, 3, 7)
+
+
+def test_what_evals_measure_is_what_forward_gives() -> None:
+    sae, (x, y) = built(TranscoderConfig(d_sae=D_SAE, dtype="float64", skip_connection=True)), rows(60)
+    left = (sae(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    found = variance_metrics(sae, [(x[:40], y[:40]), (x[40:], y[40:])])
+    assert found["explained_variance"] == pytest.approx(1 - left.item())
 
 
 def test_each_side_has_its_scale() -> None:

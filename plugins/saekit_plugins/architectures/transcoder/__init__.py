@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from saekit import ConfigError, Entry, hookimpl
-from saekit.config import NEEDED_TO_LOAD
+from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
@@ -43,6 +43,8 @@ class TranscoderConfig(StandardConfig):
     """Always false: the decoder's bias is in the space of the targets."""
     skip_connection: bool = _skip_connection()
     """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    l1_coefficient: float = attrs.field(default=1.0, validator=check(lambda value: value >= 0, "0 or more"))
+    """λ, the weight of the sparsity penalty."""
     scale_sparsity_penalty_by_decoder_norm: bool = True
     """Weigh each feature's penalty by the norm of its decoder row."""
     normalize_sae_decoder: bool = False

@@ -12,7 +12,7 @@ from saekit.ambient import ambient
 from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
-from saekit.site import Site
+from saekit.site import Site, Sites
 
 __all__ = ["Example", "FeatureExamples", "FeaturePeaks", "feature_peaks", "striking_features", "top_examples"]
 
@@ -66,7 +66,7 @@ class FeaturePeaks:
 @ambient()
 @torch.no_grad()
 def feature_peaks(
-    sae: SAEModule, *, backend: ModelBackend, site: Site, contexts: Tensor, n: int = 12, batch_size: int = 32
+    sae: SAEModule, *, backend: ModelBackend, sites: Sites | Site, contexts: Tensor, n: int = 12, batch_size: int = 32
 ) -> FeaturePeaks:
     """Each feature's peaks in the ``n`` of ``contexts [contexts, context_size]`` where it fires most.
 
@@ -75,12 +75,13 @@ def feature_peaks(
     """
     if not len(contexts):
         raise ValueError("there are no contexts to look at")
+    sites = Sites.one(sites) if isinstance(sites, Site) else sites
     fired = torch.zeros(sae.d_sae, dtype=torch.long)
     fired_contexts = torch.zeros(sae.d_sae, dtype=torch.long)
     best: tuple[Tensor, ...] = (torch.empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae))
     start = 0
     for tokens in contexts.split(batch_size):
-        held = site.extract(backend.run(tokens, read={site.hook_name}).held[site.hook_name])
+        held = sites.input_of(backend.run(tokens, read={site.hook_name for site in sites.inputs}).held)
         for vectors in held.split(at_once(sae, held.shape[1])):
             features = sae.encode(vectors.to(sae.device))
             features[:, 0] = 0

@@ -98,7 +98,7 @@ def _features(result: TrainResult, config: Any, n_contexts: int = 384) -> list[F
 
     wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=n_contexts))
     contexts = wide.held_out(result.backend, config.training.seed)
-    peaks = feature_peaks(result.sae, backend=result.backend, site=config.site, contexts=contexts)
+    peaks = feature_peaks(result.sae, backend=result.backend, sites=config.site, contexts=contexts)
     features = striking_features(peaks, contexts, 5)
     return [top_examples(feature, peaks, contexts, result.backend) for feature in features]
 

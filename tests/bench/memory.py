@@ -95,7 +95,7 @@ def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     variance_metrics(sae, rows())
     with torch.no_grad():
         spliced_losses(sae, backend=backend, sites=site, contexts=tokens, batch_size=per_forward)
-    feature_peaks(sae, backend=backend, site=site, contexts=tokens, batch_size=per_forward)
+    feature_peaks(sae, backend=backend, sites=site, contexts=tokens, batch_size=per_forward)
     dense = per_forward * CONTEXT * d_sae * 4 / 1e6
     print(
         f"  {contexts:4} contexts, {per_forward:2} in a forward: peak {megabytes('VmHWM') - base:7.1f} MB beyond model "

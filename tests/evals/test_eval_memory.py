@@ -59,7 +59,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
             spliced_losses(sae, backend=FakeBackend(), sites=SITE, contexts=contexts, batch_size=8)
-            feature_peaks(sae, backend=FakeBackend(), site=SITE, contexts=contexts)
+            feature_peaks(sae, backend=FakeBackend(), sites=SITE, contexts=contexts)
         found.append(largest.elements)
     assert len(set(found)) == 1, found
     assert kernels == "auto" or found[0] <= 64 * 512, "the kernels have room of their own"
@@ -82,7 +82,7 @@ def test_peaks_are_those_of_all_activations() -> None:
     features = sae.encode(backend.run(contexts, read={SITE.hook_name}).held[SITE.hook_name]).detach()
     features[:, 0] = 0
     for batch_size in (7, 50):
-        peaks = feature_peaks(sae, backend=backend, site=SITE, contexts=contexts, n=5, batch_size=batch_size)
+        peaks = feature_peaks(sae, backend=backend, sites=SITE, contexts=contexts, n=5, batch_size=batch_size)
         assert torch.allclose(peaks.values, features.amax(1).topk(5, dim=0).values, rtol=1e-5)
         there = features[peaks.contexts, peaks.positions, torch.arange(64)]
         assert torch.allclose(there, peaks.values, rtol=1e-5)

@@ -10,6 +10,7 @@ from support.ports import EARLY, EMBED, HEAD, LATE, WIDTHS, MapConfig, MapSAE
 from torch import Tensor
 
 import saekit
+from saekit.analysis.examples import feature_peaks
 from saekit.evals import Reconstruction, spliced_losses, variance_metrics
 from saekit.testing import FakeBackend
 
@@ -98,3 +99,14 @@ def test_explained_variance_is_that_of_targets() -> None:
     alike = Reconstruction(4, 2)
     alike.add(torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 2))
     assert math.isnan(alike.metrics()["explained_variance"])
+
+
+def test_peaks_are_of_all_inputs() -> None:
+    sites = saekit.Sites((EMBED, HEAD), (LATE,))
+    backend, sae = FakeBackend(), built(sites)
+    embedding = backend._embedding().double()[TOKENS]
+    with torch.no_grad():
+        features = sae.encode(torch.cat([embedding, embedding[..., 4:]], dim=-1))[:, 1:]  # not of BOS
+    peaks = feature_peaks(sae, backend=backend, sites=sites, contexts=TOKENS, n=1, batch_size=2)
+    assert torch.equal(peaks.fired, (features > 0).sum((0, 1)))
+    torch.testing.assert_close(peaks.values[0], features.amax((0, 1)).float())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.ports import MapConfig, MapSAE, tables
 from support.tiny import run_config
+from support.training import make_trainer
 from torch import Tensor
 
 import saekit
@@ -169,3 +170,14 @@ def test_widths_must_be_said_and_be_true(tmp_path: Path) -> None:
         train(config(tmp_path, saekit.Sites((A,), (saekit.Site(hook_name="d"),))))
     with pytest.raises(ConfigError, match="sae.apply_b_dec_to_input: takes what is added to"):
         train(config(tmp_path, sites, sae={"apply_b_dec_to_input": True}))
+
+
+def test_rows_of_one_site_are_the_very_ones_of_the_batch() -> None:
+    """No step pays for sites that it does not have."""
+    batch = Batch({site: sample(site, 10) for site in WIDTHS})
+    assert batch.rows_at([A]) is batch.activations[A]
+    torch.testing.assert_close(batch.rows_at([C, A])[:, :5], batch.activations[C], rtol=0, atol=0)
+    trainer = make_trainer()
+    x, target = trainer.rows_of(Batch({saekit.Site(): batch.activations[A]}))
+    assert x is batch.activations[A]
+    assert target is None

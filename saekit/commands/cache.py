@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import attrs
-import torch
 
-from saekit._version import __version__
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data.activations import ActivationStream, check_contexts
-from saekit.data.cache.manifest import Manifest, SiteRows
-from saekit.data.cache.table import why_no_file
+from saekit.data.cache.manifest import Manifest
 from saekit.data.cache.write import CacheWriter
 from saekit.data.corpus import Corpus
 from saekit.data.stream import StreamContext
@@ -20,9 +17,9 @@ from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.runs.opening import open_backend, open_stream
-from saekit.site import Site
+from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
 
-__all__ = ["cache_sites", "cached_contexts", "plan_cache", "write_cache"]
+__all__ = ["write_cache"]
 
 
 @ambient()
@@ -48,40 +45,6 @@ def write_cache(config: TrainConfig, plugins: PluginManager, model: object | Non
             f"those are in {str(folder)!r}. Ask for fewer (activations.cache.tokens), or set dataset.on_exhausted"
         )
     return manifest
-
-
-def cache_sites(config: TrainConfig) -> list[Site]:
-    """The sites that are written, each once."""
-    return list(dict.fromkeys([*config.sites.all, *config.activations.cache.sites]))
-
-
-def cached_contexts(config: TrainConfig, context_size: int) -> int:
-    """The contexts that are asked for."""
-    return -(-(config.activations.cache.tokens or config.training.training_tokens) // context_size)
-
-
-def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) -> Manifest:
-    """The empty cache that a configuration describes."""
-    cache = config.activations.cache
-    forms = []
-    for site, held in stream.dtypes.items():
-        dtype = held if cache.dtype is None else getattr(torch, cache.dtype)
-        name = str(dtype).removeprefix("torch.")
-        if (reason := why_no_file(site.name, name)) is not None:
-            raise DataError(f"the site {site.name!r} cannot be cached: {reason}")
-        forms.append(SiteRows(site, stream.widths[site], name, dtype.itemsize))
-    if len({form.file for form in forms}) < len(forms):
-        raise DataError(
-            f"two of the sites {', '.join(form.site.name for form in forms)} would share a file: cache them apart"
-        )
-    largest = max(form.row_bytes for form in forms) * context_size
-    return Manifest(
-        identity=stream.identity,
-        sites=forms,
-        context_size=context_size,
-        contexts_per_shard=max(cache.shard_megabytes * 1_000_000 // largest, 1),
-        saekit_version=__version__,
-    )
 
 
 def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int) -> None:

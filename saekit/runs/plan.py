@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from saekit.ambient import ambient
-from saekit.commands.cache import cache_sites, cached_contexts, plan_cache
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.cache.read import available_memory
@@ -36,6 +35,7 @@ from saekit.runs.opening import (
 )
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan
+from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
 from saekit.runs.planned_text import look_at_text
 from saekit.runs.setup import (
     give_weights,

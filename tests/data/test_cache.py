@@ -31,11 +31,11 @@ from support.caches import (
 )
 
 import saekit
-from saekit.commands.cache import plan_cache
 from saekit.data import Corpus
 from saekit.data.cache import Manifest, verify_cache
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
 from saekit.runs.opening import open_stream
+from saekit.runs.planned_cache import plan_cache
 from saekit.testing import FakeBackend
 
 # ---- writing

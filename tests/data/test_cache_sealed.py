@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from support.caches import HEAD, SITE, config, hashes, manager, plan, source, write
 
 import saekit
-from saekit.commands.cache import plan_cache
 from saekit.data.cache import CacheWriter, Manifest, verify_cache
 from saekit.data.cache.manifest import SiteRows
 from saekit.data.cache.table import sealed
 from saekit.errors import DataError
+from saekit.runs.planned_cache import plan_cache
 from saekit.testing import FakeBackend
 
 Table = dict[str, Any]

@@ -36,6 +36,8 @@ CONFIG, WEIGHTS, SPARSITY = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY
 FORMAT = 1
 # The metadata fields by which sae-lens 6 tells its own layout from older ones.
 _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+# By these names sae-lens 6 knows what writes another site than it reads; by any other, an SAE of one site.
+_TRANSCODERS = frozenset(f"{kind}transcoder" for kind in ("", "skip_", "jumprelu_", "jumprelu_skip_"))
 _HALF = "sae_files"  # what is half written has a hidden name made of this
 
 
@@ -205,9 +207,10 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     dtype = str(weights_dtype(tensors)).removeprefix("torch.")
     _check_metadata(sae.info.metadata)
     site = sae.info.site if _has_one_site(sae) else None
+    public = _public_config(sae)
     hook_name = site.hook_name if site else ""
     return {
-        **sae.public_config(),
+        **public,
         "d_in": sae.d_in,
         **({} if sae.ports.same else {"d_out": sae.d_out}),
         "d_sae": sae.d_sae,
@@ -216,7 +219,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
         "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else "none",
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
-        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae)},
+        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,
@@ -228,6 +231,14 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     }
 
 
+def _public_config(sae: SAEModule) -> dict[str, Any]:
+    """The entries that name it to other libraries: at other sites than one, an SAE's name would be misread."""
+    public = sae.public_config()
+    if _has_one_site(sae) or public["architecture"] in _TRANSCODERS:
+        return public
+    return public | {"architecture": sae.info.architecture}
+
+
 def _has_one_site(sae: SAEModule) -> bool:
     """Whether it reads and writes one site."""
     return sae.ports.same and len(sae.ports.inputs) == 1
@@ -237,12 +248,13 @@ def _place(site: Site) -> dict[str, Any]:
     return {"hook_name": site.hook_name, "hook_head_index": site.hook_head_index}
 
 
-def _hooks(sae: SAEModule) -> dict[str, Any]:
-    """The sites by the names of sae-lens, which knows one that is read and one that is written."""
+def _hooks(sae: SAEModule, *, transcoder: bool) -> dict[str, Any]:
+    """The sites by the names of sae-lens, which knows one that is read and, of a transcoder, one that is written."""
     sites = sae.info.sites
     if sites is None or len(sites.inputs) > 1 or len(sites.targets) > 1:
         return {}
-    return _place(sites.inputs[0]) | ({} if sites.same else {"hook_name_out": sites.targets[0].hook_name})
+    written = {f"{name}_out": value for name, value in _place(sites.targets[0]).items()}
+    return _place(sites.inputs[0]) | ({} if sites.same and not transcoder else written)
 
 
 def _ports(sae: SAEModule) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import JumpReLUTranscoderConfig, TopKTranscoderConfig, TranscoderConfig
 from safetensors.torch import load_file, save_file
 from support.kernels import seeded
@@ -223,6 +227,45 @@ def test_folders_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
     (folder / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     with pytest.raises(SAEFormatError, match=message):
         SAE.load(folder)
+
+
+def at(sites: saekit.Sites, config: SAEConfig) -> SAE:
+    sae = built(config, Ports.of(sites, dict.fromkeys(sites.all, 12)))
+    sae.info = attrs.evolve(sae.info, sites=sites)
+    return sae
+
+
+READ, HEAD = saekit.Site(hook_name="read"), saekit.Site(hook_name="blocks.0.attn.hook_z", hook_head_index=1)
+
+
+@pytest.mark.parametrize("target", [HEAD, READ], ids=lambda site: site.name)
+def test_the_site_that_is_written_is_named_to_others(tmp_path: Path, target: saekit.Site) -> None:
+    sae = at(saekit.Sites((READ,), (target,)), TranscoderConfig(d_sae=D_SAE))
+    sae.save(tmp_path / "sae")
+    table = json.loads((tmp_path / "sae/cfg.json").read_text())
+    found = table["metadata"]["hook_name_out"], table["metadata"]["hook_head_index_out"]
+    assert (table["architecture"], table["d_out"], *found) == (
+        "transcoder", 12, target.hook_name, target.hook_head_index
+    )  # fmt: skip
+    read = SAE.load(tmp_path / "sae", loader="sae_lens")
+    assert (read.info.sites, read.ports) == (sae.info.sites, sae.ports)
+
+
+ELSEWHERE = saekit.Sites((READ,), (HEAD,)), saekit.Sites((READ, HEAD))
+
+
+@pytest.mark.parametrize("sites", ELSEWHERE, ids=lambda sites: sites.name)
+@pytest.mark.parametrize("kind", [StandardConfig, TopKConfig, BatchTopKConfig, JumpReLUConfig])
+def test_an_sae_at_other_sites_than_one_has_no_name_that_others_misread(
+    tmp_path: Path, kind: type, sites: saekit.Sites
+) -> None:
+    sae = at(sites, kind(d_sae=D_SAE, apply_b_dec_to_input=False))
+    sae.save(tmp_path / "sae")
+    assert json.loads((tmp_path / "sae/cfg.json").read_text())["architecture"] == sae.info.architecture
+    one_read = f"architecture in .* is '{sae.info.architecture}'; this loader reads"
+    with pytest.raises(SAEFormatError, match="lacks hook_name" if sites.same else one_read):
+        SAE.load(tmp_path / "sae", loader="sae_lens")
+    assert SAE.load(tmp_path / "sae").ports == sae.ports
 
 
 @pytest.mark.slow

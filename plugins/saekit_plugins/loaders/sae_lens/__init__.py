@@ -86,10 +86,10 @@ def _place_of(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
     """Its site, or of a transcoder those that it reads and writes; the latter may be named nowhere."""
     if d_out is None:
         return {"site": config.site}
-    target = config.flat.get("hook_name_out", "output")
-    sites = Sites((config.site,), (Site(hook_name=target),))
-    widths = {config.site.name: config.d_in}, {target: d_out}
-    return {"sites": sites if "hook_name_out" in config.flat else None, "ports": Ports(*widths)}
+    target = config.target or Site(hook_name="output")
+    sites = Sites((config.site,), (target,))
+    widths = {config.site.name: config.d_in}, {target.name: d_out}
+    return {"sites": sites if config.target else None, "ports": Ports(*widths)}
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

@@ -46,6 +46,8 @@ class FoundConfig:
     d_in: int
     d_sae: int
     site: Site
+    target: Site | None
+    """That a transcoder writes, where it is named."""
     architecture: str
     activation: str
     apply_b_dec_to_input: bool
@@ -74,6 +76,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
         d_in=flat["d_in"],
         d_sae=flat["d_sae"],
         site=_site(flat, place),
+        target=_site(flat, place, "_out") if "hook_name_out" in flat else None,
         architecture=flat.get("architecture", "standard"),
         activation=flat["activation"],
         apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
@@ -91,9 +94,10 @@ def _check_kinds(flat: Mapping[str, Any], place: str) -> None:
             raise SAEFormatError(f"{spelling} in {place} is {value!r}, expected {expected}")
 
 
-def _site(flat: Mapping[str, Any], place: str) -> Site:
+def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site:
+    """That of the fields whose names end in ``end``."""
     try:
-        return Site(hook_name=flat["hook_name"], hook_head_index=flat.get("hook_head_index"))
+        return Site(hook_name=flat[f"hook_name{end}"], hook_head_index=flat.get(f"hook_head_index{end}"))
     except ConfigError as error:
         raise SAEFormatError(f"{place} does not say where the SAE belongs: {error}") from error
 

@@ -251,8 +251,12 @@ class SAEInfo:
             return attrs.evolve(self, metadata={**self.metadata, "normalize_activations": _SCALED})
         if scale == 1:
             return self
+        return self.with_known_scale(scale)
+
+    def with_known_scale(self, scale: Scale | None) -> Self:
+        """For weights that a factor was folded into, where it was unknown until now; None: no number for each site."""
         left = {name: value for name, value in self.metadata.items() if name != "normalize_activations"}
-        return attrs.evolve(self, metadata={**left, "activation_scale": scale})
+        return attrs.evolve(self, metadata=left if scale is None else {**left, "activation_scale": scale})
 
     def lines(self) -> list[str]:
         """What is known, a line each, for people."""

@@ -21,7 +21,7 @@ from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
 from saekit.sae.hooks import HookPoint
-from saekit.sae.parameters import Factor, Parameter, ParameterTable, tensors_of
+from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
 from saekit.sae.ways import Ways
 from saekit.site import flatten_heads
 from saekit.values import Ports, SAEInfo, StepInput, StepOutput
@@ -314,9 +314,10 @@ class SAEModule(Ways):
         """
         if target_scale is None and not self.ports.same:
             raise ValueError("inputs and targets are other sites: each has a scale of its own, so give both")
-        self.table.fold_scale(self, scale, scale if target_scale is None else target_scale)
-        if self.info.scale_is_unknown and not isinstance(scale, Tensor):  # until now
-            self.info = self.info.with_scale(scale)
+        written = scale if target_scale is None else target_scale
+        self.table.fold_scale(self, scale, written)
+        if self.info.scale_is_unknown:  # until now
+            self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
 
     # ---- saving and loading
 

@@ -21,7 +21,9 @@ from saekit.errors import SAEFormatError
 from saekit.kernels.workspace import zeros
 from saekit.values import Ports, Scale
 
-__all__ = ["Factor", "Parameter", "ParameterTable", "Start", "factors_of", "one_factor", "tensors_of", "to_hold"]
+__all__ = [
+    "Factor", "Parameter", "ParameterTable", "Start", "factors_of", "one_factor", "scale_of", "tensors_of", "to_hold",
+]  # fmt: skip
 
 Factor: TypeAlias = float | Tensor
 """One number for all, or a vector of one for each column."""
@@ -283,6 +285,18 @@ def factors_of(
         for some in (ports.inputs, ports.targets)
     )
     return read.to(dtype).to(device), written.to(dtype).to(device)
+
+
+def scale_of(read: Factor, written: Factor, ports: Ports) -> Scale | None:
+    """The scale whose :func:`factors_of` are ``read`` and ``written``; None, where a site has no one number."""
+    found: dict[str, float] = {}
+    for factor, widths in ((read, ports.inputs), (written, ports.targets)):
+        columns = torch.as_tensor(factor, dtype=torch.float64, device=_CPU).expand(sum(widths.values()))
+        for name, column in zip(widths, columns.split([*widths.values()]), strict=True):
+            one = column[0].item()
+            if found.setdefault(name, one) != one or bool((column != one).any()):
+                return None
+    return found if len({*found.values()}) > 1 else one
 
 
 def one_factor(factor: Factor, why: str = "features have no ports") -> Factor:

@@ -133,6 +133,27 @@ def test_inputs_and_targets_have_scales_of_their_own() -> None:
         torch.testing.assert_close(sae(x), output / 0.25, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("read", "written", "recorded"),
+    [
+        ([3.0] * 7 + [0.5] * 5, [2.0] * 4, {"a": 3.0, "b": 0.5, "c": 2.0}),
+        (3.0, 2.0, {"a": 3.0, "b": 3.0, "c": 2.0}),
+        ([3.0] * 12, 3.0, 3.0),
+        ([3.0] * 11 + [4.0], 2.0, None),
+    ],
+    ids=["vectors", "two numbers", "one number", "no number of a site"],
+)
+def test_a_scale_that_was_unknown_is_not_once_it_is_folded_in(read: Any, written: Any, recorded: Any) -> None:
+    config = StandardConfig(d_sae=9, apply_b_dec_to_input=False)
+    ports, plugins = Ports({"a": 7, "b": 5}, {"c": 4}), saekit.default_manager()
+    sae = build_module(plugins.find("sae_architectures", config), config, ports, plugins)
+    sae.info = sae.info.with_scale(None)
+    assert sae.info.scale_is_unknown
+    sae.fold_activation_scale(*(torch.tensor(one) if isinstance(one, list) else one for one in (read, written)))
+    assert not sae.info.scale_is_unknown
+    assert sae.info.metadata.get("activation_scale") == recorded
+
+
 def test_a_scale_that_a_parameter_cannot_take_is_an_error() -> None:
     entry = Parameter("threshold", ("d_sae",), init=init.zeros, scale={"d_out": -1})
     value = torch.ones(3)

@@ -84,6 +84,12 @@ def build_sae(
         sae.load_public_tensors(read.tensors)
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
+    if read.activation_scale not in (None, 1) and not ports.same:
+        raise SAEFormatError(
+            f"the SAE in {place} has one activation scale, {read.activation_scale}, and its inputs "
+            f"({', '.join(ports.inputs)}) and targets ({', '.join(ports.targets)}) are scaled each by its own: load it "
+            "without a scale, and call sae.fold_activation_scale(factor, target_factor)"
+        )
     metadata = SAEInfo(metadata=read.metadata).with_scale(read.activation_scale).metadata
     sae.info = attrs.evolve(sae.info, sites=_sites(read), metadata=metadata)
     if read.activation_scale not in (None, 1):
@@ -93,7 +99,7 @@ def build_sae(
         warnings.warn(
             f"the SAE in {place} was trained on activations scaled to mean norm sqrt(d_in), and its folder does not "
             "hold the factor: scale its input before use, or fold the factor in with "
-            "sae.fold_activation_scale(factor) and save it",
+            f"sae.fold_activation_scale({'factor' if ports.same else 'factor, target_factor'}) and save it",
             stacklevel=4,
         )
     return sae

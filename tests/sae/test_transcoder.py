@@ -229,6 +229,23 @@ def test_folders_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
         SAE.load(folder)
 
 
+def test_one_scale_says_nothing_of_two_sides(tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURES / "sae_lens_6.54.12_transcoder", tmp_path / "copy")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "expected_average_only_in"}))
+    x = load_file(folder / "expected.safetensors")["x"]
+    one = (
+        r"copy has one activation scale, 1\.7, and its inputs .* and targets .* are scaled each by its own: load it wi"
+    )
+    with pytest.raises(SAEFormatError, match=one):
+        SAE.load(folder, loader={"name": "sae_lens", "activation_scale": 1.7})
+    with pytest.warns(UserWarning, match=r"sae\.fold_activation_scale\(factor, target_factor\) and save it"):
+        sae = SAE.load(folder)
+    expected = sae(1.7 * x) / 3
+    sae.fold_activation_scale(1.7, 3.0)
+    close(sae(x), expected)
+
+
 def at(sites: saekit.Sites, config: SAEConfig) -> SAE:
     sae = built(config, Ports.of(sites, dict.fromkeys(sites.all, 12)))
     sae.info = attrs.evolve(sae.info, sites=sites)

@@ -282,7 +282,7 @@ def give_weights(
             scale = 1.0  # its weights are for scaled activations as they are
         if problems := _decoder_problems(config, options, start, scale):
             raise ConfigError(problems)
-        _copy_weights(start, trainer, scale)
+        _copy_weights(start, trainer, scale, _start_of(config))
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     read, written = trainer.factors
@@ -313,13 +313,27 @@ def _starting_rows(sample: Mapping[Site, Tensor], sites: Sites) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale) -> None:
-    """Those of an SAE for raw activations, for activations times ``scale``."""
+def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale, where: str) -> None:
+    """Those of an SAE for raw activations, for activations times ``scale``; ``where`` it is from."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
     sae.fold_activation_scale(*_unfolding(scale, trainer.sae.ports))
+    if problems := list(_changed_by_folding(start, sae, where)):
+        raise ConfigError(problems)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
     SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
+
+
+def _changed_by_folding(start: SAEModule, folded: SAEModule, where: str) -> Iterator[tuple[str, str]]:
+    """Options without which ``folded`` would be another SAE, and which the run has as ``start`` has them."""
+    for field in attrs.fields(type(start.config)):
+        own, needed = (getattr(sae.config, field.name) for sae in (start, folded))
+        if field.metadata.get(SAME_AT_START) and own != needed:
+            yield (
+                f"sae.{field.name}", f"is {own!r}, but with a scale for each site {where} needs {needed!r}; set "
+                "activations.normalize_activations to 'none', or start from one that was trained with "
+                f"{field.name} = {needed!r}"
+            )  # fmt: skip
 
 
 def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:

@@ -136,6 +136,32 @@ def test_the_scale_is_folded_into_what_is_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(raw.encode(x), plain.encode(x * read), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("sites", [saekit.Sites((A, B)), saekit.Sites((A,), (C,))], ids=lambda s: s.name)
+def test_a_saved_one_is_the_same_on_scaled_activations(
+    tmp_path: Path, kind: str, rescale: bool, sites: saekit.Sites
+) -> None:
+    """But for one whose option would have to change for it, with scales of several targets."""
+    sae: dict[str, Any] = {"name": kind, "k": 4, "rescale_acts_by_decoder_norm": rescale, "b_dec_init_method": "zeros"}
+    sae |= dict.fromkeys(("apply_b_dec_to_input", "normalize_sae_decoder", "init_encoder_as_decoder_transpose"), False)
+    if kind == "batchtopk":
+        sae["threshold_lr"] = 1e-9  # it stands still
+    first = train(config(tmp_path, sites, sae=sae, activations={"normalize_activations": "none"}))
+    start = {"from_pretrained_path": str(first.folder), "training_tokens": 1}
+    table = config(tmp_path, sites, sae=sae, training=start | {"train_batch_size_tokens": 1})
+    if rescale and len(sites.targets) > 1:
+        needs = (
+            "sae.rescale_acts_by_decoder_norm: is True, but with a scale for each site the SAE in .* needs False; set"
+        )
+        with pytest.raises(ConfigError, match=needs):
+            train(table)
+        return
+    x = torch.cat([sample(site, 40, seed=9) for site in sites.inputs], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(train(table).sae(x), first.sae(x), rtol=1e-6, atol=1e-6)
+
+
 def test_a_target_among_the_inputs_has_one_scale(tmp_path: Path) -> None:
     saved = train(config(tmp_path, saekit.Sites((A, B), (B,)))).folder
     sae = saekit.SAE.load(saved, plugins=manager())

@@ -1,7 +1,7 @@
 """A dictionary of features: five lines of mathematics, six hook points, and the step that trains it.
 
 The mathematics stand here and in the architectures, for autograd.  What makes them fast stands beside: see
-:mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.sae.inference`.
+:mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.kernels.inference`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class SAEConfig:
     `{"saekit:adam": {"beta1": 0.9}}`."""
 
     d_in: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
-    """The width of the site.  None: found by running the model once.  A stated width that is wrong is an error."""
+    """The width of what is read: of the site, or of all inputs side by side.  None: found by running the model once.  A
+    stated width that is wrong is an error."""
     d_sae: int | None = attrs.field(default=None, validator=a_size, metadata={NEEDED_TO_LOAD: True})
     """The number of features."""
     expansion_factor: int | None = attrs.field(default=None, validator=check(lambda v: v >= 1, "1 or more", most=2**20))

@@ -27,19 +27,19 @@ class _Variance:
     d: int
     rows: int = 0
     squared_error: float = 0.0
-    _centre: Tensor = attrs.field(init=False)
+    _center: Tensor = attrs.field(init=False)
     _sum: Tensor = attrs.field(init=False)
     _squares: float = 0.0
 
     def __attrs_post_init__(self) -> None:
-        self._centre = torch.zeros(self.d, dtype=torch.float64, device="cpu")
+        self._center = torch.zeros(self.d, dtype=torch.float64, device="cpu")
         self._sum = torch.zeros(self.d, dtype=torch.float64, device="cpu")
 
     def add(self, y: Tensor, output: Tensor) -> None:
         """Count ``y`` and ``output [n, d]``, in float64 on the CPU."""
         if not self.rows:
-            self._centre = y.mean(0)  # sums around a near mean keep their digits
-        shifted = y - self._centre
+            self._center = y.mean(0)  # sums around a near mean keep their digits
+        shifted = y - self._center
         self._sum += shifted.sum(0)
         self._squares += shifted.pow(2).sum().item()
         self.squared_error += (output - y).pow(2).sum().item()

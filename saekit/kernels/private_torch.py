@@ -1,4 +1,7 @@
-"""What torch has and does not promise: all of it is called here, each beside a public way that takes its place.
+"""What torch has and does not promise: what kernels use of it, each beside a public way that takes its place.
+
+Two other things are used where they belong: the in-place gradient of ReLU, by its activation function, and the name of
+the compiler's errors, ``torch._dynamo.exc``, by those who compile.
 
 Whether torch still has a function, and whether that still gives what the public way gives, is looked at once, on a few
 numbers, when it is first wanted.

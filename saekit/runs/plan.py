@@ -198,7 +198,7 @@ class _Planner:
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
-        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and two moments, as Adam keeps them)"
+        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and at most two moments: Adam keeps two)"
         self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         if not stream.has_model:
             return
@@ -249,7 +249,7 @@ class _Planner:
             )
 
     def checkpoints(self) -> None:
-        """What a run that can be resumed takes on the disk: weights, Adam's two moments, and the buffer."""
+        """What a run that can be resumed takes on the disk: weights, at most two moments (Adam's), and the buffer."""
         keep = self.config.checkpoints.keep_last
         if not keep:
             self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"

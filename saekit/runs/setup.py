@@ -219,6 +219,7 @@ def make_trainer(
     sae.check_state()
     if config.training.finetuning_method is not None:
         sae.add_factors_for(config.training.finetuning_method)
+        _check_something_is_tuned(config.training.finetuning_method, sae)
     if options.dtype == "bfloat16":
         sae.cast_weights(torch.float32)  # until it is saved
     sae.to(device)
@@ -250,6 +251,18 @@ def make_trainer(
               "which takes it where there is one")]
         )  # fmt: skip
     return trainer
+
+
+def _check_something_is_tuned(method: str, sae: SAEModule) -> None:
+    """Before the main training, which would be lost if fine-tuning then had nothing to train."""
+    if sae.table.trained_by(method):
+        return
+    others = sorted({f"'{group}'" for entry in sae.table for group in entry.groups})
+    there = f"choose {' or '.join(others)}, or leave it out" if others else "no method does; leave it out"
+    raise ConfigError(
+        [("training.finetuning_method", f"is '{method}', which trains no parameter of a {type(sae).__name__}; {there}, "
+          "with finetuning_tokens")]
+    )  # fmt: skip
 
 
 def _watching(

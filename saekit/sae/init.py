@@ -115,8 +115,8 @@ def geometric_median(
     """
     dtype = dtype or points.dtype
 
-    def distances_to(centre: Tensor) -> Tensor:
-        return torch.cat([(piece - centre).norm(dim=1) for piece in _pieces(points, dtype)])
+    def distances_to(center: Tensor) -> Tensor:
+        return torch.cat([(piece - center).norm(dim=1) for piece in _pieces(points, dtype)])
 
     median = _mean(points, dtype)
     distances = distances_to(median)

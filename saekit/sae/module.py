@@ -1,7 +1,7 @@
 """A dictionary of features: five lines of mathematics, six hook points, and the step that trains it.
 
 The mathematics stand here and in the architectures, for autograd.  What makes them fast stands beside: see
-:mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.sae.inference`.
+:mod:`saekit.kernels.encoder`, :mod:`saekit.kernels.gradients` and :mod:`saekit.kernels.inference`.
 """
 
 from __future__ import annotations
@@ -349,10 +349,11 @@ class SAEModule(Ways):
 
     def check_state(self) -> None:
         """:class:`SAEFormatError` for state that could not be saved: better said before training than after it."""
-        tensors = tensors_of(self)
-        if type(self).public_tensors is not SAEModule.public_tensors:
-            return  # what is saved of it is the architecture's own business
-        if odd := [f"{name} ({value.dtype})" for name, value in tensors.items() if not value.is_floating_point()]:
+        found = {name: value for name, value in tensors_of(self).items() if not value.is_floating_point()}
+        if found and type(self).public_tensors is not SAEModule.public_tensors:  # it may save something in their place
+            saved = self.public_tensors()
+            found = {name: saved[name] for name in found if name in saved and not saved[name].is_floating_point()}
+        if odd := [f"{name} ({value.dtype})" for name, value in found.items()]:
             raise SAEFormatError(
                 f"{type(self).__name__} has buffers that could not be loaded again: {', '.join(odd)}. Keep them in "
                 "floating-point numbers, register them with persistent=False, or override public_tensors and "

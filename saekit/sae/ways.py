@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +19,7 @@ _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses",
     "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
+_OF_FILES = ("from_hub", "load", "save")
 
 
 class Ways(Castable):
@@ -114,10 +115,24 @@ def _changed(kind: type) -> str | None:
 
     The class that lists ``step_kernels`` answers for the mathematics that it has and inherits.
     """
-    for owner in kind.__mro__:
-        if "step_kernels" in vars(owner):
-            return None
-        for name in _MATHEMATICS:
-            if name in vars(owner):
-                return f"{owner.__name__} overrides {name}, and not step_kernels"
+    owner = next(one for one in kind.__mro__ if "step_kernels" in vars(one))
+    if owner is kind:
+        return None
+    mathematics = {*_MATHEMATICS, *_helpers(owner)}
+    for changing in kind.__mro__[: kind.__mro__.index(owner)]:
+        if found := [name for name in vars(changing) if name in mathematics]:
+            return f"{changing.__name__} overrides {found[0]}, and not step_kernels"
     return None
+
+
+def _helpers(owner: type) -> Iterator[str]:
+    """The functions and properties that an architecture adds, any of which may be part of its mathematics.
+
+    Others that every module has, such as ``after_update`` and what is there to save, are at work around the kernels.
+    """
+    lineage = owner.__mro__
+    every_module = lineage[lineage.index(Ways) - 1]
+    for base in lineage[: lineage.index(every_module)]:
+        for name, value in vars(base).items():
+            if hasattr(value, "__get__") and not hasattr(every_module, name) and name not in _OF_FILES:
+                yield name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
+from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
+from saekit_plugins.backends.huggingface import HuggingFaceOptions
 from support.tiny import hooked_mamba, hooked_transformer, run_config, tokenizer
 
 import saekit
 from saekit.config import ModelConfig
 from saekit.errors import ConfigError, DataError, ModelError
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=16, vocab_size=20))
+
 
 TOKENS = torch.randint(1, 2000, (2, 20), generator=torch.Generator().manual_seed(0))
 SMALL = {"training": {"training_tokens": 600}, "evals": {"n_contexts": 2, "split": "heldout"}}
@@ -187,6 +198,26 @@ def test_the_unknown_token_is_not_taken_for_bos(tmp_path: Path) -> None:
     assert "dataset.sequence_separator_token asks for the tokenizer's bos token" in str(caught.value), "both at once"
     # The embedded model's one special token is all of them, and so are those of GPT-2.
     assert backend(hooked_transformer()).special_tokens["bos"] == tokenizer().bos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "name"),
+    [
+        (hooked_transformer, HookedTransformerOptions(from_pretrained_kwargs={"fold_ln": False}),
+         "from_pretrained_kwargs: is {'fold_ln': False}"),
+        (hooked_mamba, HookedMambaOptions(tokenizer="somebody/tokens"), "tokenizer: is 'somebody/tokens'"),
+        (gpt2, HuggingFaceOptions(attn_implementation="eager"), "attn_implementation: is 'eager'"),
+        (gpt2, HuggingFaceOptions(tokenizer="somebody/tokens", revision="v2"), "revision: is 'v2'"),
+    ],
+)  # fmt: skip
+def test_options_of_loading_are_not_for_a_model_that_is_there(
+    make: Callable[[], object], options: object, name: str
+) -> None:
+    words = (
+        f"model.backend.{re.escape(name)}, which says how a model is loaded, and this one was passed from code: leave"
+    )
+    with pytest.raises(ConfigError, match=words):
+        backend(make(), options)
 
 
 def test_missing_tokens_are_told_with_every_other_fault(tmp_path: Path) -> None:

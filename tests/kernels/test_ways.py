@@ -7,8 +7,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.transcoder import JumpReLUTranscoderConfig
 from support.kernels import built
 
 from saekit.config import SAEConfig
@@ -45,6 +48,36 @@ def test_a_class_that_changes_the_mathematics_loses_the_fast_path() -> None:
         vouched = type("Vouched", (changed,), {"step_kernels": base.step_kernels})
         sae.__class__ = vouched
         assert sae.why_reference() is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (JumpReLUConfig(), "_sparsity"), (JumpReLUTranscoderConfig(), "_sparsity"), (StandardConfig(), "_drawn"),
+        (TopKConfig(k=3), "feature_norms"), (TopKConfig(k=3), "k_aux"), (BatchTopKConfig(k=3), "aux_weight"),
+    ],
+)  # fmt: skip
+def test_a_class_that_changes_what_the_mathematics_are_made_of_loses_the_fast_path(
+    config: SAEConfig, name: str
+) -> None:
+    sae = built(attrs.evolve(config, d_sae=60))
+    base = type(sae)
+    assert sae.why_reference() is None
+    between = type("Between", (base,), {name: next(vars(one)[name] for one in base.__mro__ if name in vars(one))})
+    for kind in (between, type("Below", (between,), {})):
+        sae.__class__ = kind
+        assert sae.why_reference() == f"Between overrides {name}, and not step_kernels"
+        with torch.no_grad():
+            assert sae._kernel_for(torch.zeros(2, sae.d_in)) is None
+
+
+def test_a_class_that_changes_how_it_is_saved_keeps_the_fast_path() -> None:
+    names = ("__init__", "after_update", "public_tensors", "load_public_tensors", "saved_options", "extra_repr", "save")
+    sae = built(TopKConfig(d_sae=60, k=3))
+    base = type(sae)
+    own = {name: getattr(base, name) for name in names} | {"_name": "own", "helper": lambda self: 3}
+    sae.__class__ = type("Own", (base,), own)
+    assert sae.why_reference() is None
 
 
 def test_a_parameter_that_the_kernels_do_not_know_learns_by_autograd() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.transcoder import JumpReLUTranscoderConfig
 from safetensors.torch import load_file, save_file
 from support.kernels import built as built_sae
 from support.kernels import seeded
@@ -194,7 +195,15 @@ def test_options_that_do_not_fit() -> None:
         JumpReLUConfig(sparsity_loss="target_l0")
     with pytest.raises(ConfigError, match="target_l0: is the L of sparsity_loss"):
         JumpReLUConfig(target_l0=8.0)
-    with pytest.raises(ConfigError, match="sae.activation: is not ReLU, and jumprelu is defined by"):
+    with pytest.raises(ConfigError, match='tanh_scale: is the c of sparsity_loss = "tanh", and that is "l0": leave'):
+        JumpReLUConfig(tanh_scale=3.0)
+    with pytest.raises(ConfigError, match="k_aux: is for AuxK, and aux_loss_coefficient is 0: leave it out"):
+        JumpReLUTranscoderConfig(k_aux=8, aux_loss_coefficient=0)
+    assert JumpReLUConfig(tanh_scale=4.0, aux_loss_coefficient=0).k_aux is None
+    words = (
+        "sae.activation: is not ReLU, and jumprelu is defined by the pre-activations above thresholds themselves; leave"
+    )
+    with pytest.raises(ConfigError, match=words):
         built(activation="saekit:tanh-relu")
 
 

@@ -13,6 +13,8 @@ import support.gated
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
+from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.topk.module import TopKSAE
 from support.gated import GatedConfig, GatedSAE
 from support.optimizers import adam_for
 from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
@@ -313,6 +315,26 @@ def test_state_that_no_folder_can_hold_is_refused(tmp_path: Path) -> None:
         sae.save(tmp_path / "sae")
     with pytest.raises(SAEFormatError, match=r"loaded again: steps \(torch.int64\). Keep them in floating"):
         sae.check_state()
+
+    class OfTopK(TopKSAE):
+        def __init__(self, config: Any, **known: Any) -> None:
+            super().__init__(config, **known)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    for normalize in (True, False):
+        options = TopKConfig(d_sae=20, k=3, normalize_sae_decoder=normalize, decoder_heuristic_init=False)
+        top = OfTopK(options, ports=Ports.one(6), activation=torch.relu)
+        with torch.no_grad():
+            for parameter in top.parameters():
+                parameter.fill_(0.3)
+        with pytest.raises(SAEFormatError, match=r"OfTopK has buffers .* steps \(torch.int64\)"):
+            top.check_state()
+
+    class Saving(OfTopK):
+        def public_tensors(self) -> dict[str, torch.Tensor]:
+            return {name: value.double() for name, value in super().public_tensors().items()}
+
+    Saving(options, ports=Ports.one(6), activation=torch.relu).check_state()
 
     class Extra(Counting):
         def get_extra_state(self) -> Any:

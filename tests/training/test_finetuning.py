@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
@@ -252,6 +253,25 @@ def test_the_decoder_cannot_move_where_the_encoder_would(tmp_path: Path, sae: An
 def test_options_of_fine_tuning(training: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         saekit.load_config({"training": training})
+
+
+def test_a_method_that_trains_nothing_is_told_before_the_main_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = SAE.parameters_of
+
+    def without_scale(cls: Any, config: Any) -> Any:
+        others = [{*entry.groups} - {"scale"} for entry in known(config)]
+        return tuple(attrs.evolve(e, groups=tuple(kept)) for e, kept in zip(known(config), others, strict=True))
+
+    monkeypatch.setattr(SAE, "parameters_of", classmethod(without_scale), raising=False)
+    config = fake_run(tmp_path, training={**TUNING, "finetuning_method": "scale"})
+    words = (
+        "finetuning_method: is 'scale', which trains no parameter of a StandardSAE; choose 'decoder' or 'unrotated_dec"
+    )
+    with pytest.raises(ConfigError, match=words):
+        train(config)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_warm_up_and_decay_may_take_all_of_both_phases() -> None:

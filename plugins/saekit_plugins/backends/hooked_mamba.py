@@ -14,7 +14,7 @@ from saekit.config import path_field
 from saekit.devices import resolve_device
 from saekit.hub import within_reach
 from saekit_plugins.backends.model_folders import check_folders
-from saekit_plugins.backends.passed import check_passed
+from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -65,6 +65,8 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
 
     _check_fast_paths(config.forward_kwargs)
     check_passed(loaded, "HookedMamba")
+    if loaded is not None:
+        check_not_for_passed(config, "tokenizer", "from_pretrained_kwargs")
     module: Any = loaded or _load(config, model)
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(

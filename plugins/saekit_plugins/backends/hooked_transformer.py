@@ -15,7 +15,7 @@ from saekit import Entry, ModelError, hookimpl
 from saekit.backends import Hooks, ModuleBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
-from saekit_plugins.backends.passed import check_passed
+from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,9 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
-        module: Any = _passed(loaded) if loaded is not None else load_model(model, config.from_pretrained_kwargs)
+        module: Any = (
+            _passed(loaded, config) if loaded is not None else load_model(model, config.from_pretrained_kwargs)
+        )
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -144,8 +146,9 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     )
 
 
-def _passed(loaded: object) -> object:
+def _passed(loaded: object, config: HookedTransformerOptions) -> object:
     check_passed(loaded, "HookedTransformer")
+    check_not_for_passed(config, "from_pretrained_kwargs")
     if lacking := [name for name in ("d_vocab", "n_ctx") if not hasattr(loaded.cfg, name)]:  # type: ignore[attr-defined]
         raise ModelError(f"the cfg of the model, a {type(loaded).__name__}, lacks {' and '.join(lacking)}")
     return loaded

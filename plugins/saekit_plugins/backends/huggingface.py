@@ -11,7 +11,7 @@ from saekit import ConfigError, Entry, hookimpl
 from saekit.backends import ModuleBackend
 from saekit.config import path_field
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
-from saekit_plugins.backends.passed import check_passed
+from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,10 @@ def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | N
     if model.compile:
         raise ConfigError([("model.compile", "is not for AutoModelForCausalLM, since compiled code knows no hooks")])
     check_passed(loaded, "AutoModelForCausalLM")
+    if loaded is not None:
+        tokenizer_is_known = config.tokenizer or getattr(loaded, "tokenizer", None) is not None
+        unused = ("revision",) if tokenizer_is_known else ()  # else that is the tokenizer's
+        check_not_for_passed(config, "attn_implementation", "from_pretrained_kwargs", *unused)
     options = {"revision": config.revision, "attn_implementation": config.attn_implementation}
     module: Any = loaded or load_causal_lm(model, **options | config.from_pretrained_kwargs)
     name = model.name if loaded is None else module.name_or_path

@@ -1,10 +1,13 @@
-"""Which backend a model that was passed from code is of.  A helper of the backends' plugins, not a plugin."""
+"""Models that were passed from code: of which backend, and with what options.  A helper of plugins, not a plugin."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from saekit import ConfigError
 from saekit.backends import wrong_model
 
-__all__ = ["check_passed"]
+__all__ = ["check_not_for_passed", "check_passed"]
 
 _MARKS = {
     "HookedMamba": ("run_with_hooks", "input_dependent_hooks"),
@@ -21,3 +24,14 @@ def check_passed(loaded: object | None, expected: str) -> None:
     kind = next((key for key, names in _MARKS.items() if all(hasattr(loaded, name) for name in names)), None)
     if kind != expected:
         raise wrong_model(loaded, expected, kind)
+
+
+def check_not_for_passed(options: Any, *names: str) -> None:
+    """Raise :class:`saekit.ConfigError` where one of ``options`` that say how a model is loaded is not its default."""
+    defaults = type(options)()
+    found = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+    if found:
+        raise ConfigError(
+            [(f"model.backend.{name}", f"is {getattr(options, name)!r}, which says how a model is loaded, and this one "
+              "was passed from code: leave it out, and load the model so yourself") for name in found]
+        )  # fmt: skip

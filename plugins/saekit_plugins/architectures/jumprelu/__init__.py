@@ -68,6 +68,13 @@ class JumpReLUConfig(SAEConfig):
         super().__attrs_post_init__()
         if (self.target_l0 is not None) != (self.sparsity_loss == "target_l0"):
             raise ConfigError([("target_l0", 'is the L of sparsity_loss = "target_l0": give both, or neither')])
+        if self.sparsity_loss != "tanh" and self.tanh_scale != attrs.fields(JumpReLUConfig).tanh_scale.default:
+            raise ConfigError(
+                [("tanh_scale", f'is the c of sparsity_loss = "tanh", and that is "{self.sparsity_loss}": leave it '
+                  "out")]
+            )  # fmt: skip
+        if self.k_aux is not None and not self.aux_loss_coefficient:
+            raise ConfigError([("k_aux", "is for AuxK, and aux_loss_coefficient is 0: leave it out")])
 
     def l0_coefficient_at(self, step: int) -> float:
         """λ at ``step``: linear from 0."""

@@ -11,7 +11,7 @@ with ``K`` 1 between −½ and ½, else 0.  What ``ste_to_input`` adds to the de
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -205,11 +205,12 @@ class JumpReLUSAE(SAE):
     step_kernels = (JumpReLUKernel(),)
     config: JumpReLUConfig
     activation: Any
+    _name: ClassVar[str] = "jumprelu"
     threshold: nn.Parameter
     """``[d_sae]``: the numbers themselves, 0 or more, in float32 at least."""
 
     def __init__(self, config: JumpReLUConfig, *, ports: Ports, activation: ActivationFunction) -> None:
-        check_relu("jumprelu", activation)
+        check_relu(activation, f"{self._name} is defined by the pre-activations above thresholds themselves")
         super().__init__(config, ports=ports, activation=activation)
 
     @classmethod

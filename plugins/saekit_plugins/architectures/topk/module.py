@@ -33,14 +33,11 @@ __all__ = ["TopKSAE", "folded"]
 FOLDED = ("W_enc", "b_enc", "W_dec")
 
 
-def check_relu(architecture: str, activation: ActivationFunction) -> None:
-    """:class:`ConfigError` unless ``activation`` is ReLU."""
+def check_relu(activation: ActivationFunction, why: str) -> None:
+    """:class:`ConfigError` unless ``activation`` is ReLU; ``why`` it must be, in words."""
     numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
     if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
-        raise ConfigError(
-            [("sae.activation", f"is not ReLU, and {architecture} is defined by the largest pre-activations "
-              "themselves; leave it out")]
-        )  # fmt: skip
+        raise ConfigError([("sae.activation", f"is not ReLU, and {why}; leave it out")])
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -108,7 +105,7 @@ class TopKSAE(SAE):
     _name: ClassVar[str] = "topk"
 
     def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
-        check_relu(self._name, activation)
+        check_relu(activation, f"{self._name} is defined by the largest pre-activations themselves")
         if config.k > config.features(ports.d_in):
             raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
         super().__init__(config, ports=ports, activation=activation)
@@ -210,7 +207,8 @@ class TopKSAE(SAE):
         ):
             return tensors
         wide = torch.promote_types(norms.dtype, torch.float32)
-        return folded({name: value.to(wide) for name, value in tensors.items()}, norms.detach().cpu().to(wide))
+        tensors = {name: value.to(wide) if value.is_floating_point() else value for name, value in tensors.items()}
+        return folded(tensors, norms.detach().cpu().to(wide))
 
     def norms_when_saved(self) -> Tensor | None:
         """``[d_sae]``: the norms by which features of the saved tensors are still to be multiplied; None: by nothing.

@@ -109,6 +109,7 @@ class JumpReLUTranscoderSAE(_Skips, JumpReLUSAE):
     """See the module."""
 
     step_kernels = (JumpReLUTranscoderKernel(),)
+    _name = "jumprelu_transcoder"
 
     def public_config(self) -> dict[str, Any]:
         return self.named_elsewhere("jumprelu_")

@@ -104,8 +104,9 @@ def _jumprelu_options(config: FoundConfig) -> dict[str, Any]:
         return {}
     options = {ours: said[theirs] for theirs, ours in _JUMPRELU.items() if said.get(theirs) is not None}
     loss = _SPARSITY_LOSSES.get(str(said.get("jumprelu_sparsity_loss_mode")), "l0")
-    if loss != "target_l0":
-        options.pop("target_l0", None)
+    for name, of_loss in (("target_l0", "target_l0"), ("tanh_scale", "tanh")):
+        if loss != of_loss:
+            options.pop(name, None)
     return options | {"sparsity_loss": loss, "aux_loss_coefficient": 0.0}
 
 

@@ -128,7 +128,9 @@ def test_the_largest_of_a_batch(wanted: int, first_rows: float, device: str) -> 
     expected = (torch.zeros_like(compared).scatter(0, places, values).reshape(pre.shape) > 0) * pre
     found = batch_top(encoder, rows, wanted, scale=scale)
     assert torch.allclose(found.dense(), expected)
-    assert len(found) == min(wanted, int((compared > 0).sum()))
+    # A device that is not a CPU is not waited for: where fewer are above zero, some entries are zero.
+    there = len(found) if device == "cpu" else int((found.values > 0).sum())
+    assert there == min(wanted, int((compared > 0).sum()))
 
 
 def test_ties_at_the_threshold_of_a_batch_do_not_make_more_than_wanted(device: str) -> None:

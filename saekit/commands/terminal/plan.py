@@ -1,0 +1,45 @@
+"""``saekit plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from saekit.commands.terminal.arguments import ConfigFile, Overrides, source_of
+
+__all__ = ["plan"]
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
+    from saekit.commands import jobs, preflight
+    from saekit.config.files import load_config
+    from saekit.plugins.manager import default_manager
+
+    checked = load_config(*source_of(config, overrides))
+    early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
+    for text in early:  # now, and not when the model has run
+        typer.echo(f"problem: {text}")
+    sys.stdout.flush()
+    found = jobs.plan(checked)
+    if as_json:
+        import attrs
+
+        typer.echo(json.dumps(attrs.asdict(found), indent=2))
+    else:
+        width = max(map(len, found.facts), default=0)
+        for name, text in found.facts.items():
+            typer.echo(f"{name:{width}}  {text}")
+        for text in found.warnings:
+            typer.echo(f"warning: {text}")
+        for text in found.problems[len(early) :]:
+            typer.echo(f"problem: {text}")
+    if found.problems:
+        raise typer.Exit(2)

@@ -13,14 +13,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal.cache import app as cache_app
-from saekit.commands.terminal.config import config
-from saekit.commands.terminal.demo import demo
+from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, train
+from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
-from saekit.commands.terminal.plan import plan
-from saekit.commands.terminal.plugins import plugins
-from saekit.commands.terminal.pretokenize import pretokenize
-from saekit.commands.terminal.train import train
 from saekit.errors import PluginWarning, SaekitError
 
 __all__ = ["app", "main"]
@@ -29,7 +24,12 @@ app = typer.Typer(
     name="saekit",
     help="Train, load and study sparse autoencoders on language models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("""
+    saekit demo
+    saekit config > run.toml
+    saekit train run.toml
+"""),
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -45,13 +45,13 @@ def _root(
         raise typer.Exit
 
 
-app.command("train")(train)
-app.command("demo")(demo)
-app.command("config")(config)
-app.command("plugins")(plugins)
-app.command("plan")(plan)
-app.command("pretokenize")(pretokenize)
-app.add_typer(cache_app, name="cache")
+app.command("train", epilog=examples(train.EXAMPLES))(train.train)
+app.command("demo", epilog=examples(demo.EXAMPLES))(demo.demo)
+app.command("config", epilog=examples(config.EXAMPLES))(config.config)
+app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
+app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
+app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
+app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 
 
 def main() -> NoReturn:

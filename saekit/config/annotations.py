@@ -16,6 +16,7 @@ __all__ = [
     "DICTS",
     "LISTS",
     "PRIMITIVES",
+    "few_values",
     "inner_class",
     "is_any",
     "is_class",
@@ -111,6 +112,18 @@ def inner_class(kind: Any) -> type | None:
         return found
     classes = [member for member in map(unwrapped, get_args(kind)) if is_class(member)] if is_union(kind) else []
     return classes[0] if len(classes) == 1 else None
+
+
+def few_values(kind: Any) -> list[str]:
+    """Every value that an option of this type takes, as it is written in a file, where they are few; else none."""
+    kind = unwrapped(kind)
+    if kind is bool:
+        return ["true", "false"]
+    if is_union(kind):
+        members = [few_values(member) for member in get_args(kind) if member is not type(None)]
+        return [value for values in members for value in values] + ["none"] if all(members) else []
+    values = map(enum_value, kind) if is_enum(kind) else get_args(kind) if is_literal(kind) else ()
+    return [str(value) for value in values]
 
 
 def words(kind: Any) -> str:

@@ -196,26 +196,39 @@ def _parsed(text: str) -> Any:
 
 
 def dump_config(
-    config: TrainConfig | PretokenizeConfig, form: str = "toml", *, plugins: PluginManager | None = None
+    config: TrainConfig | PretokenizeConfig,
+    form: str = "toml",
+    *,
+    plugins: PluginManager | None = None,
+    full: bool = False,
 ) -> str:
-    """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``."""
-    return write(plain_config(config, plugins or default_manager(), spare=form == "toml"), form)
+    """``config`` as ``toml``, ``yaml`` or ``json`` text, every plugin by its qualified key, for ``load_config``.
+
+    ``full`` writes the options of every plugin of a loaded configuration, those that nobody has given, too.
+    """
+    return write(plain_config(config, plugins or default_manager(), spare=form == "toml", full=full), form)
 
 
-def plain_config(config: object, plugins: PluginManager, *, spare: bool = False) -> dict[str, Any]:
+def plain_config(config: object, plugins: PluginManager, *, spare: bool = False, full: bool = False) -> dict[str, Any]:
     """A configuration as plain data, every plugin by its qualified key; those that are bound are not looked up.
 
-    ``spare`` leaves out the options that are None and are None by default: some formats have no null.
+    ``spare`` leaves out the options that are None and are None by default: some formats have no null.  ``full`` is as
+    for :func:`dump_config`.
     """
-    return plain_table(config, lambda kind, choice: plugins.find(kind, choice).key, spare=spare)
+    return plain_table(config, lambda kind, choice: plugins.find(kind, choice).key, spare=spare, full=full)
 
 
-def commented_toml(kind: str = "train", *, plugins: PluginManager | None = None) -> str:
-    """The full default configuration of ``train`` or ``pretokenize`` as TOML, each option with its explanation."""
-    default = TrainConfig() if kind == "train" else PretokenizeConfig(folder="contexts")
-    manager = plugins or default_manager()
-    lines = ["# Every option with its default. Options that are not set are shown as `# option =`."]
-    _comment_class(default, (), manager, lines, "")
+def commented_toml(
+    config: TrainConfig | PretokenizeConfig | str = "train", *, plugins: PluginManager | None = None
+) -> str:
+    """``config`` as TOML, each option with its explanation, those of the chosen plugins, too, for ``load_config``.
+
+    ``"train"`` and ``"pretokenize"`` stand for the defaults.
+    """
+    defaults = {"train": TrainConfig, "pretokenize": lambda: PretokenizeConfig(folder="contexts")}
+    wanted = defaults[config]() if isinstance(config, str) else config
+    lines = ["# Every option. Those that are not set are shown as `# option =`."]
+    _comment_class(wanted, (), plugins or default_manager(), lines, "")
     return "\n".join(lines) + "\n"
 
 
@@ -231,16 +244,18 @@ def _comment_class(
     plain = plain_config(config, manager)
     below = []
     for field in attrs.fields(type(config)):
-        value = getattr(config, field.name)
-        chosen = ""
+        value, chosen = getattr(config, field.name), ""
         kind = field.metadata.get(PLUGIN_KIND)
-        if kind and isinstance(value, str) and attrs.fields(manager.get(kind, value).entry.config):
-            chosen, value = value, manager.options(kind, value)
+        if kind and value is not None and not isinstance(value, (list, tuple)):
+            bound = manager.bound(kind, value)
+            if bound.spelled or attrs.fields(type(bound.options)):
+                chosen, value = bound.key, bound.options
         if attrs.has(type(value)):
             below.append((field.name, value, chosen))
         elif field.init:
+            unset = value is None and field.default is None
             lines += _comment(docs.get(field.name, ""))
-            lines.append(f"# {field.name} =" if value is None else f"{field.name} = {toml_value(plain[field.name])}")
+            lines.append(f"# {field.name} =" if unset else f"{field.name} = {toml_value(plain[field.name])}")
     for field_name, value, chosen in below:
         _comment_class(value, (*path, field_name), manager, lines, chosen, docs.get(field_name, ""))
 

@@ -25,10 +25,11 @@ def _unknown(kind: str, choice: object) -> str:
     raise TypeError(f"a choice of {kind} that is not bound: {choice!r}")
 
 
-def plain_table(config: object, key_of: KeyOf = _unknown, *, spare: bool = False) -> dict[str, Any]:
+def plain_table(config: object, key_of: KeyOf = _unknown, *, spare: bool = False, full: bool = False) -> dict[str, Any]:
     """An options object as nested plain data.
 
-    ``spare`` leaves out the options that are None and are None by default: some formats have no null.
+    ``spare`` leaves out the options that are None and are None by default: some formats have no null.  ``full`` writes
+    the options of a bound choice where none were given, too.
     """
     table: dict[str, Any] = {}
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
@@ -37,40 +38,40 @@ def plain_table(config: object, key_of: KeyOf = _unknown, *, spare: bool = False
             continue
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is None:
-            table[field.name] = plain_value(value, key_of, spare=spare)
+            table[field.name] = plain_value(value, key_of, spare=spare, full=full)
         elif isinstance(value, (list, tuple)):
-            table[field.name] = [_choice(choice, kind, key_of, spare) for choice in value]
+            table[field.name] = [_choice(choice, kind, key_of, spare, full) for choice in value]
         else:
-            table[field.name] = _choice(value, kind, key_of, spare)
+            table[field.name] = _choice(value, kind, key_of, spare, full)
     return table
 
 
-def plain_value(value: object, key_of: KeyOf = _unknown, *, spare: bool = False) -> Any:
+def plain_value(value: object, key_of: KeyOf = _unknown, *, spare: bool = False, full: bool = False) -> Any:
     """The value of an option as plain data."""
     if is_class(type(value)):
-        return plain_table(value, key_of, spare=spare)
+        return plain_table(value, key_of, spare=spare, full=full)
     if isinstance(value, Mapping):
-        return {_key(key): plain_value(item, key_of, spare=spare) for key, item in value.items()}
+        return {_key(key): plain_value(item, key_of, spare=spare, full=full) for key, item in value.items()}
     if not isinstance(value, (list, tuple, set, frozenset)):
         return plain(value)
-    items = [plain_value(item, key_of, spare=spare) for item in value]
+    items = [plain_value(item, key_of, spare=spare, full=full) for item in value]
     if isinstance(value, (set, frozenset)):  # whose order is chance
         return sorted(items, key=lambda item: (type(item).__name__, item))
     return items
 
 
-def _choice(choice: object, kind: str, key_of: KeyOf, spare: bool) -> object:
+def _choice(choice: object, kind: str, key_of: KeyOf, spare: bool, full: bool) -> object:
     if isinstance(choice, Choice):
-        return (
-            {"name": choice.key, **plain_table(choice.options, key_of, spare=spare)} if choice.spelled else choice.key
-        )
+        if not choice.spelled and not (full and attrs.fields(type(choice.options))):
+            return choice.key
+        return {"name": choice.key, **plain_table(choice.options, key_of, spare=spare, full=full)}
     if isinstance(choice, str):
         return key_of(kind, choice)
     if isinstance(choice, Mapping):
         return {**choice, "name": key_of(kind, choice["name"])} if isinstance(choice.get("name"), str) else dict(choice)
     if not attrs.has(type(choice)):
         return choice  # rubbish: the strict reading reports it under its path
-    return {"name": key_of(kind, choice), **plain_table(choice, key_of, spare=spare)}
+    return {"name": key_of(kind, choice), **plain_table(choice, key_of, spare=spare, full=full)}
 
 
 def _key(key: object) -> object:

@@ -9,19 +9,52 @@ from typing import Any
 import attrs
 
 from saekit.config.describe import describe_fields
-from saekit.errors import UnknownKeyError
+from saekit.errors import AmbiguousKeyError, UnknownKeyError
 from saekit.kinds import KINDS, Kind
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import printable
 from saekit.reasons import last_line
 
-__all__ = ["detail", "detail_text", "kind_named", "overview", "table"]
+__all__ = ["detail", "detail_text", "found", "kind_named", "overview", "table"]
+
+
+def found(manager: PluginManager, name: str) -> Registered:
+    """The plugin that ``name`` is the key of, ``KIND:KEY`` where several kinds have it.
+
+    A key may be qualified (``saekit:topk``), too.
+    """
+    kind, colon, key = name.partition(":")
+    items = [item for registry in manager.registries.values() for item in registry.items]
+    if colon and (_is_kind(kind) or kind not in {item.distribution for item in items}):
+        return manager.get(kind_named(kind), key)
+    fits = [item for item in items if name in (item.entry.name, item.key)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        named = [f"{item.kind.name}:{item.entry.name if _alone(item, fits) else item.key}" for item in fits]
+        raise AmbiguousKeyError(f"several plugins have the key {name!r}; name one: {', '.join(named)}")
+    keys = {item.key if colon else item.entry.name for item in items}
+    close = difflib.get_close_matches(name, keys, n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise UnknownKeyError(f"there is no plugin {name!r}.{hint} `saekit plugins` lists all there are")
+
+
+def _alone(item: Registered, others: list[Registered]) -> bool:
+    return all(other is item or other.kind.name != item.kind.name for other in others)
+
+
+def _is_kind(name: str) -> bool:
+    return _folded(name) in {form for kind in KINDS for form in (kind, kind.removesuffix("s"))}
+
+
+def _folded(name: str) -> str:
+    return name.replace("-", "_").replace(" ", "_").lower()
 
 
 def kind_named(name: str) -> Kind[Any]:
     """The kind of that name; ``lr_schedule`` and ``LR-schedules`` are understood too."""
-    folded = name.replace("-", "_").replace(" ", "_").lower()
+    folded = _folded(name)
     for known, kind in KINDS.items():
         if folded in (known, known.removesuffix("s")):
             return kind

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import textwrap
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["ConfigFile", "Overrides", "source_of"]
+from saekit.commands.terminal.completing import complete_config
 
-ConfigFile = Annotated[
-    str, typer.Argument(help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults.")
+__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "examples", "source_of"]
+
+_FILE = typer.Argument(
+    help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults.",
+    autocompletion=complete_config,
+)
+ConfigFile = Annotated[str, _FILE]
+MaybeConfigFile = Annotated[str | None, _FILE]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Options to change, as section.option=value.", autocompletion=complete_config),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Options to change, as section.option=value.")]
+
+
+def examples(lines: str) -> str:
+    """The end of a help text: commands as they are typed, which no console may wrap anew."""
+    return f"Examples:\n\n\b\n{textwrap.indent(inspect.cleandoc(lines), '  ')}"
 
 
 def source_of(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]:

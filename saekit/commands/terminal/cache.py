@@ -8,10 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import ConfigFile, Overrides, source_of
+from saekit.commands.terminal.arguments import ConfigFile, Overrides, examples, source_of
 from saekit.commands.terminal.ending import interruptible
 
-__all__ = ["app"]
+__all__ = ["EXAMPLES", "app"]
+
+_WRITE = """
+    saekit cache run.toml
+    saekit cache write run.toml activations.cache.folder=activations activations.cache.tokens=100_000_000
+"""
+_VERIFY = """
+    saekit cache verify activations
+    saekit cache verify activations --quick
+"""
+EXAMPLES = f"{_WRITE.rstrip()}{_VERIFY}"
 
 
 class _DefaultCommand(typer.core.TyperGroup):
@@ -28,7 +38,7 @@ app = typer.Typer(
 )
 
 
-@app.command("write")
+@app.command("write", epilog=examples(_WRITE))
 def write(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -50,7 +60,7 @@ def write(
     typer.echo(f"train on them with: {shlex.quote(source)}")
 
 
-@app.command("verify")
+@app.command("verify", epilog=examples(_VERIFY))
 def verify(
     folder: Annotated[str, typer.Argument(help="The folder that `saekit cache` wrote.")],
     quick: Annotated[bool, typer.Option("--quick", help="Sizes and a sample of each file, not all of it.")] = False,

@@ -6,28 +6,46 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import Overrides
+from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
 from saekit.errors import ConfigError
 
-__all__ = ["config"]
+__all__ = ["EXAMPLES", "config"]
+
+EXAMPLES = """
+    saekit config > run.toml
+    saekit config sae.name=topk training.training_tokens=10_000_000 > run.toml
+    saekit config run.toml training.lr=1e-3 --format json
+    saekit config --of pretokenize --format yaml
+"""
+_KINDS = ("train", "pretokenize")
+_FORMS = ("toml", "yaml", "json")
 
 
 def config(
-    config: Annotated[str | None, typer.Argument(help="Check this file and print it in full.")] = None,
+    config: MaybeConfigFile = None,
     overrides: Overrides = None,
-    form: Annotated[str, typer.Option("--format", help="toml, yaml or json.")] = "toml",
-    of: Annotated[str, typer.Option("--of", help="train or pretokenize.")] = "train",
+    form: Annotated[
+        str, typer.Option("--format", help="toml, yaml or json.", autocompletion=lambda: list(_FORMS))
+    ] = "toml",
+    of: Annotated[
+        str, typer.Option("--of", help="train or pretokenize.", autocompletion=lambda: list(_KINDS))
+    ] = "train",
 ) -> None:
-    """Print the full default configuration, commented; or check a file and print what it means."""
-    from saekit.config import PretokenizeConfig, TrainConfig
-    from saekit.config.files import commented_toml, dump_config, load_config
+    """Print every option with its default and an explanation; or check a file, or options, and print what they mean.
 
-    kinds: dict[str, Any] = {"train": TrainConfig, "pretokenize": PretokenizeConfig}
-    if of not in kinds:
-        raise ConfigError([("--of", f"must be {' or '.join(kinds)}, found {of!r}")])
-    if form not in ("toml", "yaml", "json"):
+    Explanations are in TOML alone.
+    """
+    from saekit.config import PretokenizeConfig, TrainConfig
+    from saekit.config.files import apply_overrides, commented_toml, dump_config, load_config
+
+    if of not in _KINDS:
+        raise ConfigError([("--of", f"must be {' or '.join(_KINDS)}, found {of!r}")])
+    if form not in _FORMS:
         raise ConfigError([("--format", f"must be toml, yaml or json, found {form!r}")])
-    if config is None and form == "toml":
-        typer.echo(commented_toml(of), nl=False)
-    else:
-        typer.echo(dump_config(load_config(config or {}, overrides or (), kind=kinds[of]), form), nl=False)
+    kind: Any = TrainConfig if of == "train" else PretokenizeConfig
+    source, given = ({}, []) if config is None else source_of(config, overrides)
+    if not source and of == "pretokenize":  # of which one option is required
+        source = apply_overrides({}, given, kind=kind)
+        source, given = {"folder": "contexts"} | source if "hub_repo_id" not in source else source, []
+    checked = load_config(source, given, kind=kind)
+    typer.echo(commented_toml(checked) if form == "toml" else dump_config(checked, form, full=True), nl=False)

@@ -9,7 +9,12 @@ import typer
 from saekit.commands.terminal.arguments import Overrides
 from saekit.commands.terminal.ending import interruptible
 
-__all__ = ["demo"]
+__all__ = ["EXAMPLES", "demo"]
+
+EXAMPLES = """
+    saekit demo
+    saekit demo sae.d_sae=2048 training.training_tokens=3_000_000 --folder my-demo
+"""
 
 
 def demo(

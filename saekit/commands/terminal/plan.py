@@ -10,7 +10,12 @@ import typer
 
 from saekit.commands.terminal.arguments import ConfigFile, Overrides, source_of
 
-__all__ = ["plan"]
+__all__ = ["EXAMPLES", "plan"]
+
+EXAMPLES = """
+    saekit plan run.toml
+    saekit plan model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
+"""
 
 
 def plan(

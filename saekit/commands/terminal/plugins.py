@@ -7,13 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.errors import UnknownKeyError
+from saekit.commands.terminal.completing import complete_plugin
 
-__all__ = ["plugins"]
+__all__ = ["EXAMPLES", "plugins"]
+
+EXAMPLES = """
+    saekit plugins
+    saekit plugins topk
+    saekit plugins lr_schedules:cosine
+"""
 
 
 def plugins(
-    entry: Annotated[str | None, typer.Argument(help="KIND:KEY shows that plugin's options.")] = None,
+    entry: Annotated[
+        str | None,
+        typer.Argument(
+            help="KEY shows that plugin's options, KIND:KEY where several have that key.",
+            autocompletion=complete_plugin,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List every plugin, or one plugin's options with types, defaults and explanations."""
@@ -25,8 +37,5 @@ def plugins(
         data: Any = listing.overview(manager)
         typer.echo(json.dumps(data, indent=2) if as_json else listing.table(data))
         return
-    kind, colon, key = entry.partition(":")
-    if not colon:
-        raise UnknownKeyError(f"{entry!r} is not KIND:KEY, such as lr_schedules:cosine. `saekit plugins` lists them")
-    detail = listing.detail(manager.get(listing.kind_named(kind), key))
+    detail = listing.detail(listing.found(manager, entry))
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))

@@ -9,7 +9,13 @@ import typer
 from saekit.commands.terminal.arguments import ConfigFile, Overrides, source_of
 from saekit.commands.terminal.ending import interruptible
 
-__all__ = ["pretokenize"]
+__all__ = ["EXAMPLES", "pretokenize"]
+
+EXAMPLES = """
+    saekit pretokenize dataset.path=book.txt tokenizer=gpt2 folder=contexts
+    saekit pretokenize dataset.path=owner/texts tokenizer=gpt2 folder=contexts num_proc=8
+    saekit train dataset.path=contexts model.name=gpt2
+"""
 
 
 def pretokenize(
@@ -18,8 +24,7 @@ def pretokenize(
 ) -> None:
     """Pack text into shuffled contexts, on disk or on the Hub, that `train` reads with dataset.path alone.
 
-    `saekit config --of pretokenize` prints every option. A file is not needed: saekit pretokenize
-    dataset.path=book.txt tokenizer=gpt2 folder=contexts
+    `saekit config --of pretokenize` prints every option. A file is not needed.
     """
     from saekit.commands import jobs
     from saekit.config import PretokenizeConfig

@@ -7,18 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import Overrides, source_of
+from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
 from saekit.commands.terminal.ending import complain, interruptible
 from saekit.errors import ConfigError
 
-__all__ = ["train"]
+__all__ = ["EXAMPLES", "train"]
+
+EXAMPLES = """
+    saekit train run.toml
+    saekit train run.toml sae.name=topk training.lr=1e-3
+    saekit train model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
+    saekit train run.toml --grid sae.l1_coefficient=1,5,10
+    saekit train --resume runs/RUN
+"""
+_FIRST = """
+
+To begin with:
+
+  saekit demo                        a first SAE, on a model and a text that come with saekit; nothing is downloaded
+  saekit config > run.toml           every option with its default and an explanation; then: saekit train run.toml
+  saekit train sae.name=topk         no file, but options; the others keep their defaults
+"""
 
 
 def train(
-    config: Annotated[
-        str | None,
-        typer.Argument(help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults."),
-    ] = None,
+    config: MaybeConfigFile = None,
     overrides: Overrides = None,
     axes: Annotated[
         list[str] | None,
@@ -31,8 +44,11 @@ def train(
 ) -> None:
     """Train an SAE as a configuration file says, or one for each point of a grid; or go on with a run."""
     if run is None and (config is None or allow):
-        missing = "a configuration file is missing" if config is None else "--allow goes with --resume"
-        raise ConfigError(f"{missing}: saekit train run.toml, or saekit train --resume RUN")
+        # Trained by defaults alone, an empty $CONFIG in a script would leave a run that looks like what was meant.
+        missing, more = (
+            ("a configuration file is missing", _FIRST) if config is None else ("--allow goes with --resume", "")
+        )
+        raise ConfigError(f"{missing}: saekit train run.toml, or saekit train --resume RUN{more}")
     if run is not None and axes:
         raise ConfigError("--grid starts a new run, and --resume goes on with one; give one of them")
     if run is not None:

@@ -19,8 +19,8 @@ from .plugins.manager import default_manager as default_manager
 from .plugins.registry import Entry as Entry
 from .pretrained import PretrainedSAE as PretrainedSAE
 from .pretrained import SAEFiles as SAEFiles
-from .runs.run import SweepResult as SweepResult
-from .runs.run import TrainResult as TrainResult
+from .runs.results import SweepResult as SweepResult
+from .runs.results import TrainResult as TrainResult
 from .runs.sweep import grid as grid
 from .sae.saved import SAE as SAE
 from .site import Site as Site

@@ -1,4 +1,4 @@
-"""What a person sees while something long runs: a bar in a terminal, plain lines elsewhere."""
+"""What a person sees while something long runs: a bar in a terminal or a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from saekit.status import InPlace, Lines, Status
+
 __all__ = ["ProgressDisplay"]
+
+_SECONDS_BETWEEN_PICTURES = 0.5  # of a notebook's, each of which goes through a socket
 
 
 class ProgressDisplay:
@@ -19,8 +23,6 @@ class ProgressDisplay:
 
     A context manager.  Where nobody knows the ``total``, it is None.  ``verbose`` off shows nothing.
     """
-
-    _SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(
         self,
@@ -31,12 +33,16 @@ class ProgressDisplay:
         verbose: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.total, self._unit = total, unit
+        self.total, self._unit, self._doing = total, unit, doing
         self._console = console or Console(stderr=True, quiet=not verbose)
         self._bar: Progress | None = None
-        self._start = self._last_line = 0.0
-        self._unsaid = ""  # the newest line, if it came too soon after another
-        if verbose and self._console.is_terminal:
+        self._picture: InPlace | None = None
+        self._lines = Lines(self._console)
+        self._status = Status(verbose=verbose, console=self._console)
+        self._start = self._last_picture = 0.0
+        if verbose and self._console.is_jupyter:
+            self._picture = InPlace()
+        elif verbose and self._console.is_terminal:
             self._bar = _BarAboveText(
                 TextColumn(doing),
                 BarColumn(),
@@ -49,7 +55,8 @@ class ProgressDisplay:
             self._task = self._bar.add_task(doing, total=total, rate="", text="")
 
     def __enter__(self) -> Self:
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
+        self._lines.begin()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -57,10 +64,13 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._status.rest()
         if self._bar is not None:
             self._bar.stop()
-        elif self._unsaid:
-            self.say(self._unsaid)
+        elif self._picture is not None:
+            self._picture.finish()
+        else:
+            self._lines.finish()
 
     def update(self, done: int, text: str = "", *, before: int = 0) -> None:
         """``done`` of the total, of which ``before`` were there at the start."""
@@ -70,18 +80,31 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total, rate=shown_rate, text=text)
             return
+        self._status.rest()
         if self.total is None:
-            self._unsaid = f"{done:,} {self._unit}  {shown_rate}  {text}"
+            line = f"{done:,} {self._unit}  {shown_rate}  {text}"
         else:
             left = (self.total - done) / max(rate, 1e-9)
-            self._unsaid = f"{done:,}/{self.total:,} {self._unit}  {shown_rate}  {text}  {left:.0f} s left"
-        if now - self._last_line >= self._SECONDS_BETWEEN_LINES:
-            self.say(self._unsaid)
-            self._last_line, self._unsaid = now, ""
+            line = f"{done:,}/{self.total:,} {self._unit}  {shown_rate}  {text}  {left:.0f} s left"
+        if self._picture is None:
+            self._lines.offer(line)
+        else:
+            at_once = now - self._last_picture >= _SECONDS_BETWEEN_PICTURES
+            self._picture.show(f"{self._doing}  {line}", part=done / self.total if self.total else None, draw=at_once)
+            self._last_picture = now if at_once else self._last_picture
+
+    def doing(self, text: str) -> None:
+        """Until the next update, something else is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, text=f"{text} ...")
+        elif self._picture is not None:
+            self._picture.show(f"{self._doing}  {text} ...")
+        else:
+            self._status(text)
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._lines.say(text)
 
 
 class _BarAboveText(Progress):

@@ -34,6 +34,10 @@ class Backend(ABC):
     why_silent: str = ""
     """Why a hook that is there may not run, and what to do, for the message to say; begins with a space."""
 
+    def __repr__(self) -> str:
+        contexts = "" if self.n_ctx is None else f"contexts of up to {self.n_ctx:,} tokens, "
+        return f"{type(self).__name__}({self.name!r} on {self.device}: {contexts}vocabulary of {self.d_vocab:,})"
+
     @abstractmethod
     def hook_names(self) -> Sequence[str]:
         """Every hook point."""

@@ -18,17 +18,27 @@ from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.runs.opening import open_backend, open_stream
 from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.status import Status
 
 __all__ = ["write_cache"]
 
 
 @ambient()
-def write_cache(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Manifest:
-    """The work of :func:`saekit.cache_activations`."""
+def write_cache(
+    config: TrainConfig,
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    say: Status | None = None,
+) -> Manifest:
+    """The work of :func:`saekit.cache_activations`; ``say`` is told what is being done."""
+    say = say or Status(verbose=False)
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
     sites = cache_sites(config)
+    say(f"loading the model {config.model.name}" if model is None else "looking at the model")
     backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")
     stream = open_stream(config, corpus, plugins, backend, sites)
+    say("reading the text")
     contexts = stream.contexts  # opens the text, before the model runs
     wanted = cached_contexts(config, corpus.context_size)
     folder = Path(config.activations.cache.folder)
@@ -36,6 +46,7 @@ def write_cache(config: TrainConfig, plugins: PluginManager, model: object | Non
         writer.check_space(writer.manifest.contexts if writer.manifest.ended else wanted)
         if writer.manifest.position is not None:
             contexts.load_state_dict(writer.manifest.position)
+        say.rest()
         _write(config, stream, writer, wanted)
         manifest = writer.manifest
     check_contexts(manifest.contexts, corpus.context_size)

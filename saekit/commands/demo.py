@@ -18,7 +18,7 @@ from saekit.plugins.manager import PluginManager, default_manager
 
 if TYPE_CHECKING:
     from saekit.analysis.examples import FeatureExamples
-    from saekit.runs.run import TrainResult
+    from saekit.runs.results import TrainResult
 
 __all__ = ["DEMO_CONFIG", "demo"]
 

@@ -22,7 +22,8 @@ from saekit.runs.planned import Plan
 if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
     from saekit.data.cache.manifest import Manifest
-    from saekit.runs.run import SweepResult, TrainResult
+    from saekit.runs.results import SweepResult, TrainResult
+    from saekit.status import Status
 
 __all__ = ["ConfigSource", "cache_activations", "plan", "pretokenize", "resume", "train"]
 
@@ -55,9 +56,9 @@ def train(
 ) -> TrainResult | SweepResult:
     """Train the SAE that ``cfg`` describes, or several on one run of the model: a list, as :func:`saekit.grid` makes.
 
-    ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` an in-memory
-    dataset (a HF ``Dataset``, or a list of ``{"text": ...}`` records); they take the place of ``model.name`` and
-    ``dataset.path``.  ``plugins`` replaces the installed plugins.
+    ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` a text, a list of
+    texts or of ``{"text": ...}`` records, a pandas ``DataFrame`` or a HF ``Dataset``; they take the place of
+    ``model.name`` and ``dataset.path``.  ``plugins`` replaces the installed plugins.
 
     SAEs that are trained together must agree on the model, the text and the checkpoints; each ends as if it had been
     trained alone.  One that diverges is stopped, and the others go on.
@@ -71,9 +72,10 @@ def train(
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
-    from saekit.runs.run import begin
+    with _status(configs) as say:
+        from saekit.runs.run import begin
 
-    return begin(configs, plugins, model, dataset, alone=alone)
+        return begin(configs, plugins, model, dataset, alone=alone, say=say)
 
 
 def resume(
@@ -106,13 +108,15 @@ def resume(
         while True:
             resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
-            preflight.of_resume(list(resumption.configs.values()), plugins, model, dataset, begun=begun).raise_any()
-            from saekit.runs.run import go_on
+            configs = list(resumption.configs.values())
+            preflight.of_resume(configs, plugins, model, dataset, begun=begun).raise_any()
+            with _status(configs) as say:
+                from saekit.runs.run import go_on
 
-            try:
-                return go_on(resumption, plugins, model, dataset)
-            except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
-                unusable[error.checkpoint] = str(error)
+                try:
+                    return go_on(resumption, plugins, model, dataset, say)
+                except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
+                    unusable[error.checkpoint] = str(error)
 
 
 def plan(
@@ -133,9 +137,11 @@ def plan(
     faults = preflight.of_training([config], plugins, model, dataset)
     if faults.absent:
         return Plan({}, {}, faults.texts, [])
-    from saekit.runs.plan import look
+    with _status([config]) as say:
+        from saekit.runs.plan import look
 
-    found = look(config, plugins, model, dataset)
+        say("trying the model and a few steps")
+        found = look(config, plugins, model, dataset)
     return Plan(found.facts, found.numbers, list(dict.fromkeys([*faults.texts, *found.problems])), found.warnings)
 
 
@@ -155,9 +161,10 @@ def cache_activations(
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     preflight.of_cache(config, plugins, model, dataset).raise_any()
-    from saekit.commands.cache import write_cache
+    with _status([config]) as say:
+        from saekit.commands.cache import write_cache
 
-    return write_cache(config, plugins, model, dataset)
+        return write_cache(config, plugins, model, dataset, say)
 
 
 def pretokenize(
@@ -179,3 +186,12 @@ def pretokenize(
     from saekit.commands.pretokenize import write_contexts
 
     return write_contexts(config, plugins, model, dataset)
+
+
+def _status(configs: Sequence[TrainConfig]) -> Status:
+    """Says what is being done, as far as one of ``configs`` wants it said; at first torch is imported."""
+    from saekit.status import Status
+
+    status = Status(verbose=any(config.training.verbose for config in configs))
+    status.importing("torch")
+    return status

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
+from saekit.data.in_memory import check_in_memory
 from saekit.data.text import check_place
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.storage import why_no_folder_in
@@ -174,6 +175,8 @@ def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:
     if dataset is None:
         yield partial(check_place, config.dataset, config.dataset.split)
+    else:
+        yield partial(check_in_memory, dataset)
 
 
 def _held_out(configs: Sequence[TrainConfig], dataset: object | None) -> Iterator[Check]:

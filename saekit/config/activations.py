@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
+from saekit.config.showing import changed_repr
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.site import Site
 
@@ -33,6 +34,8 @@ class CacheConfig:
     """The size of a shard's largest file, about.  After an interruption, writing goes on from the last whole shard;
     many small ones make reading slower."""
 
+    __repr__ = changed_repr
+
 
 @attrs.frozen(kw_only=True)
 class ActivationsConfig:
@@ -46,3 +49,5 @@ class ActivationsConfig:
     on raw activations."""
     cache: CacheConfig = attrs.field(factory=CacheConfig)
     """What `saekit cache` writes."""
+
+    __repr__ = changed_repr

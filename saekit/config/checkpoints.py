@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.fields import at_least_0, not_empty, path_field
+from saekit.config.showing import changed_repr
 
 __all__ = ["CheckpointsConfig"]
 
@@ -24,3 +25,5 @@ class CheckpointsConfig:
     keep_last: int = attrs.field(default=2, validator=at_least_0)
     """Checkpoints that a run can go on from are kept up to this number, the newest ones; 0: no checkpoints, and a run
     that ends early cannot be resumed."""
+
+    __repr__ = changed_repr

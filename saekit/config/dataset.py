@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 from saekit.config.fields import Token, check, not_empty, path_field
+from saekit.config.showing import changed_repr
 from saekit.errors import ConfigError
 
 __all__ = ["DatasetConfig"]
@@ -49,6 +50,8 @@ class DatasetConfig:
     """The token put between two documents.  None: as in pretokenized data, else `bos`."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
     """When the text ends before training does: read it again, end training cleanly, or fail."""
+
+    __repr__ = changed_repr
 
     def __attrs_post_init__(self) -> None:
         if self.prepend_bos is not False and self.begin_batch_token not in (None, "none", "bos"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
+from saekit.config.showing import changed_repr
 from saekit.kinds import EVALS
 
 __all__ = ["EvalsConfig"]
@@ -24,6 +25,8 @@ class EvalsConfig:
     """A split of the dataset to measure on.  None: one document in `held_out_every` is kept from training."""
     held_out_every: int = attrs.field(default=20, validator=check(lambda v: v == 0 or v >= 2, "0, or 2 or more"))
     """See `split`.  0 trains on every document."""
+
+    __repr__ = changed_repr
 
     @property
     def reads_text(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.fields import CompileMode, Dtype, PluginChoice, not_empty, path_field, plugin_field
+from saekit.config.showing import changed_repr
 from saekit.kinds import MODEL_BACKENDS
 
 __all__ = ["ModelConfig"]
@@ -28,3 +29,5 @@ class ModelConfig:
     """Compile the model with `torch.compile`: slow at the start, faster after."""
     compile_mode: CompileMode = "default"
     """torch's mode of compilation."""
+
+    __repr__ = changed_repr

@@ -7,6 +7,7 @@ import attrs
 from saekit.config.dataset import DatasetConfig
 from saekit.config.fields import a_seed, at_least_1, check, path_field
 from saekit.config.model import ModelConfig
+from saekit.config.showing import changed_repr
 from saekit.errors import ConfigError
 
 __all__ = ["PretokenizeConfig"]
@@ -41,6 +42,8 @@ class PretokenizeConfig:
     """Stop after this many contexts.  None: all of the data."""
     verbose: bool = True
     """Show progress."""
+
+    __repr__ = changed_repr
 
     def __attrs_post_init__(self) -> None:
         if self.folder is None and self.hub_repo_id is None:

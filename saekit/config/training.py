@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 from saekit.config.fields import CompileMode, a_seed, a_size, at_least_0, at_least_1, path_field, positive
+from saekit.config.showing import changed_repr
 from saekit.errors import ConfigError
 
 __all__ = ["TrainingConfig"]
@@ -56,6 +57,8 @@ class TrainingConfig:
     """Steps between two lines of metrics."""
     verbose: bool = True
     """Show progress."""
+
+    __repr__ = changed_repr
 
     def __attrs_post_init__(self) -> None:
         if self.finetuning_tokens and self.finetuning_method is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.contexts import ContextStream, TokenPolicy
+from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.text import STDLIB, Documents
 from saekit.data.vocabulary import Vocabulary
@@ -84,6 +85,8 @@ class Corpus:
         every = self.evals.held_out_every if self.evals.split is None else 0
         if not every:
             return Documents.open(self.config, dataset=self.dataset)
+        if is_one_text(self.dataset):
+            return self._part(held=False)
         if self.holds_out_documents:
             assert self.packed is not None
             held = held_documents(self.packed, every)
@@ -119,12 +122,19 @@ class Corpus:
                     [("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")]
                 )
             return Documents.open(self.config, split=split, dataset=self.dataset)
+        if is_one_text(self.dataset):
+            return self._part(held=True)
         if self.holds_out_documents:
             assert self.packed is not None
             held = held_documents(self.packed, every)
             owners = (DOCUMENT_IDS, lambda ids: all(map(held, ids)))
             return Documents.open(self.config, owners=owners)
         return Documents.open(self.config, dataset=self.dataset, keep=lambda index: index % every == every - 1)
+
+    def _part(self, *, held: bool) -> Documents:
+        """Of a text that is one document, what is held out, or what is trained on."""
+        part = part_of_text(self.dataset, self.evals.held_out_every, held=held)
+        return Documents.open(self.config, dataset=[part])
 
     def held_out_doubts(self, contexts: int) -> list[str]:
         """What to know of the ``contexts`` that :meth:`held_out` has found, in words."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from saekit.config import DatasetConfig
 from saekit.data.faults import check_counts
+from saekit.data.in_memory import in_memory_records, may_be_on_hub
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
 from saekit.hub import within_reach
@@ -22,7 +22,10 @@ STDLIB = "saekit/python-stdlib"
 Owners: TypeAlias = tuple[str, Callable[[Sequence[int]], bool]]
 """A column that has the documents a record is from, and which of them choose the record."""
 _COLUMNS = ("tokens", "input_ids", "text")
-_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {
+    **dict.fromkeys((".txt", ".text", ".md", ".py"), "text"),
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
+}  # fmt: skip
 
 
 class Documents:
@@ -61,12 +64,12 @@ class Documents:
         keep: Callable[[int], bool] | None = None,
         owners: Owners | None = None,
     ) -> Documents:
-        """The documents of ``config``, or of ``dataset``: a HF ``Dataset`` or ``IterableDataset``, or records.
+        """The documents of ``config``, or of ``dataset``, which is in memory: see :mod:`saekit.data.in_memory`.
 
         Raises :class:`DataError` for a path, split or column that is not there, before anything else is done.
         """
         if dataset is not None:
-            records, where = _in_memory(dataset, split, config.split), "the dataset"
+            records, where = in_memory_records(dataset, split, config.split), "the dataset"
         else:
             records = _open(config, split or config.split)
             where = f"the dataset {config.path!r} (split {split or config.split!r})"
@@ -193,7 +196,7 @@ def _copied(records: Any) -> Any:
 
 def _from(records: Any, position: int) -> Iterator[Any]:
     """``records`` from ``position`` on; a HF dataset and a list need not read what comes before."""
-    if isinstance(records, (list, tuple)):
+    if isinstance(records, Sequence):
         return (records[index] for index in range(position, len(records)))
     if position and hasattr(records, "skip"):
         at_end = hasattr(records, "__len__") and position >= len(records)  # a Dataset refuses to skip all of itself
@@ -246,22 +249,6 @@ def _is_int(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _in_memory(dataset: Any, asked: str | None, default: str) -> Any:
-    if isinstance(dataset, Mapping):  # a DatasetDict
-        return _split_of(dataset, asked or default, "the dataset")
-    if asked is not None:
-        raise DataError(
-            f"evals.split is {asked!r}, but the dataset passed in memory has no splits. Pass a DatasetDict, or leave "
-            "evals.split out to keep one document in evals.held_out_every from training"
-        )
-    if iter(dataset) is iter(dataset):
-        raise DataError(
-            f"the dataset is a {type(dataset).__name__}, which can be read only once; pass a list, a Dataset or an "
-            "IterableDataset"
-        )
-    return dataset
-
-
 def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:
     if split not in splits:
         raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, splits))}")
@@ -308,13 +295,8 @@ def check_place(config: DatasetConfig, split: str) -> None:
             raise DataError(f"{path} is not a dataset: the name must end in {', '.join(_FORMATS)}")
         if split != "train":
             raise DataError(f"the file {str(path)!r} has no split {split!r}; a single file has only 'train'")
-    elif not path.exists() and (path.suffix in _FORMATS or not _may_be_on_hub(config.path)):
+    elif not path.exists() and (path.suffix in _FORMATS or not may_be_on_hub(config.path)):
         raise DataError(f"there is no file or folder {config.path!r} (dataset.path)")
-
-
-def _may_be_on_hub(path: str) -> bool:
-    """Whether this can be the name of a dataset on the Hub: ``name`` or ``owner/name``."""
-    return "://" in path or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) is not None
 
 
 def is_saved_to_disk(path: Path) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.data.corpus import Corpus
+from saekit.data.in_memory import is_one_text
 from saekit.data.text import STDLIB, Documents
 from saekit.errors import DataError
 from saekit.kinds import MODEL_BACKENDS
@@ -59,6 +60,8 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
 
 def _held_out(corpus: Corpus) -> int | str:
     every = corpus.evals.held_out_every if corpus.evals.split is None else 0
+    if every and is_one_text(corpus.dataset):
+        return f"{every}, the end of the text"
     return f"{every}, whole documents of contexts" if every and corpus.holds_out_documents else every
 
 

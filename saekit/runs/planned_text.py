@@ -12,6 +12,7 @@ import torch
 from saekit.config import TrainConfig
 from saekit.data import Contexts, Corpus, TokenPolicy
 from saekit.data.activations import check_contexts
+from saekit.data.in_memory import is_one_text
 from saekit.errors import SaekitError
 from saekit.protocols import ModelBackend
 from saekit.runs.first_loss import first_loss, first_loss_text
@@ -21,6 +22,7 @@ __all__ = ["TextFindings", "look_at_text", "text_length"]
 
 T = TypeVar("T")
 _LOOK_AT = 100_000  # tokens, at most, to estimate the text's length
+_PLAIN_TEXT = (".txt", ".text", ".md", ".py", ".jsonl", ".json")  # whose size on disk tells how much text there is
 
 
 class _Attempt(Protocol):
@@ -66,6 +68,8 @@ def look_at_text(
     ):
         found.warnings.extend(corpus.held_out_doubts(len(held)))
     kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
+    if evals.split is None and is_one_text(corpus.dataset):
+        kept = f"the last of {evals.held_out_every} parts of the text"
     found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.reads_text else "nothing"
     if evals.reads_text:
         found.facts["dead features"] = (
@@ -134,7 +138,7 @@ def text_length(corpus: Corpus, backend: ModelBackend) -> tuple[int, bool] | Non
     if documents.size is not None:
         return tokens * documents.size // read, False
     path = Path(corpus.config.path)
-    if corpus.dataset is None and path.is_file() and size and path.suffix in (".txt", ".md", ".jsonl", ".json"):
+    if corpus.dataset is None and path.is_file() and size and path.suffix.lower() in _PLAIN_TEXT:
         kept = _kept(corpus)
         return int(tokens * path.stat().st_size * kept / size), False
     return None

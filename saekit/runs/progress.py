@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from saekit.progress import ProgressDisplay
+from saekit.runs.banner import banner
 from saekit.runs.session import Session
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
@@ -26,23 +29,32 @@ class TrainingProgress(ProgressDisplay):
     Several SAEs are shown when any of them is verbose.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, folder: Path) -> None:
         verbose = any(member.config.training.verbose for member in session.members.values())
         number = len(session.members)
         doing = "training" if number == 1 else f"training {number} SAEs"
         super().__init__(session.total_tokens, doing=doing, verbose=verbose)
-        self._session, self._before = session, session.tokens
+        self._session, self._folder, self._before, self._verbose = session, folder, session.tokens, verbose
 
     def __enter__(self) -> Self:
+        session = self._session
+        if self._verbose:
+            loss = session.first_loss_text()
+            session.status.rest()
+            for line in banner(session, self._folder):
+                self.say(line)
+            if loss is not None:
+                self.say(f"model loss: {loss}")
         super().__enter__()
-        members = self._session.members.values()
-        ways = [member.trainer.step_path() for member in members if member.config.training.verbose]
-        for way in dict.fromkeys(ways):
-            number = f" of {ways.count(way)} SAEs" if len(members) > 1 else ""
-            self.say(f"SAE step{number}: {way}")
-        if ways and (text := self._session.first_loss_text()) is not None:
-            self.say(f"model loss: {text}")
+        session.say = self.doing
+        self.doing("running the model on the first text")
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.say = self._session.status
+        super().__exit__(kind, error, trace)
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
         pass

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import attrs
-from torch import Tensor
-
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
@@ -19,7 +16,6 @@ from saekit.errors import DataError, DivergedError, StorageError, TrainingInterr
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ModelBackend
 from saekit.reasons import error_text
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
@@ -29,6 +25,7 @@ from saekit.runs.observers import EvalObserver, TrackerObserver
 from saekit.runs.progress import TrainingProgress
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
+from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
@@ -38,45 +35,21 @@ from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
 from saekit.sae.folder import save_sae
 from saekit.sae.saved import SAE
+from saekit.status import Status
 from saekit.training.loop import fit
 from saekit.values import RunEnd
 
-__all__ = ["SweepResult", "TrainResult", "begin", "go_on"]
-
-
-@attrs.frozen
-class TrainResult:
-    """What a run leaves behind."""
-
-    sae: SAE
-    folder: Path
-    """The run folder: ``config.toml``, ``metrics.jsonl`` and the SAE in ``sae/``."""
-    metrics: Mapping[str, float]
-    """The last value of every metric, the evals' among them."""
-    backend: ModelBackend
-    """The model, to go on with."""
-    held_out: Tensor | None
-    """``[n, context_size]`` token ids that training never saw, if there are evals."""
-    corpus: Corpus
-    """The text, to go on with."""
-
-
-@attrs.frozen
-class SweepResult:
-    """What SAEs leave behind that were trained together."""
-
-    folder: Path
-    """The sweep's folder: one for each SAE, ``summary.csv`` and ``summary.png``."""
-    results: Mapping[str, TrainResult]
-    """By name, in the order of the configurations; without those that diverged."""
-    diverged: Mapping[str, str]
-    """Why an SAE was stopped, by name."""
-    summary: Sequence[Mapping[str, Any]]
-    """For each SAE its name, its changed options, its main numbers and its status: the rows of ``summary.csv``."""
+__all__ = ["begin", "go_on"]
 
 
 def begin(
-    configs: Sequence[TrainConfig], plugins: PluginManager, model: object | None, dataset: object | None, *, alone: bool
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    *,
+    alone: bool,
+    say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
     if alone:
@@ -89,7 +62,7 @@ def begin(
     with (
         ambient(),
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
-        contextlib.closing(Session(opened, plugins, model, dataset)) as session,
+        contextlib.closing(Session(opened, plugins, model, dataset, say=say)) as session,
     ):
         session.give_weights()
         folder = run_folder(configs[0], name, None if home else "sweep", given_in)
@@ -101,14 +74,19 @@ def begin(
 
 
 def go_on(
-    resumption: Resumption, plugins: PluginManager, model: object | None, dataset: object | None
+    resumption: Resumption,
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
     with (
         ambient(),
         seeded(next(iter(resumption.configs.values())).training.seed),
-        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes)) as session,
+        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes, say)) as session,
     ):
+        session.say("reading the checkpoint")
         untracked = resumption.load_into(session)
         resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)
@@ -138,7 +116,7 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, trackers, saving, _owed(untracked or {}))
+                _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
                 interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
                 standing.check()
@@ -172,8 +150,10 @@ def _end_of(member: Member, error: BaseException | None) -> RunEnd:
     return RunEnd(status, error_text(error))
 
 
-def _fit(session: Session, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]) -> None:
-    with TrainingProgress(session) as progress:
+def _fit(
+    session: Session, folder: Path, trackers: Mapping[str, Trackers], saving: Saving, owed: Mapping[str, int]
+) -> None:
+    with TrainingProgress(session, folder) as progress:
         for name, number in owed.items():
             progress.say(f"{number:,} records that {name} had not taken are handed over")
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
@@ -189,6 +169,7 @@ def _finish(
             member.trainer.check_weights()
         except DivergedError as error:
             member.trainer.diverged = str(error)
+    session.say("saving")
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
         save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
@@ -229,7 +210,7 @@ def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Tr
     waiting = {name: group.waiting() for name, group in trackers.items()}
     owed = " and ".join(f"{number:,} records for {name}" for name, number in _owed(waiting).items())
     command = f"saekit train --resume {shlex.quote(str(record.folder))}"
-    TrainingProgress(session).say(
+    TrainingProgress(session, record.folder).say(
         f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over"
     )
 

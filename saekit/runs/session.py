@@ -35,6 +35,7 @@ from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
 from saekit.site import Site
+from saekit.status import Say, Status
 from saekit.training.loop import Lane
 from saekit.training.metrics import eval_metrics, numbers_of
 from saekit.training.trainer import SAETrainer
@@ -81,17 +82,23 @@ class Session:
         model: object | None = None,
         dataset: object | None = None,
         sizes: Mapping[str, int] | None = None,
+        say: Status | None = None,
     ) -> None:
         """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
         self.plugins = plugins
+        self.status = say or Status(verbose=False)
+        self.say: Say = self.status
+        """Is told what is being done; while a bar is shown, that shows it."""
         check_together(list(configs.values()), plugins)
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset)
         sites = list(dict.fromkeys(site for config in configs.values() for site in config.sites.all))
+        self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites)
         self._held_out: dict[tuple[int, int], Tensor] = {}
+        self.say("reading the text")
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []
@@ -183,6 +190,7 @@ class Session:
 
     def give_weights(self) -> None:
         """The first weights of every SAE, each as if it were alone."""
+        self.say("making the first weights")
         for lane in self.lanes:
             for trainer in lane.trainers:
                 member = self.members[trainer.name]
@@ -194,6 +202,7 @@ class Session:
         held_out = self.held_out(member.config)
         if not member.evals:
             return {}
+        self.say("measuring on held-out text" if len(self.members) == 1 else f"measuring {member.name}")
         sae = member.trainer.raw_sae()
         found: dict[str, float] = {}
         chosen = chosen_evals(member.config, self.plugins)

@@ -22,6 +22,7 @@ from saekit.protocols import ActivationFunction
 from saekit.sae import init
 from saekit.sae.hooks import HookPoint
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
+from saekit.sae.shown import in_a_table, in_one_line
 from saekit.sae.ways import Ways
 from saekit.site import flatten_heads
 from saekit.values import Ports, SAEInfo, StepInput, StepOutput
@@ -366,11 +367,12 @@ class SAEModule(Ways):
         own = type(self).public_tensors is SAEModule.public_tensors
         return own and all(getattr(self, entry.name) is None for entry in self.table if entry.optional)
 
-    def extra_repr(self) -> str:
-        """What the SAE is, where it belongs and what it is fed."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        widths = f"d_in={self.d_in}, " + ("" if self.ports.same else f"d_out={self.d_out}, ")
-        return "\n".join([f"{widths}d_sae={self.d_sae}, dtype={dtype}", *self.info.lines()])
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
+    def _repr_html_(self) -> str:
+        """What it is, where it belongs and what it is fed, for notebooks."""
+        return in_a_table(self)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -225,8 +225,8 @@ def commented_toml(
 
     ``"train"`` and ``"pretokenize"`` stand for the defaults.
     """
-    defaults = {"train": TrainConfig, "pretokenize": lambda: PretokenizeConfig(folder="contexts")}
-    wanted = defaults[config]() if isinstance(config, str) else config
+    defaults = {"train": TrainConfig(), "pretokenize": PretokenizeConfig(folder="contexts")}
+    wanted = defaults[config] if isinstance(config, str) else config
     lines = ["# Every option. Those that are not set are shown as `# option =`."]
     _comment_class(wanted, (), plugins or default_manager(), lines, "")
     return "\n".join(lines) + "\n"

@@ -86,7 +86,7 @@ def test_train(tmp_path: Path) -> None:
         (["train", "good.toml", "training.lr"], "is not an override"),
         (["train", "good.toml", "sae=gatd"], "Unknown SAE architecture 'gatd'"),
         (["config", "--format", "ini"], "must be toml, yaml or json, found 'ini'"),
-        (["plugins", "cosine"], "'cosine' is not KIND:KEY"),
+        (["plugins", "cosin"], "there is no plugin 'cosin'. Did you mean 'cosine'"),
         (["plugins", "schedules:cosine"], "there is no kind of plugin 'schedules'. Did you mean 'lr_schedules'?"),
         (["plugins", "lr_schedules:cosin"], "Did you mean 'cosine'?"),
         (["trian"], "No such command 'trian'"),

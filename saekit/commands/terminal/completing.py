@@ -99,7 +99,7 @@ class _Options:
                     continue
         return cls(load_config(default, kind=kind), default_manager())
 
-    def _add(self, config: object, prefix: str) -> None:
+    def _add(self, config: Any, prefix: str) -> None:
         import attrs
 
         from saekit.config.annotations import few_values

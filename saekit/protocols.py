@@ -23,6 +23,7 @@ __all__ = [
     "HasMemory",
     "HasMoments",
     "HasTokenizer",
+    "KnowsResidualStream",
     "LRSchedule",
     "ModelBackend",
     "Optimizer",
@@ -92,6 +93,14 @@ class HasTokenizer(Protocol):
 
     tokenizer: Any
     """None for a model without."""
+
+
+@runtime_checkable
+class KnowsResidualStream(Protocol):
+    """A model backend that knows which hooks are in the residual stream: what a feature promotes can then be told."""
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        """Whether what the hook holds, ``[b, t, d_model]``, is the residual stream or is added to it as it is."""
 
 
 @runtime_checkable

@@ -34,7 +34,7 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._unsaid = ""  # the newest line, if it came too soon after another
+        self._unsaid = self._said = ""  # the newest line, if it came too soon after another; and the last one shown
         self.begin()
 
     def begin(self) -> None:
@@ -55,9 +55,10 @@ class Lines:
 
     def finish(self) -> None:
         """Show what was offered last, unless that is done."""
-        if self._unsaid:
+        if self._unsaid and self._unsaid != self._said:
             self.say(self._unsaid)
-            self._last, self._unsaid = time.monotonic(), ""
+            self._last, self._said = time.monotonic(), self._unsaid
+        self._unsaid = ""
 
     def say(self, text: str) -> None:
         """A line at once, beside those that are offered."""

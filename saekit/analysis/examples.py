@@ -1,8 +1,8 @@
-"""The text that fires a feature most."""
+"""Where each feature fires most, and the text around it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -14,27 +14,39 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
-__all__ = ["Example", "FeatureExamples", "FeaturePeaks", "feature_peaks", "striking_features", "top_examples"]
+__all__ = ["Example", "FeaturePeaks", "feature_examples", "feature_peaks"]
 
 
 @attrs.frozen
 class Example:
-    """One place where a feature fires."""
+    """A stretch of text in which a feature fires."""
 
-    activation: float
-    before: str
-    token: str
-    after: str
+    tokens: Sequence[str]
+    """The text, token by token."""
+    activations: Sequence[float]
+    """The feature's activation on each of them."""
+    at: int
+    """Which of them it fires on most."""
 
+    @property
+    def activation(self) -> float:
+        """The largest activation."""
+        return self.activations[self.at]
 
-@attrs.frozen
-class FeatureExamples:
-    """A feature and the places where it fires most, the strongest first."""
+    @property
+    def token(self) -> str:
+        """The token of the largest activation."""
+        return self.tokens[self.at]
 
-    feature: int
-    frequency: float
-    """The fraction of tokens on which it fires."""
-    examples: Sequence[Example]
+    @property
+    def before(self) -> str:
+        """The text before that."""
+        return "".join(self.tokens[: self.at])
+
+    @property
+    def after(self) -> str:
+        """The text after it."""
+        return "".join(self.tokens[self.at + 1 :])
 
 
 @attrs.frozen(eq=False)
@@ -54,6 +66,8 @@ class FeaturePeaks:
     """``[d_sae]``: tokens on which the feature fires."""
     fired_contexts: Tensor
     """``[d_sae]``: contexts in which it does."""
+    total: Tensor
+    """``[d_sae]``: the sum of its activations."""
     tokens: int
     """Tokens that were looked at."""
 
@@ -62,38 +76,62 @@ class FeaturePeaks:
         """``[d_sae]``: the fraction of tokens on which a feature fires."""
         return self.fired.float() / self.tokens
 
+    def tokens_at(self, contexts: Tensor, features: Tensor) -> Tensor:
+        """``[k, features]``: the ids of the tokens at the peaks, of the ``contexts`` that they are in."""
+        return contexts[self.contexts[:, features], self.positions[:, features]]
+
 
 @ambient()
 @torch.no_grad()
 def feature_peaks(
-    sae: SAEModule, *, backend: ModelBackend, sites: Sites | Site, contexts: Tensor, n: int = 12, batch_size: int = 32
+    sae: SAEModule,
+    *,
+    backend: ModelBackend,
+    sites: Sites | Site,
+    contexts: Tensor,
+    n: int = 12,
+    batch_size: int = 32,
+    report: Callable[[int], object] = lambda tokens: None,
 ) -> FeaturePeaks:
     """Each feature's peaks in the ``n`` of ``contexts [contexts, context_size]`` where it fires most.
 
     The first token of a context (BOS) has outlying activations in most models and means nothing, so it counts as one
-    on which nothing fires.
+    on which nothing fires.  ``report`` is told how many tokens were looked at.
     """
     if not len(contexts):
         raise ValueError("there are no contexts to look at")
     sites = Sites.one(sites) if isinstance(sites, Site) else sites
     fired = torch.zeros(sae.d_sae, dtype=torch.long)
-    fired_contexts = torch.zeros(sae.d_sae, dtype=torch.long)
+    fired_contexts, total = torch.zeros_like(fired), torch.zeros(sae.d_sae, dtype=torch.float64)
     best: tuple[Tensor, ...] = (torch.empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae))
     start = 0
     for tokens in contexts.split(batch_size):
-        held = sites.input_of(backend.run(tokens, read={site.hook_name for site in sites.inputs}).held)
-        for vectors in held.split(at_once(sae, held.shape[1])):
-            features = sae.encode(vectors.to(sae.device))
-            features[:, 0] = 0
+        for vectors in _pieces(sae, backend, sites, tokens):
+            features = _features(sae, vectors)
             fired += (features > 0).sum((0, 1)).cpu()
+            total += features.sum((0, 1)).cpu()
             values, positions = features.max(1)
             fired_contexts += (values > 0).sum(0).cpu()
             numbers = torch.arange(start, start + len(vectors))[:, None].expand_as(positions)
             best = _strongest(best, (values.float().cpu(), numbers, positions.cpu()), n)
             start += len(vectors)
             del features  # before the next ones are made
+        report(start * contexts.shape[1])
     values, numbers, positions = best
-    return FeaturePeaks(values, numbers, positions, fired, fired_contexts, contexts.numel())
+    return FeaturePeaks(values, numbers, positions, fired, fired_contexts, total.float(), contexts.numel())
+
+
+def _pieces(sae: SAEModule, backend: ModelBackend, sites: Sites, tokens: Tensor) -> tuple[Tensor, ...]:
+    """The inputs ``[b, t, d_in]`` on ``tokens [batch, t]``, so many at a time as have few enough features."""
+    held = sites.input_of(backend.run(tokens, read={site.hook_name for site in sites.inputs}).held)
+    pieces: tuple[Tensor, ...] = held.split(at_once(sae, held.shape[1]))
+    return pieces
+
+
+def _features(sae: SAEModule, vectors: Tensor) -> Tensor:
+    features = sae.encode(vectors.to(sae.device))
+    features[:, 0] = 0
+    return features
 
 
 def _strongest(one: tuple[Tensor, ...], two: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
@@ -103,42 +141,41 @@ def _strongest(one: tuple[Tensor, ...], two: tuple[Tensor, ...], n: int) -> tupl
     return values, *(other.gather(0, order) for other in others)
 
 
-def striking_features(peaks: FeaturePeaks, contexts: Tensor, n: int) -> list[int]:
-    """``n`` features worth showing first: sparse, strong, and clear about what they are for.
+@ambient()
+@torch.no_grad()
+def feature_examples(
+    features: Sequence[int],
+    places: Sequence[Sequence[int]],
+    peaks: FeaturePeaks,
+    contexts: Tensor,
+    *,
+    sae: SAEModule,
+    backend: ModelBackend,
+    sites: Sites | Site,
+    width: int = 12,
+    batch_size: int = 32,
+) -> list[list[Example]]:
+    """For each of ``features`` the text at some ``places`` of its ``peaks``, with ``width`` tokens on each side.
 
-    Candidates fire on 0.02 % to 2 % of tokens and in at least as many contexts as there are peaks of each.  First come
-    those whose peaks are mostly on one token, the strongest first; each token stands for one feature only.
+    The model runs again on the contexts that these places are in, for the activations of all the tokens around.
     """
-    frequency = peaks.frequency
-    enough = peaks.fired_contexts >= len(peaks.values)
-    candidates = ((frequency > 2e-4) & (frequency < 0.02) & enough).nonzero()[:, 0]
-    if len(candidates) < n:
-        candidates = frequency.topk(min(n, len(frequency))).indices
-    tokens = contexts[peaks.contexts[:, candidates], peaks.positions[:, candidates]]  # [k, candidates]
-    share = (tokens == tokens.mode(dim=0).values).float().mean(0)
-    score = (share >= 0.5).float() * 1e6 + peaks.values[0, candidates]
-    taken: list[int] = []
-    seen: set[int] = set()
-    for index in score.argsort(descending=True).tolist():
-        token = int(tokens[0, index])
-        if token not in seen:
-            seen.add(token)
-            taken.append(int(candidates[index]))
-    return taken[:n]
-
-
-def top_examples(
-    feature: int, peaks: FeaturePeaks, contexts: Tensor, backend: ModelBackend, *, n: int = 5, width: int = 12
-) -> FeatureExamples:
-    """The ``n`` strongest activations of ``feature`` (as many as ``peaks`` has), with ``width`` tokens on each side."""
-    examples = []
-    for value, row, at in zip(
-        *(tensor[:n, feature].tolist() for tensor in (peaks.values, peaks.contexts, peaks.positions)), strict=True
-    ):
-        if value <= 0:
-            break
-        texts = backend.token_texts(contexts[row, max(at - width, 0) : at + width + 1].tolist())
-        middle = min(at, width)
-        before, after = "".join(texts[:middle]), "".join(texts[middle + 1 :])
-        examples.append(Example(value, before, texts[middle], after))
-    return FeatureExamples(feature, float(peaks.frequency[feature]), examples)
+    sites = Sites.one(sites) if isinstance(sites, Site) else sites
+    wanted: dict[int, list[tuple[int, int, int]]] = {}  # by context: the feature's number here, its place, where
+    for index, feature in enumerate(features):
+        for place in places[index]:
+            row, at = int(peaks.contexts[place, feature]), int(peaks.positions[place, feature])
+            wanted.setdefault(row, []).append((index, place, at))
+    found: list[dict[int, Example]] = [{} for _ in features]
+    for rows in torch.tensor(sorted(wanted), dtype=torch.long).split(batch_size):
+        left = rows.tolist()
+        for vectors in _pieces(sae, backend, sites, contexts[rows]):
+            activations = _features(sae, vectors)
+            for row, values in zip(left, activations, strict=False):
+                for index, place, at in wanted[row]:
+                    around = slice(max(at - width, 0), at + width + 1)
+                    texts = backend.token_texts(contexts[row, around].tolist())
+                    of_feature = values[around, features[index]].float().tolist()
+                    found[index][place] = Example(tuple(texts), tuple(of_feature), min(at, width))
+            left = left[len(vectors) :]
+            del activations
+    return [[ones[place] for place in sorted(ones)] for ones in found]

@@ -166,6 +166,8 @@ class _Frame(Sequence[Mapping[str, Any]]):
         return len(self._frame)
 
     def __getitem__(self, index: Any) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
         return _Row(self._frame, index)
 
 

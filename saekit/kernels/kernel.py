@@ -113,7 +113,7 @@ class SparseKernel(StepKernel[S]):
 
     def remark(self, sae: Any) -> str:
         reason = self.why_no_screen(sae)
-        return "screened in bfloat16" if reason is None else f"not screened: {reason}"
+        return "a first look in bfloat16" if reason is None else f"no first look in bfloat16: {reason}"
 
     def why_no_screen(self, sae: Any) -> str | None:
         """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""

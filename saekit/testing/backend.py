@@ -44,6 +44,9 @@ class FakeBackend(Backend):
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         return [chr(token) for token in tokens]
 
+    def in_residual_stream(self, hook_name: str) -> bool:
+        return hook_name in self.hook_names() and hook_name != "blocks.0.attn.hook_z"
+
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         return self._embedding().T, None
 

@@ -86,7 +86,7 @@ def test_local_files(tmp_path: Path) -> None:
         (DatasetConfig(), [{"body": "x"}], "none of the columns tokens, input_ids, text; it has 'body'"),
         (DatasetConfig(column="n"), RECORDS, "column 'n' of the dataset holds int"),
         (DatasetConfig(), [], "has no documents"),
-        (DatasetConfig(), ["one"], "holds str records"),
+        (DatasetConfig(), [b"one"], "holds bytes records"),
         (DatasetConfig(), iter(RECORDS), "can be read only once"),
     ],
 )

@@ -185,9 +185,10 @@ def test_plain_lines_when_not_a_terminal(clock: Callable[[float], None]) -> None
             progress.update(done, f"loss {1 / done:g}  " + "x" * 50)
     many = "x" * 50
     assert received.getvalue().splitlines() == [
+        f"200/1,000 tokens  50 tokens/s  loss 0.005  {many}  16 s left",
         f"400/1,000 tokens  50 tokens/s  loss 0.0025  {many}  12 s left",
         f"1,000/1,000 tokens  91 tokens/s  loss 0.001  {many}  0 s left",
-    ], "one each five seconds, and the last, none broken in two"
+    ], "one each two and a half seconds, and the last, once, none broken in two"
     assert "\x1b" not in received.getvalue()
 
 
@@ -205,9 +206,11 @@ def test_plain_lines_of_a_run_that_ends_early(tmp_path: Path, capfd: pytest.Capt
     result = train(run)
     out, err = capfd.readouterr()
     assert out == ""
-    way, loss, line = err.splitlines()
-    assert way.startswith("SAE step: fast kernels, ")
-    assert loss.startswith("model loss: "), "the fake model is untrained"
+    lines = err.splitlines()
+    (way,) = (line for line in lines if line.startswith("  step "))
+    assert "fast kernels, " in way
+    assert any(line.startswith("model loss: ") for line in lines), "the fake model is untrained"
+    (line,) = (line for line in lines if "tokens/s" in line)
     assert line.startswith(f"{result.metrics['details/n_training_tokens']:,}/1,000,000 tokens  ")
     for name in ("tokens/s", "loss ", "EV ", "L0 ", "dead ", " s left"):
         assert name in line
@@ -217,8 +220,10 @@ def test_one_last_line_for_many_saes(tmp_path: Path, capfd: pytest.CaptureFixtur
     train(saekit.grid(config(tmp_path), {"training.seed": [1, 2, 3]}, plugins=plugins()))
     out, err = capfd.readouterr()
     assert out == ""
-    way, _, line = err.splitlines()
-    assert way.startswith("SAE step of 3 SAEs: fast kernels, ")
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("Training 3 SAEs on blocks.0.hook_resid_post of fake (8 wide)")]
+    assert "  seed    1, 2, 3" in lines
+    (line,) = (line for line in lines if "tokens/s" in line)
     assert line.startswith("2,000/2,000 tokens  ")
     assert re.search(r"loss [\d.]+ to [\d.]+  ", line)
 
@@ -231,7 +236,7 @@ def test_one_that_diverged_needs_no_more_time(tmp_path: Path, capfd: pytest.Capt
         warnings.simplefilter("ignore", RuntimeWarning)
         result = train([base, longer])
     assert len(result.diverged) == 1
-    line = capfd.readouterr().err.splitlines()[-1]
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "tokens/s" in line)
     assert line.startswith("2,000/2,000 tokens  ")
     assert "1 diverged" in line
     assert " to " not in line, "its numbers are left out"

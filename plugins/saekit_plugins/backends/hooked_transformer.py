@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
+_RESIDUAL = re.compile(
+    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
+    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
+)
+"""The hooks that hold the residual stream, or what is added to it as it is."""
+
+
 @attrs.frozen(kw_only=True)
 class HookedTransformerOptions:
     """Any model that transformer_lens knows, a Hugging Face model folder, or a model passed from code."""
@@ -52,6 +59,9 @@ class TransformerLensBackend(ModuleBackend):
 
     def hook_names(self) -> Sequence[str]:
         return list(self.model.hook_dict)
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's

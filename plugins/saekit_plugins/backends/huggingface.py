@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -53,6 +54,18 @@ class HuggingFaceBackend(ModuleBackend):
     def logits(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        """The layers' inputs and outputs; what is inside a layer may be normalized before it is added."""
+        return hook_name.removesuffix(".input") in self._layers
+
+    @cached_property
+    def _layers(self) -> frozenset[str]:
+        from torch.nn import ModuleList
+
+        number = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        stacks = [(path, one) for path, one in self.model.named_modules() if isinstance(one, ModuleList)]
+        return frozenset(f"{path}.{index}" for path, one in stacks if len(one) == number for index in range(number))
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()

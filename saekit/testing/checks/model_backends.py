@@ -10,7 +10,7 @@ import attrs
 
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
-from saekit.protocols import HasMemory, HasTokenizer
+from saekit.protocols import HasMemory, HasTokenizer, KnowsResidualStream
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
@@ -368,6 +368,18 @@ def unembedding(subject: Subject) -> None:
     )
     fine = bias is None or list(bias.shape) == [weights.shape[1]]
     must(fine, f"its bias has the shape {[] if bias is None else list(bias.shape)}, expected [{weights.shape[1]}]")
+
+
+@CHECKS.add
+def residual_stream(subject: Subject) -> None:
+    """What ``in_residual_stream``, if there, says yes of is as wide as what ``unembedding`` reads."""
+    tried = _Tried.of(subject)
+    if not isinstance(backend := tried.backend, KnowsResidualStream):
+        raise NotTried("the backend does not know the residual stream")
+    held = backend.run(tried.tokens, read=tried.hooks).held
+    widths = {hook: held[hook].shape[-1] for hook in tried.hooks if backend.in_residual_stream(hook)}
+    read = len(backend.unembedding()[0]) if widths else 0
+    must(set(widths.values()) <= {read}, f"it says yes of {widths}, by their widths, and the unembedding reads {read}")
 
 
 @CHECKS.add

@@ -102,6 +102,18 @@ class Turned(FakeBackend):
         return self._embedding(), None
 
 
+class Boasting(FakeBackend):
+    def hook_names(self) -> Sequence[str]:
+        return [*super().hook_names(), "narrow"]
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        return True
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        hooks("narrow", self._embedding()[tokens][..., :4])
+        return super().forward(tokens, hooks)
+
+
 class Restless(FakeBackend):
     def fingerprint(self) -> str:
         return f"model {next(COUNT)}"
@@ -127,6 +139,7 @@ CASES = cases(
         "types": ("tokens must be of 64 bits", of(Picky)),
         "tokenizer": (r"tokenize makes \[0\] of no text", of(Marking)),
         "unembedding": (r"its weights have the shape \[128, 8\], expected \[d_model, 128\]", of(Turned)),
+        "residual_stream": ("it says yes of .*'narrow': 4.*, and the unembedding reads 8", of(Boasting)),
         "fingerprint": ("it is 'model .*', and of the same weights 'model", of(Restless)),
     },
 )

@@ -105,7 +105,7 @@ def _report(result: Any) -> None:
         return
     from rich.console import Console
 
-    from saekit.runs.summary import summary_table
+    from saekit.reports.table import summary_table
 
     console = Console(width=None if sys.stdout.isatty() else 1000)
     console.print(summary_table(result.summary, console))

@@ -62,14 +62,12 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     )
     result = train(config, plugins=plugins)
     console.print(_numbers(result))
-    from saekit.analysis.curves import plot_training_curves
-
     found = _features(result, config)
     for feature in found:
         console.print(_shown(feature), soft_wrap=True)
-    picture = plot_training_curves(result.folder, result.folder / "training_curves.png")
+    pictures = " and ".join(map(str, result.pictures)) or "not drawn"
     console.print(
-        f"\nTraining curves: {picture}\nThe SAE:         {result.folder / 'sae'}", highlight=False, soft_wrap=True
+        f"\nTraining curves: {pictures}\nThe SAE:         {result.folder / 'sae'}", highlight=False, soft_wrap=True
     )
     return result
 

@@ -281,6 +281,40 @@ def _cache_verify(
     typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows:,} activations per site, all as written")
 
 
+@app.command("show")
+def _show(
+    folder: Annotated[
+        str, typer.Argument(help="A run folder, a sweep's, that of a saved SAE, or one of several runs.")
+    ],
+    draw: Annotated[bool, typer.Option("--draw", help="Draw the pictures anew, from the metrics as they are.")] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open the pictures in a browser.")] = False,
+) -> None:
+    """Show what there is of a run: its numbers, its pictures, its best features, and what to type next."""
+    from rich.console import Console
+
+    from saekit.commands.show import show
+
+    show(folder, Console(width=None if sys.stdout.isatty() else 1000), draw=draw, open_it=open_it)
+
+
+@app.command("watch")
+def _watch(
+    folder: Annotated[str, typer.Argument(help="The run folder, which may be still to come.")],
+    every: Annotated[
+        float | None, typer.Option("--every", min=0.1, help="Seconds between two looks; without a terminal, lines.")
+    ] = None,
+) -> None:
+    """Watch a run that trains in another process, or on another machine over a shared disk, until it ends."""
+    from rich.console import Console
+
+    from saekit.commands.watch import watch
+
+    try:
+        watch(folder, Console(width=None if sys.stdout.isatty() else 1000), every=every)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @contextmanager
 def _interruptible(message: str = "interrupted") -> Iterator[None]:
     """Says where the work is after Ctrl-C or SIGTERM, and exits with 130 or 143; typer would exit without a word."""

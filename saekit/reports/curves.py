@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from saekit.plugins.text import printable
 from saekit.reports.colors import PALETTE
-from saekit.reports.figures import GRAY, INK, RED, new_figure, plain, style_axes
+from saekit.reports.figures import (
+    GRAY,
+    INK,
+    LINE,
+    MARGIN,
+    RED,
+    WIDTH,
+    add_axes,
+    add_legend,
+    new_figure,
+    plain,
+    style_axes,
+    write,
+    write_head,
+)
 from saekit.reports.folder import SAERun, State
 from saekit.reports.numbers import short_count
 from saekit.reports.panels import Line, Panel, panels_of
@@ -27,6 +41,10 @@ _MANY = 40
 """From so many evals on, a line shows them better than points."""
 _BETWEEN = 13.0
 """Points of type between two numbers at the ends of curves."""
+_ROW, _TITLE, _HEIGHT = 2.28, 0.33, 1.58
+"""Inches of a row of panels, of the title in it, and of the axes."""
+_TICKS, _ENDS = 0.7, 0.68
+"""Inches for the numbers at the left of the axes, and for those at the ends of curves."""
 
 
 def headline(sae: SAERun, state: State) -> tuple[str, str, str]:
@@ -49,60 +67,46 @@ def curves_figure(sae: SAERun, state: State) -> Any:
     panels = panels_of(sae)
     if not panels:
         return None
-    rows = -(-len(panels) // 2)
     title, subtitle, end = headline(sae, state)
-    lines = [_cut(title, 58), *_wrapped(subtitle, 82)] + ([_cut(end, 84)] if end else [])
-    figure = new_figure(7.2, 2.35 * rows + 0.5 + 0.24 * len(lines))
-    _head(figure, lines, bool(end))
-    grid = figure.subplots(rows, 2, squeeze=False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    lines = [title, *_wrapped(subtitle, 90)] + ([end] if end else [])
+    points = {line.look: line.name for panel in panels for line in panel.lines if "marker" in _LOOKS[line.look]}
+    head = 2 * MARGIN + LINE * (len(lines) + bool(points))
+    figure = new_figure(WIDTH, head + _ROW * -(-len(panels) // 2) + 0.2)
+    write_head(figure, lines, last_is_red=bool(end))
+    if points:
+        add_legend(figure, _handles(points), MARGIN + 0.02 + LINE * len(lines), 1 + len(points))
+    for number, panel in enumerate(panels):
+        left, top = WIDTH / 2 * (number % 2), head + _ROW * (number // 2)
+        axes = add_axes(figure, left + _TICKS, top + _TITLE, WIDTH / 2 - _TICKS - _ENDS, _HEIGHT)
         _draw(axes, panel, sae)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_axis_off()
-    for axes in list(grid.flat)[len(panels) - 2 : len(panels)]:
-        axes.set_xlabel("tokens", fontsize=10.5, color=GRAY)
-    _legend(figure, panels)
-    figure.draw_without_rendering()  # where the ends of curves are depends on the layout
-    for axes, panel in zip(grid.flat, panels, strict=False):
         _write_ends(axes, panel)
+        if panel.note:
+            write(figure, left + WIDTH / 2 - MARGIN, top + 0.09, panel.note, fontsize=9, color=RED, ha="right")
+        if number + 2 >= len(panels):
+            axes.set_xlabel("tokens", fontsize=10.5, color=GRAY)
     return figure
-
-
-def _head(figure: Any, lines: Sequence[str], ended_early: bool) -> None:
-    """The title and what is below it, at the left."""
-    height = figure.get_size_inches()[1]
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (0.3 + 0.24 * (len(lines) - 1)) / height))
-    for number, line in enumerate(lines):
-        last = ended_early and number == len(lines) - 1
-        look: dict[str, Any] = {"fontsize": 10.5, "color": RED if last else GRAY}
-        if number == 0:
-            look = {"fontsize": 13, "color": INK, "fontweight": "bold"}
-        y = 1 - (0.08 + 0.24 * number + (0.04 if number else 0)) / height
-        plain(figure.text(0.016, y, line, va="top", ha="left", **look)).set_in_layout(False)
 
 
 def _draw(axes: Any, panel: Panel, sae: SAERun) -> None:
     """Lines, points and axes of one panel."""
     style_axes(axes)
     for line in panel.lines:
-        _draw_line(axes, line)
-    plain(axes.set_title(panel.title, fontsize=11.5, loc="left", color=INK, pad=7))
+        _draw_line(axes, line, panel)
+    plain(axes.set_title(panel.title, fontsize=11, loc="left", color=INK, pad=7))
     _limit(axes, panel)
     _mark_fine_tuning(axes, panel, sae)
-    if panel.note:
-        plain(
-            axes.text(0.03, 0.04, panel.note, transform=axes.transAxes, fontsize=10, color=RED, va="bottom", ha="left")
-        )
 
 
-def _draw_line(axes: Any, line: Line) -> None:
+def _draw_line(axes: Any, line: Line, panel: Panel) -> None:
     look = dict(_LOOKS[line.look])
     xs = [piece.x for piece in line.pieces]
     ys = [piece.mean for piece in line.pieces]
     if "marker" in look:
         if len(xs) > _MANY:
             look |= {"linestyle": "-", "marker": "none", "linewidth": 1.6}
-        axes.plot(xs, ys, zorder=4, markeredgecolor="white", markeredgewidth=0.8, clip_on=False, **look)
+        low, high = (limit if limit is not None else math.nan for limit in (panel.lower, panel.upper))
+        inside = [math.nan if y < low or y > high else y for y in ys]  # they are not cut at the edge, as lines are
+        axes.plot(xs, inside, zorder=4, markeredgecolor="white", markeredgewidth=0.8, clip_on=False, **look)
         return
     if len(xs) <= _FEW:
         look |= {"marker": "o", "markersize": 4}
@@ -117,7 +121,7 @@ def _limit(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     last = max(piece.x for line in panel.lines for piece in line.pieces)
-    axes.set_xlim(0, last or 1)
+    axes.set_xlim(0, 1.015 * last or 1)
     axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     if panel.log:
@@ -127,7 +131,7 @@ def _limit(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=panel.whole))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
     if panel.lower is not None:
         axes.set_ylim(panel.lower, panel.upper)
@@ -176,24 +180,15 @@ def _write_ends(axes: Any, panel: Panel) -> None:
         plain(text)
 
 
-def _legend(figure: Any, panels: Sequence[Panel]) -> None:
-    """What the points are, where there are any."""
+def _handles(points: Mapping[str, str]) -> list[Any]:
+    """What a legend shows of the ``points``, by their looks, and of the line."""
     from matplotlib.lines import Line2D
 
-    looks = {line.look: line.name for panel in panels for line in panel.lines if "marker" in _LOOKS[line.look]}
-    handles = [
+    looks = {"line": "in training", **points}
+    return [
         Line2D([], [], label=name, markeredgecolor="white", markeredgewidth=0.8, **_LOOKS[look])
         for look, name in looks.items()
     ]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside upper right", ncols=len(handles), fontsize=10.5, frameon=False,
-            handletextpad=0.2, columnspacing=1.2, borderaxespad=0.0, labelcolor=INK,
-        )  # fmt: skip
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -207,4 +202,4 @@ def _wrapped(text: str, width: int) -> list[str]:
             second = f"{second} · {part}" if second else part
         else:
             first = joined
-    return [_cut(line, width) for line in (first, second) if line]
+    return [line for line in (first, second) if line]

@@ -36,6 +36,8 @@ class State:
     """In words, where there is more to say."""
     at_work: bool = False
     """Whether a process is in the folder."""
+    age: float = 0.0
+    """Seconds since it has written anything, by the clock of this machine."""
 
     @property
     def text(self) -> str:
@@ -99,7 +101,10 @@ class SAERun:
     @property
     def where(self) -> str:
         """On what: ``blocks.8.hook_resid_post of gpt2-small``."""
-        return " of ".join(part for part in (self.options.site, self.options.model) if part)
+        model = self.options.model
+        if model.count("/") > 1 or model[:1] in ("/", "~", "."):  # a folder, of which the name is enough
+            model = model.rstrip("/").rpartition("/")[2]
+        return " of ".join(part for part in (self.options.site, model) if part)
 
 
 @attrs.define(slots=False, eq=False)
@@ -175,16 +180,15 @@ def _newest(folder: Path) -> Checkpoint | None:
 
 
 def _state(record: RunRecord, saes: Mapping[str, SAERun], finished: bool) -> State:
-    locked = is_locked(record.folder)
+    locked, age = is_locked(record.folder), _age(record, saes)
     if record.end is not None:
-        return State(record.end.status, record.end.reason, at_work=locked is True)
+        return State(record.end.status, record.end.reason, locked is True, age)
     if locked:
-        return State("running", at_work=True)
+        return State("running", "", True, age)
     if finished:
-        return State("finished")  # by a saekit that did not write it down
-    written = f"it has written {duration(age := _age(record, saes))} ago"
+        return State("finished", "", False, age)  # by a saekit that did not write it down
     here = "" if locked is None else ", and no process of this machine is in the folder"
-    return State("running" if age < _FRESH else "stopped", written + here)
+    return State("running" if age < _FRESH else "stopped", f"it has written {duration(age)} ago{here}", False, age)
 
 
 def _age(record: RunRecord, saes: Mapping[str, SAERun]) -> float:

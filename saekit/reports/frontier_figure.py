@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from saekit.plugins.text import printable
-from saekit.reports.figures import GRAY, INK, RED, new_figure, plain, style_axes
+from saekit.reports.figures import (
+    GRAY,
+    INK,
+    LINE,
+    MARGIN,
+    RED,
+    WIDTH,
+    add_axes,
+    add_legend,
+    new_figure,
+    plain,
+    style_axes,
+    write,
+    write_head,
+)
 from saekit.reports.frontier import PANELS, Look, has_place, not_drawn, shortened, value_of
 
 __all__ = ["frontier_figure"]
@@ -15,7 +30,10 @@ _OFFSETS = (
     (7, 5), (-7, 5), (7, -5), (-7, -5), (0, 10), (0, -10), (10, 0), (-10, 0), (7, 14), (-7, 14), (7, -14), (-7, -14),
 )  # fmt: skip
 """Where a point's label may be, in points of type from it: the first place that is free."""
-_HALF = 8.0
+_HALF, _NEAR = 8.0, 40.0
+"""Pixels: half of what a point takes, and within what a label need not be said twice."""
+_ROW = 3.35
+"""Inches of a panel with its title."""
 _MOST_ENTRIES = 24
 _MARKER_SIZE = 8
 
@@ -34,32 +52,23 @@ def frontier_figure(rows: Sequence[Row], options: Mapping[str, str], title: str)
         return None
     look = Look.of(rows, options)
     handles, notes = list(_legend(look)), not_drawn(rows)
-    columns = 1 if max((len(h.get_label()) for h in handles), default=0) > 34 else 2 if len(handles) < 9 else 3
-    legend = 0.24 * -(-len(handles) // columns)
-    figure = new_figure(7.2, 3.3 * len(panels) + 0.7 + legend + 0.2 * len(notes))
-    height = figure.get_size_inches()[1]
-    figure.get_layout_engine().set(rect=(0, 0.2 * len(notes) / height, 1, 1 - (0.58 + 0.2 * len(notes)) / height))
-    head = {"va": "top", "ha": "left"}
-    plain(
-        figure.text(0.016, 1 - 0.08 / height, shortened(printable(title), 58), fontsize=13, fontweight="bold", **head)
-    )
-    plain(figure.text(0.016, 1 - 0.34 / height, look.caption(len(rows)), fontsize=10.5, color=GRAY, **head))
-    for axes, key in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
-        _draw(axes, key, rows, look)
-    figure.axes[-1].set_xlabel("L0, features per token", fontsize=10.5, color=GRAY)
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = 1 if longest > 36 else 2 if longest > 22 else 3
+    legend = 0.245 * -(-len(handles) // columns)
+    head = 3 * MARGIN + 2 * LINE + legend
+    figure = new_figure(WIDTH, head + _ROW * len(panels) + 0.3 + LINE * len(notes))
+    write_head(figure, [printable(title), look.caption(len(rows))])
     if handles:
-        drawn = figure.legend(
-            handles=handles, loc="outside upper left", ncols=columns, fontsize=10.5, frameon=False, labelcolor=INK,
-            handletextpad=0.3, columnspacing=1.4,
-        )  # fmt: skip
-        for text in drawn.get_texts():
-            plain(text)
-    for number, note in enumerate(reversed(notes)):
-        y = (0.07 + 0.2 * number) / height
-        plain(figure.text(0.016, y, shortened(printable(note), 96), fontsize=9.5, color=RED)).set_in_layout(False)
-    figure.draw_without_rendering()  # the labels' places depend on the layout, and must not change it
-    for axes, key in zip(figure.axes, panels, strict=True):
+        add_legend(figure, handles, 2 * MARGIN + 2 * LINE, columns)
+    for number, key in enumerate(panels):
+        axes = add_axes(figure, 0.7, head + _ROW * number + 0.33, WIDTH - 0.7 - 2 * MARGIN, _ROW - 0.75)
+        _draw(axes, key, rows, look)
         _label(axes, key, rows, look)
+    figure.axes[-1].set_xlabel("L0, features per token", fontsize=10.5, color=GRAY)
+    height = figure.get_size_inches()[1]
+    for number, note in enumerate(reversed(notes)):
+        top = height - LINE * (number + 1)
+        write(figure, MARGIN, top, shortened(printable(note), 96), fontsize=9.5, color=RED)
     return figure
 
 
@@ -84,7 +93,7 @@ def _draw(axes: Any, key: str, rows: Sequence[Row], look: Look) -> None:
                 *_place(row, key), markersize=_MARKER_SIZE, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
                 **_style(look, row),
             )  # fmt: skip
-    axes.set_title(PANELS[key], fontsize=11.5, loc="left", color=INK, pad=7)
+    axes.set_title(PANELS[key], fontsize=11, loc="left", color=INK, pad=7)
     axes.margins(0.1)
     _scale(axes, [row["l0"] for row in drawn])
 
@@ -107,18 +116,22 @@ def _label(axes: Any, key: str, rows: Sequence[Row], look: Look) -> None:
 
     points = [(row, axes.transData.transform(_place(row, key))) for row in rows if has_place(row, key)]
     taken = [Bbox.from_bounds(x - _HALF, y - _HALF, 2 * _HALF, 2 * _HALF) for _, (x, y) in points]
+    said: list[tuple[str, float, float]] = []
     for row, (x, y) in points:
+        words = printable(look.label_of(row))
+        if any(words == other and math.hypot(x - at, y - height) < _NEAR for other, at, height in said):
+            continue  # its neighbor says the same
         for dx, dy in _OFFSETS:
             text = axes.annotate(
-                printable(look.label_of(row)), _place(row, key), xytext=(dx, dy), textcoords="offset points",
-                ha={1: "left", 0: "center", -1: "right"}[(dx > 0) - (dx < 0)], va="center", color=INK, zorder=4,
-                fontsize=9.5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                words, _place(row, key), xytext=(dx, dy), textcoords="offset points", fontsize=9.5, color=INK, zorder=4,
+                ha={1: "left", 0: "center", -1: "right"}[(dx > 0) - (dx < 0)], va="center",
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
-            plain(text).set_in_layout(False)
-            box = text.get_window_extent()
+            box = plain(text).get_window_extent()
             own = Bbox.from_bounds(x - _HALF, y - _HALF, 2 * _HALF, 2 * _HALF).bounds
             if _inside(box, axes.bbox) and not any(box.overlaps(other) for other in taken if other.bounds != own):
                 taken.append(box)
+                said.append((words, x, y))
                 break
             text.remove()
 

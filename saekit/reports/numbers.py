@@ -28,9 +28,9 @@ def number(value: float) -> str:
     """Four digits, plain from 0.0001 to a million."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
-    if 1e-4 <= abs(value) < 1e4:
+    if 1e-4 <= abs(value) < 999.95:
         return f"{float(f'{value:.4g}'):.10f}".rstrip("0").rstrip(".")
-    if 1e4 <= abs(value) < 1e6:
+    if 999.95 <= abs(value) < 999_999.5:
         return f"{value:,.0f}"
     if abs(value) >= 1e15 or abs(value) < 1e-4:
         mantissa, _, exponent = f"{value:.3g}".partition("e")

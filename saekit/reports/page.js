@@ -20,8 +20,8 @@ function number(value) {
   const size = Math.abs(value);
   if (!isFinite(value)) return "nan";
   if (size === 0) return "0";
-  if (size >= 1e4 && size < 1e6) return Math.round(value).toLocaleString("en-US");
-  if (size >= 1e-4 && size < 1e4) return Number(value.toPrecision(4)).toFixed(10).replace(/0+$/, "").replace(/\.$/, "");
+  if (size >= 999.95 && size < 999999.5) return Math.round(value).toLocaleString("en-US");
+  if (size >= 1e-4 && size < 999.95) return Number(value.toPrecision(4)).toFixed(10).replace(/0+$/, "").replace(/\.$/, "");
   if (size >= 1e15 || size < 1e-4) return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
   return shortCount(value);
 }
@@ -55,10 +55,10 @@ const shapes = {
 
 // ---- axes
 
-function linearTicks(low, high, about) {
-  const raw = (high - low) / about || 1;
+function linearTicks(low, high, about, whole) {
+  const raw = Math.max((high - low) / about || 1, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999) || raw;
+  const step = (whole && raw < 10 ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((m) => m * power).find((s) => s >= raw * 0.999) || raw;
   const ticks = [];
   for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) ticks.push(n * step);
   return ticks;
@@ -106,7 +106,7 @@ function heights(chart, lines, xs) {
   return [chart.lower !== null ? chart.lower : low - room, chart.upper !== null && !range ? chart.upper : chart.upper === 1 ? 1 : high + room];
 }
 function widths(chart, lines) {
-  if (chart.kind === "curves") return range || [0, extent(chart.lines.flatMap((line) => line.x))[1] || 1];
+  if (chart.kind === "curves") return range || [0, 1.015 * extent(chart.lines.flatMap((line) => line.x))[1] || 1];
   const [low, high] = extent(lines.flatMap((line) => line.x));
   if (chart.xlog) return [low / (high / low) ** 0.08 || low / 1.1, high * (high / low) ** 0.08 || high * 1.1];
   const room = (high - low) * 0.1 || high * 0.1 || 1;
@@ -129,7 +129,7 @@ function draw(chart) {
   chart.svg.setAttribute("height", height);
   const clip = make("clipPath", { id: `c${charts.indexOf(chart)}` }, chart.svg);
   make("rect", { x: room.left, y: 0, width: width - room.left - room.right, height: height - room.bottom }, clip);
-  for (const tick of chart.isLog ? logTicks(...ys) : linearTicks(...ys, 4)) {
+  for (const tick of chart.isLog ? logTicks(...ys) : linearTicks(...ys, height / 45, chart.format === "count")) {
     make("line", { class: "grid", x1: room.left, x2: width - room.right, y1: y(tick), y2: y(tick) }, chart.svg);
     make("text", { x: room.left - 6, y: y(tick) + 4, "text-anchor": "end" }, chart.svg, chart.format === "fraction" ? trimmed(tick, 3) : number(tick));
   }
@@ -194,19 +194,20 @@ function writeEnds(chart, lines, xs) {
   }
 }
 function writeLabels(chart, lines) {
-  const taken = [];
+  const taken = [], said = [];
   const free = (box) => box.x >= chart.room.left && box.x + box.w <= chart.width && box.y >= 0 && box.y + box.h <= chart.height - chart.room.bottom &&
     !taken.some((o) => box.x < o.x + o.w && o.x < box.x + box.w && box.y < o.y + o.h && o.y < box.y + box.h);
   const points = lines.flatMap((line) => line.x.map((_, i) => ({ line, i, px: chart.x(line.x[i]), py: chart.y(line.y[i]) })));
   for (const { px, py } of points) taken.push({ x: px - 6, y: py - 6, w: 12, h: 12 });
   for (const { line, i, px, py } of points) {
     const text = (line.labels || [])[i];
-    if (!text) continue;
+    if (!text || said.some((one) => one.text === text && Math.hypot(one.px - px, one.py - py) < 26)) continue;
     const w = text.length * 6.6, h = 13;
     for (const [dx, dy] of [[8, -7], [-8 - w, -7], [8, 8], [-8 - w, 8], [-w / 2, -14], [-w / 2, 15]]) {
       const box = { x: px + dx, y: py + dy - h / 2, w, h };
       if (!free(box)) continue;
       taken.push(box);
+      said.push({ text, px, py });
       make("text", { class: "label", x: box.x, y: box.y + 10 }, chart.svg, text);
       break;
     }
@@ -228,7 +229,10 @@ function readAt(value) {
   for (const chart of charts.filter((one) => one.kind === "curves")) {
     chart.over.replaceChildren();
     chart.read.replaceChildren();
-    if (value === null) continue;
+    if (value === null) {
+      if (chart.note) make("span", { class: "note" }, chart.read, chart.note);
+      continue;
+    }
     const at = chart.x(value);
     make("line", { class: "cross", x1: at, x2: at, y1: chart.room.top, y2: chart.height - chart.room.bottom }, chart.over);
     for (const line of shown(chart).slice(0, 6)) {
@@ -237,7 +241,7 @@ function readAt(value) {
       const name = line.name && chart.lines.length > 1 ? `${line.name} ` : "";
       make("span", { class: "own", style: own(line) }, chart.read, name + texts[chart.format](line.y[i]));
     }
-    make("span", {}, chart.read, `at ${shortCount(value)}`);
+    make("span", {}, chart.read, `at ${shortCount(value)} tokens`);
   }
 }
 function pointAt(chart, px, py) {
@@ -298,7 +302,6 @@ function addChart(spec, parent) {
   chart.box = make("div", { class: "chart" }, parent);
   const head = make("div", { class: "head" }, chart.box);
   make("h2", {}, head, chart.title);
-  chart.read = make("div", { class: "read" }, head);
   const tools = make("div", { class: "tools" }, head);
   const all = make("button", { class: "all", type: "button", hidden: "" }, tools, "whole run");
   all.addEventListener("click", () => show(null));
@@ -311,7 +314,8 @@ function addChart(spec, parent) {
       draw(chart);
     });
   }
-  if (chart.note) make("div", { class: "note" }, chart.box, chart.note);
+  chart.read = make("div", { class: "read" }, chart.box);
+  chart.read.hidden = chart.kind !== "curves";
   chart.svg = make("svg", { role: "img", "aria-label": `${chart.title}: ${chart.lines.map((l) => `${l.name} ${l.end || ""}`).slice(0, 8).join(", ")}` }, chart.box);
   chart.tip = make("div", { class: "tip", hidden: "" }, chart.box);
   charts.push(chart);
@@ -373,10 +377,11 @@ for (const [label, value] of data.tiles) {
 }
 addLegend(main);
 for (const group of data.groups) {
-  const grid = make("div", { class: `charts ${group.kind === "points" ? "two" : ""}` }, main);
+  const grid = make("div", { class: `charts ${group.charts.length % 3 ? "two" : ""}` }, main);
   group.charts.forEach((chart) => addChart({ ...chart, kind: group.kind }, grid));
 }
 addTable(main);
 charts.forEach(draw);
+readAt(null);
 new ResizeObserver(() => charts.forEach((chart) => { if (Math.abs(chart.width - Math.max(chart.box.clientWidth - 20, 200)) > 1) draw(chart); })).observe(main);
 addEventListener("beforeprint", () => charts.forEach(draw));

@@ -86,8 +86,8 @@ def sweep_page(run: RunFolder) -> str | None:
 def _page(title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any]) -> str:
     head = "\n".join(f'<p class="{kind}">{html.escape(printable(text))}</p>' for kind, text in lines if text)
     foot = (
-        f"Made by saekit {__version__} from metrics.jsonl alone. Drag over a curve to look closer, and double-click to "
-        "go back."
+        "Curves are over tokens. Drag over one to look closer, and double-click to go back. Made by saekit "
+        f"{__version__} from metrics.jsonl."
     )
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return _resource("page.html").format(

@@ -46,6 +46,8 @@ class Panel:
     log: bool = False
     text: Callable[[float], str] = number
     """How numbers at the axis are written."""
+    whole: bool = False
+    """Whether its numbers are whole ones."""
     note: str = ""
     """What cannot be seen in it, in words."""
 
@@ -109,18 +111,14 @@ def _explained(history: History, most: int | None) -> Panel:
 
 
 def _below(lines: Sequence[Line]) -> str:
-    """What lies below an axis that begins at 0."""
-    notes = []
+    """What lies below an axis that begins at 0, in few words."""
     for line in lines:
         below = [piece for piece in line.pieces if piece.mean < 0]
-        if not below:
-            continue
-        of = {"line": "", "held out": "held out ", "recovered": "CE recovered "}[line.look]
-        if below[-1].x >= line.pieces[-1].x:
-            notes.append(f"{of}{line.end}, below 0")
-        elif line.look == "line":
-            notes.append(f"below 0 until {short_count(below[-1].x)} tokens")
-    return ", ".join(notes)
+        if below and below[-1].x >= line.pieces[-1].x:
+            return "still below 0" if line.look == "line" else f"{line.name} below 0"
+        if below and line.look == "line":
+            return f"below 0 until {short_count(below[-1].x)}"
+    return ""
 
 
 def _l0(history: History, most: int | None) -> Panel:
@@ -141,7 +139,7 @@ def _from_zero(panel: Panel) -> Panel:
 def _dead(sae: SAERun, most: int | None) -> Panel:
     lines = [*_line(sae.history, "sparsity/dead_features", "in training", "line", most, count)]
     title = f"Dead features, of {sae.d_sae:,}" if sae.d_sae else "Dead features"
-    return attrs.evolve(_from_zero(Panel(title, lines, None, None)), text=short_count)
+    return attrs.evolve(_from_zero(Panel(title, lines, None, None)), text=short_count, whole=True)
 
 
 def _setting(history: History, key: str, title: str, most: int | None) -> Panel:

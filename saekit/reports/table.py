@@ -22,7 +22,7 @@ _MAIN = {
     "explained variance": ("evals/explained_variance", "metrics/explained_variance", fraction),
     "L0, features per token": ("evals/l0", "metrics/l0", number),
     "CE recovered": ("evals/ce_recovered", None, fraction),
-    "CE clean | with it | ablated": (None, None, fraction),
+    "CE clean | with SAE | ablated": (None, None, fraction),
     "loss": (None, "losses/overall_loss", number),
     "dead features": (None, "sparsity/dead_features", count),
 }

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from saekit.analysis.examples import Example
 
-__all__ = ["FeatureTexts", "Promoted", "TopTexts", "as_html", "as_text", "one_line"]
+__all__ = ["FeatureTexts", "Promoted", "TopTexts", "as_html", "as_page", "as_text", "one_line"]
 
 Promoted: TypeAlias = tuple[tuple[str, float], ...]
 """Tokens, each with by how much its logit is raised."""
@@ -34,7 +34,7 @@ class FeatureTexts:
     """Likewise those that it lowers most."""
 
     def __repr__(self) -> str:
-        return as_text(self).plain.rstrip("\\n")
+        return as_text(self).plain.rstrip("\n")
 
     def _repr_html_(self) -> str:
         return as_html([self])
@@ -66,7 +66,7 @@ class TopTexts(Sequence[FeatureTexts]):
         return iter(self.features)
 
     def __repr__(self) -> str:
-        return "\\n\\n".join(map(repr, self.features)) or f"no features fired on {self.tokens:,} tokens"
+        return "\n\n".join(map(repr, self.features)) or f"no features fired on {self.tokens:,} tokens"
 
     def _repr_html_(self) -> str:
         return as_html(self.features)
@@ -101,12 +101,22 @@ def _token(token: str) -> str:
 
 def one_line(text: str) -> str:
     """``text`` with signs for what would break a line."""
-    return text.replace("\\n", "⏎").replace("\\r", "⏎").replace("\\t", "⇥")
+    return text.replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥")
 
 
 def as_html(features: Sequence[FeatureTexts]) -> str:
     """A block for each feature, self-contained; colors are those of the page, and activations a tint behind them."""
     return f'<div style="color:inherit;font-size:0.95em">{"".join(map(_block, features))}</div>'
+
+
+def as_page(features: Sequence[FeatureTexts], title: str) -> str:
+    """The same as a page of its own, light or dark as whoever looks at it likes."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>'
+        f'<body style="font-family:sans-serif;margin:1.5em"><h1 style="font-size:1.3em">{escape(title)}</h1>'
+        f"{as_html(features)}</body></html>\n"
+    )
 
 
 def _block(found: FeatureTexts) -> str:

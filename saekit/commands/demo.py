@@ -9,9 +9,10 @@ import attrs
 from rich.console import Console
 
 from saekit.commands.jobs import train
-from saekit.commands.outcome import show_pictures, show_result
+from saekit.commands.outcome import show_files, show_table
 from saekit.config.files import load_config
 from saekit.errors import ConfigError
+from saekit.files.storage import write_text
 from saekit.kinds import EVALS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.status import Status
@@ -49,21 +50,37 @@ DEMO_CONFIG: Mapping[str, Any] = {
     "evals": {"split": "heldout"},
 }
 _CONTEXTS = 384  # to look for features in, more than the evals need
-FEATURES = "features.txt", "features.html"
 
 
 def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | None = None) -> TrainResult:
-    """Train, and show what came out: numbers, a picture of the curves, and five features with their text."""
+    """Train, and show what came out: numbers, pictures, and five features with their text."""
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
     if "saekit:reconstruction" not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
         raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
     result = train(config, plugins=plugins)
-    show_result(result, console)
-    _show_features(_features(result, config), result, console)
-    with Status(verbose=config.training.verbose) as say:
-        say("drawing the training curves")
-        pictures = show_pictures(result)
-    ...
+    show_table(result, console)
+    found = _features(result, config)
+    from saekit.analysis.feature_texts import as_page, as_text
+
+    for feature in found:
+        console.print()
+        console.print(as_text(feature), soft_wrap=True, end="")
+    text, page = result.folder / "features.txt", result.folder / "features.html"  # `saekit show` finds them there
+    write_text(text, f"{found!r}\n")
+    write_text(page, as_page(found.features, f"Features of {result.folder.name}"))
+    show_files(result, console, (("features", text), ("features", page)))
     return result
+
+
+def _features(result: TrainResult, config: TrainConfig) -> TopTexts:
+    """Five striking features on more text than the evals need."""
+    with Status(verbose=config.training.verbose) as say:
+        say("looking for features that are easy to read")
+        from saekit.analysis.top_texts import find_top_texts
+
+        wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=_CONTEXTS))
+        contexts = wide.held_out(result.backend, config.training.seed)
+        sae, backend, sites = result.sae, result.backend, config.sites
+        return find_top_texts(sae, backend=backend, sites=sites, contexts=contexts, diverse=True)

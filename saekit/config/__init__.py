@@ -28,6 +28,7 @@ from saekit.config.fields import (
 from saekit.config.model import ModelConfig
 from saekit.config.optimizer import OptimizerConfig
 from saekit.config.pretokenize import PretokenizeConfig
+from saekit.config.reports import ReportsConfig
 from saekit.config.run import TrainConfig
 from saekit.config.sae import SAEConfig
 from saekit.config.training import TrainingConfig
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "PluginChoice",
     "PretokenizeConfig",
+    "ReportsConfig",
     "SAEConfig",
     "Site",
     "Token",

@@ -10,6 +10,7 @@ from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
+from saekit.config.reports import ReportsConfig
 from saekit.config.showing import changed_repr
 from saekit.config.training import TrainingConfig
 from saekit.errors import ConfigError
@@ -50,6 +51,8 @@ class TrainConfig:
     """Where metrics go beside the JSON lines in the run folder, which are always written."""
     checkpoints: CheckpointsConfig = attrs.field(factory=CheckpointsConfig)
     """Where the run is kept."""
+    reports: ReportsConfig = attrs.field(factory=ReportsConfig)
+    """What the run leaves behind to be looked at."""
 
     __repr__ = changed_repr
 

@@ -24,9 +24,9 @@ LONGEST_NAME = 255
 """Bytes of a name in UTF-8: what the usual file systems take."""
 SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 """The files of an SAE's folder."""
-SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png"})
+SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png", "summary.html"})
 """What the folder of a sweep holds beside those of its SAEs."""
-RUN_FILES = SWEEP_FILES | {"config.toml", "sae"}
+RUN_FILES = SWEEP_FILES | {"config.toml", "sae", "curves.png", "curves.html", "features.txt"}
 """What saekit itself writes into a run folder; nothing else in it may have such a name."""
 _HALF_WRITTEN = re.compile(r"\.(.+)\.(?=[0-9]*[a-f])[0-9a-f]{8}\.(tmp|old)", re.DOTALL)  # not a date
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}

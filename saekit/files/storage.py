@@ -19,6 +19,7 @@ from saekit.files.names import half_written, hidden_name, on_windows
 
 __all__ = [
     "check_file",
+    "is_locked",
     "leads_out",
     "locked",
     "new_files",
@@ -30,6 +31,7 @@ __all__ = [
     "sha256",
     "tidy",
     "why_no_folder_in",
+    "write_bytes",
     "write_text",
 ]
 
@@ -188,7 +190,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:  # not on this file system
@@ -196,6 +198,45 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _flock(handle: int, how: int) -> None:
+    """Take a lock, or raise :class:`BlockingIOError`; whoever only looks (:func:`is_locked`) is waited for."""
+    import fcntl
+
+    for left in (2, 1, 0):
+        try:
+            fcntl.flock(handle, how)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process is in :func:`locked` for ``folder``; None where that cannot be seen.
+
+    Processes on other machines are not seen on every shared disk, so ``False`` speaks of this one.
+    """
+    try:
+        import fcntl
+    except ImportError:  # where the lock is on a file's first byte, and to look would be to lock
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager
@@ -222,16 +263,25 @@ def _locked_on_windows(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, all or nothing."""
-    temporary = _hidden(path, "tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(f"cannot write {path}: it holds text that is not valid Unicode") from error
+    write_bytes(path, data)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, all or nothing."""
+    try:
+        temporary = _hidden(path, "tmp")
+        temporary.write_bytes(data)
         _sync(temporary)
         _replace(temporary, path)
         _sync(path.parent)
     except (OSError, UnicodeEncodeError) as error:
         with suppress(OSError, UnicodeEncodeError):
             temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) else "it holds text that is not valid Unicode"
+        reason = error.strerror if isinstance(error, OSError) else "its name is not valid Unicode"
         raise StorageError(f"cannot write {path}: {reason or error}") from error
 
 

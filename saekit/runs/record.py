@@ -18,6 +18,7 @@ from saekit.files.paths import here, steady
 from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
 from saekit.runs.place import RECORD, check_is_run
+from saekit.values import RunEnd
 
 __all__ = ["RunRecord", "differences", "flat"]
 
@@ -36,6 +37,10 @@ class RunRecord:
     """``model``, ``dataset``."""
     checkpointed: bool = False
     """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
+    end: RunEnd | None = None
+    """How the run ended; None while it is at work, and of one that was killed."""
+    diverged: Mapping[str, str] = attrs.field(factory=dict)
+    """Why an SAE was stopped before that, by name."""
 
     _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
 
@@ -49,19 +54,21 @@ class RunRecord:
         return self.folder / self.saes[name]
 
     def write(self, configs: Mapping[str, TrainConfig], plugins: PluginManager) -> None:
-        """Write the folders of all SAEs, their configurations, and the record."""
+        """Write the folders of all SAEs, their configurations, and the record, of a run that has not ended."""
         for name, config in configs.items():
             try:
                 self.home(name).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
             write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
-        self._save()
+        self._save(ended=False)
 
-    def _save(self) -> None:
-        table = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+    def _save(self, *, ended: bool = True) -> None:
+        table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
         if self.checkpointed:
             table["checkpointed"] = True
+        if ended and self.end is not None:
+            table["end"] = {**attrs.asdict(self.end), "diverged": dict(self.diverged)}
         write_text(self.folder / RECORD, json.dumps(table, indent=1) + "\n")
 
     @classmethod
@@ -70,6 +77,11 @@ class RunRecord:
         record = cls.read(folder)
         if not record.checkpointed:
             attrs.evolve(record, checkpointed=True)._save()
+
+    @classmethod
+    def note_end(cls, folder: Path, end: RunEnd, diverged: Mapping[str, str]) -> None:
+        """Say in the record in ``folder`` how its run has ended, and why SAEs were stopped before, by name."""
+        attrs.evolve(cls.read(folder), end=end, diverged=dict(diverged))._save()
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -81,7 +93,8 @@ class RunRecord:
             if table["format"] != FORMAT:
                 raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
             checkpointed = table.get("checkpointed", False) is True
-            record = cls(folder, dict(table["saes"].items()), tuple(table["in_memory"]), checkpointed)
+            saes = dict(table["saes"].items())
+            record = cls(folder, saes, tuple(table["in_memory"]), checkpointed, *_end_of(table))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
@@ -130,6 +143,16 @@ class RunRecord:
                     f"{self.home(name) / CONFIG} cannot be read: {error.strerror}; put back the one that the run wrote"
                 ) from error
         return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
+
+
+def _end_of(table: Mapping[str, Any]) -> tuple[RunEnd | None, dict[str, str]]:
+    """How a run says that it ended, and why SAEs were stopped; nothing that is not as saekit writes it."""
+    end = table.get("end")
+    if not isinstance(end, dict) or end.get("status") not in ("finished", "interrupted", "diverged", "failed"):
+        return None, {}
+    diverged = end.get("diverged")
+    reasons = diverged.items() if isinstance(diverged, dict) else ()
+    return RunEnd(end["status"], str(end.get("reason") or "")), {name: str(why) for name, why in reasons}
 
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:

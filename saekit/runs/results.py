@@ -33,6 +33,8 @@ class TrainResult:
     """``[n, context_size]`` token ids that training never saw, if there are evals."""
     corpus: Corpus
     """The text, to go on with."""
+    pictures: Sequence[Path] = ()
+    """``curves.png`` and ``curves.html``, as far as they were drawn."""
 
     def __repr__(self) -> str:
         return f"TrainResult({str(self.folder)!r}: {short_numbers(self.metrics, self.sae.d_sae)}; {self.sae!r})"
@@ -48,13 +50,15 @@ class SweepResult:
     """What SAEs leave behind that were trained together."""
 
     folder: Path
-    """The sweep's folder: one for each SAE, ``summary.csv`` and ``summary.png``."""
+    """The sweep's folder: one for each SAE, ``summary.csv`` and its pictures."""
     results: Mapping[str, TrainResult]
     """By name, in the order of the configurations; without those that diverged."""
     diverged: Mapping[str, str]
     """Why an SAE was stopped, by name."""
     summary: Sequence[Mapping[str, Any]]
     """For each SAE its name, its changed options, its main numbers and its status: the rows of ``summary.csv``."""
+    pictures: Sequence[Path] = ()
+    """``summary.png`` and ``summary.html``, as far as they were drawn; those of each SAE are in its result."""
 
     def __repr__(self) -> str:
         diverged = f", {len(self.diverged)} diverged" if self.diverged else ""

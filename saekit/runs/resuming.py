@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Resumption", "UnusableCheckpointError"]
 
+_FREE = "reports."
+"""Options that are no part of what a run is: they may change from one part of it to the next."""
+
 
 class UnusableCheckpointError(StorageError):
     """A checkpoint that is whole, but cannot be gone on from, although nothing has changed."""
@@ -91,6 +94,8 @@ class Resumption:
             changed |= differences(old[name], config, plugins)
             if checkpoint is not None:
                 changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
+        changed = {path: values for path, values in changed.items() if not path.startswith(_FREE)}
+        allow = [path for path in allow if not path.startswith(_FREE)]
         refuse(changed, frozenset(allow))
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(set(allow) - set(changed) - set(identity))

@@ -16,9 +16,10 @@ from saekit.errors import DataError, DivergedError, StorageError, TrainingInterr
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
-from saekit.reasons import error_text
+from saekit.reports.pictures import Pictures
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in
+from saekit.runs.ending import Ending, end_of
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
 from saekit.runs.observers import EvalObserver, TrackerObserver
@@ -98,6 +99,8 @@ def _run(
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
+        ending = Ending(session, record, standing)
+        stack.push(ending)
         trackers: dict[str, Trackers] = {}
 
         def close(kind: object, error: BaseException | None, trace: object) -> None:
@@ -127,7 +130,7 @@ def _run(
             raise
         finally:
             SHARED.release()
-    return _result(session, record, summary)
+    return _result(session, record, summary, ending.pictures)
 
 
 def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:
@@ -143,11 +146,7 @@ def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: B
 def _end_of(member: Member, error: BaseException | None) -> RunEnd:
     if member.trainer.diverged is not None:
         return RunEnd("diverged", member.trainer.diverged)
-    if error is None:
-        return RunEnd("finished")
-    kinds = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
-    status: Any = next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
-    return RunEnd(status, error_text(error))
+    return end_of(error)
 
 
 def _fit(
@@ -281,10 +280,13 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
     except RunFolderLostError:
         rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
+        RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
         return saving.save_in(rescued.folder), rescued
 
 
-def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]]) -> TrainResult | SweepResult:
+def _result(
+    session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]], pictures: Pictures
+) -> TrainResult | SweepResult:
     results = {
         member.name: TrainResult(
             sae=cast(SAE, member.trainer.raw_sae()),  # architectures derive from it
@@ -293,10 +295,11 @@ def _result(session: Session, record: RunRecord, summary: Sequence[Mapping[str, 
             backend=session.backend,
             held_out=session.held_out(member.config),
             corpus=session.corpus,
+            pictures=pictures.of_saes.get(member.name, ()),
         )
         for member in _healthy(session)
     }
     if _alone(record):
         return next(iter(results.values()))
     diverged = {name: m.trainer.diverged for name, m in session.members.items() if m.trainer.diverged is not None}
-    return SweepResult(record.folder, results, diverged, summary)
+    return SweepResult(record.folder, results, diverged, summary, pictures.of_sweep)

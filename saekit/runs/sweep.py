@@ -30,7 +30,7 @@ __all__ = [
     "value_text",
 ]
 
-_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.")
+_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.", "reports.")
 """What SAEs that train together cannot differ in."""
 _LONGEST_NAME = 100
 

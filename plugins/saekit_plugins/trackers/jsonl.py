@@ -19,7 +19,7 @@ from saekit.config import check, is_free_in_run
 from saekit.files import hidden_name, parse_json
 from saekit.values import Histogram, Metrics
 
-_TAKEN = {"wandb", "wandb-run-id.txt", "training_curves.png"}
+_TAKEN = {"wandb", "wandb-run-id.txt"}
 """What else there may be in a run folder."""
 _LONGEST = 200
 _MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker

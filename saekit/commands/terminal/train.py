@@ -68,25 +68,19 @@ def train(
     from saekit.commands import jobs
 
     with interruptible():
-        _report(jobs.train(wanted) if run is None else jobs.resume(run, source or None, given, allow=allow or ()))
+        result = jobs.train(wanted) if run is None else jobs.resume(run, source or None, given, allow=allow or ())
+        _show(result)
 
 
-def _report(result: Any) -> None:
+def _show(result: Any) -> None:
     """What came of a run or a sweep; exits with 1 if some of its SAEs diverged."""
-    if not hasattr(result, "summary"):
-        for name, value in sorted(result.metrics.items()):
-            if name.startswith("evals/"):
-                typer.echo(f"{name.removeprefix('evals/'):24} {value:.6g}")
-        typer.echo(f"run folder: {result.folder}")
-        return
     from rich.console import Console
 
-    from saekit.runs.summary import summary_table
+    from saekit.commands.outcome import show_result
 
-    console = Console(width=None if sys.stdout.isatty() else 1000)
-    console.print(summary_table(result.summary, console))
-    typer.echo(f"sweep folder: {result.folder}")
-    for name, why in result.diverged.items():
+    show_result(result, Console(width=None if sys.stdout.isatty() else 1000))
+    diverged = getattr(result, "diverged", {})
+    for name, why in diverged.items():
         complain(f"{name} diverged: {why}")
-    if result.diverged:
+    if diverged:
         raise typer.Exit(1)

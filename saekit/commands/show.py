@@ -1,0 +1,248 @@
+"""``saekit show``: what there is of a run, of a sweep or of a saved SAE, and what to type next.  Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from saekit.errors import PlaceError, StorageError
+from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
+from saekit.files.paths import as_path
+from saekit.files.storage import check_file, read_json
+from saekit.plugins.text import printable
+from saekit.reports.folder import RunFolder, read_run
+from saekit.reports.numbers import count, fraction, number, size
+from saekit.reports.pictures import CURVES, SUMMARY, draw_pictures
+from saekit.reports.table import run_table
+from saekit.runs.checkpoints import MANIFEST
+from saekit.runs.place import RECORD
+
+__all__ = ["show"]
+
+_ENOUGH = 4 << 20
+"""Bytes at the end of metrics that the newest numbers are in."""
+_MOST_RUNS = 40
+_MOST_LINES = 60
+
+
+def show(folder: str | Path, console: Console, *, draw: bool = False, open_it: bool = False) -> None:
+    """Print what ``folder`` holds: a run, a sweep, one SAE of it, a saved SAE, or several runs.
+
+    ``draw`` makes the pictures anew; ``open_it`` opens them, and makes them where there are none.
+
+    :class:`PlaceError` where there is none of that, and :class:`StorageError` for what cannot be read.
+    """
+    folder = as_path(folder)
+    if not _is_run(folder):
+        if draw or open_it:
+            raise PlaceError(f"{folder} is not a run folder, so there are no pictures to {'draw' if draw else 'open'}")
+        _show_other(folder, console)
+        return
+    run = read_run(folder, last=None if draw else _ENOUGH)
+    if draw or (open_it and not _pictures(run)):
+        run = read_run(folder)
+        for problem in draw_pictures(run).problems:
+            console.print(f"not drawn: {printable(problem)}", style="red", markup=False, soft_wrap=True)
+    _say(console, f"{folder}: {run.state.text}", style="bold")
+    for problem in run.problems:
+        _say(console, f"broken: {problem}", style="red")
+    console.print()
+    if all(sae.history.records for sae in run.saes.values()) or run.sweep:
+        console.print(run_table(run, console))
+    else:
+        _say(console, "nothing was logged yet" if run.state.kind == "running" else "nothing was logged")
+    console.print()
+    _list(
+        console, "pictures", [f"{path} ({size(path.stat().st_size)})" for path in _pictures(run)] or [_no_pictures(run)]
+    )
+    _list(console, "features", list(_features(run)))
+    _list(console, "next", [f"{what:14} {command}" for what, command in _next(run)])
+    if open_it:
+        _open(run, console)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether there is a run, or what is left of one."""
+    return any((folder / name).exists() for name in (RECORD, "config.toml"))
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(printable(text, keep="\n"), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _list(console: Console, title: str, lines: list[str]) -> None:
+    for line_number, line in enumerate(lines):
+        start = Text(f"{title if line_number == 0 else '':10}", style="dim")
+        console.print(start.append(printable(line), style="not dim"), soft_wrap=True, highlight=False)
+
+
+def _pictures(run: RunFolder) -> list[Path]:
+    names = SUMMARY if run.sweep else CURVES
+    return [run.folder / name for name in names if (run.folder / name).is_file()]
+
+
+def _no_pictures(run: RunFolder) -> str:
+    return f"none; saekit show {_quoted(run.folder)} --draw makes them of the metrics as they are now"
+
+
+def _features(run: RunFolder) -> Iterator[str]:
+    """What was written of features, or how to find them."""
+    try:
+        check_file(run.folder / "features.txt")
+        lines = (run.folder / "features.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        yield "none were collected; in Python: saekit.analysis.examples.feature_peaks and top_examples"
+        return
+    yield from lines[:_MOST_LINES]
+    if len(lines) > _MOST_LINES:
+        yield f"... {len(lines) - _MOST_LINES} lines more in {run.folder / 'features.txt'}"
+
+
+def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """What to type, each with what for."""
+    folder = _quoted(run.folder)
+    if run.state.kind == "running":
+        yield "watch it", f"saekit watch {folder}"
+    elif run.state.kind != "finished" and (run.folder / RECORD).exists():
+        yield "go on with it", f"saekit train --resume {folder}"
+    if run.sweep:
+        best = max(run.saes.values(), key=lambda sae: sae.history.get("evals/ce_recovered") or float("-inf"))
+        yield "one of its SAEs", f"saekit show {_quoted(best.home)}"
+        return
+    sae = run.alone
+    if sae.saved:
+        yield "in Python", f"sae = saekit.SAE.load({str(sae.home / 'sae')!r})"
+    if run.state.kind == "finished" and sae.options.total_tokens and (run.folder / RECORD).exists():
+        longer = 2 * sae.options.whole("training.training_tokens")
+        option = "training.training_tokens"
+        yield "train longer", f"saekit train --resume {folder} {option}={longer} --allow {option}"
+    if not sae.options.problem:
+        other = " checkpoints.name=another" if sae.options.text("checkpoints.name") else ""
+        yield "one like it", f"saekit plan {_quoted(sae.home / 'config.toml')}{other}"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _open(run: RunFolder, console: Console) -> None:
+    """The page, or else the picture, in a browser."""
+    import webbrowser
+
+    found = sorted(_pictures(run), key=lambda path: path.suffix)  # .html before .png
+    if not found:
+        _say(console, "there is no picture to open: nothing was logged", style="red")
+    elif not webbrowser.open(found[0].resolve().as_uri()):
+        _say(console, f"no browser was found; the picture is {found[0]}", style="red")
+
+
+# ---- what is no run
+
+
+def _show_other(folder: Path, console: Console) -> None:
+    if (folder / MANIFEST).exists():
+        run = folder.resolve().parent.parent
+        raise PlaceError(f"{folder} is a checkpoint; saekit show {_quoted(run)} shows its run")
+    if any((folder / name).exists() for name in (SAE_CONFIG, SAE_WEIGHTS)):
+        _show_sae(folder, console)
+        return
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "is not there"
+        raise PlaceError(f"{folder} {what}; give a run folder, as `saekit train` prints it, or a folder with an SAE")
+    runs = [path.parent for path in folder.glob(f"*/{RECORD}")]
+    if not runs:
+        raise PlaceError(
+            f"there is neither a run ({RECORD}) nor an SAE ({SAE_CONFIG}) in {folder}, nor are there folders of runs"
+        )
+    _show_runs(folder, runs, console)
+
+
+def _show_sae(folder: Path, console: Console) -> None:
+    """A folder with an SAE alone, of saekit or of another library."""
+    try:
+        table = read_json(folder / SAE_CONFIG)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder / SAE_CONFIG} cannot be read, so this is no SAE that loads: {error}") from error
+    if not isinstance(table, Mapping):
+        raise StorageError(f"{folder / SAE_CONFIG} holds {type(table).__name__}, expected an object")
+    _say(console, f"{folder}: an SAE", style="bold")
+    console.print()
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    for name, value in _about(table):
+        if value not in (None, ""):
+            grid.add_row(Text(name, style="dim"), Text(printable(value)))
+    console.print(grid)
+    console.print()
+    _list(console, "next", [f"{'in Python':14} sae = saekit.SAE.load({str(folder)!r})"])
+
+
+def _about(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is known of a saved SAE."""
+    metadata = table.get("metadata")
+    known = {**table, **(metadata if isinstance(metadata, Mapping) else {})}
+    own = table.get("saekit")
+    own = own if isinstance(own, Mapping) else {}
+    sites = [
+        one.get("hook_name")
+        for key in ("inputs", "targets")
+        for one in _listed(own.get(key))
+        if isinstance(one, Mapping)
+    ]
+    yield "architecture", own.get("architecture") or table.get("architecture")
+    yield "features", f"{table['d_sae']:,}" if isinstance(table.get("d_sae"), int) else table.get("d_sae")
+    yield "width", table.get("d_in")
+    yield "site", " and ".join(map(str, sites)) or known.get("hook_name") or known.get("hook_point")
+    yield "model", known.get("model_name")
+    yield "text", known.get("dataset_path")
+    yield "context size", known.get("context_size")
+    yield "type", table.get("dtype")
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _show_runs(folder: Path, runs: list[Path], console: Console) -> None:
+    """A line for each run in a folder, the newest first."""
+    from rich.box import SIMPLE_HEAD
+
+    runs.sort(key=lambda path: (path / RECORD).stat().st_mtime, reverse=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("what", overflow="fold")
+    for column in ("tokens", "EV", "L0", "CE rec."):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for path in runs[:_MOST_RUNS]:
+        table.add_row(*(escape(printable(cell)) for cell in _line_of(path)))
+    console.print(table)
+    if len(runs) > _MOST_RUNS:
+        _say(console, f"... and {len(runs) - _MOST_RUNS} older ones")
+    console.print()
+    _list(console, "next", [f"{'more of one':14} saekit show {_quoted(runs[0])}"])
+
+
+def _line_of(path: Path) -> list[str]:
+    try:
+        run = read_run(path, last=_ENOUGH >> 3)
+        saes = list(run.saes.values())
+        if run.sweep:
+            tokens = max(sae.tokens for sae in saes)
+            return [path.name, f"a sweep of {len(saes)} SAEs", count(tokens), "", "", "", run.state.kind]
+        history = run.alone.history
+        numbers = [
+            history.get("evals/explained_variance", "metrics/explained_variance"),
+            history.get("evals/l0", "metrics/l0"),
+            history.get("evals/ce_recovered"),
+        ]
+        shown = ["" if n is None else text(n) for n, text in zip(numbers, (fraction, number, fraction), strict=True)]
+        return [path.name, run.alone.what, count(run.alone.tokens), *shown, run.state.kind]
+    except StorageError:
+        return [path.name, "", "", "", "", "", "broken"]

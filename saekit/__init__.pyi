@@ -4,6 +4,8 @@ from .commands.jobs import plan as plan
 from .commands.jobs import pretokenize as pretokenize
 from .commands.jobs import resume as resume
 from .commands.jobs import train as train
+from .commands.looking import load_model as load_model
+from .commands.looking import top_texts as top_texts
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig

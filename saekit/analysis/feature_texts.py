@@ -94,9 +94,9 @@ def _listed(tokens: Promoted) -> str:
 
 
 def _token(token: str) -> str:
-    """A token by itself, with the spaces that belong to it."""
-    shown = one_line(token)
-    return shown if shown.strip() == shown and shown else f"'{shown}'"
+    """A token by itself.  That a word begins with its space need not be seen; other spaces must be."""
+    shown = one_line(token.removeprefix(" "))
+    return shown if shown and shown.strip() == shown else f"'{one_line(token)}'"
 
 
 def one_line(text: str) -> str:

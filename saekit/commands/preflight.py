@@ -35,7 +35,7 @@ from saekit.runs.checks import (
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
-__all__ = ["Faults", "of_cache", "of_pretokenize", "of_resume", "of_training"]
+__all__ = ["Faults", "of_cache", "of_model", "of_pretokenize", "of_resume", "of_training"]
 
 Check: TypeAlias = Callable[[], object]
 
@@ -139,6 +139,11 @@ def of_cache(
             partial(check_model_runs, config, plugins),
         ],
     )
+
+
+def of_model(config: TrainConfig, plugins: PluginManager) -> Faults:
+    """What is wrong with loading the model of ``config`` alone."""
+    return Faults.of(_model(config, plugins, None), [])
 
 
 def of_pretokenize(

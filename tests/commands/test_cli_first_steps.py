@@ -107,7 +107,9 @@ def test_a_key_of_several_plugins() -> None:
         fake_plugin("lr_schedules", "both"), fake_plugin("trackers", "both"), fake_plugin("evals", "one")
     )
     assert found(plugins, "one").kind.name == "evals"
-    with pytest.raises(saekit.SaekitError, match="several plugins have the key 'both'; name one: lr_schedules:both, tr"):
+    with pytest.raises(
+        saekit.SaekitError, match="several plugins have the key 'both'; name one: lr_schedules:both, tr"
+    ):
         found(plugins, "both")
     assert found(plugins, "trackers:both").kind.name == found(plugins, "tracker:test:both").kind.name == "trackers"
     plugins.register(fake_plugin("evals", "one"), name="other", distribution="other")

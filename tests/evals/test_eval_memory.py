@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import saekit
-from saekit.analysis.examples import feature_peaks, striking_features, top_examples
+from saekit.analysis.choosing import striking_features
+from saekit.analysis.examples import feature_peaks
+from saekit.analysis.top_texts import find_top_texts
 from saekit.evals import pieces, spliced_losses, variance_metrics
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
@@ -60,6 +62,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
             variance_metrics(sae, [rows(contexts)])
             spliced_losses(sae, backend=FakeBackend(), sites=SITE, contexts=contexts, batch_size=8)
             feature_peaks(sae, backend=FakeBackend(), sites=SITE, contexts=contexts)
+            find_top_texts(sae, backend=FakeBackend(), sites=saekit.Sites.one(SITE), contexts=contexts, features=[3])
         found.append(largest.elements)
     assert len(set(found)) == 1, found
     assert kernels == "auto" or found[0] <= 64 * 512, "the kernels have room of their own"
@@ -89,11 +92,12 @@ def test_peaks_are_those_of_all_activations() -> None:
         assert torch.equal(peaks.fired, (features > 0).sum((0, 1)))
         assert torch.equal(peaks.fired_contexts, (features.amax(1) > 0).sum(0))
         assert peaks.tokens == contexts.numel()
-    for feature in striking_features(peaks, contexts, 3):
-        found = top_examples(feature, peaks, contexts, backend, n=5, width=3)
+    chosen = striking_features(peaks, contexts, backend, 3)
+    assert len(set(chosen)) == 3
+    for found in find_top_texts(sae, backend=backend, sites=saekit.Sites.one(SITE), contexts=contexts, features=chosen):
+        feature = found.feature
         assert found.frequency == pytest.approx(float((features[..., feature] > 0).float().mean()))
         values = [example.activation for example in found.examples]
-        assert values == pytest.approx([value for value in peaks.values[:, feature].tolist() if value > 0])
+        assert values == pytest.approx([value for value in peaks.values[:, feature].tolist() if value > 0], rel=1e-5)
         row, at = int(peaks.contexts[0, feature]), int(peaks.positions[0, feature])
-        assert found.examples[0].token == chr(int(contexts[row, at]))
-        assert len(found.examples[0].before) == min(at, 3)
+        assert found.examples[0].token == chr(int(contexts[row, at])), "the same in all contexts: the model sees none"

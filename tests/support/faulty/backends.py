@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from support.faulty.case import cases
 from torch import Tensor
 
 from saekit import Forward
+from saekit.backends import Hooks
 from saekit.testing import FakeBackend
 
 COUNT = itertools.count()

@@ -1,0 +1,263 @@
+"""Models and SAEs to look at from Python: ``saekit.load_model`` and ``saekit.top_texts``.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import attrs
+
+from saekit.commands import preflight
+from saekit.config import DatasetConfig, EvalsConfig, ModelConfig, PluginChoice
+from saekit.config.files import load_config, plain_config
+from saekit.errors import ConfigError, ModelError, SaekitError
+from saekit.kinds import MODEL_BACKENDS
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.site import Site, Sites
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.analysis.feature_texts import TopTexts
+    from saekit.config.fields import Dtype
+    from saekit.data.corpus import Corpus
+    from saekit.protocols import ModelBackend
+    from saekit.runs.results import TrainResult
+    from saekit.sae.module import SAEModule
+    from saekit.status import Status
+
+__all__ = ["load_model", "top_texts"]
+
+_ABOUT_TOKENS = (
+    "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token"
+)  # fmt: skip
+
+
+def load_model(
+    model: object = "saekit/tiny-python",
+    *,
+    backend: PluginChoice | None = None,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    autocast: bool = False,
+    plugins: PluginManager | None = None,
+) -> ModelBackend:
+    """A language model as saekit runs it, by its name or folder, or around one that you have loaded.
+
+    ``backend`` is as ``model.backend`` of a configuration: a key, a table with ``name`` and options, or an object of
+    its options.  Left out, a name is for ``HookedTransformer``, and a loaded model for the one backend that takes it.
+    ``device``, ``dtype`` and ``autocast`` are as in ``model``, too; of a loaded model its own count.
+
+    What is returned has ``tokenize(text)``, ``run(tokens, read=[hook, ...])``, ``unembedding()`` and more: see
+    :class:`saekit.protocols.ModelBackend`.  Raises :class:`saekit.errors.ModelError` for a model that cannot be loaded.
+    """
+    plugins = plugins or default_manager()
+    named = isinstance(model, (str, os.PathLike))
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "autocast": autocast}
+    options |= {} if backend is None else {"backend": backend}
+    whole = load_config({"model": options | ({"name": model} if named else {})}, plugins=plugins)
+    if named:
+        preflight.of_model(whole, plugins).raise_any()
+    if named or backend is not None:
+        return _built(whole.model, plugins, None if named else model)
+    return _around(model, whole.model, plugins)
+
+
+def _built(config: ModelConfig, plugins: PluginManager, loaded: object | None) -> ModelBackend:
+    from saekit.ambient import ambient
+
+    with ambient():
+        return plugins.build(MODEL_BACKENDS, config.backend, model=config, loaded=loaded)
+
+
+def _around(model: object, config: ModelConfig, plugins: PluginManager) -> ModelBackend:
+    """The one backend that takes a loaded ``model``."""
+    fits: dict[str, ModelBackend] = {}
+    errors: dict[str, SaekitError] = {}
+    for item in plugins.registry(MODEL_BACKENDS).items:
+        required = [field.name for field in attrs.fields(item.entry.config) if field.default is attrs.NOTHING]
+        if item.entry.no_model or item.missing() or required:
+            continue
+        try:
+            fits[item.key] = _built(attrs.evolve(config, backend=item.key), plugins, model)
+        except SaekitError as error:
+            errors[item.key] = error
+    if len(fits) == 1:
+        return next(iter(fits.values()))
+    if fits:
+        raise ModelError(f"several backends take a {type(model).__name__}: {', '.join(fits)}. Name one: backend=...")
+    default = plugins.bound(MODEL_BACKENDS, config.backend).key
+    raise errors.get(default) or ModelError(f"no backend takes a {type(model).__name__}: {', '.join(errors)}")
+
+
+def top_texts(
+    sae: SAEModule | TrainResult,
+    *,
+    model: object | None = None,
+    dataset: object | None = None,
+    features: Sequence[int] | Literal["best", "random"] = "best",
+    k: int = 5,
+    texts: int = 5,
+    tokens: int = 100_000,
+    site: Site | Sites | str | None = None,
+    diverse: bool = False,
+    seed: int = 0,
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> TopTexts:
+    """The texts on which features of any SAE fire most, and the tokens that the features promote.
+
+    ``features`` are numbers, or ``k`` of them: ``"best"`` are easy to read, each firing on different words that mean
+    something alike; ``"random"`` are drawn by ``seed`` among those that fire.  The ``texts`` strongest places of each
+    are found in about so many ``tokens``, in bounded memory; ``diverse`` shows no token twice while there are others.
+
+    ``model`` is a name, a model that you have loaded, or what :func:`load_model` returned; left out, the one that the
+    SAE was trained on.  ``dataset`` is text in memory as for :func:`saekit.train`, or options as of ``dataset`` in a
+    configuration (``{"path": "owner/name"}``); left out, the training text.  ``site`` is where an SAE belongs that does
+    not say so itself.  Of what :func:`saekit.train` returned, in place of an SAE, model and held-out text are used.
+
+    What is returned shows itself in prompts and notebooks; its items have ``feature``, ``frequency``, ``examples``
+    (each with ``tokens`` and ``activations``), ``promotes`` and ``suppresses``, which are None where the SAE does not
+    write to the residual stream.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
+    """
+    plugins = plugins or default_manager()
+    result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
+    sae = result.sae if result is not None else cast("SAEModule", sae)
+    sites = _sites(sae, site)
+    _check_counts(sae, features, k=k, texts=texts, tokens=tokens)
+    from saekit.progress import ProgressDisplay
+    from saekit.status import Status
+
+    with Status(verbose=verbose) as say:
+        backend = _backend(sae, model, result, plugins, say)
+        say("reading the text")
+        contexts = _contexts(sae, backend, sites, dataset, result, tokens, plugins)
+    from saekit.analysis.top_texts import find_top_texts
+
+    with ProgressDisplay(contexts.numel(), doing="looking", verbose=verbose) as progress:
+        return find_top_texts(
+            sae, backend=backend, sites=sites, contexts=contexts, features=features, k=k, texts=texts,
+            diverse=diverse, seed=seed, report=progress.update,
+        )  # fmt: skip
+
+
+def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
+    """:class:`ConfigError` for numbers that mean nothing."""
+    problems = [(name, f"must be 1 or more, found {count!r}") for name, count in counts.items() if count < 1]
+    if isinstance(features, str):
+        if features not in ("best", "random"):
+            problems.append(("features", f"must be 'best', 'random' or numbers of features, found {features!r}"))
+    elif wrong := [number for number in features if not 0 <= number < sae.d_sae]:
+        problems.append(("features", f"are 0 to {sae.d_sae - 1:,} of this SAE, found {wrong[0]}"))
+    if problems:
+        raise ConfigError(problems, "the arguments of top_texts")
+
+
+def _sites(sae: SAEModule, site: Site | Sites | str | None) -> Sites:
+    if isinstance(site, str):
+        site = Site(hook_name=site)
+    found = Sites.one(site) if isinstance(site, Site) else site or sae.info.sites
+    if found is None:
+        raise ConfigError([("site", "is missing: the SAE does not say where in the model it belongs")])
+    return found
+
+
+def _backend(
+    sae: SAEModule, model: object | None, result: TrainResult | None, plugins: PluginManager, say: Status
+) -> ModelBackend:
+    """The model: the one that is given, that of the run, or the one that the SAE says it was trained on."""
+    if model is None and result is not None:
+        return result.backend
+    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
+        return cast("ModelBackend", model)
+    if model is not None:
+        say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
+        return load_model(model, plugins=plugins)
+    about = sae.info.metadata
+    name, kind = about.get("model_name"), about.get("model_class_name")
+    if not isinstance(name, str):
+        raise ConfigError([("model", "is missing: the SAE does not say which model it was trained on")])
+    say(f"loading the model {name}")
+    return load_model(name, backend=_backend_of(about, kind, plugins), plugins=plugins)
+
+
+def _backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:
+    """The backend by the name of the class that it wraps, with the options that the SAE's metadata has of it."""
+    items = [item for item in plugins.registry(MODEL_BACKENDS).items if item.entry.name == kind]
+    if len(items) != 1:
+        return None
+    known = {f"model_{field.name}": field.name for field in attrs.fields(items[0].entry.config)}
+    return {"name": items[0].key} | {known[key]: value for key, value in about.items() if key in known and value}
+
+
+def _contexts(
+    sae: SAEModule,
+    backend: ModelBackend,
+    sites: Sites,
+    dataset: object | None,
+    result: TrainResult | None,
+    tokens: int,
+    plugins: PluginManager,
+) -> Tensor:
+    """``[n, context_size]`` token ids, of about so many tokens."""
+    import torch
+
+    from saekit.ambient import ambient
+    from saekit.data.activations import check_contexts
+    from saekit.runs.opening import check_context_size, check_hooks
+
+    check_hooks(backend, sites.all, "site")
+    with ambient():
+        if result is not None and dataset is None and result.held_out is not None:
+            corpus = result.corpus
+            evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
+            return attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
+        corpus = _corpus(sae, backend, dataset, plugins)
+        check_context_size(backend, corpus.context_size)
+        found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
+    check_contexts(len(found), corpus.context_size)
+    return torch.from_numpy(found)
+
+
+def _corpus(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:
+    """The text, packed as it was for the SAE, as far as its metadata says; what is pretokenized stays as it is."""
+    from saekit.data.corpus import Corpus
+    from saekit.data.packed import Packed
+
+    about = sae.info.metadata
+    given: dict[str, Any] = {}
+    if isinstance(dataset, DatasetConfig):
+        given, dataset = plain_config(dataset, plugins, spare=True), None
+    elif isinstance(dataset, Mapping) and isinstance(dataset.get("path"), (str, os.PathLike)):
+        given, dataset = dict(dataset), None
+    elif dataset is None:
+        if not isinstance(about.get("dataset_path"), str):
+            raise ConfigError([("dataset", "is missing: the SAE does not say which text it was trained on")])
+        given = {"path": about["dataset_path"]}
+    config = load_config({"dataset": given}, plugins=plugins).dataset
+    if dataset is not None or Packed.at(config) is None:
+        config = _packed_alike(config, given, about, backend, plugins)
+    config = attrs.evolve(config, on_exhausted="stop")
+    return Corpus.of(config, EvalsConfig(run=(), held_out_every=0), dataset)
+
+
+def _packed_alike(
+    config: DatasetConfig,
+    given: Mapping[str, Any],
+    about: Mapping[str, Any],
+    backend: ModelBackend,
+    plugins: PluginManager,
+) -> DatasetConfig:
+    """``config`` with the options about tokens that the SAE's metadata has, where they are not ``given``."""
+    known = {name: about[name] for name in _ABOUT_TOKENS if about.get(name) is not None}
+    size = known.get("context_size")
+    if isinstance(size, int) and backend.n_ctx is not None:
+        known["context_size"] = min(size, backend.n_ctx)
+    try:
+        return load_config({"dataset": {**known, **given}}, plugins=plugins).dataset
+    except ConfigError:  # of another library, or of an older one
+        return config

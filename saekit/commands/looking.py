@@ -78,7 +78,8 @@ def _around(model: object, config: ModelConfig, plugins: PluginManager) -> Model
     """The one backend that takes a loaded ``model``."""
     fits: dict[str, ModelBackend] = {}
     errors: dict[str, SaekitError] = {}
-    for item in plugins.registry(MODEL_BACKENDS).items:
+    items = {item.entry.build: item for item in plugins.registry(MODEL_BACKENDS).items}  # aliases are one
+    for item in items.values():
         required = [field.name for field in attrs.fields(item.entry.config) if field.default is attrs.NOTHING]
         if item.entry.no_model or item.missing() or required:
             continue

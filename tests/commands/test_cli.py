@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_train(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(dump_config(config, "yaml"))
     found = cli("train", "run.yaml", "sae.l1_coefficient=2", "checkpoints.name=x", cwd=tmp_path)
     assert "run folder: runs/x" in found.stdout
-    assert "ce_recovered" in found.stdout
+    assert "CE recovered" in found.stdout
+    assert re.search(r"^see it again +saekit show runs/x$", found.stdout, re.M)
+    assert "importing torch ..." in found.stderr
     assert saekit.SAE.load(tmp_path / "runs/x/sae").config.l1_coefficient == 2
 
 
@@ -140,11 +143,18 @@ def test_plugins() -> None:
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     found = cli("demo", "training.training_tokens=45056", "training.lr_decay_steps=0", "--folder", "out", cwd=tmp_path)
-    for words in ("explained variance", "L0", "CE recovered", "dead features", "Feature ", "«", "Training curves:"):
+    for words in ("explained variance", "L0", "CE recovered", "dead features", "promotes ", "«", "training curves "):
         assert words in found.stdout
     assert found.stdout.count("Feature ") == 5
     assert "tokens/s" in found.stderr
-    (picture,) = tmp_path.glob("out/*/training_curves.png")
+    for what in ("importing torch", "loading the model saekit/tiny-python", "measuring on held-out text",
+                 "looking for features that are easy to read"):  # fmt: skip
+        assert f"{what} ...\n" in found.stderr
+    (picture,) = tmp_path.glob("out/*/curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = cli("show", picture.parent).stdout
+    (features,) = tmp_path.glob("out/*/features.txt")
+    assert features.read_text().splitlines()[0] in shown
+    assert features.read_text().strip() in "\n".join(line.rstrip() for line in found.stdout.splitlines())
     (folder,) = tmp_path.glob("out/*/sae")
     assert saekit.SAE.load(folder).d_sae == 1024

@@ -48,11 +48,22 @@ bench: $(STAMP)
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 
+# $(call SAYING,what,command): runs the command, and says every three seconds that it is still at work, since pip is silent
+# for minutes where it unpacks.
+define SAYING
+@echo "$(1) ..."; $(2) & pid=$$!; trap 'kill $$pid' INT TERM; seconds=0; \
+while sleep 1; kill -0 $$pid 2> /dev/null; do \
+	seconds=$$((seconds + 1)); [ $$((seconds % 3)) -ne 0 ] || echo "  still $(1) ($$seconds s)"; \
+done; wait $$pid
+endef
+
 # torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+	$(call SAYING,making an environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
+	$(call SAYING,installing torch,\
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch)
+	$(call SAYING,installing saekit and what it needs,\
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)')
 	touch $(STAMP)
 
 $(PEERS)/.installed: pyproject.toml constraints.txt

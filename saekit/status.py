@@ -25,7 +25,7 @@ __all__ = ["InPlace", "Lines", "Say", "Status"]
 Say: TypeAlias = Callable[[str], object]
 """Is told what is being done from now on, in words: ``loading the model gpt2``."""
 
-_SECONDS_BETWEEN_LINES = 2.5  # at first; as time goes on, a fiftieth of it
+_SECONDS_BETWEEN_LINES = 2.0  # at first; as time goes on, a fiftieth of it
 _MOST_BETWEEN_LINES = 60.0
 
 

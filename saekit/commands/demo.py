@@ -49,6 +49,10 @@ DEMO_CONFIG: Mapping[str, Any] = {
     },
     "evals": {"split": "heldout"},
 }
+_WHAT = (
+    "This trains a sparse autoencoder on a small language model of Python source code, and shows what it found. The model "
+    "comes with saekit, the text with Python: nothing is downloaded."
+)
 _CONTEXTS = 384  # to look for features in, more than the evals need
 
 
@@ -59,6 +63,7 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
     if "saekit:reconstruction" not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
         raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
+    console.print(_WHAT, highlight=False, soft_wrap=True)
     result = train(config, plugins=plugins)
     show_table(result, console)
     found = _features(result, config)

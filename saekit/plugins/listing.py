@@ -16,7 +16,7 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import printable
 from saekit.reasons import last_line
 
-__all__ = ["detail", "detail_text", "found", "kind_named", "overview", "table"]
+__all__ = ["detail", "detail_text", "found", "is_kind", "kind_named", "overview", "table"]
 
 
 def found(manager: PluginManager, name: str) -> Registered:
@@ -26,7 +26,7 @@ def found(manager: PluginManager, name: str) -> Registered:
     """
     kind, colon, key = name.partition(":")
     items = [item for registry in manager.registries.values() for item in registry.items]
-    if colon and (_is_kind(kind) or kind not in {item.distribution for item in items}):
+    if colon and (is_kind(kind) or kind not in {item.distribution for item in items}):
         return manager.get(kind_named(kind), key)
     fits = [item for item in items if name in (item.entry.name, item.key)]
     if len(fits) == 1:
@@ -44,7 +44,8 @@ def _alone(item: Registered, others: list[Registered]) -> bool:
     return all(other is item or other.kind.name != item.kind.name for other in others)
 
 
-def _is_kind(name: str) -> bool:
+def is_kind(name: str) -> bool:
+    """Whether ``name`` is a kind's, as :func:`kind_named` understands it."""
     return _folded(name) in {form for kind in KINDS for form in (kind, kind.removesuffix("s"))}
 
 
@@ -63,10 +64,11 @@ def kind_named(name: str) -> Kind[Any]:
     raise UnknownKeyError(f"there is no kind of plugin {name!r}.{hint} The kinds are {', '.join(KINDS)}")
 
 
-def overview(manager: PluginManager) -> dict[str, Any]:
-    """Every plugin, the ones left out included."""
+def overview(manager: PluginManager, kind: str | None = None) -> dict[str, Any]:
+    """Every plugin, the ones left out included; or those of one ``kind``."""
+    registries = manager.registries.values() if kind is None else [manager.registry(kind_named(kind))]
     return {
-        "plugins": [detail(item) for registry in manager.registries.values() for item in registry.items],
+        "plugins": [detail(item) for registry in registries for item in registry.items],
         "failed": [attrs.asdict(failure) for failure in manager.failures],
         "notes": [attrs.asdict(note) for note in manager.notes],
         "disabled": list(manager.blocked),
@@ -118,13 +120,13 @@ def _plain(value: object) -> Any:
     return value if type(value) in (str, int, float, bool, type(None)) else repr(value)
 
 
-def table(data: dict[str, Any]) -> str:
-    """The overview as text, a line per plugin."""
+def table(data: dict[str, Any], kind: str | None = None) -> str:
+    """The overview, of all or of one ``kind``, as text, a line per plugin."""
     lines = []
     width = max((len(item["key"]) for item in data["plugins"]), default=0)
-    for kind in KINDS:
-        lines.append(kind)
-        items = [item for item in data["plugins"] if item["kind"] == kind]
+    for name in KINDS if kind is None else [kind_named(kind).name]:
+        lines.append(name)
+        items = [item for item in data["plugins"] if item["kind"] == name]
         for item in items:
             owner = f"{item['distribution']} {item['version']}".strip()
             needs = f"  [needs: {item['install']}]" if item["missing"] else ""

@@ -100,6 +100,10 @@ def test_plugins_by_their_keys() -> None:
     assert bare.startswith("saekit:topk: ")
     assert bare == cli("plugins", "saekit:topk").stdout == cli("plugins", "sae_architectures:topk").stdout
     assert json.loads(cli("plugins", "topk", "--json").stdout)["key"] == "saekit:topk"
+    of_a_kind = cli("plugins", "lr-schedule", watch=True).stdout
+    assert of_a_kind.startswith("lr_schedules\n")
+    assert "saekit:cosine " in of_a_kind
+    assert "topk" not in of_a_kind
 
 
 def test_a_key_of_several_plugins() -> None:
@@ -199,6 +203,13 @@ def test_bash_completes_by_the_script_that_is_shown(tmp_path: Path) -> None:
     assert typed("saekit", "train", "sae.name", "=") == typed("saekit", "train", "sae", "=")
     assert "topk" in typed("saekit", "train", "sae", "=")
     assert typed("saekit", "train", "optimizer", "=", "s") == ["signum"]
+
+
+def test_the_names_of_saekit_are_the_public_ones() -> None:
+    names = dir(saekit)
+    assert {"train", "load_model", "top_texts", "SAE"} <= set(names)
+    assert [name for name in names if name.startswith("_")] == ["__version__"]
+    assert not [name for name in names if type(getattr(saekit, name)).__name__ == "module"]
 
 
 def test_a_configuration_is_shown_by_what_is_changed() -> None:

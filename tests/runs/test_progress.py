@@ -188,7 +188,7 @@ def test_plain_lines_when_not_a_terminal(clock: Callable[[float], None]) -> None
         f"200/1,000 tokens  50 tokens/s  loss 0.005  {many}  16 s left",
         f"400/1,000 tokens  50 tokens/s  loss 0.0025  {many}  12 s left",
         f"1,000/1,000 tokens  91 tokens/s  loss 0.001  {many}  0 s left",
-    ], "one each two and a half seconds, and the last, once, none broken in two"
+    ], "one each two seconds, and the last, once, none broken in two"
     assert "\x1b" not in received.getvalue()
 
 

@@ -14,6 +14,7 @@ __all__ = ["EXAMPLES", "plugins"]
 EXAMPLES = """
     saekit plugins
     saekit plugins topk
+    saekit plugins lr_schedules
     saekit plugins lr_schedules:cosine
 """
 
@@ -22,7 +23,7 @@ def plugins(
     entry: Annotated[
         str | None,
         typer.Argument(
-            help="KEY shows that plugin's options, KIND:KEY where several have that key.",
+            help="KEY shows that plugin's options, KIND:KEY where several have that key, KIND those of a kind.",
             autocompletion=complete_plugin,
         ),
     ] = None,
@@ -33,9 +34,9 @@ def plugins(
     from saekit.plugins.manager import default_manager
 
     manager = default_manager()
-    if entry is None:
-        data: Any = listing.overview(manager)
-        typer.echo(json.dumps(data, indent=2) if as_json else listing.table(data))
+    if entry is None or listing.is_kind(entry):
+        data: Any = listing.overview(manager, entry)
+        typer.echo(json.dumps(data, indent=2) if as_json else listing.table(data, entry))
         return
     detail = listing.detail(listing.found(manager, entry))
     typer.echo(json.dumps(detail, indent=2) if as_json else listing.detail_text(detail))

@@ -160,6 +160,7 @@ def feature_examples(
     The model runs again on the contexts that these places are in, for the activations of all the tokens around.
     """
     sites = Sites.one(sites) if isinstance(sites, Site) else sites
+    bos = backend.special_tokens.get("bos")
     wanted: dict[int, list[tuple[int, int, int]]] = {}  # by context: the feature's number here, its place, where
     for index, feature in enumerate(features):
         for place in places[index]:
@@ -171,11 +172,13 @@ def feature_examples(
         for vectors in _pieces(sae, backend, sites, contexts[rows]):
             activations = _features(sae, vectors)
             for row, values in zip(left, activations, strict=False):
+                first = int(contexts[row, 0]) == bos  # which is no text
                 for index, place, at in wanted[row]:
-                    around = slice(max(at - width, 0), at + width + 1)
+                    start = max(at - width, int(first))
+                    around = slice(start, at + width + 1)
                     texts = backend.token_texts(contexts[row, around].tolist())
                     of_feature = values[around, features[index]].float().tolist()
-                    found[index][place] = Example(tuple(texts), tuple(of_feature), min(at, width))
+                    found[index][place] = Example(tuple(texts), tuple(of_feature), at - start)
             left = left[len(vectors) :]
             del activations
     return [[ones[place] for place in sorted(ones)] for ones in found]

@@ -90,7 +90,7 @@ def _headline(found: FeatureTexts) -> str:
 
 
 def _listed(tokens: Promoted) -> str:
-    return "  ".join(_token(token) for token, _ in tokens[:_TOKENS_SHOWN])
+    return " · ".join(_token(token) for token, _ in tokens[:_TOKENS_SHOWN])
 
 
 def _token(token: str) -> str:

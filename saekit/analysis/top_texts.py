@@ -41,8 +41,13 @@ def find_top_texts(
     ``random`` are drawn, by ``seed``, among those that fire.  ``diverse`` takes other tokens before a token again.
     """
     best = features == "best"
+    given = contexts.numel()
     contexts = readable_contexts(contexts, backend) if best else contexts
-    peaks = feature_peaks(sae, backend=backend, sites=sites, contexts=contexts, n=max(12, 2 * texts), report=report)
+    left_out = given - contexts.numel()
+    peaks = feature_peaks(
+        sae, backend=backend, sites=sites, contexts=contexts, n=max(12, 2 * texts),
+        report=lambda tokens: report(left_out + tokens),
+    )  # fmt: skip
     if best:
         chosen = striking_features(peaks, contexts, backend, k)
     elif isinstance(features, str):

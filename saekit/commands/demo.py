@@ -50,8 +50,8 @@ DEMO_CONFIG: Mapping[str, Any] = {
     "evals": {"split": "heldout"},
 }
 _WHAT = (
-    "This trains a sparse autoencoder on a small language model of Python source code, and shows what it found. The model "
-    "comes with saekit, the text with Python: nothing is downloaded."
+    "This trains a sparse autoencoder on a small language model of Python source code and shows what it found. The "
+    "model comes with saekit, the text with Python: nothing is downloaded."
 )
 _CONTEXTS = 384  # to look for features in, more than the evals need
 

@@ -41,8 +41,7 @@ class TrainingProgress(ProgressDisplay):
         if self._verbose:
             loss = session.first_loss_text()
             session.status.rest()
-            for line in banner(session, self._folder):
-                self.say(line)
+            self.say("\n".join(banner(session, self._folder)))
             if loss is not None:
                 self.say(f"model loss: {loss}")
         super().__enter__()

@@ -13,7 +13,7 @@ __all__ = ["in_a_table", "in_one_line"]
 
 
 def in_one_line(sae: SAEModule) -> str:
-    """``StandardSAE(128 to 1,024 features, blocks.1.hook_resid_post of gpt2, float32 on cpu)``."""
+    """``StandardSAE(d_in=128, d_sae=1024, blocks.1.hook_resid_post of gpt2, float32 on cpu)``."""
     sites = "" if sae.info.sites is None else f", {sae.info.sites.name}"
     model = sae.info.metadata.get("model_name")
     return f"{type(sae).__name__}({_sizes(sae)}{sites}{f' of {model}' if model else ''}, {_dtype(sae)} on {sae.device})"
@@ -27,8 +27,8 @@ def in_a_table(sae: SAEModule) -> str:
 
 
 def _sizes(sae: SAEModule) -> str:
-    out = "" if sae.ports.same else f", to {sae.d_out}"
-    return f"{sae.d_in} to {sae.d_sae:,} features{out}"
+    out = "" if sae.ports.same else f", d_out={sae.d_out}"
+    return f"d_in={sae.d_in}{out}, d_sae={sae.d_sae}"
 
 
 def _dtype(sae: SAEModule) -> str:

@@ -73,6 +73,16 @@ def test_the_strongest_places_are_found(sites: saekit.Sites) -> None:
         assert len({example.tokens for example in one.examples}) == 4, "each from a context of its own"
 
 
+def test_bos_is_no_text() -> None:
+    sites = saekit.Sites.one(EARLY)
+    contexts = CONTEXTS.clone()
+    contexts[:, 0] = 0
+    how: Any = {"sites": sites, "contexts": contexts, "features": range(24)}
+    for one in find_top_texts(made(sites), backend=FakeBackend(), **how):
+        assert all("\0" not in example.tokens for example in one.examples)
+        assert all(example.activation == max(example.activations) for example in one.examples)
+
+
 def test_what_features_promote() -> None:
     sae, backend = made(saekit.Sites((EMBED,), (LATE,))), FakeBackend()
     found = find_top_texts(sae, backend=backend, sites=saekit.Sites((EMBED,), (LATE,)), contexts=CONTEXTS, features=[5])
@@ -187,7 +197,7 @@ def test_they_show_themselves() -> None:
 def test_sizes_numbers_and_places_of_saes_and_results(tmp_path: Path) -> None:
     result = saekit.train(run_config(tmp_path, checkpoints={"folder": str(tmp_path), "name": "x"}))
     shown = repr(result.sae)
-    assert shown == "StandardSAE(128 to 64 features, blocks.1.hook_resid_post of saekit/tiny-python, float32 on cpu)"
+    assert shown == "StandardSAE(d_in=128, d_sae=64, blocks.1.hook_resid_post of saekit/tiny-python, float32 on cpu)"
     assert repr(result) == (
         f"TrainResult({str(tmp_path / 'x')!r}: EV {result.metrics['evals/explained_variance']:.3g}, "
         f"L0 {result.metrics['evals/l0']:.3g}, CE recovered {result.metrics['evals/ce_recovered']:.3g}, "
@@ -199,7 +209,7 @@ def test_sizes_numbers_and_places_of_saes_and_results(tmp_path: Path) -> None:
     table = read(result._repr_html_())
     assert all(text in table for text in ("explained variance", "CE recovered", "of 64", str(tmp_path / "x")))
     about = read(result.sae._repr_html_())
-    assert all(text in about for text in ("StandardSAE", "128 to 64 features", "saekit/python-stdlib", "context_size"))
+    assert all(text in about for text in ("StandardSAE", "d_in=128, d_sae=64", "saekit/python-stdlib", "context_size"))
     sweep = saekit.train(saekit.grid(run_config(tmp_path / "two"), {"training.seed": [1, 2]}))
     assert repr(sweep).startswith(f"SweepResult({str(sweep.folder)!r}: 2 SAEs: 0_")
     assert "training.seed" in read(sweep._repr_html_())

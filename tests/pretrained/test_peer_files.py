@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -243,7 +244,8 @@ def test_metadata_is_kept_saved_and_shown(tmp_path: Path) -> None:
     public = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
     assert fed.items() <= public.items()
     assert public["sae_lens_version"] == "6.0.0"
-    shown = repr(again)
+    assert repr(again) == "StandardSAE(d_in=16, d_sae=64, blocks.0.hook_resid_pre of gpt2, float32 on cpu)"
+    shown = html.unescape(again._repr_html_())
     assert all(text in shown for text in ("center_writing_weights", "'eos'", "[0, 1]", "blocks.0.hook_resid_pre"))
     del fed["hook_name_out"]
     old = SAE.load(copied(tmp_path / "old", "sae_lens_5.11.0_standard", fed | {"hook_layer": 0, "l1_coefficient": 3}))

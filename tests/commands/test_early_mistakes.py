@@ -116,7 +116,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("config nowhere.toml", 2, "there is no configuration file nowhere.toml"),
     ("config --of nowhere", 2, "--of: must be train or pretokenize, found 'nowhere'"),
     ("config --format nowhere", 2, "--format: must be toml, yaml or json, found 'nowhere'"),
-    ("plugins nowhere", 2, "'nowhere' is not KIND:KEY"),
+    ("plugins nowhere", 2, "there is no plugin 'nowhere'"),
     ("plugins nowhere:relu", 2, "there is no kind of plugin 'nowhere'"),
     ("plugins activation_functions:nowhere", 2, "Unknown activation function 'nowhere'"),
     ("nowhere", 2, "No such command 'nowhere'"),

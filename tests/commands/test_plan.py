@@ -37,7 +37,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
         "32 tokens, from BOS '<|endoftext|>' (id 0) on; between documents BOS '<|endoftext|>' (id 0)"
     )
     assert found.facts["site"] == "blocks.1.hook_resid_post of custom, width 16"
-    assert found.facts["SAE step"] == "fast kernels, not screened: not for fewer than 1024 features"
+    assert found.facts["SAE step"] == "fast kernels, no first look in bfloat16: not for fewer than 1024 features"
     planned = saekit.plan(run_config(tmp_path, training={"autocast": True}))
     assert planned.facts["SAE step"] == "plain torch: autocast rounds its products"
 

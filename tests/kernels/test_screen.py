@@ -109,11 +109,11 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: False)
     assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
     assert built(StandardConfig(d_sae=2048)).step_path() == (
-        "fast kernels, not screened: this CPU has no bfloat16 products"
+        "fast kernels, no first look in bfloat16: this CPU has no bfloat16 products"
     )
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
-    assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, screened in bfloat16"
+    assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, a first look in bfloat16"
 
 
 def test_two_screens_at_once() -> None:

@@ -36,7 +36,7 @@ def listed(*kernels: StepKernel[Any]) -> Any:
 
 def test_the_first_that_does_not_refuse_is_taken_and_all_reasons_are_told() -> None:
     sae = listed(Refusing(), Named())
-    found = "the sparse kernels, not screened: not for fewer than 1024 features"
+    found = "the sparse kernels, no first look in bfloat16: not for fewer than 1024 features"
     assert sae.step_path() == f"{found} (not a kernel for large batches: it is for cpus with more cores)"
     assert sae.why_reference() is None
     sae.kernels = "reference"

@@ -192,14 +192,12 @@ def _handles(points: Mapping[str, str]) -> list[Any]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """In two lines at most, broken between parts."""
-    if len(text) <= width:
-        return [text]
-    first, second = "", ""
+    """In lines of about ``width`` letters, broken between parts."""
+    lines = [""]
     for part in text.split(" · "):
-        joined = f"{first} · {part}" if first else part
-        if second or (first and len(joined) > width):
-            second = f"{second} · {part}" if second else part
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and len(joined) > width:
+            lines.append(part)
         else:
-            first = joined
-    return [line for line in (first, second) if line]
+            lines[-1] = joined
+    return lines

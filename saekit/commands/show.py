@@ -107,6 +107,8 @@ def _features(run: RunFolder) -> Iterator[str]:
     yield from lines[:_MOST_LINES]
     if len(lines) > _MOST_LINES:
         yield f"... {len(lines) - _MOST_LINES} lines more in {run.folder / 'features.txt'}"
+    if (run.folder / "features.html").is_file():
+        yield f"as a page: {run.folder / 'features.html'}"
 
 
 def _next(run: RunFolder) -> Iterator[tuple[str, str]]:

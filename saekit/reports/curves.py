@@ -104,8 +104,8 @@ def _draw_line(axes: Any, line: Line, panel: Panel) -> None:
     if "marker" in look:
         if len(xs) > _MANY:
             look |= {"linestyle": "-", "marker": "none", "linewidth": 1.6}
-        low, high = (limit if limit is not None else math.nan for limit in (panel.lower, panel.upper))
-        inside = [math.nan if y < low or y > high else y for y in ys]  # they are not cut at the edge, as lines are
+        lower, upper = (limit if limit is not None else math.nan for limit in (panel.lower, panel.upper))
+        inside = [math.nan if y < lower or y > upper else y for y in ys]  # they are not cut at the edge, as lines are
         axes.plot(xs, inside, zorder=4, markeredgecolor="white", markeredgewidth=0.8, clip_on=False, **look)
         return
     if len(xs) <= _FEW:

@@ -56,6 +56,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
     features = rest(shown(folder), "features")
     assert features[:2] == ["feature 3: «def»", "\\x1b[31mred"]
     assert features[-1] == f"... 32 lines more in {folder}/features.txt"
+    (folder / "features.html").write_text("")
+    assert rest(shown(folder), "features")[-1] == f"as a page: {folder}/features.html"
 
 
 @pytest.mark.parametrize("end", ["interrupted", "failed", "diverged"])

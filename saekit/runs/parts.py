@@ -15,7 +15,7 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.runs.checks import chosen_evals
 from saekit.runs.opening import seed_for
 from saekit.sae.module import SAEModule
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.values import EvalRun
 
@@ -34,7 +34,7 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
 
 def make_optimizer(
     config: TrainConfig, plugins: PluginManager, sae: SAEModule, schedule: ComposedSchedule
-) -> Optimizer:
+) -> ScheduledOptimizer:
     """The chosen one, with what is left to the architecture."""
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
     if not isinstance(chosen.options, OptimizerConfig):
@@ -46,7 +46,7 @@ def make_optimizer(
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
-        return Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
+        return ScheduledOptimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
 
 
 def make_evals(

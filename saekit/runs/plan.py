@@ -234,7 +234,7 @@ class _Planner:
 
     def source(self, source: ActivationSource) -> None:
         """The memory that batches come from."""
-        size = getattr(source, "memory_bytes", lambda: 0)()
+        size = source.memory_bytes() if isinstance(source, HasMemory) else 0
         if not size:
             return
         self.numbers["buffer_bytes"] = size

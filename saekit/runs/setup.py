@@ -270,7 +270,7 @@ def _watching(
 ) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """What goes wrong in the SAE's own code says which plugin it is of."""
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
-    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), getattr(sae, "activation", None)
+    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation
     return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
 
 

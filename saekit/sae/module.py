@@ -260,6 +260,10 @@ class SAEModule(Ways):
         """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""
         return self.scaling_factor
 
+    def scaled_decoder(self) -> Tensor:
+        """``W_dec [d_sae, d_out]`` with the factors of fine-tuning in its rows, where there are any."""
+        return self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+
     def _rows(self, x: Tensor) -> Tensor:
         return flatten_heads(x, self.d_in)[0].to(self.dtype)
 

@@ -22,9 +22,9 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager

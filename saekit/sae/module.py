@@ -323,6 +323,14 @@ class SAEModule(Ways):
         if self.info.scale_is_unknown:  # until now
             self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
 
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
+
+        It is asked of options with :data:`saekit.config.SAME_AT_START`, where training starts from saved weights.
+        ``within`` is how much, relative to itself, a number may be off by rounding.
+        """
+        return False
+
     # ---- saving and loading
 
     def public_config(self) -> dict[str, Any]:

@@ -102,6 +102,15 @@ class BatchTopKSAE(TopKSAE):
         if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
             self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
+    @torch.no_grad()
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        before, norm = self.config, self.decoder_norms().mean()
+        if not super().restate(option, value, within=within):
+            return False
+        if self.config.rescale_acts_by_decoder_norm and not before.rescale_acts_by_decoder_norm:
+            self.threshold_average *= norm  # as features are, from now on
+        return True
+
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
 

@@ -214,9 +214,29 @@ class TopKSAE(RevivingSAE):
         if norms is not None and isinstance(target, Tensor) and not bool((target == target[0]).all()):
             # Rows come to have other norms, each by a factor of its own: the norms until now are those that count.
             self._fold(norms)
-            self.config = attrs.evolve(self.config, rescale_acts_by_decoder_norm=False)
-            self.info = attrs.evolve(self.info, options={**self.info.options, "rescale_acts_by_decoder_norm": False})
+            self._set_rescaling(False)
         super().fold_activation_scale(scale, target_scale)
+
+    @torch.no_grad()
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        """Without rescaling, with the norms folded in; with it, where all rows are of one norm.
+
+        Rows of other norms would make other features the largest: what is decoded of a feature has, with rescaling, the
+        norm by which it is compared.
+        """
+        if option != "rescale_acts_by_decoder_norm":
+            return super().restate(option, value, within=within)
+        norms = self.decoder_norms()
+        if value and not bool(((norms / norms.mean() - 1).abs() <= within).all()):
+            return False
+        if not value and (rescaling := self.feature_norms()) is not None:
+            self._fold(rescaling)
+        self._set_rescaling(value)
+        return True
+
+    def _set_rescaling(self, value: bool) -> None:
+        self.config = attrs.evolve(self.config, rescale_acts_by_decoder_norm=value)
+        self.info = attrs.evolve(self.info, options={**self.info.options, "rescale_acts_by_decoder_norm": value})
 
     def _fold(self, norms: Tensor) -> None:
         own = dict(self.named_parameters())

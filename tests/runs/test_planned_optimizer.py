@@ -54,6 +54,12 @@ def plugins(build: Callable[..., Any] | None) -> saekit.PluginManager:
     return manager(None, *own)
 
 
+def config_in(folder: Path, **sections: Any) -> dict[str, Any]:
+    """Without fine-tuning, which adds parameters."""
+    training = {"finetuning_tokens": 0, "finetuning_method": None}
+    return fake_config(folder, training=training, **sections)
+
+
 def planned(config: Any, build: Callable[..., Any] | None) -> Any:
     found = saekit.plan(config, plugins=plugins(build), dataset=DOCUMENTS)
     assert not found.problems
@@ -63,7 +69,7 @@ def planned(config: Any, build: Callable[..., Any] | None) -> Any:
 @pytest.mark.parametrize("name", BUILDS)
 def test_it_is_what_a_run_of_it_keeps(name: str, tmp_path: Path) -> None:
     build, copies = BUILDS[name]
-    config = fake_config(tmp_path) | {"optimizer": "mine" if build else name}
+    config = config_in(tmp_path) | {"optimizer": "mine" if build else name}
     found = planned(config, build)
     result = train(config, plugins=plugins(build))
     weights = sum(parameter.nbytes for parameter in result.sae.parameters())
@@ -77,18 +83,18 @@ def test_it_is_what_a_run_of_it_keeps(name: str, tmp_path: Path) -> None:
 
 
 def test_it_is_told_in_words(tmp_path: Path) -> None:
-    config = fake_config(tmp_path) | {"optimizer": "signum"}
-    assert planned(config, None).facts["SAE memory"] == ""
+    config = config_in(tmp_path) | {"optimizer": "signum"}
+    assert planned(config, None).facts["SAE memory"] == ("13.2 kB (weights and gradients, and the optimizer's 4.38 kB)")
 
 
 def test_the_moments_of_bfloat16_are_float32(tmp_path: Path) -> None:
-    config = fake_config(tmp_path, sae={"dtype": "bfloat16"})
+    config = config_in(tmp_path, sae={"dtype": "bfloat16"})
     found = planned(config, None).numbers
     assert found["optimizer_bytes"] * 2 == found["sae_bytes"]
 
 
 def test_one_that_cannot_be_asked(tmp_path: Path) -> None:
-    config = fake_config(tmp_path) | {"optimizer": "mine"}
+    config = config_in(tmp_path) | {"optimizer": "mine"}
     found = planned(config, for_large_matrices)
     assert "optimizer_bytes" not in found.numbers
     assert found.facts["SAE memory"].endswith(" (weights and gradients; what the optimizer keeps is not known)")

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from support.faulty.case import cases
 
 Measure = Callable[..., Any]
@@ -41,12 +42,14 @@ def keeping() -> Measure:
     return measure
 
 
+@torch.no_grad()
 def one_site(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> Any:
     """Takes what is read for what is written, as in an SAE."""
     x = sites.input_of(backend.run(contexts, read={site.hook_name for site in sites.inputs}).held)
     return {"error": float((sae(x) - x).square().mean())}
 
 
+@torch.no_grad()
 def first_sites(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> Any:
     """Takes one site that is read and one that is written for all that there are."""
     read, written = sites.inputs[0], sites.targets[0]
@@ -68,7 +71,7 @@ CASES = cases(
             lambda config, run: one_site,
         ),
         "several_sites": (
-            r"ConfigError: the SAE takes \[..., 12\] .*, found \[6, 16, 8\]",
+            r"the SAE takes \[..., 12\] .*, found \[6, 16, 8\]",
             lambda config, run: first_sites,
         ),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),

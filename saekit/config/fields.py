@@ -15,7 +15,6 @@ from saekit.files.paths import expanded
 from saekit.kinds import Kind
 
 __all__ = [
-    "ALWAYS_TRACKED",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",
@@ -52,7 +51,6 @@ SAME_AT_START = "saekit_same_at_start"
 NEEDED_TO_LOAD = "saekit_needed_to_load"
 """Metadata of an SAE's option without which saved weights cannot be understood: a folder that lacks it is refused, and
 no default takes its place.  Options with :data:`SAME_AT_START` are needed, too."""
-ALWAYS_TRACKED = "saekit:jsonl"
 
 
 def plugin_field(kind: Kind[Any] | str, default: Any, *, metadata: Mapping[str, Any] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ModelBackend
+from saekit.protocols import ModelBackend, StatesRows, StatesWidths
 from saekit.runs.checks import has_model
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
@@ -163,12 +164,18 @@ def open_source(
 ) -> SupervisedSource:
     """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
     source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
-    rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
-    if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
-        stream.doubt(text)
     model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
     item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
-    return SupervisedSource(source, item, stream.sites, [model])
+    try:
+        found = SupervisedSource(source, item, stream.sites, [model])
+    except BaseException:
+        with contextlib.suppress(Exception):
+            source.close()
+        raise
+    rows = found.rows if stream.repeat and isinstance(found, StatesRows) else 0
+    if rows and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
+        stream.doubt(text)
+    return found
 
 
 def sites_option(config: TrainConfig) -> str:
@@ -178,7 +185,7 @@ def sites_option(config: TrainConfig) -> str:
 
 def widths_of(source: SupervisedSource, stream: StreamContext) -> Widths:
     """``d`` at each site of ``stream``: as the source states them, or else as the model has them."""
-    if source.widths is not None:
+    if isinstance(source, StatesWidths):
         return source.widths
     if not stream.has_model:
         raise ConfigError(

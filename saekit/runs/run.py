@@ -19,6 +19,7 @@ from saekit.errors import DataError, DivergedError, StorageError, TrainingInterr
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.sae import SAE
 from saekit.protocols import ModelBackend
 from saekit.reasons import error_text
 from saekit.runs.checkpoints import all_checkpoints
@@ -37,7 +38,6 @@ from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
 from saekit.sae.folder import save_sae
-from saekit.sae.saved import SAE
 from saekit.training.loop import fit
 from saekit.values import RunEnd
 

@@ -19,7 +19,7 @@ from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, Eval
+from saekit.protocols import ActivationSource, Eval, Pauses
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import checked_ports, open_backend, open_source, open_stream, seed_for, warn_of, widths_of
@@ -66,8 +66,8 @@ def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
 
     What its source does ahead ends first: a forward that it made after that would be shared with nobody.
     """
-    if (pause := getattr(source, "pause", None)) is not None:
-        pause()
+    if isinstance(source, Pauses):
+        source.pause()
     release()
 
 

@@ -14,4 +14,3 @@ from .parameters import Factor as Factor
 from .parameters import Parameter as Parameter
 from .parameters import Start as Start
 from .parameters import one_factor as one_factor
-from .saved import SAE as SAE

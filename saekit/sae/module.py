@@ -260,6 +260,10 @@ class SAEModule(Ways):
         """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""
         return self.scaling_factor
 
+    def scaled_decoder(self) -> Tensor:
+        """``W_dec [d_sae, d_out]`` with the factors of fine-tuning in its rows, where there are any."""
+        return self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+
     def _rows(self, x: Tensor) -> Tensor:
         return flatten_heads(x, self.d_in)[0].to(self.dtype)
 
@@ -318,6 +322,14 @@ class SAEModule(Ways):
         self.table.fold_scale(self, scale, written)
         if self.info.scale_is_unknown:  # until now
             self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
+
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
+
+        It is asked of options with :data:`saekit.config.SAME_AT_START`, where training starts from saved weights.
+        ``within`` is how much, relative to itself, a number may be off by rounding.
+        """
+        return False
 
     # ---- saving and loading
 

@@ -84,6 +84,11 @@ class Parameter:
     def _by_feature(self) -> str | None:
         return "d_sae" if "d_sae" in self.dims else None
 
+    @split.validator
+    def _is_a_dimension(self, _: object, split: str | None) -> None:
+        if split is not None and split not in self.dims:
+            raise ValueError(f"{self.name} is to be split along {split}, and its dimensions are {self.dims}")
+
     @property
     def optional(self) -> bool:
         """Whether an SAE may be without it."""

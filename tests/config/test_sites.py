@@ -18,7 +18,7 @@ TABLES = {"a": {"hook_name": "a"}, "b": {"hook_name": "b"}, "head": {"hook_name"
 def test_one_site_is_both() -> None:
     config = saekit.load_config({"site": TABLES["a"]})
     assert config.sites == Sites.one(A)
-    assert (config.input_sites, config.target_sites) == ((A,), (A,))
+    assert (config.sites.inputs, config.sites.targets) == ((A,), (A,))
     assert config.sites.same
     assert config.sites.name == "a"
 

@@ -11,12 +11,12 @@ import torch
 from support.tiny import run_config
 
 import saekit
+from saekit import SAE
 from saekit.config.formats import READERS
 from saekit.data.contexts import ContextStream
 from saekit.errors import ConfigError, DataError, PluginFailedError, SAEFormatError, StorageError
 from saekit.evals.variance import variance_metrics
 from saekit.files.storage import tidy
-from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 TEXTS = [{"text": f"value_{n} = {n * n}\n" * 30} for n in range(60)]

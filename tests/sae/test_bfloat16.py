@@ -15,9 +15,8 @@ from support.runs import pressing
 from torch import Tensor
 
 import saekit
-from saekit import Forward
+from saekit import SAE, Forward
 from saekit.errors import TrainingInterrupted
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import Batch

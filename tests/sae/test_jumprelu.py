@@ -21,9 +21,10 @@ from support.training import fakes, run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError
 from saekit.kernels import SparseFeatures, Workspace
-from saekit.sae import SAE, squared_errors
+from saekit.sae import squared_errors
 from saekit.values import StepInput
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -16,8 +16,7 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
-from saekit import Forward
-from saekit.sae import SAE
+from saekit import SAE, Forward
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import StepInput, StepOutput
 

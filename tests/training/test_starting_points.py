@@ -15,8 +15,8 @@ from support.training import DOCUMENTS, FACTOR, TUNING, Step, fake_run, fakes, t
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 
 pytestmark = pytest.mark.usefixtures("way")

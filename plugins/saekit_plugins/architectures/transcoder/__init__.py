@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, hookimpl
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
@@ -25,24 +25,26 @@ def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
         )
 
 
-def _apply_b_dec_to_input() -> Any:
-    return attrs.field(default=False, validator=_no_b_dec_of_inputs, metadata={NEEDED_TO_LOAD: True})
+@attrs.frozen(kw_only=True, slots=False)  # of two bases with slots there can be no class
+class TranscoderOptions(SAEConfig):
+    """What is another than in an SAE, whatever the features are."""
 
-
-def _skip_connection() -> Any:
-    return attrs.field(default=False, metadata={NEEDED_TO_LOAD: True})
+    apply_b_dec_to_input: bool = attrs.field(
+        default=False, validator=_no_b_dec_of_inputs, metadata={NEEDED_TO_LOAD: True}
+    )
+    """Always false: the decoder's bias is in the space of the targets."""
+    skip_connection: bool = attrs.field(default=False, metadata={NEEDED_TO_LOAD: True})
+    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
 
 
 @attrs.frozen(kw_only=True)
-class TranscoderConfig(StandardConfig):
+class TranscoderConfig(TranscoderOptions, StandardConfig):
     """``standard`` from one site to another: ``ŷ = relu(x W_enc + b_enc) W_dec + b_dec``."""
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
     l1_coefficient: float = attrs.field(default=1.0, validator=check(lambda value: value >= 0, "0 or more"))
     """λ, the weight of the sparsity penalty."""
     scale_sparsity_penalty_by_decoder_norm: bool = True
@@ -51,8 +53,6 @@ class TranscoderConfig(StandardConfig):
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
     decoder_heuristic_init: bool = True
     """Start from Gaussian decoder rows of norm 0.1."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
     b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
     """Start `b_dec` at zero, or at the mean or geometric median of the first targets.  `auto`: at their mean where that
     is most of what they are, else at zero."""
@@ -66,27 +66,13 @@ class TranscoderConfig(StandardConfig):
 
 
 @attrs.frozen(kw_only=True)
-class JumpReLUTranscoderConfig(JumpReLUConfig):
+class JumpReLUTranscoderConfig(TranscoderOptions, JumpReLUConfig):
     """``jumprelu`` from one site to another."""
-
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
 
 
 @attrs.frozen(kw_only=True)
-class TopKTranscoderConfig(TopKConfig):
+class TopKTranscoderConfig(TranscoderOptions, TopKConfig):
     """``topk`` from one site to another."""
-
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
 
 
 @hookimpl

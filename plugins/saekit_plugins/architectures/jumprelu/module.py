@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from saekit import Ports, SAEConfig
+from saekit import ConfigError, Ports, SAEConfig
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -30,10 +30,10 @@ from saekit.kernels import (
     screen_for,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, Parameter, auxk_loss, init, squared_errors, variance_ratio
+from saekit.sae import SAE, Parameter, auxk_loss, check_width, init, squared_errors, variance_ratio
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.topk.module import check_relu
+from saekit_plugins.architectures.topk.module import check_relu, from_zero
 
 __all__ = ["JumpReLUKernel", "JumpReLUSAE"]
 
@@ -211,6 +211,9 @@ class JumpReLUSAE(SAE):
 
     def __init__(self, config: JumpReLUConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the pre-activations above thresholds themselves")
+        features = config.features(ports.d_in)
+        if config.target_l0 is not None and config.target_l0 > features:
+            raise ConfigError([("sae.target_l0", f"is {config.target_l0:g}, but there are only {features} features")])
         super().__init__(config, ports=ports, activation=activation)
 
     @classmethod
@@ -221,6 +224,7 @@ class JumpReLUSAE(SAE):
         return (*super().parameters_of(config), own)
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         return pre.relu() * (pre > self.threshold)
 
     # ---- training
@@ -297,8 +301,8 @@ class JumpReLUSAE(SAE):
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         tensors = dict(tensors)
-        if "threshold" in tensors:  # those below 0 do what 0 does
-            tensors["threshold"] = tensors["threshold"].clamp_min(0)
+        if "threshold" in tensors:
+            tensors["threshold"] = from_zero(tensors["threshold"])
         super().load_public_tensors(tensors)
 
 

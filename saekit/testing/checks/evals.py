@@ -41,9 +41,10 @@ def _sae(subject: Subject, *, d_sae: int = 24, seed: int = 0) -> SAEModule:
 
 
 def _measured(measure: Any, sae: SAEModule, backend: FakeBackend | None = None, contexts: Tensor | None = None) -> Any:
-    found = measure(
-        sae, backend=backend or FakeBackend(), sites=_SITES, contexts=_contexts() if contexts is None else contexts
-    )
+    from saekit.evals.calling import called
+
+    contexts = _contexts() if contexts is None else contexts
+    found = called(measure, sae, backend=backend or FakeBackend(), sites=_SITES, contexts=contexts)
     return dict(found) if isinstance(found, dict) else found  # it may use the same again
 
 

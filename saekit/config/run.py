@@ -8,7 +8,7 @@ from saekit.config.activations import ActivationsConfig
 from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
-from saekit.config.fields import PluginChoice, plugin_field
+from saekit.config.fields import INSTEAD_OF, PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
 from saekit.config.training import TrainingConfig
 from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
@@ -29,7 +29,7 @@ class TrainConfig:
     """The text, and how it becomes contexts."""
     site: Site = attrs.field(factory=Site)
     """Where an SAE reads and writes: the one site of a dictionary that has one."""
-    inputs: tuple[Site, ...] = ()
+    inputs: tuple[Site, ...] = attrs.field(default=(), metadata={INSTEAD_OF: "site"})
     """The sites that a dictionary reads which has several, or which writes elsewhere, instead of `site`; their vectors
     lie side by side in this order.  `sae.d_in`, where it is stated, is the sum of their widths."""
     targets: tuple[Site, ...] = ()

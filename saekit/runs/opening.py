@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import TypeAlias
 
@@ -37,6 +38,7 @@ __all__ = [
     "open_stream",
     "repeated",
     "seed_for",
+    "sites_by_option",
     "sites_option",
     "warn_of",
     "widths_of",
@@ -54,19 +56,16 @@ def open_backend(
     corpus: Corpus,
     plugins: PluginManager,
     model: object | None,
-    sites: Sequence[Site],
-    option: str = "site.hook_name",
+    named: Mapping[str, Sequence[Site]],
 ) -> ModelBackend:
-    """The model, checked against the context size, the tokens that are put in, and the ``sites``, which ``option``
-    names; it has not run yet.  All that does not fit is told at once."""
+    """The model, checked against the context size, the tokens that are put in, and the sites, ``named`` by the options
+    that they are from; it has not run yet.  All that does not fit is told at once."""
     backend = build_backend(config, plugins, model)
     if not has_model(config, plugins):
         return backend
-    own = config.sites.all
     check_all(
         lambda: check_context_size(backend, corpus.context_size),
-        lambda: check_hooks(backend, own, sites_option(config)),
-        lambda: check_hooks(backend, [site for site in sites if site not in own], option),
+        *(partial(check_hooks, backend, sites, option) for option, sites in named.items()),
         lambda: corpus.policy(backend.special_tokens),
     )
     return backend
@@ -181,6 +180,17 @@ def open_source(
 def sites_option(config: TrainConfig) -> str:
     """The options that name the sites."""
     return "inputs, targets" if config.inputs else "site.hook_name"
+
+
+def sites_by_option(configs: Iterable[TrainConfig]) -> dict[str, tuple[Site, ...]]:
+    """The sites of all of ``configs``, by the options that name them first."""
+    found: dict[str, tuple[Site, ...]] = {}
+    seen: set[Site] = set()
+    for config in configs:
+        option, sites = sites_option(config), config.sites.all
+        found[option] = found.get(option, ()) + tuple(site for site in sites if site not in seen)
+        seen.update(sites)
+    return found
 
 
 def widths_of(source: SupervisedSource, stream: StreamContext) -> Widths:

@@ -22,6 +22,7 @@ from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, HasMemory, ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
+from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
     build_backend,
@@ -89,10 +90,9 @@ class _Planner:
         self.problems += [problem for problem in found if problem not in self.problems]
         return None
 
-    def doubt(self, text: str) -> None:
-        """Among the warnings, once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
+    def doubt(self, *texts: str) -> None:
+        """Among the warnings, each once."""
+        self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
     def look(self, model: object | None, dataset: object | None) -> None:
         """Everything, as far as it can be reached."""
@@ -104,6 +104,7 @@ class _Planner:
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
             self.options, self.start = found
+            self.doubt(*doubts_of_start(config, self.start))
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         if schedule is not None and (remark := schedule.remark()) is not None:
             self.warnings.append(remark)
@@ -124,6 +125,7 @@ class _Planner:
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
                 return
+            self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             self.sizes(backend, stream, corpus, ports)
             if source is not None:
                 self.source(source)
@@ -175,8 +177,7 @@ class _Planner:
         """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
         found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
         self.facts |= found.facts
-        for text in found.warnings:
-            self.doubt(text)
+        self.doubt(*found.warnings)
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, ports: Ports) -> None:
         """Widths, memory and disk."""
@@ -257,6 +258,8 @@ class _Planner:
         if not keep:
             self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"
             return
+        if "sae_bytes" not in self.numbers:
+            return  # there is no such SAE, which is among the problems
         kept = self.numbers.get("optimizer_bytes", 0)
         size = (self.numbers["sae_bytes"] + kept) // 2 + self.numbers.get("buffer_bytes", 0)
         self.numbers["checkpoint_bytes"] = size

@@ -78,7 +78,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
         for name in _INITIAL
-        if getattr(options, name) not in (False, "zeros", attrs.fields_dict(type(options))[name].default)
+        if _is_chosen(options, name)
     ]
     wanted = plain_config(options, plugins)
     architecture = plugins.find(SAE_ARCHITECTURES, config.sae).key
@@ -104,6 +104,19 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         problems += _meaning_problems(options, start, _scaled(start, scale or 1.0, config.sites), where)
     if problems:
         raise ConfigError(problems)
+
+
+def _is_chosen(options: SAEConfig, name: str) -> bool:
+    """Whether an option is not its default, and could be: some other options ask for another value of it."""
+    default: Any = attrs.fields_dict(type(options))[name].default
+    if getattr(options, name) == default:
+        return False
+    by_default: dict[str, Any] = {name: default}
+    try:
+        attrs.evolve(options, **by_default)
+    except ConfigError:
+        return False
+    return True
 
 
 def _sites_compared(sites: Sites, saved: Ports) -> Iterator[tuple[str, str, str]]:

@@ -306,7 +306,7 @@ def scale_of(read: Factor, written: Factor, ports: Ports) -> Scale | None:
 
 def one_factor(factor: Factor, why: str = "features have no ports") -> Factor:
     """The one number that ``factor`` has everywhere; :class:`ValueError` says ``why`` it may have no other."""
-    if not isinstance(factor, Tensor):
+    if not isinstance(factor, Tensor) or not factor.ndim:
         return factor
     if bool((factor == factor[0]).all()):
         return factor[0]

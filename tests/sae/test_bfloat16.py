@@ -195,7 +195,6 @@ def test_a_sweep_is_each_alone_and_a_start_is_the_saved_one(tmp_path: Path) -> N
     start = tmp_path / "alone-bfloat16" / "sae"
     config = run(tmp_path, "topk", "bfloat16", steps=1, name="next")
     config["training"] |= {"from_pretrained_path": str(start), "lr": 1e-9}
-    config["sae"] |= {"decoder_heuristic_init": False, "init_encoder_as_decoder_transpose": False}
     found = saekit.train(config, plugins=manager(), dataset=DOCUMENTS).sae
     assert torch.equal(found.W_dec, saekit.SAE.load(start).W_dec)
 

@@ -236,7 +236,13 @@ def test_thresholds_that_do_not_fit(tmp_path: Path) -> None:
     table = json.loads((folder / "cfg.json").read_text())
     table["saekit"].pop("sha256")
     (folder / "cfg.json").write_text(json.dumps(table))
-    tensors["threshold"][3] += 1
+    tensors["threshold"].fill_(-0.5)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"^40 of 40 thresholds in the file are below 0, the least -0\.5\. They are read as"
+    ):
+        assert SAE.load(folder).threshold == 0
+    tensors["threshold"].fill_(0.5)[3] += 1
     save_file(tensors, folder / "sae_weights.safetensors")
     with pytest.raises(SAEFormatError, match=r"has one threshold, as a tensor \[40\] of equal numbers; found \[40\]"):
         SAE.load(folder)

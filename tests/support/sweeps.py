@@ -57,7 +57,7 @@ class CountingBackend(FakeBackend):
         self.seen: list[bytes] = []
 
     def run(self, tokens: Tensor, **options: Any) -> Forward:
-        if len(tokens) > 1 and options.get("want", "held") == "held":
+        if tokens.shape[1] > 7 and options.get("want", "held") == "held":
             self.seen.append(tokens.numpy().tobytes())
         return super().run(tokens, **options)
 

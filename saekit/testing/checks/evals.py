@@ -55,9 +55,10 @@ def _measured(
     contexts: Tensor | None = None,
     sites: Sites = _ONE,
 ) -> Any:
-    found = measure(
-        sae, backend=backend or FakeBackend(), sites=sites, contexts=_contexts() if contexts is None else contexts
-    )
+    from saekit.evals.calling import called
+
+    contexts = _contexts() if contexts is None else contexts
+    found = called(measure, sae, backend=backend or FakeBackend(), sites=sites, contexts=contexts)
     return dict(found) if isinstance(found, dict) else found  # it may use the same again
 
 

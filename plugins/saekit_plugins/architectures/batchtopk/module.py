@@ -13,9 +13,9 @@ from saekit import Ports
 from saekit.errors import SAEFormatError
 from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for, values_of
 from saekit.protocols import ActivationFunction
-from saekit.sae import Factor, one_factor
+from saekit.sae import Factor, check_width, one_factor
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
-from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
+from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE, from_zero
 
 __all__ = ["BatchTopKSAE"]
 
@@ -68,6 +68,7 @@ class BatchTopKSAE(TopKSAE):
         return (self.threshold_average / started).where(started > 0, 0).to(self.W_dec.dtype)
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu()
         return features * (features > self.threshold)
@@ -133,7 +134,7 @@ class BatchTopKSAE(TopKSAE):
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
         average = [torch.zeros((), dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)]
         super().load_public_tensors(tensors | dict(zip(_AVERAGE, average, strict=True)))
-        self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
+        self.threshold_average.fill_(self._one_threshold(from_zero(threshold), tensors["W_dec"]))
 
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""

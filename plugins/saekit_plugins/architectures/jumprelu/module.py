@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from saekit import Ports, SAEConfig
+from saekit import ConfigError, Ports, SAEConfig
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -34,11 +34,11 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import Parameter, init, squared_errors
+from saekit.sae import Parameter, check_width, init, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.revival import RevivingSAE
-from saekit_plugins.architectures.topk.module import check_relu
+from saekit_plugins.architectures.topk.module import check_relu, from_zero
 
 __all__ = ["JumpReLUKernel", "JumpReLUSAE"]
 
@@ -218,6 +218,9 @@ class JumpReLUSAE(RevivingSAE):
 
     def __init__(self, config: JumpReLUConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the pre-activations above thresholds themselves")
+        features = config.features(ports.d_in)
+        if config.target_l0 is not None and config.target_l0 > features:
+            raise ConfigError([("sae.target_l0", f"is {config.target_l0:g}, but there are only {features} features")])
         super().__init__(config, ports=ports, activation=activation)
 
     @classmethod
@@ -228,6 +231,7 @@ class JumpReLUSAE(RevivingSAE):
         return (*super().parameters_of(config), own)
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         return pre.relu() * (pre > self.threshold)
 
     # ---- training
@@ -292,6 +296,6 @@ class JumpReLUSAE(RevivingSAE):
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         tensors = dict(tensors)
-        if "threshold" in tensors:  # those below 0 do what 0 does
-            tensors["threshold"] = tensors["threshold"].clamp_min(0)
+        if "threshold" in tensors:
+            tensors["threshold"] = from_zero(tensors["threshold"])
         super().load_public_tensors(tensors)

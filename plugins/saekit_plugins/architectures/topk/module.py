@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import Factor, squared_errors
+from saekit.sae import Factor, check_scales, check_width, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.revival import RevivingSAE
 from saekit_plugins.architectures.topk import TopKConfig
@@ -39,6 +40,19 @@ def check_relu(activation: ActivationFunction, why: str) -> None:
     numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
     if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
         raise ConfigError([("sae.activation", f"is not ReLU, and {why}; leave it out")])
+
+
+def from_zero(thresholds: Tensor) -> Tensor:
+    """``thresholds`` of a file as they are used: a feature is above zero, so those below 0 do what 0 does."""
+    if bool((below := thresholds < 0).any()):
+        warnings.warn(
+            f"{int(below.sum()):,} of {below.numel():,} thresholds in the file are below 0, the least "
+            f"{thresholds.min().item():.4g}. They are read as 0: pre-activations below 0 are never features here. If "
+            "they were where it was trained, this is another SAE",
+            UserWarning,
+            stacklevel=2,
+        )
+    return thresholds.clamp_min(0)
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -104,7 +118,9 @@ class TopKSAE(RevivingSAE):
     def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the largest pre-activations themselves")
         if config.k > config.features(ports.d_in):
-            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
+            raise ConfigError(
+                [("sae.k", f"is {config.k:g}, but there are only {config.features(ports.d_in)} features")]
+            )
         super().__init__(config, ports=ports, activation=activation)
 
     activation: Any
@@ -122,6 +138,7 @@ class TopKSAE(RevivingSAE):
         return 1 / norms if factor is None else factor / norms
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, features, values.relu())
@@ -210,8 +227,9 @@ class TopKSAE(RevivingSAE):
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        check_scales(scale, target_scale, self.ports)  # before anything is changed
         norms, target = self.feature_norms(), scale if target_scale is None else target_scale
-        if norms is not None and isinstance(target, Tensor) and not bool((target == target[0]).all()):
+        if norms is not None and isinstance(target, Tensor) and bool((target != target.flatten()[0]).any()):
             # Rows come to have other norms, each by a factor of its own: the norms until now are those that count.
             self._fold(norms)
             self._set_rescaling(False)

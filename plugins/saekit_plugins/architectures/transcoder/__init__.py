@@ -7,15 +7,18 @@ Paulo et al. 2025, "Transcoders Beat Sparse Autoencoders for Interpretability" (
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig, check_warm_up
 from saekit_plugins.architectures.topk import TopKConfig
+
+if TYPE_CHECKING:
+    from saekit.config import TrainConfig
 
 
 def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
@@ -75,12 +78,28 @@ class TopKTranscoderConfig(TranscoderOptions, TopKConfig):
     """``topk`` from one site to another."""
 
 
+def _precheck(options: Any, whole: TrainConfig) -> None:
+    check_warm_up(options, whole)
+    if not whole.sites.same:
+        return
+    found = "names the very sites that are read" if whole.targets else "is missing"
+    sae = next(name for name, kind in _SAES.items() if isinstance(options, kind))
+    raise ConfigError(
+        [("targets", f"{found}: a transcoder gives the activations at other sites than it reads ({whole.sites.name}). "
+          f"Name them in targets, and what is read in inputs; for what gives back what it reads, sae.name is '{sae}'")]
+    )  # fmt: skip
+
+
+_SAES: Mapping[str, type] = {"standard": StandardConfig, "jumprelu": JumpReLUConfig, "topk": TopKConfig}
+
+
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    module = f"{__name__}.module"
-    yield Entry("transcoder", TranscoderConfig, f"{module}:TranscoderSAE", summary="standard, to another site")
-    yield Entry(
-        "jumprelu_transcoder", JumpReLUTranscoderConfig, f"{module}:JumpReLUTranscoderSAE",
-        summary="jumprelu, to another site",
-    )  # fmt: skip
-    yield Entry("topk_transcoder", TopKTranscoderConfig, f"{module}:TopKTranscoderSAE", summary="topk, to another site")
+    for name, config, build in (
+        ("transcoder", TranscoderConfig, "TranscoderSAE"),
+        ("jumprelu_transcoder", JumpReLUTranscoderConfig, "JumpReLUTranscoderSAE"),
+        ("topk_transcoder", TopKTranscoderConfig, "TopKTranscoderSAE"),
+    ):
+        kind = name.removesuffix("transcoder").strip("_") or "standard"
+        summary = f"{kind}, to another site"
+        yield Entry(name, config, f"{__name__}.module:{build}", summary=summary, precheck=_precheck)

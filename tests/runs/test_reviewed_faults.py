@@ -150,6 +150,7 @@ def test_an_eval_changes_nothing_and_its_numbers_are_plain(tmp_path: Path) -> No
 
     def rude(sae: Any, **services: Any) -> dict[str, Any]:
         torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(True)
         sae(torch.ones(3, 8)).square().sum().backward()
         return {"rude": np.float32(1), "tensor": torch.tensor(2.0)}
 

@@ -22,6 +22,7 @@ from saekit.protocols import ModelBackend, StatesRows, StatesWidths
 from saekit.runs.checks import has_model
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
+from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 from saekit.values import Ports
 
@@ -32,6 +33,7 @@ __all__ = [
     "build_backend",
     "check_context_size",
     "check_hooks",
+    "check_start_widths",
     "checked_ports",
     "open_backend",
     "open_source",
@@ -217,3 +219,14 @@ def widths_text(widths: Mapping[str, int], model: str) -> str:
     """In words: what is how wide, and of several how wide all are together."""
     first, *others = [f"{name} of {model!r} has width {width}" for name, width in widths.items()]
     return first if not others else f"{', '.join([first, *others])}: {sum(widths.values())} side by side"
+
+
+def check_start_widths(start: SAEModule, ports: Ports, model: str) -> None:
+    """:class:`ConfigError` where the SAE that training starts from is for vectors of another size than ``ports``."""
+    for own, found in ((start.ports.inputs, ports.inputs), (start.ports.targets, ports.targets)):
+        if [*own.values()] != [*found.values()]:
+            sizes = " and ".join(map(str, own.values()))
+            raise ConfigError(
+                [("training.from_pretrained_path", f"holds an SAE for vectors of {sizes}, but "
+                  f"{widths_text(found, model)}")]
+            )  # fmt: skip

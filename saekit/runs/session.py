@@ -24,6 +24,7 @@ from saekit.runs.checks import check_without_model, chosen_evals, chosen_tracker
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import (
+    check_start_widths,
     checked_ports,
     open_backend,
     open_source,
@@ -35,12 +36,7 @@ from saekit.runs.opening import (
 )
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
-from saekit.runs.setup import (
-    check_start_widths,
-    give_weights,
-    make_trainer,
-    sae_options,
-)
+from saekit.runs.setup import give_weights, make_trainer, sae_options
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule

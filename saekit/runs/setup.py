@@ -25,7 +25,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_finetuning, has_model, start_files
-from saekit.runs.opening import seed_for, widths_text
+from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
 from saekit.sae.build import build_module, initialize
@@ -38,7 +38,6 @@ from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Ports, Scale
 
 __all__ = [
-    "check_start_widths",
     "give_weights",
     "make_trainer",
     "metadata_of",
@@ -126,17 +125,6 @@ def _sites_compared(sites: Sites, saved: Ports) -> Iterator[tuple[str, str, str]
             names, before = [site.name for site in own], [*widths]
             one = len(names) == len(before) == 1 and sites.same == saved.same
             yield option, "" if one else ", ".join(names), "" if one else ", ".join(before)
-
-
-def check_start_widths(start: SAEModule, ports: Ports, model: str) -> None:
-    """:class:`ConfigError` where the SAE that training starts from is for vectors of another size than ``ports``."""
-    for own, found in ((start.ports.inputs, ports.inputs), (start.ports.targets, ports.targets)):
-        if [*own.values()] != [*found.values()]:
-            sizes = " and ".join(map(str, own.values()))
-            raise ConfigError(
-                [("training.from_pretrained_path", f"holds an SAE for vectors of {sizes}, but "
-                  f"{widths_text(found, model)}")]
-            )  # fmt: skip
 
 
 def _at_sites(ports: Ports, sites: Sites) -> Ports:

@@ -238,8 +238,7 @@ class SAEModule(Ways):
 
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
-        norms: Tensor = self.W_dec.norm(dim=1)
-        return norms
+        return self.W_dec.norm(dim=1)  # type: ignore[no-any-return]
 
     def _hooked(self, *names: str) -> bool:
         return not self._hooks_off and any(self._point(name).hooked for name in names)

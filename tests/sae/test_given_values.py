@@ -18,7 +18,7 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import ConfigError
-from saekit.sae import SAE
+from saekit.pretrained import SAE
 from saekit.sae.build import build_module, initialize
 from saekit.values import Ports, StepInput
 

@@ -71,7 +71,7 @@ CASES = cases(
             lambda config, run: one_site,
         ),
         "several_sites": (
-            r"the SAE takes \[..., 12\] .*, found \[6, 16, 8\]",
+            r"the SAE takes \[..., 12\] .*; found \[6, 16, 8\]",
             lambda config, run: first_sites,
         ),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),

@@ -16,7 +16,7 @@ from saekit.data.stream import StreamContext
 from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
-from saekit.runs.opening import open_backend, open_stream
+from saekit.runs.opening import open_backend, open_stream, sites_by_option
 from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
 
 __all__ = ["write_cache"]
@@ -27,7 +27,9 @@ def write_cache(config: TrainConfig, plugins: PluginManager, model: object | Non
     """The work of :func:`saekit.cache_activations`."""
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
     sites = cache_sites(config)
-    backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")
+    named = sites_by_option([config])
+    named["activations.cache.sites"] = tuple(site for site in sites if site not in config.sites.all)
+    backend = open_backend(config, corpus, plugins, model, named)
     stream = open_stream(config, corpus, plugins, backend, sites)
     contexts = stream.contexts  # opens the text, before the model runs
     wanted = cached_contexts(config, corpus.context_size)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from saekit.commands.jobs import train
 from saekit.config.files import load_config
+from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVAL, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
 from saekit.kinds import EVALS
 from saekit.plugins.manager import PluginManager, default_manager
@@ -27,14 +28,14 @@ DEMO_CONFIG: Mapping[str, Any] = {
     "dataset": {"path": "saekit/python-stdlib", "context_size": 128},
     "site": {"hook_name": "blocks.1.hook_resid_post"},
     "sae": {
-        "name": "saekit:standard",
+        "name": DEFAULT_ARCHITECTURE,
         "d_sae": 1024,
         "l1_coefficient": 5.0,
         "l1_warm_up_steps": 50,
         "b_dec_init_method": "geometric_median",
         "init_encoder_as_decoder_transpose": True,
     },
-    "lr_schedule": {"name": "saekit:constant"},
+    "lr_schedule": {"name": DEFAULT_SCHEDULE},
     "training": {
         "training_tokens": 1_300_000,
         "train_batch_size_tokens": 2048,
@@ -54,8 +55,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
-    if "saekit:reconstruction" not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
-        raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
+    if DEFAULT_EVAL not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
+        raise ConfigError([("evals.run", f"the demo shows the numbers of {DEFAULT_EVAL}, so it must be there")])
     console.print(
         f"Training an SAE on [bold]{config.site.hook_name}[/] of [bold]{config.model.name}[/] "
         f"({config.training.training_tokens:,} tokens of {config.dataset.path}) ..."

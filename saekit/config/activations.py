@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
+from saekit.defaults import DEFAULT_SOURCE
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.site import Site
 
@@ -38,7 +39,7 @@ class CacheConfig:
 class ActivationsConfig:
     """From contexts to shuffled batches."""
 
-    source: PluginChoice = plugin_field(ACTIVATION_SOURCES, "saekit:live")
+    source: PluginChoice = plugin_field(ACTIVATION_SOURCES, DEFAULT_SOURCE)
     """Where batches come from."""
     normalize_activations: Literal["none", "expected_average_only_in"] = "none"
     """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the

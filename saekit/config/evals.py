@@ -5,7 +5,9 @@ from __future__ import annotations
 import attrs
 
 from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
+from saekit.defaults import DEFAULT_EVAL
 from saekit.kinds import EVALS
+from saekit.plugins.choice import Choice
 
 __all__ = ["EvalsConfig"]
 
@@ -14,7 +16,7 @@ __all__ = ["EvalsConfig"]
 class EvalsConfig:
     """Measurements on text that is never trained on."""
 
-    run: tuple[PluginChoice, ...] = plugin_field(EVALS, ("saekit:reconstruction",))
+    run: tuple[PluginChoice, ...] = plugin_field(EVALS, (DEFAULT_EVAL,))
     """What to measure, at the end of training and every `every_n_steps`."""
     every_n_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps between two evals during training; 0: only at the end."""
@@ -28,4 +30,4 @@ class EvalsConfig:
     @property
     def reads_text(self) -> bool:
         """Whether anything that is measured needs held-out text."""
-        return any(getattr(choice, "needs_text", True) for choice in self.run)
+        return any(not isinstance(choice, Choice) or choice.needs_text for choice in self.run)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import dump_config, load_config, plain_config
+from saekit.config.files import dump_config, load_config
 from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.paths import here, steady
 from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
 from saekit.runs.place import RECORD, check_is_run
+from saekit.runs.sweep import spelled_out
 from saekit.values import RunEnd
 
-__all__ = ["RunRecord", "differences", "flat"]
+__all__ = ["RunRecord", "differences", "flat", "is_named"]
 
 CONFIG = "config.toml"
 FORMAT = 1
@@ -156,13 +157,22 @@ def _end_of(table: Mapping[str, Any]) -> tuple[RunEnd | None, dict[str, str]]:
 
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
-    """The dotted options in which two configurations differ, with both values."""
-    before, after = flat(plain_config(old, plugins)), flat(plain_config(new, plugins))
-    return {
-        path: (before.get(path), after.get(path))
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path)
-    }
+    """The dotted options in which two configurations differ, with both values.
+
+    A plugin's key is at its own path, and its options below that; where it is another, those tell nothing more.
+    """
+    before, after = spelled_out(old, plugins), spelled_out(new, plugins)
+    found: dict[str, tuple[Any, Any]] = {}
+    for path in dict.fromkeys([*before, *after]):
+        if before.get(path) != after.get(path) and not is_named(path.rpartition(".")[0], found):
+            found[path] = before.get(path), after.get(path)
+    return found
+
+
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Whether ``names`` have the option at ``path``, or a section that it lies in."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in names for n in range(1, len(parts) + 1))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,23 @@ def test_the_summary_is_a_table_for_programs(tmp_path: Path) -> None:
             assert result.summary[number][column] == found.metrics[source] == frame[column][number]
 
 
+def test_sites_and_lists_in_the_table(tmp_path: Path) -> None:
+    """Sites by their names, other lists as JSON; in code both are lists."""
+    one, other = (
+        fake(tmp_path, evals={"run": run}, sae={"name": "standard", "d_sae": 8, "apply_b_dec_to_input": False})
+        for run in ([], ["reconstruction"])
+    )
+    del other["site"]
+    sites = [{"hook_name": "hook_embed"}, {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 1}]
+    result = train([one, other | {"inputs": sites}])
+    rows = as_csv(result.folder)
+    assert [row["inputs"] for row in rows] == ["[]", "hook_embed+blocks.0.attn.hook_z.head1"]
+    assert [row["evals.run"] for row in rows] == ["[]", '["saekit:reconstruction"]']
+    assert [row["site.hook_name"] for row in rows] == ["blocks.0.hook_resid_post", ""]
+    assert result.summary[1]["evals.run"] == ["saekit:reconstruction"]
+    assert result.summary[1]["name"].startswith("1_inputs=hook_embed+blocks.0.attn.hook_z.head1")
+
+
 def test_the_summary_without_evals(tmp_path: Path) -> None:
     result = train(saekit.grid(fake(tmp_path, evals={"run": []}), {"sae.d_sae": [8, 12]}, plugins=manager()))
     for line, found in zip(result.summary, result.results.values(), strict=True):

@@ -36,6 +36,8 @@ class RunRecord:
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
+    model: str | None = None
+    """The name of the model, as it calls itself; empty where there is none, and None where an older saekit began."""
     checkpointed: bool = False
     """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
     end: RunEnd | None = None
@@ -66,6 +68,8 @@ class RunRecord:
 
     def _save(self, *, ended: bool = True) -> None:
         table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        if self.model is not None:
+            table["model"] = self.model
         if self.checkpointed:
             table["checkpointed"] = True
         if ended and self.end is not None:
@@ -95,7 +99,8 @@ class RunRecord:
                 raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
             checkpointed = table.get("checkpointed", False) is True
             saes = dict(table["saes"].items())
-            record = cls(folder, saes, tuple(table["in_memory"]), checkpointed, *_end_of(table))
+            model = table["model"] if isinstance(table.get("model"), str) else None
+            record = cls(folder, saes, tuple(table["in_memory"]), model, checkpointed, *_end_of(table))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():

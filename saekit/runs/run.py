@@ -23,7 +23,7 @@ from saekit.pretrained.sae import SAE
 from saekit.protocols import ModelBackend
 from saekit.reports.pictures import Pictures
 from saekit.runs.checkpoints import all_checkpoints
-from saekit.runs.checks import alone_in
+from saekit.runs.checks import alone_in, has_model
 from saekit.runs.doubts import doubts_of_features
 from saekit.runs.ending import Ending, end_of
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
@@ -104,7 +104,8 @@ def begin(
         session.give_weights()
         folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
-        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
+        model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
+        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
         with alone_in(folder):
             return _run(session, record)
@@ -316,7 +317,7 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
     try:
         return saving.save(), record
     except RunFolderLostError:
-        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory)
+        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
         RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
         return saving.save_in(rescued.folder), rescued

@@ -153,5 +153,18 @@ def test_a_folder_of_a_model_is_told_by_its_name(tmp_path: Path) -> None:
     ):  # fmt: skip
         run = read_run(write_run(tmp_path / "run", options={"model": {"name": name}}))
         assert run.alone.where == "blocks.1.hook_resid_post" + (f" of {shown}" if shown else "")
-    run = read_run(write_run(tmp_path / "run", options={"model": {"backend": "saekit:none"}}))
-    assert run.alone.where == "blocks.1.hook_resid_post"
+
+
+def test_what_came_from_memory_is_told_as_it_is(tmp_path: Path) -> None:
+    """A configuration names a model and a text then, too, which are not those of the run."""
+    folder = write_run(tmp_path / "run")
+    assert read_run(folder).alone.text == "saekit/python-stdlib"
+    table = json.loads((folder / "run.json").read_text()) | {"in_memory": ["model", "dataset"], "model": "my-own"}
+    (folder / "run.json").write_text(json.dumps(table))
+    sae = read_run(folder).alone
+    assert (sae.where, sae.text) == ("blocks.1.hook_resid_post of my-own", "a dataset from memory")
+    RunRecord.note_end(folder, RunEnd("finished"), {})
+    assert RunRecord.read(folder).model == "my-own"
+    (folder / "run.json").write_text(json.dumps(table | {"in_memory": [], "model": ""}))
+    sae = read_run(folder).alone
+    assert (sae.where, sae.text) == ("blocks.1.hook_resid_post", ""), "there is no model"

@@ -1,9 +1,11 @@
 """All of training in one file, as plain lines: ``python one_file.py run.toml FOLDER``.
 
 The SAE that it leaves has the same bytes as that of ``saekit.train``, which adds what people want of a run beside:
-checks before it begins, evals, logs, checkpoints and going on, many SAEs at once, several sites, fine-tuning.
+checks before it begins, evals, logs, checkpoints and going on, many SAEs at once.  What would change the SAE and is not
+done here is refused.
 """
 
+import operator
 import sys
 
 import attrs
@@ -13,10 +15,29 @@ import saekit
 from saekit.data import Corpus, StreamContext, activation_scale
 from saekit.runs import metadata_of, seed_for
 from saekit.sae import build_module, initialize
-from saekit.training import ComposedSchedule, FiringStatistics, Optimizer
+from saekit.training import ComposedSchedule, FiringStatistics, ScheduledOptimizer
+
+ONLY = {
+    "inputs": [()],
+    "model.backend.item.entry.no_model": [False],
+    "dataset.on_exhausted": ["repeat", "stop"],
+    "activations.source.item.entry.needs_text": [True],
+    "sae.options.dtype": ["float32", "float64"],
+    "training.device": ["auto", "cpu"],
+    "training.kernels": ["auto"],
+    "training.autocast": [False],
+    "training.compile": [False],
+    "training.finetuning_tokens": [0],
+    "training.from_pretrained_path": [None],
+}
+"""What these are in a run that can be done here, on the CPU."""
 
 
 def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
+    others = [path for path, known in ONLY.items() if operator.attrgetter(path)(config) not in known]
+    if others:
+        options = [path.partition(".item")[0].replace(".options", "") for path in others]
+        raise saekit.ConfigError([(option, "is not done in one file: use saekit.train") for option in options])
     plugins, training, site = saekit.default_manager(), config.training, config.site
     seed = {what: seed_for(training.seed, what) for what in ("shuffle", "init", "noise")}
 
@@ -40,18 +61,23 @@ def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
     schedule = ComposedSchedule(training, lambda steps: config.lr_schedule.build(lr=training.lr, steps=steps))
     chosen = config.optimizer.with_defaults(sae.config.optimizer_defaults.get(config.optimizer.key, {}))
     clip = chosen.options.clip_grad_norm
-    optimizer = Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
+    optimizer = ScheduledOptimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
     firing = FiringStatistics(
         sae.d_sae, dead_after=training.dead_after, window=training.feature_sampling_window, device="cpu"
     )
     noise, steps, tokens = torch.Generator().manual_seed(seed["noise"]), 0, 0
 
     while tokens < training.training_tokens:
-        x = next(source).thinned(training.training_tokens - tokens).activations[site].to(sae.dtype)
+        batch = next(source, None)
+        if batch is None:  # the text has ended, and is not to be read again
+            break
+        x = batch.thinned(training.training_tokens - tokens).activations[site].to("cpu", sae.dtype)
         x = x * scale if scale != 1 else x
         result = sae.training_step(x, saekit.StepInput(step=steps, generator=noise, dead=firing.dead()))
         sae.before_update()
         optimizer.step(steps, result.loss)
+        if optimizer.failed:
+            raise saekit.SaekitError(f"the loss or its gradient is no number any more, at step {steps}")
         sae.after_update()
         firing.update(result.fired, len(x))
         steps, tokens = steps + 1, tokens + len(x)

@@ -19,12 +19,12 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.manager import PluginManager as PluginManager
 from .plugins.manager import default_manager as default_manager
 from .plugins.registry import Entry as Entry
-from .pretrained import PretrainedSAE as PretrainedSAE
-from .pretrained import SAEFiles as SAEFiles
+from .pretrained.sae import SAE as SAE
 from .runs.results import SweepResult as SweepResult
 from .runs.results import TrainResult as TrainResult
 from .runs.sweep import grid as grid
-from .sae.saved import SAE as SAE
+from .saved import PretrainedSAE as PretrainedSAE
+from .saved import SAEFiles as SAEFiles
 from .site import Site as Site
 from .site import Sites as Sites
 from .values import Batch as Batch

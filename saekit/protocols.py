@@ -1,4 +1,9 @@
-"""What each kind of plugin builds, as protocols: nothing needs to be derived from."""
+"""What each kind of plugin builds, as protocols: nothing needs to be derived from.
+
+What a plugin may have beside is a protocol of its own, which is looked for with ``isinstance``.  What stands for a
+plugin's object has an ability as an attribute of its own, and only where the object has it: since Python 3.12, what
+``__getattr__`` would find does not count.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
-    from saekit.pretrained.files import PretrainedSAE, SAEFiles
+    from saekit.saved import PretrainedSAE, SAEFiles
     from saekit.site import Site, Sites
 
 __all__ = [
@@ -27,10 +34,13 @@ __all__ = [
     "LRSchedule",
     "ModelBackend",
     "Optimizer",
+    "Pauses",
     "PretrainedLoader",
     "Remarks",
     "SparseActivation",
+    "StatesRows",
     "StatesWidths",
+    "TakesCheckpoints",
     "Tracker",
 ]
 
@@ -105,10 +115,10 @@ class KnowsResidualStream(Protocol):
 
 @runtime_checkable
 class HasMemory(Protocol):
-    """What can tell how much memory it needs."""
+    """A model backend or an activation source that can tell how much memory it needs; `saekit plan` asks."""
 
     def memory_bytes(self) -> int:
-        """What it holds while nothing runs, such as a model's weights."""
+        """What it holds while nothing runs, such as a model's weights, or a buffer when it is full."""
 
 
 class ActivationFunction(Protocol):
@@ -225,10 +235,7 @@ class HasMoments(Protocol):
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller.
-
-    One that works ahead and has a method ``pause()`` is told when no batch is needed for now; its state stays the same.
-    """
+    """An iterator of shuffled batches of ``batch_size`` rows; the last one before the data ends may be smaller."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -259,13 +266,34 @@ class StatesWidths(Protocol):
         """``d`` at each site that it has; those of the stream must be among them."""
 
 
+@runtime_checkable
+class StatesRows(Protocol):
+    """An activation source that knows how many rows it reads before it begins anew, as one that does not read text may.
+
+    A run that would read them very often says so.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Those of one reading."""
+
+
+@runtime_checkable
+class Pauses(Protocol):
+    """An activation source that works ahead of the batches that it is asked for, and can be told not to."""
+
+    def pause(self) -> None:
+        """No batch is needed for now: nothing of it runs from here on, and its state stays the same.
+
+        A next batch may be asked for all the same, and is the one that it would have been.
+        """
+
+
 class Tracker(Protocol):
     """Receives metrics, in a thread of its own, so that it may take its time.
 
     A record is taken when the method returns.  What was not taken when a run is stopped or killed is a part of its
     checkpoint, and is handed over again when the run goes on, so that a record may come twice but is never left out.
-
-    One that has a method ``log_checkpoint(folder: Path, step: int)`` is told of the SAE folders that are saved.
     """
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -273,6 +301,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """The run has ended."""
+
+
+@runtime_checkable
+class TakesCheckpoints(Tracker, Protocol):
+    """A tracker that is told of the SAE folders that are saved."""
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """The SAE after ``step`` optimizer steps is in ``folder``, which stays until this returns."""
 
 
 @runtime_checkable

@@ -183,8 +183,10 @@ def flatten_heads(x: Tensor, d_in: int) -> tuple[Tensor, bool]:
 
     The second value says whether heads were flattened; ``unflatten(-1, x.shape[-2:])`` undoes it.
     """
-    if x.shape[-1] == d_in:
+    if x.ndim and x.shape[-1] == d_in:
         return x, False
     if x.ndim >= 2 and x.shape[-1] * x.shape[-2] == d_in:
         return x.flatten(-2), True
-    raise ConfigError(f"the SAE takes [..., {d_in}] or [..., head, d_head] with that product, found {list(x.shape)}")
+    raise ConfigError(
+        f"the SAE takes [..., {d_in}] or [..., head, d_head] with that product, its d_in; found {list(x.shape)}"
+    )

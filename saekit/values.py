@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 import attrs
 
+from saekit.errors import ConfigError
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -150,18 +151,43 @@ class Ports:
         return [*self.inputs.items()] == [*self.targets.items()]
 
     def join_input(self, values: Mapping[str, Tensor]) -> Tensor:
-        """``x [..., d_in]``: the inputs side by side, from ``values [..., width]`` by their names."""
+        """``x [..., d_in]``: the inputs side by side, from ``values [..., width]`` by their names.
+
+        Others among ``values`` do no harm.  :class:`saekit.errors.ConfigError` for one that is missing, or of another
+        size than the others have or its width says.
+        """
         import torch
 
+        if missing := [name for name in self.inputs if name not in values]:
+            raise ConfigError(f"the input {missing[0]} is missing; there are {', '.join(values) or 'none'}")
+        for name, width in self.inputs.items():
+            shape = list(values[name].shape)
+            if shape[-1:] != [width]:
+                raise ConfigError(f"the input {name} must be [..., {width}], found {shape}")
+            first, *_ = self.inputs
+            if shape[:-1] != list(values[first].shape[:-1]):
+                raise ConfigError(
+                    f"the inputs are of different tokens: {first} is {list(values[first].shape)}, {name} {shape}"
+                )
         return torch.cat([values[name] for name in self.inputs], dim=-1)
 
     def split_input(self, x: Tensor) -> dict[str, Tensor]:
         """Views ``[..., width]`` of ``x [..., d_in]``, by the names of the inputs."""
-        return dict(zip(self.inputs, x.split([*self.inputs.values()], dim=-1), strict=True))
+        return _split(x, self.inputs, "d_in")
 
     def split_target(self, y: Tensor) -> dict[str, Tensor]:
         """Views ``[..., width]`` of ``y [..., d_out]``, by the names of the targets."""
-        return dict(zip(self.targets, y.split([*self.targets.values()], dim=-1), strict=True))
+        return _split(y, self.targets, "d_out")
+
+
+def _split(values: Tensor, widths: Mapping[str, int], name: str) -> dict[str, Tensor]:
+    whole = sum(widths.values())
+    if list(values.shape[-1:]) != [whole]:
+        raise ConfigError(
+            f"what is split must be [..., {name}], and {name} is {whole}: {', '.join(widths)} side by side; found "
+            f"{list(values.shape)}"
+        )
+    return dict(zip(widths, values.split([*widths.values()], dim=-1), strict=True))
 
 
 @attrs.frozen

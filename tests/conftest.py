@@ -42,7 +42,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
     It is the way that every SAE of this process goes which is not told another: in float64, too.
     """
-    from saekit.sae import SAE
+    from saekit import SAE
 
     def auto(sae: Any) -> str:
         return str(vars(sae).get("kernels_asked_for", request.param))

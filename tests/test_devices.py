@@ -16,11 +16,11 @@ from saekit_plugins.architectures.topk import TopKConfig
 from support.optimizers import adam_for
 
 import saekit
+from saekit import SAE
 from saekit.devices import free_memory, resolve_device, widest
 from saekit.errors import ConfigError
 from saekit.protocols import GuardedOptimizer
 from saekit.runs.randomness import random_state, seeded
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 
 WOKEN = """

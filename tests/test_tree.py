@@ -7,13 +7,17 @@ who imports a name from it imports the file that its ``__init__.pyi`` names.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 import saekit
+from saekit import protocols
+from saekit.kinds import KINDS
 
 ROOT = Path(saekit.__file__).parent.parent
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
@@ -142,21 +146,64 @@ def test_never(rule: str) -> None:
     assert not found
 
 
+def kernel() -> list[str]:
+    """Its modules."""
+    return sorted(module for module in files() if inside(module, "saekit"))
+
+
 def own(modules: set[str]) -> set[str]:
     return {module for module in modules if inside(module, "saekit")}
 
 
-def test_a_module_does_not_know_its_loaders() -> None:
-    known = reachable("saekit.sae.module", graph())
-    assert not known & {f"saekit.pretrained.{name}" for name in ("load", "own", "detecting")}
-    assert "saekit.sae.saved" not in known
+@pytest.mark.parametrize("module", sorted(module for module in files() if inside(module, "saekit.sae")))
+def test_a_module_does_not_know_its_loaders(module: str) -> None:
+    assert not {known for known in reachable(module, graph()) if inside(known, "saekit.pretrained")}
 
 
 def test_protocols_import_nothing_that_they_describe() -> None:
     """They speak of what travels, and so does everything on the ground."""
-    assert own(graph()["saekit.protocols"]) <= {"saekit.values", "saekit.site", "saekit.pretrained.files"}
+    assert own(graph()["saekit.protocols"]) <= {"saekit.values", "saekit.site", "saekit.saved"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
+    known = {
+        "saekit.errors",
+        "saekit.site",
+        "saekit.values",
+        "saekit.defaults",
+        "saekit.hub",
+        "saekit.reasons",
+        "saekit.weights",
+    }
+    assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons"}
+    assert {module for module in own(graph()["saekit.saved"]) if not inside(module, "saekit.files")} <= known
     assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols"}
+
+
+def abilities() -> set[str]:
+    """What a plugin's object may have beside what its kind must have."""
+    every = [found for found in vars(protocols).values() if isinstance(found, type) and Protocol in found.__mro__]
+    of_kinds = {name for kind in KINDS.values() for name in (*kind.methods, *kind.values)}
+    return {name for found in every for name in (*vars(found), *found.__annotations__) if name[0] != "_"} - of_kinds
+
+
+def asked_by_name(text: str) -> list[str]:
+    """The attributes that ``getattr`` and ``hasattr`` are asked for, where these stand there as texts."""
+    return [
+        name.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
+        for name in node.args[1:2]
+        if isinstance(name, ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("module", kernel())
+def test_abilities_are_protocols_and_not_names(module: str) -> None:
+    assert not abilities() & {*asked_by_name(files()[module].read_text())}
+
+
+def test_a_name_that_is_asked_for_is_found() -> None:
+    assert {"pause", "memory_bytes", "rows", "widths", "log_checkpoint", "conclude", "moments"} <= abilities()
+    assert asked_by_name("if hasattr(a, 'rows'): getattr(b, c)(getattr(d, 'pause', None))") == ["rows", "pause"]
 
 
 def test_nobody_inside_imports_saekit_itself() -> None:
@@ -169,6 +216,48 @@ def test_nobody_inside_imports_saekit_itself() -> None:
         if isinstance(node, ast.ImportFrom) and node.module == "saekit"
     ]
     assert found + named == []
+
+
+def literals(text: str) -> Iterator[str]:
+    """The texts in code, f-strings among them, that are not documentation."""
+    tree = ast.parse(text)
+    documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation:
+            yield node.value
+
+
+def named_plugins(text: str) -> list[str]:
+    """The plugins that code names: by qualified keys, and as ``{"name": "cosine"}``."""
+    built_in = {item.entry.name for kind in KINDS for item in saekit.default_manager().registry(kind).items}
+    tables = [
+        value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "name" and isinstance(value, ast.Constant)
+    ]
+    keys = [found for literal in literals(text) for found in re.findall(r"saekit_plugins|\bsaekit:(?!\s)\S*", literal)]
+    return keys + [name for name in tables if name in built_in]
+
+
+def test_plugins_that_code_names_are_found() -> None:
+    code = '''"""Such as saekit:cosine."""
+a = "saekit:cosine"
+b = f"saekit:{a}"
+c = "an error of saekit: none"
+d = {"name": "cosine", "end": 0.1}
+e = {"name": "a run"}
+f = "saekit_plugins.loaders"
+'''
+    assert sorted(named_plugins(code)) == ["cosine", "saekit:", "saekit:cosine", "saekit_plugins"]
+
+
+def test_the_kernel_names_plugins_in_one_file_of_defaults() -> None:
+    named = {module: found for module in kernel() if (found := named_plugins(files()[module].read_text()))}
+    assert [*named] == ["saekit.defaults"]
+    known = {item.key for kind in KINDS for item in saekit.default_manager().registry(kind).items}
+    assert {*named["saekit.defaults"]} <= known
 
 
 @pytest.mark.parametrize("module", files())

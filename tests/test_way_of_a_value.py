@@ -19,9 +19,8 @@ from support.kernels import built
 from support.training import DOCUMENTS, fake_run, fakes
 
 import saekit
-from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.module import SAEModule
-from saekit.sae.saved import SAE
+from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.values import Batch
 
 KERNEL, PLUGINS = Path(saekit.__file__).parent, Path(next(iter(saekit_plugins.__path__)))
@@ -32,16 +31,12 @@ def code_of(function: Any) -> CodeType:
     return code
 
 
-DOORS = {code_of(SAE.load)}
-"""What people call, and what hands on at once what it is given."""
-
-
 @functools.cache
 def package(code: CodeType) -> str | None:
     """The package of the kernel, or of the built-in plugins, that a function is of."""
     path = Path(code.co_filename)
     for root, before in ((KERNEL, ""), (PLUGINS, "plugin: ")):
-        if path.is_relative_to(root) and code not in DOORS:
+        if path.is_relative_to(root):
             first, *rest = path.relative_to(root).parts
             return before + first if rest else None
     return None

@@ -14,11 +14,11 @@ from support import runs
 from support.saved import make, other, thesis
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, StorageError
 from saekit.files import names, storage
 from saekit.files.names import fault_of_name, made_name
 from saekit.runs.folder import run_folder
-from saekit.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from saekit.data.stream import StreamContext
 from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
-from saekit.runs.opening import open_backend, open_stream
+from saekit.runs.opening import open_backend, open_stream, sites_by_option
 from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
 from saekit.status import Status
 
@@ -36,7 +36,9 @@ def write_cache(
     corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
     sites = cache_sites(config)
     say(f"loading the model {config.model.name}" if model is None else "looking at the model")
-    backend = open_backend(config, corpus, plugins, model, sites, "activations.cache.sites")
+    named = sites_by_option([config])
+    named["activations.cache.sites"] = tuple(site for site in sites if site not in config.sites.all)
+    backend = open_backend(config, corpus, plugins, model, named)
     stream = open_stream(config, corpus, plugins, backend, sites)
     say("reading the text")
     contexts = stream.contexts  # opens the text, before the model runs

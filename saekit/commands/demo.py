@@ -11,6 +11,7 @@ from rich.console import Console
 from saekit.commands.jobs import train
 from saekit.commands.outcome import show_files, show_table
 from saekit.config.files import load_config
+from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVAL, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
 from saekit.files.storage import write_text
 from saekit.kinds import EVALS
@@ -29,14 +30,14 @@ DEMO_CONFIG: Mapping[str, Any] = {
     "dataset": {"path": "saekit/python-stdlib", "context_size": 128},
     "site": {"hook_name": "blocks.1.hook_resid_post"},
     "sae": {
-        "name": "saekit:standard",
+        "name": DEFAULT_ARCHITECTURE,
         "d_sae": 1024,
         "l1_coefficient": 5.0,
         "l1_warm_up_steps": 50,
         "b_dec_init_method": "geometric_median",
         "init_encoder_as_decoder_transpose": True,
     },
-    "lr_schedule": {"name": "saekit:constant"},
+    "lr_schedule": {"name": DEFAULT_SCHEDULE},
     "training": {
         "training_tokens": 1_300_000,
         "train_batch_size_tokens": 2048,
@@ -61,8 +62,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
-    if "saekit:reconstruction" not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
-        raise ConfigError([("evals.run", "the demo shows the numbers of saekit:reconstruction, so it must be there")])
+    if DEFAULT_EVAL not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
+        raise ConfigError([("evals.run", f"the demo shows the numbers of {DEFAULT_EVAL}, so it must be there")])
     console.print(_WHAT, highlight=False, soft_wrap=True)
     result = train(config, plugins=plugins)
     show_table(result, console)

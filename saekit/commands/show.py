@@ -17,7 +17,7 @@ from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
 from saekit.plugins.text import printable
-from saekit.reports.folder import RunFolder, read_run
+from saekit.reports.folder import RunFolder, State, read_run
 from saekit.reports.numbers import count, fraction, number, size
 from saekit.reports.pictures import CURVES, SUMMARY, draw_pictures
 from saekit.reports.table import run_table
@@ -32,10 +32,13 @@ _MOST_RUNS = 40
 _MOST_LINES = 60
 
 
-def show(folder: str | Path, console: Console, *, draw: bool = False, open_it: bool = False) -> None:
+def show(
+    folder: str | Path, console: Console, *, draw: bool = False, open_it: bool = False, state: State | None = None
+) -> None:
     """Print what ``folder`` holds: a run, a sweep, one SAE of it, a saved SAE, or several runs.
 
-    ``draw`` makes the pictures anew; ``open_it`` opens them, and makes them where there are none.
+    ``draw`` makes the pictures anew; ``open_it`` opens them, and makes them where there are none.  ``state`` is how it
+    stands with the run, where more is known than its folder says.
 
     :class:`PlaceError` where there is none of that, and :class:`StorageError` for what cannot be read.
     """
@@ -50,6 +53,7 @@ def show(folder: str | Path, console: Console, *, draw: bool = False, open_it: b
         run = read_run(folder)
         for problem in draw_pictures(run).problems:
             console.print(f"not drawn: {printable(problem)}", style="red", markup=False, soft_wrap=True)
+    run.state = state or run.state
     _say(console, f"{folder}: {run.state.text}", style="bold")
     for problem in run.problems:
         _say(console, f"broken: {problem}", style="red")
@@ -103,6 +107,8 @@ def _features(run: RunFolder) -> Iterator[str]:
     yield from lines[:_MOST_LINES]
     if len(lines) > _MOST_LINES:
         yield f"... {len(lines) - _MOST_LINES} lines more in {run.folder / 'features.txt'}"
+    if (run.folder / "features.html").is_file():
+        yield f"as a page: {run.folder / 'features.html'}"
 
 
 def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
@@ -114,7 +120,7 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "go on with it", f"saekit train --resume {folder}"
     if run.sweep:
         best = max(run.saes.values(), key=lambda sae: sae.history.get("evals/ce_recovered") or float("-inf"))
-        yield "one of its SAEs", f"saekit show {_quoted(best.home)}"
+        yield "the best of it", f"saekit show {_quoted(best.home)}"
         return
     sae = run.alone
     if sae.saved:

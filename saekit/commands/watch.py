@@ -121,7 +121,7 @@ class Watched:
         """How it stands: what writes is at work, whatever clocks and locks of a shared disk say."""
         state = State("stopped") if self.run is None else self.run.state
         if self._locked and state.kind == "running" and not state.at_work:  # it was seen, and is gone
-            return State("stopped", "its process is gone")
+            return State("stopped", "its process is gone, and did not say why")
         return State("running") if state.kind == "stopped" and self._came and self.silent < _SILENT else state
 
     @property
@@ -160,7 +160,8 @@ def watch(folder: str | Path, console: Console, *, every: float | None = None) -
     every = _EVERY[live] if every is None else every
     (_watch_live if live else _watch_lines)(watched, console, every)
     console.print()
-    show(watched.folder, console)
+    gone = watched.state if watched.state.kind == "stopped" else None
+    show(watched.folder, console, state=gone)
 
 
 def _watch_live(watched: Watched, console: Console, every: float) -> None:
@@ -196,7 +197,7 @@ def line_of(watched: Watched) -> str:
         return watched.problem
     if watched.run is None:
         return f"waiting for {watched.folder} to appear"
-    saes = watched.run.saes.values()
+    saes = _trained(watched.run)
     if not any(sae.history.records for sae in saes):
         return f"{watched.state.kind}, and nothing was logged yet"
     parts = [" ".join(_done(watched.run, watched.silent))]
@@ -215,7 +216,7 @@ def line_of(watched: Watched) -> str:
 
 def _done(run: RunFolder, silent: float) -> Iterator[str]:
     """How far it is, how fast, and how long it takes yet: of several SAEs, the one that has the most before it."""
-    slowest = min(run.saes.values(), key=lambda sae: sae.tokens / (sae.options.total_tokens or 1))
+    slowest = min(_trained(run), key=lambda sae: sae.tokens / (sae.options.total_tokens or 1))
     total, rate = slowest.options.total_tokens, slowest.history.rate()
     if total:
         yield f"{100 * slowest.tokens / total:.0f}%  {short_count(slowest.tokens)} of {short_count(total)} tokens"
@@ -225,6 +226,11 @@ def _done(run: RunFolder, silent: float) -> Iterator[str]:
         yield f" {rate:,.0f} tokens/s"
         if total > slowest.tokens:
             yield f" {duration(max((total - slowest.tokens) / rate - silent, 0))} left"
+
+
+def _trained(run: RunFolder) -> list[SAERun]:
+    """The SAEs that were not stopped; of all that were, all."""
+    return [sae for sae in run.saes.values() if sae.why_diverged is None] or list(run.saes.values())
 
 
 def picture(watched: Watched, width: int, height: int) -> RenderableType:

@@ -12,7 +12,6 @@ from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import (
-    ALWAYS_TRACKED,
     NEEDED_TO_LOAD,
     PLUGIN_KIND,
     SAME_AT_START,
@@ -35,7 +34,6 @@ from saekit.config.training import TrainingConfig
 from saekit.site import Site
 
 __all__ = [
-    "ALWAYS_TRACKED",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",

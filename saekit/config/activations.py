@@ -8,6 +8,7 @@ import attrs
 
 from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
 from saekit.config.showing import changed_repr
+from saekit.defaults import DEFAULT_SOURCE
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.site import Site
 
@@ -41,7 +42,7 @@ class CacheConfig:
 class ActivationsConfig:
     """From contexts to shuffled batches."""
 
-    source: PluginChoice = plugin_field(ACTIVATION_SOURCES, "saekit:live")
+    source: PluginChoice = plugin_field(ACTIVATION_SOURCES, DEFAULT_SOURCE)
     """Where batches come from."""
     normalize_activations: Literal["none", "expected_average_only_in"] = "none"
     """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the

@@ -62,6 +62,29 @@ class ConfigConverter(Structurer):
             raise ConfigError(items, source) from None
         return made
 
+    def at_default(self, cls: type, table: Mapping[str, Any]) -> list[str]:
+        """The options in ``table``, plain data or objects, that are what a ``cls`` has if nothing is said of them."""
+        try:
+            attrs.resolve_types(cls)
+        except Exception:  # of a plugin's own; reading says so
+            return []
+        fields = attrs.fields_dict(cls)
+        return [name for name, value in table.items() if name in fields and self._is_default(value, fields[name])]
+
+    def _is_default(self, value: object, field: attrs.Attribute[Any]) -> bool:
+        default: Any = field.default
+        if type(default).__name__ == "Factory":
+            if default.takes_self:
+                return False
+            default = default.factory()
+        try:
+            given, own = (self._checked(one, field) for one in (value, default))
+            if isinstance(given, Choice) and isinstance(own, Choice):  # by its key alone, or with all it has
+                return bool(given.key == own.key and given.options == own.options)
+            return bool(given == own)
+        except Exception:  # whatever is wrong with it; reading says so
+            return False
+
     def _default(self, field: attrs.Attribute[Any]) -> dict[str, object]:
         """The plugins that a default chooses are bound, too; one that is not there is told when it is used."""
         default: Any = field.default

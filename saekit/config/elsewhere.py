@@ -39,7 +39,7 @@ def told(option: UnknownOption, path: str, root: type, plugins: PluginManager) -
 def _elsewhere(path: str, places: Mapping[str, tuple[str, ...]]) -> str:
     """``places`` are the paths of options of that name, with the plugins that have it, if not all of a kind do."""
     if owners := places.get(path):
-        return f"is not an option of the plugin that is chosen; it is one of {_listed(owners)}"
+        return f"is not an option of the plugin that is chosen; it is one of {_listed(owners)}. Delete it"
     told = [place + (f" (of {_listed(owners)})" if owners else "") for place, owners in places.items()]
     return f"is not an option here; it is {' or '.join(told[:_AT_MOST])}"
 

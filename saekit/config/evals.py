@@ -6,7 +6,9 @@ import attrs
 
 from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
 from saekit.config.showing import changed_repr
+from saekit.defaults import DEFAULT_EVAL
 from saekit.kinds import EVALS
+from saekit.plugins.choice import Choice
 
 __all__ = ["EvalsConfig"]
 
@@ -15,7 +17,7 @@ __all__ = ["EvalsConfig"]
 class EvalsConfig:
     """Measurements on text that is never trained on."""
 
-    run: tuple[PluginChoice, ...] = plugin_field(EVALS, ("saekit:reconstruction",))
+    run: tuple[PluginChoice, ...] = plugin_field(EVALS, (DEFAULT_EVAL,))
     """What to measure, at the end of training and every `every_n_steps`."""
     every_n_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps between two evals during training; 0: only at the end."""
@@ -31,4 +33,4 @@ class EvalsConfig:
     @property
     def reads_text(self) -> bool:
         """Whether anything that is measured needs held-out text."""
-        return any(getattr(choice, "needs_text", True) for choice in self.run)
+        return any(not isinstance(choice, Choice) or choice.needs_text for choice in self.run)

@@ -15,7 +15,7 @@ from saekit.files.paths import expanded
 from saekit.kinds import Kind
 
 __all__ = [
-    "ALWAYS_TRACKED",
+    "INSTEAD_OF",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",
@@ -34,6 +34,7 @@ __all__ = [
     "path_field",
     "plugin_field",
     "positive",
+    "replaced",
 ]
 
 PluginChoice: TypeAlias = Any
@@ -52,12 +53,22 @@ SAME_AT_START = "saekit_same_at_start"
 NEEDED_TO_LOAD = "saekit_needed_to_load"
 """Metadata of an SAE's option without which saved weights cannot be understood: a folder that lacks it is refused, and
 no default takes its place.  Options with :data:`SAME_AT_START` are needed, too."""
-ALWAYS_TRACKED = "saekit:jsonl"
+INSTEAD_OF = "saekit_instead_of"
+"""Metadata of an option that takes the place of another, by the other's name: where it is given, the other must be left
+out, and is not written."""
 
 
 def plugin_field(kind: Kind[Any] | str, default: Any, *, metadata: Mapping[str, Any] | None = None) -> Any:
     """A field that chooses a plugin of ``kind``; a tuple as ``default`` makes it choose several."""
     return attrs.field(default=default, metadata={PLUGIN_KIND: str(kind), **(metadata or {})})
+
+
+def replaced(config: object) -> set[str]:
+    """The options of ``config`` that others take the place of."""
+    fields = attrs.fields(type(config))  # type: ignore[arg-type]
+    return {
+        field.metadata[INSTEAD_OF] for field in fields if INSTEAD_OF in field.metadata and getattr(config, field.name)
+    }
 
 
 def path_field(default: Any = attrs.NOTHING, *, validator: Callable[[object, Any, Any], None] | None = None) -> Any:

@@ -14,7 +14,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.config.describe import field_docs
 from saekit.config.fields import PLUGIN_KIND
 from saekit.config.formats import READERS, read_toml, toml_value, write
-from saekit.config.merging import Place, set_option, tables
+from saekit.config.merging import Place, in_order, set_option, tables
 from saekit.config.values import shown, too_nested
 from saekit.config.writing import plain_table
 from saekit.errors import ConfigError
@@ -132,7 +132,7 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of ``table`` (or of a configuration, as a table) with ``section.option=value`` set.
 
-    Values are TOML; what is not TOML is a text.
+    Values are TOML; what is not TOML is a text.  A plugin comes before its options, in whatever order they are given.
 
     ``kind`` is the class that the table is of: a table that is given for one of its sections (``training={lr=3}``)
     leaves the rest of the section as it is.
@@ -140,7 +140,7 @@ def apply_overrides(
     plugins = plugins or default_manager()
     if problem := too_nested(table):
         raise ConfigError(f"the configuration {problem}")
-    result: dict[str, Any] = tables(table, plugins)
+    changes = []
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
@@ -148,7 +148,10 @@ def apply_overrides(
             raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
         if len(keys) > _MOST_KEYS:
             raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")
-        set_option(result, path.strip(), _parsed(text.strip()), Place(kind, plugins))
+        changes.append((path.strip(), _parsed(text.strip())))
+    result: dict[str, Any] = tables(table, plugins)
+    for path, value in in_order(changes):
+        set_option(result, path, value, Place(kind, plugins))
     return result
 
 
@@ -244,6 +247,8 @@ def _comment_class(
     plain = plain_config(config, manager)
     below = []
     for field in attrs.fields(type(config)):
+        if field.name not in plain:  # another option takes its place
+            continue
         value, chosen = getattr(config, field.name), ""
         kind = field.metadata.get(PLUGIN_KIND)
         if kind and value is not None and not isinstance(value, (list, tuple)):

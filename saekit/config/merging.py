@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 
 from saekit.config.annotations import inner_class, is_class
-from saekit.config.fields import PLUGIN_KIND
+from saekit.config.converter import ConfigConverter
+from saekit.config.fields import INSTEAD_OF, PLUGIN_KIND
 from saekit.config.structuring import fields_of
 from saekit.errors import ConfigError, SaekitError
 from saekit.kinds import KINDS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 
-__all__ = ["Place", "set_option", "tables"]
+__all__ = ["Place", "in_order", "set_option", "tables"]
 
 
 @attrs.frozen
@@ -26,8 +27,13 @@ class Place:
     cls: type | None
     """The class of its options.  None: not known, or the value of an option."""
     plugins: PluginManager | None = None
-    chooses: bool = False
-    """Its ``name`` chooses a plugin."""
+    kind: str | None = None
+    """The kind of the plugin that its ``name`` chooses.  None: it chooses none."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its ``name`` chooses a plugin."""
+        return self.kind is not None
 
     @property
     def is_section(self) -> bool:
@@ -40,7 +46,7 @@ class Place:
         if field is None or self.cls is None:
             return Place(None)
         if (kind := field.metadata.get(PLUGIN_KIND)) and not isinstance(field.default, tuple):
-            return Place(self._options(kind, table.get(key), field.default), self.plugins, chooses=True)
+            return Place(self._options(kind, table.get(key), field.default), self.plugins, kind)
         try:
             attrs.resolve_types(self.cls)
         except Exception:  # of a plugin's own; reading says so
@@ -48,13 +54,33 @@ class Place:
         return Place(inner_class(attrs.fields_dict(self.cls)[key].type), self.plugins)
 
     def _options(self, kind: str, chosen: object, default: object) -> type | None:
-        name = chosen.get("name", default) if isinstance(chosen, Mapping) else chosen or default
+        return self._class_of(kind, chosen.get("name", default) if isinstance(chosen, Mapping) else chosen or default)
+
+    def _class_of(self, kind: str, name: object) -> type | None:
         if self.plugins is None or not isinstance(name, str):
             return None
         try:
             return self.plugins.get(kind, name).entry.config
         except SaekitError:  # reading says so
             return None
+
+    def make_room(self, table: dict[str, Any], option: str, value: object) -> None:
+        """Drop from ``table`` what nobody chose and what ``option``, which is to be ``value``, makes senseless.
+
+        Where ``option`` is the name of another plugin, those are the defaults of the one before: it has its own.  What
+        was chosen stays; if the new plugin has no such option, reading says so.
+        """
+        if self.cls is None or self.plugins is None:
+            return
+        drop: Iterable[str] = ()
+        if option == "name" and self.kind is not None:
+            if self._class_of(self.kind, value) is not self.cls:
+                drop = table.keys() - {"name"}
+        elif value and (field := attrs.fields_dict(self.cls).get(option)) is not None:
+            drop = [field.metadata[INSTEAD_OF]] if INSTEAD_OF in field.metadata else []
+        there = {name: table[name] for name in drop if name in table}
+        for name in ConfigConverter(self.plugins).at_default(self.cls, there):
+            del table[name]
 
 
 NOWHERE = Place(None)
@@ -71,7 +97,22 @@ def set_option(table: dict[str, Any], path: str, value: Any, place: Place = NOWH
             raise ConfigError([(path, f"{key} is {inner!r}, which has no options to set")])
         table[key] = inner
         table, place = inner, there
+    place.make_room(table, last, value)
     table[last] = merged(table.get(last), value, place.at(last, table))
+
+
+def in_order(changes: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Options and their values in the order in which they are set: a plugin before its options, however it is named.
+
+    Else they stay in the order in which they were given.
+    """
+
+    def depth(change: tuple[str, Any]) -> tuple[int, bool]:
+        path, value = change
+        in_part = isinstance(value, Mapping) and "name" not in value  # as good as each of its options by itself
+        return path.count(".") + in_part, not path.endswith(".name")
+
+    return sorted(changes, key=depth)
 
 
 def merged(old: Any, new: Any, place: Place) -> Any:

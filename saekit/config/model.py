@@ -6,6 +6,7 @@ import attrs
 
 from saekit.config.fields import CompileMode, Dtype, PluginChoice, not_empty, path_field, plugin_field
 from saekit.config.showing import changed_repr
+from saekit.defaults import DEFAULT_BACKEND
 from saekit.kinds import MODEL_BACKENDS
 
 __all__ = ["ModelConfig"]
@@ -17,7 +18,7 @@ class ModelConfig:
 
     name: str = path_field("saekit/tiny-python", validator=not_empty)
     """A name that the backend knows, or a folder.  `saekit/tiny-python` ships with saekit."""
-    backend: PluginChoice = plugin_field(MODEL_BACKENDS, "saekit:HookedTransformer")
+    backend: PluginChoice = plugin_field(MODEL_BACKENDS, DEFAULT_BACKEND)
     """What loads and runs the model."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: a GPU if there is one."""

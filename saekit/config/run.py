@@ -8,11 +8,12 @@ from saekit.config.activations import ActivationsConfig
 from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
-from saekit.config.fields import PluginChoice, plugin_field
+from saekit.config.fields import INSTEAD_OF, PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
 from saekit.config.reports import ReportsConfig
 from saekit.config.showing import changed_repr
 from saekit.config.training import TrainingConfig
+from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES, TRACKERS
 from saekit.site import Site, Sites
@@ -30,18 +31,18 @@ class TrainConfig:
     """The text, and how it becomes contexts."""
     site: Site = attrs.field(factory=Site)
     """Where an SAE reads and writes: the one site of a dictionary that has one."""
-    inputs: tuple[Site, ...] = ()
+    inputs: tuple[Site, ...] = attrs.field(default=(), metadata={INSTEAD_OF: "site"})
     """The sites that a dictionary reads which has several, or which writes elsewhere, instead of `site`; their vectors
     lie side by side in this order.  `sae.d_in`, where it is stated, is the sum of their widths."""
     targets: tuple[Site, ...] = ()
     """The sites whose activations it is to give, beside `inputs`.  None named: the inputs themselves."""
     activations: ActivationsConfig = attrs.field(factory=ActivationsConfig)
     """From contexts to shuffled batches."""
-    sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, "saekit:standard")
+    sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, DEFAULT_ARCHITECTURE)
     """The SAE's architecture and its options."""
-    optimizer: PluginChoice = plugin_field(OPTIMIZERS, "saekit:adam")
+    optimizer: PluginChoice = plugin_field(OPTIMIZERS, DEFAULT_OPTIMIZER)
     """What updates the weights, and its options."""
-    lr_schedule: PluginChoice = plugin_field(LR_SCHEDULES, "saekit:constant")
+    lr_schedule: PluginChoice = plugin_field(LR_SCHEDULES, DEFAULT_SCHEDULE)
     """The learning rate between warm-up and decay."""
     training: TrainingConfig = attrs.field(factory=TrainingConfig)
     """How long, how fast, and what is watched."""
@@ -62,16 +63,6 @@ class TrainConfig:
         if not self.inputs:
             return Sites.one(self.site)
         return Sites(self.inputs, self.targets or self.inputs)
-
-    @property
-    def input_sites(self) -> tuple[Site, ...]:
-        """The sites that are read."""
-        return self.sites.inputs
-
-    @property
-    def target_sites(self) -> tuple[Site, ...]:
-        """The sites that are written."""
-        return self.sites.targets
 
     def __attrs_post_init__(self) -> None:
         self._check_sites()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from saekit.config.fields import NEEDED_TO_LOAD, PluginChoice, a_size, check, plugin_field
+from saekit.defaults import DEFAULT_ACTIVATION
 from saekit.errors import ConfigError
 from saekit.kinds import ACTIVATION_FUNCTIONS
 
@@ -29,7 +30,7 @@ class SAEConfig:
     """The number of features."""
     expansion_factor: int | None = attrs.field(default=None, validator=check(lambda v: v >= 1, "1 or more", most=2**20))
     """The number of features as a multiple of `d_in`, instead of `d_sae`.  Neither given: 16."""
-    activation: PluginChoice = plugin_field(ACTIVATION_FUNCTIONS, "saekit:relu", metadata={NEEDED_TO_LOAD: True})
+    activation: PluginChoice = plugin_field(ACTIVATION_FUNCTIONS, DEFAULT_ACTIVATION, metadata={NEEDED_TO_LOAD: True})
     """The non-linearity."""
     apply_b_dec_to_input: bool = attrs.field(default=True, metadata={NEEDED_TO_LOAD: True})
     """Subtract the decoder's bias from the input."""

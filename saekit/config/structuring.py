@@ -7,7 +7,7 @@ giving up.  Of plugins it knows nothing: :class:`saekit.config.converter.ConfigC
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +28,7 @@ from saekit.config.annotations import (
     unwrapped,
     words,
 )
-from saekit.config.fields import PLUGIN_KIND
+from saekit.config.fields import INSTEAD_OF, PLUGIN_KIND, replaced
 from saekit.config.scalars import structure_enum, structure_key, structure_literal, structure_primitive
 from saekit.config.values import plain, shown
 from saekit.errors import ConfigError, SaekitError
@@ -65,9 +65,9 @@ class UnknownOption(str):
 
 
 def fields_of(config: object) -> dict[str, Any]:
-    """The values of an options object by name, as they are."""
-    fields = attrs.fields(type(config))  # type: ignore[arg-type]
-    return {field.name: getattr(config, field.name) for field in fields if field.init}
+    """The values of an options object by name, as they are, without what another option takes the place of."""
+    fields, left_out = attrs.fields(type(config)), replaced(config)  # type: ignore[arg-type]
+    return {field.name: getattr(config, field.name) for field in fields if field.init and field.name not in left_out}
 
 
 class Structurer:
@@ -121,9 +121,12 @@ class Structurer:
         if problems:
             raise ProblemsError(problems)
         try:
-            return cls(**values)
+            made = cls(**values)
         except Exception as error:
             raise ProblemsError(_flatten(error, "")) from error
+        if both := list(_beside(data, fields.values())):
+            raise ProblemsError(both)
+        return made
 
     def _default(self, field: attrs.Attribute[Any]) -> dict[str, object]:
         """What an option that is not given is made with: nothing, so that attrs takes the default."""
@@ -232,6 +235,14 @@ class Structurer:
         if problems:
             raise ProblemsError(problems)
         return made
+
+
+def _beside(data: Mapping[Any, Any], fields: Iterable[attrs.Attribute[Any]]) -> Iterator[tuple[str, str]]:
+    """Options in ``data`` that another one there takes the place of, which its value does not show."""
+    for field in fields:
+        other: str | None = field.metadata.get(INSTEAD_OF)
+        if other is not None and other in data and data.get(field.name):
+            yield other, f"is given beside {field.name}, which takes its place; leave out one of the two"
 
 
 def _said(key: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.config.annotations import is_class
-from saekit.config.fields import PLUGIN_KIND
+from saekit.config.fields import PLUGIN_KIND, replaced
 from saekit.config.values import plain
 from saekit.plugins.choice import Choice
 
@@ -26,15 +26,16 @@ def _unknown(kind: str, choice: object) -> str:
 
 
 def plain_table(config: object, key_of: KeyOf = _unknown, *, spare: bool = False, full: bool = False) -> dict[str, Any]:
-    """An options object as nested plain data.
+    """An options object as nested plain data, without what another option takes the place of.
 
     ``spare`` leaves out the options that are None and are None by default: some formats have no null.  ``full`` writes
     the options of a bound choice where none were given, too.
     """
     table: dict[str, Any] = {}
+    left_out = replaced(config)
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
         value = getattr(config, field.name)
-        if not field.init or (spare and value is None and field.default is None):
+        if not field.init or field.name in left_out or (spare and value is None and field.default is None):
             continue
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saekit.data.contexts import Contexts
 from saekit.data.faults import check_counts
-from saekit.data.stream import StreamContext
+from saekit.data.stream import StreamContext, check_by_token
 from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
 from saekit.values import Batch
@@ -89,6 +89,8 @@ class ActivationStream:
         sites = self._stream.sites
         with self._stream.model_lock:
             held = self._stream.backend.run(tokens, read={site.hook_name for site in sites}).held
+            for site in sites:
+                check_by_token(site, held[site.hook_name], tokens)
             rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
             return {site: self._kept(values) for site, values in rows.items()}
 

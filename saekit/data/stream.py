@@ -14,11 +14,15 @@ from saekit.protocols import ModelBackend
 from saekit.site import Site
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saekit.data.contexts import ContextStream
 
-__all__ = ["StreamContext", "probe"]
+__all__ = ["PROBED", "StreamContext", "check_by_token", "probe"]
 
-_PROBE_TOKENS = 7  # unlike any usual number of heads, so that [batch, head, ...] is not taken for positions
+PROBED = 2, 7
+"""Contexts and positions of the tokens that a model is looked at with.  So many positions are unlike any usual number
+of heads, so that [batch, head, ...] is not taken for them; and what is made once for all contexts is seen to be."""
 
 
 class StreamContext:
@@ -94,15 +98,20 @@ class StreamContext:
 
 def probe(backend: ModelBackend, sites: Sequence[Site]) -> dict[Site, tuple[int, torch.dtype]]:
     """``d_in`` and dtype at each site, by one forward; :class:`ConfigError` for a hook without a vector per token."""
-    tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
+    tokens = torch.zeros(PROBED, dtype=torch.long)
     held = backend.run(tokens, read={site.hook_name for site in sites}).held
     found = {}
     for site in sites:
         values = held[site.hook_name]
-        if values.shape[:2] != tokens.shape:
-            raise ConfigError(
-                [("site.hook_name", f"{site.hook_name!r} holds a tensor of shape {list(values.shape)} for "
-                  f"{list(tokens.shape)} tokens; an SAE needs one vector per token: [batch, position, ...]")]
-            )  # fmt: skip
+        check_by_token(site, values, tokens)
         found[site] = (site.extract(values).shape[-1], values.dtype)
     return found
+
+
+def check_by_token(site: Site, values: Tensor, tokens: Tensor) -> None:
+    """:class:`ConfigError` unless the ``values`` that the hook of ``site`` holds are ``[batch, position, ...]``."""
+    if values.shape[:2] != tokens.shape:
+        raise ConfigError(
+            f"the hook {site.hook_name!r} holds a tensor of shape {list(values.shape)} for {list(tokens.shape)} "
+            "tokens; an SAE needs one vector per token: [batch, position, ...]"
+        )

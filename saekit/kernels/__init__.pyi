@@ -1,9 +1,14 @@
 from .active import active_groups as active_groups
 from .auxk import add_auxk as add_auxk
 from .encoder import Encoder as Encoder
-from .encoder import Features as Features
 from .encoder import active_entries as active_entries
 from .encoder import dense_above as dense_above
+from .features import Features as Features
+from .features import at_features as at_features
+from .features import at_rows as at_rows
+from .features import feature_sums as feature_sums
+from .features import row_sums as row_sums
+from .features import values_of as values_of
 from .gradients import FeatureGradient as FeatureGradient
 from .gradients import Gradients as Gradients
 from .gradients import decoded as decoded
@@ -14,6 +19,8 @@ from .kernel import SparseKernel as SparseKernel
 from .kernel import StepKernel as StepKernel
 from .kernel import Use as Use
 from .penalty import SparsityPenalty as SparsityPenalty
+from .private_torch import is_of_compiler as is_of_compiler
+from .private_torch import relu_gradient_ as relu_gradient_
 from .screen import screen_for as screen_for
 from .screen import why_no_screen as why_no_screen
 from .sparse import SparseFeatures as SparseFeatures

@@ -11,12 +11,12 @@ from saekit.kernels.encoder import (
     CHUNK,
     PROBE,
     Encoder,
-    Features,
     Pending,
     active_entries,
     dense_above,
     screen_below,
 )
+from saekit.kernels.features import Features
 from saekit.kernels.screen import Screen
 from saekit.kernels.workspace import Workspace
 from saekit.protocols import SparseActivation

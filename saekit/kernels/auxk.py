@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import CHUNK, Encoder, Features, dense_above
+from saekit.kernels.encoder import CHUNK, Encoder, dense_above
+from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.step import FastStep

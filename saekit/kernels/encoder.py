@@ -7,7 +7,6 @@ Rows go through in chunks of ``CHUNK``, in one buffer that is used again and aga
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import attrs
 import numpy as np
@@ -22,7 +21,6 @@ __all__ = [
     "CHUNK",
     "PROBE",
     "Encoder",
-    "Features",
     "Pending",
     "active_entries",
     "dense_above",
@@ -51,10 +49,6 @@ def dense_above(weights: Tensor) -> float:
 def screen_below(weights: Tensor) -> float:
     """The fraction of active features below which a screen costs less than it saves; measured, too."""
     return 0.04 if weights.numel() <= _IN_CACHE else 0.02
-
-
-Features: TypeAlias = Tensor | SparseFeatures
-"""The features of a group of rows: all of them, ``[rows, d_sae]``, or those that are active."""
 
 
 @attrs.frozen(eq=False)

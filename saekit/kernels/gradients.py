@@ -17,7 +17,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import CHUNK, Features
+from saekit.kernels.encoder import CHUNK
+from saekit.kernels.features import Features
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import CHUNK, Features, dense_above, entries_where
+from saekit.kernels.encoder import CHUNK, dense_above, entries_where
+from saekit.kernels.features import Features
 from saekit.kernels.gradients import decoded
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace, uninitialized, zeros

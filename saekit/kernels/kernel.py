@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from saekit.devices import KERNEL_DEVICES
-from saekit.kernels.encoder import Encoder, Features
+from saekit.kernels.encoder import Encoder
+from saekit.kernels.features import Features
 from saekit.kernels.inference import Decoder
 from saekit.kernels.screen import why_no_screen
 from saekit.kernels.workspace import Workspace

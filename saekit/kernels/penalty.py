@@ -6,7 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.kernels.encoder import CHUNK, Features
+from saekit.kernels.encoder import CHUNK
+from saekit.kernels.features import Features, at_features, at_rows, row_sums, values_of
 from saekit.kernels.sparse import SparseFeatures
 
 __all__ = ["SparsityPenalty"]
@@ -62,18 +63,16 @@ class SparsityPenalty:
         slope = self._slope(features)
         if self.norms is None:
             return gradient.add_(slope)
-        norms = self.norms[features.features] if isinstance(features, SparseFeatures) else self.norms
-        return gradient.add_(norms * slope)
+        return gradient.add_(at_features(self.norms, features) * slope)
 
     def _weighted(self, features: Features) -> Tensor:
-        if isinstance(features, SparseFeatures):
-            return features.values if self.norms is None else features.values * self.norms[features.features]
-        return features if self.norms is None else features * self.norms
+        values = values_of(features)
+        return values if self.norms is None else values * at_features(self.norms, features)
 
     def _sums(self, features: Features, weighted: Tensor) -> Tensor:
         """``[rows]``: ``Σ |v|^p``."""
         powers = weighted if self.p == 1 else weighted.pow(self.p)
-        return features.row_sums(powers) if isinstance(features, SparseFeatures) else powers.sum(1)
+        return row_sums(features, powers)
 
     def _norms(self, features: Features) -> Tensor:
         if isinstance(features, Tensor) and self.p == 1 and self.norms is not None:
@@ -90,4 +89,4 @@ class SparsityPenalty:
         sums = self._sums(features, weighted)
         of_rows = sums.pow(1 / self.p - 1).masked_fill_(sums == 0, 0).mul_(scale)
         powers = weighted.pow(self.p - 1).masked_fill_(weighted == 0, 0)
-        return powers.mul_(of_rows[features.rows] if isinstance(features, SparseFeatures) else of_rows[:, None])
+        return powers.mul_(at_rows(of_rows, features))

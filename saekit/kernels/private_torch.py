@@ -1,7 +1,4 @@
-"""What torch has and does not promise: what kernels use of it, each beside a public way that takes its place.
-
-Two other things are used where they belong: the in-place gradient of ReLU, by its activation function, and the name of
-the compiler's errors, ``torch._dynamo.exc``, by those who compile.
+"""What torch has and does not promise: all that saekit uses of it, each beside a public way that takes its place.
 
 Whether torch still has a function, and whether that still gives what the public way gives, is looked at once, on a few
 numbers, when it is first wanted.
@@ -15,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["entry_products", "has_bfloat16_products", "is_followed", "public_entry_products"]
+__all__ = [
+    "entry_products", "has_bfloat16_products", "is_followed", "is_of_compiler", "public_entry_products",
+    "public_is_of_compiler", "public_relu_gradient_", "relu_gradient_",
+]  # fmt: skip
 
 _AT_ONCE = 1 << 22  # numbers that the public way holds in between
 
@@ -62,6 +62,63 @@ def _has_entry_products(device: str, dtype: torch.dtype) -> bool:
         except (RuntimeError, TypeError):  # another signature, or not for this device
             return False
         return torch.equal(found, public_entry_products(vectors, weights, features, rows))
+
+
+def relu_gradient_(gradient: Tensor, features: Tensor) -> Tensor:
+    """``gradient`` where ``features``, of its shape, are above zero, and 0 elsewhere; written over ``gradient``."""
+    if _has_relu_gradient(gradient.device.type, gradient.dtype):
+        return _private_relu_gradient_(gradient, features)
+    return public_relu_gradient_(gradient, features)
+
+
+def public_relu_gradient_(gradient: Tensor, features: Tensor) -> Tensor:
+    """The same, with a mask that takes memory."""
+    return gradient.masked_fill_(features <= 0, 0)
+
+
+def _private_relu_gradient_(gradient: Tensor, features: Tensor) -> Tensor:
+    """What autograd calls, without a second tensor for what comes out."""
+    found: Tensor = torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)
+    return found
+
+
+@functools.cache
+def _has_relu_gradient(device: str, dtype: torch.dtype) -> bool:
+    with torch.inference_mode(False), torch.no_grad():
+        features = torch.tensor([0.0, 2.0, 0.5, 0.0, -1.0], device=device, dtype=dtype)
+        gradients = [torch.tensor([3.0, -1.0, 0.25, -2.0, 1.0], device=device, dtype=dtype) for _ in range(2)]
+        try:
+            found = _private_relu_gradient_(gradients[0], features)
+        except (AttributeError, RuntimeError, TypeError):  # gone, another signature, or not for this device
+            return False
+        in_place = found.data_ptr() == gradients[0].data_ptr()
+        return in_place and torch.equal(gradients[0], public_relu_gradient_(gradients[1], features))
+
+
+def is_of_compiler(error: BaseException) -> bool:
+    """Whether ``error`` says that ``torch.compile`` failed, and is not one of the code that was compiled."""
+    known = _compiler_errors()
+    return public_is_of_compiler(error) if known is None else isinstance(error, known)
+
+
+def public_is_of_compiler(error: BaseException) -> bool:
+    """The same by the place where the error's class, or one that it derives from, is defined."""
+    return _is_of_compiler(type(error))
+
+
+def _is_of_compiler(kind: type) -> bool:
+    return any(base.__module__.startswith(("torch._dynamo", "torch._inductor")) for base in kind.__mro__)
+
+
+@functools.cache
+def _compiler_errors() -> type[BaseException] | None:
+    """What all of the compiler's errors derive from, or None where that is gone or has become something else."""
+    try:
+        from torch._dynamo.exc import TorchDynamoException
+    except ImportError:
+        return None
+    is_own = _is_of_compiler(TorchDynamoException) and not issubclass(RuntimeError, TorchDynamoException)
+    return TorchDynamoException if is_own else None
 
 
 @functools.cache

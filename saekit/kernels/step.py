@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from saekit.kernels.encoder import Features
+from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
 from saekit.kernels.workspace import Workspace, uninitialized
 from saekit.values import StepOutput
@@ -32,6 +32,9 @@ class Layer(Protocol):
 
     def decoder_norms(self) -> Tensor:
         """``[d_sae]``."""
+
+    def scaled_decoder(self) -> Tensor:
+        """``[d_sae, d_out]``: ``W_dec``, times the scaling factor if there is one."""
 
 
 class FastStep:
@@ -77,7 +80,7 @@ class FastStep:
         learns = {name for name, parameter in self._sae.named_parameters() if parameter.requires_grad}
         self.gradients = Gradients(
             self._sae.W_enc.detach().T,
-            _decoder(self._sae),
+            self._sae.scaled_decoder().detach(),
             workspace,
             of_encoder=bool(learns - _OF_OUTPUTS) or ("b_dec" in learns and self._centers),
             of_decoder=bool(learns & {"W_dec", "scaling_factor"}),
@@ -158,8 +161,3 @@ class FastStep:
             W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / norms).where(norms > 0, 0)[:, None])
         gradients["W_dec"] = W_dec
         return gradients
-
-
-def _decoder(sae: Layer) -> Tensor:
-    decoder, factor = sae.W_dec.detach(), sae.scaling_factor
-    return decoder if factor is None else decoder * factor.detach()[:, None]

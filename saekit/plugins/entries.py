@@ -63,9 +63,8 @@ def _fault(entry: Entry) -> str | None:
         return "; ".join(f"option {name!r} of {of} {why}" if name else f"{of}: {why}" for name, why in faults)
     if not callable(entry.build) and not _is_import_path(entry.build):
         return f"build is {short(entry.build)}, expected a callable, or an import path, such as package.module:Class"
-    precheck = getattr(entry, "precheck", None)
-    if precheck is not None and not callable(precheck):
-        return f"precheck is {short(precheck)}, expected a callable"
+    if entry.precheck is not None and not callable(entry.precheck):
+        return f"precheck is {short(entry.precheck)}, expected a callable"
     if not isinstance(required, (list, tuple)) or not all(_is_module_name(name) for name in required):
         return f"requires is {short(required)}, expected a list of package names"
     if entry.extra is not None and not (isinstance(entry.extra, str) and re.fullmatch(r"[\w.-]+", entry.extra)):

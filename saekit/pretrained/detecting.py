@@ -9,9 +9,9 @@ from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.choice import Choice
 from saekit.plugins.registry import Registered
-from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.protocols import PretrainedLoader
 from saekit.reasons import error_text
+from saekit.saved import PretrainedSAE, SAEFiles
 
 __all__ = ["read_with", "recognized"]
 

@@ -17,7 +17,7 @@ from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
-from saekit.pretrained.files import PretrainedSAE, SAEFiles
+from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
 
@@ -106,7 +106,7 @@ def build_sae(
 
 
 def _check(read: PretrainedSAE, place: str) -> None:
-    from saekit.pretrained.tensors import check_tensor, check_tensors
+    from saekit.weights import check_tensor, check_tensors
 
     expected = (("options", Mapping), ("tensors", Mapping), ("metadata", Mapping), ("site", Site | None))
     for name, kind in (("architecture", str), *expected, ("sites", Sites | None), ("ports", Ports | None)):

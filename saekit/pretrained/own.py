@@ -10,8 +10,8 @@ import attrs
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import sha256
-from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
+from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo, is_scale
 

@@ -104,8 +104,8 @@ def _draw_line(axes: Any, line: Line, panel: Panel) -> None:
     if "marker" in look:
         if len(xs) > _MANY:
             look |= {"linestyle": "-", "marker": "none", "linewidth": 1.6}
-        low, high = (limit if limit is not None else math.nan for limit in (panel.lower, panel.upper))
-        inside = [math.nan if y < low or y > high else y for y in ys]  # they are not cut at the edge, as lines are
+        lower, upper = (limit if limit is not None else math.nan for limit in (panel.lower, panel.upper))
+        inside = [math.nan if y < lower or y > upper else y for y in ys]  # they are not cut at the edge, as lines are
         axes.plot(xs, inside, zorder=4, markeredgecolor="white", markeredgewidth=0.8, clip_on=False, **look)
         return
     if len(xs) <= _FEW:
@@ -192,14 +192,12 @@ def _handles(points: Mapping[str, str]) -> list[Any]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """In two lines at most, broken between parts."""
-    if len(text) <= width:
-        return [text]
-    first, second = "", ""
+    """In lines of about ``width`` letters, broken between parts."""
+    lines = [""]
     for part in text.split(" · "):
-        joined = f"{first} · {part}" if first else part
-        if second or (first and len(joined) > width):
-            second = f"{second} · {part}" if second else part
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and len(joined) > width:
+            lines.append(part)
         else:
-            first = joined
-    return [line for line in (first, second) if line]
+            lines[-1] = joined
+    return lines

@@ -28,9 +28,10 @@ def styled() -> Iterator[None]:
     import matplotlib
 
     own = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    with matplotlib.rc_context(own), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        with matplotlib.rc_context(own):
+            yield
 
 
 def new_figure(width: float, height: float) -> Any:

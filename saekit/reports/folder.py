@@ -54,6 +54,8 @@ class SAERun:
     home: Path
     """Its folder: ``config.toml``, the metrics and, at the end, ``sae/``."""
     options: Options
+    record: RunRecord | None = None
+    """That of its run, where there is one."""
     facts: Mapping[str, Any] = attrs.field(factory=dict)
     """What the newest checkpoint says of it."""
     why_diverged: str | None = None
@@ -101,10 +103,24 @@ class SAERun:
     @property
     def where(self) -> str:
         """On what: ``blocks.8.hook_resid_post of gpt2-small``."""
-        model = self.options.model
+        model = self.model
         if model.count("/") > 1 or model[:1] in ("/", "~", "."):  # a folder, of which the name is enough
             model = model.rstrip("/").rpartition("/")[2]
         return " of ".join(part for part in (self.options.site, model) if part)
+
+    @property
+    def model(self) -> str:
+        """The name of the language model, as it calls itself; empty where there is none."""
+        if self.record is not None and self.record.model is not None:
+            return self.record.model
+        return self.options.text("model.name")
+
+    @property
+    def text(self) -> str:
+        """The text that it is trained on; empty where there is none, since there is no model."""
+        if self.record is not None and "dataset" in self.record.in_memory:
+            return "a dataset from memory"
+        return self.options.text("dataset.path") if self.model else ""
 
 
 @attrs.define(slots=False, eq=False)
@@ -148,7 +164,7 @@ def read_run(folder: str | Path, *, last: int | None = None) -> RunFolder:
         facts = about.get(name, {})
         why = record.diverged.get(name, facts.get("diverged"))
         home = record.home(name)
-        saes[name] = SAERun(name, home, Options.read(home / "config.toml"), facts, why, last)
+        saes[name] = SAERun(name, home, Options.read(home / "config.toml"), record, facts, why, last)
     state = _state(record, saes, newest is not None and newest.facts["finished"])
     problems = [sae.options.problem for sae in saes.values() if sae.options.problem is not None]
     return RunFolder(folder, saes, list(record.saes.values()) != ["."], state, tuple(problems))

@@ -109,13 +109,19 @@ def not_drawn(rows: Sequence[Row]) -> list[str]:
             str(row["name"]) for row in left if row["status"] != "diverged"
         ],
     }
-    lines = []
-    for reason, names in reasons.items():
-        shown = [shortened(name, 60) for name in names[:3]]
-        more = [f"{len(names) - 3} more"] if len(names) > 3 else []
-        if names:
-            lines.append(f"Not drawn, {reason}: {', '.join([*shown, *more])}")
-    return lines
+    return [_named(f"Not drawn, {reason}: ", names) for reason, names in reasons.items() if names]
+
+
+def _named(start: str, names: Sequence[str], most: int = 88) -> str:
+    """As many ``names`` as go into a line of ``most`` letters, and how many more there are."""
+    shown: list[str] = []
+    for number, name in enumerate(names):
+        name = shortened(name, 60)
+        if shown and len(start) + len(", ".join([*shown, name])) > most:
+            shown.append(f"and {len(names) - number} more")
+            break
+        shown.append(name)
+    return start + ", ".join(shown)
 
 
 def _spread(rows: Sequence[Row], option: str, options: Mapping[str, str]) -> float:

@@ -68,7 +68,7 @@ def frontier_figure(rows: Sequence[Row], options: Mapping[str, str], title: str)
     height = figure.get_size_inches()[1]
     for number, note in enumerate(reversed(notes)):
         top = height - LINE * (number + 1)
-        write(figure, MARGIN, top, shortened(printable(note), 96), fontsize=9.5, color=RED)
+        write(figure, MARGIN, top, printable(note), fontsize=9.5, color=RED)
     return figure
 
 
@@ -114,6 +114,7 @@ def _label(axes: Any, key: str, rows: Sequence[Row], look: Look) -> None:
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
+    axes.get_xlim(), axes.get_ylim()  # which have to be found before anything can be placed
     points = [(row, axes.transData.transform(_place(row, key))) for row in rows if has_place(row, key)]
     taken = [Bbox.from_bounds(x - _HALF, y - _HALF, 2 * _HALF, 2 * _HALF) for _, (x, y) in points]
     said: list[tuple[str, float, float]] = []

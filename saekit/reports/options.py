@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from saekit.config.formats import read_toml
+from saekit.defaults import ALWAYS_TRACKED
 from saekit.files.storage import check_file
 
 __all__ = ["Options"]
@@ -58,7 +59,8 @@ class Options:
     @property
     def architecture(self) -> str:
         """The key of the architecture, without the name of saekit's own distribution."""
-        return self.text("sae").removeprefix("saekit:")
+        distribution, colon, name = self.text("sae").partition(":")
+        return name if distribution == "saekit" else distribution + colon + name
 
     @property
     def total_tokens(self) -> int:
@@ -75,16 +77,11 @@ class Options:
         return read if not written or written == read else f"{read} to {written}"
 
     @property
-    def model(self) -> str:
-        """The name of the model; empty where there is none."""
-        return "" if self.text("model.backend") == "saekit:none" else self.text("model.name")
-
-    @property
     def metrics_file(self) -> str:
         """The name of the file of metrics."""
         trackers = self.table.get("trackers")
         for one in trackers if isinstance(trackers, list) else ():
-            if isinstance(one, Mapping) and one.get("name") == "saekit:jsonl" and isinstance(one.get("file"), str):
+            if isinstance(one, Mapping) and one.get("name") == ALWAYS_TRACKED and isinstance(one.get("file"), str):
                 return str(one["file"])
         return "metrics.jsonl"
 

@@ -99,6 +99,7 @@ function* seen(chart, lines, [from, to]) {
 function heights(chart, lines, xs) {
   let [low, high] = extent(seen(chart, lines, xs));
   if (chart.isLog) {
+    if (!(low > 0)) return [1, 10]; // all lines are switched off
     const room = (high / low) ** 0.06 || 1.05;
     return [low / room, high * (low === high ? 1.5 : room)];
   }
@@ -108,6 +109,7 @@ function heights(chart, lines, xs) {
 function widths(chart, lines) {
   if (chart.kind === "curves") return range || [0, 1.015 * extent(chart.lines.flatMap((line) => line.x))[1] || 1];
   const [low, high] = extent(lines.flatMap((line) => line.x));
+  if (chart.xlog && !(low > 0)) return [1, 10];
   if (chart.xlog) return [low / (high / low) ** 0.08 || low / 1.1, high * (high / low) ** 0.08 || high * 1.1];
   const room = (high - low) * 0.1 || high * 0.1 || 1;
   return [low - room, high + room];

@@ -112,13 +112,12 @@ def _explained(history: History, most: int | None) -> Panel:
 
 def _below(lines: Sequence[Line]) -> str:
     """What lies below an axis that begins at 0, in few words."""
-    for line in lines:
-        below = [piece for piece in line.pieces if piece.mean < 0]
-        if below and below[-1].x >= line.pieces[-1].x:
+    below = [(line, [piece for piece in line.pieces if piece.mean < 0]) for line in lines]
+    for line, pieces in below:
+        if pieces and pieces[-1].x >= line.pieces[-1].x:
             return "still below 0" if line.look == "line" else f"{line.name} below 0"
-        if below and line.look == "line":
-            return f"below 0 until {short_count(below[-1].x)}"
-    return ""
+    trained = next((pieces for line, pieces in below if line.look == "line"), [])
+    return f"below 0 until {short_count(trained[-1].x)}" if trained else ""
 
 
 def _l0(history: History, most: int | None) -> Panel:

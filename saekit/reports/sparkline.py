@@ -25,7 +25,7 @@ def sparkline(
     sums, counts = [0.0] * width, [0] * width
     for piece in pieces:
         if math.isfinite(piece.mean):
-            place = min(int(piece.x / end * width), width - 1)
+            place = min(max(math.ceil(piece.x / end * width) - 1, 0), width - 1)
             sums[place] += piece.mean
             counts[place] += 1
     means = [total / number if number else math.nan for total, number in zip(sums, counts, strict=True)]

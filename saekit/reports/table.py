@@ -71,7 +71,7 @@ def banner(sae: SAERun) -> RenderableType:
     total, steps = sae.options.total_tokens, sae.history.step
     of = f" of {count(total)}" if total and sae.tokens < total else ""
     parts = [
-        f"{count(sae.tokens)}{of} tokens" + (f" of {printable(sae.options.text('dataset.path'))}" if sae.where else ""),
+        f"{count(sae.tokens)}{of} tokens" + (f" of {printable(sae.text)}" if sae.text else ""),
         f"{steps:,} steps" if steps else "",
         duration(sae.history.seconds) if sae.history.seconds else "",
     ]

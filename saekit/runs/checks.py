@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from saekit.config import ALWAYS_TRACKED, SAEConfig, TrainConfig
+from saekit.config import SAEConfig, TrainConfig
+from saekit.defaults import ALWAYS_TRACKED
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.storage import locked
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS, TRACKERS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.files import SAEFiles
 from saekit.protocols import Eval, Tracker
+from saekit.saved import SAEFiles
 
 __all__ = [
     "alone_in", "check_finetuning", "check_model_runs", "check_without_model", "chosen_evals", "chosen_trackers",

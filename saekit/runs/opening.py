@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import TypeAlias
 
@@ -16,10 +18,11 @@ from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ModelBackend
+from saekit.protocols import ModelBackend, StatesRows, StatesWidths
 from saekit.runs.checks import has_model
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
+from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 from saekit.values import Ports
 
@@ -30,12 +33,14 @@ __all__ = [
     "build_backend",
     "check_context_size",
     "check_hooks",
+    "check_start_widths",
     "checked_ports",
     "open_backend",
     "open_source",
     "open_stream",
     "repeated",
     "seed_for",
+    "sites_by_option",
     "sites_option",
     "warn_of",
     "widths_of",
@@ -53,19 +58,16 @@ def open_backend(
     corpus: Corpus,
     plugins: PluginManager,
     model: object | None,
-    sites: Sequence[Site],
-    option: str = "site.hook_name",
+    named: Mapping[str, Sequence[Site]],
 ) -> ModelBackend:
-    """The model, checked against the context size, the tokens that are put in, and the ``sites``, which ``option``
-    names; it has not run yet.  All that does not fit is told at once."""
+    """The model, checked against the context size, the tokens that are put in, and the sites, ``named`` by the options
+    that they are from; it has not run yet.  All that does not fit is told at once."""
     backend = build_backend(config, plugins, model)
     if not has_model(config, plugins):
         return backend
-    own = config.sites.all
     check_all(
         lambda: check_context_size(backend, corpus.context_size),
-        lambda: check_hooks(backend, own, sites_option(config)),
-        lambda: check_hooks(backend, [site for site in sites if site not in own], option),
+        *(partial(check_hooks, backend, sites, option) for option, sites in named.items()),
         lambda: corpus.policy(backend.special_tokens),
     )
     return backend
@@ -163,12 +165,18 @@ def open_source(
 ) -> SupervisedSource:
     """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
     source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
-    rows = getattr(source, "rows", None)  # of a source that reads them from elsewhere
-    if rows and stream.repeat and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
-        stream.doubt(text)
     model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
     item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
-    return SupervisedSource(source, item, stream.sites, [model])
+    try:
+        found = SupervisedSource(source, item, stream.sites, [model])
+    except BaseException:
+        with contextlib.suppress(Exception):
+            source.close()
+        raise
+    rows = found.rows if stream.repeat and isinstance(found, StatesRows) else 0
+    if rows and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
+        stream.doubt(text)
+    return found
 
 
 def sites_option(config: TrainConfig) -> str:
@@ -176,9 +184,20 @@ def sites_option(config: TrainConfig) -> str:
     return "inputs, targets" if config.inputs else "site.hook_name"
 
 
+def sites_by_option(configs: Iterable[TrainConfig]) -> dict[str, tuple[Site, ...]]:
+    """The sites of all of ``configs``, by the options that name them first."""
+    found: dict[str, tuple[Site, ...]] = {}
+    seen: set[Site] = set()
+    for config in configs:
+        option, sites = sites_option(config), config.sites.all
+        found[option] = found.get(option, ()) + tuple(site for site in sites if site not in seen)
+        seen.update(sites)
+    return found
+
+
 def widths_of(source: SupervisedSource, stream: StreamContext) -> Widths:
     """``d`` at each site of ``stream``: as the source states them, or else as the model has them."""
-    if source.widths is not None:
+    if isinstance(source, StatesWidths):
         return source.widths
     if not stream.has_model:
         raise ConfigError(
@@ -200,3 +219,14 @@ def widths_text(widths: Mapping[str, int], model: str) -> str:
     """In words: what is how wide, and of several how wide all are together."""
     first, *others = [f"{name} of {model!r} has width {width}" for name, width in widths.items()]
     return first if not others else f"{', '.join([first, *others])}: {sum(widths.values())} side by side"
+
+
+def check_start_widths(start: SAEModule, ports: Ports, model: str) -> None:
+    """:class:`ConfigError` where the SAE that training starts from is for vectors of another size than ``ports``."""
+    for own, found in ((start.ports.inputs, ports.inputs), (start.ports.targets, ports.targets)):
+        if [*own.values()] != [*found.values()]:
+            sizes = " and ".join(map(str, own.values()))
+            raise ConfigError(
+                [("training.from_pretrained_path", f"holds an SAE for vectors of {sizes}, but "
+                  f"{widths_text(found, model)}")]
+            )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from saekit.config import OptimizerConfig, TrainConfig
 from saekit.errors import PluginFailedError
@@ -15,11 +16,11 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.runs.checks import chosen_evals
 from saekit.runs.opening import seed_for
 from saekit.sae.module import SAEModule
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
 from saekit.values import EvalRun
 
-__all__ = ["make_evals", "make_optimizer", "make_schedule"]
+__all__ = ["make_evals", "make_optimizer", "make_schedule", "moment_bytes"]
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
@@ -33,9 +34,13 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
 
 
 def make_optimizer(
-    config: TrainConfig, plugins: PluginManager, sae: SAEModule, schedule: ComposedSchedule
-) -> Optimizer:
-    """The chosen one, with what is left to the architecture."""
+    config: TrainConfig,
+    plugins: PluginManager,
+    sae: SAEModule,
+    schedule: Callable[[int], float],
+    parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
+) -> ScheduledOptimizer:
+    """The chosen one, with what is left to the architecture; of ``parameters``, or by default those of ``sae``."""
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
     if not isinstance(chosen.options, OptimizerConfig):
         raise PluginFailedError(
@@ -46,7 +51,39 @@ def make_optimizer(
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
-        return Optimizer(sae.named_parameters(), chosen.build, schedule, clip=clip, table=sae.table)
+        of = sae.named_parameters() if parameters is None else parameters
+        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=sae.table)
+
+
+def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule) -> int | None:
+    """What the chosen optimizer keeps of the parameters of ``sae`` beside them, in bytes; None where that is not known.
+
+    It is asked: it takes a step on parameters of the same names that have a few numbers each, and what it has then of
+    their shape it will have of that of the others.
+    """
+    few = {name: _of_a_few_numbers(parameter) for name, parameter in sae.named_parameters()}
+    try:
+        optimizer = make_optimizer(config, plugins, sae, lambda step: config.training.lr, few.items())
+        optimizer.step(0)
+        kept = optimizer.state_dict()
+    except Exception:  # with parameters of these sizes a stranger's need not work
+        return None
+    return sum(
+        value.itemsize * parameter.numel()
+        for name, parameter in sae.named_parameters()
+        for value in kept.get(name, {}).values()
+        if isinstance(value, Tensor) and value.ndim and value.shape == few[name].shape
+    )
+
+
+def _of_a_few_numbers(parameter: Tensor) -> nn.Parameter:
+    """One of the same number of dimensions, laid out alike, in the type that it is trained in, with a gradient."""
+    sizes = [min(size, 2 + number) for number, size in enumerate(parameter.shape)]
+    turned = parameter.ndim == 2 and parameter.T.is_contiguous() and not parameter.is_contiguous()
+    values = torch.ones(sizes[::-1] if turned else sizes, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    found = nn.Parameter(values.T if turned else values)
+    found.grad = torch.ones_like(found)
+    return found
 
 
 def make_evals(

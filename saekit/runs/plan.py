@@ -22,6 +22,7 @@ from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, HasMemory, ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
+from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
     build_backend,
@@ -33,7 +34,7 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
-from saekit.runs.parts import make_evals, make_schedule
+from saekit.runs.parts import make_evals, make_schedule, moment_bytes
 from saekit.runs.planned import Plan
 from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
 from saekit.runs.planned_text import look_at_text
@@ -89,10 +90,9 @@ class _Planner:
         self.problems += [problem for problem in found if problem not in self.problems]
         return None
 
-    def doubt(self, text: str) -> None:
-        """Among the warnings, once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
+    def doubt(self, *texts: str) -> None:
+        """Among the warnings, each once."""
+        self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
     def look(self, model: object | None, dataset: object | None) -> None:
         """Everything, as far as it can be reached."""
@@ -104,6 +104,7 @@ class _Planner:
         self.attempt(lambda: chosen_trackers(config, plugins))
         if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
             self.options, self.start = found
+            self.doubt(*doubts_of_start(config, self.start))
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         if schedule is not None and (remark := schedule.remark()) is not None:
             self.warnings.append(remark)
@@ -124,6 +125,7 @@ class _Planner:
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
                 return
+            self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             self.sizes(backend, stream, corpus, ports)
             if source is not None:
                 self.source(source)
@@ -175,8 +177,7 @@ class _Planner:
         """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
         found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
         self.facts |= found.facts
-        for text in found.warnings:
-            self.doubt(text)
+        self.doubt(*found.warnings)
 
     def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, ports: Ports) -> None:
         """Widths, memory and disk."""
@@ -189,7 +190,9 @@ class _Planner:
         parameters = sae.table.count()
         saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
         weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
-        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae, "sae_bytes": 4 * weights}
+        kept = moment_bytes(self.config, self.plugins, sae)
+        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae, "sae_bytes": 2 * weights + (kept or 0)}
+        self.numbers |= {"optimizer_bytes": kept} if kept is not None else {}
         self.sites(backend, ports)
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
         if d_sae < ports.d_in:
@@ -198,7 +201,8 @@ class _Planner:
         if model_bytes:
             self.numbers["model_bytes"] = model_bytes
             self.facts["model memory"] = _bytes(model_bytes)
-        self.facts["SAE memory"] = f"{_bytes(4 * weights)} (weights, gradients and at most two moments: Adam keeps two)"
+        own = f", and the optimizer's {_bytes(kept)}" if kept is not None else "; what the optimizer keeps is not known"
+        self.facts["SAE memory"] = f"{_bytes(2 * weights + (kept or 0))} (weights and gradients{own})"
         self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
         if not stream.has_model:
             return
@@ -234,7 +238,7 @@ class _Planner:
 
     def source(self, source: ActivationSource) -> None:
         """The memory that batches come from."""
-        size = getattr(source, "memory_bytes", lambda: 0)()
+        size = source.memory_bytes() if isinstance(source, HasMemory) else 0
         if not size:
             return
         self.numbers["buffer_bytes"] = size
@@ -249,12 +253,15 @@ class _Planner:
             )
 
     def checkpoints(self) -> None:
-        """What a run that can be resumed takes on the disk: weights, at most two moments (Adam's), and the buffer."""
+        """What a run that can be resumed takes on the disk: weights, what the optimizer keeps, and the buffer."""
         keep = self.config.checkpoints.keep_last
         if not keep:
             self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"
             return
-        size = self.numbers["sae_bytes"] * 3 // 4 + self.numbers.get("buffer_bytes", 0)
+        if "sae_bytes" not in self.numbers:
+            return  # there is no such SAE, which is among the problems
+        kept = self.numbers.get("optimizer_bytes", 0)
+        size = (self.numbers["sae_bytes"] + kept) // 2 + self.numbers.get("buffer_bytes", 0)
         self.numbers["checkpoint_bytes"] = size
         self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
 

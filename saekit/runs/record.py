@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import dump_config, load_config, plain_config
+from saekit.config.files import dump_config, load_config
 from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.paths import here, steady
 from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
 from saekit.runs.place import RECORD, check_is_run
+from saekit.runs.sweep import spelled_out
 from saekit.values import RunEnd
 
-__all__ = ["RunRecord", "differences", "flat"]
+__all__ = ["RunRecord", "differences", "flat", "is_named"]
 
 CONFIG = "config.toml"
 FORMAT = 1
@@ -35,6 +36,8 @@ class RunRecord:
     """The folder of each SAE below ``folder``; ``.`` for one that is alone."""
     in_memory: tuple[str, ...] = ()
     """``model``, ``dataset``."""
+    model: str | None = None
+    """The name of the model, as it calls itself; empty where there is none, and None where an older saekit began."""
     checkpointed: bool = False
     """Whether a checkpoint to go on from was ever written; where there is none then, somebody has removed it."""
     end: RunEnd | None = None
@@ -65,6 +68,8 @@ class RunRecord:
 
     def _save(self, *, ended: bool = True) -> None:
         table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
+        if self.model is not None:
+            table["model"] = self.model
         if self.checkpointed:
             table["checkpointed"] = True
         if ended and self.end is not None:
@@ -94,7 +99,8 @@ class RunRecord:
                 raise PlaceError(f"{path} has format {table['format']!r}, expected {FORMAT}: update saekit to go on")
             checkpointed = table.get("checkpointed", False) is True
             saes = dict(table["saes"].items())
-            record = cls(folder, saes, tuple(table["in_memory"]), checkpointed, *_end_of(table))
+            model = table["model"] if isinstance(table.get("model"), str) else None
+            record = cls(folder, saes, tuple(table["in_memory"]), model, checkpointed, *_end_of(table))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
@@ -156,13 +162,22 @@ def _end_of(table: Mapping[str, Any]) -> tuple[RunEnd | None, dict[str, str]]:
 
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:
-    """The dotted options in which two configurations differ, with both values."""
-    before, after = flat(plain_config(old, plugins)), flat(plain_config(new, plugins))
-    return {
-        path: (before.get(path), after.get(path))
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path)
-    }
+    """The dotted options in which two configurations differ, with both values.
+
+    A plugin's key is at its own path, and its options below that; where it is another, those tell nothing more.
+    """
+    before, after = spelled_out(old, plugins), spelled_out(new, plugins)
+    found: dict[str, tuple[Any, Any]] = {}
+    for path in dict.fromkeys([*before, *after]):
+        if before.get(path) != after.get(path) and not is_named(path.rpartition(".")[0], found):
+            found[path] = before.get(path), after.get(path)
+    return found
+
+
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Whether ``names`` have the option at ``path``, or a section that it lies in."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in names for n in range(1, len(parts) + 1))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

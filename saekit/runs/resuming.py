@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from saekit.files.storage import tidy
 from saekit.plugins.manager import PluginManager
 from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
-from saekit.runs.record import RunRecord, differences, flat
+from saekit.runs.record import RunRecord, differences, flat, is_named
 from saekit.runs.waiting import TrackersState, waiting_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Resumption:
     checkpoint: Checkpoint | None
     """None: the run was stopped before its first one, and begins anew."""
     allow: frozenset[str]
-    """What may differ beside the configuration."""
+    """The options, and sections of them, that may differ."""
     changed: frozenset[str]
     """The options of the configuration that differ, all of them allowed."""
 
@@ -95,10 +95,10 @@ class Resumption:
             if checkpoint is not None:
                 changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
         changed = {path: values for path, values in changed.items() if not path.startswith(_FREE)}
-        allow = [path for path in allow if not path.startswith(_FREE)]
+        allow = [path for path in allow if not f"{path}.".startswith(_FREE)]
         refuse(changed, frozenset(allow))
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
-        _refuse_unused(set(allow) - set(changed) - set(identity))
+        _refuse_unused(allow, [*changed, *identity])
         if checkpoint is None:
             warnings.warn(
                 f"the run in {folder} was stopped before its first checkpoint; it begins anew",
@@ -107,7 +107,7 @@ class Resumption:
             )
         else:
             _check_left(checkpoint, old, new, folder)
-        return cls(record, new, checkpoint, frozenset(allow) - set(changed), frozenset(changed))
+        return cls(record, new, checkpoint, frozenset(allow), frozenset(changed))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -135,7 +135,7 @@ class Resumption:
             if value is not None and now.get(path) is not None and value != now[path]
         }
         refuse(changed, self.allow | self.changed)
-        _refuse_unused(self.allow - set(changed))
+        _refuse_unused(self.allow, [*changed, *self.changed])
         for package, version in versions().items():
             if saved["versions"].get(package) != version:
                 warnings.warn(
@@ -223,20 +223,21 @@ def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) 
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> None:
-    """:class:`ConfigError` for everything that changed and is not in ``allow``."""
+    """:class:`ConfigError` for everything that changed and is not in ``allow``, alone or with its section."""
     problems = [
         (path, f"was {before!r} when the run was saved, and is {now!r} now; a run that goes on as it was cannot change "
          f"it. To change it all the same: --allow {path} (or allow=[{path!r}])")
         for path, (before, now) in changed.items()
-        if path not in allow
+        if not is_named(path, allow)
     ]  # fmt: skip
     if problems:
         raise ConfigError(problems, "the resumed run")
 
 
-def _refuse_unused(allow: Set[str]) -> None:
-    if allow:
-        raise ConfigError(f"allowed to change, but the same as before: {', '.join(sorted(allow))}")
+def _refuse_unused(allow: Collection[str], changed: Collection[str]) -> None:
+    """:class:`ConfigError` for what is allowed to change, and names nothing that did."""
+    if unused := sorted({name for name in allow if not any(is_named(path, [name]) for path in changed)}):
+        raise ConfigError(f"allowed to change, but the same as before: {', '.join(unused)}")
 
 
 def _check_beginning(record: RunRecord) -> None:

@@ -16,13 +16,16 @@ from saekit.errors import DataError, DivergedError, StorageError, TrainingInterr
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.sae import SAE
 from saekit.reports.pictures import Pictures
 from saekit.runs.checkpoints import all_checkpoints
-from saekit.runs.checks import alone_in
+from saekit.runs.checks import alone_in, has_model
+from saekit.runs.doubts import doubts_of_features
 from saekit.runs.ending import Ending, end_of
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
 from saekit.runs.observers import EvalObserver, TrackerObserver
+from saekit.runs.opening import warn_of
 from saekit.runs.progress import TrainingProgress
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
@@ -35,12 +38,13 @@ from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
 from saekit.sae.folder import save_sae
-from saekit.sae.saved import SAE
 from saekit.status import Status
 from saekit.training.loop import fit
 from saekit.values import RunEnd
 
 __all__ = ["begin", "go_on"]
+
+_INTERRUPTED_TOO = "that was interrupted, too"
 
 
 def begin(
@@ -68,7 +72,8 @@ def begin(
         session.give_weights()
         folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
-        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory))
+        model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
+        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
         with alone_in(folder):
             return _run(session, record)
@@ -130,6 +135,7 @@ def _run(
             raise
         finally:
             SHARED.release()
+    _warn_of_features(session)
     return _result(session, record, summary, ending.pictures)
 
 
@@ -194,6 +200,13 @@ def _finish(
     return summary
 
 
+def _warn_of_features(session: Session) -> None:
+    """Say which SAEs have mostly dead features; after all else, since it is no reason to lose anything."""
+    for member in _healthy(session):
+        for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
+            warn_of(text)
+
+
 def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
     """How many records each tracker has not taken, by its key and, of several, the name of the SAE."""
     return {
@@ -248,7 +261,7 @@ def _save_after(
     """Save what there is when training ends early; an interruption is raised as what it is."""
     saved, problem = None, None
     if saving.broken_off:
-        problem = "that was interrupted, too"
+        problem = _INTERRUPTED_TOO
     elif session.batches:
         try:
             saved, record = _saved(session, record, saving)
@@ -257,6 +270,8 @@ def _save_after(
             KeyboardInterrupt,
         ) as failed:  # a full disk, or the device that the first error was about: tell both
             problem = str(failed) if isinstance(failed, StorageError) else f"{type(failed).__name__}: {failed}"
+            if isinstance(failed, KeyboardInterrupt):
+                problem = _INTERRUPTED_TOO
     newest = next(all_checkpoints(record.folder), None)
     if isinstance(error, KeyboardInterrupt):
         signal, run = interruption.signal, record.folder
@@ -278,7 +293,7 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
     try:
         return saving.save(), record
     except RunFolderLostError:
-        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory)
+        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
         RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
         return saving.save_in(rescued.folder), rescued

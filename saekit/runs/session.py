@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
+from saekit.evals.calling import called
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, Eval
+from saekit.protocols import ActivationSource, Eval, Pauses
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
+from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text
-from saekit.runs.opening import checked_ports, open_backend, open_source, open_stream, seed_for, warn_of, widths_of
+from saekit.runs.opening import (
+    check_start_widths,
+    checked_ports,
+    open_backend,
+    open_source,
+    open_stream,
+    seed_for,
+    sites_by_option,
+    warn_of,
+    widths_of,
+)
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
-from saekit.runs.setup import (
-    check_start_widths,
-    give_weights,
-    make_trainer,
-    sae_options,
-)
+from saekit.runs.setup import give_weights, make_trainer, sae_options
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
@@ -67,8 +73,8 @@ def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
 
     What its source does ahead ends first: a forward that it made after that would be shared with nobody.
     """
-    if (pause := getattr(source, "pause", None)) is not None:
-        pause()
+    if isinstance(source, Pauses):
+        source.pause()
     release()
 
 
@@ -94,9 +100,8 @@ class Session:
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset)
-        sites = list(dict.fromkeys(site for config in configs.values() for site in config.sites.all))
         self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
-        self.backend = open_backend(first, self.corpus, plugins, model, sites)
+        self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
         self._held_out: dict[tuple[int, int], Tensor] = {}
         self.say("reading the text")
         for config in configs.values():
@@ -129,7 +134,16 @@ class Session:
             for name in names:
                 members[name] = self._member(name, configs[name], prepared[name], widths)
                 lane.trainers.append(members[name].trainer)
+        self._warn_of_sites(members.values())
         return {name: members[name] for name in configs}
+
+    def _warn_of_sites(self, members: Collection[Member]) -> None:
+        """Say once what looks wrong with the sites of each, but would train."""
+        texts = [text for member in members for text in doubts_of_start(member.config, member.start)]
+        for sites in dict.fromkeys(member.config.sites for member in members):
+            texts += doubts_of_order(self.backend, sites, self._streams[0].model_lock)
+        for text in dict.fromkeys(texts):
+            warn_of(text)
 
     def _open_stream(self, configs: Sequence[TrainConfig], shared: SharedForwards | None) -> Callable[[], None]:
         """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
@@ -207,12 +221,11 @@ class Session:
         found: dict[str, float] = {}
         chosen = chosen_evals(member.config, self.plugins)
         model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
-        # No source's thread may run the model while its hooks are in place; and an eval is a stranger, who may set and
-        # leave what training would see.
-        with self._streams[0].model_lock, ambient():
+        # No source's thread may run the model while its hooks are in place.
+        with self._streams[0].model_lock:
             for key, measure in member.evals.items():
                 with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
-                    told = measure(sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
+                    told = called(measure, sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
                 found |= numbers_of(key, told)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None

@@ -25,7 +25,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_finetuning, has_model, start_files
-from saekit.runs.opening import seed_for, widths_text
+from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
 from saekit.sae.build import build_module, initialize
@@ -38,7 +38,6 @@ from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Ports, Scale
 
 __all__ = [
-    "check_start_widths",
     "give_weights",
     "make_trainer",
     "metadata_of",
@@ -78,7 +77,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
         for name in _INITIAL
-        if getattr(options, name) not in (False, "zeros", attrs.fields_dict(type(options))[name].default)
+        if _is_chosen(options, name)
     ]
     wanted = plain_config(options, plugins)
     architecture = plugins.find(SAE_ARCHITECTURES, config.sae).key
@@ -89,11 +88,6 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
         ("sae.d_in", options.d_in or start.d_in, start.d_in),
         *_sites_compared(config.sites, start.ports),
-        *(
-            (f"sae.{field.name}", getattr(options, field.name), start.info.options.get(field.name))
-            for field in attrs.fields(type(options))
-            if field.metadata.get(SAME_AT_START) and start.info.architecture == architecture
-        ),
     ):
         if own != saved:
             problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
@@ -102,9 +96,26 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
             ("activations.normalize_activations", f"is 'none', but {where} was trained on scaled activations, by a "
              "factor that its files do not hold; set it to 'expected_average_only_in'")
         )  # fmt: skip
-    problems += _decoder_problems(config, options, start, _known_scale(config, start))
+    scale = _known_scale(config, start)
+    problems += _decoder_problems(config, options, start, scale)
+    alike = start.info.architecture == architecture and not {"inputs", "targets"} & {name for name, _ in problems}
+    if alike and _differing(options, start) and (scale is not None or len(config.sites.all) == 1):
+        problems += _meaning_problems(options, start, _scaled(start, scale or 1.0, config.sites), where)
     if problems:
         raise ConfigError(problems)
+
+
+def _is_chosen(options: SAEConfig, name: str) -> bool:
+    """Whether an option is not its default, and could be: some other options ask for another value of it."""
+    default: Any = attrs.fields_dict(type(options))[name].default
+    if getattr(options, name) == default:
+        return False
+    by_default: dict[str, Any] = {name: default}
+    try:
+        attrs.evolve(options, **by_default)
+    except ConfigError:
+        return False
+    return True
 
 
 def _sites_compared(sites: Sites, saved: Ports) -> Iterator[tuple[str, str, str]]:
@@ -114,17 +125,6 @@ def _sites_compared(sites: Sites, saved: Ports) -> Iterator[tuple[str, str, str]
             names, before = [site.name for site in own], [*widths]
             one = len(names) == len(before) == 1 and sites.same == saved.same
             yield option, "" if one else ", ".join(names), "" if one else ", ".join(before)
-
-
-def check_start_widths(start: SAEModule, ports: Ports, model: str) -> None:
-    """:class:`ConfigError` where the SAE that training starts from is for vectors of another size than ``ports``."""
-    for own, found in ((start.ports.inputs, ports.inputs), (start.ports.targets, ports.targets)):
-        if [*own.values()] != [*found.values()]:
-            sizes = " and ".join(map(str, own.values()))
-            raise ConfigError(
-                [("training.from_pretrained_path", f"holds an SAE for vectors of {sizes}, but "
-                  f"{widths_text(found, model)}")]
-            )  # fmt: skip
 
 
 def _at_sites(ports: Ports, sites: Sites) -> Ports:
@@ -270,7 +270,7 @@ def _watching(
 ) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """What goes wrong in the SAE's own code says which plugin it is of."""
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
-    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), getattr(sae, "activation", None)
+    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation
     return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
 
 
@@ -328,25 +328,41 @@ def _starting_rows(sample: Mapping[Site, Tensor], sites: Sites) -> tuple[Tensor,
 @torch.no_grad()
 def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale, where: str) -> None:
     """Those of an SAE for raw activations, for activations times ``scale``; ``where`` it is from."""
-    sae = copy.deepcopy(start).double()  # once there and back must not cost digits
-    sae.fold_activation_scale(*_unfolding(scale, trainer.sae.ports))
-    if problems := list(_changed_by_folding(start, sae, where)):
+    sae = _scaled(start, scale, trainer.sites)
+    if problems := list(_meaning_problems(trainer.sae.config, start, sae, where)):
         raise ConfigError(problems)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
     SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
     trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
-def _changed_by_folding(start: SAEModule, folded: SAEModule, where: str) -> Iterator[tuple[str, str]]:
-    """Options without which ``folded`` would be another SAE, and which the run has as ``start`` has them."""
-    for field in attrs.fields(type(start.config)):
-        own, needed = (getattr(sae.config, field.name) for sae in (start, folded))
-        if field.metadata.get(SAME_AT_START) and own != needed:
+def _scaled(start: SAEModule, scale: Scale, sites: Sites) -> SAEModule:
+    """That of an SAE for raw activations which does the same on activations times ``scale``, in float64."""
+    sae = copy.deepcopy(start).double()  # once there and back must not cost digits
+    sae.fold_activation_scale(*_unfolding(scale, _at_sites(start.ports, sites)))
+    return sae
+
+
+def _differing(options: SAEConfig, sae: SAEModule) -> dict[str, Any]:
+    """The options that decide what weights mean, with their values in ``sae``, where a run has others."""
+    names = [field.name for field in attrs.fields(type(options)) if field.metadata.get(SAME_AT_START)]
+    return {name: found for name in names if (found := getattr(sae.config, name, None)) != getattr(options, name)}
+
+
+def _meaning_problems(options: SAEConfig, start: SAEModule, scaled: SAEModule, where: str) -> Iterator[tuple[str, str]]:
+    """Make ``scaled``, which is ``start`` for scaled activations, one of ``options``; what cannot be is told."""
+    within = 8 * torch.finfo(start.dtype).eps
+    for name, found in _differing(options, scaled).items():
+        own, before = getattr(options, name), getattr(start.config, name)
+        if scaled.restate(name, own, within=within):
+            continue
+        if before == own:  # it is the scale that does it
             yield (
-                f"sae.{field.name}", f"is {own!r}, but with a scale for each site {where} needs {needed!r}; set "
-                "activations.normalize_activations to 'none', or start from one that was trained with "
-                f"{field.name} = {needed!r}"
+                f"sae.{name}", f"is {own!r}, but with a scale for each site {where} needs {found!r}; set it to "
+                f"{found!r}, or activations.normalize_activations to 'none'"
             )  # fmt: skip
+        else:
+            yield f"sae.{name}", f"is {own!r}, but {where} has {before!r}"
 
 
 def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:

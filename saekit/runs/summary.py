@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.files.storage import write_text
 from saekit.reports.sweep import NUMBERS
+from saekit.runs.sweep import value_text
 
 if TYPE_CHECKING:
     from saekit.runs.session import Member
@@ -25,9 +27,17 @@ def write_summary(
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _in_a_file(value) for name, value in row.items()} for row in rows)
     write_text(folder / "summary.csv", text.getvalue())
     return list(rows)
+
+
+def _in_a_file(value: Any) -> Any:
+    """Sites by their names, and other lists and tables as JSON, which more can read than Python."""
+    if not isinstance(value, (list, Mapping)):
+        return value
+    text = value_text(value)
+    return json.dumps(value) if text == str(value) else text
 
 
 def _row(member: Member, options: Mapping[str, Any]) -> dict[str, Any]:

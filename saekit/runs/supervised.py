@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
-from saekit.protocols import ActivationSource, StatesWidths
+from saekit.protocols import ActivationSource, HasMemory, Pauses, StatesRows, StatesWidths
 from saekit.site import Site
 from saekit.values import Batch
 
 __all__ = ["SupervisedSource"]
 
 _END = object()
+_T = TypeVar("_T")
 
 
 class SupervisedSource:
-    """``source`` of the plugin ``item``; whatever else it has beside the methods of its kind is there as it is."""
+    """``source`` of the plugin ``item``; what it can do beside the methods of its kind, this can, and no more."""
+
+    widths: Mapping[Site, int]
+    rows: int
+    pause: Callable[[], None]
+    memory_bytes: Callable[[], int]
 
     def __init__(
         self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]
     ) -> None:
         """``sites`` are those that each batch must hold, and ``parts`` other plugins' objects that it uses."""
         self._source, self._item, self._sites, self._parts = source, item, tuple(sites), tuple(parts)
+        self._stated: Mapping[Site, int] = {}
+        # To look whether a property is there may be to ask it, and it is a stranger's.
+        with self._blamed("widths"):
+            if isinstance(source, StatesWidths):
+                self.widths = self._stated = self._checked(dict(source.widths))
+        with self._blamed("rows"):
+            if isinstance(source, StatesRows):
+                self.rows = self._count(source.rows)
+        if isinstance(source, Pauses):
+            self.pause = self._watched("pause", source.pause)
+        if isinstance(source, HasMemory):
+            self.memory_bytes = self._watched("memory_bytes", source.memory_bytes)
 
     @property
     def key(self) -> str:
         """The plugin's qualified key."""
         return self._item.key
 
-    @cached_property
-    def widths(self) -> Mapping[Site, int] | None:
-        """What the source states of its own: see :class:`saekit.protocols.StatesWidths`.  None: nothing."""
-        with self._blamed("widths"):
-            if not isinstance(self._source, StatesWidths):
-                return None
-            found = dict(self._source.widths)
-            wrong = [site.name for site in self._sites if type(found.get(site)) is not int or found[site] < 1]
+    def _checked(self, widths: Mapping[Site, int]) -> Mapping[Site, int]:
+        wrong = [site.name for site in self._sites if type(widths.get(site)) is not int or widths[site] < 1]
         if wrong:
-            raise returned(self._item, "widths", found, f"expected a width of 1 or more for {', '.join(wrong)}")
-        return found
+            raise returned(self._item, "widths", widths, f"expected a width of 1 or more for {', '.join(wrong)}")
+        return widths
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
+    def _count(self, rows: object) -> int:
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+            raise returned(self._item, "rows", rows, "expected how many rows one reading has, a whole number")
+        return rows
+
+    def _watched(self, doing: str, work: Callable[[], _T]) -> Callable[[], _T]:
+        def watched() -> _T:
+            with self._blamed(doing):
+                return work()
+
+        return watched
 
     def _blamed(self, doing: str) -> AbstractContextManager[None]:
         return blamed(self._item, doing, at_work=True, parts=self._parts)
@@ -75,7 +95,7 @@ class SupervisedSource:
             return f"which lacks the activations of {', '.join(missing)}"
         if len({len(rows) for rows in batch.activations.values()}) != 1:
             return "which has another number of rows at each site"
-        for site, width in (self.widths or {}).items():
+        for site, width in self._stated.items():
             rows = batch.activations.get(site)
             if rows is not None and tuple(rows.shape[1:]) != (width,):
                 return f"whose rows at {site.name} are not {width} wide, as it says that they are"

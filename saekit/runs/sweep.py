@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import attrs
 
 from saekit.config import PLUGIN_KIND, TrainConfig
 from saekit.config.files import load_configs, plain_config, read_table
-from saekit.config.merging import Place, set_option, tables
+from saekit.config.merging import Place, in_order, set_option, tables
 from saekit.config.values import plain, too_nested
 from saekit.errors import ConfigError
 from saekit.files.names import SWEEP_FILES, is_plain_name
@@ -55,8 +56,7 @@ def grid(
     points = []
     for point in itertools.product(*values.values()):
         changed = tables(table, plugins)
-        # A plugin before its options, in whatever order they are given.
-        for path, value in sorted(zip(values, point, strict=True), key=lambda item: item[0].count(".")):
+        for path, value in in_order(zip(values, point, strict=True)):
             set_option(changed, path, tables(value, plugins), Place(TrainConfig, plugins))
         points.append(changed)
     return load_configs(points, plugins=plugins, kind=TrainConfig)
@@ -80,7 +80,7 @@ def spelled_out(
     table = plain_config(config, plugins) if table is None else table
     found: dict[str, Any] = {}
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
-        if not field.init:
+        if not field.init or field.name not in table:
             continue
         path, value = prefix + field.name, getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
@@ -96,12 +96,54 @@ def spelled_out(
 
 
 def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:
-    """For each configuration, the options in which they are not all alike."""
+    """For each configuration, the options in which they are not all alike; None: not an option of its plugins."""
     tables = [spelled_out(config, plugins) for config in configs]
+    return [{path: table.get(path) for path in _changed(tables)} for table in tables]
+
+
+def _changed(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paths at which the options are not all alike."""
     paths = dict.fromkeys(path for table in tables for path in table)
     paths.pop("checkpoints.name", None)
-    changed = [path for path in paths if any(table.get(path) != tables[0].get(path) for table in tables)]
-    return [{path: table.get(path) for path in changed} for table in tables]
+    return [path for path in paths if any(table.get(path) != tables[0].get(path) for table in tables)]
+
+
+def _naming_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:
+    """For each configuration, what tells it from the others: of another plugin, only what is not its default."""
+    tables = [spelled_out(config, plugins) for config in configs]
+    changed = _changed(tables)
+    found = []
+    for config, table in zip(configs, tables, strict=True):
+        implied = _defaults(config, plugins)
+        found.append({
+            path: table[path]
+            for path in changed
+            if path in table
+            and not (table[path] == implied.get(path, _NO_DEFAULT) and any(_below(path, other) for other in changed))
+        })  # fmt: skip
+    return found
+
+
+def _below(path: str, other: str) -> bool:
+    return path.startswith(f"{other}.")
+
+
+_NO_DEFAULT = object()
+
+
+def _defaults(config: object, plugins: PluginManager, prefix: str = "") -> dict[str, Any]:
+    """By dotted path, what the options of the chosen plugins are where nothing is said of them."""
+    found: dict[str, Any] = {}
+    for field in attrs.fields(type(config)):  # type: ignore[arg-type]
+        path, value = prefix + field.name, getattr(config, field.name)
+        kind = field.metadata.get(PLUGIN_KIND)
+        if kind is not None and value is not None and not isinstance(value, tuple):
+            cls = type(plugins.bound(kind, value).options)
+            with contextlib.suppress(Exception):  # one that has no options without some that are stated
+                found |= spelled_out(cls(), plugins, f"{path}.")
+        elif attrs.has(type(value)):
+            found |= _defaults(value, plugins, f"{path}.")
+    return found
 
 
 def check_together(configs: Sequence[TrainConfig], plugins: PluginManager) -> None:
@@ -150,9 +192,11 @@ def member_names(configs: Sequence[TrainConfig], plugins: PluginManager) -> tupl
     """
     given = [config.checkpoints.name for config in configs]
     if len(set(given)) == 1:
-        width = len(str(len(configs) - 1))
+        width, naming = len(str(len(configs) - 1)), _naming_options(configs, plugins)
+        labels = short_names(dict.fromkeys(path for options in naming for path in options))
         return given[0], [
-            _name(f"{index:0{width}}", changed) for index, changed in enumerate(changed_options(configs, plugins))
+            _name(f"{index:0{width}}", [f"{labels[path]}={value_text(value)}" for path, value in options.items()])
+            for index, options in enumerate(naming)
         ]
     if None in given or len(set(given)) < len(given):
         raise ConfigError(
@@ -171,10 +215,15 @@ def _names_a_folder(name: str) -> bool:
     return bool(fine) and name.casefold() not in SWEEP_FILES
 
 
-def _name(number: str, changed: Mapping[str, Any]) -> str:
-    labels = short_names(changed)
-    parts = [number, *(f"{labels[path]}={value_text(value)}" for path, value in changed.items())]
-    return re.sub(r"[^\w.=+-]+", "-", "_".join(parts), flags=re.ASCII)[:_LONGEST_NAME].rstrip("-._")
+def _name(number: str, options: Sequence[str]) -> str:
+    """``number`` and as many of ``options`` as there is room for, none of them cut but a first one that is too long."""
+    name = number
+    for option in options:
+        longer = name + "_" + re.sub(r"[^\w.=+-]+", "-", option, flags=re.ASCII).rstrip("-._")
+        if len(longer) > _LONGEST_NAME and name != number:
+            break
+        name = longer
+    return name[:_LONGEST_NAME].rstrip("-._")
 
 
 def value_text(value: Any) -> str:

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from saekit.config import ALWAYS_TRACKED, TrainConfig
+from saekit.config import TrainConfig
 from saekit.config.files import plain_config
+from saekit.defaults import ALWAYS_TRACKED
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Concludes, Tracker
+from saekit.protocols import Concludes, TakesCheckpoints, Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.tracker_files import TrackerFiles
@@ -149,7 +150,7 @@ class _Worker:
     def __init__(self, name: str, tracker: Tracker, waiting: Sequence[Record]) -> None:
         self.name = name
         self.tracker = tracker
-        self.cares_of_saes = getattr(tracker, "log_checkpoint", None) is not None
+        self.cares_of_saes = isinstance(tracker, TakesCheckpoints)
         self.failure: str | None = None
         self.left_behind = False
         self._lags = False

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.files.names import is_plain_name
-from saekit.protocols import Tracker
+from saekit.protocols import TakesCheckpoints, Tracker
 from saekit.values import Histogram, Metrics
 
 __all__ = ["Record", "TrackersState", "metrics_of", "metrics_state", "waiting_of", "waiting_state"]
@@ -27,8 +27,8 @@ class Record:
         """Make the call; a tracker that does not care of saved SAEs is not told of them."""
         if self.folder is None:
             tracker.log(dict(self.metrics), self.step)  # a copy: it goes on with its own, and so may others
-        elif (tell := getattr(tracker, "log_checkpoint", None)) is not None:
-            tell(self.folder, self.step)
+        elif isinstance(tracker, TakesCheckpoints):
+            tracker.log_checkpoint(self.folder, self.step)
 
 
 TrackersState: TypeAlias = Mapping[str, Sequence[Record]]

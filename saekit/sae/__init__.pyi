@@ -3,6 +3,8 @@ from .build import build_module as build_module
 from .build import initialize as initialize
 from .hooks import HookPoint as HookPoint
 from .init import geometric_median as geometric_median
+from .inputs import check_scales as check_scales
+from .inputs import check_width as check_width
 from .losses import auxk_loss as auxk_loss
 from .losses import ghost_loss as ghost_loss
 from .losses import sparsity_penalty as sparsity_penalty
@@ -14,4 +16,3 @@ from .parameters import Factor as Factor
 from .parameters import Parameter as Parameter
 from .parameters import Start as Start
 from .parameters import one_factor as one_factor
-from .saved import SAE as SAE

@@ -23,9 +23,9 @@ from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_n
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
-from saekit.pretrained.tensors import check_tensor, check_tensors
 from saekit.site import Site
 from saekit.values import is_scale
+from saekit.weights import check_tensor, check_tensors
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule

@@ -16,7 +16,7 @@ from saekit.errors import ConfigError
 from saekit.sae.parameters import Start
 
 __all__ = [
-    "b_dec", "constant", "decoder", "encoder", "geometric_median", "initial_b_dec", "ones", "zeros",
+    "Constant", "b_dec", "decoder", "encoder", "geometric_median", "initial_b_dec", "ones", "zeros",
 ]  # fmt: skip
 
 
@@ -31,8 +31,8 @@ def ones(start: Start, shape: tuple[int, ...]) -> Tensor:
 
 
 @attrs.frozen
-class constant:
-    """``constant(0.01)``: that number everywhere."""
+class Constant:
+    """``init.Constant(0.01)``: that number everywhere."""
 
     value: float
 

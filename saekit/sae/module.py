@@ -21,6 +21,7 @@ from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
 from saekit.sae.hooks import HookPoint
+from saekit.sae.inputs import check_rows, check_scales, check_size, check_type, check_width
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
 from saekit.sae.ways import Ways
@@ -190,9 +191,10 @@ class SAEModule(Ways):
 
     def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
         """Reconstructions ``[..., d_out]``, in the shape and dtype of ``like``, an input, if that is given."""
+        check_width(features, self.d_sae, "d_sae", "features")
         kernel = self._kernel_for(features)
         if kernel is None:
-            return self._finished(self.reconstruction(features), like)
+            return self._finished(self.reconstruction(features.to(self.dtype)), like)
         with self.memory.lent() as workspace:
             output = inference.decoded_rows(kernel.decoder(self), features.detach().reshape(-1, self.d_sae), workspace)
         return self._finished(output.reshape(*features.shape[:-1], self.d_out), like)
@@ -201,11 +203,14 @@ class SAEModule(Ways):
         output = self.run_hook("recons", output)
         if like is None:
             return output
+        check_type(like, "like")
         shape = like.shape if self.ports.same else (*flatten_heads(like, self.d_in)[0].shape[:-1], self.d_out)
+        check_size(output, shape, "outputs", "like inputs of which outputs would be")
         return output.reshape(shape).to(like.dtype)
 
     def centered(self, x: Tensor) -> Tensor:
         """``x̄``, the encoder's input: ``[..., d_in]``."""
+        check_width(x, self.d_in, "d_in", "inputs")
         return x - self.b_dec if self.config.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -214,6 +219,7 @@ class SAEModule(Ways):
 
     def features_of(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations, ``[..., d_sae]`` both."""
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         return self.activation(pre)
 
     def bypass(self, x: Tensor) -> Tensor | None:
@@ -226,12 +232,14 @@ class SAEModule(Ways):
     def with_bypass(self, output: Tensor, x: Tensor) -> Tensor:
         """``output``, decoded from features of ``x``, with what passes them by: what :meth:`forward` gives."""
         passed = self.bypass(self._rows(x))
-        return output if passed is None else output + passed.reshape(output.shape).to(output.dtype)
+        if passed is None:
+            return output
+        check_size(passed, output.shape, "what passes the features by", "added to outputs")
+        return output + passed.reshape(output.shape).to(output.dtype)
 
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
-        norms: Tensor = self.W_dec.norm(dim=1)
-        return norms
+        return self.W_dec.norm(dim=1)  # type: ignore[no-any-return]
 
     def _hooked(self, *names: str) -> bool:
         return not self._hooks_off and any(self._point(name).hooked for name in names)
@@ -254,6 +262,7 @@ class SAEModule(Ways):
 
     def reconstruction(self, features: Tensor) -> Tensor:
         """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_out]``, without the hooks of :meth:`decode`."""
+        check_width(features, self.d_sae, "d_sae", "features")
         scale = self.decoder_scale()
         return (features if scale is None else features * scale) @ self.W_dec + self.b_dec
 
@@ -261,7 +270,12 @@ class SAEModule(Ways):
         """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""
         return self.scaling_factor
 
+    def scaled_decoder(self) -> Tensor:
+        """``W_dec [d_sae, d_out]`` with the factors of fine-tuning in its rows, where there are any."""
+        return self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
+
     def _rows(self, x: Tensor) -> Tensor:
+        check_type(x, "inputs")
         return flatten_heads(x, self.d_in)[0].to(self.dtype)
 
     # ---- training
@@ -272,6 +286,7 @@ class SAEModule(Ways):
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
+        check_rows(x, step.target, self.ports)
         kernel, _ = self._training_kernel()
         if kernel is not None and not kernel.leaves(self, x, step):
             with torch.no_grad(), self.memory.lent() as workspace:
@@ -311,14 +326,22 @@ class SAEModule(Ways):
         """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``.
 
         What comes out was, and no longer is, ``target_scale`` times as large; left out, that is ``scale``.  Both are
-        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.
+        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.  :class:`ConfigError` for what is
+        not finite and above 0.
         """
-        if target_scale is None and not self.ports.same:
-            raise ValueError("inputs and targets are other sites: each has a scale of its own, so give both")
+        check_scales(scale, target_scale, self.ports)
         written = scale if target_scale is None else target_scale
         self.table.fold_scale(self, scale, written)
         if self.info.scale_is_unknown:  # until now
             self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
+
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
+
+        It is asked of options with :data:`saekit.config.SAME_AT_START`, where training starts from saved weights.
+        ``within`` is how much, relative to itself, a number may be off by rounding.
+        """
+        return False
 
     # ---- saving and loading
 

@@ -84,6 +84,11 @@ class Parameter:
     def _by_feature(self) -> str | None:
         return "d_sae" if "d_sae" in self.dims else None
 
+    @split.validator
+    def _is_a_dimension(self, _: object, split: str | None) -> None:
+        if split is not None and split not in self.dims:
+            raise ValueError(f"{self.name} is to be split along {split}, and its dimensions are {self.dims}")
+
     @property
     def optional(self) -> bool:
         """Whether an SAE may be without it."""
@@ -301,7 +306,7 @@ def scale_of(read: Factor, written: Factor, ports: Ports) -> Scale | None:
 
 def one_factor(factor: Factor, why: str = "features have no ports") -> Factor:
     """The one number that ``factor`` has everywhere; :class:`ValueError` says ``why`` it may have no other."""
-    if not isinstance(factor, Tensor):
+    if not isinstance(factor, Tensor) or not factor.ndim:
         return factor
     if bool((factor == factor[0]).all()):
         return factor[0]

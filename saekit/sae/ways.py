@@ -19,7 +19,6 @@ _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses",
     "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
-_OF_FILES = ("from_hub", "load", "save")
 
 
 class Ways(Castable):
@@ -30,6 +29,9 @@ class Ways(Castable):
     plain torch."""
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     """The fast ways of this very class, the best first.  One that changes the mathematics inherits none."""
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset()
+    """Functions that a class adds and that change nothing of it, such as those of files: whoever overrides one of them
+    keeps the kernels."""
     memory: Workspaces = SHARED
     """Where kernels work."""
 
@@ -132,7 +134,8 @@ def _helpers(owner: type) -> Iterator[str]:
     """
     lineage = owner.__mro__
     every_module = lineage[lineage.index(Ways) - 1]
+    beside = {name for base in lineage for name in vars(base).get("beside_mathematics", ())}
     for base in lineage[: lineage.index(every_module)]:
         for name, value in vars(base).items():
-            if hasattr(value, "__get__") and not hasattr(every_module, name) and name not in _OF_FILES:
+            if hasattr(value, "__get__") and not hasattr(every_module, name) and name not in beside:
                 yield name

@@ -1,6 +1,6 @@
 from .firing import FiringStatistics as FiringStatistics
 from .loop import Lane as Lane
 from .loop import fit as fit
-from .optimizer import Optimizer as Optimizer
+from .optimizer import ScheduledOptimizer as ScheduledOptimizer
 from .schedule import ComposedSchedule as ComposedSchedule
 from .trainer import SAETrainer as SAETrainer

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from saekit.errors import PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
-from saekit.protocols import GuardedOptimizer, HasMoments
-from saekit.protocols import Optimizer as InnerOptimizer
+from saekit.protocols import GuardedOptimizer, HasMoments, Optimizer
 from saekit.sae.parameters import ParameterTable
 
-__all__ = ["BuildOptimizer", "Optimizer"]
+__all__ = ["BuildOptimizer", "ScheduledOptimizer"]
 
-BuildOptimizer: TypeAlias = Callable[..., InnerOptimizer]
+BuildOptimizer: TypeAlias = Callable[..., Optimizer]
 """``build(groups=..., lr=...)``: see the hook ``saekit_register_optimizers``."""
 
 _REST = "(others)"
@@ -25,7 +24,7 @@ _REST = "(others)"
 _OURS = ("params", "lr")  # of a group's settings; they are those of the run that goes on
 
 
-class Optimizer:
+class ScheduledOptimizer:
     """Clips the gradient's total norm and lets an optimizer take a step at the scheduled rate.
 
     Parameters without a gradient are left alone.

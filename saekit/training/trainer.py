@@ -15,13 +15,14 @@ from torch import Tensor
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
 from saekit.errors import ConfigError, DivergedError, StorageError
+from saekit.kernels.private_torch import is_of_compiler
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -36,7 +37,7 @@ class SAETrainer:
     sae: SAEModule
     sites: Sites
     """Those that it reads and writes, in the order of :attr:`saekit.sae.SAE.ports`."""
-    optimizer: Optimizer
+    optimizer: ScheduledOptimizer
     firing: FiringStatistics
     generator: torch.Generator
     device: str
@@ -166,11 +167,11 @@ class SAETrainer:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.rounds_products):
             if not self.training.compile:
                 return self.sae.training_step(x, step)
-            from torch._dynamo.exc import TorchDynamoException
-
             try:
                 return self.sae.training_step(x, step)
-            except TorchDynamoException as error:
+            except Exception as error:
+                if not is_of_compiler(error):
+                    raise
                 reason = " ".join(str(error).strip().splitlines()[:2])  # the first may only say which compiler it was
                 raise ConfigError(
                     [("training.compile", f"the SAE's step cannot be compiled here: {reason}")]

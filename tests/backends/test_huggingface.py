@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -218,6 +219,20 @@ def test_gradients(kind: str, frozen: bool) -> None:
         assert torch.allclose(scale.grad, (gradient * run.held[hook].detach()).sum((0, 1)))
     finally:
         made.float().requires_grad_(True).zero_grad()
+
+
+def test_what_is_made_once_for_all_contexts_is_no_site(tmp_path: Path) -> None:
+    """Rotary embeddings are [1, position, d]: one forward of one context would not show it."""
+    config = run_config(tmp_path, model={"backend": "AutoModelForCausalLM"}, site={"hook_name": "model.rotary_emb"})
+    message = (
+        r"^the hook 'model.rotary_emb' holds a tensor of shape \[1, 7, 8\] for \[2, 7\] tokens; an SAE needs one "
+        r"vector per token: \[batch, position, \.\.\.\]$"
+    )
+    found = saekit.plan(config, model=model("llama"))
+    assert [problem for problem in found.problems if re.match(message, problem)] == found.problems != []
+    with pytest.raises(ConfigError, match=message):
+        saekit.train(config, model=model("llama"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_are_kept_only_where_they_are_asked_for() -> None:

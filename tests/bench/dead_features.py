@@ -33,16 +33,15 @@ from saekit_plugins.evals.reconstruction import ReconstructionConfig, Reconstruc
 from torch import Tensor
 
 import saekit
+from saekit import SAE, PretrainedSAE
 from saekit.config.files import load_config
 from saekit.data import Corpus
 from saekit.data.activations import ActivationStream
 from saekit.data.normalize import activation_scale
-from saekit.pretrained import PretrainedSAE
 from saekit.pretrained.load import build_sae
 from saekit.runs.opening import open_backend, open_stream, seed_for
 from saekit.runs.parts import make_schedule
 from saekit.runs.setup import give_weights, make_trainer, sae_options
-from saekit.sae import SAE
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 D_SAE, BATCH, LR, WINDOW, CONTEXT = 1024, 1024, 1e-3, 100, 128

@@ -28,7 +28,7 @@ import saekit.kernels.screen
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.trainer import SAETrainer
 
 SIZES = {"small": (512, 4096), "large": (768, 24576)}
@@ -62,7 +62,7 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
     return SAETrainer(
         name="bench", sae=sae, sites=saekit.Sites.one(saekit.Site()),
         training=training, generator=torch.Generator(), device="cpu",
-        optimizer=Optimizer(sae.named_parameters(), build, lambda step: 1e-7),
+        optimizer=ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7),
         firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 
 import saekit
 from saekit import Site, Sites
+from saekit.config.files import commented_toml
 from saekit.errors import ConfigError
 
 A, B, HEAD = Site(hook_name="a"), Site(hook_name="b"), Site(hook_name="a", hook_head_index=2)
@@ -18,7 +19,7 @@ TABLES = {"a": {"hook_name": "a"}, "b": {"hook_name": "b"}, "head": {"hook_name"
 def test_one_site_is_both() -> None:
     config = saekit.load_config({"site": TABLES["a"]})
     assert config.sites == Sites.one(A)
-    assert (config.input_sites, config.target_sites) == ((A,), (A,))
+    assert (config.sites.inputs, config.sites.targets) == ((A,), (A,))
     assert config.sites.same
     assert config.sites.name == "a"
 
@@ -42,6 +43,8 @@ def test_several_are_named_in_order() -> None:
     [
         ({"targets": [TABLES["b"]]}, "targets: names what is to be given, b, and nothing names what is read"),
         ({"site": TABLES["a"], "inputs": [TABLES["b"]]}, "site: is a, beside inputs = b, which are all that is read"),
+        ({"site": {}, "inputs": [TABLES["b"]]}, "^site: is given beside inputs, which takes its place; leave out one"),
+        ({"site": Site(), "inputs": [B]}, "^site: is given beside inputs, which takes its place; leave out one of the"),
         ({"inputs": [TABLES["b"], TABLES["b"]]}, "inputs: names b twice"),
         ({"inputs": [TABLES["b"]], "targets": [TABLES["a"], TABLES["a"]]}, "targets: names a twice"),
         ({"inputs": [TABLES["a"], TABLES["head"]]}, "inputs: has a.head2, which is a part of a, a target, too"),
@@ -67,3 +70,31 @@ def test_what_is_only_read_may_overlap() -> None:
 def test_sites_are_an_axis() -> None:
     configs = saekit.grid({}, {"inputs": [[TABLES["a"]], [TABLES["b"], TABLES["head"]]], "training.lr": [1e-3]})
     assert [config.sites.name for config in configs] == ["a", "b+a.head2"]
+
+
+def test_inputs_take_the_place_of_a_site_that_nobody_chose() -> None:
+    """The default of a file that has all options, or of a configuration that was loaded, is no choice."""
+    for base in (tomllib.loads(commented_toml()), saekit.load_config({})):
+        assert saekit.load_config(base, ["inputs=[{hook_name='b'}]"]).sites == Sites.one(B)
+        assert saekit.grid(base, {"inputs": [[TABLES["b"]]]})[0].sites == Sites.one(B)
+    for chosen in ({"site": TABLES["a"]}, saekit.load_config({"site": TABLES["a"]})):
+        with pytest.raises(ConfigError, match="site: is a, beside inputs = b, which are all that is read"):
+            saekit.load_config(chosen, ["inputs=[{hook_name='b'}]"])
+    for changes in (["inputs=[{hook_name='b'}]", f"site.hook_name={Site().hook_name}"], ["site.hook_name=a"]):
+        with pytest.raises(ConfigError, match="^site: .* inputs"):
+            saekit.load_config({"inputs": [TABLES["b"]]}, changes)
+
+
+def test_a_configuration_with_inputs_can_be_changed() -> None:
+    config = saekit.load_config({"inputs": [TABLES["b"]]})
+    assert saekit.load_config(config, ["training.seed=3"]).sites == Sites.one(B)
+    assert saekit.load_config(config) == config
+    (one, other) = saekit.grid(config, {"inputs": [[TABLES["a"]], []]})
+    assert (one.sites, other.sites) == (Sites.one(A), Sites.one(Site()))
+
+
+def test_no_site_is_written_beside_inputs() -> None:
+    config = saekit.load_config({"inputs": [TABLES["b"]]})
+    for form in ("toml", "yaml", "json"):
+        assert "site" not in saekit.dump_config(config, form).replace("sites", "")
+    assert "[site]" in saekit.dump_config(saekit.load_config({}))

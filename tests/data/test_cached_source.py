@@ -223,7 +223,7 @@ def test_training_from_a_cache(tmp_path: Path) -> None:
     before = hashes(tmp_path / "cache")
     result = train(config(tmp_path), backend)
     assert result.sae.d_in == 8
-    assert set(backend.forwards) == {(1, 7)}, "the model is asked for its widths, and no more"
+    assert set(backend.forwards) == {(2, 7)}, "the model is asked for its widths, and no more"
     again = train(with_options(config(tmp_path), "activations.source", prefetch=False))
     assert all(torch.equal(a, b) for a, b in zip(result.sae.parameters(), again.sae.parameters(), strict=True))
     head = train(config(tmp_path, site={"hook_name": HEAD.hook_name, "hook_head_index": 1}))

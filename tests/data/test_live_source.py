@@ -53,6 +53,18 @@ def expected() -> tuple[Tensor, Tensor, Tensor]:
     return rows, tokens.flatten(), torch.from_numpy(packed.documents).flatten()
 
 
+def test_what_is_not_of_every_context_is_refused() -> None:
+    """Here it comes only with more contexts than the model was looked at with."""
+
+    class Once(FakeBackend):
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
+            return super().run(tokens[:2], **options)
+
+    words = r"^the hook 'blocks.0.hook_resid_post' holds a tensor of shape \[2, 8, 8\] for \[4, 8\] tokens; an"
+    with pytest.raises(ConfigError, match=words):
+        next(source(stream_of(Once())))
+
+
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "saekit-prefetch"]
 

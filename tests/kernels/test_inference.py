@@ -15,8 +15,8 @@ from torch import Tensor
 import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
+from saekit import SAE
 from saekit.config import SAEConfig
-from saekit.sae import SAE
 from saekit.values import StepInput
 
 

@@ -10,7 +10,7 @@ from saekit_plugins.architectures.standard import StandardConfig
 from support.kernels import adam, built, seeded
 from support.optimizers import adam_for
 
-from saekit.sae import SAE
+from saekit import SAE
 from saekit.values import StepInput
 
 # ---- memory of parameters that is not as the SAE made it

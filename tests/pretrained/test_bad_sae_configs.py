@@ -18,8 +18,8 @@ from support.foreign import CONNOR, NEW, OLD, tensors, write, write_connor
 from support.saved import make
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError, SaekitError
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 
 

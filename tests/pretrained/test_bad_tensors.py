@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from support.foreign import NEW, tensors, write, write_connor
 from support.saved import make
 
-from saekit import PretrainedSAE
+from saekit import SAE, PretrainedSAE
 from saekit.errors import SAEFormatError
-from saekit.pretrained.tensors import check_tensor
-from saekit.sae import SAE
 from saekit.testing import fake_plugin, isolated_manager
+from saekit.weights import check_tensor
 
 
 def with_numbers(value: torch.Tensor, *numbers: float) -> torch.Tensor:

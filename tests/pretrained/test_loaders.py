@@ -17,8 +17,8 @@ from support.fake_hub import FakeHub, fake_hub
 from support.foreign import CONNOR, NEW, OLD, reconstruct, tensors, write, write_connor
 
 import saekit
+from saekit import SAE
 from saekit.errors import SAEFormatError
-from saekit.sae import SAE
 
 
 @pytest.mark.parametrize(

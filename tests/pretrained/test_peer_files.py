@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny import hooked_transformer, run_config
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LOADED = {

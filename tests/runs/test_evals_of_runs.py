@@ -128,3 +128,38 @@ def test_kl_of_the_spliced_model_in_an_eval(tmp_path: Path) -> None:
     assert same == pytest.approx(0, abs=1e-6)
     assert spliced > 1e-4
     assert result.metrics["evals/kl"] == spliced
+
+
+@attrs.frozen(kw_only=True)
+class OtherConfig:
+    """No options."""
+
+
+def test_an_eval_computes_without_gradients_and_may_ask_for_them(tmp_path: Path) -> None:
+    """What a forward gives goes into the SAE as it is; nothing that an eval turns on is on for the next."""
+    seen: list[bool] = []
+
+    def build(config: FakeConfig, *, run: EvalRun) -> Any:
+        def measure(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> dict[str, float]:
+            seen.append(torch.is_grad_enabled())
+            x = sites.input_of(backend.run(contexts, read={sites.inputs[0].hook_name}).held)
+            assert not sae(x).requires_grad
+            assert not sae.encode(x).requires_grad
+            with torch.enable_grad():
+                held = backend.run(contexts, read={sites.inputs[0].hook_name}, want="loss", grad=True)
+                (slope,) = torch.autograd.grad(held.loss.mean(), held.held[sites.inputs[0].hook_name])
+                (sae(slope).sum()).backward()
+            torch.set_grad_enabled(True)
+            return {"slope": slope.norm().item()}
+
+        return measure
+
+    config = fake_config(tmp_path, evals={"run": ["sloped", "seen"], "every_n_steps": 4})
+    others: list[Any] = []
+    after = eval_seen([], others, config=OtherConfig)
+    result = train(config, plugins=manager(None, fake_plugin("evals", "sloped", build), after))
+    assert result.metrics["evals/slope"] > 0
+    assert seen
+    assert not any(seen)
+    assert len(others) == len(seen)
+    assert all(parameter.grad is None for parameter in result.sae.parameters())

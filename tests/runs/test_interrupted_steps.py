@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import contents, fake_config, manager, resume, train
+from support.runs import contents, fake_config, manager, pressing, resume, train
 from torch import Tensor
 
 import saekit
@@ -53,6 +54,44 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     ours, theirs = contents(run), contents(whole.folder)
     for path in ("metrics.jsonl", "sae/sae_weights.safetensors"):
         assert ours[path] == theirs[path]
+
+
+@pytest.mark.parametrize("pressed_before", [True, False], ids=["saving after one", "by the clock"])
+def test_a_second_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pressed_before: bool
+) -> None:
+    """That of step 2 is whole, and what goes on from it ends as if nobody had pressed anything."""
+    from saekit.runs import state_files
+
+    marks = {"name": "run", "n_checkpoints": 5}  # after steps 2 and 4, and so on
+    config = fake_config(tmp_path, checkpoints=marks)
+    write, stop, seen = state_files.write_state, 3 if pressed_before else 4, [0]
+
+    def pressed(folder: Path, stem: str, state: Any) -> Any:
+        found = write(folder, stem, state)
+        if f"step-{stop}." in str(folder) and stem == "training":
+            seen[0] += 1
+            for _ in range(1 if pressed_before else 2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(state_files, "write_state", pressed)
+        with pressing(3) if pressed_before else contextlib.nullcontext():
+            train(config)
+    run = tmp_path / "run"
+    assert seen == [1]
+    assert str(caught.value) == (
+        f"interrupted after {stop} steps ({256 * stop:,} tokens); and a checkpoint could not be saved: that was "
+        f"interrupted, too; go on from {run}/checkpoints/step-2 with: saekit train --resume {run}"
+    )
+    newest_checkpoint(run).verify()
+    assert [path.name for path in all_checkpoints(run)] == ["step-2"]
+    resume(run)
+    whole = train(config | {"checkpoints": {"folder": str(tmp_path / "other"), **marks}})
+    for path in ("metrics.jsonl", "sae/sae_weights.safetensors"):
+        assert contents(run)[path] == contents(whole.folder)[path]
 
 
 def test_an_interrupt_while_the_source_works_is_nothing_to_go_on_from(

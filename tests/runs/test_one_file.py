@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,52 @@ def test_it_leaves_the_bytes_of_train(tmp_path: Path, monkeypatch: pytest.Monkey
     importlib.import_module("one_file").train(saekit.load_config(table), tmp_path / "own")
     assert bytes_of(tmp_path / "own") == bytes_of(expected.folder / "sae")
     assert len(bytes_of(tmp_path / "own")) == 3
+
+
+REFUSED: dict[str, Any] = {
+    "inputs": {"inputs": [{"hook_name": f"blocks.{block}.hook_resid_post"} for block in (0, 1)]},
+    "model.backend": {"model": {"backend": "none"}},
+    "dataset.on_exhausted": {"dataset": {"on_exhausted": "error"}},
+    "activations.source": {"activations": {"source": {"name": "cached", "folder": "cache"}}},
+    "sae.dtype": {"sae": {"dtype": "bfloat16"}},
+    "training.device": {"training": {"device": "cuda"}},
+    "training.kernels": {"training": {"kernels": "reference"}},
+    "training.autocast": {"training": {"autocast": True}},
+    "training.compile": {"training": {"compile": True}},
+    "training.finetuning_tokens": {"training": {"finetuning_tokens": 64, "finetuning_method": "scale"}},
+    "training.from_pretrained_path": {"training": {"from_pretrained_path": "sae"}},
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_it_refuses_what_it_does_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    table = run_config(tmp_path)
+    for name, value in REFUSED[option].items():
+        table[name] = {**table.get(name, {}), **value} if isinstance(value, dict) else value
+    config = saekit.load_config(table)
+    with pytest.raises(saekit.ConfigError) as caught:
+        importlib.import_module("one_file").train(config, tmp_path / "own")
+    assert str(caught.value) == f"{option}: is not done in one file: use saekit.train"
+    assert not (tmp_path / "own").exists()
+
+
+def test_it_ends_with_the_text_and_with_a_loss_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    one_file = importlib.import_module("one_file")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"def f{n}(x): return x + {n}"}) + "\n" for n in range(300)))
+    table = run_config(tmp_path, training={"training_tokens": 10**6}, evals={"run": [], "split": None})
+    table["dataset"] |= {"path": str(text), "on_exhausted": "stop"}
+    expected = saekit.train(table)
+    one_file.train(saekit.load_config(table), tmp_path / "own")
+    assert bytes_of(tmp_path / "own") == bytes_of(expected.folder / "sae")
+    diverging = run_config(tmp_path, training={"lr": 1e30})
+    with pytest.raises(saekit.SaekitError, match=r"^the loss or its gradient is no number any more, at step \d$"):
+        one_file.train(saekit.load_config(diverging), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

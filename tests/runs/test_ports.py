@@ -61,6 +61,7 @@ def test_several_targets_are_told_of_one_by_one(tmp_path: Path) -> None:
     assert whole == pytest.approx((each[0] + 4 * each[1]) / 5)
 
 
+@pytest.mark.filterwarnings("ignore:the target .* lies before what is read:RuntimeWarning")
 @pytest.mark.parametrize("sites", [SITES, BOTH, saekit.Sites((LATE,), (EARLY, EMBED))], ids=lambda s: s.name)
 def test_stopped_and_gone_on_with_it_is_as_without_a_break(tmp_path: Path, sites: saekit.Sites) -> None:
     whole = train(run(tmp_path / "whole", sites, **EVERYTHING))
@@ -75,6 +76,7 @@ def test_stopped_and_gone_on_with_it_is_as_without_a_break(tmp_path: Path, sites
         assert torch.equal(own, other)
 
 
+@pytest.mark.filterwarnings("ignore:the target .* lies before what is read:RuntimeWarning")
 def test_beside_others_it_ends_as_alone_by_the_same_forwards(tmp_path: Path) -> None:
     ordinary = fake(tmp_path, training={"log_frequency": 1})
     scaled = {name: section for name, section in EVERYTHING.items() if name != "checkpoints"}

@@ -57,6 +57,36 @@ def test_what_changed_is_named_and_refused(tmp_path: Path) -> None:
     assert (config.training.lr, config.training.finetuning_method) == (1e-3, "scale")
 
 
+@pytest.mark.parametrize("changes", [["optimizer.beta1=0.5"], ["optimizer.name=signum", "optimizer.clip_grad_norm=2"]])
+def test_what_the_advice_says_can_be_done(tmp_path: Path, changes: list[str]) -> None:
+    """One line for what was changed, and none for what follows from it; a section allows all that lies in it."""
+    stopped(fake_config(tmp_path), 3)
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError) as caught:
+        resume(run, overrides=changes)
+    ((path, message),) = caught.value.problems
+    assert path == ("optimizer.beta1" if "beta1" in changes[0] else "optimizer")
+    assert f"--allow {path} (or allow=['{path}'])" in message
+    for allow in ([path], ["optimizer"]):
+        with pytest.raises(ConfigError, match="^training.lr: was 0.0004 when the run was saved"):
+            resume(run, overrides=[*changes, "training.lr=1"], allow=allow)
+        with pytest.raises(ConfigError, match="allowed to change, but the same as before: sae, training$"):
+            resume(run, overrides=changes, allow=[*allow, "training", "sae"])
+    if "beta1" in path:
+        resume(run, overrides=changes, allow=["optimizer"])
+        assert saekit.load_config(run / "config.toml", plugins=manager()).optimizer.options.beta1 == 0.5
+
+
+def test_a_section_allows_what_is_found_out_later(tmp_path: Path) -> None:
+    """Here what tokens mean, which no option says."""
+    stopped(fake_config(tmp_path), 3)
+    other = FakeBackend()
+    other.special_tokens = {"bos": 1, "eos": None, "sep": None}
+    with pytest.raises(ConfigError, match="the same as before: model"):
+        resume(tmp_path / "run", plugins=manager(other), allow=["dataset", "model"])
+    resume(tmp_path / "run", plugins=manager(other), allow=["dataset"])
+
+
 def test_resumed_with_a_configuration_file(tmp_path: Path) -> None:
     stopped(fake_config(tmp_path), 3)
     file = tmp_path / "run.toml"

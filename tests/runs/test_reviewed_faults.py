@@ -11,12 +11,12 @@ import torch
 from support.tiny import run_config
 
 import saekit
+from saekit import SAE
 from saekit.config.formats import READERS
 from saekit.data.contexts import ContextStream
 from saekit.errors import ConfigError, DataError, PluginFailedError, SAEFormatError, StorageError
 from saekit.evals.variance import variance_metrics
 from saekit.files.storage import tidy
-from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 TEXTS = [{"text": f"value_{n} = {n * n}\n" * 30} for n in range(60)]
@@ -150,6 +150,7 @@ def test_an_eval_changes_nothing_and_its_numbers_are_plain(tmp_path: Path) -> No
 
     def rude(sae: Any, **services: Any) -> dict[str, Any]:
         torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(True)
         sae(torch.ones(3, 8)).square().sum().backward()
         return {"rude": np.float32(1), "tensor": torch.tensor(2.0)}
 

@@ -21,10 +21,10 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.data.shared import SharedForwards
 from saekit.errors import DivergedError, TrainingInterrupted
 from saekit.runs import session
-from saekit.sae import SAE
 from saekit.testing import fake_plugin
 
 pytestmark = pytest.mark.usefixtures("one_thread", "way")

@@ -83,9 +83,33 @@ def test_folders_are_named_after_what_differs() -> None:
     assert names({}, {}, {}) == (None, ["0", "1", "2"]), "the same again"
     assert names(*[{}] * 11)[1][:2] == ["00", "01"], "in order in any listing"
     assert names({}, {"lr_schedule": {"name": "cosine", "end": 1e-5}})[1] == [
-        "0_lr_schedule=saekit-constant_end=None", "1_lr_schedule=saekit-cosine_end=1e-05"
+        "0_lr_schedule=saekit-constant", "1_lr_schedule=saekit-cosine_end=1e-05"
     ]  # fmt: skip
     assert names({"evals": {"run": []}}, {})[1] == ["0_run=", "1_run=-saekit-reconstruction"]
+
+
+def test_of_another_architecture_only_what_was_chosen_names_the_folder() -> None:
+    kinds = ("standard", "topk", "batchtopk", "jumprelu")
+    assert names(*({"sae": {"name": kind, "d_sae": 64}} for kind in kinds))[1] == [
+        f"{number}_sae=saekit-{kind}" for number, kind in enumerate(kinds)
+    ]
+    chosen = names({"sae": {"name": "topk", "k": 8}}, {"sae": {"name": "jumprelu", "l0_coefficient": 2}})[1]
+    assert chosen == ["0_sae=saekit-topk_k=8", "1_sae=saekit-jumprelu_l0_coefficient=2"]
+    alike = names({"sae": {"name": "topk", "k": 8}}, {"sae": {"name": "topk"}})[1]
+    assert alike == ["0_k=8", "1_k=32"], "a default is told where the plugin is the same"
+
+
+def test_no_option_is_cut_in_the_middle() -> None:
+    many = {"l1_coefficient": 1.25, "l1_warm_up_steps": 12345, "noise_scale": 0.125, "decoder_orthogonal_init": True,
+            "expansion_factor": 16, "apply_b_dec_to_input": False}  # fmt: skip
+    first = names({"sae": {"name": "standard", **many}}, {"sae": {"name": "standard"}})[1][0]
+    assert len(first) <= 100
+    told = [f"{name}={value}" for name, value in many.items()]
+    assert sum(option in first for option in told) >= 3
+    left = first.removeprefix("0")
+    for option in told:
+        left = left.replace(f"_{option}", "")
+    assert not left, "whole options and nothing else"
 
 
 def test_options_of_one_name_are_told_apart() -> None:

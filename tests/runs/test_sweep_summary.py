@@ -1,4 +1,4 @@
-"""What is said of a sweep at its end: table, picture, command line."""
+"""What is said of a sweep at its end: file, table, command line."""
 
 from __future__ import annotations
 
@@ -9,37 +9,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pandas as pd
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
+from support.summaries import DIVERGED, GRID, row
 from support.sweeps import as_csv, fake, manager, train
 from support.tiny import run_config
 
 import saekit
-from saekit.analysis.sweep import plot_sweep
 from saekit.config.files import dump_config
-from saekit.runs.summary import summary_table
-from saekit.runs.sweep import short_names
+from saekit.reports.table import summary_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def row(number: int, options: Mapping[str, Any], l0: float | None, ev: float | None, **more: Any) -> dict[str, Any]:
-    name = "_".join([str(number), *(f"{path.rpartition('.')[2]}={value}" for path, value in options.items())])
-    return {
-        "name": name, **options, "l0": l0, "explained_variance": ev, "ce_recovered": ev, "mse": 12.5,
-        "dead_features": 3.0, "tokens": 2000, "status": "trained", **more,
-    }  # fmt: skip
-
-
-GRID = [
-    row(n, {"sae.l1_coefficient": l1, "training.lr": lr}, 100 / l1 + n, 0.9 - l1 / 20)
-    for n, (l1, lr) in enumerate((l1, lr) for l1 in (0.5, 1.0, 2.0, 5.0) for lr in (1e-4, 3e-4))
-]
-DIVERGED = dict.fromkeys(("l0", "explained_variance", "ce_recovered", "mse", "dead_features")) | {"status": "diverged"}
 
 
 def test_the_summary_is_a_table_for_programs(tmp_path: Path) -> None:
@@ -63,130 +45,29 @@ def test_the_summary_is_a_table_for_programs(tmp_path: Path) -> None:
             assert result.summary[number][column] == found.metrics[source] == frame[column][number]
 
 
+def test_sites_and_lists_in_the_table(tmp_path: Path) -> None:
+    """Sites by their names, other lists as JSON; in code both are lists."""
+    one, other = (
+        fake(tmp_path, evals={"run": run}, sae={"name": "standard", "d_sae": 8, "apply_b_dec_to_input": False})
+        for run in ([], ["reconstruction"])
+    )
+    del other["site"]
+    sites = [{"hook_name": "hook_embed"}, {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 1}]
+    result = train([one, other | {"inputs": sites}])
+    rows = as_csv(result.folder)
+    assert [row["inputs"] for row in rows] == ["[]", "hook_embed+blocks.0.attn.hook_z.head1"]
+    assert [row["evals.run"] for row in rows] == ["[]", '["saekit:reconstruction"]']
+    assert [row["site.hook_name"] for row in rows] == ["blocks.0.hook_resid_post", ""]
+    assert result.summary[1]["evals.run"] == ["saekit:reconstruction"]
+    assert result.summary[1]["name"].startswith("1_inputs=hook_embed+blocks.0.attn.hook_z.head1")
+
+
 def test_the_summary_without_evals(tmp_path: Path) -> None:
     result = train(saekit.grid(fake(tmp_path, evals={"run": []}), {"sae.d_sae": [8, 12]}, plugins=manager()))
     for line, found in zip(result.summary, result.results.values(), strict=True):
         assert line["ce_recovered"] is None
         assert line["l0"] == found.metrics["metrics/l0"]
         assert line["explained_variance"] == found.metrics["metrics/explained_variance"]
-
-
-def drawn(rows: Sequence[Mapping[str, Any]], to: Path) -> Any:
-    """The figure that is saved."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
-        figures.append(figure)
-        save(figure, *arguments, **options)
-
-    options = list(rows[0])[1 : list(rows[0]).index("l0")]
-    with mock.patch.object(Figure, "savefig", keep):
-        plot_sweep(rows, short_names(options), to)
-    return figures[0] if figures else None
-
-
-def labels(axes: Any) -> list[Any]:
-    return [text for text in axes.texts if text.get_text()]
-
-
-def test_the_picture(tmp_path: Path) -> None:
-    figure = drawn(GRID, tmp_path / "x.png")
-    pixels = imread(tmp_path / "x.png")
-    assert pixels.shape[0] > 400
-    assert pixels.shape[1] > 1000
-    left, right = figure.axes
-    assert [axes.get_title(loc="left") for axes in (left, right)] == [
-        "Explained variance against L0",
-        "CE recovered against L0",
-    ]
-    lines = [line for line in left.lines if len(line.get_xdata()) > 1]
-    assert [list(line.get_xdata()) for line in lines] == [[r["l0"] for r in GRID[n::2]] for n in (0, 1)], (
-        "along the penalty"
-    )
-    assert len({line.get_color() for line in lines}) == 2, "colored by learning rate"
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["lr = 0.0001", "lr = 0.0003"]
-    assert figure.get_suptitle() == "8 SAEs    numbers at the points and lines: l1_coefficient    colors: lr"
-    assert left.get_xscale() == "log"
-    ticks = [t.get_text() for t, x in zip(left.get_xticklabels(), left.get_xticks(), strict=True) if 15 < x < 250]
-    assert ticks == ["20", "50", "100", "200"]
-
-
-def test_labels_neither_overlap_nor_are_cut_off(tmp_path: Path) -> None:
-    crowded = [
-        row(
-            n,
-            {"sae.l1_coefficient": l1, "training.lr": lr, "training.seed": seed},
-            90 / l1 + seed / 9,
-            0.9 - l1 / 20 - lr,
-        )
-        for n, (l1, lr, seed) in enumerate(
-            (l1, lr, seed) for l1 in (0.5, 1.0, 2.0, 4.0) for lr in (1e-4, 2e-4, 1e-3) for seed in (1, 2, 3)
-        )
-    ]
-    for rows, least in ((GRID, 8), (crowded, 12)):
-        figure = drawn(rows, tmp_path / "x.png")
-        for axes in figure.axes:
-            boxes = [text.get_window_extent() for text in labels(axes)]
-            assert least <= len(boxes) <= len(rows)
-            for number, box in enumerate(boxes):
-                assert axes.bbox.x0 <= box.x0 < box.x1 <= axes.bbox.x1
-                assert axes.bbox.y0 <= box.y0 < box.y1 <= axes.bbox.y1
-                assert not any(box.overlaps(other) for other in boxes[:number])
-    assert {text.get_text() for text in labels(figure.axes[0])} <= {"0.5", "1", "2", "4"}
-    assert [text.get_text() for text in figure.legends[0].get_texts()][3:] == [
-        "lr = 0.0001", "lr = 0.0002", "lr = 0.001"
-    ] or len(figure.legends[0].get_texts()) == 6  # fmt: skip
-    width, height = figure.canvas.get_width_height()
-    for text in [*figure.legends[0].get_texts(), figure._suptitle]:
-        box = text.get_window_extent()
-        assert 0 <= box.x0 < box.x1 <= width
-        assert 0 <= box.y0 < box.y1 <= height
-
-
-def test_what_is_not_in_the_picture_is_named(tmp_path: Path) -> None:
-    rows = [*GRID[:5], GRID[5] | DIVERGED, GRID[6] | {"l0": 0.0}, GRID[7] | {"ce_recovered": float("nan")}]
-    figure = drawn(rows, tmp_path / "x.png")
-    note = figure.get_supxlabel()
-    assert note == (
-        "Not drawn, diverged: 5_l1_coefficient=2.0_lr=0.0003\n"
-        "Not drawn, without a feature that fires, or without numbers: 6_l1_coefficient=5.0_lr=0.0001"
-    )
-    points = [sum(len(line.get_xdata()) == 1 for line in axes.lines) for axes in figure.axes]
-    assert points == [6, 5]
-    many = drawn([GRID[0], *(one | DIVERGED for one in GRID[1:])], tmp_path / "x.png")
-    assert many.get_supxlabel().endswith("4 more")
-
-
-def test_pictures_of_other_sweeps(tmp_path: Path) -> None:
-    hooks = [f"blocks.{n}.hook_resid_post" for n in range(12)]
-    by_hook = [row(n, {"site.hook_name": hook}, 10.0 + n, 0.5) for n, hook in enumerate(hooks)]
-    figure = drawn(by_hook, tmp_path / "x.png")
-    assert len(figure.legends[0].get_texts()) == 12
-    assert not labels(figure.axes[0])
-    assert figure.axes[0].get_xscale() == "linear", "10 to 21 is not enough for a logarithmic axis"
-    assert len({line.get_color() for line in figure.axes[0].lines}) == 12
-    alone = drawn([row(0, {}, 10.0, 0.5)], tmp_path / "x.png")
-    assert [text.get_text() for text in labels(alone.axes[0])] == ["0"]
-    long = [row(n, {}, 10.0 + n, 0.5, name=f"{n}_a_name_of_its_own_that_takes_much_room_{n}") for n in range(3)]
-    axes = drawn(long, tmp_path / "x.png").axes[0]
-    for text in labels(axes):
-        assert axes.bbox.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= axes.bbox.x1
-    assert [text.get_text() for text in labels(axes)] == [f"{n}_a_name_of_its_own_tha…" for n in range(3)]
-    listed = [
-        row(n, {"sae": f"test:{n}", "site.hook_name": f"blocks.{n}", "training.seed": n}, 10.0 + n, 0.5)
-        for n in range(3)
-    ]
-    assert [text.get_text() for text in labels(drawn(listed, tmp_path / "x.png").axes[0])] == ["0", "1", "2"]
-    without = drawn([one | {"ce_recovered": None} for one in GRID], tmp_path / "x.png")
-    assert len(without.axes) == 1
-    assert drawn([one | DIVERGED for one in GRID], tmp_path / "none.png") is None
-    assert not (tmp_path / "none.png").exists()
-    mixed = [row(n, {"evals.run": value}, 10.0 + n, 0.5) for n, value in enumerate(([], ["x"], None))]
-    assert len(drawn(mixed, tmp_path / "x.png").legends[0].get_texts()) == 3
 
 
 def shown(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:

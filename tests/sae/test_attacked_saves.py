@@ -11,9 +11,9 @@ import pytest
 import torch
 from support.saved import make
 
+from saekit import SAE
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_CONFIG
-from saekit.sae import SAE
 
 
 def metadata(**entries: Any) -> Callable[[SAE], None]:

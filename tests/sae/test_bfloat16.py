@@ -15,9 +15,8 @@ from support.runs import pressing
 from torch import Tensor
 
 import saekit
-from saekit import Forward
+from saekit import SAE, Forward
 from saekit.errors import TrainingInterrupted
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import Batch
@@ -196,7 +195,6 @@ def test_a_sweep_is_each_alone_and_a_start_is_the_saved_one(tmp_path: Path) -> N
     start = tmp_path / "alone-bfloat16" / "sae"
     config = run(tmp_path, "topk", "bfloat16", steps=1, name="next")
     config["training"] |= {"from_pretrained_path": str(start), "lr": 1e-9}
-    config["sae"] |= {"decoder_heuristic_init": False, "init_encoder_as_decoder_transpose": False}
     found = saekit.train(config, plugins=manager(), dataset=DOCUMENTS).sae
     assert torch.equal(found.W_dec, saekit.SAE.load(start).W_dec)
 

@@ -10,7 +10,7 @@ import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 
 import saekit
-from saekit.sae import SAE
+from saekit import SAE
 from saekit.sae.build import build_module
 from saekit.values import StepInput
 

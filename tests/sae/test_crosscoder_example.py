@@ -18,7 +18,7 @@ from support.training import fakes, hashes
 from torch import Tensor
 
 import saekit
-from saekit.sae import SAE
+from saekit import SAE
 from saekit.sae.build import build_module
 from saekit.values import Ports, StepInput
 

@@ -12,8 +12,9 @@ from support.maths import D_IN, D_SAE, N, batch, random_sae
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError
-from saekit.sae import SAE, geometric_median
+from saekit.sae import geometric_median
 from saekit.sae.build import build_module, initialize
 
 pytestmark = pytest.mark.usefixtures("way")

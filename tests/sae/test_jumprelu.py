@@ -21,9 +21,10 @@ from support.training import fakes, run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError
 from saekit.kernels import SparseFeatures, Workspace
-from saekit.sae import SAE, squared_errors
+from saekit.sae import squared_errors
 from saekit.values import StepInput
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -200,6 +201,8 @@ def test_options_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="k_aux: is for AuxK, and aux_loss_coefficient is 0: leave it out"):
         JumpReLUTranscoderConfig(k_aux=8, aux_loss_coefficient=0)
     assert JumpReLUConfig(tanh_scale=4.0, aux_loss_coefficient=0).k_aux is None
+    with pytest.raises(ConfigError, match="^sae.target_l0: is 200.5, but there are only [0-9]+ features\n"):
+        built(sparsity_loss="target_l0", target_l0=200.5)
     words = (
         "sae.activation: is not ReLU, and jumprelu is defined by the pre-activations above thresholds themselves; leave"
     )
@@ -212,6 +215,18 @@ def test_thresholds_stay_at_zero_or_more() -> None:
     sae.threshold.data.fill_(-0.5)
     sae.after_update()
     assert torch.equal(sae.threshold, torch.zeros(D_SAE, dtype=torch.float64))
+
+
+def test_thresholds_below_0_in_a_file_are_told(tmp_path: Path) -> None:
+    sae, x = with_site(built()), rows(50)
+    with torch.no_grad():
+        sae.threshold[:3] = torch.tensor([-0.25, -1.5, 0.0])
+    folder = sae.save(tmp_path / "sae")
+    words = rf"^2 of {D_SAE} thresholds in the file are below 0, the least -1.5. They are read as 0: pre-activations"
+    with pytest.warns(UserWarning, match=words):
+        loaded = SAE.load(folder)
+    assert torch.equal(loaded.threshold[:3], torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(loaded(x), sae(x)), "a feature is above zero in either"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -283,6 +298,9 @@ def test_folding_an_activation_scale() -> None:
 TEXTS = [{"text": f"value_{n} = {n * n}\n" * 30} for n in range(60)]
 
 
+ALL_DIE = pytest.mark.filterwarnings("ignore:32 of 32 features .* are dead at the end of training:RuntimeWarning")
+
+
 def run(folder: Path, **sections: Any) -> Any:
     base = run_config(
         folder,
@@ -294,6 +312,7 @@ def run(folder: Path, **sections: Any) -> Any:
     return saekit.train({**base, **sections}, plugins=fakes(), dataset=TEXTS)
 
 
+@ALL_DIE
 @pytest.mark.parametrize("scaled", ["none", "expected_average_only_in"])
 def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, scaled: str) -> None:
     activations = {"source": {"name": "live", "n_batches_in_buffer": 4}, "normalize_activations": scaled}
@@ -306,6 +325,7 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, scaled: str) -> None
     assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learnt at this rate"
 
 
+@ALL_DIE
 def test_a_bfloat16_run_trains_its_thresholds_in_float32(tmp_path: Path) -> None:
     result = run(tmp_path, sae={"name": "jumprelu", "d_sae": 32, "dtype": "bfloat16"})
     assert result.sae.W_enc.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.maths import D_SAE, N, batch, random_sae, step_input
 
-from saekit.sae import SAE
+from saekit import SAE
 
 pytestmark = pytest.mark.usefixtures("way")
 

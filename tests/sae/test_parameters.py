@@ -215,6 +215,16 @@ def test_memory_is_laid_out_as_the_table_says() -> None:
     assert built(dtype="float64").W_enc.is_contiguous()
 
 
+def test_the_table_says_along_what_features_may_be_split() -> None:
+    found = {entry.name: entry.split for entry in GatedSAE.parameters_of(GatedConfig())}
+    assert found.pop("b_dec") is None
+    assert set(found.values()) == {"d_sae"}
+    whole = Parameter("W", ("d_sae", "d_out"), init=init.zeros, split=None)
+    assert (whole.split, attrs.evolve(whole, split="d_out").split) == (None, "d_out")
+    with pytest.raises(ValueError, match=r"^W is to be split along d_in, and its dimensions are \('d_sae', 'd_out'\)$"):
+        attrs.evolve(whole, split="d_in")
+
+
 def test_the_size_counts_every_parameter() -> None:
     table = built().table
     assert table.count() == 2 * 12 * 40 + 3 * 40 + 12

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import saekit
-from saekit.sae import SAE, HookPoint
+from saekit import SAE
+from saekit.sae import HookPoint
 from saekit.sae.build import build_module
 from saekit.values import StepInput
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support.maths import D_IN, D_SAE, N, batch, random_sae, step_input
 from torch import Tensor
 
+from saekit import SAE
 from saekit.data.normalize import activation_scale
 from saekit.errors import ConfigError, DataError
-from saekit.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("way")
 

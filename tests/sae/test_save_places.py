@@ -14,8 +14,8 @@ import torch
 from support.saved import FOREIGN, OWN, make, names, other, thesis
 
 import saekit
+from saekit import SAE
 from saekit.errors import SAEFormatError, StorageError
-from saekit.sae import SAE
 from saekit.sae.folder import CONFIG, WEIGHTS
 
 
@@ -147,7 +147,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from support.saved import make, other, thesis, names, FOREIGN
 from saekit.errors import SAEFormatError
-from saekit.sae import SAE
+from saekit import SAE
 home, alone = Path(sys.argv[2]), sys.argv[3] == "alone"
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link")
 seen = []

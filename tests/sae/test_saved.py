@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from support.saved import READER, make, sae_lens_python
 
 import saekit
+from saekit import SAE
 from saekit.errors import SAEFormatError, StorageError
 from saekit.files.storage import new_folder, write_text
-from saekit.sae import SAE
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 from saekit.sae.build import build_module
 from saekit.site import Site
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
@@ -236,7 +236,13 @@ def test_thresholds_that_do_not_fit(tmp_path: Path) -> None:
     table = json.loads((folder / "cfg.json").read_text())
     table["saekit"].pop("sha256")
     (folder / "cfg.json").write_text(json.dumps(table))
-    tensors["threshold"][3] += 1
+    tensors["threshold"].fill_(-0.5)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"^40 of 40 thresholds in the file are below 0, the least -0\.5\. They are read as"
+    ):
+        assert SAE.load(folder).threshold == 0
+    tensors["threshold"].fill_(0.5)[3] += 1
     save_file(tensors, folder / "sae_weights.safetensors")
     with pytest.raises(SAEFormatError, match=r"has one threshold, as a tensor \[40\] of equal numbers; found \[40\]"):
         SAE.load(folder)
@@ -379,3 +385,32 @@ def test_a_scale_for_each_port_is_folded_in(config: TopKConfig) -> None:
     sae.fold_activation_scale(scale, scale)
     assert torch.allclose(sae(x), expected, rtol=1e-12)
     assert sae.saved_options()["rescale_acts_by_decoder_norm"] is False
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("factor", [False, True])
+def test_rescaling_can_be_stated_otherwise_where_rows_are_of_one_norm(kind: str, factor: bool) -> None:
+    sae, x = random_sae(kind, k=5, rescale_acts_by_decoder_norm=False), rows(30)
+    option, name = "rescale_acts_by_decoder_norm", f"saekit:{kind}"
+    sae.info = attrs.evolve(sae.info, architecture=name, options={**sae.info.options, option: False})
+    assert not sae.restate(option, True, within=1e-12), "rows have many norms"
+    assert not sae.restate("k", 3, within=1), "of another option nothing is known"
+    if isinstance(sae.config, BatchTopKConfig):
+        sae.threshold_average.fill_(0.8)
+        sae.threshold_updates.fill_(10**6)
+    if factor:
+        sae.add_scaling_factor()
+    with torch.no_grad():
+        sae.W_dec *= 3 / sae.decoder_norms()[:, None]
+        if sae.scaling_factor is not None:
+            sae.scaling_factor.uniform_(0.5, 2, generator=torch.Generator().manual_seed(1))
+        expected, features = sae(x), sae.encode(x)
+        assert features.any()
+        assert sae.restate(option, True, within=1e-12)
+        assert sae.config.rescale_acts_by_decoder_norm
+        assert sae.info.options[option] is True
+        torch.testing.assert_close(sae(x), expected)
+        torch.testing.assert_close(sae.encode(x), 3 * features)
+        assert sae.restate(option, False, within=1e-12)
+        torch.testing.assert_close(sae(x), expected)
+        torch.testing.assert_close(sae.encode(x), 3 * features)

@@ -22,11 +22,11 @@ from support.saved import READER, sae_lens_python
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.config import SAEConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.evals import variance_metrics
 from saekit.kernels import SparseFeatures, Workspace
-from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 from saekit.values import Ports, StepInput
 

@@ -24,6 +24,7 @@ from saekit.kernels import (
     active_groups,
     decoded,
     screen_for,
+    values_of,
 )
 from saekit.sae import Parameter, init, squared_errors
 
@@ -56,7 +57,7 @@ class GatedKernel(SparseKernel["GatedSAE"]):
         for start, gate in self._gates(sae, fast.centered, workspace):
             open_gate = gate if isinstance(gate, SparseFeatures) else gate.relu()
             error = decoded(open_gate, W_dec, b_dec) - fast.target[start : start + gate.shape[0]]
-            l1 += _values(open_gate).sum()
+            l1 += values_of(open_gate).sum()
             aux += error.square().sum()
             error *= 2 / len(x)
 
@@ -69,7 +70,7 @@ class GatedKernel(SparseKernel["GatedSAE"]):
                     pi, to_gate = gate[part], error[part] @ W_dec.T  # noqa: B023
                     bias, r, total = sae.b_gate, gain, lambda values: values.sum(0)
                 to_gate = (to_gate + weight) * (pi > 0)
-                to_mag = gradient * (_values(f) > 0)
+                to_mag = gradient * (values_of(f) > 0)
                 own["b_gate"] += total(to_gate)
                 own["b_mag"] += total(to_mag)
                 own["r_mag"] += total(to_mag * (pi - bias) * r)
@@ -80,10 +81,6 @@ class GatedKernel(SparseKernel["GatedSAE"]):
         return fast.finish(
             losses, weights=(1, sae.config.sparsity, 1), gradients=own, metrics={"details/open_gates": l1 / len(x)}
         )
-
-
-def _values(features: Features) -> Tensor:
-    return features.values if isinstance(features, SparseFeatures) else features
 
 
 def _features(sae: GatedSAE, gate: Features) -> Features:
@@ -106,7 +103,7 @@ class GatedSAE(SAE):
         shared = (entry for entry in super().parameters_of(config) if entry.name != "b_enc")
         return (
             Parameter("b_gate", ("d_sae",), init=init.zeros, histogram="b_gate"),
-            Parameter("b_mag", ("d_sae",), init=init.constant(0.1)),
+            Parameter("b_mag", ("d_sae",), init=init.Constant(0.1)),
             Parameter("r_mag", ("d_sae",), init=init.zeros, keeps_digits=True, lr_factor=0.5, groups=("scale",)),
             *shared,
         )

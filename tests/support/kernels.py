@@ -12,13 +12,13 @@ from torch import Tensor
 import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
+from saekit import SAE
 from saekit.config import SAEConfig
 from saekit.kernels import Encoder, SparseFeatures
 from saekit.kernels.private_torch import has_bfloat16_products
 from saekit.kernels.screen import Screen
-from saekit.sae import SAE
 from saekit.sae.build import build_module
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 
 
 def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
@@ -82,5 +82,5 @@ def count_screens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def adam(sae: SAE) -> Optimizer:
+def adam(sae: SAE) -> ScheduledOptimizer:
     return adam_for(sae.named_parameters(), lambda step: 1e-3, beta1=0.9)

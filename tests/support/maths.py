@@ -7,7 +7,7 @@ from saekit_plugins.architectures.standard import StandardConfig
 from torch import Tensor
 
 import saekit
-from saekit.sae import SAE
+from saekit import SAE
 from saekit.sae.build import build_module
 from saekit.values import StepInput
 

@@ -12,7 +12,7 @@ from torch import nn
 import saekit
 from saekit.config import OptimizerConfig
 from saekit.kinds import OPTIMIZERS
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 
 
 def optimizer_for(
@@ -20,14 +20,14 @@ def optimizer_for(
     config: OptimizerConfig,
     schedule: Callable[[int], float],
     **more: Any,
-) -> Optimizer:
+) -> ScheduledOptimizer:
     """The one that ``config`` chooses."""
     build = functools.partial(saekit.default_manager().build, OPTIMIZERS, config)
-    return Optimizer(parameters, build, schedule, clip=config.clip_grad_norm, **more)
+    return ScheduledOptimizer(parameters, build, schedule, clip=config.clip_grad_norm, **more)
 
 
 def adam_for(
     parameters: Iterable[tuple[str, nn.Parameter]], schedule: Callable[[int], float], **options: Any
-) -> Optimizer:
+) -> ScheduledOptimizer:
     """Adam with ``options``."""
     return optimizer_for(parameters, AdamConfig(**options), schedule)

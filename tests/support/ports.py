@@ -12,8 +12,8 @@ from support.sweeps import DOCUMENTS, changed
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.config import NEEDED_TO_LOAD
-from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin
 from saekit.values import StepInput, StepOutput
 

@@ -12,7 +12,7 @@ import torch
 from saekit_plugins.architectures.standard import StandardConfig
 
 import saekit
-from saekit.sae import SAE
+from saekit import SAE
 from saekit.sae.build import build_module
 from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS
 

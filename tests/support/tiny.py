@@ -18,6 +18,7 @@ RUN: dict[str, Any] = {
     "sae": {"name": "standard", "d_sae": 64, "l1_coefficient": 1.0},
     "training": {"training_tokens": 2000, "train_batch_size_tokens": 256, "verbose": False, "log_frequency": 1},
     "evals": {"n_contexts": 4, "split": "heldout"},
+    "reports": {"pictures": False},  # a second for each run, which few tests look at
 }
 
 

@@ -15,8 +15,8 @@ from support.tiny import run_config
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.config import TrainingConfig
-from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics

@@ -14,9 +14,9 @@ from saekit_plugins.architectures.topk import TopKConfig
 from support.tiny import run_config
 
 import saekit
+from saekit import SAE
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.errors import ConfigError
-from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 from saekit.sae.losses import variance_ratio
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager

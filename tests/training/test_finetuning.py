@@ -20,8 +20,8 @@ from support.training import DOCUMENTS, FACTOR, TUNING, Step, fake_run, fakes, f
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("way")
 

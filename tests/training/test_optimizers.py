@@ -25,7 +25,7 @@ from saekit.config.files import dump_config, load_config
 from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.sae import Parameter, init
 from saekit.testing import fake_plugin
-from saekit.training.optimizer import Optimizer
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.values import StepInput, StepOutput
 
 SHAPES = {"W": (6, 4), "b": (4,), "turned": (5, 3)}
@@ -44,7 +44,7 @@ def gradients(step: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
 
 
-def stepped(optimizer: Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
+def stepped(optimizer: ScheduledOptimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
     for step in steps:
         for name, value in gradients(step).items():
             parameters[name].grad = torch.empty_like(parameters[name]).copy_(value)
@@ -146,8 +146,10 @@ class Counting(torch.optim.SGD):
 BUILDS: dict[str, Any] = {
     "adam": lambda parameters, schedule: adam_for(parameters, schedule, beta1=0.9),
     "signum": lambda parameters, schedule: optimizer_for(parameters, SignumConfig(), schedule),
-    "torch's": lambda parameters, schedule: Optimizer(parameters, functools.partial(own, OwnConfig()), schedule),
-    "its own": lambda parameters, schedule: Optimizer(parameters, Counting, schedule),
+    "torch's": lambda parameters, schedule: ScheduledOptimizer(
+        parameters, functools.partial(own, OwnConfig()), schedule
+    ),
+    "its own": lambda parameters, schedule: ScheduledOptimizer(parameters, Counting, schedule),
 }
 
 
@@ -203,7 +205,7 @@ def test_an_optimizer_that_loses_a_parameter_or_a_factor_is_refused() -> None:
 
     for build in (loses, forgets):
         with pytest.raises(PluginFailedError, match="SGD has not the parameters that it was given in its param_groups"):
-            Optimizer(weights().items(), build, lambda step: 0.1)
+            ScheduledOptimizer(weights().items(), build, lambda step: 0.1)
 
 
 # ---- groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ def test_the_scale_is_folded_into_what_is_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(raw.encode(x), plain.encode(x * read), rtol=1e-12, atol=1e-14)
 
 
+def largest(kind: str, rescale: bool) -> dict[str, Any]:
+    """The options of one that has the largest features, with rows of other norms than 1."""
+    sae: dict[str, Any] = {"name": kind, "k": 4, "rescale_acts_by_decoder_norm": rescale, "b_dec_init_method": "zeros"}
+    sae |= dict.fromkeys(("apply_b_dec_to_input", "normalize_sae_decoder", "init_encoder_as_decoder_transpose"), False)
+    sae["decoder_heuristic_init"] = False
+    return sae | ({"threshold_lr": 1e-9} if kind == "batchtopk" else {})  # it stands still
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 @pytest.mark.parametrize("sites", [saekit.Sites((A, B)), saekit.Sites((A,), (C,))], ids=lambda s: s.name)
@@ -143,16 +152,14 @@ def test_a_saved_one_is_the_same_on_scaled_activations(
     tmp_path: Path, kind: str, rescale: bool, sites: saekit.Sites
 ) -> None:
     """But for one whose option would have to change for it, with scales of several targets."""
-    sae: dict[str, Any] = {"name": kind, "k": 4, "rescale_acts_by_decoder_norm": rescale, "b_dec_init_method": "zeros"}
-    sae |= dict.fromkeys(("apply_b_dec_to_input", "normalize_sae_decoder", "init_encoder_as_decoder_transpose"), False)
-    if kind == "batchtopk":
-        sae["threshold_lr"] = 1e-9  # it stands still
+    sae = largest(kind, rescale)
     first = train(config(tmp_path, sites, sae=sae, activations={"normalize_activations": "none"}))
     start = {"from_pretrained_path": str(first.folder), "training_tokens": 1}
     table = config(tmp_path, sites, sae=sae, training=start | {"train_batch_size_tokens": 1})
     if rescale and len(sites.targets) > 1:
         needs = (
-            "sae.rescale_acts_by_decoder_norm: is True, but with a scale for each site the SAE in .* needs False; set"
+            "sae.rescale_acts_by_decoder_norm: is True, but with a scale for each site the SAE in .* needs False; set "
+            "it to False, or activations.normalize_activations to 'none'$"
         )
         with pytest.raises(ConfigError, match=needs):
             train(table)
@@ -160,6 +167,57 @@ def test_a_saved_one_is_the_same_on_scaled_activations(
     x = torch.cat([sample(site, 40, seed=9) for site in sites.inputs], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(train(table).sae(x), first.sae(x), rtol=1e-6, atol=1e-6)
+
+
+NORMALIZE = {False: "none", True: "expected_average_only_in"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scaled", "scales"),
+    [
+        # What was scaled site by site has its norms folded in; by these scales they are all 1.
+        (True, True, True, True),
+        (True, False, True, True),
+        # Folding the norms in changes nothing either, and then any scale may come.
+        (True, False, False, False),
+        (True, False, False, True),
+        (False, False, True, True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_norms_may_be_folded_in_before_training_goes_on(
+    tmp_path: Path, kind: str, before: bool, after: bool, scaled: bool, scales: bool
+) -> None:
+    """``before`` and ``after``: if features are rescaled; ``scaled`` and ``scales``: if activations are."""
+    sites = saekit.Sites((A, B))
+    normalized = {"normalize_activations": NORMALIZE[scaled]}
+    first = train(config(tmp_path, sites, sae=largest(kind, before), activations=normalized))
+    assert first.sae.config.rescale_acts_by_decoder_norm is (before and not scaled)
+    start = {"from_pretrained_path": str(first.folder), "training_tokens": 1, "train_batch_size_tokens": 1}
+    normalized = {"normalize_activations": NORMALIZE[scales]}
+    table = config(tmp_path, sites, sae=largest(kind, after), training=start, activations=normalized)
+    assert not saekit.plan(table, plugins=manager()).problems
+    second = train(table).sae
+    x = torch.cat([sample(site, 40, seed=9) for site in sites.inputs], dim=1)
+    with torch.no_grad():
+        assert first.sae.encode(x).count_nonzero() > 100
+        torch.testing.assert_close(second(x), first.sae(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(second.encode(x), first.sae.encode(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_norms_that_are_not_alike_cannot_be_taken_out_again(tmp_path: Path, normalize: bool) -> None:
+    normalized = {"normalize_activations": NORMALIZE[normalize]}
+    sites = saekit.Sites((A,), (A, C)) if normalize else saekit.Sites((A,), (C,))
+    first = train(config(tmp_path, sites, sae=largest("topk", False), activations=normalized))
+    start = {"from_pretrained_path": str(first.folder)}
+    table = config(tmp_path, sites, sae=largest("topk", True), training=start, activations=normalized)
+    said = rf"sae.rescale_acts_by_decoder_norm: is True, but the SAE in {re.escape(str(first.folder))} .* has False"
+    assert [re.fullmatch(said, problem) is not None for problem in saekit.plan(table, plugins=manager()).problems] == [
+        True
+    ]
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        train(table)
 
 
 def test_a_target_among_the_inputs_has_one_scale(tmp_path: Path) -> None:

@@ -10,25 +10,30 @@ from typing import Any
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.topk import TopKConfig
 from support.foreign import OLD, write
 from support.training import DOCUMENTS, FACTOR, TUNING, Step, fake_run, fakes, train
 from torch import Tensor
 
 import saekit
+from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.sae import SAE
 from saekit.sae.build import build_module, initialize
 
 pytestmark = pytest.mark.usefixtures("way")
+THEIRS = OLD | {"d_in": 8, "hook_point": "blocks.0.hook_resid_post"}
+"""Another library's SAE for the site of :func:`fake_run`."""
 
 
-def saved_sae(folder: Path, seed: int = 1, d_sae: int = 40, d_in: int = 8, **options: Any) -> SAE:
+def saved_sae(
+    folder: Path, seed: int = 1, d_sae: int = 40, d_in: int = 8, kind: Any = StandardConfig, **options: Any
+) -> SAE:
     """An SAE with rows of norm 1 (unless ``options`` say otherwise), written to ``folder``."""
     plugins = saekit.default_manager()
-    config = StandardConfig(**{"d_sae": d_sae, **options})
+    config = kind(**{"d_sae": d_sae, **options})
     sae = build_module(plugins.find("sae_architectures", config), config, d_in, plugins)
     generator = torch.Generator().manual_seed(seed)
-    initialize(sae, generator)
+    initialize(sae, generator, torch.randn(50, d_in, generator=torch.Generator().manual_seed(seed)))
     sae.b_enc.data = torch.randn(d_sae, generator=generator).to(sae.b_enc) * 0.1
     sae.b_dec.data = torch.randn(d_in, generator=generator).to(sae.b_dec)
     sae.save(folder)
@@ -88,7 +93,7 @@ def test_from_a_run_a_checkpoint_and_another_librarys_folder(tmp_path: Path, ste
     parts = {
         name: value.detach().contiguous() for name, value in saved_sae(tmp_path / "x", d_sae=64).named_parameters()
     }
-    theirs = write(tmp_path / "theirs", OLD | {"d_in": 8, "d_sae": 64}, parts)
+    theirs = write(tmp_path / "theirs", THEIRS | {"d_sae": 64}, parts)
     for place in (first.folder, first.folder / "sae", checkpoint, theirs):
         steps.clear()
         train(start_run(tmp_path, place))
@@ -142,7 +147,7 @@ def test_a_factor_in_the_start(tmp_path: Path, steps: list[Step], method: str | 
     parts = {
         name: value.detach().contiguous() for name, value in saved_sae(tmp_path / "x", d_sae=10).named_parameters()
     }
-    folder = write(tmp_path / "start", OLD | {"d_in": 8}, parts | {"scaling_factor": FACTOR})
+    folder = write(tmp_path / "start", THEIRS, parts | {"scaling_factor": FACTOR})
     start = SAE.load(folder)
     tuning = {} if method is None else {**TUNING, "finetuning_method": method}
     config = start_run(tmp_path, folder, training=tuning)
@@ -180,7 +185,7 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
         tmp_path, tmp_path / "start",
         sae={
             "activation": "tanh-relu", "apply_b_dec_to_input": False, "d_sae": 41, "d_in": 9,
-            "decoder_orthogonal_init": True, "b_dec_init_method": "mean",
+            "decoder_orthogonal_init": True, "init_encoder_as_decoder_transpose": False, "b_dec_init_method": "mean",
         },
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
@@ -189,6 +194,7 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
     where = f"the SAE in {tmp_path / 'start'} (training.from_pretrained_path)"
     for words in (
         "sae.decoder_orthogonal_init: chooses a start, but training starts from",
+        "sae.init_encoder_as_decoder_transpose: chooses a start",
         "sae.b_dec_init_method: chooses a start",
         f"sae.activation: is 'saekit:tanh-relu', but {where} has 'saekit:relu'",
         f"sae.apply_b_dec_to_input: is False, but {where} has True",
@@ -197,7 +203,7 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
         "sae.normalize_sae_decoder: keeps decoder rows at norm 1, and those of",
     ):
         assert words in message
-    assert len(message.strip().splitlines()) <= 9, "and nothing else is"
+    assert len(message.strip().splitlines()) == 9, "and nothing else is"
     assert any("sae.d_sae: is 41" in problem for problem in problems_of(config))
     heuristic = start_run(
         tmp_path, tmp_path / "start", sae={"decoder_heuristic_init": True, "normalize_sae_decoder": False}
@@ -205,6 +211,18 @@ def test_every_contradiction_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="sae.decoder_heuristic_init: chooses a start"):
         train(heuristic)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_other_options_ask_for_is_no_choice_of_a_start(tmp_path: Path) -> None:
+    """Rows of norm 1 cannot start from norms of 0.1, as they would by the default of topk."""
+    saved_sae(tmp_path / "start", kind=TopKConfig, k=4, normalize_sae_decoder=True, decoder_heuristic_init=False)
+    config = start_run(tmp_path, tmp_path / "start")
+    config["sae"] = {"name": "topk", "k": 4, "normalize_sae_decoder": True, "decoder_heuristic_init": False}
+    assert train(config).sae.d_sae == 40
+    config["sae"] |= {"normalize_sae_decoder": False, "b_dec_init_method": "zeros"}
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    assert [path for path, _ in caught.value.problems] == ["sae.decoder_heuristic_init", "sae.b_dec_init_method"]
 
 
 def problems_of(config: dict[str, Any]) -> list[str]:

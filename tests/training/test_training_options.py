@@ -18,8 +18,8 @@ from support.training import DOCUMENTS, fake_run, fakes, hashes, train
 from torch import Tensor, nn
 
 import saekit
+from saekit import SAE
 from saekit.errors import PluginFailedError
-from saekit.sae import SAE
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 pytestmark = pytest.mark.usefixtures("way")

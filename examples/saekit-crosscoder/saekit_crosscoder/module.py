@@ -3,7 +3,7 @@
 import torch
 
 from saekit import SAE, StepOutput
-from saekit.kernels import FastStep, SparseFeatures, SparseKernel, SparsityPenalty, active_groups, screen_for
+from saekit.kernels import FastStep, SparseKernel, SparsityPenalty, active_groups, screen_for, values_of
 from saekit.protocols import SparseActivation
 from saekit.sae import sparsity_penalty, squared_errors
 
@@ -25,8 +25,7 @@ class CrosscoderKernel(SparseKernel):
         penalty = SparsityPenalty.of(x, len(x), coefficient, 1.0, total, learns=sae.W_dec.requires_grad)
 
         def to_pre(gradient, features, rows):
-            values = features.values if isinstance(features, SparseFeatures) else features
-            return sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+            return sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values_of(features))
 
         for start, features in self.groups(sae, x, workspace):
             penalty.count(features)

@@ -33,9 +33,9 @@ class Relu:
         return pre.relu_()
 
     def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
-        import torch
+        from saekit.kernels import relu_gradient_
 
-        return torch.ops.aten.threshold_backward.grad_input(gradient, features, 0, grad_input=gradient)  # type: ignore[no-any-return]
+        return relu_gradient_(gradient, features)
 
 
 def _build(config: ReluConfig) -> Relu:

@@ -157,14 +157,15 @@ class CompiledParts:
 
     def _run(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         import torch
-        from torch._dynamo.exc import TorchDynamoException
+
+        from saekit.kernels import is_of_compiler
 
         try:
             out = compiled(*args, **kwargs)
         except Exception as error:
             if "out of memory" in str(error).lower():
                 raise
-            if isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, TorchDynamoException):
+            if isinstance(error, (RuntimeError, MemoryError)) and not is_of_compiler(error):
                 raise  # of the code that was compiled
             raise _failure(error) from None
         # The memory of a CUDA graph's output is used again by the next graph.

@@ -13,8 +13,8 @@ from saekit.config import check
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit import SAE
     from saekit.protocols import ModelBackend
-    from saekit.sae import SAE
     from saekit.values import EvalRun
 
 

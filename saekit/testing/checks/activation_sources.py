@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.protocols import StatesWidths
+from saekit.protocols import HasMemory, Pauses, StatesRows, StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend
@@ -255,9 +255,9 @@ def close(subject: Subject) -> None:
     before = {*threading.enumerate()}
     with _opened(subject) as plain, _opened(subject) as source:
         expected, found = _batches(plain, 6), _batches(source, 3)
-        if callable(pause := getattr(source, "pause", None)):
-            pause()
-            pause()
+        if isinstance(source, Pauses):
+            source.pause()
+            source.pause()
         must_be_equal("batches after pause()", found + _batches(source, 3), expected)
         source.close()
     _must_end(before)
@@ -289,7 +289,7 @@ def widths(subject: Subject) -> None:
 def memory(subject: Subject) -> None:
     """``memory_bytes()`` and ``rows``, where it has them, are whole numbers."""
     with _opened(subject) as source:
-        for name in ("memory_bytes", "rows"):
-            value = getattr(source, name, 0)
-            value = value() if callable(value) else value
+        told: dict[str, object] = {"memory_bytes": source.memory_bytes()} if isinstance(source, HasMemory) else {}
+        told |= {"rows": source.rows} if isinstance(source, StatesRows) else {}
+        for name, value in told.items():
             must(isinstance(value, int) and value >= 0, f"{name} is {value!r}, expected a whole number")

@@ -17,7 +17,7 @@ from saekit.values import Ports, StepInput, StepOutput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
 __all__ = [
     "ONE",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from saekit.defaults import DEFAULT_ARCHITECTURE
+from saekit.errors import PluginFailedError, SaekitError
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.site import Site, Sites
 from saekit.testing.backend import FakeBackend
-from saekit.testing.checks.check import Checks, Subject, must
+from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.numbers import is_number, must_be_equal, seeded
-from saekit.values import EvalRun
+from saekit.values import EvalRun, Ports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from saekit.sae import SAEModule
 
 CHECKS = Checks()
-_SITES = Sites.one(Site(hook_name="blocks.0.hook_resid_post"))
-_KEY = "saekit:standard"
+_EARLY, _LATE = (Site(hook_name=f"blocks.{block}.hook_resid_post") for block in (0, 1))
+_HEAD = Site(hook_name="blocks.0.attn.hook_z", hook_head_index=1)  # of another width than those
+_ONE = Sites.one(_EARLY)
+_TRANSCODER = Sites((_HEAD,), (_LATE,))
+_SEVERAL = Sites((_EARLY, _HEAD), (_HEAD, _LATE, _EARLY))
 
 
 def _contexts() -> Tensor:
@@ -27,31 +32,41 @@ def _contexts() -> Tensor:
     return torch.randint(1, 120, (6, 16), generator=seeded())
 
 
-def _sae(subject: Subject, *, d_sae: int = 24, seed: int = 0) -> SAEModule:
-    """One of the built-in architecture, at the site."""
+def _sae(subject: Subject, sites: Sites = _ONE, *, d_sae: int = 24, seed: int = 0) -> SAEModule:
+    """One of the built-in architecture, at ``sites``."""
     import attrs
 
+    from saekit.data.stream import probe
     from saekit.sae.build import build_module, initialize
 
-    item = subject.plugins.get(SAE_ARCHITECTURES, _KEY)
-    sae = build_module(item, item.entry.config(d_sae=d_sae), FakeBackend.d_model, subject.plugins)
+    item = subject.plugins.get(SAE_ARCHITECTURES, DEFAULT_ARCHITECTURE)
+    ports = Ports.of(sites, {site: width for site, (width, _) in probe(FakeBackend(), sites.all).items()})
+    of_one = {} if sites.same else {"apply_b_dec_to_input": False, "init_encoder_as_decoder_transpose": False}
+    sae = build_module(item, item.entry.config(d_sae=d_sae, **of_one), ports, subject.plugins)
     initialize(sae, seeded(seed))
-    sae.info = attrs.evolve(sae.info, sites=_SITES)
+    sae.info = attrs.evolve(sae.info, sites=sites)
     return sae
 
 
-def _measured(measure: Any, sae: SAEModule, backend: FakeBackend | None = None, contexts: Tensor | None = None) -> Any:
-    found = measure(
-        sae, backend=backend or FakeBackend(), sites=_SITES, contexts=_contexts() if contexts is None else contexts
-    )
+def _measured(
+    measure: Any,
+    sae: SAEModule,
+    backend: FakeBackend | None = None,
+    contexts: Tensor | None = None,
+    sites: Sites = _ONE,
+) -> Any:
+    from saekit.evals.calling import called
+
+    contexts = _contexts() if contexts is None else contexts
+    found = called(measure, sae, backend=backend or FakeBackend(), sites=sites, contexts=contexts)
     return dict(found) if isinstance(found, dict) else found  # it may use the same again
 
 
-def _built(subject: Subject) -> Any:
+def _built(subject: Subject, sites: Sites = _ONE) -> Any:
     run = EvalRun(
         name="sae",
         backend=FakeBackend(),
-        sites=_SITES,
+        sites=sites,
         device="cpu",
         steps=10,
         seed=0,
@@ -69,8 +84,12 @@ def build(subject: Subject) -> None:
 @CHECKS.add
 def numbers(subject: Subject) -> None:
     """It gives numbers by name."""
-    found = _measured(_built(subject), _sae(subject))
+    _must_be_numbers(_measured(_built(subject), _sae(subject)))
+
+
+def _must_be_numbers(found: object) -> None:
     must(isinstance(found, dict), f"it returns {type(found).__name__}, expected a dict of numbers by name")
+    assert isinstance(found, dict)
     for name, value in found.items():
         must(isinstance(name, str) and name.strip(), f"it calls a number {name!r}, expected a text")
         must(is_number(value), f"{name} is {value!r}, expected a plain number")
@@ -123,3 +142,31 @@ def several(subject: Subject) -> None:
     expected = _measured(_built(subject), one)
     _measured(measure, other)
     must_be_equal("the numbers of an SAE after another's", _measured(measure, one), expected)
+
+
+@CHECKS.add
+def transcoder(subject: Subject) -> None:
+    """A dictionary that reads one site and writes another, of another width, is measured as well; or refused, by an
+    error of saekit's, when the eval is built for its sites."""
+    _must_measure(subject, _TRANSCODER)
+
+
+@CHECKS.add
+def several_sites(subject: Subject) -> None:
+    """So is one that reads several sites and writes several."""
+    _must_measure(subject, _SEVERAL)
+
+
+def _must_measure(subject: Subject, sites: Sites) -> None:
+    sae = _sae(subject, sites)
+    before = _state(sae)
+    try:
+        measure = _built(subject, sites)
+    except PluginFailedError:  # whatever else its build raises
+        raise
+    except SaekitError as error:
+        raise NotTried(f"it refuses: {error}") from None
+    found = _measured(measure, sae, sites=sites)
+    _must_be_numbers(found)
+    must_be_equal("the numbers of a second time", _measured(measure, sae, sites=sites), found)
+    must_be_equal("of the dictionary, afterwards", _state(sae), before)

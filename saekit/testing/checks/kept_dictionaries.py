@@ -30,7 +30,7 @@ from saekit.values import Ports
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
 __all__ = ["KEPT"]
 
@@ -79,7 +79,7 @@ def _sites(ports: Ports) -> Sites:
 
 
 def _saved(sae: SAE, folder: Any, subject: Subject) -> SAE:
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
     folder.parent.mkdir(exist_ok=True)
     sae.save(folder)

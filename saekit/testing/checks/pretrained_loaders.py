@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.errors import PluginFailedError, SaekitError
-from saekit.pretrained.files import PretrainedSAE, SAEFiles
 from saekit.pretrained.load import load_sae
+from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_be_equal, seeded
 from saekit.testing.checks.sae_files import cut_off, with_other_tensors, without

@@ -25,7 +25,7 @@ from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.values import Ports, StepOutput
 
 if TYPE_CHECKING:
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
 CHECKS = Checks()
 _EXACT = 1e-9
@@ -36,7 +36,7 @@ def build(subject: Subject) -> None:
     """It is built from options that derive from :class:`saekit.SAEConfig`, as a :class:`saekit.SAE` of their type."""
     import torch
 
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
     must(isinstance(subject.options, SAEConfig), f"{type(subject.options).__name__} does not derive from SAEConfig")
     for dtype in ("float64", "float32", "bfloat16"):
@@ -241,7 +241,7 @@ def unit_rows(subject: Subject) -> None:
 
 
 def _of_the_kernel() -> Any:
-    from saekit.sae import SAE
+    from saekit.pretrained.sae import SAE
 
     return SAE.after_update
 

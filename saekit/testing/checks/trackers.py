@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saekit.protocols import Concludes
+from saekit.defaults import ALWAYS_TRACKED, DEFAULT_ARCHITECTURE
+from saekit.protocols import Concludes, TakesCheckpoints
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.values import Histogram, Metrics, RunEnd, RunInfo
@@ -25,7 +26,7 @@ _METRICS: Metrics = {
     "weights/b_e": Histogram((3, 0, 5), (-1.0, 0.0, 0.5, 2.0)),
     "plots/many": Histogram((1,) * 600, tuple(map(float, range(601)))),
 }
-_CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": "saekit:standard"}, "trackers": ["saekit:jsonl"]}
+_CONFIG = {"training": {"lr": 1e-4, "seed": None}, "sae": {"name": DEFAULT_ARCHITECTURE}, "trackers": [ALWAYS_TRACKED]}
 _ENDS = (RunEnd("finished"), *(RunEnd(how, "why") for how in ("interrupted", "diverged", "failed")))
 _PATIENCE, _GRACE = 30.0, 2.0
 
@@ -137,14 +138,14 @@ def checkpoints(subject: Subject) -> None:
     run = _run(subject.place)
     tracker = subject.build(run=run)
     try:
-        if not callable(told := getattr(tracker, "log_checkpoint", None)):
+        if not isinstance(tracker, TakesCheckpoints):
             raise NotTried("it has none")
         folder = subject.place / "checkpoint"
         folder.mkdir()
         for name in ("cfg.json", "sae_weights.safetensors"):
             (folder / name).write_bytes(name.encode())
         before = _sums(folder)
-        _in_its_thread(lambda: told(folder, 2))
+        _in_its_thread(partial(tracker.log_checkpoint, folder, 2))
         must(_sums(folder) == before, "log_checkpoint changes the folder")
     finally:
         _in_its_thread(tracker.close)

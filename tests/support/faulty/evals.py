@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from support.faulty.case import cases
 
 Measure = Callable[..., Any]
@@ -41,6 +42,22 @@ def keeping() -> Measure:
     return measure
 
 
+@torch.no_grad()
+def one_site(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> Any:
+    """Takes what is read for what is written, as in an SAE."""
+    x = sites.input_of(backend.run(contexts, read={site.hook_name for site in sites.inputs}).held)
+    return {"error": float((sae(x) - x).square().mean())}
+
+
+@torch.no_grad()
+def first_sites(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> Any:
+    """Takes one site that is read and one that is written for all that there are."""
+    read, written = sites.inputs[0], sites.targets[0]
+    held = backend.run(contexts, read={read.hook_name, written.hook_name}).held
+    x, target = read.extract(held[read.hook_name]), written.extract(held[written.hook_name])
+    return {"error": float((sae(x) - target).square().mean())}
+
+
 CASES = cases(
     "evals",
     {
@@ -49,6 +66,14 @@ CASES = cases(
         "repeatable": ("the numbers of a second time, number: found 1.0, expected 0.0", lambda config, run: counting()),
         "leaves_the_sae": ("of the SAE, afterwards, hooks: found 1, expected 0", lambda config, run: hooking),
         "leaves_the_model": ("the contexts, afterwards,: other numbers", lambda config, run: clearing),
+        "transcoder": (
+            r"RuntimeError: The size of tensor a \(8\) must match the size of tensor b \(4\)",
+            lambda config, run: one_site,
+        ),
+        "several_sites": (
+            r"the SAE takes \[..., 12\] .*; found \[6, 16, 8\]",
+            lambda config, run: first_sites,
+        ),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),
     },
 )

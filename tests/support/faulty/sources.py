@@ -24,17 +24,17 @@ class Numbers:
     def __iter__(self) -> Numbers:
         return self
 
-    def rows(self, n: int) -> dict[Any, Any]:
+    def drawn(self, n: int) -> dict[Any, Any]:
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.at)
         return {site: torch.randn(n, width, generator=generator) for site, width in self.stream.widths.items()}
 
     def __next__(self) -> Batch:
-        rows = self.rows(self.stream.batch_size)
+        rows = self.drawn(self.stream.batch_size)
         self.at += 1
         return Batch(rows)
 
     def peek(self) -> Mapping[Any, Any]:
-        return self.rows(10)
+        return self.drawn(10)
 
     def state_dict(self) -> dict[str, Any]:
         return {"at": self.at}
@@ -47,8 +47,8 @@ class Numbers:
 
 
 class Small(Numbers):
-    def rows(self, n: int) -> dict[Any, Any]:
-        return super().rows(n - 1)
+    def drawn(self, n: int) -> dict[Any, Any]:
+        return super().drawn(n - 1)
 
 
 class Unseeded(Numbers):

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from saekit import Ports
 from saekit.errors import SAEFormatError
-from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for
+from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for, values_of
 from saekit.protocols import ActivationFunction
-from saekit.sae import Factor, one_factor
+from saekit.sae import Factor, check_width, one_factor
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
-from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
+from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE, from_zero
 
 __all__ = ["BatchTopKSAE"]
 
@@ -68,6 +68,7 @@ class BatchTopKSAE(TopKSAE):
         return (self.threshold_average / started).where(started > 0, 0).to(self.W_dec.dtype)
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu()
         return features * (features > self.threshold)
@@ -86,7 +87,7 @@ class BatchTopKSAE(TopKSAE):
 
     @torch.no_grad()
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
-        values = features.values if isinstance(features, SparseFeatures) else features
+        values = values_of(features)
         least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
         there, lr = least < torch.inf, self.config.threshold_lr
         average = (1 - lr) * self.threshold_average + lr * least.to(self.threshold_average.dtype)
@@ -101,6 +102,15 @@ class BatchTopKSAE(TopKSAE):
         super().fold_activation_scale(scale, target_scale)
         if self.config.rescale_acts_by_decoder_norm:  # features shrink with the decoder's norms
             self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
+
+    @torch.no_grad()
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        before, norm = self.config, self.decoder_norms().mean()
+        if not super().restate(option, value, within=within):
+            return False
+        if self.config.rescale_acts_by_decoder_norm and not before.rescale_acts_by_decoder_norm:
+            self.threshold_average *= norm  # as features are, from now on
+        return True
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
@@ -124,7 +134,7 @@ class BatchTopKSAE(TopKSAE):
             raise SAEFormatError(f"the weights do not fit {self.info.architecture}: threshold is missing")
         average = [torch.zeros((), dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)]
         super().load_public_tensors(tensors | dict(zip(_AVERAGE, average, strict=True)))
-        self.threshold_average.fill_(self._one_threshold(threshold, tensors["W_dec"]))
+        self.threshold_average.fill_(self._one_threshold(from_zero(threshold), tensors["W_dec"]))
 
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""

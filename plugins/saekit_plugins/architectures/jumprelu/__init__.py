@@ -13,6 +13,7 @@ import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import check
+from saekit_plugins.architectures.standard import check_warm_up
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 _above_0 = check(lambda value: value > 0, "above 0")
@@ -84,4 +85,5 @@ class JumpReLUConfig(SAEConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build = f"{__name__}.module:JumpReLUSAE"
-    yield Entry("jumprelu", JumpReLUConfig, build, summary="features above thresholds of their own, which are learned")
+    summary = "features above thresholds of their own, which are learned"
+    yield Entry("jumprelu", JumpReLUConfig, build, summary=summary, precheck=check_warm_up)

@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from saekit import Ports, SAEConfig
+from saekit import ConfigError, Ports, SAEConfig
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -26,14 +26,19 @@ from saekit.kernels import (
     SparseKernel,
     Workspace,
     active_groups,
-    add_auxk,
+    at_features,
+    at_rows,
+    feature_sums,
+    row_sums,
     screen_for,
+    values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, Parameter, auxk_loss, init, squared_errors, variance_ratio
+from saekit.sae import Parameter, check_width, init, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.topk.module import check_relu
+from saekit_plugins.architectures.revival import RevivingSAE
+from saekit_plugins.architectures.topk.module import check_relu, from_zero
 
 __all__ = ["JumpReLUKernel", "JumpReLUSAE"]
 
@@ -90,35 +95,35 @@ class _Jumps:
     def _count(self, features: Features) -> None:
         config = self.sae.config
         if config.sparsity_loss != "tanh":
-            l0 = _row_sums(features, self._pre > _of(self.threshold, features))
+            l0 = self._counts(features, self._pre > at_features(self.threshold, features))
             target = config.target_l0
             self.total += l0.sum() if target is None else (l0 - target).square().sum() * (2 / target)
             return
         assert self.norms is not None
         assert self.to_norms is not None
         for part in [features] if isinstance(features, SparseFeatures) else features.split(_ROWS // 2):
-            values = _values(part)
-            bent = (config.tanh_scale * values * _of(self.norms, part)).tanh_()
+            values = values_of(part)
+            bent = (config.tanh_scale * values * at_features(self.norms, part)).tanh_()
             self.total += bent.sum()
             slope = (1 - bent.square_()).mul_(values).mul_(config.tanh_scale * self.coefficient / self.n)
-            self.to_norms += part.sums(slope) if isinstance(part, SparseFeatures) else slope.sum(0)
+            self.to_norms += feature_sums(part, slope)
 
     def to_pre(self, gradient: Tensor, features: Features, rows: slice) -> Tensor:
         """From the gradient to features to that to pre-activations; that to thresholds is kept."""
-        config, values, pre = self.sae.config, _values(features), self._pre
+        config, values, pre = self.sae.config, values_of(features), self._pre
         if not isinstance(features, SparseFeatures):
             pre = pre[rows.start - self._start : rows.stop - self._start]
-        threshold = _of(self.threshold, features)
+        threshold = at_features(self.threshold, features)
         active = pre > threshold
         near = ((pre - threshold).abs() < config.bandwidth / 2).to(pre.dtype).div_(config.bandwidth)
         if config.sparsity_loss == "tanh":
             assert self.norms is not None
-            norms = config.tanh_scale * _of(self.norms, features)
+            norms = config.tanh_scale * at_features(self.norms, features)
             gradient += (1 - (norms * values).tanh().square()) * norms * (self.coefficient / self.n)
             jump = near.mul_(threshold * gradient)
         else:
             jump = near.mul_(threshold * gradient + self._slope(features, active))
-        self.to_threshold -= features.sums(jump) if isinstance(features, SparseFeatures) else jump.sum(0)
+        self.to_threshold -= feature_sums(features, jump)
         to_pre = gradient.mul_(active)
         return to_pre.add_(jump) if config.ste_to_input else to_pre
 
@@ -127,8 +132,13 @@ class _Jumps:
         target, slope = self.sae.config.target_l0, self.coefficient / self.n
         if target is None:
             return slope
-        off = (_row_sums(features, active) - target).mul_(4 / target * slope)
-        return off[features.rows] if isinstance(features, SparseFeatures) else off[:, None]
+        off = (self._counts(features, active) - target).mul_(4 / target * slope)
+        return at_rows(off, features)
+
+    @staticmethod
+    def _counts(features: Features, active: Tensor) -> Tensor:
+        """``[rows]``: the active features of each row, in the type of their values."""
+        return row_sums(features, active.to(values_of(features).dtype))
 
     def add_pre_act_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
         """The pre-activation loss of the features whose numbers are ``dead``; its gradients are added to ``fast``'s."""
@@ -167,8 +177,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         return active_groups(encoder, sae.centered(rows), sae.activation, above=above, screen=screen_for(encoder))
 
     def leaves(self, sae: JumpReLUSAE, x: Tensor, step: StepInput) -> bool:
-        revives = step.dead is not None and bool(sae.config.pre_act_loss_coefficient or sae.config.aux_loss_coefficient)
-        return revives and x.device.type != "cpu"  # to count the dead would be to wait for it
+        return sae.revives(step) and x.device.type != "cpu"  # to count the dead would be to wait for it
 
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l0_coefficient_at(step.step)
@@ -178,13 +187,11 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         for start, pre in groups:
             fast.add(start, jumps.features(start, pre), jumps.to_pre)
         pre_act = aux = x.new_zeros(())
-        if step.dead is not None and (config.pre_act_loss_coefficient or config.aux_loss_coefficient):
+        if step.dead is not None and sae.revives(step):
             dead = step.dead.nonzero().squeeze(1)
             if len(dead) and config.pre_act_loss_coefficient:
                 pre_act = jumps.add_pre_act_loss(fast, encoder, dead)
-            if len(dead) and config.aux_loss_coefficient:
-                weight = sae.aux_weight(fast.target, fast.output)
-                aux = add_auxk(fast, encoder, dead, sae.k_aux, weight, shrink=False)
+            aux = sae.add_aux_loss(fast, encoder, dead)
         return fast.finish(
             {
                 "mse_loss": fast.mse,
@@ -199,7 +206,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         )
 
 
-class JumpReLUSAE(SAE):
+class JumpReLUSAE(RevivingSAE):
     """See the module.  :class:`ConfigError` when the activation is not ReLU."""
 
     step_kernels = (JumpReLUKernel(),)
@@ -211,16 +218,20 @@ class JumpReLUSAE(SAE):
 
     def __init__(self, config: JumpReLUConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the pre-activations above thresholds themselves")
+        features = config.features(ports.d_in)
+        if config.target_l0 is not None and config.target_l0 > features:
+            raise ConfigError([("sae.target_l0", f"is {config.target_l0:g}, but there are only {features} features")])
         super().__init__(config, ports=ports, activation=activation)
 
     @classmethod
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
         options: Any = config
-        start = init.constant(options.initial_threshold)
+        start = init.Constant(options.initial_threshold)
         own = Parameter("threshold", ("d_sae",), init=start, keeps_digits=True, histogram="threshold")
         return (*super().parameters_of(config), own)
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         return pre.relu() * (pre > self.threshold)
 
     # ---- training
@@ -235,7 +246,7 @@ class JumpReLUSAE(SAE):
             "mse_loss": squared_errors(output, target).sum(-1).mean(),
             "sparsity_loss": self._sparsity(features, gate),
             "pre_act_loss": self._pre_act_loss(pre, step.dead),
-            "auxiliary_reconstruction_loss": self._auxk(pre, target, output, step.dead),
+            "auxiliary_reconstruction_loss": self.aux_loss(pre, target, output, step.dead),
         }
         weights = (1, coefficient, config.pre_act_loss_coefficient, 1)
         loss = torch.stack([weight * value for weight, value in zip(weights, losses.values(), strict=True)]).sum()
@@ -270,20 +281,8 @@ class JumpReLUSAE(SAE):
             return pre.new_zeros(())
         return ((self.threshold - pre).relu() * dead * self.decoder_norms()).sum(-1).mean()
 
-    def _auxk(self, pre: Tensor, target: Tensor, output: Tensor, dead: Tensor | None) -> Tensor:
-        if dead is None or not self.config.aux_loss_coefficient:
-            return pre.new_zeros(())
-        decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
-        loss = auxk_loss(pre, target, output, decoder, dead, self.k_aux, shrink=False)
-        return loss * self.aux_weight(target, output)
-
-    def aux_weight(self, target: Tensor, output: Tensor) -> Tensor:
-        """What AuxK is multiplied by, for ``target`` and its reconstructions ``output``, ``[n, d_out]`` both."""
-        return (self.config.aux_loss_coefficient * variance_ratio(target, output)).clamp_max(1)
-
-    @property
-    def k_aux(self) -> int:
-        return self.config.k_aux or max(self.d_in // 2, 1)
+    def revives(self, step: StepInput) -> bool:
+        return super().revives(step) or (step.dead is not None and bool(self.config.pre_act_loss_coefficient))
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -297,21 +296,6 @@ class JumpReLUSAE(SAE):
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         tensors = dict(tensors)
-        if "threshold" in tensors:  # those below 0 do what 0 does
-            tensors["threshold"] = tensors["threshold"].clamp_min(0)
+        if "threshold" in tensors:
+            tensors["threshold"] = from_zero(tensors["threshold"])
         super().load_public_tensors(tensors)
-
-
-def _values(features: Features) -> Tensor:
-    return features.values if isinstance(features, SparseFeatures) else features
-
-
-def _of(each: Tensor, features: Features) -> Tensor:
-    """``each [d_sae]`` in the shape of the features' values."""
-    return each[features.features] if isinstance(features, SparseFeatures) else each
-
-
-def _row_sums(features: Features, values: Tensor) -> Tensor:
-    """``[rows]``, in the type of the features."""
-    values = values.to(_values(features).dtype)
-    return features.row_sums(values) if isinstance(features, SparseFeatures) else values.sum(1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import check
+
+if TYPE_CHECKING:
+    from saekit.config import TrainConfig
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -46,7 +49,19 @@ class StandardConfig(SAEConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build = f"{__name__}.module:StandardSAE"
-    yield Entry("standard", StandardConfig, build, summary="one hidden layer, an Lp sparsity penalty")
+    summary = "one hidden layer, an Lp sparsity penalty"
+    yield Entry("standard", StandardConfig, build, summary=summary, precheck=check_warm_up)
+
+
+def check_warm_up(options: Any, whole: TrainConfig) -> None:
+    """:class:`ConfigError` where training ends before λ is what was asked for."""
+    steps = whole.training.steps
+    for name in ("l1_warm_up_steps", "l0_warm_up_steps"):
+        if (rising := getattr(options, name, 0)) > steps:
+            raise ConfigError(
+                [(f"sae.{name}", f"is {rising:,}, and training has {steps:,} steps, so {name[:2]}_coefficient would "
+                  "never be reached; lower it, or train longer (training.training_tokens)")]
+            )  # fmt: skip
 
 
 def l1_coefficient_at(config: StandardConfig, step: int) -> float:

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit import SAE
 from saekit.kernels import (
     FastStep,
     Features,
-    SparseFeatures,
     SparseKernel,
     SparsityPenalty,
     Workspace,
     active_groups,
     screen_for,
+    values_of,
 )
 from saekit.protocols import SparseActivation
-from saekit.sae import SAE, ghost_loss, sparsity_penalty, spread, squared_errors
+from saekit.sae import ghost_loss, sparsity_penalty, spread, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.standard import StandardConfig, l1_coefficient_at
 
@@ -58,8 +59,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
         penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=sae.W_dec.requires_grad)
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
-            values = features.values if isinstance(features, SparseFeatures) else features
-            found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values)
+            found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values_of(features))
             return found
 
         noise = self._noise(sae, step) if config.noise_scale else None

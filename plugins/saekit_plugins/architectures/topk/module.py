@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -18,14 +19,15 @@ from saekit.kernels import (
     SparseFeatures,
     SparseKernel,
     Workspace,
-    add_auxk,
     dense_above,
     screen_for,
     top_groups,
+    values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import SAE, Factor, auxk_loss, squared_errors, variance_ratio
+from saekit.sae import Factor, check_scales, check_width, squared_errors
 from saekit.values import StepInput, StepOutput
+from saekit_plugins.architectures.revival import RevivingSAE
 from saekit_plugins.architectures.topk import TopKConfig
 
 __all__ = ["TopKSAE", "folded"]
@@ -38,6 +40,19 @@ def check_relu(activation: ActivationFunction, why: str) -> None:
     numbers = torch.cat([torch.linspace(-3, 3, 601), torch.tensor([-1e6, -40.0, 6.5, 25.0, 1e6])])
     if not torch.equal(activation(numbers.clone()), numbers.clamp_min(0)):
         raise ConfigError([("sae.activation", f"is not ReLU, and {why}; leave it out")])
+
+
+def from_zero(thresholds: Tensor) -> Tensor:
+    """``thresholds`` of a file as they are used: a feature is above zero, so those below 0 do what 0 does."""
+    if bool((below := thresholds < 0).any()):
+        warnings.warn(
+            f"{int(below.sum()):,} of {below.numel():,} thresholds in the file are below 0, the least "
+            f"{thresholds.min().item():.4g}. They are read as 0: pre-activations below 0 are never features here. If "
+            "they were where it was trained, this is another SAE",
+            UserWarning,
+            stacklevel=2,
+        )
+    return thresholds.clamp_min(0)
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -58,27 +73,23 @@ class TopKKernel(SparseKernel["TopKSAE"]):
 
     def leaves(self, sae: TopKSAE, x: Tensor, step: StepInput) -> bool:
         # To count the dead would be to wait for a device.
-        return bool(sae.config.aux_weight) and step.dead is not None and x.device.type != "cpu"
+        return sae.revives(step) and x.device.type != "cpu"
 
     def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        coefficient, norms = sae.config.aux_weight, sae.feature_norms()
-        fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
+        norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
+        fast = FastStep(sae, x, workspace, target=step.target)
         logged: dict[str, float | Tensor] = {}
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
-            values = features.values if isinstance(features, SparseFeatures) else features
-            found: Tensor = sae.activation.pre_gradient(gradient, values)
+            found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
             return found
 
         for start, features in self.chosen(sae, encoder, fast.centered, norms):
             logged |= sae.after_features(features.scaled(norms))
             fast.add(start, features, to_pre)
         aux = x.new_zeros(())
-        if coefficient and step.dead is not None:
-            dead = step.dead.nonzero().squeeze(1)
-            if len(dead):
-                weight = sae.aux_weight(fast.target, fast.output)
-                aux = add_auxk(fast, encoder, dead, sae.k_aux, weight, norms, shrink=sae.aux_shrinks)
+        if step.dead is not None and sae.revives(step):
+            aux = sae.add_aux_loss(fast, encoder, step.dead.nonzero().squeeze(1))
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 
@@ -94,7 +105,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
             yield start, group.scaled(norms)
 
 
-class TopKSAE(SAE):
+class TopKSAE(RevivingSAE):
     """With ``rescale_acts_by_decoder_norm``, features are pre-activations times ``‖W_dec row‖``.
 
     :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
@@ -107,7 +118,9 @@ class TopKSAE(SAE):
     def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the largest pre-activations themselves")
         if config.k > config.features(ports.d_in):
-            raise ConfigError([("sae.k", f"is {config.k}, but there are only {config.features(ports.d_in)} features")])
+            raise ConfigError(
+                [("sae.k", f"is {config.k:g}, but there are only {config.features(ports.d_in)} features")]
+            )
         super().__init__(config, ports=ports, activation=activation)
 
     activation: Any
@@ -125,6 +138,7 @@ class TopKSAE(SAE):
         return 1 / norms if factor is None else factor / norms
 
     def features_of(self, pre: Tensor) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, features, values.relu())
@@ -137,13 +151,7 @@ class TopKSAE(SAE):
         output = self.reconstruction(features)
         target = step.target_for(x)
         mse = squared_errors(output, target).sum(-1).mean()
-        aux = mse.new_zeros(())
-        if step.dead is not None and self.config.aux_weight and self._may_be_any(step.dead):
-            decoder = self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
-            aux = auxk_loss(
-                pre, target, output, decoder, step.dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
-            )
-            aux = aux * self.aux_weight(target, output)
+        aux = self.aux_loss(pre, target, output, step.dead)
         return StepOutput(
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
@@ -151,11 +159,6 @@ class TopKSAE(SAE):
             fired=(features.detach() > 0).sum(0),
             coefficients=self.after_features(features.detach()),
         )
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _may_be_any(self, dead: Tensor) -> bool:
-        """Looking costs a CPU nothing, and another device would be waited for."""
-        return dead.device.type != "cpu" or bool(dead.any())
 
     def training_features(self, pre: Tensor) -> Tensor:
         """Feature activations in training, ``[n, d_sae]`` both."""
@@ -165,22 +168,17 @@ class TopKSAE(SAE):
         """What the features of a training step change in the SAE; and what is logged of it."""
         return {}
 
+    @property
+    def aux_coefficient(self) -> float:
+        return self.config.aux_weight
+
     def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
-        """What AuxK is multiplied by, for ``target`` and its reconstructions ``output``, ``[n, d_out]`` both."""
-        coefficient = self.config.aux_weight
-        if self.config.aux_loss_normalization == "none":
-            return coefficient
-        # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
-        return (coefficient * variance_ratio(target, output)).clamp_max(1)
+        unscaled = self.config.aux_loss_normalization == "none"
+        return self.aux_coefficient if unscaled else super().aux_weight(target, output)
 
     @property
     def aux_shrinks(self) -> bool:
-        """Whether AuxK is less when fewer than ``k_aux`` features are dead: in the paper it is not."""
         return self.config.aux_loss_normalization == "none"
-
-    @property
-    def k_aux(self) -> int:
-        return self.config.k_aux or max(self.d_in // 2, 1)
 
     # ---- saving
 
@@ -229,13 +227,34 @@ class TopKSAE(SAE):
 
     @torch.no_grad()
     def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        check_scales(scale, target_scale, self.ports)  # before anything is changed
         norms, target = self.feature_norms(), scale if target_scale is None else target_scale
-        if norms is not None and isinstance(target, Tensor) and not bool((target == target[0]).all()):
+        if norms is not None and isinstance(target, Tensor) and bool((target != target.flatten()[0]).any()):
             # Rows come to have other norms, each by a factor of its own: the norms until now are those that count.
             self._fold(norms)
-            self.config = attrs.evolve(self.config, rescale_acts_by_decoder_norm=False)
-            self.info = attrs.evolve(self.info, options={**self.info.options, "rescale_acts_by_decoder_norm": False})
+            self._set_rescaling(False)
         super().fold_activation_scale(scale, target_scale)
+
+    @torch.no_grad()
+    def restate(self, option: str, value: Any, *, within: float) -> bool:
+        """Without rescaling, with the norms folded in; with it, where all rows are of one norm.
+
+        Rows of other norms would make other features the largest: what is decoded of a feature has, with rescaling, the
+        norm by which it is compared.
+        """
+        if option != "rescale_acts_by_decoder_norm":
+            return super().restate(option, value, within=within)
+        norms = self.decoder_norms()
+        if value and not bool(((norms / norms.mean() - 1).abs() <= within).all()):
+            return False
+        if not value and (rescaling := self.feature_norms()) is not None:
+            self._fold(rescaling)
+        self._set_rescaling(value)
+        return True
+
+    def _set_rescaling(self, value: bool) -> None:
+        self.config = attrs.evolve(self.config, rescale_acts_by_decoder_norm=value)
+        self.info = attrs.evolve(self.info, options={**self.info.options, "rescale_acts_by_decoder_norm": value})
 
     def _fold(self, norms: Tensor) -> None:
         own = dict(self.named_parameters())

@@ -7,15 +7,18 @@ Paulo et al. 2025, "Transcoders Beat Sparse Autoencoders for Interpretability" (
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, hookimpl
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard import StandardConfig, check_warm_up
 from saekit_plugins.architectures.topk import TopKConfig
+
+if TYPE_CHECKING:
+    from saekit.config import TrainConfig
 
 
 def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
@@ -25,24 +28,26 @@ def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
         )
 
 
-def _apply_b_dec_to_input() -> Any:
-    return attrs.field(default=False, validator=_no_b_dec_of_inputs, metadata={NEEDED_TO_LOAD: True})
+@attrs.frozen(kw_only=True, slots=False)  # of two bases with slots there can be no class
+class TranscoderOptions(SAEConfig):
+    """What is another than in an SAE, whatever the features are."""
 
-
-def _skip_connection() -> Any:
-    return attrs.field(default=False, metadata={NEEDED_TO_LOAD: True})
+    apply_b_dec_to_input: bool = attrs.field(
+        default=False, validator=_no_b_dec_of_inputs, metadata={NEEDED_TO_LOAD: True}
+    )
+    """Always false: the decoder's bias is in the space of the targets."""
+    skip_connection: bool = attrs.field(default=False, metadata={NEEDED_TO_LOAD: True})
+    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
+    init_encoder_as_decoder_transpose: bool = False
+    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
 
 
 @attrs.frozen(kw_only=True)
-class TranscoderConfig(StandardConfig):
+class TranscoderConfig(TranscoderOptions, StandardConfig):
     """``standard`` from one site to another: ``ŷ = relu(x W_enc + b_enc) W_dec + b_dec``."""
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
     l1_coefficient: float = attrs.field(default=1.0, validator=check(lambda value: value >= 0, "0 or more"))
     """λ, the weight of the sparsity penalty."""
     scale_sparsity_penalty_by_decoder_norm: bool = True
@@ -51,8 +56,6 @@ class TranscoderConfig(StandardConfig):
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
     decoder_heuristic_init: bool = True
     """Start from Gaussian decoder rows of norm 0.1."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
     b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"
     """Start `b_dec` at zero, or at the mean or geometric median of the first targets.  `auto`: at their mean where that
     is most of what they are, else at zero."""
@@ -66,35 +69,37 @@ class TranscoderConfig(StandardConfig):
 
 
 @attrs.frozen(kw_only=True)
-class JumpReLUTranscoderConfig(JumpReLUConfig):
+class JumpReLUTranscoderConfig(TranscoderOptions, JumpReLUConfig):
     """``jumprelu`` from one site to another."""
-
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
 
 
 @attrs.frozen(kw_only=True)
-class TopKTranscoderConfig(TopKConfig):
+class TopKTranscoderConfig(TranscoderOptions, TopKConfig):
     """``topk`` from one site to another."""
 
-    apply_b_dec_to_input: bool = _apply_b_dec_to_input()
-    """Always false: the decoder's bias is in the space of the targets."""
-    skip_connection: bool = _skip_connection()
-    """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
-    init_encoder_as_decoder_transpose: bool = False
-    """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
+
+def _precheck(options: Any, whole: TrainConfig) -> None:
+    check_warm_up(options, whole)
+    if not whole.sites.same:
+        return
+    found = "names the very sites that are read" if whole.targets else "is missing"
+    sae = next(name for name, kind in _SAES.items() if isinstance(options, kind))
+    raise ConfigError(
+        [("targets", f"{found}: a transcoder gives the activations at other sites than it reads ({whole.sites.name}). "
+          f"Name them in targets, and what is read in inputs; for what gives back what it reads, sae.name is '{sae}'")]
+    )  # fmt: skip
+
+
+_SAES: Mapping[str, type] = {"standard": StandardConfig, "jumprelu": JumpReLUConfig, "topk": TopKConfig}
 
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
-    module = f"{__name__}.module"
-    yield Entry("transcoder", TranscoderConfig, f"{module}:TranscoderSAE", summary="standard, to another site")
-    yield Entry(
-        "jumprelu_transcoder", JumpReLUTranscoderConfig, f"{module}:JumpReLUTranscoderSAE",
-        summary="jumprelu, to another site",
-    )  # fmt: skip
-    yield Entry("topk_transcoder", TopKTranscoderConfig, f"{module}:TopKTranscoderSAE", summary="topk, to another site")
+    for name, config, build in (
+        ("transcoder", TranscoderConfig, "TranscoderSAE"),
+        ("jumprelu_transcoder", JumpReLUTranscoderConfig, "JumpReLUTranscoderSAE"),
+        ("topk_transcoder", TopKTranscoderConfig, "TopKTranscoderSAE"),
+    ):
+        kind = name.removesuffix("transcoder").strip("_") or "standard"
+        summary = f"{kind}, to another site"
+        yield Entry(name, config, f"{__name__}.module:{build}", summary=summary, precheck=_precheck)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
 from torch import Tensor, nn
 
-from saekit import SAEConfig
-from saekit.kernels import Workspace
-from saekit.sae import SAE, Parameter, init
+from saekit import SAE, SAEConfig
+from saekit.kernels import SparseKernel, Workspace
+from saekit.sae import Parameter, init
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu.module import JumpReLUKernel, JumpReLUSAE
 from saekit_plugins.architectures.standard.module import StandardKernel, StandardSAE
@@ -53,46 +52,36 @@ class _Skips(SAE):
         return {"architecture": f"{kind}{skip}transcoder", "d_out": self.d_out}
 
 
-_Step = Callable[[Any, Tensor, StepInput, Workspace], StepOutput]
+class _SkippingKernel(SparseKernel[Any]):
+    """Trains on what the skip connection leaves over, if there is one, and adds its gradient."""
+
+    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
+        passed = sae.bypass(x)
+        if passed is None:
+            return super().step(sae, x, step, workspace)
+        left = step.target_for(x) - passed
+        result = super().step(sae, x, attrs.evolve(step, target=left), workspace)
+        if sae.W_skip.requires_grad:
+            sae.W_skip.grad = (result.output - left).T @ x * (2 / len(x))
+        return result._replace(output=result.output + passed)
 
 
-def _skipping(step_of: _Step, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-    """A fast step of what the skip connection leaves over, if there is one; and the gradient of that."""
-    passed = sae.bypass(x)
-    if passed is None:
-        return step_of(sae, x, step, workspace)
-    left = step.target_for(x) - passed
-    result = step_of(sae, x, attrs.evolve(step, target=left), workspace)
-    if sae.W_skip.requires_grad:
-        sae.W_skip.grad = (result.output - left).T @ x * (2 / len(x))
-    return result._replace(output=result.output + passed)
-
-
-class TranscoderKernel(StandardKernel):
+class TranscoderKernel(_SkippingKernel, StandardKernel):
     """That of ``standard``, and the skip connection's part."""
 
     gradients = (*StandardKernel.gradients, "W_skip")
 
-    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        return _skipping(super().step, sae, x, step, workspace)
 
-
-class JumpReLUTranscoderKernel(JumpReLUKernel):
+class JumpReLUTranscoderKernel(_SkippingKernel, JumpReLUKernel):
     """That of ``jumprelu``, and the skip connection's part."""
 
     gradients = (*JumpReLUKernel.gradients, "W_skip")
 
-    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        return _skipping(super().step, sae, x, step, workspace)
 
-
-class TopKTranscoderKernel(TopKKernel):
+class TopKTranscoderKernel(_SkippingKernel, TopKKernel):
     """That of ``topk``, and the skip connection's part."""
 
     gradients = (*TopKKernel.gradients, "W_skip")
-
-    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        return _skipping(super().step, sae, x, step, workspace)
 
 
 class TranscoderSAE(_Skips, StandardSAE):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
@@ -27,7 +28,7 @@ __all__ = ["PretrainedSAE", "SAEFiles"]
 class PretrainedSAE:
     """What a loader reads: an architecture's options and its tensors, under saekit's names."""
 
-    architecture: str = "saekit:standard"
+    architecture: str = DEFAULT_ARCHITECTURE
     """The key of the architecture."""
     options: Mapping[str, Any]
     """The architecture's options as plain data, ``d_in`` and ``d_sae`` among them."""
@@ -126,6 +127,6 @@ class SAEFiles:
         With ``only``, those of these names.  All are dense and of finite floating-point numbers (with
         ``minus_infinity``, as in the logarithm of nothing, that is allowed), or it is a :class:`SAEFormatError`.
         """
-        from saekit.pretrained.tensors import read_tensors
+        from saekit.weights import read_tensors
 
         return read_tensors(self.path(name), f"{name} in {self.place}", only, minus_infinity=minus_infinity)

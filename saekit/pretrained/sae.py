@@ -1,18 +1,21 @@
-"""``SAE``: a dictionary that is loaded and saved, for people.  The module itself knows no files and no loaders."""
+"""``SAE``: a dictionary that is loaded and saved, for people.
+
+The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class is where the two meet.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.files import SAEFiles
 from saekit.pretrained.load import load_sae
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
+from saekit.saved import SAEFiles
 
 __all__ = ["SAE"]
 
@@ -21,6 +24,8 @@ _S = TypeVar("_S", bound="SAE")
 
 class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
+
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "save"})
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.

@@ -1,0 +1,72 @@
+"""What architectures have in common whose dead features learn by AuxK what the others leave over.
+
+Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit import SAE, StepInput
+from saekit.kernels import Encoder, FastStep, add_auxk
+from saekit.sae import auxk_loss, variance_ratio
+
+__all__ = ["RevivingSAE"]
+
+
+class RevivingSAE(SAE):
+    """Its options have ``aux_loss_coefficient`` and ``k_aux``."""
+
+    config: Any
+
+    @property
+    def aux_coefficient(self) -> float:
+        """The weight of AuxK before its units: 0: none."""
+        return self.config.aux_loss_coefficient  # type: ignore[no-any-return]
+
+    @property
+    def aux_shrinks(self) -> bool:
+        """Whether AuxK is less when fewer than ``k_aux`` features are dead: in the paper it is not."""
+        return False
+
+    @property
+    def k_aux(self) -> int:
+        """Dead features of a row that AuxK trains."""
+        return self.config.k_aux or max(self.d_in // 2, 1)
+
+    def feature_norms(self) -> Tensor | None:
+        """``[d_sae]``: what pre-activations are multiplied by before they are compared; None: nothing."""
+        return None
+
+    def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
+        """What AuxK is multiplied by, for ``target`` and its reconstructions ``output``, ``[n, d_out]`` both."""
+        # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
+        return (self.aux_coefficient * variance_ratio(target, output)).clamp_max(1)
+
+    def aux_loss(self, pre: Tensor, target: Tensor, output: Tensor, dead: Tensor | None) -> Tensor:
+        """AuxK with its weight, for autograd: a scalar."""
+        if dead is None or not self.aux_coefficient or not self._may_be_any(dead):
+            return pre.new_zeros(())
+        loss = auxk_loss(
+            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
+        )
+        return loss * self.aux_weight(target, output)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _may_be_any(self, dead: Tensor) -> bool:
+        """Looking costs a CPU nothing, and another device would be waited for."""
+        return dead.device.type != "cpu" or bool(dead.any())
+
+    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
+        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s."""
+        if not self.aux_coefficient or not len(dead):
+            return fast.target.new_zeros(())
+        weight, norms = self.aux_weight(fast.target, fast.output), self.feature_norms()
+        return add_auxk(fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
+
+    def revives(self, step: StepInput) -> bool:
+        """Whether a step looks for dead features."""
+        return bool(self.aux_coefficient) and step.dead is not None

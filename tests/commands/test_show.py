@@ -1,0 +1,202 @@
+"""``saekit show``: whatever a folder holds is told, and what to type next; torch is not imported for it."""
+
+from __future__ import annotations
+
+import io
+import json
+import webbrowser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.command import cli
+from support.written import records, write_run, write_sweep
+
+import saekit
+from saekit.commands.show import show
+from saekit.errors import PlaceError, StorageError
+from saekit.files.storage import locked
+from saekit.reports import draw_pictures
+
+
+def shown(folder: Path, *, draw: bool = False, open_it: bool = False) -> str:
+    console = Console(width=1000, file=io.StringIO(), record=True)
+    show(folder, console, draw=draw, open_it=open_it)
+    return console.export_text()
+
+
+def rest(text: str, title: str) -> list[str]:
+    """The lines of a part at the end, as ``pictures``."""
+    lines = text.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith(title))
+    found = [lines[first][10:].strip()]
+    for line in lines[first + 1 :]:
+        if not line.startswith(" " * 10):
+            break
+        found.append(line[10:].strip())
+    return found
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    text = shown(folder)
+    assert text.startswith(f"{folder}: finished\n")
+    assert "standard, 1,024 features on blocks.1.hook_resid_post of saekit/tiny-python\n" in text
+    assert rest(text, "pictures") == [f"none; saekit show {folder} --draw makes them of the metrics as they are now"]
+    assert rest(text, "features")[0].startswith("none were collected; ")
+    assert rest(text, "next") == [
+        f"in Python      sae = saekit.SAE.load('{folder}/sae')",
+        f"train longer   saekit train --resume {folder} training.training_tokens=200000 "
+        "--allow training.training_tokens",
+        f"one like it    saekit plan {folder}/config.toml",
+    ]
+    assert not list(folder.glob("curves*"))
+    assert rest(shown(folder, draw=True), "pictures")[0].startswith(f"{folder}/curves.png (")
+    (folder / "features.txt").write_text("feature 3: «def»\n\x1b[31mred\n" + "more\n" * 90)
+    features = rest(shown(folder), "features")
+    assert features[:2] == ["feature 3: «def»", "\\x1b[31mred"]
+    assert features[-1] == f"... 32 lines more in {folder}/features.txt"
+    (folder / "features.html").write_text("")
+    assert rest(shown(folder), "features")[-1] == f"as a page: {folder}/features.html"
+
+
+@pytest.mark.parametrize("end", ["interrupted", "failed", "diverged"])
+def test_a_run_that_ended_early(tmp_path: Path, end: str) -> None:
+    folder = write_run(tmp_path / "a run", records(40, of=100), end=end, reason="why", sae=False)
+    text = shown(folder)
+    assert text.startswith(f"{folder}: {end}: why\n")
+    assert "40,000 of 100,000 tokens" in text
+    assert rest(text, "next") == [
+        f"go on with it  saekit train --resume '{folder}'",
+        f"one like it    saekit plan '{folder}/config.toml'",
+    ]
+
+
+def test_a_run_that_is_at_work(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], end=None, sae=False)
+    with locked(folder):
+        text = shown(folder)
+        assert text.startswith(f"{folder}: running\n")
+        assert "nothing was logged yet" in text
+        assert rest(text, "next")[0] == f"watch it       saekit watch {folder}"
+
+
+def test_a_broken_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", end=None, sae=False)
+    (folder / "config.toml").write_text("= 3")
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\0\n{}\n" + (folder / "metrics.jsonl").read_bytes()[:3000])
+    text = shown(folder)
+    assert f"broken: {folder}/config.toml cannot be read: " in text
+    assert "an SAE\n" in text
+    assert "explained variance" in text
+    assert rest(text, "next") == [f"watch it       saekit watch {folder}"], "it has written a moment ago"
+    (folder / "run.json").write_text("nothing")
+    with pytest.raises(PlaceError, match=r"run.json cannot be read: JSONDecodeError"):
+        shown(folder)
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    points = {"0_l1=1": {"sae": {"l1_coefficient": 1.0}}, "1_l1=9": {"sae": {"l1_coefficient": 9.0}}}
+    folder = write_sweep(tmp_path / "sweep", points)
+    draw_pictures(folder)
+    text = shown(folder)
+    assert [path.partition(" (")[0] for path in rest(text, "pictures")] == [
+        f"{folder}/summary.png", f"{folder}/summary.html"
+    ]  # fmt: skip
+    assert rest(text, "next") == [f"the best of it saekit show {folder}/0_l1=1"]
+    assert "l1_coefficient" in text
+    assert shown(folder / "0_l1=1").startswith(f"{folder}/0_l1=1: finished\n")
+
+
+def test_a_saved_sae(tmp_path: Path) -> None:
+    table = {
+        "architecture": "topk", "d_sae": 4096, "d_in": 768, "dtype": "float32",
+        "metadata": {"hook_name": "blocks.8.hook_resid_pre", "model_name": "gpt2-small", "context_size": 128},
+    }  # fmt: skip
+    (tmp_path / "cfg.json").write_text(json.dumps(table))
+    lines = shown(tmp_path).splitlines()
+    assert lines[0] == f"{tmp_path}: an SAE"
+    assert [line.split() for line in lines[2:-2]] == [
+        ["architecture", "topk"], ["features", "4,096"], ["width", "768"], ["site", "blocks.8.hook_resid_pre"],
+        ["model", "gpt2-small"], ["context", "size", "128"], ["type", "float32"],
+    ]  # fmt: skip
+    assert lines[-1].endswith(f"sae = saekit.SAE.load('{tmp_path}')")
+    own = {"architecture": "saekit:transcoder", "inputs": [{"hook_name": "a"}], "targets": [{"hook_name": "b"}]}
+    (tmp_path / "cfg.json").write_text(json.dumps(table | {"saekit": own}))
+    assert ["site", "a", "and", "b"] in [line.split() for line in shown(tmp_path).splitlines()]
+    for data, told in (("{", "cannot be read"), ("[]", "holds list, expected an object")):
+        (tmp_path / "cfg.json").write_text(data)
+        with pytest.raises(StorageError, match=told):
+            shown(tmp_path)
+
+
+def test_several_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", records(10), end="interrupted")
+    write_sweep(tmp_path / "three", {"a": {}, "b": {"training": {"lr": 0.5}}})
+    (tmp_path / "four").mkdir()
+    (tmp_path / "four/run.json").write_text("?")
+    text = shown(tmp_path)
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line and line[0] not in " ─"}
+    assert lines["one"][-5:] == ["100,000", "0.812", "31.5", "0.943", "finished"]
+    assert lines["two"][-1] == "interrupted"
+    assert lines["three"][1:6] == ["a", "sweep", "of", "2", "SAEs"]
+    assert lines["four"] == ["four", "broken"]
+
+
+def test_what_is_none_of_that(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step-5").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-5/checkpoint.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    for place, told in (
+        ("nothing", "nothing is not there; give a run folder"),
+        ("file", "file is a file, not a folder"),
+        ("run", r"there is neither a run \(run.json\) nor an SAE \(cfg.json\) in .*run"),
+        ("run/checkpoints/step-5", f"is a checkpoint; saekit show {tmp_path}/run shows its run"),
+    ):
+        with pytest.raises(PlaceError, match=told):
+            shown(tmp_path / place)
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(PlaceError, match="is not a run folder, so there are no pictures to open"):
+        shown(tmp_path, open_it=True)
+
+
+def test_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or len(opened) < 2)
+    folder = write_run(tmp_path / "run")
+    shown(folder, open_it=True)
+    assert opened == [(folder / "curves.html").as_uri()], "which it has drawn before"
+    assert "no browser was found; the picture is" in shown(folder, open_it=True)
+    assert "there is no picture to open: nothing was logged" in shown(write_run(tmp_path / "empty", []), open_it=True)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(2000))
+    assert f"{folder}: finished" in cli("show", folder, watch=True).stdout
+    wrong = cli("show", tmp_path / "nothing", check=2, watch=True).stderr
+    assert wrong.startswith("error: ")
+    assert "is not there" in wrong
+    drawn = cli("show", folder, "--draw").stdout
+    assert "curves.html (" in drawn
+
+
+def test_it_draws_a_real_run_of_another_process(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        saekit.dump_config(
+            saekit.load_config(
+                {
+                    "dataset": {"context_size": 32},
+                    "sae": {"name": "standard", "d_sae": 64},
+                    "training": {"training_tokens": 2000, "train_batch_size_tokens": 500, "log_frequency": 1},
+                    "evals": {"n_contexts": 2},
+                    "checkpoints": {"folder": str(tmp_path), "name": "run"},
+                }
+            )
+        )
+    )
+    cli("train", tmp_path / "run.toml")
+    text = cli("show", tmp_path / "run", watch=True).stdout
+    assert "2,000 tokens of saekit/python-stdlib, 4 steps" in text
+    assert "dead features" in text
+    assert "of 64" in text

@@ -72,7 +72,7 @@ def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule) ->
         value.itemsize * parameter.numel()
         for name, parameter in sae.named_parameters()
         for value in kept.get(name, {}).values()
-        if isinstance(value, Tensor) and value.ndim and value.shape == few[name].shape
+        if isinstance(value, Tensor) and value.shape == few[name].shape
     )
 
 

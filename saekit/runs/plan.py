@@ -130,7 +130,7 @@ class _Planner:
             if source is not None:
                 self.source(source)
             self.checkpoints()
-            if schedule is not None and fits and (source is not None or stream.has_model):
+            if found is not None and schedule is not None and fits and (source is not None or stream.has_model):
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:

@@ -27,7 +27,7 @@ class _Run:
 class HookPoint(nn.Module):
     """Passes a tensor on.  A hook ``fn(tensor, hook)`` sees it, and replaces it by returning another one.
 
-    A point without hooks costs one look at an empty dictionary (see :meth:`saekit.sae.SAE.run_hook`).
+    A point without hooks costs one look at an empty dictionary (see :meth:`saekit.sae.SAEModule.run_hook`).
     """
 
     def __init__(self, name: str) -> None:

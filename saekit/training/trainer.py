@@ -36,7 +36,7 @@ class SAETrainer:
     """Told apart by this among those that are trained together."""
     sae: SAEModule
     sites: Sites
-    """Those that it reads and writes, in the order of :attr:`saekit.sae.SAE.ports`."""
+    """Those that it reads and writes, in the order of :attr:`saekit.sae.SAEModule.ports`."""
     optimizer: ScheduledOptimizer
     firing: FiringStatistics
     generator: torch.Generator

@@ -197,14 +197,35 @@ class Deviations:
         self.worst = max(self.worst, deviation)
 
 
+def rounding_of_gradient_norms(golden: Golden) -> list[float]:
+    """By how much each step's gradient norm is undetermined: what it changes by when weights change by their rounding.
+
+    With p < 1 the gradient of a feature near zero has no bound: a sum in another order, of another processor, shows in
+    the eighth digit.  The file has such digits itself, of the machine that made it.  The largest change of four runs.
+    """
+    norms = []
+    for seed in (None, 0, 1, 2, 3):
+        trainer, generator = trainer_of(golden), torch.Generator().manual_seed(seed or 0)
+        trainer.sae.kernels = "reference"
+        found = []
+        for batch in golden.tensors["batches"]:
+            if seed is not None:
+                for weights in trainer.sae.parameters():
+                    noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+                    weights.data.mul_(1 + torch.finfo(weights.dtype).eps * noise)
+            found.append(float(trainer.train_on(batch)["details/grad_norm"]))
+        norms.append(torch.tensor(found, dtype=torch.float64))
+    exact, *others = norms
+    return torch.stack([((other - exact) / exact).abs() for other in others]).amax(0).tolist()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_thirty_steps_equal_the_reference(path: Path, way: str) -> None:
+def test_thirty_steps_equal_the_reference(path: Path) -> None:
     golden = read(path)
     trainer = trainer_of(golden)
-    # With p < 1 the gradient of a feature near zero has no bound, and the order of operations shows in every digit.
-    tolerance = 1e-7 if way == "fast" and golden.config["lp_norm"] < 1 else TOLERANCE
     trace = golden.part("trace.")
     trace.pop("scaling_factor")
+    undetermined = rounding_of_gradient_norms(golden) if golden.config["lp_norm"] < 1 else None
     deviations = Deviations()
     for step, batch in enumerate(golden.tensors["batches"]):
         dead = float(trainer.firing.dead().sum())  # the trace holds the count that the step was given
@@ -212,6 +233,9 @@ def test_thirty_steps_equal_the_reference(path: Path, way: str) -> None:
         metrics["sparsity/dead_features"] = dead
         metrics["losses/l1_loss"] *= metrics["details/current_l1_coefficient"]
         for name, values in trace.items():
+            tolerance = TOLERANCE
+            if name == "grad_norm" and undetermined is not None:
+                tolerance = min(max(TOLERANCE, undetermined[step]), 1e-7)
             deviations.compare(f"{name} at step {step}", metrics[TRACED[name]], values[step], tolerance)
     assert trainer.finished
     final = golden.part("final.")
@@ -220,7 +244,7 @@ def test_thirty_steps_equal_the_reference(path: Path, way: str) -> None:
     found = {name: value.detach() for name, value in trainer.sae.named_parameters()}
     assert found.keys() == final.keys()
     for name, value in found.items():
-        deviations.compare(name, value, final[name], tolerance)
+        deviations.compare(name, value, final[name])
     print(f"{path.stem}: largest deviation {deviations.worst:.1e}")
 
 

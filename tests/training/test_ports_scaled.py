@@ -99,6 +99,8 @@ def config(folder: Path, sites: saekit.Sites, **sections: dict[str, Any]) -> dic
         own[name] = own.get(name, {}) | options
     table = run_config(folder, **own)
     table["sae"].pop("l1_coefficient")
+    if "from_pretrained_path" in table["training"]:
+        table["sae"].pop("b_dec_init_method")
     return table | {"inputs": tables(sites.inputs), "targets": tables(sites.targets)}
 
 
@@ -139,10 +141,13 @@ def test_the_scale_is_folded_into_what_is_saved(tmp_path: Path) -> None:
 
 def largest(kind: str, rescale: bool) -> dict[str, Any]:
     """The options of one that has the largest features, with rows of other norms than 1."""
-    sae: dict[str, Any] = {"name": kind, "k": 4, "rescale_acts_by_decoder_norm": rescale, "b_dec_init_method": "zeros"}
-    sae |= dict.fromkeys(("apply_b_dec_to_input", "normalize_sae_decoder", "init_encoder_as_decoder_transpose"), False)
-    sae["decoder_heuristic_init"] = False
+    sae: dict[str, Any] = {"name": kind, "k": 4, "rescale_acts_by_decoder_norm": rescale}
+    sae |= dict.fromkeys(("apply_b_dec_to_input", "normalize_sae_decoder"), False)
     return sae | ({"threshold_lr": 1e-9} if kind == "batchtopk" else {})  # it stands still
+
+
+FIRST = {"b_dec_init_method": "zeros", "init_encoder_as_decoder_transpose": False, "decoder_heuristic_init": False}
+"""How weights begin that do not begin as those of another."""
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -153,7 +158,7 @@ def test_a_saved_one_is_the_same_on_scaled_activations(
 ) -> None:
     """But for one whose option would have to change for it, with scales of several targets."""
     sae = largest(kind, rescale)
-    first = train(config(tmp_path, sites, sae=sae, activations={"normalize_activations": "none"}))
+    first = train(config(tmp_path, sites, sae=sae | FIRST, activations={"normalize_activations": "none"}))
     start = {"from_pretrained_path": str(first.folder), "training_tokens": 1}
     table = config(tmp_path, sites, sae=sae, training=start | {"train_batch_size_tokens": 1})
     if rescale and len(sites.targets) > 1:
@@ -191,7 +196,7 @@ def test_norms_may_be_folded_in_before_training_goes_on(
     """``before`` and ``after``: if features are rescaled; ``scaled`` and ``scales``: if activations are."""
     sites = saekit.Sites((A, B))
     normalized = {"normalize_activations": NORMALIZE[scaled]}
-    first = train(config(tmp_path, sites, sae=largest(kind, before), activations=normalized))
+    first = train(config(tmp_path, sites, sae=largest(kind, before) | FIRST, activations=normalized))
     assert first.sae.config.rescale_acts_by_decoder_norm is (before and not scaled)
     start = {"from_pretrained_path": str(first.folder), "training_tokens": 1, "train_batch_size_tokens": 1}
     normalized = {"normalize_activations": NORMALIZE[scales]}
@@ -209,7 +214,7 @@ def test_norms_may_be_folded_in_before_training_goes_on(
 def test_norms_that_are_not_alike_cannot_be_taken_out_again(tmp_path: Path, normalize: bool) -> None:
     normalized = {"normalize_activations": NORMALIZE[normalize]}
     sites = saekit.Sites((A,), (A, C)) if normalize else saekit.Sites((A,), (C,))
-    first = train(config(tmp_path, sites, sae=largest("topk", False), activations=normalized))
+    first = train(config(tmp_path, sites, sae=largest("topk", False) | FIRST, activations=normalized))
     start = {"from_pretrained_path": str(first.folder)}
     table = config(tmp_path, sites, sae=largest("topk", True), training=start, activations=normalized)
     said = rf"sae.rescale_acts_by_decoder_norm: is True, but the SAE in {re.escape(str(first.folder))} .* has False"

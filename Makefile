@@ -21,6 +21,7 @@ test: $(STAMP) lint
 # The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
 # reason below.
 test-newest:
+	@echo "Setting up $(NEWEST) with the newest versions: a few minutes."
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEWEST)/torch.txt
@@ -59,6 +60,7 @@ endef
 
 # torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV), once: torch and about 130 packages, 1.8 GB on disk, two to five minutes."
 	$(call SAYING,making an environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(call SAYING,installing torch,\
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch)
@@ -67,6 +69,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 $(PEERS)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(PEERS) with the other libraries, once: 1.8 GB on disk, two to five minutes."
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . sae-lens==6.54.12
@@ -77,6 +80,7 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 
 # No other version of sae-lens fits beside 3.0.0, nor does today's torch without these.
 $(PEERS)-3/.installed: constraints.txt
+	@echo "Setting up $(PEERS)-3 with sae-lens 3.0.0, once: a few minutes."
 	test -x $(PEERS)-3/bin/python || $(PYTHON) -m venv $(PEERS)-3
 	$(PEERS)-3/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PEERS)-3/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==3.0.0 pyarrow==25.0.1 \

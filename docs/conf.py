@@ -7,18 +7,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import generate_api
+import generate_cli
 import generate_reference
 
 import saekit
 
-generate_reference.write()
+for generator in (generate_reference, generate_cli, generate_api):
+    generator.write()
 
 project = "saekit"
 author = "The saekit developers"
 project_copyright = "2026, The saekit developers"
 release = saekit.__version__
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"saekit {release}"
 myst_heading_anchors = 3
+
+# Docstrings: single backticks are code, as in Markdown; members in the order in which they are written.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 90

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,6 +15,8 @@ from pathlib import Path
 
 import attrs
 import pytest
+from support.follow import blocks_of, commands_of, script_of
+from support.installed import install
 
 import saekit
 from saekit.config import CacheConfig, PretokenizeConfig, TrainConfig
@@ -20,11 +25,33 @@ from saekit.plugins import hookspecs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "examples/saekit-numpy-loader/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+    ROOT / "CONTRIBUTING.md",
+]
+TRAIN_WELL = {"README.md", *(f"docs/{name}.md" for name in ("index", "getting-started", "data", "training"))}
+"""Pages all of whose examples end above an explained variance of 0.7 on held-out text."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def lines(page: Path) -> list[str]:
+    """The commands of a page."""
+    return [line for block in blocks_of(page) if block.language in ("console", "sh") for line in commands_of(block)]
+
+
+def to_follow(page: Path) -> bool:
+    return any(block.language == "python" for block in blocks_of(page)) or any(
+        "saekit " in line for line in lines(page)
+    )
 
 
 def hook_signatures() -> dict[str, tuple[str, str]]:
@@ -46,29 +73,58 @@ def test_every_hook_is_documented_with_its_exact_signature(hook: str, signatures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_the_snippets_run(page: Path, tmp_path: Path) -> None:
-    code = "\n".join(blocks(page, "python"))
-    script = tmp_path / "snippets.py"
-    script.write_text(code, encoding="utf-8")
+@pytest.mark.parametrize("page", [page for page in PAGES if to_follow(page)], ids=title)
+def test_a_page_can_be_followed_to_the_letter(page: Path, tmp_path: Path) -> None:
+    results, folder = tmp_path / "results.json", tmp_path / "reader"
+    folder.mkdir()
+    script = folder / "page.py"
+    script.write_text(script_of(page, results), encoding="utf-8")
+    paths = [str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    if "examples" in page.parts:  # whose distribution its page installs
+        install([page.parent], tmp_path / "installed")
+        paths.insert(0, str(tmp_path / "installed"))
     found = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", script], cwd=tmp_path, capture_output=True, text=True
-    )
+        [sys.executable, "-W", "error::UserWarning", script.name],
+        cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert found.returncode == 0, found.stderr
+    assert "warning: " not in found.stderr
+    if title(page) in TRAIN_WELL:
+        trained = json.loads(results.read_text(encoding="utf-8"))
+        assert all(value > 0.7 for one in trained for value in one["explained_variance"]), trained
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_toml_and_commands(page: Path) -> None:
     for text in blocks(page, "toml"):
         table = tomllib.loads(text)
-        if "project" not in table:
+        if "project" not in table and not re.match(r"# \S+\.toml\n", text):  # a file of a page that is followed
             saekit.load_config(table)
     cli = (ROOT / "saekit/cli.py").read_text(encoding="utf-8")  # importing it would import click, which warns
     commands = set(re.findall(r'^app\.(?:command\(|add_typer\(.*name=)"([\w-]+)"', cli, re.M))
     assert "train" in commands
-    for text in [*blocks(page, "console"), *blocks(page, "sh")]:
-        for command in re.findall(r"^saekit (\S+)", text, re.M):
-            assert command in commands
+    for command in (line.split()[1] for line in lines(page) if line.startswith("saekit ")):
+        assert command in commands
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if lines(page)], ids=title)
+def test_commands_of_a_checkout_name_what_is_there(page: Path) -> None:
+    """Those of saekit itself are followed; of others, what they name must exist."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for line in lines(page):
+        for command in line.split(" && "):
+            words = shlex.split(command, comments=True)
+            if words[0] == "make":
+                assert set(words[1:]) <= set(targets), line
+            elif "pip" in words:
+                wanted = [word for word in words if word.startswith(".[")]
+                assert {extra for word in wanted for extra in word[2:-1].split(",")} <= set(extras), line
+                assert "saekit" not in words or page.parent != ROOT, f"{line}: there is no release to install"
+            elif "pytest" in words:
+                assert all((page.parent / word).exists() for word in words if word.startswith("tests/")), line
+            else:
+                assert words[0] in ("saekit", "git", "cd", "python3", "python", "."), line
 
 
 def test_the_strictness_example_is_what_is_printed() -> None:

@@ -1,0 +1,143 @@
+"""Follow a page of the documentation to the letter.
+
+:func:`script_of` makes one program of its Python blocks and its commands, in the order in which they stand there, as
+somebody who reads it would run them.  What only a network has is replaced by something like it, and runs from the
+command line, of which no page says how long they take, are made short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import saekit_plugins
+
+TOKENIZER = Path(saekit_plugins.__file__).parent / "backends" / "tiny_python"
+LOCAL = {
+    "gpt2-small": "saekit/tiny-python",
+    "tokenizer=gpt2": f"tokenizer={TOKENIZER}",
+    "blocks.8.": "blocks.1.",
+    "owner/texts": "texts.jsonl",
+    "num_proc=8": "num_proc=2",
+    "context_size=256": "context_size=64",
+}
+"""Text of a command, and what stands for it: with no network, with a small model."""
+SHORT = [
+    "training.training_tokens=6000", "training.train_batch_size_tokens=512", "training.verbose=false",
+    "evals.n_contexts=4", "training.lr_warm_up_steps=1", "training.lr_decay_steps=1",
+]  # fmt: skip
+SHORTER = {
+    "train": SHORT, "demo": SHORT, "plan": SHORT, "cache": SHORT, "cache verify": [],
+    "pretokenize": ["max_contexts=50"],
+}  # fmt: skip
+
+
+@attrs.frozen
+class Block:
+    """One fenced block."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    source = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w+)\n(.*?)^```", source, re.M | re.S)
+    return [Block(match[1], match[2], source.count("\n", 0, match.start(2)) + 1) for match in found]
+
+
+def commands_of(block: Block) -> list[str]:
+    """The command lines of a block, those that go on in the next line put together, without comments."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def longer(run: str) -> list[str]:
+    """What makes a run that is finished one that can go on, as one that was stopped would."""
+    config = tomllib.loads(Path(run, "config.toml").read_text(encoding="utf-8"))
+    return [
+        f"training.training_tokens={config['training']['training_tokens'] + 1}",
+        "--allow",
+        "training.training_tokens",
+    ]
+
+
+def run_command(line: str) -> None:
+    """A line that begins with ``saekit``, in this process."""
+    from saekit.cli import app
+
+    for remote, local in LOCAL.items():
+        line = (
+            re.sub(rf"{re.escape(remote)}(?![\w-])", local, line) if remote[-1] != "." else line.replace(remote, local)
+        )
+    words = shlex.split(line, comments=True)[1:]
+    target = Path(words.pop(words.index(">") + 1)) if ">" in words else None
+    words = [word for word in words if word != ">"]
+    if "--resume" in words:
+        words += longer(words[words.index("--resume") + 1])
+    else:
+        words += SHORTER.get(" ".join(words[:2]), SHORTER.get(words[0], []))
+    with contextlib.ExitStack() as stack:
+        if target is not None:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(target.open("w"))))
+        code = app(words, standalone_mode=False)
+    assert not code, f"{line}: exit code {code}"
+
+
+def prepare(folder: Path) -> None:
+    """What pages take for granted: a configuration, some text."""
+    (folder / "run.toml").write_text('[sae]\nname = "standard"\nd_sae = 64\n', encoding="utf-8")
+    texts = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(60)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+
+
+def watch(results: Path) -> None:
+    """From now on, note in the file ``results`` what comes of each training: how long it took, how well SAEs do."""
+    started, found = time.monotonic(), list[dict[str, Any]]()
+    import saekit
+
+    def watched(train: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            wall, processor = time.monotonic(), time.process_time()
+            result = train(*arguments, **named)
+            alone = {"sae": result} if hasattr(result, "metrics") else result.results
+            found.append({
+                "seconds": time.monotonic() - wall,
+                "processor": time.process_time() - processor,
+                "since_start": time.monotonic() - started,
+                "explained_variance": [one.metrics.get("evals/explained_variance") for one in alone.values()],
+            })  # fmt: skip
+            results.write_text(json.dumps(found), encoding="utf-8")
+            return result
+
+        return run
+
+    saekit.train, saekit.resume = watched(saekit.train), watched(saekit.resume)  # type: ignore[assignment]
+
+
+def script_of(page: Path, results: Path) -> str:
+    """The page as a program, to be run in an empty folder with the tests' folder on the path.
+
+    A block that begins with ``# NAME.toml`` is that file.
+    """
+    blocks, parts = blocks_of(page), []
+    for block in blocks:
+        if block.language == "toml" and (named := re.match(r"# (\S+\.toml)\n", block.text)):
+            parts.append(f"Path({named[1]!r}).write_text({block.text!r}, encoding='utf-8')\n")
+    for block in blocks:
+        if block.language == "python":
+            parts.append(block.text)
+        elif block.language in ("console", "sh"):
+            parts += [f"run_command({command!r})\n" for command in commands_of(block) if command.startswith("saekit ")]
+    first = "from pathlib import Path\nfrom support.follow import prepare, run_command, watch\n"
+    return "".join([first, f"prepare(Path())\nwatch(Path({str(results)!r}))\n", *parts])

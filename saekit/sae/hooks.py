@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import attrs
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["HookFunction", "HookPoint"]
+__all__ = ["HookFunction", "HookPoint", "Hooked"]
+
+_NAMES = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
 HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
 
@@ -49,3 +52,33 @@ class HookPoint(nn.Module):
     def hooked(self) -> bool:
         """Whether any hook is there."""
         return bool(self._forward_hooks)
+
+
+class Hooked(nn.Module):
+    """What has the six hook points, ``hook_sae_{name}`` each."""
+
+    _hooks_off = False
+
+    def add_hook_points(self) -> None:
+        """The six, with no hook."""
+        for name in _NAMES:
+            self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
+
+    def _hooked(self, *names: str) -> bool:
+        return not self._hooks_off and any(self._point(name).hooked for name in names)
+
+    def _point(self, name: str) -> HookPoint:
+        return self._modules[f"hook_sae_{name}"]  # type: ignore[return-value]
+
+    def run_hook(self, name: str, x: Tensor) -> Tensor:
+        """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
+        point = self._point(name)
+        return point(x) if point.hooked and not self._hooks_off else x
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        self._hooks_off = True
+        try:
+            yield
+        finally:
+            self._hooks_off = False

@@ -6,8 +6,7 @@ The mathematics stand here and in the architectures, for autograd.  What makes t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,7 @@ from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
-from saekit.sae.hooks import HookPoint
+from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_rows, check_scales, check_size, check_type, check_width
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
@@ -30,10 +29,8 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 
 __all__ = ["SAEModule"]
 
-_HOOKS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
-
-class SAEModule(Ways):
+class SAEModule(Hooked, Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -68,10 +65,8 @@ class SAEModule(Ways):
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.use_error_term = False
-        self._hooks_off = False
         self.table.allocate(self, getattr(torch, config.dtype))
-        for name in _HOOKS:
-            self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
+        self.add_hook_points()
 
     @classmethod
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
@@ -240,25 +235,6 @@ class SAEModule(Ways):
     def decoder_norms(self) -> Tensor:
         """``‖W_dec row‖``: ``[d_sae]``."""
         return self.W_dec.norm(dim=1)  # type: ignore[no-any-return]
-
-    def _hooked(self, *names: str) -> bool:
-        return not self._hooks_off and any(self._point(name).hooked for name in names)
-
-    def _point(self, name: str) -> HookPoint:
-        return self._modules[f"hook_sae_{name}"]  # type: ignore[return-value]
-
-    def run_hook(self, name: str, x: Tensor) -> Tensor:
-        """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
-        point = self._point(name)
-        return point(x) if point.hooked and not self._hooks_off else x
-
-    @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        self._hooks_off = True
-        try:
-            yield
-        finally:
-            self._hooks_off = False
 
     def reconstruction(self, features: Tensor) -> Tensor:
         """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_out]``, without the hooks of :meth:`decode`."""

@@ -226,7 +226,7 @@ def test_what_is_made_once_for_all_contexts_is_no_site(tmp_path: Path) -> None:
     config = run_config(tmp_path, model={"backend": "AutoModelForCausalLM"}, site={"hook_name": "model.rotary_emb"})
     message = (
         r"^the hook 'model.rotary_emb' holds a tensor of shape \[1, 7, 8\] for \[2, 7\] tokens; an SAE needs one "
-        r"vector per token: \[batch, position, \.\.\.\]$"
+        r"vector per token: \[batch, position, \.\.\.\]"
     )
     found = saekit.plan(config, model=model("llama"))
     assert [problem for problem in found.problems if re.match(message, problem)] == found.problems != []

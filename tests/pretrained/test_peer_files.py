@@ -285,6 +285,7 @@ def test_a_run_from_an_sae_whose_factor_is_unknown(tmp_path: Path) -> None:
         tmp_path,
         training={"training_tokens": 256, "from_pretrained_path": str(folder), "lr": 1e-30},
         sae={"d_sae": 64, "normalize_sae_decoder": False},
+        site={"hook_name": "blocks.0.hook_resid_pre"},
     )
     model = hooked_transformer()
     with (

@@ -56,7 +56,7 @@ def rows_seen(config: dict[str, Any]) -> torch.Tensor:
             loss = self.W_enc.sum() * 0
             from saekit.values import StepOutput
 
-            return StepOutput(loss=loss, losses={}, output=x, fired=torch.zeros(self.d_sae, dtype=torch.long))
+            return StepOutput(loss=loss, losses={}, output=x, fired=torch.ones(self.d_sae, dtype=torch.long))
 
     import attrs
 

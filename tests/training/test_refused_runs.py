@@ -31,7 +31,7 @@ from saekit.testing import fake_plugin, isolated_manager
         ({"dataset": {"context_size": 129}}, ConfigError, "takes at most 128 tokens"),
         ({"site": {"hook_head_index": 1}}, ConfigError, "has no heads"),
         ({"site": {"hook_name": "blocks.0.attn.hook_z", "hook_head_index": 4}}, ConfigError, "has 4 heads"),
-        ({"site": {"hook_name": "blocks.0.attn.hook_pattern"}}, ConfigError, r"\[1, 4, 7, 7\] for \[1, 7\] tokens"),
+        ({"site": {"hook_name": "blocks.0.attn.hook_pattern"}}, ConfigError, r"\[2, 4, 7, 7\] for \[2, 7\] tokens"),
         ({"training": {"train_batch_size_tokens": 2000}}, ConfigError, "the buffer holds 1,024 activations"),
         ({"site": {"hook_name": "blocks.1.attn.hook_result"}}, ModelError, "does not run as the model is configured"),
         (

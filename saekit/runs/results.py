@@ -10,9 +10,9 @@ import attrs
 from torch import Tensor
 
 from saekit.data import Corpus
+from saekit.pretrained.sae import SAE
 from saekit.protocols import ModelBackend
 from saekit.runs.numbers import main_numbers, short_numbers
-from saekit.pretrained.sae import SAE
 from saekit.tables import facts_html, table_html
 
 __all__ = ["SweepResult", "TrainResult"]

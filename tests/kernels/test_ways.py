@@ -22,7 +22,11 @@ from saekit.config import SAEConfig
     [
         (StandardConfig(), {"kernels": "reference"}, 'plain torch: kernels is "reference"'),
         (StandardConfig(dtype="float64"), {}, "plain torch: the weights are float64"),
-        (StandardConfig(dtype="float64"), {"kernels": "fast"}, "fast kernels, no first look in bfloat16: not for float64"),
+        (
+            StandardConfig(dtype="float64"),
+            {"kernels": "fast"},
+            "fast kernels, no first look in bfloat16: not for float64",
+        ),
         (StandardConfig(dtype="bfloat16"), {"kernels": "fast"}, "plain torch: the weights are bfloat16"),
         (StandardConfig(use_ghost_grads=True), {}, "plain torch: use_ghost_grads has no fast path"),
         (StandardConfig(noise_scale=0.1), {}, "fast kernels, no first look in bfloat16: there is noise"),

@@ -102,7 +102,8 @@ def _features(run: RunFolder) -> Iterator[str]:
         check_file(run.folder / "features.txt")
         lines = (run.folder / "features.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        yield "none were collected; in Python: saekit.analysis.examples.feature_peaks and top_examples"
+        sae = next(iter(run.saes.values())).home / "sae"
+        yield f"none were collected; in Python: saekit.top_texts(saekit.SAE.load({str(sae)!r}))"
         return
     yield from lines[:_MOST_LINES]
     if len(lines) > _MOST_LINES:

@@ -43,7 +43,7 @@ def _headline(session: Session, members: Sequence[Member], with_model: bool) -> 
         on += f" ({width} wide)"
     if len(members) > 1:
         return f"Training {len(members)} SAEs on {on}"
-    kind = session.plugins.find(SAE_ARCHITECTURES, members[0].config.sae).key.removeprefix("saekit:")
+    kind = session.plugins.find(SAE_ARCHITECTURES, members[0].config.sae).entry.name
     return f"Training an SAE of {sae.d_sae:,} features ({kind}) on {on}"
 
 

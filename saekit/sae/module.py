@@ -370,7 +370,6 @@ class SAEModule(Hooked, Ways):
         return in_one_line(self)
 
     def _repr_html_(self) -> str:
-        """What it is, where it belongs and what it is fed, for notebooks."""
         return in_a_table(self)
 
 

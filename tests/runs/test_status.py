@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_lines_name_what_is_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    saekit.train(run_config(tmp_path, training={"verbose": True}, evals={"every_n_steps": 5}))
+    shown = {"training": {"verbose": True}, "evals": {"every_n_steps": 5}, "reports": {"pictures": True}}
+    saekit.train(run_config(tmp_path, **shown))
     said = capfd.readouterr().err.splitlines()
     named = [line.removesuffix(" ...") for line in said if line.endswith(" ...")]
     assert named == [

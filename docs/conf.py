@@ -33,3 +33,12 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
+
+
+def without_markers(app, what, name, obj, options, signature, returned):  # type: ignore[no-untyped-def]
+    """A default that is made anew for each object has no value to show."""
+    return (signature and signature.replace("= NOTHING", "= ..."), returned)
+
+
+def setup(app):  # type: ignore[no-untyped-def]
+    app.connect("autodoc-process-signature", without_markers)

@@ -203,12 +203,13 @@ class MetricsFile:
 
     def _update(self, file: BinaryIO, history: History) -> bool:
         length = os.fstat(file.fileno()).st_size
-        anew = not self._goes_on(file, length)
+        anew = not self._goes_on(file)
         if anew:
             self._forget(history)
         if not self._offset and self._last is not None and length > self._last:
             file.seek(length - self._last)
-            self._offset = length - self._last + len(file.readline(_LONGEST_LINE))
+            cut = file.readline(_LONGEST_LINE)  # the rest of a line
+            self._offset, self._before = length - self._last + len(cut), cut[-_CONTEXT:]
         file.seek(self._offset)
         start = self._offset
         while line := file.readline(_LONGEST_LINE):
@@ -223,10 +224,8 @@ class MetricsFile:
                 history.add(record)
         return anew or self._offset > start
 
-    def _goes_on(self, file: BinaryIO, length: int) -> bool:
+    def _goes_on(self, file: BinaryIO) -> bool:
         """Whether the file is still the one that was read, as far as it was read."""
-        if length < self._offset:
-            return False
         file.seek(self._offset - len(self._before))
         return file.read(len(self._before)) == self._before
 

@@ -161,6 +161,16 @@ def test_what_is_none_of_that(tmp_path: Path) -> None:
         shown(tmp_path, open_it=True)
 
 
+def test_of_long_metrics_the_end_is_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(200))
+    filler = json.dumps({"step": 1, "why": "x" * 1000}) + "\n"
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "evals/of_long_ago": 3.0}\n' + filler * 5000 + metrics.read_text())
+    text = shown(folder)
+    assert "of_long_ago" not in text, "more than four megabytes before"
+    assert "200 steps" in text
+
+
 def test_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or len(opened) < 2)

@@ -151,9 +151,16 @@ def test_names_are_no_code(tmp_path: Path) -> None:
     page = Page(text)
     assert page.texts["h1"] == ["a<b>&amp;\"'"]
     assert any(f"failed: {evil} {{title}}" in paragraph for paragraph in page.texts["p"])
-    names = {f"{n}{evil[2:8]}": {"model": {"name": evil}, "sae": {"l1_coefficient": n + 1.0}} for n in range(2)}
-    swept = page_of(write_sweep(tmp_path / "sweep", names))
-    assert [row["link"] for row in swept.data["table"]["rows"]] == [None, None]
+    names = {f"{n} of them": {"training": {"device": f"{n}{evil}"}} for n in range(2)}
+    swept_run = read_run(write_sweep(tmp_path / "sweep", names))
+    swept = sweep_page(swept_run)
+    assert swept is not None
+    assert swept.count("<script") == 2
+    data = Page(swept).data
+    assert [entry["name"] for entry in data["legend"][0]["entries"]] == [f"0{evil}", f"1{evil}"]
+    assert [row["link"] for row in data["table"]["rows"]] == [None, None], (
+        "to names that an address would have to escape"
+    )
 
 
 def test_what_has_no_number_is_null(tmp_path: Path) -> None:

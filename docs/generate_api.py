@@ -107,6 +107,9 @@ def pages() -> dict[str, str]:
     return {
         "api.generated.md": api(),
         "api-options.generated.md": options(),
+        "api-reports.generated.md": authors(
+            "saekit.reports", "Run folders as tables and pictures ([what they show](../training.md#pictures))."
+        ),
         "api-testing.generated.md": authors("saekit.testing", "What plugins are tested with."),
         "api-kernels.generated.md": authors(
             "saekit.kernels",

@@ -200,7 +200,8 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
         path.name.partition(".")[0]: path.read_text(encoding="utf-8") for path in tmp_path.glob("html/reference/*.html")
     }
     assert "l1_coefficient" in pages["configuration"]
-    for page, package in (("api", "saekit"), ("api-testing", "saekit.testing"), ("api-kernels", "saekit.kernels")):
+    packages = {"api": "saekit"} | {f"api-{name}": f"saekit.{name}" for name in ("reports", "testing", "kernels")}
+    for page, package in packages.items():
         stub = ROOT.joinpath(*package.split("."), "__init__.pyi").read_text(encoding="utf-8")
         names = set(re.findall(r"import \w+ as ([a-zA-Z]\w*)", stub))
         assert len(names) > 5

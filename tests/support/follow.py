@@ -13,6 +13,7 @@ import re
 import shlex
 import time
 import tomllib
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def run_command(line: str) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """What pages take for granted: a configuration, some text."""
+    """What pages take for granted: a configuration, some text; and a browser, which shall not really open."""
+    webbrowser.open = lambda *_, **__: True
     (folder / "run.toml").write_text('[sae]\nname = "standard"\nd_sae = 64\n', encoding="utf-8")
     texts = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import torch
 
 from saekit.ambient import ambient
-from saekit.config import SAEConfig, TrainConfig
+from saekit.config import SAEConfig, TrainConfig, TrainingConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.cache.read import available_memory
 from saekit.data.faults import problems_of
@@ -167,7 +168,10 @@ class _Planner:
                 f"training.dead_feature_window is {training.dead_after}, so in {training.steps} steps no "
                 "feature is ever counted as dead"
             )
-        if training.feature_sampling_window > training.steps:
+        window = attrs.fields(
+            TrainingConfig
+        ).feature_sampling_window.default  # which is for long runs: no fault of theirs
+        if training.feature_sampling_window > training.steps and training.feature_sampling_window != window:
             self.warnings.append(
                 f"training.feature_sampling_window is {training.feature_sampling_window}, so in {training.steps} steps "
                 "no firing fractions are logged"

@@ -20,6 +20,7 @@ from saekit.config.files import load_config
 from saekit.config.formats import read_toml
 from saekit.config.recipes import find_recipe, printed, recipe_text, recipes
 from saekit.errors import AmbiguousKeyError, ConfigError, UnknownKeyError
+from saekit.plugins.choice import Choice
 from saekit.testing import isolated_manager
 
 NAMES = [found.name for found in recipes()]
@@ -61,12 +62,16 @@ def test_what_to_change_first_can_be_changed(name: str) -> None:
     for option in shown:
         value: object = saekit.recipe(name)
         for key in option.split("."):
-            value = getattr(getattr(value, "options", value), key)
+            value = value.key if key == "name" and isinstance(value, Choice) else _option(value, key)
         assert isinstance(value, (str, int, float)), option
     changes = [word.strip(" ;,()") for line in lines for word in line.split() if "=" in word]
     for change in changes:
         if change.partition("=")[0].count("."):
             saekit.recipe(name, [change])
+
+
+def _option(config: object, name: str) -> object:
+    return getattr(config.options if isinstance(config, Choice) else config, name)
 
 
 def test_overrides_are_applied_and_told() -> None:

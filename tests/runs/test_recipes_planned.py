@@ -39,8 +39,9 @@ def comment(facts: Mapping[str, str]) -> list[str]:
     for name in COUNTED:
         if name in facts:
             text = re.sub(r"; \S+ \w+ are free$", "", facts[name])
+            text = re.sub(r"(\d) (\w?B|bytes)\b", "\\1\N{NO-BREAK SPACE}\\2", text)  # stay together
             lines += textwrap.wrap(text, 120, initial_indent=f"#   {name:16}", subsequent_indent="#" + " " * 19)
-    return lines
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 @pytest.mark.parametrize("name", [found.name for found in recipes()])

@@ -11,6 +11,7 @@ from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig
 from .config.files import dump_config as dump_config
 from .config.files import load_config as load_config
+from .config.recipes import recipe as recipe
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import ModelError as ModelError

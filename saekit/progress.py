@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from saekit.status import InPlace, Lines, Status
+from saekit.status import Beat, InPlace, Lines, Status
 
 __all__ = ["ProgressDisplay"]
 
@@ -32,12 +32,15 @@ class ProgressDisplay:
         unit: str = "tokens",
         verbose: bool = True,
         console: Console | None = None,
+        steady: bool = False,
     ) -> None:
+        """``steady`` shows a line when it is time for one, and not when something happens; a thread does that."""
         self.total, self._unit, self._doing = total, unit, doing
         self._console = console or Console(stderr=True, quiet=not verbose)
         self._bar: Progress | None = None
         self._picture: InPlace | None = None
-        self._lines = Lines(self._console)
+        self._lines, self._steady = Lines(self._console), steady and verbose
+        self._beat: Beat | None = None
         self._status = Status(verbose=verbose, console=self._console)
         self._start = self._last_picture = 0.0
         if verbose and self._console.is_jupyter:
@@ -59,12 +62,16 @@ class ProgressDisplay:
         self._lines.begin()
         if self._bar is not None:
             self._bar.start()
+        elif self._picture is None and self._steady:
+            self._beat = Beat(self._lines.show_due)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._status.rest()
+        if self._beat is not None:
+            self._beat.stop()
         if self._bar is not None:
             self._bar.stop()
         elif self._picture is not None:

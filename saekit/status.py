@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.status import Status as Spinner
 
-__all__ = ["InPlace", "Lines", "Say", "Status"]
+__all__ = ["Beat", "InPlace", "Lines", "Say", "Status"]
 
 Say: TypeAlias = Callable[[str], object]
 """Is told what is being done from now on, in words: ``loading the model gpt2``."""
@@ -33,7 +33,7 @@ class Lines:
     """Lines that are not a flood: of those that are offered, one now and then is shown, and the last."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self._console, self._lock = console, threading.Lock()
         self._unsaid = self._said = ""  # the newest line, if it came too soon after another; and the last one shown
         self.begin()
 
@@ -50,15 +50,20 @@ class Lines:
     def offer(self, text: str) -> None:
         """Show ``text`` if it is time for a line."""
         self._unsaid = text
+        self.show_due()
+
+    def show_due(self) -> None:
+        """Show what was offered last, if it is time for a line."""
         if self.due:
             self.finish()
 
     def finish(self) -> None:
         """Show what was offered last, unless that is done."""
-        if self._unsaid and self._unsaid != self._said:
-            self.say(self._unsaid)
-            self._last, self._said = time.monotonic(), self._unsaid
-        self._unsaid = ""
+        with self._lock:
+            if self._unsaid and self._unsaid != self._said:
+                self.say(self._unsaid)
+                self._last, self._said = time.monotonic(), self._unsaid
+            self._unsaid = ""
 
     def say(self, text: str) -> None:
         """A line at once, beside those that are offered."""
@@ -76,7 +81,7 @@ class Status:
         self._verbose = verbose and not self._console.quiet
         self._spinner: Spinner | None = None
         self._place: InPlace | None = None
-        self._repeating: _Repeating | None = None
+        self._beat: Beat | None = None
 
     def __call__(self, text: str) -> None:
         if not self._verbose:
@@ -92,7 +97,8 @@ class Status:
         else:
             self.rest()
             self._console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
-            self._repeating = _Repeating(text, self._console)
+            start, lines = time.monotonic(), Lines(self._console)
+            self._beat = Beat(lambda: lines.offer(f"  still {text} ({time.monotonic() - start:.0f} s)"))
 
     def importing(self, module: str) -> None:
         """``module`` is imported, unless that has been done."""
@@ -105,9 +111,9 @@ class Status:
             self._spinner.stop()
         if self._place is not None:
             self._place.clear()
-        if self._repeating is not None:
-            self._repeating.stop()
-        self._spinner = self._place = self._repeating = None
+        if self._beat is not None:
+            self._beat.stop()
+        self._spinner = self._place = self._beat = None
 
     def __enter__(self) -> Self:
         return self
@@ -118,21 +124,20 @@ class Status:
         self.rest()
 
 
-class _Repeating:
-    """Says again what is being done, when that takes long, from a thread of its own."""
+class Beat:
+    """Calls ``work`` four times a second, from a thread of its own, until it is stopped."""
 
-    def __init__(self, text: str, console: Console) -> None:
-        self._text, self._console, self._lines = text, console, Lines(console)
-        self._start, self._stopped = time.monotonic(), threading.Event()
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work, self._stopped = work, threading.Event()
         self._thread = threading.Thread(target=self._run, name="saekit status", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stopped.wait(0.25):
-            self._lines.offer(f"  still {self._text} ({time.monotonic() - self._start:.0f} s)")
+            self._work()
 
     def stop(self) -> None:
-        """No line comes after this."""
+        """It is not called after this."""
         self._stopped.set()
         self._thread.join()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, get_args
 
 from saekit.backends.forward import Hooks, next_token_loss
@@ -89,12 +89,12 @@ class Backend(ABC):
         """What torch is told for one forward: whether gradients are kept, and what the products are made in."""
         import torch
 
-        # A copy of the weights that autocast kept beyond this forward could not be trained on.
-        with (
-            torch.inference_mode(not grad),
-            torch.set_grad_enabled(grad),
-            torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False),
-        ):
+        kind = tokens.device.type
+        rounded: AbstractContextManager[object] = nullcontext()
+        if torch.amp.is_autocast_available(kind):  # not on the meta device, where models are outlined
+            # A copy of the weights that autocast kept beyond this forward could not be trained on.
+            rounded = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
+        with torch.inference_mode(not grad), torch.set_grad_enabled(grad), rounded:
             yield
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+import attrs
+
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
@@ -17,7 +19,7 @@ from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
-from saekit.runs.planned import Plan
+from saekit.runs.planned import Plan, cannot_run
 
 if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
@@ -125,8 +127,13 @@ def plan(
     plugins: PluginManager | None = None,
     model: object | None = None,
     dataset: object | None = None,
+    load: bool = True,
 ) -> Plan:
     """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
+
+    Memory and disk are counted from the model's configuration before its weights are loaded, or downloaded; where it
+    does not fit, they are not.  Without ``load`` they never are: no text is opened and nothing is timed, and devices
+    need not be there, so that a run can be planned for another machine.
 
     Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
     that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
@@ -136,13 +143,14 @@ def plan(
     config = load_config(cfg, plugins=plugins)
     faults = preflight.of_training([config], plugins, model, dataset)
     if faults.absent:
-        return Plan({}, {}, faults.texts, [])
+        return Plan({}, {}, faults.texts, [], cannot_run(faults.texts))
     with _status([config]) as say:
         from saekit.runs.plan import look
 
-        say("trying the model and a few steps")
-        found = look(config, plugins, model, dataset)
-    return Plan(found.facts, found.numbers, list(dict.fromkeys([*faults.texts, *found.problems])), found.warnings)
+        say("trying the model and a few steps" if load else "counting")
+        found = look(config, plugins, model, dataset, load=load)
+    problems = list(dict.fromkeys([*faults.texts, *found.problems]))
+    return attrs.evolve(found, problems=problems, verdict=cannot_run(problems) or found.verdict)
 
 
 def cache_activations(

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "returned"]
+__all__ = ["Part", "blamed", "built", "outlined", "returned"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
@@ -30,20 +30,33 @@ def built(item: Registered, options: Any, **services: Any) -> Any:
     :class:`saekit.errors.SaekitError` or ImportError with a note that names it, and otherwise
     :class:`saekit.errors.PluginFailedError`.
     """
+    return _made(item, "build", item.entry.build, options, services)
+
+
+def outlined(item: Registered, options: Any, **services: Any) -> Any:
+    """The outline of what ``item`` would build, checked in the same way; None where it has none to give.
+
+    Raises what :func:`built` does.
+    """
+    outline = getattr(item.entry, "outline", None)
+    return None if outline is None else _made(item, "outline", outline, options, services)
+
+
+def _made(item: Registered, what: str, by: Callable[..., Any] | str, options: Any, services: Mapping[str, Any]) -> Any:
     item.check_requirements()
-    build = _imported(item, item.entry.build) if isinstance(item.entry.build, str) else item.entry.build
-    with blamed(item, "build"):
-        made = build(item.entry.config() if options is None else options, **services)
+    make = _imported(item, what, by) if isinstance(by, str) else by
+    with blamed(item, what):
+        made = make(item.entry.config() if options is None else options, **services)
         fault = _fault(item.kind, made)
     if fault:
-        raise returned(item, "build", made, fault)
+        raise returned(item, what, made, fault)
     return made
 
 
-def _imported(item: Registered, path: str) -> Callable[..., Any]:
+def _imported(item: Registered, what: str, path: str) -> Callable[..., Any]:
     """What stands at an import path, ``package.module:name``."""
     module_name, _, name = path.partition(":")
-    where = f"its build, '{path}'"
+    where = f"its {what}, '{path}'"
     with blamed(item, f"importing {where}"):
         try:
             module = importlib.import_module(module_name)

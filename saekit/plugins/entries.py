@@ -65,6 +65,8 @@ def _fault(entry: Entry) -> str | None:
         return f"build is {short(entry.build)}, expected a callable, or an import path, such as package.module:Class"
     if entry.precheck is not None and not callable(entry.precheck):
         return f"precheck is {short(entry.precheck)}, expected a callable"
+    if entry.outline is not None and not callable(entry.outline) and not _is_import_path(entry.outline):
+        return f"outline is {short(entry.outline)}, expected a callable, or an import path, such as package.module:name"
     if not isinstance(required, (list, tuple)) or not all(_is_module_name(name) for name in required):
         return f"requires is {short(required)}, expected a list of package names"
     if entry.extra is not None and not (isinstance(entry.extra, str) and re.fullmatch(r"[\w.-]+", entry.extra)):

@@ -38,7 +38,8 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
     ``loaded`` is the in-memory model that the caller passed to ``saekit.train(model=...)``, else None: load
     ``model.name`` then.  Raise :class:`saekit.errors.ModelError` for a name that cannot be loaded.  An entry with
-    ``no_model=True`` stands for having none, as the built-in ``none`` does.
+    ``no_model=True`` stands for having none, as the built-in ``none`` does.  With an ``outline`` `saekit plan` counts
+    memory and disk before anything large is downloaded: see :class:`saekit.Entry`.
     """
 
 

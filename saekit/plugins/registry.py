@@ -40,6 +40,10 @@ class Entry:
     needs_text: bool = True
     """Of an activation source or an eval: whether it opens the text, which must then be there, with a model to read
     it."""
+    outline: Callable[..., Any] | str | None = None
+    """Of a model backend: ``outline(config, *, model)`` gives one around a model without its weights, on torch's meta
+    device; or an import path, like ``build``.  It has the name, the hooks and the sizes of what ``build`` gives, and
+    forwards that make shapes, and nothing large is downloaded or allocated for it: `saekit plan` counts with it."""
     no_model: bool = False
     """Of a model backend: it stands for having none, so that hooks and contexts are not checked, and nothing that needs
     a model or a text can be chosen beside it."""

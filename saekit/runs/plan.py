@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+import attrs
 
 from saekit.ambient import ambient
-from saekit.config import SAEConfig, TrainConfig
-from saekit.data import Corpus, StreamContext
-from saekit.data.cache.read import available_memory
+from saekit.config import SAEConfig, TrainConfig, TrainingConfig
+from saekit.data import ContextStream, Corpus, Documents, StreamContext, TokenPolicy
 from saekit.data.faults import problems_of
+from saekit.data.stream import probe
 from saekit.devices import resolve_device
-from saekit.errors import SaekitError
+from saekit.errors import ModelError, SaekitError
 from saekit.kernels.workspace import SHARED
-from saekit.kinds import SAE_ARCHITECTURES
+from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import blamed, outlined
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, HasMemory, ModelBackend
+from saekit.protocols import ActivationSource, ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
@@ -34,9 +34,10 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
-from saekit.runs.parts import make_evals, make_schedule, moment_bytes
-from saekit.runs.planned import Plan
-from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.runs.parts import make_evals, make_schedule
+from saekit.runs.planned import Plan, cannot_run
+from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
+from saekit.runs.planned_sizes import Sizes, devices_of
 from saekit.runs.planned_text import look_at_text
 from saekit.runs.setup import (
     give_weights,
@@ -44,10 +45,8 @@ from saekit.runs.setup import (
     sae_options,
 )
 from saekit.runs.supervised import SupervisedSource
-from saekit.runs.timing import bytes_text as _bytes
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
-from saekit.sae.build import build_module
 from saekit.values import Batch, Ports
 
 if TYPE_CHECKING:
@@ -60,15 +59,38 @@ T = TypeVar("T")
 _FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
-def look(config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None) -> Plan:
-    """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found."""
+def look(
+    config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None, *, load: bool = True
+) -> Plan:
+    """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
+
+    Without ``load`` the model is only outlined, and nothing is timed.
+    """
     planner = _Planner(config, plugins)
     try:
         with ambient():
-            planner.look(model, dataset)
+            planner.look(model, dataset, load=load)
     finally:
         SHARED.release()
-    return Plan(planner.facts, planner.numbers, planner.problems, planner.warnings)
+    return planner.plan()
+
+
+def _in_order(facts: dict[str, str]) -> dict[str, str]:
+    """As people read them: what it is, what it reads, what it takes."""
+    first = ("training", "site", "sites", "inputs", "targets", "SAE")
+    last = ("SAE step", "silent at start", "memory", "disk", "activation cache", "duration")
+
+    def place(name: str) -> int:
+        known = "memory" if name.startswith("memory on ") else name
+        return first.index(known) - len(first) if known in first else last.index(known) + 1 if known in last else 0
+
+    return {name: facts[name] for name in sorted(facts, key=place)}
+
+
+def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
+    """What a source may be built on where no text is opened."""
+    policy = TokenPolicy(context_size=corpus.context_size)
+    return ContextStream(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
 
 
 class _Planner:
@@ -80,6 +102,9 @@ class _Planner:
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.counted: Sizes | None = None
+        self.free = free_memory(devices_of(config, self.options))
+        """Bytes on each device, before anything is loaded."""
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """``work()``, or None with its error among the problems."""
@@ -94,21 +119,30 @@ class _Planner:
         """Among the warnings, each once."""
         self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
-    def look(self, model: object | None, dataset: object | None) -> None:
+    def plan(self) -> Plan:
+        """What was found."""
+        found = Verdict("")
+        if self.counted is not None:
+            place = free_disk(self.config.checkpoints.folder)
+            found = verdict(self.counted.memory, self.counted.disk, self.free, place)
+            self.facts |= self.counted.memory.facts(self.free)
+        warnings = [*self.warnings, *found.warnings]
+        text = cannot_run(self.problems) or found.text
+        return Plan(_in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
+
+    def look(self, model: object | None, dataset: object | None, *, load: bool) -> None:
         """Everything, as far as it can be reached."""
         config, plugins = self.config, self.plugins
-        self.training()
-        self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
-        device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
-        self.attempt(lambda: check_without_model(config, plugins))
-        self.attempt(lambda: chosen_trackers(config, plugins))
-        if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
-            self.options, self.start = found
-            self.doubt(*doubts_of_start(config, self.start))
+        device = self.early(load=load)
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         if schedule is not None and (remark := schedule.remark()) is not None:
             self.warnings.append(remark)
         corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
+        if model is None and corpus is not None and has_model(config, plugins):
+            self.count(corpus, told=not load)
+        if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
+            self.facts["duration"] = "not measured: " + ("it does not fit" if load else "the model was not loaded")
+            return
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
@@ -126,15 +160,27 @@ class _Planner:
             if ports is None:
                 return
             self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
-            self.sizes(backend, stream, corpus, ports)
-            if source is not None:
-                self.source(source)
-            self.checkpoints()
+            found = self.sizes(stream, corpus, ports, source)
             if found is not None and schedule is not None and fits and (source is not None or stream.has_model):
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:
                 source.close()
+
+    def early(self, *, load: bool) -> str | None:
+        """What needs neither the model nor the text; gives the device, if it is there."""
+        config, plugins = self.config, self.plugins
+        self.training()
+        self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
+        device = None
+        if load:  # else it may be planned for another machine
+            device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
+        self.attempt(lambda: check_without_model(config, plugins))
+        self.attempt(lambda: chosen_trackers(config, plugins))
+        if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
+            self.options, self.start = found
+            self.doubt(*doubts_of_start(config, self.start))
+        return device
 
     def fitting(self, backend: ModelBackend, corpus: Corpus) -> tuple[bool, bool]:
         """Whether contexts are short enough for the model, and whether all the sites are there."""
@@ -167,7 +213,8 @@ class _Planner:
                 f"training.dead_feature_window is {training.dead_after}, so in {training.steps} steps no "
                 "feature is ever counted as dead"
             )
-        if training.feature_sampling_window > training.steps:
+        window = attrs.fields(TrainingConfig).feature_sampling_window.default  # for long runs: no fault of theirs
+        if training.feature_sampling_window > training.steps and training.feature_sampling_window != window:
             self.warnings.append(
                 f"training.feature_sampling_window is {training.feature_sampling_window}, so in {training.steps} steps "
                 "no firing fractions are logged"
@@ -179,91 +226,52 @@ class _Planner:
         self.facts |= found.facts
         self.doubt(*found.warnings)
 
-    def sizes(self, backend: ModelBackend, stream: StreamContext, corpus: Corpus, ports: Ports) -> None:
-        """Widths, memory and disk."""
-        item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
-        # Memory is taken as it is written to, so this takes none.
-        sae = self.attempt(lambda: build_module(item, self.options, ports, self.plugins))
-        if sae is None:
-            return
-        d_sae, dtype = sae.d_sae, getattr(torch, self.options.dtype)
-        parameters = sae.table.count()
-        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
-        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
-        kept = moment_bytes(self.config, self.plugins, sae)
-        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae, "sae_bytes": 2 * weights + (kept or 0)}
-        self.numbers |= {"optimizer_bytes": kept} if kept is not None else {}
-        self.sites(backend, ports)
-        self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
-        if d_sae < ports.d_in:
-            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({ports.d_in})")
-        model_bytes = backend.memory_bytes() if isinstance(backend, HasMemory) else 0
-        if model_bytes:
-            self.numbers["model_bytes"] = model_bytes
-            self.facts["model memory"] = _bytes(model_bytes)
-        own = f", and the optimizer's {_bytes(kept)}" if kept is not None else "; what the optimizer keeps is not known"
-        self.facts["SAE memory"] = f"{_bytes(2 * weights + (kept or 0))} (weights and gradients{own})"
-        self.facts["disk"] = f"{_bytes(saved + 4 * d_sae)} for each saved SAE"
-        if not stream.has_model:
-            return
+    def sizes(
+        self, stream: StreamContext, corpus: Corpus, ports: Ports, source: ActivationSource | None
+    ) -> Sizes | None:
+        """Widths, memory and disk; None where they cannot be counted."""
+        counted = Sizes(self.config, self.plugins, self.options, stream, corpus, ports, known=self.numbers)
+        if self.attempt(lambda: counted.count(source)) is None:
+            return None
+        self.numbers |= counted.numbers
+        self.facts |= counted.facts
+        self.doubt(*counted.warnings)
+        self.counted = counted
+        return counted
+
+    def outlined(self) -> ModelBackend:
+        """The model without its weights; :class:`ModelError` where its backend cannot make one."""
+        chosen = self.plugins.bound(MODEL_BACKENDS, self.config.model.backend)
+        made: ModelBackend | None = outlined(chosen.item, chosen.options, model=self.config.model)
+        if made is None:
+            raise ModelError(f"the backend {chosen.key!r} cannot tell the sizes of a model before it is loaded")
+        sites = [site for site in self.config.sites.all if site.hook_name in made.hook_names()]
+        with blamed(chosen.item, "a forward of its outline"):  # of some models, shapes depend on numbers
+            probe(made, sites)
+        return made
+
+    def count(self, corpus: Corpus, *, told: bool) -> None:
+        """What can be told before the model is loaded and the text is opened; ``told``: why it cannot is a problem."""
         try:
-            self.cache(stream, corpus)
-        except SaekitError as error:  # training does without
-            self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
-
-    def sites(self, backend: ModelBackend, ports: Ports) -> None:
-        """What is read and written, and how wide it is."""
-        inputs, targets = (
-            ", ".join(f"{name} of {backend.name}, width {width}" for name, width in widths.items())
-            for widths in (ports.inputs, ports.targets)
-        )
-        if ports.same:
-            self.facts["site" if len(ports.inputs) == 1 else "sites"] = inputs
+            outline = self.outlined()
+        except SaekitError:
+            if told:
+                self.attempt(self.outlined)
+            return  # to load it says what is wrong
+        _, there = self.fitting(outline, corpus)
+        if not there:
             return
-        self.numbers["d_out"] = ports.d_out
-        self.facts |= {"inputs": inputs, "targets": targets}
-
-    def cache(self, stream: StreamContext, corpus: Corpus) -> None:
-        """The size of the cache that ``saekit cache`` would write."""
-        sites = cache_sites(self.config)
-        check_context_size(stream.backend, corpus.context_size)
-        check_hooks(stream.backend, sites, "activations.cache.sites")
-        wide = open_stream(self.config, corpus, self.plugins, stream.backend, sites, doubt=self.doubt)
-        contexts = cached_contexts(self.config, corpus.context_size)
-        needed = plan_cache(self.config, wide, corpus.context_size).bytes_for(contexts)
-        place = Path(self.config.activations.cache.folder).absolute()
-        free = shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
-        self.numbers["cache_bytes"] = needed
-        self.facts["activation cache"] = f"{_bytes(needed)} if `saekit cache` writes it; {_bytes(free)} are free"
-
-    def source(self, source: ActivationSource) -> None:
-        """The memory that batches come from."""
-        size = source.memory_bytes() if isinstance(source, HasMemory) else 0
-        if not size:
-            return
-        self.numbers["buffer_bytes"] = size
-        self.facts["buffer memory"] = _bytes(size)
-        available = available_memory()
-        needed = size + self.numbers.get("sae_bytes", 0)
-        on_cpu = resolve_device("auto", "") == "cpu"
-        if on_cpu and needed > available:
-            self.warnings.append(
-                f"the buffer and the SAE need {_bytes(needed)}, and {_bytes(available)} of memory are free; lower "
-                "activations.source.n_batches_in_buffer"
-            )
-
-    def checkpoints(self) -> None:
-        """What a run that can be resumed takes on the disk: weights, what the optimizer keeps, and the buffer."""
-        keep = self.config.checkpoints.keep_last
-        if not keep:
-            self.facts["checkpoints"] = "none that a run could go on from (checkpoints.keep_last = 0)"
-            return
-        if "sae_bytes" not in self.numbers:
-            return  # there is no such SAE, which is among the problems
-        kept = self.numbers.get("optimizer_bytes", 0)
-        size = (self.numbers["sae_bytes"] + kept) // 2 + self.numbers.get("buffer_bytes", 0)
-        self.numbers["checkpoint_bytes"] = size
-        self.facts["checkpoints"] = f"up to {_bytes(size)} each; {keep} are kept, and one more while it is written"
+        stream = open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all)
+        stream.contexts = _no_contexts(outline, corpus)
+        source = None
+        if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
+            with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
+                source = open_source(self.config, self.plugins, stream)
+        ports = self.attempt(lambda: self.ports(source, stream))
+        if ports is not None:
+            self.sizes(stream, corpus, ports, source)
+        if source is not None:
+            source.close()
 
     def first_step(self, trainer: SAETrainer, rows: Batch) -> None:
         """The features that no activation makes fire before anything is learnt."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "cannot_run"]
 
 
 @attrs.frozen
@@ -21,3 +21,12 @@ class Plan:
     """Errors that ``train`` would stop with."""
     warnings: list[str]
     """What looks wrong, but would run."""
+    verdict: str = ""
+    """In a line: whether it could run, and whether memory and disk suffice."""
+    fits: bool | None = None
+    """Whether there is as much memory and disk as it needs; None: that is not known."""
+
+
+def cannot_run(problems: list[str]) -> str:
+    """The verdict on what has ``problems``; empty if there are none."""
+    return f"Cannot run: {len(problems)} problem{'s' if len(problems) > 1 else ''}." if problems else ""

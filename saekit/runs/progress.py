@@ -33,7 +33,7 @@ class TrainingProgress(ProgressDisplay):
         verbose = any(member.config.training.verbose for member in session.members.values())
         number = len(session.members)
         doing = "training" if number == 1 else f"training {number} SAEs"
-        super().__init__(session.total_tokens, doing=doing, verbose=verbose)
+        super().__init__(session.total_tokens, doing=doing, verbose=verbose, steady=True)
         self._session, self._folder, self._before, self._verbose = session, folder, session.tokens, verbose
 
     def __enter__(self) -> Self:

@@ -366,11 +366,8 @@ class SAEModule(Hooked, Ways):
         own = type(self).public_tensors is SAEModule.public_tensors
         return own and all(getattr(self, entry.name) is None for entry in self.table if entry.optional)
 
-    def __repr__(self) -> str:
-        return in_one_line(self)
-
-    def _repr_html_(self) -> str:
-        return in_a_table(self)
+    __repr__ = in_one_line
+    _repr_html_ = in_a_table
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.command import cli
 from support.tiny import hooked_transformer, run_config
 
 import saekit
@@ -92,9 +93,8 @@ def test_each_problem(tmp_path: Path, sections: dict[str, Any], words: str) -> N
 
 
 def test_what_looks_wrong_but_runs(tmp_path: Path) -> None:
-    found = saekit.plan(
-        run_config(tmp_path, dataset={"prepend_bos": False}, sae={"d_sae": 16}, training={"dead_feature_window": 1000})
-    )
+    windows = {"dead_feature_window": 1000, "feature_sampling_window": 100}
+    found = saekit.plan(run_config(tmp_path, dataset={"prepend_bos": False}, sae={"d_sae": 16}, training=windows))
     assert found.problems == []
     for words in (
         "contexts do not begin with BOS",
@@ -104,6 +104,13 @@ def test_what_looks_wrong_but_runs(tmp_path: Path) -> None:
     ):
         assert sum(words in warning for warning in found.warnings) == 1, words
     assert "with no token put before them" in found.facts["contexts"]
+
+
+@pytest.mark.slow
+def test_defaults_do_not_warn_of_themselves(tmp_path: Path) -> None:
+    assert saekit.plan({}).warnings == []
+    run = cli("train", "training.training_tokens=40_000", "checkpoints.name=small", cwd=tmp_path)
+    assert "warning" not in run.stderr.lower()
 
 
 def test_a_run_from_a_cache_is_timed_by_its_reads(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def is_there(found: object, name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("names", [set(some) for n in range(5) for some in itertools.combinations(OWN, n)], ids=str)
-def test_a_supervised_source_can_do_what_the_source_can(names: set[str]) -> None:
-    source: Any = source_with(names)()
+@pytest.mark.parametrize("names", [some for n in range(5) for some in itertools.combinations(OWN, n)], ids=", ".join)
+def test_a_supervised_source_can_do_what_the_source_can(names: tuple[str, ...]) -> None:
+    source: Any = source_with(set(names))()
     found = supervised(source)
     for ability, name in MEMBERS.items():
         assert isinstance(source, ability) == isinstance(found, ability) == is_there(found, name) == (name in names)

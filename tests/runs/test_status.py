@@ -54,6 +54,15 @@ def test_what_takes_long_is_said_again() -> None:
     assert lines[2:] == ["writing ..."]
 
 
+def test_a_step_that_takes_long_does_not_keep_the_last_line_back() -> None:
+    received = io.StringIO()
+    with ProgressDisplay(100, doing="training", console=Console(file=received), steady=True) as progress:
+        progress.update(10, "loss 1")
+        time.sleep(2.6)
+        assert received.getvalue().startswith("10/100 tokens")
+    assert received.getvalue().count("\n") == 1, "once"
+
+
 def test_lines_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -36,7 +36,7 @@ SHORT = [
     "evals.n_contexts=4", "training.lr_warm_up_steps=1", "training.lr_decay_steps=1",
 ]  # fmt: skip
 SHORTER = {
-    "train": SHORT, "demo": SHORT, "plan": SHORT, "cache": SHORT, "cache verify": [],
+    "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "pretokenize": ["max_contexts=50"],
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from saekit.config import path_field
 from saekit.devices import resolve_device
 from saekit.hub import within_reach
 from saekit_plugins.backends.model_folders import check_folders
+from saekit_plugins.backends.outlines import mamba_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         extra="mamba",
         summary="Mamba models through mamba-lens",
         precheck=_precheck,
+        outline=_outline,
     )
 
 
@@ -78,6 +80,16 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
         autocast=model.autocast,
         compile_mode=model.compile_mode if model.compile else None,
     )
+
+
+def _outline(config: HookedMambaOptions, *, model: ModelConfig) -> TransformerLensBackend:
+    from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
+
+    module = mamba_outline(model)
+    # Kernels for CUDA make no shapes; the way in plain torch makes the same.
+    slow = {name: value for name, value in config.forward_kwargs.items() if name not in _FAST_PATHS}
+    known: dict[str, Any] = {"name": model.name, "d_vocab": module.cfg.vocab_size, "n_ctx": None}
+    return TransformerLensBackend(module, forward_kwargs=slow, autocast=model.autocast, **known)
 
 
 _FAST_PATHS = {"fast_conv": ("causal_conv1d", "causal-conv1d"), "fast_ssm": ("selective_scan_cuda", "mamba-ssm")}

@@ -15,6 +15,7 @@ from saekit import Entry, ModelError, hookimpl
 from saekit.backends import Hooks, ModuleBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
+from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         _build,
         summary="models of transformer_lens, Hugging Face folders, and saekit/tiny-python",
         precheck=_precheck,
+        outline=_outline,
     )
 
 
@@ -145,14 +147,25 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
             _passed(loaded, config) if loaded is not None else load_model(model, config.from_pretrained_kwargs)
         )
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
+    return _around(module, config, model, name or "custom", compile_mode=model.compile_mode if model.compile else None)
+
+
+def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend:
+    module = hooked_transformer_outline(model, config.from_pretrained_kwargs)
+    return _around(module, config, model, model.name)
+
+
+def _around(
+    module: Any, config: HookedTransformerOptions, model: ModelConfig, name: str, compile_mode: str | None = None
+) -> TransformerLensBackend:
     return TransformerLensBackend(
         module,
-        name=name or "custom",
+        name=name,
         d_vocab=module.cfg.d_vocab,
         n_ctx=module.cfg.n_ctx,
         forward_kwargs=config.forward_kwargs,
         autocast=model.autocast,
-        compile_mode=model.compile_mode if model.compile else None,
+        compile_mode=compile_mode,
     )
 
 

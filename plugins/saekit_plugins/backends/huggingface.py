@@ -12,6 +12,7 @@ from saekit import ConfigError, Entry, hookimpl
 from saekit.backends import ModuleBackend
 from saekit.config import path_field
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
+from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class HuggingFaceBackend(ModuleBackend):
     """A causal language model of transformers, with ``transformer.h.1`` or ``model.layers.3.mlp.input`` for hooks."""
 
     def logits(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        # The library looks at the numbers of a mask that it makes itself, and on the meta device there are none.
+        masked = {"attention_mask": _causal(tokens)} if tokens.is_meta else {}
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False, **masked).logits
         return logits
 
     def in_residual_stream(self, hook_name: str) -> bool:
@@ -72,6 +75,14 @@ class HuggingFaceBackend(ModuleBackend):
         return super().unembedding() if head is None else (head.weight.T, getattr(head, "bias", None))
 
 
+def _causal(tokens: Tensor) -> Tensor:
+    """``[b, 1, t, t]``: which tokens each token sees."""
+    import torch
+
+    batch, length = tokens.shape
+    return torch.ones(batch, 1, length, length, dtype=torch.bool, device=tokens.device).tril()
+
+
 def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | None) -> HuggingFaceBackend:
     if model.compile:
         raise ConfigError([("model.compile", "is not for AutoModelForCausalLM, since compiled code knows no hooks")])
@@ -86,12 +97,28 @@ def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | N
     tokenizer = None if config.tokenizer else getattr(module, "tokenizer", None)
     if tokenizer is None and (config.tokenizer or name):
         tokenizer = load_tokenizer(config.tokenizer or name, "main" if config.tokenizer else config.revision)
+    return _around(module, model, name or "custom", tokenizer)
+
+
+def _outline(config: HuggingFaceOptions, *, model: ModelConfig) -> HuggingFaceBackend:
+    options = {"revision": config.revision, "attn_implementation": config.attn_implementation}
+    return _around(causal_lm_outline(model, **options | config.from_pretrained_kwargs), model, model.name)
+
+
+def _around(module: Any, model: ModelConfig, name: str, tokenizer: Any = None) -> HuggingFaceBackend:
     text = module.config.get_text_config()
     known = {"d_vocab": text.vocab_size, "n_ctx": getattr(text, "max_position_embeddings", None)}
-    return HuggingFaceBackend(module, name=name or "custom", tokenizer=tokenizer, autocast=model.autocast, **known)
+    return HuggingFaceBackend(module, name=name, tokenizer=tokenizer, autocast=model.autocast, **known)
 
 
 @hookimpl
 def saekit_register_model_backends() -> Iterable[Entry]:
     summary = "causal language models of transformers, hooked by module paths"
-    yield Entry("AutoModelForCausalLM", HuggingFaceOptions, _build, summary=summary, precheck=check_causal_lm)
+    yield Entry(
+        "AutoModelForCausalLM",
+        HuggingFaceOptions,
+        _build,
+        summary=summary,
+        precheck=check_causal_lm,
+        outline=_outline,
+    )

@@ -37,7 +37,7 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         try:
             loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
         except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
-            raise ModelError(_unknown_name(model.name, error)) from error
+            raise ModelError(unknown_name(model.name, error)) from error
     return loaded.eval().requires_grad_(False)
 
 
@@ -72,7 +72,7 @@ def loading(what: str) -> Iterator[None]:
         ) from error
 
 
-def _unknown_name(name: str, error: Exception) -> str:
+def unknown_name(name: str, error: Exception) -> str:
     import difflib
 
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
@@ -126,7 +126,7 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
     tokenizer = load_tokenizer(folder)
     with loading(f"the model in {folder}"):
         module = hf_model(folder, torch_dtype, local_files_only=True)
-        with _config_folder(folder) as neutral:
+        with config_folder(folder) as neutral:
             config = conversion.get_pretrained_model_config(
                 neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
             )
@@ -166,10 +166,10 @@ def check_folders(model: str, tokenizer: str) -> None:
 def check_causal_lm(config: Any, whole: TrainConfig | PretokenizeConfig) -> None:
     """What can be seen of folders that transformers is to load from: the precheck of its backend."""
     check_folders(whole.model.name, config.tokenizer)
-    _check_causal_lm_folder(whole.model.name)
+    check_causal_lm_folder(whole.model.name)
 
 
-def _check_causal_lm_folder(name: str) -> None:
+def check_causal_lm_folder(name: str) -> None:
     folder = model_folder(name, {})
     if folder is not None and (folder / NATIVE_CONFIG).is_file():
         raise ModelError(f'{name!r} is a model of transformer_lens; its backend is model.backend = "HookedTransformer"')
@@ -180,7 +180,7 @@ def load_causal_lm(model: ModelConfig, **options: Any) -> object:
     import torch
 
     device = resolve_device(model.device, "model.device", model.dtype)
-    _check_causal_lm_folder(model.name)
+    check_causal_lm_folder(model.name)
     with within_reach(unless=model.name), loading(f"the model {model.name!r}"):
         return ready(hf_model(model.name, getattr(torch, model.dtype), **options), device)
 
@@ -194,7 +194,7 @@ def ready(model: Any, target: Any) -> object:
 
 
 @contextmanager
-def _config_folder(folder: Path) -> Iterator[str]:
+def config_folder(folder: Path) -> Iterator[str]:
     """A folder with ``config.json`` alone, under a name that says nothing.
 
     transformer_lens guesses the architecture from words in the path, and reads ``n_ctx``, which transformers 5 no

@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     from saekit.plugins.manager import PluginManager
 
-__all__ = ["complete_config", "complete_plugin"]
+__all__ = ["complete_config", "complete_plugin", "complete_recipe"]
 
 _FILES = (".toml", ".yaml", ".yml", ".json")
 _PLAIN = re.compile(r"[\w./+-]+")  # what no shell takes for anything else
@@ -47,6 +47,13 @@ def complete_plugin(incomplete: str) -> list[str]:
     items = [item for registry in default_manager().registries.values() for item in registry.items]
     return [f"{kind}:{item.entry.name}" if colon else item.entry.name for item in items
             if not colon or item.kind.name == kind]  # fmt: skip
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The names of recipes."""
+    from saekit.config.recipes import recipes
+
+    return [found.name for found in recipes()]
 
 
 def _joined(words: Sequence[str]) -> list[str]:

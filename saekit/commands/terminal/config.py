@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
+from saekit.commands.terminal.completing import complete_recipe
 from saekit.errors import ConfigError
 
 __all__ = ["EXAMPLES", "config"]
@@ -16,6 +17,8 @@ EXAMPLES = """
     saekit config sae.name=topk training.training_tokens=10_000_000 > run.toml
     saekit config run.toml training.lr=1e-3 --format json
     saekit config --of pretokenize --format yaml
+    saekit config --recipes
+    saekit config --recipe gpt2-small-residual > run.toml
 """
 _KINDS = ("train", "pretokenize")
 _FORMS = ("toml", "yaml", "json")
@@ -30,8 +33,18 @@ def config(
     of: Annotated[
         str, typer.Option("--of", help="train or pretokenize.", autocompletion=lambda: list(_KINDS))
     ] = "train",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Print this recipe, a configuration of what people train, with changes on top.",
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes.")] = False,
 ) -> None:
-    """Print every option with its default and an explanation; or check a file, or options, and print what they mean.
+    """Print every option with its default and an explanation; or check a file, or options, and print what they mean; or
+    print a recipe.
 
     Explanations are in TOML alone.
     """
@@ -42,6 +55,11 @@ def config(
         raise ConfigError([("--of", f"must be {' or '.join(_KINDS)}, found {of!r}")])
     if form not in _FORMS:
         raise ConfigError([("--format", f"must be toml, yaml or json, found {form!r}")])
+    if list_recipes or recipe is not None:
+        from saekit.config.recipes import printed
+
+        typer.echo(printed(recipe, [] if config is None else [config, *(overrides or ())], form), nl=False)
+        return
     kind: Any = TrainConfig if of == "train" else PretokenizeConfig
     source, given = ({}, []) if config is None else source_of(config, overrides)
     if not source and of == "pretokenize":  # of which one option is required

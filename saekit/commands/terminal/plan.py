@@ -14,6 +14,7 @@ __all__ = ["EXAMPLES", "plan"]
 
 EXAMPLES = """
     saekit plan run.toml
+    saekit plan run.toml --no-load
     saekit plan model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
 """
 
@@ -22,6 +23,14 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load/--no-load",
+            help="Load the model and time it; or only count: nothing large is downloaded, and the devices of the run "
+            "need not be here.",
+        ),
+    ] = True,
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
     from saekit.commands import jobs, preflight
@@ -33,7 +42,7 @@ def plan(
     for text in early:  # now, and not when the model has run
         typer.echo(f"problem: {text}")
     sys.stdout.flush()
-    found = jobs.plan(checked)
+    found = jobs.plan(checked, load=load)
     if as_json:
         import attrs
 
@@ -46,5 +55,6 @@ def plan(
             typer.echo(f"warning: {text}")
         for text in found.problems[len(early) :]:
             typer.echo(f"problem: {text}")
+        typer.echo(found.verdict)
     if found.problems:
         raise typer.Exit(2)

@@ -1,0 +1,205 @@
+"""The memory and the disk that a run takes, and whether there is as much."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import attrs
+import torch
+
+from saekit.config import TrainingConfig
+from saekit.data.cache.read import available_memory
+from saekit.evals.pieces import at_once
+from saekit.kernels.encoder import CHUNK
+from saekit.kernels.kernel import Use, choose
+from saekit.runs.timing import bytes_text
+from saekit.sae.module import SAEModule
+from saekit.values import StepInput
+
+__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "step_bytes", "verdict"]
+
+
+class Of(StrEnum):
+    """What memory is for."""
+
+    MODEL = "the model"
+    SAE = "the SAE with gradients and moments"
+    BUFFER = "the buffer"
+    FORWARD = "a forward"
+    STEP = "a step"
+    EVALS = "evals"
+    CHECKPOINT = "a checkpoint that is being written"
+
+
+_LESS = {
+    Of.MODEL: 'choose model.dtype = "bfloat16", or a smaller model',
+    Of.SAE: "choose fewer features (sae.d_sae)",
+    Of.BUFFER: "lower activations.source.n_batches_in_buffer",
+    Of.FORWARD: "lower activations.source.store_batch_size_prompts",
+    Of.STEP: "lower training.train_batch_size_tokens",
+    Of.EVALS: "lower batch_size_prompts of what evals.run names",
+    Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
+}
+"""What to do where something takes too much."""
+
+# How many tensors of features there are at one time: measured, see docs/recipes.md.
+_PLAIN = 6
+"""Of a whole batch, in a step by autograd."""
+_FAST = 1.5
+"""Of a chunk, in a fast step."""
+_EVALS = 6
+"""Of a piece, in evals."""
+
+
+@attrs.frozen
+class Need:
+    """Memory for one thing."""
+
+    what: Of
+    device: str
+    size: float
+
+
+@attrs.frozen
+class Memory:
+    """What a run needs on every device: what it holds from beginning to end, and the work that it does in turns."""
+
+    held: Sequence[Need]
+    turns: Sequence[Sequence[Need]]
+    """What is needed at one time beside what is held: for steps, for evals, for a checkpoint that is written."""
+
+    @property
+    def devices(self) -> list[str]:
+        """In the order in which they are named first."""
+        return list(dict.fromkeys(need.device for needs in (self.held, *self.turns) for need in needs if need.size))
+
+    def on(self, device: str) -> list[Need]:
+        """What is needed there when most is: what is held, and the greatest of the turns."""
+        most = max(self.turns, key=lambda turn: sum(_at(turn, device)), default=())
+        return [need for need in (*self.held, *most) if need.device == device and need.size]
+
+    def needed(self) -> dict[str, float]:
+        """Bytes, by device."""
+        return {device: sum(need.size for need in self.on(device)) for device in self.devices}
+
+    def facts(self, free: Mapping[str, float]) -> dict[str, str]:
+        """In words: for each device what is needed there, and of what.  ``free`` are bytes, where they are known."""
+        return {
+            f"memory on {device}": f"{bytes_text(size)} ({_parts(self.on(device))})" + _free(free.get(device))
+            for device, size in self.needed().items()
+        }
+
+    def greatest(self, device: str) -> Of:
+        """What needs most there."""
+        return max(self.on(device), key=lambda need: need.size).what
+
+    def lacking(self, free: Mapping[str, float]) -> list[str]:
+        """The devices that have less than is needed."""
+        return [device for device, size in self.needed().items() if size > free.get(device, float("inf"))]
+
+
+def _at(needs: Sequence[Need], device: str) -> Iterator[float]:
+    return (need.size for need in needs if need.device == device)
+
+
+def _parts(needs: Sequence[Need]) -> str:
+    return ", ".join(f"{need.what} {bytes_text(need.size)}" for need in needs)
+
+
+def _free(size: float | None) -> str:
+    return "" if size is None else f"; {bytes_text(size)} are free"
+
+
+def free_memory(devices: Sequence[str]) -> dict[str, float]:
+    """Bytes that are free on each of ``devices``; those of which it cannot be found out are left out."""
+    found: dict[str, float] = {}
+    for device in devices:
+        kind = torch.device(device).type
+        if kind == "cpu":
+            found[device] = available_memory()
+        elif kind == "cuda" and torch.cuda.is_available():
+            found[device] = torch.cuda.mem_get_info(device)[0]
+        elif kind == "mps" and torch.backends.mps.is_available():
+            found[device] = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return found
+
+
+def free_disk(folder: str) -> int:
+    """Bytes that are free where ``folder`` is, or would be made."""
+    place = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+
+
+def step_bytes(sae: SAEModule, training: TrainingConfig, device: str) -> int:
+    """About what a training step takes beside parameters, gradients and the optimizer's moments.
+
+    A fast step has features for a chunk of rows at a time; autograd, which the step of some architectures is left to on
+    a GPU, keeps them for all rows, several times.
+    """
+    rows = training.train_batch_size_tokens
+    tensors = _FAST * min(rows, CHUNK) if _is_fast(sae, training, device) else _PLAIN * rows
+    return int((tensors * sae.d_sae + 4 * rows * (sae.d_in + sae.d_out)) * torch.float32.itemsize)
+
+
+def _is_fast(sae: SAEModule, training: TrainingConfig, device: str) -> bool:
+    """Whether steps go by a kernel of the architecture, on a ``device`` that need not be there."""
+    use = Use(
+        training=True,
+        device=torch.device(device),
+        dtype=sae.dtype,
+        asked=training.kernels,
+        autocast=training.autocast,
+        compiled=training.compile,
+        learning=frozenset(name for name, value in sae.named_parameters() if value.requires_grad),
+    )
+    kernel, _ = choose(sae.step_kernels, sae, use)
+    kind = "cpu" if use.device.type == "cpu" else "meta"  # rows that are on no CPU, for what asks where they are
+    dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=kind)
+    step = StepInput(step=0, generator=torch.Generator(), dead=dead)
+    return kernel is not None and not kernel.leaves(sae, torch.zeros(1, sae.d_in, device=kind), step)
+
+
+def eval_bytes(sae: SAEModule, rows: int) -> int:
+    """About what the features of ``rows`` rows take in evals, which go through them in pieces."""
+    return _EVALS * min(rows, at_once(sae)) * sae.d_sae * sae.dtype.itemsize
+
+
+@attrs.frozen
+class Verdict:
+    """Whether a run fits."""
+
+    text: str
+    fits: bool | None = None
+    """None: that is not known."""
+    warnings: Sequence[str] = ()
+
+
+def verdict(memory: Memory, disk: float, free: Mapping[str, float], free_on_disk: float) -> Verdict:
+    """For a run that needs ``memory`` and ``disk``, where so much is ``free``."""
+    needed, warnings = memory.needed(), []
+    for device in (lacking := memory.lacking(free)):
+        warnings.append(
+            f"about {bytes_text(needed[device])} are needed on {device}, and {bytes_text(free[device])} are free: "
+            + _LESS[memory.greatest(device)]
+        )
+    if disk > free_on_disk:
+        warnings.append(
+            f"about {bytes_text(disk)} of disk are needed, and {bytes_text(free_on_disk)} are free "
+            "(checkpoints.folder): lower checkpoints.keep_last"
+        )
+    parts = [
+        f"{bytes_text(size)} on {device}"
+        + (f" (of {bytes_text(free[device])} free)" if device in free else ", which is not on this machine")
+        for device, size in needed.items()
+    ]
+    parts.append(f"{bytes_text(disk)} of disk (of {bytes_text(free_on_disk)} free)")
+    needs = f"it needs about {', '.join(parts)}"
+    if warnings:
+        where = [f"on {device}" for device in lacking] + (["on disk"] if disk > free_on_disk else [])
+        return Verdict(f"Does not fit {' and '.join(where)}: {needs}.", False, warnings)
+    if set(needed) <= set(free):
+        return Verdict(f"Fits: {needs}.", True)
+    return Verdict(f"{needs[0].upper()}{needs[1:]}.")

@@ -1,0 +1,231 @@
+"""What a run takes: sizes, memory and disk, counted from shapes, whether the model has weights or is only outlined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import attrs
+import torch
+
+from saekit.config import SAEConfig, TrainConfig
+from saekit.data import Corpus, StreamContext
+from saekit.devices import resolve_device
+from saekit.errors import ConfigError, SaekitError
+from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import ActivationSource, HasMemory, ModelBackend
+from saekit.runs.opening import check_context_size, check_hooks, open_stream
+from saekit.runs.parts import moment_bytes
+from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
+from saekit.runs.timing import bytes_text
+from saekit.runs.working_memory import peak_bytes
+from saekit.sae.build import build_module
+from saekit.sae.module import SAEModule
+from saekit.values import Ports
+
+__all__ = ["Sizes", "devices_of"]
+
+_PROMPTS = 16  # contexts in one forward of what does not say how many it takes
+
+
+@attrs.define
+class Sizes:
+    """What a run takes, and of what."""
+
+    config: TrainConfig
+    plugins: PluginManager
+    options: SAEConfig
+    stream: StreamContext
+    corpus: Corpus
+    ports: Ports
+    known: Mapping[str, float] = attrs.field(factory=dict)
+    """Numbers of the same run, counted from the model's outline."""
+    facts: dict[str, str] = attrs.field(factory=dict)
+    """In words."""
+    numbers: dict[str, float] = attrs.field(factory=dict)
+    """Bytes and widths."""
+    warnings: list[str] = attrs.field(factory=list)
+    memory: Memory = attrs.field(init=False)
+    disk: float = 0
+    """Bytes that the run folder grows to."""
+
+    @property
+    def backend(self) -> ModelBackend:
+        return self.stream.backend
+
+    def count(self, source: ActivationSource | None) -> Sizes:
+        """All of it, for batches from ``source``, if it could be opened."""
+        item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
+        # Memory is taken as it is written to, so this takes none.
+        sae = build_module(item, self.options, self.ports, self.plugins)
+        weights, saved = self._sae(sae)
+        kept = moment_bytes(self.config, self.plugins, sae)
+        if kept is not None:
+            self.numbers["optimizer_bytes"] = kept
+        self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
+        buffer = self._buffer(source)
+        checkpoint = self._checkpoints(saved, weights + (kept or 0) + buffer)
+        self._memory(sae, trained, buffer, checkpoint)
+        if self.stream.has_model:
+            try:
+                self._cache()
+            except SaekitError as error:  # training does without
+                self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
+        return self
+
+    def _sae(self, sae: SAEModule) -> tuple[int, int]:
+        """The bytes of its weights, in training and as they are saved."""
+        d_sae, ports, dtype = sae.d_sae, self.ports, getattr(torch, self.options.dtype)
+        parameters = sae.table.count()
+        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
+        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
+        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae}
+        self._sites()
+        self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
+        if d_sae < ports.d_in:
+            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({ports.d_in})")
+        return weights, saved + 4 * d_sae
+
+    def _sites(self) -> None:
+        """What is read and written, and how wide it is."""
+        ports, model = self.ports, self.backend.name
+        inputs, targets = (
+            ", ".join(f"{name} of {model}, width {width}" for name, width in widths.items())
+            for widths in (ports.inputs, ports.targets)
+        )
+        if ports.same:
+            self.facts["site" if len(ports.inputs) == 1 else "sites"] = inputs
+            return
+        self.numbers["d_out"] = ports.d_out
+        self.facts |= {"inputs": inputs, "targets": targets}
+
+    def _buffer(self, source: ActivationSource | None) -> int:
+        """The memory that batches come from."""
+        size = source.memory_bytes() if isinstance(source, HasMemory) else 0
+        if size:
+            self.numbers["buffer_bytes"] = size
+        return size
+
+    def _checkpoints(self, saved: int, state: int) -> int:
+        """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer."""
+        options = self.config.checkpoints
+        saes = options.n_checkpoints + 1
+        self.disk = saes * saved
+        self.facts["disk"] = f"{bytes_text(saved)} for " + ("the SAE" if saes == 1 else f"each of {saes} saved SAEs")
+        if not options.keep_last:
+            self.facts["disk"] += "; no checkpoint that the run could go on from (checkpoints.keep_last = 0)"
+            return 0
+        self.numbers["checkpoint_bytes"] = state
+        self.disk += (options.keep_last + 1) * state
+        self.facts["disk"] += (
+            f", and up to {bytes_text(state)} for each of {options.keep_last} checkpoints and one more that is being "
+            "written"
+        )
+        return state
+
+    # ---- memory
+
+    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int) -> None:
+        model = _device(self.config.model.device, self.config.model.dtype)
+        training = _device(self.config.training.device, self.options.dtype)
+        held = [
+            Need(Of.MODEL, model, self._model_bytes()),
+            Need(Of.SAE, training, trained),
+            Need(Of.BUFFER, self._buffer_device(model), buffer),
+        ]
+        step, forward, evaluated = step_bytes(sae, self.config.training, training), 0, 0
+        features = eval_bytes(sae, self._eval_prompts() * self.corpus.context_size)
+        if self.stream.has_model:
+            forward, evaluated = self._known_forwards() or self._forwards()
+            self.numbers |= {"forward_bytes": forward, "eval_forward_bytes": evaluated}
+        turns = [
+            [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step)],
+            [Need(Of.EVALS, model, evaluated)],
+            [Need(Of.EVALS, training, features)],
+            [Need(Of.CHECKPOINT, "cpu", checkpoint)],
+        ]
+        self.memory = Memory(held, turns)
+        self.numbers |= {"step_bytes": step, "eval_features_bytes": features}
+        self.numbers["memory_bytes"] = sum(self.memory.needed().values())
+
+    def _model_bytes(self) -> int:
+        size = self.backend.memory_bytes() if isinstance(self.backend, HasMemory) else 0
+        if size:
+            self.numbers["model_bytes"] = size
+        return size
+
+    def _known_forwards(self) -> tuple[int, int] | None:
+        found = [self.known.get(name) for name in ("forward_bytes", "eval_forward_bytes")]
+        return None if None in found else (int(found[0] or 0), int(found[1] or 0))
+
+    def _forwards(self) -> tuple[int, int]:
+        """The working memory of a forward in training, and of the largest in evals."""
+        read = {site.hook_name for site in self.stream.sites}
+        source = self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source)
+        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
+        prompts = getattr(options, "store_batch_size_prompts", _PROMPTS) if source.entry.needs_text else 0
+        training = self._peak(prompts, lambda tokens: self.backend.run(tokens, read=read))
+        prompts = self._eval_prompts()
+        return training, self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+
+    def _eval_prompts(self) -> int:
+        """Contexts in the largest forward of evals."""
+        measured = [
+            getattr(self.plugins.options(EVALS, choice), "batch_size_prompts", _PROMPTS)
+            for choice in self.config.evals.run
+            if self.plugins.find(EVALS, choice).entry.needs_text
+        ]
+        return min(max(measured, default=0), self.config.evals.n_contexts)
+
+    def _peak(self, prompts: int, forward: Callable[[torch.Tensor], object]) -> int:
+        """The working memory of a forward of so many contexts; where tensors have memory, as that of one says it.
+
+        0 where that cannot be told.
+        """
+        backend, size = self.backend, self.corpus.context_size
+        outlined = torch.device(backend.device).type == "meta"
+        tokens = torch.zeros(prompts if outlined else min(prompts, 1), size, dtype=torch.long)
+        if not len(tokens) or (backend.n_ctx is not None and size > backend.n_ctx):
+            return 0
+        try:
+            with self.stream.model_lock:
+                found = peak_bytes(lambda: forward(tokens))
+        except Exception:  # what is wrong, the run itself will say
+            return 0
+        return found * prompts // len(tokens)
+
+    def _buffer_device(self, model: str) -> str:
+        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
+        asked = getattr(options, "act_store_device", "cpu")
+        return model if asked == "with_model" else _device(asked, self.config.model.dtype)
+
+    # ---- the cache
+
+    def _cache(self) -> None:
+        """The size of the cache that ``saekit cache`` would write."""
+        stream, size = self.stream, self.corpus.context_size
+        sites = cache_sites(self.config)
+        check_context_size(stream.backend, size)
+        check_hooks(stream.backend, sites, "activations.cache.sites")
+        wide = open_stream(self.config, self.corpus, self.plugins, stream.backend, sites)
+        wide.identity = {}  # it is the same size, and to find it out the text would be opened
+        needed = plan_cache(self.config, wide, size).bytes_for(cached_contexts(self.config, size))
+        free = free_disk(self.config.activations.cache.folder)
+        self.numbers["cache_bytes"] = needed
+        words = f"{bytes_text(needed)} if `saekit cache` writes it; {bytes_text(free)} are free"
+        self.facts["activation cache"] = words
+
+
+def devices_of(config: TrainConfig, options: SAEConfig) -> list[str]:
+    """Where the model, the SAE and what is written to checkpoints are."""
+    asked = _device(config.model.device, config.model.dtype), _device(config.training.device, options.dtype), "cpu"
+    return list(dict.fromkeys(asked))
+
+
+def _device(asked: str, dtype: str) -> str:
+    """``asked`` as it is on this machine, or would be on one that has it."""
+    try:
+        return resolve_device(asked, "", dtype)
+    except ConfigError:
+        return asked

@@ -1,0 +1,70 @@
+"""How much memory work needs while it lasts, found out by watching its tensors come and go.
+
+Nothing is allocated for it where they are on the meta device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["peak_bytes"]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that tensors made by ``work`` take at one time; what was there before does not count.
+
+    It sees what each function of torch returns, not what one allocates within itself.
+    """
+    watch = _Watch()
+    with watch:
+        work()
+    return watch.peak
+
+
+class _Watch(TorchFunctionMode):
+    """Counts the memory of what functions return, once, until nobody has it any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for tensor in _tensors((args, kwargs or {})):
+            self._know(tensor, counts=False)  # made before, or it would be known
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._know(tensor, counts=True)
+        return result
+
+    def _know(self, tensor: Tensor, *, counts: bool) -> None:
+        memory = tensor.untyped_storage()
+        if memory in self._known:
+            return
+        size = memory.nbytes() if counts else 0
+        self._known[memory] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        if size:
+            weakref.finalize(memory, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

@@ -44,7 +44,7 @@ def with_other_tensors(
         for key, value in tensors.items():
             if not value.numel():
                 continue
-            changed = change(value.clone())
+            changed = change(value.detach().contiguous().clone())
             others = {other: tensors[other] for other in tensors if other != key}
             copy = _copied(folder, place / f"{name.replace('/', '_')} {key.replace('/', '_')}")
             _write(copy / name, others if changed is None else others | {key: changed})
@@ -91,4 +91,6 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         arrays: dict[str, Any] = {**others, **{name: value.numpy() for name, value in tensors.items()}}
         np.savez(path, **arrays)
     else:
-        torch.save(tensors, path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        others = {name: value for name, value in found.items() if not isinstance(value, torch.Tensor)}
+        torch.save({**others, **tensors}, path)

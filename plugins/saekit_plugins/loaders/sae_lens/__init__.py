@@ -10,6 +10,7 @@ import attrs
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
 from saekit_plugins.loaders.sae_lens.config import FoundConfig, read_config
 
@@ -20,10 +21,12 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
 )  # fmt: skip
 
+_PATTERN = r"sae_weights\.safetensors"
+
 
 @attrs.frozen(kw_only=True)
-class SaeLensConfig:
-    """What the files may not say."""
+class SaeLensConfig(OneOfSeveral):
+    """What the files may not say.  A folder may have an SAE in each of its folders, as groups of 2.x do."""
 
     activation_scale: float | None = attrs.field(default=None, validator=check(lambda value: value > 0, "above 0"))
     """What activations were multiplied by in training, for SAEs that were trained on scaled ones and whose files do not
@@ -35,12 +38,17 @@ class SaeLensLoader:
     training checkpoints, ``activation_scaler.json``."""
 
     def __init__(self, config: SaeLensConfig) -> None:
-        self._scale = config.activation_scale
+        self._sae, self._scale = config.sae, config.activation_scale
 
-    def detects(self, files: SAEFiles) -> bool:
-        return {CONFIG, WEIGHTS} <= files.names
+    def detects(self, files: SAEFiles) -> float:
+        if {CONFIG, WEIGHTS} <= files.names:
+            return float(files.chosen in ("", WEIGHTS))
+        return 0.8 if any(beside(files, name, CONFIG) for name in found_files(files, _PATTERN)) else 0.0
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
+        if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):
+            folder = one_file(files, _PATTERN, self._sae, "sae_lens").rpartition("/")[0]
+            files = files.within(folder) if folder else files
         place = f"{CONFIG} in {files.place}"
         config = read_config(files.json(CONFIG), place)
         tensors = _with_one_factor(files.tensors(WEIGHTS))

@@ -188,6 +188,16 @@ class SAEFiles:
 
         return read_state(self.path(name), f"{name} in {self.place}")
 
+    def objects(self, name: str) -> Any:
+        """What a ``.pt``, ``.pkl`` or ``.pkl.gz`` file holds that somebody pickled with objects in it.
+
+        The pickle is not run: tensors, unchecked, and plain values are built, and every object is a plain dictionary of
+        its attributes.  For formats that have no other files.
+        """
+        from saekit.legacy import as_plain, read_objects
+
+        return as_plain(read_objects(self.path(name), f"{name} in {self.place}"))
+
     @staticmethod
     def check_weights(tensors: Mapping[str, object], where: str) -> None:
         """:class:`SAEFormatError` unless each is a dense tensor of finite floating-point numbers.

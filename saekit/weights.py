@@ -18,12 +18,17 @@ from torch import Tensor
 from saekit.errors import SAEFormatError
 from saekit.reasons import reason, reason_of_unpickling
 
-__all__ = ["check_archive", "check_tensor", "check_tensors", "dtype_name", "read_state", "read_tensors"]
+__all__ = [
+    "MOST_PACKED", "SMALL", "check_archive", "check_tensor", "check_tensors", "dtype_name", "read_state",
+    "read_tensors",
+]  # fmt: skip
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICKLES = (".pt", ".pth", ".bin")
-_MOST_PACKED = 20  # to one: trained weights hardly shrink at all
-_SMALL = 1 << 26  # bytes
+MOST_PACKED = 20
+"""To one: trained weights hardly shrink at all."""
+SMALL = 1 << 26
+"""Bytes to which anything may unpack."""
 
 
 def read_tensors(
@@ -81,7 +86,7 @@ def check_archive(path: Path, where: str) -> None:
             unpacked, packed = sum(member.file_size for member in archive.infolist()), path.stat().st_size
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise SAEFormatError(f"{where} is not a readable archive: {reason(error)}") from error
-    if unpacked > max(_SMALL, _MOST_PACKED * packed):
+    if unpacked > max(SMALL, MOST_PACKED * packed):
         raise SAEFormatError(
             f"{where} has {packed:,} bytes and says that it unpacks to {unpacked:,}: no weights can be packed like that"
         )

@@ -96,6 +96,11 @@ def sparsify(folder: Path) -> dict[str, Any]:
     return {"folders": {"sparsify": [formats.copied(name, folder / name) for name in names]}}
 
 
+def sae_lens_legacy(folder: Path) -> dict[str, Any]:
+    names = ("sae_lens_2.1.3_legacy_pt", "sae_lens_2.1.3_legacy_pkl_gz")
+    return {"folders": {"sae_lens_legacy": [formats.copied(name, folder / name) for name in names]}}
+
+
 def cosine_restarts(folder: Path) -> dict[str, Any]:
     several = [CosineRestartsConfig(), CosineRestartsConfig(n_restart_cycles=3, end=0.0, fill=True)]
     return {"configs": {"cosineannealingwarmrestarts": several}}
@@ -177,6 +182,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "openai": openai,
     "qwen_scope": qwen_scope,
     "sae_lens": sae_lens,
+    "sae_lens_legacy": sae_lens_legacy,
     "sparsify": sparsify,
     "standard": standard,
     "topk": topk,

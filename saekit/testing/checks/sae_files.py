@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: torch.from_numpy(value) for name, value in archive.items() if value.dtype.kind == "f"}
     elif path.suffix in _PICKLES:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # it holds objects
+            found = {}
     else:
         found = {}
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}

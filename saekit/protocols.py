@@ -331,8 +331,12 @@ class Eval(Protocol):
 class PretrainedLoader(Protocol):
     """Reads SAEs of one format."""
 
-    def detects(self, files: SAEFiles) -> bool:
-        """Whether ``files`` look like this format, judged by their names alone."""
+    def detects(self, files: SAEFiles) -> bool | float:
+        """How surely ``files`` are of this format: from 0, or false, for "not at all" to 1, or true, for "sure".
+
+        Judged by their names, and by small files of JSON where names are not enough.  Of several loaders the surest
+        reads them; two that are equally sure are an error that names both.
+        """
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         """Read them; raise :class:`saekit.errors.SAEFormatError` with what was found and what was expected."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from saekit.values import Ports
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PretrainedSAE", "SAEFiles"]
+__all__ = ["WEIGHT_FILES", "PretrainedSAE", "SAEFiles", "revision_of"]
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +49,12 @@ class PretrainedSAE:
     that is not known, which is said at every load."""
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """What else is known of it, as JSON: the model, the text, and how activations were made of them."""
+    defaulted: Sequence[str] = ()
+    """What decides how the weights are used and the files do not state, so that the format's own default holds."""
+    renamed: Mapping[str, str] = attrs.field(factory=dict)
+    """What the files call by another name than saekit does: their names to saekit's."""
+    provenance: Mapping[str, Any] = attrs.field(factory=dict)
+    """What is known already of where it is from; a loader leaves it out."""
 
 
 @attrs.frozen
@@ -58,6 +65,32 @@ class SAEFiles:
     """For messages."""
     names: frozenset[str]
     _get: Callable[[str], Path] = attrs.field(repr=False)
+    address: str = attrs.field(kw_only=True)
+    """Where they lie, with ``/``: ``owner/repository/folder`` on the Hub, also in a copy that its cache has made, else
+    the folder's whole path.  Some formats say only there which layer of what an SAE is for.  Left out: the place."""
+    chosen: str = attrs.field(default="", kw_only=True)
+    """The one of several files that was asked for, where it was a file and not a folder."""
+    repo: str | None = attrs.field(default=None, kw_only=True)
+    """The repository of the Hub that they are from."""
+    opened: dict[str, Path] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
+    """The files that were asked for until now, by name."""
+
+    @address.default
+    def _place(self) -> str:
+        return self.place
+
+    @classmethod
+    def at(cls, path: str | Path) -> SAEFiles:
+        """The files of a local folder, or the one file of weights of that path with those beside it."""
+        file = as_path(path)
+        if not file.name.lower().endswith(WEIGHT_FILES) or not file.is_file():
+            return cls.in_folder(path)
+        try:
+            names = frozenset(item.name for item in file.parent.iterdir() if item.is_file())
+            address = _address(file.parent)
+        except OSError as error:
+            raise SAEFormatError(f"the SAE folder {file.parent} cannot be read: {reason(error)}") from error
+        return cls(str(file), names, file.parent.joinpath, address=address, chosen=file.name, repo=_cached_repo(file))
 
     @classmethod
     def in_folder(cls, path: str | Path) -> SAEFiles:
@@ -71,13 +104,17 @@ class SAEFiles:
                 what = "is a file, not a folder" if folder.exists() else "is not there"
                 raise SAEFormatError(f"the SAE folder {folder} {what}")
             names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            address = _address(folder)
         except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no right to look, no such user
             raise SAEFormatError(f"the SAE folder {path} cannot be read: {reason(error)}") from error
-        return cls(str(folder), names, lambda name: folder / name)
+        return cls(str(folder), names, folder.joinpath, address=address, repo=_cached_repo(folder))
 
     @classmethod
     def on_hub(cls, repo_id: str, folder: str = "", *, revision: str | None = None) -> SAEFiles:
-        """The files below ``folder`` of a Hugging Face repository; downloads go through its cache."""
+        """The files below ``folder`` of a Hugging Face repository, or the one file of that path with those beside it.
+
+        Downloads go through its cache.
+        """
         from huggingface_hub import HfApi, hf_hub_download
 
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
@@ -87,6 +124,10 @@ class SAEFiles:
                 everything = HfApi().list_repo_files(repo_id, revision=revision)
             except Exception as error:  # of the library, of the one below it, or of the network
                 raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason(error)}") from error
+        chosen = ""
+        if folder.strip("/") in everything:
+            place, (parent, _, chosen) = f"{repo_id}/{folder.strip('/')}", folder.strip("/").rpartition("/")
+            prefix = f"{parent}/" if parent else ""
         names = frozenset(name[len(prefix) :] for name in everything if name.startswith(prefix))
         if not names:
             folders = sorted({name.rpartition("/")[0] for name in everything} - {""})
@@ -99,14 +140,27 @@ class SAEFiles:
                 except Exception as error:  # as above
                     raise SAEFormatError(f"cannot download {prefix + name} of {repo_id!r}: {reason(error)}") from error
 
-        return cls(place, names, download)
+        address = f"{repo_id}/{prefix}".rstrip("/")
+        return cls(place, names, download, address=address, chosen=chosen, repo=repo_id)
+
+    def unopened(self) -> SAEFiles:
+        """The same, of which nothing was asked for yet."""
+        return attrs.evolve(self, opened={})
+
+    def within(self, folder: str) -> SAEFiles:
+        """Those below ``folder``, by their names there."""
+        prefix = f"{folder.strip('/')}/"
+        names = frozenset(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+        place, address = f"{self.place}/{folder.strip('/')}", f"{self.address}/{folder.strip('/')}"
+        return SAEFiles(place, names, lambda name: self.path(prefix + name), address=address, repo=self.repo)
 
     def path(self, name: str) -> Path:
         """The local path of one of the files."""
         if name not in self.names:
             shown = sorted(self.names)[:20]
             raise SAEFormatError(f"{self.place} has no file {name!r}; it has {', '.join(shown) or 'no files'}")
-        return self._get(name)
+        self.opened[name] = found = self._get(name)
+        return found
 
     def only(self, suffix: str) -> str:
         """The one top-level name that ends in ``suffix``."""
@@ -119,14 +173,72 @@ class SAEFiles:
         """A JSON file that holds an object."""
         return read_object(self.path(name), f"{name} in {self.place}")
 
+    def yaml(self, name: str) -> dict[str, Any]:
+        """A YAML file that holds a table of plain values."""
+        from saekit.files.strict_yaml import read_table
+
+        return read_table(self.path(name), f"{name} in {self.place}")
+
+    def state(self, name: str) -> dict[str, Any]:
+        """All that a ``.pt``, ``.pth`` or ``.bin`` file holds by name: tensors, unchecked, and plain values.
+
+        No pickle is run.
+        """
+        from saekit.weights import read_state
+
+        return read_state(self.path(name), f"{name} in {self.place}")
+
+    def objects(self, name: str) -> Any:
+        """What a ``.pt``, ``.pkl`` or ``.pkl.gz`` file holds that somebody pickled with objects in it.
+
+        The pickle is not run: tensors, unchecked, and plain values are built, and every object is a plain dictionary of
+        its attributes.  For formats that have no other files.
+        """
+        from saekit.legacy import as_plain, read_objects
+
+        return as_plain(read_objects(self.path(name), f"{name} in {self.place}"))
+
+    @staticmethod
+    def check_weights(tensors: Mapping[str, object], where: str) -> None:
+        """:class:`SAEFormatError` unless each is a dense tensor of finite floating-point numbers.
+
+        :meth:`tensors` gives no others.  For what :meth:`state` gave; ``where`` is for messages.
+        """
+        from saekit.weights import check_tensors
+
+        check_tensors(tensors, where)
+
     def tensors(
         self, name: str, only: Collection[str] | None = None, *, minus_infinity: bool = False
     ) -> dict[str, Tensor]:
-        """The tensors of a safetensors file, or of a ``.pt``, ``.pth`` or ``.bin`` file, of which no pickle is run.
+        """The tensors of a file of safetensors or NumPy (``.npz``), or of a ``.pt``, ``.pth`` or ``.bin`` file.
 
+        No pickle is run.
         With ``only``, those of these names.  All are dense and of finite floating-point numbers (with
         ``minus_infinity``, as in the logarithm of nothing, that is allowed), or it is a :class:`SAEFormatError`.
         """
         from saekit.weights import read_tensors
 
         return read_tensors(self.path(name), f"{name} in {self.place}", only, minus_infinity=minus_infinity)
+
+
+WEIGHT_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".pkl", ".pkl.gz")
+"""How the names of files end that can be asked for alone."""
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # how huggingface_hub names its folders
+
+
+def _address(folder: Path) -> str:
+    whole = folder.absolute().as_posix()
+    cached = _CACHED.search(whole)
+    return whole if cached is None else f"{cached[1]}/{cached[2]}{whole[cached.end() :]}"
+
+
+def _cached_repo(path: Path) -> str | None:
+    cached = _CACHED.search(path.absolute().as_posix())
+    return None if cached is None else f"{cached[1]}/{cached[2]}"
+
+
+def revision_of(path: Path) -> str | None:
+    """The commit of a file that lies in the Hub's cache."""
+    cached = _CACHED.search(path.absolute().as_posix())
+    return None if cached is None else cached[3]

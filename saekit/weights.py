@@ -5,7 +5,9 @@ Whatever a loader reads goes through :func:`check_tensor`, here and nowhere else
 
 from __future__ import annotations
 
+import math
 import warnings
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,29 @@ from torch import Tensor
 from saekit.errors import SAEFormatError
 from saekit.reasons import reason, reason_of_unpickling
 
-__all__ = ["check_tensor", "check_tensors", "dtype_name", "read_tensors"]
+__all__ = [
+    "MOST_PACKED", "SMALL", "check_archive", "check_tensor", "check_tensors", "dtype_name", "read_state",
+    "read_tensors",
+]  # fmt: skip
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICKLES = (".pt", ".pth", ".bin")
+MOST_PACKED = 20
+"""To one: trained weights hardly shrink at all."""
+SMALL = 1 << 26
+"""Bytes to which anything may unpack."""
 
 
 def read_tensors(
     path: Path, where: str, only: Collection[str] | None = None, *, minus_infinity: bool = False
 ) -> dict[str, Tensor]:
-    """The checked tensors of a safetensors file, or of a ``.pt``, ``.pth`` or ``.bin`` file that holds a dictionary.
+    """The checked tensors of a file of safetensors or NumPy, or of a ``.pt``, ``.pth`` or ``.bin`` file.
 
-    With ``only``, exactly those, which must be there.  Nothing of a pickle is run: weights-only unpickling builds
-    tensors and refuses everything else.  ``where`` is for messages.
+    The last hold a dictionary.  With ``only``, exactly those, which must be there.  Nothing of a pickle is run:
+    weights-only unpickling builds tensors and refuses everything else.  ``where`` is for messages.
     """
-    everything = _unpickled(path, where) if path.suffix in _PICKLES else _safetensors(path, where)
+    read = {**dict.fromkeys(_PICKLES, read_state), ".npz": _arrays}.get(path.suffix, _safetensors)
+    everything = read(path, where)
     if only is not None and (missing := [name for name in only if name not in everything]):
         found = ", ".join(map(str, everything)) or "nothing"
         raise SAEFormatError(f"{where} must hold {', '.join(only)}; {', '.join(missing)} not found, only {found}")
@@ -48,7 +58,9 @@ def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
         raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
 
 
-def _unpickled(path: Path, where: str) -> Mapping[str, Any]:
+def read_state(path: Path, where: str) -> dict[str, Any]:
+    """All that a ``.pt``, ``.pth`` or ``.bin`` file holds by name: tensors, unchecked, and plain values."""
+    check_archive(path, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: what counts is what it refuses
@@ -59,7 +71,69 @@ def _unpickled(path: Path, where: str) -> Mapping[str, Any]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise SAEFormatError(f"{where} must hold tensors by name, found {type(state).__name__}")
-    return state
+    return dict(state)
+
+
+def check_archive(path: Path, where: str) -> None:
+    """:class:`SAEFormatError` for a zip archive that unpacks to far more than it is, before anything is unpacked.
+
+    A file that is no such archive passes.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked, packed = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise SAEFormatError(f"{where} is not a readable archive: {reason(error)}") from error
+    if unpacked > max(SMALL, MOST_PACKED * packed):
+        raise SAEFormatError(
+            f"{where} has {packed:,} bytes and says that it unpacks to {unpacked:,}: no weights can be packed like that"
+        )
+
+
+def _arrays(path: Path, where: str) -> dict[str, Tensor]:
+    """The arrays of an ``.npz`` file.  The size of each is compared with its file's before there is room for it."""
+    from numpy.lib import format as npy
+
+    if not zipfile.is_zipfile(path):
+        raise SAEFormatError(f"{where} is not a readable .npz file: it is empty, cut off or no archive")
+    check_archive(path, where)
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if len(names := archive.namelist()) > len(set(names)):
+                raise SAEFormatError(f"{where} holds {next(n for n in names if names.count(n) > 1)} twice")
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as file:
+                    shape, dtype = _array_header(file)
+                    size = math.prod(shape) * dtype.itemsize
+                    if dtype.kind not in "fiu" or dtype.itemsize > 8 or size > member.file_size:
+                        raise SAEFormatError(
+                            f"{name} of {where} should be numbers of type {dtype} and shape {list(shape)}, which "
+                            f"{member.file_size:,} bytes cannot be"
+                        )
+                with archive.open(member) as file:
+                    value = npy.read_array(file, allow_pickle=False)
+                found[name] = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=False))
+    except SAEFormatError:
+        raise
+    except Exception as error:  # zip, zlib and NumPy each have errors of their own for damaged files
+        raise SAEFormatError(f"{where} is not a readable .npz file: {reason(error)}") from error
+    return found
+
+
+def _array_header(file: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of the array that ``file`` begins with."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(file)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"an array is of version {version}, expected 1.0 or 2.0")
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def check_tensors(tensors: Mapping[str, object], where: str, *, minus_infinity: bool = False) -> None:

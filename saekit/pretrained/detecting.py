@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
@@ -13,28 +14,37 @@ from saekit.protocols import PretrainedLoader
 from saekit.reasons import error_text
 from saekit.saved import PretrainedSAE, SAEFiles
 
-__all__ = ["read_with", "recognized"]
+__all__ = ["Score", "read_with", "recognized"]
 
 
-def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Registered], list[str]]:
-    """The loaders that say that ``files`` are of their format, and texts about those that failed to say.
+Score: TypeAlias = tuple[float, Registered]
+"""How sure a loader is, above 0 and up to 1."""
+
+
+def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score], list[str]]:
+    """The loaders that say that ``files`` are of their format, the surest first, and texts about those that failed.
 
     Where one recognizes the files, the failures are warnings.
     """
-    found, failed = [], []
+    found: list[Score] = []
+    failed = []
     for item in items:
         try:
             loader = built(item, None)
             with blamed(item, "detects"):
-                if bool(loader.detects(files)):
-                    found.append(item)
+                said = loader.detects(files.unopened())
+                score = float(bool(said)) if isinstance(said, bool) or not isinstance(said, int | float) else said
+            if not 0 <= score <= 1:
+                raise returned(item, "detects", said, "expected true, false or a number from 0 to 1")
+            if score:
+                found.append((score, item))
         except Exception as error:
             notes = getattr(error, "__notes__", ()) if not isinstance(error, PluginFailedError) else ()
             failed.append(" ".join([error_text(error), *notes]))
     if found:
         for text in failed:
             warnings.warn(text, PluginWarning, stacklevel=5)
-    return found, failed
+    return sorted(found, key=lambda one: -one[0]), failed
 
 
 def read_with(choice: Choice[PretrainedLoader], files: SAEFiles) -> PretrainedSAE:

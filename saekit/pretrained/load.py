@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +18,7 @@ from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
+from saekit.pretrained.provenance import OWN, checksums, provenance
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
@@ -36,21 +38,35 @@ def load_sae(
 
     device = resolve_device(device, "device")
     plugins = plugins or default_manager()
-    if loader is None and is_own(files):
-        return build_sae(read_own(files), plugins, files.place, own=True).to(device)
-    choice = _detected(files, plugins).key if loader is None else loader
-    bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
-    return build_sae(read_with(bound, files), plugins, files.place).to(device)
+    own = loader is None and is_own(files.unopened())
+    files = files.unopened()
+    if own:
+        read, key = read_own(files), OWN
+    else:
+        choice = _detected(files, plugins).key if loader is None else loader
+        bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+        read, key = read_with(bound, files), bound.key
+    with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as beside:
+        sums = beside.submit(checksums, files)
+        sae = build_sae(read, plugins, files.place, own=own)
+        sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, sums.result()))
+    return sae.to(device)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
     found, failed = recognized(items, files)
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(item.key for item in found or items)
+    surest = [item for score, item in found if score == found[0][0]]
+    if len(surest) == 1:
+        return surest[0]
+    names = ", ".join(item.key for item in surest or items)
     if found:
-        raise SAEFormatError(f"several loaders recognize {files.place}: {names}. Name one: loader=...")
+        others = ", ".join(f"{item.key} ({score:.2g})" for score, item in found[len(surest) :])
+        raise SAEFormatError(
+            f"several loaders recognize {files.place}: {names}. They are equally sure ({found[0][0]:.2g} of 1"
+            + (f"; less sure: {others}). " if others else "). ")
+            + "Name one: loader=..."
+        )
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     raise SAEFormatError(
         f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."

@@ -29,7 +29,8 @@ _NOTHING = object()
 
 def is_own(files: SAEFiles) -> bool:
     """Whether saekit wrote the folder."""
-    return CONFIG in files.names and "saekit" in files.json(CONFIG)
+    asked = files.chosen in ("", WEIGHTS)  # not for another file that happens to lie there
+    return asked and CONFIG in files.names and "saekit" in files.json(CONFIG)
 
 
 def read_own(files: SAEFiles) -> PretrainedSAE:
@@ -54,7 +55,16 @@ def read_own(files: SAEFiles) -> PretrainedSAE:
         log_sparsity=sparsity,
         activation_scale=None if SAEInfo(metadata=metadata).scale_is_unknown else 1.0,
         metadata=metadata,
+        provenance=_provenance(own, files),
     )
+
+
+def _provenance(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, Any]:
+    """Of an SAE of another library, where saekit once read it."""
+    found = own.get("provenance", {})
+    if not isinstance(found, dict):
+        raise _wrong(files, "provenance", found, "an object")
+    return found
 
 
 def _checked(files: SAEFiles) -> Mapping[str, Any]:

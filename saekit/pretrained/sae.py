@@ -43,12 +43,12 @@ class SAE(SAEModule):
         device: str = "cpu",
         plugins: PluginManager | None = None,
     ) -> Self:
-        """The SAE in a folder, of whatever format a loader plugin knows.
+        """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
 
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
         ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
         """
-        return _as(cls, load_sae(SAEFiles.in_folder(path), loader=loader, device=device, plugins=plugins))
+        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
 
     @classmethod
     def from_hub(
@@ -61,7 +61,7 @@ class SAE(SAEModule):
         device: str = "cpu",
         plugins: PluginManager | None = None,
     ) -> Self:
-        """The SAE in a folder of a Hugging Face repository."""
+        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
         files = SAEFiles.on_hub(repo_id, folder, revision=revision)
         return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
 

@@ -227,8 +227,15 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
             "site": _place(site) if site else None,
             **_ports(sae),
             "metadata": dict(sae.info.metadata),
+            **_provenance(sae),
         },
     }
+
+
+def _provenance(sae: SAEModule) -> dict[str, Any]:
+    """Where it was read from, if that was no folder of saekit's: those say themselves what they are."""
+    found = dict(sae.info.provenance)
+    return {"provenance": found} if found.get("loader", "saekit") != "saekit" else {}
 
 
 def _public_config(sae: SAEModule) -> dict[str, Any]:

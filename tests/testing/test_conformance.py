@@ -20,11 +20,13 @@ from saekit_plugins.architectures.transcoder import (
     TopKTranscoderConfig,
     TranscoderConfig,
 )
+from saekit_plugins.loaders.llama_scope import LlamaScopeR1Config
+from saekit_plugins.loaders.qwen_scope import QwenScopeConfig
 from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from saekit_plugins.sources.cached import CachedConfig
 from saekit_plugins.sources.live import LiveConfig
 from saekit_plugins.trackers.wandb import WandbConfig
-from support import caches, foreign, gated
+from support import caches, foreign, formats, gated
 from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 
 from saekit.kinds import KINDS
@@ -47,6 +49,56 @@ def cached(folder: Path) -> dict[str, Any]:
 
 def connor_rob_hook_z(folder: Path) -> dict[str, Any]:
     return {"folders": {"connor_rob_hook_z": foreign.write_connor(folder / "connor", foreign.tensors())}}
+
+
+def deepseek_r1(folder: Path) -> dict[str, Any]:
+    return {"folders": {"deepseek_r1": formats.copied("deepseek_r1", folder / "a")}}
+
+
+def dictionary_learning(folder: Path) -> dict[str, Any]:
+    names = [path.name for path in formats.FIXTURES.glob("dictionary_learning*") if "gated" not in path.name]
+    return {"folders": {"dictionary_learning": [formats.copied(name, folder / name) for name in names]}}
+
+
+def gemma_scope(folder: Path) -> dict[str, Any]:
+    names = {"gemma_2": "gemma_scope_2_npz", "gemma_2_transcoder": "gemma_2_transcoder", "gemma_3": "gemma_scope_3"}
+    return {"folders": {key: formats.copied(name, folder / key) for key, name in names.items()}}
+
+
+def goodfire(folder: Path) -> dict[str, Any]:
+    return {"folders": {"goodfire": formats.copied("goodfire", folder / "a")}}
+
+
+def llama_scope(folder: Path) -> dict[str, Any]:
+    folders = {name: formats.copied(name, folder / name) for name in ("llama_scope", "llama_scope_r1_distill")}
+    return {"folders": folders, "configs": {"llama_scope_r1_distill": LlamaScopeR1Config(activation_scale=0.5)}}
+
+
+def mntss(folder: Path) -> dict[str, Any]:
+    return {"folders": {"mntss": formats.copied("mntss_clt_layer", folder / "a")}}
+
+
+def mwhanna(folder: Path) -> dict[str, Any]:
+    return {"folders": {"mwhanna": formats.copied("mwhanna_transcoder", folder / "a")}}
+
+
+def openai(folder: Path) -> dict[str, Any]:
+    return {"folders": {"openai": formats.copied("openai_v1_relu", folder / "a")}}
+
+
+def qwen_scope(folder: Path) -> dict[str, Any]:
+    given = {"qwen_scope": QwenScopeConfig(k=9)}
+    return {"folders": {"qwen_scope": formats.copied("qwen_scope", folder / "a")}, "configs": given}
+
+
+def sparsify(folder: Path) -> dict[str, Any]:
+    names = ("sparsify_1.3.3_topk", "sparsify_1.3.3_skip_transcoder")
+    return {"folders": {"sparsify": [formats.copied(name, folder / name) for name in names]}}
+
+
+def sae_lens_legacy(folder: Path) -> dict[str, Any]:
+    names = ("sae_lens_2.1.3_legacy_pt", "sae_lens_2.1.3_legacy_pkl_gz")
+    return {"folders": {"sae_lens_legacy": [formats.copied(name, folder / name) for name in names]}}
 
 
 def cosine_restarts(folder: Path) -> dict[str, Any]:
@@ -115,20 +167,36 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cached": cached,
     "connor_rob_hook_z": connor_rob_hook_z,
     "cosine_restarts": cosine_restarts,
+    "deepseek_r1": deepseek_r1,
+    "dictionary_learning": dictionary_learning,
+    "gemma_scope": gemma_scope,
+    "goodfire": goodfire,
     "hooked_mamba": hooked("HookedMamba", hooked_mamba),
     "hooked_transformer": hooked("HookedTransformer", hooked_transformer),
     "huggingface": hooked("AutoModelForCausalLM", gpt2),
     "jumprelu": jumprelu,
     "live": live,
+    "llama_scope": llama_scope,
+    "mntss": mntss,
+    "mwhanna": mwhanna,
+    "openai": openai,
+    "qwen_scope": qwen_scope,
     "sae_lens": sae_lens,
+    "sae_lens_legacy": sae_lens_legacy,
+    "sparsify": sparsify,
     "standard": standard,
     "topk": topk,
     "transcoder": transcoder,
     "wandb": wandb,
 }
 """What the checks of a built-in need beside its defaults."""
-SKIPPED = {"none": {"skip": {"none": "it stands for no model"}}}
+SKIPPED = {
+    "none": {"skip": {"none": "it stands for no model"}},
+    "dictionary_learning": {"skip": {"dictionary_learning_1": "it is another name"}},
+    "mwhanna": {"skip": {"mwhanna_transcoder": "it is another name"}},
+}
 SILENT = {
+    "other names": "it is another name",
     "no model": "it stands for no model",
     "widths": "it states none",
     "one that declares no sparse support": "it declares no sparse support",

@@ -35,8 +35,8 @@ class ConnorRobLoader:
     def __init__(self, config: ConnorRobConfig) -> None:
         self._name = config.sae
 
-    def detects(self, files: SAEFiles) -> bool:
-        return any(name.endswith(_SUFFIX) and f"{name[: -len(_SUFFIX)]}.pt" in files.names for name in files.names)
+    def detects(self, files: SAEFiles) -> float:
+        return 0.9 if _names(files) else 0.0
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = self._name or self._only(files)
@@ -62,7 +62,7 @@ class ConnorRobLoader:
         )
 
     def _only(self, files: SAEFiles) -> str:
-        names = sorted(name.removesuffix(_SUFFIX) for name in files.names if name.endswith(_SUFFIX))
+        names = _names(files)
         if len(names) != 1:
             raise SAEFormatError(
                 f"{files.place} holds {len(names)} SAEs of this format; say which, as in "
@@ -70,6 +70,12 @@ class ConnorRobLoader:
                 f"It has {', '.join(names)}"
             )
         return names[0]
+
+
+def _names(files: SAEFiles) -> list[str]:
+    """Of the SAEs that are there; where one file was asked for, of that alone."""
+    names = sorted(name.removesuffix(_SUFFIX) for name in files.names if name.endswith(_SUFFIX))
+    return [name for name in names if f"{name}.pt" in files.names and files.chosen in ("", f"{name}.pt")]
 
 
 def _checked(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:

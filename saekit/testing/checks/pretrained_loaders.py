@@ -36,21 +36,39 @@ def build(subject: Subject) -> None:
 
 @CHECKS.add
 def detects(subject: Subject) -> None:
-    """``detects`` is true of its own folders and of no foreign one, by the names of files alone."""
+    """``detects`` is above 0 of its own folders and of no foreign one, by names and small files of JSON alone."""
     loader = subject.build()
-
-    def unreadable(name: str) -> Path:
-        raise Fault(f"detects reads {name!r}; it judges by names alone")
-
     for what, files in _FOREIGN.items():
-        found = loader.detects(SAEFiles(what, frozenset(files), unreadable))
-        must(isinstance(found, bool), f"detects returns {found!r}, expected true or false")
-        must(not found, f"detects takes {what} for its own: {', '.join(files) or 'no files'}")
+        score = _score(loader, SAEFiles(what, frozenset(files), _small_json(_written(subject.place / what, files))))
+        must(not score, f"detects takes {what} for its own: {', '.join(files) or 'no files'}")
     for folder in subject.folders:
-        names = SAEFiles.in_folder(folder).names
-        must(
-            loader.detects(SAEFiles("its own", names, unreadable)), f"detects does not know {', '.join(sorted(names))}"
-        )
+        own = SAEFiles.in_folder(folder)
+        seen = SAEFiles(own.place, own.names, _small_json(folder), address=own.address, repo=own.repo)
+        must(_score(loader, seen), f"detects does not know {', '.join(sorted(own.names))}")
+
+
+def _score(loader: Any, files: SAEFiles) -> float:
+    found = loader.detects(files)
+    ok = isinstance(found, bool | int | float) and 0 <= found <= 1
+    must(ok, f"detects returns {found!r}, expected true, false or a number from 0 to 1")
+    return float(found)
+
+
+def _small_json(folder: Path) -> Callable[[str], Path]:
+    def path(name: str) -> Path:
+        if not name.endswith(".json"):
+            raise Fault(f"detects reads {name!r}; it judges by names and small files of JSON alone")
+        return folder / name
+
+    return path
+
+
+def _written(folder: Path, files: Mapping[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 @CHECKS.add
@@ -58,11 +76,7 @@ def refuses_foreign_folders(subject: Subject) -> None:
     """``load`` of what is no SAE of its format is an error of saekit's."""
     loader = subject.build()
     for what, files in _FOREIGN.items():
-        folder = subject.place / what
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
+        folder = _written(subject.place / what, files)
         made = _read(partial(loader.load, SAEFiles.in_folder(folder)), f"there is {what}")
         must(made is None, f"load makes an SAE of {what}")
 
@@ -154,7 +168,8 @@ def refuses_no_numbers(subject: Subject) -> None:
     """Weights that hold NaN are refused, and not made into others."""
 
     def spoilt(value: Tensor) -> Tensor:
-        value.view(-1)[-1] = float("nan")
+        if value.is_floating_point():  # whole numbers cannot be NaN
+            value.view(-1)[-1] = float("nan")
         return value
 
     for folder in _folders(subject):

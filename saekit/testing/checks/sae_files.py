@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def with_other_tensors(
         for key, value in tensors.items():
             if not value.numel():
                 continue
-            changed = change(value.clone())
+            changed = change(value.detach().contiguous().clone())
             others = {other: tensors[other] for other in tensors if other != key}
             copy = _copied(folder, place / f"{name.replace('/', '_')} {key.replace('/', '_')}")
             _write(copy / name, others if changed is None else others | {key: changed})
@@ -72,7 +73,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: torch.from_numpy(value) for name, value in archive.items() if value.dtype.kind == "f"}
     elif path.suffix in _PICKLES:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # it holds objects
+            found = {}
     else:
         found = {}
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
@@ -91,4 +95,6 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         arrays: dict[str, Any] = {**others, **{name: value.numpy() for name, value in tensors.items()}}
         np.savez(path, **arrays)
     else:
-        torch.save(tensors, path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        others = {name: value for name, value in found.items() if not isinstance(value, torch.Tensor)}
+        torch.save({**others, **tensors}, path)

@@ -10,8 +10,9 @@ import attrs
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
-from saekit_plugins.loaders.sae_lens.config import FoundConfig, read_config
+from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +21,12 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
 )  # fmt: skip
 
+_PATTERN = r"sae_weights\.safetensors"
+
 
 @attrs.frozen(kw_only=True)
-class SaeLensConfig:
-    """What the files may not say."""
+class SaeLensConfig(OneOfSeveral):
+    """What the files may not say.  A folder may have an SAE in each of its folders, as groups of 2.x do."""
 
     activation_scale: float | None = attrs.field(default=None, validator=check(lambda value: value > 0, "above 0"))
     """What activations were multiplied by in training, for SAEs that were trained on scaled ones and whose files do not
@@ -35,19 +38,38 @@ class SaeLensLoader:
     training checkpoints, ``activation_scaler.json``."""
 
     def __init__(self, config: SaeLensConfig) -> None:
-        self._scale = config.activation_scale
+        self._sae, self._scale = config.sae, config.activation_scale
 
-    def detects(self, files: SAEFiles) -> bool:
-        return {CONFIG, WEIGHTS} <= files.names
+    def detects(self, files: SAEFiles) -> float:
+        if {CONFIG, WEIGHTS} <= files.names:
+            return float(files.chosen in ("", WEIGHTS))
+        return 0.8 if any(beside(files, name, CONFIG) for name in found_files(files, _PATTERN)) else 0.0
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
-        place = f"{CONFIG} in {files.place}"
-        config = read_config(files.json(CONFIG), place)
-        tensors = _with_one_factor(files.tensors(WEIGHTS))
-        architecture = architecture_of(config, tensors, place)
+        if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):
+            folder = one_file(files, _PATTERN, self._sae, "sae_lens").rpartition("/")[0]
+            files = files.within(folder) if folder else files
         sparsity = None
         if SPARSITY in files.names:
             sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
+        saved = _saved_scale(files) if SCALER in files.names else None
+        return self.read(
+            files.json(CONFIG), files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved
+        )
+
+    def read(
+        self,
+        raw: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        place: str,
+        *,
+        sparsity: Tensor | None = None,
+        saved: float | None = None,
+    ) -> PretrainedSAE:
+        """What the contents of the files say: of ``cfg.json``, the weights, and the scaler's factor."""
+        config = read_config(raw, place)
+        architecture = architecture_of(config, _with_one_factor(dict(tensors)), place)
+        defaulted = [*config.defaulted, *architecture.defaulted]
         return PretrainedSAE(
             architecture=architecture.key,
             options={
@@ -60,24 +82,25 @@ class SaeLensLoader:
             tensors=architecture.tensors,
             **_place_of(config, architecture.d_out),
             log_sparsity=sparsity,
-            activation_scale=self._activation_scale(config, files),
-            metadata={**config.metadata, **_defaulted([*config.defaulted, *architecture.defaulted])},
+            activation_scale=self._activation_scale(config, place, saved),
+            metadata={**config.metadata, **_defaulted(defaulted)},
+            renamed={theirs: ours for theirs, ours in RENAMED.items() if theirs in raw},
         )
 
-    def _activation_scale(self, config: FoundConfig, files: SAEFiles) -> float | None:
+    def _activation_scale(self, config: FoundConfig, place: str, saved: float | None) -> float | None:
         """The factor of a training checkpoint, or the one that the user knows."""
-        saved = _saved_scale(files) if SCALER in files.names else None
         if not config.scaled:
             if saved is not None or self._scale is not None:
                 said = f"{SCALER} says" if saved is not None else "activation_scale is"
                 raise SAEFormatError(
-                    f"{CONFIG} in {files.place} says that activations were not scaled, and {said} "
+                    f"{place} says that activations were not scaled, and {said} "
                     f"{saved or self._scale}: only one of them can be right"
                 )
             return 1.0
         if saved is not None and self._scale is not None and saved != self._scale:
+            where = place.removeprefix(f"{CONFIG} in ")
             raise SAEFormatError(
-                f"activation_scale is {self._scale}, but {SCALER} in {files.place} says {saved}; leave the option out"
+                f"activation_scale is {self._scale}, but {SCALER} in {where} says {saved}; leave the option out"
             )
         return self._scale if saved is None else saved
 

@@ -10,9 +10,9 @@ import attrs
 from saekit import Site
 from saekit.errors import ConfigError, SAEFormatError
 
-__all__ = ["FoundConfig", "read_config"]
+__all__ = ["RENAMED", "FoundConfig", "read_config"]
 
-_RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
+RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
 # What versions before 6, whose configurations are flat, say of the model, its text and what is taken of it.
 _FED = (
     "model_name", "model_class_name", "model_from_pretrained_kwargs", "model_kwargs", "hook_layer", "context_size",
@@ -65,7 +65,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
     if inner is not None and not isinstance(inner, dict):
         raise SAEFormatError(f"metadata in {place} is {inner!r}, expected an object")
     flat = {name: value for name, value in {**(inner or {}), **raw}.items() if value is not None}
-    flat = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    flat = {RENAMED.get(name, name): value for name, value in flat.items()}
     # ReLU is the default only where neither spelling of the activation is there.
     flat["activation"] = flat.get("activation_fn", flat.get("activation_fn_str", "relu"))
     if missing := [name for name in ("d_in", "d_sae", "hook_name") if name not in flat]:

@@ -1,0 +1,240 @@
+"""Pretrained loader ``dictionary_learning``: the run folders of that library, ``ae.pt`` and ``config.json``.
+
+What an SAE is follows from the names of its tensors: the class that ``config.json`` records is not always that of the
+weights.  Two classes have the same names, and only there the record decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import (
+    LINEAR,
+    OneOfSeveral,
+    beside,
+    found_files,
+    named,
+    one_file,
+    options,
+    peeked,
+    text,
+    whole_number,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PATTERN = r"ae\.pt"
+_OWN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_UNBIASED = {name: ours for name, ours in LINEAR.items() if name != "decoder.bias"}
+_STATE = ("k", "threshold", "group_sizes")
+_WRITTEN = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+
+
+@attrs.frozen
+class _Form:
+    """What the tensors of a class are called."""
+
+    classes: tuple[str, ...]
+    """As ``dict_class`` records them."""
+    names: Mapping[str, str]
+    state: frozenset[str] = frozenset()
+    """What else there is, which is no weight of a matrix or bias."""
+    apply_b_dec_to_input: bool = True
+
+
+_TOPK = _UNBIASED | {"b_dec": "b_dec"}
+_FORMS = (
+    _Form(("AutoEncoder", "AutoEncoderNew"), LINEAR, apply_b_dec_to_input=False),
+    _Form(("AutoEncoder", "AutoEncoderNew"), _UNBIASED | {"bias": "b_dec"}),
+    _Form(("AutoEncoderTopK", "BatchTopKSAE"), _TOPK, frozenset({"k", "threshold"})),
+    _Form(("AutoEncoderTopK",), _TOPK, frozenset({"k"})),
+    _Form(("AutoEncoderTopK",), _TOPK),
+    _Form(("MatryoshkaBatchTopKSAE",), _OWN, frozenset(_STATE)),
+    _Form(("JumpReluAutoEncoder",), _OWN, frozenset({"threshold"}), apply_b_dec_to_input=False),
+)
+_GATED = frozenset({"decoder_bias", "encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias"})
+_CLASSES = frozenset({name for form in _FORMS for name in form.classes} | {"GatedAutoEncoder"})
+
+
+@attrs.frozen(kw_only=True)
+class DictionaryLearningConfig(OneOfSeveral):
+    """What the files may not say."""
+
+    dict_class: str | None = None
+    """The class of the SAE, such as `BatchTopKSAE`, where no `config.json` and no names of tensors say it."""
+
+
+@attrs.frozen(kw_only=True)
+class DictionaryLearning1Config(DictionaryLearningConfig):
+    """The same, by the name that sae-lens's registry gives it."""
+
+
+class DictionaryLearningLoader:
+    """Features are as the weights give them: that library's own default rescales decoder rows to norm 1 instead."""
+
+    def __init__(self, config: DictionaryLearningConfig) -> None:
+        self._sae, self._class = config.sae, config.dict_class
+
+    def detects(self, files: SAEFiles) -> float:
+        names = found_files(files, _PATTERN)
+        if not names:
+            return 0.0
+        return 1.0 if "trainer" in peeked(files, beside(files, names[0], "config.json")) else 0.6
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, _PATTERN, self._sae, "dictionary_learning")
+        where, said = f"{name} in {files.place}", beside(files, name, "config.json")
+        config = {} if said is None else files.json(said)
+        config_where = f"config.json beside {where}"
+        trainer = _object(config, "trainer", config_where)
+        recorded = self._class or text(trainer, "dict_class", config_where)
+        state = files.state(name)
+        form = _form(state, recorded, where)
+        tensors = named(state, form.names, where, unused=form.state)
+        key, own = _architecture(state, form, recorded, trainer, tensors, where)
+        hook, defaulted = _site(trainer, config_where)
+        return PretrainedSAE(
+            architecture=key,
+            options=options(tensors, apply_b_dec_to_input=form.apply_b_dec_to_input, **own),
+            tensors=tensors,
+            site=hook,
+            metadata=_metadata(trainer, _object(config, "buffer", config_where), config_where),
+            defaulted=defaulted,
+            renamed={theirs: ours for theirs, ours in form.names.items() if theirs != ours},
+        )
+
+
+class _OtherName(DictionaryLearningLoader):
+    """Detects nothing: two names of one loader would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
+def _object(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise SAEFormatError(f"{name} in {where} is {found!r}, expected an object")
+    return found or {}
+
+
+def _form(state: Mapping[str, Any], recorded: str | None, where: str) -> _Form:
+    """By the tensors' names; the class that is recorded must be one that can have them."""
+    if recorded is not None and recorded not in _CLASSES:
+        raise SAEFormatError(
+            f"dict_class of {where} is {recorded!r}, which this loader does not know; it knows "
+            f"{', '.join(sorted(_CLASSES))}"
+        )
+    if set(state) == _GATED:
+        raise SAEFormatError(f"{where} is a gated SAE (GatedAutoEncoder), and saekit has no such architecture")
+    found = [form for form in _FORMS if set(state) == {*form.names, *form.state}]
+    if not found:
+        raise SAEFormatError(
+            f"{where} holds {', '.join(list(state)[:12]) or 'nothing'}, which are the tensors of none of "
+            f"{', '.join(sorted(_CLASSES))}"
+        )
+    if recorded is not None and recorded not in found[0].classes:
+        raise SAEFormatError(
+            f"dict_class of {where} is {recorded!r}, and its tensors are those of {' or '.join(found[0].classes)}"
+        )
+    return found[0]
+
+
+def _architecture(
+    state: Mapping[str, Any],
+    form: _Form,
+    recorded: str | None,
+    trainer: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    where: str,
+) -> tuple[str, dict[str, Any]]:
+    """saekit's architecture and its own options; adds the thresholds to ``tensors``."""
+    kind = form.classes[0] if len(form.classes) == 1 or "AutoEncoder" in form.classes else recorded
+    if kind == "AutoEncoder":
+        return "saekit:standard", {"activation": "saekit:relu"}
+    d_sae = tensors["W_enc"].shape[1]
+    if kind == "JumpReluAutoEncoder":
+        tensors |= named({"threshold": state["threshold"]}, {"threshold": "threshold"}, where)
+        return "saekit:jumprelu", {}
+    if kind is None:
+        raise SAEFormatError(
+            f"{where} may be an AutoEncoderTopK or a BatchTopKSAE, which have the same tensors, and no config.json "
+            "beside it says which. Say it: loader={'name': 'dictionary_learning', 'dict_class': ...}"
+        )
+    k = _k(state, trainer, d_sae, where)
+    if kind == "AutoEncoderTopK":
+        return "saekit:topk", {"k": k, "rescale_acts_by_decoder_norm": False}
+    # -1 stands for a threshold that training has not come to: features are above zero.
+    threshold = max(_scalar(state, "threshold", where), 0.0)
+    tensors["threshold"] = tensors["b_enc"].new_full((d_sae,), threshold)
+    return "saekit:batchtopk", {"k": float(k), "rescale_acts_by_decoder_norm": False}
+
+
+def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> int:
+    found = {"k": whole_number({"k": int(_scalar(state, "k", where))}, "k", where, d_sae)} if "k" in state else {}
+    if trainer.get("k") is not None:
+        recorded = whole_number(trainer, "k", f"config.json beside {where}", d_sae)
+        if found and found["k"] != recorded:
+            raise SAEFormatError(f"k of {where} is {found['k']}, and config.json beside it says {recorded}")
+        found["k"] = recorded
+    if not found:
+        raise SAEFormatError(f"neither {where} nor the config.json beside it says k, without which it is no topk SAE")
+    return found["k"]
+
+
+def _scalar(state: Mapping[str, Any], name: str, where: str) -> float:
+    import torch
+
+    value = state[name]
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not bool(value.isfinite().all()):
+        found = list(value.shape) if isinstance(value, torch.Tensor) else value
+        raise SAEFormatError(f"{name} of {where} should be one finite number, found {found!r}")
+    return float(value)
+
+
+def _site(trainer: Mapping[str, Any], where: str) -> tuple[Site | None, tuple[str, ...]]:
+    """Where the SAE belongs, and what of it is not stated: the library writes the residual stream's for that."""
+    submodule = text(trainer, "submodule_name", where)
+    said = re.fullmatch(r"(resid_post|attn_out|mlp_out)_layer_(\d+)", submodule or "")
+    if said is not None:
+        return Site(hook_name=f"blocks.{int(said[2])}.{_WRITTEN[said[1]]}"), ()
+    layer = trainer.get("layer")
+    if submodule is not None or layer is None:
+        return None, ()
+    if type(layer) is not int or layer < 0:
+        raise SAEFormatError(f"layer in {where} is {layer!r}, expected a whole number of 0 or more")
+    return Site(hook_name=f"blocks.{layer}.hook_resid_post"), ("hook_name",)
+
+
+def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if (model := text(trainer, "lm_name", where)) is not None:
+        found["model_name"] = model.rpartition("/")[2]
+    if buffer.get("ctx_len") is not None:
+        found["context_size"] = whole_number(buffer, "ctx_len", where)
+    if (submodule := text(trainer, "submodule_name", where)) is not None:
+        found["submodule_name"] = submodule
+    return found
+
+
+@hookimpl
+def saekit_register_pretrained_loaders() -> Iterable[Entry]:
+    yield Entry(
+        "dictionary_learning",
+        DictionaryLearningConfig,
+        f"{__name__}:DictionaryLearningLoader",
+        summary="run folders of dictionary_learning (ae.pt, config.json)",
+    )
+    yield Entry(
+        "dictionary_learning_1",
+        DictionaryLearning1Config,
+        f"{__name__}:_OtherName",
+        summary="another name of dictionary_learning, which sae-lens's registry uses",
+    )

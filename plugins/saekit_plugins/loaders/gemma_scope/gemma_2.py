@@ -1,0 +1,119 @@
+"""``params.npz`` in ``layer_{L}/width_{W}/average_l0_{N}``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.gemma_scope import GemmaScopeConfig
+from saekit_plugins.loaders.reading import found_files, named, one_file, options, path_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Gemma2Loader", "Gemma2TranscoderLoader"]
+
+_PATTERN = r"params\.npz"
+_REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?=/|$)")
+_LAYER = re.compile(r"/layer_(\d+)/(?:[^/]+/)*params\.npz$")
+_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+
+
+class Gemma2Loader:
+    """JumpReLU; no bias is taken from the input, and the SAE of the embedding is for embeddings times √d_in."""
+
+    _loader = "gemma_2"
+
+    def __init__(self, config: GemmaScopeConfig) -> None:
+        self._sae, self._repo = config.sae, config.repo
+
+    def detects(self, files: SAEFiles) -> float:
+        names = found_files(files, _PATTERN)
+        if not names:
+            return 0.0
+        said = self._said(path_of(files, names[0]))
+        if said is None:
+            return self._unsaid
+        return 0.95 if (said[3] == "transcoders") == (self._loader == "gemma_2_transcoder") else 0.0
+
+    _unsaid = 0.6
+    """How sure it is where the path says no kind: most of this layout are SAEs."""
+
+    def _said(self, path: str) -> re.Match[str] | None:
+        return _REPOSITORY.search(path if self._repo is None else f"/{self._repo}/")
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, _PATTERN, self._sae, self._loader)
+        path = path_of(files, name)
+        tensors = self._tensors(files, name)
+        said = self._said(path)
+        layer = _LAYER.search(path)
+        return self._read(tensors, path, said, None if layer is None else int(layer[1]))
+
+    def _tensors(self, files: SAEFiles, name: str) -> dict[str, Tensor]:
+        state = files.tensors(name)
+        # A few files have the matrices' names in lower case.
+        theirs = {ours.lower() if ours.lower() in state else ours: ours for ours in _NAMES}
+        if (factor := state.get("scaling_factor")) is not None and not bool((factor == 1).all()):
+            theirs["scaling_factor"] = "scaling_factor"
+        return named(state, theirs, f"{name} in {files.place}", unused=("scaling_factor",))
+
+    def _read(
+        self, tensors: dict[str, Tensor], path: str, said: re.Match[str] | None, layer: int | None
+    ) -> PretrainedSAE:
+        hook_name = None
+        if layer is not None and said is not None:
+            hook_name = f"blocks.{layer}.{_HOOKS[said[3]]}" if said[3] in _HOOKS else None
+        elif "/embedding/width_" in path:
+            hook_name = "hook_embed"
+            root = math.sqrt(tensors["W_enc"].shape[0])
+            tensors |= {"W_enc": tensors["W_enc"] / root, "W_dec": tensors["W_dec"] * root}
+        return PretrainedSAE(
+            architecture="saekit:jumprelu",
+            options=options(tensors, apply_b_dec_to_input=False),
+            tensors=tensors,
+            site=None if hook_name is None else Site(hook_name=hook_name),
+            metadata=_metadata(said),
+        )
+
+
+def _metadata(said: re.Match[str] | None) -> Mapping[str, Any]:
+    """What is the same for all of Gemma Scope, and the model, where the path names the repository."""
+    model = {} if said is None else {"model_name": f"gemma-2-{said[1]}" + ("-it" if said[2] == "it" else "")}
+    return {**model, "context_size": 1024, "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted"}
+
+
+class Gemma2TranscoderLoader(Gemma2Loader):
+    """From what an MLP reads, normalized, to what it writes."""
+
+    _loader = "gemma_2_transcoder"
+    _unsaid = 0.5
+
+    def _read(
+        self, tensors: dict[str, Tensor], path: str, said: re.Match[str] | None, layer: int | None
+    ) -> PretrainedSAE:
+        d_in, d_out = tensors["W_enc"].shape[0], tensors["W_dec"].shape[1]
+        if d_in != d_out:
+            raise SAEFormatError(
+                f"{path} reads {d_in} numbers and writes {d_out}, expected equally many: those of the model's residual "
+                "stream"
+            )
+        sites = None
+        if layer is not None:
+            hooks = ("ln2.hook_normalized", "hook_mlp_out")
+            read, written = (Site(hook_name=f"blocks.{layer}.{hook}") for hook in hooks)
+            sites = Sites((read,), (written,))
+        names = ("input", "output") if sites is None else (sites.inputs[0].name, sites.targets[0].name)
+        return PretrainedSAE(
+            architecture="saekit:jumprelu_transcoder",
+            options=options(tensors, apply_b_dec_to_input=False, skip_connection=False),
+            tensors=tensors,
+            sites=sites,
+            ports=Ports({names[0]: d_in}, {names[1]: d_out}),
+            metadata=_metadata(said),
+        )

@@ -1,0 +1,158 @@
+"""``params.safetensors`` of Gemma Scope 2, with a ``config.json`` beside it or without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.gemma_scope import GemmaScopeConfig
+from saekit_plugins.loaders.reading import beside, found_files, named, one_file, options, path_of, peeked, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Gemma3Loader"]
+
+_KIND = re.compile(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/(?:[^/]+/)*[^/]+$")
+_LAYER = re.compile(r"layer_(\d+)")
+_REPOSITORY = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)(?=/|$)")
+_PATTERN = r"params\.safetensors|(?:.*/)?clt[^/]*/(?:[^/]+/)*[^/]*layer_\d+[^/]*\.safetensors"
+_HOOKS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
+_TRANSCODERS = ("transcoder", "clt")
+_NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
+_SKIP = {"affine_skip_connection": "W_skip.T"}
+_LAYERS = {"270m": 18, "1b": 26, "4b": 34, "12b": 48, "27b": 62}
+
+
+class Gemma3Loader:
+    """JumpReLU; no bias is taken from the input.
+
+    A cross-layer transcoder is one of several targets, a layer each, of which `sae.ports.split_target` makes outputs by
+    name.
+    """
+
+    def __init__(self, config: GemmaScopeConfig) -> None:
+        self._sae, self._repo = config.sae, config.repo
+
+    def detects(self, files: SAEFiles) -> float:
+        names = found_files(files, _PATTERN)
+        if not names:
+            return 0.0
+        path = path_of(files, names[0])
+        said = peeked(files, beside(files, names[0], "config.json")).get("architecture") == "jump_relu"
+        return 0.95 if said or _KIND.search(path) or _REPOSITORY.search(path) else 0.4
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, _PATTERN, self._sae, "gemma_3")
+        path, where = path_of(files, name), f"{name} in {files.place}"
+        config, said = self._config(files, name)
+        state = files.tensors(name)
+        kind, layer = _kind(path), _LAYER.search(path)
+        if config.get("affine_connection") is True and "affine_skip_connection" not in state:
+            raise SAEFormatError(f"{where} lacks affine_skip_connection, which the config.json beside it says is there")
+        skip = "affine_skip_connection" in state
+        number = None if layer is None else int(layer[1])
+        metadata = self._metadata(config, path)
+        size = _size(config, self._repo or path)
+        if (crossing := getattr(state.get("w_dec"), "ndim", 2) == 3) or kind in _TRANSCODERS or skip:
+            tensors = dict(state)
+            layers = _flatten(tensors, where, number, _LAYERS.get(size)) if crossing else 1
+            tensors = named(tensors, _NAMES | (_SKIP if skip else {}), where)
+            return PretrainedSAE(
+                architecture="saekit:jumprelu_transcoder",
+                options=options(tensors, apply_b_dec_to_input=False, skip_connection=skip),
+                tensors=tensors,
+                **_ports(tensors, number, layers, _LAYERS.get(size)),
+                metadata=metadata,
+                renamed=_NAMES,
+            )
+        tensors = named(state, _NAMES, where)
+        hook = _HOOKS.get(kind or "")
+        known = hook is not None and number is not None
+        return PretrainedSAE(
+            architecture="saekit:jumprelu",
+            options=options(tensors, apply_b_dec_to_input=False),
+            tensors=tensors,
+            site=Site(hook_name=f"blocks.{number}.{hook}") if known else _site(said),
+            metadata=metadata,
+            renamed=_NAMES,
+        )
+
+    def _config(self, files: SAEFiles, name: str) -> tuple[Mapping[str, Any], str | None]:
+        """``config.json``, checked as far as it is used, and what it says is read, in the model's own names."""
+        path = beside(files, name, "config.json")
+        if path is None:
+            return {}, None
+        config, where = files.json(path), f"{path} in {files.place}"
+        architecture = text(config, "architecture", where)
+        if architecture not in (None, "jump_relu"):
+            raise SAEFormatError(f"architecture in {where} is {architecture!r}, expected 'jump_relu'")
+        text(config, "model_name", where)
+        if not isinstance(config.get("affine_connection", False), bool | None):
+            raise SAEFormatError(
+                f"affine_connection in {where} is {config['affine_connection']!r}, expected true or false"
+            )
+        return config, text(config, "hf_hook_point_in", where)
+
+    def _metadata(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
+        model = config.get("model_name")
+        said = _REPOSITORY.search(path if self._repo is None else f"/{self._repo}/")
+        if model is None and said is not None:
+            model = f"gemma-3-{said[1]}-{said[2]}"
+        if model is not None:
+            model = str(model).replace("-v3", "-3").removeprefix("google/")
+            model = model.removesuffix("-pt") if "270m" in model else model
+        hooks = {"hf_hook_name": config.get("hf_hook_point_in"), "hf_hook_name_out": config.get("hf_hook_point_out")}
+        found = {"model_name": None if model is None else f"google/{model}", **hooks}
+        return {
+            **{name: value for name, value in found.items() if value is not None},
+            "context_size": 1024,
+            "prepend_bos": True,
+            "dataset_path": "monology/pile-uncopyrighted",
+        }
+
+
+def _kind(path: str) -> str | None:
+    said = _KIND.search(path)
+    return said[1] if said is not None else None
+
+
+def _site(hook_point: str | None) -> Site | None:
+    """Of what transformers calls so, where the path says nothing."""
+    said = None if hook_point is None else re.fullmatch(r"model\.layers\.(\d+)\.output", hook_point)
+    return None if said is None else Site(hook_name=f"blocks.{int(said[1])}.hook_resid_post")
+
+
+def _size(config: Mapping[str, Any], path: str) -> str:
+    """The model's, as in ``1b``."""
+    said = _REPOSITORY.search(path) or re.search(r"-(270m|1b|4b|12b|27b)(?=-|$)", str(config.get("model_name")))
+    return "" if said is None else said[1]
+
+
+def _flatten(tensors: dict[str, Tensor], where: str, layer: int | None, depth: int | None) -> int:
+    """Put the decoders of several layers, ``[d_sae, layers, d_out]``, side by side; returns how many there are."""
+    decoders, bias = tensors["w_dec"], tensors.get("b_dec")
+    _, layers, width = decoders.shape
+    if bias is None or list(bias.shape) not in ([width], [layers, width]):
+        found = "none" if bias is None else list(bias.shape)
+        raise SAEFormatError(f"b_dec of {where} has shape {found}, expected {[width]} or {[layers, width]}")
+    if bias.ndim == 1:  # of the layer itself
+        whole = bias.new_zeros(layers, width)
+        whole[layer if layer is not None and layers == depth else 0] = bias
+        bias = whole
+    tensors |= {"w_dec": decoders.reshape(len(decoders), -1), "b_dec": bias.reshape(-1)}
+    return layers
+
+
+def _ports(tensors: Mapping[str, Tensor], layer: int | None, layers: int, depth: int | None) -> dict[str, Any]:
+    d_in, width = tensors["W_enc"].shape[0], tensors["W_dec"].shape[1] // layers
+    if layer is None:
+        names = [f"output.{number}" for number in range(layers)] if layers > 1 else ["output"]
+        return {"ports": Ports({"input": d_in}, dict.fromkeys(names, width))}
+    first = 0 if layers == depth and layers > 1 else layer
+    targets = [Site(hook_name=f"blocks.{number}.hook_mlp_out") for number in range(first, first + layers)]
+    sites = Sites((Site(hook_name=f"blocks.{layer}.hook_mlp_in"),), tuple(targets))
+    return {"sites": sites, "ports": Ports.of(sites, {sites.inputs[0]: d_in, **dict.fromkeys(targets, width)})}

@@ -1,0 +1,124 @@
+"""Pretrained loader ``mwhanna``: per-layer transcoders of the Qwen3 models, ``layer_6.safetensors``.
+
+``circuit-tracer`` reads sets of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import (
+    OneOfSeveral,
+    beside,
+    found_files,
+    named,
+    one_file,
+    options,
+    site,
+    text,
+    whole_number,
+)  # fmt: skip
+
+_PATTERN = r"layer_\d+\.safetensors"
+_NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository
+
+
+@attrs.frozen(kw_only=True)
+class MwhannaConfig(OneOfSeveral):
+    """Which layer."""
+
+
+@attrs.frozen(kw_only=True)
+class MwhannaTranscoderConfig(MwhannaConfig):
+    """The same, by the name that sae-lens's registry gives it."""
+
+
+class MwhannaLoader:
+    """ReLU, from what an MLP reads to what it writes, of a model whose norms are not folded into its weights."""
+
+    def __init__(self, config: MwhannaConfig) -> None:
+        self._sae = config.sae
+
+    def detects(self, files: SAEFiles) -> float:
+        names = found_files(files, _PATTERN)
+        if not names:
+            return 0.0
+        return 0.9 if beside(files, names[0], *_RUNS, "config.yaml") else 0.5
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, _PATTERN, self._sae, "mwhanna")
+        where = f"{name} in {files.place}"
+        state = files.tensors(name)
+        skips = "W_skip" in state  # [d_out, d_in], as others write this layout
+        tensors = named(state, _NAMES | ({"W_skip": "W_skip"} if skips else {}), where)
+        run, config = _table(files, beside(files, name, *_RUNS)), _table(files, beside(files, name, "config.yaml"))
+        _check_sizes(run, list(tensors["W_enc"].shape), where)
+        layer = int("".join(filter(str.isdigit, name.rpartition("/")[2])))
+        hooks = [_hook(config, f"feature_{end}_hook", hook, where) for end, hook in
+                 (("input", "mlp.hook_in"), ("output", "hook_mlp_out"))]  # fmt: skip
+        read, written = (site(f"blocks.{layer}.{hook}", where) for hook in hooks)
+        ports = Ports({read.name: tensors["W_enc"].shape[0]}, {written.name: tensors["W_dec"].shape[1]})
+        return PretrainedSAE(
+            architecture="saekit:transcoder",
+            options=options(tensors, apply_b_dec_to_input=False, activation="saekit:relu", skip_connection=skips),
+            tensors=tensors,
+            sites=Sites((read,), (written,)),
+            ports=ports,
+            metadata=_metadata(run, config, where),
+        )
+
+
+class _OtherName(MwhannaLoader):
+    """Detects nothing: two names of one loader would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
+def _table(files: SAEFiles, name: str | None) -> Mapping[str, Any]:
+    return {} if name is None else files.yaml(name)
+
+
+def _value(run: Mapping[str, Any], name: str) -> Any:
+    """Of a field as W&B writes them: a table with a value."""
+    field = run.get(name)
+    return field.get("value") if isinstance(field, dict) else field
+
+
+def _check_sizes(run: Mapping[str, Any], found: list[int], where: str) -> None:
+    """Against what the run says of itself."""
+    for name, size in zip(("d_model", "d_feature"), found, strict=True):
+        said = _value(run, name)
+        if said is not None and said != size:
+            raise SAEFormatError(f"{name} beside {where} is {said!r}, and the encoder there is for {size}")
+
+
+def _hook(config: Mapping[str, Any], name: str, default: str, where: str) -> str:
+    return text(config, name, f"config.yaml beside {where}") or default
+
+
+def _metadata(run: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if (model := text(config, "model_name", f"config.yaml beside {where}")) is not None:
+        found["model_name"] = model
+    if (rows := _value(run, "batch_size")) is not None:  # of one text each
+        found["context_size"] = whole_number({"batch_size": rows}, "batch_size", f"the YAML beside {where}")
+    return found | {
+        "prepend_bos": True,
+        "dataset_path": "monology/pile-uncopyrighted",
+        "model_from_pretrained_kwargs": {"fold_ln": False},
+    }
+
+
+@hookimpl
+def saekit_register_pretrained_loaders() -> Iterable[Entry]:
+    summary = "per-layer transcoders (layer_6.safetensors, config.yaml)"
+    yield Entry("mwhanna", MwhannaConfig, f"{__name__}:MwhannaLoader", summary=summary)
+    other = "another name of mwhanna, which sae-lens's registry uses"
+    yield Entry("mwhanna_transcoder", MwhannaTranscoderConfig, f"{__name__}:_OtherName", summary=other)

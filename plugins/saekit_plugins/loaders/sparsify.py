@@ -1,0 +1,152 @@
+"""Pretrained loader ``sparsify``: SAEs and transcoders of EleutherAI's sparsify, ``HOOKPOINT/sae.safetensors``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
+from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import (
+    OneOfSeveral,
+    beside,
+    found_files,
+    named,
+    one_file,
+    options,
+    path_of,
+    peeked,
+    text,
+    whole_number,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PATTERN = r"sae\.safetensors"
+_NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_FLAGS = ("transcode", "skip_connection", "multi_topk", "normalize_decoder", "signed")
+_HOOK_POINT = re.compile(r"/(?:layers|h|blocks)\.(\d+)(?:\.([a-z_]+))?(?:/seed\d+)?/sae\.safetensors$")
+_EMBEDDING = re.compile(r"/(?:embed_tokens|wte|embed_in)(?:/seed\d+)?/sae\.safetensors$")
+_WRITTEN: Mapping[str | None, str] = {
+    None: "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "attn": "hook_attn_out",
+    "self_attn": "hook_attn_out",
+    "attention": "hook_attn_out",
+}
+_READ: Mapping[str | None, str] = {None: "hook_resid_pre", "mlp": "mlp.hook_in"}
+
+
+@attrs.frozen(kw_only=True)
+class SparsifyConfig(OneOfSeveral):
+    """Which of the hook points."""
+
+
+class SparsifyLoader:
+    """Reads ``cfg.json`` and ``sae.safetensors``, and what the ``config.json`` above them says of the model."""
+
+    def __init__(self, config: SparsifyConfig) -> None:
+        self._sae = config.sae
+
+    def detects(self, files: SAEFiles) -> float:
+        for name in found_files(files, _PATTERN):
+            if (config := beside(files, name, "cfg.json")) is not None:
+                return 1.0 if {"k", "d_in"} <= peeked(files, config).keys() else 0.5
+        return 0.0
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, _PATTERN, self._sae, "sparsify")
+        folder = name.removesuffix("sae.safetensors")
+        where = f"{folder}cfg.json in {files.place}"
+        config = files.json(f"{folder}cfg.json")
+        d_in, d_sae, k = _sizes(config, where)
+        transcodes, skips = config.get("transcode") is True, config.get("skip_connection") is True
+        names = _NAMES | ({"W_skip": "W_skip"} if skips else {})
+        tensors = named(files.tensors(name), names, f"{name} in {files.place}")
+        if list(tensors["W_enc"].shape) != [d_in, d_sae]:
+            raise SAEFormatError(
+                f"encoder.weight of {name} in {files.place} has shape {list(tensors['W_enc'].T.shape)}, and {where} "
+                f"says {[d_sae, d_in]}"
+            )
+        options_ = options(tensors, apply_b_dec_to_input=not transcodes, k=k, rescale_acts_by_decoder_norm=False)
+        metadata = _metadata(files, folder)
+        if not transcodes:
+            found = _site(path_of(files, name), _WRITTEN)
+            return PretrainedSAE(
+                architecture="saekit:topk", options=options_, tensors=tensors, site=found, metadata=metadata,
+                renamed=_NAMES,
+            )  # fmt: skip
+        return PretrainedSAE(
+            architecture="saekit:topk_transcoder",
+            options=options_ | {"skip_connection": skips},
+            tensors=tensors,
+            **_ports(path_of(files, name), tensors),
+            metadata=metadata,
+            renamed=_NAMES,
+        )
+
+
+def _sizes(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """d_in, d_sae and k, of a file of which nothing says what saekit does not do."""
+    for name in _FLAGS:
+        if not isinstance(config.get(name, False), bool):
+            raise SAEFormatError(f"{name} in {where} is {config[name]!r}, expected true or false")
+    activation = text(config, "activation", where) or "topk"
+    if activation != "topk":
+        raise SAEFormatError(f"activation in {where} is {activation!r}, which this loader cannot read; it reads 'topk'")
+    if config.get("signed"):
+        raise SAEFormatError(f"signed in {where} is true, and this loader reads no features below 0")
+    if config.get("skip_connection") and not config.get("transcode"):
+        raise SAEFormatError(f"skip_connection in {where} is true, and transcode is not: that is no transcoder")
+    d_in = whole_number(config, "d_in", where)
+    if config.get("num_latents") in (0, None):
+        d_sae = d_in * whole_number(config, "expansion_factor", where)
+    else:
+        d_sae = whole_number(config, "num_latents", where)
+    return d_in, d_sae, whole_number(config, "k", where, most=d_sae)
+
+
+def _site(path: str, hooks: Mapping[str | None, str]) -> Site | None:
+    """That of the hook point in ``path``, as far as it is known."""
+    if _EMBEDDING.search(path) and hooks is _WRITTEN:
+        return Site(hook_name="hook_embed")
+    said = _HOOK_POINT.search(path)
+    if said is None or said[2] not in hooks:
+        return None
+    return Site(hook_name=f"blocks.{int(said[1])}.{hooks[said[2]]}")
+
+
+def _ports(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """From the input of the module to its output."""
+    read, written = _site(path, _READ), _site(path, _WRITTEN)
+    known = read is not None and written is not None
+    names = (read.name, written.name) if read is not None and written is not None else ("input", "output")
+    ports = Ports({names[0]: tensors["W_enc"].shape[0]}, {names[1]: tensors["W_dec"].shape[1]})
+    return {"ports": ports, "sites": Sites((read,), (written,)) if known and read and written else None}
+
+
+def _metadata(files: SAEFiles, folder: str) -> dict[str, Any]:
+    """What the run says of its model and text, in the folder of the hook points."""
+    above = folder.rstrip("/")
+    hook_point = above.rpartition("/")[2] if not above.rpartition("/")[2].startswith("seed") else above
+    metadata: dict[str, Any] = {"hf_hook_name": hook_point} if above else {}
+    while above:
+        above = above.rpartition("/")[0]
+        name = f"{above}/config.json" if above else "config.json"
+        if name in files.names:
+            config, where = files.json(name), f"{name} in {files.place}"
+            found = {"model_name": text(config, "model", where), "dataset_path": text(config, "dataset", where)}
+            if "ctx_len" in config:
+                metadata["context_size"] = whole_number(config, "ctx_len", where)
+            return metadata | {key: value for key, value in found.items() if value is not None}
+    return metadata
+
+
+@hookimpl
+def saekit_register_pretrained_loaders() -> Iterable[Entry]:
+    summary = "topk SAEs and transcoders of sparsify (HOOKPOINT/sae.safetensors)"
+    yield Entry("sparsify", SparsifyConfig, f"{__name__}:SparsifyLoader", summary=summary)

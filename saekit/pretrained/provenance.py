@@ -1,0 +1,40 @@
+"""Where an SAE was read from, as plain data that is saved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saekit.errors import SAEFormatError
+from saekit.files.storage import sha256
+from saekit.reasons import reason
+from saekit.saved import PretrainedSAE, SAEFiles, revision_of
+
+__all__ = ["OWN", "checksums", "provenance"]
+
+OWN = "saekit"
+"""What stands for a loader where the folder is saekit's own."""
+
+
+def checksums(files: SAEFiles) -> dict[str, str]:
+    """The sha256 of every file that was opened, in hexadecimal, by name."""
+    try:
+        return {name: sha256(path) for name, path in sorted(files.opened.items())}
+    except OSError as error:
+        raise SAEFormatError(f"{files.place} cannot be read any more: {reason(error)}") from error
+
+
+def provenance(read: PretrainedSAE, loader: str, files: SAEFiles, sums: Mapping[str, str]) -> dict[str, Any]:
+    """What :attr:`saekit.SAEInfo.provenance` says of ``read``."""
+    revisions = [revision for path in files.opened.values() if (revision := revision_of(path)) is not None]
+    folder = files.address.removeprefix(f"{files.repo}").strip("/") if files.repo is not None else ""
+    known = {
+        "loader": loader,
+        "repo": files.repo,
+        "revision": revisions[0] if revisions else None,
+        "folder": folder,
+        "files": dict(sums),
+        "defaulted": list(read.defaulted) or list(read.metadata.get("defaulted", ())),
+        "renamed": dict(read.renamed),
+    }
+    return {name: value for name, value in known.items() if value not in (None, "", [], {})}

@@ -59,6 +59,7 @@ app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 def main() -> NoReturn:
     """The console script: errors in one paragraph, exit code 2 for the user's mistakes, 1 for saekit's."""
     debug = "--debug" in sys.argv[1:]
+    _make_printable()
     _quiet_warnings()
     try:
         code = app(standalone_mode=False)
@@ -81,6 +82,16 @@ def main() -> NoReturn:
         lines = [f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
         complain("\n".join([*lines, "This is a fault of saekit or of a plugin; --debug shows where."]))
         _leave(1)
+
+
+def _make_printable() -> None:
+    """What an output cannot encode is shown as ``?``, and one that is closed takes everything."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - until the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _quiet_warnings() -> None:

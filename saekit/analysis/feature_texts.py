@@ -10,6 +10,7 @@ import attrs
 from rich.text import Text
 
 from saekit.analysis.examples import Example
+from saekit.plugins.text import printable
 
 __all__ = ["FeatureTexts", "Promoted", "TopTexts", "as_html", "as_page", "as_text", "one_line"]
 
@@ -100,8 +101,8 @@ def _token(token: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` with signs for what would break a line."""
-    return text.replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥")
+    """``text`` with signs for what would break a line, and for what a terminal would obey."""
+    return printable(text.replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥"))
 
 
 def as_html(features: Sequence[FeatureTexts]) -> str:

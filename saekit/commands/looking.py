@@ -5,6 +5,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +18,7 @@ from saekit.config.files import load_config, plain_config
 from saekit.errors import ConfigError, ModelError, SaekitError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import short
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -125,7 +127,17 @@ def top_texts(
     (each with ``tokens`` and ``activations``), ``promotes`` and ``suppresses``, which are None where the SAE does not
     write to the residual stream.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
-    plugins = plugins or default_manager()
+    plugins, features = plugins or default_manager(), _numbers(features)
+    if not hasattr(sae, "corpus") and not hasattr(sae, "encode"):
+        raise ConfigError(
+            [
+                (
+                    "sae",
+                    f"must be an SAE or what saekit.train returned, found {short(sae)}. saekit.SAE.load reads one",
+                )
+            ],
+            "the arguments of top_texts",
+        )
     result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
     sae = result.sae if result is not None else cast("SAEModule", sae)
     sites = _sites(sae, site)
@@ -146,14 +158,34 @@ def top_texts(
         )  # fmt: skip
 
 
+def _numbers(features: Any) -> Any:
+    """``features`` as a text or a list of whole numbers, of a list, a tensor, an array or whatever else gives them."""
+    if isinstance(features, str):
+        return features
+    try:
+        given = features.tolist() if hasattr(features, "tolist") else list(features)
+        found = [operator.index(number) for number in given if not isinstance(number, bool)]
+        if len(found) == len(given):
+            return found
+    except TypeError:
+        pass
+    expected = "must be 'best', 'random' or a list of numbers of features"
+    raise ConfigError([("features", f"{expected}, found {short(features)}")], "the arguments of top_texts")
+
+
 def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
     """:class:`ConfigError` for numbers that mean nothing."""
-    problems = [(name, f"must be 1 or more, found {count!r}") for name, count in counts.items() if count < 1]
+    problems = [
+        (name, f"must be a whole number of 1 or more, found {count!r}")
+        for name, count in counts.items() if type(count) is not int or count < 1
+    ]  # fmt: skip
     if isinstance(features, str):
         if features not in ("best", "random"):
             problems.append(("features", f"must be 'best', 'random' or numbers of features, found {features!r}"))
     elif wrong := [number for number in features if not 0 <= number < sae.d_sae]:
         problems.append(("features", f"are 0 to {sae.d_sae - 1:,} of this SAE, found {wrong[0]}"))
+    elif not features:
+        problems.append(("features", "names none; give numbers of features, 'best' or 'random'"))
     if problems:
         raise ConfigError(problems, "the arguments of top_texts")
 

@@ -120,7 +120,11 @@ def of_resume(
     """What is wrong with going on with a run; one that has not ``begun`` still needs what it starts from."""
     return Faults.of(
         _inputs(configs, plugins, model, dataset),
-        [*_held_out(configs, dataset), *_members(configs, plugins), *([] if begun else _starts(configs))],
+        [
+            *_held_out(configs, dataset),
+            *_members(configs, plugins, begun=begun),
+            *([] if begun else _starts(configs)),
+        ],
     )
 
 
@@ -203,8 +207,8 @@ def _starts(configs: Sequence[TrainConfig]) -> Iterator[Check]:
             yield partial(start_files, path)
 
 
-def _members(configs: Sequence[TrainConfig], plugins: PluginManager) -> Iterator[Check]:
-    """Of what each SAE has for itself."""
+def _members(configs: Sequence[TrainConfig], plugins: PluginManager, *, begun: bool = False) -> Iterator[Check]:
+    """Of what each SAE has for itself.  Architectures that have ``begun`` are as they were, and go on."""
     for config in configs:
         yield partial(chosen_trackers, config, plugins)
         yield partial(chosen_evals, config, plugins)
@@ -213,7 +217,8 @@ def _members(configs: Sequence[TrainConfig], plugins: PluginManager) -> Iterator
         for chosen in _choices(config, plugins):
             if chosen.kind != MODEL_BACKENDS:
                 yield chosen.item.check_requirements
-                yield partial(_precheck, chosen, config)
+                if not (begun and chosen.kind == SAE_ARCHITECTURES):
+                    yield partial(_precheck, chosen, config)
 
 
 def _choices(config: object, plugins: PluginManager) -> Iterator[Choice[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
 from saekit.plugins.text import printable
-from saekit.reports.folder import RunFolder, State, read_run
+from saekit.reports.folder import RunFolder, SAERun, State, read_run
 from saekit.reports.numbers import count, fraction, number, size
 from saekit.reports.pictures import CURVES, SUMMARY, draw_pictures
 from saekit.reports.table import run_table
@@ -120,8 +121,8 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
     elif run.state.kind != "finished" and (run.folder / RECORD).exists():
         yield "go on with it", f"saekit train --resume {folder}"
     if run.sweep:
-        best = max(run.saes.values(), key=lambda sae: sae.history.get("evals/ce_recovered") or float("-inf"))
-        yield "the best of it", f"saekit show {_quoted(best.home)}"
+        if (best := _best(run)) is not None:
+            yield "the best of it", f"saekit show {_quoted(best.home)}"
         return
     sae = run.alone
     if sae.saved:
@@ -133,6 +134,16 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
     if not sae.options.problem:
         other = " checkpoints.name=another" if sae.options.text("checkpoints.name") else ""
         yield "one like it", f"saekit plan {_quoted(sae.home / 'config.toml')}{other}"
+
+
+def _best(run: RunFolder) -> SAERun | None:
+    """The SAE that recovers most of the loss, or else explains most of the variance; None where nobody can say."""
+    for metric in ("evals/ce_recovered", "evals/explained_variance"):
+        found = {name: sae.history.get(metric) for name, sae in run.saes.items() if sae.why_diverged is None}
+        measured = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        if measured:
+            return run.saes[max(measured, key=lambda name: measured[name])]
+    return None
 
 
 def _quoted(path: Path) -> str:

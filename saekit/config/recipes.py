@@ -20,6 +20,7 @@ from saekit.config.files import apply_overrides, load_config
 from saekit.config.formats import read_toml, write
 from saekit.errors import AmbiguousKeyError, ConfigError, UnknownKeyError
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import printable
 
 __all__ = ["Recipe", "find_recipe", "printed", "recipe", "recipe_text", "recipes"]
 
@@ -140,7 +141,7 @@ def recipe_text(
     table = apply_overrides(found.table(), overrides, kind=TrainConfig, plugins=plugins)
     if form == "json":
         return write(table, form)
-    changed = [f"{_CHANGED}{override}" for override in overrides]
+    changed = [f"{_CHANGED}{printable(override)}" for override in overrides]
     if changed:
         changed += ["#           Sizes above are those of the recipe without this; `saekit plan` counts anew.", "#"]
     return "\n".join([*found.comment, *changed, "", write(table, form)])

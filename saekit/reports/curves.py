@@ -51,7 +51,7 @@ def headline(sae: SAERun, state: State) -> tuple[str, str, str]:
     """What is above the curves: the name, what was trained, and how it ended, if not as it was to."""
     parts = [sae.what, sae.where, f"{short_count(sae.tokens)} tokens"]
     why = sae.why_diverged
-    end = "" if state.kind == "finished" and why is None else state.text if why is None else f"diverged: {why}"
+    end = "" if state.kind == "finished" and why is None else state.outcome if why is None else f"diverged: {why}"
     total = sae.options.total_tokens
     if end and sae.tokens < total:
         end = f"{end}, at {short_count(sae.tokens)} of {short_count(total)} tokens" if why is None else end

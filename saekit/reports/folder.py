@@ -40,9 +40,14 @@ class State:
     """Seconds since it has written anything, by the clock of this machine."""
 
     @property
+    def outcome(self) -> str:
+        """How it ended, in a line, which stays true."""
+        return self.kind if not self.reason else f"{self.kind}: {self.reason}"
+
+    @property
     def text(self) -> str:
-        """In a line."""
-        line = self.kind if not self.reason else f"{self.kind}: {self.reason}"
+        """How it stands now, in a line."""
+        line = self.outcome
         return f"{line} (a process is at work in the folder)" if self.at_work and self.kind != "running" else line
 
 

@@ -71,7 +71,7 @@ def sweep_page(run: RunFolder) -> str | None:
         return None
     first = next(iter(run.saes.values()))
     what = " · ".join(part for part in (look.caption(len(summary.rows)), first.model) if part)
-    ended = "" if run.state.kind == "finished" else run.state.text
+    ended = "" if run.state.kind == "finished" else run.state.outcome
     lines = [("sub", what), ("end", ended), *(("end", note) for note in not_drawn(summary.rows))]
     data = {
         "tiles": [],

@@ -82,6 +82,7 @@ def sae_table(sae: SAERun) -> Table:
     """The main numbers of one SAE: on held-out text, and in the last steps of training that were logged."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     rows = list(_rows(sae))
@@ -91,7 +92,7 @@ def sae_table(sae: SAERun) -> Table:
         table.add_column("held out", justify="right", no_wrap=True)
     table.add_column("in training", justify="right", no_wrap=True)
     for name, held_out, trained in rows:
-        table.add_row(name, *([held_out] if measured else []), trained)
+        table.add_row(Text(name), *([Text(held_out)] if measured else []), Text(trained))
     return table
 
 

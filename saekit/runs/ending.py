@@ -49,8 +49,10 @@ class Ending:
             RunRecord.note_end(self.record.folder, end, self._diverged())
         except SaekitError:
             return
-        config = next(iter(self.session.members.values())).config
-        if not config.reports.pictures:
+        members = self.session.members
+        if end.status == "interrupted" and len(members) > 1:
+            return  # whoever interrupts does not want to wait, and each SAE's pictures take a second
+        if not next(iter(members.values())).config.reports.pictures:
             return
         self.session.say("drawing the pictures")
         try:

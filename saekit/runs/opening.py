@@ -74,7 +74,9 @@ def open_backend(
 
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
-    """The model, whether it fits or not."""
+    """The model, whether it fits or not; ``model`` may be a backend, of :func:`saekit.load_model`, around one."""
+    if model is not None and all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
+        model = getattr(model, "model", model)
     return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 

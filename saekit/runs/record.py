@@ -11,7 +11,8 @@ from typing import Any
 import attrs
 
 from saekit.config import TrainConfig
-from saekit.config.files import dump_config, load_config
+from saekit.config.converter import ConfigConverter
+from saekit.config.files import dump_config, read_table
 from saekit.errors import PlaceError, StorageError
 from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.paths import here, steady
@@ -148,7 +149,14 @@ class RunRecord:
                 raise StorageError(
                     f"{self.home(name) / CONFIG} cannot be read: {error.strerror}; put back the one that the run wrote"
                 ) from error
-        return {name: load_config(self.home(name) / CONFIG, plugins=plugins) for name in self.saes}
+        converter = ConfigConverter(plugins)
+        tables = {name: as_of_today(read_table(self.home(name) / CONFIG)) for name in self.saes}
+        return {name: converter.structure(tables[name], TrainConfig, str(self.home(name) / CONFIG)) for name in tables}
+
+
+def as_of_today(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run wrote as its configuration; early ones have a default ``site`` beside ``inputs``, for nothing."""
+    return {name: value for name, value in table.items() if name != "site" or not table.get("inputs")}
 
 
 def _end_of(table: Mapping[str, Any]) -> tuple[RunEnd | None, dict[str, str]]:

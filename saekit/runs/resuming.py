@@ -20,7 +20,7 @@ from saekit.files.storage import tidy
 from saekit.plugins.manager import PluginManager
 from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
-from saekit.runs.record import RunRecord, differences, flat, is_named
+from saekit.runs.record import RunRecord, as_of_today, differences, flat, is_named
 from saekit.runs.waiting import TrackersState, waiting_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _of_checkpoint(
     old = {}
     for name, config in now.items():
         place = {"folder": config.checkpoints.folder, "name": config.checkpoints.name}
-        table = dict(saes[name]["config"])
+        table = as_of_today(saes[name]["config"])
         table["checkpoints"] = {**table["checkpoints"], **place}
         where = f"{checkpoint.folder / MANIFEST}, saes.{name}.config"
         old[name] = ConfigConverter(plugins).structure(table, TrainConfig, where)

@@ -106,6 +106,11 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert rest(text, "next") == [f"the best of it saekit show {folder}/0_l1=1"]
     assert "l1_coefficient" in text
     assert shown(folder / "0_l1=1").startswith(f"{folder}/0_l1=1: finished\n")
+    metrics = folder / "0_l1=1" / "metrics.jsonl"
+    worse = [json.loads(line) for line in metrics.read_text().splitlines()]
+    worse[-1]["evals/ce_recovered"] = -1.0
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in worse))
+    assert rest(shown(folder), "next") == [f"the best of it saekit show {folder}/1_l1=9"]
 
 
 def test_a_saved_sae(tmp_path: Path) -> None:

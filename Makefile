@@ -60,7 +60,7 @@ endef
 
 # torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV), once: torch and about 130 packages, 1.8 GB on disk, two to five minutes."
+	@echo "Setting up $(VENV), once: torch and about 160 packages, 1.9 GB on disk, two to five minutes."
 	$(call SAYING,making an environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(call SAYING,installing torch,\
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch)

@@ -157,8 +157,9 @@ def svg(shown: Sequence[Shown], length: float) -> str:
     lines = "".join(_line(one, names[one.start, one.end]) for one in shown)
     wide, high = round(COLUMNS * WIDTH + 2 * MARGIN), ROWS * HEIGHT + 2 * MARGIN
     style = (
-        f"svg svg{{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:{INK};white-space:pre}}"
-        f"g{{animation:{length:.1f}s step-end infinite}}@media(prefers-reduced-motion){{g{{animation:none!important}}}}"
+        f"svg svg{{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:{INK}}}"
+        f"text{{white-space:pre}}g{{animation:{length:.1f}s step-end infinite}}"
+        "@media(prefers-reduced-motion){g{animation:none!important}}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}">'
@@ -189,6 +190,9 @@ def _line(one: Shown, name: str) -> str:
     text = AnsiDecoder().decode_line(one.text)
     y, parts, at = one.row * HEIGHT + 14, [], 0
     for segment in text.render(_NoConsole()):  # type: ignore[arg-type]
+        if segment.style and segment.style.bgcolor:
+            place = f'x="{at * WIDTH:.1f}" y="{y - 14}" width="{len(segment.text) * WIDTH:.1f}" height="{HEIGHT}"'
+            parts.append(f'<rect {place} fill="{_hex(segment.style.bgcolor)}"/>')
         if segment.text.strip():
             place = f'x="{at * WIDTH:.1f}" y="{y}" textLength="{len(segment.text) * WIDTH:.1f}"'
             parts.append(f"<text {place}{_look(segment.style)}>{escape(segment.text, quote=False)}</text>")

@@ -211,4 +211,5 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
             assert f'id="{config.__module__}.{config.__name__}"' in pages["api-options"]
     commands = subprocess.run([sys.executable, "-c", COMMANDS], capture_output=True, text=True, check=True).stdout
     assert "saekit cache verify" in commands.splitlines()
+    assert pages["cli"].count('class="highlight-sh') == len(commands.splitlines()) + 1, "each has examples"
     assert [name for name in commands.splitlines() if f'href="#{name.replace(" ", "-")}"' not in pages["cli"]] == []

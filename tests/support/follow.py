@@ -29,6 +29,8 @@ LOCAL = {
     "owner/texts": "texts.jsonl",
     "num_proc=8": "num_proc=2",
     "context_size=256": "context_size=64",
+    "gpt2-small-residual": "laptop",
+    "gemma-2-2b-topk": "laptop",
 }
 """Text of a command, and what stands for it: with no network, with a small model."""
 SHORT = [

@@ -10,6 +10,7 @@ import attrs
 
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
+from saekit.plugins.building import outlined
 from saekit.protocols import HasMemory, HasTokenizer, KnowsResidualStream
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
@@ -392,3 +393,28 @@ def fingerprint(subject: Subject) -> None:
     if isinstance(backend, HasMemory):
         bytes_ = backend.memory_bytes()
         must(isinstance(bytes_, int) and bytes_ >= 0, f"memory_bytes() is {bytes_!r}, expected a whole number")
+
+
+@CHECKS.add
+def outline(subject: Subject) -> None:
+    """The outline of a model, where there is one, has the name, the sizes and the hooks of the model; its forwards make
+    the shapes and types of the model's, and no numbers."""
+    model, entry = subject.model, subject.item.entry
+    if entry.outline is None:
+        raise NotTried("the entry has no outline")
+    if model is not None and not isinstance(model, ModelConfig):
+        raise NotTried("an outline is of a model that is named: give models= a saekit.config.ModelConfig")
+    made = outlined(subject.item, subject.options, model=model or ModelConfig(device="cpu"))
+    tried = _Tried.of(subject)
+    for name in ("name", "n_ctx", "d_vocab"):
+        own, its = getattr(tried.backend, name), getattr(made, name)
+        must(own == its, f"the {name} of its outline is {its!r}, and the model's {own!r}")
+    must(list(made.hook_names()) == list(tried.backend.hook_names()), "the hooks of its outline are others")
+    if isinstance(tried.backend, HasMemory):
+        own, its = tried.backend.memory_bytes(), made.memory_bytes()
+        must(abs(its - own) <= 0.01 * own, f"memory_bytes() of its outline is {its}, and the model's {own}")
+    held = tried.backend.run(tried.tokens, read={*tried.hooks}).held
+    for name, found in made.run(tried.tokens, read={*tried.hooks}).held.items():
+        own, its = (list(held[name].shape), held[name].dtype), (list(found.shape), found.dtype)
+        must(own == its, f"in its outline {name!r} holds {its}, and in the model {own}")
+        must(found.is_meta, f"in its outline {name!r} is on {found.device}, where it takes memory; expected meta")

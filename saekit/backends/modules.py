@@ -118,7 +118,7 @@ class ModuleBackend(Backend):
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def fingerprint(self) -> str | None:
-        return self._fingerprint
+        return None if self.device == "meta" else self._fingerprint  # where there are no weights
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -29,4 +29,4 @@ class Plan:
 
 def cannot_run(problems: list[str]) -> str:
     """The verdict on what has ``problems``; empty if there are none."""
-    return f"Cannot run: {len(problems)} problem{'s' if len(problems) > 1 else ''}." if problems else ""
+    return f"It cannot run: {len(problems)} problem{'s' if len(problems) > 1 else ''}." if problems else ""

@@ -26,12 +26,12 @@ class Of(StrEnum):
     """What memory is for."""
 
     MODEL = "the model"
-    SAE = "the SAE with gradients and moments"
-    BUFFER = "the buffer"
-    FORWARD = "a forward"
-    STEP = "a step"
+    SAE = "the SAE in training"
+    BUFFER = "the buffer of activations"
+    FORWARD = "running the model"
+    STEP = "a training step"
     EVALS = "evals"
-    CHECKPOINT = "a checkpoint that is being written"
+    CHECKPOINT = "writing a checkpoint"
 
 
 _LESS = {
@@ -191,15 +191,17 @@ def verdict(memory: Memory, disk: float, free: Mapping[str, float], free_on_disk
             "(checkpoints.folder): lower checkpoints.keep_last"
         )
     parts = [
-        f"{bytes_text(size)} on {device}"
-        + (f" (of {bytes_text(free[device])} free)" if device in free else ", which is not on this machine")
-        for device, size in needed.items()
+        f"{bytes_text(size)}{' of memory' * (number == 0)} on {device} ({_of(free.get(device))})"
+        for number, (device, size) in enumerate(needed.items())
     ]
-    parts.append(f"{bytes_text(disk)} of disk (of {bytes_text(free_on_disk)} free)")
-    needs = f"it needs about {', '.join(parts)}"
+    needs = f"about {', '.join(parts)} and {bytes_text(disk)} of disk ({_of(free_on_disk)})"
     if warnings:
         where = [f"on {device}" for device in lacking] + (["on disk"] if disk > free_on_disk else [])
-        return Verdict(f"Does not fit {' and '.join(where)}: {needs}.", False, warnings)
+        return Verdict(f"It does not fit {' and '.join(where)}: it needs {needs}.", False, warnings)
     if set(needed) <= set(free):
-        return Verdict(f"Fits: {needs}.", True)
-    return Verdict(f"{needs[0].upper()}{needs[1:]}.")
+        return Verdict(f"It fits: it needs {needs}.", True)
+    return Verdict(f"It needs {needs}.")
+
+
+def _of(free: float | None) -> str:
+    return "not on this machine" if free is None else f"{bytes_text(free)} are free"

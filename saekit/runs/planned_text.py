@@ -22,6 +22,7 @@ __all__ = ["TextFindings", "look_at_text", "text_length"]
 
 T = TypeVar("T")
 _LOOK_AT = 100_000  # tokens, at most, to estimate the text's length
+_AT_THE_END = {"repeat": "it is read again", "stop": "training ends", "error": "the run fails"}
 _PLAIN_TEXT = (".txt", ".text", ".md", ".py", ".jsonl", ".json")  # whose size on disk tells how much text there is
 
 
@@ -76,7 +77,7 @@ def look_at_text(
             f"an eval counts those that fired on none of its {evals.n_contexts * corpus.context_size:,} tokens, nor in "
             "the last window of training"
         )
-    found.facts["when the text ends"] = str(corpus.config.on_exhausted)
+    found.facts["when the text ends"] = _AT_THE_END[corpus.config.on_exhausted]
     return found
 
 

@@ -93,7 +93,7 @@ def test_a_model_that_nobody_could_load_is_counted(tmp_path: Path) -> None:
     assert found.facts["site"] == f"layers.3 of big, width {WIDTH}"
     assert found.facts["SAE"] == f"65,536 features, {parameters:,} parameters"
     assert found.facts["duration"] == "not measured: the model was not loaded"
-    assert "the model 70 GB, the SAE with gradients and moments 17.2 GB" in found.facts["memory on cpu"]
+    assert "the model 70 GB, the SAE in training 17.2 GB" in found.facts["memory on cpu"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     found = saekit.plan(config(tmp_path), plugins=manager(outline))
     assert (found.problems, found.fits) == ([], False)
     assert found.facts["duration"] == "not measured: it does not fit"
-    assert found.verdict.startswith("Does not fit on cpu: it needs about 71.")
+    assert found.verdict.startswith("It does not fit on cpu: it needs about 71.")
     (warning,) = [text for text in found.warnings if "are needed on cpu" in text]
     assert warning.endswith('16 GB are free: choose model.dtype = "bfloat16", or a smaller model')
 
@@ -121,7 +121,7 @@ def test_problems_are_found_before_anything_is_loaded(tmp_path: Path) -> None:
         "dataset.context_size: is 8192, but the model 'big' takes at most 4096 tokens",
         "sae.d_in: is 5, but layers.3 of 'big' has width 8192",
     ]
-    assert found.verdict == "Cannot run: 2 problems."
+    assert found.verdict == "It cannot run: 2 problems."
     given["site"] = {"hook_name": "layer.3"}
     (problem,) = saekit.plan(given | {"dataset": {}}, plugins=manager(outline), load=False).problems
     assert "the model 'big' has no hook 'layer.3' (site.hook_name). Did you mean 'layers.3'" in problem
@@ -141,7 +141,7 @@ def test_a_backend_that_cannot_outline(tmp_path: Path, made: Any, words: str) ->
     found = saekit.plan(config(tmp_path), plugins=manager(made), load=False)
     (problem,) = found.problems
     assert words in problem
-    assert found.verdict == "Cannot run: 1 problem."
+    assert found.verdict == "It cannot run: 1 problem."
 
 
 def test_an_outline_must_be_callable() -> None:
@@ -158,7 +158,7 @@ def test_of_another_machine(tmp_path: Path) -> None:
     assert (found.problems, found.fits) == ([], None)
     assert "are free" not in found.facts["memory on cuda"]
     assert set(found.facts) >= {"memory on cuda", "memory on cpu"}, "a checkpoint is put together on the CPU"
-    assert "on cuda, which is not on this machine" in found.verdict
+    assert "of memory on cuda (not on this machine), " in found.verdict
     assert any("'cuda' cannot be used" in text for text in saekit.plan(given, plugins=manager(None)).problems)
 
 
@@ -168,7 +168,7 @@ def test_the_outlines_of_saekit_have_the_sizes_of_their_models(tmp_path: Path) -
     assert counted.problems == measured.problems == []
     timed = {"forward_seconds", "step_seconds", "seconds", "silent_at_start"}
     assert {name: value for name, value in measured.numbers.items() if name not in timed} == counted.numbers
-    assert measured.verdict.startswith("Fits: it needs about ")
+    assert measured.verdict.startswith("It fits: it needs about ")
     assert measured.fits is counted.fits is True
     model = hooked_transformer()
     passed = saekit.plan(given, model=model).numbers
@@ -198,12 +198,14 @@ def test_the_greatest_of_what_is_done_in_turns_counts() -> None:
     assert memory.needed() == {"cuda": 15, "cpu": 7}
     assert memory.facts({"cpu": 9}) == {
         "memory on cuda": "15 bytes (the model 10 bytes, evals 5 bytes)",
-        "memory on cpu": "7 bytes (the buffer 3 bytes, a checkpoint that is being written 4 bytes); 9 bytes are free",
+        "memory on cpu": "7 bytes (the buffer of activations 3 bytes, writing a checkpoint 4 bytes); 9 bytes are free",
     }
     assert verdict(memory, 5, {"cuda": 20, "cpu": 7}, 5).fits
     found = verdict(memory, 5, {"cuda": 14, "cpu": 7}, 4)
     assert found.fits is False
-    assert found.text.startswith("Does not fit on cuda and on disk: it needs about 15 bytes on cuda (of 14 bytes free)")
+    assert found.text.startswith(
+        "It does not fit on cuda and on disk: it needs about 15 bytes of memory on cuda (14 bytes are free), "
+    )
     assert [text.partition(":")[0] for text in found.warnings] == [
         "about 15 bytes are needed on cuda, and 14 bytes are free",
         "about 5 bytes of disk are needed, and 4 bytes are free (checkpoints.folder)",
@@ -213,5 +215,5 @@ def test_the_greatest_of_what_is_done_in_turns_counts() -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run_config(tmp_path / "runs"))))
     shown = cli("plan", "run.toml", "--no-load", cwd=tmp_path).stdout.splitlines()
-    assert shown[-1].startswith("Fits: it needs about ")
+    assert shown[-1].startswith("It fits: it needs about ")
     assert not any("first context" in line for line in shown)

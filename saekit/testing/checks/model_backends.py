@@ -6,23 +6,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
+from saekit.plugins.building import outlined
 from saekit.protocols import HasMemory, HasTokenizer, KnowsResidualStream
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
+from saekit.testing.checks.tried_models import Tried, backend_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.protocols import ModelBackend
 
 CHECKS = Checks()
 _CLOSE = 1e-5
-_MOST_HOOKS, _LOOKED_AT = 4, 24
 _TEXT = "def add(a, b):\n    return a + b\n"
 
 
@@ -30,75 +28,10 @@ class _Deliberate(Exception):  # noqa: N818 - not an error
     """Raised inside a forward."""
 
 
-def _backend(subject: Subject) -> ModelBackend:
-    model = subject.model
-    config, loaded = (model, None) if isinstance(model, ModelConfig) else (ModelConfig(device="cpu"), model)
-    found: ModelBackend = subject.build(model=config, loaded=loaded)
-    return found
-
-
-@attrs.frozen
-class _Tried:
-    """A backend, tokens for it, and some of its hooks that hold a vector for each token, as the forward meets them."""
-
-    backend: ModelBackend
-    tokens: Tensor
-    hooks: tuple[str, ...]
-
-    @classmethod
-    def of(cls, subject: Subject) -> _Tried:
-        backend = _backend(subject)
-        tokens = _tokens(backend)
-        if "hooks" not in subject.known:
-            subject.known["hooks"] = _usable(backend, tokens)
-        hooks = subject.known["hooks"]
-        must(hooks, f"no hook of {backend.name!r} holds a vector for each token, [b, t, d]")
-        return cls(backend, tokens, hooks)
-
-    def logits(self, **how: Any) -> Tensor:
-        """A clone: what a forward gave may be written over by the next."""
-        return self.backend.run(self.tokens, want="logits", **how).logits.detach().clone()
-
-
-def _tokens(backend: ModelBackend) -> Tensor:
-    import torch
-
-    length = min(12, backend.n_ctx or 12)
-    return torch.randint(1, min(backend.d_vocab, 100), (2, length), generator=seeded())
-
-
-def _usable(backend: ModelBackend, tokens: Tensor) -> tuple[str, ...]:
-    """Those at which something can be read and replaced, spread over the model, in the order of the forward."""
-    names = list(backend.hook_names())
-    step = max(len(names) // _LOOKED_AT, 1)
-    good = [name for name in names[::step] if _holds_vectors(backend, tokens, name)]
-    met: dict[str, None] = {}
-
-    def meets(name: str) -> Any:
-        def passed(held: Tensor) -> Tensor:
-            met[name] = None
-            return held
-
-        return passed
-
-    backend.run(tokens, replace={name: meets(name) for name in good}, want="logits")
-    order = [*met]
-    chosen = [order[n * (len(order) - 1) // (_MOST_HOOKS - 1)] for n in range(_MOST_HOOKS)] if order else []
-    return tuple(dict.fromkeys(chosen))
-
-
-def _holds_vectors(backend: ModelBackend, tokens: Tensor, name: str) -> bool:
-    try:
-        held = backend.run(tokens, read={name}).held[name]
-    except ModelError:  # it does not run as the model is configured
-        return False
-    return held.ndim == 3 and held.shape[:2] == tokens.shape and held.is_floating_point()
-
-
 @CHECKS.add
 def build(subject: Subject) -> None:
     """It is built from its options and the model's, and keeps to its protocol."""
-    _backend(subject)
+    backend_of(subject)
 
 
 @CHECKS.add
@@ -106,7 +39,7 @@ def values(subject: Subject) -> None:
     """Its name, device, sizes, special tokens and hooks are what the protocol says."""
     import torch
 
-    backend = _backend(subject)
+    backend = backend_of(subject)
     must(isinstance(backend.name, str) and backend.name, f"name is {backend.name!r}, expected a text")
     torch.device(backend.device)
     must(isinstance(backend.device, str), f"device is {backend.device!r}, expected a text, as torch spells it")
@@ -129,7 +62,7 @@ def _is_count(value: object) -> bool:
 @CHECKS.add
 def early_stop(subject: Subject) -> None:
     """A forward that only reads ends after the last hook that is read; what is read is the same as in a whole one."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     first, last, later = tried.hooks[0], tried.hooks[-1], []
 
     def recorded(held: Tensor) -> Tensor:
@@ -174,7 +107,7 @@ def loss(subject: Subject) -> None:
     """``loss [b, t - 1]`` is the cross-entropy of ``logits [b, t, d_vocab]`` for the next tokens, in nats."""
     from saekit.backends import next_token_loss
 
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     logits = tried.logits()
     must(
         logits.shape[:2] == tried.tokens.shape, f"logits have the shape {list(logits.shape)}, expected [b, t, d_vocab]"
@@ -187,7 +120,7 @@ def loss(subject: Subject) -> None:
 @CHECKS.add
 def identity(subject: Subject) -> None:
     """To put back what a hook holds changes nothing; what is read is what was there before anything was replaced."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     clean = tried.logits()
     for name in tried.hooks:
         must_agree(f"logits with {name!r} replaced by itself", tried.logits(replace={name: lambda x: x}), clean, _CLOSE)
@@ -199,7 +132,7 @@ def identity(subject: Subject) -> None:
 @CHECKS.add
 def zero(subject: Subject) -> None:
     """Zeros in the place of what hooks hold change the logits, and reach the hooks after them."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     clean = tried.logits()
     zeroed = {name: lambda x: x * 0 for name in tried.hooks}
     must(
@@ -217,7 +150,7 @@ def zero(subject: Subject) -> None:
 def two_hooks(subject: Subject) -> None:
     """Two hooks can be read and replaced in one forward, each once; the later holds what the earlier's replacement
     makes of it."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     if len(tried.hooks) < 2:
         raise NotTried("it has one hook alone")
     first, last = tried.hooks[0], tried.hooks[-1]
@@ -243,7 +176,7 @@ def two_hooks(subject: Subject) -> None:
 @CHECKS.add
 def nothing_left(subject: Subject) -> None:
     """After a forward, one in which something was raised included, the model is as it was: hooks, mode, what learns."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     before, clean = _state(subject.model), tried.logits()
 
     def fails(held: Tensor) -> Tensor:
@@ -276,7 +209,7 @@ def _state(model: object) -> dict[str, Any]:
 @CHECKS.add
 def refusals(subject: Subject) -> None:
     """A hook that is not there, and a replacement of another shape, are a :class:`saekit.errors.ModelError`."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     cases: dict[str, dict[str, Any]] = {
         "a hook that is not there": {"read": {"no.such.hook"}},
         "a replacement of another shape": {"replace": {tried.hooks[0]: lambda x: x[..., :1]}, "want": "logits"},
@@ -297,7 +230,7 @@ def grad(subject: Subject) -> None:
     say."""
     import torch
 
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     name = tried.hooks[-1]
     plain = tried.backend.run(tried.tokens, read={name}, want="logits")
     must(not plain.logits.requires_grad and not plain.held[name].requires_grad, "without grad, gradients are recorded")
@@ -326,7 +259,7 @@ def types(subject: Subject) -> None:
     """Tokens of any whole type do, and from memory of any kind; tensors come on the device of the backend."""
     import torch
 
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     device = torch.device(tried.backend.device)
     out = tried.backend.run(tried.tokens, read={*tried.hooks}, want="logits")
     for what, value in {"logits": out.logits, **out.held}.items():
@@ -341,7 +274,7 @@ def types(subject: Subject) -> None:
 @CHECKS.add
 def tokenizer(subject: Subject) -> None:
     """``tokenize`` gives ids without special tokens, and ``token_texts`` says what they stand for."""
-    backend = _backend(subject)
+    backend = backend_of(subject)
     if isinstance(backend, HasTokenizer) and backend.tokenizer is None:
         raise NotTried("the model has no tokenizer")
     ids = backend.tokenize(_TEXT)
@@ -357,7 +290,7 @@ def tokenizer(subject: Subject) -> None:
 @CHECKS.add
 def unembedding(subject: Subject) -> None:
     """``unembedding`` is a matrix ``[d_model, d_vocab]`` and a bias or None; or a ModelError where there is none."""
-    backend = _backend(subject)
+    backend = backend_of(subject)
     try:
         weights, bias = backend.unembedding()
     except ModelError as error:
@@ -373,7 +306,7 @@ def unembedding(subject: Subject) -> None:
 @CHECKS.add
 def residual_stream(subject: Subject) -> None:
     """What ``in_residual_stream``, if there, says yes of is as wide as what ``unembedding`` reads."""
-    tried = _Tried.of(subject)
+    tried = Tried.of(subject)
     if not isinstance(backend := tried.backend, KnowsResidualStream):
         raise NotTried("the backend does not know the residual stream")
     held = backend.run(tried.tokens, read=tried.hooks).held
@@ -385,10 +318,35 @@ def residual_stream(subject: Subject) -> None:
 @CHECKS.add
 def fingerprint(subject: Subject) -> None:
     """``fingerprint`` is the same text each time, or None; ``memory_bytes``, if there, a whole number."""
-    backend, again = _backend(subject), _backend(subject)
+    backend, again = backend_of(subject), backend_of(subject)
     found = backend.fingerprint()
     must(found is None or (isinstance(found, str) and found), f"it is {found!r}, expected a text or None")
     must(found == again.fingerprint(), f"it is {found!r}, and of the same weights {again.fingerprint()!r}")
     if isinstance(backend, HasMemory):
         bytes_ = backend.memory_bytes()
         must(isinstance(bytes_, int) and bytes_ >= 0, f"memory_bytes() is {bytes_!r}, expected a whole number")
+
+
+@CHECKS.add
+def outline(subject: Subject) -> None:
+    """The outline of a model, where there is one, has the name, the sizes and the hooks of the model; its forwards make
+    the shapes and types of the model's, and no numbers."""
+    model, entry = subject.model, subject.item.entry
+    if entry.outline is None:
+        raise NotTried("the entry has no outline")
+    if model is not None and not isinstance(model, ModelConfig):
+        raise NotTried("an outline is of a model that is named: give models= a saekit.config.ModelConfig")
+    made = outlined(subject.item, subject.options, model=model or ModelConfig(device="cpu"))
+    tried = Tried.of(subject)
+    for name in ("name", "n_ctx", "d_vocab"):
+        own, its = getattr(tried.backend, name), getattr(made, name)
+        must(own == its, f"the {name} of its outline is {its!r}, and the model's {own!r}")
+    must(list(made.hook_names()) == list(tried.backend.hook_names()), "the hooks of its outline are others")
+    if isinstance(tried.backend, HasMemory):
+        own, its = tried.backend.memory_bytes(), made.memory_bytes()
+        must(abs(its - own) <= 0.01 * own, f"memory_bytes() of its outline is {its}, and the model's {own}")
+    held = tried.backend.run(tried.tokens, read={*tried.hooks}).held
+    for name, found in made.run(tried.tokens, read={*tried.hooks}).held.items():
+        own, its = (list(held[name].shape), held[name].dtype), (list(found.shape), found.dtype)
+        must(own == its, f"in its outline {name!r} holds {its}, and in the model {own}")
+        must(found.is_meta, f"in its outline {name!r} is on {found.device}, where it takes memory; expected meta")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from support.faulty.case import cases
+from support.faulty.case import Case, cases
 from torch import Tensor
 
 from saekit import Forward
 from saekit.backends import Hooks
-from saekit.testing import FakeBackend
+from saekit.testing import FakeBackend, fake_plugin
 
 COUNT = itertools.count()
 
@@ -143,4 +143,11 @@ CASES = cases(
         "residual_stream": ("it says yes of .*'narrow': 4.*, and the unembedding reads 8", of(Boasting)),
         "fingerprint": ("it is 'model .*', and of the same weights 'model", of(Restless)),
     },
+)
+CASES.append(
+    Case(
+        "outline",
+        r"in its outline 'hook_embed' is on cpu, where it takes memory; expected meta",
+        fake_plugin("model_backends", build=of(FakeBackend), outline=lambda config, *, model: FakeBackend()),
+    )
 )

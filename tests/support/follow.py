@@ -39,7 +39,7 @@ SHORT = [
 ]  # fmt: skip
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
-    "pretokenize": ["max_contexts=50"],
+    "pretokenize": ["max_contexts=400"],
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def prepare(folder: Path) -> None:
     """What pages take for granted: a configuration, some text; and a browser, which shall not really open."""
     webbrowser.open = lambda *_, **__: True
     (folder / "run.toml").write_text('[sae]\nname = "standard"\nd_sae = 64\n', encoding="utf-8")
-    texts = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(60)]
+    texts = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(200)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
 
 

@@ -62,7 +62,9 @@ class Screen:
 
     def _take(self, part: str) -> None:
         if part == "\n":
-            self.row, self.fresh = self.row + 1, False
+            whole = wrapped(self.lines[self.row])
+            self.lines[self.row : self.row + 1] = whole
+            self.row, self.fresh = self.row + len(whole), False
             self.lines += [""] * (self.row + 1 - len(self.lines))
         elif part == "\r":
             self.fresh = True
@@ -73,6 +75,20 @@ class Screen:
         elif part[0] != "\x1b" or part.endswith("m"):
             self.lines[self.row] = part if self.fresh else self.lines[self.row] + part
             self.fresh = False
+
+
+def wrapped(line: str) -> list[str]:
+    """A line as lines that are no wider than the terminal; what is said of its looks goes on in the next."""
+    lines, looks, width = [""], "", 0
+    for part in re.findall(r"\x1b\[[0-9;]*m|.", line):
+        if len(part) > 1:
+            looks = part if part in ("\x1b[0m", "\x1b[m") else looks + part
+        elif width == COLUMNS:
+            lines.append(looks)
+            width = 0
+        lines[-1] += part
+        width += len(part) == 1
+    return lines
 
 
 def recorded(command: str, folder: Path) -> list[tuple[float, str]]:

@@ -32,6 +32,12 @@ def test_a_line_is_written_anew(film: Any) -> None:
     assert screen.lines == ["one", "five", "six"]
 
 
+def test_a_long_line_is_wrapped(film: Any) -> None:
+    screen = film.Screen()
+    screen.write(f"\x1b[1m{'a' * film.COLUMNS}b\x1b[0m\nnext\n{'c' * film.COLUMNS}\n")
+    assert screen.lines == [f"\x1b[1m{'a' * film.COLUMNS}", "\x1b[1mb\x1b[0m", "next", "c" * film.COLUMNS, ""]
+
+
 def test_pauses_are_short_and_long_commands_fast(film: Any) -> None:
     (first, text), (second, rest) = film.edited([(10.0, "a"), (10.01, "b"), (99.0, "c")])
     assert (text, rest) == ("ab", "c")
@@ -65,7 +71,7 @@ def test_colors_and_a_screen_that_moves(film: Any) -> None:
 def test_the_film_of_the_readme() -> None:
     source = (DOCS / "images" / "film.svg").read_text(encoding="utf-8")
     assert len(source) < 400_000
-    assert "script" not in source
+    assert "<script" not in source
     assert "http" not in source.replace("http://www.w3.org/2000/svg", "")
     texts = [element.text or "" for element in ElementTree.fromstring(source).iter("{http://www.w3.org/2000/svg}text")]
     assert any("explained variance" in text for text in texts)

@@ -29,7 +29,7 @@ LOCAL = {
     "owner/texts": "texts.jsonl",
     "num_proc=8": "num_proc=2",
     "context_size=256": "context_size=64",
-    "gpt2-small-residual": "laptop",
+    "gpt2-small-residual": """laptop 'sae={name="standard", d_sae=64}'""",
     "gemma-2-2b-topk": "laptop",
 }
 """Text of a command, and what stands for it: with no network, with a small model."""

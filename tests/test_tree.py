@@ -171,6 +171,7 @@ def test_protocols_import_nothing_that_they_describe() -> None:
         "saekit.defaults",
         "saekit.hub",
         "saekit.reasons",
+        "saekit.legacy",
         "saekit.weights",
     }
     assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons"}

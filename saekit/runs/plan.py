@@ -98,6 +98,7 @@ class _Planner:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.start: SAEModule | None = None
+        self.refused = False
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
@@ -161,7 +162,8 @@ class _Planner:
                 return
             self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             found = self.sizes(stream, corpus, ports, source)
-            if found is not None and schedule is not None and fits and (source is not None or stream.has_model):
+            tried = found is not None and schedule is not None and fits and not self.refused
+            if tried and (source is not None or stream.has_model):
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:
@@ -177,7 +179,9 @@ class _Planner:
             device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: check_without_model(config, plugins))
         self.attempt(lambda: chosen_trackers(config, plugins))
-        if (found := self.attempt(lambda: sae_options(config, plugins))) is not None:
+        found = self.attempt(lambda: sae_options(config, plugins))
+        self.refused = found is None
+        if found is not None:
             self.options, self.start = found
             self.doubt(*doubts_of_start(config, self.start))
         return device

@@ -61,7 +61,9 @@ class Sizes:
         sae = build_module(item, self.options, self.ports, self.plugins)
         weights, saved = self._sae(sae)
         kept = moment_bytes(self.config, self.plugins, sae)
-        if kept is not None:
+        if kept is None:
+            self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
+        else:
             self.numbers["optimizer_bytes"] = kept
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)

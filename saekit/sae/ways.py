@@ -133,7 +133,7 @@ def _helpers(owner: type) -> Iterator[str]:
     Others that every module has, such as ``after_update`` and what is there to save, are at work around the kernels.
     """
     lineage = owner.__mro__
-    every_module = lineage[lineage.index(Ways) - 1]
+    every_module = next(base for base in lineage if Ways in base.__bases__)
     beside = {name for base in lineage for name in vars(base).get("beside_mathematics", ())}
     for base in lineage[: lineage.index(every_module)]:
         for name, value in vars(base).items():

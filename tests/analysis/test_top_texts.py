@@ -265,7 +265,7 @@ def test_of_a_saved_sae_alone(tmp_path: Path) -> None:
     [
         ({"features": [24]}, "features: are 0 to 23 of this SAE, found 24"),
         ({"features": "worst"}, "features: must be 'best', 'random' or numbers of features, found 'worst'"),
-        ({"k": 0}, "k: must be 1 or more, found 0"),
+        ({"k": 0}, "k: must be a whole number of 1 or more, found 0"),
         ({"site": "nowhere"}, "has no hook 'nowhere'"),
         ({"dataset": {"path": "./nowhere"}}, "there is no file or folder './nowhere'"),
         ({"dataset": {"path": "saekit/python-stdlib", "context_size": 65}}, "is 65, but the model .* takes at most 64"),

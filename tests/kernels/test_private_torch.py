@@ -84,7 +84,12 @@ module._own, torch.nn.functional.relu
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_one_file_knows_what_torch_does_not_promise(path: Path) -> None:
     own = Path(str(private.__file__))
-    assert bool(private_of_torch(path.read_text())) == (path == own)
+    found = private_of_torch(path.read_text())
+    if path.stem == "legacy":  # names that stand in strangers' files, of which nothing is called
+        assert found
+        assert f"'{found[0]}'" in repr(ast.dump(ast.parse(path.read_text()))).replace("\\'", "'")
+        return
+    assert bool(found) == (path == own)
 
 
 # ---- what is there, and the public ways in its place

@@ -84,7 +84,9 @@ def test_it_is_what_a_run_of_it_keeps(name: str, tmp_path: Path) -> None:
 
 def test_it_is_told_in_words(tmp_path: Path) -> None:
     config = config_in(tmp_path) | {"optimizer": "signum"}
-    assert planned(config, None).facts["SAE memory"] == ("13.2 kB (weights and gradients, and the optimizer's 4.38 kB)")
+    found = planned(config, None)
+    assert "(the SAE in training 13.2 kB, " in found.facts["memory on cpu"]
+    assert found.numbers["optimizer_bytes"] == 4384
 
 
 def test_the_moments_of_bfloat16_are_float32(tmp_path: Path) -> None:
@@ -97,4 +99,4 @@ def test_one_that_cannot_be_asked(tmp_path: Path) -> None:
     config = config_in(tmp_path) | {"optimizer": "mine"}
     found = planned(config, for_large_matrices)
     assert "optimizer_bytes" not in found.numbers
-    assert found.facts["SAE memory"].endswith(" (weights and gradients; what the optimizer keeps is not known)")
+    assert "what the optimizer keeps is not known, and left out of memory and disk" in found.warnings

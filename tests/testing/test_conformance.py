@@ -204,6 +204,7 @@ SILENT = {
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
+    "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }
 """Why a check may say nothing of a built-in."""
 

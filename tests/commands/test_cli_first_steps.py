@@ -95,6 +95,26 @@ def test_commented_toml_means_the_configuration(tmp_path: Path, seed: int) -> No
     assert spelled_out(again, plugins) == spelled_out(config, plugins)
 
 
+@attrs.frozen(kw_only=True)
+class Sometimes:
+    """Options of a schedule."""
+
+    size: int | None = 3
+    """None is another thing than the default."""
+    where: str | None = None
+    """Here it is the default."""
+
+
+def test_commented_toml_says_none_where_that_is_not_the_default(tmp_path: Path) -> None:
+    plugins = isolated_manager(fake_plugin("lr_schedules", config=Sometimes), builtins=True)
+    config = load_config({"lr_schedule": {"name": "fake", "size": None}}, plugins=plugins)
+    text = commented_toml(config, plugins=plugins)
+    assert "size = {none = true}\n" in text
+    assert "# where =\n" in text
+    (tmp_path / "x.toml").write_text(text)
+    assert load_config(tmp_path / "x.toml", plugins=plugins).lr_schedule.options == Sometimes(size=None)
+
+
 def test_plugins_by_their_keys() -> None:
     bare = cli("plugins", "topk", watch=True).stdout
     assert bare.startswith("saekit:topk: ")

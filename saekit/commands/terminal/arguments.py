@@ -9,19 +9,33 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.completing import complete_config
+__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "completed", "examples", "source_of"]
 
-__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "examples", "source_of"]
+
+def completed(what: str, ctx: typer.Context, incomplete: str) -> list[str]:
+    """What the TAB key offers, by the function of :mod:`saekit.commands.terminal.completing` of that name.
+
+    That is imported when somebody presses it.  Where it is handed over, it stands in a lambda: typer asks for the types
+    of every function with types, at every start, which takes milliseconds.
+    """
+    from saekit.commands.terminal import completing
+
+    offered: list[str] = getattr(completing, what)(ctx, incomplete)
+    return offered
+
 
 _FILE = typer.Argument(
     help="A TOML, YAML or JSON file; or the first of the options, if the rest are the defaults.",
-    autocompletion=complete_config,
+    autocompletion=lambda ctx, incomplete: completed("complete_config", ctx, incomplete),
 )
 ConfigFile = Annotated[str, _FILE]
 MaybeConfigFile = Annotated[str | None, _FILE]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Options to change, as section.option=value.", autocompletion=complete_config),
+    typer.Argument(
+        help="Options to change, as section.option=value.",
+        autocompletion=lambda ctx, incomplete: completed("complete_config", ctx, incomplete),
+    ),
 ]
 
 

@@ -39,7 +39,7 @@ def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
     return [*(() if given else _files(incomplete)), *options.starting(incomplete)]
 
 
-def complete_plugin(incomplete: str) -> list[str]:
+def complete_plugin(ctx: typer.Context, incomplete: str) -> list[str]:
     """The keys of plugins, or those of a kind that is named: ``lr_schedules:cosine``."""
     from saekit.plugins.manager import default_manager
 
@@ -49,7 +49,7 @@ def complete_plugin(incomplete: str) -> list[str]:
             if not colon or item.kind.name == kind]  # fmt: skip
 
 
-def complete_recipe(incomplete: str) -> list[str]:
+def complete_recipe(ctx: typer.Context, incomplete: str) -> list[str]:
     """The names of recipes."""
     from saekit.config.recipes import recipes
 

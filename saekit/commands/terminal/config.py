@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
-from saekit.commands.terminal.completing import complete_recipe
+from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, completed, source_of
 from saekit.errors import ConfigError
 
 __all__ = ["EXAMPLES", "config"]
@@ -38,7 +37,7 @@ def config(
         typer.Option(
             "--recipe",
             help="Print this recipe, a configuration of what people train, with changes on top.",
-            autocompletion=complete_recipe,
+            autocompletion=lambda ctx, incomplete: completed("complete_recipe", ctx, incomplete),
         ),
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes.")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.completing import complete_plugin
+from saekit.commands.terminal.arguments import completed
 
 __all__ = ["EXAMPLES", "plugins"]
 
@@ -24,7 +24,7 @@ def plugins(
         str | None,
         typer.Argument(
             help="KEY shows that plugin's options, KIND:KEY where several have that key, KIND those of a kind.",
-            autocompletion=complete_plugin,
+            autocompletion=lambda ctx, incomplete: completed("complete_plugin", ctx, incomplete),
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,

@@ -9,7 +9,6 @@ import attrs
 from rich.console import Console
 
 from saekit.commands.jobs import train
-from saekit.commands.outcome import show_files, show_table
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVAL, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
@@ -66,6 +65,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
         raise ConfigError([("evals.run", f"the demo shows the numbers of {DEFAULT_EVAL}, so it must be there")])
     console.print(_WHAT, highlight=False, soft_wrap=True)
     result = train(config, plugins=plugins)
+    from saekit.commands.outcome import show_files, show_table  # when something has been said
+
     show_table(result, console)
     found = _features(result, config)
     from saekit.analysis.feature_texts import as_page, as_text

@@ -58,6 +58,10 @@ def show(
     _say(console, f"{folder}: {run.state.text}", style="bold")
     for problem in run.problems:
         _say(console, f"broken: {problem}", style="red")
+    for sae in run.saes.values():
+        if sae.history.damaged:
+            whose = f" of {sae.name}" if run.sweep else ""
+            _say(console, f"broken: {sae.history.damaged:,} lines of the metrics{whose} are no records", style="red")
     console.print()
     if all(sae.history.records for sae in run.saes.values()) or run.sweep:
         console.print(run_table(run, console))

@@ -143,7 +143,7 @@ class _Texts(Sequence[dict[str, str]]):
         return len(self._texts)
 
     def __getitem__(self, index: Any) -> Any:
-        return {"text": self._texts[index]}
+        return _document(self._texts[index], index)
 
 
 class _TextsInTurn(Iterable[dict[str, str]]):
@@ -153,7 +153,14 @@ class _TextsInTurn(Iterable[dict[str, str]]):
         self._texts = texts
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        return ({"text": text} for text in self._texts)
+        return (_document(text, index) for index, text in enumerate(self._texts))
+
+
+def _document(text: object, index: int) -> dict[str, str]:
+    """:class:`DataError` for what is no text among texts: to leave it out would go unseen."""
+    if not isinstance(text, str):
+        raise DataError(f"the dataset begins with texts, and its item {index} is {_a(text)}: {text!r:.60}. {_TAKEN}")
+    return {"text": text}
 
 
 class _Frame(Sequence[Mapping[str, Any]]):

@@ -14,6 +14,7 @@ from saekit.errors import ConfigError, SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, HasMemory, ModelBackend
+from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes
 from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
@@ -193,7 +194,10 @@ class Sizes:
         try:
             with self.stream.model_lock:
                 found = peak_bytes(lambda: forward(tokens))
-        except Exception:  # what is wrong, the run itself will say
+        except Exception as error:  # what is wrong, the run itself will say
+            self.warnings.append(
+                f"a forward of the model could not be counted, and is left out of memory: {reason(error)}"
+            )
             return 0
         return found * prompts // len(tokens)
 

@@ -14,6 +14,7 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
+from saekit.config.reports import ReportsConfig
 from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Resumption", "UnusableCheckpointError"]
 
 _FREE = "reports."
+_FREE_PATHS = {"reports", *(f"{_FREE}{field.name}" for field in attrs.fields(ReportsConfig))}
 """Options that are no part of what a run is: they may change from one part of it to the next."""
 
 
@@ -95,7 +97,7 @@ class Resumption:
             if checkpoint is not None:
                 changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
         changed = {path: values for path, values in changed.items() if not path.startswith(_FREE)}
-        allow = [path for path in allow if not f"{path}.".startswith(_FREE)]
+        allow = [path for path in allow if path not in _FREE_PATHS]
         refuse(changed, frozenset(allow))
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(allow, [*changed, *identity])

@@ -20,28 +20,28 @@ from common import language_model, megabytes, random_contexts
 import saekit
 
 RUNS: dict[str, tuple[list[str], dict[str, int] | None]] = {
-    "laptop": (["training.training_tokens=200_000"], None),
-    "wide": (["sae.d_sae=16384", "training.train_batch_size_tokens=4096", "training.training_tokens=200_000"], None),
-    "standard": (['sae={name="standard",d_sae=8192}', "training.training_tokens=200_000"], None),
+    "laptop": (["training.training_tokens=60_000"], None),
+    "wide": (["sae.d_sae=16384", "training.train_batch_size_tokens=4096", "training.training_tokens=60_000"], None),
+    "standard": (['sae={name="standard",d_sae=8192}', "training.training_tokens=60_000"], None),
     "plain": (
         ["sae.d_sae=8192", 'training.kernels="reference"', "training.train_batch_size_tokens=4096",
-         "training.training_tokens=200_000"],
+         "training.training_tokens=60_000"],
         None,
     ),
     "plain standard": (
-        ['sae={name="standard",d_sae=8192}', 'training.kernels="reference"', "training.training_tokens=200_000"], None
+        ['sae={name="standard",d_sae=8192}', 'training.kernels="reference"', "training.training_tokens=60_000"], None
     ),
     "buffer": (
         ["activations.source.n_batches_in_buffer=256", "activations.source.store_batch_size_prompts=32",
-         "training.training_tokens=200_000"],
+         "training.training_tokens=60_000"],
         None,
     ),
     "no checkpoint": (
         ["activations.source.n_batches_in_buffer=256", "activations.source.store_batch_size_prompts=32",
-         "checkpoints.keep_last=0", "training.training_tokens=200_000"],
+         "checkpoints.keep_last=0", "training.training_tokens=60_000"],
         None,
     ),
-    "model": (["sae.d_sae=4096", "training.training_tokens=100_000"], {"n_layers": 6, "d_model": 512, "n_heads": 8}),
+    "model": (["sae.d_sae=4096", "training.training_tokens=60_000"], {"n_layers": 6, "d_model": 512, "n_heads": 8}),
 }  # fmt: skip
 
 

@@ -95,6 +95,13 @@ def test_a_broken_run(tmp_path: Path) -> None:
         shown(folder)
 
 
+def test_lines_of_the_metrics_that_are_no_records(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\x00 nothing\n[1]\n")
+    assert "broken: 2 lines of the metrics are no records\n" in shown(folder)
+
+
 def test_a_sweep(tmp_path: Path) -> None:
     points = {"0_l1=1": {"sae": {"l1_coefficient": 1.0}}, "1_l1=9": {"sae": {"l1_coefficient": 9.0}}}
     folder = write_sweep(tmp_path / "sweep", points)

@@ -106,6 +106,8 @@ def test_an_unknown_name_lists_them() -> None:
     [
         (["--recipe", "laptop", "run.toml"], "laptop is a whole configuration, and 'run.toml' would be another"),
         (["--recipe", "laptop", "sae.kk=3"], "sae.kk: is not an option. Did you mean 'k'?"),
+        (["--recipe", "laptop", "--of", "pretokenize"], "--of: is 'pretokenize', and recipes are configurations of"),
+        (["--recipe", "laptop", "--recipes"], "--recipes: lists all, and --recipe prints one; give one of them"),
         (["--recipes", "sae.k=3"], "--recipes lists the recipes; 'sae.k=3' goes with --recipe NAME"),
     ],
 )  # fmt: skip

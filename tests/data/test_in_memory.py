@@ -14,6 +14,7 @@ import torch
 import saekit
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data import Corpus, Documents
+from saekit.data.in_memory import in_memory_records
 from saekit.errors import DataError
 from saekit.testing import FakeBackend
 
@@ -87,6 +88,14 @@ def test_columns_of_a_data_frame() -> None:
 def test_what_is_no_text(dataset: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(dataset)
+
+
+@pytest.mark.parametrize("many", [["a text", 5], ("a text", None)])
+def test_what_is_no_text_among_texts(many: Any) -> None:
+    """It is not left out unseen."""
+    said = r"begins with texts, and its item 1 is (an int: 5|a NoneType: None)\. It may be"
+    with pytest.raises(DataError, match=said):
+        list(in_memory_records(many, None, "train"))
 
 
 def test_what_is_no_text_shows_before_a_model_is_loaded(tmp_path: Path) -> None:

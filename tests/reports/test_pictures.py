@@ -15,7 +15,7 @@ from support.runs import contents, fake_config, manager, poison, resume, stopped
 from support.written import records, write_run, write_sweep
 
 import saekit
-from saekit.errors import DivergedError, PlaceError
+from saekit.errors import ConfigError, DivergedError, PlaceError
 from saekit.files.names import half_written
 from saekit.reports import draw_pictures, figures, pictures
 from saekit.runs.record import RunRecord
@@ -86,6 +86,8 @@ def test_pictures_are_no_part_of_a_run(tmp_path: Path) -> None:
     left_out = ("run/curves", "run/config.toml", "run/checkpoints")
     assert without(contents(tmp_path / "on"), *left_out) == without(contents(tmp_path / "off"), *left_out)
     stopped(fake_config(tmp_path / "more", reports=ON), 6)
+    with pytest.raises(ConfigError, match=r"allowed to change, but the same as before: reports\.nonsense"):
+        resume(tmp_path / "more/run", overrides=["reports.pictures=false"], allow=["reports", "reports.nonsense"])
     resume(tmp_path / "more/run", overrides=["reports.pictures=false"], allow=["reports.pictures"])
 
 

@@ -239,6 +239,10 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path, server:
             found = {
                 path: summed for path, summed in found.items() if path in wanted or not path.startswith("checkpoints/")
             }
+            record, whole = (json.loads((run_in(one) / "run.json").read_text()) for one in (folder, tmp_path / "whole"))
+            if "end" not in record:  # nor had it said yet that it was finished
+                assert record == {key: value for key, value in whole.items() if key != "end"}
+                found["run.json"] = wanted["run.json"]
         assert found == wanted, f"trial {trials}, killed with checkpoints at {steps}"
         shutil.rmtree(folder)
     print(f"\n{name}: {trials} runs killed {kills} times, all identical; the newest checkpoints then: {sorted(steps)}")

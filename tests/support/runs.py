@@ -65,8 +65,6 @@ def contents(folder: Path) -> dict[str, str]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([{k: v for k, v in line.items() if k != "seconds"} for line in lines]).encode()
-        if path.name == "run.json":  # a run that is killed after its last checkpoint is finished, and did not say so
-            data = json.dumps({key: value for key, value in json.loads(data).items() if key != "end"}).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 import attrs
 
-from saekit import Entry, PretrainedSAE, SAEFiles, hookimpl
-from saekit_plugins.loaders.reading import LINEAR, OneOfSeveral, found_files, one_file, options, site, tensors_of
-
-_PATTERN = r"DeepSeek-R1-[^/]*-SAE-l\d+\.pt"
+from saekit import Entry, hookimpl
+from saekit_plugins.loaders.reading import LINEAR, OneOfSeveral, ReLUFileLoader
 
 
 @attrs.frozen(kw_only=True)
@@ -18,33 +16,14 @@ class DeepSeekR1Config(OneOfSeveral):
     """Which file."""
 
 
-class DeepSeekR1Loader:
-    """Reads ``DeepSeek-R1-...-SAE-l19.pt``; ReLU, and no bias is taken from the input."""
+class DeepSeekR1Loader(ReLUFileLoader):
+    """Reads ``DeepSeek-R1-...-SAE-l19.pt``."""
 
-    def __init__(self, config: DeepSeekR1Config) -> None:
-        self._sae = config.sae
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.9 if found_files(files, _PATTERN) else 0.0
-
-    def load(self, files: SAEFiles) -> PretrainedSAE:
-        name = one_file(files, _PATTERN, self._sae, "deepseek_r1")
-        tensors = tensors_of(files, name, LINEAR)
-        said = re.search(r"(DeepSeek-R1-[^/]*)-SAE-l(\d+)\.pt$", name)
-        model, layer = said.groups() if said else ("", "")
-        return PretrainedSAE(
-            options=options(tensors, apply_b_dec_to_input=False, activation="saekit:relu"),
-            tensors=tensors,
-            site=site(f"blocks.{int(layer)}.hook_resid_post", name),
-            # The format has no field for the rest, which is the same for all of it.
-            metadata={
-                "model_name": f"deepseek-ai/{model}",
-                "context_size": 1024,
-                "prepend_bos": True,
-                "dataset_path": "lmsys/lmsys-chat-1m",
-            },
-            renamed=LINEAR,
-        )
+    key = "deepseek_r1"
+    pattern = r"(DeepSeek-R1-[^/]*)-SAE-l(\d+)\.pt"
+    names = LINEAR
+    owner = "deepseek-ai"
+    metadata: ClassVar = {"context_size": 1024, "prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}
 
 
 @hookimpl

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from saekit import SAEFiles, Site
+from saekit import PretrainedSAE, SAEFiles, Site
 from saekit.errors import ConfigError, SAEFormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LINEAR", "OneOfSeveral", "beside", "found_files", "named", "one_file", "options", "path_of", "peeked", "site",
-    "tensors_of", "text", "whole_number",
+    "LINEAR", "OneOfSeveral", "ReLUFileLoader", "beside", "found_files", "named", "one_file", "options", "path_of",
+    "peeked", "site", "tensors_of", "text", "whole_number",
 ]  # fmt: skip
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -141,3 +141,37 @@ def text(table: Mapping[str, Any], name: str, where: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise SAEFormatError(f"{name} in {where} is {value!r}, expected a text")
     return value
+
+
+class ReLUFileLoader:
+    """Reads a file of a ReLU SAE whose name says its model and layer; no bias is taken from the input.
+
+    The format has no field for the rest, which is the same for all of it.
+    """
+
+    key: ClassVar[str]
+    pattern: ClassVar[str]
+    """Of the name: its groups are the model and the layer."""
+    names: ClassVar[Mapping[str, str]]
+    owner: ClassVar[str]
+    """Of the models."""
+    metadata: ClassVar[Mapping[str, Any]]
+
+    def __init__(self, config: OneOfSeveral) -> None:
+        self._sae = config.sae
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.9 if found_files(files, self.pattern) else 0.0
+
+    def load(self, files: SAEFiles) -> PretrainedSAE:
+        name = one_file(files, self.pattern, self._sae, self.key)
+        tensors = tensors_of(files, name, self.names)
+        said = re.search(f"{self.pattern}$", name)
+        model, layer = said.groups() if said else ("", "")
+        return PretrainedSAE(
+            options=options(tensors, apply_b_dec_to_input=False, activation="saekit:relu"),
+            tensors=tensors,
+            site=site(f"blocks.{int(layer)}.hook_resid_post", name),
+            metadata={"model_name": f"{self.owner}/{model}", **self.metadata},
+            renamed=self.names,
+        )

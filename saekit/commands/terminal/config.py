@@ -55,6 +55,10 @@ def config(
     if form not in _FORMS:
         raise ConfigError([("--format", f"must be toml, yaml or json, found {form!r}")])
     if list_recipes or recipe is not None:
+        if of != "train":
+            raise ConfigError([("--of", f"is {of!r}, and recipes are configurations of train: leave it out")])
+        if list_recipes and recipe is not None:
+            raise ConfigError([("--recipes", "lists all, and --recipe prints one; give one of them")])
         from saekit.config.recipes import printed
 
         typer.echo(printed(recipe, [] if config is None else [config, *(overrides or ())], form), nl=False)

@@ -1,9 +1,9 @@
 """Makes ``tests/golden_levels/`` with sae-lens 6.54.12 and dictionary_learning 0.1.0, in an environment that has both.
 
 In float64.  Steps of sae-lens, and those of dictionary_learning's gated SAE, are its own trainer's.  Of its Matryoshka
-SAE the loss is; what follows is done here, as its own projection has rows of norm ``1 − 1e-6``: the gradient's part along
-decoder rows is removed, its norm clipped at 1, and after Adam's step rows are brought back to norm 1.  Its loss rounds
-to float32 in between, which is switched off.
+SAE the loss is; what follows is done here, as its own projection has rows of norm ``1 − 1e-6``: the gradient's part
+along decoder rows is removed, its norm clipped at 1, and after Adam's step rows are brought back to norm 1.  Its loss
+rounds to float32 in between, which is switched off.
 
 Each file holds the SAE before and after, what was logged at each step, and of sae-lens what it saves and computes from
 that.  The batches are a part of those in ``golden_topk/``.
@@ -19,10 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 import sae_lens
+import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import (
@@ -30,6 +28,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 D_IN, D_SAE, ROWS = 16, 48, 48

@@ -73,16 +73,18 @@ class NestedStep(FastStep):
 
         To themselves each level's are rows of their own.
         """
-        n, device = features.n, features.rows.device
-        ends = torch.tensor(self._ends, device=device)
-        level = torch.bucketize(features.features, ends, right=True)
-        if device.type == "cpu" and len(self._ends) <= 256:  # numpy sorts bytes in one pass
+        level = torch.zeros_like(features.features)
+        for end in self._ends[
+            :-1
+        ]:  # to search among them, they would have to be on the device, which would be waited for
+            level += features.features >= end
+        if level.device.type == "cpu" and len(self._ends) <= 256:  # numpy sorts bytes in one pass
             order = torch.from_numpy(np.argsort(level.numpy().astype(np.uint8), kind="stable"))
         else:
             order = torch.sort(level, stable=True).indices
-        rows = (level * n + features.rows)[order]
+        rows = (level * features.n + features.rows)[order]
         entries = features.features[order], features.values[order]
-        return SparseFeatures(rows, *entries, len(self._ends) * n, features.d_sae), order
+        return SparseFeatures(rows, *entries, len(self._ends) * features.n, features.d_sae), order
 
     def _errors(self, outputs: Tensor) -> Tensor:
         """From reconstructions ``[levels, n, d_out]`` to the gradients to what each level adds, in the same memory."""

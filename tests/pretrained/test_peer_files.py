@@ -30,11 +30,15 @@ LOADED = {
     "sae_lens_6.54.12_topk": "saekit:topk",
     "sae_lens_6.54.12_training_topk": "saekit:topk",
     "sae_lens_6.54.12_batchtopk": "saekit:batchtopk",
-    "sae_lens_6.54.12_matryoshka_batchtopk": "saekit:batchtopk",
+    "sae_lens_6.54.12_matryoshka_batchtopk": "saekit:matryoshka",
     "sae_lens_4.4.5_jumprelu": "saekit:jumprelu",
     "sae_lens_5.11.0_jumprelu": "saekit:jumprelu",
     "sae_lens_6.54.12_jumprelu": "saekit:jumprelu",
     "sae_lens_6.54.12_training_jumprelu": "saekit:jumprelu",
+    "sae_lens_4.4.5_gated": "saekit:gated",
+    "sae_lens_5.11.0_gated": "saekit:gated",
+    "sae_lens_6.54.12_gated": "saekit:gated",
+    "sae_lens_6.54.12_training_gated": "saekit:gated",
     "connor_rob_hook_z": "saekit:standard",
 }
 

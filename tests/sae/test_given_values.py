@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TranscoderConfig
@@ -25,7 +27,8 @@ from saekit.values import Ports, StepInput
 D_IN, D_SAE = 6, 10
 KINDS: list[Any] = [
     StandardConfig(d_sae=D_SAE), TopKConfig(d_sae=D_SAE, k=3), BatchTopKConfig(d_sae=D_SAE, k=3),
-    JumpReLUConfig(d_sae=D_SAE), TranscoderConfig(d_sae=D_SAE, skip_connection=True),
+    JumpReLUConfig(d_sae=D_SAE), GatedConfig(d_sae=D_SAE), MatryoshkaConfig(d_sae=D_SAE, k=3, widths=(4, 0.5)),
+    TranscoderConfig(d_sae=D_SAE, skip_connection=True),
 ]  # fmt: skip
 
 

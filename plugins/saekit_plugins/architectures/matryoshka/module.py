@@ -92,7 +92,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             loss=self.factors[-1] * mse + among + aux,
             losses={
                 "mse_loss": mse.detach(),
-                "inner_mse_loss": torch.as_tensor(among).detach(),
+                "inner_mse_loss": among.detach(),
                 "auxiliary_reconstruction_loss": aux.detach(),
             },
             output=outputs[-1].detach(),

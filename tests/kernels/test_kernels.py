@@ -44,7 +44,7 @@ KINDS = [
     TopKConfig(d_sae=200, dtype="float64", k=5, k_aux=4, rescale_acts_by_decoder_norm=False),
     BatchTopKConfig(d_sae=40, dtype="float64", k=4.3, k_aux=90),
     GatedConfig(d_sae=40, dtype="float64", l1_coefficient=0.3, aux_loss_trains_decoder=True),
-    MatryoshkaConfig(d_sae=40, dtype="float64", k=4.3, k_aux=3, widths=(1, 7, 0.5), aux_loss_levels="each"),
+    MatryoshkaConfig(d_sae=40, dtype="float64", k=4.3, k_aux=3, widths=(1, 7, 0.5)),
 ]  # fmt: skip
 
 

@@ -28,9 +28,12 @@ from saekit.kernels import NestedStep, Workspace
 from saekit.runs.planned_memory import step_bytes
 
 D_IN, D_SAE = 12, 40
+WHOLE: dict[str, Any] = {"aux_loss_levels": "whole"}
 SUM: dict[str, Any] = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"}
-MEAN: dict[str, Any] = {"level_loss": "mean", "aux_loss_normalization": "share", "aux_loss_coefficient": 1 / 32,
-                        "rescale_acts_by_decoder_norm": False}  # fmt: skip
+MEAN: dict[str, Any] = {
+    "level_loss": "mean", "aux_loss_normalization": "share", "aux_loss_coefficient": 1 / 32,
+    "rescale_acts_by_decoder_norm": False, **WHOLE,
+}  # fmt: skip
 
 
 def built(seed: int = 0, ports: Any = D_IN, **options: Any) -> SAE:
@@ -59,7 +62,7 @@ SAE_LENS = ["plain", "norms_not_counted", "dead", "dead_by_level", "activations_
 def test_steps_equal_those_of_sae_lens(way: str, name: str) -> None:
     golden = Golden(f"matryoshka_{name}")
     options = dict(golden.options)
-    each = "each" if options.pop("use_matryoshka_aux_loss", False) else "whole"
+    each: Any = "each" if options.pop("use_matryoshka_aux_loss", False) else "whole"
     config = MatryoshkaConfig(
         d_sae=48,
         dtype="float64",
@@ -96,7 +99,7 @@ def test_steps_equal_those_of_dictionary_learning(way: str, name: str) -> None:
 
 
 def test_loss_and_gradients_are_those_of_sae_lens(way: str) -> None:
-    config = MatryoshkaConfig(d_sae=64, dtype="float64", k=6, widths=(16, 32, 64), **SUM)
+    config = MatryoshkaConfig(d_sae=64, dtype="float64", k=6, widths=(16, 32, 64), **SUM, **WHOLE)
     result, theirs, _ = check_loss(config, "sae_lens_4_matryoshka_batchtopk", {}, way)
     close(result.output, theirs["recons"])
     inner = theirs["loss.inner_mse_loss_16"] + theirs["loss.inner_mse_loss_32"]
@@ -115,10 +118,10 @@ def test_loss_and_gradients_are_those_of_dictionary_learning(way: str) -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    SUM,
+    {**SUM, **WHOLE},
     {**MEAN, "k_aux": 3, "apply_b_dec_to_input": False},
-    {"aux_loss_levels": "each", "level_weights": (0.5, 0.0, 3.0), "widths": (1, 0.5, 40)},
-    {**SUM, "aux_loss_levels": "each", "k_aux": 2, "level_loss": "mean"},
+    {"level_weights": (0.5, 0.0, 3.0), "widths": (1, 0.5, 40)},
+    {**SUM, "k_aux": 2, "level_loss": "mean"},
     {"widths": (), "aux_loss_coefficient": 0.0},
 ]
 
@@ -198,7 +201,7 @@ def test_one_level_is_a_batchtopk() -> None:
         ),
         (lambda: MatryoshkaConfig(level_weights=(0.0, 0.0)), r"level_weights: must not all be 0, found \[0.0, 0.0\]"),
         (
-            lambda: MatryoshkaConfig(aux_loss_levels="each", aux_loss_coefficient=0.0),
+            lambda: MatryoshkaConfig(aux_loss_coefficient=0.0, **WHOLE),
             "aux_loss_levels: is of AuxK, and",
         ),
         (
@@ -252,7 +255,7 @@ def test_what_a_step_takes_counts_its_levels() -> None:
     training = saekit.config.TrainingConfig(training_tokens=10_000, train_batch_size_tokens=500)
     few, more, both = (
         step_bytes(built(d_sae=400, dtype="float32", **options), training, "cpu")
-        for options in ({"widths": ()}, {"widths": (4, 8)}, {"widths": (4, 8), "aux_loss_levels": "each"})
+        for options in ({"widths": (), **WHOLE}, {"widths": (4, 8), **WHOLE}, {"widths": (4, 8)})
     )
     assert (more - few, both - more) == (2 * 500 * D_IN * 4, 3 * 500 * D_IN * 4)
 
@@ -280,7 +283,7 @@ def test_folding_an_activation_scale(rescale: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_what_is_saved_comes_back_with_its_levels(tmp_path: Path, dtype: str) -> None:
-    options = {"level_loss": "mean", "level_weights": (1.0, 2.0, 0.5), "aux_loss_levels": "each"}
+    options = {"level_loss": "mean", "level_weights": (1.0, 2.0, 0.5), **WHOLE}
     sae, x = trained(dtype=dtype, **options), rows(50)
     folder = sae.save(tmp_path / "sae")
     table = json.loads((folder / "cfg.json").read_text())

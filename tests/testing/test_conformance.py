@@ -63,10 +63,11 @@ def dictionary_learning(folder: Path) -> dict[str, Any]:
 
 
 def built_in_gated(folder: Path) -> dict[str, Any]:
-    of_sae_lens = GatedConfig(aux_loss_trains_decoder=True, l1_warm_up_steps=5)
-    paper = {"normalize_sae_decoder": True, "decoder_heuristic_init": False}
-    of_the_paper = GatedConfig(scale_sparsity_penalty_by_decoder_norm=False, **paper)
-    return {"configs": {"gated": [GatedConfig(), of_sae_lens, of_the_paper]}}
+    of_sae_lens = GatedConfig(
+        aux_loss_trains_decoder=True, l1_warm_up_steps=5, scale_sparsity_penalty_by_decoder_norm=True,
+        normalize_sae_decoder=False,
+    )  # fmt: skip
+    return {"configs": {"gated": [GatedConfig(), of_sae_lens]}}
 
 
 def gemma_scope(folder: Path) -> dict[str, Any]:
@@ -84,8 +85,13 @@ def llama_scope(folder: Path) -> dict[str, Any]:
 
 
 def matryoshka(folder: Path) -> dict[str, Any]:
-    sae_lens_6 = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none", "aux_loss_levels": "each"}
-    dictionary = {"aux_loss_normalization": "share", "level_loss": "mean", "rescale_acts_by_decoder_norm": False}
+    sae_lens_6 = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"}
+    dictionary = {
+        "aux_loss_normalization": "share",
+        "aux_loss_levels": "whole",
+        "level_loss": "mean",
+        "rescale_acts_by_decoder_norm": False,
+    }
     configs = [MatryoshkaConfig(k=2.5, **sae_lens_6), MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary)]
     return {"configs": {"matryoshka": configs}}
 

@@ -193,7 +193,7 @@ def _levels(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, wh
     if not whole or bool((sizes < 1).any()) or int(sizes.sum()) != d_sae:
         found = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
         raise SAEFormatError(f"group_sizes of {where} should be whole numbers that add up to {d_sae}, found {found!r}")
-    levels = {"widths": sizes.cumsum(0).tolist(), "level_loss": "mean"}
+    levels = {"widths": sizes.cumsum(0).tolist(), "level_loss": "mean", "aux_loss_levels": "whole"}
     weights = trainer.get("group_weights")
     if weights is None:
         return levels

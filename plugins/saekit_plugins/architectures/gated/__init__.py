@@ -26,20 +26,18 @@ class GatedConfig(SAEConfig):
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
-    l1_coefficient: float = attrs.field(default=1.0, validator=_at_least_0)
+    l1_coefficient: float = attrs.field(default=2.0, validator=_at_least_0)
     """λ, the weight of the sparsity penalty: the sum of the gates' values above zero."""
     l1_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
     """Steps over which λ rises from 0: step t of w has `λ t / w`."""
-    scale_sparsity_penalty_by_decoder_norm: bool = True
-    """Weigh each gate's penalty by the norm of its decoder row, as sae-lens does.  The paper and dictionary_learning
-    keep rows at norm 1 instead: `false` with `normalize_sae_decoder`."""
+    normalize_sae_decoder: bool = True
+    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it.  So it is in the paper
+    and in dictionary_learning, and in sae-lens it is not."""
+    scale_sparsity_penalty_by_decoder_norm: bool = False
+    """Weigh each gate's penalty by the norm of its decoder row, as in sae-lens."""
     aux_loss_trains_decoder: bool = False
     """Let the reconstruction by the gates' values train the decoder and its bias, too, as in sae-lens.  In the paper
     and in dictionary_learning it trains the gates alone."""
-    normalize_sae_decoder: bool = False
-    """Keep every decoder row at norm 1: project the gradient before each step, rescale after it."""
-    decoder_heuristic_init: bool = True
-    """Start from Gaussian decoder rows of norm 0.1."""
     init_encoder_as_decoder_transpose: bool = True
     """Start from `W_enc = W_dec.T`."""
     b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "auto"

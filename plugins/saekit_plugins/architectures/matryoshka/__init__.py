@@ -58,13 +58,13 @@ class MatryoshkaConfig(BatchTopKConfig):
     level_weights: tuple[float, ...] | None = attrs.field(default=None, validator=_check_weights)
     """A weight for each level, with that of all features.  None: 1 each.  dictionary_learning's are 1 over the number
     of levels, beside `level_loss = "mean"`."""
-    aux_loss_levels: Literal["whole", "each"] = "whole"
-    """What dead features learn by AuxK: what all features leave over, or (`each`) what the first level that they are in
-    leaves, as sae-lens' `use_matryoshka_aux_loss`."""
+    aux_loss_levels: Literal["each", "whole"] = "each"
+    """What dead features learn by AuxK: what the first level that they are in leaves over, or (`whole`) what all
+    features do, as in dictionary_learning, and in sae-lens without `use_matryoshka_aux_loss`."""
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        if self.aux_loss_levels == "each" and not self.aux_weight:
+        if self.aux_loss_levels != "each" and not self.aux_weight:
             raise ConfigError([("aux_loss_levels", "is of AuxK, and aux_loss_coefficient is 0: leave it out")])
 
     def level_ends(self, d_sae: int) -> tuple[int, ...]:

@@ -170,8 +170,8 @@ def _matryoshka_options(said: Mapping[str, Any], config: FoundConfig, place: str
     options = {ours: said[theirs] for theirs, ours in _BATCHTOPK.items() if said.get(theirs) is not None}
     if "aux_loss_coefficient" in options:
         options["aux_loss_normalization"] = "none"
-    if said.get("use_matryoshka_aux_loss") and options.get("aux_loss_coefficient"):
-        options["aux_loss_levels"] = "each"
+    if not said.get("use_matryoshka_aux_loss") and options.get("aux_loss_coefficient"):
+        options["aux_loss_levels"] = "whole"
     return options | {"widths": widths, "level_loss": "sum"}
 
 
@@ -181,7 +181,8 @@ def _gated(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found
         raise SAEFormatError(f"the activation of the gated SAE in {place} is {config.activation!r}, expected 'relu'")
     said = {**config.flat.get("training_architecture_details", {}), **config.flat}
     options = {name: said[name] for name in ("l1_coefficient", "l1_warm_up_steps") if said.get(name) is not None}
-    return Found("saekit:gated", options | {"aux_loss_trains_decoder": True}, tensors)
+    form = {"aux_loss_trains_decoder": True, "scale_sparsity_penalty_by_decoder_norm": True}
+    return Found("saekit:gated", options | form, tensors)
 
 
 def _k(k: object, config: FoundConfig, place: str) -> tuple[float, tuple[str, ...]]:

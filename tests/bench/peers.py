@@ -48,7 +48,7 @@ def missing() -> list[str]:
 
 
 def peer_steps(kind: str, weights: Weights, x: Tensor) -> dict[str, Step]:
-    """For ``standard``, ``topk``, ``batchtopk``, ``gated`` or ``matryoshka``: steps on ``x [n, d_in]`` by the name of what makes them."""
+    """For a ``kind`` of :data:`step.CONFIGS`: steps on ``x [n, d_in]`` by the name of what makes them."""
     steps: dict[str, Step] = {}
     if version("sae-lens"):
         steps[f"sae-lens {version('sae-lens')} {kind}"] = _sae_lens(kind, weights, x)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import saekit
 from saekit import SAE
+from saekit.config import TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import NestedStep, Workspace
 from saekit.runs.planned_memory import step_bytes
@@ -252,7 +253,7 @@ def test_options_are_whole_numbers_or_parts_also_in_a_file(tmp_path: Path) -> No
 
 
 def test_what_a_step_takes_counts_its_levels() -> None:
-    training = saekit.config.TrainingConfig(training_tokens=10_000, train_batch_size_tokens=500)
+    training = TrainingConfig(training_tokens=10_000, train_batch_size_tokens=500)
     few, more, both = (
         step_bytes(built(d_sae=400, dtype="float32", **options), training, "cpu")
         for options in ({"widths": (), **WHOLE}, {"widths": (4, 8), **WHOLE}, {"widths": (4, 8)})

@@ -13,8 +13,9 @@ import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.coefficients import check_coefficients
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.standard import StandardConfig, check_warm_up
+from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class TopKTranscoderConfig(TranscoderOptions, TopKConfig):
 
 
 def _precheck(options: Any, whole: TrainConfig) -> None:
-    check_warm_up(options, whole)
+    check_coefficients(options, whole)
     if not whole.sites.same:
         return
     found = "names the very sites that are read" if whole.targets else "is missing"

@@ -93,7 +93,7 @@ def k_at(options: Any, step: int) -> int:
     steps = options.k_warm_up_steps
     if step >= steps:
         return int(options.k)
-    return round(options.k_start * (1 - step / steps) + options.k * (step / steps))
+    return int(round(options.k_start * (1 - step / steps) + options.k * (step / steps)))
 
 
 def check_coefficients(options: Any, whole: TrainConfig) -> None:

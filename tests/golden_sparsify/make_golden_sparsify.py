@@ -1,8 +1,8 @@
 """Makes ``tests/golden_sparsify/`` with eai-sparsify 1.3.3, in an environment that has it.
 
 Each file holds what ``SparseCoder.forward`` gave at each of 24 steps of transcoding in float64, two steps' gradients,
-and the weights before and after.  The start is the one that its ``Trainer`` makes of the first batch, the schedule of k is
-``Trainer.get_current_k``, and the optimizer is Adam.  Dead latents are drawn: the trainer's own count begins after
+and the weights before and after.  The start is the one that its ``Trainer`` makes of the first batch, the schedule of k
+is ``Trainer.get_current_k``, and the optimizer is Adam.  Dead latents are drawn: the trainer's own count begins after
 millions of tokens.  k begins where every row has as many latents above zero: with fewer, its encoder passes gradients
 to some that are zero, whichever its sorting finds.
 """

@@ -12,6 +12,7 @@ import attrs
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.crosscoder import BatchTopKCrosscoderConfig, CrosscoderConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
@@ -37,7 +38,12 @@ BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_po
 
 def batchtopk(folder: Path) -> dict[str, Any]:
     return {
-        "configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}
+        "configs": {
+            "batchtopk": [
+                BatchTopKConfig(k=2.5, k_start=4, k_warm_up_steps=5),
+                BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False, mse_loss_normalization="variance"),
+            ]
+        }
     }
 
 
@@ -49,6 +55,11 @@ def cached(folder: Path) -> dict[str, Any]:
 
 def connor_rob_hook_z(folder: Path) -> dict[str, Any]:
     return {"folders": {"connor_rob_hook_z": foreign.write_connor(folder / "connor", foreign.tensors())}}
+
+
+def crosscoder(folder: Path) -> dict[str, Any]:
+    l2 = CrosscoderConfig(decoder_norm="l2", l1_warm_up_steps=2, l1_decay_steps=6, l1_end=0.1, activation="tanh-relu")
+    return {"configs": {"crosscoder": [CrosscoderConfig(), l2], "batchtopk_crosscoder": BatchTopKCrosscoderConfig(k=3)}}
 
 
 def deepseek_r1(folder: Path) -> dict[str, Any]:
@@ -145,7 +156,8 @@ def standard(folder: Path) -> dict[str, Any]:
 
 
 def topk(folder: Path) -> dict[str, Any]:
-    return {"configs": {"topk": [TopKConfig(k=3), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+    several = [TopKConfig(k=3, k_start=5, k_warm_up_steps=6), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]
+    return {"configs": {"topk": several}}
 
 
 def transcoder(folder: Path) -> dict[str, Any]:
@@ -153,7 +165,20 @@ def transcoder(folder: Path) -> dict[str, Any]:
         "configs": {
             "transcoder": TranscoderConfig(skip_connection=True),
             "jumprelu_transcoder": JumpReLUTranscoderConfig(initial_threshold=0.2),
-            "topk_transcoder": TopKTranscoderConfig(k=3, skip_connection=True),
+            "topk_transcoder": [
+                TopKTranscoderConfig(k=3, skip_connection=True),
+                TopKTranscoderConfig(
+                    k=3,
+                    skip_connection=True,
+                    decoder_heuristic_init=False,
+                    decoder_zero_init=True,
+                    b_enc_init_method="centered",
+                    rescale_acts_by_decoder_norm=False,
+                    mse_loss_normalization="variance",
+                    aux_loss_normalization="none",
+                    aux_loss_trains_encoder=False,
+                ),
+            ],
         }
     }
 
@@ -167,6 +192,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cached": cached,
     "connor_rob_hook_z": connor_rob_hook_z,
     "cosine_restarts": cosine_restarts,
+    "crosscoder": crosscoder,
     "deepseek_r1": deepseek_r1,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,

@@ -90,10 +90,8 @@ def check_k(options: Any) -> None:
 
 def k_at(options: Any, step: int) -> int:
     """k at ``step``: linear from ``k_start``, rounded, as sparsify has it."""
-    steps = options.k_warm_up_steps
-    if step >= steps:
-        return int(options.k)
-    return int(round(options.k_start * (1 - step / steps) + options.k * (step / steps)))
+    first, last, steps = int(options.k_start), int(options.k), options.k_warm_up_steps
+    return last if step >= steps else round(first * (1 - step / steps) + last * (step / steps))
 
 
 def check_coefficients(options: Any, whole: TrainConfig) -> None:

@@ -125,7 +125,7 @@ class BatchTopKSAE(TopKSAE):
 
     @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
-        before, norm = self.config, self.decoder_norms().mean()
+        before, norm = self.config, self.norms_of(self.W_dec).mean()
         if not super().restate(option, value, within=within):
             return False
         if self.config.rescale_acts_by_decoder_norm and not before.rescale_acts_by_decoder_norm:
@@ -162,7 +162,7 @@ class BatchTopKSAE(TopKSAE):
         if whole and bool((threshold == threshold[0]).all()):
             return threshold[0].item()
         if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
-            norms = W_dec.norm(dim=1).double()
+            norms = self.norms_of(W_dec).double()
             every = (threshold.double() * norms)[norms > 0]
             one = every.median()
             if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine

@@ -139,7 +139,11 @@ class TopKSAE(RevivingSAE):
         """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
         if not self.config.rescale_acts_by_decoder_norm:
             return None
-        return self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        return self.norms_of(self.W_dec).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    def norms_of(self, W_dec: Tensor) -> Tensor:
+        """``[d_sae]``: the norms by which features are compared, of a ``W_dec [d_sae, d_out]``."""
+        return W_dec.norm(dim=1)  # type: ignore[no-any-return]
 
     def decoder_scale(self) -> Tensor | None:
         norms, factor = self.feature_norms(), self.scaling_factor
@@ -294,7 +298,7 @@ class TopKSAE(RevivingSAE):
         """
         if option != "rescale_acts_by_decoder_norm":
             return super().restate(option, value, within=within)
-        norms = self.decoder_norms()
+        norms = self.norms_of(self.W_dec)
         if value and not bool(((norms / norms.mean() - 1).abs() <= within).all()):
             return False
         if not value and (rescaling := self.feature_norms()) is not None:

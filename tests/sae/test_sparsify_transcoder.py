@@ -22,6 +22,8 @@ from saekit.errors import ConfigError
 from saekit.sae.build import build_module, initialize
 from saekit.values import Ports, StepInput
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parents[1] / "golden_sparsify"
 CASES = ("skip", "skip_auxk", "few_dead", "k_decay")
 AS_SPARSIFY: dict[str, Any] = {

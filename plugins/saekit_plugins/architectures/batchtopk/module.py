@@ -91,7 +91,8 @@ class BatchTopKSAE(TopKSAE):
         """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
         return self._k.numerator * rows // self._k.denominator
 
-    def k_at(self, step: StepInput) -> float:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving_k(self, step: StepInput) -> float:
         return float(self._exact_k_at(step))
 
     def _exact_k_at(self, step: StepInput) -> Fraction:

@@ -167,8 +167,9 @@ class TopKSAE(RevivingSAE):
 
     def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
         """:meth:`losses`, counted in ``unit``, a scalar."""
+        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)  # before what a compiler follows
         pre = self.pre_activations(x)
-        features = self.training_features(pre, self.wanted_at(step, len(x)))
+        features = self.training_features(pre, wanted)
         output = self.reconstruction(features)
         target = step.target_for(x)
         mse = squared_errors(output, target).sum(-1).mean()
@@ -180,7 +181,7 @@ class TopKSAE(RevivingSAE):
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
             output=output.detach(),
             fired=(features.detach() > 0).sum(0),
-            coefficients=self.logged_k(step) | self.after_features(features.detach()),
+            coefficients=logged | self.after_features(features.detach()),
         )
 
     def training_features(self, pre: Tensor, wanted: int | None = None) -> Tensor:
@@ -189,7 +190,11 @@ class TopKSAE(RevivingSAE):
 
     def k_at(self, step: StepInput) -> float:
         """k at a step."""
-        return k_at(self.config, step.step) if self.config.k_warm_up_steps else self.config.k
+        return self._moving_k(step) if self.config.k_warm_up_steps else self.config.k
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving_k(self, step: StepInput) -> float:
+        return k_at(self.config, step.step)
 
     def wanted_at(self, step: StepInput, rows: int) -> int:
         """How many features are to be active at a step on ``rows``, of each of them."""

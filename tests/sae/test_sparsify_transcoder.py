@@ -12,6 +12,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import JumpReLUTranscoderConfig, TopKTranscoderConfig, TranscoderConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import ports
 from support.kernels import seeded
 from torch import Tensor
 
@@ -201,3 +202,32 @@ def test_options_without_effect_are_refused() -> None:
         TopKTranscoderConfig(decoder_zero_init=True, decoder_heuristic_init=False)
     with pytest.raises(ConfigError, match="aux_loss_trains_encoder: is of AuxK, and aux_loss_coefficient is 0"):
         TopKConfig(aux_loss_trains_encoder=False, aux_loss_coefficient=0)
+
+
+def run(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    config = ports.run(folder, saekit.Sites((ports.EMBED,), (ports.LATE,)), checkpoints={"name": name})
+    training = config["training"] | {"train_batch_size_tokens": 64, "training_tokens": 128}
+    return config | {"sae": {"name": "topk_transcoder", "d_sae": 20, "k": 3, **options}, "training": training}
+
+
+def test_a_run_looks_at_inputs_for_its_start_and_weights_that_are_saved_have_one(tmp_path: Path) -> None:
+    """Where nothing else asks for activations to come."""
+    still = {"b_dec_init_method": "zeros", "aux_loss_coefficient": 0}
+    config = run(tmp_path, "first", b_enc_init_method="centered", **still)
+    config["training"] |= {"lr": 1e-12}
+    first = ports.train(config)
+    assert not first.sae.b_dec.abs().max() > 1e-9
+    assert first.sae.b_enc.abs().min() > 1e-6
+    start = {"from_pretrained_path": str(first.folder)}
+    config = run(tmp_path, "second", b_enc_init_method="centered", decoder_zero_init=True,
+                 decoder_heuristic_init=False, rescale_acts_by_decoder_norm=False)  # fmt: skip
+    config["training"] |= start
+    with pytest.raises(ConfigError) as caught:
+        ports.train(config)
+    for name in ("b_enc_init_method", "decoder_zero_init"):
+        assert f"sae.{name}: chooses a start, but training starts from the SAE in {first.folder} " in str(caught.value)
+            caught.value
+        )
+    config = run(tmp_path, "second", **still)
+    config["training"] |= start
+    assert ports.train(config).sae.b_enc.abs().min() > 1e-6

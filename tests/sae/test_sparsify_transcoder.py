@@ -226,6 +226,6 @@ def test_a_run_looks_at_inputs_for_its_start_and_weights_that_are_saved_have_one
         ports.train(config)
     for name in ("b_enc_init_method", "decoder_zero_init"):
         assert f"sae.{name}: chooses a start, but training starts from the SAE in {first.folder} " in str(caught.value)
-    config = run(tmp_path, "second", **still)
+    config = run(tmp_path, "second", aux_loss_coefficient=0)
     config["training"] |= start
     assert ports.train(config).sae.b_enc.abs().min() > 1e-6

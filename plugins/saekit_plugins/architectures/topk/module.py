@@ -156,7 +156,7 @@ class TopKSAE(RevivingSAE):
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
             output=output.detach(),
-            fired=(features.detach() > 0).sum(0),
+            fired=(features.detach().abs() > 0).sum(0),
             coefficients=self.after_features(features.detach()),
         )
 

@@ -76,9 +76,9 @@ def auxk_loss(
     """AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2): dead features learn what is left over.
 
     The ``k`` largest pre-activations of dead features in each row, by ``pre ⊙ norms`` (``by_size``: by its absolute
-    values), reconstruct the residual; with fewer than ``k`` dead, all do, and with ``shrink`` (as sparsify and sae-lens do) the loss is less in proportion.
-    ``pre [n, d_sae]``, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms
-    [d_sae]``.  A scalar.  Waits for no device.
+    values), reconstruct the residual; with fewer than ``k`` dead, all do, and with ``shrink`` (as sparsify and sae-lens
+    do) the loss is less in proportion.  ``pre [n, d_sae]``, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``,
+    ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar.  Waits for no device.
     """
     residual = (x - output).detach()
     compared = pre.detach() if norms is None else pre.detach() * norms.detach()

@@ -51,8 +51,7 @@ class SAEModule(Hooked, Ways):
     b_dec: nn.Parameter
     scaling_factor: nn.Parameter | None
     reads_sequences: ClassVar[bool] = False
-    """Whether the features of a position depend on those before it: then it takes ``[batch, position, d_in]`` alone, and
-    whoever measures it must leave contexts whole."""
+    """Whether features depend on the positions before theirs: then it takes ``[batch, position, d_in]`` alone."""
     why_no_training: ClassVar[str | None] = None
     """Of an architecture that is for inference alone: why, in words.  None: it defines :meth:`losses`."""
 

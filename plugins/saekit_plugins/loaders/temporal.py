@@ -1,4 +1,4 @@
-"""Pretrained loader ``temporal``: ``conf.yaml`` and ``latest_ckpt.safetensors``, as ``canrager/temporalSAEs`` has them."""
+"""Pretrained loader ``temporal``: ``conf.yaml`` and ``latest_ckpt.safetensors``, as in ``canrager/temporalSAEs``."""
 
 from __future__ import annotations
 

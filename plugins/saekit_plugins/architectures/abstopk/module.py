@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from saekit.kernels import StepKernel
 from saekit.sae import check_width
 from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.topk.module import TopKSAE
@@ -20,7 +22,7 @@ class AbsTopKSAE(TopKSAE):
     Dead features are chosen by size for AuxK, too, as sae-lens does.
     """
 
-    step_kernels = ()
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     config: AbsTopKConfig
     _name: ClassVar[str] = "abstopk"
     aux_by_size = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from saekit import Ports
 from saekit.errors import ConfigError
+from saekit.kernels import StepKernel
 from saekit.protocols import ActivationFunction
 from saekit.sae import check_width
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
@@ -23,7 +25,7 @@ class GroupMaxSAE(TopKSAE):
     :class:`ConfigError` when ``k`` does not divide the number of features.
     """
 
-    step_kernels = ()
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     config: GroupMaxConfig
     _name: ClassVar[str] = "groupmax"
 

@@ -23,8 +23,8 @@ _NO_PRE = "matching_pursuit has no pre-activations: it takes features one after 
 class MatchingPursuitSAE(SAE):
     """From the residual ``r = x̄`` take, again and again, the feature ``i`` with the largest ``relu(r · w_i)``.
 
-    ``f_i`` grows by ``a = relu(r · w_i)``, and ``r`` becomes ``r − a w_i``.  Which one is taken has no gradient, what it
-    gets has.  ``b_dec`` is added to reconstructions where it is taken from inputs, and nowhere else.
+    ``f_i`` grows by ``a = relu(r · w_i)``, and ``r`` becomes ``r − a w_i``.  Which one is taken has no gradient, what
+    it gets has.  ``b_dec`` is added to reconstructions where it is taken from inputs, and nowhere else.
 
     There are no pre-activations of which features were a function: each depends on those that were taken before it.
     """

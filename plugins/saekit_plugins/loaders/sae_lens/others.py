@@ -1,4 +1,4 @@
-"""The options of sae-lens's architectures that have no encoder of their own kind: ``matching_pursuit``, ``temporal``."""
+"""What the files of sae-lens say of its architectures ``matching_pursuit`` and ``temporal``."""
 
 from __future__ import annotations
 

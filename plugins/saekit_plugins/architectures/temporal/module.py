@@ -33,7 +33,8 @@ class TemporalSAE(SAE):
     left.  :meth:`encode` gives ``f``, and :meth:`decode` decodes that alone: the prediction passes it by
     (:meth:`bypass`).
 
-    Takes ``[batch, position, d_in]``.
+    Takes ``[batch, position, d_in]``.  ``b_dec`` is added where it is taken from inputs, or the encoder is another
+    matrix than the decoder's transpose.
     """
 
     config: TemporalConfig
@@ -121,7 +122,10 @@ class TemporalSAE(SAE):
     def reconstruction(self, features: Tensor) -> Tensor:
         """Of what is new alone."""
         check_width(features, self.d_sae, "d_sae", "features")
-        return (features @ self.W_dec + self.b_dec) / self.config.input_scale
+        output = features @ self.W_dec
+        # An encoder that is the decoder's transpose sees the bias, or there is none.
+        biased = self.config.apply_b_dec_to_input or not self.config.tied_weights
+        return (output + self.b_dec if biased else output) / self.config.input_scale
 
     def bypass(self, x: Tensor) -> Tensor:
         """What was predicted, decoded: ``[b, t, d_in]``."""

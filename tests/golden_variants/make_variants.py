@@ -1,6 +1,7 @@
 """Makes ``tests/golden_variants/``: SAEs as their libraries write them, with the options that an SAE can have there.
 
-With sae-lens 6.54.12, eai-sparsify 1.3.3 and dictionary-learning 0.1.0, in an environment that has them.  Each folder
+``training_abstopk.safetensors`` has the loss and the gradients of a training step for several options.  With
+sae-lens 6.54.12, eai-sparsify 1.3.3 and dictionary-learning 0.1.0, in an environment that has them.  Each folder
 holds what the library wrote and ``expected.safetensors``, what it then computes of what it wrote: ``x``, ``encode``,
 ``decode`` and ``forward``.  The weights are random.
 """
@@ -26,7 +27,7 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKSAE  # noqa: E402
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE  # noqa: E402
 from dictionary_learning.trainers.top_k import AutoEncoderTopK  # noqa: E402
 from sae_lens.saes import abstopk_sae, matching_pursuit_sae, temporal_sae, topk_sae  # noqa: E402
-from sae_lens.saes.sae import SAEMetadata  # noqa: E402
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput  # noqa: E402
 from sparsify import SparseCoder, SparseCoderConfig  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -79,6 +80,14 @@ DICTIONARIES = {
     "topk_threshold": (AutoEncoderTopK, 0.4),
 }
 
+TRAINING: dict[str, tuple[int, dict[str, Any]]] = {
+    "none_dead": (0, {}),
+    "few_dead": (2, {"aux_loss_coefficient": 0.5}),
+    "many_dead": (12, {"rescale_acts_by_decoder_norm": False}),
+    "no_b_dec": (9, {"apply_b_dec_to_input": False}),
+}
+"""Of abstopk: how many features are dead, and options."""
+
 
 def stirred(module: torch.nn.Module) -> None:
     """Random weights, of which no decoder row has the norm of another."""
@@ -99,11 +108,15 @@ def write(folder: Path, x: torch.Tensor, encode: Any, decode: Any, forward: Any)
     with torch.no_grad():
         features = encode(x)
         found = {"x": x, "encode": features, "decode": decode(features), "forward": forward(x)}
-    save_file({key: value.detach().clone().contiguous() for key, value in found.items()}, folder / "expected.safetensors")
+    save_file(
+        {key: value.detach().clone().contiguous() for key, value in found.items()}, folder / "expected.safetensors"
+    )
 
 
 def of_sae_lens(name: str, kind: str, options: dict[str, Any]) -> None:
-    module = {"T": topk_sae, "A": abstopk_sae, "M": matching_pursuit_sae}[kind[0]] if kind != "Temporal" else temporal_sae
+    module = (
+        {"T": topk_sae, "A": abstopk_sae, "M": matching_pursuit_sae}[kind[0]] if kind != "Temporal" else temporal_sae
+    )
     hook = {"hook_name": "blocks.1.attn.hook_z"} if name.endswith("heads") else {}
     config = getattr(module, f"{kind}SAEConfig")(
         d_in=D_IN, d_sae=D_SAE, device="cpu", **{"dtype": "float32", **options}, metadata=SAEMetadata(**METADATA | hook)
@@ -148,6 +161,26 @@ def of_dictionary_learning(name: str, kind: Any, threshold: float) -> None:
     write(folder, inputs(name), peer.encode, peer.decode, peer)
 
 
+def of_training() -> None:
+    found: dict[str, torch.Tensor] = {"x": torch.randn(20, D_IN, dtype=torch.float64)}
+    for name, (dead, options) in TRAINING.items():
+        config = abstopk_sae.AbsTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4, dtype="float64", **options)
+        sae = abstopk_sae.AbsTopKTrainingSAE(config)
+        stirred(sae)
+        mask = torch.arange(D_SAE) < dead
+        step = TrainStepInput(
+            sae_in=found["x"], coefficients={}, dead_neuron_mask=mask, n_training_steps=0, is_logging_step=False
+        )
+        output = sae.training_forward_pass(step)
+        output.loss.backward()
+        numbers = {"loss": output.loss, "aux": output.losses["auxiliary_reconstruction_loss"], "dead": mask.double()}
+        numbers |= dict(sae.named_parameters())
+        numbers |= {f"grad.{key}": value.grad for key, value in sae.named_parameters()}
+        found |= {f"{name}.{key}": value.detach().clone().contiguous() for key, value in numbers.items()}
+    options = json.dumps({name: options for name, (_, options) in TRAINING.items()})
+    save_file(found, HERE / "training_abstopk.safetensors", {"options": options})
+
+
 if __name__ == "__main__":
     for path in HERE.iterdir():
         if path.is_dir():
@@ -159,3 +192,4 @@ if __name__ == "__main__":
         of_sparsify(name, options)
     for name, (kind, threshold) in DICTIONARIES.items():
         of_dictionary_learning(name, kind, threshold)
+    of_training()

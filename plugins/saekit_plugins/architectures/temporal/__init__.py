@@ -11,7 +11,7 @@ from typing import Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit import Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.for_inference import refuse_training
 
@@ -42,14 +42,6 @@ class TemporalConfig(SAEConfig):
     """What inputs are multiplied by before all else, and outputs divided by after it."""
     normalize_sae_decoder: bool = False
     """Keep every decoder row at norm 1."""
-
-    def __attrs_post_init__(self) -> None:
-        super().__attrs_post_init__()
-        if self.d_sae is not None and self.d_sae % (self.bottleneck_factor * self.n_heads):
-            raise ConfigError(
-                [("d_sae", f"is {self.d_sae}, which bottleneck_factor · n_heads = "
-                  f"{self.bottleneck_factor * self.n_heads} must divide")]
-            )  # fmt: skip
 
 
 @hookimpl

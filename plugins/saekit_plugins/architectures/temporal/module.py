@@ -45,6 +45,9 @@ class TemporalSAE(SAE):
     def __init__(self, config: TemporalConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         if not ports.same:
             raise ConfigError("temporal predicts what it reads: it has no other targets")
+        d_sae, parts = config.features(ports.d_in), config.bottleneck_factor * config.n_heads
+        if d_sae % parts:
+            raise ConfigError([("sae.d_sae", f"is {d_sae}, which bottleneck_factor · n_heads = {parts} must divide")])
         super().__init__(config, ports=ports, activation=activation)
 
     @classmethod

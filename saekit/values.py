@@ -238,7 +238,7 @@ class StepOutput(NamedTuple):
     output: Tensor
     """``[n, d_out]``, detached."""
     fired: Tensor
-    """``[d_sae]``: rows on which each feature was above zero."""
+    """``[d_sae]``: rows on which each feature was active: above zero or, where features may be below it, not zero."""
     coefficients: Mapping[str, float | Tensor] = {}
     """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
     metrics: Mapping[str, float | Tensor] = {}

@@ -142,6 +142,36 @@ def test_a_standard_with_the_activation_of_topk_is_a_topk(tmp_path: Path, name: 
         SAE.load(folder)
 
 
+@pytest.mark.parametrize("name", ["3.0.0_standard", "4.4.5_standard", "4.4.5_topk", "5.11.0_jumprelu", "5.11.0_topk"])
+def test_factors_of_fine_tuning(tmp_path: Path, name: str) -> None:
+    """Features are multiplied by them before they are decoded, and come out of ``encode`` as they were."""
+    folder = copied(f"sae_lens_{name}", tmp_path)
+    edit_json(folder / "cfg.json", lambda table: table.update(finetuning_scaling_factor=True))
+    with pytest.raises(
+        SAEFormatError, match="cfg.json in .* says finetuning_scaling_factor, and the weights beside it"
+    ):
+        SAE.load(folder)
+    factors = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.5
+    edit_tensors(folder / "sae_weights.safetensors", lambda tensors: tensors.update(finetuning_scaling_factor=factors))
+    expected = load_file(FIXTURES / f"sae_lens_{name}/expected.safetensors")
+    plain, loaded = SAE.load(FIXTURES / f"sae_lens_{name}"), SAE.load(folder)
+    for sae in (loaded, SAE.load(loaded.save(tmp_path / "again"))):
+        features = sae.encode(expected["x"])
+        close(features, expected["encode"])
+        close(sae.decode(features), features * factors @ plain.W_dec + plain.b_dec)
+        close(sae(expected["x"]), sae.decode(features))
+
+
+@pytest.mark.parametrize("name", ["3.0.0_standard", "4.4.5_standard", "5.11.0_standard"])
+def test_tanh_relu_is_no_relu(tmp_path: Path, name: str) -> None:
+    folder = copied(f"sae_lens_{name}", tmp_path)
+    edit_json(folder / "cfg.json", lambda table: table.update(activation_fn_str="tanh-relu"))
+    expected = load_file(FIXTURES / f"sae_lens_{name}/expected.safetensors")
+    sae = SAE.load(folder)
+    close(sae.encode(expected["x"]), expected["encode"].tanh())
+    close(sae(expected["x"]), expected["encode"].tanh() @ sae.W_dec + sae.b_dec)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "abstopk without k": ("sae_lens_abstopk_rescaled", {"k": None}, "is None, expected a whole number from 1 to d_sae"),
     "a threshold of another kind": (

@@ -127,6 +127,14 @@ def test_they_train(tmp_path: Path, sae: dict[str, Any]) -> None:
 # ---- groupmax
 
 
+@pytest.mark.parametrize("config", [GroupMaxConfig(d_sae=24, k=6), AbsTopKConfig(d_sae=24, k=6)])
+def test_training_chooses_as_inference_does(config: SAEConfig) -> None:
+    sae, x = built(attrs.evolve(config, dtype="float64")), rows()
+    found = sae.training_step(x, StepInput(step=0, generator=torch.Generator()))
+    assert torch.equal(found.fired, (sae.encode(x) != 0).sum(0))
+    assert torch.allclose(found.output, sae(x))
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_one_feature_of_each_group(tmp_path: Path, rescale: bool) -> None:
     config = GroupMaxConfig(d_sae=24, k=6, dtype="float64", rescale_acts_by_decoder_norm=rescale)

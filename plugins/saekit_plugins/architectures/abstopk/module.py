@@ -27,11 +27,11 @@ class AbsTopKSAE(TopKSAE):
     _name: ClassVar[str] = "abstopk"
     aux_by_size = True
 
-    def features_of(self, pre: Tensor) -> Tensor:
+    def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         compared = pre if norms is None else pre * norms
-        features = compared.abs().topk(self.config.k, dim=-1, sorted=False).indices
+        features = compared.abs().topk(k, dim=-1, sorted=False).indices
         return torch.zeros_like(pre).scatter(-1, features, compared.gather(-1, features))
 
     def public_config(self) -> dict[str, Any]:

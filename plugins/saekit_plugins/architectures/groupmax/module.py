@@ -37,12 +37,12 @@ class GroupMaxSAE(TopKSAE):
             )  # fmt: skip
         super().__init__(config, ports=ports, activation=activation)
 
-    def features_of(self, pre: Tensor) -> Tensor:
+    def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         compared = (pre if norms is None else pre * norms).relu()
-        values, places = compared.unflatten(-1, (self.config.k, -1)).max(dim=-1)
-        first = torch.arange(0, self.d_sae, self.d_sae // self.config.k, device=pre.device)
+        values, places = compared.unflatten(-1, (k, -1)).max(dim=-1)
+        first = torch.arange(0, self.d_sae, self.d_sae // k, device=pre.device)
         return torch.zeros_like(pre).scatter(-1, places + first, values)
 
     def public_config(self) -> dict[str, Any]:

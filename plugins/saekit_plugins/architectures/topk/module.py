@@ -139,9 +139,12 @@ class TopKSAE(RevivingSAE):
         return 1 / norms if factor is None else factor / norms
 
     def features_of(self, pre: Tensor) -> Tensor:
+        return self._largest(pre, self.config.k)
+
+    def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
-        values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
+        values, features = (pre if norms is None else pre * norms).topk(k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, features, values.relu())
 
     # ---- training

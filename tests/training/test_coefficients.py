@@ -11,6 +11,7 @@ import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.crosscoder import CrosscoderConfig
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
@@ -152,6 +153,7 @@ def test_compiled_losses_follow(monkeypatch: pytest.MonkeyPatch, kind: str) -> N
      "l1_decay_steps: lead from l1_coefficient to l1_end, and both are 5: leave them out"),
     (TopKConfig, {"k_start": 64}, "k_start: is of the way from k_start to k in k_warm_up_steps: give k_warm_up_steps"),
     (TopKConfig, {"k_warm_up_steps": 64}, "k_warm_up_steps: is of the way .*: give k_start, too, or neither"),
+    (GroupMaxConfig, {"k_warm_up_steps": 6, "k_start": 64}, "k_start: is not for groupmax, whose k groups are of one"),
     (BatchTopKConfig, {"k_warm_up_steps": 6, "k_start": 32.0}, "k_start: is 32, and so is k: leave it and k_warm"),
 ])  # fmt: skip
 def test_options_that_would_do_nothing(make: type, options: dict[str, Any], message: str) -> None:

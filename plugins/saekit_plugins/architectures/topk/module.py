@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -18,6 +18,7 @@ from saekit.kernels import (
     Features,
     SparseFeatures,
     SparseKernel,
+    StepKernel,
     Workspace,
     dense_above,
     screen_for,
@@ -121,7 +122,7 @@ class TopKSAE(RevivingSAE):
     :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
     """
 
-    step_kernels = (TopKKernel(),)
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = (TopKKernel(),)
     config: TopKConfig
     _name: ClassVar[str] = "topk"
 
@@ -180,7 +181,7 @@ class TopKSAE(RevivingSAE):
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
             output=output.detach(),
-            fired=(features.detach() > 0).sum(0),
+            fired=(features.detach().abs() > 0).sum(0),
             coefficients=logged | self.after_features(features.detach()),
         )
 

@@ -11,11 +11,12 @@ from saekit import SAE, SAEConfig
 from saekit.kernels import SparseKernel, Workspace
 from saekit.sae import Parameter, Start, init
 from saekit.values import StepInput, StepOutput
+from saekit_plugins.architectures.groupmax.module import GroupMaxSAE
 from saekit_plugins.architectures.jumprelu.module import JumpReLUKernel, JumpReLUSAE
 from saekit_plugins.architectures.standard.module import StandardKernel, StandardSAE
 from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
 
-__all__ = ["JumpReLUTranscoderSAE", "TopKTranscoderSAE", "TranscoderSAE"]
+__all__ = ["GroupMaxTranscoderSAE", "JumpReLUTranscoderSAE", "TopKTranscoderSAE", "TranscoderSAE"]
 
 
 def _centered(start: Start, shape: tuple[int, ...]) -> Tensor:
@@ -139,11 +140,8 @@ class JumpReLUTranscoderSAE(_Skips, JumpReLUSAE):
         return self.named_elsewhere("jumprelu_")
 
 
-class TopKTranscoderSAE(_Skips, TopKSAE):
-    """See the module."""
-
-    step_kernels = (TopKTranscoderKernel(),)
-    _name = "topk_transcoder"
+class _SkipsInUnits(_Skips, TopKSAE):
+    """Those of ``topk`` and its relatives, whose losses may be counted in the variance of the whole targets."""
 
     def losses_towards(self, x: Tensor, left: StepInput, target: Tensor) -> StepOutput:
         return self.losses_in(x, left, self.loss_unit(target))
@@ -151,5 +149,18 @@ class TopKTranscoderSAE(_Skips, TopKSAE):
     def loss_unit(self, target: Tensor) -> Tensor | None:
         return TopKSAE.loss_unit(self, target)
 
+
+class TopKTranscoderSAE(_SkipsInUnits):
+    """See the module."""
+
+    step_kernels = (TopKTranscoderKernel(),)
+    _name = "topk_transcoder"
+
     def public_config(self) -> dict[str, Any]:
         return {"architecture": self.info.architecture}
+
+
+class GroupMaxTranscoderSAE(_SkipsInUnits, GroupMaxSAE):
+    """See the module."""
+
+    _name = "groupmax_transcoder"

@@ -176,6 +176,26 @@ def check_slopes(sae: SAE, x: Tensor, step: StepInput, found: dict[str, Any]) ->
         assert (found[name] * direction).sum().item() == pytest.approx(slope, rel=2e-5, abs=2e-6), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch, where its compiler begins anew
+def test_a_compiled_step_with_a_skip_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that takes no time."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: real(function, backend="eager"))
+    torch._dynamo.reset()
+    (compiled, _, recorded), (plain, _, _) = golden("k_decay"), golden("k_decay")
+    plain.kernels = "reference"
+    compiled.compile_losses()
+    rows = {key: value.double() for key, value in load_file(GOLDEN / "rows.safetensors").items()}
+    for number in range(4):
+        step = StepInput(step=number, generator=seeded(), dead=recorded["dead"][number], target=rows["y"][number])
+        for sae in (compiled, plain):
+            sae.training_step(rows["x"][number], step)
+        for (name, value), other in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+            close(value.grad, other.grad, name)  # type: ignore[arg-type]
+            value.grad = other.grad = None
+    torch._dynamo.reset()
+
+
 def test_a_batch_without_variance_counts_as_it_is(way: str) -> None:
     sae, _, _ = golden("skip")
     sae.kernels = way  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from saekit import SAE, SAEConfig
@@ -24,6 +25,12 @@ def _centered(start: Start, shape: tuple[int, ...]) -> Tensor:
     assert start.sample is not None
     inputs = init.initial_b_dec("mean", start.sample, start.sample.shape[1], start.dtype) * start.scale
     return -(inputs @ start["W_enc"].to(inputs.dtype))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _towards(step: StepInput, target: Tensor) -> StepInput:
+    """``step`` with another target.  A compiler does not follow attrs."""
+    return attrs.evolve(step, target=target)
 
 
 class _Skips(SAE):
@@ -53,7 +60,7 @@ class _Skips(SAE):
         if passed is None:
             return super().losses(x, step)
         target = step.target_for(x)
-        result = self.losses_towards(x, attrs.evolve(step, target=target - passed), target)
+        result = self.losses_towards(x, _towards(step, target - passed), target)
         return result._replace(output=result.output + passed.detach())
 
     def losses_towards(self, x: Tensor, left: StepInput, target: Tensor) -> StepOutput:
@@ -84,7 +91,7 @@ class _SkippingKernel(SparseKernel[Any]):
             return super().step(sae, x, step, workspace)
         target = step.target_for(x)
         left, unit = target - passed, sae.loss_unit(target)
-        result = self.step_towards(sae, x, attrs.evolve(step, target=left), workspace, unit)
+        result = self.step_towards(sae, x, _towards(step, left), workspace, unit)
         if sae.W_skip.requires_grad:
             gradient = (result.output - left).T @ x * (2 / len(x))
             sae.W_skip.grad = gradient if unit is None else gradient.div_(unit)

@@ -23,6 +23,7 @@ def add_auxk(
     norms: Tensor | None = None,
     *,
     shrink: bool = True,
+    trains_encoder: bool = True,
     above_zero: bool = False,
     output: Tensor | None = None,
 ) -> Tensor:
@@ -31,7 +32,8 @@ def add_auxk(
     ``encoder`` is that of ``fast``; ``output [n, d_out]`` are the reconstructions whose errors are to be explained, by
     default those of ``fast``.
 
-    An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.
+    An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.  Where it
+    does not train the encoder, features are pre-activations after ReLU.
     """
     whole = fast.gradients
     weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
@@ -39,7 +41,7 @@ def add_auxk(
         whole.encoder[dead],
         whole.decoder[dead],
         encoder.workspace,
-        of_encoder=whole.of_encoder,
+        of_encoder=whole.of_encoder and trains_encoder,
         of_decoder=whole.of_decoder,
     )
     encoder, target = Encoder(part.encoder.T, encoder.b_enc[dead], encoder.workspace), fast.target
@@ -48,7 +50,7 @@ def add_auxk(
     for start in range(0, len(target), CHUNK):
         rows = slice(start, min(start + CHUNK, len(target)))
         pre = encoder.pre_activations(fast.centered[rows])
-        pre = pre.relu_() if above_zero else pre
+        pre = pre.relu_() if above_zero or not trains_encoder else pre
         features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder))
         to_pre = _where_above_zero if above_zero else to_pre  # what was not chosen is zero, too
         error = decoded(features, part.decoder).sub_(target[rows]).add_(output[rows])

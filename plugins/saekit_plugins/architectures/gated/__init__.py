@@ -10,15 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, SAEConfig, hookimpl
-from saekit.config import check
-from saekit_plugins.architectures.standard import check_warm_up
-
-_at_least_0 = check(lambda value: value >= 0, "0 or more")
+from saekit import ConfigError, Entry, hookimpl
+from saekit_plugins.architectures.coefficients import L1Options, at_least_0, check_coefficients
 
 
 @attrs.frozen(kw_only=True)
-class GatedConfig(SAEConfig):
+class GatedConfig(L1Options):
     """``mse + λ_t l1 + aux``, where a feature is active if its gate is open, and the gates alone are made sparse.
 
     The sparsity penalty and the second reconstruction, by the gates' own values, are all that gates learn from.
@@ -26,10 +23,8 @@ class GatedConfig(SAEConfig):
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
-    l1_coefficient: float = attrs.field(default=2.0, validator=_at_least_0)
+    l1_coefficient: float = attrs.field(default=2.0, validator=at_least_0)
     """λ, the weight of the sparsity penalty: the sum of the gates' values above zero."""
-    l1_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
-    """Steps over which λ rises from 0: step t of w has `λ t / w`."""
     normalize_sae_decoder: bool = True
     """Keep every decoder row at norm 1: project the gradient before each step, rescale after it.  So it is in the paper
     and in dictionary_learning, and in sae-lens it is not."""
@@ -56,4 +51,4 @@ class GatedConfig(SAEConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build, summary = f"{__name__}.module:GatedSAE", "gates say which features are active, magnitudes how much"
-    yield Entry("gated", GatedConfig, build, summary=summary, precheck=check_warm_up)
+    yield Entry("gated", GatedConfig, build, summary=summary, precheck=check_coefficients)

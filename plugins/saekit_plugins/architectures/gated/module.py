@@ -36,7 +36,6 @@ from saekit.protocols import ActivationFunction, SparseActivation
 from saekit.sae import Parameter, check_width, init, sparsity_penalty, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.gated import GatedConfig
-from saekit_plugins.architectures.standard import l1_coefficient_at
 from saekit_plugins.architectures.topk.module import check_relu
 
 __all__ = ["GatedSAE"]
@@ -164,7 +163,7 @@ class GatedKernel(SparseKernel["GatedSAE"]):
             yield start, features.kept(features.values > 0) if isinstance(features, SparseFeatures) else features
 
     def step(self, sae: GatedSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        coefficient = l1_coefficient_at(sae.config, step.step)
+        coefficient = sae.config.l1_at(step)
         fast = FastStep(sae, x, workspace, target=step.target)
         gates = _Gates(sae, fast, coefficient)
         for start, pre in self._open(sae, fast.centered, workspace):
@@ -222,7 +221,7 @@ class GatedSAE(SAE):
     # ---- training
 
     def losses(self, x: Tensor, step: StepInput) -> StepOutput:
-        target, coefficient = step.target_for(x), l1_coefficient_at(self.config, step.step)
+        target, coefficient = step.target_for(x), self.config.l1_at(step)
         pre = self.pre_activations(x)
         features, gates = self.features_of(pre), (pre + self.b_gate).relu()
         output = self.reconstruction(features)

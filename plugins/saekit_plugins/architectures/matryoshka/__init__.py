@@ -15,6 +15,7 @@ import attrs
 from saekit import ConfigError, Entry, hookimpl
 from saekit.config import NEEDED_TO_LOAD
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.coefficients import check_coefficients
 
 _PAPER = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
 
@@ -42,7 +43,7 @@ def _check_weights(_: object, attribute: Any, value: tuple[float, ...] | None) -
 
 @attrs.frozen(kw_only=True)
 class MatryoshkaConfig(BatchTopKConfig):
-    """``Σ_g c_g mse_g + auxk``, where ``mse_g`` is that of the reconstruction by the first features up to a width.
+    """``(Σ_g c_g mse_g + auxk) / unit``, where ``mse_g`` is of the reconstruction by the first features up to a width.
 
     The last level has all of them.  Which features are active is decided once, among all, as in ``batchtopk``.
     """
@@ -94,4 +95,4 @@ class MatryoshkaConfig(BatchTopKConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build, summary = f"{__name__}.module:MatryoshkaSAE", "a batchtopk whose first features reconstruct alone, too"
-    yield Entry("matryoshka", MatryoshkaConfig, build, summary=summary)
+    yield Entry("matryoshka", MatryoshkaConfig, build, summary=summary, precheck=check_coefficients)

@@ -31,10 +31,10 @@ class MatryoshkaKernel(BatchTopKKernel):
         kept: int = sae.config.aux_loss_levels == "each"
         return (1 + kept) * len(sae.ends) * rows * int(sae.d_out)
 
-    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
+    def step_in(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace, unit: Tensor | None) -> StepOutput:
         encoder, each = self.encoder(sae, workspace), sae.config.aux_loss_levels == "each"
         fast = NestedStep(
-            sae, x, workspace, target=step.target, ends=sae.ends, weights=sae.factors,
+            sae, x, workspace, target=step.target, ends=sae.ends, weights=sae.factors, unit=unit,
             keep=each and step.dead is not None,
         )  # fmt: skip
 
@@ -43,24 +43,24 @@ class MatryoshkaKernel(BatchTopKKernel):
             return found
 
         norms = sae.feature_norms()
-        ((start, features),) = self.chosen(sae, encoder, fast.centered, norms)
-        logged = sae.after_features(features.scaled(norms))
+        ((start, features),) = self.chosen(sae, encoder, fast.centered, norms, sae.wanted_at(step, len(x)))
+        logged = sae.logged_k(step) | sae.after_features(features.scaled(norms))
         fast.add(start, features, to_pre)
         aux = x.new_zeros(())
         if step.dead is not None and sae.revives(step):
-            aux = self._add_aux_loss(sae, fast, encoder, step.dead)
+            aux = self._add_aux_loss(sae, fast, encoder, step.dead, unit)
         *inner, mse = fast.level_errors
         losses = {"mse_loss": mse, "inner_mse_loss": sae.inner(inner), "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(sae.factors[-1], 1, 1), coefficients=logged, metrics=sae.by_width(inner))
 
-    def _add_aux_loss(self, sae: Any, fast: NestedStep, encoder: Encoder, dead: Tensor) -> Tensor:
+    def _add_aux_loss(self, sae: Any, fast: NestedStep, encoder: Encoder, dead: Tensor, unit: Tensor | None) -> Tensor:
         if not fast.outputs:
-            aux: Tensor = sae.add_aux_loss(fast, encoder, dead.nonzero().squeeze(1))
+            aux: Tensor = sae.add_aux_loss(fast, encoder, dead.nonzero().squeeze(1), unit)
             return aux
         found = fast.target.new_zeros(())
         for (begin, end), output in zip(pairwise((0, *sae.ends)), fast.outputs, strict=True):
             own = dead[begin:end].nonzero().squeeze(1) + begin
-            found = found + sae.add_aux_loss(fast, encoder, own, output)
+            found = found + sae.add_aux_loss(fast, encoder, own, unit, output)
         return found
 
 
@@ -81,13 +81,15 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     # ---- training
 
-    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+    def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
+        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)
         target, pre = step.target_for(x), self.pre_activations(x)
-        features = self.training_features(pre)
+        features = self.training_features(pre, wanted)
         outputs = self.level_outputs(features)
-        *inner, mse = (squared_errors(output, target).sum(-1).mean() for output in outputs)
+        unit = target.new_ones(()) if unit is None else unit
+        *inner, mse = (squared_errors(output, target).sum(-1).mean() / unit for output in outputs)
         among = self.inner(inner)
-        aux = self._aux_loss(pre, target, outputs, step.dead)
+        aux = self._aux_loss(pre, target, outputs, step.dead) / unit
         return StepOutput(
             loss=self.factors[-1] * mse + among + aux,
             losses={
@@ -97,7 +99,7 @@ class MatryoshkaSAE(BatchTopKSAE):
             },
             output=outputs[-1].detach(),
             fired=(features.detach() > 0).sum(0),
-            coefficients=self.after_features(features.detach()),
+            coefficients=logged | self.after_features(features.detach()),
             metrics=self.by_width(inner),
         )
 
@@ -129,6 +131,6 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     # ---- saving
 
-    def public_metadata(self) -> dict[str, Any]:
+    def trained_as(self) -> dict[str, Any]:
         details = {"k": self.config.k, "matryoshka_widths": list(self.ends)}
         return {"training_architecture": "matryoshka_batchtopk", "training_architecture_details": details}

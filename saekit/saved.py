@@ -74,6 +74,10 @@ class SAEFiles:
     """The repository of the Hub that they are from."""
     opened: dict[str, Path] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
     """The files that were asked for until now, by name."""
+    about: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
+    """What a release says of the SAE beside its files; see :meth:`said`."""
+    asked: set[str] = attrs.field(factory=set, kw_only=True, repr=False, eq=False)
+    """What of it was asked for."""
 
     @address.default
     def _place(self) -> str:
@@ -109,21 +113,30 @@ class SAEFiles:
             raise SAEFormatError(f"the SAE folder {path} cannot be read: {reason(error)}") from error
         return cls(str(folder), names, folder.joinpath, address=address, repo=_cached_repo(folder))
 
+    @staticmethod
+    def listed(repo_id: str, *, revision: str | None = None) -> Sequence[str]:
+        """The paths of all files of a Hugging Face repository."""
+        from huggingface_hub import HfApi
+
+        with within_reach():
+            try:
+                return list(HfApi().list_repo_files(repo_id, revision=revision))
+            except Exception as error:  # of the library, of the one below it, or of the network
+                raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason(error)}") from error
+
     @classmethod
-    def on_hub(cls, repo_id: str, folder: str = "", *, revision: str | None = None) -> SAEFiles:
+    def on_hub(
+        cls, repo_id: str, folder: str = "", *, revision: str | None = None, listing: Sequence[str] | None = None
+    ) -> SAEFiles:
         """The files below ``folder`` of a Hugging Face repository, or the one file of that path with those beside it.
 
-        Downloads go through its cache.
+        Downloads go through its cache.  ``listing`` is what :meth:`listed` gave, where that was asked for already.
         """
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
         prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
         place = f"{repo_id}/{prefix}".rstrip("/")
-        with within_reach():
-            try:
-                everything = HfApi().list_repo_files(repo_id, revision=revision)
-            except Exception as error:  # of the library, of the one below it, or of the network
-                raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason(error)}") from error
+        everything = cls.listed(repo_id, revision=revision) if listing is None else listing
         chosen = ""
         if folder.strip("/") in everything:
             place, (parent, _, chosen) = f"{repo_id}/{folder.strip('/')}", folder.strip("/").rpartition("/")
@@ -145,14 +158,24 @@ class SAEFiles:
 
     def unopened(self) -> SAEFiles:
         """The same, of which nothing was asked for yet."""
-        return attrs.evolve(self, opened={})
+        return attrs.evolve(self, opened={}, asked=set())
+
+    def said(self, name: str) -> Any:
+        """What a release says of the SAE, such as ``norm_scaling_factor``; None: nothing.
+
+        For loaders: what counts more than the files (``normalize_activations``), or what they leave open.
+        """
+        self.asked.add(name)
+        return self.about.get(name)
 
     def within(self, folder: str) -> SAEFiles:
         """Those below ``folder``, by their names there."""
         prefix = f"{folder.strip('/')}/"
         names = frozenset(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
         place, address = f"{self.place}/{folder.strip('/')}", f"{self.address}/{folder.strip('/')}"
-        return SAEFiles(place, names, lambda name: self.path(prefix + name), address=address, repo=self.repo)
+        return attrs.evolve(
+            self, place=place, names=names, get=lambda name: self.path(prefix + name), address=address, chosen="", opened={}
+        )
 
     def path(self, name: str) -> Path:
         """The local path of one of the files."""

@@ -15,10 +15,13 @@ from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
 from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
+from saekit.pretrained.overriding import overridden
 from saekit.pretrained.provenance import OWN, checksums, provenance
+from saekit.protocols import PretrainedLoader
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
@@ -26,31 +29,49 @@ from saekit.values import Ports, SAEInfo
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["build_sae", "load_sae"]
+__all__ = ["build_sae", "load_sae", "loader_of"]
 
 
 @ambient()
 def load_sae(
-    files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
+    files: SAEFiles,
+    *,
+    loader: PluginChoice | Choice[PretrainedLoader] | None = None,
+    device: str = "cpu",
+    plugins: PluginManager | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> SAEModule:
-    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
-    from saekit.pretrained.own import is_own, read_own
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
+
+    ``origin`` is what its provenance says beside that.
+    """
+    from saekit.pretrained.own import read_own
 
     device = resolve_device(device, "device")
     plugins = plugins or default_manager()
-    own = loader is None and is_own(files.unopened())
+    choice = loader_of(files, plugins) if loader is None else loader
     files = files.unopened()
-    if own:
+    if choice is None:
         read, key = read_own(files), OWN
     else:
-        choice = _detected(files, plugins).key if loader is None else loader
-        bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+        bound = choice if isinstance(choice, Choice) else ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
         read, key = read_with(bound, files), bound.key
+    read = overridden(read, files, key)
     with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as beside:
         sums = beside.submit(checksums, files)
-        sae = build_sae(read, plugins, files.place, own=own)
-        sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, sums.result()))
+        sae = build_sae(read, plugins, files.place, own=choice is None)
+        known = read.provenance or provenance(read, key, files, sums.result())
+        sae.info = attrs.evolve(sae.info, provenance={**known, **(origin or {})})
     return sae.to(device)
+
+
+def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoader] | None:
+    """The one loader that recognizes ``files``; None: they are saekit's own, which need none."""
+    from saekit.pretrained.own import is_own
+
+    if is_own(files.unopened()):
+        return None
+    return plugins.bound(PRETRAINED_LOADERS, _detected(files.unopened(), plugins).key)
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:

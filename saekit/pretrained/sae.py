@@ -5,14 +5,17 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
 from saekit.config import PluginChoice
-from saekit.errors import SAEFormatError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.published import load_published
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
@@ -25,7 +28,9 @@ _S = TypeVar("_S", bound="SAE")
 class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
-    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "save"})
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset(
+        {"from_hub", "from_pretrained", "from_release", "load", "save"}
+    )
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -64,6 +69,66 @@ class SAE(SAEModule):
         """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
         files = SAEFiles.on_hub(repo_id, folder, revision=revision)
         return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        release: str | Path | None = None,
+        sae_id: str | None = None,
+        *,
+        repo_id: str | None = None,
+        folder: str = "",
+        revision: str | None = None,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        releases: ReleaseFiles = (),
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """A published SAE, with its configuration, where it is from and, where it is known, how often features fire.
+
+        ``from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")`` names a release and an SAE of it (`saekit
+        saes list`); ``from_pretrained(repo_id="owner/repository", folder="layer_8")`` is :meth:`from_hub`, and
+        ``from_pretrained("a/folder/here")`` is :meth:`load`.  A name of no release with one ``/`` in it is a repository,
+        and ``sae_id`` the folder.
+
+        ``revision`` and ``loader`` count more than what the release says.  ``releases`` are TOML files of releases,
+        beside those that are known.  :class:`saekit.errors.UnknownKeyError` for a name that is none has the nearest.
+        """
+        asked = asked_for(release, sae_id, repo_id, folder, releases, plugins)
+        if asked.release is not None:
+            found = load_published(
+                asked.release, [asked.sae_id], loader=loader, revision=revision, device=device, plugins=plugins
+            )
+            return _as(cls, next(sae for _, sae in found))
+        if asked.path is None:
+            files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision)
+        elif revision is None:
+            files = SAEFiles.at(asked.path)
+        else:
+            raise ConfigError(f"{asked.path} is a path on this machine, and revision is of repositories: leave it out")
+        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+
+    @classmethod
+    def from_release(
+        cls,
+        release: str,
+        sae_ids: Iterable[str],
+        *,
+        revision: str | None = None,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        releases: ReleaseFiles = (),
+        plugins: PluginManager | None = None,
+    ) -> dict[str, Self]:
+        """Several SAEs of one release by their ids, in that order, as :meth:`from_pretrained` gives them.
+
+        The release is looked up once, its repository listed once, and its format looked at once.
+        """
+        found = catalog_of(releases, plugins).find(release)
+        loaded = load_published(
+            found, list(sae_ids), loader=loader, revision=revision, device=device, plugins=plugins
+        )
+        return {name: _as(cls, sae) for name, sae in loaded}
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

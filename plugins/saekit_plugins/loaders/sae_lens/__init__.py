@@ -53,9 +53,10 @@ class SaeLensLoader:
         if SPARSITY in files.names:
             sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
         saved = _saved_scale(files) if SCALER in files.names else None
-        return self.read(
-            files.json(CONFIG), files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved
-        )
+        config = files.json(CONFIG)
+        if (said := files.said("normalize_activations")) is not None:
+            config["normalize_activations"] = said
+        return self.read(config, files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved)
 
     def read(
         self,

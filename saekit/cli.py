@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, show, train, watch
+from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, saes, show, train, watch
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError
@@ -54,6 +54,7 @@ app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pr
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
+app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))
 
 
 def main() -> NoReturn:

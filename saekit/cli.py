@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, saes, show, train, watch
+from saekit.commands.terminal import cache, config, convert_config, demo, plan, plugins, pretokenize, saes, show, train, watch
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError
@@ -48,6 +48,7 @@ def _root(
 app.command("train", epilog=examples(train.EXAMPLES))(train.train)
 app.command("demo", epilog=examples(demo.EXAMPLES))(demo.demo)
 app.command("config", epilog=examples(config.EXAMPLES))(config.config)
+app.command("convert-config", epilog=examples(convert_config.EXAMPLES))(convert_config.convert_config)
 app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)

@@ -11,13 +11,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
 
 from saekit.errors import AmbiguousKeyError, ConfigError, PluginWarning, UnknownKeyError
 from saekit.files.paths import as_path
-from saekit.plugins.manager import PluginManager, default_manager
 from saekit.pretrained.releases import BUILT_IN, read_releases
 from saekit.reasons import error_text
 from saekit.released import Release, ReleasedSAE
+
+if TYPE_CHECKING:
+    from saekit.plugins.manager import PluginManager
 
 __all__ = ["RELEASES_VARIABLE", "Catalog", "find_sae", "nearest", "users_files"]
 
@@ -119,10 +124,11 @@ def users_files() -> Iterator[Path]:
 
 def _of_plugins(plugins: PluginManager | None) -> Iterator[Release]:
     """What the hook gives.  A plugin that fails is a warning, and everybody else's are there."""
-    from saekit.kinds import RELEASES
-
     if plugins is None and not _others():
         return
+    from saekit.kinds import RELEASES
+    from saekit.plugins.manager import default_manager
+
     manager = plugins or default_manager()
     for item in manager.registry(RELEASES).items:
         try:
@@ -137,8 +143,6 @@ def _of_plugins(plugins: PluginManager | None) -> Iterator[Release]:
 
 
 def _owned(release: Release, distribution: str, plugin: str) -> Release:
-    import attrs
-
     return attrs.evolve(release, source=distribution, where=f"the plugin {plugin}")
 
 

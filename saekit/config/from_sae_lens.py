@@ -259,6 +259,8 @@ class _Work:
             options = {**NO_PROCESSING, **options}
         if options:
             self.set("model.backend.from_pretrained_kwargs", options, "model_from_pretrained_kwargs")
+        else:
+            self.dropped["model_from_pretrained_kwargs"] = "says nothing"
 
     def _devices(self) -> None:
         device, model = str(self.take("device") or "cpu"), self.take("llm_device")

@@ -25,6 +25,8 @@ _FIELDS = ("repo", "folder", "model", "loader", "revision", "overrides", "links"
 _COLUMNS = {"id": "id", "path": "path", "l0": "l0", "neuronpedia": "neuronpedia", "ev": "explained_variance",
             "norm_scaling_factor": "norm_scaling_factor"}  # fmt: skip
 
+_WORDS = {str: "a text", int: "a whole number", bool: "true or false", dict: "a table"}
+
 
 @attrs.frozen
 class Releases:
@@ -111,7 +113,7 @@ def _wrong_overrides(name: str, overrides: object) -> Iterable[tuple[str, str]]:
         if kind is None:
             yield f"{name}.overrides.{field}", f"cannot be overridden; there are {', '.join(OVERRIDES)}"
         elif type(value) is not kind:
-            yield f"{name}.overrides.{field}", f"expected a {kind.__name__}, found {value!r}"
+            yield f"{name}.overrides.{field}", f"expected {_WORDS[kind]}, found {value!r}"
 
 
 def _release(

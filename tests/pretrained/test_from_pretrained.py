@@ -111,3 +111,165 @@ def test_one_release_of_each_loader(hub: FakeHub, name: str) -> None:
     assert found["loader"] == f"saekit:{name}"
     assert len(found["revision"]) == 40
     assert release.saes[one.sae_id].neuronpedia == sae.info.metadata.get("neuronpedia_id")
+
+
+def test_both_suffixes_of_goodfire(hub: FakeHub) -> None:
+    """The file for 70B ends in .pt, the other in .pth."""
+    repository = hub.root / "models/Goodfire/Llama-3.3-70B-Instruct-SAE-l50"
+    repository.mkdir(parents=True)
+    source = FIXTURES / "goodfire/Llama-3.1-8B-Instruct-SAE-l19.pth"
+    (repository / "Llama-3.3-70B-Instruct-SAE-l50.pt").write_bytes(source.read_bytes())
+    sae = SAE.from_pretrained("goodfire-llama-3.3-70b-instruct")
+    assert sae.info.site.hook_name == "blocks.50.hook_resid_post"
+    assert sae.info.metadata["model_name"] == "meta-llama/Llama-3.3-70B-Instruct"
+
+
+@pytest.fixture
+def releases(hub: FakeHub, tmp_path: Path) -> Path:
+    """A user's file, of a repository with four SAEs of sae-lens, on two branches, and of a folder here."""
+    for branch, file in (("main", "sae_lens_6.54.12_topk"), ("old", "sae_lens_3.0.0_standard")):
+        repository = hub.branch("models", "somebody/saes", branch)
+        for number in range(4 * (not repository.exists())):
+            copied(file, repository, f"layers/{number}")
+    copied("sae_lens_2.1.3_folder", tmp_path, "here/first")
+    path = tmp_path / "mine.toml"
+    path.write_text("""
+        [mine]
+        repo = "somebody/saes"
+        model = "a-model"
+        [mine.saes]
+        zero = "layers/0"
+        one = { path = "layers/1", l0 = 3, neuronpedia = "a-model/1" }
+        two = { path = "layers/2" }
+        three = "layers/3"
+        gone = "layers/gone"
+
+        [older]
+        repo = "somebody/saes"
+        revision = "old"
+        loader = "sae_lens"
+        overrides = { model_name = "another", hook_name = "blocks.3.hook_mlp_out", dataset_path = "d", context_size = 7 }
+        saes = { "layers/0" = {} }
+
+        [local]
+        folder = "here"
+        saes = { first = {} }
+    """)
+    return path
+
+
+def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
+    hub: FakeHub, releases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saekit.pretrained import catalog, load
+
+    detected, looked, before = [], [], len(hub.requests)
+    real, find = load.recognized, catalog.Catalog.find
+    monkeypatch.setattr(load, "recognized", lambda *a: detected.append(1) or real(*a))
+    monkeypatch.setattr(catalog.Catalog, "find", lambda *a: looked.append(1) or find(*a))
+    saes = SAE.from_release("mine", ["zero", "two", "one", "three"], releases=releases)
+    assert list(saes) == ["zero", "two", "one", "three"]
+    assert (len(looked), len(detected)) == (1, 1)
+    listings = [line for line in hub.requests[before:] if "/api/models/somebody/saes" in line]
+    assert len(listings) == 1, listings
+    assert [sae.info.provenance["folder"] for sae in saes.values()] == [f"layers/{n}" for n in (0, 2, 1, 3)]
+    assert saes["one"].info.metadata["neuronpedia_id"] == "a-model/1"
+    assert "neuronpedia_id" not in saes["two"].info.metadata
+    with pytest.raises(UnknownKeyError, match="has no SAE 'tow'"):  # before anything is fetched
+        SAE.from_release("mine", ["zero", "tow"], releases=releases)
+
+
+def test_what_a_release_says_counts_more_than_the_files(releases: Path, tmp_path: Path) -> None:
+    expected = load_file(FIXTURES / "sae_lens_3.0.0_standard/expected.safetensors")
+    sae = SAE.from_pretrained("older", releases=releases)
+    close(sae.encode(expected["x"]), expected["encode"])
+    for one in (sae, SAE.load(sae.save(tmp_path / "again"))):
+        fed = one.info.metadata
+        assert (fed["model_name"], fed["dataset_path"], fed["context_size"]) == ("another", "d", 7)
+        assert one.info.site.hook_name == "blocks.3.hook_mlp_out"
+        assert (one.info.provenance["release"], one.info.provenance["sae_id"]) == ("user:older", "layers/0")
+    newer = SAE.from_pretrained("older", releases=releases, revision="main", loader="sae_lens")
+    assert newer.info.architecture == "saekit:topk", "what is asked for counts more than the release"
+
+
+def test_a_factor_of_the_registry_is_folded_in(hub: FakeHub, tmp_path: Path) -> None:
+    """Where the files say that activations were scaled, and not by how much; else it is left alone, as by the peer."""
+    release = Catalog().find("gpt2-small-mlp-tm")
+    sae_ids = ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"]
+    expected = load_file(FIXTURES / "sae_lens_2.1.3_folder/expected.safetensors")
+    for sae_id, scaled in zip(sae_ids, (True, False), strict=True):
+        folder = hub.root / "models" / str(release.repo) / release.saes[sae_id].path
+        copied("sae_lens_2.1.3_folder", folder)
+        edit_json(folder / "cfg.json", lambda table, scaled=scaled: table.update(normalize_activations=scaled))
+    scaled, plain = SAE.from_release(release.name, sae_ids).values()
+    factor = release.saes[sae_ids[0]].norm_scaling_factor
+    close(scaled.encode(expected["x"] / factor), expected["encode"])
+    close(scaled(expected["x"] / factor), expected["forward"] / factor)
+    assert not scaled.info.scale_is_unknown
+    assert scaled.info.metadata["activation_scale"] == factor
+    assert scaled.info.metadata["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+    close(plain.encode(expected["x"]), expected["encode"])
+    assert scaled.log_sparsity is not None
+
+
+def test_without_a_registry_entry(hub: FakeHub, releases: Path, tmp_path: Path) -> None:
+    for found in (
+        SAE.from_pretrained(repo_id="somebody/saes", folder="layers/2", revision="old"),
+        SAE.from_pretrained("somebody/saes", "layers/2", revision="old"),
+        SAE.from_pretrained("local", "first", releases=releases),
+        SAE.from_pretrained(tmp_path / "here/first"),
+        SAE.from_pretrained(str(tmp_path / "here"), "first"),
+    ):
+        assert found.info.architecture == "saekit:standard"
+    assert found.info.provenance.get("release") is None
+
+
+def test_of_what_cannot_be_found_the_message_says_what_to_do(hub: FakeHub, releases: Path) -> None:
+    for arguments, error, message in (
+        (("gpt2-small-res-jbb", "x"), UnknownKeyError, "no release 'gpt2-small-res-jbb'. Did you mean 'gpt2-small-res-jb'"),
+        (("gpt2-small-res-jb", "blocks.8.hook_resid_pr"), UnknownKeyError, "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("gpt2-small-res-jb",), UnknownKeyError, r"has 13 SAEs; say which. It has blocks.0"),
+        (("jbloom/GPT2-Small-SAEs-Reformatted",), UnknownKeyError, r"\(gpt2-small-res-jb is of that repository\)"),
+        (("mine", "gone"), SAEFormatError, "'gone' is 'layers/gone' in somebody/saes, which has no such file or folder; "
+                                           "there are layers/"),
+        ((), ConfigError, "needs a release and an id, repo_id="),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            SAE.from_pretrained(*arguments, releases=releases)
+    for options, message in (
+        ({"repo_id": "a/b", "release": "c"}, "the release 'c' and repo_id = 'a/b'"),
+        ({"repo_id": "a/b", "sae_id": "c"}, "sae_id = 'c', which is of a release,"),
+        ({"release": "c", "folder": "d"}, "folder = 'd' goes with repo_id"),
+        ({"release": str(releases.parent), "revision": "d"}, "is a path on this machine, and revision is"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SAE.from_pretrained(**options)
+
+
+def test_a_path_that_nobody_understands_and_a_loader_that_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[a]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntss"\nsaes = { four = "4", five = "5" }\n'
+                    '[b]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntsss"\nsaes = { four = "4" }\n'
+                    '[c]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntss"\nsaes = { four = "4" }\n'
+                    'overrides = { normalize_activations = "constant_norm_rescale" }')  # fmt: skip
+    assert SAE.from_pretrained("a", "four", releases=path).info.architecture == "saekit:transcoder"
+    with pytest.raises(SAEFormatError, match="'five' is '5' in mntss/clt-gemma-2-2b-2.5M, which has no such file"):
+        SAE.from_pretrained("a", "five", releases=path)
+    with pytest.raises(UnknownKeyError, match="mntsss") as caught:
+        SAE.from_pretrained("b", releases=path)
+    assert "It is the loader of the release user:b. loader=... names another." in caught.value.__notes__
+    with pytest.raises(SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"):
+        SAE.from_pretrained("c", releases=path)
+
+
+def test_what_it_is_stays_what_was_asked_for(hub: FakeHub) -> None:
+    from saekit_plugins.architectures.topk.module import TopKSAE
+
+    with pytest.raises(SAEFormatError, match="this is a StandardSAE, not a TopKSAE"):
+        TopKSAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
+
+
+def test_json_is_enough_to_say_what_it_is(hub: FakeHub, tmp_path: Path) -> None:
+    sae = SAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
+    saved = json.loads((sae.save(tmp_path / "a") / "cfg.json").read_text())
+    assert saved["saekit"]["provenance"]["release"] == "saekit:gpt2-small-res-jb"

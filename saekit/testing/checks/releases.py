@@ -24,19 +24,32 @@ def build(subject: Subject) -> None:
 
 @CHECKS.add
 def releases(subject: Subject) -> None:
-    """It has releases, each of a name of its own, and every SAE's facts can be read."""
+    """It has releases, each with SAEs."""
     found = _releases(subject)
     must(found, "releases() gives none")
     for one in found:
         must(isinstance(one, Release), f"releases() gives {one!r}, expected a saekit.pretrained.Release")
         must(one.ids, f"the release {one.name!r} has no SAEs")
+
+
+@CHECKS.add
+def names(subject: Subject) -> None:
+    """Each release has a name of its own, without what names are put together with."""
+    found = [one.name for one in _releases(subject)]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    must(not twice, f"there are several releases of the name {', '.join(twice)}")
+    odd = [name for name in found if ":" in name or "/" in name or not name.strip()]
+    must(not odd, f"{odd} are no names for releases: without : and /, please")
+
+
+@CHECKS.add
+def facts(subject: Subject) -> None:
+    """What is said of every SAE is of the right kind."""
+    for one in _releases(subject):
         try:
             one.saes  # noqa: B018 - they are read here
         except SaekitError as error:
             raise Fault(f"of the release {one.name!r}: {error}") from error
-    names = [one.name for one in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    must(not twice, f"there are several releases of the name {', '.join(twice)}")
 
 
 @CHECKS.add

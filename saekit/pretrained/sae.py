@@ -5,9 +5,9 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from saekit.config import PluginChoice
 from saekit.errors import ConfigError, SAEFormatError
@@ -15,10 +15,12 @@ from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.made import made_from
 from saekit.pretrained.published import load_published
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
+from saekit.values import Ports
 
 __all__ = ["SAE"]
 
@@ -29,7 +31,7 @@ class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
     beside_mathematics: ClassVar[frozenset[str]] = frozenset(
-        {"from_hub", "from_pretrained", "from_release", "load", "save"}
+        {"from_dict", "from_hub", "from_pretrained", "from_release", "load", "save", "to_dict"}
     )
 
     def save(self, path: str | Path) -> Path:
@@ -54,6 +56,28 @@ class SAE(SAEModule):
         ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
         """
         return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
+
+    @classmethod
+    def from_dict(
+        cls,
+        options: Mapping[str, Any],
+        *,
+        ports: Ports | None = None,
+        seed: int = 42,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """An SAE of these options with starting weights: what `sae` holds in a configuration, ``d_in`` among it.
+
+        ``{"name": "topk", "d_in": 768, "d_sae": 6144, "k": 32}``; ``architecture`` is understood for ``name``, too.
+        ``b_dec`` starts at zero, as there are no activations to take a mean of.  ``ports`` are the sites with their
+        widths, of what has several.
+        """
+        return _as(cls, made_from(options, ports, seed, device, plugins))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options of :meth:`from_dict`."""
+        return {"name": self.info.architecture, **self.saved_options()}
 
     @classmethod
     def from_hub(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.errors import SAEFormatError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels.workspace import zeros
 from saekit.values import Ports, Scale
 
@@ -62,6 +62,9 @@ class Parameter:
     scale: Mapping[str, int] = attrs.field(factory=dict, kw_only=True)
     """Which power of the activation scale goes into it: ``{"d_in": 1}`` for a matrix that meets inputs, ``{"d_out":
     -1}`` for what makes outputs."""
+    grows: int | None = attrs.field(default=None, kw_only=True)
+    """Which power of a feature's size goes into it, along ``d_sae``: 1 for what makes the feature, -1 for what is made of
+    it, 0 for what stays as it is when features are measured otherwise.  None: nobody says, and so they are not."""
     unit_rows: bool = attrs.field(default=False, kw_only=True)
     """Keep every row, along the last dimension, at norm 1: project the gradient before each update, rescale after."""
     groups: tuple[str, ...] = attrs.field(default=(), kw_only=True)
@@ -215,6 +218,22 @@ class ParameterTable:
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None:
                 entry.fold(value, {"d_in": scale, "d_out": target_scale})
+
+    def grow_features(self, module: nn.Module, factor: Tensor) -> None:
+        """From now on every feature is ``factor [d_sae]`` times as large, and what is decoded of it is the same.
+
+        :class:`ConfigError` where a parameter does not say what that is for it.
+        """
+        if unsaid := [entry.name for entry in self.entries if entry.grows is None and "d_sae" in entry.dims]:
+            raise ConfigError(
+                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated "
+                "(saekit.sae.Parameter, grows)"
+            )
+        for entry in self.entries:
+            value = getattr(module, entry.name)
+            if value is not None and entry.grows:
+                along = entry._along("d_sae", factor.to(value))
+                value.mul_(along) if entry.grows > 0 else value.div_(along)
 
     def folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` with the factors of rows among them in what they multiply."""

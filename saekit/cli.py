@@ -13,7 +13,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal import cache, config, convert_config, demo, plan, plugins, pretokenize, saes, show, train, watch
+from saekit.commands.terminal import (
+    cache,
+    config,
+    convert_config,
+    demo,
+    plan,
+    plugins,
+    pretokenize,
+    saes,
+    show,
+    train,
+    watch,
+)
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError

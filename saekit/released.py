@@ -35,7 +35,8 @@ class ReleasedSAE:
     id: str
     """By which it is asked for: ``blocks.8.hook_resid_pre``."""
     path: str = attrs.field()
-    """Where it lies in the repository: a folder, a file of weights, or what the loader takes for one.  Left out: the id."""
+    """Where it lies in the repository: a folder, a file of weights, or what the loader takes for one.  Left out: as the
+    id."""
     l0: float | None = None
     """Features that are active on a token, in the mean."""
     explained_variance: float | None = None

@@ -174,7 +174,13 @@ class SAEFiles:
         names = frozenset(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
         place, address = f"{self.place}/{folder.strip('/')}", f"{self.address}/{folder.strip('/')}"
         return attrs.evolve(
-            self, place=place, names=names, get=lambda name: self.path(prefix + name), address=address, chosen="", opened={}
+            self,
+            place=place,
+            names=names,
+            get=lambda name: self.path(prefix + name),
+            address=address,
+            chosen="",
+            opened={},
         )
 
     def path(self, name: str) -> Path:

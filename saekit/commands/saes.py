@@ -112,8 +112,10 @@ def info_text(data: dict[str, Any]) -> str:
     """The same for people: what is known, a line each, and how it is loaded."""
     saes = data.get("saes")
     shown = {name: value for name, value in data.items() if name != "saes" and value not in (None, {})}
-    flat = {**{name: value for name, value in shown.items() if not isinstance(value, dict)},
-            **{f"{part}.{name}": value for part in ("overrides", "links") for name, value in data[part].items()}}
+    flat = {
+        **{name: value for name, value in shown.items() if not isinstance(value, dict)},
+        **{f"{part}.{name}": value for part in ("overrides", "links") for name, value in data[part].items()},
+    }
     width = max(map(len, flat))
     lines = [f"{name:{width}}  {value}" for name, value in flat.items()]
     if saes is None:

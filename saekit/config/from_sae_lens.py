@@ -1,6 +1,7 @@
 """Configurations of sae-lens runs, as options of saekit that mean the same, with a word about every key.
 
-Flat ones of versions 2 to 5, as ``LanguageModelSAERunnerConfig`` saved them, and those of 6, with ``sae`` and ``logger``.
+Flat ones of versions 2 to 5, as ``LanguageModelSAERunnerConfig`` saved them, and those of 6, with ``sae`` and
+``logger``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Converted:
         """A line for each key that is not simply the same here."""
         lines = [f"renamed: {theirs} is {ours}" for theirs, ours in self.renamed.items()]
         lines += [f"dropped: {theirs}: {why}" for theirs, why in self.dropped.items()]
-        lines += [f"assumed: {theirs} is {shown(value)}, the default of sae-lens" for theirs, value in self.assumed.items()]
+        lines += [
+            f"assumed: {theirs} is {shown(value)}, the default of sae-lens" for theirs, value in self.assumed.items()
+        ]
         return lines + [f"NOT THE SAME: {theirs}: {why}" for theirs, why in self.lost.items()]
 
 
@@ -100,8 +103,8 @@ def _flat(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
         missing = "no options of training" if hook else "neither hook_name nor hook_point"
         raise ConfigError(
-            f"this is no configuration of a run of sae-lens: it has {missing}. Expected what LanguageModelSAERunnerConfig "
-            "saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
+            f"this is no configuration of a run of sae-lens: it has {missing}. Expected what "
+            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
         )
     if not nested:
         if major >= 6:
@@ -280,8 +283,10 @@ class _Work:
         if name == "constant":
             self.dropped |= {"lr_end": "is of the cosine schedules", "n_restart_cycles": "is of the cosine schedules"}
             return
-        if end is not None or lr is not None:
-            self.set("lr_schedule.end", lr / 10 if end is None else end, "lr_end")
+        if end is None and isinstance(lr, int | float):
+            end = lr / 10
+        if end is not None:
+            self.set("lr_schedule.end", end, "lr_end")
         if "restarts" in name:
             self.set("lr_schedule.n_restart_cycles", cycles or 1, "n_restart_cycles")
         elif cycles is not None:

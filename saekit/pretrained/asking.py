@@ -49,7 +49,9 @@ def asked_for(
     if repo_id is not None:
         if name is not None or sae_id is not None:
             what = f"the release {name!r}" if name is not None else f"sae_id = {sae_id!r}, which is of a release,"
-            raise ConfigError(f"from_pretrained is given {what} and repo_id = {repo_id!r}: give one; folder=... says where")
+            raise ConfigError(
+                f"from_pretrained is given {what} and repo_id = {repo_id!r}: give one; folder=... says where"
+            )
         return Asked(repo_id=repo_id, folder=folder)
     if name is None:
         raise ConfigError("from_pretrained needs a release and an id, repo_id=... and folder=..., or a path")

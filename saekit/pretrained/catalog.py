@@ -35,7 +35,8 @@ _MOST = 8
 class Catalog:
     """Releases by name.
 
-    ``files`` are TOML files of releases beside those that ``SAEKIT_RELEASES`` names and ``~/.config/saekit/releases.toml``.
+    ``files`` are TOML files of releases beside those that ``SAEKIT_RELEASES`` names and
+    ``~/.config/saekit/releases.toml``.
     """
 
     def __init__(self, files: Iterable[str | Path] = (), plugins: PluginManager | None = None) -> None:
@@ -63,8 +64,8 @@ class Catalog:
         hint = f" Did you mean {_listed(close)}?" if close else ""
         owner = f" ({by_repo[0]} is of that repository)" if by_repo else ""
         return (
-            f"there is no release {name!r}{owner}.{hint} `saekit saes list` lists all {len(names)}; of a repository that "
-            "is none of them: from_pretrained(repo_id=..., folder=...)"
+            f"there is no release {name!r}{owner}.{hint} `saekit saes list` lists all {len(names)}; of a repository "
+            "that is none of them: from_pretrained(repo_id=..., folder=...)"
         )
 
     def of_repo(self, repo: str) -> list[Release]:
@@ -77,7 +78,7 @@ def find_sae(release: Release, sae_id: str | None) -> ReleasedSAE:
     if sae_id is None and len(release.ids) == 1:
         return release.saes[release.ids[0]]
     if sae_id in release.ids:
-        return release.saes[sae_id]  # type: ignore[index]
+        return release.saes[sae_id]
     close = []
     if sae_id:  # perhaps by another of its names
         close = [one for one, sae in release.saes.items() if sae_id in (sae.path, sae.neuronpedia)]
@@ -113,7 +114,7 @@ def _built_in() -> tuple[Release, ...]:
 
 
 def users_files() -> Iterator[Path]:
-    """The files of releases of whoever runs this: those of the environment, which must be there, and the one at home."""
+    """Whose files of releases there are: those that the environment names, which must be there, and the one at home."""
     for path in os.environ.get(RELEASES_VARIABLE, "").split(os.pathsep):
         if path.strip():
             yield as_path(path.strip())

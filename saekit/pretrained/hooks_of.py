@@ -14,7 +14,9 @@ __all__ = ["hook_of"]
 
 _RULES = "release_hooks.json"
 """Beside this file: for a loader, what a path with its repository looks like, and the hook that this means."""
-_ID = re.compile(r"(?:blocks\.\d+\.(?:attn\.|mlp\.|ln\d\.)?)?hook_(?:resid_(?:pre|mid|post)|attn_out|mlp_out|mlp_in|z|embed)")
+_ID = re.compile(
+    r"(?:blocks\.\d+\.(?:attn\.|mlp\.|ln\d\.)?)?hook_(?:resid_(?:pre|mid|post)|attn_out|mlp_out|mlp_in|z|embed)"
+)
 
 
 @cache

@@ -9,7 +9,7 @@ import attrs
 
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
-from saekit.errors import SaekitError, SAEFormatError
+from saekit.errors import SAEFormatError, SaekitError
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
@@ -100,7 +100,9 @@ class _Places:
         folders = {name.rpartition("/")[0] for name in names} - {""} | {*names}
         close = nearest(path, folders)
         raise SAEFormatError(
-            f"the release {self._release.key} says that {sae.id!r} is {path!r} in {self._release.repo}, which has no such "
-            f"file or folder" + (f"; there are {', '.join(close)}" if close else "") + ". The repository has changed: "
+            f"the release {self._release.key} says that {sae.id!r} is {path!r} in {self._release.repo}, which has no "
+            f"such file or folder"
+            + (f"; there are {', '.join(close)}" if close else "")
+            + ". The repository has changed: "
             "revision=... names an earlier state of it"
         )

@@ -46,7 +46,9 @@ def read_releases(path: str | Path, source: str = "user") -> Releases:
         data = file.read_bytes()
         text = (gzip.decompress(data) if file.name.endswith(".gz") else data).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"the releases in {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"the releases in {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     try:
         table = _parsed(text, file)
     except (ValueError, RecursionError) as error:

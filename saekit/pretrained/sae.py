@@ -112,8 +112,8 @@ class SAE(SAEModule):
 
         ``from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")`` names a release and an SAE of it (`saekit
         saes list`); ``from_pretrained(repo_id="owner/repository", folder="layer_8")`` is :meth:`from_hub`, and
-        ``from_pretrained("a/folder/here")`` is :meth:`load`.  A name of no release with one ``/`` in it is a repository,
-        and ``sae_id`` the folder.
+        ``from_pretrained("a/folder/here")`` is :meth:`load`.  A name of no release with one ``/`` in it is a
+        repository, and ``sae_id`` the folder.
 
         ``revision`` and ``loader`` count more than what the release says.  ``releases`` are TOML files of releases,
         beside those that are known.  :class:`saekit.errors.UnknownKeyError` for a name that is none has the nearest.
@@ -149,9 +149,7 @@ class SAE(SAEModule):
         The release is looked up once, its repository listed once, and its format looked at once.
         """
         found = catalog_of(releases, plugins).find(release)
-        loaded = load_published(
-            found, list(sae_ids), loader=loader, revision=revision, device=device, plugins=plugins
-        )
+        loaded = load_published(found, list(sae_ids), loader=loader, revision=revision, device=device, plugins=plugins)
         return {name: _as(cls, sae) for name, sae in loaded}
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
+from saekit.sae.familiar import Familiar
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_rows, check_scales, check_size, check_type, check_width
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
@@ -31,7 +31,7 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 __all__ = ["SAEModule"]
 
 
-class SAEModule(Hooked, Ways):
+class SAEModule(Familiar, Hooked, Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -320,26 +320,6 @@ class SAEModule(Hooked, Ways):
         if self.info.scale_is_unknown:  # until now
             self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
 
-    @torch.no_grad()
-    def fold_W_dec_norm(self) -> None:
-        """From now on every decoder row has norm 1, and its feature is so many times as large: outputs stay the same.
-
-        Rows of norm 0 stay as they are.  :class:`ConfigError` where it would change more than the features' sizes: with
-        a non-linearity that does not keep proportions, or where features compete for a place among the largest.
-        """
-        self._check_sizes_are_free()
-        norms = self.decoder_norms()
-        self.table.grow_features(self, torch.where(norms > 0, norms, 1))
-
-    def _check_sizes_are_free(self) -> None:
-        """:class:`ConfigError` unless features may be measured in another unit, each in its own."""
-        numbers = torch.linspace(-4, 4, 65, device=self.device)
-        if not torch.allclose(self.activation(numbers * 8), self.activation(numbers) * 8):
-            raise ConfigError(
-                f"norms cannot be folded into the encoder: the activation function {self.info.options.get('activation')} "
-                "does not keep proportions, so that other outputs would come of it"
-            )
-
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
 
@@ -347,28 +327,6 @@ class SAEModule(Hooked, Ways):
         ``within`` is how much, relative to itself, a number may be off by rounding.
         """
         return False
-
-    # ---- what it is
-
-    @property
-    def cfg(self) -> SAEConfig:
-        """:attr:`config`, as sae-lens calls it."""
-        return self.config
-
-    def get_name(self) -> str:
-        """What names it in plots and files: ``sae_gpt2-small_blocks.8.hook_resid_pre_24576``, as far as that is known."""
-        known = (self.info.metadata.get("model_name"), self.info.site and self.info.site.name, self.d_sae)
-        return "_".join(["sae", *(str(one) for one in known if one is not None)])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """The options say which type the weights have been moved to."""
-        before = self.dtype
-        super()._apply(fn, recurse)
-        if self.dtype != before:
-            name = str(self.dtype).removeprefix("torch.")
-            self.config = attrs.evolve(self.config, dtype=name)  # type: ignore[arg-type]
-            self.info = attrs.evolve(self.info, options={**self.info.options, "dtype": name})
-        return self
 
     # ---- saving and loading
 

@@ -63,8 +63,8 @@ class Parameter:
     """Which power of the activation scale goes into it: ``{"d_in": 1}`` for a matrix that meets inputs, ``{"d_out":
     -1}`` for what makes outputs."""
     grows: int | None = attrs.field(default=None, kw_only=True)
-    """Which power of a feature's size goes into it, along ``d_sae``: 1 for what makes the feature, -1 for what is made of
-    it, 0 for what stays as it is when features are measured otherwise.  None: nobody says, and so they are not."""
+    """Which power of a feature's size goes into it, along ``d_sae``: 1 for what makes the feature, -1 for what is made
+    of it, 0 for what stays as it is when features are measured otherwise.  None: nobody says, and so they are not."""
     unit_rows: bool = attrs.field(default=False, kw_only=True)
     """Keep every row, along the last dimension, at norm 1: project the gradient before each update, rescale after."""
     groups: tuple[str, ...] = attrs.field(default=(), kw_only=True)

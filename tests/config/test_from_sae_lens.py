@@ -119,7 +119,9 @@ def test_what_is_not_here_is_said() -> None:
 
 
 def test_a_topk_of_4_is_a_topk() -> None:
-    source = of_3(sae_lens_version="4.4.5", architecture="standard", activation_fn="topk", activation_fn_kwargs={"k": 7})
+    source = of_3(
+        sae_lens_version="4.4.5", architecture="standard", activation_fn="topk", activation_fn_kwargs={"k": 7}
+    )
     options = saekit.load_config(dict(convert(source).table)).sae
     assert options.key == "saekit:topk"
     assert (options.options.k, options.options.rescale_acts_by_decoder_norm) == (7, False)

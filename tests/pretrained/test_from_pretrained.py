@@ -1,4 +1,4 @@
-"""SAEs by release and id, from a Hub that has them where the registry says: what the peer computes is what comes out."""
+"""SAEs by release and id, from a Hub that has them where the registry says: they compute what the peer does."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def releases(hub: FakeHub, tmp_path: Path) -> Path:
         repo = "somebody/saes"
         revision = "old"
         loader = "sae_lens"
-        overrides = { model_name = "another", hook_name = "blocks.3.hook_mlp_out", dataset_path = "d", context_size = 7 }
+        overrides = { model_name = "another", hook_name = "blocks.3.hook_mlp_out", dataset_path = "d" }
         saes = { "layers/0" = {} }
 
         [local]
@@ -185,7 +185,7 @@ def test_what_a_release_says_counts_more_than_the_files(releases: Path, tmp_path
     close(sae.encode(expected["x"]), expected["encode"])
     for one in (sae, SAE.load(sae.save(tmp_path / "again"))):
         fed = one.info.metadata
-        assert (fed["model_name"], fed["dataset_path"], fed["context_size"]) == ("another", "d", 7)
+        assert (fed["model_name"], fed["dataset_path"]) == ("another", "d")
         assert one.info.site.hook_name == "blocks.3.hook_mlp_out"
         assert (one.info.provenance["release"], one.info.provenance["sae_id"]) == ("user:older", "layers/0")
     newer = SAE.from_pretrained("older", releases=releases, revision="main", loader="sae_lens")
@@ -226,11 +226,11 @@ def test_without_a_registry_entry(hub: FakeHub, releases: Path, tmp_path: Path) 
 
 def test_of_what_cannot_be_found_the_message_says_what_to_do(hub: FakeHub, releases: Path) -> None:
     for arguments, error, message in (
-        (("gpt2-small-res-jbb", "x"), UnknownKeyError, "no release 'gpt2-small-res-jbb'. Did you mean 'gpt2-small-res-jb'"),
+        (("gpt2-small-res-jbb", "x"), UnknownKeyError, "'gpt2-small-res-jbb'. Did you mean 'gpt2-small-res-jb'"),
         (("gpt2-small-res-jb", "blocks.8.hook_resid_pr"), UnknownKeyError, "Did you mean 'blocks.8.hook_resid_pre'"),
         (("gpt2-small-res-jb",), UnknownKeyError, r"has 13 SAEs; say which. It has blocks.0"),
         (("jbloom/GPT2-Small-SAEs-Reformatted",), UnknownKeyError, r"\(gpt2-small-res-jb is of that repository\)"),
-        (("mine", "gone"), SAEFormatError, "'gone' is 'layers/gone' in somebody/saes, which has no such file or folder; "
+        (("mine", "gone"), SAEFormatError, "is 'layers/gone' in somebody/saes, which has no such file or folder; "
                                            "there are layers/"),
         ((), ConfigError, "needs a release and an id, repo_id="),
     ):  # fmt: skip
@@ -258,7 +258,9 @@ def test_a_path_that_nobody_understands_and_a_loader_that_is_not_there(hub: Fake
     with pytest.raises(UnknownKeyError, match="mntsss") as caught:
         SAE.from_pretrained("b", releases=path)
     assert "It is the loader of the release user:b. loader=... names another." in caught.value.__notes__
-    with pytest.raises(SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"):
+    with pytest.raises(
+        SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"
+    ):
         SAE.from_pretrained("c", releases=path)
 
 

@@ -107,7 +107,11 @@ def test_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_and_short_rows(tmp_path: Path) -> None:
-    rows = {"schema": 1, "columns": ["id", "path", "l0"], "releases": {"a": {"repo": "b/c", "saes": [["x"], ["y", "z", 3]]}}}
+    rows = {
+        "schema": 1,
+        "columns": ["id", "path", "l0"],
+        "releases": {"a": {"repo": "b/c", "saes": [["x"], ["y", "z", 3]]}},
+    }
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     (release,) = read_releases(tmp_path / "a.json.gz").releases()
     assert [(sae.id, sae.path, sae.l0) for sae in release.saes.values()] == [("x", "x", None), ("y", "z", 3)]
@@ -124,8 +128,14 @@ def test_json_and_short_rows(tmp_path: Path) -> None:
         ("[a]\nrepo = 'b/c'\nsaes = {x = {lo = 3}}", "a.saes.x.lo: is not a fact; there are path, neuronpedia, l0"),
         ("[a]\nrepo = 3\nsaes = {x = 'y'}", "a.repo: expected a text, found 3"),
         ("[a]\nrepo = 'b/c'\nkind = 3\nsaes = {x = 'y'}", "a.kind: is not a field of a release; there are repo, "),
-        ("[a]\nrepo = 'b/c'\noverrides = {lr = 3}\nsaes = {x = 'y'}", "a.overrides.lr: cannot be overridden; there are"),
-        ("[a]\nrepo = 'b/c'\noverrides = {context_size = '3'}\nsaes = {x = 'y'}", "context_size: expected a whole number, found"),
+        (
+            "[a]\nrepo = 'b/c'\noverrides = {lr = 3}\nsaes = {x = 'y'}",
+            "a.overrides.lr: cannot be overridden; there are",
+        ),
+        (
+            "[a]\nrepo = 'b/c'\noverrides = {context_size = '3'}\nsaes = {x = 'y'}",
+            "context_size: expected a whole number, found",
+        ),
         ("['a:b']\nrepo = 'b/c'\nsaes = {x = 'y'}", "a:b: is no name for a release"),
         ("a = 3", "a: expected a table with repo and saes, found 3"),
         ("[a", "is no table of releases"),
@@ -147,7 +157,9 @@ def test_names_that_are_none() -> None:
     with pytest.raises(UnknownKeyError, match="Did you mean 'gemma-scope-2b-pt-res'"):
         catalog.find("gemma_scope_2b_pt_res")
     release = catalog.find("saekit:gpt2-small-res-jb")
-    with pytest.raises(UnknownKeyError, match="no SAE 'gpt2-small/8-res-jb'. Did you mean 'blocks.8.hook_resid_pre'\\?"):
+    with pytest.raises(
+        UnknownKeyError, match="no SAE 'gpt2-small/8-res-jb'. Did you mean 'blocks.8.hook_resid_pre'\\?"
+    ):
         find_sae(release, "gpt2-small/8-res-jb")
     assert nearest("abce", ["abcd", "xyz", "abcd-and-so-on"]) == ["abcd"]
     assert nearest("abcd", ["abcd-and-so-on", "abce"]) == ["abce", "abcd-and-so-on"], "what begins so is near, too"
@@ -195,7 +207,9 @@ def test_a_name_that_two_have_is_an_error_that_names_both(tmp_path: Path) -> Non
 
 def test_a_plugin_that_fails_stops_nobody() -> None:
     manager = isolated_manager(plugin_with("bad", wrong=3), plugin_with("lab", "ours"))
-    with pytest.warns(PluginWarning, match="the releases of test:bad were left out: .*gave 3, expected a saekit.pretrai"):
+    with pytest.warns(
+        PluginWarning, match="the releases of test:bad were left out: .*gave 3, expected a saekit.pretrai"
+    ):
         catalog = Catalog(plugins=manager)
     assert catalog.find("ours").repo == "b/c"
     assert catalog.find("gpt2-small-res-jb").source == "saekit"

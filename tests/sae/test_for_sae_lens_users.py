@@ -71,7 +71,9 @@ def test_factors_of_fine_tuning_stay() -> None:
 
 
 def test_a_batchtopk_of_one_norm_keeps_its_threshold() -> None:
-    sae = SAE.from_dict({"name": "batchtopk", **SIZES, "k": 3, "rescale_acts_by_decoder_norm": False, "dtype": "float64"})
+    sae = SAE.from_dict(
+        {"name": "batchtopk", **SIZES, "k": 3, "rescale_acts_by_decoder_norm": False, "dtype": "float64"}
+    )
     with torch.no_grad():
         sae.W_dec.div_(sae.decoder_norms()[:, None] / 0.2)
         sae.threshold_average.fill_(0.4)
@@ -84,9 +86,13 @@ def test_a_batchtopk_of_one_norm_keeps_its_threshold() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("standard", {"activation": "tanh-relu"} | FREE, "the activation function saekit:tanh-relu does not keep proportions"),
+        (
+            "standard",
+            {"activation": "tanh-relu"} | FREE,
+            "the activation function saekit:tanh-relu does not keep proportions",
+        ),
         ("topk", {"k": 5, "rescale_acts_by_decoder_norm": False}, "of a topk, whose rows have norms from 0 to"),
-        ("batchtopk", {"k": 5, "rescale_acts_by_decoder_norm": False}, "features are compared by their size"),
+        ("batchtopk", {"k": 5, "rescale_acts_by_decoder_norm": False}, "features are compared by size"),
     ],
 )
 def test_where_it_would_be_another_sae_it_is_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -18,7 +18,8 @@ EXAMPLES = """
 def convert_config(
     source: Annotated[str, typer.Argument(help="What sae-lens saved of a run: a JSON, YAML or TOML file.")],
     target: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="The TOML file to write, which must be new; else it is printed.")
+        str | None,
+        typer.Argument(metavar="[FILE]", help="The TOML file to write, which must be new; else it is printed."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="For programs: the options, and what became of every key.")

@@ -26,7 +26,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Find publis
 
 _Files = Annotated[
     list[str] | None,
-    typer.Option("--releases", help="A TOML file of releases, beside those of SAEKIT_RELEASES; several times for several."),
+    typer.Option(
+        "--releases", help="A TOML file of releases, beside those of SAEKIT_RELEASES; several times for several."
+    ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
@@ -41,7 +43,8 @@ def list_releases(
         ),
     ] = None,
     hook: Annotated[
-        str | None, typer.Option(help="SAEs that read this hook: blocks.8.hook_resid_pre, or hook_resid_pre of any block.")
+        str | None,
+        typer.Option(help="SAEs that read this hook: blocks.8.hook_resid_pre, or hook_resid_pre of any block."),
     ] = None,
     loader: Annotated[
         str | None,

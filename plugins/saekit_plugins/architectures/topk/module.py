@@ -248,8 +248,8 @@ class TopKSAE(RevivingSAE):
         factors = torch.where(norms > 0, norms, 1)
         if not bool((factors - factors.mean()).abs().max() <= 1e-3 * factors.mean()):
             raise ConfigError(
-                f"norms cannot be folded into the encoder of a {self._name}, whose rows have norms from {norms.min():.3g} to "
-                f"{norms.max():.3g}: features are compared by their size, and others would be the largest"
+                f"norms cannot be folded into the encoder of a {self._name}, whose rows have norms from "
+                f"{norms.min():.3g} to {norms.max():.3g}: features are compared by size, and others would be the largest"
             )
 
     @torch.no_grad()

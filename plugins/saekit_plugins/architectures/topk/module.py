@@ -249,7 +249,7 @@ class TopKSAE(RevivingSAE):
         if not bool((factors - factors.mean()).abs().max() <= 1e-3 * factors.mean()):
             raise ConfigError(
                 f"norms cannot be folded into the encoder of a {self._name}, whose rows have norms from "
-                f"{norms.min():.3g} to {norms.max():.3g}: features are compared by size, and others would be the largest"
+                f"{norms.min():.3g} to {norms.max():.3g}: features are compared by size, and others would win"
             )
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ def test_what_is_known_of_one(catalog: Catalog) -> None:
 def test_the_commands(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[mine]\nrepo = "a/b"\nsaes = {x = "y"}')
     rows = json.loads(cli("saes", "list", "--loader", "goodfire", "--json", watch=True).stdout)
-    assert [(row["release"], row["ids"]) for row in rows][0] == ("goodfire-llama-3.1-8b-instruct", ["layer_19"])
+    assert (rows[0]["release"], rows[0]["ids"]) == ("goodfire-llama-3.1-8b-instruct", ["layer_19"])
     one = json.loads(
         cli("saes", "info", "mine", "x", "--json", "--releases", "mine.toml", cwd=tmp_path, watch=True).stdout
     )

@@ -340,3 +340,15 @@ class PretrainedLoader(Protocol):
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         """Read them; raise :class:`saekit.errors.SAEFormatError` with what was found and what was expected."""
+
+
+@runtime_checkable
+class WritesSAEs(Protocol):
+    """A pretrained loader that writes its format, too, for `SAE.export`; what it reads of that is the same SAE."""
+
+    def write_sae(self, sae: Any, folder: Path) -> None:
+        """Write ``sae``, a :class:`saekit.SAE`, into ``folder``, which is new and empty.
+
+        Its ``public_tensors()`` are what is to be written.  Raise :class:`saekit.errors.SAEFormatError` with what the
+        format has no place for.
+        """

@@ -17,7 +17,7 @@ from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
 from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
-from saekit.pretrained.detecting import read_with, recognized
+from saekit.pretrained.detecting import read_with, recognized, usable
 from saekit.pretrained.provenance import OWN, checksums, provenance
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
@@ -54,7 +54,7 @@ def load_sae(
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
     found, failed = recognized(items, files)
     surest = [item for score, item in found if score == found[0][0]]
     if len(surest) == 1:
@@ -72,11 +72,6 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
         f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."
         + "".join(f"\n{text}" for text in failed)
     )
-
-
-def _usable(item: Registered) -> bool:
-    """Whether the loader can be tried as it is: nothing is missing and no option is required."""
-    return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
 def build_sae(

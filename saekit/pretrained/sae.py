@@ -12,6 +12,7 @@ from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
@@ -25,7 +26,7 @@ _S = TypeVar("_S", bound="SAE")
 class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
-    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "save"})
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"export", "from_hub", "load", "save"})
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -33,6 +34,20 @@ class SAE(SAEModule):
         sae-lens 6 reads it too, where it has the architecture.
         """
         return save_sae(self, as_path(path))
+
+    def export(
+        self,
+        folder: str | Path,
+        format: PluginChoice,  # noqa: A002 - as people say it
+        *,
+        plugins: PluginManager | None = None,
+    ) -> Path:
+        """Write it in the ``format`` of another library, as :func:`saekit.pretrained.formats` lists them.
+
+        The key is that of the loader that reads it, such as ``"dictionary_learning"``.  Layers may share a folder; no
+        file takes the place of another.  :class:`saekit.errors.SAEFormatError` says what has no place in the format.
+        """
+        return export(self, folder, format, plugins=plugins)
 
     @classmethod
     def load(

@@ -30,7 +30,7 @@ from saekit.weights import check_tensor, check_tensors
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
+__all__ = ["CONFIG", "FORMAT", "SPARSITY", "WEIGHTS", "part_of_run", "save_sae", "seal", "weights_dtype", "write_sae"]
 
 CONFIG, WEIGHTS, SPARSITY = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY
 FORMAT = 1
@@ -76,7 +76,7 @@ def _refuse(target: Path, path: Path) -> None:
         raise PlaceError(f"{where}it is a symbolic link to {target}, which is not there")
     if not target.exists() and (fault := fault_of_name(target.name)):
         raise PlaceError(f"{where}the name {fault}; choose another")
-    if kind := _is_of_a_run(target):
+    if kind := part_of_run(target):
         raise PlaceError(f"{where}it is {kind}; choose another folder, or a new one in it")
     for name in (CONFIG, WEIGHTS, SPARSITY):
         if os.path.lexists(target / name) and not (target / name).is_file():
@@ -85,7 +85,7 @@ def _refuse(target: Path, path: Path) -> None:
         raise PlaceError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
 
 
-def _is_of_a_run(target: Path) -> str:
+def part_of_run(target: Path) -> str:
     """What a folder is of a run's that must stay what it is; nothing when it is free."""
     homes = _table(target.parent / "run.json").get("saes")
     if "saes" in _table(target / "run.json") or (isinstance(homes, dict) and target.name in homes.values()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
+from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
@@ -56,6 +58,12 @@ class SaeLensLoader:
         return self.read(
             files.json(CONFIG), files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        """saekit's own folder, which sae-lens 6 reads where it has the architecture."""
+        sae.save(folder)
+        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
+            raise SAEFormatError(f"sae_lens has no place for {sae.info.architecture} at {', '.join(sae.ports.targets)}")
 
     def read(
         self,

@@ -31,9 +31,17 @@ __all__ = ["build_sae", "load_sae"]
 
 @ambient()
 def load_sae(
-    files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
+    files: SAEFiles,
+    *,
+    loader: PluginChoice | None = None,
+    device: str = "cpu",
+    plugins: PluginManager | None = None,
+    faults: list[str] | None = None,
 ) -> SAEModule:
-    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
+
+    With ``faults``, checksums that do not fit are added to them, and what is there is read all the same.
+    """
     from saekit.pretrained.own import is_own, read_own
 
     device = resolve_device(device, "device")
@@ -41,7 +49,7 @@ def load_sae(
     own = loader is None and is_own(files.unopened())
     files = files.unopened()
     if own:
-        read, key = read_own(files), OWN
+        read, key = read_own(files, faults), OWN
     else:
         choice = _detected(files, plugins).key if loader is None else loader
         bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)

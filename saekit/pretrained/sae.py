@@ -6,7 +6,7 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
@@ -14,6 +14,7 @@ from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.probe import check
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
@@ -57,13 +58,15 @@ class SAE(SAEModule):
         loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
         """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
 
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
-        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  With ``verify``, what it computes is compared
+        with the probe in the folder: :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
-        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
+        return _as(cls, _loaded(SAEFiles.at(path), verify, loader=loader, device=device, plugins=plugins))
 
     @classmethod
     def from_hub(
@@ -75,10 +78,21 @@ class SAE(SAEModule):
         loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
-        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
+        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it.
+
+        ``verify`` is as for :meth:`load`.
+        """
         files = SAEFiles.on_hub(repo_id, folder, revision=revision)
-        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+        return _as(cls, _loaded(files, verify, loader=loader, device=device, plugins=plugins))
+
+
+def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
+    sae = load_sae(files, **how)
+    if verify:
+        check(sae, files)
+    return sae
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

@@ -143,7 +143,7 @@ def _hook_point(sae: SAE) -> str:
     if said is None or said[3] not in _MODULES or (not sae.ports.same and read.name != wanted):
         raise SAEFormatError(
             f"sparsify has no place for what reads {read.name} and writes {written.name}; it has for outputs of "
-            "blocks, MLPs and attention (hook_resid_post, hook_mlp_out, hook_attn_out), and for MLPs and blocks as a whole"
+            "blocks, MLPs and attention (hook_resid_post, hook_mlp_out, hook_attn_out), and for whole blocks and MLPs"
         )
     if isinstance(known, str) and _site(f"/{known}/sae.safetensors", _WRITTEN) == written and ".." not in known:
         return known

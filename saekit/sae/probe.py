@@ -27,6 +27,7 @@ MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
 _MOST_FEATURES = 64  # of a row
 _DIRECTIONS = 4  # that a row is made of, where none is known
+_PIECE = 1 << 22  # numbers that are made longer at once
 _SCALES = (1, 8, 64, 512)
 _OFF = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _COARSE = 5e-3  # where products of float32 are made of shorter numbers
@@ -138,5 +139,10 @@ def explained(x: Tensor, output: Tensor) -> float:
 
 
 def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The norm of each, by name."""
-    return {name: torch.linalg.vector_norm(value, dtype=torch.float32).item() for name, value in tensors.items()}
+    """The norm of each, by name; those that are too large for their type are left out."""
+    found = {name: math.hypot(*map(_norm, value.reshape(-1).split(_PIECE))) for name, value in tensors.items()}
+    return {name: norm for name, norm in found.items() if math.isfinite(norm)}
+
+
+def _norm(part: Tensor) -> float:
+    return torch.linalg.vector_norm(part.to(torch.promote_types(part.dtype, torch.float32))).item()

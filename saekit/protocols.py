@@ -358,3 +358,15 @@ class ReleaseList(Protocol):
 
     def releases(self) -> Iterable[Release]:
         """All of them.  Nothing is fetched, and nothing heavy imported."""
+
+
+@runtime_checkable
+class WritesSAEs(Protocol):
+    """A pretrained loader that writes its format, too, for `SAE.export`; what it reads of that is the same SAE."""
+
+    def write_sae(self, sae: Any, folder: Path) -> None:
+        """Write ``sae``, a :class:`saekit.SAE`, into ``folder``, which is new and empty.
+
+        Its ``public_tensors()`` are what is to be written.  Raise :class:`saekit.errors.SAEFormatError` with what the
+        format has no place for.
+        """

@@ -18,7 +18,7 @@ from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
-from saekit.pretrained.detecting import read_with, recognized
+from saekit.pretrained.detecting import read_with, recognized, usable
 from saekit.pretrained.overriding import overridden
 from saekit.pretrained.provenance import OWN, checksums, provenance
 from saekit.protocols import PretrainedLoader
@@ -39,11 +39,13 @@ def load_sae(
     loader: PluginChoice | Choice[PretrainedLoader] | None = None,
     device: str = "cpu",
     plugins: PluginManager | None = None,
+    faults: list[str] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
 
-    ``origin`` is what its provenance says beside that.
+    With ``faults``, checksums that do not fit are added to them, and what is there is read all the same.  ``origin`` is
+    what its provenance says beside that.
     """
     from saekit.pretrained.own import read_own
 
@@ -52,7 +54,7 @@ def load_sae(
     choice = loader_of(files, plugins) if loader is None else loader
     files = files.unopened()
     if choice is None:
-        read, key = read_own(files), OWN
+        read, key = read_own(files, faults), OWN
     else:
         bound = choice if isinstance(choice, Choice) else ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
         read, key = read_with(bound, files), bound.key
@@ -75,7 +77,7 @@ def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoade
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
     found, failed = recognized(items, files)
     surest = [item for score, item in found if score == found[0][0]]
     if len(surest) == 1:
@@ -93,11 +95,6 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
         f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."
         + "".join(f"\n{text}" for text in failed)
     )
-
-
-def _usable(item: Registered) -> bool:
-    """Whether the loader can be tried as it is: nothing is missing and no option is required."""
-    return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
 def build_sae(

@@ -14,8 +14,10 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
+from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
 from saekit.pretrained.made import made_from
+from saekit.pretrained.probe import check
 from saekit.pretrained.published import load_published
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
@@ -31,7 +33,7 @@ class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
     beside_mathematics: ClassVar[frozenset[str]] = frozenset(
-        {"from_dict", "from_hub", "from_pretrained", "from_release", "load", "save", "to_dict"}
+        {"export", "from_dict", "from_hub", "from_pretrained", "from_release", "load", "save", "to_dict"}
     )
 
     def save(self, path: str | Path) -> Path:
@@ -41,6 +43,20 @@ class SAE(SAEModule):
         """
         return save_sae(self, as_path(path))
 
+    def export(
+        self,
+        folder: str | Path,
+        format: PluginChoice,  # noqa: A002 - as people say it
+        *,
+        plugins: PluginManager | None = None,
+    ) -> Path:
+        """Write it in the ``format`` of another library, as :func:`saekit.pretrained.formats` lists them.
+
+        The key is that of the loader that reads it, such as ``"dictionary_learning"``.  Layers may share a folder; no
+        file takes the place of another.  :class:`saekit.errors.SAEFormatError` says what has no place in the format.
+        """
+        return export(self, folder, format, plugins=plugins)
+
     @classmethod
     def load(
         cls,
@@ -49,13 +65,15 @@ class SAE(SAEModule):
         loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
         """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
 
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
-        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  With ``verify``, what it computes is compared
+        with the probe in the folder: :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
-        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
+        return _as(cls, _loaded(SAEFiles.at(path), verify, loader=loader, device=device, plugins=plugins))
 
     @classmethod
     def from_dict(
@@ -89,10 +107,14 @@ class SAE(SAEModule):
         loader: PluginChoice | None = None,
         device: str = "cpu",
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
-        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
+        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it.
+
+        ``verify`` is as for :meth:`load`.
+        """
         files = SAEFiles.on_hub(repo_id, folder, revision=revision)
-        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+        return _as(cls, _loaded(files, verify, loader=loader, device=device, plugins=plugins))
 
     @classmethod
     def from_pretrained(
@@ -151,6 +173,13 @@ class SAE(SAEModule):
         found = catalog_of(releases, plugins).find(release)
         loaded = load_published(found, list(sae_ids), loader=loader, revision=revision, device=device, plugins=plugins)
         return {name: _as(cls, sae) for name, sae in loaded}
+
+
+def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
+    sae = load_sae(files, **how)
+    if verify:
+        check(sae, files)
+    return sae
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

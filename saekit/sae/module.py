@@ -65,6 +65,8 @@ class SAEModule(Familiar, Hooked, Ways):
         self.info = SAEInfo()
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
+        self.probe_rows: Tensor | None = None
+        """``[n, d_in]``: a few inputs of its own, for the probe that ``save`` makes; None: it makes some."""
         self.use_error_term = False
         self.table.allocate(self, getattr(torch, config.dtype))
         self.add_hook_points()

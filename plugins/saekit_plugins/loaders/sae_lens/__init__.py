@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
+from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
@@ -57,6 +59,12 @@ class SaeLensLoader:
         if (said := files.said("normalize_activations")) is not None:
             config["normalize_activations"] = said
         return self.read(config, files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved)
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        """saekit's own folder, which sae-lens 6 reads where it has the architecture."""
+        sae.save(folder)
+        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
+            raise SAEFormatError(f"sae_lens has no place for {sae.info.architecture} at {', '.join(sae.ports.targets)}")
 
     def read(
         self,

@@ -1,17 +1,21 @@
-"""What ``saekit saes list`` and ``saekit saes info`` show, as data and as text.  Nothing here imports torch."""
+"""What ``saekit saes`` shows, as data and as text.  What needs torch is imported after what can be seen to be wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from saekit.errors import UnknownKeyError
+from saekit.errors import SAEFormatError, UnknownKeyError
+from saekit.files.paths import as_path
 from saekit.plugins.text import printable
-from saekit.pretrained.catalog import Catalog, nearest
+from saekit.pretrained.catalog import Catalog, find_sae, nearest
 from saekit.pretrained.hooks_of import hook_of
 from saekit.released import Release, ReleasedSAE
 
-__all__ = ["info", "info_text", "listed", "table"]
+if TYPE_CHECKING:
+    from saekit.pretrained.sae import SAE
+
+__all__ = ["converted", "info", "info_text", "listed", "table", "verified"]
 
 _NEURONPEDIA = "https://www.neuronpedia.org/"
 
@@ -135,3 +139,56 @@ def _sae_lines(saes: list[dict[str, Any]]) -> list[str]:
     kept = [n for n in range(len(columns)) if any(row[n] for row in rows)]
     widths = {n: max(len(row[n]) for row in (heads, *rows)) for n in kept}
     return ["  ".join(f"{row[n]:{widths[n]}}" for n in kept).rstrip() for row in (heads, *rows)]
+
+
+def converted(source: str, target: str, to: str, loader: str | None, releases: Sequence[str]) -> str:
+    """Write the SAE that ``source`` names to ``target`` in the format ``to``; a line about it."""
+    _check_format(to)
+    _check_source(source, releases)
+    from saekit.pretrained.exporting import export
+
+    sae = _read(source, loader, releases)
+    export(sae, target, to)
+    return printable(f"{sae.get_name()} ({sae.info.architecture}) is in {target} as {to}")
+
+
+def _check_format(name: str) -> None:
+    from saekit.kinds import PRETRAINED_LOADERS
+    from saekit.plugins.manager import default_manager
+
+    if name != "saekit":
+        default_manager().get(PRETRAINED_LOADERS, name)
+
+
+def _check_source(source: str, releases: Sequence[str]) -> None:
+    """:class:`SAEFormatError` or :class:`UnknownKeyError` for what is neither a path nor a published SAE."""
+    if as_path(source).exists():
+        return
+    release, colon, sae_id = source.rpartition(":")
+    if not colon:
+        raise SAEFormatError(
+            f"there is no file or folder {source}; RELEASE:ID names a published SAE (`saekit saes list`)"
+        )
+    find_sae(Catalog(releases).find(release), sae_id)
+
+
+def _read(source: str, loader: str | None, releases: Sequence[str]) -> SAE:
+    from saekit.pretrained.sae import SAE
+
+    if as_path(source).exists():
+        return SAE.load(source, loader=loader)
+    release, _, sae_id = source.rpartition(":")
+    return SAE.from_pretrained(release, sae_id, loader=loader, releases=releases)
+
+
+def verified(folder: str, loader: str | None) -> str:
+    """A line that says that the SAE in ``folder`` is as it was saved; else :class:`SAEFormatError` says what is not."""
+    from saekit.saved import SAEFiles
+
+    SAEFiles.at(folder)
+    from saekit.pretrained.probe import verify
+
+    if found := verify(folder, loader=loader):
+        lines = "".join(f"\n  - {printable(one)}" for one in found)
+        raise SAEFormatError(f"the SAE in {folder} is not as it was saved:{lines}")
+    return f"{folder}: as it was saved"

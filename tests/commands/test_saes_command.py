@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.command import cli
 
 import saekit
 from saekit.commands.saes import info, info_text, listed, table
-from saekit.errors import UnknownKeyError
+from saekit.errors import SAEFormatError, UnknownKeyError
 from saekit.pretrained.catalog import Catalog, find_sae
 
 OF_2 = Path(__file__).parents[1] / "fixtures/sae_lens_2.1.3_folder/cfg.json"
@@ -121,3 +122,30 @@ def test_a_configuration_is_converted(tmp_path: Path) -> None:
         "no configuration of a run of sae-lens"
         in cli("convert-config", tmp_path / "a.json", check=2, watch=True).stderr
     )
+
+
+def test_an_sae_is_converted_and_verified(tmp_path: Path) -> None:
+    from saekit.commands.saes import converted, verified
+
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 4, "d_sae": 8, "normalize_sae_decoder": False})
+    sae.save(tmp_path / "own")
+    said = converted(str(tmp_path / "own"), str(tmp_path / "theirs"), "dictionary_learning", None, ())
+    assert said == f"sae_8 (saekit:standard) is in {tmp_path}/theirs as dictionary_learning"
+    x = torch.randn(5, 4)
+    assert torch.allclose(saekit.SAE.load(tmp_path / "theirs")(x), sae(x), atol=1e-6)
+    assert verified(str(tmp_path / "own"), None).endswith("own: as it was saved")
+    with (tmp_path / "own/sae_weights.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\x80?")  # 1.0
+    with pytest.raises(SAEFormatError, match="is not as it was saved:\n  - "):
+        verified(str(tmp_path / "own"), None)
+
+
+def test_mistakes_about_conversion_need_no_torch(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("convert", "nowhere", "b", "--to", "sae_lens"), "there is no file or folder nowhere; RELEASE:ID names"),
+        (("convert", "gpt2-small-res-jb:blocks.8", "b", "--to", "sae_lens"), "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("convert", ".", "b", "--to", "sae_lns"), "Unknown pretrained loader 'sae_lns'. Did you mean 'sae_lens'"),
+        (("verify", "nowhere"), "error: the SAE folder nowhere is not there"),
+    ):
+        assert message in cli("saes", *arguments, cwd=tmp_path, check=2, watch=True).stderr

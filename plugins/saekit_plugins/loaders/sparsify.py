@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
@@ -27,6 +27,8 @@ from saekit_plugins.loaders.writing import as_theirs, checked, kept, one_site, t
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 _PATTERN = r"sae\.safetensors"
 _NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

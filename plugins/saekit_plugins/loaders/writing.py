@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit import SAE, Site
+from saekit import Site
 from saekit.errors import SAEFormatError
 from saekit.values import is_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 __all__ = [
     "FED", "METADATA", "as_theirs", "checked", "in_layer", "kept", "one_site", "told", "write_json", "write_pickle",

@@ -1,4 +1,4 @@
-"""``saekit saes list`` and ``saekit saes info``."""
+"""``saekit saes``: ``list``, ``info``, ``convert`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ _INFO = """
     saekit saes info gpt2-small-res-jb
     saekit saes info gpt2-small-res-jb blocks.8.hook_resid_pre
 """
-EXAMPLES = f"{_LIST.rstrip()}{_INFO}"
+_CONVERT = """
+    saekit saes convert runs/first/sae elsewhere --to sae_lens
+    saekit saes convert gpt2-small-res-jb:blocks.8.hook_resid_pre layer_8 --to dictionary_learning
+"""
+_VERIFY = """
+    saekit saes verify runs/first/sae
+"""
+EXAMPLES = f"{_LIST.rstrip()}{_INFO.rstrip()}{_CONVERT.rstrip()}{_VERIFY}"
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Find published SAEs.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Find published SAEs; convert and verify saved ones."
+)
 
 _Files = Annotated[
     list[str] | None,
@@ -91,3 +100,32 @@ def show_release(
     found = Catalog(releases or ()).find(release)
     data = info(found, None if sae_id is None else find_sae(found, sae_id))
     typer.echo(json.dumps(data, indent=2) if as_json else info_text(data))
+
+
+@app.command("convert", epilog=examples(_CONVERT))
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="The folder or file of an SAE, or RELEASE:ID of a published one.", metavar="SOURCE")
+    ],
+    target: Annotated[str, typer.Argument(help="The folder to write; files that are there stay.", metavar="FOLDER")],
+    to: Annotated[str, typer.Option("--to", help="The format, by the key of the loader that reads it, or saekit.")],
+    loader: Annotated[
+        str | None, typer.Option(help="The loader that reads the source, where its files could be several formats.")
+    ] = None,
+    releases: _Files = None,
+) -> None:
+    """Write an SAE in the format of another library, as far as that has a place for all of it."""
+    from saekit.commands.saes import converted
+
+    typer.echo(converted(source, target, to, loader, releases or ()))
+
+
+@app.command("verify", epilog=examples(_VERIFY))
+def verify(
+    folder: Annotated[str, typer.Argument(help="The folder of an SAE that saekit saved.")],
+    loader: Annotated[str | None, typer.Option(help="The loader that reads it, where it is of another format.")] = None,
+) -> None:
+    """Compare an SAE with what it was when it was saved: checksums, and what it computes with the probe beside it."""
+    from saekit.commands.saes import verified
+
+    typer.echo(verified(folder, loader))

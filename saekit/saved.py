@@ -11,6 +11,7 @@ import attrs
 
 from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SAEFormatError
+from saekit.files.checksums import Checksums
 from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
@@ -74,6 +75,8 @@ class SAEFiles:
     """The repository of the Hub that they are from."""
     opened: dict[str, Path] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
     """The files that were asked for until now, by name."""
+    sums: Checksums | None = attrs.field(default=None, kw_only=True, repr=False, eq=False)
+    """Where the checksums of files that are asked for are computed, while they are read."""
 
     @address.default
     def _place(self) -> str:
@@ -143,9 +146,9 @@ class SAEFiles:
         address = f"{repo_id}/{prefix}".rstrip("/")
         return cls(place, names, download, address=address, chosen=chosen, repo=repo_id)
 
-    def unopened(self) -> SAEFiles:
+    def unopened(self, sums: Checksums | None = None) -> SAEFiles:
         """The same, of which nothing was asked for yet."""
-        return attrs.evolve(self, opened={})
+        return attrs.evolve(self, opened={}, sums=sums)
 
     def within(self, folder: str) -> SAEFiles:
         """Those below ``folder``, by their names there."""
@@ -160,6 +163,8 @@ class SAEFiles:
             shown = sorted(self.names)[:20]
             raise SAEFormatError(f"{self.place} has no file {name!r}; it has {', '.join(shown) or 'no files'}")
         self.opened[name] = found = self._get(name)
+        if self.sums is not None:
+            self.sums.begin(found)
         return found
 
     def only(self, suffix: str) -> str:

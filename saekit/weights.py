@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
+from saekit.files.mapped import mapped_tensors, pieces
 from saekit.reasons import reason, reason_of_unpickling
 
 __all__ = [
@@ -50,10 +51,8 @@ def read_tensors(
 
 
 def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return mapped_tensors(path)
     except Exception as error:  # the library raises its own errors, and those of what it calls, for damaged files
         raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
 
@@ -161,7 +160,7 @@ def check_tensor(value: object, name: str, where: str, *, minus_infinity: bool =
         )
     # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if bool(value.detach().sum(dtype=wide).isfinite()):
+    if all(bool(piece.sum(dtype=wide).isfinite()) for _, _, piece in pieces(value.detach())):
         return
     nan, infinite = int(value.isnan().sum()), int((value == torch.inf if minus_infinity else value.isinf()).sum())
     if nan or infinite:

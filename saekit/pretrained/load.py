@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,44 +12,71 @@ from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
+from saekit.errors import ConfigError, SAEFormatError, SaekitError, UnknownKeyError
+from saekit.files.checksums import Checksums
 from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import read_with, recognized
-from saekit.pretrained.provenance import OWN, checksums, provenance
+from saekit.pretrained.provenance import OWN, checksums, provenance, verify
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
+    import torch
+
     from saekit.sae.module import SAEModule
 
 __all__ = ["build_sae", "load_sae"]
 
+_DTYPES = ("float32", "bfloat16", "float64")
+
 
 @ambient()
 def load_sae(
-    files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
+    files: SAEFiles,
+    *,
+    loader: PluginChoice | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    plugins: PluginManager | None = None,
 ) -> SAEModule:
-    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
+
+    Its weights are in ``dtype``, or else in the files' type.
+    """
     from saekit.pretrained.own import is_own, read_own
 
-    device = resolve_device(device, "device")
+    _check_dtype(dtype)
+    device = resolve_device(device, "device", dtype)
     plugins = plugins or default_manager()
     own = loader is None and is_own(files.unopened())
-    files = files.unopened()
-    if own:
-        read, key = read_own(files), OWN
-    else:
-        choice = _detected(files, plugins).key if loader is None else loader
-        bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
-        read, key = read_with(bound, files), bound.key
-    with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as beside:
-        sums = beside.submit(checksums, files)
-        sae = build_sae(read, plugins, files.place, own=own)
-        sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, sums.result()))
+    with Checksums() as sums:
+        files = files.unopened(sums)
+        try:
+            if own:
+                read, key = read_own(files, sums), OWN
+            else:
+                choice = _detected(files, plugins).key if loader is None else loader
+                bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+                read, key = read_with(bound, files), bound.key
+            if isinstance(read.tensors, Mapping):  # from now on nobody else's, so that each is free in its turn
+                read = attrs.evolve(read, tensors=dict(read.tensors))
+            sae = build_sae(read, plugins, files.place, own=own, dtype=dtype, device=device, spent=True)
+        except SaekitError:
+            verify(files, sums)  # a damaged file explains whatever it was
+            raise
+        found = checksums(files, sums)
+    sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, found))
     return sae.to(device)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *_DTYPES):
+        raise ConfigError(
+            [("dtype", f"is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None for the files' own")]
+        )
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
@@ -80,14 +106,26 @@ def _usable(item: Registered) -> bool:
 
 
 def build_sae(
-    read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
+    read: PretrainedSAE,
+    plugins: PluginManager,
+    place: str = "the saved SAE",
+    *,
+    own: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+    spent: bool = False,
 ) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
-    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
+    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.  ``dtype`` is that of its weights,
+    by default the one that they were read in, and ``device`` where they are put.  ``spent``: ``read.tensors`` is a
+    dictionary that may be emptied, so that hardly anything is in memory twice.
     """
+    import torch
+
     from saekit.sae.build import build_module
     from saekit.sae.parameters import to_hold
+    from saekit.sae.taking import take_over
 
     _check(read, place)
     item = _architecture(read, plugins, place)
@@ -97,7 +135,8 @@ def build_sae(
         with to_hold(read.tensors):
             sae = build_module(item, config, ports, plugins)
         _check_sparsity(read, sae.d_sae)
-        sae.load_public_tensors(read.tensors)
+        tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
+        take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
     if read.activation_scale not in (None, 1) and not ports.same:
@@ -110,6 +149,8 @@ def build_sae(
     sae.info = attrs.evolve(sae.info, sites=_sites(read), metadata=metadata)
     if read.activation_scale not in (None, 1):
         sae.fold_activation_scale(read.activation_scale)
+    if dtype is not None:
+        sae.cast_weights(getattr(torch, dtype))
     sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()
     if sae.info.scale_is_unknown:
         warnings.warn(
@@ -119,6 +160,20 @@ def build_sae(
             stacklevel=4,
         )
     return sae
+
+
+def _type_while_read(sae: SAEModule, read: PretrainedSAE, wanted: str | None) -> torch.dtype:
+    """That which is ``wanted``, where no more than rounding each number leads to it."""
+    import torch
+
+    from saekit.sae.module import SAEModule
+
+    own: torch.dtype = getattr(torch, sae.config.dtype)
+    found: torch.dtype = own if wanted is None else getattr(torch, wanted)
+    plain = all(
+        getattr(type(sae), name) is getattr(SAEModule, name) for name in ("cast_weights", "load_public_tensors")
+    )
+    return found if plain and read.activation_scale in (None, 1) else own
 
 
 def _check(read: PretrainedSAE, place: str) -> None:

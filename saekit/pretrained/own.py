@@ -9,7 +9,7 @@ import attrs
 
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.files.storage import sha256
+from saekit.files.checksums import Checksums
 from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, WEIGHTS, seal
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
@@ -33,12 +33,15 @@ def is_own(files: SAEFiles) -> bool:
     return asked and CONFIG in files.names and "saekit" in files.json(CONFIG)
 
 
-def read_own(files: SAEFiles) -> PretrainedSAE:
-    """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written."""
+def read_own(files: SAEFiles, checksums: Checksums) -> PretrainedSAE:
+    """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written.
+
+    ``checksums`` are told what those of the files should be.
+    """
     own = _checked(files)
     sums = _sums(own, files)
     for name, expected in sums.items():
-        _check_sum(name, expected, files)
+        _expect(name, expected, files, checksums)
     metadata = dict(own["metadata"])
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
@@ -111,13 +114,16 @@ def _sums(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, str]:
     return sums
 
 
-def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
-    """What was saved is what is read: a damaged file is found before its numbers are used."""
-    if (found := sha256(files.path(name))) != expected:
-        raise SAEFormatError(
+def _expect(name: str, sha256: str, files: SAEFiles, sums: Checksums) -> None:
+    """What was saved is what is read, or the SAE is not given to anybody."""
+
+    def fault(found: str) -> SAEFormatError:
+        return SAEFormatError(
             f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
-            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
+            f"expected {sha256[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
         )
+
+    sums.expect(files.path(name), sha256, fault)
 
 
 def _ports(own: Mapping[str, Any], files: SAEFiles) -> dict[str, Any]:

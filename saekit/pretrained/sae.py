@@ -41,14 +41,17 @@ class SAE(SAEModule):
         *,
         loader: PluginChoice | None = None,
         device: str = "cpu",
+        dtype: str | None = None,
         plugins: PluginManager | None = None,
     ) -> Self:
         """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
 
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
-        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  ``dtype`` is what its weights shall be in:
+        ``float32``, ``bfloat16`` or ``float64``; None: what they are in.  No second copy of them is made for it, nor
+        for ``device``.
         """
-        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
+        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, dtype=dtype, plugins=plugins))
 
     @classmethod
     def from_hub(
@@ -59,11 +62,12 @@ class SAE(SAEModule):
         revision: str | None = None,
         loader: PluginChoice | None = None,
         device: str = "cpu",
+        dtype: str | None = None,
         plugins: PluginManager | None = None,
     ) -> Self:
         """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
         files = SAEFiles.on_hub(repo_id, folder, revision=revision)
-        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+        return _as(cls, load_sae(files, loader=loader, device=device, dtype=dtype, plugins=plugins))
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

@@ -14,7 +14,7 @@ from saekit.files.storage import check_file
 
 __all__ = ["Checksums"]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18  # which stays in the cache
 
 
 class Checksums:

@@ -21,7 +21,7 @@ from saekit.files.tensors import DTYPE_NAMES
 
 __all__ = ["give_back", "mapped_tensors", "pieces"]
 
-_PIECE = 1 << 25  # bytes that are worked on together
+_PIECE = 1 << 24  # bytes that are worked on together
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _mappings: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}  # by their first address: the one after the last
 
@@ -78,7 +78,9 @@ def give_back(values: Tensor) -> None:
 
     Not where somebody has written to them.
     """
-    if sys.platform != "linux" or values._version or values.device.type != "cpu" or not values.numel():
+    if sys.platform != "linux" or values.device.type != "cpu" or not values.numel():
+        return
+    if values.is_inference() or values._version:
         return
     first = values.data_ptr()
     last = first + values.itemsize * (1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True)))

@@ -49,12 +49,15 @@ def _fill(memory: Tensor, values: Tensor, *, alone: bool) -> None:
 
     In pieces, so that nothing is in memory twice.  ``alone``: nobody else needs ``values``.
     """
+    turned: Tensor | None = None
     for along, start, piece in pieces(values):
         here = memory if values.ndim == 0 else memory.narrow(along, start, piece.shape[along])
         ready = piece.to(memory.dtype)  # before it goes to a device, which may not have the other type
         if _by_columns(here) != _by_columns(ready):
             here, ready = (here.T, ready.T) if _by_columns(here) else (here, ready)
-            ready = ready.contiguous()  # torch is fast at turning what is whole, and slow else
+            if turned is None or turned.shape != ready.shape:  # fresh memory for each would cost more than to turn it
+                turned = torch.empty(ready.shape, dtype=ready.dtype, device="cpu")
+            ready = turned.copy_(ready)  # torch is fast at turning what is whole, and slow else
         here.copy_(ready)
         if alone:
             give_back(piece)

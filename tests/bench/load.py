@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import megabytes
 
 D_IN = 2048
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -44,15 +43,13 @@ def write(kind: str, folder: Path, gigabytes: float) -> None:
 
 
 def _saekit(folder: Path, *weights: torch.Tensor) -> None:
-    from saekit_plugins.architectures.standard import StandardConfig
-
     import saekit
     from saekit.pretrained.load import build_sae
 
     tensors = dict(zip(("W_enc", "W_dec", "b_enc", "b_dec"), weights, strict=True))
     options = {"d_in": D_IN, "d_sae": len(weights[2])}
-    read = saekit.PretrainedSAE(architecture="saekit:standard", options=options, tensors=tensors)
-    assert StandardConfig.__name__
+    site = saekit.Site(hook_name="blocks.1.hook_resid_post")
+    read = saekit.PretrainedSAE(architecture="saekit:standard", options=options, tensors=tensors, site=site)
     build_sae(read, saekit.default_manager()).save(folder)  # type: ignore[attr-defined]
 
 
@@ -75,9 +72,7 @@ def _dictionary_learning(
     (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
 
 
-def _gemma_2(
-    folder: Path, W_enc: torch.Tensor, W_dec: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor
-) -> None:
+def _gemma_2(folder: Path, W_enc: torch.Tensor, W_dec: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor) -> None:
     import numpy as np
 
     folder.mkdir()
@@ -96,7 +91,7 @@ def load(folder: Path, options: Mapping[str, Any]) -> None:
 
     saekit.SAE.load  # noqa: B018 - what is imported for it is not timed
     saekit.default_manager()
-    warm(folder)
+    warm()
     before, start = megabytes("VmHWM"), time.perf_counter()
     sae = saekit.SAE.load(folder, **options)
     seconds = time.perf_counter() - start
@@ -104,7 +99,13 @@ def load(folder: Path, options: Mapping[str, Any]) -> None:
     print(json.dumps({"seconds": seconds, "before": before, "peak": megabytes("VmHWM")}))
 
 
-def warm(folder: Path) -> None:
+def megabytes(field: str) -> float:
+    """A size in ``/proc/self/status``; what is imported for a bench is no part of it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{field}:"))
+
+
+def warm() -> None:
     """Load an SAE of no size, so that everything is imported."""
     import saekit
     from saekit.pretrained.load import build_sae

@@ -169,7 +169,7 @@ def test_protocols_import_nothing_that_they_describe() -> None:
         "saekit.site",
         "saekit.values",
         "saekit.defaults",
-        "saekit.hub",
+        "saekit.hub_files",
         "saekit.reasons",
         "saekit.legacy",
         "saekit.weights",

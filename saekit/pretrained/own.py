@@ -40,6 +40,7 @@ def read_own(files: SAEFiles, checksums: Checksums) -> PretrainedSAE:
     """
     own = _checked(files)
     sums = _sums(own, files)
+    files.fetch(WEIGHTS, SPARSITY)
     for name, expected in sums.items():
         _expect(name, expected, files, checksums)
     metadata = dict(own["metadata"])

@@ -60,13 +60,18 @@ class SAE(SAEModule):
         folder: str = "",
         *,
         revision: str | None = None,
+        token: str | bool | None = None,
         loader: PluginChoice | None = None,
         device: str = "cpu",
         dtype: str | None = None,
         plugins: PluginManager | None = None,
     ) -> Self:
-        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
-        files = SAEFiles.on_hub(repo_id, folder, revision=revision)
+        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it.
+
+        ``revision`` is a branch, a tag or a commit, and ``token`` as huggingface_hub has it: by default that with which
+        you are logged in.  Only the files that the SAE needs are downloaded, into the Hub's cache.
+        """
+        files = SAEFiles.on_hub(repo_id, folder, revision=revision, token=token)
         return _as(cls, load_sae(files, loader=loader, device=device, dtype=dtype, plugins=plugins))
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, show, train, watch
+from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, push, show, train, watch
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError
@@ -52,6 +52,7 @@ app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
+app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 

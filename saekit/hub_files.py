@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from saekit.errors import SAEFormatError, StorageError
+from saekit.errors import SAEFormatError, SaekitError, StorageError
 from saekit.files.checksums import Checksums
 from saekit.files.storage import write_text
 from saekit.hub import within_reach
@@ -153,10 +153,18 @@ def _cache(repo_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
-def asked(ask: Callable[[], _R], what: str, repo_id: str, revision: str = "main", *, tries: int = _TRIES) -> _R:
+def asked(
+    ask: Callable[[], _R],
+    what: str,
+    repo_id: str,
+    revision: str = "main",
+    *,
+    tries: int = _TRIES,
+    kind: type[SaekitError] = SAEFormatError,
+) -> _R:
     """What the Hub answers; where it asks to wait for some seconds, after these.
 
-    :class:`SAEFormatError` says ``what`` cannot be done, why, and what to do.
+    An error of this ``kind`` says ``what`` cannot be done, why, and what to do.
     """
     for left in reversed(range(tries)):
         try:
@@ -164,7 +172,7 @@ def asked(ask: Callable[[], _R], what: str, repo_id: str, revision: str = "main"
         except Exception as error:  # of the library, of the one below it, or of the network
             wait = _seconds_to_wait(error)
             if not left or wait is None or wait > _LONGEST_WAIT:
-                raise SAEFormatError(f"{what}: {why(error, repo_id, revision)}") from error
+                raise kind(f"{what}: {why(error, repo_id, revision, writing=kind is StorageError)}") from error
             time.sleep(wait)
     raise AssertionError("there is a last try")
 
@@ -193,7 +201,7 @@ def _seconds_to_wait(error: BaseException) -> int | None:
     return int(said) if said.isdecimal() else None
 
 
-def why(error: Exception, repo_id: str, revision: str = "main") -> str:
+def why(error: Exception, repo_id: str, revision: str = "main", *, writing: bool = False) -> str:
     """What went wrong on the Hub, and what to do about it."""
     from huggingface_hub import constants, get_token
 
@@ -209,6 +217,8 @@ def why(error: Exception, repo_id: str, revision: str = "main") -> str:
         return f"there is no such file in revision {revision!r}"
     if status == 401 and headers.get("X-Error-Message") == "Invalid credentials in Authorization header":
         return f"the Hub does not know the token (401): {log_in} anew"
+    if writing and status in (401, 404):
+        return f"nobody may write there who asks like this ({status}): {log_in}, with a token that may"
     if "RepositoryNotFoundError" in kinds or status == 401:
         hidden = "the token may not see it" if known else f"it is private: {log_in}"
         return f"there is no such repository ({status}), or {hidden}. Look at the name: owner/repository"

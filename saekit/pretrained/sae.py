@@ -5,6 +5,7 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -13,6 +14,7 @@ from saekit.errors import SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.pushing import push_sae
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
@@ -25,7 +27,7 @@ _S = TypeVar("_S", bound="SAE")
 class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
-    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "save"})
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "push_to_hub", "save"})
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -73,6 +75,31 @@ class SAE(SAEModule):
         """
         files = SAEFiles.on_hub(repo_id, folder, revision=revision, token=token)
         return _as(cls, load_sae(files, loader=loader, device=device, dtype=dtype, plugins=plugins))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder: str = "",
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the SAE into a repository of the Hub, or into a folder of it, with a model card; the commit's address.
+
+        One commit does it all.  The repository, and the branch ``revision``, are made if they are not there; who may
+        see a new one says ``private``, by default as your account has it.  The card says what is known of the SAE, and
+        of ``metrics``, as :attr:`saekit.TrainResult.metrics` has them, how good it is; one that saekit did not make
+        stays.  ``token`` is as huggingface_hub has it: by default that with which you are logged in.
+
+        :class:`ConfigError` for what cannot be a repository, and :class:`StorageError` where the Hub does not take it.
+        """
+        return push_sae(
+            self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,
+            token=token,
+        )  # fmt: skip
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

@@ -57,7 +57,9 @@ class CardSAE:
     @property
     def architecture(self) -> str:
         """The key, without the name of saekit's own distribution."""
-        return str(self.own.get("architecture") or self.config.get("architecture") or "").removeprefix("saekit:")
+        key = str(self.own.get("architecture") or self.config.get("architecture") or "")
+        distribution, _, name = key.partition(":")
+        return name if distribution == "saekit" else key
 
     @property
     def sites(self) -> str:

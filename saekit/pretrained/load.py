@@ -39,7 +39,7 @@ def load_sae(
     *,
     loader: PluginChoice | None = None,
     device: str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     plugins: PluginManager | None = None,
 ) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
@@ -48,7 +48,7 @@ def load_sae(
     """
     from saekit.pretrained.own import is_own, read_own
 
-    _check_dtype(dtype)
+    dtype = _name_of(dtype)
     device = resolve_device(device, "device", dtype)
     plugins = plugins or default_manager()
     own = loader is None and is_own(files.unopened())
@@ -72,11 +72,12 @@ def load_sae(
     return sae.to(device)
 
 
-def _check_dtype(dtype: str | None) -> None:
-    if dtype not in (None, *_DTYPES):
-        raise ConfigError(
-            [("dtype", f"is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None for the files' own")]
-        )
+def _name_of(dtype: str | torch.dtype | None) -> str | None:
+    """``float32`` for ``torch.float32``, too."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in (None, *_DTYPES):
+        raise ConfigError([("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}, or None for the files' own")])
+    return name
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
+import torch
+
 from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
 from saekit.files.paths import as_path
@@ -43,7 +45,7 @@ class SAE(SAEModule):
         *,
         loader: PluginChoice | None = None,
         device: str = "cpu",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         plugins: PluginManager | None = None,
     ) -> Self:
         """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
@@ -65,7 +67,7 @@ class SAE(SAEModule):
         token: str | bool | None = None,
         loader: PluginChoice | None = None,
         device: str = "cpu",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         plugins: PluginManager | None = None,
     ) -> Self:
         """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from safetensors.torch import save_file
 from support.kernels import built
 from torch import Tensor
 
@@ -54,6 +54,7 @@ def test_a_type_that_is_asked_for(tmp_path: Path, name: str, dtype: str) -> None
     plain = saekit.SAE.load(folder)
     plain.cast_weights(getattr(torch, dtype))
     asked = saekit.SAE.load(folder, dtype=dtype)
+    assert torch.equal(saekit.SAE.load(folder, dtype=getattr(torch, dtype)).b_dec, asked.b_dec)
     for (key, value), expected in zip(asked.state_dict().items(), plain.state_dict().values(), strict=True):
         assert value.dtype == expected.dtype, key
         assert torch.equal(value, expected), key
@@ -64,7 +65,7 @@ def test_a_type_that_is_asked_for(tmp_path: Path, name: str, dtype: str) -> None
 
 def test_another_type(tmp_path: Path) -> None:
     folder = random_sae(CONFIGS["standard"]).save(tmp_path / "sae")
-    with pytest.raises(ConfigError, match="dtype: is 'float16', expected float32, bfloat16, float64, or None for that"):
+    with pytest.raises(ConfigError, match="dtype: is 'float16', expected one of float32, bfloat16, float64, or None"):
         saekit.SAE.load(folder, dtype="float16")
 
 

@@ -21,11 +21,12 @@ from saekit.commands.terminal import (
     plan,
     plugins,
     pretokenize,
+    push,
     saes,
     show,
     train,
     watch,
-)
+)  # fmt: skip
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError
@@ -65,6 +66,7 @@ app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
+app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))

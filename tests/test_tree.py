@@ -170,12 +170,12 @@ def test_protocols_import_nothing_that_they_describe() -> None:
         "saekit.site",
         "saekit.values",
         "saekit.defaults",
-        "saekit.hub",
+        "saekit.hub_files",
         "saekit.reasons",
         "saekit.legacy",
         "saekit.weights",
     }
-    assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons"}
+    assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons", "saekit.files.mapped"}
     assert {module for module in own(graph()["saekit.saved"]) if not inside(module, "saekit.files")} <= known
     assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -10,6 +10,7 @@ import attrs
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.errors import SAEFormatError, SaekitError
+from saekit.hub_files import HubRepository
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
@@ -20,6 +21,8 @@ from saekit.released import Release, ReleasedSAE
 from saekit.saved import SAEFiles
 
 if TYPE_CHECKING:
+    import torch
+
     from saekit.sae.module import SAEModule
 
 __all__ = ["load_published"]
@@ -31,7 +34,9 @@ def load_published(
     *,
     loader: PluginChoice | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
     plugins: PluginManager | None = None,
 ) -> Iterator[tuple[str, SAEModule]]:
     """The SAEs of ``ids``, one after the other, each with its id.
@@ -43,13 +48,13 @@ def load_published(
     wanted = [find_sae(release, one) for one in ids]
     choice = _bound(release, loader, plugins)
     # What the files look like is looked at once: SAEs of one release are of one format.
-    places = _Places(release, revision, None if choice is None else choice.build())
+    places = _Places(release, revision, token, None if choice is None else choice.build())
     files = [places.files_of(sae) for sae in wanted]
     if choice is None and files:
         choice = loader_of(files[0], plugins)
     for sae, where in zip(wanted, files, strict=True):
         origin = {"release": release.key, "sae_id": sae.id}
-        loaded = load_sae(where, loader=choice, device=device, plugins=plugins, origin=origin)
+        loaded = load_sae(where, loader=choice, device=device, dtype=dtype, plugins=plugins, origin=origin)
         known = {"model_name": release.model, "neuronpedia_id": sae.neuronpedia}
         metadata = {name: value for name, value in known.items() if value is not None}
         loaded.info = attrs.evolve(loaded.info, metadata={**metadata, **loaded.info.metadata})
@@ -74,24 +79,22 @@ def _bound(release: Release, loader: PluginChoice | None, plugins: PluginManager
 class _Places:
     """Where each SAE of a release lies; a repository is listed once."""
 
-    def __init__(self, release: Release, revision: str | None, loader: object) -> None:
-        self._release, self._loader = release, loader
-        self._revision = revision or release.revision
-        self._listing: Sequence[str] = ()
+    def __init__(self, release: Release, revision: str | None, token: str | bool | None, loader: object) -> None:
+        self._release, self._loader, self._repository = release, loader, None
         if release.repo is not None:
-            self._listing = SAEFiles.listed(release.repo, revision=self._revision)
+            self._repository = HubRepository.listed(release.repo, revision or release.revision, token)
 
     def files_of(self, sae: ReleasedSAE) -> SAEFiles:
         """The files of ``sae``, with what the release says of it beside them."""
         about = self._release.about(sae)
-        if self._release.repo is None:
+        if self._repository is None:
             return attrs.evolve(SAEFiles.at(f"{self._release.folder}/{sae.path}"), about=about)
-        path = self._path(sae)
-        files = SAEFiles.on_hub(self._release.repo, path, revision=self._revision, listing=self._listing)
+        path = self._path(sae, self._repository.names)
+        files = SAEFiles.on_hub(self._repository.repo_id, path, repository=self._repository)
         return attrs.evolve(files, about=about)
 
-    def _path(self, sae: ReleasedSAE) -> str:
-        path, names = sae.path.strip("/"), self._listing
+    def _path(self, sae: ReleasedSAE, names: Collection[str]) -> str:
+        path = sae.path.strip("/")
         if path in names or any(name.startswith(f"{path}/") for name in names):
             return path
         found = self._loader.locate(path, names) if isinstance(self._loader, LocatesFiles) else None

@@ -53,6 +53,7 @@ class SaeLensLoader:
         if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):
             folder = one_file(files, _PATTERN, self._sae, "sae_lens").rpartition("/")[0]
             files = files.within(folder) if folder else files
+        files.fetch(CONFIG, WEIGHTS, SPARSITY, SCALER)
         sparsity = None
         if SPARSITY in files.names:
             sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]

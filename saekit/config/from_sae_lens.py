@@ -24,6 +24,7 @@ __all__ = ["Converted", "convert"]
 
 _RECONSTRUCTION, _CACHED, _WANDB = "reconstruction", "cached", "wandb"
 """What sae-lens has one of."""
+_CALLED = {"matryoshka_batchtopk": "matryoshka"}
 _SCALINGS = ("none", "expected_average_only_in")
 
 
@@ -216,7 +217,7 @@ class _Work:
             self.lost["activation_fn_kwargs"] = f"is {shown(more)}, which the activation does not have here"
 
     def _of_6(self, name: str) -> None:
-        self.set("sae.name", name, "sae.architecture")
+        self.set("sae.name", _CALLED.get(name, name), "sae.architecture")
         norm = self.take("sae.decoder_init_norm", 0.1)
         self.set("sae.decoder_heuristic_init", norm is not None, "sae.decoder_init_norm")
         if norm not in (None, 0.1):
@@ -226,10 +227,17 @@ class _Work:
         self.set("sae.b_dec_init_method", "zeros")
         if name == "standard":
             self.set("sae.scale_sparsity_penalty_by_decoder_norm", True)
+        elif name == "gated":
+            self.set("sae.scale_sparsity_penalty_by_decoder_norm", True)
+            self.set("sae.aux_loss_trains_decoder", True)
         elif name == "jumprelu":
             self._jumprelu()
         elif "sae.aux_loss_coefficient" in self.left:
             self.set("sae.aux_loss_normalization", "none")
+        if name == "matryoshka_batchtopk":
+            whole = not self.take("sae.use_matryoshka_aux_loss", False)
+            self.set("sae.aux_loss_levels", "whole" if whole else "each", "sae.use_matryoshka_aux_loss")
+            self.set("sae.level_loss", "sum")
 
     def _jumprelu(self) -> None:
         """sae-lens has no AuxK for it, and states what one of its losses alone uses whichever is chosen."""

@@ -68,6 +68,7 @@ KEPT: Mapping[str, Key] = {
     "aux_loss_coefficient": Key("sae.aux_loss_coefficient"),
     "rescale_acts_by_decoder_norm": Key("sae.rescale_acts_by_decoder_norm"),
     "topk_threshold_lr": Key("sae.threshold_lr"),
+    "matryoshka_widths": Key("sae.widths"),
     "jumprelu_init_threshold": Key("sae.initial_threshold"),
     "jumprelu_bandwidth": Key("sae.bandwidth"),
     "jumprelu_ste_to_input": Key("sae.ste_to_input"),
@@ -134,7 +135,6 @@ NEUTRAL: Mapping[str, tuple[str, Any]] = {
     "sae.metadata": (_OF_FILE, Any),
     "sae.reshape_activations": ("heads are laid side by side where the hook has them", Any),
     "sae.use_sparse_activations": ("products are sparse where that is faster", Any),
-    "sae.use_matryoshka_aux_loss": ("AuxK is of the whole dictionary", (False, None)),
     **{
         f"{prefix}{name}": found
         for prefix in ("", "logger.")

@@ -234,7 +234,12 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
         "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else "none",
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
-        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
+        "metadata": {
+            **_LAYOUT,
+            **sae.info.metadata,
+            **sae.public_metadata(),
+            **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
+        },
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,

@@ -339,6 +339,10 @@ class SAEModule(Familiar, Hooked, Ways):
         """
         return {"architecture": self.info.architecture}
 
+    def public_metadata(self) -> dict[str, Any]:
+        """What else ``metadata`` of ``cfg.json`` says to other libraries, such as how it was trained."""
+        return {}
+
     def saved_options(self) -> dict[str, Any]:
         """The options by which :meth:`public_tensors` are to be understood when saekit loads them."""
         return dict(self.info.options)

@@ -105,6 +105,12 @@ def test_one_of_6_means_the_same() -> None:
     topk = saekit.load_config(dict(convert(read(OF_6["batchtopk"])).table)).sae.options
     assert (topk.k, topk.aux_loss_coefficient, topk.aux_loss_normalization) == (16.5, 1.0, "none")
     assert topk.threshold_lr == 0.01
+    gated = saekit.load_config(dict(convert(read(OF_6["gated"])).table)).sae.options
+    assert (gated.l1_coefficient, gated.normalize_sae_decoder, gated.aux_loss_trains_decoder) == (3, False, True)
+    assert gated.scale_sparsity_penalty_by_decoder_norm
+    nested = saekit.load_config(dict(convert(read(OF_6["matryoshka_batchtopk"])).table)).sae
+    assert (nested.key, nested.options.widths) == ("saekit:matryoshka", (64, 512))
+    assert (nested.options.level_loss, nested.options.aux_loss_levels) == ("sum", "whole")
 
 
 def test_what_is_not_here_is_said() -> None:

@@ -59,7 +59,8 @@ def test_what_the_new_plugin_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(full, ["sae.name=jumprelu"])
     assert caught.value.problems == [
-        ("sae.k", "is not an option of the plugin that is chosen; it is one of saekit:batchtopk, saekit:topk and "
+        ("sae.k", "is not an option of the plugin that is chosen; it is one of saekit:batchtopk, "
+         "saekit:matryoshka, saekit:topk and "
          "saekit:topk_transcoder. Delete it")
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="^sae: Unknown SAE architecture 'topkk'. Did you mean 'topk'"):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
+    GatedTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
     LanguageModelSAERunnerConfig,
     LoggingConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
 )
@@ -17,6 +19,8 @@ SAES = {
     "standard": StandardTrainingSAEConfig(**SIZES, l1_coefficient=2, l1_warm_up_steps=10),
     "topk": TopKTrainingSAEConfig(**SIZES, k=16),
     "batchtopk": BatchTopKTrainingSAEConfig(**SIZES, k=16.5),
+    "gated": GatedTrainingSAEConfig(**SIZES, l1_coefficient=3),
+    "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAEConfig(**SIZES, k=16, matryoshka_widths=[64, 512]),
     "jumprelu": JumpReLUTrainingSAEConfig(**SIZES, l0_coefficient=3),
 }
 for name, sae in SAES.items():

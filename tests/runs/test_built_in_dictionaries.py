@@ -20,6 +20,8 @@ ELSEWHERE = {
     "targets": [{"hook_name": "blocks.0.mlp.hook_pre"}],  # 512
 }
 KINDS: dict[str, dict[str, Any]] = {
+    "gated": {"sae": {"name": "gated"}},
+    "matryoshka": {"sae": {"name": "matryoshka", "k": 8}},
     "jumprelu": {"sae": {"name": "jumprelu"}},
     "transcoder": {"sae": {"name": "transcoder"}, **ELSEWHERE},
     "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True}, **ELSEWHERE},
@@ -58,7 +60,10 @@ def test_one_that_is_stopped_and_one_beside_others_end_with_the_same_bytes(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "least"), [("jumprelu", 0.8), ("transcoder", 0.5), ("skip", 0.8), ("topk", 0.8)])
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [("gated", 0.7), ("matryoshka", 0.5), ("jumprelu", 0.8), ("transcoder", 0.5), ("skip", 0.8), ("topk", 0.8)],
+)
 def test_what_a_run_learns_and_sae_lens_6_makes_of_it(tmp_path: Path, kind: str, least: float) -> None:
     longer = config(tmp_path, kind, "longer", tokens=100_000)
     longer["sae"] |= {"d_sae": 256}

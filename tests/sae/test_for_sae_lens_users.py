@@ -23,7 +23,9 @@ def made(name: str, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         sae.W_dec.mul_(torch.rand(24, 1, generator=generator, dtype=torch.float64) * 3 + 0.1)
-        for parameter in (sae.b_enc, sae.b_dec, sae.W_enc):
+        for name, parameter in sae.named_parameters():
+            if name in ("W_dec", "threshold", "W_skip"):
+                continue
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         sae.W_dec[3] = 0
     return sae
@@ -38,6 +40,7 @@ FREE = {"normalize_sae_decoder": False}
     [
         ("standard", FREE),
         ("jumprelu", {"initial_threshold": 0.3}),
+        ("gated", FREE),
         ("topk", {"k": 5}),
         ("transcoder", {"skip_connection": True} | FREE),
         ("jumprelu_transcoder", {"skip_connection": False}),

@@ -12,7 +12,9 @@ import attrs
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import (
@@ -56,8 +58,16 @@ def deepseek_r1(folder: Path) -> dict[str, Any]:
 
 
 def dictionary_learning(folder: Path) -> dict[str, Any]:
-    names = [path.name for path in formats.FIXTURES.glob("dictionary_learning*") if "gated" not in path.name]
+    names = [path.name for path in formats.FIXTURES.glob("dictionary_learning*")]
     return {"folders": {"dictionary_learning": [formats.copied(name, folder / name) for name in names]}}
+
+
+def built_in_gated(folder: Path) -> dict[str, Any]:
+    of_sae_lens = GatedConfig(
+        aux_loss_trains_decoder=True, l1_warm_up_steps=5, scale_sparsity_penalty_by_decoder_norm=True,
+        normalize_sae_decoder=False,
+    )  # fmt: skip
+    return {"configs": {"gated": [GatedConfig(), of_sae_lens]}}
 
 
 def gemma_scope(folder: Path) -> dict[str, Any]:
@@ -72,6 +82,18 @@ def goodfire(folder: Path) -> dict[str, Any]:
 def llama_scope(folder: Path) -> dict[str, Any]:
     folders = {name: formats.copied(name, folder / name) for name in ("llama_scope", "llama_scope_r1_distill")}
     return {"folders": folders, "configs": {"llama_scope_r1_distill": LlamaScopeR1Config(activation_scale=0.5)}}
+
+
+def matryoshka(folder: Path) -> dict[str, Any]:
+    sae_lens_6 = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"}
+    dictionary = {
+        "aux_loss_normalization": "share",
+        "aux_loss_levels": "whole",
+        "level_loss": "mean",
+        "rescale_acts_by_decoder_norm": False,
+    }
+    configs = [MatryoshkaConfig(k=2.5, **sae_lens_6), MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary)]
+    return {"configs": {"matryoshka": configs}}
 
 
 def mntss(folder: Path) -> dict[str, Any]:
@@ -169,6 +191,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cosine_restarts": cosine_restarts,
     "deepseek_r1": deepseek_r1,
     "dictionary_learning": dictionary_learning,
+    "gated": built_in_gated,
     "gemma_scope": gemma_scope,
     "goodfire": goodfire,
     "hooked_mamba": hooked("HookedMamba", hooked_mamba),
@@ -177,6 +200,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "jumprelu": jumprelu,
     "live": live,
     "llama_scope": llama_scope,
+    "matryoshka": matryoshka,
     "mntss": mntss,
     "mwhanna": mwhanna,
     "openai": openai,

@@ -33,6 +33,11 @@ class RevivingSAE(SAE):
         return False
 
     @property
+    def aux_above_zero(self) -> bool:
+        """Whether AuxK takes pre-activations below zero for zeros: in the paper it does not."""
+        return False
+
+    @property
     def k_aux(self) -> int:
         """Dead features of a row that AuxK trains."""
         return self.config.k_aux or max(self.d_in // 2, 1)
@@ -51,8 +56,9 @@ class RevivingSAE(SAE):
         if dead is None or not self.aux_coefficient or not self._may_be_any(dead):
             return pre.new_zeros(())
         loss = auxk_loss(
-            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
-        )
+            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks,
+            above_zero=self.aux_above_zero,
+        )  # fmt: skip
         return loss * self.aux_weight(target, output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -60,12 +66,19 @@ class RevivingSAE(SAE):
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())
 
-    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
-        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s."""
+    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor, output: Tensor | None = None) -> Tensor:
+        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s.
+
+        ``output`` is by default that of ``fast``.
+        """
         if not self.aux_coefficient or not len(dead):
             return fast.target.new_zeros(())
-        weight, norms = self.aux_weight(fast.target, fast.output), self.feature_norms()
-        return add_auxk(fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
+        output = fast.output if output is None else output
+        weight, norms = self.aux_weight(fast.target, output), self.feature_norms()
+        return add_auxk(
+            fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks, above_zero=self.aux_above_zero,
+            output=output,
+        )  # fmt: skip
 
     def revives(self, step: StepInput) -> bool:
         """Whether a step looks for dead features."""

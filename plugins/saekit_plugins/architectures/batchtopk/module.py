@@ -122,6 +122,10 @@ class BatchTopKSAE(TopKSAE):
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
 
+    def public_metadata(self) -> dict[str, Any]:
+        details = {"k": self.config.k, "topk_threshold_lr": self.config.threshold_lr}
+        return {"training_architecture": "batchtopk", "training_architecture_details": details}
+
     def public_tensors(self) -> dict[str, Tensor]:
         tensors, norms = super().public_tensors(), self.norms_when_saved()
         for name in _AVERAGE:

@@ -64,8 +64,8 @@ def check_warm_up(options: Any, whole: TrainConfig) -> None:
             )  # fmt: skip
 
 
-def l1_coefficient_at(config: StandardConfig, step: int) -> float:
-    """λ at ``step``: linear from 0, so the first step of a warm-up has no penalty."""
-    if not config.l1_warm_up_steps:
-        return config.l1_coefficient
-    return config.l1_coefficient * min(1.0, step / config.l1_warm_up_steps)
+def l1_coefficient_at(config: Any, step: int) -> float:
+    """λ of ``config`` at ``step``: linear from 0, so the first step of a warm-up has no penalty."""
+    rising: int = config.l1_warm_up_steps
+    whole: float = config.l1_coefficient
+    return whole * min(1.0, step / rising) if rising else whole

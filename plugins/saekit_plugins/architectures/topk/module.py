@@ -55,6 +55,14 @@ def from_zero(thresholds: Tensor) -> Tensor:
     return thresholds.clamp_min(0)
 
 
+def share_of_variance(target: Tensor, output: Tensor) -> Tensor:
+    """What turns a mean squared error of explaining ``target − output``, ``[n, d_out]`` both, into a share of its
+    variance: a scalar, detached; 0 if nothing is left over."""
+    residual = (target - output).detach()
+    variance = (residual - residual.mean(0)).pow(2).sum(-1).mean()
+    return variance.reciprocal().nan_to_num(posinf=0)
+
+
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
     """``tensors`` with the decoder's ``norms [d_sae]``, by which features are multiplied, in the encoder."""
     W_enc, b_enc, W_dec = (tensors[name] for name in FOLDED)
@@ -173,12 +181,19 @@ class TopKSAE(RevivingSAE):
         return self.config.aux_weight
 
     def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
-        unscaled = self.config.aux_loss_normalization == "none"
-        return self.aux_coefficient if unscaled else super().aux_weight(target, output)
+        if self.config.aux_loss_normalization == "none":
+            return self.aux_coefficient
+        if self.config.aux_loss_normalization == "share":
+            return self.aux_coefficient * share_of_variance(target, output)
+        return super().aux_weight(target, output)
 
     @property
     def aux_shrinks(self) -> bool:
         return self.config.aux_loss_normalization == "none"
+
+    @property
+    def aux_above_zero(self) -> bool:
+        return self.config.aux_loss_normalization == "share"
 
     # ---- saving
 

@@ -56,9 +56,19 @@ def load_sae(
         read, key = read_with(bound, files), bound.key
     with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as beside:
         sums = beside.submit(checksums, files)
-        sae = build_sae(read, plugins, files.place, own=own)
+        try:
+            sae = build_sae(read, plugins, files.place, own=own)
+        except SAEFormatError as error:
+            raise _of_files(error, files) from error
         sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, sums.result()))
     return sae.to(device)
+
+
+def _of_files(error: SAEFormatError, files: SAEFiles) -> SAEFormatError:
+    """The same, with the files that were read, unless it names one of them."""
+    if any(name in str(error) for name in files.opened):
+        return error
+    return SAEFormatError(f"{error} (read from {', '.join(sorted(files.opened))})")
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:

@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "a bias of later layers": ("mntss", with_bias_of_later_layers, "no place for a b_dec of later layers"),
     "a skip": ("mntss", lambda: sae_of(TranscoderConfig(d_sae=D_SAE, skip_connection=True), MLP),
                "mntss has no place for a skip connection"),
-    "not sae-lens's": ("sae_lens", lambda: make(activation="tanh-relu"), "sae_lens has no place for this saekit:standard"),
+    "not sae-lens's": ("sae_lens", lambda: make(activation="tanh-relu"), "sae_lens has no place for this saekit:"),
     "a format that is read alone": ("goodfire", make, "saekit:goodfire only reads; what can be written is saekit, "),
 }  # fmt: skip
 
@@ -406,7 +406,7 @@ def test_every_format_that_can_be_written() -> None:
 # ---- the peers themselves, where they are
 
 READER = """
-import sys, unittest.mock
+import sys, unittest.mock, datasets
 for name in ("nnsight", "zstandard"):
     sys.modules[name] = unittest.mock.MagicMock()
 import torch

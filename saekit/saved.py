@@ -247,7 +247,8 @@ class SAEFiles:
         """
         from saekit.legacy import as_plain, read_objects
 
-        return as_plain(read_objects(self.path(name), f"{name} in {self.place}"))
+        where = f"{name} in {self.place}"
+        return as_plain(read_objects(self.path(name), where), where)
 
     @staticmethod
     def check_weights(tensors: Mapping[str, object], where: str) -> None:

@@ -157,11 +157,13 @@ class Differences:
         if not self._same_features:
             return None
         bias = self._weights.get("b_dec", torch.zeros(()))
-        for what, constant in (("outputs are", torch.zeros(())), ("what features add to b_dec in outputs is", bias)):
+        for what, constant in (("outputs", torch.zeros(())), ("outputs less b_dec", bias)):
             found, expected = self.output - constant.float(), self.said.output - constant.float()
             factor = _ratio(found, expected)
             if abs(factor - 1) > self.off and self._fits(found, factor * expected, 10 * self.off):
-                return f"{what} {factor:.5g} times as large as it was, and features are the same: a constant factor"
+                return (
+                    f"{what} are {factor:.5g} times as large as they were, and features are the same: a constant factor"
+                )
         return None
 
     def _activation_scale(self) -> str | None:

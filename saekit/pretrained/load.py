@@ -69,7 +69,10 @@ def load_sae(
             if isinstance(read.tensors, Mapping):  # from now on nobody else's, so that each is free in its turn
                 read = attrs.evolve(read, tensors=dict(read.tensors))
             read = overridden(read, files, key)
-            sae = build_sae(read, plugins, files.place, own=choice is None, dtype=dtype, device=device, spent=True)
+            try:
+                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=dtype, device=device, spent=True)
+            except SAEFormatError as error:
+                raise _of_files(error, files) from error
         except SaekitError:
             verify(files, sums)  # a damaged file explains whatever it was
             raise
@@ -98,6 +101,13 @@ def _name_of(dtype: str | torch.dtype | None) -> str | None:
     if name not in (None, *_DTYPES):
         raise ConfigError([("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}, or None for the files' own")])
     return name
+
+
+def _of_files(error: SAEFormatError, files: SAEFiles) -> SAEFormatError:
+    """The same, with the files that were read, unless it names one of them."""
+    if any(name in str(error) for name in files.opened):
+        return error
+    return SAEFormatError(f"{error} (read from {', '.join(sorted(files.opened))})")
 
 
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:

@@ -145,4 +145,4 @@ def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _norm(part: Tensor) -> float:
-    return torch.linalg.vector_norm(part.to(torch.promote_types(part.dtype, torch.float32))).item()
+    return float(torch.linalg.vector_norm(part.to(torch.promote_types(part.dtype, torch.float32))))

@@ -67,7 +67,7 @@ class SaeLensLoader:
         """saekit's own folder, which sae-lens 6 reads where it has the architecture."""
         sae.save(folder)
         if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
-            raise SAEFormatError(f"sae_lens has no place for {sae.info.architecture} at {', '.join(sae.ports.targets)}")
+            raise SAEFormatError(f"sae_lens has no place for this {sae.info.architecture}: sae-lens 6 has none like it")
 
     def read(
         self,

@@ -395,6 +395,7 @@ def test_every_format_that_can_be_written() -> None:
         "dictionary_learning",
         "dictionary_learning_1",
         "mntss",
+        "mntss_clt_layer_transcoder",
         "mwhanna",
         "mwhanna_transcoder",
         "sae_lens",

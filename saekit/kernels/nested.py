@@ -39,20 +39,19 @@ class NestedStep(FastStep):
         target: Tensor | None = None,
         ends: Sequence[int],
         weights: Sequence[float],
-        unit: Tensor | None = None,
         keep: bool = False,
+        row_weights: Tensor | None = None,
     ) -> None:
         """``ends`` are the levels' ``m_g``, rising to ``d_sae``, and ``weights`` their ``c_g``.
 
-        Squared errors are counted in ``unit``, a scalar.  ``keep`` the reconstructions of all levels, as
-        :attr:`outputs`.
+        ``keep`` the reconstructions of all levels, as :attr:`outputs`.
         """
-        super().__init__(sae, x, workspace, target=target)
-        self._ends, self._of_levels, self._unit, self._keep = ends, weights, unit, keep
+        super().__init__(sae, x, workspace, target=target, row_weights=row_weights)
+        self._ends, self._of_levels, self._keep = ends, weights, keep
         self.outputs: Sequence[Tensor] = ()
         """``[n, d_out]`` of each level, if they are kept."""
         self.level_errors: Tensor
-        """``[levels]``: the mean squared error of each, ``mean_b Σ_d``."""
+        """``[levels]``: the mean squared error of each, ``mean_b Σ_d`` with the rows' weights."""
 
     def add(self, start: int, features: Features, to_pre: FeatureGradient) -> None:
         if not isinstance(features, SparseFeatures) or features.n != len(self.target):
@@ -92,9 +91,9 @@ class NestedStep(FastStep):
         """From reconstructions ``[levels, n, d_out]`` to the gradients to what each level adds, in the same memory."""
         outputs -= self.target
         squares = torch.linalg.vector_norm(outputs, dim=2).square_()
-        if self._unit is not None:
-            squares /= self._unit
-            outputs /= self._unit
+        if self._weights is not None:
+            squares *= self._weights[:, 0]
+            outputs *= self._weights
         self.level_errors, self.squares = squares.mean(1), squares[-1]
         for level, weight in enumerate(self._of_levels):
             outputs[level] *= 2 * weight / len(self.target)

@@ -50,9 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 LEAST = {
-    "gated": 0.7, "matryoshka": 0.5,
-    "jumprelu": 0.8, "transcoder": 0.5, "skip": 0.8, "topk": 0.8, "sparsify": 0.8, "crosscoder": 0.5,
-    "batchtopk_crosscoder": 0.5,
+    "gated": 0.7, "matryoshka": 0.5, "jumprelu": 0.8, "transcoder": 0.5, "skip": 0.8, "topk": 0.8,
+    "sparsify": 0.8, "crosscoder": 0.5, "batchtopk_crosscoder": 0.5,
 }  # fmt: skip
 """The explained variance at the end, at least."""
 QUICK = ("sparsify", "crosscoder", "batchtopk_crosscoder")

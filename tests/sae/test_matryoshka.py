@@ -164,7 +164,8 @@ def test_levels_add_up_to_what_they_are(device: str) -> None:
     kernel, workspace = sae.step_kernels[0], Workspace()
     with torch.no_grad():
         fast = NestedStep(sae, x, workspace, ends=sae.ends, weights=sae.factors, keep=True)
-        ((_, features),) = kernel.chosen(sae, kernel.encoder(sae, workspace), fast.centered, sae.feature_norms(), 250)
+        norms, wanted = sae.feature_norms(), sae.wanted(len(x))
+        ((_, features),) = kernel.chosen(sae, kernel.encoder(sae, workspace), fast.centered, norms, wanted)
         dense = features.dense()
         fast.add(0, features, lambda gradient, *_: gradient)
         for end, output, error in zip((1, 2, 30, 40), fast.outputs, fast.level_errors, strict=True):

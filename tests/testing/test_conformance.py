@@ -141,14 +141,14 @@ def matryoshka(folder: Path) -> dict[str, Any]:
         "level_loss": "mean",
         "rescale_acts_by_decoder_norm": False,
     }
-    others = {
-        "mse_loss_normalization": "variance",
-        "aux_loss_trains_encoder": False,
-        "k_start": 4,
-        "k_warm_up_steps": 5,
-    }
-    configs = [MatryoshkaConfig(k=2.5, **sae_lens_6), MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary)]
-    return {"configs": {"matryoshka": [*configs, MatryoshkaConfig(k=2, **others)]}}
+    moving = {"k_start": 4.0, "k_warm_up_steps": 3, "mse_loss_normalization": "variance",
+              "aux_loss_trains_encoder": False}  # fmt: skip
+    configs = [
+        MatryoshkaConfig(k=2.5, **sae_lens_6),
+        MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary),
+        MatryoshkaConfig(k=2, widths=(4, 0.5), **moving),
+    ]
+    return {"configs": {"matryoshka": configs}}
 
 
 def mntss(folder: Path) -> dict[str, Any]:
@@ -300,6 +300,7 @@ SKIPPED = {
     "none": {"skip": {"none": "it stands for no model"}},
     "dictionary_learning": {"skip": {"dictionary_learning_1": "it is another name"}},
     "mwhanna": {"skip": {"mwhanna_transcoder": "it is another name"}},
+    "mntss": {"skip": {"mntss_clt_layer_transcoder": "it is another name"}},
 }
 SILENT = {
     "other names": "it is another name",

@@ -35,14 +35,14 @@ class RevivingSAE(SAE):
         return False
 
     @property
-    def aux_above_zero(self) -> bool:
-        """Whether AuxK takes pre-activations below zero for zeros: in the paper it does not."""
-        return False
-
-    @property
     def aux_trains_encoder(self) -> bool:
         """Whether AuxK trains the encoder, too."""
         return True
+
+    @property
+    def aux_above_zero(self) -> bool:
+        """Whether AuxK takes pre-activations below zero for zeros: in the paper it does not."""
+        return False
 
     @property
     def k_aux(self) -> int:
@@ -83,7 +83,8 @@ class RevivingSAE(SAE):
     ) -> Tensor:
         """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s.
 
-        ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``."""
+        ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``.
+        """
         if not self.aux_coefficient or not len(dead):
             return fast.target.new_zeros(())
         output = fast.output if output is None else output
@@ -91,17 +92,9 @@ class RevivingSAE(SAE):
         if unit is not None:
             weight = weight / unit
         return add_auxk(
-            fast,
-            encoder,
-            dead,
-            self.k_aux,
-            weight,
-            norms,
-            shrink=self.aux_shrinks,
-            trains_encoder=self.aux_trains_encoder,
-            above_zero=self.aux_above_zero,
-            output=output,
-        )
+            fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks, above_zero=self.aux_above_zero,
+            trains_encoder=self.aux_trains_encoder, output=output,
+        )  # fmt: skip
 
     def revives(self, step: StepInput) -> bool:
         """Whether a step looks for dead features."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,9 +27,21 @@ from saekit_plugins.loaders.reading import (
     text,
     whole_number,
 )  # fmt: skip
+from saekit_plugins.loaders.writing import (
+    as_theirs,
+    checked,
+    in_layer,
+    kept,
+    one_site,
+    told,
+    write_json,
+    write_pickle,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 _PATTERN = r"ae\.pt"
 _OWN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -109,10 +122,28 @@ class DictionaryLearningLoader:
             options=options(tensors, apply_b_dec_to_input=form.apply_b_dec_to_input, **own),
             tensors=tensors,
             site=hook,
-            metadata=_metadata(trainer, _object(config, "buffer", config_where), config_where),
+            metadata=told(config, config_where)
+            or _metadata(trainer, _object(config, "buffer", config_where), config_where),
             defaulted=defaulted,
             renamed={theirs: ours for theirs, ours in form.names.items() if theirs != ours},
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        tensors = checked(sae, "dictionary_learning", _WRITTEN_AS)
+        kind, names = _kind(sae)
+        state = as_theirs(tensors, names)
+        trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
+        if "threshold" in tensors:
+            state["threshold"] = tensors["threshold"]
+        if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+            trainer["k"] = _whole_k(sae.config)
+            state |= _scalars(trainer["k"], state.get("threshold"))
+        trainer |= _named_site(one_site(sae, "dictionary_learning"))
+        said = sae.info.metadata
+        trainer |= {"lm_name": said["model_name"]} if "model_name" in said else {}
+        buffer = {"d_submodule": sae.d_in, "io": "out", "ctx_len": said.get("context_size")}
+        write_pickle(folder / "ae.pt", state)
+        write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer, **kept(sae)})
 
 
 class _OtherName(DictionaryLearningLoader):
@@ -251,6 +282,60 @@ def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str)
     if (submodule := text(trainer, "submodule_name", where)) is not None:
         found["submodule_name"] = submodule
     return found
+
+
+# ---- writing
+
+_WRITTEN_AS = ("saekit:standard", "saekit:topk", "saekit:batchtopk", "saekit:jumprelu")
+
+
+def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
+    """The class that computes what ``sae`` does, and its names for tensors; each takes the bias from inputs or not."""
+    kinds = {
+        ("saekit:standard", True): ("AutoEncoder", _UNBIASED | {"bias": "b_dec"}),
+        ("saekit:standard", False): ("AutoEncoderNew", LINEAR),
+        ("saekit:topk", True): ("AutoEncoderTopK", _TOPK),
+        ("saekit:batchtopk", True): ("BatchTopKSAE", _TOPK),
+        ("saekit:jumprelu", False): ("JumpReluAutoEncoder", _OWN),
+    }
+    centered = sae.config.apply_b_dec_to_input
+    if (found := kinds.get((sae.info.architecture, centered))) is None:
+        raise SAEFormatError(
+            f"dictionary_learning has a place for {sae.info.architecture} with apply_b_dec_to_input = "
+            f"{str(not centered).lower()} alone, and this has {str(centered).lower()}"
+        )
+    return found
+
+
+def _whole_k(config: Any) -> int:
+    if config.k != int(config.k):
+        raise SAEFormatError(f"dictionary_learning has no place for k = {config.k:g}; it has for whole numbers")
+    return int(config.k)
+
+
+def _scalars(k: int, thresholds: Tensor | None) -> dict[str, Tensor]:
+    """What that library keeps beside the weights; -1 stands for a threshold that was never set."""
+    import torch
+
+    if thresholds is None:
+        threshold = torch.tensor(-1.0)
+    elif bool((thresholds == thresholds[0]).all()):
+        threshold = thresholds[0]
+    else:
+        raise SAEFormatError("dictionary_learning has no place for thresholds of several values; it has for one")
+    return {"k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
+def _named_site(site: Site | None) -> dict[str, Any]:
+    if site is None:
+        return {}
+    layer, hook = in_layer(site, "dictionary_learning")
+    if hook not in _WRITTEN.values():
+        raise SAEFormatError(
+            f"dictionary_learning has no place for the hook {site.name}; it has for {', '.join(_WRITTEN.values())}"
+        )
+    submodule = next(name for name, ours in _WRITTEN.items() if ours == hook)
+    return {"layer": layer, "submodule_name": f"{submodule}_layer_{layer}"}
 
 
 @hookimpl

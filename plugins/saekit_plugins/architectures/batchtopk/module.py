@@ -126,6 +126,13 @@ class BatchTopKSAE(TopKSAE):
             self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        norm = None if self.config.rescale_acts_by_decoder_norm else self.decoder_norms().mean()
+        super().fold_W_dec_norm()
+        if norm is not None:
+            self.threshold_average *= norm  # as features are, from now on
+
+    @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         before, norm = self.config, self.norms_of(self.W_dec).mean()
         if not super().restate(option, value, within=within):

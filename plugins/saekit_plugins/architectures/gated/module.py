@@ -202,7 +202,8 @@ class GatedSAE(SAE):
     @classmethod
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
         shared = (entry for entry in super().parameters_of(config) if entry.name != "b_enc")
-        own = (Parameter(name, ("d_sae",), init=init.zeros, histogram=name) for name in _OWN)
+        grows = {"b_gate": 1, "b_mag": 1, "r_mag": 0}  # r_mag is the logarithm of a factor
+        own = (Parameter(name, ("d_sae",), init=init.zeros, grows=grows[name], histogram=name) for name in _OWN)
         return (*own, *shared)
 
     def pre_activations(self, x: Tensor) -> Tensor:

@@ -34,16 +34,16 @@ class MatryoshkaKernel(BatchTopKKernel):
     def step_in(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace, unit: Tensor | None) -> StepOutput:
         encoder, each = self.encoder(sae, workspace), sae.config.aux_loss_levels == "each"
         fast = NestedStep(
-            sae, x, workspace, target=step.target, ends=sae.ends, weights=sae.factors, unit=unit,
-            keep=each and step.dead is not None,
+            sae, x, workspace, target=step.target, ends=sae.ends, weights=sae.factors,
+            keep=each and step.dead is not None, row_weights=None if unit is None else (1 / unit).expand(len(x), 1),
         )  # fmt: skip
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
             return found
 
-        norms = sae.feature_norms()
-        ((start, features),) = self.chosen(sae, encoder, fast.centered, norms, sae.wanted_at(step, len(x)))
+        norms, wanted = sae.feature_norms(), sae.wanted_at(step, len(x))
+        ((start, features),) = self.chosen(sae, encoder, fast.centered, norms, wanted)
         logged = sae.logged_k(step) | sae.after_features(features.scaled(norms))
         fast.add(start, features, to_pre)
         aux = x.new_zeros(())
@@ -82,14 +82,15 @@ class MatryoshkaSAE(BatchTopKSAE):
     # ---- training
 
     def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
-        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)
+        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)  # before what a compiler follows
         target, pre = step.target_for(x), self.pre_activations(x)
         features = self.training_features(pre, wanted)
         outputs = self.level_outputs(features)
-        unit = target.new_ones(()) if unit is None else unit
-        *inner, mse = (squared_errors(output, target).sum(-1).mean() / unit for output in outputs)
+        errors = (squared_errors(output, target).sum(-1).mean() for output in outputs)
+        *inner, mse = errors if unit is None else (error / unit for error in errors)
         among = self.inner(inner)
-        aux = self._aux_loss(pre, target, outputs, step.dead) / unit
+        aux = self._aux_loss(pre, target, outputs, step.dead)
+        aux = aux if unit is None else aux / unit
         return StepOutput(
             loss=self.factors[-1] * mse + among + aux,
             losses={

@@ -311,6 +311,23 @@ class TopKSAE(RevivingSAE):
         super().fold_activation_scale(scale, target_scale)
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Where features are compared as if rows had norm 1, they stay as they are; else all norms must be one."""
+        if self.config.rescale_acts_by_decoder_norm:
+            self.restate("rescale_acts_by_decoder_norm", False, within=0)
+        else:
+            super().fold_W_dec_norm()
+
+    def _check_sizes_are_free(self) -> None:
+        norms = self.decoder_norms()
+        factors = torch.where(norms > 0, norms, 1)
+        if not bool((factors - factors.mean()).abs().max() <= 1e-3 * factors.mean()):
+            raise ConfigError(
+                f"norms cannot be folded into the encoder of a {self._name}, whose rows have norms from "
+                f"{norms.min():.3g} to {norms.max():.3g}: features are compared by size, and others would win"
+            )
+
+    @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Without rescaling, with the norms folded in; with it, where all rows are of one norm.
 

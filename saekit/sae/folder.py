@@ -224,6 +224,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     site = sae.info.site if _has_one_site(sae) else None
     public = _public_config(sae)
     hook_name = site.hook_name if site else ""
+    unscaled = public.get("normalize_activations", "none")  # an architecture may have a way of its own
     return {
         **public,
         "d_in": sae.d_in,
@@ -232,7 +233,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
-        "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else "none",
+        "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else unscaled,
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
         "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
         "saekit": {

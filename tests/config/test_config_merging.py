@@ -9,7 +9,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.optimizers.adam import AdamConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.trackers.wandb import WandbConfig
-from support.every_config import manager
+from support.every_config import having, manager
 
 import saekit
 from saekit.config import PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
@@ -80,13 +80,13 @@ def test_tables_of_no_class_are_values() -> None:
     ("table", "path", "told"),
     [
         ({"l1_coefficient": 5}, "l1_coefficient",
-         "is not an option here; it is sae.l1_coefficient (of saekit:standard and saekit:transcoder)"),
+         "is not an option here; it is sae.l1_coefficient (of saekit:crosscoder, saekit:standard and "
+         "saekit:transcoder)"),
         ({"lr": 5}, "lr", "is not an option here; it is training.lr"),
         ({"sae": {"lr": 1}}, "sae.lr", "is not an option here; it is training.lr"),
         ({"training": {"d_sae": 1}}, "training.d_sae", "is not an option here; it is sae.d_sae"),
         ({"sae": {"name": "standard", "k": 3}}, "sae.k",
-         "is not an option of the plugin that is chosen; it is one of saekit:batchtopk, saekit:topk and "
-         "saekit:topk_transcoder. Delete it"),
+         f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it"),
         ({"hook_name": "x"}, "hook_name", "is not an option here; it is site.hook_name"),
         ({"dtype": "x"}, "dtype", "is not an option here; it is model.dtype or activations.source.dtype (of "
          "saekit:live) or activations.cache.dtype or sae.dtype"),

@@ -11,11 +11,17 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.crosscoder import BatchTopKCrosscoderConfig, CrosscoderConfig
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matching_pursuit import MatchingPursuitConfig
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.temporal import TemporalConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import (
+    GroupMaxTranscoderConfig,
     JumpReLUTranscoderConfig,
     TopKTranscoderConfig,
     TranscoderConfig,
@@ -32,12 +38,37 @@ from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 from saekit.kinds import KINDS
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
+AS_SPARSIFY: dict[str, Any] = {
+    "decoder_heuristic_init": False,
+    "decoder_zero_init": True,
+    "b_enc_init_method": "centered",
+    "rescale_acts_by_decoder_norm": False,
+    "mse_loss_normalization": "variance",
+    "aux_loss_normalization": "none",
+    "aux_loss_trains_encoder": False,
+}
 BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_points.select(group="saekit")}
+
+
+def abstopk(folder: Path) -> dict[str, Any]:
+    return {
+        "configs": {
+            "abstopk": [
+                AbsTopKConfig(k=3, k_start=6, k_warm_up_steps=5),
+                AbsTopKConfig(k=3, aux_loss_trains_encoder=False, rescale_acts_by_decoder_norm=False),
+            ]
+        }
+    }
 
 
 def batchtopk(folder: Path) -> dict[str, Any]:
     return {
-        "configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}
+        "configs": {
+            "batchtopk": [
+                BatchTopKConfig(k=2.5, k_start=4, k_warm_up_steps=5),
+                BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False, mse_loss_normalization="variance"),
+            ]
+        }
     }
 
 
@@ -49,6 +80,11 @@ def cached(folder: Path) -> dict[str, Any]:
 
 def connor_rob_hook_z(folder: Path) -> dict[str, Any]:
     return {"folders": {"connor_rob_hook_z": foreign.write_connor(folder / "connor", foreign.tensors())}}
+
+
+def crosscoder(folder: Path) -> dict[str, Any]:
+    l2 = CrosscoderConfig(decoder_norm="l2", l1_warm_up_steps=2, l1_decay_steps=6, l1_end=0.1, activation="tanh-relu")
+    return {"configs": {"crosscoder": [CrosscoderConfig(), l2], "batchtopk_crosscoder": BatchTopKCrosscoderConfig(k=3)}}
 
 
 def deepseek_r1(folder: Path) -> dict[str, Any]:
@@ -69,9 +105,22 @@ def goodfire(folder: Path) -> dict[str, Any]:
     return {"folders": {"goodfire": formats.copied("goodfire", folder / "a")}}
 
 
+def groupmax(folder: Path) -> dict[str, Any]:
+    return {"configs": {"groupmax": [GroupMaxConfig(k=4), GroupMaxConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+
+
 def llama_scope(folder: Path) -> dict[str, Any]:
     folders = {name: formats.copied(name, folder / name) for name in ("llama_scope", "llama_scope_r1_distill")}
     return {"folders": folders, "configs": {"llama_scope_r1_distill": LlamaScopeR1Config(activation_scale=0.5)}}
+
+
+def matching_pursuit(folder: Path) -> dict[str, Any]:
+    every = MatchingPursuitConfig(residual_threshold=0.3)
+    others = [
+        MatchingPursuitConfig(residual_threshold=0, max_iterations=4, apply_b_dec_to_input=False),
+        MatchingPursuitConfig(residual_threshold=0, max_iterations=9, stop_on_duplicate_support=False),
+    ]
+    return {"configs": {"matching_pursuit": [every, *others]}}
 
 
 def mntss(folder: Path) -> dict[str, Any]:
@@ -144,8 +193,22 @@ def standard(folder: Path) -> dict[str, Any]:
     return {"configs": {"standard": [StandardConfig(use_ghost_grads=True), other]}}
 
 
+def temporal(folder: Path) -> dict[str, Any]:
+    every = TemporalConfig(n_heads=2, bottleneck_factor=4, kval_topk=5, input_scale=0.3)
+    other = TemporalConfig(
+        n_heads=3, bottleneck_factor=2, n_attn_layers=2, sae_diff_type="relu", tied_weights=False,
+        apply_b_dec_to_input=False,
+    )  # fmt: skip
+    return {"configs": {"temporal": [every, other]}}
+
+
+def temporal_loader(folder: Path) -> dict[str, Any]:
+    return {"folders": {"temporal": formats.copied("temporal", folder / "a")}}
+
+
 def topk(folder: Path) -> dict[str, Any]:
-    return {"configs": {"topk": [TopKConfig(k=3), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+    several = [TopKConfig(k=3, k_start=5, k_warm_up_steps=6), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]
+    return {"configs": {"topk": several}}
 
 
 def transcoder(folder: Path) -> dict[str, Any]:
@@ -153,7 +216,14 @@ def transcoder(folder: Path) -> dict[str, Any]:
         "configs": {
             "transcoder": TranscoderConfig(skip_connection=True),
             "jumprelu_transcoder": JumpReLUTranscoderConfig(initial_threshold=0.2),
-            "topk_transcoder": TopKTranscoderConfig(k=3, skip_connection=True),
+            "topk_transcoder": [
+                TopKTranscoderConfig(k=3, skip_connection=True),
+                TopKTranscoderConfig(k=3, skip_connection=True, **AS_SPARSIFY),
+            ],
+            "groupmax_transcoder": [
+                GroupMaxTranscoderConfig(k=3, skip_connection=True),
+                GroupMaxTranscoderConfig(k=3, skip_connection=True, **AS_SPARSIFY),
+            ],
         }
     }
 
@@ -163,20 +233,24 @@ def wandb(folder: Path) -> dict[str, Any]:
 
 
 GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "abstopk": abstopk,
     "batchtopk": batchtopk,
     "cached": cached,
     "connor_rob_hook_z": connor_rob_hook_z,
     "cosine_restarts": cosine_restarts,
+    "crosscoder": crosscoder,
     "deepseek_r1": deepseek_r1,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
     "goodfire": goodfire,
+    "groupmax": groupmax,
     "hooked_mamba": hooked("HookedMamba", hooked_mamba),
     "hooked_transformer": hooked("HookedTransformer", hooked_transformer),
     "huggingface": hooked("AutoModelForCausalLM", gpt2),
     "jumprelu": jumprelu,
     "live": live,
     "llama_scope": llama_scope,
+    "matching_pursuit": matching_pursuit,
     "mntss": mntss,
     "mwhanna": mwhanna,
     "openai": openai,
@@ -185,6 +259,8 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sae_lens_legacy": sae_lens_legacy,
     "sparsify": sparsify,
     "standard": standard,
+    "temporal": temporal,
+    "temporal_loader": temporal_loader,
     "topk": topk,
     "transcoder": transcoder,
     "wandb": wandb,
@@ -204,6 +280,7 @@ SILENT = {
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
+    "no training": "it reads SAEs that other libraries have trained",
     "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }
 """Why a check may say nothing of a built-in."""

@@ -104,6 +104,8 @@ def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site:
 
 def _scaled(flat: Mapping[str, Any], place: str) -> bool:
     found = flat.get("normalize_activations", "none")
+    if found == "constant_scalar_rescale" and flat.get("architecture") == "temporal":  # an option of that
+        return False
     if found is True or found == "expected_average_only_in":
         return True
     if found is not False and found != "none":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
 _MOST_FEATURES = 64  # of a row
 _DIRECTIONS = 4  # that a row is made of, where none is known
 _PIECE = 1 << 22  # numbers that are made longer at once
+_PROCESS = os.getpid()
 _SCALES = (1, 8, 64, 512)
 _OFF = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _COARSE = 5e-3  # where products of float32 are made of shorter numbers
@@ -85,11 +87,16 @@ def as_it_is(sae: SAEModule) -> Iterator[None]:
     """Without hooks, error term and gradients, and leaving random numbers as they are."""
     before, sae.use_error_term = sae.use_error_term, False
     devices = [sae.device] if sae.device.type == "cuda" else []
+    threads = torch.get_num_threads()
     try:
+        if os.getpid() != _PROCESS:  # forked from the one that has torch's threads: it would wait for them for ever
+            torch.set_num_threads(1)
         with torch.no_grad(), sae._without_hooks(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         sae.use_error_term = before
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:

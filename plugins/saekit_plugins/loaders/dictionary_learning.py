@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import SAE, Entry, PretrainedSAE, SAEFiles, Site, hookimpl
+from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     LINEAR,
@@ -40,6 +40,8 @@ from saekit_plugins.loaders.writing import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 _PATTERN = r"ae\.pt"
 _OWN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

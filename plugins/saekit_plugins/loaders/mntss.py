@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
-from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import beside, found_files, named, options, site, text
@@ -25,6 +26,9 @@ from saekit_plugins.loaders.writing import (
     write_tensors,
     write_yaml,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from saekit import SAE
 
 _PATTERN = r"W_enc_\d+\.safetensors"
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
@@ -34,6 +34,9 @@ from saekit_plugins.loaders.writing import (
     write_tensors,
     write_yaml,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from saekit import SAE
 
 _PATTERN = r"layer_\d+\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit import SAE, Site
+from saekit import Site
 from saekit.errors import SAEFormatError
 from saekit.values import is_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 __all__ = [
     "FED", "METADATA", "as_theirs", "checked", "in_layer", "kept", "one_site", "told", "write_json", "write_pickle",
@@ -44,6 +46,8 @@ def checked(sae: SAE, form: str, architectures: Collection[str]) -> dict[str, Te
         raise SAEFormatError(f"{form} has no place for the architecture {sae.info.architecture}; it has for {allowed}")
     if (activation := sae.info.options.get("activation", _RELU[0])) not in _RELU:
         raise SAEFormatError(f"{form} has no place for the activation {activation!r}; it has for saekit:relu")
+    if (transform := getattr(sae, "input_transform", None)) is not None:
+        raise SAEFormatError(f"{form} has no place for what is done to rows before they are encoded: {transform}")
     tensors = sae.public_tensors()
     if sae.saved_options().get("rescale_acts_by_decoder_norm"):
         off = (tensors["W_dec"].double().norm(dim=1) - 1).abs().max().item()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import SAE, Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
+from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
@@ -18,6 +18,8 @@ from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_co
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",

@@ -22,7 +22,7 @@ from saekit.weights import dtype_name
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of"]
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of", "results"]
 
 MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
@@ -55,7 +55,7 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
         with as_it_is(sae):
             rows, made = sae.probe_rows, sae.probe_rows is None
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
-            features, output = _results(sae, x)
+            features, output = results(sae, x)
     except Exception:
         return None
     if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
@@ -99,10 +99,12 @@ def as_it_is(sae: SAEModule) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features ``[n, d_sae]`` and outputs ``[n, d_out]``."""
+def results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features ``[n, d_sae]`` and outputs ``[n, d_out]`` of rows ``[n, d_in]``, which may be one sequence."""
     rows = x.to(torch.promote_types(sae.dtype, torch.float32)).to(sae.device)
-    return sae.encode(rows), sae(rows)
+    rows = rows[None] if sae.reads_sequences else rows
+    features, output = sae.encode(rows), sae(rows)
+    return features.reshape(len(x), -1), output.reshape(len(x), -1)
 
 
 def _fitting(sae: SAEModule) -> int:
@@ -134,7 +136,7 @@ def _made_rows(sae: SAEModule, n: int) -> Tensor:
     x: Tensor = rows
     for scale in _SCALES:
         x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()
-        features, _ = _results(sae, x)
+        features, _ = results(sae, x)
         if int((features != 0).any(1).sum()) * 2 >= n:
             break
     return x

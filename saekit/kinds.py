@@ -23,6 +23,7 @@ from saekit.protocols import (
     ModelBackend,
     Optimizer,
     PretrainedLoader,
+    ReleaseList,
     Tracker,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "MODEL_BACKENDS",
     "OPTIMIZERS",
     "PRETRAINED_LOADERS",
+    "RELEASES",
     "SAE_ARCHITECTURES",
     "TRACKERS",
     "Kind",
@@ -110,6 +112,7 @@ ACTIVATION_SOURCES: Kind[ActivationSource] = Kind("activation_sources", "activat
 TRACKERS: Kind[Tracker] = Kind("trackers", "tracker", Tracker)
 EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
 OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
+RELEASES: Kind[ReleaseList] = Kind("releases", "release list", ReleaseList)
 
 KINDS: Mapping[str, Kind[Any]] = {
     kind.name: kind
@@ -123,6 +126,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         TRACKERS,
         EVALS,
         OPTIMIZERS,
+        RELEASES,
     )
 }
 """By name."""

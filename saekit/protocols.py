@@ -7,7 +7,7 @@ plugin's object has an ability as an attribute of its own, and only where the ob
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from saekit.released import Release
     from saekit.saved import PretrainedSAE, SAEFiles
     from saekit.site import Site, Sites
 
@@ -32,10 +33,12 @@ __all__ = [
     "HasTokenizer",
     "KnowsResidualStream",
     "LRSchedule",
+    "LocatesFiles",
     "ModelBackend",
     "Optimizer",
     "Pauses",
     "PretrainedLoader",
+    "ReleaseList",
     "Remarks",
     "SparseActivation",
     "StatesRows",
@@ -340,6 +343,21 @@ class PretrainedLoader(Protocol):
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         """Read them; raise :class:`saekit.errors.SAEFormatError` with what was found and what was expected."""
+
+
+@runtime_checkable
+class LocatesFiles(PretrainedLoader, Protocol):
+    """A loader that knows which file a release means by a path that is neither a file nor a folder."""
+
+    def locate(self, path: str, names: Collection[str]) -> str | None:
+        """The path of a file or folder among ``names``, all files of the repository; None: there is none."""
+
+
+class ReleaseList(Protocol):
+    """SAEs that somebody has published."""
+
+    def releases(self) -> Iterable[Release]:
+        """All of them.  Nothing is fetched, and nothing heavy imported."""
 
 
 @runtime_checkable

@@ -274,8 +274,9 @@ class SAEInfo:
     """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict, eq=False)
     """What it was read from, of an SAE that was loaded: the ``loader``; the ``repo`` of the Hub, its ``revision`` and
-    the ``folder``; the sha256 of the ``files`` by name; what the files did not state (``defaulted``); their names for
-    what saekit calls otherwise (``renamed``).  What does not apply is not there."""
+    the ``folder``; the ``release`` and ``sae_id`` that were asked for; the sha256 of the ``files`` by name; what the
+    files did not state (``defaulted``); their names for what saekit calls otherwise (``renamed``).  What does
+    not apply is not there."""
 
     @property
     def scale_is_unknown(self) -> bool:

@@ -120,3 +120,13 @@ def saekit_register_optimizers() -> Iterable[Entry]:
     times its ``lr_factor``.  Lists beside ``params`` say of each parameter its name (``names``), whether its rows are
     kept at norm 1 (``unit_rows``), and whether it is shown as the transpose of what the SAE has (``transposed``).
     """
+
+
+@hookspec
+def saekit_register_releases() -> Iterable[Entry]:
+    """Published SAEs, by names under which :meth:`saekit.SAE.from_pretrained` and `saekit saes` find them.
+
+    ``build(config) -> ReleaseList``: its ``releases()`` are :class:`saekit.pretrained.Release`.  What
+    :func:`saekit.pretrained.read_releases` makes of a TOML file is one.  It is built with the defaults of its options,
+    and its releases have the qualified names ``distribution:name``.
+    """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.checksums import Checksums
 from saekit.files.storage import sha256
 from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, WEIGHTS, seal
 from saekit.saved import PretrainedSAE, SAEFiles
@@ -33,16 +34,22 @@ def is_own(files: SAEFiles) -> bool:
     return asked and CONFIG in files.names and "saekit" in files.json(CONFIG)
 
 
-def read_own(files: SAEFiles, faults: list[str] | None = None) -> PretrainedSAE:
+def read_own(files: SAEFiles, checksums: Checksums, faults: list[str] | None = None) -> PretrainedSAE:
     """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written.
 
-    With ``faults``, checksums that do not fit are added to them, and what is there is read all the same.
+    ``checksums`` are told what those of the files should be.  With ``faults``, those that do not fit are added to them
+    instead, and what is there is read all the same.
     """
     own = _checked(files, faults)
     sums = _sums(own, files)
+    files.fetch(WEIGHTS, SPARSITY)
     for name, expected in sums.items():
-        if name != PROBE:  # which nobody needs who does not ask for it
-            _check_sum(name, expected, files, faults)
+        if name == PROBE:  # which nobody needs who does not ask for it
+            continue
+        if faults is None:
+            checksums.expect(files.path(name), expected, _fault_of(name, expected, files))
+        elif (found := sha256(files.path(name))) != expected:
+            faults.append(str(_fault_of(name, expected, files)(found)))
     metadata = dict(own["metadata"])
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
@@ -116,14 +123,16 @@ def _sums(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, str]:
     return sums
 
 
-def _check_sum(name: str, expected: str, files: SAEFiles, faults: list[str] | None) -> None:
-    """What was saved is what is read: a damaged file is found before its numbers are used."""
-    if (found := sha256(files.path(name))) != expected:
-        _raise_or_note(
+def _fault_of(name: str, sha256: str, files: SAEFiles) -> Callable[[str], SAEFormatError]:
+    """What to say of a file whose checksum is another: what was saved is what is read, or nobody is given the SAE."""
+
+    def fault(found: str) -> SAEFormatError:
+        return SAEFormatError(
             f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
-            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it",
-            faults,
+            f"expected {sha256[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
         )
+
+    return fault
 
 
 def _raise_or_note(text: str, faults: list[str] | None) -> None:

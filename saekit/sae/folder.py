@@ -222,7 +222,8 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     dtype = str(weights_dtype(tensors)).removeprefix("torch.")
     _check_metadata(sae.info.metadata)
     site = sae.info.site if _has_one_site(sae) else None
-    public = _public_config(sae)
+    public = dict(_public_config(sae))
+    said = public.pop("metadata", {})
     hook_name = site.hook_name if site else ""
     unscaled = public.get("normalize_activations", "none")  # an architecture may have a way of its own
     return {
@@ -235,7 +236,12 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
         "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else unscaled,
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
-        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
+        "metadata": {
+            **_LAYOUT,
+            **sae.info.metadata,
+            **said,
+            **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
+        },
         "saekit": {
             "format": FORMAT,
             "architecture": sae.info.architecture,
@@ -259,7 +265,7 @@ def _public_config(sae: SAEModule) -> dict[str, Any]:
     public = sae.public_config()
     if _has_one_site(sae) or public["architecture"] in _TRANSCODERS:
         return public
-    return public | {"architecture": sae.info.architecture}
+    return {**public, "architecture": sae.info.architecture, "metadata": {}}
 
 
 def _has_one_site(sae: SAEModule) -> bool:

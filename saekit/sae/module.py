@@ -19,6 +19,7 @@ from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
+from saekit.sae.familiar import Familiar
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_rows, check_scales, check_sequences, check_size, check_type, check_width
 from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
@@ -30,7 +31,7 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 __all__ = ["SAEModule"]
 
 
-class SAEModule(Hooked, Ways):
+class SAEModule(Familiar, Hooked, Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -79,18 +80,25 @@ class SAEModule(Hooked, Ways):
         """The architecture's parameters.  One with others of its own adds them to these, or states all of them."""
         return (
             # In this order sae-lens sums the gradient's norm; the last digits depend on it.
-            Parameter("b_enc", ("d_sae",), init=init.zeros, histogram="b_e"),
+            Parameter("b_enc", ("d_sae",), init=init.zeros, grows=1, histogram="b_e"),
             Parameter(
                 "W_dec",
                 ("d_sae", "d_out"),
                 init=init.decoder,
                 scale={"d_out": -1},
+                grows=-1,
                 unit_rows=config.normalize_sae_decoder,
                 groups=("decoder",),
                 histogram="W_dec_norms",
             ),
             Parameter(
-                "W_enc", ("d_in", "d_sae"), init=init.encoder, turn=0, scale={"d_in": 1}, columns_contiguous=True
+                "W_enc",
+                ("d_in", "d_sae"),
+                init=init.encoder,
+                turn=0,
+                scale={"d_in": 1},
+                grows=1,
+                columns_contiguous=True,
             ),
             Parameter(
                 "b_dec", ("d_out",), init=init.b_dec, scale={"d_out": -1}, groups=("decoder", "unrotated_decoder")
@@ -99,6 +107,7 @@ class SAEModule(Hooked, Ways):
                 "scaling_factor",
                 ("d_sae",),
                 init=init.ones,
+                grows=0,
                 groups=("scale", "decoder", "unrotated_decoder"),
                 folds_into="W_dec",
             ),
@@ -348,7 +357,7 @@ class SAEModule(Hooked, Ways):
     # ---- saving and loading
 
     def public_config(self) -> dict[str, Any]:
-        """The entries of ``cfg.json`` that name this architecture to other libraries.
+        """The entries of ``cfg.json`` that name this architecture to other libraries; ``metadata`` goes into its own.
 
         Whatever they cannot represent must not be called by a name that they know.
         """

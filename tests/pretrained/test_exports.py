@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from safetensors.torch import load_file
@@ -75,6 +77,8 @@ MADE: dict[str, tuple[str, Any]] = {
     "AutoEncoderTopK": ("dictionary_learning", lambda: sae_of(TopKConfig(**CHOOSES))),
     "BatchTopKSAE": ("dictionary_learning", lambda: sae_of(BatchTopKConfig(**CHOOSES))),
     "JumpReluAutoEncoder": ("dictionary_learning", lambda: sae_of(JumpReLUConfig(**PLAIN, apply_b_dec_to_input=False))),
+    "GatedAutoEncoder": ("dictionary_learning", lambda: sae_of(GatedConfig(**PLAIN))),
+    "MatryoshkaBatchTopKSAE": ("dictionary_learning", lambda: sae_of(MatryoshkaConfig(**CHOOSES, widths=(10, 20)))),
     "AutoEncoder in float64": ("dictionary_learning", lambda: make().to(torch.float64)),
     "AutoEncoderTopK in bfloat16": ("dictionary_learning", lambda: sae_of(TopKConfig(**CHOOSES), None, torch.bfloat16)),
     "sparsify": ("sparsify", lambda: sae_of(TopKConfig(**CHOOSES), sites("blocks.3.hook_attn_out"))),
@@ -120,6 +124,8 @@ FILES = {
     "dictionary_learning_0.1.0_topk": "dictionary_learning",
     "dictionary_learning_0.1.0_batchtopk": "dictionary_learning",
     "dictionary_learning_0.1.0_jumprelu": "dictionary_learning",
+    "dictionary_learning_0.1.0_matryoshka": "dictionary_learning",
+    "dictionary_learning_0.1.0_gated": "dictionary_learning",
     "sparsify_1.3.3_topk": "sparsify",
     "sparsify_1.3.3_skip_transcoder": "sparsify",
     "mwhanna_transcoder": "mwhanna",
@@ -413,6 +419,7 @@ def test_every_format_that_can_be_written() -> None:
         "dictionary_learning",
         "dictionary_learning_1",
         "mntss",
+        "mntss_clt_layer_transcoder",
         "mwhanna",
         "mwhanna_transcoder",
         "sae_lens",

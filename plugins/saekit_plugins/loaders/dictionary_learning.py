@@ -47,6 +47,10 @@ _PATTERN = r"ae\.pt"
 _OWN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _UNBIASED = {name: ours for name, ours in LINEAR.items() if name != "decoder.bias"}
 _STATE = ("k", "threshold", "group_sizes")
+_GATED = {
+    "decoder_bias": "b_dec", "encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "r_mag": "r_mag",
+    "gate_bias": "b_gate", "mag_bias": "b_mag",
+}  # fmt: skip
 _WRITTEN = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
 
 
@@ -71,9 +75,9 @@ _FORMS = (
     _Form(("AutoEncoderTopK",), _TOPK),
     _Form(("MatryoshkaBatchTopKSAE",), _OWN, frozenset(_STATE)),
     _Form(("JumpReluAutoEncoder",), _OWN, frozenset({"threshold"}), apply_b_dec_to_input=False),
+    _Form(("GatedAutoEncoder",), _GATED),
 )
-_GATED = frozenset({"decoder_bias", "encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias"})
-_CLASSES = frozenset({name for form in _FORMS for name in form.classes} | {"GatedAutoEncoder"})
+_CLASSES = frozenset({name for form in _FORMS for name in form.classes})
 
 
 @attrs.frozen(kw_only=True)
@@ -131,9 +135,11 @@ class DictionaryLearningLoader:
         trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
         if "threshold" in tensors:
             state["threshold"] = tensors["threshold"]
-        if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        if "TopK" in kind:
             trainer["k"] = _whole_k(sae.config)
             state |= _scalars(trainer["k"], state.get("threshold"))
+        if kind.startswith("Matryoshka"):
+            state["group_sizes"], trainer["group_weights"] = _groups(sae.config, sae.d_sae)
         trainer |= _named_site(one_site(sae, "dictionary_learning"))
         said = sae.info.metadata
         trainer |= {"lm_name": said["model_name"]} if "model_name" in said else {}
@@ -163,8 +169,6 @@ def _form(state: Mapping[str, Any], recorded: str | None, where: str) -> _Form:
             f"dict_class of {where} is {recorded!r}, which this loader does not know; it knows "
             f"{', '.join(sorted(_CLASSES))}"
         )
-    if set(state) == _GATED:
-        raise SAEFormatError(f"{where} is a gated SAE (GatedAutoEncoder), and saekit has no such architecture")
     found = [form for form in _FORMS if set(state) == {*form.names, *form.state}]
     if not found:
         raise SAEFormatError(
@@ -190,6 +194,8 @@ def _architecture(
     kind = form.classes[0] if len(form.classes) == 1 or "AutoEncoder" in form.classes else recorded
     if kind == "AutoEncoder":
         return "saekit:standard", {"activation": "saekit:relu"}
+    if kind == "GatedAutoEncoder":
+        return "saekit:gated", {}
     d_sae = tensors["W_enc"].shape[1]
     if kind == "JumpReluAutoEncoder":
         tensors |= named({"threshold": state["threshold"]}, {"threshold": "threshold"}, where)
@@ -205,7 +211,32 @@ def _architecture(
     # -1 stands for a threshold that training has not come to: features are above zero.
     threshold = max(_scalar(state, "threshold", where), 0.0)
     tensors["threshold"] = tensors["b_enc"].new_full((d_sae,), threshold)
-    return "saekit:batchtopk", {"k": float(k), "rescale_acts_by_decoder_norm": False}
+    own = {"k": float(k), "rescale_acts_by_decoder_norm": False}
+    if kind == "MatryoshkaBatchTopKSAE":
+        return "saekit:matryoshka", own | _levels(state, trainer, d_sae, where)
+    return "saekit:batchtopk", own
+
+
+def _levels(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> dict[str, Any]:
+    """Where levels end, which the file says by the features that each adds; and their weights, if they are recorded."""
+    import torch
+
+    sizes = state["group_sizes"]
+    whole = isinstance(sizes, torch.Tensor) and not sizes.is_floating_point() and sizes.ndim == 1 and len(sizes)
+    if not whole or bool((sizes < 1).any()) or int(sizes.sum()) != d_sae:
+        found = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        raise SAEFormatError(f"group_sizes of {where} should be whole numbers that add up to {d_sae}, found {found!r}")
+    levels = {"widths": sizes.cumsum(0).tolist(), "level_loss": "mean", "aux_loss_levels": "whole"}
+    weights = trainer.get("group_weights")
+    if weights is None:
+        return levels
+    numbers = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+    if not numbers or len(weights) != len(sizes):
+        raise SAEFormatError(
+            f"group_weights in config.json beside {where} is {weights!r}, expected a number for each of the "
+            f"{len(sizes)} groups"
+        )
+    return levels | {"level_weights": [float(weight) for weight in weights]}
 
 
 def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> int:
@@ -257,7 +288,9 @@ def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str)
 
 # ---- writing
 
-_WRITTEN_AS = ("saekit:standard", "saekit:topk", "saekit:batchtopk", "saekit:jumprelu")
+_WRITTEN_AS = tuple(
+    f"saekit:{name}" for name in ("standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated")
+)
 
 
 def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
@@ -267,6 +300,8 @@ def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
         ("saekit:standard", False): ("AutoEncoderNew", LINEAR),
         ("saekit:topk", True): ("AutoEncoderTopK", _TOPK),
         ("saekit:batchtopk", True): ("BatchTopKSAE", _TOPK),
+        ("saekit:matryoshka", True): ("MatryoshkaBatchTopKSAE", _OWN),
+        ("saekit:gated", True): ("GatedAutoEncoder", _GATED),
         ("saekit:jumprelu", False): ("JumpReluAutoEncoder", _OWN),
     }
     centered = sae.config.apply_b_dec_to_input
@@ -295,6 +330,14 @@ def _scalars(k: int, thresholds: Tensor | None) -> dict[str, Tensor]:
     else:
         raise SAEFormatError("dictionary_learning has no place for thresholds of several values; it has for one")
     return {"k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
+def _groups(config: Any, d_sae: int) -> tuple[Tensor, list[float]]:
+    """The features that each level adds, and its weight, of which that library takes the mean."""
+    import torch
+
+    ends, factors = config.level_ends(d_sae), config.level_factors(d_sae)
+    return torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int64)), [one * len(ends) for one in factors]
 
 
 def _named_site(site: Site | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Their features are read in one layer and written to it and all that come after i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,11 @@ class MntssConfig:
     """The layer that is read.  None: the only one there."""
 
 
+@attrs.frozen(kw_only=True)
+class MntssCltLayerConfig(MntssConfig):
+    """The same, by the name that sae-lens's registry gives it."""
+
+
 class MntssLoader:
     """ReLU.  Each layer that is written is a target of its own; `sae.ports.split_target` names them.
 
@@ -53,6 +58,11 @@ class MntssLoader:
     def detects(self, files: SAEFiles) -> float:
         names = found_files(files, _PATTERN)
         return 0.9 if any(beside(files, name, _decoder(name)) for name in names) else 0.0
+
+    def locate(self, path: str, names: Collection[str]) -> str | None:
+        """Releases say the layer alone."""
+        encoder = f"W_enc_{path}.safetensors"
+        return encoder if encoder in names else None
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         import torch
@@ -138,6 +148,13 @@ class MntssLoader:
         return layer, found[layer]
 
 
+class _OtherName(MntssLoader):
+    """Detects nothing: two names of one loader would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
 def _names(layer: int) -> Mapping[str, str]:
     return {f"W_enc_{layer}": "W_enc.T", f"b_enc_{layer}": "b_enc", f"b_dec_{layer}": "b_dec"}
 
@@ -151,3 +168,5 @@ def _decoder(encoder: str) -> str:
 def saekit_register_pretrained_loaders() -> Iterable[Entry]:
     summary = "layers of cross-layer transcoders (W_enc_4.safetensors, W_dec_4.safetensors)"
     yield Entry("mntss", MntssConfig, f"{__name__}:MntssLoader", summary=summary)
+    other = "another name of mntss, which sae-lens's registry uses"
+    yield Entry("mntss_clt_layer_transcoder", MntssCltLayerConfig, f"{__name__}:_OtherName", summary=other)

@@ -51,6 +51,7 @@ class BatchTopKSAE(TopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKKernel(),)
+    beside_mathematics = frozenset({"trained_as"})
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"
     threshold_average: Tensor
@@ -125,6 +126,13 @@ class BatchTopKSAE(TopKSAE):
             self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        norm = None if self.config.rescale_acts_by_decoder_norm else self.decoder_norms().mean()
+        super().fold_W_dec_norm()
+        if norm is not None:
+            self.threshold_average *= norm  # as features are, from now on
+
+    @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         before, norm = self.config, self.norms_of(self.W_dec).mean()
         if not super().restate(option, value, within=within):
@@ -134,7 +142,12 @@ class BatchTopKSAE(TopKSAE):
         return True
 
     def public_config(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu"}
+        return {"architecture": "jumprelu", "metadata": self.trained_as()}
+
+    def trained_as(self) -> dict[str, Any]:
+        """What sae-lens says of it in ``metadata``, whose ``architecture`` is that of inference."""
+        details = {"k": self.config.k, "topk_threshold_lr": self.config.threshold_lr}
+        return {"training_architecture": "batchtopk", "training_architecture_details": details}
 
     def public_tensors(self) -> dict[str, Tensor]:
         tensors, norms = super().public_tensors(), self.norms_when_saved()

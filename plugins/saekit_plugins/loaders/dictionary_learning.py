@@ -288,9 +288,7 @@ def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str)
 
 # ---- writing
 
-_WRITTEN_AS = tuple(
-    f"saekit:{name}" for name in ("standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated")
-)
+_WRITTEN_AS = tuple(f"saekit:{name}" for name in ("standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"))
 
 
 def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:

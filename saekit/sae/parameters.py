@@ -116,12 +116,24 @@ class Parameter:
         """For sizes of the named dimensions."""
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU) -> nn.Parameter:
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         """Zeros, laid out as the table says.  Where nobody writes to them they take no memory."""
+        turned = self._turned(shape, dtype)
+        memory = zeros(shape[::-1] if turned else shape, self.dtype(dtype), _CPU)
+        return nn.Parameter(memory.T if turned else memory)
+
+    def unwritten(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        """Anything, laid out likewise, that somebody writes over.
+
+        Not in large pages: to get those for the first time takes longer than to read a file.
+        """
+        turned = self._turned(shape, dtype)
+        memory = torch.empty(shape[::-1] if turned else shape, dtype=self.dtype(dtype), device=device)
+        return nn.Parameter(memory.T if turned else memory)
+
+    def _turned(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         # In float64, results are compared with those of others to the last digits, which depend on the order in memory.
-        turned = self.columns_contiguous and len(shape) == 2 and dtype != torch.float64
-        dtype = self.dtype(dtype)
-        return nn.Parameter(zeros(shape[::-1], dtype, device).T if turned else zeros(shape, dtype, device))
+        return self.columns_contiguous and len(shape) == 2 and dtype != torch.float64
 
     def dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The type that it has in an SAE of the type ``wanted``."""

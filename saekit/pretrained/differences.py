@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.sae.probe import as_it_is, explained, norms_of
+from saekit.sae.probe import as_it_is, explained, norms_of, results
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Differences:
     def _computed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features and outputs of rows, on the CPU."""
         with as_it_is(self.sae):
-            rows = x.to(torch.promote_types(self.sae.dtype, torch.float32)).to(self.sae.device)
-            return self.sae.encode(rows).float().cpu(), self.sae(rows).float().cpu()
+            features, output = results(self.sae, x)
+            return features.float().cpu(), output.float().cpu()
 
     @cached_property
     def _both(self) -> tuple[Tensor, Tensor]:

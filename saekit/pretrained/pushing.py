@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
 from saekit.errors import ConfigError, PlaceError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS
+from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_WEIGHTS
 from saekit.files.storage import read_json
 from saekit.hub_files import asked
 from saekit.pretrained.card import MADE_BY_SAEKIT, CardSAE, model_card
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["check_repository", "push", "push_sae", "read_config"]
 
 _R = TypeVar("_R")
-_SAE_FILES = (SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY)
 _CARD = "README.md"
 
 
@@ -106,7 +105,7 @@ def _files(folders: Mapping[str, Path], there: Collection[str]) -> tuple[dict[st
     old = []
     for inner, folder in folders.items():
         prefix = f"{inner}/" if inner else ""
-        for name in _SAE_FILES:
+        for name in SAE_FILES:
             if (folder / name).is_file():
                 new[prefix + name] = str(folder / name)
             elif prefix + name in there:

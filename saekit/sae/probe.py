@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,13 +22,14 @@ from saekit.weights import dtype_name
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of"]
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of", "results"]
 
 MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
 _MOST_FEATURES = 64  # of a row
 _DIRECTIONS = 4  # that a row is made of, where none is known
 _PIECE = 1 << 22  # numbers that are made longer at once
+_PROCESS = os.getpid()
 _SCALES = (1, 8, 64, 512)
 _OFF = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _COARSE = 5e-3  # where products of float32 are made of shorter numbers
@@ -53,7 +55,7 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
         with as_it_is(sae):
             rows, made = sae.probe_rows, sae.probe_rows is None
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
-            features, output = _results(sae, x)
+            features, output = results(sae, x)
     except Exception:
         return None
     if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
@@ -85,17 +87,24 @@ def as_it_is(sae: SAEModule) -> Iterator[None]:
     """Without hooks, error term and gradients, and leaving random numbers as they are."""
     before, sae.use_error_term = sae.use_error_term, False
     devices = [sae.device] if sae.device.type == "cuda" else []
+    threads = torch.get_num_threads()
     try:
+        if os.getpid() != _PROCESS:  # forked from the one that has torch's threads: it would wait for them for ever
+            torch.set_num_threads(1)
         with torch.no_grad(), sae._without_hooks(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         sae.use_error_term = before
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
-def _results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features ``[n, d_sae]`` and outputs ``[n, d_out]``."""
+def results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features ``[n, d_sae]`` and outputs ``[n, d_out]`` of rows ``[n, d_in]``, which may be one sequence."""
     rows = x.to(torch.promote_types(sae.dtype, torch.float32)).to(sae.device)
-    return sae.encode(rows), sae(rows)
+    rows = rows[None] if sae.reads_sequences else rows
+    features, output = sae.encode(rows), sae(rows)
+    return features.reshape(len(x), -1), output.reshape(len(x), -1)
 
 
 def _fitting(sae: SAEModule) -> int:
@@ -127,7 +136,7 @@ def _made_rows(sae: SAEModule, n: int) -> Tensor:
     x: Tensor = rows
     for scale in _SCALES:
         x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()
-        features, _ = _results(sae, x)
+        features, _ = results(sae, x)
         if int((features != 0).any(1).sum()) * 2 >= n:
             break
     return x

@@ -13,7 +13,10 @@ import pytest
 import torch
 import yaml
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from safetensors.torch import load_file
@@ -74,9 +77,12 @@ MADE: dict[str, tuple[str, Any]] = {
     "AutoEncoderTopK": ("dictionary_learning", lambda: sae_of(TopKConfig(**CHOOSES))),
     "BatchTopKSAE": ("dictionary_learning", lambda: sae_of(BatchTopKConfig(**CHOOSES))),
     "JumpReluAutoEncoder": ("dictionary_learning", lambda: sae_of(JumpReLUConfig(**PLAIN, apply_b_dec_to_input=False))),
+    "GatedAutoEncoder": ("dictionary_learning", lambda: sae_of(GatedConfig(**PLAIN))),
+    "MatryoshkaBatchTopKSAE": ("dictionary_learning", lambda: sae_of(MatryoshkaConfig(**CHOOSES, widths=(10, 20)))),
     "AutoEncoder in float64": ("dictionary_learning", lambda: make().to(torch.float64)),
     "AutoEncoderTopK in bfloat16": ("dictionary_learning", lambda: sae_of(TopKConfig(**CHOOSES), None, torch.bfloat16)),
     "sparsify": ("sparsify", lambda: sae_of(TopKConfig(**CHOOSES), sites("blocks.3.hook_attn_out"))),
+    "sparsify, groupmax": ("sparsify", lambda: sae_of(GroupMaxConfig(**CHOOSES | {"k": 6}))),
     "sparsify, of the embedding": ("sparsify", lambda: sae_of(TopKConfig(**CHOOSES), sites("hook_embed"))),
     "sparsify, a transcoder": ("sparsify", lambda: sae_of(TopKTranscoderConfig(**CHOOSES), MLP)),
     "sparsify, with a skip": ("sparsify", lambda: sae_of(TopKTranscoderConfig(**CHOOSES, skip_connection=True), MLP)),
@@ -118,6 +124,8 @@ FILES = {
     "dictionary_learning_0.1.0_topk": "dictionary_learning",
     "dictionary_learning_0.1.0_batchtopk": "dictionary_learning",
     "dictionary_learning_0.1.0_jumprelu": "dictionary_learning",
+    "dictionary_learning_0.1.0_matryoshka": "dictionary_learning",
+    "dictionary_learning_0.1.0_gated": "dictionary_learning",
     "sparsify_1.3.3_topk": "sparsify",
     "sparsify_1.3.3_skip_transcoder": "sparsify",
     "mwhanna_transcoder": "mwhanna",
@@ -228,7 +236,7 @@ def of_several_thresholds() -> SAE:
 JUMP = JumpReLUConfig(**PLAIN, apply_b_dec_to_input=False)
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "architecture": ("sparsify", lambda: sae_of(JUMP),
-                     "sparsify has no place for the architecture saekit:jumprelu; it has for saekit:topk, "),
+                     "sparsify has no place for the architecture saekit:jumprelu; it has for saekit:groupmax, "),
     "activation": ("dictionary_learning", lambda: make(activation="tanh-relu"),
                    "dictionary_learning has no place for the activation 'saekit:tanh-relu'; it has for saekit:relu"),
     "an unknown scale": ("dictionary_learning", of_unknown_scale,
@@ -339,6 +347,22 @@ def test_metadata_that_somebody_has_edited(tmp_path: Path) -> None:
         SAEFormatError, match=r"saekit_metadata in config.json beside ae.pt .*expected the metadata of an"
     ):
         SAE.load(folder)
+
+
+@pytest.mark.parametrize("name", ["/tmp/layers.3", "../layers.3", "a/../../layers.3", "layers.3/seed1/../../x"])
+def test_metadata_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    sae = sae_of(TopKConfig(**CHOOSES))
+    sae.info = attrs.evolve(sae.info, metadata={"hf_hook_name": name})
+    sae.export(tmp_path / "out", "sparsify")
+    assert names(tmp_path) == {"out", "out/config.json", "out/layers.3", *(
+        f"out/layers.3/{file}" for file in ("cfg.json", "sae.safetensors"))}  # fmt: skip
+
+
+def test_a_transform_of_inputs_has_no_place(tmp_path: Path) -> None:
+    sae = make()
+    sae.input_transform = "layer norm"
+    with pytest.raises(SAEFormatError, match="no place for what is done to rows before they are encoded: layer norm"):
+        sae.export(tmp_path / "out", "dictionary_learning")
 
 
 # ---- strangers' formats

@@ -23,6 +23,7 @@ from saekit.pretrained import verify
 from saekit.sae.probe import explained
 
 KINDS = ("standard", "topk", "jumprelu")
+OTHERS = ("batchtopk", "transcoder", "skip_transcoder", "abstopk", "matching_pursuit", "temporal")
 Change = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -30,7 +31,7 @@ Change = Callable[[dict[str, torch.Tensor]], object]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each kind."""
     home = tmp_path_factory.mktemp("saved")
-    for kind in (*KINDS, "batchtopk", "transcoder", "skip_transcoder"):
+    for kind in (*KINDS, *OTHERS):
         SAE.load(FIXTURES / f"sae_lens_6.54.12_{kind}").save(home / kind)
     return home
 
@@ -59,7 +60,7 @@ def changed(
     return found
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "batchtopk", "transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_nothing_is_said_of_what_was_saved(saved: Path, tmp_path: Path, kind: str) -> None:
     assert verify(saved / kind) == []
     assert SAE.load(saved / kind, verify=True).d_sae == 64

@@ -63,7 +63,7 @@ def test_an_sae_and_its_card(hub: FakeHub, tmp_path: Path) -> None:
         commit_message="the first",
     )  # fmt: skip
     assert address.startswith(f"{hub.url}/somebody/sae/commit/")
-    assert there(tmp_path) == ["README.md", "cfg.json", "sae_weights.safetensors"]
+    assert there(tmp_path) == ["README.md", "cfg.json", "probe.safetensors", "sae_weights.safetensors"]
     assert hub.private == {"models/somebody/sae"}
     assert sum("/commit/" in request for request in hub.requests) == 1
     text = card(tmp_path)
@@ -81,7 +81,7 @@ def test_an_sae_and_its_card(hub: FakeHub, tmp_path: Path) -> None:
 def test_a_folder_a_branch_and_a_card_of_somebody_elses(hub: FakeHub, tmp_path: Path) -> None:
     an_sae(1).push_to_hub("somebody/sae", folder="layer_1")
     an_sae(2).push_to_hub("somebody/sae", folder="layer_2")
-    files = ("README.md", "cfg.json", "sae_weights.safetensors")
+    files = ("README.md", "cfg.json", "probe.safetensors", "sae_weights.safetensors")
     assert there(tmp_path) == ["README.md", *(f"layer_{n}/{name}" for n in (1, 2) for name in files)]
     assert 'from_hub("somebody/sae", "layer_1")' in card(tmp_path), "the second leaves the repository's own card"
     assert 'SAE.from_pretrained("somebody/sae", "layer_2")' in card(tmp_path, path="layer_2/README.md")

@@ -16,7 +16,7 @@ from support.saved import FOREIGN, OWN, make, names, other, thesis
 import saekit
 from saekit import SAE
 from saekit.errors import SAEFormatError, StorageError
-from saekit.sae.folder import CONFIG, WEIGHTS
+from saekit.sae.folder import CONFIG, PROBE, WEIGHTS
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
@@ -31,7 +31,9 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     sae = make()
     sae.log_sparsity = None
     sae.save(folder)
-    assert names(folder) == FOREIGN | {CONFIG, WEIGHTS}, "sparsity of the SAE before does not pass for that of this"
+    assert names(folder) == FOREIGN | {CONFIG, PROBE, WEIGHTS}, (
+        "sparsity of the SAE before does not pass for that of this"
+    )
     assert SAE.load(folder).log_sparsity is None
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 

@@ -135,9 +135,11 @@ class DictionaryLearningLoader:
         trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
         if "threshold" in tensors:
             state["threshold"] = tensors["threshold"]
-        if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        if "TopK" in kind:
             trainer["k"] = _whole_k(sae.config)
             state |= _scalars(trainer["k"], state.get("threshold"))
+        if kind.startswith("Matryoshka"):
+            state["group_sizes"], trainer["group_weights"] = _groups(sae.config, sae.d_sae)
         trainer |= _named_site(one_site(sae, "dictionary_learning"))
         said = sae.info.metadata
         trainer |= {"lm_name": said["model_name"]} if "model_name" in said else {}
@@ -286,7 +288,7 @@ def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str)
 
 # ---- writing
 
-_WRITTEN_AS = ("saekit:standard", "saekit:topk", "saekit:batchtopk", "saekit:jumprelu")
+_WRITTEN_AS = tuple(f"saekit:{name}" for name in ("standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"))
 
 
 def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
@@ -296,6 +298,8 @@ def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
         ("saekit:standard", False): ("AutoEncoderNew", LINEAR),
         ("saekit:topk", True): ("AutoEncoderTopK", _TOPK),
         ("saekit:batchtopk", True): ("BatchTopKSAE", _TOPK),
+        ("saekit:matryoshka", True): ("MatryoshkaBatchTopKSAE", _OWN),
+        ("saekit:gated", True): ("GatedAutoEncoder", _GATED),
         ("saekit:jumprelu", False): ("JumpReluAutoEncoder", _OWN),
     }
     centered = sae.config.apply_b_dec_to_input
@@ -324,6 +328,14 @@ def _scalars(k: int, thresholds: Tensor | None) -> dict[str, Tensor]:
     else:
         raise SAEFormatError("dictionary_learning has no place for thresholds of several values; it has for one")
     return {"k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
+def _groups(config: Any, d_sae: int) -> tuple[Tensor, list[float]]:
+    """The features that each level adds, and its weight, of which that library takes the mean."""
+    import torch
+
+    ends, factors = config.level_ends(d_sae), config.level_factors(d_sae)
+    return torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int64)), [one * len(ends) for one in factors]
 
 
 def _named_site(site: Site | None) -> dict[str, Any]:

@@ -100,8 +100,9 @@ class SparsifyLoader:
         hook_point = _hook_point(sae)
         own, said = folder / hook_point, sae.info.metadata
         skips, options_ = "W_skip" in tensors, sae.saved_options()
+        kind = sae.info.architecture.removeprefix("saekit:").removesuffix("_transcoder")
         config = {
-            "activation": "topk", "expansion_factor": max(sae.d_sae // sae.d_in, 1), "normalize_decoder": False,
+            "activation": kind, "expansion_factor": max(sae.d_sae // sae.d_in, 1), "normalize_decoder": False,
             "num_latents": sae.d_sae, "k": options_["k"], "multi_topk": False, "skip_connection": skips,
             "transcode": transcodes, "d_in": sae.d_in,
         }  # fmt: skip
@@ -118,7 +119,8 @@ class SparsifyLoader:
 
 # ---- writing
 
-_WRITTEN_AS = ("saekit:topk", "saekit:topk_transcoder")
+_WRITTEN_AS = ("saekit:topk", "saekit:groupmax", "saekit:topk_transcoder", "saekit:groupmax_transcoder")
+_NAME = re.compile(r"[\w.-]+(/seed\d+)?", re.ASCII)
 _MODULES: Mapping[str, str] = {"hook_resid_post": "", "hook_mlp_out": ".mlp", "hook_attn_out": ".self_attn"}
 _FROM: Mapping[str, str] = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}
 
@@ -147,8 +149,8 @@ def _hook_point(sae: SAE) -> str:
             f"sparsify has no place for what reads {read.name} and writes {written.name}; it has for outputs of "
             "blocks, MLPs and attention (hook_resid_post, hook_mlp_out, hook_attn_out), and for whole blocks and MLPs"
         )
-    if isinstance(known, str) and _site(f"/{known}/sae.safetensors", _WRITTEN) == written and ".." not in known:
-        return known
+    if isinstance(known, str) and _NAME.fullmatch(known) and _site(f"/{known}/sae.safetensors", _WRITTEN) == written:
+        return known  # as its files had it
     return f"layers.{said[2]}{_MODULES[said[3]]}"
 
 

@@ -46,6 +46,8 @@ def checked(sae: SAE, form: str, architectures: Collection[str]) -> dict[str, Te
         raise SAEFormatError(f"{form} has no place for the architecture {sae.info.architecture}; it has for {allowed}")
     if (activation := sae.info.options.get("activation", _RELU[0])) not in _RELU:
         raise SAEFormatError(f"{form} has no place for the activation {activation!r}; it has for saekit:relu")
+    if (transform := getattr(sae, "input_transform", None)) is not None:
+        raise SAEFormatError(f"{form} has no place for what is done to rows before they are encoded: {transform}")
     tensors = sae.public_tensors()
     if sae.saved_options().get("rescale_acts_by_decoder_norm"):
         off = (tensors["W_dec"].double().norm(dim=1) - 1).abs().max().item()

@@ -19,6 +19,7 @@ from saekit.protocols import (
     ActivationSource,
     Dictionary,
     Eval,
+    InputTransform,
     LRSchedule,
     ModelBackend,
     Optimizer,
@@ -30,6 +31,7 @@ __all__ = [
     "ACTIVATION_FUNCTIONS",
     "ACTIVATION_SOURCES",
     "EVALS",
+    "INPUT_TRANSFORMS",
     "KINDS",
     "LR_SCHEDULES",
     "MODEL_BACKENDS",
@@ -71,7 +73,7 @@ class Kind(Generic[T_co]):
     @property
     def one(self) -> str:
         """The label with its article."""
-        return f"an {self.label}" if self.label.startswith(("LR", "SAE", "a", "e", "o")) else f"a {self.label}"
+        return f"an {self.label}" if self.label.startswith(("LR", "SAE", "a", "e", "i", "o")) else f"a {self.label}"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -110,6 +112,7 @@ ACTIVATION_SOURCES: Kind[ActivationSource] = Kind("activation_sources", "activat
 TRACKERS: Kind[Tracker] = Kind("trackers", "tracker", Tracker)
 EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
 OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
+INPUT_TRANSFORMS: Kind[InputTransform] = Kind("input_transforms", "input transform", InputTransform)
 
 KINDS: Mapping[str, Kind[Any]] = {
     kind.name: kind
@@ -123,6 +126,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         TRACKERS,
         EVALS,
         OPTIMIZERS,
+        INPUT_TRANSFORMS,
     )
 }
 """By name."""

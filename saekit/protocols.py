@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
+from saekit.values import Affine, Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,18 +30,22 @@ __all__ = [
     "HasMemory",
     "HasMoments",
     "HasTokenizer",
+    "InputTransform",
     "KnowsResidualStream",
     "LRSchedule",
     "ModelBackend",
+    "NamedElsewhere",
     "Optimizer",
     "Pauses",
     "PretrainedLoader",
     "Remarks",
+    "RowTransform",
     "SparseActivation",
     "StatesRows",
     "StatesWidths",
     "TakesCheckpoints",
     "Tracker",
+    "WholeTransform",
 ]
 
 
@@ -143,6 +147,49 @@ class SparseActivation(ActivationFunction, Protocol):
         """The gradient to pre-activations from that to ``features``, which are what it returned; of their shape.
 
         ``gradient`` may be overwritten.
+        """
+
+
+class InputTransform(Protocol):
+    """What activations go through before a dictionary reads them: a :class:`RowTransform` or a
+    :class:`WholeTransform`."""
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether it is a :class:`RowTransform`, which stays a part of the SAE."""
+
+
+@runtime_checkable
+class RowTransform(InputTransform, Protocol):
+    """One whose numbers are those of each row alone, so that it cannot be folded into weights.
+
+    It has no memory: what is decoded is brought back by the row that was read, which is given again.
+    """
+
+    def read(self, x: Tensor) -> Tensor:
+        """``x [..., d]``, the rows of one site, as the encoder reads them: of the same shape and dtype, finite."""
+
+    def written(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y [..., d]``, decoded, in the units of the rows ``x`` that were read; affine in ``y``."""
+
+
+@runtime_checkable
+class NamedElsewhere(Protocol):
+    """A :class:`RowTransform` that sae-lens has, too."""
+
+    @property
+    def name_elsewhere(self) -> str | None:
+        """What ``normalize_activations`` of ``cfg.json`` calls exactly this in sae-lens 6; None: it has no such one."""
+
+
+@runtime_checkable
+class WholeTransform(InputTransform, Protocol):
+    """One whose numbers are estimated once, before training, and folded into the weights that are saved."""
+
+    def estimated(self, rows: Tensor) -> float | Affine:
+        """From raw activations to come, ``[n, d]`` of one site: what each is multiplied by, or the affine map of all.
+
+        :class:`saekit.errors.DataError` for rows of which it cannot be made.
         """
 
 

@@ -149,7 +149,8 @@ def variance_metrics(sae: SAEModule, batches: Iterable[Tensor | tuple[Tensor, Te
         for x, y in zip(pieces, [None] * len(pieces) if targets is None else targets.split(at_once(sae)), strict=True):
             x = x.to(sae.device)
             features = sae.encode(x)
-            sums.add(x if y is None else y, sae.with_bypass(sae.decode(features), x), features)
+            like = None if sae.input_transform is None else x
+            sums.add(x if y is None else y, sae.with_bypass(sae.decode(features, like=like), x), features)
             del features  # before the next ones are made
     if sae.log_sparsity is not None:
         sums.fires(sae.log_sparsity > _NEVER)

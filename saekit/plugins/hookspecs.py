@@ -120,3 +120,13 @@ def saekit_register_optimizers() -> Iterable[Entry]:
     times its ``lr_factor``.  Lists beside ``params`` say of each parameter its name (``names``), whether its rows are
     kept at norm 1 (``unit_rows``), and whether it is shown as the transpose of what the SAE has (``transposed``).
     """
+
+
+@hookspec
+def saekit_register_input_transforms() -> Iterable[Entry]:
+    """What activations go through before the SAE reads them (``activations.normalize_activations``).
+
+    ``build(config) -> InputTransform``: a :class:`saekit.protocols.RowTransform`, which stays a part of the SAE and is
+    saved with it, or a :class:`saekit.protocols.WholeTransform`, which is estimated at the start and folded into the
+    weights.
+    """

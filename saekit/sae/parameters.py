@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.errors import SAEFormatError
+from saekit.devices import widest
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels.workspace import zeros
-from saekit.values import Ports, Scale
+from saekit.values import Affine, Ports, Scale
 
 __all__ = [
     "Factor", "Parameter", "ParameterTable", "Start", "factors_of", "one_factor", "scale_of", "tensors_of", "to_hold",
@@ -118,6 +119,20 @@ class Parameter:
             for _ in range(abs(power)):
                 value.mul_(factor) if power > 0 else value.div_(factor)
 
+    def fold_maps(self, value: Tensor, maps: Mapping[str, Affine]) -> None:
+        """The same with the matrices of ``maps``; their means are for biases."""
+        wide = value.to(widest(value.device))
+        for dim, power in self.scale.items():
+            if dim not in self.dims or abs(power) != 1:
+                raise ConfigError(
+                    f"{self.name} [{', '.join(map(str, self.dims))}] takes the power {power} of what scales {dim}, so "
+                    "no matrix can be folded into it"
+                )
+            matrix = (maps[dim].matrix if power > 0 else maps[dim].inverse.T).to(wide)
+            place = self.dims.index(dim)
+            wide = torch.tensordot(matrix, wide, dims=([1], [place])).movedim(0, place)
+        value.copy_(wide)
+
     def _along(self, dim: str, factor: Tensor) -> Factor:
         if dim in self.dims:
             return factor.reshape(-1, *[1] * (len(self.dims) - 1 - self.dims.index(dim)))
@@ -215,6 +230,12 @@ class ParameterTable:
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None:
                 entry.fold(value, {"d_in": scale, "d_out": target_scale})
+
+    def fold_maps(self, module: nn.Module, read: Affine, written: Affine) -> None:
+        """See :meth:`saekit.sae.SAEModule.fold_affine`: what is done here is all but the means."""
+        for entry in self.entries:
+            if (value := getattr(module, entry.name)) is not None and entry.scale:
+                entry.fold_maps(value, {"d_in": read, "d_out": written})
 
     def folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` with the factors of rows among them in what they multiply."""

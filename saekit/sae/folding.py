@@ -1,0 +1,81 @@
+"""Weights for activations as they are, from weights for what was made of them: factors, and affine maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saekit.devices import widest
+from saekit.errors import ConfigError
+from saekit.protocols import RowTransform
+from saekit.sae.inputs import check_maps, check_scales
+from saekit.sae.parameters import Factor, ParameterTable, scale_of
+from saekit.values import Affine, Ports, SAEInfo
+
+__all__ = ["Folding"]
+
+
+class Folding:
+    """What :class:`saekit.sae.SAEModule` has of it."""
+
+    config: Any
+    input_transform: RowTransform | None
+    info: SAEInfo
+    ports: Ports
+    table: Any
+    b_enc: nn.Parameter
+    W_enc: nn.Parameter
+    b_dec: nn.Parameter
+    bypass: Callable[[Tensor], Tensor | None]
+
+    @torch.no_grad()
+    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
+        """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``.
+
+        What comes out was, and no longer is, ``target_scale`` times as large; left out, that is ``scale``.  Both are
+        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.  :class:`ConfigError` for what is
+        not finite and above 0.
+        """
+        check_scales(scale, target_scale, self.ports)
+        self._check_no_transform("a factor")
+        written = scale if target_scale is None else target_scale
+        self.table.fold_scale(self, scale, written)
+        if self.info.scale_is_unknown:  # until now
+            self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
+
+    @torch.no_grad()
+    def fold_affine(self, read: Affine, written: Affine | None = None) -> None:
+        """From now on do on ``x`` what was done on ``(x − mean) matrix`` by ``read``.
+
+        What comes out was, and no longer is, mapped so by ``written``; left out, that is ``read``.  With ``M`` the
+        matrix and ``μ`` the mean, ``M W_enc``, ``W_dec M⁻¹``, ``b_dec M⁻¹ + μ``, and ``b_enc − μ M W_enc`` unless
+        ``b_dec`` is subtracted from inputs, which does the same.  Features stay what they are, so thresholds do.
+        :class:`ConfigError` for a map of another width.
+        """
+        check_maps(read, written, self.ports)
+        self._check_no_transform("an affine map")
+        written = read if written is None else written
+        table: ParameterTable = self.table
+        table.fold_maps(self, read, written)  # type: ignore[arg-type]
+        wide, device = widest(self.b_dec.device), self.b_dec.device
+        mean = read.mean.to(device, wide)
+        if not self.config.apply_b_dec_to_input:
+            self.shift_pre_activations(-mean @ self.W_enc.to(wide))
+        shift = written.mean.to(device, wide)
+        if (passed := self.bypass(mean.to(self.b_dec.dtype)[None])) is not None:
+            shift = shift - passed[0].to(wide)
+        self.b_dec.copy_(self.b_dec.to(wide) + shift)
+
+    def _check_no_transform(self, what: str) -> None:
+        if self.input_transform is not None:
+            raise ConfigError(
+                f"{what} cannot be folded into this SAE: it normalizes each row by itself "
+                f"({type(self.input_transform).__name__}) before its weights see it"
+            )
+
+    def shift_pre_activations(self, shift: Tensor) -> None:
+        """Add ``shift [d_sae]`` to what a row times ``W_enc`` becomes.  Architectures with other biases override it."""
+        self.b_enc.copy_(self.b_enc.to(shift.dtype) + shift)

@@ -69,7 +69,7 @@ def _transform(own: Mapping[str, Any], files: SAEFiles) -> str | Mapping[str, An
     if own["format"] == FORMAT or not named:
         expected = f"the key of an input transform, or an object with its name and options, and format {TRANSFORMED}"
         raise _wrong(files, "input_transform", _NOTHING if found is None else found, expected)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _provenance(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from safetensors.torch import load_file
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TranscoderConfig
 from saekit_plugins.transforms.layer_norm import LayerNormConfig
 from saekit_plugins.transforms.rms import RMSConfig
+from safetensors.torch import load_file
 
 import saekit
 from saekit.errors import ConfigError, DataError
@@ -211,7 +211,9 @@ def test_an_sae_of_normalized_rows(name: str, config: Any) -> None:
 
 def test_decoding_needs_the_rows() -> None:
     sae, x = made(StandardConfig(), transform="layer_norm"), rows()
-    with pytest.raises(ConfigError, match=r"normalizes each row .*\(LayerNorm\).* give the rows too, decode\(features, l"):
+    with pytest.raises(
+        ConfigError, match=r"normalizes each row .*\(LayerNorm\).* give the rows too, decode\(features, l"
+    ):
         sae.decode(sae.encode(x))
     plain = made(StandardConfig())
     assert torch.equal(sae.reconstruction(sae.encode(x)), plain.reconstruction(sae.encode(x)))
@@ -259,7 +261,9 @@ def test_heads_and_several_sites() -> None:
 
 def test_what_cannot_be() -> None:
     two = Ports({"blocks.0.hook_mlp_in": D}, {"blocks.0.hook_mlp_out": D})
-    with pytest.raises(ConfigError, match="reads blocks.0.hook_mlp_in and writes blocks.0.hook_mlp_out, whose rows have"):
+    with pytest.raises(
+        ConfigError, match="reads blocks.0.hook_mlp_in and writes blocks.0.hook_mlp_out, whose rows have"
+    ):
         made(TranscoderConfig(), two, "layer_norm")
     with pytest.raises(ConfigError, match="saekit:whitening is estimated from data and folded into weights"):
         made(StandardConfig(), D, "whitening")
@@ -270,7 +274,9 @@ def test_what_cannot_be() -> None:
         sae.fold_affine(affine(D))
     with pytest.raises(ConfigError, match=r"matrix of an affine map must be \[12, 12\].* found \[7, 7\]"):
         made(TopKConfig(k=5)).fold_affine(attrs_with(affine(7), affine(D).mean))
-    with pytest.raises(ConfigError, match="inputs and targets are other sites: each has a map of its own, so give both"):
+    with pytest.raises(
+        ConfigError, match="inputs and targets are other sites: each has a map of its own, so give both"
+    ):
         made(TranscoderConfig(), two).fold_affine(affine(D))
 
 

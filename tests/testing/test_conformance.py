@@ -83,7 +83,8 @@ def mwhanna(folder: Path) -> dict[str, Any]:
 
 
 def openai(folder: Path) -> dict[str, Any]:
-    return {"folders": {"openai": formats.copied("openai_v1_relu", folder / "a")}}
+    names = ("openai_v1_relu", "openai_v5_topk")
+    return {"folders": {"openai": [formats.copied(name, folder / name) for name in names]}}
 
 
 def qwen_scope(folder: Path) -> dict[str, Any]:
@@ -204,6 +205,8 @@ SILENT = {
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
+    "row-wise": "it is not row-wise",
+    "not row-wise": "it is row-wise",
     "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }
 """Why a check may say nothing of a built-in."""

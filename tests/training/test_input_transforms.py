@@ -43,7 +43,7 @@ def test_a_run_of_normalized_rows(tmp_path: Path, transform: Any) -> None:
     assert key in str(sae.info.input_transform)
     assert sae.info.metadata["activation_scale"] == 1
     size = sae.transformed(x).norm(dim=1).mean()
-    assert float(size) == pytest.approx(x.shape[1] ** 0.5, rel=0.1 if key == "rms" else 0.05)
+    assert float(size) == pytest.approx((x.shape[1] - (key == "layer_norm")) ** 0.5, rel=0.1 if key == "rms" else 1e-3)
     assert float((sae.b_dec.detach() - sae.transformed(x).mean(0)).norm() / size) < 0.1, "the mean of what it reads"
     first = lines(result.folder)[0]
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_a_run_of_normalized_rows(tmp_path: Path, transform: Any) -> None:
         expected = float((sae.reconstruction(sae.encode(x)) - z).square().sum(1).mean())
         explained = variance_metrics(sae, [x])["explained_variance"]
     assert first["losses/mse_loss"] == pytest.approx(expected, rel=0.2), "in the units of normalized rows"
-    assert first["metrics/explained_variance"] == pytest.approx(explained, abs=0.1), "in those of activations"
+    assert first["metrics/explained_variance"] == pytest.approx(explained, rel=0.1), "in those of activations"
 
 
 def test_fast_and_plain_steps_learn_the_same(tmp_path: Path) -> None:
@@ -72,9 +72,10 @@ def test_a_whitened_run_leaves_an_sae_of_raw_activations(tmp_path: Path, name: s
     assert (saved["normalize_activations"], saved["saekit"]["format"]) == ("none", 1)
     sae = saekit.SAE.load(result.folder)
     assert sae.input_transform is None
-    logged = [line["metrics/explained_variance"] for line in lines(result.folder)]
-    assert logged[-1] > logged[0]
-    assert variance_metrics(sae, [activations()])["explained_variance"] > logged[0]
+    name = "metrics/explained_variance"
+    logged = [line[name] for line in lines(result.folder) if name in line]
+    explained = variance_metrics(sae, [activations()])["explained_variance"]
+    assert logged[-1] == pytest.approx(explained, rel=0.15, abs=0.1), "of activations, not of what they are mapped to"
 
 
 def test_whitening_is_folded_into_the_weights(tmp_path: Path) -> None:
@@ -119,13 +120,19 @@ def test_from_an_sae_of_normalized_rows(tmp_path: Path) -> None:
     second = train(run(tmp_path / "second", "layer_norm", training=start))
     torch.testing.assert_close(second.sae(activations()), first.sae(activations()))
     for transform, shown in ((None, "None"), ("rms", "'saekit:rms'"), ("expected_average_only_in", "'saekit:expected")):
-        with pytest.raises(ConfigError, match=rf"normalize_activations: is {shown}.*, but the SAE in .* has .*layer_norm"):
+        with pytest.raises(
+            ConfigError, match=rf"normalize_activations: is {shown}.*, but the SAE in .* has .*layer_norm"
+        ):
             train(run(tmp_path / "third", transform, training=start))
     plain = train(run(tmp_path / "plain", None))
     start["from_pretrained_path"] = str(plain.folder)
-    with pytest.raises(ConfigError, match="normalize_activations: is 'saekit:rms', but the SAE in .* normalizes no rows"):
+    with pytest.raises(
+        ConfigError, match="normalize_activations: is 'saekit:rms', but the SAE in .* normalizes no rows"
+    ):
         train(run(tmp_path / "third", "rms", training=start))
-    with pytest.raises(ConfigError, match="is 'saekit:whitening', a map that changes the norms of decoder rows, by which"):
+    with pytest.raises(
+        ConfigError, match="is 'saekit:whitening', a map that changes the norms of decoder rows, by which"
+    ):
         train(run(tmp_path / "third", "whitening", training=start))
 
 
@@ -133,7 +140,9 @@ def test_a_transcoder_of_normalized_rows_is_refused(tmp_path: Path) -> None:
     table = run(tmp_path, "layer_norm") | {"sae": {"name": "transcoder", "d_sae": 32}}
     del table["site"]
     table |= {"inputs": [{"hook_name": SITE}], "targets": [{"hook_name": "blocks.1.hook_resid_post"}]}
-    with pytest.raises(ConfigError, match="normalize_activations: is 'saekit:layer_norm': LayerNorm normalizes each row"):
+    with pytest.raises(
+        ConfigError, match="normalize_activations: is 'saekit:layer_norm': LayerNorm normalizes each row"
+    ):
         train(table)
     table["activations"]["normalize_activations"] = "whitening"
     assert train(table).sae.info.input_transform is None, "each site has a map of its own"

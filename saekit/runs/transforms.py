@@ -123,8 +123,8 @@ def transform_problems(
         yield _OPTION, f"is {_shown(config)}, but {where} {before}"
     elif start.info.scale_is_unknown and config.activations.normalize_activations is None:
         yield (
-            _OPTION, f"is none, but {where} was trained on scaled activations, by a factor that its files do not hold; "
-            "set it to 'expected_average_only_in'"
+            _OPTION, f"is 'none', but {where} was trained on scaled activations, by a factor that its files do not "
+            "hold; set it to 'expected_average_only_in'"
         )  # fmt: skip
 
 
@@ -138,4 +138,4 @@ def refuse_maps(config: TrainConfig, where: str) -> ConfigError:
 
 def _shown(config: TrainConfig) -> str:
     chosen = config.activations.normalize_activations
-    return repr(chosen.key if isinstance(chosen, Choice) else chosen)
+    return repr(chosen.key if isinstance(chosen, Choice) else chosen or "none")

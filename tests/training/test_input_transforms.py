@@ -119,7 +119,11 @@ def test_from_an_sae_of_normalized_rows(tmp_path: Path) -> None:
     start = {"from_pretrained_path": str(first.folder), "lr": 1e-30}
     second = train(run(tmp_path / "second", "layer_norm", training=start))
     torch.testing.assert_close(second.sae(activations()), first.sae(activations()))
-    for transform, shown in ((None, "None"), ("rms", "'saekit:rms'"), ("expected_average_only_in", "'saekit:expected")):
+    for transform, shown in (
+        (None, "'none'"),
+        ("rms", "'saekit:rms'"),
+        ("expected_average_only_in", "'saekit:expected"),
+    ):
         with pytest.raises(
             ConfigError, match=rf"normalize_activations: is {shown}.*, but the SAE in .* has .*layer_norm"
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
+from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SaekitError
 from saekit.protocols import RowTransform, WholeTransform
 from saekit.reasons import error_text
@@ -140,7 +141,7 @@ def saving(subject: Subject) -> None:
     transform, x = _row_wise(subject), _rows(5)
     copy = pickle.loads(pickle.dumps(transform))
     must_be_equal("what its pickle reads", copy.read(x), transform.read(x))
-    item = subject.plugins.get(SAE_ARCHITECTURES, "saekit:standard")
+    item = subject.plugins.get(SAE_ARCHITECTURES, DEFAULT_ARCHITECTURE)
     config = item.entry.config(d_sae=9, dtype="float64")
     sae = build_module(item, config, _D, subject.plugins, subject.options)
     initialize(sae, seeded())

@@ -122,7 +122,7 @@ def _normalized(flat: Mapping[str, Any], place: str, option: str | None) -> str:
             f"normalize_activations in {place} is {found!r}: it is a checkpoint of a training whose map of activations "
             "is not in these files. Load the SAE that the training left at its end, which has it in its weights"
         )
-    if found != "none" and found != SCALED and found not in TRANSFORMS:
+    if not isinstance(found, str) or found not in ("none", SCALED, *TRANSFORMS):
         expected = ", ".join(repr(name) for name in ("none", SCALED, *TRANSFORMS))
         raise SAEFormatError(f"normalize_activations in {place} is {found!r}, expected one of {expected}")
     if option is None or option == found:

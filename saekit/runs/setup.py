@@ -18,8 +18,8 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
-from saekit.kinds import ACTIVATION_FUNCTIONS, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import Part, blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
@@ -267,8 +267,10 @@ def _watching(
 ) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """What goes wrong in the SAE's own code says which plugin it is of."""
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
-    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation
-    return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
+    parts: list[Part] = [(plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation)]
+    if sae.input_transform is not None:
+        parts.append((plugins.bound(INPUT_TRANSFORMS, sae.info.input_transform).item, sae.input_transform))
+    return lambda doing: blamed(item, doing, at_work=True, parts=parts)
 
 
 def give_weights(

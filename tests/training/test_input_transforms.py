@@ -199,6 +199,23 @@ def affine(rows: torch.Tensor, d: int, factor: float = 1.0) -> saekit.values.Aff
     return saekit.values.Affine(torch.zeros(rows.shape[1]), eye, eye * factor)
 
 
+def test_one_that_fails_at_work_is_named(tmp_path: Path) -> None:
+    class Failing:
+        row_wise = True
+
+        def read(self, x: torch.Tensor) -> torch.Tensor:
+            return x / (1 // (len(x) < 0))
+
+        def written(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return y
+
+    own = fake_plugin("input_transforms", "failing", lambda config: Failing())
+    with pytest.raises(
+        PluginFailedError, match=r"input transform 'test:failing' \(test 0\) failed in read: ZeroDivision"
+    ):
+        train(run(tmp_path, "failing"), own)
+
+
 def test_neither_of_the_two(tmp_path: Path) -> None:
     own = fake_plugin("input_transforms", "neither", lambda config: attrs.make_class("Neither", [], repr=False)())
     with pytest.raises(PluginFailedError, match="lacks row_wise"):

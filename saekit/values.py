@@ -179,6 +179,21 @@ class Ports:
         """Views ``[..., width]`` of ``y [..., d_out]``, by the names of the targets."""
         return _split(y, self.targets, "d_out")
 
+    def one_target(self, y: Tensor, name: str) -> Tensor:
+        """The view of the target ``name``; :class:`saekit.errors.ConfigError` where there is none of that name."""
+        if name not in self.targets:
+            raise ConfigError(f"there is no target {name!r}; there are {', '.join(self.targets)}")
+        return self.split_target(y)[name]
+
+    def sum_of_targets(self, y: Tensor) -> Tensor:
+        """``[..., width]``: all targets of ``y [..., d_out]`` added up, which must be of one width.
+
+        So some readers of cross-layer transcoders have it, though what is written to different layers is never added.
+        """
+        if len({*self.targets.values()}) > 1:
+            raise ConfigError(f"targets of different widths cannot be added up: {dict(self.targets)}")
+        return sum(self.split_target(y).values())  # type: ignore[return-value]
+
 
 def _split(values: Tensor, widths: Mapping[str, int], name: str) -> dict[str, Tensor]:
     whole = sum(widths.values())
@@ -223,7 +238,7 @@ class StepOutput(NamedTuple):
     output: Tensor
     """``[n, d_out]``, detached."""
     fired: Tensor
-    """``[d_sae]``: rows on which each feature was above zero."""
+    """``[d_sae]``: rows on which each feature was active: above zero or, where features may be below it, not zero."""
     coefficients: Mapping[str, float | Tensor] = {}
     """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
     metrics: Mapping[str, float | Tensor] = {}
@@ -246,14 +261,11 @@ def _is_factor(value: object) -> bool:
 
 
 class Affine(NamedTuple):
-    """``z = (x − mean) matrix``, and back ``x = z inverse + mean``, of rows ``[..., d]``."""
+    """``z = (x − mean) matrix``, and back ``x = z inverse + mean``, of rows ``[..., d]``: of ``[d]`` and ``[d, d]``."""
 
     mean: Tensor
-    """``[d]``."""
     matrix: Tensor
-    """``[d, d]``."""
     inverse: Tensor
-    """``[d, d]``: that of the matrix."""
 
 
 @attrs.frozen(kw_only=True)
@@ -304,8 +316,7 @@ class SAEInfo:
     def lines(self) -> list[str]:
         """What is known, a line each, for people."""
         known = [("architecture", self.architecture), ("input_transform", self.input_transform), *self._places()]
-        known += self.metadata.items()
-        return [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+        return [f"{name}={value!r}" for name, value in [*known, *self.metadata.items()] if value not in ("", None)]
 
     def _places(self) -> list[tuple[str, Any]]:
         if self.sites is None or self.sites == Sites.one(self.sites.inputs[0]):

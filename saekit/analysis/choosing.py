@@ -95,7 +95,7 @@ def _alike(one: _Look, other: _Look) -> bool:
 
 def _looks(peaks: FeaturePeaks, contexts: Tensor, backend: ModelBackend) -> Iterator[_Look]:
     frequency, mean = peaks.frequency, peaks.total / peaks.fired.clamp(min=1)
-    contrast = peaks.values.mean(0) / mean.clamp(min=1e-12)
+    contrast = peaks.values.abs().mean(0) / mean.clamp(min=1e-12)
     fits = (frequency > _RARE) & (frequency < _FREQUENT) & (peaks.fired_contexts >= len(peaks.values))
     found = fits.nonzero()[:, 0]
     if len(found) > _MOST_CANDIDATES:

@@ -67,7 +67,7 @@ class FeaturePeaks:
     fired_contexts: Tensor
     """``[d_sae]``: contexts in which it does."""
     total: Tensor
-    """``[d_sae]``: the sum of its activations."""
+    """``[d_sae]``: the sum of its activations' sizes."""
     tokens: int
     """Tokens that were looked at."""
 
@@ -108,14 +108,16 @@ def feature_peaks(
     for tokens in contexts.split(batch_size):
         for vectors in _pieces(sae, backend, sites, tokens):
             features = _features(sae, vectors)
-            fired += (features > 0).sum((0, 1)).cpu()
-            total += features.sum((0, 1)).cpu()
-            values, positions = features.max(1)
-            fired_contexts += (values > 0).sum(0).cpu()
+            sizes = features.abs()  # some architectures have features below zero
+            fired += (sizes > 0).sum((0, 1)).cpu()
+            total += sizes.sum((0, 1)).cpu()
+            largest, positions = sizes.max(1)
+            values = features.gather(1, positions[:, None]).squeeze(1)
+            fired_contexts += (largest > 0).sum(0).cpu()
             numbers = torch.arange(start, start + len(vectors))[:, None].expand_as(positions)
             best = _strongest(best, (values.float().cpu(), numbers, positions.cpu()), n)
             start += len(vectors)
-            del features  # before the next ones are made
+            del features, sizes  # before the next ones are made
         report(start * contexts.shape[1])
     values, numbers, positions = best
     return FeaturePeaks(values, numbers, positions, fired, fired_contexts, total.float(), contexts.numel())
@@ -135,10 +137,10 @@ def _features(sae: SAEModule, vectors: Tensor) -> Tensor:
 
 
 def _strongest(one: tuple[Tensor, ...], two: tuple[Tensor, ...], n: int) -> tuple[Tensor, ...]:
-    """Of values (and what belongs to them) ``[i, d_sae]`` and ``[j, d_sae]`` the ``n`` largest of each feature."""
+    """Of values (and what belongs to them) ``[i, d_sae]`` and ``[j, d_sae]`` the ``n`` largest of each, by size."""
     values, *others = (torch.cat(pair) for pair in zip(one, two, strict=True))
-    values, order = values.topk(min(n, len(values)), dim=0)
-    return values, *(other.gather(0, order) for other in others)
+    order = values.abs().topk(min(n, len(values)), dim=0).indices
+    return tuple(each.gather(0, order) for each in (values, *others))
 
 
 @ambient()

@@ -121,7 +121,7 @@ def as_page(features: Sequence[FeatureTexts], title: str) -> str:
 
 
 def _block(found: FeatureTexts) -> str:
-    most = max((example.activation for example in found.examples), default=1.0)
+    most = max((abs(example.activation) for example in found.examples), default=1.0)
     promotes = f'<div style="opacity:.75">promotes {escape(_listed(found.promotes))}</div>' if found.promotes else ""
     lines = "".join(
         f'<div style="white-space:pre-wrap;font-family:monospace;padding:.1em 0">'
@@ -135,7 +135,7 @@ def _block(found: FeatureTexts) -> str:
 def _tokens(example: Example, most: float) -> Iterator[str]:
     for index, (token, value) in enumerate(zip(example.tokens, example.activations, strict=True)):
         shown = escape(one_line(token))
-        strength = min(value / most, 1.0) if most > 0 else 0.0
+        strength = min(abs(value) / most, 1.0) if most > 0 else 0.0
         if strength <= 0:
             yield shown
             continue

@@ -70,7 +70,7 @@ def find_top_texts(
 
 def _places(feature: int, peaks: FeaturePeaks, contexts: Tensor, n: int, diverse: bool) -> list[int]:
     """Which of its peaks are shown, the strongest first."""
-    fires = [place for place, value in enumerate(peaks.values[:, feature].tolist()) if value > 0]
+    fires = [place for place, value in enumerate(peaks.values[:, feature].tolist()) if value]
     if not diverse:
         return fires[:n]
     tokens: set[int] = set()

@@ -105,7 +105,7 @@ class Reconstruction:
             parts = zip(self._each.values(), y.split(widths, 1), output.split(widths, 1), strict=True)
             for sums, wanted, given in parts:
                 sums.add(wanted, given)
-        active = features > 0
+        active = features.abs() > 0  # some architectures have features below zero
         self._fired += active.sum(0).cpu()
         self.l0 += active.sum().item()
         self.l1 += features.abs().sum(dtype=widest(features.device)).item()
@@ -140,18 +140,25 @@ class Reconstruction:
 def variance_metrics(sae: SAEModule, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> dict[str, float]:
     """:class:`Reconstruction` of ``sae`` over batches of rows ``[n, d_in]``, or of rows with targets ``[n, d_out]``.
 
-    Features are made for so many rows at once as fit into little memory, however large the batches are.
+    What reads sequences (:attr:`saekit.sae.SAEModule.reads_sequences`) takes ``[batch, position, d_in]``.  Features are
+    made for so many rows at once as fit into little memory, however large the batches are.
     """
     sums = Reconstruction(sae.d_out, sae.d_sae, sae.ports.targets)
     for batch in batches:
         rows, targets = (batch, None) if isinstance(batch, Tensor) else batch
-        pieces = rows.split(at_once(sae))
-        for x, y in zip(pieces, [None] * len(pieces) if targets is None else targets.split(at_once(sae)), strict=True):
+        size = at_once(sae, math.prod(rows.shape[1:-1]))
+        pieces = rows.split(size)
+        for x, y in zip(pieces, [None] * len(pieces) if targets is None else targets.split(size), strict=True):
             x = x.to(sae.device)
             features = sae.encode(x)
             like = None if sae.input_transform is None else x
-            sums.add(x if y is None else y, sae.with_bypass(sae.decode(features, like=like), x), features)
+            output = sae.with_bypass(sae.decode(features, like=like), x)
+            sums.add(*map(_rows, (x if y is None else y, output, features)))
             del features  # before the next ones are made
     if sae.log_sparsity is not None:
         sums.fires(sae.log_sparsity > _NEVER)
     return sums.metrics()
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])

@@ -155,13 +155,13 @@ class SparseFeatures:
         return full
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest of each row and the numbers of their features, both ``[n, k]``, in falling order.
+        """The ``k`` largest of each row, by size, and the numbers of their features, both ``[n, k]``, in falling order.
 
         Rows with fewer are filled with zeros, and with -1 where there is no feature.
         """
         values, columns = self.padded(k)
-        values, places = values.topk(k, dim=1)
-        there = values > 0
+        sizes, places = values.abs().where(values > -torch.inf, -torch.inf).topk(k, dim=1)
+        values, there = values.gather(1, places), sizes > 0
         features = torch.full_like(columns, -1) if not len(self) else self.features[columns.gather(1, places)]
         return values.where(there, 0), features.where(there, -1)
 

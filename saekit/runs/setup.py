@@ -290,6 +290,8 @@ def give_weights(
         known = None if start is None else _known_scale(config, start)
         scale, trainer.maps = (known, None) if known is not None else estimator.estimated(sample, config.sites)
         trainer.scale = scale
+        if trainer.maps is not None:
+            trainer.sae.table.check_maps()  # now, not when training is done
     if start is not None:
         if trainer.maps is not None:
             raise refuse_maps(config, _start_of(config))

@@ -212,6 +212,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     site = sae.info.site if _has_one_site(sae) else None
     public = _public_config(sae)
     hook_name = site.hook_name if site else ""
+    unscaled = public.get("normalize_activations", "none")  # an architecture may have a way of its own
     return {
         **public,
         "d_in": sae.d_in,
@@ -220,7 +221,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
-        "normalize_activations": _normalization(sae),
+        "normalize_activations": _normalization(sae, unscaled),
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
         "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
         "saekit": {
@@ -251,10 +252,13 @@ def _public_config(sae: SAEModule) -> dict[str, Any]:
     return public | {"architecture": sae.info.architecture}
 
 
-def _normalization(sae: SAEModule) -> str:
-    """What is done to activations before the encoder, by the names of sae-lens; what it does not know by our own."""
+def _normalization(sae: SAEModule, unscaled: str) -> str:
+    """What is done to activations before the encoder, by the names of sae-lens; what it does not know by our own.
+
+    ``unscaled`` is what an architecture does itself.
+    """
     if sae.input_transform is None:
-        return "expected_average_only_in" if sae.info.scale_is_unknown else "none"
+        return "expected_average_only_in" if sae.info.scale_is_unknown else unscaled
     chosen = sae.info.input_transform
     return _name_elsewhere(sae) or str(chosen["name"] if isinstance(chosen, Mapping) else chosen)
 

@@ -10,6 +10,8 @@ import attrs
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from saekit.errors import ConfigError
+
 __all__ = ["HookFunction", "HookPoint", "Hooked"]
 
 _NAMES = ("input", "acts_pre", "acts_post", "recons", "error", "output")
@@ -66,6 +68,11 @@ class Hooked(nn.Module):
 
     def _hooked(self, *names: str) -> bool:
         return not self._hooks_off and any(self._point(name).hooked for name in names)
+
+    def refuse_hooks(self, name: str, why: str) -> None:
+        """:class:`ConfigError` says ``why`` where a hook is at ``hook_sae_{name}``, which would never run."""
+        if self._hooked(name):
+            raise ConfigError(f"a hook is at hook_sae_{name}, and {why}; remove it")
 
     def _point(self, name: str) -> HookPoint:
         return self._modules[f"hook_sae_{name}"]  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from saekit.errors import ConfigError
 from saekit.sae.parameters import Factor
 from saekit.values import Affine, Ports
 
-__all__ = ["check_maps", "check_rows", "check_scales", "check_size", "check_type", "check_width"]
+__all__ = ["check_maps", "check_rows", "check_scales", "check_sequences", "check_size", "check_type", "check_width"]
 
 
 def check_width(values: Tensor, width: int, name: str, what: str) -> None:
@@ -30,6 +30,15 @@ def check_type(values: Tensor, what: str) -> None:
         raise ConfigError(
             f"{what} must be floating-point numbers, found {name} {list(values.shape)}; if these are not token ids, "
             "but what is meant, give them as .float()"
+        )
+
+
+def check_sequences(rows: Tensor, architecture: str) -> None:
+    """:class:`ConfigError` unless ``rows`` are ``[batch, position, d_in]``."""
+    if rows.ndim != 3:
+        raise ConfigError(
+            f"{architecture} reads whole sequences, for what it finds at a position depends on those before it: inputs "
+            f"must be [batch, position, d_in], found {list(rows.shape)}; one sequence [position, d_in] is x[None]"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from saekit.protocols import ActivationFunction
 from saekit.sae import init
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
-from saekit.sae.inputs import check_rows, check_size, check_type, check_width
+from saekit.sae.inputs import check_rows, check_sequences, check_size, check_type, check_width
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
 from saekit.sae.transforms import Transforming
@@ -52,6 +52,10 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
     W_enc: nn.Parameter
     b_dec: nn.Parameter
     scaling_factor: nn.Parameter | None
+    reads_sequences: ClassVar[bool] = False
+    """Whether features depend on the positions before theirs: then it takes ``[batch, position, d_in]`` alone."""
+    why_no_training: ClassVar[str | None] = None
+    """Of an architecture that is for inference alone: why, in words.  None: it defines :meth:`losses`."""
 
     def __init__(self, config: SAEConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         super().__init__()
@@ -155,7 +159,7 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
     def _encoded(self, rows: Tensor) -> Tensor:
         kernel = None if self._hooked("acts_pre") else self._kernel_for(rows)
         if kernel is None:
-            features = self.features_of(self.run_hook("acts_pre", self.pre_activations(rows)))
+            features = self.features_from(rows)
         else:
             flat = _flat(rows)
             with self.memory.lent() as workspace:
@@ -163,6 +167,13 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
                 features = inference.dense_features(groups, len(flat), self.d_sae, flat)
             features = features.reshape(*rows.shape[:-1], self.d_sae)
         return self.run_hook("acts_post", features)
+
+    def features_from(self, x: Tensor) -> Tensor:
+        """Feature activations ``[..., d_sae]`` of inputs ``[..., d_in]``: :meth:`features_of` pre-activations.
+
+        For architectures whose features do not follow from pre-activations.  They refuse hooks on these.
+        """
+        return self.features_of(self.run_hook("acts_pre", self.pre_activations(x)))
 
     def encode_sparse(self, x: Tensor) -> SparseFeatures:
         """The active features of ``x``, without gradients; rows are those of ``x`` flattened to ``[n, d_in]``.
@@ -180,7 +191,8 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest feature activations of each row, in falling order, and their features: ``[..., k]`` both.
 
-        Where fewer are above zero, the values are 0 and the numbers -1.  Without gradients.
+        Features that may be below zero count by their size.  Where fewer are not zero, the values are 0 and the numbers
+        -1.  Without gradients.
         """
         if not 1 <= k <= self.d_sae:
             raise ValueError(f"k must be 1 to {self.d_sae}, the number of features; found {k}")
@@ -188,13 +200,16 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
         shape = (*flatten_heads(x, self.d_in)[0].shape[:-1], k)
         return values.reshape(shape), features.reshape(shape)
 
-    def decode(self, features: Tensor, *, like: Tensor | None = None) -> Tensor:
+    def decode(self, features: Tensor, *, like: Tensor | None = None, target: str | None = None) -> Tensor:
         """Reconstructions ``[..., d_out]``, in the shape and dtype of ``like``, an input, if that is given.
 
-        With an :attr:`input_transform` it must be: rows have their own units.
+        With an :attr:`input_transform` it must be: rows have their own units.  ``target`` is the name of one of several
+        targets (``ports.targets``), for ``[..., width]`` of that alone.
         """
         check_width(features, self.d_sae, "d_sae", "features")
         self.check_like(like)
+        if target is not None:
+            return self.ports.one_target(self.decode(features, like=like), target)
         kernel = self._kernel_for(features)
         if kernel is None:
             return self._finished(self.reconstruction(features.to(self.dtype)), like)
@@ -240,8 +255,7 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
         passed = self.bypass(self.transformed(rows))
         if passed is None:
             return output
-        if self.input_transform is not None:  # its share of what is undone, which is affine
-            passed = self.undone(passed, rows) - self.undone(torch.zeros_like(passed), rows)
+        passed = self.undone_share(passed, rows)
         check_size(passed, output.shape, "what passes the features by", "added to outputs")
         return output + passed.reshape(output.shape).to(output.dtype)
 
@@ -265,28 +279,27 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
 
     def _rows(self, x: Tensor) -> Tensor:
         check_type(x, "inputs")
-        return flatten_heads(x, self.d_in)[0].to(self.dtype)
+        rows = flatten_heads(x, self.d_in)[0].to(self.dtype)
+        if self.reads_sequences:
+            check_sequences(rows, self.info.architecture)
+        return rows
 
     # ---- training
 
     def losses(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on rows ``x [n, d_in]``, differentiable.  Each architecture has its own."""
+        if self.why_no_training is not None:
+            raise ConfigError(
+                f"{type(self).__name__} is for inference alone, and cannot be trained: {self.why_no_training}"
+            )
         raise TypeError(f"{type(self).__name__} does not say how it is trained: it must define losses(x, step)")
 
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
-        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before.
-
-        With an :attr:`input_transform` the loss is that of transformed rows, as in Gao et al. 2024, 2.1: every row
-        counts alike, however long it is.
-        """
+        """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         check_rows(x, step.target, self.ports)
-        if self.input_transform is None:
-            return self._step(x, step)
-        if step.target is not None:
-            raise ConfigError("rows are normalized each by itself, so they are their own targets; give no other target")
-        with torch.no_grad():
-            result = self._step(self.transformed(x), step)
-            return result._replace(output=self.undone(result.output, x))
+        self.check_target(step.target)
+        result = self._step(self.transformed(x), step)
+        return result if self.input_transform is None else result._replace(output=self.undone(result.output, x))
 
     def _step(self, x: Tensor, step: StepInput) -> StepOutput:
         kernel, _ = self._training_kernel()

@@ -123,11 +123,6 @@ class Parameter:
         """The same with the matrices of ``maps``; their means are for biases."""
         wide = value.to(widest(value.device))
         for dim, power in self.scale.items():
-            if dim not in self.dims or abs(power) != 1:
-                raise ConfigError(
-                    f"{self.name} [{', '.join(map(str, self.dims))}] takes the power {power} of what scales {dim}, so "
-                    "no matrix can be folded into it"
-                )
             matrix = (maps[dim].matrix if power > 0 else maps[dim].inverse.T).to(wide)
             place = self.dims.index(dim)
             wide = torch.tensordot(matrix, wide, dims=([1], [place])).movedim(0, place)
@@ -231,8 +226,21 @@ class ParameterTable:
             if (value := getattr(module, entry.name)) is not None:
                 entry.fold(value, {"d_in": scale, "d_out": target_scale})
 
+    def check_maps(self) -> None:
+        """:class:`ConfigError` unless matrices can be folded into all that meets inputs or makes outputs."""
+        for entry in self.entries:
+            sized: tuple[str, ...] = ("d_in", "d_out")
+            odd = [dim for dim in sized if dim in entry.dims and abs(entry.scale.get(dim, 0)) != 1]
+            odd += [dim for dim in entry.scale if dim not in entry.dims]
+            if odd:
+                raise ConfigError(
+                    f"no matrix can be folded into {entry.name} [{', '.join(map(str, entry.dims))}], which does not "
+                    f"change with {odd[0]} as a matrix of one layer does"
+                )
+
     def fold_maps(self, module: nn.Module, read: Affine, written: Affine) -> None:
         """See :meth:`saekit.sae.SAEModule.fold_affine`: what is done here is all but the means."""
+        self.check_maps()
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None and entry.scale:
                 entry.fold_maps(value, {"d_in": read, "d_out": written})

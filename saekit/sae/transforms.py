@@ -86,7 +86,8 @@ class Transforming:
 
     ``encode``, ``decode``, ``forward``, ``encode_sparse``, ``encode_topk`` and ``training_step`` take and give rows as
     the model has them.  The mathematics inside (``centered``, ``pre_activations``, ``reconstruction``, ``bypass``,
-    ``losses``) are those of transformed rows.
+    ``losses``) are those of transformed rows, and so is the loss of a step, in which all rows count alike (Gao et al.
+    2024, 2.1).
     """
 
     def set_input_transform(self, transform: RowTransform | None) -> None:
@@ -118,6 +119,17 @@ class Transforming:
             return self.input_transform.written(y, x)
         parts = zip(y.split(widths, dim=-1), x.split(widths, dim=-1), strict=True)
         return torch.cat([self.input_transform.written(*part) for part in parts], dim=-1)
+
+    def undone_share(self, part: Tensor, x: Tensor) -> Tensor:
+        """The share that ``part [..., d_out]``, which is added to what is decoded, has of what is undone by ``x``."""
+        if self.input_transform is None:
+            return part
+        return self.undone(part, x) - self.undone(torch.zeros_like(part), x)
+
+    def check_target(self, target: Tensor | None) -> None:
+        """:class:`ConfigError` for a target of a step beside its rows, which are their own."""
+        if self.input_transform is not None and target is not None:
+            raise ConfigError("rows are normalized each by itself, so they are their own targets; give no other target")
 
     def check_like(self, like: Tensor | None) -> None:
         """:class:`ConfigError` where what is decoded needs the rows that were read, and ``like`` are not given."""

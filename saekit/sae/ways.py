@@ -16,8 +16,8 @@ from saekit.sae.casting import Castable
 __all__ = ["Ways"]
 
 _MATHEMATICS = (
-    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_of", "losses",
-    "pre_activations", "reconstruction", "training_features",
+    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_from", "features_of",
+    "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
 
 

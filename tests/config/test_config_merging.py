@@ -9,7 +9,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.optimizers.adam import AdamConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.trackers.wandb import WandbConfig
-from support.every_config import manager
+from support.every_config import having, manager
 
 import saekit
 from saekit.config import PretokenizeConfig, SAEConfig, TrainConfig, TrainingConfig
@@ -32,7 +32,7 @@ def test_a_table_for_a_section_leaves_the_rest() -> None:
     config = load_config(FILE, ["training={lr=3}", 'model={name="pythia"}', "activations={cache={dtype='float16'}}"])
     assert (config.training.lr, config.training.seed) == (3.0, 7)
     assert (config.model.name, config.model.device) == ("pythia", "cpu"), "its name chooses no plugin"
-    assert config.activations.normalize_activations .key == "saekit:expected_average_only_in"
+    assert config.activations.normalize_activations.key == "saekit:expected_average_only_in"
     assert (config.activations.cache.tokens, config.activations.cache.dtype) == (10, "float16")
     assert FILE["training"] == {"lr": 1.0, "seed": 7}, "the input is left alone"
     grid = saekit.grid(FILE, {"training": [{"lr": 1}, {"lr": 2}]})
@@ -85,8 +85,7 @@ def test_tables_of_no_class_are_values() -> None:
         ({"sae": {"lr": 1}}, "sae.lr", "is not an option here; it is training.lr"),
         ({"training": {"d_sae": 1}}, "training.d_sae", "is not an option here; it is sae.d_sae"),
         ({"sae": {"name": "standard", "k": 3}}, "sae.k",
-         "is not an option of the plugin that is chosen; it is one of saekit:batchtopk, saekit:topk and "
-         "saekit:topk_transcoder. Delete it"),
+         f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it"),
         ({"hook_name": "x"}, "hook_name", "is not an option here; it is site.hook_name"),
         ({"dtype": "x"}, "dtype", "is not an option here; it is model.dtype or activations.source.dtype (of "
          "saekit:live) or activations.cache.dtype or sae.dtype"),

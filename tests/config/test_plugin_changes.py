@@ -14,6 +14,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.optimizers.signum import SignumConfig
 from saekit_plugins.schedules.cosine import CosineConfig
 from saekit_plugins.sources.cached import CachedConfig
+from support.every_config import having
 
 import saekit
 from saekit.config.files import commented_toml, dump_config, load_config
@@ -59,8 +60,7 @@ def test_what_the_new_plugin_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(full, ["sae.name=jumprelu"])
     assert caught.value.problems == [
-        ("sae.k", "is not an option of the plugin that is chosen; it is one of saekit:batchtopk, saekit:topk and "
-         "saekit:topk_transcoder. Delete it")
+        ("sae.k", f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it")
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="^sae: Unknown SAE architecture 'topkk'. Did you mean 'topk'"):
         load_config(full, ["sae.name=topkk"])

@@ -330,10 +330,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "other sizes": ("llama_scope", llama({"d_sae": 65}), r"is for \[16, 64\], and that says \[16, 65\]"),
     "another act_fn, distilled": ("llama_scope_r1_distill", distilled({"act_fn": "relu"}), "act_fn in .* is 'relu'"),
-    "groupmax": (
+    "another activation": (
         "sparsify_1.3.3_topk",
-        sparsify(activation="groupmax"),
-        "activation in .* is 'groupmax', which this loader cannot",
+        sparsify(activation="softmax"),
+        "activation in .* is 'softmax', which this loader cannot read; it reads 'topk' and 'groupmax'",
     ),
     "signed": ("sparsify_1.3.3_topk", sparsify(signed=True), "signed in .* is true"),
     "a skip in an SAE": (

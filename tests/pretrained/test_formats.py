@@ -16,7 +16,7 @@ from support.formats import FIXTURES, GIVEN, copied, edit_json, edit_pickle
 
 import saekit
 from saekit import SAE, SAEFiles
-from saekit.errors import SAEFormatError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.testing import fake_plugin, isolated_manager
 
 READ = {
@@ -26,6 +26,7 @@ READ = {
     "dictionary_learning_0.1.0_jumprelu": ("dictionary_learning", "jumprelu"),
     "dictionary_learning_0.1.0_matryoshka": ("dictionary_learning", "batchtopk"),
     "dictionary_learning_0.1.0_standard": ("dictionary_learning", "standard"),
+    "dictionary_learning_0.1.0_standard_april": ("dictionary_learning", "standard"),
     "dictionary_learning_0.1.0_topk": ("dictionary_learning", "topk"),
     "gemma_scope_2_npz": ("gemma_2", "jumprelu"),
     "gemma_scope_3": ("gemma_3", "jumprelu"),
@@ -39,6 +40,7 @@ READ = {
     "sae_lens_2.1.3_folder": ("sae_lens", "standard"),
     "sparsify_1.3.3_skip_transcoder": ("sparsify", "topk_transcoder"),
     "sparsify_1.3.3_topk": ("sparsify", "topk"),
+    "temporal": ("temporal", "temporal"),
 }
 """Fixture: the loader that knows it and the architecture that it becomes."""
 
@@ -63,7 +65,7 @@ def test_what_the_peer_computes(tmp_path: Path, name: str) -> None:
                 close(features, expected["encode"])
                 close(sae.decode(features, like=x), expected["decode"])
                 close(sae(x), expected["forward"])
-        close(sae.encode_sparse(x).dense(), expected["encode"])
+        close(sae.encode_sparse(x).dense(), expected["encode"].flatten(0, -2))
 
 
 def test_a_layer_of_a_cross_layer_transcoder_names_its_targets(tmp_path: Path) -> None:
@@ -77,7 +79,14 @@ def test_a_layer_of_a_cross_layer_transcoder_names_its_targets(tmp_path: Path) -
         written = sae.ports.split_target(sae.decode(features))
         assert list(written) == ["blocks.4.hook_mlp_out", "blocks.5.hook_mlp_out"]
         close(written["blocks.5.hook_mlp_out"], features @ decoders[:, 1])
-        close(sum(written.values()), expected["decode"])
+        close(sae.ports.sum_of_targets(sae.decode(features)), expected["decode"])
+        for target, values in written.items():
+            assert torch.equal(sae.decode(features, target=target), values)
+            assert torch.equal(sae.decode(features, target=target, like=expected["x"]), values)
+        with pytest.raises(
+            ConfigError, match=r"there is no target 'blocks.3.hook_mlp_out'; there are blocks.4.hook_mlp_"
+        ):
+            sae.decode(features, target="blocks.3.hook_mlp_out")
     assert loaded.info.site.hook_name == "blocks.4.hook_resid_mid"
 
 

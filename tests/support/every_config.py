@@ -217,3 +217,10 @@ def _one(kind: str, rng: random.Random, depth: int, more: list[type]) -> Any:
 
 def _required(cls: type) -> bool:
     return any(field.default is attrs.NOTHING for field in attrs.fields(cls))
+
+
+def having(option: str) -> str:
+    """The architectures that have ``option``, as they are listed in words."""
+    items = saekit.default_manager().registry("sae_architectures").items
+    *others, last = [item.key for item in items if option in attrs.fields_dict(item.entry.config)]
+    return f"{', '.join(others)} and {last}"

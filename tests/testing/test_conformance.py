@@ -11,11 +11,16 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matching_pursuit import MatchingPursuitConfig
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.temporal import TemporalConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import (
+    GroupMaxTranscoderConfig,
     JumpReLUTranscoderConfig,
     TopKTranscoderConfig,
     TranscoderConfig,
@@ -33,6 +38,10 @@ from saekit.kinds import KINDS
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
 BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_points.select(group="saekit")}
+
+
+def abstopk(folder: Path) -> dict[str, Any]:
+    return {"configs": {"abstopk": [AbsTopKConfig(k=3), AbsTopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
 
 
 def batchtopk(folder: Path) -> dict[str, Any]:
@@ -69,9 +78,22 @@ def goodfire(folder: Path) -> dict[str, Any]:
     return {"folders": {"goodfire": formats.copied("goodfire", folder / "a")}}
 
 
+def groupmax(folder: Path) -> dict[str, Any]:
+    return {"configs": {"groupmax": [GroupMaxConfig(k=4), GroupMaxConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+
+
 def llama_scope(folder: Path) -> dict[str, Any]:
     folders = {name: formats.copied(name, folder / name) for name in ("llama_scope", "llama_scope_r1_distill")}
     return {"folders": folders, "configs": {"llama_scope_r1_distill": LlamaScopeR1Config(activation_scale=0.5)}}
+
+
+def matching_pursuit(folder: Path) -> dict[str, Any]:
+    every = MatchingPursuitConfig(residual_threshold=0.3)
+    others = [
+        MatchingPursuitConfig(residual_threshold=0, max_iterations=4, apply_b_dec_to_input=False),
+        MatchingPursuitConfig(residual_threshold=0, max_iterations=9, stop_on_duplicate_support=False),
+    ]
+    return {"configs": {"matching_pursuit": [every, *others]}}
 
 
 def mntss(folder: Path) -> dict[str, Any]:
@@ -145,6 +167,19 @@ def standard(folder: Path) -> dict[str, Any]:
     return {"configs": {"standard": [StandardConfig(use_ghost_grads=True), other]}}
 
 
+def temporal(folder: Path) -> dict[str, Any]:
+    every = TemporalConfig(n_heads=2, bottleneck_factor=4, kval_topk=5, input_scale=0.3)
+    other = TemporalConfig(
+        n_heads=3, bottleneck_factor=2, n_attn_layers=2, sae_diff_type="relu", tied_weights=False,
+        apply_b_dec_to_input=False,
+    )  # fmt: skip
+    return {"configs": {"temporal": [every, other]}}
+
+
+def temporal_loader(folder: Path) -> dict[str, Any]:
+    return {"folders": {"temporal": formats.copied("temporal", folder / "a")}}
+
+
 def topk(folder: Path) -> dict[str, Any]:
     return {"configs": {"topk": [TopKConfig(k=3), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
 
@@ -155,6 +190,7 @@ def transcoder(folder: Path) -> dict[str, Any]:
             "transcoder": TranscoderConfig(skip_connection=True),
             "jumprelu_transcoder": JumpReLUTranscoderConfig(initial_threshold=0.2),
             "topk_transcoder": TopKTranscoderConfig(k=3, skip_connection=True),
+            "groupmax_transcoder": GroupMaxTranscoderConfig(k=3, skip_connection=True),
         }
     }
 
@@ -164,6 +200,7 @@ def wandb(folder: Path) -> dict[str, Any]:
 
 
 GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "abstopk": abstopk,
     "batchtopk": batchtopk,
     "cached": cached,
     "connor_rob_hook_z": connor_rob_hook_z,
@@ -172,12 +209,14 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
     "goodfire": goodfire,
+    "groupmax": groupmax,
     "hooked_mamba": hooked("HookedMamba", hooked_mamba),
     "hooked_transformer": hooked("HookedTransformer", hooked_transformer),
     "huggingface": hooked("AutoModelForCausalLM", gpt2),
     "jumprelu": jumprelu,
     "live": live,
     "llama_scope": llama_scope,
+    "matching_pursuit": matching_pursuit,
     "mntss": mntss,
     "mwhanna": mwhanna,
     "openai": openai,
@@ -186,6 +225,8 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sae_lens_legacy": sae_lens_legacy,
     "sparsify": sparsify,
     "standard": standard,
+    "temporal": temporal,
+    "temporal_loader": temporal_loader,
     "topk": topk,
     "transcoder": transcoder,
     "wandb": wandb,
@@ -205,8 +246,11 @@ SILENT = {
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
+    "map": "it takes no map: no matrix can be folded into W_dec [d_sae, d_out], which does not change with d_out as a "
+    "matrix of one layer does",
     "row-wise": "it is not row-wise",
     "not row-wise": "it is row-wise",
+    "no training": "it reads SAEs that other libraries have trained",
     "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }
 """Why a check may say nothing of a built-in."""

@@ -5,7 +5,7 @@ Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class RevivingSAE(SAE):
     """Its options have ``aux_loss_coefficient`` and ``k_aux``."""
 
     config: Any
+    aux_by_size: ClassVar[bool] = False
+    """Whether dead features are chosen by the size of what they would be, as those are that may be below zero."""
 
     @property
     def aux_coefficient(self) -> float:
@@ -51,8 +53,9 @@ class RevivingSAE(SAE):
         if dead is None or not self.aux_coefficient or not self._may_be_any(dead):
             return pre.new_zeros(())
         loss = auxk_loss(
-            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(), shrink=self.aux_shrinks
-        )
+            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(),
+            shrink=self.aux_shrinks, by_size=self.aux_by_size,
+        )  # fmt: skip
         return loss * self.aux_weight(target, output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -40,7 +40,8 @@ class ReconstructionEval:
         def rows() -> Iterator[Tensor | tuple[Tensor, Tensor]]:
             for tokens in contexts.split(size):
                 held = backend.run(tokens, read={site.hook_name for site in sites.all}).held
-                x = sites.input_of(held).flatten(0, 1)
+                x = sites.input_of(held)
+                x = x if sae.reads_sequences else x.flatten(0, 1)
                 yield x if sites.same else (x, sites.target_of(held).flatten(0, 1))
 
         losses = spliced_losses(sae, backend=backend, sites=sites, contexts=contexts, batch_size=size)

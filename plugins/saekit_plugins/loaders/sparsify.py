@@ -63,7 +63,7 @@ class SparsifyLoader:
         folder = name.removesuffix("sae.safetensors")
         where = f"{folder}cfg.json in {files.place}"
         config = files.json(f"{folder}cfg.json")
-        d_in, d_sae, k = _sizes(config, where)
+        (d_in, d_sae, k), kind = _sizes(config, where), text(config, "activation", where) or "topk"
         transcodes, skips = config.get("transcode") is True, config.get("skip_connection") is True
         names = _NAMES | ({"W_skip": "W_skip"} if skips else {})
         tensors = named(files.tensors(name), names, f"{name} in {files.place}")
@@ -77,11 +77,11 @@ class SparsifyLoader:
         if not transcodes:
             found = _site(path_of(files, name), _WRITTEN)
             return PretrainedSAE(
-                architecture="saekit:topk", options=options_, tensors=tensors, site=found, metadata=metadata,
+                architecture=f"saekit:{kind}", options=options_, tensors=tensors, site=found, metadata=metadata,
                 renamed=_NAMES,
             )  # fmt: skip
         return PretrainedSAE(
-            architecture="saekit:topk_transcoder",
+            architecture=f"saekit:{kind}_transcoder",
             options=options_ | {"skip_connection": skips},
             tensors=tensors,
             **_ports(path_of(files, name), tensors),
@@ -96,8 +96,10 @@ def _sizes(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
         if not isinstance(config.get(name, False), bool):
             raise SAEFormatError(f"{name} in {where} is {config[name]!r}, expected true or false")
     activation = text(config, "activation", where) or "topk"
-    if activation != "topk":
-        raise SAEFormatError(f"activation in {where} is {activation!r}, which this loader cannot read; it reads 'topk'")
+    if activation not in ("topk", "groupmax"):
+        raise SAEFormatError(
+            f"activation in {where} is {activation!r}, which this loader cannot read; it reads 'topk' and 'groupmax'"
+        )
     if config.get("signed"):
         raise SAEFormatError(f"signed in {where} is true, and this loader reads no features below 0")
     if config.get("skip_connection") and not config.get("transcode"):
@@ -107,7 +109,10 @@ def _sizes(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
         d_sae = d_in * whole_number(config, "expansion_factor", where)
     else:
         d_sae = whole_number(config, "num_latents", where)
-    return d_in, d_sae, whole_number(config, "k", where, most=d_sae)
+    k = whole_number(config, "k", where, most=d_sae)
+    if activation == "groupmax" and d_sae % k:
+        raise SAEFormatError(f"k in {where} is {k}, and {d_sae} latents are not so many groups of one size")
+    return d_in, d_sae, k
 
 
 def _site(path: str, hooks: Mapping[str | None, str]) -> Site | None:
@@ -148,5 +153,5 @@ def _metadata(files: SAEFiles, folder: str) -> dict[str, Any]:
 
 @hookimpl
 def saekit_register_pretrained_loaders() -> Iterable[Entry]:
-    summary = "topk SAEs and transcoders of sparsify (HOOKPOINT/sae.safetensors)"
+    summary = "SAEs and transcoders of sparsify (HOOKPOINT/sae.safetensors)"
     yield Entry("sparsify", SparsifyConfig, f"{__name__}:SparsifyLoader", summary=summary)

@@ -10,7 +10,7 @@ import attrs
 
 from saekit.errors import SaekitError
 from saekit.site import Site
-from saekit.testing.checks.check import Fault, Subject
+from saekit.testing.checks.check import Fault, NotTried, Subject
 from saekit.testing.checks.numbers import must_agree, seeded
 from saekit.values import Ports, StepInput, StepOutput
 
@@ -24,6 +24,7 @@ __all__ = [
     "PORTS",
     "ROWS",
     "copied",
+    "inputs",
     "made",
     "methods",
     "must_be_one_step",
@@ -69,7 +70,7 @@ def made(subject: Subject, ports: Ports = ONE, *, seed: int = 0) -> SAE:
     initialize(sae, seeded(seed), x, target=target, scale=1.0, target_scale=1.0)
     _stir(sae, seed)
     sae.kernels = "reference"
-    for step in range(2):
+    for step in range(2 if sae.why_no_training is None else 0):
         stepped(sae, step=step, seed=step + 1)
         sae.zero_grad(set_to_none=True)
     sae.kernels = "auto"
@@ -113,10 +114,18 @@ def rows(ports: Ports, n: int = ROWS, seed: int = 5) -> tuple[Tensor, Tensor | N
     return x, None if ports.same else torch.randn(n, ports.d_out, generator=generator, dtype=torch.float64) - 0.2
 
 
+def inputs(sae: SAE) -> Tensor:
+    """``[..., d_in]``, as it takes them: rows, or the same rows as sequences."""
+    x, _ = rows(sae.ports)
+    return x.reshape(4, -1, sae.d_in) if sae.reads_sequences else x
+
+
 def step_input(sae: SAE, *, step: int = 3, dead: float = 0.0, target: Tensor | None = None) -> StepInput:
-    """For a step; ``dead`` is the part of the features that is."""
+    """For a step; ``dead`` is the part of the features that is.  What is for inference alone has no steps."""
     import torch
 
+    if sae.why_no_training is not None:
+        raise NotTried(f"it is for inference alone: {sae.why_no_training}")
     mask = None
     if dead:
         mask = torch.rand(sae.d_sae, generator=seeded(9)) < dead

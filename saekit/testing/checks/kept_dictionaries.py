@@ -16,10 +16,10 @@ from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.dictionaries import (
     ONE,
     copied,
+    inputs,
     made,
     methods,
     must_be_one_step,
-    rows,
     stepped,
     takes,
     with_factors,
@@ -66,7 +66,7 @@ def saving(subject: Subject) -> None:
             must(type(again) is type(sae), f"it is loaded as {type(again).__name__}")
             must(again.ports == sae.ports, f"it is loaded with the ports {again.ports}, expected {sae.ports}")
             must(again.info.sites == sae.info.sites, f"it is loaded with the sites {again.info.sites}")
-            x, _ = rows(ports)
+            x = inputs(sae)
             must_agree(f"outputs after it was saved ({where}, {method})", again(x), sae(x), _EXACT)
             twice = _saved(again, folder / "twice", subject)
             must_be_equal(f"tensors saved twice ({where})", twice.public_tensors(), again.public_tensors())
@@ -117,7 +117,7 @@ def copies(subject: Subject) -> None:
     import torch
 
     sae = made(subject)
-    x, _ = rows(ONE)
+    x = inputs(sae)
     expected = sae(x)
     try:
         again = pickle.loads(pickle.dumps(sae))

@@ -94,14 +94,12 @@ def _loaded(subject: Subject, folder: Path) -> SAEModule:
 @CHECKS.add
 def loads(subject: Subject) -> None:
     """An SAE of its format is read, the same each time, and can be used; its files stay as they are."""
-    import torch
-
     for folder in _folders(subject):
         before = _contents(folder)
         read = subject.build().load(SAEFiles.in_folder(folder))
         must(isinstance(read, PretrainedSAE), f"load returns {type(read).__name__}, expected a PretrainedSAE")
         sae = _loaded(subject, folder)
-        x = torch.randn(5, sae.d_in, generator=seeded()).to(sae.dtype)
+        x = _inputs(sae)
         output = sae(x)
         must(output.isfinite().all(), f"the SAE in {folder} makes outputs that are no finite numbers")
         must_be_equal("the SAE, loaded again,", _everything(_loaded(subject, folder)), _everything(sae))
@@ -120,13 +118,11 @@ def _everything(sae: SAEModule) -> dict[str, Tensor]:
 @CHECKS.add
 def saves(subject: Subject) -> None:
     """What it read can be saved by saekit and loaded again, with the same outputs."""
-    import torch
-
     for number, folder in enumerate(_folders(subject)):
         sae: Any = _loaded(subject, folder)
         sae.save(subject.place / f"saved-{number}")
         again = load_sae(SAEFiles.in_folder(subject.place / f"saved-{number}"), plugins=subject.plugins)
-        x = torch.randn(5, sae.d_in, generator=seeded()).to(sae.dtype)
+        x = _inputs(sae)
         must_be_equal("the outputs, saved and loaded again,", again(x), sae(x))
 
 
@@ -191,3 +187,11 @@ def refuses_wrong_shapes(subject: Subject) -> None:
         _refused_or_the_same(subject, whole, ((f"{what} has another shape", copy) for what, copy in damaged))
         for what, copy in with_other_tensors(folder, subject.place, lambda value: None):
             _read(partial(_loaded, subject, copy), f"{what} is missing")
+
+
+def _inputs(sae: SAEModule) -> Tensor:
+    """Five rows, or one sequence of them."""
+    import torch
+
+    shape = (1, 5, sae.d_in) if sae.reads_sequences else (5, sae.d_in)
+    return torch.randn(shape, generator=seeded()).to(sae.dtype)

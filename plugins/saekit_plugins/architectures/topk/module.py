@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -18,6 +18,7 @@ from saekit.kernels import (
     Features,
     SparseFeatures,
     SparseKernel,
+    StepKernel,
     Workspace,
     dense_above,
     screen_for,
@@ -111,7 +112,7 @@ class TopKSAE(RevivingSAE):
     :class:`ConfigError` when the activation is not ReLU, or ``k`` is more than there are features.
     """
 
-    step_kernels = (TopKKernel(),)
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = (TopKKernel(),)
     config: TopKConfig
     _name: ClassVar[str] = "topk"
 
@@ -138,9 +139,12 @@ class TopKSAE(RevivingSAE):
         return 1 / norms if factor is None else factor / norms
 
     def features_of(self, pre: Tensor) -> Tensor:
+        return self._largest(pre, self.config.k)
+
+    def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
-        values, features = (pre if norms is None else pre * norms).topk(self.config.k, dim=-1, sorted=False)
+        values, features = (pre if norms is None else pre * norms).topk(k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, features, values.relu())
 
     # ---- training
@@ -156,7 +160,7 @@ class TopKSAE(RevivingSAE):
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
             output=output.detach(),
-            fired=(features.detach() > 0).sum(0),
+            fired=(features.detach().abs() > 0).sum(0),
             coefficients=self.after_features(features.detach()),
         )
 

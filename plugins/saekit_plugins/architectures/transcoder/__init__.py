@@ -13,6 +13,7 @@ import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig, check_warm_up
 from saekit_plugins.architectures.topk import TopKConfig
@@ -78,6 +79,11 @@ class TopKTranscoderConfig(TranscoderOptions, TopKConfig):
     """``topk`` from one site to another."""
 
 
+@attrs.frozen(kw_only=True)
+class GroupMaxTranscoderConfig(TranscoderOptions, GroupMaxConfig):
+    """``groupmax`` from one site to another."""
+
+
 def _precheck(options: Any, whole: TrainConfig) -> None:
     check_warm_up(options, whole)
     if not whole.sites.same:
@@ -90,7 +96,9 @@ def _precheck(options: Any, whole: TrainConfig) -> None:
     )  # fmt: skip
 
 
-_SAES: Mapping[str, type] = {"standard": StandardConfig, "jumprelu": JumpReLUConfig, "topk": TopKConfig}
+_SAES: Mapping[str, type] = {
+    "standard": StandardConfig, "jumprelu": JumpReLUConfig, "groupmax": GroupMaxConfig, "topk": TopKConfig,
+}  # fmt: skip
 
 
 @hookimpl
@@ -99,6 +107,7 @@ def saekit_register_sae_architectures() -> Iterable[Entry]:
         ("transcoder", TranscoderConfig, "TranscoderSAE"),
         ("jumprelu_transcoder", JumpReLUTranscoderConfig, "JumpReLUTranscoderSAE"),
         ("topk_transcoder", TopKTranscoderConfig, "TopKTranscoderSAE"),
+        ("groupmax_transcoder", GroupMaxTranscoderConfig, "GroupMaxTranscoderSAE"),
     ):
         kind = name.removesuffix("transcoder").strip("_") or "standard"
         summary = f"{kind}, to another site"

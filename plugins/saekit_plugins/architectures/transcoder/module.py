@@ -11,11 +11,12 @@ from saekit import SAE, SAEConfig
 from saekit.kernels import SparseKernel, Workspace
 from saekit.sae import Parameter, init
 from saekit.values import StepInput, StepOutput
+from saekit_plugins.architectures.groupmax.module import GroupMaxSAE
 from saekit_plugins.architectures.jumprelu.module import JumpReLUKernel, JumpReLUSAE
 from saekit_plugins.architectures.standard.module import StandardKernel, StandardSAE
 from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
 
-__all__ = ["JumpReLUTranscoderSAE", "TopKTranscoderSAE", "TranscoderSAE"]
+__all__ = ["GroupMaxTranscoderSAE", "JumpReLUTranscoderSAE", "TopKTranscoderSAE", "TranscoderSAE"]
 
 
 class _Skips(SAE):
@@ -112,3 +113,9 @@ class TopKTranscoderSAE(_Skips, TopKSAE):
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": self.info.architecture}
+
+
+class GroupMaxTranscoderSAE(_Skips, GroupMaxSAE):
+    """See the module."""
+
+    _name = "groupmax_transcoder"

@@ -22,6 +22,7 @@ CONFIG, WEIGHTS, SPARSITY, SCALER = (
 )  # fmt: skip
 
 _PATTERN = r"sae_weights\.safetensors"
+_FINE_TUNED = "finetuning_scaling_factor"
 
 
 @attrs.frozen(kw_only=True)
@@ -70,6 +71,8 @@ class SaeLensLoader:
     ) -> PretrainedSAE:
         """What the contents of the files say: of ``cfg.json``, the weights, and the scaler's factor."""
         config = read_config(raw, place, self._normalized)
+        if config.flat.get(_FINE_TUNED) is True and _FINE_TUNED not in tensors:
+            raise SAEFormatError(f"{place} says {_FINE_TUNED}, and the weights beside it hold no such tensor")
         architecture = architecture_of(config, _with_one_factor(dict(tensors)), place)
         defaulted = [*config.defaulted, *architecture.defaulted]
         return PretrainedSAE(
@@ -135,7 +138,7 @@ def _defaulted(names: list[str]) -> Mapping[str, Any]:
 
 def _with_one_factor(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a ``scaling_factor`` only where it does something."""
-    for name in ("scaling_factor", "finetuning_scaling_factor"):  # of 2.x, and of 3 to 5
+    for name in ("scaling_factor", _FINE_TUNED):  # of 2.x, and of 3 to 5
         factor = tensors.pop(name, None)
         if factor is not None and not bool((factor == 1).all()):
             tensors["scaling_factor"] = factor

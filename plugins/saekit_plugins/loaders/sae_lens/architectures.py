@@ -9,13 +9,14 @@ import attrs
 
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.sae_lens.config import FoundConfig
+from saekit_plugins.loaders.sae_lens.others import OTHERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Found", "architecture_of"]
 
-_READ = "standard, topk, jumprelu, batchtopk, and transcoders"
+_READ = "standard, topk, abstopk, jumprelu, batchtopk, matching_pursuit, temporal, and transcoders"
 _K = 32.0  # of a batchtopk whose file does not say: only training asks for it
 
 
@@ -36,8 +37,10 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
     name = config.architecture
     if name == "standard" and config.activation != "topk":  # 4 and 5 may call a topk that
         return Found("saekit:standard", {"activation": config.activation}, tensors)
-    if name in ("standard", "topk"):
+    if name in ("standard", "topk", "abstopk"):
         return _topk(config, tensors, place)
+    if name in OTHERS:
+        return Found(*OTHERS[name](config, place), tensors)
     if name == "jumprelu":
         return _jumprelu(config, tensors, place)
     if name == "batchtopk":
@@ -52,7 +55,8 @@ def _topk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
     if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or not 1 <= k <= config.d_sae:
         where = "k (or activation_fn_kwargs.k)"
         raise SAEFormatError(f"{where} in {place} is {k!r}, expected a whole number from 1 to d_sae = {config.d_sae}")
-    return Found("saekit:topk", {"k": int(k), **_rescale(config)}, tensors)
+    key = "saekit:abstopk" if config.architecture == "abstopk" else "saekit:topk"
+    return Found(key, {"k": int(k), **_rescale(config)}, tensors)
 
 
 def _rescale(config: FoundConfig) -> dict[str, bool]:

@@ -115,6 +115,8 @@ def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site:
 def _normalized(flat: Mapping[str, Any], place: str, option: str | None) -> str:
     """What activations went through, by the names of 4 to 6; ``option`` says it where the file does not."""
     found = flat.get("normalize_activations", "none")
+    if found == "constant_scalar_rescale" and flat.get("architecture") == "temporal":  # an option of that
+        found = "none"
     if isinstance(found, bool):  # of 2 and 3
         found = SCALED if found else "none"
     if found == "covariance_whitening":

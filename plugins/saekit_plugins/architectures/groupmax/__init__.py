@@ -1,0 +1,30 @@
+"""SAE architecture ``groupmax``: of each of k groups of features the largest one, as sparsify has it.
+
+A group is ``d_sae / k`` features that follow each other.  To choose in groups is cheaper than to choose among all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from saekit import Entry, hookimpl
+from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.topk import TopKConfig
+
+
+@attrs.frozen(kw_only=True)
+class GroupMaxConfig(TopKConfig):
+    """``mse + auxk``, where one feature of each of ``k`` groups is active: the largest, if it is above zero."""
+
+    k: int = attrs.field(
+        default=32, validator=check(lambda value: value >= 1, "1 or more"), metadata={NEEDED_TO_LOAD: True}
+    )
+    """Groups, and so the most features of a row that are active.  It divides `d_sae`."""
+
+
+@hookimpl
+def saekit_register_sae_architectures() -> Iterable[Entry]:
+    build, summary = f"{__name__}.module:GroupMaxSAE", "the largest feature of each of k groups"
+    yield Entry("groupmax", GroupMaxConfig, build, summary=summary)

@@ -1,0 +1,49 @@
+"""The mathematics of ``groupmax``: those of ``topk`` with another selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from saekit import Ports
+from saekit.errors import ConfigError
+from saekit.kernels import StepKernel
+from saekit.protocols import ActivationFunction
+from saekit.sae import check_width
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
+from saekit_plugins.architectures.topk.module import TopKSAE
+
+__all__ = ["GroupMaxSAE"]
+
+
+class GroupMaxSAE(TopKSAE):
+    """``f = relu(z)`` where ``z`` is the largest of its group, else 0; the first one where several are.
+
+    :class:`ConfigError` when ``k`` does not divide the number of features.
+    """
+
+    step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
+    config: GroupMaxConfig
+    _name: ClassVar[str] = "groupmax"
+
+    def __init__(self, config: GroupMaxConfig, *, ports: Ports, activation: ActivationFunction) -> None:
+        if (d_sae := config.features(ports.d_in)) % config.k:
+            raise ConfigError(
+                [("sae.k", f"is {config.k}, and {d_sae} features are not so many groups of one size; choose a k that "
+                  "divides d_sae")]
+            )  # fmt: skip
+        super().__init__(config, ports=ports, activation=activation)
+
+    def _largest(self, pre: Tensor, k: int) -> Tensor:
+        check_width(pre, self.d_sae, "d_sae", "pre-activations")
+        norms = self.feature_norms()
+        compared = (pre if norms is None else pre * norms).relu()
+        values, places = compared.unflatten(-1, (k, -1)).max(dim=-1)
+        first = torch.arange(0, self.d_sae, self.d_sae // k, device=pre.device)
+        return torch.zeros_like(pre).scatter(-1, places + first, values)
+
+    def public_config(self) -> dict[str, Any]:
+        return {"architecture": self.info.architecture}

@@ -294,7 +294,7 @@ def mapping(subject: Subject) -> None:
     refused = []
     for where, ports in takes(subject):
         sae = made(subject, ports)
-        x, _ = rows(ports)
+        x = inputs(sae)
         read = _map(ports.d_in, 1)
         written = read if ports.same else _map(ports.d_out, 2)
         z = (x - read.mean) @ read.matrix

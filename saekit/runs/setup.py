@@ -269,7 +269,7 @@ def _watching(
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
     parts: list[Part] = [(plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation)]
     if sae.input_transform is not None:
-        parts.append((plugins.bound(INPUT_TRANSFORMS, sae.info.input_transform).item, sae.input_transform))
+        parts.append((plugins.find(INPUT_TRANSFORMS, config.activations.normalize_activations), sae.input_transform))
     return lambda doing: blamed(item, doing, at_work=True, parts=parts)
 
 

@@ -12,6 +12,7 @@ from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import (
+    CHOOSES_START,
     NEEDED_TO_LOAD,
     PLUGIN_KIND,
     SAME_AT_START,
@@ -34,6 +35,7 @@ from saekit.config.training import TrainingConfig
 from saekit.site import Site
 
 __all__ = [
+    "CHOOSES_START",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",

@@ -15,6 +15,7 @@ from saekit.files.paths import expanded
 from saekit.kinds import Kind
 
 __all__ = [
+    "CHOOSES_START",
     "INSTEAD_OF",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
@@ -53,6 +54,9 @@ SAME_AT_START = "saekit_same_at_start"
 NEEDED_TO_LOAD = "saekit_needed_to_load"
 """Metadata of an SAE's option without which saved weights cannot be understood: a folder that lacks it is refused, and
 no default takes its place.  Options with :data:`SAME_AT_START` are needed, too."""
+CHOOSES_START = "saekit_chooses_start"
+"""Metadata of an SAE's option beside those of :class:`saekit.SAEConfig` that chooses starting weights and nothing else:
+training from saved weights refuses it."""
 INSTEAD_OF = "saekit_instead_of"
 """Metadata of an option that takes the place of another, by the other's name: where it is given, the other must be left
 out, and is not written."""

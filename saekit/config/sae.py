@@ -61,6 +61,11 @@ class SAEConfig:
             raise ConfigError([("decoder_heuristic_init", "choose one of decoder_heuristic_init and "
                                 "decoder_orthogonal_init")])  # fmt: skip
 
+    @property
+    def starts_from_activations(self) -> bool:
+        """Whether starting values are made of a sample of activations to come."""
+        return self.b_dec_init_method != "zeros"
+
     def features(self, d_in: int) -> int:
         """``d_sae`` at a site of width ``d_in``."""
         return self.d_sae or d_in * (self.expansion_factor or 16)

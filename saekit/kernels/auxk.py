@@ -23,12 +23,14 @@ def add_auxk(
     norms: Tensor | None = None,
     *,
     shrink: bool = True,
+    trains_encoder: bool = True,
 ) -> Tensor:
     """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all rows.
 
     ``encoder`` is that of ``fast``.
 
-    An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.
+    An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.  Where it
+    does not train the encoder, features are pre-activations after ReLU.
     """
     whole = fast.gradients
     weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
@@ -36,7 +38,7 @@ def add_auxk(
         whole.encoder[dead],
         whole.decoder[dead],
         encoder.workspace,
-        of_encoder=whole.of_encoder,
+        of_encoder=whole.of_encoder and trains_encoder,
         of_decoder=whole.of_decoder,
     )
     encoder, target = Encoder(part.encoder.T, encoder.b_enc[dead], encoder.workspace), fast.target
@@ -44,7 +46,8 @@ def add_auxk(
     total = target.new_zeros(())
     for start in range(0, len(target), CHUNK):
         rows = slice(start, min(start + CHUNK, len(target)))
-        features, to_pre = _chosen(encoder.pre_activations(fast.centered[rows]), k, scale, dense_above(part.encoder))
+        pre = encoder.pre_activations(fast.centered[rows])
+        features, to_pre = _chosen(pre if trains_encoder else pre.relu_(), k, scale, dense_above(part.encoder))
         error = decoded(features, part.decoder).sub_(target[rows]).add_(fast.output[rows])
         total += error.pow(2).sum(1).sum()
         part.add(features, fast.centered[rows], error.mul_(2 * weight / len(target)), to_pre, rows)

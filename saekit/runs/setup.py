@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.config import SAME_AT_START, SAEConfig, TrainConfig
+from saekit.config import CHOOSES_START, SAME_AT_START, SAEConfig, TrainConfig
 from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
@@ -76,7 +76,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
     where = _start_of(config)
     problems = [
         (f"sae.{name}", f"chooses a start, but training starts from {where}; leave it out")
-        for name in _INITIAL
+        for name in (*_INITIAL, *_marked(options, CHOOSES_START))
         if _is_chosen(options, name)
     ]
     wanted = plain_config(options, plugins)
@@ -99,6 +99,11 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         problems += _meaning_problems(options, start, _scaled(start, scale or 1.0, config.sites), where)
     if problems:
         raise ConfigError(problems)
+
+
+def _marked(options: SAEConfig, mark: str) -> list[str]:
+    """The options with this metadata."""
+    return [field.name for field in attrs.fields(type(options)) if field.metadata.get(mark)]
 
 
 def _is_chosen(options: SAEConfig, name: str) -> bool:
@@ -283,7 +288,7 @@ def give_weights(
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
     estimator = estimator_of(config)
-    initial = start is None and options.b_dec_init_method != "zeros"
+    initial = start is None and options.starts_from_activations
     sample = _sample(peek(), config.sites, corpus) if estimator is not None or initial else None
     scale: Scale = 1.0
     if estimator is not None and sample is not None:
@@ -346,7 +351,7 @@ def _scaled(start: SAEModule, scale: Scale, sites: Sites) -> SAEModule:
 
 def _differing(options: SAEConfig, sae: SAEModule) -> dict[str, Any]:
     """The options that decide what weights mean, with their values in ``sae``, where a run has others."""
-    names = [field.name for field in attrs.fields(type(options)) if field.metadata.get(SAME_AT_START)]
+    names = _marked(options, SAME_AT_START)
     return {name: found for name in names if (found := getattr(sae.config, name, None)) != getattr(options, name)}
 
 

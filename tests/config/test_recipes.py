@@ -28,7 +28,8 @@ NAMES = [found.name for found in recipes()]
 
 def test_those_that_there_are() -> None:
     assert NAMES == [
-        "gemma-2-2b-topk", "gpt2-small-residual", "laptop", "mamba-130m-residual", "pythia-160m-attention"
+        "gemma-2-2b-topk", "gpt2-small-residual", "laptop", "mamba-130m-residual", "pythia-160m-attention",
+        "pythia-160m-skip-transcoder",
     ]  # fmt: skip
     listed = printed(None)
     for found in recipes():

@@ -19,12 +19,40 @@ ELSEWHERE = {
     "inputs": [{"hook_name": "blocks.0.ln2.hook_normalized"}],  # 128 wide
     "targets": [{"hook_name": "blocks.0.mlp.hook_pre"}],  # 512
 }
+SEVERAL = {"inputs": [{"hook_name": "blocks.0.hook_resid_post"}, {"hook_name": "blocks.1.hook_resid_post"}]}
 KINDS: dict[str, dict[str, Any]] = {
     "jumprelu": {"sae": {"name": "jumprelu"}},
     "transcoder": {"sae": {"name": "transcoder"}, **ELSEWHERE},
     "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True}, **ELSEWHERE},
     "topk": {"sae": {"name": "topk_transcoder", "k": 8, "skip_connection": True}, **ELSEWHERE},
+    "sparsify": {
+        "sae": {
+            "name": "topk_transcoder",
+            "k": 8,
+            "k_start": 24,
+            "k_warm_up_steps": 3,
+            "skip_connection": True,
+            "decoder_heuristic_init": False,
+            "decoder_zero_init": True,
+            "b_enc_init_method": "centered",
+            "b_dec_init_method": "mean",
+            "rescale_acts_by_decoder_norm": False,
+            "mse_loss_normalization": "variance",
+            "aux_loss_normalization": "none",
+            "aux_loss_trains_encoder": False,
+        },
+        **ELSEWHERE,
+    },
+    "crosscoder": {"sae": {"name": "crosscoder", "l1_coefficient": 0.3, "l1_warm_up_steps": 3}, **SEVERAL},
+    "batchtopk_crosscoder": {"sae": {"name": "batchtopk_crosscoder", "k": 32}, **SEVERAL},
 }
+
+LEAST = {
+    "jumprelu": 0.8, "transcoder": 0.5, "skip": 0.8, "topk": 0.8, "sparsify": 0.8, "crosscoder": 0.5,
+    "batchtopk_crosscoder": 0.5,
+}  # fmt: skip
+"""The explained variance at the end, at least."""
+QUICK = ("sparsify", "crosscoder", "batchtopk_crosscoder")
 
 
 def config(folder: Path, kind: str, name: str, tokens: int = 2048) -> dict[str, Any]:
@@ -52,20 +80,21 @@ def test_one_that_is_stopped_and_one_beside_others_end_with_the_same_bytes(tmp_p
     assert hashes(sweep.results["same"].folder) == hashes(whole.folder)
     assert 0 < whole.metrics["metrics/l0"] < 96
     loaded = saekit.SAE.load(whole.folder / "sae")
-    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+    read = 256 if kind.endswith("crosscoder") else 128
+    x = torch.randn(20, read, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(loaded(x), whole.sae(x), atol=1e-5), "norms of topk are folded"
-    assert loaded(x).shape == (20, 512 if "inputs" in KINDS[kind] else 128)
+    assert loaded(x).shape == (20, 512 if "targets" in KINDS[kind] else read)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "least"), [("jumprelu", 0.8), ("transcoder", 0.5), ("skip", 0.8), ("topk", 0.8)])
+@pytest.mark.parametrize(("kind", "least"), LEAST.items())
 def test_what_a_run_learns_and_sae_lens_6_makes_of_it(tmp_path: Path, kind: str, least: float) -> None:
-    longer = config(tmp_path, kind, "longer", tokens=100_000)
+    longer = config(tmp_path, kind, "longer", tokens=30_000 if kind in QUICK else 100_000)
     longer["sae"] |= {"d_sae": 256}
     result = saekit.train(longer)
     assert result.metrics["metrics/explained_variance"] > least
     assert result.metrics["metrics/l0"] < 128
-    if kind == "topk":  # which sae-lens has not
+    if kind in (*QUICK, "topk"):  # which sae-lens has not
         return
     python = sae_lens_python()
     if python is None:

@@ -88,7 +88,7 @@ def test_its_own_test_passes(plugin: Any) -> None:
 
 def config(folder: Path, tokens: int) -> dict[str, Any]:
     training = {"training_tokens": tokens, "log_frequency": 1}
-    base = fake(folder, sae={"name": "crosscoder", "d_sae": 24}, training=training,
+    base = fake(folder, sae={"name": "my_crosscoder", "d_sae": 24}, training=training,
                 checkpoints={"name": "crossed"})  # fmt: skip
     del base["site"]
     return base | {"inputs": tables((EMBED, EARLY))}
@@ -121,7 +121,7 @@ result = saekit.train({
     "dataset": {"context_size": 32},
     "activations": {"normalize_activations": "expected_average_only_in",
                     "source": {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4}},
-    "sae": {"name": "crosscoder", "d_sae": 256, "l1_coefficient": 0.3},
+    "sae": {"name": "my_crosscoder", "d_sae": 256, "l1_coefficient": 0.3},
     "training": {"training_tokens": 40_000, "train_batch_size_tokens": 512, "lr": 3e-3, "verbose": False},
     "evals": {"n_contexts": 4},
     "checkpoints": {"folder": sys.argv[1]},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.crosscoder import BatchTopKCrosscoderConfig, CrosscoderConfig
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.matching_pursuit import MatchingPursuitConfig
@@ -37,16 +38,37 @@ from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 from saekit.kinds import KINDS
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
+AS_SPARSIFY: dict[str, Any] = {
+    "decoder_heuristic_init": False,
+    "decoder_zero_init": True,
+    "b_enc_init_method": "centered",
+    "rescale_acts_by_decoder_norm": False,
+    "mse_loss_normalization": "variance",
+    "aux_loss_normalization": "none",
+    "aux_loss_trains_encoder": False,
+}
 BUILT_IN = {point.name: point.value for point in distribution("saekit").entry_points.select(group="saekit")}
 
 
 def abstopk(folder: Path) -> dict[str, Any]:
-    return {"configs": {"abstopk": [AbsTopKConfig(k=3), AbsTopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+    return {
+        "configs": {
+            "abstopk": [
+                AbsTopKConfig(k=3, k_start=6, k_warm_up_steps=5),
+                AbsTopKConfig(k=3, aux_loss_trains_encoder=False, rescale_acts_by_decoder_norm=False),
+            ]
+        }
+    }
 
 
 def batchtopk(folder: Path) -> dict[str, Any]:
     return {
-        "configs": {"batchtopk": [BatchTopKConfig(k=2.5), BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False)]}
+        "configs": {
+            "batchtopk": [
+                BatchTopKConfig(k=2.5, k_start=4, k_warm_up_steps=5),
+                BatchTopKConfig(k=2, rescale_acts_by_decoder_norm=False, mse_loss_normalization="variance"),
+            ]
+        }
     }
 
 
@@ -58,6 +80,11 @@ def cached(folder: Path) -> dict[str, Any]:
 
 def connor_rob_hook_z(folder: Path) -> dict[str, Any]:
     return {"folders": {"connor_rob_hook_z": foreign.write_connor(folder / "connor", foreign.tensors())}}
+
+
+def crosscoder(folder: Path) -> dict[str, Any]:
+    l2 = CrosscoderConfig(decoder_norm="l2", l1_warm_up_steps=2, l1_decay_steps=6, l1_end=0.1, activation="tanh-relu")
+    return {"configs": {"crosscoder": [CrosscoderConfig(), l2], "batchtopk_crosscoder": BatchTopKCrosscoderConfig(k=3)}}
 
 
 def deepseek_r1(folder: Path) -> dict[str, Any]:
@@ -181,7 +208,8 @@ def temporal_loader(folder: Path) -> dict[str, Any]:
 
 
 def topk(folder: Path) -> dict[str, Any]:
-    return {"configs": {"topk": [TopKConfig(k=3), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]}}
+    several = [TopKConfig(k=3, k_start=5, k_warm_up_steps=6), TopKConfig(k=3, rescale_acts_by_decoder_norm=False)]
+    return {"configs": {"topk": several}}
 
 
 def transcoder(folder: Path) -> dict[str, Any]:
@@ -189,8 +217,14 @@ def transcoder(folder: Path) -> dict[str, Any]:
         "configs": {
             "transcoder": TranscoderConfig(skip_connection=True),
             "jumprelu_transcoder": JumpReLUTranscoderConfig(initial_threshold=0.2),
-            "topk_transcoder": TopKTranscoderConfig(k=3, skip_connection=True),
-            "groupmax_transcoder": GroupMaxTranscoderConfig(k=3, skip_connection=True),
+            "topk_transcoder": [
+                TopKTranscoderConfig(k=3, skip_connection=True),
+                TopKTranscoderConfig(k=3, skip_connection=True, **AS_SPARSIFY),
+            ],
+            "groupmax_transcoder": [
+                GroupMaxTranscoderConfig(k=3, skip_connection=True),
+                GroupMaxTranscoderConfig(k=3, skip_connection=True, **AS_SPARSIFY),
+            ],
         }
     }
 
@@ -205,6 +239,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cached": cached,
     "connor_rob_hook_z": connor_rob_hook_z,
     "cosine_restarts": cosine_restarts,
+    "crosscoder": crosscoder,
     "deepseek_r1": deepseek_r1,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,

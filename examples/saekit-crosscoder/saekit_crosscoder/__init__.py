@@ -1,4 +1,4 @@
-"""SAE architecture ``crosscoder``: features that several sites share, each with a decoder of its own.
+"""SAE architecture ``my_crosscoder``: features that several sites share, each with a decoder of its own.
 
 Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing".  A feature's penalty is its
 activation times the sum of its decoders' norms: ``Σ_s ‖x_s − x̂_s‖² + λ Σ_i f_i Σ_s ‖W_dec,i^s‖``.
@@ -39,4 +39,4 @@ class CrosscoderConfig(SAEConfig):
 
 @hookimpl
 def saekit_register_sae_architectures():
-    yield Entry("crosscoder", CrosscoderConfig, f"{__name__}.module:Crosscoder", summary="features of several sites")
+    yield Entry("my_crosscoder", CrosscoderConfig, f"{__name__}.module:Crosscoder", summary="features of several sites")

@@ -1,4 +1,4 @@
-"""The mathematics of ``crosscoder``, for autograd, and the same step by the kernels of saekit."""
+"""The mathematics of ``my_crosscoder``, for autograd, and the same step by the kernels of saekit."""
 
 import torch
 

@@ -35,6 +35,11 @@ class RevivingSAE(SAE):
         return False
 
     @property
+    def aux_trains_encoder(self) -> bool:
+        """Whether AuxK trains the encoder, too."""
+        return True
+
+    @property
     def k_aux(self) -> int:
         """Dead features of a row that AuxK trains."""
         return self.config.k_aux or max(self.d_in // 2, 1)
@@ -53,22 +58,40 @@ class RevivingSAE(SAE):
         if dead is None or not self.aux_coefficient or not self._may_be_any(dead):
             return pre.new_zeros(())
         loss = auxk_loss(
-            pre, target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(),
+            self._as_auxk_sees(pre), target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(),
             shrink=self.aux_shrinks, by_size=self.aux_by_size,
         )  # fmt: skip
         return loss * self.aux_weight(target, output)
+
+    def _as_auxk_sees(self, pre: Tensor) -> Tensor:
+        if self.aux_trains_encoder:
+            return pre
+        return pre.detach() if self.aux_by_size else pre.detach().relu()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())
 
-    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
-        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s."""
+    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor, unit: Tensor | None = None) -> Tensor:
+        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s.
+
+        ``unit`` is what it is counted in, a scalar."""
         if not self.aux_coefficient or not len(dead):
             return fast.target.new_zeros(())
         weight, norms = self.aux_weight(fast.target, fast.output), self.feature_norms()
-        return add_auxk(fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks)
+        if unit is not None:
+            weight = weight / unit
+        return add_auxk(
+            fast,
+            encoder,
+            dead,
+            self.k_aux,
+            weight,
+            norms,
+            shrink=self.aux_shrinks,
+            trains_encoder=self.aux_trains_encoder,
+        )
 
     def revives(self, step: StepInput) -> bool:
         """Whether a step looks for dead features."""

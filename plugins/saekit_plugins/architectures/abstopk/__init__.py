@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import attrs
 
 from saekit import Entry, hookimpl
+from saekit_plugins.architectures.coefficients import check_coefficients
 from saekit_plugins.architectures.topk import TopKConfig
 
 
@@ -21,4 +22,4 @@ class AbsTopKConfig(TopKConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build, summary = f"{__name__}.module:AbsTopKSAE", "the k features of each row largest by size, of either sign"
-    yield Entry("abstopk", AbsTopKConfig, build, summary=summary)
+    yield Entry("abstopk", AbsTopKConfig, build, summary=summary, precheck=check_coefficients)

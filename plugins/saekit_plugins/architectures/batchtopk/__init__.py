@@ -12,17 +12,23 @@ import attrs
 
 from saekit import Entry, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.coefficients import check_coefficients
 from saekit_plugins.architectures.topk import TopKConfig
 
 
 @attrs.frozen(kw_only=True)
 class BatchTopKConfig(TopKConfig):
-    """``mse + auxk``, where a batch of n rows has at most ``k n`` active features: the largest above zero."""
+    """``(mse + auxk) / unit``, where a batch of n rows has at most ``k n`` active features: the largest above zero."""
 
     k: float = attrs.field(  # type: ignore[assignment]
         default=32.0, validator=check(lambda value: value > 0, "above 0"), metadata={NEEDED_TO_LOAD: True}
     )
     """Active features of a row, on average."""
+    k_start: float | None = attrs.field(  # type: ignore[assignment]
+        default=None, validator=check(lambda value: value > 0, "above 0")
+    )
+    """`k` at the first step, from which it goes to `k` in `k_warm_up_steps`: with many active features at first, few
+    die."""
     aux_loss_coefficient: float | None = attrs.field(  # type: ignore[assignment]
         default=None, validator=check(lambda value: value >= 0, "0 or more")
     )
@@ -40,4 +46,4 @@ class BatchTopKConfig(TopKConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build, summary = f"{__name__}.module:BatchTopKSAE", "the largest features of a batch, k for each row on average"
-    yield Entry("batchtopk", BatchTopKConfig, build, summary=summary)
+    yield Entry("batchtopk", BatchTopKConfig, build, summary=summary, precheck=check_coefficients)

@@ -14,6 +14,7 @@ from saekit.errors import SAEFormatError
 from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for, values_of
 from saekit.protocols import ActivationFunction
 from saekit.sae import Factor, check_width, one_factor
+from saekit.values import StepInput
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE, from_zero
 
@@ -22,13 +23,17 @@ __all__ = ["BatchTopKSAE"]
 _AVERAGE = ("threshold_average", "threshold_updates")  # what the threshold is made of; it is saved in their place
 
 
+def _decimal(k: float) -> Fraction:
+    """The decimal that was written, not the binary number next to it."""
+    return Fraction(repr(float(k)))
+
+
 class BatchTopKKernel(TopKKernel):
     """As :class:`TopKKernel`, but for which features are active."""
 
     def chosen(
-        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None
+        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int
     ) -> Iterator[tuple[int, SparseFeatures]]:
-        wanted = sae.wanted(len(centered))
         yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
 
     def groups(self, sae: Any, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
@@ -56,7 +61,7 @@ class BatchTopKSAE(TopKSAE):
         # In float64, as otherwise small updates of a large average would be lost.
         for name in _AVERAGE:
             self.register_buffer(name, torch.zeros((), dtype=torch.float64, device="cpu"))
-        self._k = Fraction(repr(float(config.k)))  # the decimal that was written, not the binary number next to it
+        self._k, self._start = _decimal(config.k), _decimal(config.k if config.k_start is None else config.k_start)
 
     @property
     def threshold(self) -> Tensor:
@@ -75,15 +80,31 @@ class BatchTopKSAE(TopKSAE):
 
     # ---- training
 
-    def training_features(self, pre: Tensor) -> Tensor:
+    def training_features(self, pre: Tensor, wanted: int | None = None) -> Tensor:
+        """``wanted`` of the whole batch, by default ``⌊k n⌋``."""
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu().flatten()
-        values, places = features.topk(self.wanted(len(pre)), sorted=False)
+        values, places = features.topk(self.wanted(len(pre)) if wanted is None else wanted, sorted=False)
         return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
 
     def wanted(self, rows: int) -> int:
         """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
         return self._k.numerator * rows // self._k.denominator
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving_k(self, step: StepInput) -> float:
+        return float(self._exact_k_at(step))
+
+    def _exact_k_at(self, step: StepInput) -> Fraction:
+        whole = self.config.k_warm_up_steps
+        return self._k if step.step >= whole else self._start + (self._k - self._start) * step.step / whole
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving(self, step: StepInput, rows: int) -> int:
+        return int(self._exact_k_at(step) * rows)
+
+    def _standing(self, rows: int) -> int:
+        return self.wanted(rows)
 
     @torch.no_grad()
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
@@ -105,7 +126,7 @@ class BatchTopKSAE(TopKSAE):
 
     @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
-        before, norm = self.config, self.decoder_norms().mean()
+        before, norm = self.config, self.norms_of(self.W_dec).mean()
         if not super().restate(option, value, within=within):
             return False
         if self.config.rescale_acts_by_decoder_norm and not before.rescale_acts_by_decoder_norm:
@@ -142,7 +163,7 @@ class BatchTopKSAE(TopKSAE):
         if whole and bool((threshold == threshold[0]).all()):
             return threshold[0].item()
         if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
-            norms = W_dec.norm(dim=1).double()
+            norms = self.norms_of(W_dec).double()
             every = (threshold.double() * norms)[norms > 0]
             one = every.median()
             if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from saekit import Entry, hookimpl
+from saekit import ConfigError, Entry, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
 from saekit_plugins.architectures.topk import TopKConfig
 
@@ -22,6 +22,11 @@ class GroupMaxConfig(TopKConfig):
         default=32, validator=check(lambda value: value >= 1, "1 or more"), metadata={NEEDED_TO_LOAD: True}
     )
     """Groups, and so the most features of a row that are active.  It divides `d_sae`."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.k_start is not None:
+            raise ConfigError([("k_start", "is not for groupmax, whose k groups are of one size; leave it out")])
 
 
 @hookimpl

@@ -7,15 +7,17 @@ interpretability team's update of January 2025.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import check
-from saekit_plugins.architectures.standard import check_warm_up
+from saekit_plugins.architectures.coefficients import at_least_0, check_coefficients, check_decay, coefficient_at
 
-_at_least_0 = check(lambda value: value >= 0, "0 or more")
+if TYPE_CHECKING:
+    from saekit import StepInput
+
 _above_0 = check(lambda value: value > 0, "above 0")
 
 
@@ -28,10 +30,14 @@ class JumpReLUConfig(SAEConfig):
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
-    l0_coefficient: float = attrs.field(default=0.5, validator=_at_least_0)
+    l0_coefficient: float = attrs.field(default=0.5, validator=at_least_0)
     """λ, the weight of the sparsity loss."""
-    l0_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
+    l0_warm_up_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps over which λ rises from 0: step t of w has `λ t / w`."""
+    l0_decay_steps: int = attrs.field(default=0, validator=at_least_0)
+    """Steps at the end of training over which λ goes to `l0_end`: step j of the last n has `λ + (l0_end − λ) j / n`."""
+    l0_end: float = attrs.field(default=0.0, validator=at_least_0)
+    """Where λ goes in `l0_decay_steps`."""
     sparsity_loss: Literal["l0", "target_l0", "tanh"] = "l0"
     """`l0`: the number of active features of a row.  `target_l0`: `2 (l0 − L)² / L`, which draws it to L.  `tanh`: the
     sum of `tanh(c f ‖w‖)` over the features, `w` their decoder rows."""
@@ -39,18 +45,18 @@ class JumpReLUConfig(SAEConfig):
     """L of the sparsity loss `target_l0`."""
     tanh_scale: float = attrs.field(default=4.0, validator=_above_0)
     """c of the sparsity loss `tanh`."""
-    pre_act_loss_coefficient: float = attrs.field(default=0.0, validator=_at_least_0)
+    pre_act_loss_coefficient: float = attrs.field(default=0.0, validator=at_least_0)
     """μ, the weight of what draws dead features up: the sum over them of `max(threshold − z, 0) ‖w‖`."""
     bandwidth: float = attrs.field(default=1.0, validator=_above_0)
     """The width of the window around a threshold whose pre-activations say where it should go.  Like thresholds and λ
     it is for activations of a norm near √d_in (`activations.normalize_activations`)."""
-    initial_threshold: float = attrs.field(default=0.5, validator=_at_least_0)
+    initial_threshold: float = attrs.field(default=0.5, validator=at_least_0)
     """Every threshold at the start."""
     ste_to_input: bool = True
     """Let the estimate of the jump's slope pass to pre-activations, too, and so to the encoder, as Anthropic does.
     Without it thresholds alone learn to be sparse, at most a learning rate per step; short runs end with many active
     features."""
-    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
+    aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over, in units of the variance that it can
     explain, but never for more than the squared error itself; 0: none."""
     k_aux: int | None = attrs.field(default=None, validator=check(lambda value: value >= 1, "1 or more"))
@@ -67,6 +73,7 @@ class JumpReLUConfig(SAEConfig):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
+        check_decay(self, "l0")
         if (self.target_l0 is not None) != (self.sparsity_loss == "target_l0"):
             raise ConfigError([("target_l0", 'is the L of sparsity_loss = "target_l0": give both, or neither')])
         if self.sparsity_loss != "tanh" and self.tanh_scale != attrs.fields(JumpReLUConfig).tanh_scale.default:
@@ -77,13 +84,13 @@ class JumpReLUConfig(SAEConfig):
         if self.k_aux is not None and not self.aux_loss_coefficient:
             raise ConfigError([("k_aux", "is for AuxK, and aux_loss_coefficient is 0: leave it out")])
 
-    def l0_coefficient_at(self, step: int) -> float:
-        """λ at ``step``: linear from 0."""
-        return self.l0_coefficient * (min(1.0, step / self.l0_warm_up_steps) if self.l0_warm_up_steps else 1.0)
+    def l0_at(self, step: StepInput) -> float:
+        """λ at a step."""
+        return coefficient_at(self, "l0", step)
 
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build = f"{__name__}.module:JumpReLUSAE"
     summary = "features above thresholds of their own, which are learned"
-    yield Entry("jumprelu", JumpReLUConfig, build, summary=summary, precheck=check_warm_up)
+    yield Entry("jumprelu", JumpReLUConfig, build, summary=summary, precheck=check_coefficients)

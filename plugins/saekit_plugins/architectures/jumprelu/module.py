@@ -180,7 +180,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         return sae.revives(step) and x.device.type != "cpu"  # to count the dead would be to wait for it
 
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        config, coefficient = sae.config, sae.config.l0_coefficient_at(step.step)
+        config, coefficient = sae.config, sae.config.l0_at(step)
         fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
         jumps = _Jumps(sae, len(x), coefficient, workspace)
         groups = active_groups(encoder, fast.centered, None, above=jumps.above, screen=screen_for(encoder))
@@ -241,7 +241,7 @@ class JumpReLUSAE(RevivingSAE):
         pre = self.pre_activations(x)
         features, gate = self._jump(pre)
         output = self.reconstruction(features)
-        coefficient = config.l0_coefficient_at(step.step)
+        coefficient = config.l0_at(step)
         losses = {
             "mse_loss": squared_errors(output, target).sum(-1).mean(),
             "sparsity_loss": self._sparsity(features, gate),

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import attrs
 
-from saekit import ConfigError, Entry, SAEConfig, hookimpl
+from saekit import ConfigError, Entry, hookimpl
 from saekit.config import check
-
-if TYPE_CHECKING:
-    from saekit.config import TrainConfig
+from saekit_plugins.architectures.coefficients import L1Options, check_coefficients
 
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 
 
 @attrs.frozen(kw_only=True)
-class StandardConfig(SAEConfig):
+class StandardConfig(L1Options):
     """``mse + λ_t mean_b ‖f ⊙ w‖_p + ghost``."""
 
-    l1_coefficient: float = attrs.field(default=5.0, validator=_at_least_0)
-    """λ, the weight of the sparsity penalty."""
-    l1_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
-    """Steps over which λ rises from 0: step t of w has `λ t / w`."""
     lp_norm: float = attrs.field(default=1.0, validator=check(lambda value: value > 0, "above 0", finite=False))
     """p, the norm of the penalty."""
     scale_sparsity_penalty_by_decoder_norm: bool = False
@@ -50,22 +44,4 @@ class StandardConfig(SAEConfig):
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build = f"{__name__}.module:StandardSAE"
     summary = "one hidden layer, an Lp sparsity penalty"
-    yield Entry("standard", StandardConfig, build, summary=summary, precheck=check_warm_up)
-
-
-def check_warm_up(options: Any, whole: TrainConfig) -> None:
-    """:class:`ConfigError` where training ends before λ is what was asked for."""
-    steps = whole.training.steps
-    for name in ("l1_warm_up_steps", "l0_warm_up_steps"):
-        if (rising := getattr(options, name, 0)) > steps:
-            raise ConfigError(
-                [(f"sae.{name}", f"is {rising:,}, and training has {steps:,} steps, so {name[:2]}_coefficient would "
-                  "never be reached; lower it, or train longer (training.training_tokens)")]
-            )  # fmt: skip
-
-
-def l1_coefficient_at(config: StandardConfig, step: int) -> float:
-    """λ at ``step``: linear from 0, so the first step of a warm-up has no penalty."""
-    if not config.l1_warm_up_steps:
-        return config.l1_coefficient
-    return config.l1_coefficient * min(1.0, step / config.l1_warm_up_steps)
+    yield Entry("standard", StandardConfig, build, summary=summary, precheck=check_coefficients)

@@ -22,7 +22,7 @@ from saekit.kernels import (
 from saekit.protocols import SparseActivation
 from saekit.sae import ghost_loss, sparsity_penalty, spread, squared_errors
 from saekit.values import StepInput, StepOutput
-from saekit_plugins.architectures.standard import StandardConfig, l1_coefficient_at
+from saekit_plugins.architectures.standard import StandardConfig
 
 __all__ = ["StandardSAE"]
 
@@ -51,7 +51,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
         return active_groups(encoder, centered, sae.activation, noise=noise, screen=screen)
 
     def step(self, sae: StandardSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
-        config, coefficient = sae.config, l1_coefficient_at(sae.config, step.step)
+        config, coefficient = sae.config, sae.config.l1_at(step)
         target = step.target_for(x)
         weights = None if config.mse_loss_normalization == "none" else 1 / spread(target)
         fast = FastStep(sae, x, workspace, target=target, row_weights=weights)
@@ -100,7 +100,7 @@ class StandardSAE(SAE):
         mse = squared_errors(output, target, config.mse_loss_normalization).sum(-1).mean()
         weights = self.W_dec.norm(dim=1) if config.scale_sparsity_penalty_by_decoder_norm else None
         penalty = sparsity_penalty(features, config.lp_norm, weights)
-        coefficient = l1_coefficient_at(config, step.step)
+        coefficient = config.l1_at(step)
         loss = mse + coefficient * penalty
         ghost = loss.new_zeros(())
         if dead is not None:

@@ -7,21 +7,31 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 
-from saekit import Entry, SAEConfig, hookimpl
+from saekit import ConfigError, Entry, SAEConfig, hookimpl
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, check
+from saekit_plugins.architectures.coefficients import check_coefficients, check_k
 
+_SUMMARY = "the k largest features of each row, AuxK for dead ones"
 _at_least_0 = check(lambda value: value >= 0, "0 or more")
 _at_least_1 = check(lambda value: value >= 1, "1 or more")
 
 
 @attrs.frozen(kw_only=True)
 class TopKConfig(SAEConfig):
-    """``mse + auxk``, where at most ``k`` features of a row are active: the largest above zero."""
+    """``(mse + auxk) / unit``, where at most ``k`` features of a row are active: the largest above zero."""
 
     optimizer_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"saekit:adam": {"beta1": 0.9}}
 
     k: int = attrs.field(default=32, validator=_at_least_1, metadata={NEEDED_TO_LOAD: True})
     """Active features of a row."""
+    k_start: int | None = attrs.field(default=None, validator=_at_least_1)
+    """`k` at the first step, from which it goes to `k` in `k_warm_up_steps`: with many active features at first, few
+    die."""
+    k_warm_up_steps: int = attrs.field(default=0, validator=_at_least_0)
+    """Steps over which k goes from `k_start` to `k`: step t of w has `k_start + (k − k_start) t / w`, rounded."""
+    mse_loss_normalization: Literal["none", "variance"] = "none"
+    """`variance`: the loss counts in units of the variance of the batch's targets, AuxK too: the squared error is then
+    the fraction of the variance that is not explained (FVU), as in sparsify."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over; 0: none."""
     aux_loss_normalization: Literal["residual_variance", "none"] = "residual_variance"
@@ -30,6 +40,9 @@ class TopKConfig(SAEConfig):
     fewer than `k_aux` are dead."""
     k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
     """Dead features of a row that AuxK trains.  None: half of `d_in`."""
+    aux_loss_trains_encoder: bool = True
+    """Whether AuxK trains the encoder, too.  Without it, dead features count in AuxK as they are after ReLU, and their
+    decoder rows alone learn from it, as in sparsify."""
     rescale_acts_by_decoder_norm: bool = attrs.field(default=True, metadata={SAME_AT_START: True})
     """Compare features as if decoder rows had norm 1.  Norms are folded into the weights that are saved."""
     normalize_sae_decoder: bool = False
@@ -43,6 +56,12 @@ class TopKConfig(SAEConfig):
     that is most of what activations are, as with outlier dimensions: there the same few features would be the largest
     of every row, and the others never fire.  Else at zero."""
 
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        check_k(self)
+        if not self.aux_loss_trains_encoder and not self.aux_weight:
+            raise ConfigError([("aux_loss_trains_encoder", "is of AuxK, and aux_loss_coefficient is 0: leave it out")])
+
     @property
     def aux_weight(self) -> float:
         """``aux_loss_coefficient`` in numbers."""
@@ -52,4 +71,4 @@ class TopKConfig(SAEConfig):
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build = f"{__name__}.module:TopKSAE"
-    yield Entry("topk", TopKConfig, build, summary="the k largest features of each row, AuxK for dead ones")
+    yield Entry("topk", TopKConfig, build, summary=_SUMMARY, precheck=check_coefficients)

@@ -28,6 +28,7 @@ from saekit.kernels import (
 from saekit.protocols import ActivationFunction, SparseActivation
 from saekit.sae import Factor, check_maps, check_scales, check_width, squared_errors
 from saekit.values import Affine, StepInput, StepOutput
+from saekit_plugins.architectures.coefficients import k_at
 from saekit_plugins.architectures.revival import RevivingSAE
 from saekit_plugins.architectures.topk import TopKConfig
 
@@ -73,36 +74,45 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         return "the activation function declares no sparse support"
 
     def leaves(self, sae: TopKSAE, x: Tensor, step: StepInput) -> bool:
-        # To count the dead would be to wait for a device.
-        return sae.revives(step) and x.device.type != "cpu"
+        # To count the dead would be to wait for a device.  While k is large, sparse products cost more.
+        waits = sae.revives(step) and x.device.type != "cpu"
+        return waits or sae.k_at(step) > dense_above(sae.W_dec) * sae.d_sae
 
     def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
+        return self.step_in(sae, x, step, workspace, sae.loss_unit(step.target_for(x)))
+
+    def step_in(
+        self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace, unit: Tensor | None
+    ) -> StepOutput:
+        """A step whose loss is counted in ``unit``, a scalar."""
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
-        fast = FastStep(sae, x, workspace, target=step.target)
-        logged: dict[str, float | Tensor] = {}
+        weights = None if unit is None else (1 / unit).expand(len(x), 1)
+        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights)
+        logged, wanted = sae.logged_k(step), sae.wanted_at(step, len(x))
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
             return found
 
-        for start, features in self.chosen(sae, encoder, fast.centered, norms):
+        for start, features in self.chosen(sae, encoder, fast.centered, norms, wanted):
             logged |= sae.after_features(features.scaled(norms))
             fast.add(start, features, to_pre)
         aux = x.new_zeros(())
         if step.dead is not None and sae.revives(step):
-            aux = sae.add_aux_loss(fast, encoder, step.dead.nonzero().squeeze(1))
+            aux = sae.add_aux_loss(fast, encoder, step.dead.nonzero().squeeze(1), unit)
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 
     def chosen(
-        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None
+        self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int
     ) -> Iterator[tuple[int, SparseFeatures]]:
-        """The pre-activations of active features in training, group by group with its first row."""
-        return top_groups(encoder, centered, sae.config.k, scale=norms, screen=screen_for(encoder, norms))
+        """The pre-activations of active features in training, group by group with its first row; ``wanted`` is what
+        :meth:`TopKSAE.wanted_at` says."""
+        return top_groups(encoder, centered, wanted, scale=norms, screen=screen_for(encoder, norms))
 
     def groups(self, sae: TopKSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         norms = sae.feature_norms()
-        for start, group in self.chosen(sae, self.encoder(sae, workspace), sae.centered(rows), norms):
+        for start, group in self.chosen(sae, self.encoder(sae, workspace), sae.centered(rows), norms, sae.config.k):
             yield start, group.scaled(norms)
 
 
@@ -118,10 +128,10 @@ class TopKSAE(RevivingSAE):
 
     def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the largest pre-activations themselves")
-        if config.k > config.features(ports.d_in):
-            raise ConfigError(
-                [("sae.k", f"is {config.k:g}, but there are only {config.features(ports.d_in)} features")]
-            )
+        features = config.features(ports.d_in)
+        for name in ("k", "k_start"):
+            if (k := getattr(config, name)) is not None and k > features:
+                raise ConfigError([(f"sae.{name}", f"is {k:g}, but there are only {features} features")])
         super().__init__(config, ports=ports, activation=activation)
 
     activation: Any
@@ -130,7 +140,11 @@ class TopKSAE(RevivingSAE):
         """``[d_sae]``: what pre-activations are multiplied by, and features divided by before they are decoded."""
         if not self.config.rescale_acts_by_decoder_norm:
             return None
-        return self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        return self.norms_of(self.W_dec).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    def norms_of(self, W_dec: Tensor) -> Tensor:
+        """``[d_sae]``: the norms by which features are compared, of a ``W_dec [d_sae, d_out]``."""
+        return W_dec.norm(dim=1)  # type: ignore[no-any-return]
 
     def decoder_scale(self) -> Tensor | None:
         norms, factor = self.feature_norms(), self.scaling_factor
@@ -150,23 +164,61 @@ class TopKSAE(RevivingSAE):
     # ---- training
 
     def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        return self.losses_in(x, step, self.loss_unit(step.target_for(x)))
+
+    def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
+        """:meth:`losses`, counted in ``unit``, a scalar."""
+        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)  # before what a compiler follows
         pre = self.pre_activations(x)
-        features = self.training_features(pre)
+        features = self.training_features(pre, wanted)
         output = self.reconstruction(features)
         target = step.target_for(x)
         mse = squared_errors(output, target).sum(-1).mean()
         aux = self.aux_loss(pre, target, output, step.dead)
+        if unit is not None:
+            mse, aux = mse / unit, aux / unit
         return StepOutput(
             loss=mse + aux,
             losses={"mse_loss": mse.detach(), "auxiliary_reconstruction_loss": aux.detach()},
             output=output.detach(),
             fired=(features.detach().abs() > 0).sum(0),
-            coefficients=self.after_features(features.detach()),
+            coefficients=logged | self.after_features(features.detach()),
         )
 
-    def training_features(self, pre: Tensor) -> Tensor:
-        """Feature activations in training, ``[n, d_sae]`` both."""
-        return self.features_of(pre)
+    def training_features(self, pre: Tensor, wanted: int | None = None) -> Tensor:
+        """Feature activations in training, ``[n, d_sae]`` both; ``wanted`` of each row, by default ``k``."""
+        return self._largest(pre, self.config.k if wanted is None else wanted)
+
+    def k_at(self, step: StepInput) -> float:
+        """k at a step."""
+        return self._moving_k(step) if self.config.k_warm_up_steps else self.config.k
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving_k(self, step: StepInput) -> float:
+        return k_at(self.config, step.step)
+
+    def wanted_at(self, step: StepInput, rows: int) -> int:
+        """How many features are to be active at a step on ``rows``, of each of them."""
+        return self._moving(step, rows) if self.config.k_warm_up_steps else self._standing(rows)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _moving(self, step: StepInput, rows: int) -> int:
+        return int(self.k_at(step))
+
+    def _standing(self, rows: int) -> int:
+        return self.config.k
+
+    def logged_k(self, step: StepInput) -> dict[str, float | Tensor]:
+        """``k``, where it changes."""
+        return {"k": float(self.k_at(step))} if self.config.k_warm_up_steps else {}
+
+    def loss_unit(self, target: Tensor) -> Tensor | None:
+        """What the loss for ``target [n, d_out]`` is counted in, a scalar: their variance, summed over ``d_out``; 1
+        where there is none.  None: nothing."""
+        if self.config.mse_loss_normalization == "none":
+            return None
+        variance = (target - target.mean(0)).pow(2).sum() / len(target)
+        return variance.where(variance > 0, 1)
 
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
         """What the features of a training step change in the SAE; and what is logged of it."""
@@ -179,6 +231,10 @@ class TopKSAE(RevivingSAE):
     def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
         unscaled = self.config.aux_loss_normalization == "none"
         return self.aux_coefficient if unscaled else super().aux_weight(target, output)
+
+    @property
+    def aux_trains_encoder(self) -> bool:
+        return self.config.aux_loss_trains_encoder
 
     @property
     def aux_shrinks(self) -> bool:
@@ -256,7 +312,7 @@ class TopKSAE(RevivingSAE):
         """
         if option != "rescale_acts_by_decoder_norm":
             return super().restate(option, value, within=within)
-        norms = self.decoder_norms()
+        norms = self.norms_of(self.W_dec)
         if value and not bool(((norms / norms.mean() - 1).abs() <= within).all()):
             return False
         if not value and (rescaling := self.feature_norms()) is not None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import attrs
 
 from saekit import ConfigError, Entry, SAEConfig, hookimpl
-from saekit.config import NEEDED_TO_LOAD, check
+from saekit.config import CHOOSES_START, NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.coefficients import check_coefficients
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
-from saekit_plugins.architectures.standard import StandardConfig, check_warm_up
+from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ def _no_b_dec_of_inputs(_: object, attribute: Any, value: bool) -> None:
         raise ConfigError(
             [(attribute.name, "is not for transcoders, whose b_dec belongs to the targets; leave it out")]
         )
+
+
+_NOT_FROM_ZERO = {
+    "normalize_sae_decoder": "keeps decoder rows at norm 1, and decoder_zero_init starts them at 0",
+    "decoder_heuristic_init": "starts from decoder rows of norm 0.1, and decoder_zero_init from 0",
+    "decoder_orthogonal_init": "starts from an orthogonal decoder, and decoder_zero_init from 0",
+    "init_encoder_as_decoder_transpose": "makes the encoder of the decoder, which decoder_zero_init starts at 0",
+    "rescale_acts_by_decoder_norm": "compares features by the norms of decoder rows, which decoder_zero_init starts "
+    "at 0",
+}
 
 
 @attrs.frozen(kw_only=True, slots=False)  # of two bases with slots there can be no class
@@ -41,6 +52,22 @@ class TranscoderOptions(SAEConfig):
     """Add `x W_skip.T`, by which features need not learn what is linear.  `W_skip` starts at zero."""
     init_encoder_as_decoder_transpose: bool = False
     """Start from `W_enc = W_dec.T`, where targets are as wide as inputs."""
+    decoder_zero_init: bool = attrs.field(default=False, metadata={CHOOSES_START: True})
+    """Start from `W_dec = 0`, as sparsify does: outputs are those of the bias and the skip connection at first."""
+    b_enc_init_method: Literal["zeros", "centered"] = attrs.field(default="zeros", metadata={CHOOSES_START: True})
+    """Start `b_enc` at zero, or at minus what the encoder makes of the mean of the first inputs, as sparsify does."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if not self.decoder_zero_init:
+            return
+        for name, why in _NOT_FROM_ZERO.items():
+            if getattr(self, name, False):
+                raise ConfigError([(name, f"{why}; set it to false, or decoder_zero_init")])
+
+    @property
+    def starts_from_activations(self) -> bool:
+        return super().starts_from_activations or self.b_enc_init_method != "zeros"
 
 
 @attrs.frozen(kw_only=True)
@@ -85,7 +112,7 @@ class GroupMaxTranscoderConfig(TranscoderOptions, GroupMaxConfig):
 
 
 def _precheck(options: Any, whole: TrainConfig) -> None:
-    check_warm_up(options, whole)
+    check_coefficients(options, whole)
     if not whole.sites.same:
         return
     found = "names the very sites that are read" if whole.targets else "is missing"

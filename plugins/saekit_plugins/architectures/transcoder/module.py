@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from saekit import SAE, SAEConfig
 from saekit.kernels import SparseKernel, Workspace
-from saekit.sae import Parameter, init
+from saekit.sae import Parameter, Start, init
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.groupmax.module import GroupMaxSAE
 from saekit_plugins.architectures.jumprelu.module import JumpReLUKernel, JumpReLUSAE
@@ -17,6 +18,19 @@ from saekit_plugins.architectures.standard.module import StandardKernel, Standar
 from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE
 
 __all__ = ["GroupMaxTranscoderSAE", "JumpReLUTranscoderSAE", "TopKTranscoderSAE", "TranscoderSAE"]
+
+
+def _centered(start: Start, shape: tuple[int, ...]) -> Tensor:
+    """``b_enc [d_sae]``: pre-activations are 0 on average, as if the inputs' mean were subtracted from them."""
+    assert start.sample is not None
+    inputs = init.initial_b_dec("mean", start.sample, start.sample.shape[1], start.dtype) * start.scale
+    return -(inputs @ start["W_enc"].to(inputs.dtype))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _towards(step: StepInput, target: Tensor) -> StepInput:
+    """``step`` with another target.  A compiler does not follow attrs."""
+    return attrs.evolve(step, target=target)
 
 
 class _Skips(SAE):
@@ -30,7 +44,13 @@ class _Skips(SAE):
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
         there: Any = config
         skip = Parameter("W_skip", ("d_out", "d_in"), init=init.zeros, scale={"d_in": 1, "d_out": -1})
-        return (*super().parameters_of(config), *([skip] if there.skip_connection else []))
+        starts: dict[str, Any] = {"W_dec": init.zeros} if there.decoder_zero_init else {}
+        if there.b_enc_init_method == "centered":
+            starts["b_enc"] = _centered
+        found = [
+            attrs.evolve(entry, init=starts.get(entry.name, entry.init)) for entry in super().parameters_of(config)
+        ]
+        return (*found, *([skip] if there.skip_connection else []))
 
     def bypass(self, x: Tensor) -> Tensor | None:
         return x @ self.W_skip.T if self.config.skip_connection else None
@@ -39,8 +59,17 @@ class _Skips(SAE):
         passed = self.bypass(x)
         if passed is None:
             return super().losses(x, step)
-        result = super().losses(x, attrs.evolve(step, target=step.target_for(x) - passed))
+        target = step.target_for(x)
+        result = self.losses_towards(x, _towards(step, target - passed), target)
         return result._replace(output=result.output + passed.detach())
+
+    def losses_towards(self, x: Tensor, left: StepInput, target: Tensor) -> StepOutput:
+        """The losses of a step whose targets are what ``target [n, d_out]`` leaves over."""
+        return super().losses(x, left)
+
+    def loss_unit(self, target: Tensor) -> Tensor | None:
+        """What the loss for ``target [n, d_out]`` is counted in, a scalar; None: nothing."""
+        return None
 
     def named_elsewhere(self, kind: str) -> dict[str, Any]:
         """The entries of ``cfg.json`` by which sae-lens 6 knows transcoders, of one site to one other.
@@ -60,11 +89,19 @@ class _SkippingKernel(SparseKernel[Any]):
         passed = sae.bypass(x)
         if passed is None:
             return super().step(sae, x, step, workspace)
-        left = step.target_for(x) - passed
-        result = super().step(sae, x, attrs.evolve(step, target=left), workspace)
+        target = step.target_for(x)
+        left, unit = target - passed, sae.loss_unit(target)
+        result = self.step_towards(sae, x, _towards(step, left), workspace, unit)
         if sae.W_skip.requires_grad:
-            sae.W_skip.grad = (result.output - left).T @ x * (2 / len(x))
+            gradient = (result.output - left).T @ x * (2 / len(x))
+            sae.W_skip.grad = gradient if unit is None else gradient.div_(unit)
         return result._replace(output=result.output + passed)
+
+    def step_towards(
+        self, sae: Any, x: Tensor, left: StepInput, workspace: Workspace, unit: Tensor | None
+    ) -> StepOutput:
+        """A step whose targets are what is left over, with its loss counted in ``unit``."""
+        return super().step(sae, x, left, workspace)
 
 
 class TranscoderKernel(_SkippingKernel, StandardKernel):
@@ -83,6 +120,11 @@ class TopKTranscoderKernel(_SkippingKernel, TopKKernel):
     """That of ``topk``, and the skip connection's part."""
 
     gradients = (*TopKKernel.gradients, "W_skip")
+
+    def step_towards(
+        self, sae: Any, x: Tensor, left: StepInput, workspace: Workspace, unit: Tensor | None
+    ) -> StepOutput:
+        return self.step_in(sae, x, left, workspace, unit)
 
 
 class TranscoderSAE(_Skips, StandardSAE):
@@ -105,7 +147,17 @@ class JumpReLUTranscoderSAE(_Skips, JumpReLUSAE):
         return self.named_elsewhere("jumprelu_")
 
 
-class TopKTranscoderSAE(_Skips, TopKSAE):
+class _SkipsInUnits(_Skips, TopKSAE):
+    """Those of ``topk`` and its relatives, whose losses may be counted in the variance of the whole targets."""
+
+    def losses_towards(self, x: Tensor, left: StepInput, target: Tensor) -> StepOutput:
+        return self.losses_in(x, left, self.loss_unit(target))
+
+    def loss_unit(self, target: Tensor) -> Tensor | None:
+        return TopKSAE.loss_unit(self, target)
+
+
+class TopKTranscoderSAE(_SkipsInUnits):
     """See the module."""
 
     step_kernels = (TopKTranscoderKernel(),)
@@ -115,7 +167,7 @@ class TopKTranscoderSAE(_Skips, TopKSAE):
         return {"architecture": self.info.architecture}
 
 
-class GroupMaxTranscoderSAE(_Skips, GroupMaxSAE):
+class GroupMaxTranscoderSAE(_SkipsInUnits, GroupMaxSAE):
     """See the module."""
 
     _name = "groupmax_transcoder"

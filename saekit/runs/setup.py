@@ -296,7 +296,7 @@ def give_weights(
         scale, trainer.maps = (known, None) if known is not None else estimator.estimated(sample, config.sites)
         trainer.scale = scale
         if trainer.maps is not None:
-            trainer.sae.table.check_maps()  # now, not when training is done
+            trainer.sae.check_foldable()  # now, not when training is done
     if start is not None:
         if trainer.maps is not None:
             raise refuse_maps(config, _start_of(config))

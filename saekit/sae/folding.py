@@ -56,7 +56,7 @@ class Folding:
         :class:`ConfigError` for a map of another width.
         """
         check_maps(read, written, self.ports)
-        self._check_no_transform("an affine map")
+        self.check_foldable()
         written = read if written is None else written
         table: ParameterTable = self.table
         table.fold_maps(self, read, written)  # type: ignore[arg-type]
@@ -68,6 +68,17 @@ class Folding:
         if (passed := self.bypass(mean.to(self.b_dec.dtype)[None])) is not None:
             shift = shift - passed[0].to(wide)
         self.b_dec.copy_(self.b_dec.to(wide) + shift)
+
+    def check_foldable(self) -> None:
+        """:class:`ConfigError` unless an affine map can be folded in."""
+        self._check_no_transform("an affine map")
+        self.table.check_maps()
+        shifts = type(self).shift_pre_activations is not Folding.shift_pre_activations
+        if not self.config.apply_b_dec_to_input and not shifts and getattr(self, "b_enc", None) is None:
+            raise ConfigError(
+                f"no mean can be folded into a {type(self).__name__}, which has no b_enc and does not say by "
+                "shift_pre_activations which of its biases takes it"
+            )
 
     def _check_no_transform(self, what: str) -> None:
         if self.input_transform is not None:

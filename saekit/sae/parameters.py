@@ -240,7 +240,6 @@ class ParameterTable:
 
     def fold_maps(self, module: nn.Module, read: Affine, written: Affine) -> None:
         """See :meth:`saekit.sae.SAEModule.fold_affine`: what is done here is all but the means."""
-        self.check_maps()
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None and entry.scale:
                 entry.fold_maps(value, {"d_in": read, "d_out": written})

@@ -13,7 +13,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from saekit._version import __version__
-from saekit.commands.terminal import cache, config, demo, plan, plugins, pretokenize, show, train, watch
+from saekit.commands.terminal import (
+    cache,
+    config,
+    convert_config,
+    demo,
+    plan,
+    plugins,
+    pretokenize,
+    push,
+    saes,
+    show,
+    train,
+    watch,
+)  # fmt: skip
 from saekit.commands.terminal.arguments import examples
 from saekit.commands.terminal.ending import complain
 from saekit.errors import PluginWarning, SaekitError
@@ -48,12 +61,15 @@ def _root(
 app.command("train", epilog=examples(train.EXAMPLES))(train.train)
 app.command("demo", epilog=examples(demo.EXAMPLES))(demo.demo)
 app.command("config", epilog=examples(config.EXAMPLES))(config.config)
+app.command("convert-config", epilog=examples(convert_config.EXAMPLES))(convert_config.convert_config)
 app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
+app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
+app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))
 
 
 def main() -> NoReturn:

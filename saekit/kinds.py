@@ -19,13 +19,14 @@ from saekit.protocols import (
     ActivationSource,
     Dictionary,
     Eval,
-    InputTransform,
     LRSchedule,
     ModelBackend,
     Optimizer,
     PretrainedLoader,
+    ReleaseList,
     Tracker,
 )
+from saekit.transforms import InputTransform
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "MODEL_BACKENDS",
     "OPTIMIZERS",
     "PRETRAINED_LOADERS",
+    "RELEASES",
     "SAE_ARCHITECTURES",
     "TRACKERS",
     "Kind",
@@ -113,6 +115,7 @@ TRACKERS: Kind[Tracker] = Kind("trackers", "tracker", Tracker)
 EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
 OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
 INPUT_TRANSFORMS: Kind[InputTransform] = Kind("input_transforms", "input transform", InputTransform)
+RELEASES: Kind[ReleaseList] = Kind("releases", "release list", ReleaseList)
 
 KINDS: Mapping[str, Kind[Any]] = {
     kind.name: kind
@@ -127,6 +130,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         EVALS,
         OPTIMIZERS,
         INPUT_TRANSFORMS,
+        RELEASES,
     )
 }
 """By name."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ _STORAGES = {
 }  # fmt: skip
 _MOST_DIMENSIONS = 8
 _DEEPEST = 12
+_MOST_VALUES = 200_000
 
 
 def read_objects(path: Path, where: str) -> Any:
@@ -51,26 +53,37 @@ def read_objects(path: Path, where: str) -> Any:
         raise SAEFormatError(f"{where} cannot be read: {reason(error)}") from error
 
 
-def as_plain(value: Any) -> Any:
+def as_plain(value: Any, where: str) -> Any:
     """``value`` with a dictionary of its attributes for every bag, a text for every name, and None where it is deep.
 
-    One that holds itself would be without end.
+    One that holds itself would be without end; and one that holds others again and again is small as a file, and huge
+    as plain data: :class:`SAEFormatError`.
     """
-    return _as_plain(value, _DEEPEST)
+    return _Plain(where).made(value, _DEEPEST)
 
 
-def _as_plain(value: Any, left: int) -> Any:
-    if isinstance(value, Name):
-        return value.full
-    if isinstance(value, Tensor | str | bytes | int | float | bool | None):
-        return value
-    if not left:
-        return None
-    if isinstance(value, Bag):
-        value = value.fields
-    if isinstance(value, dict):
-        return {key: _as_plain(one, left - 1) for key, one in value.items() if isinstance(key, str | int)}
-    return [_as_plain(one, left - 1) for one in value] if isinstance(value, list | tuple) else None
+@attrs.define
+class _Plain:
+    """Counts what it makes."""
+
+    where: str
+    count: int = 0
+
+    def made(self, value: Any, left: int) -> Any:
+        self.count += 1
+        if self.count > _MOST_VALUES:
+            raise SAEFormatError(f"{self.where} holds more than {_MOST_VALUES:,} values, repetitions counted")
+        if isinstance(value, Name):
+            return value.full
+        if isinstance(value, Tensor | str | bytes | int | float | bool | None):
+            return value
+        if not left:
+            return None
+        if isinstance(value, Bag):
+            value = value.fields
+        if isinstance(value, dict):
+            return {key: self.made(one, left - 1) for key, one in value.items() if isinstance(key, str | int)}
+        return [self.made(one, left - 1) for one in value] if isinstance(value, list | tuple) else None
 
 
 def _unzipped(path: Path, where: str) -> bytes:

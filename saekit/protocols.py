@@ -7,16 +7,17 @@ plugin's object has an ability as an attribute of its own, and only where the ob
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.values import Affine, Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
+from saekit.values import Batch, Forward, Metrics, Replacement, RunEnd, StepInput, StepOutput, Want
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
+    from saekit.released import Release
     from saekit.saved import PretrainedSAE, SAEFiles
     from saekit.site import Site, Sites
 
@@ -30,22 +31,20 @@ __all__ = [
     "HasMemory",
     "HasMoments",
     "HasTokenizer",
-    "InputTransform",
     "KnowsResidualStream",
     "LRSchedule",
+    "LocatesFiles",
     "ModelBackend",
-    "NamedElsewhere",
     "Optimizer",
     "Pauses",
     "PretrainedLoader",
+    "ReleaseList",
     "Remarks",
-    "RowTransform",
     "SparseActivation",
     "StatesRows",
     "StatesWidths",
     "TakesCheckpoints",
     "Tracker",
-    "WholeTransform",
 ]
 
 
@@ -147,49 +146,6 @@ class SparseActivation(ActivationFunction, Protocol):
         """The gradient to pre-activations from that to ``features``, which are what it returned; of their shape.
 
         ``gradient`` may be overwritten.
-        """
-
-
-class InputTransform(Protocol):
-    """What activations go through before a dictionary reads them: a :class:`RowTransform` or a
-    :class:`WholeTransform`."""
-
-    @property
-    def row_wise(self) -> bool:
-        """Whether it is a :class:`RowTransform`, which stays a part of the SAE."""
-
-
-@runtime_checkable
-class RowTransform(InputTransform, Protocol):
-    """One whose numbers are those of each row alone, so that it cannot be folded into weights.
-
-    It has no memory: what is decoded is brought back by the row that was read, which is given again.
-    """
-
-    def read(self, x: Tensor) -> Tensor:
-        """``x [..., d]``, the rows of one site, as the encoder reads them: of the same shape and dtype, finite."""
-
-    def written(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y [..., d]``, decoded, in the units of the rows ``x`` that were read; affine in ``y``."""
-
-
-@runtime_checkable
-class NamedElsewhere(Protocol):
-    """A :class:`RowTransform` that sae-lens has, too."""
-
-    @property
-    def name_elsewhere(self) -> str | None:
-        """What ``normalize_activations`` of ``cfg.json`` calls exactly this in sae-lens 6; None: it has no such one."""
-
-
-@runtime_checkable
-class WholeTransform(InputTransform, Protocol):
-    """One whose numbers are estimated once, before training, and folded into the weights that are saved."""
-
-    def estimated(self, rows: Tensor) -> float | Affine:
-        """From raw activations to come, ``[n, d]`` of one site: what each is multiplied by, or the affine map of all.
-
-        :class:`saekit.errors.DataError` for rows of which it cannot be made.
         """
 
 
@@ -387,3 +343,30 @@ class PretrainedLoader(Protocol):
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         """Read them; raise :class:`saekit.errors.SAEFormatError` with what was found and what was expected."""
+
+
+@runtime_checkable
+class LocatesFiles(PretrainedLoader, Protocol):
+    """A loader that knows which file a release means by a path that is neither a file nor a folder."""
+
+    def locate(self, path: str, names: Collection[str]) -> str | None:
+        """The path of a file or folder among ``names``, all files of the repository; None: there is none."""
+
+
+class ReleaseList(Protocol):
+    """SAEs that somebody has published."""
+
+    def releases(self) -> Iterable[Release]:
+        """All of them.  Nothing is fetched, and nothing heavy imported."""
+
+
+@runtime_checkable
+class WritesSAEs(Protocol):
+    """A pretrained loader that writes its format, too, for `SAE.export`; what it reads of that is the same SAE."""
+
+    def write_sae(self, sae: Any, folder: Path) -> None:
+        """Write ``sae``, a :class:`saekit.SAE`, into ``folder``, which is new and empty.
+
+        Its ``public_tensors()`` are what is to be written.  Raise :class:`saekit.errors.SAEFormatError` with what the
+        format has no place for.
+        """

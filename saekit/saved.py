@@ -11,10 +11,11 @@ import attrs
 
 from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SAEFormatError
+from saekit.files.checksums import Checksums
 from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
-from saekit.hub import within_reach
+from saekit.hub_files import HubRepository
 from saekit.reasons import reason
 from saekit.site import Site, Sites
 from saekit.values import Ports
@@ -61,6 +62,23 @@ class PretrainedSAE:
 
 
 @attrs.frozen
+class _OnHub:
+    """The files of a repository whose names begin with ``prefix``."""
+
+    repository: HubRepository
+    prefix: str
+
+    def one(self, name: str) -> Path:
+        """The local path of a file, by its name without the prefix."""
+        return self.several([name])[name]
+
+    def several(self, names: Collection[str]) -> dict[str, Path]:
+        """Those of several."""
+        found = self.repository.get([self.prefix + name for name in names])
+        return {name: found[self.prefix + name] for name in names}
+
+
+@attrs.frozen
 class SAEFiles:
     """The files of one SAE: their names, and a way to get each."""
 
@@ -77,6 +95,14 @@ class SAEFiles:
     """The repository of the Hub that they are from."""
     opened: dict[str, Path] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
     """The files that were asked for until now, by name."""
+    about: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True, repr=False, eq=False)
+    """What a release says of the SAE beside its files; see :meth:`said`."""
+    asked: set[str] = attrs.field(factory=set, kw_only=True, repr=False, eq=False)
+    """What of it was asked for."""
+    sums: Checksums | None = attrs.field(default=None, kw_only=True, repr=False, eq=False)
+    """Where the checksums of files that are asked for are computed, while they are read."""
+    hub: _OnHub | None = attrs.field(default=None, kw_only=True, repr=False, eq=False)
+    """Where on the Hub they are, if they are there."""
 
     @address.default
     def _place(self) -> str:
@@ -113,49 +139,70 @@ class SAEFiles:
         return cls(str(folder), names, folder.joinpath, address=address, repo=_cached_repo(folder))
 
     @classmethod
-    def on_hub(cls, repo_id: str, folder: str = "", *, revision: str | None = None) -> SAEFiles:
+    def on_hub(
+        cls,
+        repo_id: str,
+        folder: str = "",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        repository: HubRepository | None = None,
+    ) -> SAEFiles:
         """The files below ``folder`` of a Hugging Face repository, or the one file of that path with those beside it.
 
-        Downloads go through its cache.
+        Their names are asked for once.  Downloads, of what is asked for alone, go through the Hub's cache, and what is
+        not the file that the Hub has is refused.  ``token`` is as huggingface_hub has it.  ``repository`` is that whose
+        names were asked for already.
         """
-        from huggingface_hub import HfApi, hf_hub_download
-
-        prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
-        place = f"{repo_id}/{prefix}".rstrip("/")
-        with within_reach():
-            try:
-                everything = HfApi().list_repo_files(repo_id, revision=revision)
-            except Exception as error:  # of the library, of the one below it, or of the network
-                raise SAEFormatError(f"cannot list the Hub repository {repo_id!r}: {reason(error)}") from error
-        chosen = ""
-        if folder.strip("/") in everything:
-            place, (parent, _, chosen) = f"{repo_id}/{folder.strip('/')}", folder.strip("/").rpartition("/")
+        repository = repository or HubRepository.listed(repo_id, revision, token)
+        everything, inner = repository.names, folder.strip("/")
+        prefix = f"{inner}/" if inner else ""
+        place, chosen = f"{repo_id}/{prefix}".rstrip("/"), ""
+        if inner in everything:
+            place, (parent, _, chosen) = f"{repo_id}/{inner}", inner.rpartition("/")
             prefix = f"{parent}/" if parent else ""
+        place += " (what the cache has of it; the Hub was not asked)" * repository.cached
         names = frozenset(name[len(prefix) :] for name in everything if name.startswith(prefix))
         if not names:
             folders = sorted({name.rpartition("/")[0] for name in everything} - {""})
             raise SAEFormatError(f"{repo_id} has no folder {folder!r}; it has {', '.join(folders) or 'no folders'}")
-
-        def download(name: str) -> Path:
-            with within_reach():
-                try:
-                    return Path(hf_hub_download(repo_id, prefix + name, revision=revision))
-                except Exception as error:  # as above
-                    raise SAEFormatError(f"cannot download {prefix + name} of {repo_id!r}: {reason(error)}") from error
-
         address = f"{repo_id}/{prefix}".rstrip("/")
-        return cls(place, names, download, address=address, chosen=chosen, repo=repo_id)
+        hub = _OnHub(repository, prefix)
+        return cls(place, names, hub.one, address=address, chosen=chosen, repo=repo_id, hub=hub)
 
-    def unopened(self) -> SAEFiles:
+    def fetch(self, *names: str) -> None:
+        """Have those of these files that are there downloaded side by side, if they are on the Hub."""
+        if self.hub is not None:
+            self.hub.several([name for name in names if name in self.names])
+
+    def unopened(self, sums: Checksums | None = None) -> SAEFiles:
         """The same, of which nothing was asked for yet."""
-        return attrs.evolve(self, opened={})
+        return attrs.evolve(self, opened={}, asked=set(), sums=sums)
+
+    def said(self, name: str) -> Any:
+        """What a release says of the SAE, such as ``norm_scaling_factor``; None: nothing.
+
+        For loaders: what counts more than the files (``normalize_activations``), or what they leave open.
+        """
+        self.asked.add(name)
+        return self.about.get(name)
 
     def within(self, folder: str) -> SAEFiles:
         """Those below ``folder``, by their names there."""
         prefix = f"{folder.strip('/')}/"
         names = frozenset(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
         place, address = f"{self.place}/{folder.strip('/')}", f"{self.address}/{folder.strip('/')}"
-        return SAEFiles(place, names, lambda name: self.path(prefix + name), address=address, repo=self.repo)
+        return attrs.evolve(
+            self,
+            place=place,
+            names=names,
+            get=lambda name: self.path(prefix + name),
+            address=address,
+            chosen="",
+            opened={},
+            sums=None,  # what is asked for is asked of these
+            hub=None,
+        )
 
     def path(self, name: str) -> Path:
         """The local path of one of the files."""
@@ -163,6 +210,10 @@ class SAEFiles:
             shown = sorted(self.names)[:20]
             raise SAEFormatError(f"{self.place} has no file {name!r}; it has {', '.join(shown) or 'no files'}")
         self.opened[name] = found = self._get(name)
+        if self.sums is not None:
+            self.sums.begin(found)
+            if self.hub is not None:
+                self.hub.repository.expect(self.hub.prefix + name, found, self.sums)
         return found
 
     def only(self, suffix: str) -> str:
@@ -199,7 +250,8 @@ class SAEFiles:
         """
         from saekit.legacy import as_plain, read_objects
 
-        return as_plain(read_objects(self.path(name), f"{name} in {self.place}"))
+        where = f"{name} in {self.place}"
+        return as_plain(read_objects(self.path(name), where), where)
 
     @staticmethod
     def check_weights(tensors: Mapping[str, object], where: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Affine", "Batch", "EvalRun", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo",
+    "Batch", "EvalRun", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo",
     "SAEInfo", "Scale", "StepInput", "StepOutput", "Want", "is_scale",
 ]  # fmt: skip
 
@@ -260,14 +260,6 @@ def _is_factor(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-class Affine(NamedTuple):
-    """``z = (x − mean) matrix``, and back ``x = z inverse + mean``, of rows ``[..., d]``: of ``[d]`` and ``[d, d]``."""
-
-    mean: Tensor
-    matrix: Tensor
-    inverse: Tensor
-
-
 @attrs.frozen(kw_only=True)
 class SAEInfo:
     """Where an SAE comes from and where it belongs."""
@@ -284,8 +276,9 @@ class SAEInfo:
     """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict, eq=False)
     """What it was read from, of an SAE that was loaded: the ``loader``; the ``repo`` of the Hub, its ``revision`` and
-    the ``folder``; the sha256 of the ``files`` by name; what the files did not state (``defaulted``); their names for
-    what saekit calls otherwise (``renamed``).  What does not apply is not there."""
+    the ``folder``; the ``release`` and ``sae_id`` that were asked for; the sha256 of the ``files`` by name; what the
+    files did not state (``defaulted``); their names for what saekit calls otherwise (``renamed``).  What does
+    not apply is not there."""
 
     @property
     def scale_is_unknown(self) -> bool:

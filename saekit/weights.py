@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
+from saekit.files.mapped import give_back, mapped_tensors, pieces
 from saekit.reasons import reason, reason_of_unpickling
 
 __all__ = [
@@ -27,6 +29,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICKLES = (".pt", ".pth", ".bin")
 MOST_PACKED = 20
 """To one: trained weights hardly shrink at all."""
+_finite: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by their numbers: tensors that were looked at, and as what
 SMALL = 1 << 26
 """Bytes to which anything may unpack."""
 
@@ -45,15 +48,15 @@ def read_tensors(
         found = ", ".join(map(str, everything)) or "nothing"
         raise SAEFormatError(f"{where} must hold {', '.join(only)}; {', '.join(missing)} not found, only {found}")
     tensors = dict(everything) if only is None else {name: everything[name] for name in only}
-    check_tensors(tensors, where, minus_infinity=minus_infinity)
+    for name, value in tensors.items():
+        check_tensor(value, name, where, minus_infinity=minus_infinity)
+        give_back(value)  # until it is copied, piece by piece
     return tensors
 
 
 def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return mapped_tensors(path)
     except Exception as error:  # the library raises its own errors, and those of what it calls, for damaged files
         raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
 
@@ -159,15 +162,36 @@ def check_tensor(value: object, name: str, where: str, *, minus_infinity: bool =
             f"{name} of {where} has shape {list(value.shape)}, but its file holds only "
             f"{value.untyped_storage().nbytes() // value.itemsize} numbers of it"
         )
+    if _is_known(value):
+        return
     # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if bool(value.detach().sum(dtype=wide).isfinite()):
+    if all(bool(piece.sum(dtype=wide).isfinite()) for _, _, piece in pieces(value.detach())):
+        _remember(value)
         return
     nan, infinite = int(value.isnan().sum()), int((value == torch.inf if minus_infinity else value.isinf()).sum())
     if nan or infinite:
         kinds = " and ".join(f"{count} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
         expected = "finite ones or -inf" if minus_infinity else "finite ones"
         raise SAEFormatError(f"{name} of {where} holds {kinds} among {value.numel()} numbers, expected {expected}")
+
+
+def _remember(value: Tensor) -> None:
+    """What is found again as it is, or turned, need not be looked at again."""
+    if not value.is_inference() and value.is_contiguous():
+        owner = value if value._base is None else value._base
+        if owner.numel() == value.numel():
+            number = id(owner)
+            _finite[number] = weakref.ref(owner, lambda _: _finite.pop(number, None)), owner._version
+
+
+def _is_known(value: Tensor) -> bool:
+    """Whether all numbers of the memory that it is made of were found to be finite, and nobody has written there."""
+    if value.is_inference():
+        return False
+    owner = value if value._base is None else value._base
+    reference, version = _finite.get(id(owner), (None, 0))
+    return reference is not None and reference() is owner and owner._version == version
 
 
 def _odd_kind(value: Tensor) -> str | None:

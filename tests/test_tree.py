@@ -162,21 +162,23 @@ def test_a_module_does_not_know_its_loaders(module: str) -> None:
 
 def test_protocols_import_nothing_that_they_describe() -> None:
     """They speak of what travels, and so does everything on the ground."""
-    assert own(graph()["saekit.protocols"]) <= {"saekit.values", "saekit.site", "saekit.saved"}
+    assert own(graph()["saekit.protocols"]) <= {"saekit.values", "saekit.site", "saekit.saved", "saekit.released"}
+    assert own(graph()["saekit.released"]) <= {"saekit.errors"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
     known = {
         "saekit.errors",
         "saekit.site",
         "saekit.values",
         "saekit.defaults",
-        "saekit.hub",
+        "saekit.hub_files",
         "saekit.reasons",
         "saekit.legacy",
         "saekit.weights",
     }
-    assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons"}
+    assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons", "saekit.files.mapped"}
     assert {module for module in own(graph()["saekit.saved"]) if not inside(module, "saekit.files")} <= known
-    assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols"}
+    assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols", "saekit.transforms"}
+    assert own(graph()["saekit.transforms"]) == set()
 
 
 def abilities() -> set[str]:

@@ -20,6 +20,7 @@ from support.training import DOCUMENTS, fake_run, fakes
 
 import saekit
 from saekit.sae.module import SAEModule
+from saekit.sae.taking import take_over
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.values import Batch
 
@@ -124,7 +125,7 @@ def test_an_sae_from_path_to_module(tmp_path: Path) -> None:
             tensors.add(id(value.tensors))
         return isinstance(value, SAEFiles | PretrainedSAE) or id(value) in tensors
 
-    follower = Follower(is_value, code_of(SAEModule.load_public_tensors))
+    follower = Follower(is_value, code_of(take_over))
     way = followed(follower, lambda: saekit.SAE.load(tmp_path / "sae"))
     assert way == ["pretrained", "sae"]
     assert len(way) <= 3

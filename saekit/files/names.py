@@ -9,6 +9,8 @@ __all__ = [
     "LONGEST_NAME",
     "RUN_FILES",
     "SAE_CONFIG",
+    "SAE_FILES",
+    "SAE_PROBE",
     "SAE_SPARSITY",
     "SAE_WEIGHTS",
     "SWEEP_FILES",
@@ -23,7 +25,9 @@ __all__ = [
 LONGEST_NAME = 255
 """Bytes of a name in UTF-8: what the usual file systems take."""
 SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-"""The files of an SAE's folder."""
+SAE_PROBE = "probe.safetensors"
+SAE_FILES = (SAE_WEIGHTS, SAE_SPARSITY, SAE_PROBE, SAE_CONFIG)
+"""The files of an SAE's folder; without the last, nobody reads it."""
 SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png", "summary.html"})
 """What the folder of a sweep holds beside those of its SAEs."""
 RUN_FILES = SWEEP_FILES | {"config.toml", "sae", "curves.png", "curves.html", "features.txt", "features.html"}

@@ -18,6 +18,7 @@ from saekit.errors import StorageError
 from saekit.files.names import half_written, hidden_name, on_windows
 
 __all__ = [
+    "add_files",
     "check_file",
     "is_locked",
     "leads_out",
@@ -126,6 +127,31 @@ def replace_files(folder: Path, files: Mapping[str, Path | None], last: str) -> 
         else:
             _replace(new, folder / name)
     _sync(folder)
+
+
+def add_files(folder: Path, new: Path) -> None:
+    """Move the files below ``new`` to the same places below ``folder``, all or none.
+
+    One that is there already stays, if it is the very same; :class:`FileExistsError` for one that is another, before
+    anything is moved.  Both lie on the same disk.  Raises :class:`OSError`.
+    """
+    found = {path.relative_to(new): path for path in sorted(new.rglob("*")) if path.is_file()}
+    there = {name for name in found if os.path.lexists(folder / name)}
+    for name in there:
+        if not (folder / name).is_file() or sha256(folder / name) != sha256(found[name]):
+            raise FileExistsError(errno.EEXIST, "there is another file of that name", str(folder / name))
+    moved: list[Path] = []
+    try:
+        for name in found.keys() - there:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _sync(found[name])
+            _rename(found[name], folder / name)
+            moved.append(folder / name)
+            _sync((folder / name).parent)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def tidy(folder: Path, mine: Callable[[str], bool]) -> None:

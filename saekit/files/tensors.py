@@ -81,9 +81,15 @@ class SummedFile:
         self._file.close()
 
 
-def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], size: int = 0) -> bytes:
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    size: int = 0,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """The beginning of a safetensors file whose tensors follow in this order; ``size`` bytes, or as many as needed."""
-    entries, start = {}, 0
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
     for name, (dtype, shape) in tensors.items():
         end = start + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -93,14 +99,14 @@ def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], size: int =
     return len(text).to_bytes(8, "little") + text
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write ``tensors`` (on the CPU) to the new file ``path``; returns its sha256.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write ``tensors`` (on the CPU), and ``metadata`` in its header, to the new file ``path``; returns its sha256.
 
     Those with the largest elements come first, so that each is aligned.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as hasher, SummedFile(path, hasher) as file:
-        file.put(header({name: (value.dtype, value.shape) for name, value in ordered.items()}))
+        file.put(header({name: (value.dtype, value.shape) for name, value in ordered.items()}, metadata=metadata))
         for value in ordered.values():
             file.put_tensor(value)
         return file.sha256()

@@ -18,6 +18,7 @@ from .inference import Decoder as Decoder
 from .kernel import SparseKernel as SparseKernel
 from .kernel import StepKernel as StepKernel
 from .kernel import Use as Use
+from .nested import NestedStep as NestedStep
 from .penalty import SparsityPenalty as SparsityPenalty
 from .private_torch import is_of_compiler as is_of_compiler
 from .private_torch import relu_gradient_ as relu_gradient_

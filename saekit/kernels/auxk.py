@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saekit.kernels.encoder import CHUNK, Encoder, dense_above
-from saekit.kernels.features import Features
+from saekit.kernels.features import Features, values_of
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.step import FastStep
@@ -24,10 +24,13 @@ def add_auxk(
     *,
     shrink: bool = True,
     trains_encoder: bool = True,
+    above_zero: bool = False,
+    output: Tensor | None = None,
 ) -> Tensor:
     """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all rows.
 
-    ``encoder`` is that of ``fast``.
+    ``encoder`` is that of ``fast``; ``output [n, d_out]`` are the reconstructions whose errors are to be explained, by
+    default those of ``fast``.
 
     An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.  Where it
     does not train the encoder, features are pre-activations after ReLU.
@@ -43,12 +46,14 @@ def add_auxk(
     )
     encoder, target = Encoder(part.encoder.T, encoder.b_enc[dead], encoder.workspace), fast.target
     scale = None if norms is None else norms[dead]
-    total = target.new_zeros(())
+    total, output = target.new_zeros(()), fast.output if output is None else output
     for start in range(0, len(target), CHUNK):
         rows = slice(start, min(start + CHUNK, len(target)))
         pre = encoder.pre_activations(fast.centered[rows])
-        features, to_pre = _chosen(pre if trains_encoder else pre.relu_(), k, scale, dense_above(part.encoder))
-        error = decoded(features, part.decoder).sub_(target[rows]).add_(fast.output[rows])
+        pre = pre.relu_() if above_zero or not trains_encoder else pre
+        features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder))
+        to_pre = _where_above_zero if above_zero else to_pre  # what was not chosen is zero, too
+        error = decoded(features, part.decoder).sub_(target[rows]).add_(output[rows])
         total += error.pow(2).sum(1).sum()
         part.add(features, fast.centered[rows], error.mul_(2 * weight / len(target)), to_pre, rows)
     whole.b_enc[dead] += part.b_enc
@@ -80,3 +85,7 @@ def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Fe
 
 def _everywhere(gradient: Tensor, features: Features, rows: slice) -> Tensor:
     return gradient
+
+
+def _where_above_zero(gradient: Tensor, features: Features, rows: slice) -> Tensor:
+    return gradient.mul_(values_of(features) > 0)

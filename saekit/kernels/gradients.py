@@ -80,12 +80,12 @@ class Gradients:
     def _add_sparse(self, f: SparseFeatures, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
         self.fired += f.counts()
         if self.of_decoder:
-            self.W_dec, new = self._made(self.W_dec, self.decoder)
+            self.W_dec, new = self.made(self.W_dec, self.decoder)
             f.add_outer_products(f.values, output, self.W_dec, replace=new)
         if self.of_encoder:
             pre = to_pre(f.inner_products(output, self.decoder), f, rows)
             self.b_enc += f.sums(pre)
-            self.W_enc, new = self._made(self.W_enc, self.encoder)
+            self.W_enc, new = self.made(self.W_enc, self.encoder)
             f.add_outer_products(pre, x, self.W_enc, replace=new)
 
     def _add_dense(self, f: Tensor, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
@@ -102,8 +102,8 @@ class Gradients:
             self.b_enc += pre.sum(0)
             self.W_enc = self._add_product(self.W_enc, self.encoder, pre, x[part])
 
-    def _made(self, gradient: Tensor | None, like: Tensor) -> tuple[Tensor, bool]:
-        """The gradient so far, or memory for one; and whether it is new."""
+    def made(self, gradient: Tensor | None, like: Tensor) -> tuple[Tensor, bool]:
+        """The gradient so far, or memory for one like ``like``; and whether it is new."""
         return (self.workspace.gradient_for(like), True) if gradient is None else (gradient, False)
 
     def _add_product(self, gradient: Tensor | None, like: Tensor, left: Tensor, right: Tensor) -> Tensor:

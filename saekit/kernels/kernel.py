@@ -76,6 +76,10 @@ class StepKernel(Generic[S]):
         """How it works here, in words; shown beside its name."""
         return ""
 
+    def beside(self, sae: S, rows: int) -> int:
+        """Numbers that a step on so many rows holds beside what every fast step does: for what a run would need."""
+        return 0
+
 
 class SparseKernel(StepKernel[S]):
     """For one hidden layer whose features are mostly zero: ``W_enc``, ``b_enc``, ``W_dec``, ``b_dec`` and, where

@@ -113,6 +113,10 @@ class FastStep:
         self._b_dec += gradient.sum(0)
         self.gradients.add(features, self.centered[rows], gradient, to_pre, rows)
 
+    def add_to_b_dec(self, gradient: Tensor) -> None:
+        """Add ``gradient [d_out]``, what another reconstruction than :attr:`output` says of the ``b_dec`` in it."""
+        self._b_dec += gradient
+
     @property
     def mse(self) -> Tensor:
         """``mean_b Σ_d (ŷ − y)²`` with the rows' weights: a scalar."""

@@ -1,2 +1,9 @@
+from .exporting import export as export
+from .exporting import formats as formats
 from .load import load_sae as load_sae
+from .probe import verify as verify
+from .releases import Release as Release
+from .releases import ReleasedSAE as ReleasedSAE
+from .releases import Releases as Releases
+from .releases import read_releases as read_releases
 from .sae import SAE as SAE

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterable
 from typing import TypeAlias
 
+import attrs
+
 from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.choice import Choice
@@ -14,11 +16,16 @@ from saekit.protocols import PretrainedLoader
 from saekit.reasons import error_text
 from saekit.saved import PretrainedSAE, SAEFiles
 
-__all__ = ["Score", "read_with", "recognized"]
+__all__ = ["Score", "read_with", "recognized", "usable"]
 
 
 Score: TypeAlias = tuple[float, Registered]
 """How sure a loader is, above 0 and up to 1."""
+
+
+def usable(item: Registered) -> bool:
+    """Whether the loader can be tried as it is: nothing is missing and no option is required."""
+    return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
 
 
 def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score], list[str]]:

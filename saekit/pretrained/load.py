@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,48 +12,106 @@ from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
-from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
+from saekit.errors import ConfigError, SAEFormatError, SaekitError, UnknownKeyError
+from saekit.files.checksums import Checksums
 from saekit.kinds import INPUT_TRANSFORMS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
-from saekit.pretrained.detecting import read_with, recognized
-from saekit.pretrained.provenance import OWN, checksums, provenance
+from saekit.pretrained.detecting import read_with, recognized, usable
+from saekit.pretrained.overriding import overridden
+from saekit.pretrained.provenance import OWN, checksums, provenance, verify
+from saekit.protocols import PretrainedLoader
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
+    import torch
+
     from saekit.sae.module import SAEModule
 
-__all__ = ["build_sae", "load_sae"]
+__all__ = ["build_sae", "load_sae", "loader_of"]
+
+_DTYPES = ("float32", "bfloat16", "float64")
 
 
 @ambient()
 def load_sae(
-    files: SAEFiles, *, loader: PluginChoice | None = None, device: str = "cpu", plugins: PluginManager | None = None
+    files: SAEFiles,
+    *,
+    loader: PluginChoice | Choice[PretrainedLoader] | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    plugins: PluginManager | None = None,
+    faults: list[str] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> SAEModule:
-    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them."""
-    from saekit.pretrained.own import is_own, read_own
+    """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
 
-    device = resolve_device(device, "device")
+    Its weights are in ``dtype``, or else in the files' type.  With ``faults``, checksums that do not fit are added to
+    them, and what is there is read all the same.  ``origin`` is what its provenance says beside that.
+    """
+    from saekit.pretrained.own import read_own
+
+    dtype = _name_of(dtype)
+    device = resolve_device(device, "device", dtype)
     plugins = plugins or default_manager()
-    own = loader is None and is_own(files.unopened())
-    files = files.unopened()
-    if own:
-        read, key = read_own(files), OWN
-    else:
-        choice = _detected(files, plugins).key if loader is None else loader
-        bound = ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
-        read, key = read_with(bound, files), bound.key
-    with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as beside:
-        sums = beside.submit(checksums, files)
-        sae = build_sae(read, plugins, files.place, own=own)
-        sae.info = attrs.evolve(sae.info, provenance=read.provenance or provenance(read, key, files, sums.result()))
+    choice = loader_of(files, plugins) if loader is None else loader
+    with Checksums() as sums:
+        files = files.unopened(sums)
+        try:
+            if choice is None:
+                read, key = read_own(files, sums, faults), OWN
+            else:
+                bound = _bound(choice, plugins)
+                read, key = read_with(bound, files), bound.key
+            if isinstance(read.tensors, Mapping):  # from now on nobody else's, so that each is free in its turn
+                read = attrs.evolve(read, tensors=dict(read.tensors))
+            read = overridden(read, files, key)
+            try:
+                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=dtype, device=device, spent=True)
+            except SAEFormatError as error:
+                raise _of_files(error, files) from error
+        except SaekitError:
+            verify(files, sums)  # a damaged file explains whatever it was
+            raise
+        found = checksums(files, sums)
+    known = read.provenance or provenance(read, key, files, found)
+    sae.info = attrs.evolve(sae.info, provenance={**known, **(origin or {})})
     return sae.to(device)
 
 
+def _bound(choice: PluginChoice | Choice[PretrainedLoader], plugins: PluginManager) -> Choice[PretrainedLoader]:
+    return choice if isinstance(choice, Choice) else ConfigConverter(plugins).choice(choice, PRETRAINED_LOADERS)
+
+
+def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoader] | None:
+    """The one loader that recognizes ``files``; None: they are saekit's own, which need none."""
+    from saekit.pretrained.own import is_own
+
+    if is_own(files.unopened()):
+        return None
+    return plugins.bound(PRETRAINED_LOADERS, _detected(files.unopened(), plugins).key)
+
+
+def _name_of(dtype: str | torch.dtype | None) -> str | None:
+    """``float32`` for ``torch.float32``, too."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in (None, *_DTYPES):
+        raise ConfigError([("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}, or None for the files' own")])
+    return name
+
+
+def _of_files(error: SAEFormatError, files: SAEFiles) -> SAEFormatError:
+    """The same, with the files that were read, unless it names one of them."""
+    if any(name in str(error) for name in files.opened):
+        return error
+    return SAEFormatError(f"{error} (read from {', '.join(sorted(files.opened))})")
+
+
 def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if _usable(item)]
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
     found, failed = recognized(items, files)
     surest = [item for score, item in found if score == found[0][0]]
     if len(surest) == 1:
@@ -74,20 +131,27 @@ def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     )
 
 
-def _usable(item: Registered) -> bool:
-    """Whether the loader can be tried as it is: nothing is missing and no option is required."""
-    return not item.missing() and all(field.default is not attrs.NOTHING for field in attrs.fields(item.entry.config))
-
-
 def build_sae(
-    read: PretrainedSAE, plugins: PluginManager, place: str = "the saved SAE", *, own: bool = False
+    read: PretrainedSAE,
+    plugins: PluginManager,
+    place: str = "the saved SAE",
+    *,
+    own: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+    spent: bool = False,
 ) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
-    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.
+    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.  ``dtype`` is that of its weights,
+    by default the one that they were read in, and ``device`` where they are put.  ``spent``: ``read.tensors`` is a
+    dictionary that may be emptied, so that hardly anything is in memory twice.
     """
+    import torch
+
     from saekit.sae.build import build_module
     from saekit.sae.parameters import to_hold
+    from saekit.sae.taking import take_over
 
     _check(read, place)
     item = _architecture(read, plugins, place)
@@ -97,7 +161,8 @@ def build_sae(
         with to_hold(read.tensors):
             sae = build_module(item, config, ports, plugins, _transform(read, plugins, place))
         _check_sparsity(read, sae.d_sae)
-        sae.load_public_tensors(read.tensors)
+        tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
+        take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
     if read.activation_scale not in (None, 1) and not ports.same:
@@ -110,6 +175,8 @@ def build_sae(
     sae.info = attrs.evolve(sae.info, sites=_sites(read), metadata=metadata)
     if read.activation_scale not in (None, 1):
         sae.fold_activation_scale(read.activation_scale)
+    if dtype is not None:
+        sae.cast_weights(getattr(torch, dtype))
     sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()
     if sae.info.scale_is_unknown:
         warnings.warn(
@@ -119,6 +186,20 @@ def build_sae(
             stacklevel=4,
         )
     return sae
+
+
+def _type_while_read(sae: SAEModule, read: PretrainedSAE, wanted: str | None) -> torch.dtype:
+    """That which is ``wanted``, where no more than rounding each number leads to it."""
+    import torch
+
+    from saekit.sae.module import SAEModule
+
+    own: torch.dtype = getattr(torch, sae.config.dtype)
+    found: torch.dtype = own if wanted is None else getattr(torch, wanted)
+    plain = all(
+        getattr(type(sae), name) is getattr(SAEModule, name) for name in ("cast_weights", "load_public_tensors")
+    )
+    return found if plain and read.activation_scale in (None, 1) else own
 
 
 def _check(read: PretrainedSAE, place: str) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.checksums import Checksums
 from saekit.files.storage import sha256
-from saekit.sae.folder import CONFIG, FORMAT, SPARSITY, TRANSFORMED, WEIGHTS, seal
+from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, TRANSFORMED, WEIGHTS, seal
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo, is_scale
@@ -33,12 +34,22 @@ def is_own(files: SAEFiles) -> bool:
     return asked and CONFIG in files.names and "saekit" in files.json(CONFIG)
 
 
-def read_own(files: SAEFiles) -> PretrainedSAE:
-    """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written."""
-    own = _checked(files)
+def read_own(files: SAEFiles, checksums: Checksums, faults: list[str] | None = None) -> PretrainedSAE:
+    """What a folder of saekit holds; :class:`SAEFormatError` names the field that is not as it was written.
+
+    ``checksums`` are told what those of the files should be.  With ``faults``, those that do not fit are added to them
+    instead, and what is there is read all the same.
+    """
+    own = _checked(files, faults)
     sums = _sums(own, files)
+    files.fetch(WEIGHTS, SPARSITY)
     for name, expected in sums.items():
-        _check_sum(name, expected, files)
+        if name == PROBE:  # which nobody needs who does not ask for it
+            continue
+        if faults is None:
+            checksums.expect(files.path(name), expected, _fault_of(name, expected, files))
+        elif (found := sha256(files.path(name))) != expected:
+            faults.append(str(_fault_of(name, expected, files)(found)))
     metadata = dict(own["metadata"])
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
@@ -80,7 +91,7 @@ def _provenance(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, Any]:
     return found
 
 
-def _checked(files: SAEFiles) -> Mapping[str, Any]:
+def _checked(files: SAEFiles, faults: list[str] | None) -> Mapping[str, Any]:
     """saekit's part of ``cfg.json``, with every field of the kind that it should be of."""
     table = files.json(CONFIG)
     own = table["saekit"]
@@ -92,9 +103,10 @@ def _checked(files: SAEFiles) -> Mapping[str, Any]:
             f"update saekit to load it (saekit.format in {CONFIG})"
         )
     if "seal" in own and own["seal"] != seal(table):
-        raise SAEFormatError(
+        _raise_or_note(
             f"{CONFIG} in {files.place} is damaged or was changed after it was saved: it does not fit "
-            f"saekit.seal. Restore it, or remove saekit.seal to accept the change"
+            f"saekit.seal. Restore it, or remove saekit.seal to accept the change",
+            faults,
         )
     for key, kinds in _FIELDS.items():
         if key not in own or not isinstance(own[key], kinds):
@@ -124,13 +136,22 @@ def _sums(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, str]:
     return sums
 
 
-def _check_sum(name: str, expected: str, files: SAEFiles) -> None:
-    """What was saved is what is read: a damaged file is found before its numbers are used."""
-    if (found := sha256(files.path(name))) != expected:
-        raise SAEFormatError(
+def _fault_of(name: str, sha256: str, files: SAEFiles) -> Callable[[str], SAEFormatError]:
+    """What to say of a file whose checksum is another: what was saved is what is read, or nobody is given the SAE."""
+
+    def fault(found: str) -> SAEFormatError:
+        return SAEFormatError(
             f"{name} in {files.place} is damaged or was changed after it was saved: its sha256 is {found[:12]}..., "
-            f"expected {expected[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
+            f"expected {sha256[:12]}... Restore it, or remove saekit.sha256 from {CONFIG} to accept it"
         )
+
+    return fault
+
+
+def _raise_or_note(text: str, faults: list[str] | None) -> None:
+    if faults is None:
+        raise SAEFormatError(text)
+    faults.append(text)
 
 
 def _ports(own: Mapping[str, Any], files: SAEFiles) -> dict[str, Any]:

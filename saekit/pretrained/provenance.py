@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from saekit.errors import SAEFormatError
-from saekit.files.storage import sha256
+from saekit.files.checksums import Checksums
 from saekit.reasons import reason
 from saekit.saved import PretrainedSAE, SAEFiles, revision_of
 
-__all__ = ["OWN", "checksums", "provenance"]
+__all__ = ["OWN", "checksums", "provenance", "verify"]
 
 OWN = "saekit"
 """What stands for a loader where the folder is saekit's own."""
 
 
-def checksums(files: SAEFiles) -> dict[str, str]:
-    """The sha256 of every file that was opened, in hexadecimal, by name."""
+def checksums(files: SAEFiles, sums: Checksums) -> dict[str, str]:
+    """The sha256 of every file that was opened, in hexadecimal, by name; none is another than it should be."""
+    verify(files, sums)
+    with _readable(files):
+        return {name: sums.of(path) for name, path in sorted(files.opened.items())}
+
+
+def verify(files: SAEFiles, sums: Checksums) -> None:
+    """:class:`SAEFormatError` if a file is another than it should be."""
+    with _readable(files):
+        sums.verify()
+
+
+@contextmanager
+def _readable(files: SAEFiles) -> Iterator[None]:
     try:
-        return {name: sha256(path) for name, path in sorted(files.opened.items())}
+        yield
     except OSError as error:
         raise SAEFormatError(f"{files.place} cannot be read any more: {reason(error)}") from error
 

@@ -5,17 +5,27 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
 
 from saekit.config import PluginChoice
-from saekit.errors import SAEFormatError
+from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
+from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.made import made_from
+from saekit.pretrained.probe import check
+from saekit.pretrained.published import load_published
+from saekit.pretrained.pushing import push_sae
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
+from saekit.values import Ports
 
 __all__ = ["SAE"]
 
@@ -25,7 +35,9 @@ _S = TypeVar("_S", bound="SAE")
 class SAE(SAEModule):
     """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
 
-    beside_mathematics: ClassVar[frozenset[str]] = frozenset({"from_hub", "load", "save"})
+    beside_mathematics: ClassVar[frozenset[str]] = frozenset(
+        {"export", "from_dict", "from_hub", "from_pretrained", "from_release", "load", "push_to_hub", "save", "to_dict"}
+    )
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -34,6 +46,20 @@ class SAE(SAEModule):
         """
         return save_sae(self, as_path(path))
 
+    def export(
+        self,
+        folder: str | Path,
+        format: PluginChoice,  # noqa: A002 - as people say it
+        *,
+        plugins: PluginManager | None = None,
+    ) -> Path:
+        """Write it in the ``format`` of another library, as :func:`saekit.pretrained.formats` lists them.
+
+        The key is that of the loader that reads it, such as ``"dictionary_learning"``.  Layers may share a folder; no
+        file takes the place of another.  :class:`saekit.errors.SAEFormatError` says what has no place in the format.
+        """
+        return export(self, folder, format, plugins=plugins)
+
     @classmethod
     def load(
         cls,
@@ -41,14 +67,42 @@ class SAE(SAEModule):
         *,
         loader: PluginChoice | None = None,
         device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
         """The SAE in a folder, or in one file of weights, of whatever format a loader plugin knows.
 
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
-        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.
+        ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  ``dtype`` is what its weights shall be in:
+        ``float32``, ``bfloat16`` or ``float64``; None: what they are in.  No second copy of them is made for it, nor
+        for ``device``.  With ``verify``, what it computes is compared with the probe in the folder:
+        :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
-        return _as(cls, load_sae(SAEFiles.at(path), loader=loader, device=device, plugins=plugins))
+        how = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
+        return _as(cls, _loaded(SAEFiles.at(path), verify, **how))
+
+    @classmethod
+    def from_dict(
+        cls,
+        options: Mapping[str, Any],
+        *,
+        ports: Ports | None = None,
+        seed: int = 42,
+        device: str = "cpu",
+        plugins: PluginManager | None = None,
+    ) -> Self:
+        """An SAE of these options with starting weights: what `sae` holds in a configuration, ``d_in`` among it.
+
+        ``{"name": "topk", "d_in": 768, "d_sae": 6144, "k": 32}``; ``architecture`` is understood for ``name``, too.
+        ``b_dec`` starts at zero, as there are no activations to take a mean of.  ``ports`` are the sites with their
+        widths, of what has several.
+        """
+        return _as(cls, made_from(options, ports, seed, device, plugins))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options of :meth:`from_dict`."""
+        return {"name": self.info.architecture, **self.saved_options()}
 
     @classmethod
     def from_hub(
@@ -57,13 +111,117 @@ class SAE(SAEModule):
         folder: str = "",
         *,
         revision: str | None = None,
+        token: str | bool | None = None,
         loader: PluginChoice | None = None,
         device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        plugins: PluginManager | None = None,
+        verify: bool = False,
+    ) -> Self:
+        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it.
+
+        ``revision`` is a branch, a tag or a commit, and ``token`` as huggingface_hub has it: by default that with which
+        you are logged in.  Only the files that the SAE needs are downloaded, into the Hub's cache.  ``dtype`` and
+        ``verify`` are as for :meth:`load`.
+        """
+        files = SAEFiles.on_hub(repo_id, folder, revision=revision, token=token)
+        how = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
+        return _as(cls, _loaded(files, verify, **how))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        release: str | Path | None = None,
+        sae_id: str | None = None,
+        *,
+        repo_id: str | None = None,
+        folder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        releases: ReleaseFiles = (),
         plugins: PluginManager | None = None,
     ) -> Self:
-        """The SAE in a folder of a Hugging Face repository, or in the one file of weights of that path in it."""
-        files = SAEFiles.on_hub(repo_id, folder, revision=revision)
-        return _as(cls, load_sae(files, loader=loader, device=device, plugins=plugins))
+        """A published SAE, with its configuration, where it is from and, where it is known, how often features fire.
+
+        ``from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")`` names a release and an SAE of it (`saekit
+        saes list`); ``from_pretrained(repo_id="owner/repository", folder="layer_8")`` is :meth:`from_hub`, and
+        ``from_pretrained("a/folder/here")`` is :meth:`load`.  A name of no release with one ``/`` in it is a
+        repository, and ``sae_id`` the folder.
+
+        ``revision`` and ``loader`` count more than what the release says.  ``releases`` are TOML files of releases,
+        beside those that are known.  The rest is as for :meth:`from_hub`.
+        :class:`saekit.errors.UnknownKeyError` for a name that is none has the nearest.
+        """
+        how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
+        asked = asked_for(release, sae_id, repo_id, folder, releases, plugins)
+        if asked.release is not None:
+            found = load_published(asked.release, [asked.sae_id], revision=revision, token=token, **how)
+            return _as(cls, next(sae for _, sae in found))
+        if asked.path is None:
+            files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
+        elif revision is None:
+            files = SAEFiles.at(asked.path)
+        else:
+            raise ConfigError(f"{asked.path} is a path on this machine, and revision is of repositories: leave it out")
+        return _as(cls, load_sae(files, **how))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder: str = "",
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the SAE into a repository of the Hub, or into a folder of it, with a model card; the commit's address.
+
+        One commit does it all.  The repository, and the branch ``revision``, are made if they are not there; who may
+        see a new one says ``private``, by default as your account has it.  The card says what is known of the SAE, and
+        of ``metrics``, as :attr:`saekit.TrainResult.metrics` has them, how good it is; one that saekit did not make
+        stays.  ``token`` is as huggingface_hub has it: by default that with which you are logged in.
+
+        :class:`ConfigError` for what cannot be a repository, and :class:`StorageError` where the Hub does not take it.
+        """
+        return push_sae(
+            self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,
+            token=token,
+        )  # fmt: skip
+
+    @classmethod
+    def from_release(
+        cls,
+        release: str,
+        sae_ids: Iterable[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        loader: PluginChoice | None = None,
+        device: str = "cpu",
+        dtype: str | torch.dtype | None = None,
+        releases: ReleaseFiles = (),
+        plugins: PluginManager | None = None,
+    ) -> dict[str, Self]:
+        """Several SAEs of one release by their ids, in that order, as :meth:`from_pretrained` gives them.
+
+        The release is looked up once, its repository listed once, and its format looked at once.
+        """
+        found = catalog_of(releases, plugins).find(release)
+        how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
+        loaded = load_published(found, list(sae_ids), revision=revision, token=token, **how)
+        return {name: _as(cls, sae) for name, sae in loaded}
+
+
+def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
+    sae = load_sae(files, **how)
+    if verify:
+        check(sae, files)
+    return sae
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

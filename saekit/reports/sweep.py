@@ -12,7 +12,7 @@ from saekit.files.storage import check_file
 from saekit.reports.folder import RunFolder, SAERun
 from saekit.runs.sweep import short_names
 
-__all__ = ["NUMBERS", "Summary", "summary_of"]
+__all__ = ["NUMBERS", "Summary", "flat_options", "summary_of"]
 
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "l0": ("evals/l0", "metrics/l0"),
@@ -81,14 +81,14 @@ def _value(text: str | None) -> Any:
 
 def _from_configs(run: RunFolder) -> dict[str, dict[str, Any]]:
     """By SAE, the options in which the configurations differ."""
-    tables = {name: _flat(sae.options.table) for name, sae in run.saes.items()}
+    tables = {name: flat_options(sae.options.table) for name, sae in run.saes.items()}
     paths = dict.fromkeys(path for table in tables.values() for path in table if path != "checkpoints.name")
     first = next(iter(tables.values()))
     changed = [path for path in paths if any(table.get(path) != first.get(path) for table in tables.values())]
     return {name: {path: table.get(path) for path in changed} for name, table in tables.items()}
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Every option by its dotted path, a plugin's key at the path where it is chosen."""
     found: dict[str, Any] = {}
     for key, value in table.items():
@@ -98,5 +98,5 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if chosen := isinstance(value.get("name"), str) and path not in _NAMED_TOO:
             found[path] = value["name"]
-        found |= _flat({k: v for k, v in value.items() if not (chosen and k == "name")}, f"{path}.")
+        found |= flat_options({k: v for k, v in value.items() if not (chosen and k == "name")}, f"{path}.")
     return found

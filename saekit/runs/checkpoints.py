@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.errors import PlaceError, SaekitError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, half_written
+from saekit.files.names import SAE_FILES, SAE_WEIGHTS, half_written
 from saekit.files.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
 from saekit.runs.facts import check_facts, check_stream, check_training
 
@@ -44,7 +44,7 @@ __all__ = [
 MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
 FORMAT = 1
 _OWN = {MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"}
-_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY}
+_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", *SAE_FILES}
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
@@ -258,7 +258,7 @@ def keep_saes(folder: Path, names: Collection[str]) -> None:
     with new_folder(folder) as temporary:
         for name in names:
             (temporary / name).mkdir()
-            for file in (SAE_WEIGHTS, SAE_SPARSITY, SAE_CONFIG):
+            for file in SAE_FILES:
                 if (folder / name / file).exists():
                     _link(folder / name / file, temporary / name / file)
         _carry_over(folder, temporary)

@@ -14,7 +14,7 @@ from saekit.config import TrainingConfig
 from saekit.data.cache.read import available_memory
 from saekit.evals.pieces import at_once
 from saekit.kernels.encoder import CHUNK
-from saekit.kernels.kernel import Use, choose
+from saekit.kernels.kernel import StepKernel, Use, choose
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 from saekit.values import StepInput
@@ -140,12 +140,13 @@ def step_bytes(sae: SAEModule, training: TrainingConfig, device: str) -> int:
     a GPU, keeps them for all rows, several times.
     """
     rows = training.train_batch_size_tokens
-    tensors = _FAST * min(rows, CHUNK) if _is_fast(sae, training, device) else _PLAIN * rows
-    return int((tensors * sae.d_sae + 4 * rows * (sae.d_in + sae.d_out)) * torch.float32.itemsize)
+    kernel = _fast_kernel(sae, training, device)
+    tensors, beside = (_PLAIN * rows, 0) if kernel is None else (_FAST * min(rows, CHUNK), kernel.beside(sae, rows))
+    return int((tensors * sae.d_sae + 4 * rows * (sae.d_in + sae.d_out) + beside) * torch.float32.itemsize)
 
 
-def _is_fast(sae: SAEModule, training: TrainingConfig, device: str) -> bool:
-    """Whether steps go by a kernel of the architecture, on a ``device`` that need not be there."""
+def _fast_kernel(sae: SAEModule, training: TrainingConfig, device: str) -> StepKernel[SAEModule] | None:
+    """The kernel of the architecture that steps go by, on a ``device`` that need not be there; None: by autograd."""
     use = Use(
         training=True,
         device=torch.device(device),
@@ -159,7 +160,9 @@ def _is_fast(sae: SAEModule, training: TrainingConfig, device: str) -> bool:
     kind = "cpu" if use.device.type == "cpu" else "meta"  # rows that are on no CPU, for what asks where they are
     dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=kind)
     step = StepInput(step=0, generator=torch.Generator(), dead=dead)
-    return kernel is not None and not kernel.leaves(sae, torch.zeros(1, sae.d_in, device=kind), step)
+    if kernel is None or kernel.leaves(sae, torch.zeros(1, sae.d_in, device=kind), step):
+        return None
+    return kernel
 
 
 def eval_bytes(sae: SAEModule, rows: int) -> int:

@@ -15,13 +15,13 @@ from saekit.kinds import INPUT_TRANSFORMS
 from saekit.plugins.building import blamed, returned
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
-from saekit.protocols import RowTransform, WholeTransform
 from saekit.sae.build import give_transform, stated
 from saekit.sae.module import SAEModule
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Site, Sites
 from saekit.training.trainer import SAETrainer
-from saekit.values import Affine, Scale, is_scale
+from saekit.transforms import Affine, RowTransform, WholeTransform
+from saekit.values import Scale, is_scale
 
 __all__ = ["Estimator", "estimator_of", "give_chosen", "refuse_maps", "starting_rows", "transform_problems"]
 
@@ -51,7 +51,7 @@ def estimator_of(config: TrainConfig, plugins: PluginManager | None = None) -> E
     if chosen is None or isinstance(transform, RowTransform):
         return None
     if not isinstance(transform, WholeTransform):
-        fault = "which is neither a RowTransform nor a WholeTransform of saekit.protocols"
+        fault = "which is neither a RowTransform nor a WholeTransform of saekit.transforms"
         raise returned(chosen.item, "build", transform, fault)
     return Estimator(chosen, transform)
 

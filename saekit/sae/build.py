@@ -16,9 +16,9 @@ from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
-from saekit.protocols import RowTransform
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, Start
+from saekit.transforms import RowTransform
 from saekit.values import Ports, SAEInfo
 
 __all__ = ["build_module", "give_transform", "initialize", "stated"]

@@ -1,4 +1,4 @@
-"""An SAE's folder: ``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``.
+"""An SAE's folder: ``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``, ``probe.safetensors``.
 
 The layout is the one of sae-lens 6.  What only saekit knows stands in ``cfg.json`` under ``saekit``, which other
 readers pass over.
@@ -19,21 +19,34 @@ import torch
 from torch import Tensor
 
 from saekit.errors import PlaceError, SAEFormatError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
+from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
-from saekit.protocols import NamedElsewhere
+from saekit.sae.probe import Probe, probe_of
 from saekit.site import Site
+from saekit.transforms import NamedElsewhere
 from saekit.values import is_scale
 from saekit.weights import check_tensor, check_tensors
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["CONFIG", "FORMAT", "SPARSITY", "TRANSFORMED", "WEIGHTS", "save_sae", "seal", "weights_dtype", "write_sae"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "PROBE",
+    "SPARSITY",
+    "TRANSFORMED",
+    "WEIGHTS",
+    "part_of_run",
+    "save_sae",
+    "seal",
+    "weights_dtype",
+    "write_sae",
+]
 
-CONFIG, WEIGHTS, SPARSITY = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY
+CONFIG, WEIGHTS, SPARSITY, PROBE = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY, SAE_PROBE
 FORMAT = 1
 TRANSFORMED = 2
 """The format of a folder whose SAE has an input transform: a saekit that knows none must not read it."""
@@ -79,16 +92,16 @@ def _refuse(target: Path, path: Path) -> None:
         raise PlaceError(f"{where}it is a symbolic link to {target}, which is not there")
     if not target.exists() and (fault := fault_of_name(target.name)):
         raise PlaceError(f"{where}the name {fault}; choose another")
-    if kind := _is_of_a_run(target):
+    if kind := part_of_run(target):
         raise PlaceError(f"{where}it is {kind}; choose another folder, or a new one in it")
-    for name in (CONFIG, WEIGHTS, SPARSITY):
+    for name in SAE_FILES:
         if os.path.lexists(target / name) and not (target / name).is_file():
             raise PlaceError(f"{where}{name} in it is not a file; choose another folder")
     if (target / CONFIG).exists() and not (target / WEIGHTS).exists() and not _is_config(target / CONFIG):
         raise PlaceError(f"{where}the {CONFIG} in it is not an SAE's; choose another folder")
 
 
-def _is_of_a_run(target: Path) -> str:
+def part_of_run(target: Path) -> str:
     """What a folder is of a run's that must stay what it is; nothing when it is free."""
     homes = _table(target.parent / "run.json").get("saes")
     if "saes" in _table(target / "run.json") or (isinstance(homes, dict) and target.name in homes.values()):
@@ -120,7 +133,7 @@ def _is_ours_alone(target: Path) -> bool:
     if os.path.ismount(target) or _works_in(target):  # it must stay the same folder
         return False
     files = {item.name for item in os.scandir(target) if item.is_file(follow_symlinks=False)}
-    return bool(files) and set(os.listdir(target)) == files <= {CONFIG, WEIGHTS, SPARSITY}  # noqa: PTH208 - names
+    return bool(files) and set(os.listdir(target)) == files <= {*SAE_FILES}  # noqa: PTH208 - names
 
 
 def _works_in(folder: Path) -> bool:
@@ -135,7 +148,7 @@ def _write_into(target: Path, contents: _Contents) -> None:
     tidy(target, _HALF.__eq__)
     with new_files(target / _HALF) as home:
         written = _write(contents, home)
-        new = {file: home / file if file in written else None for file in (WEIGHTS, SPARSITY, CONFIG)}
+        new = {file: home / file if file in written else None for file in SAE_FILES}
         replace_files(target, new, last=CONFIG)
 
 
@@ -152,6 +165,7 @@ class _Contents:
     """``cfg.json`` without the checksums."""
     tensors: dict[str, Tensor]
     sparsity: Tensor | None
+    probe: Probe | None
 
 
 def _contents(sae: SAEModule) -> _Contents:
@@ -168,7 +182,7 @@ def _contents(sae: SAEModule) -> _Contents:
         sparsity = sae.log_sparsity.detach().cpu().float().contiguous()
     config = folder_config(sae, tensors)
     parse_object(_text(config, dict.fromkeys((WEIGHTS, SPARSITY), "0" * 64)), f"{CONFIG} of {where}")
-    return _Contents(config, tensors, sparsity)
+    return _Contents(config, tensors, sparsity, probe_of(sae, tensors))
 
 
 def _check_shape(value: Tensor, shape: list[int], name: str, where: str) -> None:
@@ -180,6 +194,8 @@ def _write(contents: _Contents, folder: Path) -> dict[str, str]:
     sums = {WEIGHTS: save_tensors(folder / WEIGHTS, contents.tensors)}
     if contents.sparsity is not None:
         sums[SPARSITY] = save_tensors(folder / SPARSITY, {"sparsity": contents.sparsity})
+    if contents.probe is not None:
+        sums[PROBE] = save_tensors(folder / PROBE, contents.probe.tensors, contents.probe.facts)
     text = _text(contents.config, sums)
     (folder / CONFIG).write_bytes(text)
     return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
@@ -223,7 +239,12 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
         "normalize_activations": _normalization(sae, unscaled),
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
-        "metadata": {**_LAYOUT, **sae.info.metadata, **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS)},
+        "metadata": {
+            **_LAYOUT,
+            **sae.info.metadata,
+            **sae.public_metadata(),
+            **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
+        },
         "saekit": {
             "format": FORMAT if sae.input_transform is None else TRANSFORMED,
             "architecture": sae.info.architecture,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from saekit.devices import widest
 from saekit.errors import ConfigError
-from saekit.protocols import RowTransform
 from saekit.sae.inputs import check_maps, check_scales
 from saekit.sae.parameters import Factor, ParameterTable, scale_of
-from saekit.values import Affine, Ports, SAEInfo
+from saekit.transforms import Affine, RowTransform
+from saekit.values import Ports, SAEInfo
 
 __all__ = ["Folding"]
 

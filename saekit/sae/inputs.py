@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.sae.parameters import Factor
-from saekit.values import Affine, Ports
+from saekit.transforms import Affine
+from saekit.values import Ports
 
 __all__ = ["check_maps", "check_rows", "check_scales", "check_sequences", "check_size", "check_type", "check_width"]
 

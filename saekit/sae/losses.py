@@ -72,15 +72,18 @@ def auxk_loss(
     *,
     shrink: bool = True,
     by_size: bool = False,
+    above_zero: bool = False,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", A.2): dead features learn what is left over.
 
     The ``k`` largest pre-activations of dead features in each row, by ``pre ⊙ norms`` (``by_size``: by its absolute
     values), reconstruct the residual; with fewer than ``k`` dead, all do, and with ``shrink`` (as sparsify and sae-lens
-    do) the loss is less in proportion.  ``pre [n, d_sae]``, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``,
-    ``dead [d_sae]`` bool, ``norms [d_sae]``.  A scalar.  Waits for no device.
+    do) the loss is less in proportion.  ``above_zero`` takes those below zero for zeros, as dictionary_learning does.
+    ``pre [n, d_sae]``, ``x`` and ``output [n, d_in]``, ``decoder [d_sae, d_in]``, ``dead [d_sae]`` bool, ``norms
+    [d_sae]``.  A scalar.  Waits for no device.
     """
     residual = (x - output).detach()
+    pre = pre.relu() if above_zero else pre
     compared = pre.detach() if norms is None else pre.detach() * norms.detach()
     compared = (compared.abs() if by_size else compared).masked_fill(~dead, -torch.inf)
     values, features = compared.topk(min(k, pre.shape[1]), dim=1, sorted=False)

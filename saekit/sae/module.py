@@ -6,7 +6,7 @@ The mathematics stand here and in the architectures, for autograd.  What makes t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,9 +19,11 @@ from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
+from saekit.sae.familiar import Familiar
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_rows, check_sequences, check_size, check_type, check_width
+from saekit.sae.learning import Learning
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
 from saekit.sae.transforms import Transforming
@@ -32,7 +34,7 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 __all__ = ["SAEModule"]
 
 
-class SAEModule(Hooked, Transforming, Folding, Ways):
+class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -70,6 +72,8 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
         self.info = SAEInfo()
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
+        self.probe_rows: Tensor | None = None
+        """``[n, d_in]``: a few inputs of its own, for the probe that ``save`` makes; None: it makes some."""
         self.use_error_term = False
         self.table.allocate(self, getattr(torch, config.dtype))
         self.add_hook_points()
@@ -79,18 +83,25 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
         """The architecture's parameters.  One with others of its own adds them to these, or states all of them."""
         return (
             # In this order sae-lens sums the gradient's norm; the last digits depend on it.
-            Parameter("b_enc", ("d_sae",), init=init.zeros, histogram="b_e"),
+            Parameter("b_enc", ("d_sae",), init=init.zeros, grows=1, histogram="b_e"),
             Parameter(
                 "W_dec",
                 ("d_sae", "d_out"),
                 init=init.decoder,
                 scale={"d_out": -1},
+                grows=-1,
                 unit_rows=config.normalize_sae_decoder,
                 groups=("decoder",),
                 histogram="W_dec_norms",
             ),
             Parameter(
-                "W_enc", ("d_in", "d_sae"), init=init.encoder, turn=0, scale={"d_in": 1}, columns_contiguous=True
+                "W_enc",
+                ("d_in", "d_sae"),
+                init=init.encoder,
+                turn=0,
+                scale={"d_in": 1},
+                grows=1,
+                columns_contiguous=True,
             ),
             Parameter(
                 "b_dec", ("d_out",), init=init.b_dec, scale={"d_out": -1}, groups=("decoder", "unrotated_decoder")
@@ -99,6 +110,7 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
                 "scaling_factor",
                 ("d_sae",),
                 init=init.ones,
+                grows=0,
                 groups=("scale", "decoder", "unrotated_decoder"),
                 folds_into="W_dec",
             ),
@@ -311,31 +323,6 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
             result.loss.backward()
         return result
 
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Between gradient and update: remove what rows of norm 1 cannot follow."""
-        self.table.project(self)
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """After an update: rows that have norm 1 back to it."""
-        self.table.renormalize(self)
-
-    def add_scaling_factor(self) -> None:
-        """Multiply features by a factor of their own before they are decoded, at first 1."""
-        self.add_factors_for("scale")
-
-    def add_factors_for(self, method: str) -> None:
-        """Add the factors that fine-tuning by ``method`` trains, at first 1; until then they do not learn."""
-        for entry in self.table:
-            if entry.optional and method in entry.groups:
-                self.table.add_optional(self, entry.name)
-
-    def learn_only(self, names: Collection[str]) -> None:
-        """From now on train these parameters and leave the others as they are."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in names)
-
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
 
@@ -352,6 +339,10 @@ class SAEModule(Hooked, Transforming, Folding, Ways):
         Whatever they cannot represent must not be called by a name that they know.
         """
         return {"architecture": self.info.architecture}
+
+    def public_metadata(self) -> dict[str, Any]:
+        """What else ``metadata`` of ``cfg.json`` says to other libraries, such as how it was trained."""
+        return {}
 
     def saved_options(self) -> dict[str, Any]:
         """The options by which :meth:`public_tensors` are to be understood when saekit loads them."""

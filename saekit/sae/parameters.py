@@ -20,10 +20,12 @@ from saekit.config import SAEConfig
 from saekit.devices import widest
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels.workspace import zeros
-from saekit.values import Affine, Ports, Scale
+from saekit.transforms import Affine
+from saekit.values import Ports, Scale
 
 __all__ = [
     "Factor", "Parameter", "ParameterTable", "Start", "factors_of", "one_factor", "scale_of", "tensors_of", "to_hold",
+    "to_take",
 ]  # fmt: skip
 
 Factor: TypeAlias = float | Tensor
@@ -32,6 +34,7 @@ Factor: TypeAlias = float | Tensor
 _BLOCK = 1024  # rows that are worked on together, in the cache
 _CPU = torch.device("cpu")
 _to_hold: ContextVar[Mapping[str, Tensor] | None] = ContextVar("_to_hold", default=None)
+_to_take: ContextVar[Mapping[str, Tensor] | None] = ContextVar("_to_take", default=None)
 
 
 @contextmanager
@@ -45,6 +48,19 @@ def to_hold(tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         _to_hold.reset(token)
+
+
+@contextmanager
+def to_take(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Modules that are loaded here take over those of ``parameters`` that :meth:`ParameterTable.load` is given.
+
+    Others are copied.
+    """
+    token = _to_take.set(parameters)
+    try:
+        yield
+    finally:
+        _to_take.reset(token)
 
 
 @attrs.frozen
@@ -63,6 +79,9 @@ class Parameter:
     scale: Mapping[str, int] = attrs.field(factory=dict, kw_only=True)
     """Which power of the activation scale goes into it: ``{"d_in": 1}`` for a matrix that meets inputs, ``{"d_out":
     -1}`` for what makes outputs."""
+    grows: int | None = attrs.field(default=None, kw_only=True)
+    """Which power of a feature's size goes into it, along ``d_sae``: 1 for what makes the feature, -1 for what is made
+    of it, 0 for what stays as it is when features are measured otherwise.  None: nobody says, and so they are not."""
     unit_rows: bool = attrs.field(default=False, kw_only=True)
     """Keep every row, along the last dimension, at norm 1: project the gradient before each update, rescale after."""
     groups: tuple[str, ...] = attrs.field(default=(), kw_only=True)
@@ -99,12 +118,12 @@ class Parameter:
         """For sizes of the named dimensions."""
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU) -> nn.Parameter:
         """Zeros, laid out as the table says.  Where nobody writes to them they take no memory."""
         # In float64, results are compared with those of others to the last digits, which depend on the order in memory.
         turned = self.columns_contiguous and len(shape) == 2 and dtype != torch.float64
         dtype = self.dtype(dtype)
-        return nn.Parameter(zeros(shape[::-1], dtype, _CPU).T if turned else zeros(shape, dtype, _CPU))
+        return nn.Parameter(zeros(shape[::-1], dtype, device).T if turned else zeros(shape, dtype, device))
 
     def dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The type that it has in an SAE of the type ``wanted``."""
@@ -244,6 +263,22 @@ class ParameterTable:
             if (value := getattr(module, entry.name)) is not None and entry.scale:
                 entry.fold_maps(value, {"d_in": read, "d_out": written})
 
+    def grow_features(self, module: nn.Module, factor: Tensor) -> None:
+        """From now on every feature is ``factor [d_sae]`` times as large, and what is decoded of it is the same.
+
+        :class:`ConfigError` where a parameter does not say what that is for it.
+        """
+        if unsaid := [entry.name for entry in self.entries if entry.grows is None and "d_sae" in entry.dims]:
+            raise ConfigError(
+                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated "
+                "(saekit.sae.Parameter, grows)"
+            )
+        for entry in self.entries:
+            value = getattr(module, entry.name)
+            if value is not None and entry.grows:
+                along = entry._along("d_sae", factor.to(value))
+                value.mul_(along) if entry.grows > 0 else value.div_(along)
+
     def folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` with the factors of rows among them in what they multiply."""
         found = dict(tensors)
@@ -271,8 +306,13 @@ class ParameterTable:
         ]
         if problems:
             raise SAEFormatError(f"the weights do not fit {architecture}: {'; '.join(problems)}")
+        taken = _to_take.get() or {}
         for name, value in own.items():
-            value.copy_(tensors[name].to(value.dtype))  # here, for another device may not have the other dtype
+            given = tensors[name]
+            if isinstance(given, nn.Parameter) and given is taken.get(name):
+                setattr(module, name, given.requires_grad_(value.requires_grad))
+            else:
+                value.copy_(given.to(value.dtype))  # here, for another device may not have the other dtype
 
 
 @attrs.define

@@ -1,7 +1,7 @@
 """What a dictionary does to its rows before it reads them, and to what it has decoded: input transforms.
 
-Those of each row for itself are a part of the SAE (:class:`saekit.protocols.RowTransform`).  Those whose numbers are
-estimated once are affine maps of all rows (:class:`saekit.values.Affine`): they are folded into the weights.
+Those of each row for itself are a part of the SAE (:class:`saekit.transforms.RowTransform`).  Those whose numbers are
+estimated once are affine maps of all rows (:class:`saekit.transforms.Affine`): they are folded into the weights.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
-from saekit.protocols import RowTransform
-from saekit.values import Affine, Ports
+from saekit.transforms import Affine, RowTransform
+from saekit.values import Ports
 
 __all__ = ["SiteMaps", "Transforming", "block_diagonal", "transformed_by", "undone_by"]
 

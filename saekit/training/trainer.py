@@ -19,6 +19,7 @@ from saekit.kernels.private_torch import is_of_compiler
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
+from saekit.sae.probe import MOST_ROWS
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
@@ -59,6 +60,8 @@ class SAETrainer:
     _finetuning: bool = attrs.field(default=False, init=False)
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
     """The scale, and what is made of it."""
+    _recent: Tensor | None = attrs.field(default=None, init=False)
+    """A few rows of the last batch, as they are, by which the SAE that is saved can be known again."""
     _sound_until: int = attrs.field(default=0, init=False)
     """The last step of which it is known that all was finite."""
 
@@ -117,6 +120,7 @@ class SAETrainer:
         and at every step where looking costs nothing.  Weights are then those before that step.
         """
         self._begin_finetuning_if_due()
+        self._recent = rows[:MOST_ROWS].clone()  # the batch's memory is used again
         x = rows_on(self.device, rows, self.sae.dtype)
         y = None if target is None else rows_on(self.device, target, self.sae.dtype)
         if self.scaled:
@@ -262,6 +266,7 @@ class SAETrainer:
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
         sae.log_sparsity = self.firing.log_sparsity().cpu()
+        sae.probe_rows = self._recent
         return sae
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -273,16 +278,14 @@ class SAETrainer:
         if self.diverged is not None:  # it does not go on
             return facts
         maps = {} if self.maps is None else {"maps": self.maps.state_dict()}
-        return (
-            facts
-            | maps
-            | {
-                "weights": {name: value.detach() for name, value in self._tensors().items()},
-                "optimizer": self.optimizer.state_dict(),
-                "firing": self.firing.state_dict(),
-                "generator": self.generator.get_state(),
-            }
-        )
+        parts = {
+            "weights": {name: value.detach() for name, value in self._tensors().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "firing": self.firing.state_dict(),
+            "generator": self.generator.get_state(),
+            "recent": self._recent,
+        }
+        return {**facts, **maps, **parts}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -301,5 +304,8 @@ class SAETrainer:
             value.copy_(saved[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
+        self._recent = state.get("recent")
+        if (rows := self._recent) is not None and list(rows.shape) != [min(len(rows), MOST_ROWS), self.sae.d_in]:
+            raise StorageError(f"the checkpoint of {self.name} holds rows {list(rows.shape)} of {self.sae.d_in}")
         self._sound_until = self.step
         self.generator.set_state(state["generator"])

@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["K", "missing", "peer_inference", "peer_steps", "version"]
+__all__ = ["PARTS", "K", "missing", "peer_inference", "peer_steps", "version"]
 
 K = 32
+PARTS = (16, 8, 4, 2)
+"""The levels of a Matryoshka SAE end at the number of features divided by these, and at all of them."""
 _LR = 1e-7  # so that what is active stays active
 _NEEDED = {"sae-lens": "sae_lens", "eai-sparsify": "sparsify", "dictionary-learning": "dictionary_learning"}
 _WORKER = Path(__file__).parent / "sae_lens_3_worker.py"
@@ -46,7 +48,7 @@ def missing() -> list[str]:
 
 
 def peer_steps(kind: str, weights: Weights, x: Tensor) -> dict[str, Step]:
-    """For ``standard``, ``topk`` or ``batchtopk``: steps on ``x [n, d_in]`` by the name of what makes them."""
+    """For a ``kind`` of :data:`step.CONFIGS`: steps on ``x [n, d_in]`` by the name of what makes them."""
     steps: dict[str, Step] = {}
     if version("sae-lens"):
         steps[f"sae-lens {version('sae-lens')} {kind}"] = _sae_lens(kind, weights, x)
@@ -78,6 +80,11 @@ def _sae_lens(kind: str, weights: Weights, x: Tensor) -> Step:
 
 def _sae_lens_sae(kind: str, weights: Weights) -> Any:
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
@@ -87,9 +94,16 @@ def _sae_lens_sae(kind: str, weights: Weights) -> Any:
         "standard": lambda: StandardTrainingSAE(StandardTrainingSAEConfig(**size, l1_coefficient=1e-3)),
         "topk": lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=K)),
         "batchtopk": lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=K)),
+        "gated": lambda: GatedTrainingSAE(GatedTrainingSAEConfig(**size, l1_coefficient=1e-3)),
+        "matryoshka": lambda: MatryoshkaBatchTopKTrainingSAE(
+            MatryoshkaBatchTopKTrainingSAEConfig(**size, k=K, matryoshka_widths=[d_sae // part for part in (*PARTS, 1)])
+        ),
     }[kind]()
+    own = dict(weights)
+    if kind == "gated":
+        own["b_gate"] = own["b_mag"] = own.pop("b_enc")
     with torch.no_grad():
-        for name, value in weights.items():
+        for name, value in own.items():
             getattr(sae, name).copy_(value)
     return sae
 

@@ -1,6 +1,7 @@
 """The SAE's training step, and inference, beside those of other libraries and beside one product with the encoder.
 
-    python tests/bench/step.py [--size small large] [--only standard dense topk batchtopk inference four] [--rounds 5]
+    python tests/bench/step.py [--size small large] [--rounds 5]
+        [--only standard dense topk batchtopk gated matryoshka inference]
 
 Every SAE has the same weights and batch, and learns so little that what is active stays active.  Prints figures; it
 judges nothing.
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 from common import BATCH, Times
-from peers import K, Step, missing, peer_inference, peer_steps, version
+from peers import PARTS, K, Step, missing, peer_inference, peer_steps, version
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.optimizers.adam import AdamConfig
@@ -37,6 +40,14 @@ CONFIGS: dict[str, Callable[[int], SAEConfig]] = {
     "standard": lambda d_sae: StandardConfig(d_sae=d_sae, l1_coefficient=1e-3, normalize_sae_decoder=False),
     "topk": lambda d_sae: TopKConfig(d_sae=d_sae, k=K),
     "batchtopk": lambda d_sae: BatchTopKConfig(d_sae=d_sae, k=K),
+    "gated": lambda d_sae: GatedConfig(
+        d_sae=d_sae,
+        l1_coefficient=1e-3,
+        aux_loss_trains_decoder=True,
+        scale_sparsity_penalty_by_decoder_norm=True,
+        normalize_sae_decoder=False,
+    ),
+    "matryoshka": lambda d_sae: MatryoshkaConfig(d_sae=d_sae, k=K, widths=tuple(d_sae // part for part in PARTS)),
 }
 WHY_NO_SCREEN = saekit.kernels.screen.why_no_screen
 
@@ -56,7 +67,10 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
     sae = build_module(plugins.find("sae_architectures", config), config, len(weights["b_dec"]), plugins)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            parameter.copy_(weights[name])
+            if name in ("b_mag", "r_mag"):  # magnitudes are those of the gates
+                parameter.copy_(weights["b_enc"] * (name == "b_mag"))
+            else:
+                parameter.copy_(weights["b_enc" if name == "b_gate" else name])
     training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
     build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
     return SAETrainer(
@@ -138,7 +152,7 @@ def compared(title: str, steps: Mapping[str, Step], mm1: Step, base: str | None,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", nargs="+", default=list(SIZES), choices=list(SIZES))
-    names = ["standard", "dense", "topk", "batchtopk", "inference"]
+    names = ["standard", "dense", "topk", "batchtopk", "gated", "matryoshka", "inference"]
     parser.add_argument("--only", nargs="+", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=5)
     asked: Any = parser.parse_args()
@@ -150,7 +164,7 @@ def main() -> None:
         x = torch.randn(BATCH, d_in, generator=torch.Generator().manual_seed(0))
         for name in asked.only:
             kind = {"dense": "standard", "inference": "standard"}.get(name, name)
-            weights = shared_weights(d_in, d_sae, x, {"standard": L0, "inference": L0}.get(name))
+            weights = shared_weights(d_in, d_sae, x, {"standard": L0, "inference": L0, "gated": L0}.get(name))
             mm1 = product(weights, x)
             title = f"{d_in} -> {d_sae}, batch {BATCH}, {name}"
             if name == "inference":

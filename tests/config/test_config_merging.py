@@ -80,7 +80,7 @@ def test_tables_of_no_class_are_values() -> None:
     ("table", "path", "told"),
     [
         ({"l1_coefficient": 5}, "l1_coefficient",
-         "is not an option here; it is sae.l1_coefficient (of saekit:crosscoder, saekit:standard and "
+         "is not an option here; it is sae.l1_coefficient (of saekit:crosscoder, saekit:gated, saekit:standard and "
          "saekit:transcoder)"),
         ({"lr": 5}, "lr", "is not an option here; it is training.lr"),
         ({"sae": {"lr": 1}}, "sae.lr", "is not an option here; it is training.lr"),

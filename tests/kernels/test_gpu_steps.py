@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TranscoderConfig
@@ -21,6 +23,9 @@ ON_GPU = [
                    normalize_sae_decoder=False),
     TopKConfig(d_sae=2048, k=16),
     BatchTopKConfig(d_sae=2048, k=16),
+    MatryoshkaConfig(d_sae=2048, k=16),
+    GatedConfig(d_sae=2048, l1_coefficient=0.1),
+    GatedConfig(d_sae=2048, l1_coefficient=0.1, aux_loss_trains_decoder=True),
     JumpReLUConfig(d_sae=2048),
     TranscoderConfig(d_sae=2048, skip_connection=True),
 ]  # fmt: skip

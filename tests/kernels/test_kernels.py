@@ -10,6 +10,8 @@ import pytest
 import torch
 from saekit_plugins.activations.relu import Relu
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from support.kernels import built, seeded
@@ -41,6 +43,8 @@ KINDS = [
     TopKConfig(d_sae=40, dtype="float64", k=5, k_aux=3),
     TopKConfig(d_sae=200, dtype="float64", k=5, k_aux=4, rescale_acts_by_decoder_norm=False),
     BatchTopKConfig(d_sae=40, dtype="float64", k=4.3, k_aux=90),
+    GatedConfig(d_sae=40, dtype="float64", l1_coefficient=0.3, aux_loss_trains_decoder=True),
+    MatryoshkaConfig(d_sae=40, dtype="float64", k=4.3, k_aux=3, widths=(1, 7, 0.5)),
 ]  # fmt: skip
 
 

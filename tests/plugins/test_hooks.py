@@ -69,6 +69,10 @@ def test_hook_saekit_register_input_transforms() -> None:
     registers_and_builds("input_transforms")
 
 
+def test_hook_saekit_register_releases() -> None:
+    registers_and_builds("releases")
+
+
 def test_every_hook_has_a_test_and_a_docstring_and_no_argument() -> None:
     hooks = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("saekit_register_")}
     assert set(hooks) == {f"saekit_register_{kind}" for kind in KINDS}
@@ -123,6 +127,7 @@ PUBLIC_MODULES = [
     "sae.init",
     "site",
     "testing",
+    "transforms",
     "values",
 ]
 PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}

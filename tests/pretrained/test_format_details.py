@@ -296,10 +296,25 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         state(more=torch.ones(1)),
         "more, which are the tensors of none of",
     ),
-    "a gated one": (
+    "a gated one that says it is another": (
         "dictionary_learning_0.1.0_gated",
-        lambda folder: None,
-        "is a gated SAE .*saekit has no such architecture",
+        trainer(dict_class="AutoEncoder"),
+        "dict_class of .* is 'AutoEncoder', and its tensors are those of GatedAutoEncoder",
+    ),
+    "groups that do not add up": (
+        "dictionary_learning_0.1.0_matryoshka",
+        state(group_sizes=torch.tensor([16, 47])),
+        r"group_sizes of .* should be whole numbers that add up to 64, found \[16, 47\]",
+    ),
+    "groups of another kind": (
+        "dictionary_learning_0.1.0_matryoshka",
+        state(group_sizes=torch.tensor([16.0, 48.0])),
+        r"group_sizes of .* should be whole numbers that add up to 64, found \[16.0, 48.0\]",
+    ),
+    "weights of other groups": (
+        "dictionary_learning_0.1.0_matryoshka",
+        trainer(group_weights=[1.0, "2"]),
+        r"group_weights in config.json beside .* is \[1.0, '2'\], expected a number for each of the 3 groups",
     ),
     "a trainer that is a text": (
         "dictionary_learning_0.1.0_topk",

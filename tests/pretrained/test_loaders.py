@@ -52,9 +52,9 @@ def test_sae_lens_details(tmp_path: Path) -> None:
     with pytest.raises(SAEFormatError, match=r"lacks d_in, hook_name"):
         SAE.load(write(tmp_path / "b", {"d_sae": 10}, weights))
     with pytest.raises(
-        SAEFormatError, match="architecture in cfg.json in .* is 'gated'; this loader reads standard, topk"
+        SAEFormatError, match="architecture in cfg.json in .* is 'unheard_of'; this loader reads standard, topk"
     ):
-        SAE.load(write(tmp_path / "c", OLD | {"architecture": "gated"}, weights))
+        SAE.load(write(tmp_path / "c", OLD | {"architecture": "unheard_of"}, weights))
     with pytest.warns(UserWarning, match="does not hold the factor"):
         SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
     for value, message in (

@@ -36,11 +36,15 @@ LOADED = {
     "sae_lens_5.11.0_training_standard": "saekit:standard",
     "sae_lens_5.11.0_standard_topk": "saekit:topk",
     "sae_lens_6.54.12_batchtopk": "saekit:batchtopk",
-    "sae_lens_6.54.12_matryoshka_batchtopk": "saekit:batchtopk",
+    "sae_lens_6.54.12_matryoshka_batchtopk": "saekit:matryoshka",
     "sae_lens_4.4.5_jumprelu": "saekit:jumprelu",
     "sae_lens_5.11.0_jumprelu": "saekit:jumprelu",
     "sae_lens_6.54.12_jumprelu": "saekit:jumprelu",
     "sae_lens_6.54.12_training_jumprelu": "saekit:jumprelu",
+    "sae_lens_4.4.5_gated": "saekit:gated",
+    "sae_lens_5.11.0_gated": "saekit:gated",
+    "sae_lens_6.54.12_gated": "saekit:gated",
+    "sae_lens_6.54.12_training_gated": "saekit:gated",
     "connor_rob_hook_z": "saekit:standard",
 }
 
@@ -61,9 +65,10 @@ def test_what_the_peer_computes(tmp_path: Path, name: str) -> None:
         close(loaded.encode_sparse(expected["x"]).dense(), expected["encode"].reshape(-1, 64))
 
 
-def test_a_training_checkpoint_of_batchtopk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka_batchtopk"])
+def test_a_training_checkpoint_of_batchtopk(tmp_path: Path, kind: str) -> None:
     """The peer chooses the largest of these rows together, as in training; alone, the threshold decides."""
-    folder = FIXTURES / "sae_lens_6.54.12_training_batchtopk"
+    folder = FIXTURES / f"sae_lens_6.54.12_training_{kind}"
     expected, sae = load_file(folder / "expected.safetensors"), SAE.load(folder)
     with torch.no_grad():
         features = sae.training_features(sae.pre_activations(expected["x"]))
@@ -72,7 +77,40 @@ def test_a_training_checkpoint_of_batchtopk(tmp_path: Path) -> None:
     assert sae.threshold == load_file(folder / "sae_weights.safetensors")["topk_threshold"].float()
     assert sae.config.k == 8
     again = SAE.load(sae.save(tmp_path / "again"))
+    assert again.info.architecture == sae.info.architecture == f"saekit:{kind.partition('_')[0]}"
     close(again(expected["x"]), sae(expected["x"]))
+
+
+def test_a_matryoshka_trains_on_as_it_was_trained() -> None:
+    sae = SAE.load(FIXTURES / "sae_lens_6.54.12_training_matryoshka_batchtopk")
+    config = sae.config
+    assert (sae.ends, sae.factors) == ((16, 32, 64), (1, 1, 1))
+    assert (config.aux_loss_levels, config.aux_loss_coefficient, config.aux_loss_normalization) == ("each", 1.0, "none")
+    other = SAE.load(FIXTURES / "dictionary_learning_0.1.0_matryoshka")
+    assert (other.ends, other.factors) == ((16, 32, 64), (1 / 9, 1 / 9, 1 / 9))
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        (None, "matryoshka_widths in cfg.json in .* is None, expected a list of whole numbers from 1 to d_sae = 64"),
+        ([16, 65], r"is \[16, 65\], expected a list of whole numbers from 1 to d_sae = 64"),
+        ([16.5], r"is \[16.5\], expected a list of whole numbers"),
+        ([32, 16], r"matryoshka_widths in cfg.json in .* are \[32, 16\], expected widths that rise"),
+    ],
+)
+def test_widths_that_do_not_fit(tmp_path: Path, widths: Any, message: str) -> None:
+    folder = copied(tmp_path, "sae_lens_6.54.12_training_matryoshka_batchtopk", {"matryoshka_widths": widths})
+    with pytest.raises(SAEFormatError, match=message):
+        SAE.load(folder)
+
+
+def test_a_matryoshka_whose_levels_are_not_said_is_a_batchtopk(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "sae_lens_6.54.12_matryoshka_batchtopk")
+    table = json.loads((folder / "cfg.json").read_text())
+    del table["metadata"]["training_architecture_details"]["matryoshka_widths"]
+    (folder / "cfg.json").write_text(json.dumps(table))
+    assert SAE.load(folder).info.architecture == "saekit:batchtopk"
 
 
 def copied(tmp_path: Path, name: str, changes: dict[str, Any] | None = None, to: torch.dtype | None = None) -> Path:

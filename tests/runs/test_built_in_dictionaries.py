@@ -21,6 +21,8 @@ ELSEWHERE = {
 }
 SEVERAL = {"inputs": [{"hook_name": "blocks.0.hook_resid_post"}, {"hook_name": "blocks.1.hook_resid_post"}]}
 KINDS: dict[str, dict[str, Any]] = {
+    "gated": {"sae": {"name": "gated"}},
+    "matryoshka": {"sae": {"name": "matryoshka", "k": 8}},
     "jumprelu": {"sae": {"name": "jumprelu"}},
     "transcoder": {"sae": {"name": "transcoder"}, **ELSEWHERE},
     "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True}, **ELSEWHERE},
@@ -48,8 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 LEAST = {
-    "jumprelu": 0.8, "transcoder": 0.5, "skip": 0.8, "topk": 0.8, "sparsify": 0.8, "crosscoder": 0.5,
-    "batchtopk_crosscoder": 0.5,
+    "gated": 0.7, "matryoshka": 0.5, "jumprelu": 0.8, "transcoder": 0.5, "skip": 0.8, "topk": 0.8,
+    "sparsify": 0.8, "crosscoder": 0.5, "batchtopk_crosscoder": 0.5,
 }  # fmt: skip
 """The explained variance at the end, at least."""
 QUICK = ("sparsify", "crosscoder", "batchtopk_crosscoder")

@@ -39,7 +39,8 @@ def damage(path: Path, kind: str) -> None:
 
 
 FILES = ["checkpoint.json", "stream.json", "stream.safetensors", "sae/training.json", "sae/training.safetensors",
-         "sae/cfg.json", "sae/sae_weights.safetensors", "sae/sparsity.safetensors"]  # fmt: skip
+         "sae/cfg.json", "sae/sae_weights.safetensors", "sae/sparsity.safetensors",
+         "sae/probe.safetensors"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

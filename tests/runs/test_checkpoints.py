@@ -35,7 +35,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
         "checkpoint.json", "stream.json", "stream.safetensors", "sae/training.json", "sae/training.safetensors",
-        "sae/cfg.json", "sae/sae_weights.safetensors", "sae/sparsity.safetensors",
+        "sae/cfg.json", "sae/sae_weights.safetensors", "sae/sparsity.safetensors", "sae/probe.safetensors",
     }  # fmt: skip
     for name in files:
         data = (folder / name).read_bytes()
@@ -52,7 +52,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert set(checkpoint.facts["files"]) == files - {"checkpoint.json"}
     training, stream = checkpoint.training("sae"), checkpoint.stream()
     assert set(training) == {
-        "step", "tokens", "scale", "diverged", "weights", "optimizer", "firing", "generator"
+        "step", "tokens", "scale", "diverged", "weights", "optimizer", "firing", "generator", "recent"
     }  # fmt: skip
     assert set(training["weights"]) == {"W_enc", "W_dec", "b_enc", "b_dec", "scaling_factor"}
     assert set(training["optimizer"]["scaling_factor"]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -109,7 +109,7 @@ def test_checkpoints_at_even_distances(
     assert sorted(int(path.name[5:]) for path in all_checkpoints(tmp_path / "run")) == resumable
     for path, step in zip(found, steps, strict=True):
         if step not in resumable:
-            names = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
+            names = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "probe.safetensors"}
             assert {str(file.relative_to(path)) for file in path.rglob("*")} == {"sae"} | {f"sae/{n}" for n in names}
         for folder in (path, path / "sae"):
             sae = saekit.SAE.load(folder, plugins=manager())

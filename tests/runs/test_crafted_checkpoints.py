@@ -13,6 +13,7 @@ from support.crafted import falls_back, seal, setting
 from support.runs import fake_config, manager, resume, stopped
 
 from saekit.errors import StorageError
+from saekit.files.names import SAE_FILES
 from saekit.runs.checkpoints import Checkpoint, keep_saes
 from saekit.runs.state_files import read_state, write_state
 
@@ -160,7 +161,7 @@ def test_files_of_others_do_not_go_with_a_checkpoint(tmp_path: Path, made: Path,
     (tmp_path / "step-3/.DS_Store").write_text("litter")
     keep_saes(tmp_path / "step-3", names)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
-    loads = {f"step-3/sae/{name}" for name in ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")}
+    loads = {f"step-3/sae/{name}" for name in SAE_FILES}
     assert found == {"step-3/notes.txt", "step-3/sae/plots/a.png", "step-3/link"} | (loads if names else set())
 
 

@@ -103,7 +103,7 @@ def test_longer_training_is_as_if_it_had_been_so_from_the_start(tmp_path: Path, 
     config["training"]["training_tokens"] = 3000
     whole = train(config).folder
     ours, theirs = contents(run), contents(whole)
-    for path in ("metrics.jsonl", "sae/cfg.json", "sae/sae_weights.safetensors", "sae/sparsity.safetensors"):
+    for path in ("metrics.jsonl", "sae/cfg.json", "sae/sae_weights.safetensors", "sae/probe.safetensors"):
         assert ours[path] == theirs[path]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13)), "no line twice"

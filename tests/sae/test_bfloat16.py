@@ -175,7 +175,7 @@ def test_a_run_goes_on_exactly(kind: str, tmp_path: Path) -> None:
         else:
             results.append(saekit.train(config, plugins=manager(), dataset=DOCUMENTS))
     whole, part = results
-    for name in ("sae_weights.safetensors", "sparsity.safetensors", "cfg.json"):
+    for name in ("sae_weights.safetensors", "sparsity.safetensors", "probe.safetensors", "cfg.json"):
         assert (part.folder / "sae" / name).read_bytes() == (whole.folder / "sae" / name).read_bytes()
     assert part.metrics == whole.metrics
     states = [load_file(next(r.folder.rglob("checkpoints/*/sae/training.safetensors"))) for r in results]

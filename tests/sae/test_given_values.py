@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TranscoderConfig
@@ -25,7 +27,8 @@ from saekit.values import Ports, StepInput
 D_IN, D_SAE = 6, 10
 KINDS: list[Any] = [
     StandardConfig(d_sae=D_SAE), TopKConfig(d_sae=D_SAE, k=3), BatchTopKConfig(d_sae=D_SAE, k=3),
-    JumpReLUConfig(d_sae=D_SAE), TranscoderConfig(d_sae=D_SAE, skip_connection=True),
+    JumpReLUConfig(d_sae=D_SAE), GatedConfig(d_sae=D_SAE), MatryoshkaConfig(d_sae=D_SAE, k=3, widths=(4, 0.5)),
+    TranscoderConfig(d_sae=D_SAE, skip_connection=True),
 ]  # fmt: skip
 
 
@@ -129,7 +132,7 @@ SCALES: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("scale", "message"), SCALES, ids=lambda value: str(value)[:20])
 def test_scales_that_scale_nothing(scale: Any, message: str) -> None:
-    for config in KINDS[:4]:
+    for config in KINDS[:-1]:
         sae = built(config)
         before = {name: value.clone() for name, value in sae.state_dict().items()}
         with pytest.raises(ConfigError, match=message):
@@ -138,11 +141,11 @@ def test_scales_that_scale_nothing(scale: Any, message: str) -> None:
             sae.fold_activation_scale(2.0, scale)
         assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
     with pytest.raises(ConfigError, match="each has a scale of its own, so give both"):
-        built(KINDS[4], Ports({"a": D_IN}, {"b": D_IN})).fold_activation_scale(2.0)
+        built(KINDS[-1], Ports({"a": D_IN}, {"b": D_IN})).fold_activation_scale(2.0)
 
 
 def test_a_scale_may_be_a_tensor_of_one_number() -> None:
-    for config in KINDS[:4]:
+    for config in KINDS[:-1]:
         one, other, x = built(config), built(config), torch.randn(9, D_IN, generator=seeded())
         one.fold_activation_scale(2.0)
         other.fold_activation_scale(torch.tensor(2.0))

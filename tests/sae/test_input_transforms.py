@@ -27,7 +27,8 @@ from saekit.errors import ConfigError, DataError
 from saekit.kinds import INPUT_TRANSFORMS, SAE_ARCHITECTURES
 from saekit.sae.build import build_module
 from saekit.sae.module import SAEModule
-from saekit.values import Affine, Ports
+from saekit.transforms import Affine
+from saekit.values import Ports
 
 GOLDEN = Path(__file__).parents[1] / "golden_transforms"
 D, F = 12, 40
@@ -298,6 +299,12 @@ def test_what_cannot_be() -> None:
         sae.fold_affine(affine(D))
     with pytest.raises(ConfigError, match=r"matrix of an affine map must be \[12, 12\].* found \[7, 7\]"):
         made(TopKConfig(k=5)).fold_affine(attrs_with(affine(7), affine(D).mean))
+    odd = made(StandardConfig(apply_b_dec_to_input=False))
+    odd.b_enc = None  # type: ignore[assignment]
+    with pytest.raises(
+        ConfigError, match="no mean can be folded into a StandardSAE, which has no b_enc and does not say"
+    ):
+        odd.fold_affine(affine(D))
     with pytest.raises(
         ConfigError, match="inputs and targets are other sites: each has a map of its own, so give both"
     ):

@@ -15,12 +15,16 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
+
+import pytest
 
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([\w-]+))?(?:/([^/]+))?(?:/(.*))?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -55,12 +59,33 @@ def commit_id(folder: Path) -> str:
     return hashlib.sha1(json.dumps(files).encode()).hexdigest()
 
 
+@dataclass
+class Fault:
+    """What goes wrong with some requests."""
+
+    requests: str
+    """A pattern for the beginning of ``METHOD /path``."""
+    times: float = 1
+    """So many of them; ``inf``: for ever."""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    """The connection breaks after so many bytes of the body."""
+    body: bytes | None = None
+    """Sent in the place of what is right."""
+    seconds: float = 0
+    """That it takes."""
+
+
 class FakeHub:
     """What :func:`fake_hub` yields: the address, the repositories, and what has been asked."""
 
     def __init__(self, root: Path, url: str) -> None:
         self.root, self.url, self.lock = root, url, threading.Lock()
         self.requests: list[str] = []  #: "METHOD /path" of every request; a whole URL is one that was to leave loopback
+        self.tokens: list[str | None] = []  #: what each request says who asks
+        self.faults: list[Fault] = []  #: of several, the first that is left counts
+        self.at_once = self.most_at_once = 0  #: requests that are answered
         self.private: set[str] = set()  #: "datasets/OWNER/NAME" of the repositories that need a token to be read
 
     def environment(self, home: Path, token: str | None = "hf_fake") -> dict[str, str]:
@@ -72,6 +97,35 @@ class FakeHub:
         # datasets asks http://datasets-server.<endpoint> for a description; no name is looked up when there is a proxy
         environment |= {"http_proxy": self.url, "https_proxy": self.url, "no_proxy": "127.0.0.1"}
         return environment if token is None else environment | {"HF_TOKEN": token}
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | None = None) -> None:
+        """Have this process use this Hub, with an empty cache."""
+        from huggingface_hub import constants
+
+        from saekit import hub
+
+        for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
+        monkeypatch.setattr(hub, "_reached", set())
+        monkeypatch.setattr(hub, "_unreached", {})
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+
+    def fault(self, request: str) -> Fault:
+        """What goes wrong with a request."""
+        for fault in self.faults:
+            if fault.times and re.match(fault.requests, request):
+                fault.times -= 1
+                return fault
+        return Fault("")
 
     def branch(self, kind: str, name: str, branch: str = "main") -> Path:
         """The folder of a branch of a repository, whether or not it exists."""
@@ -157,14 +211,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Read the request, find the answer to it and send that."""
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests.append(f"{self.command} {self.path}")
+        with self.hub.lock:
+            self.hub.requests.append(f"{self.command} {self.path}")
+            self.hub.tokens.append(self.headers.get("Authorization"))
+            fault = self.hub.fault(self.hub.requests[-1])
+            self.hub.at_once += 1
+            self.hub.most_at_once = max(self.hub.most_at_once, self.hub.at_once)
+        time.sleep(fault.seconds)
         status, self.extra = 200, {}
         try:
             with self.hub.lock:
+                self.hub.at_once -= 1
+                if fault.status != 200:
+                    raise Refusal(fault.status, "refused")
                 found = self.find()
         except Refusal as refusal:
             status, self.extra["X-Error-Code"], found = refusal.answer
         data = found if isinstance(found, bytes) else json.dumps(found).encode()
+        data = data if fault.body is None else fault.body
+        self.extra |= fault.headers
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if status == 200 and wanted:
             start, size = int(wanted[1]), len(data)
@@ -176,7 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: fault.cut])
 
     do_GET = do_HEAD = do_POST = do_PUT = do_CONNECT = answer  # noqa: N815
 
@@ -288,7 +353,7 @@ def fake_hub(root: Path) -> Iterator[FakeHub]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     server.daemon_threads = False  # closing the server waits for what it still answers
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
         yield hub

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import shutil
 import time
 import tomllib
 import webbrowser
@@ -22,6 +24,7 @@ import attrs
 import saekit_plugins
 
 TOKENIZER = Path(saekit_plugins.__file__).parent / "backends" / "tiny_python"
+RUNNER_CONFIG = Path(__file__).parents[1] / "golden_runner_configs" / "standard.json"
 LOCAL = {
     "gpt2-small": "saekit/tiny-python",
     "tokenizer=gpt2": f"tokenizer={TOKENIZER}",
@@ -101,8 +104,42 @@ def prepare(folder: Path) -> None:
     """What pages take for granted: a configuration, some text; and a browser, which shall not really open."""
     webbrowser.open = lambda *_, **__: True
     (folder / "run.toml").write_text('[sae]\nname = "standard"\nd_sae = 64\n', encoding="utf-8")
+    shutil.copyfile(RUNNER_CONFIG, folder / "runner_cfg.json")
     texts = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(200)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+
+
+def serve(folder: Path) -> None:
+    """A Hub on loopback, with the SAEs that pages load from the real one: small, and of the model that ships here."""
+    import numpy as np
+    from safetensors.numpy import save_file
+    from support.fake_hub import fake_hub
+
+    _served.append(served := fake_hub(folder))  # until the process ends
+    hub = served.__enter__()
+    random = np.random.default_rng(0)
+    for place in HUB:
+        home = folder / "models" / place
+        home.mkdir(parents=True)
+        config = {"model_name": "saekit/tiny-python", "hook_name": "blocks.1.hook_resid_post", "d_in": 128, "d_sae": 64}
+        (home / "cfg.json").write_text(json.dumps(config | {"sae_lens_version": "3.0.0", "activation_fn_str": "relu"}))
+        shapes = {"W_enc": (128, 64), "b_enc": (64,), "W_dec": (64, 128), "b_dec": (128,)}
+        tensors = {name: random.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+        save_file(tensors, home / "sae_weights.safetensors")
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]  # before huggingface_hub is imported
+    os.environ.update(hub.environment(folder / "home"))
+
+
+HUB = [
+    "jbloom/GPT2-Small-SAEs-Reformatted/blocks.8.hook_resid_pre",
+    "jbloom/GPT2-Small-SAEs-Reformatted/blocks.9.hook_resid_pre",
+    "owner/saes/layer_8",
+    "owner/saes/layer_9",
+    "owner/saes@v1/layer_8",
+]
+"""Repositories, branches and folders of what :func:`serve` has."""
+_served: list[object] = []
 
 
 def watch(results: Path) -> None:
@@ -143,5 +180,7 @@ def script_of(page: Path, results: Path) -> str:
             parts.append(block.text)
         elif block.language in ("console", "sh"):
             parts += [f"run_command({command!r})\n" for command in commands_of(block) if command.startswith("saekit ")]
-    first = "from pathlib import Path\nfrom support.follow import prepare, run_command, watch\n"
+    first = "from pathlib import Path\nfrom support.follow import prepare, run_command, serve, watch\n"
+    if any("from_pretrained(" in part or "from_hub(" in part for part in parts):
+        first += "import tempfile\nserve(Path(tempfile.mkdtemp()))\n"
     return "".join([first, f"prepare(Path())\nwatch(Path({str(results)!r}))\n", *parts])

@@ -41,7 +41,7 @@ def built(config: SAEConfig, d_in: int = 12, seed: int = 0, bias: float = 0.0, d
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=seeded(seed)) / 2)
-        sae.b_enc += bias
+        (sae.b_gate if "b_gate" in dict(sae.named_parameters()) else sae.b_enc).add_(bias)
     return sae.to(device)
 
 

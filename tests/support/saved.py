@@ -14,7 +14,7 @@ from saekit_plugins.architectures.standard import StandardConfig
 import saekit
 from saekit import SAE
 from saekit.sae.build import build_module
-from saekit.sae.folder import CONFIG, SPARSITY, WEIGHTS
+from saekit.sae.folder import CONFIG, PROBE, SPARSITY, WEIGHTS
 
 
 def make(
@@ -59,7 +59,7 @@ def sae_lens_python() -> str | None:
     return None
 
 
-OWN = {CONFIG, WEIGHTS, SPARSITY}
+OWN = {CONFIG, WEIGHTS, SPARSITY, PROBE}
 
 
 def other() -> SAE:

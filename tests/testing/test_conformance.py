@@ -14,9 +14,11 @@ import torch
 from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.crosscoder import BatchTopKCrosscoderConfig, CrosscoderConfig
+from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.matching_pursuit import MatchingPursuitConfig
+from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.temporal import TemporalConfig
 from saekit_plugins.architectures.topk import TopKConfig
@@ -92,8 +94,16 @@ def deepseek_r1(folder: Path) -> dict[str, Any]:
 
 
 def dictionary_learning(folder: Path) -> dict[str, Any]:
-    names = [path.name for path in formats.FIXTURES.glob("dictionary_learning*") if "gated" not in path.name]
+    names = [path.name for path in formats.FIXTURES.glob("dictionary_learning*")]
     return {"folders": {"dictionary_learning": [formats.copied(name, folder / name) for name in names]}}
+
+
+def built_in_gated(folder: Path) -> dict[str, Any]:
+    of_sae_lens = GatedConfig(
+        aux_loss_trains_decoder=True, l1_warm_up_steps=5, scale_sparsity_penalty_by_decoder_norm=True,
+        normalize_sae_decoder=False,
+    )  # fmt: skip
+    return {"configs": {"gated": [GatedConfig(), of_sae_lens]}}
 
 
 def gemma_scope(folder: Path) -> dict[str, Any]:
@@ -121,6 +131,23 @@ def matching_pursuit(folder: Path) -> dict[str, Any]:
         MatchingPursuitConfig(residual_threshold=0, max_iterations=9, stop_on_duplicate_support=False),
     ]
     return {"configs": {"matching_pursuit": [every, *others]}}
+
+
+def matryoshka(folder: Path) -> dict[str, Any]:
+    sae_lens_6 = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"}
+    dictionary = {
+        "aux_loss_normalization": "share",
+        "aux_loss_levels": "whole",
+        "level_loss": "mean",
+        "rescale_acts_by_decoder_norm": False,
+    }
+    moving = {"k_start": 4.0, "k_warm_up_steps": 3, "mse_loss_normalization": "variance"}
+    configs = [
+        MatryoshkaConfig(k=2.5, **sae_lens_6),
+        MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary),
+        MatryoshkaConfig(k=2, widths=(4, 0.5), **moving),
+    ]
+    return {"configs": {"matryoshka": configs}}
 
 
 def mntss(folder: Path) -> dict[str, Any]:
@@ -242,6 +269,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "crosscoder": crosscoder,
     "deepseek_r1": deepseek_r1,
     "dictionary_learning": dictionary_learning,
+    "gated": built_in_gated,
     "gemma_scope": gemma_scope,
     "goodfire": goodfire,
     "groupmax": groupmax,
@@ -252,6 +280,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "live": live,
     "llama_scope": llama_scope,
     "matching_pursuit": matching_pursuit,
+    "matryoshka": matryoshka,
     "mntss": mntss,
     "mwhanna": mwhanna,
     "openai": openai,
@@ -271,6 +300,7 @@ SKIPPED = {
     "none": {"skip": {"none": "it stands for no model"}},
     "dictionary_learning": {"skip": {"dictionary_learning_1": "it is another name"}},
     "mwhanna": {"skip": {"mwhanna_transcoder": "it is another name"}},
+    "mntss": {"skip": {"mntss_clt_layer_transcoder": "it is another name"}},
 }
 SILENT = {
     "other names": "it is another name",

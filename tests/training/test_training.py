@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     files = {"config.toml", "metrics.jsonl", "run.json", "sae", "checkpoints"}
     assert {p.name for p in result.folder.iterdir()} == files
     assert {p.name for p in (result.folder / "sae").iterdir()} == {
-        "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+        "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "probe.safetensors"
     }  # fmt: skip
     steps = [line for line in lines(result.folder) if "losses/mse_loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))

@@ -194,9 +194,9 @@ def test_a_transform_that_returns_rubbish(tmp_path: Path, found: Any, message: s
         train(run(tmp_path, "rubbish"), own)
 
 
-def affine(rows: torch.Tensor, d: int, factor: float = 1.0) -> saekit.values.Affine:
+def affine(rows: torch.Tensor, d: int, factor: float = 1.0) -> saekit.transforms.Affine:
     eye = torch.eye(d, dtype=torch.float64)
-    return saekit.values.Affine(torch.zeros(rows.shape[1]), eye, eye * factor)
+    return saekit.transforms.Affine(torch.zeros(rows.shape[1]), eye, eye * factor)
 
 
 def test_one_that_fails_at_work_is_named(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ class RevivingSAE(SAE):
         return True
 
     @property
+    def aux_above_zero(self) -> bool:
+        """Whether AuxK takes pre-activations below zero for zeros: in the paper it does not."""
+        return False
+
+    @property
     def k_aux(self) -> int:
         """Dead features of a row that AuxK trains."""
         return self.config.k_aux or max(self.d_in // 2, 1)
@@ -59,7 +64,7 @@ class RevivingSAE(SAE):
             return pre.new_zeros(())
         loss = auxk_loss(
             self._as_auxk_sees(pre), target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(),
-            shrink=self.aux_shrinks, by_size=self.aux_by_size,
+            shrink=self.aux_shrinks, by_size=self.aux_by_size, above_zero=self.aux_above_zero,
         )  # fmt: skip
         return loss * self.aux_weight(target, output)
 
@@ -73,25 +78,23 @@ class RevivingSAE(SAE):
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())
 
-    def add_aux_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor, unit: Tensor | None = None) -> Tensor:
+    def add_aux_loss(
+        self, fast: FastStep, encoder: Encoder, dead: Tensor, unit: Tensor | None = None, output: Tensor | None = None
+    ) -> Tensor:
         """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s.
 
-        ``unit`` is what it is counted in, a scalar."""
+        ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``.
+        """
         if not self.aux_coefficient or not len(dead):
             return fast.target.new_zeros(())
-        weight, norms = self.aux_weight(fast.target, fast.output), self.feature_norms()
+        output = fast.output if output is None else output
+        weight, norms = self.aux_weight(fast.target, output), self.feature_norms()
         if unit is not None:
             weight = weight / unit
         return add_auxk(
-            fast,
-            encoder,
-            dead,
-            self.k_aux,
-            weight,
-            norms,
-            shrink=self.aux_shrinks,
-            trains_encoder=self.aux_trains_encoder,
-        )
+            fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks, above_zero=self.aux_above_zero,
+            trains_encoder=self.aux_trains_encoder, output=output,
+        )  # fmt: skip
 
     def revives(self, step: StepInput) -> bool:
         """Whether a step looks for dead features."""

@@ -6,12 +6,15 @@ A repository holds ``NAME.pt`` and ``NAME_cfg.json`` for each SAE.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
 from saekit.errors import SAEFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUFFIX = "_cfg.json"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -50,7 +53,7 @@ class ConnorRobLoader:
                 "apply_b_dec_to_input": True,
                 "normalize_sae_decoder": False,
             },
-            tensors=files.tensors(f"{name}.pt", only=_TENSORS),
+            tensors=_tensors(files, f"{name}.pt"),
             site=Site(hook_name=config["act_name"]),
             # What the file leaves out is the same for all of this format.
             metadata={
@@ -70,6 +73,13 @@ class ConnorRobLoader:
                 f"It has {', '.join(names)}"
             )
         return names[0]
+
+
+def _tensors(files: SAEFiles, name: str) -> dict[str, Tensor]:
+    if unknown := [one for one in files.state(name) if one not in _TENSORS]:
+        found = ", ".join(unknown[:8])
+        raise SAEFormatError(f"{name} in {files.place} has {found}, of which this format knows nothing")
+    return files.tensors(name, only=_TENSORS)
 
 
 def _names(files: SAEFiles) -> list[str]:

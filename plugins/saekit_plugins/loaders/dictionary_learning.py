@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,14 +27,30 @@ from saekit_plugins.loaders.reading import (
     text,
     whole_number,
 )  # fmt: skip
+from saekit_plugins.loaders.writing import (
+    as_theirs,
+    checked,
+    in_layer,
+    kept,
+    one_site,
+    told,
+    write_json,
+    write_pickle,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 _PATTERN = r"ae\.pt"
 _OWN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _UNBIASED = {name: ours for name, ours in LINEAR.items() if name != "decoder.bias"}
 _STATE = ("k", "threshold", "group_sizes")
+_GATED = {
+    "decoder_bias": "b_dec", "encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "r_mag": "r_mag",
+    "gate_bias": "b_gate", "mag_bias": "b_mag",
+}  # fmt: skip
 _WRITTEN = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
 
 
@@ -58,9 +75,9 @@ _FORMS = (
     _Form(("AutoEncoderTopK",), _TOPK),
     _Form(("MatryoshkaBatchTopKSAE",), _OWN, frozenset(_STATE)),
     _Form(("JumpReluAutoEncoder",), _OWN, frozenset({"threshold"}), apply_b_dec_to_input=False),
+    _Form(("GatedAutoEncoder",), _GATED),
 )
-_GATED = frozenset({"decoder_bias", "encoder.weight", "decoder.weight", "r_mag", "gate_bias", "mag_bias"})
-_CLASSES = frozenset({name for form in _FORMS for name in form.classes} | {"GatedAutoEncoder"})
+_CLASSES = frozenset({name for form in _FORMS for name in form.classes})
 
 
 @attrs.frozen(kw_only=True)
@@ -105,10 +122,28 @@ class DictionaryLearningLoader:
             options=options(tensors, apply_b_dec_to_input=form.apply_b_dec_to_input, **own),
             tensors=tensors,
             site=hook,
-            metadata=_metadata(trainer, _object(config, "buffer", config_where), config_where),
+            metadata=told(config, config_where)
+            or _metadata(trainer, _object(config, "buffer", config_where), config_where),
             defaulted=defaulted,
             renamed={theirs: ours for theirs, ours in form.names.items() if theirs != ours},
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        tensors = checked(sae, "dictionary_learning", _WRITTEN_AS)
+        kind, names = _kind(sae)
+        state = as_theirs(tensors, names)
+        trainer: dict[str, Any] = {"dict_class": kind, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
+        if "threshold" in tensors:
+            state["threshold"] = tensors["threshold"]
+        if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+            trainer["k"] = _whole_k(sae.config)
+            state |= _scalars(trainer["k"], state.get("threshold"))
+        trainer |= _named_site(one_site(sae, "dictionary_learning"))
+        said = sae.info.metadata
+        trainer |= {"lm_name": said["model_name"]} if "model_name" in said else {}
+        buffer = {"d_submodule": sae.d_in, "io": "out", "ctx_len": said.get("context_size")}
+        write_pickle(folder / "ae.pt", state)
+        write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer, **kept(sae)})
 
 
 class _OtherName(DictionaryLearningLoader):
@@ -132,8 +167,6 @@ def _form(state: Mapping[str, Any], recorded: str | None, where: str) -> _Form:
             f"dict_class of {where} is {recorded!r}, which this loader does not know; it knows "
             f"{', '.join(sorted(_CLASSES))}"
         )
-    if set(state) == _GATED:
-        raise SAEFormatError(f"{where} is a gated SAE (GatedAutoEncoder), and saekit has no such architecture")
     found = [form for form in _FORMS if set(state) == {*form.names, *form.state}]
     if not found:
         raise SAEFormatError(
@@ -159,6 +192,8 @@ def _architecture(
     kind = form.classes[0] if len(form.classes) == 1 or "AutoEncoder" in form.classes else recorded
     if kind == "AutoEncoder":
         return "saekit:standard", {"activation": "saekit:relu"}
+    if kind == "GatedAutoEncoder":
+        return "saekit:gated", {}
     d_sae = tensors["W_enc"].shape[1]
     if kind == "JumpReluAutoEncoder":
         tensors |= named({"threshold": state["threshold"]}, {"threshold": "threshold"}, where)
@@ -174,7 +209,32 @@ def _architecture(
     # -1 stands for a threshold that training has not come to: features are above zero.
     threshold = max(_scalar(state, "threshold", where), 0.0)
     tensors["threshold"] = tensors["b_enc"].new_full((d_sae,), threshold)
-    return "saekit:batchtopk", {"k": float(k), "rescale_acts_by_decoder_norm": False}
+    own = {"k": float(k), "rescale_acts_by_decoder_norm": False}
+    if kind == "MatryoshkaBatchTopKSAE":
+        return "saekit:matryoshka", own | _levels(state, trainer, d_sae, where)
+    return "saekit:batchtopk", own
+
+
+def _levels(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> dict[str, Any]:
+    """Where levels end, which the file says by the features that each adds; and their weights, if they are recorded."""
+    import torch
+
+    sizes = state["group_sizes"]
+    whole = isinstance(sizes, torch.Tensor) and not sizes.is_floating_point() and sizes.ndim == 1 and len(sizes)
+    if not whole or bool((sizes < 1).any()) or int(sizes.sum()) != d_sae:
+        found = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        raise SAEFormatError(f"group_sizes of {where} should be whole numbers that add up to {d_sae}, found {found!r}")
+    levels = {"widths": sizes.cumsum(0).tolist(), "level_loss": "mean", "aux_loss_levels": "whole"}
+    weights = trainer.get("group_weights")
+    if weights is None:
+        return levels
+    numbers = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+    if not numbers or len(weights) != len(sizes):
+        raise SAEFormatError(
+            f"group_weights in config.json beside {where} is {weights!r}, expected a number for each of the "
+            f"{len(sizes)} groups"
+        )
+    return levels | {"level_weights": [float(weight) for weight in weights]}
 
 
 def _k(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> int:
@@ -222,6 +282,60 @@ def _metadata(trainer: Mapping[str, Any], buffer: Mapping[str, Any], where: str)
     if (submodule := text(trainer, "submodule_name", where)) is not None:
         found["submodule_name"] = submodule
     return found
+
+
+# ---- writing
+
+_WRITTEN_AS = ("saekit:standard", "saekit:topk", "saekit:batchtopk", "saekit:jumprelu")
+
+
+def _kind(sae: SAE) -> tuple[str, Mapping[str, str]]:
+    """The class that computes what ``sae`` does, and its names for tensors; each takes the bias from inputs or not."""
+    kinds = {
+        ("saekit:standard", True): ("AutoEncoder", _UNBIASED | {"bias": "b_dec"}),
+        ("saekit:standard", False): ("AutoEncoderNew", LINEAR),
+        ("saekit:topk", True): ("AutoEncoderTopK", _TOPK),
+        ("saekit:batchtopk", True): ("BatchTopKSAE", _TOPK),
+        ("saekit:jumprelu", False): ("JumpReluAutoEncoder", _OWN),
+    }
+    centered = sae.config.apply_b_dec_to_input
+    if (found := kinds.get((sae.info.architecture, centered))) is None:
+        raise SAEFormatError(
+            f"dictionary_learning has a place for {sae.info.architecture} with apply_b_dec_to_input = "
+            f"{str(not centered).lower()} alone, and this has {str(centered).lower()}"
+        )
+    return found
+
+
+def _whole_k(config: Any) -> int:
+    if config.k != int(config.k):
+        raise SAEFormatError(f"dictionary_learning has no place for k = {config.k:g}; it has for whole numbers")
+    return int(config.k)
+
+
+def _scalars(k: int, thresholds: Tensor | None) -> dict[str, Tensor]:
+    """What that library keeps beside the weights; -1 stands for a threshold that was never set."""
+    import torch
+
+    if thresholds is None:
+        threshold = torch.tensor(-1.0)
+    elif bool((thresholds == thresholds[0]).all()):
+        threshold = thresholds[0]
+    else:
+        raise SAEFormatError("dictionary_learning has no place for thresholds of several values; it has for one")
+    return {"k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
+def _named_site(site: Site | None) -> dict[str, Any]:
+    if site is None:
+        return {}
+    layer, hook = in_layer(site, "dictionary_learning")
+    if hook not in _WRITTEN.values():
+        raise SAEFormatError(
+            f"dictionary_learning has no place for the hook {site.name}; it has for {', '.join(_WRITTEN.values())}"
+        )
+    submodule = next(name for name, ours in _WRITTEN.items() if ours == hook)
+    return {"layer": layer, "submodule_name": f"{submodule}_layer_{layer}"}
 
 
 @hookimpl

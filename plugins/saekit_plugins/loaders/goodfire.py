@@ -20,7 +20,7 @@ class GoodfireLoader(ReLUFileLoader):
     """Reads ``Llama-3...-SAE-l19.pth``."""
 
     key = "goodfire"
-    pattern = r"(Llama-3[^/]*)-SAE-l(\d+)\.pth"
+    pattern = r"(Llama-3[^/]*)-SAE-l(\d+)\.pth?"
     names: ClassVar = {theirs.replace(".", "_linear."): ours for theirs, ours in LINEAR.items()}
     owner = "meta-llama"
     metadata: ClassVar = {"prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}

@@ -48,7 +48,8 @@ class LlamaScopeR1Config(OneOfSeveral):
     """For ``L3R/sae_weights.safetensors`` and the ``config.json`` beside it."""
 
     activation_scale: float | None = attrs.field(default=None, validator=check(lambda value: value > 0, "above 0"))
-    """s, which is folded into the weights.  It must be given: no file of the release says it."""
+    """s, which is folded into the weights.  No file of the release says it: it must be given, unless the SAE is loaded
+    by its release and id, of which saekit knows it."""
 
 
 class LlamaScopeLoader:
@@ -122,7 +123,8 @@ class LlamaScopeR1Loader:
             raise SAEFormatError(f"{files.place} has no config.json beside {name}")
         config, where = files.json(said), f"{said} in {files.place}"
         _check_kind(config, where)
-        if self._scale is None:
+        scale = files.said("norm_scaling_factor") if self._scale is None else self._scale
+        if scale is None:
             raise SAEFormatError(
                 f"{files.place} is for activations that are multiplied by a factor, and no file of this release says "
                 "which: it is sqrt(d_model) / their mean norm. Give it: "
@@ -136,7 +138,7 @@ class LlamaScopeR1Loader:
             options=options(tensors, apply_b_dec_to_input=False),
             tensors=tensors,
             site=site(_hook(config, where), where),
-            activation_scale=self._scale,
+            activation_scale=scale,
             metadata=_METADATA | {"model_name": _MODEL},
             renamed=LINEAR | {_THRESHOLD: "log of threshold"},
         )

@@ -6,7 +6,9 @@ Their features are read in one layer and written to it and all that come after i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -14,6 +16,19 @@ from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import beside, found_files, named, options, site, text
+from saekit_plugins.loaders.writing import (
+    FED,
+    as_theirs,
+    checked,
+    in_layer,
+    kept,
+    told,
+    write_tensors,
+    write_yaml,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from saekit import SAE
 
 _PATTERN = r"W_enc_\d+\.safetensors"
 
@@ -24,6 +39,11 @@ class MntssConfig:
 
     layer: int | None = attrs.field(default=None, validator=check(lambda value: value >= 0, "0 or more"))
     """The layer that is read.  None: the only one there."""
+
+
+@attrs.frozen(kw_only=True)
+class MntssCltLayerConfig(MntssConfig):
+    """The same, by the name that sae-lens's registry gives it."""
 
 
 class MntssLoader:
@@ -39,6 +59,11 @@ class MntssLoader:
         names = found_files(files, _PATTERN)
         return 0.9 if any(beside(files, name, _decoder(name)) for name in names) else 0.0
 
+    def locate(self, path: str, names: Collection[str]) -> str | None:
+        """Releases say the layer alone."""
+        encoder = f"W_enc_{path}.safetensors"
+        return encoder if encoder in names else None
+
     def load(self, files: SAEFiles) -> PretrainedSAE:
         import torch
 
@@ -47,8 +72,7 @@ class MntssLoader:
         if decoder is None:
             raise SAEFormatError(f"{files.place} has no {_decoder(encoder)} beside {encoder}")
         where = f"{encoder} in {files.place}"
-        read = {f"W_enc_{layer}": "W_enc.T", f"b_enc_{layer}": "b_enc", f"b_dec_{layer}": "b_dec"}
-        tensors = named(files.tensors(encoder), read, where)
+        tensors = named(files.tensors(encoder), _names(layer), where)
         decoders = files.tensors(decoder, only=(f"W_dec_{layer}",))[f"W_dec_{layer}"]
         width = len(tensors["b_dec"])
         if tensors["b_dec"].ndim != 1 or decoders.ndim != 3 or decoders.shape[2] != width:
@@ -72,7 +96,8 @@ class MntssLoader:
             tensors=tensors,
             sites=sites,
             ports=Ports.of(sites, {source: tensors["W_enc"].shape[0], **dict.fromkeys(targets, width)}),
-            metadata={
+            metadata=told(config, f"{said} in {files.place}")
+            or {
                 **({} if model is None else {"model_name": model}),
                 "prepend_bos": True,
                 "model_from_pretrained_kwargs": {"fold_ln": False},
@@ -81,6 +106,35 @@ class MntssLoader:
                 f"feature_{end}_hook" for end, hook in zip(("input", "output"), hooks, strict=True) if hook is None
             ],
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        tensors, sites = checked(sae, "mntss", ("saekit:transcoder",)), sae.info.sites
+        if sites is None or len(sites.inputs) > 1:
+            found = "no sites" if sites is None else f"the sites {sites.name}"
+            raise SAEFormatError(
+                f"mntss has no place for {found}; it has for one that is read, and any that are written"
+            )
+        layer, read = in_layer(sites.inputs[0], "mntss")
+        layers, hooks = zip(*(in_layer(site, "mntss") for site in sites.targets), strict=True)
+        widths = [*sae.ports.targets.values()]
+        if [*layers] != [*range(layer, layer + len(layers))] or len({*hooks}) > 1 or len({*widths}) > 1:
+            raise SAEFormatError(
+                f"mntss has no place for what writes {', '.join(sae.ports.targets)}, of widths {widths}; it has for "
+                f"one hook of layer {layer} and all that come after it, of one width"
+            )
+        first, rest = tensors["b_dec"].split([widths[0], sum(widths[1:])])
+        if bool(rest.any()):
+            raise SAEFormatError("mntss has no place for a b_dec of later layers, each of which has its own file")
+        if "W_skip" in tensors:
+            raise SAEFormatError("mntss has no place for a skip connection")
+        config = {
+            "model_kind": "cross_layer_transcoder", "feature_input_hook": read, "feature_output_hook": hooks[0],
+            "model_name": sae.info.metadata.get("model_name"), **kept(sae, FED),
+        }  # fmt: skip
+        write_tensors(folder / f"W_enc_{layer}.safetensors", as_theirs({**tensors, "b_dec": first}, _names(layer)))
+        decoders = tensors["W_dec"].reshape(sae.d_sae, len(layers), widths[0]).contiguous()
+        write_tensors(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": decoders})
+        write_yaml(folder / "config.yaml", {name: value for name, value in config.items() if value is not None})
 
     def _chosen(self, files: SAEFiles) -> tuple[int, str]:
         found = {int(re.findall(r"\d+", name)[-1]): name for name in found_files(files, _PATTERN)}
@@ -94,6 +148,17 @@ class MntssLoader:
         return layer, found[layer]
 
 
+class _OtherName(MntssLoader):
+    """Detects nothing: two names of one loader would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
+def _names(layer: int) -> Mapping[str, str]:
+    return {f"W_enc_{layer}": "W_enc.T", f"b_enc_{layer}": "b_enc", f"b_dec_{layer}": "b_dec"}
+
+
 def _decoder(encoder: str) -> str:
     """The name of the file of decoders."""
     return encoder.rpartition("/")[2].replace("W_enc_", "W_dec_")
@@ -103,3 +168,5 @@ def _decoder(encoder: str) -> str:
 def saekit_register_pretrained_loaders() -> Iterable[Entry]:
     summary = "layers of cross-layer transcoders (W_enc_4.safetensors, W_dec_4.safetensors)"
     yield Entry("mntss", MntssConfig, f"{__name__}:MntssLoader", summary=summary)
+    other = "another name of mntss, which sae-lens's registry uses"
+    yield Entry("mntss_clt_layer_transcoder", MntssCltLayerConfig, f"{__name__}:_OtherName", summary=other)

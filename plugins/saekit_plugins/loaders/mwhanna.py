@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -23,6 +24,19 @@ from saekit_plugins.loaders.reading import (
     text,
     whole_number,
 )  # fmt: skip
+from saekit_plugins.loaders.writing import (
+    FED,
+    as_theirs,
+    checked,
+    in_layer,
+    kept,
+    told,
+    write_tensors,
+    write_yaml,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from saekit import SAE
 
 _PATTERN = r"layer_\d+\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -70,8 +84,30 @@ class MwhannaLoader:
             tensors=tensors,
             sites=Sites((read,), (written,)),
             ports=ports,
-            metadata=_metadata(run, config, where),
+            metadata=told(config, f"config.yaml beside {where}") or _metadata(run, config, where),
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        tensors, sites = checked(sae, "mwhanna", ("saekit:transcoder",)), sae.info.sites
+        if sites is None or len(sites.inputs) + len(sites.targets) > 2:
+            found = "no sites" if sites is None else f"the sites {sites.name}"
+            raise SAEFormatError(
+                f"mwhanna has no place for {found}; it has for one that is read and one that is written"
+            )
+        (layer, read), (written_in, written) = (in_layer(at[0], "mwhanna") for at in (sites.inputs, sites.targets))
+        if written_in != layer:
+            raise SAEFormatError(f"mwhanna has no place for what reads layer {layer} and writes layer {written_in}")
+        said = sae.info.metadata
+        run = {"d_model": sae.d_in, "d_feature": sae.d_sae, "batch_size": said.get("context_size")}
+        config = {
+            "model_kind": "transcoder_set", "feature_input_hook": read, "feature_output_hook": written,
+            "model_name": said.get("model_name"), **kept(sae, FED),
+        }  # fmt: skip
+        skip = {"W_skip": "W_skip"} if "W_skip" in tensors else {}
+        write_tensors(folder / f"layer_{layer}.safetensors", as_theirs(tensors, _NAMES | skip))
+        write_yaml(folder / "config.yaml", {name: value for name, value in config.items() if value is not None})
+        of_run = {name: {"value": value} for name, value in run.items() if value is not None}
+        write_yaml(folder / _RUNS[0], of_run)
 
 
 class _OtherName(MwhannaLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -22,9 +23,12 @@ from saekit_plugins.loaders.reading import (
     text,
     whole_number,
 )  # fmt: skip
+from saekit_plugins.loaders.writing import as_theirs, checked, kept, one_site, told, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 _PATTERN = r"sae\.safetensors"
 _NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -73,7 +77,7 @@ class SparsifyLoader:
                 f"says {[d_sae, d_in]}"
             )
         options_ = options(tensors, apply_b_dec_to_input=not transcodes, k=k, rescale_acts_by_decoder_norm=False)
-        metadata = _metadata(files, folder)
+        metadata = told(config, where) or _metadata(files, folder)
         if not transcodes:
             found = _site(path_of(files, name), _WRITTEN)
             return PretrainedSAE(
@@ -88,6 +92,67 @@ class SparsifyLoader:
             metadata=metadata,
             renamed=_NAMES,
         )
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        tensors, transcodes = checked(sae, "sparsify", _WRITTEN_AS), not sae.ports.same
+        if not transcodes and not sae.config.apply_b_dec_to_input:
+            raise SAEFormatError("sparsify has no place for apply_b_dec_to_input = false in an SAE")
+        hook_point = _hook_point(sae)
+        own, said = folder / hook_point, sae.info.metadata
+        skips, options_ = "W_skip" in tensors, sae.saved_options()
+        config = {
+            "activation": "topk", "expansion_factor": max(sae.d_sae // sae.d_in, 1), "normalize_decoder": False,
+            "num_latents": sae.d_sae, "k": options_["k"], "multi_topk": False, "skip_connection": skips,
+            "transcode": transcodes, "d_in": sae.d_in,
+        }  # fmt: skip
+        run = {
+            "model": said.get("model_name"),
+            "dataset": said.get("dataset_path"),
+            "ctx_len": said.get("context_size"),
+        }
+        write_tensors(own / "sae.safetensors", as_theirs(tensors, _NAMES | ({"W_skip": "W_skip"} if skips else {})))
+        write_json(own / "cfg.json", config | kept(sae))
+        if hook_point:
+            write_json(folder / "config.json", {name: value for name, value in run.items() if value is not None})
+
+
+# ---- writing
+
+_WRITTEN_AS = ("saekit:topk", "saekit:topk_transcoder")
+_MODULES: Mapping[str, str] = {"hook_resid_post": "", "hook_mlp_out": ".mlp", "hook_attn_out": ".self_attn"}
+_FROM: Mapping[str, str] = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}
+
+
+def _hook_point(sae: SAE) -> str:
+    """The module whose output is written, as the name of a folder; "" where no site is known."""
+    if sae.ports.same:
+        read = written = one_site(sae, "sparsify")
+    else:
+        if len(sae.ports.inputs) + len(sae.ports.targets) > 2 or sae.d_out != sae.d_in:
+            raise SAEFormatError(
+                f"sparsify has no place for {len(sae.ports.inputs)} inputs of width {sae.d_in} and "
+                f"{len(sae.ports.targets)} targets of width {sae.d_out}; it has for one of each, of one width"
+            )
+        sites = sae.info.sites
+        read, written = (None, None) if sites is None else (sites.inputs[0], sites.targets[0])
+    if read is None or written is None:
+        return ""
+    known = sae.info.metadata.get("hf_hook_name")
+    if written.name == "hook_embed" and sae.ports.same:
+        return "embed_tokens"
+    said = re.fullmatch(r"(blocks\.(\d+)\.)(\w+)", written.name)
+    wanted = f"{said[1]}{_FROM.get(said[3])}" if said else ""
+    if said is None or said[3] not in _MODULES or (not sae.ports.same and read.name != wanted):
+        raise SAEFormatError(
+            f"sparsify has no place for what reads {read.name} and writes {written.name}; it has for outputs of "
+            "blocks, MLPs and attention (hook_resid_post, hook_mlp_out, hook_attn_out), and for whole blocks and MLPs"
+        )
+    if isinstance(known, str) and _site(f"/{known}/sae.safetensors", _WRITTEN) == written and ".." not in known:
+        return known
+    return f"layers.{said[2]}{_MODULES[said[3]]}"
+
+
+# ---- reading
 
 
 def _sizes(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:

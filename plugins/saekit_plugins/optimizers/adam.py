@@ -21,8 +21,8 @@ class AdamConfig(OptimizerConfig):
     """Steps by the gradient's mean over the root of its mean square, both of the recent past."""
 
     beta1: float | None = attrs.field(default=None, validator=_below_1)
-    """Decay of the gradient's mean.  None: what suits the architecture: 0 for `standard`, 0.9 for `topk`, `batchtopk`,
-    `jumprelu` and transcoders."""
+    """Decay of the gradient's mean.  None: what suits the architecture: 0 for `standard`, 0.9 for the
+    others."""
     beta2: float = attrs.field(default=0.999, validator=_below_1)
     """Decay of the gradient's square."""
     eps: float = attrs.field(default=1e-8, validator=check(lambda value: value > 0, "above 0"))

@@ -15,7 +15,7 @@ import attrs
 from saekit import Entry, hookimpl
 from saekit.config import check
 from saekit.errors import DataError
-from saekit.values import Affine
+from saekit.transforms import Affine
 
 if TYPE_CHECKING:
     from torch import Tensor

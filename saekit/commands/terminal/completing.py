@@ -14,8 +14,12 @@ import typer
 
 if TYPE_CHECKING:
     from saekit.plugins.manager import PluginManager
+    from saekit.released import Release
 
-__all__ = ["complete_config", "complete_plugin", "complete_recipe"]
+__all__ = [
+    "complete_config", "complete_plugin", "complete_recipe", "complete_release", "complete_released_loader",
+    "complete_released_model", "complete_released_sae",
+]  # fmt: skip
 
 _FILES = (".toml", ".yaml", ".yml", ".json")
 _PLAIN = re.compile(r"[\w./+-]+")  # what no shell takes for anything else
@@ -54,6 +58,38 @@ def complete_recipe(ctx: typer.Context, incomplete: str) -> list[str]:
     from saekit.config.recipes import recipes
 
     return [found.name for found in recipes()]
+
+
+def complete_release(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of releases."""
+    return [one.name for one in _releases(ctx)]
+
+
+def complete_released_sae(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The ids of the release that was typed before."""
+    return [sae_id for one in _releases(ctx) if one.name == ctx.params.get("release") for sae_id in one.ids]
+
+
+def complete_released_model(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The language models of releases."""
+    return sorted({one.model for one in _releases(ctx) if one.model is not None})
+
+
+def complete_released_loader(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The loaders of releases."""
+    return sorted({one.loader for one in _releases(ctx) if one.loader is not None})
+
+
+def _releases(ctx: typer.Context) -> Sequence[Release]:
+    from saekit.errors import SaekitError
+    from saekit.pretrained.catalog import Catalog
+
+    for files in (ctx.params.get("releases") or (), ()):  # nothing may fail: without a file that cannot be read
+        try:
+            return Catalog(files).releases
+        except SaekitError:
+            continue
+    return ()
 
 
 def _joined(words: Sequence[str]) -> list[str]:

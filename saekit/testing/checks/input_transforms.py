@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SaekitError
-from saekit.protocols import RowTransform, WholeTransform
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import is_number, must_agree, must_be_equal, seeded
-from saekit.values import Affine
+from saekit.transforms import Affine, RowTransform, WholeTransform
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,8 @@ from saekit.testing.checks.dictionaries import (
 )
 from saekit.testing.checks.kept_dictionaries import KEPT
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
-from saekit.values import Affine, Ports, StepOutput
+from saekit.transforms import Affine
+from saekit.values import Ports, StepOutput
 
 if TYPE_CHECKING:
     from saekit.pretrained.sae import SAE

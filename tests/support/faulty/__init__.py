@@ -10,6 +10,7 @@ from support.faulty import (
     loaders,
     optimizers,
     options,
+    releases,
     schedules,
     sources,
     trackers,
@@ -30,6 +31,7 @@ CASES: dict[tuple[str, str], Case] = {
         "model_backends": backends.CASES,
         "optimizers": optimizers.CASES,
         "pretrained_loaders": loaders.CASES,
+        "releases": releases.CASES,
         "sae_architectures": architectures.CASES,
         "trackers": trackers.CASES,
     }.items()

@@ -8,7 +8,7 @@ import torch
 from support.faulty.case import cases
 from torch import Tensor
 
-from saekit.values import Affine
+from saekit.transforms import Affine
 
 
 class Scaled:

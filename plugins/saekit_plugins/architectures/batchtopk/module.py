@@ -125,6 +125,13 @@ class BatchTopKSAE(TopKSAE):
             self.threshold_average /= one_factor(scale if target_scale is None else target_scale)
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        norm = None if self.config.rescale_acts_by_decoder_norm else self.decoder_norms().mean()
+        super().fold_W_dec_norm()
+        if norm is not None:
+            self.threshold_average *= norm  # as features are, from now on
+
+    @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         before, norm = self.config, self.norms_of(self.W_dec).mean()
         if not super().restate(option, value, within=within):
@@ -135,6 +142,10 @@ class BatchTopKSAE(TopKSAE):
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "jumprelu"}
+
+    def public_metadata(self) -> dict[str, Any]:
+        details = {"k": self.config.k, "topk_threshold_lr": self.config.threshold_lr}
+        return {"training_architecture": "batchtopk", "training_architecture_details": details}
 
     def public_tensors(self) -> dict[str, Tensor]:
         tensors, norms = super().public_tensors(), self.norms_when_saved()

@@ -227,7 +227,7 @@ class JumpReLUSAE(RevivingSAE):
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
         options: Any = config
         start = init.Constant(options.initial_threshold)
-        own = Parameter("threshold", ("d_sae",), init=start, keeps_digits=True, histogram="threshold")
+        own = Parameter("threshold", ("d_sae",), init=start, grows=1, keeps_digits=True, histogram="threshold")
         return (*super().parameters_of(config), own)
 
     def features_of(self, pre: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class TopKConfig(SAEConfig):
     the fraction of the variance that is not explained (FVU), as in sparsify."""
     aux_loss_coefficient: float = attrs.field(default=1 / 32, validator=_at_least_0)
     """The weight of AuxK, by which dead features learn what the others leave over; 0: none."""
-    aux_loss_normalization: Literal["residual_variance", "none"] = "residual_variance"
+    aux_loss_normalization: Literal["residual_variance", "share", "none"] = "residual_variance"
     """`residual_variance`: AuxK counts in units of the variance that it can explain, as in the paper, but never for
     more than the squared error itself.  `none`: as a sum of squares, as in sae-lens, whose coefficient is 1; less where
-    fewer than `k_aux` are dead."""
+    fewer than `k_aux` are dead.  `share`: as a share of the residual's variance, of pre-activations above zero alone,
+    as in dictionary_learning, beside a squared error that is none."""
     k_aux: int | None = attrs.field(default=None, validator=_at_least_1)
     """Dead features of a row that AuxK trains.  None: half of `d_in`."""
     aux_loss_trains_encoder: bool = True

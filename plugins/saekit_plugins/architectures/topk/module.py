@@ -27,7 +27,8 @@ from saekit.kernels import (
 )
 from saekit.protocols import ActivationFunction, SparseActivation
 from saekit.sae import Factor, check_maps, check_scales, check_width, squared_errors
-from saekit.values import Affine, StepInput, StepOutput
+from saekit.transforms import Affine
+from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.coefficients import k_at
 from saekit_plugins.architectures.revival import RevivingSAE
 from saekit_plugins.architectures.topk import TopKConfig
@@ -55,6 +56,14 @@ def from_zero(thresholds: Tensor) -> Tensor:
             stacklevel=2,
         )
     return thresholds.clamp_min(0)
+
+
+def share_of_variance(target: Tensor, output: Tensor) -> Tensor:
+    """What turns a mean squared error of explaining ``target − output``, ``[n, d_out]`` both, into a share of its
+    variance: a scalar, detached; 0 if nothing is left over."""
+    residual = (target - output).detach()
+    variance = (residual - residual.mean(0)).pow(2).sum(-1).mean()
+    return variance.reciprocal().nan_to_num(posinf=0)
 
 
 def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
@@ -229,8 +238,11 @@ class TopKSAE(RevivingSAE):
         return self.config.aux_weight
 
     def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
-        unscaled = self.config.aux_loss_normalization == "none"
-        return self.aux_coefficient if unscaled else super().aux_weight(target, output)
+        if self.config.aux_loss_normalization == "none":
+            return self.aux_coefficient
+        if self.config.aux_loss_normalization == "share":
+            return self.aux_coefficient * share_of_variance(target, output)
+        return super().aux_weight(target, output)
 
     @property
     def aux_trains_encoder(self) -> bool:
@@ -239,6 +251,10 @@ class TopKSAE(RevivingSAE):
     @property
     def aux_shrinks(self) -> bool:
         return self.config.aux_loss_normalization == "none"
+
+    @property
+    def aux_above_zero(self) -> bool:
+        return self.config.aux_loss_normalization == "share"
 
     # ---- saving
 
@@ -302,6 +318,23 @@ class TopKSAE(RevivingSAE):
             self._fold(norms)
             self._set_rescaling(False)
         super().fold_affine(read, written)
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Where features are compared as if rows had norm 1, they stay as they are; else all norms must be one."""
+        if self.config.rescale_acts_by_decoder_norm:
+            self.restate("rescale_acts_by_decoder_norm", False, within=0)
+        else:
+            super().fold_W_dec_norm()
+
+    def _check_sizes_are_free(self) -> None:
+        norms = self.decoder_norms()
+        factors = torch.where(norms > 0, norms, 1)
+        if not bool((factors - factors.mean()).abs().max() <= 1e-3 * factors.mean()):
+            raise ConfigError(
+                f"norms cannot be folded into the encoder of a {self._name}, whose rows have norms from "
+                f"{norms.min():.3g} to {norms.max():.3g}: features are compared by size, and others would win"
+            )
 
     @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:

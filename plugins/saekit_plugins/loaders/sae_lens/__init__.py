@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -16,6 +18,8 @@ from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_co
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit import SAE
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
@@ -52,13 +56,21 @@ class SaeLensLoader:
         if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):
             folder = one_file(files, _PATTERN, self._sae, "sae_lens").rpartition("/")[0]
             files = files.within(folder) if folder else files
+        files.fetch(CONFIG, WEIGHTS, SPARSITY, SCALER)
         sparsity = None
         if SPARSITY in files.names:
             sparsity = files.tensors(SPARSITY, only=("sparsity",), minus_infinity=True)["sparsity"]
         saved = _saved_scale(files) if SCALER in files.names else None
-        return self.read(
-            files.json(CONFIG), files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved
-        )
+        config = files.json(CONFIG)
+        if (said := files.said("normalize_activations")) is not None:
+            config["normalize_activations"] = said
+        return self.read(config, files.tensors(WEIGHTS), f"{CONFIG} in {files.place}", sparsity=sparsity, saved=saved)
+
+    def write_sae(self, sae: SAE, folder: Path) -> None:
+        """saekit's own folder, which sae-lens 6 reads where it has the architecture."""
+        sae.save(folder)
+        if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
+            raise SAEFormatError(f"sae_lens has no place for this {sae.info.architecture}: sae-lens 6 has none like it")
 
     def read(
         self,

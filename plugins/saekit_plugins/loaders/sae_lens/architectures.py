@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "architecture_of"]
 
-_READ = "standard, topk, abstopk, jumprelu, batchtopk, matching_pursuit, temporal, and transcoders"
+_READ = (
+    "standard, topk, abstopk, jumprelu, batchtopk, matryoshka_batchtopk, gated, matching_pursuit, temporal, and "
+    "transcoders"
+)
+_MATRYOSHKA = "matryoshka_batchtopk"
 _K = 32.0  # of a batchtopk whose file does not say: only training asks for it
 
 
@@ -43,8 +47,10 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
         return Found(*OTHERS[name](config, place), tensors)
     if name == "jumprelu":
         return _jumprelu(config, tensors, place)
-    if name == "batchtopk":
+    if name in ("batchtopk", "matryoshka_batchtopk"):
         return _batchtopk(config, tensors, place)
+    if name == "gated":
+        return _gated(config, tensors, place)
     if name in _TRANSCODERS:
         return _transcoder(config, tensors, place)
     raise SAEFormatError(f"architecture in {place} is {name!r}; this loader reads {_READ}")
@@ -73,7 +79,10 @@ def _jumprelu(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Fo
         return Found("saekit:jumprelu", _jumprelu_options(config), tensors)
     details = config.flat.get("training_architecture_details", {})
     k, defaulted = _k(details.get("k"), config, place)
-    return Found("saekit:batchtopk", {"k": k, "rescale_acts_by_decoder_norm": False}, tensors, defaulted)
+    options = {"k": k, "rescale_acts_by_decoder_norm": False}
+    if trained_as == _MATRYOSHKA and details.get("matryoshka_widths"):
+        return Found("saekit:matryoshka", options | _matryoshka_options(details, config, place), tensors, defaulted)
+    return Found("saekit:batchtopk", options, tensors, defaulted)
 
 
 def _thresholds(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Tensor:
@@ -140,12 +149,47 @@ def _batchtopk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> F
     threshold = tensors.pop("topk_threshold", None)
     if threshold is None or threshold.numel() != 1:
         found = "none" if threshold is None else f"shape {list(threshold.shape)}"
-        raise SAEFormatError(f"{place} says 'batchtopk': expected one number topk_threshold beside it, found {found}")
+        raise SAEFormatError(
+            f"{place} says {config.architecture!r}: expected one number topk_threshold beside it, found {found}"
+        )
     if "k" not in config.flat:
         raise SAEFormatError(f"{place} lacks k")
     k, _ = _k(config.flat["k"], config, place)
     tensors["threshold"] = threshold.reshape(1).repeat(config.d_sae)
-    return Found("saekit:batchtopk", {"k": k, **_rescale(config)}, tensors)
+    options = {"k": k, **_rescale(config)}
+    if config.architecture == _MATRYOSHKA:
+        return Found("saekit:matryoshka", options | _matryoshka_options(config.flat, config, place), tensors)
+    return Found("saekit:batchtopk", options, tensors)
+
+
+_BATCHTOPK = {"aux_loss_coefficient": "aux_loss_coefficient", "topk_threshold_lr": "threshold_lr"}
+
+
+def _matryoshka_options(said: Mapping[str, Any], config: FoundConfig, place: str) -> dict[str, Any]:
+    """Its levels, and how it was trained where that is said: so it would train on."""
+    widths, d_sae = said.get("matryoshka_widths"), config.d_sae
+    if not isinstance(widths, list) or not widths or any(type(w) is not int or not 0 < w <= d_sae for w in widths):
+        raise SAEFormatError(
+            f"matryoshka_widths in {place} is {widths!r}, expected a list of whole numbers from 1 to d_sae = {d_sae}"
+        )
+    if sorted({*widths}) != widths:
+        raise SAEFormatError(f"matryoshka_widths in {place} are {widths}, expected widths that rise")
+    options = {ours: said[theirs] for theirs, ours in _BATCHTOPK.items() if said.get(theirs) is not None}
+    if "aux_loss_coefficient" in options:
+        options["aux_loss_normalization"] = "none"
+    if not said.get("use_matryoshka_aux_loss") and options.get("aux_loss_coefficient"):
+        options["aux_loss_levels"] = "whole"
+    return options | {"widths": widths, "level_loss": "sum"}
+
+
+def _gated(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
+    """sae-lens' reconstruction by gates trains the decoder, and its penalties are weighed by decoder norms."""
+    if config.activation != "relu":
+        raise SAEFormatError(f"the activation of the gated SAE in {place} is {config.activation!r}, expected 'relu'")
+    said = {**config.flat.get("training_architecture_details", {}), **config.flat}
+    options = {name: said[name] for name in ("l1_coefficient", "l1_warm_up_steps") if said.get(name) is not None}
+    form = {"aux_loss_trains_decoder": True, "scale_sparsity_penalty_by_decoder_norm": True}
+    return Found("saekit:gated", options | form, tensors)
 
 
 def _k(k: object, config: FoundConfig, place: str) -> tuple[float, tuple[str, ...]]:

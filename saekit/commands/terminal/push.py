@@ -1,0 +1,30 @@
+"""``saekit push``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["EXAMPLES", "push"]
+
+EXAMPLES = """
+    saekit push runs/RUN OWNER/REPOSITORY
+    saekit push runs/RUN OWNER/REPOSITORY --private --revision draft
+"""
+
+
+def push(
+    folder: Annotated[str, typer.Argument(help="A run folder, a sweep's, or that of a saved SAE.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/REPOSITORY", help="It is made if it is not there.")],
+    into: Annotated[str, typer.Option("--into", metavar="FOLDER", help="A folder of the repository.")] = "",
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see a new one.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="BRANCH", help="Another branch.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+) -> None:
+    """Put what a run has trained on the Hugging Face Hub, with a model card, in one commit."""
+    from saekit.commands.pushing import push_to_hub
+
+    typer.echo(push_to_hub(folder, repo_id, into=into, private=private, revision=revision, commit_message=message))

@@ -1,0 +1,131 @@
+"""``saekit saes``: ``list``, ``info``, ``convert`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from saekit.commands.terminal.arguments import completed, examples
+
+__all__ = ["EXAMPLES", "app"]
+
+_LIST = """
+    saekit saes list
+    saekit saes list --model gemma-2-2b --hook blocks.12.hook_resid_post
+    saekit saes list --loader gemma_3 --json
+"""
+_INFO = """
+    saekit saes info gpt2-small-res-jb
+    saekit saes info gpt2-small-res-jb blocks.8.hook_resid_pre
+"""
+_CONVERT = """
+    saekit saes convert runs/first/sae elsewhere --to sae_lens
+    saekit saes convert gpt2-small-res-jb:blocks.8.hook_resid_pre layer_8 --to dictionary_learning
+"""
+_VERIFY = """
+    saekit saes verify runs/first/sae
+"""
+EXAMPLES = f"{_LIST.rstrip()}{_INFO.rstrip()}{_CONVERT.rstrip()}{_VERIFY}"
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Find published SAEs; convert and verify saved ones."
+)
+
+_Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--releases", help="A TOML file of releases, beside those of SAEKIT_RELEASES; several times for several."
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@app.command("list", epilog=examples(_LIST))
+def list_releases(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Releases of this language model, with its owner or without.",
+            autocompletion=lambda ctx, incomplete: completed("complete_released_model", ctx, incomplete),
+        ),
+    ] = None,
+    hook: Annotated[
+        str | None,
+        typer.Option(help="SAEs that read this hook: blocks.8.hook_resid_pre, or hook_resid_pre of any block."),
+    ] = None,
+    loader: Annotated[
+        str | None,
+        typer.Option(
+            help="Releases in the format of this loader.",
+            autocompletion=lambda ctx, incomplete: completed("complete_released_loader", ctx, incomplete),
+        ),
+    ] = None,
+    releases: _Files = None,
+    as_json: _Json = False,
+) -> None:
+    """List the releases that SAE.from_pretrained knows by name."""
+    from saekit.commands.saes import listed, table
+    from saekit.pretrained.catalog import Catalog
+
+    rows = listed(Catalog(releases or ()), model=model, hook=hook, loader=loader)
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows))
+
+
+@app.command("info", epilog=examples(_INFO))
+def show_release(
+    release: Annotated[
+        str,
+        typer.Argument(
+            help="The name of a release.",
+            autocompletion=lambda ctx, incomplete: completed("complete_release", ctx, incomplete),
+        ),
+    ],
+    sae_id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ID]",
+            help="One SAE of it, by its id.",
+            autocompletion=lambda ctx, incomplete: completed("complete_released_sae", ctx, incomplete),
+        ),
+    ] = None,
+    releases: _Files = None,
+    as_json: _Json = False,
+) -> None:
+    """Show what is known of a release and its SAEs, or of one of them, and how it is loaded."""
+    from saekit.commands.saes import info, info_text
+    from saekit.pretrained.catalog import Catalog, find_sae
+
+    found = Catalog(releases or ()).find(release)
+    data = info(found, None if sae_id is None else find_sae(found, sae_id))
+    typer.echo(json.dumps(data, indent=2) if as_json else info_text(data))
+
+
+@app.command("convert", epilog=examples(_CONVERT))
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="The folder or file of an SAE, or RELEASE:ID of a published one.", metavar="SOURCE")
+    ],
+    target: Annotated[str, typer.Argument(help="The folder to write; files that are there stay.", metavar="FOLDER")],
+    to: Annotated[str, typer.Option("--to", help="The format, by the key of the loader that reads it, or saekit.")],
+    loader: Annotated[
+        str | None, typer.Option(help="The loader that reads the source, where its files could be several formats.")
+    ] = None,
+    releases: _Files = None,
+) -> None:
+    """Write an SAE in the format of another library, as far as that has a place for all of it."""
+    from saekit.commands.saes import converted
+
+    typer.echo(converted(source, target, to, loader, releases or ()))
+
+
+@app.command("verify", epilog=examples(_VERIFY))
+def verify(
+    folder: Annotated[str, typer.Argument(help="The folder of an SAE that saekit saved.")],
+    loader: Annotated[str | None, typer.Option(help="The loader that reads it, where it is of another format.")] = None,
+) -> None:
+    """Compare an SAE with what it was when it was saved: checksums, and what it computes with the probe beside it."""
+    from saekit.commands.saes import verified
+
+    typer.echo(verified(folder, loader))

@@ -1,0 +1,77 @@
+"""What people know from sae-lens: ``cfg``, ``get_name``, ``fold_W_dec_norm``, and options that say where it is now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from saekit.config import SAEConfig
+from saekit.errors import ConfigError
+from saekit.values import SAEInfo
+
+if TYPE_CHECKING:
+    from saekit.protocols import ActivationFunction
+    from saekit.sae.parameters import ParameterTable
+
+__all__ = ["Familiar"]
+
+
+class Familiar(nn.Module):
+    """What :class:`saekit.sae.module.SAEModule` has of it."""
+
+    if TYPE_CHECKING:  # of the module itself
+        config: SAEConfig
+        info: SAEInfo
+        activation: ActivationFunction
+        d_sae: int
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+        @property
+        def device(self) -> torch.device: ...
+        @property
+        def table(self) -> ParameterTable: ...
+        def decoder_norms(self) -> Tensor: ...
+
+    @property
+    def cfg(self) -> SAEConfig:
+        """:attr:`config`, as sae-lens calls it."""
+        return self.config
+
+    def get_name(self) -> str:
+        """What names it in plots and files, as far as it is known: ``sae_gpt2-small_blocks.8.hook_resid_pre_24576``."""
+        known = (self.info.metadata.get("model_name"), self.info.site and self.info.site.name, self.d_sae)
+        return "_".join(["sae", *(str(one) for one in known if one is not None)])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """The options say which type the weights have been moved to."""
+        before = self.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.dtype != before:
+            name = str(self.dtype).removeprefix("torch.")
+            self.config = attrs.evolve(self.config, dtype=name)  # type: ignore[arg-type]
+            self.info = attrs.evolve(self.info, options={**self.info.options, "dtype": name})
+        return self
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """From now on every decoder row has norm 1, and its feature is so many times as large: outputs stay the same.
+
+        Rows of norm 0 stay as they are.  :class:`ConfigError` where it would change more than the features' sizes: with
+        a non-linearity that does not keep proportions, or where features compete for a place among the largest.
+        """
+        self._check_sizes_are_free()
+        norms = self.decoder_norms()
+        self.table.grow_features(self, torch.where(norms > 0, norms, 1))
+
+    def _check_sizes_are_free(self) -> None:
+        """:class:`ConfigError` unless features may be measured in another unit, each in its own."""
+        numbers = torch.linspace(-4, 4, 65, device=self.device)
+        if not torch.allclose(self.activation(numbers * 8), self.activation(numbers) * 8):
+            raise ConfigError(
+                "norms cannot be folded into the encoder: the activation function "
+                f"{self.info.options.get('activation')} does not keep proportions, and other outputs would come of it"
+            )

@@ -1,0 +1,148 @@
+"""A few inputs and what the SAE makes of them, beside its weights: whoever loads those can see whether it is the same.
+
+Inputs are numbers of bfloat16, so that their file holds them as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit._version import __version__
+from saekit.weights import dtype_name
+
+if TYPE_CHECKING:
+    from saekit.sae.module import SAEModule
+
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of"]
+
+MOST_ROWS = 16
+_MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
+_MOST_FEATURES = 64  # of a row
+_DIRECTIONS = 4  # that a row is made of, where none is known
+_PIECE = 1 << 22  # numbers that are made longer at once
+_SCALES = (1, 8, 64, 512)
+_OFF = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_COARSE = 5e-3  # where products of float32 are made of shorter numbers
+
+
+@attrs.frozen(eq=False)
+class Probe:
+    """What ``probe.safetensors`` holds."""
+
+    tensors: Mapping[str, Tensor]
+    """``x [n, d_in]`` in bfloat16, ``output [n, d_out]``; of the largest features of each row ``values [n, m]`` and
+    ``features [n, m]``; and ``l0 [n]``, how many are active."""
+    facts: Mapping[str, str]
+    """Of the header: what the SAE was, and how far off another machine may be."""
+
+
+def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
+    """That of ``sae``, whose public tensors are ``saved``.
+
+    None where its own code cannot tell, which is no reason not to save it.
+    """
+    try:
+        with as_it_is(sae):
+            rows, made = sae.probe_rows, sae.probe_rows is None
+            x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
+            features, output = _results(sae, x)
+    except Exception:
+        return None
+    if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
+        return None
+    largest = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
+    tensors = {
+        "x": x.contiguous(),
+        "output": output.float().cpu().contiguous(),
+        "values": features.gather(1, largest).float().cpu().contiguous(),
+        "features": largest.int().cpu().contiguous(),
+        "l0": (features != 0).sum(1).int().cpu(),
+    }
+    facts = {
+        "format": "1",
+        "saekit": __version__,
+        "rows": "made of weights" if made else "activations",
+        "dtype": dtype_name(sae.dtype),
+        "off": repr(_off(sae)),
+        "l0": repr(tensors["l0"].float().mean().item()),
+        "norms": json.dumps(norms_of(saved)),
+    }
+    if sae.ports.same and len(x) > 1:
+        facts["explained_variance"] = repr(explained(x.float(), tensors["output"]))
+    return Probe(tensors, facts)
+
+
+@contextmanager
+def as_it_is(sae: SAEModule) -> Iterator[None]:
+    """Without hooks, error term and gradients, and leaving random numbers as they are."""
+    before, sae.use_error_term = sae.use_error_term, False
+    devices = [sae.device] if sae.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), sae._without_hooks(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        sae.use_error_term = before
+
+
+def _results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features ``[n, d_sae]`` and outputs ``[n, d_out]``."""
+    rows = x.to(torch.promote_types(sae.dtype, torch.float32)).to(sae.device)
+    return sae.encode(rows), sae(rows)
+
+
+def _fitting(sae: SAEModule) -> int:
+    """How many rows there may be."""
+    return max(1, min(MOST_ROWS, _MOST_BYTES // (2 * sae.d_in + 4 * sae.d_out)))
+
+
+def _off(sae: SAEModule) -> float:
+    """How far, relative to itself, a row may be off where others compute it."""
+    off = _OFF.get(sae.dtype, max(_OFF.values()))
+    short = sae.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return max(off, _COARSE) if short else off
+
+
+def _made_rows(sae: SAEModule, n: int) -> Tensor:
+    """``[n, d_in]``: sums of a few directions that features write, or read, as large as makes features active."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict(sae.named_parameters())
+    decoder, encoder = (tensors.get(name) for name in ("W_dec", "W_enc"))
+    which = torch.randint(sae.d_sae, (n, _DIRECTIONS), generator=generator).to(sae.device)
+    if sae.ports.same and decoder is not None and list(decoder.shape) == [sae.d_sae, sae.d_in]:
+        rows = decoder[which].float().sum(1).cpu()
+    elif encoder is not None and list(encoder.shape) == [sae.d_in, sae.d_sae]:
+        rows = encoder[:, which.flatten()].T.reshape(n, _DIRECTIONS, -1).float().sum(1).cpu()
+    else:
+        rows = torch.randn(n, sae.d_in, generator=generator)
+    rows = rows * (math.sqrt(sae.d_in) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
+    center = tensors.get("b_dec") if sae.ports.same else None
+    x: Tensor = rows
+    for scale in _SCALES:
+        x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()
+        features, _ = _results(sae, x)
+        if int((features != 0).any(1).sum()) * 2 >= n:
+            break
+    return x
+
+
+def explained(x: Tensor, output: Tensor) -> float:
+    """The part of the variance of ``x [n, d]`` that ``output`` explains: 1 − Σ‖x − y‖² / Σ‖x − x̄‖²."""
+    return 1 - ((x - output).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-30)).item()
+
+
+def norms_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norm of each, by name; those that are too large for their type are left out."""
+    found = {name: math.hypot(*map(_norm, value.reshape(-1).split(_PIECE))) for name, value in tensors.items()}
+    return {name: norm for name, norm in found.items() if math.isfinite(norm)}
+
+
+def _norm(part: Tensor) -> float:
+    return float(torch.linalg.vector_norm(part.to(torch.promote_types(part.dtype, torch.float32))))

@@ -1,0 +1,151 @@
+"""``saekit saes`` and ``saekit convert-config``: what they print, how they fail, and that they import nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command import cli
+
+import saekit
+from saekit.commands.saes import info, info_text, listed, table
+from saekit.errors import SAEFormatError, UnknownKeyError
+from saekit.pretrained.catalog import Catalog, find_sae
+
+OF_2 = Path(__file__).parents[1] / "fixtures/sae_lens_2.1.3_folder/cfg.json"
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog()
+
+
+def test_the_list_is_of_all(catalog: Catalog) -> None:
+    text = table(listed(catalog))
+    assert len(text.splitlines()) == 170 + 3
+    assert text.endswith("170 releases, 13,857 SAEs")
+    assert "gpt2-small-res-jb                                    13    gpt2-small" in text
+
+
+def test_the_list_is_narrowed(catalog: Catalog) -> None:
+    rows = listed(catalog, model="gemma-2-2b", hook="blocks.12.hook_resid_post", loader="gemma_2")
+    assert {row["release"] for row in rows} == {"gemma-scope-2b-pt-res", "gemma-scope-2b-pt-res-canonical"}
+    assert all(sae_id.startswith("layer_12/") for row in rows for sae_id in row["ids"])
+    assert len(listed(catalog, hook="hook_embed")) == 2
+    assert len(listed(catalog, model="gpt2-small", hook="hook_resid_mid")) == 2, "a hook without its block"
+    assert listed(catalog, model="llama-3.1-8b-instruct") == listed(catalog, model="meta-llama/Llama-3.1-8B-Instruct")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"model": "gema-2b"}, "no release has the model 'gema-2b'. Did you mean 'gemma-2b'"),
+        ({"loader": "gema_3"}, "no release has the loader 'gema_3'. Did you mean 'gemma_3'"),
+        ({"hook": "blocks.1.hook_resid_prre"}, "Did you mean 'blocks.1.hook_resid_pre'"),
+        ({"loader": "zzzz"}, "no release has the loader 'zzzz'. There are connor_rob_hook_z, deepseek_r1"),
+    ],
+)
+def test_what_no_release_has(catalog: Catalog, wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnknownKeyError) as caught:
+        listed(catalog, **wanted)
+    assert message in str(caught.value)
+
+
+def test_what_is_known_of_one(catalog: Catalog) -> None:
+    release = catalog.find("gpt2-small-res-jb")
+    data = info(release, find_sae(release, "blocks.8.hook_resid_pre"))
+    assert (data["l0"], data["explained_variance"]) == (60.0, 0.9)
+    assert data["neuronpedia"] == "https://www.neuronpedia.org/gpt2-small/8-res-jb"
+    text = info_text(data)
+    assert text.endswith('saekit.SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")')
+    unknown = info_text(info(catalog.find("gemma-scope-2b-pt-res"), catalog.find("gemma-scope-2b-pt-res").saes[
+        "embedding/width_4k/average_l0_6"]))  # fmt: skip
+    assert "l0, explained_variance: not known" in unknown
+    whole = info_text(info(release))
+    assert "blocks.11.hook_resid_post  blocks.11.hook_resid_post  70.0  0.77" in whole
+    assert "overrides.model_from_pretrained_kwargs" in whole
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[mine]\nrepo = "a/b"\nsaes = {x = "y"}')
+    rows = json.loads(cli("saes", "list", "--loader", "goodfire", "--json", watch=True).stdout)
+    assert (rows[0]["release"], rows[0]["ids"]) == ("goodfire-llama-3.1-8b-instruct", ["layer_19"])
+    one = json.loads(
+        cli("saes", "info", "mine", "x", "--json", "--releases", "mine.toml", cwd=tmp_path, watch=True).stdout
+    )
+    assert (one["release"], one["path"], one["l0"], one["source"]) == ("mine", "y", None, "user")
+    for arguments, message in (
+        (
+            ("info", "gpt2-small-res-jbb"),
+            "error: there is no release 'gpt2-small-res-jbb'. Did you mean 'gpt2-small-res-jb'",
+        ),
+        (("info", "gpt2-small-res-jb", "blocks.8"), "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("list", "--releases", "gone.toml"), "error: the releases in gone.toml cannot be read: No such file"),
+    ):
+        assert message in cli("saes", *arguments, check=2, watch=True).stderr
+
+
+def test_names_are_completed(tmp_path: Path) -> None:
+    code = "import sys; sys.argv[0] = 'saekit'; from saekit.cli import main; main()"
+    for words, expected in (
+        ("saes info gpt2-small-res-j", ["gpt2-small-res-jb", "gpt2-small-res-jb-feature-splitting"]),
+        ("saes info gpt2-small-res-jb blocks.11", ["blocks.11.hook_resid_pre", "blocks.11.hook_resid_post"]),
+        ("saes list --loader gemma_", ["gemma_2", "gemma_2_transcoder", "gemma_3"]),
+        ("saes list --model mis", ["mistral-7b"]),
+    ):
+        environment = os.environ | {"_SAEKIT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_ARGS": f"saekit {words}",
+                                    "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == expected
+
+
+def test_a_configuration_is_converted(tmp_path: Path) -> None:
+    found = cli("convert-config", OF_2, tmp_path / "run.toml", watch=True)
+    assert not found.stdout
+    assert "renamed: hook_point is site.hook_name" in found.stderr
+    assert "dropped: expansion_factor: d_sae says it" in found.stderr
+    assert saekit.load_config(tmp_path / "run.toml").sae.options.d_sae == 64
+    again = cli("convert-config", OF_2, tmp_path / "run.toml", check=2, watch=True)
+    assert "is there already; choose another name" in again.stderr
+    printed = json.loads(cli("convert-config", OF_2, "--json", watch=True).stdout)
+    assert printed["renamed"]["hook_point"] == "site.hook_name"
+    (tmp_path / "a.json").write_text('{"d_in": 3}')
+    assert (
+        "no configuration of a run of sae-lens"
+        in cli("convert-config", tmp_path / "a.json", check=2, watch=True).stderr
+    )
+
+
+def test_an_sae_is_converted_and_verified(tmp_path: Path) -> None:
+    from saekit.commands.saes import converted, verified
+
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 4, "d_sae": 8, "normalize_sae_decoder": False})
+    sae.save(tmp_path / "own")
+    said = converted(str(tmp_path / "own"), str(tmp_path / "theirs"), "dictionary_learning", None, ())
+    assert said == f"sae_8 (saekit:standard) is in {tmp_path}/theirs as dictionary_learning"
+    x = torch.randn(5, 4)
+    assert torch.allclose(saekit.SAE.load(tmp_path / "theirs")(x), sae(x), atol=1e-6)
+    assert verified(str(tmp_path / "own"), None).endswith("own: as it was saved")
+    with (tmp_path / "own/sae_weights.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\x80?")  # 1.0
+    with pytest.raises(SAEFormatError, match="is not as it was saved:\n  - "):
+        verified(str(tmp_path / "own"), None)
+
+
+def test_mistakes_about_conversion_need_no_torch(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("convert", "nowhere", "b", "--to", "sae_lens"), "there is no file or folder nowhere; RELEASE:ID names"),
+        (("convert", "gpt2-small-res-jb:blocks.8", "b", "--to", "sae_lens"), "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("convert", ".", "b", "--to", "sae_lns"), "Unknown pretrained loader 'sae_lns'. Did you mean 'sae_lens'"),
+        (("verify", "nowhere"), "error: the SAE folder nowhere is not there"),
+    ):
+        assert message in cli("saes", *arguments, cwd=tmp_path, check=2, watch=True).stderr

@@ -1,0 +1,158 @@
+"""Configurations of sae-lens runs: what comes out loads and means the same, and every key is accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saekit
+from saekit.config.from_sae_lens import Converted, convert
+from saekit.errors import ConfigError
+
+TESTS = Path(__file__).parents[1]
+OF_2 = TESTS / "fixtures/sae_lens_2.1.3_folder/cfg.json"
+OF_6 = {path.stem: path for path in sorted((TESTS / "golden_runner_configs").glob("*.json"))}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def keys_of(source: dict[str, Any]) -> set[str]:
+    flat = {key for key in source if key not in ("sae", "logger")}
+    return flat | {f"{part}.{key}" for part in ("sae", "logger") for key in source.get(part, {})}
+
+
+def options_of(table: Any) -> set[str]:
+    if not isinstance(table, dict):
+        return set()
+    return {*table, *(name for value in table.values() for name in options_of(value))}
+
+
+def unaccounted(source: dict[str, Any], found: Converted) -> set[str]:
+    """Keys that are neither an option of the same name nor reported."""
+    told = {*found.renamed, *found.dropped, *found.lost}
+    same = options_of(found.table)
+    return {key for key in keys_of(source) - told if key.rpartition(".")[2] not in same}
+
+
+def of_3(**changes: Any) -> dict[str, Any]:
+    """As 3.0.0 saves it: what 2.1.3 does, by other names."""
+    source = read(OF_2)
+    for old, new in (("hook_point", "hook_name"), ("hook_point_layer", "hook_layer"), ("hook_point_eval", "hook_eval"),
+                     ("hook_point_head_index", "hook_head_index")):  # fmt: skip
+        source[new] = source.pop(old)
+    more = {"sae_lens_version": "3.0.0", "act_store_device": "with_model", "autocast_lm": False}
+    return source | more | changes
+
+
+@pytest.mark.parametrize("path", [OF_2, *OF_6.values()], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_key_is_accounted_for_and_the_file_loads(path: Path, tmp_path: Path) -> None:
+    source = read(path)
+    found = convert(source)
+    assert unaccounted(source, found) == set()
+    assert found.lost == {}
+    (tmp_path / "run.toml").write_text(found.toml)
+    loaded = saekit.load_config(tmp_path / "run.toml")
+    assert loaded == saekit.load_config(dict(found.table))
+    lines = "\n".join(found.report())
+    assert all(f": {key}" in lines for key in (*found.renamed, *found.dropped))
+
+
+def test_a_flat_one_means_the_same() -> None:
+    config = saekit.load_config(
+        dict(convert(of_3(lr_scheduler_name="cosineannealing", lr_end=None, act_store_device="cpu", dtype="float64",
+                          hook_head_index=3, normalize_activations=True, eval_batch_size_prompts=5)).table)
+    )  # fmt: skip
+    assert (config.site.hook_name, config.site.hook_head_index) == ("blocks.0.hook_resid_pre", 3)
+    assert config.sae.key == "saekit:standard"
+    options = config.sae.options
+    assert (options.d_in, options.d_sae, options.l1_coefficient, options.dtype) == (16, 64, 1e-3, "float64")
+    assert (options.normalize_sae_decoder, options.init_encoder_as_decoder_transpose) == (True, False)
+    assert options.b_dec_init_method == "geometric_median"
+    assert options.mse_loss_normalization == "none"
+    assert config.activations.normalize_activations == "expected_average_only_in"
+    source = config.activations.source.options
+    assert (source.store_batch_size_prompts, source.n_batches_in_buffer) == (32, 20)
+    assert (source.act_store_device, source.dtype) == ("cpu", "float64")
+    assert config.optimizer.options.beta1 == 0.0
+    assert config.lr_schedule.options.end == pytest.approx(3e-5), "a tenth of the rate, where nothing is said"
+    assert config.evals.n_contexts == 10 * 5, "batches of prompts there, contexts here"
+    assert config.evals.every_n_steps == 100 * 10, "logs there, steps here"
+    assert config.evals.run[0].options.batch_size_prompts == 5
+    assert config.model.backend.options.from_pretrained_kwargs == {}
+    assert config.trackers == ()
+
+
+def test_one_of_6_means_the_same() -> None:
+    config = saekit.load_config(dict(convert(read(OF_6["standard"])).table))
+    options = config.sae.options
+    assert (options.normalize_sae_decoder, options.scale_sparsity_penalty_by_decoder_norm) == (False, True)
+    assert (options.decoder_heuristic_init, options.init_encoder_as_decoder_transpose) == (True, True)
+    assert (options.b_dec_init_method, options.l1_coefficient, options.l1_warm_up_steps) == ("zeros", 2, 10)
+    kwargs = config.model.backend.options.from_pretrained_kwargs
+    assert kwargs["center_writing_weights"] is kwargs["fold_ln"] is False, "sae-lens 6 does not process weights"
+    assert config.optimizer.options.beta1 == 0.9
+    assert config.trackers[0].options.project == "sae_lens_training"
+    assert config.activations.source.options.prefetch is False
+    assert config.dataset.sequence_separator_token == "bos"
+    jumprelu = saekit.load_config(dict(convert(read(OF_6["jumprelu"])).table)).sae.options
+    assert (jumprelu.initial_threshold, jumprelu.bandwidth, jumprelu.l0_coefficient) == (0.01, 0.05, 3)
+    assert (jumprelu.aux_loss_coefficient, jumprelu.ste_to_input, jumprelu.sparsity_loss) == (0, False, "l0")
+    topk = saekit.load_config(dict(convert(read(OF_6["batchtopk"])).table)).sae.options
+    assert (topk.k, topk.aux_loss_coefficient, topk.aux_loss_normalization) == (16.5, 1.0, "none")
+    assert topk.threshold_lr == 0.01
+    gated = saekit.load_config(dict(convert(read(OF_6["gated"])).table)).sae.options
+    assert (gated.l1_coefficient, gated.normalize_sae_decoder, gated.aux_loss_trains_decoder) == (3, False, True)
+    assert gated.scale_sparsity_penalty_by_decoder_norm
+    nested = saekit.load_config(dict(convert(read(OF_6["matryoshka_batchtopk"])).table)).sae
+    assert (nested.key, nested.options.widths) == ("saekit:matryoshka", (64, 512))
+    assert (nested.options.level_loss, nested.options.aux_loss_levels) == ("sum", "whole")
+
+
+def test_what_is_not_here_is_said() -> None:
+    found = convert(of_3(seqpos_slice=[5, -5], disable_concat_sequences=True, madeup=3, dead_feature_threshold=1e-6))
+    assert set(found.lost) == {"seqpos_slice", "disable_concat_sequences", "madeup"}
+    assert "NOT THE SAME: madeup: is 3, of which saekit knows nothing" in found.report()
+    cached = convert(of_3(use_cached_activations=True, cached_activations_path="acts"))
+    assert cached.table["activations"]["source"] == {"name": "cached", "folder": "acts"}
+    assert "saekit cache" in cached.lost["use_cached_activations"]
+    tanh = convert(read(OF_6["jumprelu"]) | {"sae": read(OF_6["jumprelu"])["sae"] | {"decoder_init_norm": 0.5}})
+    assert list(tanh.lost) == ["sae.decoder_init_norm"]
+
+
+def test_a_topk_of_4_is_a_topk() -> None:
+    source = of_3(
+        sae_lens_version="4.4.5", architecture="standard", activation_fn="topk", activation_fn_kwargs={"k": 7}
+    )
+    options = saekit.load_config(dict(convert(source).table)).sae
+    assert options.key == "saekit:topk"
+    assert (options.options.k, options.options.rescale_acts_by_decoder_norm) == (7, False)
+    assert (options.options.aux_loss_coefficient, options.options.normalize_sae_decoder) == (0, True)
+
+
+def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
+    found = convert({"hook_name": "blocks.0.hook_resid_pre", "lr": 1e-3, "sae_lens_version": "3.0.0"})
+    config = saekit.load_config(dict(found.table))
+    assert config.sae.options.expansion_factor == 4
+    assert (config.sae.options.l1_coefficient, config.optimizer.options.beta1) == (1e-3, 0)
+    assert found.assumed["l1_coefficient"] == 1e-3
+    assert "assumed: adam_beta1 is 0.0, the default of sae-lens" in found.report()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"architecture": "standard", "d_in": 3}, "neither hook_name nor hook_point"),
+        ({"hook_name": "x", "d_in": 3, "d_sae": 4}, "it has no options of training"),
+        ({"saekit": {}}, "saekit's own already"),
+        ({"hook_name": "x", "lr": 1, "sae_lens_version": "6.1.0"}, "under sae, and this one has no sae"),
+        ({"hook_name": "x", "sae": {}, "logger": 3}, "logger: expected a table, found 3"),
+    ],
+)
+def test_what_is_no_configuration_of_a_run(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        convert(source)

@@ -1,0 +1,277 @@
+"""SAEs by release and id, from a Hub that has them where the registry says: they compute what the peer does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.fake_hub import FakeHub
+from support.formats import FIXTURES, copied, edit_json
+from support.hub_releases import Published, hub_of
+
+import saekit
+from saekit import SAE
+from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
+from saekit.pretrained.catalog import Catalog
+
+ONE_OF_EACH = {
+    "sae_lens": Published("gpt2-small-res-jb", "blocks.0.hook_resid_pre", "sae_lens_3.0.0_standard"),
+    "connor_rob_hook_z": Published(
+        "gpt2-small-hook-z-kk",
+        "blocks.0.hook_z",
+        "connor_rob_hook_z",
+        at="gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds64_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9",
+        beside=True,
+    ),
+    "deepseek_r1": Published(
+        "deepseek-r1-distill-llama-8b-qresearch", "blocks.19.hook_resid_post", "deepseek_r1", beside=True
+    ),
+    "dictionary_learning_1": Published(
+        "sae_bench_pythia70m_sweep_topk_ctx128_0730",
+        "blocks.3.hook_resid_post__trainer_0",
+        "dictionary_learning_0.1.0_topk",
+    ),
+    "gemma_2": Published(
+        "gemma-scope-2b-pt-res",
+        "layer_7/width_16k/average_l0_36",
+        "gemma_scope_2_npz",
+        at="layer_7/width_16k/average_l0_30",
+    ),
+    "gemma_2_transcoder": Published(
+        "gemma-scope-2b-pt-transcoders",
+        "layer_7/width_16k/average_l0_70",
+        "gemma_2_transcoder",
+        at="layer_5/width_16k/average_l0_41",
+    ),
+    "gemma_3": Published(
+        "gemma-scope-2-1b-pt-res-all",
+        "layer_9_width_16k_l0_small",
+        "gemma_scope_3",
+        at="resid_post/layer_9_width_16k_l0_small",
+    ),
+    "goodfire": Published("goodfire-llama-3.1-8b-instruct", "layer_19", "goodfire", beside=True),
+    "llama_scope": Published("llama_scope_lxr_8x", "l3r_8x", "llama_scope", at="Llama3_1-8B-Base-L3R-8x"),
+    "llama_scope_r1_distill": Published(
+        "llama_scope_r1_distill",
+        "l3r_800m_slimpajama",
+        "llama_scope_r1_distill",
+        at="800M-Slimpajama-0-OpenR1-Math-220k/L3R",
+    ),
+    "mntss_clt_layer_transcoder": Published(
+        "mntss-gemma-2-2b-2.5m-clt-as-per-layer", "layer_4", "mntss_clt_layer", beside=True
+    ),
+    "mwhanna_transcoder": Published(
+        "mwhanna-qwen3-0.6b-transcoders-lowl0", "layer_6", "mwhanna_transcoder", beside=True
+    ),
+    "qwen_scope": Published(
+        "qwen-scope-3-1.7b-base-w32k-l50",
+        "layer0",
+        "qwen_scope",
+        beside=True,
+        loader={"name": "qwen_scope", "k": 9},  # the fixture's; the repository of the registry is of 50
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    with hub_of(tmp_path_factory.mktemp("hub"), *ONE_OF_EACH.values()) as hub:
+        yield hub
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_every_loader_of_the_registry_is_there() -> None:
+    used = {release.loader for release in Catalog().releases}
+    keys = {item.entry.name for item in saekit.default_manager().registry("pretrained_loaders").items}
+    assert used - keys <= {"temporal"}
+    assert used - {"temporal"} == set(ONE_OF_EACH)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_one_release_of_each_loader(hub: FakeHub, name: str) -> None:
+    one = ONE_OF_EACH[name]
+    release = Catalog().find(one.release)
+    sae = SAE.from_pretrained(one.release, one.sae_id, loader=one.loader)
+    expected = load_file(FIXTURES / one.fixture / "expected.safetensors")
+    x = expected["x"]
+    if name == "llama_scope_r1_distill":  # recorded with a factor of 0.5, and the registry has another
+        x = x * 0.5 / release.saes[one.sae_id].norm_scaling_factor
+    close(sae.encode(x), expected["encode"])
+    found = sae.info.provenance
+    assert (found["release"], found["sae_id"]) == (f"saekit:{one.release}", one.sae_id)
+    assert found["repo"] == release.repo
+    assert found["loader"] == f"saekit:{name}"
+    assert len(found["revision"]) == 40
+    assert release.saes[one.sae_id].neuronpedia == sae.info.metadata.get("neuronpedia_id")
+
+
+def test_both_suffixes_of_goodfire(hub: FakeHub) -> None:
+    """The file for 70B ends in .pt, the other in .pth."""
+    repository = hub.root / "models/Goodfire/Llama-3.3-70B-Instruct-SAE-l50"
+    repository.mkdir(parents=True)
+    source = FIXTURES / "goodfire/Llama-3.1-8B-Instruct-SAE-l19.pth"
+    (repository / "Llama-3.3-70B-Instruct-SAE-l50.pt").write_bytes(source.read_bytes())
+    sae = SAE.from_pretrained("goodfire-llama-3.3-70b-instruct")
+    assert sae.info.site.hook_name == "blocks.50.hook_resid_post"
+    assert sae.info.metadata["model_name"] == "meta-llama/Llama-3.3-70B-Instruct"
+
+
+@pytest.fixture
+def releases(hub: FakeHub, tmp_path: Path) -> Path:
+    """A user's file, of a repository with four SAEs of sae-lens, on two branches, and of a folder here."""
+    for branch, file in (("main", "sae_lens_6.54.12_topk"), ("old", "sae_lens_3.0.0_standard")):
+        repository = hub.branch("models", "somebody/saes", branch)
+        for number in range(4 * (not repository.exists())):
+            copied(file, repository, f"layers/{number}")
+    copied("sae_lens_2.1.3_folder", tmp_path, "here/first")
+    path = tmp_path / "mine.toml"
+    path.write_text("""
+        [mine]
+        repo = "somebody/saes"
+        model = "a-model"
+        [mine.saes]
+        zero = "layers/0"
+        one = { path = "layers/1", l0 = 3, neuronpedia = "a-model/1" }
+        two = { path = "layers/2" }
+        three = "layers/3"
+        gone = "layers/gone"
+
+        [older]
+        repo = "somebody/saes"
+        revision = "old"
+        loader = "sae_lens"
+        overrides = { model_name = "another", hook_name = "blocks.3.hook_mlp_out", dataset_path = "d" }
+        saes = { "layers/0" = {} }
+
+        [local]
+        folder = "here"
+        saes = { first = {} }
+    """)
+    return path
+
+
+def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
+    hub: FakeHub, releases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saekit.pretrained import catalog, load
+
+    detected, looked, before = [], [], len(hub.requests)
+    real, find = load.recognized, catalog.Catalog.find
+    monkeypatch.setattr(load, "recognized", lambda *a: detected.append(1) or real(*a))
+    monkeypatch.setattr(catalog.Catalog, "find", lambda *a: looked.append(1) or find(*a))
+    saes = SAE.from_release("mine", ["zero", "two", "one", "three"], releases=releases)
+    assert list(saes) == ["zero", "two", "one", "three"]
+    assert (len(looked), len(detected)) == (1, 1)
+    listings = [line for line in hub.requests[before:] if "/api/models/somebody/saes" in line]
+    assert len(listings) == 1, listings
+    assert [sae.info.provenance["folder"] for sae in saes.values()] == [f"layers/{n}" for n in (0, 2, 1, 3)]
+    assert saes["one"].info.metadata["neuronpedia_id"] == "a-model/1"
+    assert "neuronpedia_id" not in saes["two"].info.metadata
+    with pytest.raises(UnknownKeyError, match="has no SAE 'tow'"):  # before anything is fetched
+        SAE.from_release("mine", ["zero", "tow"], releases=releases)
+
+
+def test_what_a_release_says_counts_more_than_the_files(releases: Path, tmp_path: Path) -> None:
+    expected = load_file(FIXTURES / "sae_lens_3.0.0_standard/expected.safetensors")
+    sae = SAE.from_pretrained("older", releases=releases)
+    close(sae.encode(expected["x"]), expected["encode"])
+    for one in (sae, SAE.load(sae.save(tmp_path / "again"))):
+        fed = one.info.metadata
+        assert (fed["model_name"], fed["dataset_path"]) == ("another", "d")
+        assert one.info.site.hook_name == "blocks.3.hook_mlp_out"
+        assert (one.info.provenance["release"], one.info.provenance["sae_id"]) == ("user:older", "layers/0")
+    newer = SAE.from_pretrained("older", releases=releases, revision="main", loader="sae_lens")
+    assert newer.info.architecture == "saekit:topk", "what is asked for counts more than the release"
+
+
+def test_a_factor_of_the_registry_is_folded_in(hub: FakeHub, tmp_path: Path) -> None:
+    """Where the files say that activations were scaled, and not by how much; else it is left alone, as by the peer."""
+    release = Catalog().find("gpt2-small-mlp-tm")
+    sae_ids = ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"]
+    expected = load_file(FIXTURES / "sae_lens_2.1.3_folder/expected.safetensors")
+    for sae_id, scaled in zip(sae_ids, (True, False), strict=True):
+        folder = hub.root / "models" / str(release.repo) / release.saes[sae_id].path
+        copied("sae_lens_2.1.3_folder", folder)
+        edit_json(folder / "cfg.json", lambda table, scaled=scaled: table.update(normalize_activations=scaled))
+    scaled, plain = SAE.from_release(release.name, sae_ids).values()
+    factor = release.saes[sae_ids[0]].norm_scaling_factor
+    close(scaled.encode(expected["x"] / factor), expected["encode"])
+    close(scaled(expected["x"] / factor), expected["forward"] / factor)
+    assert not scaled.info.scale_is_unknown
+    assert scaled.info.metadata["activation_scale"] == factor
+    assert scaled.info.metadata["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+    close(plain.encode(expected["x"]), expected["encode"])
+    assert scaled.log_sparsity is not None
+
+
+def test_without_a_registry_entry(hub: FakeHub, releases: Path, tmp_path: Path) -> None:
+    for found in (
+        SAE.from_pretrained(repo_id="somebody/saes", folder="layers/2", revision="old"),
+        SAE.from_pretrained("somebody/saes", "layers/2", revision="old"),
+        SAE.from_pretrained("local", "first", releases=releases),
+        SAE.from_pretrained(tmp_path / "here/first"),
+        SAE.from_pretrained(str(tmp_path / "here"), "first"),
+    ):
+        assert found.info.architecture == "saekit:standard"
+    assert found.info.provenance.get("release") is None
+
+
+def test_of_what_cannot_be_found_the_message_says_what_to_do(hub: FakeHub, releases: Path) -> None:
+    for arguments, error, message in (
+        (("gpt2-small-res-jbb", "x"), UnknownKeyError, "'gpt2-small-res-jbb'. Did you mean 'gpt2-small-res-jb'"),
+        (("gpt2-small-res-jb", "blocks.8.hook_resid_pr"), UnknownKeyError, "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("gpt2-small-res-jb",), UnknownKeyError, r"has 13 SAEs; say which. It has blocks.0"),
+        (("jbloom/GPT2-Small-SAEs-Reformatted",), UnknownKeyError, r"\(gpt2-small-res-jb is of that repository\)"),
+        (("mine", "gone"), SAEFormatError, "is 'layers/gone' in somebody/saes, which has no such file or folder; "
+                                           "there are layers/"),
+        ((), ConfigError, "needs a release and an id, repo_id="),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            SAE.from_pretrained(*arguments, releases=releases)
+    for options, message in (
+        ({"repo_id": "a/b", "release": "c"}, "the release 'c' and repo_id = 'a/b'"),
+        ({"repo_id": "a/b", "sae_id": "c"}, "sae_id = 'c', which is of a release,"),
+        ({"release": "c", "folder": "d"}, "folder = 'd' goes with repo_id"),
+        ({"release": str(releases.parent), "revision": "d"}, "is a path on this machine, and revision is"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SAE.from_pretrained(**options)
+
+
+def test_a_path_that_nobody_understands_and_a_loader_that_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[a]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntss"\nsaes = { four = "4", five = "5" }\n'
+                    '[b]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntsss"\nsaes = { four = "4" }\n'
+                    '[c]\nrepo = "mntss/clt-gemma-2-2b-2.5M"\nloader = "mntss"\nsaes = { four = "4" }\n'
+                    'overrides = { normalize_activations = "constant_norm_rescale" }')  # fmt: skip
+    assert SAE.from_pretrained("a", "four", releases=path).info.architecture == "saekit:transcoder"
+    with pytest.raises(SAEFormatError, match="'five' is '5' in mntss/clt-gemma-2-2b-2.5M, which has no such file"):
+        SAE.from_pretrained("a", "five", releases=path)
+    with pytest.raises(UnknownKeyError, match="mntsss") as caught:
+        SAE.from_pretrained("b", releases=path)
+    assert "It is the loader of the release user:b. loader=... names another." in caught.value.__notes__
+    with pytest.raises(
+        SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"
+    ):
+        SAE.from_pretrained("c", releases=path)
+
+
+def test_what_it_is_stays_what_was_asked_for(hub: FakeHub) -> None:
+    from saekit_plugins.architectures.topk.module import TopKSAE
+
+    with pytest.raises(SAEFormatError, match="this is a StandardSAE, not a TopKSAE"):
+        TopKSAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
+
+
+def test_json_is_enough_to_say_what_it_is(hub: FakeHub, tmp_path: Path) -> None:
+    sae = SAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
+    saved = json.loads((sae.save(tmp_path / "a") / "cfg.json").read_text())
+    assert saved["saekit"]["provenance"]["release"] == "saekit:gpt2-small-res-jb"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -58,7 +59,7 @@ def load_sae(
     device = resolve_device(device, "device", dtype)
     plugins = plugins or default_manager()
     choice = loader_of(files, plugins) if loader is None else loader
-    with Checksums() as sums:
+    with Checksums() as sums, _a_processor_for_them():
         files = files.unopened(sums)
         try:
             if choice is None:
@@ -93,6 +94,22 @@ def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoade
     if is_own(files.unopened()):
         return None
     return plugins.bound(PRETRAINED_LOADERS, _detected(files.unopened(), plugins).key)
+
+
+@contextmanager
+def _a_processor_for_them() -> Iterator[None]:
+    """Leave checksums a processor: torch's threads wait for each other busily, and on two that takes twice as long.
+
+    What is done meanwhile gives the same numbers with any of them.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _name_of(dtype: str | torch.dtype | None) -> str | None:

@@ -17,3 +17,4 @@ from .parameters import Factor as Factor
 from .parameters import Parameter as Parameter
 from .parameters import Start as Start
 from .parameters import one_factor as one_factor
+from .ways import not_compiled as not_compiled

@@ -226,7 +226,8 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
     dtype = str(weights_dtype(tensors)).removeprefix("torch.")
     _check_metadata(sae.info.metadata)
     site = sae.info.site if _has_one_site(sae) else None
-    public = _public_config(sae)
+    public = dict(_public_config(sae))
+    said = public.pop("metadata", {})
     hook_name = site.hook_name if site else ""
     unscaled = public.get("normalize_activations", "none")  # an architecture may have a way of its own
     return {
@@ -242,7 +243,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "metadata": {
             **_LAYOUT,
             **sae.info.metadata,
-            **sae.public_metadata(),
+            **said,
             **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
         },
         "saekit": {
@@ -270,7 +271,7 @@ def _public_config(sae: SAEModule) -> dict[str, Any]:
     known = sae.input_transform is None or _name_elsewhere(sae) is not None
     if known and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
         return public
-    return public | {"architecture": sae.info.architecture}
+    return {**public, "architecture": sae.info.architecture, "metadata": {}}
 
 
 def _normalization(sae: SAEModule, unscaled: str) -> str:

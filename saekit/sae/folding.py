@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saekit.devices import widest
 from saekit.errors import ConfigError
 from saekit.sae.inputs import check_maps, check_scales
-from saekit.sae.parameters import Factor, ParameterTable, scale_of
+from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of
 from saekit.transforms import Affine, RowTransform
 from saekit.values import Ports, SAEInfo
 
@@ -58,8 +58,9 @@ class Folding:
         check_maps(read, written, self.ports)
         self.check_foldable()
         written = read if written is None else written
-        table: ParameterTable = self.table
-        table.fold_maps(self, read, written)  # type: ignore[arg-type]
+        for entry in self.table:
+            if (value := getattr(self, entry.name)) is not None and entry.scale:
+                _fold_into(value, entry, {"d_in": read, "d_out": written})
         wide, device = widest(self.b_dec.device), self.b_dec.device
         mean = read.mean.to(device, wide)
         if not self.config.apply_b_dec_to_input:
@@ -72,7 +73,7 @@ class Folding:
     def check_foldable(self) -> None:
         """:class:`ConfigError` unless an affine map can be folded in."""
         self._check_no_transform("an affine map")
-        self.table.check_maps()
+        _check_table(self.table)
         shifts = type(self).shift_pre_activations is not Folding.shift_pre_activations
         if not self.config.apply_b_dec_to_input and not shifts and getattr(self, "b_enc", None) is None:
             raise ConfigError(
@@ -90,3 +91,26 @@ class Folding:
     def shift_pre_activations(self, shift: Tensor) -> None:
         """Add ``shift [d_sae]`` to what a row times ``W_enc`` becomes.  Architectures with other biases override it."""
         self.b_enc.copy_(self.b_enc.to(shift.dtype) + shift)
+
+
+def _check_table(table: ParameterTable) -> None:
+    """:class:`ConfigError` unless matrices can be folded into all that meets inputs or makes outputs."""
+    for entry in table:
+        sized: tuple[str, ...] = ("d_in", "d_out")
+        odd = [dim for dim in sized if dim in entry.dims and abs(entry.scale.get(dim, 0)) != 1]
+        odd += [dim for dim in entry.scale if dim not in entry.dims]
+        if odd:
+            raise ConfigError(
+                f"no matrix can be folded into {entry.name} [{', '.join(map(str, entry.dims))}], which does not "
+                f"change with {odd[0]} as a matrix of one layer does"
+            )
+
+
+def _fold_into(value: Tensor, entry: Parameter, maps: Mapping[str, Affine]) -> None:
+    """Multiply ``value`` in place by the matrices of ``maps``, as its powers of a scale say; means are for biases."""
+    wide = value.to(widest(value.device))
+    for dim, power in entry.scale.items():
+        matrix = (maps[dim].matrix if power > 0 else maps[dim].inverse.T).to(wide)
+        place = entry.dims.index(dim)
+        wide = torch.tensordot(matrix, wide, dims=([1], [place])).movedim(0, place)
+    value.copy_(wide)

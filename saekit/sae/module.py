@@ -334,15 +334,11 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     # ---- saving and loading
 
     def public_config(self) -> dict[str, Any]:
-        """The entries of ``cfg.json`` that name this architecture to other libraries.
+        """The entries of ``cfg.json`` that name this architecture to other libraries; ``metadata`` goes into its own.
 
         Whatever they cannot represent must not be called by a name that they know.
         """
         return {"architecture": self.info.architecture}
-
-    def public_metadata(self) -> dict[str, Any]:
-        """What else ``metadata`` of ``cfg.json`` says to other libraries, such as how it was trained."""
-        return {}
 
     def saved_options(self) -> dict[str, Any]:
         """The options by which :meth:`public_tensors` are to be understood when saekit loads them."""

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.devices import widest
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels.workspace import zeros
-from saekit.transforms import Affine
 from saekit.values import Ports, Scale
 
 __all__ = [
@@ -118,12 +116,24 @@ class Parameter:
         """For sizes of the named dimensions."""
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.dims)
 
-    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU) -> nn.Parameter:
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         """Zeros, laid out as the table says.  Where nobody writes to them they take no memory."""
+        turned = self._turned(shape, dtype)
+        memory = zeros(shape[::-1] if turned else shape, self.dtype(dtype), _CPU)
+        return nn.Parameter(memory.T if turned else memory)
+
+    def unwritten(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        """Anything, laid out likewise, that somebody writes over.
+
+        Not in large pages: to get those for the first time takes longer than to read a file.
+        """
+        turned = self._turned(shape, dtype)
+        memory = torch.empty(shape[::-1] if turned else shape, dtype=self.dtype(dtype), device=device)
+        return nn.Parameter(memory.T if turned else memory)
+
+    def _turned(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         # In float64, results are compared with those of others to the last digits, which depend on the order in memory.
-        turned = self.columns_contiguous and len(shape) == 2 and dtype != torch.float64
-        dtype = self.dtype(dtype)
-        return nn.Parameter(zeros(shape[::-1], dtype, device).T if turned else zeros(shape, dtype, device))
+        return self.columns_contiguous and len(shape) == 2 and dtype != torch.float64
 
     def dtype(self, wanted: torch.dtype) -> torch.dtype:
         """The type that it has in an SAE of the type ``wanted``."""
@@ -137,15 +147,6 @@ class Parameter:
                 factor = self._along(dim, factor.to(value))
             for _ in range(abs(power)):
                 value.mul_(factor) if power > 0 else value.div_(factor)
-
-    def fold_maps(self, value: Tensor, maps: Mapping[str, Affine]) -> None:
-        """The same with the matrices of ``maps``; their means are for biases."""
-        wide = value.to(widest(value.device))
-        for dim, power in self.scale.items():
-            matrix = (maps[dim].matrix if power > 0 else maps[dim].inverse.T).to(wide)
-            place = self.dims.index(dim)
-            wide = torch.tensordot(matrix, wide, dims=([1], [place])).movedim(0, place)
-        value.copy_(wide)
 
     def _along(self, dim: str, factor: Tensor) -> Factor:
         if dim in self.dims:
@@ -244,24 +245,6 @@ class ParameterTable:
         for entry in self.entries:
             if (value := getattr(module, entry.name)) is not None:
                 entry.fold(value, {"d_in": scale, "d_out": target_scale})
-
-    def check_maps(self) -> None:
-        """:class:`ConfigError` unless matrices can be folded into all that meets inputs or makes outputs."""
-        for entry in self.entries:
-            sized: tuple[str, ...] = ("d_in", "d_out")
-            odd = [dim for dim in sized if dim in entry.dims and abs(entry.scale.get(dim, 0)) != 1]
-            odd += [dim for dim in entry.scale if dim not in entry.dims]
-            if odd:
-                raise ConfigError(
-                    f"no matrix can be folded into {entry.name} [{', '.join(map(str, entry.dims))}], which does not "
-                    f"change with {odd[0]} as a matrix of one layer does"
-                )
-
-    def fold_maps(self, module: nn.Module, read: Affine, written: Affine) -> None:
-        """See :meth:`saekit.sae.SAEModule.fold_affine`: what is done here is all but the means."""
-        for entry in self.entries:
-            if (value := getattr(module, entry.name)) is not None and entry.scale:
-                entry.fold_maps(value, {"d_in": read, "d_out": written})
 
     def grow_features(self, module: nn.Module, factor: Tensor) -> None:
         """From now on every feature is ``factor [d_sae]`` times as large, and what is decoded of it is the same.

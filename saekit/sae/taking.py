@@ -37,7 +37,7 @@ def _laid_out(
         value = tensors.pop(name).detach()
         if tuple(value.shape) == shapes.get(name):
             alone = owners[value.untyped_storage().data_ptr()] == 1
-            memory = table[name].memory(shapes[name], dtype, device)
+            memory = table[name].unwritten(shapes[name], dtype, device)
             _fill(memory, value, alone=alone)
             value = memory
         found[name] = value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,33 @@ from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
 from saekit.sae.casting import Castable
 
-__all__ = ["Ways"]
+__all__ = ["Ways", "not_compiled"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_from", "features_of",
     "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
+
+
+def not_compiled(function: _F) -> _F:
+    """A method that is left as it is where :meth:`Ways.compile_losses` compiles what calls it.
+
+    ``torch.compiler.disable`` does that then: it imports the compiler, which takes a second and 85 MB.
+    """
+    function.__dict__["left_as_it_is"] = True
+    return function
+
+
+def _leave_out(kind: type) -> None:
+    """Have the compiler pass over what is marked in a class and those that it derives from."""
+    for base in kind.__mro__:
+        for name, function in list(vars(base).items()):
+            if getattr(function, "left_as_it_is", False):
+                passed_over = torch.compiler.disable(function)
+                passed_over.__dict__["left_as_it_is"] = False
+                setattr(base, name, passed_over)
 
 
 class Ways(Castable):
@@ -97,6 +118,7 @@ class Ways(Castable):
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""
         self._compile_mode = mode
+        _leave_out(type(self))
         self.losses = torch.compile(self.losses, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -92,11 +92,11 @@ def load(folder: Path, options: Mapping[str, Any]) -> None:
     saekit.SAE.load  # noqa: B018 - what is imported for it is not timed
     saekit.default_manager()
     warm()
-    before, start = megabytes("VmHWM"), time.perf_counter()
+    before, start, worked = megabytes("VmHWM"), time.perf_counter(), time.process_time()
     sae = saekit.SAE.load(folder, **options)
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     assert sae.d_in == D_IN
-    print(json.dumps({"seconds": seconds, "before": before, "peak": megabytes("VmHWM")}))
+    print(json.dumps({"seconds": seconds, "worked": worked, "before": before, "peak": megabytes("VmHWM")}))
 
 
 def megabytes(field: str) -> float:
@@ -119,9 +119,10 @@ def warm() -> None:
 
 def read(file: Path) -> None:
     """Read a file's bytes, in this process."""
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     data = file.read_bytes()
-    print(json.dumps({"seconds": time.perf_counter() - start, "size": len(data)}))
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
+    print(json.dumps({"seconds": seconds, "worked": worked, "size": len(data)}))
 
 
 def measured(*arguments: str) -> dict[str, float]:
@@ -140,15 +141,20 @@ def compare(case: str, folder: Path, rounds: int) -> None:
     file = folder / FILES[kind]
     loads, reads = [], []
     for _ in range(rounds):
-        reads.append(measured("read", str(file))["seconds"])
+        reads.append(measured("read", str(file)))
         loads.append(measured("load", str(folder), json.dumps(CASES[case])))
     size = file.stat().st_size / 1e6
-    seconds = statistics.median(one["seconds"] for one in loads)
-    plain = statistics.median(reads)
-    peak, before = (statistics.median(one[name] for one in loads) for name in ("peak", "before"))
+
+    def median(runs: list[dict[str, float]], name: str) -> float:
+        return statistics.median(one[name] for one in runs)
+
+    for title, name in (("seconds", "seconds"), ("of processors", "worked")):
+        read_in, load_in = median(reads, name), median(loads, name)
+        spread = "-".join(f"{limit(one[name] for one in reads):.2f}" for limit in (min, max))
+        print(f"  {case:40} {title:13}  read {read_in:5.2f} ({spread})  load {load_in:5.2f}  x {load_in / read_in:.2f}")
+    peak, before = median(loads, "peak"), median(loads, "before")
     print(
-        f"  {case:40} {size:6.0f} MB  read {plain:5.2f} s ({min(reads):.2f}-{max(reads):.2f})  load {seconds:5.2f} s  "
-        f"x {seconds / plain:.2f}; peak {peak:6.0f} MB = x {peak / size:.2f} ({before:.0f} MB of it before)",
+        f"  {'':40} peak {peak:.0f} MB = x {peak / size:.3f} of {size:.0f} MB; {before:.0f} MB were there before",
         flush=True,
     )
 

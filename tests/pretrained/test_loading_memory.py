@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import saekit
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.files import mapped
+from saekit.files import checksums, mapped
 from saekit.pretrained.load import build_sae
 from saekit.sae import taking
 
@@ -161,3 +162,22 @@ def test_a_damaged_file_is_said_to_be_that_whatever_else_is_wrong(folder: Path) 
             SAEFormatError, match="sae_weights.safetensors in .* is damaged or was changed after it was"
         ):
             saekit.SAE.load(folder)
+
+
+def test_a_file_that_does_not_change_is_summed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, known = folder / "sae_weights.safetensors", dict[Any, str]()
+    monkeypatch.setattr(checksums, "_known", known)
+
+    def sums() -> str:
+        with checksums.Checksums() as found:
+            return found.of(weights)
+
+    first = sums()
+    assert known == {}, "it is so young that it may change unseen by the clock of its file system"
+    monkeypatch.setattr(checksums, "_SETTLED", -1)
+    assert sums() == first
+    (state,) = known
+    known[state] = "remembered"
+    assert sums() == "remembered"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert sums() not in (first, "remembered")

@@ -18,6 +18,7 @@ from support.training import fake_run, fakes
 
 import saekit
 from saekit import Site, Sites
+from saekit.cli import app
 from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.values import SAEInfo
@@ -172,3 +173,12 @@ def test_a_card_shows_no_more_than_it_is_given() -> None:
     assert "texts" not in text
     assert "base_model" not in text
     assert text.count("```") % 2 == 0
+
+
+def test_from_the_command_line(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    an_sae().save(tmp_path / "sae")
+    options = ["--into", "a/b", "--private", "-m", "mine"]
+    app(["push", str(tmp_path / "sae"), "somebody/sae", *options], standalone_mode=False)
+    assert capsys.readouterr().out.startswith(f"{hub.url}/somebody/sae/commit/")
+    assert "a/b/cfg.json" in there(tmp_path)
+    assert hub.private == {"models/somebody/sae"}

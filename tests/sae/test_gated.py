@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.standard import StandardConfig
 from safetensors.torch import load_file, save_file
 from support import levels
 from support.kernels import seeded
@@ -22,8 +23,10 @@ from torch import Tensor
 
 import saekit
 from saekit import SAE
+from saekit.config import TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import SparseFeatures, Workspace
+from saekit.runs.planned_memory import step_bytes
 
 D_IN, D_SAE = 12, 40
 DICTIONARY_LEARNING = {
@@ -173,6 +176,13 @@ def test_a_screen_misses_no_open_gate() -> None:
     assert 0 < (expected > 0).float().mean() < 0.05
     assert torch.allclose(found, expected, atol=1e-5)
     assert bool((sae.encode_sparse(x).values > 0).all())
+
+
+def test_what_a_step_takes_counts_gates_beside_features() -> None:
+    training = TrainingConfig(training_tokens=10_000, train_batch_size_tokens=100)
+    plain = levels.built(StandardConfig(d_sae=D_SAE), D_IN)
+    more = step_bytes(built(dtype="float32"), training, "cpu") - step_bytes(plain, training, "cpu")
+    assert more == 3 * 100 * D_SAE * 4
 
 
 # ---- options, scales, files

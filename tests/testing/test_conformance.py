@@ -141,7 +141,8 @@ def matryoshka(folder: Path) -> dict[str, Any]:
         "level_loss": "mean",
         "rescale_acts_by_decoder_norm": False,
     }
-    moving = {"k_start": 4.0, "k_warm_up_steps": 3, "mse_loss_normalization": "variance"}
+    moving = {"k_start": 4.0, "k_warm_up_steps": 3, "mse_loss_normalization": "variance",
+              "aux_loss_trains_encoder": False}  # fmt: skip
     configs = [
         MatryoshkaConfig(k=2.5, **sae_lens_6),
         MatryoshkaConfig(k=2, widths=(4, 0.5), **dictionary),

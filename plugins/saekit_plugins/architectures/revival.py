@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from saekit import SAE, StepInput
 from saekit.kernels import Encoder, FastStep, add_auxk
-from saekit.sae import auxk_loss, variance_ratio
+from saekit.sae import auxk_loss, not_compiled, variance_ratio
 
 __all__ = ["RevivingSAE"]
 
@@ -73,7 +72,7 @@ class RevivingSAE(SAE):
             return pre
         return pre.detach() if self.aux_by_size else pre.detach().relu()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
         return dead.device.type != "cpu" or bool(dead.any())

@@ -13,7 +13,7 @@ from saekit import Ports
 from saekit.errors import SAEFormatError
 from saekit.kernels import Encoder, Features, SparseFeatures, Workspace, active_groups, batch_top, screen_for, values_of
 from saekit.protocols import ActivationFunction
-from saekit.sae import Factor, check_width, one_factor
+from saekit.sae import Factor, check_width, not_compiled, one_factor
 from saekit.values import StepInput
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.topk.module import TopKKernel, TopKSAE, from_zero
@@ -51,6 +51,7 @@ class BatchTopKSAE(TopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKKernel(),)
+    beside_mathematics = frozenset({"trained_as"})
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"
     threshold_average: Tensor
@@ -91,7 +92,7 @@ class BatchTopKSAE(TopKSAE):
         """``⌊k · rows⌋``, exactly: 29 for 0.29 and 100 rows, where a product of floats is a little below."""
         return self._k.numerator * rows // self._k.denominator
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _moving_k(self, step: StepInput) -> float:
         return float(self._exact_k_at(step))
 
@@ -99,7 +100,7 @@ class BatchTopKSAE(TopKSAE):
         whole = self.config.k_warm_up_steps
         return self._k if step.step >= whole else self._start + (self._k - self._start) * step.step / whole
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _moving(self, step: StepInput, rows: int) -> int:
         return int(self._exact_k_at(step) * rows)
 
@@ -141,9 +142,10 @@ class BatchTopKSAE(TopKSAE):
         return True
 
     def public_config(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu"}
+        return {"architecture": "jumprelu", "metadata": self.trained_as()}
 
-    def public_metadata(self) -> dict[str, Any]:
+    def trained_as(self) -> dict[str, Any]:
+        """What sae-lens says of it in ``metadata``, whose ``architecture`` is that of inference."""
         details = {"k": self.config.k, "topk_threshold_lr": self.config.threshold_lr}
         return {"training_architecture": "batchtopk", "training_architecture_details": details}
 

@@ -139,6 +139,10 @@ class GatedKernel(SparseKernel["GatedSAE"]):
             return None
         return "the activation function declares no sparse support"
 
+    def beside(self, sae: GatedSAE, rows: int) -> int:
+        # Where many gates are open: features, gates and the gradients to these.
+        return 3 * min(rows, _ROWS) * sae.d_sae
+
     def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
         return Encoder(sae.W_enc.detach(), torch.zeros_like(sae.b_gate), workspace)
 

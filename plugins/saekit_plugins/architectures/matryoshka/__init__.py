@@ -43,7 +43,7 @@ def _check_weights(_: object, attribute: Any, value: tuple[float, ...] | None) -
 
 @attrs.frozen(kw_only=True)
 class MatryoshkaConfig(BatchTopKConfig):
-    """``Σ_g c_g mse_g + auxk``, where ``mse_g`` is that of the reconstruction by the first features up to a width.
+    """``(Σ_g c_g mse_g + auxk) / unit``, where ``mse_g`` is of the reconstruction by the first features up to a width.
 
     The last level has all of them.  Which features are active is decided once, among all, as in ``batchtopk``.
     """

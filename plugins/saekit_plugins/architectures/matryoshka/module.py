@@ -132,6 +132,6 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     # ---- saving
 
-    def public_metadata(self) -> dict[str, Any]:
+    def trained_as(self) -> dict[str, Any]:
         details = {"k": self.config.k, "matryoshka_widths": list(self.ends)}
         return {"training_architecture": "matryoshka_batchtopk", "training_architecture_details": details}

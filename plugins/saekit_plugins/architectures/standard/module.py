@@ -20,7 +20,7 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import SparseActivation
-from saekit.sae import ghost_loss, sparsity_penalty, spread, squared_errors
+from saekit.sae import ghost_loss, not_compiled, sparsity_penalty, spread, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.standard import StandardConfig
 
@@ -115,7 +115,7 @@ class StandardSAE(SAE):
             coefficients={"l1_coefficient": coefficient},
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _drawn(self, x: Tensor, step: StepInput) -> tuple[Tensor | None, Tensor | None]:
         """The noise ``[n, d_sae]`` and the numbers of the dead features, where they are used.
 

@@ -26,7 +26,7 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import Factor, check_maps, check_scales, check_width, squared_errors
+from saekit.sae import Factor, check_maps, check_scales, check_width, not_compiled, squared_errors
 from saekit.transforms import Affine
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.coefficients import k_at
@@ -202,7 +202,7 @@ class TopKSAE(RevivingSAE):
         """k at a step."""
         return self._moving_k(step) if self.config.k_warm_up_steps else self.config.k
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _moving_k(self, step: StepInput) -> float:
         return k_at(self.config, step.step)
 
@@ -210,7 +210,7 @@ class TopKSAE(RevivingSAE):
         """How many features are to be active at a step on ``rows``, of each of them."""
         return self._moving(step, rows) if self.config.k_warm_up_steps else self._standing(rows)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _moving(self, step: StepInput, rows: int) -> int:
         return int(self.k_at(step))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from saekit import SAE, SAEConfig
 from saekit.kernels import SparseKernel, Workspace
-from saekit.sae import Parameter, Start, init
+from saekit.sae import Parameter, Start, init, not_compiled
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.groupmax.module import GroupMaxSAE
 from saekit_plugins.architectures.jumprelu.module import JumpReLUKernel, JumpReLUSAE
@@ -27,18 +26,17 @@ def _centered(start: Start, shape: tuple[int, ...]) -> Tensor:
     return -(inputs @ start["W_enc"].to(inputs.dtype))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _towards(step: StepInput, target: Tensor) -> StepInput:
-    """``step`` with another target.  A compiler does not follow attrs."""
-    return attrs.evolve(step, target=target)
-
-
 class _Skips(SAE):
     """What a skip connection changes, where there is one."""
 
     config: Any
     W_skip: nn.Parameter
     """``[d_out, d_in]``."""
+
+    @not_compiled
+    def _towards(self, step: StepInput, target: Tensor) -> StepInput:
+        """``step`` with another target.  A compiler does not follow attrs."""
+        return attrs.evolve(step, target=target)
 
     @classmethod
     def parameters_of(cls, config: SAEConfig) -> tuple[Parameter, ...]:
@@ -60,7 +58,7 @@ class _Skips(SAE):
         if passed is None:
             return super().losses(x, step)
         target = step.target_for(x)
-        result = self.losses_towards(x, _towards(step, target - passed), target)
+        result = self.losses_towards(x, self._towards(step, target - passed), target)
         return result._replace(output=result.output + passed.detach())
 
     def losses_towards(self, x: Tensor, left: StepInput, target: Tensor) -> StepOutput:
@@ -91,7 +89,7 @@ class _SkippingKernel(SparseKernel[Any]):
             return super().step(sae, x, step, workspace)
         target = step.target_for(x)
         left, unit = target - passed, sae.loss_unit(target)
-        result = self.step_towards(sae, x, _towards(step, left), workspace, unit)
+        result = self.step_towards(sae, x, sae._towards(step, left), workspace, unit)
         if sae.W_skip.requires_grad:
             gradient = (result.output - left).T @ x * (2 / len(x))
             sae.W_skip.grad = gradient if unit is None else gradient.div_(unit)

@@ -105,10 +105,9 @@ def results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows[None] if sae.reads_sequences else rows
     features = sae.encode(rows)
     if sae.reads_sequences:  # of which features alone do not say all
-        output = sae(rows)
-    else:  # what forward does, without encoding once more
-        output = sae.with_bypass(sae.decode(features, like=rows), rows)
-    return features.reshape(len(x), -1), output.reshape(len(x), -1)
+        return features.reshape(len(x), -1), sae(rows).reshape(len(x), -1)
+    output = sae.with_bypass(sae.decode(features, like=rows), rows)  # as forward does, without encoding once more
+    return features, output
 
 
 def _fitting(sae: SAEModule) -> int:

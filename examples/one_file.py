@@ -72,7 +72,9 @@ def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
         batch = next(source, None)
         if batch is None:  # the text has ended, and is not to be read again
             break
-        x = batch.thinned(training.training_tokens - tokens).activations[site].to("cpu", sae.dtype)
+        rows = batch.thinned(training.training_tokens - tokens).activations[site]
+        sae.probe_rows = rows[:16].clone()  # by which what is saved can be known again; the memory is used for the next
+        x = rows.to("cpu", sae.dtype)
         x = x * scale if scale != 1 else x
         result = sae.training_step(x, saekit.StepInput(step=steps, generator=noise, dead=firing.dead()))
         sae.before_update()

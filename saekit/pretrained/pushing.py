@@ -87,7 +87,7 @@ def push(
         there = {file.rfilename for file in info.siblings or ()}
         new, old = _files(folders, there)
         for path in _cards(list(folders), there):
-            if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, revision)):  # type: ignore[misc]
+            if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, info.sha)):  # type: ignore[misc]
                 new[path] = model_card(repo_id, saes, columns).encode()
             else:
                 warnings.warn(f"{path} of {repo_id} was not made by saekit, or is yours by now: it stays", stacklevel=4)
@@ -95,7 +95,8 @@ def push(
         operations += [CommitOperationDelete(name) for name in old]
         text = message or f"{len(saes)} SAE{'s' if len(saes) > 1 else ''}, saved by saekit {__version__}"
         what += ", and no file of it was changed"
-        done = do(lambda: api.create_commit(repo_id, operations, commit_message=text, revision=revision))
+        how = {"commit_message": text, "revision": revision, "parent_commit": info.sha}  # or else the Hub refuses
+        done = do(lambda: api.create_commit(repo_id, operations, **how))
     return str(done.commit_url)
 
 

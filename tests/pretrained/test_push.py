@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from support.fake_hub import FakeHub, Fault, fake_hub
@@ -143,6 +145,26 @@ def test_a_push_that_is_refused(hub: FakeHub, tmp_path: Path, what: str, monkeyp
     with pytest.raises(StorageError, match=f"cannot push to the Hub repository 'somebody/sae'.*{message}"):
         an_sae().push_to_hub("somebody/sae")
     assert there(tmp_path) == []
+
+
+def test_what_was_pushed_in_between_stays(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    an_sae().push_to_hub("somebody/sae")
+    push = HfApi.create_commit
+
+    def somebody_is_first(api: HfApi, *args: Any, **options: Any) -> Any:
+        (tmp_path / "hub/models/somebody/sae/README.md").write_text("mine")
+        return push(api, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", somebody_is_first)
+        message = r"no file of it was changed: somebody else has changed it meanwhile \(412\): push again"
+        with pytest.raises(StorageError, match=message):
+            an_sae(1).push_to_hub("somebody/sae")
+    assert card(tmp_path) == "mine"
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae().W_enc)
+    with pytest.warns(UserWarning, match="it stays"):
+        an_sae(1).push_to_hub("somebody/sae")
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae(1).W_enc)
 
 
 def test_what_cannot_be_pushed(hub: FakeHub, tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
-from saekit.errors import ConfigError, PlaceError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_WEIGHTS
-from saekit.files.storage import read_json
+from saekit.errors import ConfigError, StorageError
+from saekit.files.names import SAE_FILES
 from saekit.hub_files import asked
 from saekit.pretrained.card import MADE_BY_SAEKIT, CardSAE, model_card
+from saekit.pretrained.copying import read_config
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_repository", "push", "push_sae", "read_config"]
+__all__ = ["check_repository", "push", "push_sae"]
 
 _R = TypeVar("_R")
 _CARD = "README.md"
@@ -39,20 +39,6 @@ def check_repository(repo_id: str, folder: str = "") -> None:
     parts = folder.split("/") if folder else []
     if any(part in ("", ".", "..") for part in parts) or "\\" in folder:
         raise ConfigError([("folder", f"must be a path in the repository, such as layer_8 or a/b, found {folder!r}")])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``cfg.json`` of a saved SAE, whose weights are there, too; :class:`PlaceError` for another folder."""
-    missing = [name for name in (SAE_CONFIG, SAE_WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise PlaceError(f"{folder} is no saved SAE: it has no {' and no '.join(missing)}")
-    try:
-        table = read_json(folder / SAE_CONFIG)
-    except (OSError, ValueError) as error:
-        raise PlaceError(f"{folder / SAE_CONFIG} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise PlaceError(f"{folder / SAE_CONFIG} does not hold an object")
-    return table
 
 
 def push(

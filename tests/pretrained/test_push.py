@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from support.training import fake_run, fakes
 import saekit
 from saekit import Site, Sites
 from saekit.cli import app
-from saekit.errors import ConfigError, PlaceError, StorageError
+from saekit.errors import ConfigError, PlaceError, SAEFormatError, StorageError
+from saekit.pretrained import copying
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.values import SAEInfo
 
@@ -111,7 +113,7 @@ def test_a_sweep_in_one_repository(hub: FakeHub, tmp_path: Path) -> None:
     ]
     result = saekit.train(configs, plugins=fakes(), dataset=[{"text": "x = 1\n" * 400}])
     hub.requests.clear()
-    saekit.push_to_hub(result.folder, "somebody/sweep", into="all")
+    saekit.push_to_hub(result.folder, "somebody/sweep", folder="all")
     assert sum("/commit/" in request for request in hub.requests) == 1
     names = list(result.results)
     assert [path for path in there(tmp_path, "somebody/sweep") if path.endswith("cfg.json")] == [
@@ -177,6 +179,46 @@ def test_what_cannot_be_pushed(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json", "sparsity.safetensors"])
+def test_a_damaged_folder_is_not_pushed(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    sae = an_sae()
+    sae.log_sparsity = torch.zeros(24)
+    file = sae.save(tmp_path / "sae") / name
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"128", b"129") if name == "cfg.json" else whole[:-1] + b"\x01")
+    with pytest.raises(SAEFormatError, match=f"{name} in .*sae is damaged or was changed.* Nothing was pushed"):
+        saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    if name == "sparsity.safetensors":
+        file.unlink()
+        with pytest.raises(SAEFormatError, match=f"{name} is missing in .*sae, and its cfg.json says that it was sav"):
+            saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_an_sae_that_is_saved_again_meanwhile_is_pushed_whole(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Before it was copied, between two of its files, and after that, when it is uploaded."""
+    an_sae().save(tmp_path / "sae")
+    copy, push, copied = shutil.copyfile, HfApi.create_commit, list[Path]()
+
+    def copy_and_save(source: Path, target: Path) -> None:
+        if len(copied) == when:
+            an_sae(1).save(tmp_path / "sae")
+        copied.append(target)
+        copy(source, target)
+
+    def save_and_push(api: HfApi, *args: Any, **options: Any) -> Any:
+        an_sae(2).save(tmp_path / "sae")
+        return push(api, *args, **options)
+
+    monkeypatch.setattr(copying, "copyfile", copy_and_save)
+    monkeypatch.setattr(HfApi, "create_commit", save_and_push)
+    saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae(1).W_enc)
+
+
 def test_what_sae_lens_does_not_read_is_not_said_to_be(tmp_path: Path) -> None:
     sae = an_sae(config=StandardConfig(d_sae=24, activation="saekit:tanh-relu"))
     config = json.loads((sae.save(tmp_path / "sae") / "cfg.json").read_text())
@@ -199,7 +241,7 @@ def test_a_card_shows_no_more_than_it_is_given() -> None:
 
 def test_from_the_command_line(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     an_sae().save(tmp_path / "sae")
-    options = ["--into", "a/b", "--private", "-m", "mine"]
+    options = ["--folder", "a/b", "--private", "-m", "mine"]
     app(["push", str(tmp_path / "sae"), "somebody/sae", *options], standalone_mode=False)
     assert capsys.readouterr().out.startswith(f"{hub.url}/somebody/sae/commit/")
     assert "a/b/cfg.json" in there(tmp_path)

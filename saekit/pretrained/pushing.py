@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -121,7 +122,26 @@ def push_sae(
 
     folder = folder.strip("/")
     check_repository(repo_id, folder)
+    measured = _numbers({} if metrics is None else metrics)
     with tempfile.TemporaryDirectory(prefix="saekit-") as place:
         saved = save_sae(sae, Path(place) / "sae")
-        card = CardSAE(folder=folder, config=read_config(saved), metrics=metrics or {})
+        card = CardSAE(folder=folder, config=read_config(saved), metrics=measured, shows_all=True)
         return push(repo_id, {folder: saved}, [card], **options)
+
+
+def _numbers(metrics: object) -> dict[str, int | float]:
+    """What a card shows of what somebody has measured; :class:`ConfigError` names what is no number."""
+    if not isinstance(metrics, Mapping):
+        raise ConfigError([("metrics", f"must be numbers by their names, such as {{'l0': 32}}, found {metrics!r}")])
+    numbers: dict[str, int | float] = {}
+    problems = []
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name.strip():
+            problems.append(("metrics", f"must be numbers by their names, and {name!r} is no name"))
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            problems.append((f"metrics.{name}", f"must be a number, found {value!r} ({type(value).__name__})"))
+        else:
+            numbers[name] = int(value) if isinstance(value, Integral) else float(value)
+    if problems:
+        raise ConfigError(problems)
+    return numbers

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -74,10 +75,14 @@ def test_an_sae_and_its_card(hub: FakeHub, tmp_path: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "saekit", "tags": ["sparse-autoencoder", "saekit"], "base_model": "somebody/model"}
     for line in ("| site | blocks.1.hook_resid_post |", "| L0 | 12.5 |", "| explained variance | 0.75 |",
-                 "| architecture | standard |", "| features | 24 |", 'saekit.SAE.from_hub("somebody/sae")',
+                 "| architecture | standard |", "| features | 24 |",
+                 'saekit.SAE.from_pretrained(repo_id="somebody/sae")',
                  'SAE.load_from_disk(snapshot_download("somebody/sae"))'):  # fmt: skip
         assert line in text
     assert "CE recovered" not in text, "what is not known is not there"
+    configuration = text.partition("## Configuration")[2]
+    assert "sae.activation = 'saekit:relu'" in configuration
+    assert "sae.d_sae = 24" in configuration
     again = saekit.SAE.from_hub("somebody/sae")
     assert torch.equal(again.W_enc, sae.W_enc)
 
@@ -87,7 +92,9 @@ def test_a_folder_a_branch_and_a_card_of_somebody_elses(hub: FakeHub, tmp_path: 
     an_sae(2).push_to_hub("somebody/sae", folder="layer_2")
     files = ("README.md", "cfg.json", "probe.safetensors", "sae_weights.safetensors")
     assert there(tmp_path) == ["README.md", *(f"layer_{n}/{name}" for n in (1, 2) for name in files)]
-    assert 'from_hub("somebody/sae", "layer_1")' in card(tmp_path), "the second leaves the repository's own card"
+    assert 'saekit.SAE.from_pretrained(repo_id="somebody/sae", folder="layer_1")' in card(tmp_path), (
+        "the second leaves the repository's own card"
+    )
     assert 'SAE.from_pretrained("somebody/sae", "layer_2")' in card(tmp_path, path="layer_2/README.md")
     (tmp_path / "hub/models/somebody/sae/layer_2/README.md").write_text("mine")
     with pytest.warns(UserWarning, match="layer_2/README.md of somebody/sae was not made by saekit"):
@@ -147,6 +154,31 @@ def test_a_push_that_is_refused(hub: FakeHub, tmp_path: Path, what: str, monkeyp
     with pytest.raises(StorageError, match=f"cannot push to the Hub repository 'somebody/sae'.*{message}"):
         an_sae().push_to_hub("somebody/sae")
     assert there(tmp_path) == []
+
+
+def test_every_number_that_is_given_is_shown(hub: FakeHub, tmp_path: Path) -> None:
+    metrics = {"l0": 32, "explained_variance": 0.9, "ce_recovered": np.float32(0.5), "evals/mse": 1e-6, "a|b": 7,
+               "site": 3.0, "unknown": math.nan}  # fmt: skip
+    an_sae().push_to_hub("somebody/sae", metrics=metrics)
+    lines = card(tmp_path).splitlines()
+    for line in ("| L0 | 32 |", "| explained variance | 0.9 |", "| CE recovered | 0.5 |", "| evals/mse | 1e-06 |",
+                 "| a\\|b | 7 |", "| site | blocks.1.hook_resid_post |", "| site (measured) | 3 |"):  # fmt: skip
+        assert line in lines
+    assert "unknown" not in card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"l0": "32", "x": True}, r"metrics.l0: must be a number, found '32' \(str\)(.|\n)*metrics.x: .*True \(bool\)"),
+        ({1: 2.0}, "must be numbers by their names, and 1 is no name"),
+        ([32], r"metrics: must be numbers by their names, such as {'l0': 32}, found \[32\]"),
+    ],
+)
+def test_metrics_that_are_no_numbers(hub: FakeHub, metrics: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        an_sae().push_to_hub("somebody/sae", metrics=metrics)
+    assert hub.requests == []
 
 
 def test_what_was_pushed_in_between_stays(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ _PIECE = 1 << 18  # which stays in the cache
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse, so what is younger may change unseen
 _MOST_KNOWN = 256
 _known: dict[tuple[int, ...], str] = {}  # of files that this process has summed, and that have not changed since
+_lock = threading.Lock()  # of these: every load has threads
 
 
 class Checksums:
@@ -67,15 +68,17 @@ class Checksums:
         found, piece = hashlib.sha256(), bytearray(_PIECE)
         with path.open("rb", buffering=0) as file:
             before = _state(file.fileno())
-            if before in _known:
-                return _known[before]
+            with _lock:
+                if before in _known:
+                    return _known[before]
             began = time.time_ns()
             while (count := file.readinto(piece)) and not self._ended.is_set():
                 found.update(memoryview(piece)[:count])
             if _state(file.fileno()) == before and began - before[-1] > _SETTLED and not self._ended.is_set():
-                while len(_known) >= _MOST_KNOWN:
-                    _known.pop(next(iter(_known)), None)
-                _known[before] = found.hexdigest()
+                with _lock:
+                    while len(_known) >= _MOST_KNOWN:
+                        del _known[next(iter(_known))]
+                    _known[before] = found.hexdigest()
         return found.hexdigest()
 
 

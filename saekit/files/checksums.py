@@ -17,7 +17,7 @@ from saekit.files.storage import check_file
 
 __all__ = ["Checksums", "seal"]
 
-_PIECE = 1 << 18  # which stays in the cache
+_PIECE = 1 << 20  # which stays in the cache
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse, so what is younger may change unseen
 _MOST_KNOWN = 256
 _known: dict[tuple[int, ...], str] = {}  # of files that this process has summed, and that have not changed since

@@ -179,8 +179,16 @@ def _check_format(name: str) -> None:
     from saekit.kinds import PRETRAINED_LOADERS
     from saekit.plugins.manager import default_manager
 
-    if name != "saekit":
+    if name == "saekit":
+        return
+    try:
         default_manager().get(PRETRAINED_LOADERS, name)
+    except UnknownKeyError:
+        names = ["saekit", *(item.entry.name for item in default_manager().registry(PRETRAINED_LOADERS).items)]
+        close = nearest(name, names)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        text = f"no format is called {name!r}.{hint} There are {', '.join(names)}, of which some are only read"
+        raise UnknownKeyError(printable(text)) from None
 
 
 def _check_source(source: str, releases: Sequence[str]) -> None:

@@ -81,6 +81,8 @@ def find_sae(release: Release, sae_id: str | None) -> ReleasedSAE:
     if sae_id in release.ids:
         return release.saes[sae_id]
     close = []
+    if sae_id is not None:
+        sae_id = str(sae_id)  # somebody may have written 8
     if sae_id:  # perhaps by another of its names
         close = [one for one, sae in release.saes.items() if sae_id in (sae.path, sae.neuronpedia)]
         number = rf"(?<!\d){sae_id}(?!\d)" if sae_id.isdecimal() else r"(?!)"  # of a layer, as it looks

@@ -122,7 +122,12 @@ def convert(
         str, typer.Argument(help="The folder or file of an SAE, or RELEASE:ID of a published one.", metavar="SOURCE")
     ],
     target: Annotated[str, typer.Argument(help="The folder to write; files that are there stay.", metavar="FOLDER")],
-    to: Annotated[str, typer.Option("--to", help="The format, by the key of the loader that reads it, or saekit.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="The format: saekit, or the key of the loader that reads it (sae_lens, sparsify, ...)."
+        ),
+    ],
     loader: Annotated[
         str | None, typer.Option(help="The loader that reads the source, where its files could be several formats.")
     ] = None,

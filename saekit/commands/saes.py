@@ -29,7 +29,7 @@ def listed(
     A model may be written without its owner and a hook without its block, and a part of either will do
     (:mod:`saekit.commands.vague`).  :class:`UnknownKeyError` for what no release has, with what is like it.
     """
-    found, among = catalog.releases, []
+    found, among = catalog.releases, list[str]()
     for what, wanted, name_of in (("model", model, _model_of), ("loader", loader, _loader_of)):
         if wanted is not None:
             names = {name for one in found if (name := name_of(one)) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -187,6 +188,19 @@ def test_two_classes_of_the_same_tensors(tmp_path: Path) -> None:
         assert sae.info.architecture == f"saekit:{key}"
 
 
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_k_that_the_configuration_alone_says(tmp_path: Path, name: str) -> None:
+    fixture = f"dictionary_learning_0.1.0_{name}"
+    folder = copied(fixture, tmp_path)
+    edit_pickle(folder / "ae.pt", lambda state: state.pop("k"))
+    expected, sae = load_file(FIXTURES / fixture / "expected.safetensors"), SAE.load(folder)
+    assert sae.config.k == json.loads((folder / "config.json").read_text())["trainer"]["k"]
+    close(sae.encode(expected["x"]), expected["encode"])
+    edit_json(folder / "config.json", lambda table: table["trainer"].pop("k"))
+    with pytest.raises(SAEFormatError, match="neither ae.pt in .* nor the config.json beside it says k"):
+        SAE.load(folder)
+
+
 def without_k(folder: Path) -> None:
     edit_json(folder / "config.json", lambda table: table["trainer"].pop("k"))
     edit_pickle(folder / "ae.pt", lambda state: (state.pop("k"), state.pop("threshold")))
@@ -221,6 +235,27 @@ def test_sparsify_hook_points(tmp_path: Path, hook_point: str, hook: str | None)
     assert (info.site and info.site.hook_name) == hook
     wanted = {"model_name": "EleutherAI/pythia-70m", "context_size": 512, "dataset_path": "a/b"}
     assert info.metadata == wanted | {"hf_hook_name": hook_point}
+
+
+def test_a_skip_connection_around_an_sae(tmp_path: Path) -> None:
+    """It writes what it reads, and a bias that is taken from inputs is in that of the encoder, also in bfloat16."""
+    variant = FIXTURES.parent / "golden_variants/sparsify_topk_skip_around"
+    expected, place = load_file(variant / "expected.safetensors"), tmp_path / "layers.5.mlp"
+    shutil.copytree(variant, place)
+    sae = SAE.load(tmp_path)
+    assert sae.info.sites is not None
+    assert sae.info.sites.same
+    assert sae.info.sites.name == "blocks.5.hook_mlp_out"
+    assert not sae.config.apply_b_dec_to_input
+    again = SAE.load(sae.save(tmp_path / "again"))
+    assert again.info.sites == sae.info.sites
+    close(again(expected["x"]), expected["forward"])
+    edit_tensors(place / "sae.safetensors", lambda state: state.update({k: v.bfloat16() for k, v in state.items()}))
+    own, rounded = load_file(place / "sae.safetensors"), SAE.load(place)
+    assert rounded.W_enc.dtype == torch.float32
+    centered = expected["x"].double() - own["b_dec"].double()
+    pre = centered @ own["encoder.weight"].double().T + own["encoder.bias"].double()
+    close(rounded.pre_activations(expected["x"]), pre.float())
 
 
 def test_sparsify_transcodes_without_a_skip(tmp_path: Path) -> None:
@@ -354,7 +389,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a skip in an SAE": (
         "sparsify_1.3.3_topk",
         sparsify(skip_connection=True),
-        "skip_connection in .* is true, and transcode is not",
+        "lacks W_skip; expected encoder.weight",
     ),
     "a flag that is a number": (
         "sparsify_1.3.3_topk",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable

@@ -106,6 +106,26 @@ def test_gemma_3_cross_layer_transcoders(tmp_path: Path, layers: int) -> None:
     close(written["blocks.4.hook_mlp_out"], features @ decoders[:, 4 - first] + tensors["b_dec"])
 
 
+@pytest.mark.parametrize(("layers", "each"), [(3, False), (18, False), (3, True), (18, True)])
+def test_gemma_3_cross_layer_transcoders_with_a_skip(tmp_path: Path, layers: int, each: bool) -> None:
+    """One for the layer itself, or one for every layer that is written."""
+    place = tmp_path / "google/gemma-scope-2-270m-pt/clt/width_16k_l0_big_affine"
+    place.mkdir(parents=True)
+    tensors = load_file(FIXTURES / "gemma_scope_3" / NEW / "params.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    decoders = torch.randn(64, layers, 16, generator=generator)
+    skip = torch.randn(16, layers if each else 1, 16, generator=generator)
+    given = {**tensors, "w_dec": decoders, "affine_skip_connection": skip if each else skip[:, 0].contiguous()}
+    save_file(given, place / "params_layer_4.safetensors")
+    sae = SAE.load(tmp_path)
+    added = sae.ports.split_target(sae(X) - sae.decode(sae.encode(X)))
+    close(added["blocks.4.hook_mlp_out"], X @ skip[:, 4 if layers == 18 and each else 0])
+    close(sum(added.values()), X @ skip.sum(1))
+    save_file(given | {"affine_skip_connection": torch.zeros(16, 2, 16)}, place / "params_layer_4.safetensors")
+    with pytest.raises(SAEFormatError, match=r"affine_skip_connection of .* has shape \[16, 2, 16\], expected \[d_in"):
+        SAE.load(tmp_path)
+
+
 # ---- Llama Scope
 
 
@@ -277,8 +297,11 @@ def sparsify(**change: Any) -> Callable[[Path], object]:
 
 def test_mwhanna_with_a_misspelt_name_and_no_config(tmp_path: Path) -> None:
     """As in one of the repositories."""
-    folder = copied("mwhanna_transcoder", tmp_path)
+    folder = copied("mwhanna_transcoder", tmp_path / "copy")
     (folder / "wandb-config.yaml").rename(folder / "wanb-config.yaml")
+    bare = copied("mwhanna_transcoder", tmp_path / "mwhanna/qwen3-0.6b-transcoders-lowl0")
+    (bare / "config.yaml").unlink()
+    assert SAE.load(bare).info.metadata["model_name"] == "Qwen/Qwen3-0.6B"
     (folder / "config.yaml").unlink()
     info = SAE.load(folder).info
     assert info.sites.name == "blocks.6.mlp.hook_in-to-blocks.6.hook_mlp_out"

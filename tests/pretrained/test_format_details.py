@@ -257,6 +257,19 @@ def test_sparsify_hook_points(tmp_path: Path, hook_point: str, hook: str | None)
     assert info.metadata == wanted | {"hf_hook_name": hook_point}
 
 
+def test_sites_that_nothing_says_are_not_invented_by_saving(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "sparsify_1.3.3_skip_transcoder/layers.2.mlp", tmp_path / "layers.2.mlp.odd")
+    sae = SAE.load(tmp_path)
+    again = SAE.load(sae.save(tmp_path / "again"))
+    assert again.info.sites is sae.info.sites is None
+    assert again.ports == sae.ports
+    edit_json(
+        tmp_path / "again/cfg.json", lambda table: (table["saekit"].update(placed="no"), table["saekit"].pop("seal"))
+    )
+    with pytest.raises(SAEFormatError, match="saekit.placed in cfg.json of .* found 'no', expected true or false"):
+        SAE.load(tmp_path / "again")
+
+
 def test_a_skip_connection_around_an_sae(tmp_path: Path) -> None:
     """It writes what it reads, and a bias that is taken from inputs is in that of the encoder, also in bfloat16."""
     variant = FIXTURES.parent / "golden_variants/sparsify_topk_skip_around"

@@ -12,7 +12,7 @@ import attrs
 import torch
 
 import saekit
-from saekit.data import Corpus, StreamContext, activation_scale
+from saekit.data import Corpus, StreamContext
 from saekit.runs import metadata_of, seed_for
 from saekit.sae import build_module, initialize
 from saekit.training import ComposedSchedule, FiringStatistics, ScheduledOptimizer
@@ -21,6 +21,7 @@ ONLY = {
     "inputs": [()],
     "model.backend.item.entry.no_model": [False],
     "dataset.on_exhausted": ["repeat", "stop"],
+    "activations.normalize_activations": [None, "saekit:expected_average_only_in"],
     "activations.source.item.entry.needs_text": [True],
     "sae.options.dtype": ["float32", "float64"],
     "training.device": ["auto", "cpu"],
@@ -53,8 +54,8 @@ def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
     # the dictionary, and its first weights
     sae = build_module(config.sae.item, config.sae.options, saekit.Ports.of(config.sites, stream.widths), plugins)
     sample, scale = source.peek()[site], 1.0
-    if config.activations.normalize_activations != "none":
-        scale = activation_scale(sample)
+    if config.activations.normalize_activations is not None:
+        scale = config.activations.normalize_activations.build().estimated(sample)
     initialize(sae, torch.Generator().manual_seed(seed["init"]), sample, scale)
 
     # what changes it
@@ -71,7 +72,9 @@ def train(config: saekit.TrainConfig, folder: str) -> saekit.SAE:
         batch = next(source, None)
         if batch is None:  # the text has ended, and is not to be read again
             break
-        x = batch.thinned(training.training_tokens - tokens).activations[site].to("cpu", sae.dtype)
+        rows = batch.thinned(training.training_tokens - tokens).activations[site]
+        sae.probe_rows = rows[:16].clone()  # by which what is saved can be known again; the memory is used for the next
+        x = rows.to("cpu", sae.dtype)
         x = x * scale if scale != 1 else x
         result = sae.training_step(x, saekit.StepInput(step=steps, generator=noise, dead=firing.dead()))
         sae.before_update()

@@ -26,11 +26,13 @@ from saekit.protocols import (
     ReleaseList,
     Tracker,
 )
+from saekit.transforms import InputTransform
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
     "ACTIVATION_SOURCES",
     "EVALS",
+    "INPUT_TRANSFORMS",
     "KINDS",
     "LR_SCHEDULES",
     "MODEL_BACKENDS",
@@ -73,7 +75,7 @@ class Kind(Generic[T_co]):
     @property
     def one(self) -> str:
         """The label with its article."""
-        return f"an {self.label}" if self.label.startswith(("LR", "SAE", "a", "e", "o")) else f"a {self.label}"
+        return f"an {self.label}" if self.label.startswith(("LR", "SAE", "a", "e", "i", "o")) else f"a {self.label}"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -112,6 +114,7 @@ ACTIVATION_SOURCES: Kind[ActivationSource] = Kind("activation_sources", "activat
 TRACKERS: Kind[Tracker] = Kind("trackers", "tracker", Tracker)
 EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
 OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
+INPUT_TRANSFORMS: Kind[InputTransform] = Kind("input_transforms", "input transform", InputTransform)
 RELEASES: Kind[ReleaseList] = Kind("releases", "release list", ReleaseList)
 
 KINDS: Mapping[str, Kind[Any]] = {
@@ -126,6 +129,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         TRACKERS,
         EVALS,
         OPTIMIZERS,
+        INPUT_TRANSFORMS,
         RELEASES,
     )
 }

@@ -48,6 +48,9 @@ class PretrainedSAE:
     activation_scale: float | None = 1.0
     """What activations were multiplied by before the weights saw them; it is folded into the SAE.  None: by a factor
     that is not known, which is said at every load."""
+    input_transform: Any = None
+    """What each row goes through before the encoder: the key of an input transform, or a table with its ``name`` and
+    options; None: nothing."""
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """What else is known of it, as JSON: the model, the text, and how activations were made of them."""
     defaulted: Sequence[str] = ()

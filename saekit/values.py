@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch", "EvalRun", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo", "SAEInfo",
-    "Scale", "StepInput", "StepOutput", "Want", "is_scale",
+    "Batch", "EvalRun", "Forward", "Histogram", "Metrics", "Ports", "Replacement", "RunEnd", "RunInfo",
+    "SAEInfo", "Scale", "StepInput", "StepOutput", "Want", "is_scale",
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
@@ -268,6 +268,8 @@ class SAEInfo:
     """The qualified key of the plugin that made it."""
     options: Mapping[str, Any] = attrs.field(factory=dict)
     """The architecture's options as plain data, every plugin by its qualified key."""
+    input_transform: str | Mapping[str, Any] | None = None
+    """What it does to each row before the encoder: the qualified key of the plugin, or with its options a table."""
     sites: Sites | None = None
     """The sites of the model that it reads and writes."""
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
@@ -306,8 +308,8 @@ class SAEInfo:
 
     def lines(self) -> list[str]:
         """What is known, a line each, for people."""
-        known = [("architecture", self.architecture), *self._places(), *self.metadata.items()]
-        return [f"{name}={value!r}" for name, value in known if value not in ("", None)]
+        known = [("architecture", self.architecture), ("input_transform", self.input_transform), *self._places()]
+        return [f"{name}={value!r}" for name, value in [*known, *self.metadata.items()] if value not in ("", None)]
 
     def _places(self) -> list[tuple[str, Any]]:
         if self.sites is None or self.sites == Sites.one(self.sites.inputs[0]):

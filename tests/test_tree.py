@@ -177,7 +177,8 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     }
     assert own(graph()["saekit.weights"]) <= {"saekit.errors", "saekit.reasons", "saekit.files.mapped"}
     assert {module for module in own(graph()["saekit.saved"]) if not inside(module, "saekit.files")} <= known
-    assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols"}
+    assert own(graph()["saekit.kinds"]) <= {"saekit.errors", "saekit.protocols", "saekit.transforms"}
+    assert own(graph()["saekit.transforms"]) == set()
 
 
 def abilities() -> set[str]:

@@ -39,7 +39,8 @@ def output_logits(sae: SAEModule, features: Sequence[int], backend: ModelBackend
     """
     chosen = torch.zeros(len(features), sae.d_sae, device=sae.device, dtype=sae.dtype)
     chosen[range(len(features)), list(features)] = 1
-    directions = sae.decode(chosen) - sae.decode(torch.zeros_like(chosen[:1]))
+    decoded = sae.decode if sae.input_transform is None else sae.reconstruction  # of rows of unit size, then
+    directions = decoded(chosen) - decoded(torch.zeros_like(chosen[:1]))
     weights = backend.unembedding()[0].detach()
     logits = directions.to(weights) @ weights
     return (logits - logits.mean(1, keepdim=True)).float().cpu()

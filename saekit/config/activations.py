@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import attrs
 
 from saekit.config.fields import Dtype, PluginChoice, a_size, at_least_1, check, not_empty, path_field, plugin_field
 from saekit.config.showing import changed_repr
 from saekit.defaults import DEFAULT_SOURCE
-from saekit.kinds import ACTIVATION_SOURCES
+from saekit.kinds import ACTIVATION_SOURCES, INPUT_TRANSFORMS
 from saekit.site import Site
 
 __all__ = ["ActivationsConfig", "CacheConfig"]
@@ -44,10 +42,11 @@ class ActivationsConfig:
 
     source: PluginChoice = plugin_field(ACTIVATION_SOURCES, DEFAULT_SOURCE)
     """Where batches come from."""
-    normalize_activations: Literal["none", "expected_average_only_in"] = "none"
-    """`expected_average_only_in` scales activations to a mean norm of `sqrt(d_in)`. The factor is estimated on the
-    first buffer, before anything else uses activations, and folded into the weights that are saved, so that they work
-    on raw activations."""
+    normalize_activations: PluginChoice | None = plugin_field(INPUT_TRANSFORMS, None)
+    """What activations go through before the SAE reads them; none: nothing. `expected_average_only_in` scales them to a
+    mean norm of `sqrt(d_in)`, and `whitening` to one variance in all directions: estimated on the first buffer, before
+    anything else uses activations, and folded into the weights that are saved, so that they work on raw activations.
+    `layer_norm`, `constant_norm` and `rms` normalize each row by itself, and stay a part of the SAE."""
     cache: CacheConfig = attrs.field(factory=CacheConfig)
     """What `saekit cache` writes."""
 

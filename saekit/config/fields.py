@@ -63,8 +63,16 @@ out, and is not written."""
 
 
 def plugin_field(kind: Kind[Any] | str, default: Any, *, metadata: Mapping[str, Any] | None = None) -> Any:
-    """A field that chooses a plugin of ``kind``; a tuple as ``default`` makes it choose several."""
-    return attrs.field(default=default, metadata={PLUGIN_KIND: str(kind), **(metadata or {})})
+    """A field that chooses a plugin of ``kind``; a tuple as ``default`` makes it choose several.
+
+    With None as ``default`` it may choose none, which is also called ``none``.
+    """
+    converter = _none_as_text if default is None else None
+    return attrs.field(default=default, metadata={PLUGIN_KIND: str(kind), **(metadata or {})}, converter=converter)
+
+
+def _none_as_text(value: Any) -> Any:
+    return None if isinstance(value, str) and value == "none" else value
 
 
 def replaced(config: object) -> set[str]:

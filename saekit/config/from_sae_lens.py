@@ -15,7 +15,16 @@ from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.config.formats import write
 from saekit.config.merging import Place, in_order, set_option
-from saekit.config.sae_lens_keys import BEFORE_4, KEPT, NEUTRAL, NO_PROCESSING, OF_6, OF_ARCHITECTURES, Key
+from saekit.config.sae_lens_keys import (
+    BEFORE_4,
+    KEPT,
+    NEUTRAL,
+    NO_PROCESSING,
+    NORMALIZATIONS,
+    OF_6,
+    OF_ARCHITECTURES,
+    Key,
+)
 from saekit.config.values import shown
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager
@@ -25,7 +34,6 @@ __all__ = ["Converted", "convert"]
 _RECONSTRUCTION, _CACHED, _WANDB = "reconstruction", "cached", "wandb"
 """What sae-lens has one of."""
 _CALLED = {"matryoshka_batchtopk": "matryoshka"}
-_SCALINGS = ("none", "expected_average_only_in")
 
 
 @attrs.frozen
@@ -157,8 +165,9 @@ class _Work:
                 self.renamed[key] = path
 
     def _one(self, key: str, value: Any) -> None:
-        if key.removeprefix("sae.") == "normalize_activations" and value not in (None, True, False, *_SCALINGS):
-            self.lost[key] = f"is {shown(value)}; there are {', '.join(_SCALINGS)}"
+        if key.removeprefix("sae.") == "normalize_activations" and not _is_normalization(value):
+            words = [name for name in NORMALIZATIONS if isinstance(name, str)]
+            self.lost[key] = f"is {shown(value)}; there are {', '.join(words)}"
             return
         known: Key | None = KEPT.get(key) or KEPT.get(key.removeprefix("sae."))
         if known is not None:
@@ -350,3 +359,7 @@ class _Work:
             self.set("checkpoints.folder", str(folder), "output_path" if output else "checkpoint_path")
         if output and checkpoints:
             self.dropped["checkpoint_path"] = "checkpoints lie in the run folder, which is in output_path"
+
+
+def _is_normalization(value: object) -> bool:
+    return value is None or (isinstance(value, (bool, str)) and value in NORMALIZATIONS)

@@ -25,6 +25,16 @@ class Key:
     """What null means; None: the option is left out."""
 
 
+NORMALIZATIONS: Mapping[Any, str] = {
+    True: "expected_average_only_in",
+    False: "none",
+    "none": "none",
+    "expected_average_only_in": "expected_average_only_in",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+    "covariance_whitening": "whitening",
+}
+"""Their names of input transforms, and those here."""
 KEPT: Mapping[str, Key] = {
     "model_name": Key("model.name"),
     "model_kwargs": Key("model.backend.forward_kwargs"),
@@ -42,7 +52,7 @@ KEPT: Mapping[str, Key] = {
     "sequence_separator_token": Key("dataset.sequence_separator_token", none="none"),
     "normalize_activations": Key(
         "activations.normalize_activations",
-        lambda value: {True: "expected_average_only_in", False: "none"}.get(value, value),
+        lambda value: NORMALIZATIONS.get(value, value),
         none="none",
     ),
     "n_batches_in_buffer": Key("activations.source.n_batches_in_buffer"),

@@ -144,7 +144,7 @@ class Structurer:
         kind = field.metadata.get(PLUGIN_KIND)
         if kind is None:
             return self.structured(value, object if field.type is None else field.type)
-        if value is None and field.default is None:
+        if field.default is None and (value is None or plain(value) == NONE):
             return None
         if not isinstance(field.default, tuple):
             return self._choice(value, kind, field.default)

@@ -151,7 +151,9 @@ def variance_metrics(sae: SAEModule, batches: Iterable[Tensor | tuple[Tensor, Te
         for x, y in zip(pieces, [None] * len(pieces) if targets is None else targets.split(size), strict=True):
             x = x.to(sae.device)
             features = sae.encode(x)
-            sums.add(*map(_rows, (x if y is None else y, sae.with_bypass(sae.decode(features), x), features)))
+            like = None if sae.input_transform is None else x
+            output = sae.with_bypass(sae.decode(features, like=like), x)
+            sums.add(*map(_rows, (x if y is None else y, output, features)))
             del features  # before the next ones are made
     if sae.log_sparsity is not None:
         sums.fires(sae.log_sparsity > _NEVER)

@@ -129,7 +129,7 @@ def _fault(kind: Kind[Any], made: Any) -> str | None:
     missing = [f"{name}()" for name in kind.methods if not callable(getattr(made, name, None))]
     missing += [name for name in kind.values if not _has(made, name)]
     if missing:
-        return f"which lacks {', '.join(missing)}; expected {label}, as saekit.protocols describes it"
+        return f"which lacks {', '.join(missing)}; expected {label}, as {kind.protocol.__module__} describes it"
     wrong = [name for name in kind.numbers if not _is_number(getattr(made, name))]
     return f"whose {wrong[0]} is {short(getattr(made, wrong[0]))}, expected a finite number" if wrong else None
 

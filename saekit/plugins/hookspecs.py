@@ -123,6 +123,16 @@ def saekit_register_optimizers() -> Iterable[Entry]:
 
 
 @hookspec
+def saekit_register_input_transforms() -> Iterable[Entry]:
+    """What activations go through before the SAE reads them (``activations.normalize_activations``).
+
+    ``build(config) -> InputTransform``: a :class:`saekit.transforms.RowTransform`, which stays a part of the SAE and is
+    saved with it, or a :class:`saekit.transforms.WholeTransform`, which is estimated at the start and folded into the
+    weights.
+    """
+
+
+@hookspec
 def saekit_register_releases() -> Iterable[Entry]:
     """Published SAEs, by names under which :meth:`saekit.SAE.from_pretrained` and `saekit saes` find them.
 

@@ -15,7 +15,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, SaekitError, UnknownKeyError
 from saekit.files.checksums import Checksums
-from saekit.kinds import PRETRAINED_LOADERS, SAE_ARCHITECTURES
+from saekit.kinds import INPUT_TRANSFORMS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
@@ -176,7 +176,7 @@ def build_sae(
     ports = _ports(read, config, place)
     try:
         with to_hold(read.tensors):
-            sae = build_module(item, config, ports, plugins)
+            sae = build_module(item, config, ports, plugins, _transform(read, plugins, place))
         _check_sparsity(read, sae.d_sae)
         tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
         take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
@@ -268,6 +268,16 @@ def _dtype(read: PretrainedSAE) -> str:
     dtype = weights_dtype(read.tensors)
     rounds = dtype == torch.bfloat16 and read.activation_scale not in (None, 1)
     return "float32" if dtype == torch.float16 or rounds else str(dtype).removeprefix("torch.")
+
+
+def _transform(read: PretrainedSAE, plugins: PluginManager, place: str) -> PluginChoice | None:
+    """What rows go through, with a plugin that is there."""
+    if read.input_transform is None:
+        return None
+    try:
+        return ConfigConverter(plugins).choice(read.input_transform, INPUT_TRANSFORMS)
+    except UnknownKeyError as error:
+        raise UnknownKeyError(f"the input transform of the SAE in {place}: {error}") from None
 
 
 def _ports(read: PretrainedSAE, config: Any, place: str) -> Ports:

@@ -11,7 +11,7 @@ from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.checksums import Checksums
 from saekit.files.storage import sha256
-from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, WEIGHTS, seal
+from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, TRANSFORMED, WEIGHTS, seal
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo, is_scale
@@ -65,9 +65,22 @@ def read_own(files: SAEFiles, checksums: Checksums, faults: list[str] | None = N
         **_ports(own, files),
         log_sparsity=sparsity,
         activation_scale=None if SAEInfo(metadata=metadata).scale_is_unknown else 1.0,
+        input_transform=_transform(own, files),
         metadata=metadata,
         provenance=_provenance(own, files),
     )
+
+
+def _transform(own: Mapping[str, Any], files: SAEFiles) -> str | Mapping[str, Any] | None:
+    """What rows go through; a folder of the format that says so must."""
+    found = own.get("input_transform")
+    if own["format"] == FORMAT and found is None:
+        return None
+    named = isinstance(found, str) or (isinstance(found, dict) and isinstance(found.get("name"), str))
+    if own["format"] == FORMAT or not named:
+        expected = f"the key of an input transform, or an object with its name and options, and format {TRANSFORMED}"
+        raise _wrong(files, "input_transform", _NOTHING if found is None else found, expected)
+    return found
 
 
 def _provenance(own: Mapping[str, Any], files: SAEFiles) -> Mapping[str, Any]:
@@ -84,10 +97,10 @@ def _checked(files: SAEFiles, faults: list[str] | None) -> Mapping[str, Any]:
     own = table["saekit"]
     if not isinstance(own, dict):
         raise SAEFormatError(f"saekit in {CONFIG} of {files.place} is {_shown(own)}, expected an object")
-    if isinstance(own.get("format"), bool) or own.get("format") != FORMAT:
+    if type(own.get("format")) is not int or own["format"] not in (FORMAT, TRANSFORMED):
         raise SAEFormatError(
-            f"{files.place} has format {_shown(own.get('format'))}, and this saekit reads {FORMAT}: update saekit to "
-            f"load it (saekit.format in {CONFIG})"
+            f"{files.place} has format {_shown(own.get('format'))}, and this saekit reads {FORMAT} and {TRANSFORMED}: "
+            f"update saekit to load it (saekit.format in {CONFIG})"
         )
     if "seal" in own and own["seal"] != seal(table):
         _raise_or_note(

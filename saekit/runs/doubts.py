@@ -107,7 +107,7 @@ def doubts_of_features(config: TrainConfig, trainer: SAETrainer, l0: float) -> l
     if dead <= d_sae / 2 or firings < _FIRINGS:
         return []
     advice = []
-    if config.activations.normalize_activations == "none":
+    if config.activations.normalize_activations is None:
         advice.append('scale activations (activations.normalize_activations = "expected_average_only_in")')
     if trainer.sae.config.b_dec_init_method == "zeros":
         advice.append('start b_dec at their mean (sae.b_dec_init_method = "mean")')

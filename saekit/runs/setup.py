@@ -16,11 +16,10 @@ from saekit.config import CHOOSES_START, SAME_AT_START, SAEConfig, TrainConfig
 from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
-from saekit.data.normalize import activation_scale
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
-from saekit.kinds import ACTIVATION_FUNCTIONS, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.plugins.building import Part, blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
@@ -28,6 +27,7 @@ from saekit.runs.checks import check_finetuning, has_model, start_files
 from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
+from saekit.runs.transforms import estimator_of, give_chosen, refuse_maps, starting_rows, transform_problems
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of, tensors_of
@@ -91,11 +91,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
     ):
         if own != saved:
             problems.append((name, f"is {own!r}, but {where} has {saved!r}"))
-    if start.info.scale_is_unknown and config.activations.normalize_activations == "none":
-        problems.append(
-            ("activations.normalize_activations", f"is 'none', but {where} was trained on scaled activations, by a "
-             "factor that its files do not hold; set it to 'expected_average_only_in'")
-        )  # fmt: skip
+    problems += transform_problems(config, plugins, start, where)
     scale = _known_scale(config, start)
     problems += _decoder_problems(config, options, start, scale)
     alike = start.info.architecture == architecture and not {"inputs", "targets"} & {name for name, _ in problems}
@@ -150,7 +146,7 @@ def _known_scale(config: TrainConfig, start: SAEModule) -> Scale | None:
 
     An SAE that was trained on scaled activations goes on with its own factor.
     """
-    if config.activations.normalize_activations == "none":
+    if config.activations.normalize_activations is None or start.input_transform is not None:
         return 1.0
     known = start.info.metadata.get("activation_scale", 1.0)
     if isinstance(known, Mapping):  # of the same sites: another may have vectors of another size
@@ -221,6 +217,7 @@ def make_trainer(
     # An architecture may draw tensors of its own: the same ones alone and beside others.
     with seeded(seed_for(config.training.seed, "architecture")):
         sae: SAEModule = build_module(plugins.find(SAE_ARCHITECTURES, config.sae), options, ports, plugins)
+    give_chosen(sae, config, plugins)
     sae.check_state()
     if config.training.finetuning_method is not None:
         sae.add_factors_for(config.training.finetuning_method)
@@ -275,8 +272,10 @@ def _watching(
 ) -> Callable[[str], contextlib.AbstractContextManager[None]]:
     """What goes wrong in the SAE's own code says which plugin it is of."""
     item = plugins.find(SAE_ARCHITECTURES, config.sae)
-    activation = plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation
-    return lambda doing: blamed(item, doing, at_work=True, parts=[activation])
+    parts: list[Part] = [(plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation)]
+    if sae.input_transform is not None:
+        parts.append((plugins.find(INPUT_TRANSFORMS, config.activations.normalize_activations), sae.input_transform))
+    return lambda doing: blamed(item, doing, at_work=True, parts=parts)
 
 
 def give_weights(
@@ -288,14 +287,19 @@ def give_weights(
 ) -> None:
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
-    normalized = config.activations.normalize_activations != "none"
+    estimator = estimator_of(config)
     initial = start is None and options.starts_from_activations
-    sample = _sample(peek(), config.sites, corpus) if normalized or initial else None
+    sample = _sample(peek(), config.sites, corpus) if estimator is not None or initial else None
     scale: Scale = 1.0
-    if normalized and sample is not None:
+    if estimator is not None and sample is not None:
         known = None if start is None else _known_scale(config, start)
-        scale = trainer.scale = _scale_of(sample, config.sites) if known is None else known
+        scale, trainer.maps = (known, None) if known is not None else estimator.estimated(sample, config.sites)
+        trainer.scale = scale
+        if trainer.maps is not None:
+            trainer.sae.check_foldable()  # now, not when training is done
     if start is not None:
+        if trainer.maps is not None:
+            raise refuse_maps(config, _start_of(config))
         if start.info.scale_is_unknown:
             scale = 1.0  # its weights are for scaled activations as they are
         if problems := _decoder_problems(config, options, start, scale):
@@ -304,7 +308,7 @@ def give_weights(
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     read, written = trainer.factors
-    x, target = _starting_rows(sample, config.sites) if sample is not None else (None, None)
+    x, target = _starting_rows(sample, trainer) if sample is not None else (None, None)
     initialize(trainer.sae, generator, x, read, target=target, target_scale=written)
 
 
@@ -316,18 +320,14 @@ def _sample(peeked: Mapping[Site, Tensor], sites: Sites, corpus: Corpus) -> dict
     return sample
 
 
-def _scale_of(sample: Mapping[Site, Tensor], sites: Sites) -> Scale:
-    """That of the one site, or of several that of each."""
-    found = {site.name: activation_scale(sample[site]) for site in sites.all}
-    return found if len(found) > 1 else next(iter(found.values()))
-
-
-def _starting_rows(sample: Mapping[Site, Tensor], sites: Sites) -> tuple[Tensor, Tensor | None]:
-    """Inputs and, where they are others, targets of the same tokens."""
+def _starting_rows(sample: Mapping[Site, Tensor], trainer: SAETrainer) -> tuple[Tensor, Tensor | None]:
+    """Inputs and, where they are others, targets of the same tokens, as the SAE reads them but for a factor."""
+    sites, ports = trainer.sites, trainer.sae.ports
     # A source may show more of one site than of another.
     n = min(len(rows) for rows in sample.values())
     rows = Batch({site: rows[:n] for site, rows in sample.items()})
-    return rows.rows_at(sites.inputs), None if sites.same else rows.rows_at(sites.targets)
+    x = starting_rows(trainer, rows.rows_at(sites.inputs), ports.inputs)
+    return x, None if sites.same else starting_rows(trainer, rows.rows_at(sites.targets), ports.targets)
 
 
 @torch.no_grad()
@@ -344,7 +344,8 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale, where: st
 def _scaled(start: SAEModule, scale: Scale, sites: Sites) -> SAEModule:
     """That of an SAE for raw activations which does the same on activations times ``scale``, in float64."""
     sae = copy.deepcopy(start).double()  # once there and back must not cost digits
-    sae.fold_activation_scale(*_unfolding(scale, _at_sites(start.ports, sites)))
+    if sae.input_transform is None:
+        sae.fold_activation_scale(*_unfolding(scale, _at_sites(start.ports, sites)))
     return sae
 
 

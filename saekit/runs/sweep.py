@@ -84,7 +84,7 @@ def spelled_out(
             continue
         path, value = prefix + field.name, getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
-        if kind is not None and not isinstance(value, tuple):
+        if kind is not None and value is not None and not isinstance(value, tuple):
             choice = plugins.bound(kind, value)
             found[path] = choice.key
             found |= spelled_out(choice.options, plugins, f"{path}.", table[field.name] if choice.spelled else None)

@@ -3,6 +3,7 @@ from .build import build_module as build_module
 from .build import initialize as initialize
 from .hooks import HookPoint as HookPoint
 from .init import geometric_median as geometric_median
+from .inputs import check_maps as check_maps
 from .inputs import check_scales as check_scales
 from .inputs import check_width as check_width
 from .losses import auxk_loss as auxk_loss

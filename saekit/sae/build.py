@@ -8,21 +8,33 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.config import PluginChoice
 from saekit.config.files import plain_config
 from saekit.errors import ConfigError, PluginFailedError
-from saekit.kinds import ACTIVATION_FUNCTIONS
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS
 from saekit.plugins.building import built
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, Start
+from saekit.transforms import RowTransform
 from saekit.values import Ports, SAEInfo
 
-__all__ = ["build_module", "initialize"]
+__all__ = ["build_module", "give_transform", "initialize", "stated"]
 
 
-def build_module(item: Registered, config: Any, ports: Ports | int, plugins: PluginManager) -> SAEModule:
-    """An uninitialized dictionary of the architecture ``item``; ``ports`` may be the width of an SAE's one site."""
+def build_module(
+    item: Registered,
+    config: Any,
+    ports: Ports | int,
+    plugins: PluginManager,
+    input_transform: PluginChoice | None = None,
+) -> SAEModule:
+    """An uninitialized dictionary of the architecture ``item``; ``ports`` may be the width of an SAE's one site.
+
+    ``input_transform`` chooses what each row goes through, one that is row-wise; None: nothing.
+    """
     ports = Ports.one(ports) if isinstance(ports, int) else ports
     config = attrs.evolve(config, d_in=ports.d_in, d_sae=config.features(ports.d_in), expansion_factor=None)
     activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
@@ -33,7 +45,28 @@ def build_module(item: Registered, config: Any, ports: Ports | int, plugins: Plu
             raise
         raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
+    if input_transform is not None:
+        give_transform(sae, input_transform, plugins)
     return sae
+
+
+def give_transform(sae: SAEModule, choice: PluginChoice, plugins: PluginManager) -> None:
+    """Make ``sae`` one whose rows go through what ``choice`` says; :class:`ConfigError` where that cannot be."""
+    bound = plugins.bound(INPUT_TRANSFORMS, choice)
+    transform = bound.build()
+    if not isinstance(transform, RowTransform):
+        raise ConfigError(
+            f"the input transform {bound.key} is estimated from data and folded into weights; a part of an SAE can "
+            "only be what normalizes each row by itself"
+        )
+    sae.set_input_transform(transform)
+    sae.info = attrs.evolve(sae.info, input_transform=stated(bound, plugins))
+
+
+def stated(bound: Choice[Any], plugins: PluginManager) -> str | dict[str, Any]:
+    """A choice as plain data, with all its options, so that other defaults change nothing."""
+    options = plain_config(bound.options, plugins)
+    return {"name": bound.key, **options} if options else bound.key
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
 from saekit.sae.probe import Probe, probe_of
 from saekit.site import Site
+from saekit.transforms import NamedElsewhere
 from saekit.values import is_scale
 from saekit.weights import check_tensor, check_tensors
 
@@ -36,6 +37,7 @@ __all__ = [
     "FORMAT",
     "PROBE",
     "SPARSITY",
+    "TRANSFORMED",
     "WEIGHTS",
     "part_of_run",
     "save_sae",
@@ -46,6 +48,8 @@ __all__ = [
 
 CONFIG, WEIGHTS, SPARSITY, PROBE = SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY, SAE_PROBE
 FORMAT = 1
+TRANSFORMED = 2
+"""The format of a folder whose SAE has an input transform: a saekit that knows none must not read it."""
 # The metadata fields by which sae-lens 6 tells its own layout from older ones.
 _LAYOUT = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
 # By these names sae-lens 6 knows what writes another site than it reads; by any other, an SAE of one site.
@@ -234,7 +238,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,
-        "normalize_activations": "expected_average_only_in" if sae.info.scale_is_unknown else unscaled,
+        "normalize_activations": _normalization(sae, unscaled),
         "reshape_activations": "hook_z" if hook_name.endswith("hook_z") and not site_has_head(sae) else "none",
         "metadata": {
             **_LAYOUT,
@@ -243,9 +247,10 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
             **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
         },
         "saekit": {
-            "format": FORMAT,
+            "format": FORMAT if sae.input_transform is None else TRANSFORMED,
             "architecture": sae.info.architecture,
             "options": {**sae.saved_options(), "dtype": "float32" if dtype == "float16" else dtype},
+            **({} if sae.input_transform is None else {"input_transform": sae.info.input_transform}),
             "site": _place(site) if site else None,
             **_ports(sae),
             "metadata": dict(sae.info.metadata),
@@ -263,9 +268,26 @@ def _provenance(sae: SAEModule) -> dict[str, Any]:
 def _public_config(sae: SAEModule) -> dict[str, Any]:
     """The entries that name it to other libraries: at other sites than one, an SAE's name would be misread."""
     public = sae.public_config()
-    if _has_one_site(sae) or public["architecture"] in _TRANSCODERS:
+    known = sae.input_transform is None or _name_elsewhere(sae) is not None
+    if known and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
         return public
     return {**public, "architecture": sae.info.architecture, "metadata": {}}
+
+
+def _normalization(sae: SAEModule, unscaled: str) -> str:
+    """What is done to activations before the encoder, by the names of sae-lens; what it does not know by our own.
+
+    ``unscaled`` is what an architecture does itself.
+    """
+    if sae.input_transform is None:
+        return "expected_average_only_in" if sae.info.scale_is_unknown else unscaled
+    chosen = sae.info.input_transform
+    return _name_elsewhere(sae) or str(chosen["name"] if isinstance(chosen, Mapping) else chosen)
+
+
+def _name_elsewhere(sae: SAEModule) -> str | None:
+    transform = sae.input_transform
+    return transform.name_elsewhere if isinstance(transform, NamedElsewhere) else None
 
 
 def _has_one_site(sae: SAEModule) -> bool:

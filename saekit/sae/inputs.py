@@ -11,9 +11,10 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.sae.parameters import Factor
+from saekit.transforms import Affine
 from saekit.values import Ports
 
-__all__ = ["check_rows", "check_scales", "check_sequences", "check_size", "check_type", "check_width"]
+__all__ = ["check_maps", "check_rows", "check_scales", "check_sequences", "check_size", "check_type", "check_width"]
 
 
 def check_width(values: Tensor, width: int, name: str, what: str) -> None:
@@ -87,3 +88,17 @@ def _check_scale(scale: Factor, width: int, name: str, what: str) -> None:
         raise ConfigError(f"{what} must be a number or a tensor [{name}], found {scale!r}")
     elif not 0 < scale < math.inf:
         raise ConfigError(f"{what} is {scale!r}, and {expected}")
+
+
+def check_maps(read: Affine, written: Affine | None, ports: Ports) -> None:
+    """:class:`ConfigError` unless both are finite maps, of all inputs and of all targets."""
+    if written is None and not ports.same:
+        raise ConfigError("inputs and targets are other sites: each has a map of its own, so give both")
+    for affine, width, name in ((read, ports.d_in, "d_in"), (written or read, ports.d_out, "d_out")):
+        for what, value in affine._asdict().items():
+            shape = [width] if what == "mean" else [width, width]
+            if list(value.shape) != shape or not bool(value.isfinite().all()):
+                raise ConfigError(
+                    f"the {what} of an affine map must be {shape}, of finite numbers, as {name} is {width}; found "
+                    f"{list(value.shape)}"
+                )

@@ -6,7 +6,7 @@ The mathematics stand here and in the architectures, for autograd.  What makes t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,10 +20,13 @@ from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
 from saekit.sae.familiar import Familiar
+from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
-from saekit.sae.inputs import check_rows, check_scales, check_sequences, check_size, check_type, check_width
-from saekit.sae.parameters import Factor, Parameter, ParameterTable, scale_of, tensors_of
+from saekit.sae.inputs import check_rows, check_sequences, check_size, check_type, check_width
+from saekit.sae.learning import Learning
+from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
+from saekit.sae.transforms import Transforming
 from saekit.sae.ways import Ways
 from saekit.site import flatten_heads
 from saekit.values import Ports, SAEInfo, StepInput, StepOutput
@@ -31,7 +34,7 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 __all__ = ["SAEModule"]
 
 
-class SAEModule(Familiar, Hooked, Ways):
+class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of
@@ -148,20 +151,22 @@ class SAEModule(Familiar, Hooked, Ways):
 
     def _reconstructed(self, x: Tensor) -> Tensor:
         rows = self.run_hook("input", self._rows(x))
-        kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(rows)
+        like = x if self.input_transform is None else rows.reshape(x.shape).to(x.dtype)  # as hooks have left it
+        read = self.transformed(rows)
+        kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(read)
         if kernel is None:
-            output = self.decode(self._encoded(rows), like=x)
+            output = self.decode(self._encoded(read), like=like)
         else:
-            flat = _flat(rows)
+            flat = _flat(read)
             with self.memory.lent() as workspace:
                 groups = kernel.groups(self, flat, workspace)
                 output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
-            output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), x)
+            output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), like)
         return self.with_bypass(output, rows)
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations ``[..., d_sae]``."""
-        return self._encoded(self.run_hook("input", self._rows(x)))
+        return self._encoded(self.transformed(self.run_hook("input", self._rows(x))))
 
     def _encoded(self, rows: Tensor) -> Tensor:
         kernel = None if self._hooked("acts_pre") else self._kernel_for(rows)
@@ -191,7 +196,7 @@ class SAEModule(Familiar, Hooked, Ways):
             kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(x)
             if kernel is None:
                 return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
-            flat = _flat(self.run_hook("input", self._rows(x)))
+            flat = _flat(self.transformed(self.run_hook("input", self._rows(x))))
             with self.memory.lent() as workspace:
                 return inference.sparse_features(kernel.groups(self, flat, workspace), self.d_sae, flat)
 
@@ -210,9 +215,11 @@ class SAEModule(Familiar, Hooked, Ways):
     def decode(self, features: Tensor, *, like: Tensor | None = None, target: str | None = None) -> Tensor:
         """Reconstructions ``[..., d_out]``, in the shape and dtype of ``like``, an input, if that is given.
 
-        ``target`` is the name of one of several targets (``ports.targets``), for ``[..., width]`` of that alone.
+        With an :attr:`input_transform` it must be: rows have their own units.  ``target`` is the name of one of several
+        targets (``ports.targets``), for ``[..., width]`` of that alone.
         """
         check_width(features, self.d_sae, "d_sae", "features")
+        self.check_like(like)
         if target is not None:
             return self.ports.one_target(self.decode(features, like=like), target)
         kernel = self._kernel_for(features)
@@ -229,6 +236,8 @@ class SAEModule(Familiar, Hooked, Ways):
         check_type(like, "like")
         shape = like.shape if self.ports.same else (*flatten_heads(like, self.d_in)[0].shape[:-1], self.d_out)
         check_size(output, shape, "outputs", "like inputs of which outputs would be")
+        if self.input_transform is not None:
+            output = self.undone(output, self._rows(like).reshape(output.shape))
         return output.reshape(shape).to(like.dtype)
 
     def centered(self, x: Tensor) -> Tensor:
@@ -254,9 +263,11 @@ class SAEModule(Familiar, Hooked, Ways):
 
     def with_bypass(self, output: Tensor, x: Tensor) -> Tensor:
         """``output``, decoded from features of ``x``, with what passes them by: what :meth:`forward` gives."""
-        passed = self.bypass(self._rows(x))
+        rows = self._rows(x)
+        passed = self.bypass(self.transformed(rows))
         if passed is None:
             return output
+        passed = self.undone_share(passed, rows)
         check_size(passed, output.shape, "what passes the features by", "added to outputs")
         return output + passed.reshape(output.shape).to(output.dtype)
 
@@ -298,6 +309,11 @@ class SAEModule(Familiar, Hooked, Ways):
     def training_step(self, x: Tensor, step: StepInput) -> StepOutput:
         """The loss on ``x [n, d_in]`` and its gradient, left in the parameters' ``grad``, which must be None before."""
         check_rows(x, step.target, self.ports)
+        self.check_target(step.target)
+        result = self._step(self.transformed(x), step)
+        return result if self.input_transform is None else result._replace(output=self.undone(result.output, x))
+
+    def _step(self, x: Tensor, step: StepInput) -> StepOutput:
         kernel, _ = self._training_kernel()
         if kernel is not None and not kernel.leaves(self, x, step):
             with torch.no_grad(), self.memory.lent() as workspace:
@@ -306,45 +322,6 @@ class SAEModule(Familiar, Hooked, Ways):
             result = self.losses(x, step)
             result.loss.backward()
         return result
-
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Between gradient and update: remove what rows of norm 1 cannot follow."""
-        self.table.project(self)
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """After an update: rows that have norm 1 back to it."""
-        self.table.renormalize(self)
-
-    def add_scaling_factor(self) -> None:
-        """Multiply features by a factor of their own before they are decoded, at first 1."""
-        self.add_factors_for("scale")
-
-    def add_factors_for(self, method: str) -> None:
-        """Add the factors that fine-tuning by ``method`` trains, at first 1; until then they do not learn."""
-        for entry in self.table:
-            if entry.optional and method in entry.groups:
-                self.table.add_optional(self, entry.name)
-
-    def learn_only(self, names: Collection[str]) -> None:
-        """From now on train these parameters and leave the others as they are."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in names)
-
-    @torch.no_grad()
-    def fold_activation_scale(self, scale: Factor, target_scale: Factor | None = None) -> None:
-        """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``.
-
-        What comes out was, and no longer is, ``target_scale`` times as large; left out, that is ``scale``.  Both are
-        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.  :class:`ConfigError` for what is
-        not finite and above 0.
-        """
-        check_scales(scale, target_scale, self.ports)
-        written = scale if target_scale is None else target_scale
-        self.table.fold_scale(self, scale, written)
-        if self.info.scale_is_unknown:  # until now
-            self.info = self.info.with_known_scale(scale_of(scale, written, self.ports))
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.

@@ -103,8 +103,11 @@ def results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
     """Features ``[n, d_sae]`` and outputs ``[n, d_out]`` of rows ``[n, d_in]``, which may be one sequence."""
     rows = x.to(torch.promote_types(sae.dtype, torch.float32)).to(sae.device)
     rows = rows[None] if sae.reads_sequences else rows
-    features, output = sae.encode(rows), sae(rows)
-    return features.reshape(len(x), -1), output.reshape(len(x), -1)
+    features = sae.encode(rows)
+    if sae.reads_sequences:  # of which features alone do not say all
+        return features.reshape(len(x), -1), sae(rows).reshape(len(x), -1)
+    output = sae.with_bypass(sae.decode(features, like=rows), rows)  # as forward does, without encoding once more
+    return features, output
 
 
 def _fitting(sae: SAEModule) -> int:

@@ -20,6 +20,7 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.sae.probe import MOST_ROWS
+from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
@@ -46,6 +47,8 @@ class SAETrainer:
     scale: Scale = 1.0
     """Activations are multiplied by this before the SAE sees them: the number of its one site, or of several that of
     each by its name."""
+    maps: SiteMaps | None = None
+    """The affine maps that activations go through before the SAE sees them, where there are any."""
     backend: ModelBackend | None = None
     """The run's model, for steps that want it."""
     step: int = 0
@@ -79,7 +82,7 @@ class SAETrainer:
         An SAE in bfloat16 trains in float32, with its products in bfloat16, as under autocast: in bfloat16 itself,
         most updates are too small to change a weight or a moment.
         """
-        return not self.scaled and self.sae.dtype == getattr(torch, self.sae.config.dtype)
+        return not self.scaled and self.maps is None and self.sae.dtype == getattr(torch, self.sae.config.dtype)
 
     @property
     def scaled(self) -> bool:
@@ -123,6 +126,9 @@ class SAETrainer:
         if self.scaled:
             read, written = self.factors
             x, y = x * read, None if y is None else y * written
+        target = x if y is None else y  # in the units of activations
+        if self.maps is not None:
+            x, y = self._mapped(x, y)
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
         with self.watched("before_update"):
@@ -139,8 +145,10 @@ class SAETrainer:
             self.sae.after_update()
         window_ended = self.firing.update(result.fired, len(x))
         if log:
+            if self.maps is not None:
+                result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
             metrics |= step_metrics(
-                x if y is None else y,
+                target,
                 result,
                 since_fired=self.firing.since_fired,
                 dead=self.firing.dead(),
@@ -152,6 +160,14 @@ class SAETrainer:
         if window_ended and self.firing.last_fractions is not None:
             metrics |= window_metrics(self.firing.last_fractions)
         return metrics
+
+    def _mapped(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Inputs, and targets if they are others, by the maps of their sites."""
+        assert self.maps is not None
+        ports = self.sae.ports
+        return self.maps.transformed(x, ports.inputs), None if target is None else self.maps.transformed(
+            target, ports.targets
+        )
 
     def _gradients(self, x: Tensor, target: Tensor | None, batch: Batch | None) -> StepOutput:
         dead: Tensor | None = self.firing.dead()
@@ -244,6 +260,8 @@ class SAETrainer:
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
             if self.scaled:
                 sae.fold_activation_scale(*self.factors)
+            if self.maps is not None:
+                sae.fold_affine(*self.maps.folds(sae.ports))
             sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
@@ -259,13 +277,15 @@ class SAETrainer:
         facts = {"step": self.step, "tokens": self.tokens, "scale": self.scale, "diverged": self.diverged}
         if self.diverged is not None:  # it does not go on
             return facts
-        return facts | {
+        maps = {} if self.maps is None else {"maps": self.maps.state_dict()}
+        parts = {
             "weights": {name: value.detach() for name, value in self._tensors().items()},
             "optimizer": self.optimizer.state_dict(),
             "firing": self.firing.state_dict(),
             "generator": self.generator.get_state(),
             "recent": self._recent,
         }
+        return {**facts, **maps, **parts}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -274,6 +294,7 @@ class SAETrainer:
         self.diverged = state["diverged"]
         if self.diverged is not None:
             return
+        self.maps = SiteMaps.of(state["maps"]) if "maps" in state else None
         own, saved = self._tensors(), state["weights"]
         shapes = {name: list(value.shape) for name, value in own.items()}
         found = {name: list(value.shape) for name, value in saved.items()}

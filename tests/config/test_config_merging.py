@@ -32,7 +32,7 @@ def test_a_table_for_a_section_leaves_the_rest() -> None:
     config = load_config(FILE, ["training={lr=3}", 'model={name="pythia"}', "activations={cache={dtype='float16'}}"])
     assert (config.training.lr, config.training.seed) == (3.0, 7)
     assert (config.model.name, config.model.device) == ("pythia", "cpu"), "its name chooses no plugin"
-    assert config.activations.normalize_activations == "expected_average_only_in"
+    assert config.activations.normalize_activations.key == "saekit:expected_average_only_in"
     assert (config.activations.cache.tokens, config.activations.cache.dtype) == (10, "float16")
     assert FILE["training"] == {"lr": 1.0, "seed": 7}, "the input is left alone"
     grid = saekit.grid(FILE, {"training": [{"lr": 1}, {"lr": 2}]})

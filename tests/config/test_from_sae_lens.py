@@ -62,6 +62,18 @@ def test_every_key_is_accounted_for_and_the_file_loads(path: Path, tmp_path: Pat
     assert all(f": {key}" in lines for key in (*found.renamed, *found.dropped))
 
 
+def test_how_activations_are_normalized() -> None:
+    for theirs, ours in (
+        ("layer_norm", "layer_norm"), ("constant_norm_rescale", "constant_norm"), ("covariance_whitening", "whitening")
+    ):  # fmt: skip
+        found = convert(of_3(normalize_activations=theirs))
+        assert found.table["activations"]["normalize_activations"] == ours
+        assert saekit.load_config(dict(found.table)).activations.normalize_activations.key == f"saekit:{ours}"
+    assert "there are none, expected_average_only_in, layer_norm, constant" in str(
+        convert(of_3(normalize_activations="batch")).lost
+    )
+
+
 def test_a_flat_one_means_the_same() -> None:
     config = saekit.load_config(
         dict(convert(of_3(lr_scheduler_name="cosineannealing", lr_end=None, act_store_device="cpu", dtype="float64",
@@ -74,7 +86,7 @@ def test_a_flat_one_means_the_same() -> None:
     assert (options.normalize_sae_decoder, options.init_encoder_as_decoder_transpose) == (True, False)
     assert options.b_dec_init_method == "geometric_median"
     assert options.mse_loss_normalization == "none"
-    assert config.activations.normalize_activations == "expected_average_only_in"
+    assert config.activations.normalize_activations.key == "saekit:expected_average_only_in"
     source = config.activations.source.options
     assert (source.store_batch_size_prompts, source.n_batches_in_buffer) == (32, 20)
     assert (source.act_store_device, source.dtype) == ("cpu", "float64")

@@ -65,6 +65,10 @@ def test_hook_saekit_register_optimizers() -> None:
     registers_and_builds("optimizers")
 
 
+def test_hook_saekit_register_input_transforms() -> None:
+    registers_and_builds("input_transforms")
+
+
 def test_hook_saekit_register_releases() -> None:
     registers_and_builds("releases")
 
@@ -123,6 +127,7 @@ PUBLIC_MODULES = [
     "sae.init",
     "site",
     "testing",
+    "transforms",
     "values",
 ]
 PUBLIC = {"saekit", *(f"saekit.{name}" for name in PUBLIC_MODULES)}

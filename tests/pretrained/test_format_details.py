@@ -438,11 +438,20 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "k in .* is None, expected a whole number from 1 to 64",
     ),
     "other latents": ("sparsify_1.3.3_topk", sparsify(num_latents=65), r"has shape \[64, 16\], and .* says \[65, 16\]"),
-    "TopK of OpenAI": ("openai_v5_topk", lambda folder: None, "is a TopK SAE, which normalizes each row"),
+    "k of OpenAI": (
+        "openai_v5_topk",
+        state(activation_state_dict={"k": 65, "postact_fn": "ReLU"}),
+        "activation_state_dict.k of .* is 65, expected a whole number from 1 to 64",
+    ),
+    "what follows TopK of OpenAI": (
+        "openai_v5_topk",
+        state(activation_state_dict={"k": 8, "postact_fn": "Identity"}),
+        "activation_state_dict.postact_fn of .* is 'Identity', expected 'ReLU'",
+    ),
     "another activation of OpenAI": (
         "openai_v1_relu",
         state(activation="Tanh"),
-        "activation of .* is 'Tanh', expected 'ReLU'",
+        "activation of .* is 'Tanh', expected 'ReLU' or 'TopK'",
     ),
     "other sizes, mwhanna": (
         "mwhanna_transcoder",

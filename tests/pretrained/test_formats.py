@@ -36,6 +36,7 @@ READ = {
     "llama_scope_r1_distill": ("llama_scope_r1_distill", "jumprelu"),
     "mwhanna_transcoder": ("mwhanna", "transcoder"),
     "openai_v1_relu": ("openai", "standard"),
+    "openai_v5_topk": ("openai", "topk"),
     "qwen_scope": ("qwen_scope", "topk"),
     "sae_lens_2.1.3_folder": ("sae_lens", "standard"),
     "sparsify_1.3.3_skip_transcoder": ("sparsify", "topk_transcoder"),

@@ -57,10 +57,34 @@ def test_sae_lens_details(tmp_path: Path) -> None:
         SAE.load(write(tmp_path / "c", OLD | {"architecture": "unheard_of"}, weights))
     with pytest.warns(UserWarning, match="does not hold the factor"):
         SAE.load(write(tmp_path / "d", OLD | {"normalize_activations": "expected_average_only_in"}, weights))
-    with pytest.raises(SAEFormatError, match="normalize_activations in cfg.json in .* is 'layer_norm', which this"):
-        SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": "layer_norm"}, weights))
+    for value, message in (
+        ("covariance_whitening", "is a checkpoint of a training whose map of activations is not in these files"),
+        ("batch_norm", "is 'batch_norm', expected one of 'none', 'expected_average_only_in', 'layer_norm', 'constant"),
+    ):
+        with pytest.raises(SAEFormatError, match=f"normalize_activations in cfg.json in .*{message}"):
+            SAE.load(write(tmp_path / "e", OLD | {"normalize_activations": value}, weights))
     with pytest.raises(SAEFormatError, match=r"W_enc has shape \[6, 10\], expected \[6, 11\]"):
         SAE.load(write(tmp_path / "f", OLD | {"d_sae": 11}, weights))
+
+
+@pytest.mark.parametrize("age", [OLD, NEW])
+def test_rows_that_sae_lens_normalizes(tmp_path: Path, age: dict) -> None:
+    """Where the file says so, and where only the user does, as for releases whose files do not."""
+    weights, x = tensors(), torch.randn(4, 6) * 3 + 1
+    z = x * 6**0.5 / x.norm(dim=1, keepdim=True)
+    expected = reconstruct(weights, z, "tanh" in str(age)) * x.norm(dim=1, keepdim=True) / 6**0.5
+    said = {"normalize_activations": "constant_norm_rescale"}
+    silent = {name: value for name, value in age.items() if name != "normalize_activations"}
+    loader = {"name": "sae_lens", **said}
+    for number, (config, given) in enumerate(((age | said, None), (age | said, loader), (silent, loader))):
+        sae = SAE.load(write(tmp_path / str(number), config, weights), loader=given)
+        assert torch.allclose(sae(x), expected, atol=1e-5)
+        assert sae.info.input_transform == "saekit:constant_norm"
+    folder = write(tmp_path / "other", age | {"normalize_activations": "layer_norm"}, weights)
+    with pytest.raises(
+        SAEFormatError, match=r"option normalize_activations is 'constant_norm_rescale', but .* says 'layer"
+    ):
+        SAE.load(folder, loader=loader)
 
 
 def test_connor_rob_hook_z(tmp_path: Path) -> None:

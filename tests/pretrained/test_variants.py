@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "sparsify_topk_skip_around": "topk_transcoder",
     "sparsify_topk_transcoder": "topk_transcoder",
     "dictionary_learning_batchtopk": "batchtopk",
-    "dictionary_learning_matryoshka": "batchtopk",
+    "dictionary_learning_matryoshka": "matryoshka",
     "dictionary_learning_topk": "topk",
 }
 """By the beginning of a variant's name, the longest that fits."""
@@ -83,9 +83,9 @@ def test_the_variants_differ_where_their_options_do() -> None:
 
 SUMMED = {"mntss_clt_layer"}
 """Of which the peer adds up what is written to several layers."""
-TOGETHER = {"sae_lens_6.54.12_training_batchtopk"}
+TOGETHER = {"sae_lens_6.54.12_training_batchtopk", "sae_lens_6.54.12_training_matryoshka_batchtopk"}
 """Of which the peer chooses features of a whole batch, as in training."""
-ELSEWHERE = {"openai_v5_topk"} | {path.name for path in FIXTURES.glob("*gated*")} | {"sae_lens_2.1.3_group_folder"}
+ELSEWHERE = {"sae_lens_2.1.3_group_folder"}
 """Which other tests load."""
 FOLDERS = sorted({path.parent.name for path in FIXTURES.glob("*/expected.safetensors")} - TOGETHER - ELSEWHERE)
 

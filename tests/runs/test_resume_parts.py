@@ -38,6 +38,13 @@ def test_resumed_in_fine_tuning(tmp_path: Path, dtype: str, method: str) -> None
     assert_the_same(tmp_path, [9, 10], **sections)
 
 
+@pytest.mark.parametrize("transform", ["layer_norm", "whitening"])
+def test_resumed_with_an_input_transform(tmp_path: Path, transform: str) -> None:
+    """Whether rows are normalized, or a map of all of them was estimated at the start."""
+    sections = {"sae": {"normalize_sae_decoder": False}, "activations": {"normalize_activations": transform}}
+    assert_the_same(tmp_path, [2, 6], **sections)
+
+
 def assert_the_same(
     tmp_path: Path, steps: list[int], whole: dict[str, Any] | None = None, part: dict[str, Any] | None = None,
     unlike: Collection[str] = (), **sections: Any,

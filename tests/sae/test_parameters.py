@@ -382,7 +382,7 @@ def test_rows_of_norm_1_are_those_of_the_table() -> None:
 
 
 def gated_run(folder: Path, **sections: Any) -> dict[str, Any]:
-    sections["sae"] = {"name": "gated", "d_sae": 16, "apply_b_dec_to_input": True} | sections.get("sae", {})
+    sections["sae"] = {"name": "test:gated", "d_sae": 16, "apply_b_dec_to_input": True} | sections.get("sae", {})
     config = fake_config(folder, LIVE, **sections)
     config["sae"] = sections["sae"]
     return config

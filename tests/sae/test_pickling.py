@@ -26,7 +26,8 @@ ARCHITECTURES = [item.key for item in saekit.default_manager().registries["sae_a
 def make(architecture: str, *, activation: str = "saekit:relu", factor: bool = False) -> SAE:
     plugins = saekit.default_manager()
     item = plugins.get("sae_architectures", architecture)
-    small = {"k": 4} if "k" in attrs.fields_dict(item.entry.config) else {}
+    options = {"k": 4, "n_heads": 2, "bottleneck_factor": 2}
+    small = {name: value for name, value in options.items() if name in attrs.fields_dict(item.entry.config)}
     sae = build_module(item, item.entry.config(d_sae=24, activation=activation, **small), 8, plugins)
     generator = torch.Generator().manual_seed(1)
     if factor:

@@ -122,7 +122,7 @@ def replace_tensor(name: str, value: torch.Tensor | None) -> object:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (edit("format", 99), SAEFormatError, "has format 99, and this saekit reads 1: update saekit"),
+        (edit("format", 99), SAEFormatError, "has format 99, and this saekit reads 1 and 2: update saekit"),
         (edit("architecture", "other-dist:gated"), saekit.errors.UnknownKeyError, "pip install other-dist"),
         (edit("options.d_sae", 31), SAEFormatError, r"W_enc has shape \[12, 30\], expected \[12, 31\]"),
         (edit("options.d_sae", 10**7), SAEFormatError, r"W_enc has shape \[12, 30\], expected \[12, 10000000\]"),

@@ -114,6 +114,10 @@ class GatedSAE(SAE):
     def features_of(self, pre: Tensor) -> Tensor:
         return (pre * self.r_mag.exp().to(pre) + self.b_mag).relu() * (pre + self.b_gate > 0)
 
+    def shift_pre_activations(self, shift: Tensor) -> None:
+        self.b_gate += shift.to(self.b_gate)
+        self.b_mag += (shift * self.r_mag.exp()).to(self.b_mag)
+
     def losses(self, x: Tensor, step: StepInput) -> StepOutput:
         target, pre = step.target_for(x), self.pre_activations(x)
         features, gate = self.features_of(pre), (pre + self.b_gate).relu()

@@ -160,7 +160,8 @@ def mwhanna(folder: Path) -> dict[str, Any]:
 
 
 def openai(folder: Path) -> dict[str, Any]:
-    return {"folders": {"openai": formats.copied("openai_v1_relu", folder / "a")}}
+    names = ("openai_v1_relu", "openai_v5_topk")
+    return {"folders": {"openai": [formats.copied(name, folder / name) for name in names]}}
 
 
 def qwen_scope(folder: Path) -> dict[str, Any]:
@@ -311,6 +312,10 @@ SILENT = {
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
     "ghost": "use_ghost_grads has no fast path",
+    "map": "it takes no map: no matrix can be folded into W_dec [d_sae, d_out], which does not change with d_out as a "
+    "matrix of one layer does",
+    "row-wise": "it is not row-wise",
+    "not row-wise": "it is row-wise",
     "no training": "it reads SAEs that other libraries have trained",
     "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }

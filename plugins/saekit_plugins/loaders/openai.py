@@ -1,4 +1,4 @@
-"""Pretrained loader ``openai``: the ReLU SAEs of OpenAI for GPT-2 small, ``LOCATION/autoencoders/LAYER.pt``.
+"""Pretrained loader ``openai``: the SAEs of OpenAI, ReLU and TopK, for GPT-2 small, ``LOCATION/autoencoders/LAYER.pt``.
 
 Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
 """
@@ -6,7 +6,8 @@ Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import attrs
 
@@ -37,7 +38,7 @@ class OpenAIConfig(OneOfSeveral):
 
 
 class OpenAILoader:
-    """Reads files whose activation is ReLU."""
+    """Reads files whose activation is ReLU, or TopK, whose rows are normalized first."""
 
     def __init__(self, config: OpenAIConfig) -> None:
         self._sae = config.sae
@@ -55,18 +56,18 @@ class OpenAILoader:
         where = f"{name} in {files.place}"
         state = files.state(name)
         activation = state.get("activation")
-        if activation == "TopK":
-            raise SAEFormatError(
-                f"{where} is a TopK SAE, which normalizes each row before it encodes it (layer norm), and saekit has "
-                "no such input transform"
-            )
-        if activation != "ReLU":
-            raise SAEFormatError(f"activation of {where} is {activation!r}, expected 'ReLU'")
+        if activation not in ("ReLU", "TopK"):
+            raise SAEFormatError(f"activation of {where} is {activation!r}, expected 'ReLU' or 'TopK'")
         tensors = named(state, _NAMES, where, unused=(*_STATISTICS, *_PLAIN))
+        found = options(tensors, apply_b_dec_to_input=True, activation="saekit:relu")
+        topk = activation == "TopK"
         said = _LOCATION.search(path_of(files, name))
         return PretrainedSAE(
-            options=options(tensors, apply_b_dec_to_input=True, activation="saekit:relu"),
+            architecture="saekit:topk" if topk else "saekit:standard",
+            options={**found, **(_topk(state, found["d_sae"], where) if topk else {})},
             tensors=tensors,
+            # Rows are normalized exactly where the activation is TopK.
+            input_transform="saekit:layer_norm" if topk else None,
             site=None if said is None else Site(hook_name=f"blocks.{int(said[3])}.{_HOOKS[said[1]]}"),
             # Of the model as it was published, not centered as TransformerLens does by default.
             metadata={"model_name": "gpt2", "model_from_pretrained_kwargs": {"center_writing_weights": False}},
@@ -74,7 +75,19 @@ class OpenAILoader:
         )
 
 
+def _topk(state: Mapping[str, Any], d_sae: int, where: str) -> dict[str, Any]:
+    """The options of ``topk``, which compares pre-activations as they are, and keeps those above zero."""
+    said = state.get("activation_state_dict")
+    said = said if isinstance(said, Mapping) else {}
+    k, after = said.get("k"), said.get("postact_fn", "ReLU")
+    if type(k) is not int or not 1 <= k <= d_sae:
+        raise SAEFormatError(f"activation_state_dict.k of {where} is {k!r}, expected a whole number from 1 to {d_sae}")
+    if after != "ReLU":
+        raise SAEFormatError(f"activation_state_dict.postact_fn of {where} is {after!r}, expected 'ReLU'")
+    return {"k": k, "rescale_acts_by_decoder_norm": False}
+
+
 @hookimpl
 def saekit_register_pretrained_loaders() -> Iterable[Entry]:
-    summary = "OpenAI's ReLU SAEs for GPT-2 small (LOCATION/autoencoders/LAYER.pt)"
+    summary = "OpenAI's SAEs for GPT-2 small (LOCATION/autoencoders/LAYER.pt)"
     yield Entry("openai", OpenAIConfig, f"{__name__}:OpenAILoader", summary=summary)

@@ -32,7 +32,10 @@ class SaeLensLegacyLoader:
 
     def __init__(self, config: SaeLensLegacyConfig) -> None:
         self._sae, self._member = config.sae, config.member
-        self._rest = SaeLensLoader(SaeLensConfig(activation_scale=config.activation_scale))
+        known = SaeLensConfig(
+            activation_scale=config.activation_scale, normalize_activations=config.normalize_activations
+        )
+        self._rest = SaeLensLoader(known)
 
     def detects(self, files: SAEFiles) -> float:
         names = found_files(files, _PATTERN)

@@ -161,6 +161,7 @@ class _Options:
                 self.defaults[path] = value
             if kind is not None and not isinstance(value, tuple):
                 keys = [item.entry.name for item in self._plugins.registry(kind).items]
+                keys += ["none"] if field.default is None else []
                 self._values |= {path: keys, f"{path}.name": keys}
             else:
                 self._values[path] = few_values(field.type)

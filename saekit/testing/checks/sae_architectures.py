@@ -23,6 +23,7 @@ from saekit.testing.checks.dictionaries import (
 )
 from saekit.testing.checks.kept_dictionaries import KEPT
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
+from saekit.transforms import Affine
 from saekit.values import Ports, StepOutput
 
 if TYPE_CHECKING:
@@ -283,6 +284,39 @@ def _scales(ports: Ports, each: bool) -> tuple[Any, Any]:
         for widths in (ports.inputs, ports.targets)
     ]
     return vectors[0], vectors[1]
+
+
+@CHECKS.add
+def mapping(subject: Subject) -> None:
+    """With an affine map folded in it does on ``x`` what it did on ``(x − mean) matrix``, features included, or it
+    refuses with a :class:`saekit.ConfigError`."""
+    from saekit.errors import ConfigError
+
+    refused = []
+    for where, ports in takes(subject):
+        sae = made(subject, ports)
+        x = inputs(sae)
+        read = _map(ports.d_in, 1)
+        written = read if ports.same else _map(ports.d_out, 2)
+        z = (x - read.mean) @ read.matrix
+        features, output = sae.encode(z), sae(z) @ written.inverse + written.mean
+        try:
+            sae.fold_affine(read, None if ports.same else written)
+        except ConfigError as error:
+            refused.append(str(error))
+            continue
+        must_agree(f"features after a map was folded in ({where})", sae.encode(x), features, _EXACT)
+        must_agree(f"outputs after a map was folded in ({where})", sae(x), output, _EXACT)
+    if refused:
+        raise NotTried(f"it takes no map: {refused[0]}")
+
+
+def _map(d: int, seed: int) -> Affine:
+    import torch
+
+    matrix = torch.randn(d, d, generator=seeded(seed), dtype=torch.float64) / 4 + torch.eye(d, dtype=torch.float64)
+    mean = torch.randn(d, generator=seeded(seed + 9), dtype=torch.float64)
+    return Affine(mean, matrix, torch.linalg.inv(matrix))
 
 
 @CHECKS.add

@@ -14,6 +14,7 @@ from support.faulty import (
     schedules,
     sources,
     trackers,
+    transforms,
 )
 from support.faulty.case import Case
 
@@ -25,6 +26,7 @@ CASES: dict[tuple[str, str], Case] = {
         "activation_functions": activations.CASES,
         "activation_sources": sources.CASES,
         "evals": evals.CASES,
+        "input_transforms": transforms.CASES,
         "lr_schedules": schedules.CASES,
         "model_backends": backends.CASES,
         "optimizers": optimizers.CASES,

@@ -40,6 +40,13 @@ class Restless(StandardSAE):
         return (attrs.evolve(first, init=lambda start, shape: torch.full(shape, next(COUNT) / 100)), *others)
 
 
+class Shifted(StandardSAE):
+    """Has a bias of its own, which shifts with what is read."""
+
+    def shift_pre_activations(self, shift: Tensor) -> None:
+        pass
+
+
 class Widening(StandardSAE):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).double()
@@ -143,6 +150,7 @@ CASES = cases(
         "unit_rows": ("norms of rows of W_dec: off by", Growing),
         "checkpoint": ("the loss of a step from saved state: off by", Counting),
         "folding": (r"outputs after a scale was folded in \(one site\): off by", Unscaled),
+        "mapping": (r"features after a map was folded in \(a target of another width\): off by", Shifted),
         "saving": (r"outputs after it was saved \(one site, None\): off by", Shifting),
         "wrong_tensors": ("a folder without .* is taken, expected a SAEFormatError", Lenient),
         "learn_only": ("has a gradient where it does not learn", Teaching),

@@ -251,5 +251,10 @@ class GatedSAE(SAE):
 
     # ---- saving
 
+    def shift_pre_activations(self, shift: Tensor) -> None:
+        """Gates and magnitudes have a bias each."""
+        self.b_gate.add_(shift.to(self.b_gate))
+        self.b_mag.add_((shift * self.r_mag.exp()).to(self.b_mag))
+
     def public_config(self) -> dict[str, Any]:
         return {"architecture": "gated"}

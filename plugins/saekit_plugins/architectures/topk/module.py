@@ -26,7 +26,8 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import ActivationFunction, SparseActivation
-from saekit.sae import Factor, check_scales, check_width, not_compiled, squared_errors
+from saekit.sae import Factor, check_maps, check_scales, check_width, not_compiled, squared_errors
+from saekit.transforms import Affine
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.coefficients import k_at
 from saekit_plugins.architectures.revival import RevivingSAE
@@ -309,6 +310,14 @@ class TopKSAE(RevivingSAE):
             self._fold(norms)
             self._set_rescaling(False)
         super().fold_activation_scale(scale, target_scale)
+
+    @torch.no_grad()
+    def fold_affine(self, read: Affine, written: Affine | None = None) -> None:
+        check_maps(read, written, self.ports)
+        if (norms := self.feature_norms()) is not None:  # the same: a matrix changes each row's norm in its own way
+            self._fold(norms)
+            self._set_rescaling(False)
+        super().fold_affine(read, written)
 
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -36,6 +36,8 @@ class SaeLensConfig(OneOfSeveral):
     activation_scale: float | None = attrs.field(default=None, validator=check(lambda value: value > 0, "above 0"))
     """What activations were multiplied by in training, for SAEs that were trained on scaled ones and whose files do not
     say by how much.  It is folded into the weights."""
+    normalize_activations: Literal["expected_average_only_in", "constant_norm_rescale", "layer_norm"] | None = None
+    """What activations went through in training, where the files do not say so or say `none`."""
 
 
 class SaeLensLoader:
@@ -43,7 +45,7 @@ class SaeLensLoader:
     training checkpoints, ``activation_scaler.json``."""
 
     def __init__(self, config: SaeLensConfig) -> None:
-        self._sae, self._scale = config.sae, config.activation_scale
+        self._sae, self._scale, self._normalized = config.sae, config.activation_scale, config.normalize_activations
 
     def detects(self, files: SAEFiles) -> float:
         if {CONFIG, WEIGHTS} <= files.names:
@@ -80,7 +82,7 @@ class SaeLensLoader:
         saved: float | None = None,
     ) -> PretrainedSAE:
         """What the contents of the files say: of ``cfg.json``, the weights, and the scaler's factor."""
-        config = read_config(raw, place)
+        config = read_config(raw, place, self._normalized)
         if config.flat.get(_FINE_TUNED) is True and _FINE_TUNED not in tensors:
             raise SAEFormatError(f"{place} says {_FINE_TUNED}, and the weights beside it hold no such tensor")
         architecture = architecture_of(config, _with_one_factor(dict(tensors)), place)
@@ -98,6 +100,7 @@ class SaeLensLoader:
             **_place_of(config, architecture.d_out),
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, place, saved),
+            input_transform=config.input_transform,
             metadata={**config.metadata, **_defaulted(defaulted)},
             renamed={theirs: ours for theirs, ours in RENAMED.items() if theirs in raw},
         )

@@ -13,6 +13,9 @@ from saekit.errors import ConfigError, SAEFormatError
 __all__ = ["RENAMED", "FoundConfig", "read_config"]
 
 RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
+SCALED = "expected_average_only_in"
+TRANSFORMS = {"layer_norm": "saekit:layer_norm", "constant_norm_rescale": "saekit:constant_norm"}
+"""What 4 to 6 do to each row as an SAE is used, and what it is called here."""
 # What versions before 6, whose configurations are flat, say of the model, its text and what is taken of it.
 _FED = (
     "model_name", "model_class_name", "model_from_pretrained_kwargs", "model_kwargs", "hook_layer", "context_size",
@@ -53,14 +56,19 @@ class FoundConfig:
     apply_b_dec_to_input: bool
     scaled: bool
     """Whether training multiplied activations by a factor that is not folded into the weights."""
+    input_transform: str | None
+    """What is done to each row before the encoder."""
     metadata: dict[str, Any]
     """What the SAE is fed, as far as it is stated."""
     defaulted: tuple[str, ...]
     """What decides how the weights are used and is not stated, so that sae-lens's own default holds."""
 
 
-def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
-    """``cfg.json``, checked; :class:`SAEFormatError` names ``place`` and the field."""
+def read_config(raw: Mapping[str, Any], place: str, normalized: str | None = None) -> FoundConfig:
+    """``cfg.json``, checked; :class:`SAEFormatError` names ``place`` and the field.
+
+    ``normalized`` is its ``normalize_activations``, where it says none.
+    """
     inner = raw.get("metadata")
     if inner is not None and not isinstance(inner, dict):
         raise SAEFormatError(f"metadata in {place} is {inner!r}, expected an object")
@@ -71,6 +79,7 @@ def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
     if missing := [name for name in ("d_in", "d_sae", "hook_name") if name not in flat]:
         raise SAEFormatError(f"{place} lacks {', '.join(missing)}")
     _check_kinds(flat, place)
+    normalized = _normalized(flat, place, normalized)
     return FoundConfig(
         flat=flat,
         d_in=flat["d_in"],
@@ -80,7 +89,8 @@ def read_config(raw: Mapping[str, Any], place: str) -> FoundConfig:
         architecture=flat.get("architecture", "standard"),
         activation=flat["activation"],
         apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
-        scaled=_scaled(flat, place),
+        scaled=normalized == SCALED,
+        input_transform=TRANSFORMS.get(normalized),
         metadata=_metadata(flat, inner),
         defaulted=tuple(_defaulted(flat)),
     )
@@ -102,18 +112,28 @@ def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site:
         raise SAEFormatError(f"{place} does not say where the SAE belongs: {error}") from error
 
 
-def _scaled(flat: Mapping[str, Any], place: str) -> bool:
+def _normalized(flat: Mapping[str, Any], place: str, option: str | None) -> str:
+    """What activations went through, by the names of 4 to 6; ``option`` says it where the file does not."""
     found = flat.get("normalize_activations", "none")
     if found == "constant_scalar_rescale" and flat.get("architecture") == "temporal":  # an option of that
-        return False
-    if found is True or found == "expected_average_only_in":
-        return True
-    if found is not False and found != "none":
+        found = "none"
+    if isinstance(found, bool):  # of 2 and 3
+        found = SCALED if found else "none"
+    if found == "covariance_whitening":
         raise SAEFormatError(
-            f"normalize_activations in {place} is {found!r}, which this loader cannot apply: it normalizes rows as the "
-            "SAE is used. Expected 'none' or 'expected_average_only_in'"
+            f"normalize_activations in {place} is {found!r}: it is a checkpoint of a training whose map of activations "
+            "is not in these files. Load the SAE that the training left at its end, which has it in its weights"
         )
-    return False
+    if not isinstance(found, str) or found not in ("none", SCALED, *TRANSFORMS):
+        expected = ", ".join(repr(name) for name in ("none", SCALED, *TRANSFORMS))
+        raise SAEFormatError(f"normalize_activations in {place} is {found!r}, expected one of {expected}")
+    if option is None or option == found:
+        return str(found)
+    if found != "none":
+        raise SAEFormatError(
+            f"the loader's option normalize_activations is {option!r}, but {place} says {found!r}; leave the option out"
+        )
+    return option
 
 
 def _metadata(flat: Mapping[str, Any], inner: Mapping[str, Any] | None) -> dict[str, Any]:

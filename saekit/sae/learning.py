@@ -1,0 +1,48 @@
+"""What of a module learns, and what is done around each update."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from saekit.sae.parameters import ParameterTable
+
+__all__ = ["Learning"]
+
+
+class Learning(nn.Module):
+    """What :class:`saekit.sae.SAEModule` has of it."""
+
+    if TYPE_CHECKING:  # of the module itself
+
+        @property
+        def table(self) -> ParameterTable: ...
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Between gradient and update: remove what rows of norm 1 cannot follow."""
+        self.table.project(self)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """After an update: rows that have norm 1 back to it."""
+        self.table.renormalize(self)
+
+    def add_scaling_factor(self) -> None:
+        """Multiply features by a factor of their own before they are decoded, at first 1."""
+        self.add_factors_for("scale")
+
+    def add_factors_for(self, method: str) -> None:
+        """Add the factors that fine-tuning by ``method`` trains, at first 1; until then they do not learn."""
+        for entry in self.table:
+            if entry.optional and method in entry.groups:
+                self.table.add_optional(self, entry.name)
+
+    def learn_only(self, names: Collection[str]) -> None:
+        """From now on train these parameters and leave the others as they are."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in names)

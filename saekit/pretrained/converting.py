@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import attrs
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.converted import ConvertedConfig
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, PluginFailedError, PluginWarning
 from saekit.files.paths import as_path
 from saekit.files.storage import write_text
 from saekit.kinds import PRETRAINED_LOADERS
@@ -21,6 +22,7 @@ from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import usable
 from saekit.protocols import ConvertsConfigs
+from saekit.reasons import error_text
 
 __all__ = ["convert_config", "write_new"]
 
@@ -36,15 +38,25 @@ def convert_config(table: Mapping[str, Any], *, plugins: PluginManager | None = 
     if "saekit" in table or {"training", "site"} <= table.keys():
         raise ConfigError("this is saekit's own already, and needs no conversion")
     plugins = plugins or default_manager()
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
-    asked = [(item, loader) for item in items if isinstance(loader := built(item, None), ConvertsConfigs)]
-    found = {item.key: said for item, loader in asked if (said := _converted(item, loader, table)) is not None}
+    found, asked, failed = {}, [], []
+    for item in plugins.registry(PRETRAINED_LOADERS).items:
+        try:
+            if usable(item) and isinstance(loader := built(item, None), ConvertsConfigs):
+                asked.append(item.key)
+                if (said := _converted(item, loader, table)) is not None:
+                    found[item.key] = said
+        except PluginFailedError as error:  # which stops no other loader
+            failed.append(error)
+    if failed and not found:
+        raise failed[0]
+    for failure in failed:
+        warnings.warn(error_text(failure), PluginWarning, stacklevel=2)
     if len(found) > 1:
         raise ConfigError(
             f"{' and '.join(found)} both know this configuration; leave one out (SAEKIT_DISABLE_PLUGINS=DISTRIBUTION)"
         )
     if not found:
-        known = ", ".join(sorted(item.key for item, _ in asked)) or "nobody's"
+        known = ", ".join(sorted(asked)) or "nobody's"
         raise ConfigError(
             f"this is no configuration of a run that can be converted: those of {known} can, and none of them knows "
             "its keys. Expected the file that the library saves of a run's options"

@@ -14,7 +14,7 @@ import pytest
 
 import saekit
 from saekit.converted import ConvertedConfig as Converted
-from saekit.errors import ConfigError, SaekitError, StorageError
+from saekit.errors import ConfigError, PluginWarning, SaekitError, StorageError
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.pretrained.converting import convert_config as convert
 from saekit.pretrained.converting import write_new
@@ -282,6 +282,8 @@ def test_a_strangers_loader_converts_its_own() -> None:
         convert({"theirs": 1}, plugins=managed(mine, mine))
     with pytest.raises(SaekitError, match=r"convert_config.*expected a saekit.converted.ConvertedConfig, or None"):
         convert({"theirs": 1}, plugins=managed({"lr": 3}))
+    with pytest.warns(PluginWarning, match="theirs_1"):
+        assert convert({"theirs": 1}, plugins=managed(mine, 3)).lost == mine.lost
     with pytest.raises(ConfigError, match="madeup"):
         convert({"theirs": 1}, plugins=managed(Converted(table={"training": {"madeup": 1}})))
 

@@ -82,8 +82,8 @@ def push(
         operations += [CommitOperationDelete(name) for name in old]
         text = message or f"{len(saes)} SAE{'s' if len(saes) > 1 else ''}, saved by saekit {__version__}"
         what += ", and no file of it was changed"
-        how = {"commit_message": text, "revision": revision, "parent_commit": info.sha}  # or else the Hub refuses
-        done = do(lambda: api.create_commit(repo_id, operations, **how))
+        how: dict[str, Any] = {"revision": revision, "parent_commit": info.sha}  # if another is there, the Hub refuses
+        done = do(lambda: api.create_commit(repo_id, operations, commit_message=text, **how))
     return str(done.commit_url)
 
 

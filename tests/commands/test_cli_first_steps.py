@@ -179,7 +179,7 @@ def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
         ("train model.compile=t", ["model.compile=true"]),
         ("train optimizer=", ["optimizer=adam", "optimizer=signum"]),
         ("train sae.name=top", ["sae.name=topk", "sae.name=topk_transcoder"]),
-        ("train sae.name=topk sae.k", ["sae.k=", "sae.k_start=", "sae.k_aux="]),
+        ("train sae.name=topk sae.k", ["sae.k=", "sae.k_start=", "sae.k_warm_up_steps="]),
         ("train a", ["a.toml", "activations.source=", "activations.source.name="]),
         ("train a.toml lr_schedule.e", ["lr_schedule.end=", "lr_schedule.end=0.5"]),
         ("train bad.toml training.see", ["training.seed=", "training.seed=42"]),

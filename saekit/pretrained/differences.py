@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.sae.probe import as_it_is, explained, norms_of, results
+from saekit.sae.probe import as_it_is, explained, norms_of, off_here, results
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ class Differences:
         """``[n]``: how many features are active."""
         return (self._both[0] != 0).sum(1)
 
-    @property
+    @cached_property
     def off(self) -> float:
-        """How far off a row may be, relative to itself."""
-        return float(self.said.facts["off"])
+        """How far off a row may be, relative to itself: by the coarser of the products that saved it and are here."""
+        return max(float(self.said.facts["off"]), off_here(self.sae))
 
     def _fits(self, found: Tensor, expected: Tensor, off: float | None = None) -> bool:
         return bool((_relative(found, expected) <= (off or self.off)).all())

@@ -76,8 +76,8 @@ class SAE(SAEModule):
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
         ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  ``dtype`` is what its weights shall be in:
         ``float32``, ``bfloat16`` or ``float64``; None: what they are in.  No second copy of them is made for it, nor
-        for ``device``.  With ``verify``, what it computes is compared with the probe in the folder:
-        :class:`saekit.errors.SAEFormatError` says what does not fit.
+        for ``device``.  With ``verify``, what it computes is compared with the probe in the folder
+        before it goes to ``dtype``: :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
         how = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
         return _as(cls, _loaded(SAEFiles.at(path), verify, **how))
@@ -218,10 +218,7 @@ class SAE(SAEModule):
 
 
 def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
-    sae = load_sae(files, **how)
-    if verify:
-        check(sae, files)
-    return sae
+    return load_sae(files, checked=check if verify else None, **how)
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

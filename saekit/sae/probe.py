@@ -5,9 +5,11 @@ Inputs are numbers of bfloat16, so that their file holds them as they are.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor
 
 from saekit._version import __version__
+from saekit.files.names import SAE_PROBE
+from saekit.reasons import error_text
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of", "results"]
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "off_here", "probe_of", "results"]
 
 MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
@@ -49,17 +53,18 @@ class Probe:
 def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
     """That of ``sae``, whose public tensors are ``saved``.
 
-    None where its own code cannot tell, which is no reason not to save it.
+    None where its own code cannot tell, with a warning that says why: it is no reason not to save it.
     """
     try:
+        sae = _as_loaded(sae)
         with as_it_is(sae):
             rows, made = sae.probe_rows, sae.probe_rows is None
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
             features, output = results(sae, x)
-    except Exception:
-        return None
+    except Exception as error:
+        return _none(f"what the SAE computes fails with {error_text(error)}")
     if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
-        return None
+        return _none("what the SAE computes is not finite")
     largest = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
     tensors = {
         "x": x.contiguous(),
@@ -73,13 +78,24 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
         "saekit": __version__,
         "rows": "made of weights" if made else "activations",
         "dtype": dtype_name(sae.dtype),
-        "off": repr(_off(sae)),
+        "off": repr(max(_OFF.get(sae.dtype, max(_OFF.values())), off_here(sae))),
         "l0": repr(tensors["l0"].float().mean().item()),
         "norms": json.dumps(norms_of(saved)),
     }
     if sae.ports.same and len(x) > 1:
         facts["explained_variance"] = repr(explained(x.float(), tensors["output"]))
     return Probe(tensors, facts)
+
+
+def _as_loaded(sae: SAEModule) -> SAEModule:
+    """As it is when it is loaded again: float16 becomes float32, in which other features may be the largest."""
+    return copy.deepcopy(sae).float() if sae.dtype == torch.float16 else sae
+
+
+def _none(why: str) -> None:
+    warnings.warn(
+        f"the SAE is saved without {SAE_PROBE}, so that nobody can verify it: {why}", UserWarning, stacklevel=6
+    )
 
 
 @contextmanager
@@ -115,11 +131,10 @@ def _fitting(sae: SAEModule) -> int:
     return max(1, min(MOST_ROWS, _MOST_BYTES // (2 * sae.d_in + 4 * sae.d_out)))
 
 
-def _off(sae: SAEModule) -> float:
-    """How far, relative to itself, a row may be off where others compute it."""
-    off = _OFF.get(sae.dtype, max(_OFF.values()))
+def off_here(sae: SAEModule) -> float:
+    """How far, relative to itself, a row may be off by how this machine multiplies, beside what the type says."""
     short = sae.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(off, _COARSE) if short else off
+    return _COARSE if short else 0.0
 
 
 def _made_rows(sae: SAEModule, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,9 @@ def export(
     """
     path, plugins = as_path(folder), plugins or default_manager()
     if format == OWN:
-        from saekit.sae.folder import save_sae
+        from saekit.sae.folder import write_sae
 
-        return save_sae(sae, path)
+        return _written(path, lambda home: write_sae(sae, home))
     choice = ConfigConverter(plugins).choice(format, PRETRAINED_LOADERS)
     loader = choice.build()
     if not isinstance(loader, WritesSAEs):
@@ -63,15 +64,20 @@ def export(
             f"the SAE cannot be written as {choice.key}: it takes activations that are scaled by a factor that nobody "
             "knows, and no other library is told so. Call sae.fold_activation_scale(factor) first"
         )
+    return _written(path, lambda home: _write(loader, choice, sae, home))
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> Path:
+    """``path``, with the files that ``write`` has written into a new folder: all, or an error and none."""
     target = _target(path)
     try:
         if target.exists():
             with new_files(target / "export") as home:
-                _write(loader, choice, sae, home)
+                write(home)
                 add_files(target, home)
         else:
             with new_folder(target, replace=False) as home:
-                _write(loader, choice, sae, home)
+                write(home)
     except FileExistsError as error:
         raise PlaceError(
             f"cannot write the SAE to {path}: {error.strerror}, {error.filename}. Move it away, or "

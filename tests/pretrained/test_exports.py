@@ -306,6 +306,21 @@ def test_layers_share_a_folder_and_nothing_is_overwritten(tmp_path: Path) -> Non
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in (tmp_path / "set").iterdir()} == before
 
 
+@pytest.mark.parametrize("form", ["saekit", "sae_lens"])
+def test_an_sae_of_saekit_is_not_overwritten(tmp_path: Path, form: str) -> None:
+    sae, folder = make(), thesis(tmp_path / "work")
+    others = names(folder)
+    sae.export(folder, form)
+    before = {name: (folder / name).read_bytes() for name in names(folder) - others}
+    assert {"cfg.json", "sae_weights.safetensors"} <= before.keys()
+    sae.export(folder, form)  # the very same
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    with pytest.raises(PlaceError, match=r"there is another file of that name, .*cfg.json. Move it away, or"):
+        sae.export(folder, form)
+    assert {name: (folder / name).read_bytes() for name in names(folder) - others} == before
+
+
 def test_files_of_others_stay(tmp_path: Path) -> None:
     folder = thesis(tmp_path / "work")
     before = names(folder)

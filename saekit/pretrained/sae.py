@@ -18,7 +18,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
-from saekit.pretrained.made import made_from
+from saekit.pretrained.made import made_from, options_of
 from saekit.pretrained.probe import check
 from saekit.pretrained.published import load_published
 from saekit.pretrained.pushing import push_sae
@@ -96,13 +96,17 @@ class SAE(SAEModule):
 
         ``{"name": "topk", "d_in": 768, "d_sae": 6144, "k": 32}``; ``architecture`` is understood for ``name``, too.
         ``b_dec`` starts at zero, as there are no activations to take a mean of.  ``ports`` are the sites with their
-        widths, of what has several.
+        widths, of what has several; among the options they are ``{"inputs": {"a": 8}, "targets": {"b": 4}}``.
+        ``input_transform`` is there what normalizes rows, by its name or with its options.
         """
         return _as(cls, made_from(options, ports, seed, device, plugins))
 
     def to_dict(self) -> dict[str, Any]:
-        """The options of :meth:`from_dict`."""
-        return {"name": self.info.architecture, **self.saved_options()}
+        """The options of :meth:`from_dict`, which makes the same kind of SAE of them, of other weights.
+
+        ``input_transform`` is among them where there is one, and ``ports`` where there is more than one nameless site.
+        """
+        return options_of(self)
 
     @classmethod
     def from_hub(

@@ -147,6 +147,7 @@ class SAE(SAEModule):
         dtype: str | torch.dtype | None = None,
         releases: ReleaseFiles = (),
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
         """A published SAE, with its configuration, where it is from and, where it is known, how often features fire.
 
@@ -162,15 +163,16 @@ class SAE(SAEModule):
         how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
         asked = asked_for(release, sae_id, repo_id, folder, releases, plugins)
         if asked.release is not None:
-            found = load_published(asked.release, [asked.sae_id], revision=revision, token=token, **how)
+            found = load_published(asked.release, [asked.sae_id], revision=revision, token=token, verify=verify, **how)
             return _as(cls, next(sae for _, sae in found))
-        if asked.path is None:
-            files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
-        elif revision is None:
-            files = SAEFiles.at(asked.path)
-        else:
+        if asked.path is not None and revision is not None:
             raise ConfigError(f"{asked.path} is a path on this machine, and revision is of repositories: leave it out")
-        return _as(cls, load_sae(files, **how))
+        with asked.hinting():
+            if asked.path is None:
+                files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
+            else:
+                files = SAEFiles.at(asked.path)
+            return _as(cls, _loaded(files, verify, **how))
 
     def push_to_hub(
         self,
@@ -210,14 +212,17 @@ class SAE(SAEModule):
         dtype: str | torch.dtype | None = None,
         releases: ReleaseFiles = (),
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> dict[str, Self]:
         """Several SAEs of one release by their ids, in that order, as :meth:`from_pretrained` gives them.
 
         The release is looked up once, its repository listed once, and its format looked at once.
         """
+        if isinstance(sae_ids, str):
+            raise ConfigError([("sae_ids", f"is one text, {sae_ids!r}, expected a list of ids: [{sae_ids!r}]")])
         found = catalog_of(releases, plugins).find(release)
         how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
-        loaded = load_published(found, list(sae_ids), revision=revision, token=token, **how)
+        loaded = load_published(found, list(sae_ids), revision=revision, token=token, verify=verify, **how)
         return {name: _as(cls, sae) for name, sae in loaded}
 
 

@@ -62,9 +62,11 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
             features, output = results(sae, x)
     except Exception as error:
-        return _none(f"what the SAE computes fails with {error_text(error)}")
+        _warn(f"what the SAE computes fails with {error_text(error)}")
+        return None
     if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
-        return _none("what the SAE computes is not finite")
+        _warn("what the SAE computes is not finite")
+        return None
     largest = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
     tensors = {
         "x": x.contiguous(),
@@ -92,7 +94,7 @@ def _as_loaded(sae: SAEModule) -> SAEModule:
     return copy.deepcopy(sae).float() if sae.dtype == torch.float16 else sae
 
 
-def _none(why: str) -> None:
+def _warn(why: str) -> None:
     warnings.warn(
         f"the SAE is saved without {SAE_PROBE}, so that nobody can verify it: {why}", UserWarning, stacklevel=6
     )

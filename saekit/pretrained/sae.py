@@ -184,19 +184,21 @@ class SAE(SAEModule):
         commit_message: str | None = None,
         metrics: Mapping[str, float] | None = None,
         token: str | bool | None = None,
+        probe: bool = True,
     ) -> str:
         """Put the SAE into a repository of the Hub, or into a folder of it, with a model card; the commit's address.
 
         One commit does it all.  The repository, and the branch ``revision``, are made if they are not there; who may
         see a new one says ``private``, by default as your account has it.  The card says what is known of the SAE, and
         of ``metrics``, as :attr:`saekit.TrainResult.metrics` has them, how good it is; one that saekit did not make
-        stays.  ``token`` is as huggingface_hub has it: by default that with which you are logged in.
+        stays.  ``token`` is as huggingface_hub has it: by default that with which you are logged in.  The probe holds
+        up to 16 rows of activations of a run: without ``probe`` it is left out, and what is loaded cannot be verified.
 
         :class:`ConfigError` for what cannot be a repository, and :class:`StorageError` where the Hub does not take it.
         """
         return push_sae(
             self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,
-            token=token,
+            token=token, probe=probe,
         )  # fmt: skip
 
     @classmethod

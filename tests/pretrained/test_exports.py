@@ -21,7 +21,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from safetensors.torch import load_file
 from support.formats import FIXTURES, edit_json
-from support.saved import make, names, sae_lens_python, thesis
+from support.saved import make, names, other, sae_lens_python, thesis
 
 import saekit
 from saekit import SAE, Ports, Site, Sites
@@ -285,6 +285,28 @@ def test_what_has_no_place_is_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [], "nothing is left"
 
 
+@pytest.mark.parametrize("form", ["saekit", "sae_lens"])
+def test_an_export_as_saekit_has_it_replaces_no_other_sae(tmp_path: Path, form: str) -> None:
+    first, second = make(), other()
+    first.export(tmp_path / "out", form)
+    first.export(tmp_path / "out", form)  # the very same
+    with pytest.raises(PlaceError, match=r"there is another file of that name, .* Move it away, or"):
+        second.export(tmp_path / "out", form)
+    assert torch.equal(SAE.load(tmp_path / "out").W_dec, first.W_dec)
+
+
+def test_what_a_killed_export_leaves_is_no_sae(tmp_path: Path) -> None:
+    sae = sae_of(TopKConfig(**CHOOSES))
+    sae.export(tmp_path / "out", "sparsify")
+    half = tmp_path / "out/.export.4075be75.tmp"
+    half.mkdir()
+    sae.export(half / "whole", "sparsify")
+    assert torch.equal(SAE.load(tmp_path / "out").W_dec, sae.W_dec)
+    (tmp_path / ".new.4075be75.tmp").mkdir()
+    sae.export(tmp_path / "new", "sparsify")
+    assert names(tmp_path).isdisjoint({".new.4075be75.tmp"})
+
+
 def test_layers_share_a_folder_and_nothing_is_overwritten(tmp_path: Path) -> None:
     for layer in (5, 6):
         at = sites(f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out")
@@ -304,21 +326,6 @@ def test_layers_share_a_folder_and_nothing_is_overwritten(tmp_path: Path) -> Non
     with pytest.raises(PlaceError, match=r"another file of that name, .*config.yaml"):
         layer.export(tmp_path / "set", "mwhanna")
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in (tmp_path / "set").iterdir()} == before
-
-
-@pytest.mark.parametrize("form", ["saekit", "sae_lens"])
-def test_an_sae_of_saekit_is_not_overwritten(tmp_path: Path, form: str) -> None:
-    sae, folder = make(), thesis(tmp_path / "work")
-    others = names(folder)
-    sae.export(folder, form)
-    before = {name: (folder / name).read_bytes() for name in names(folder) - others}
-    assert {"cfg.json", "sae_weights.safetensors"} <= before.keys()
-    sae.export(folder, form)  # the very same
-    with torch.no_grad():
-        sae.W_dec.mul_(2)
-    with pytest.raises(PlaceError, match=r"there is another file of that name, .*(json|safetensors). Move it"):
-        sae.export(folder, form)
-    assert {name: (folder / name).read_bytes() for name in names(folder) - others} == before
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:

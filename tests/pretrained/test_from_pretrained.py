@@ -179,6 +179,7 @@ def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
     assert "neuronpedia_id" not in saes["two"].info.metadata
     with pytest.raises(UnknownKeyError, match="has no SAE 'tow'"):  # before anything is fetched
         SAE.from_release("mine", ["zero", "tow"], releases=releases)
+    assert list(SAE.from_release("mine", "one", releases=releases)) == ["one"], "an id alone is no list of letters"
 
 
 def test_what_a_release_says_counts_more_than_the_files(releases: Path, tmp_path: Path) -> None:
@@ -255,11 +256,6 @@ def test_every_way_to_load_can_verify(hub: FakeHub, releases: Path) -> None:
     finally:
         shutil.rmtree(folder)
         copied("sae_lens_6.54.12_topk", folder)
-
-
-def test_one_id_is_no_list_of_ids(releases: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sae_ids: is one text, 'one', expected a list of ids: \['one'\]"):
-        SAE.from_release("mine", "one", releases=releases)
 
 
 def test_of_what_cannot_be_found_the_message_says_what_to_do(hub: FakeHub, releases: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from saekit_plugins.loaders.reading import (
     named,
     one_file,
     options,
+    path_of,
     site,
     text,
     whole_number,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _PATTERN = r"layer_\d+\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_MODEL = re.compile(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z0-9])", re.IGNORECASE)  # in the repository's name
 _RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository
 
 
@@ -84,7 +87,7 @@ class MwhannaLoader:
             tensors=tensors,
             sites=Sites((read,), (written,)),
             ports=ports,
-            metadata=told(config, f"config.yaml beside {where}") or _metadata(run, config, where),
+            metadata=told(config, f"config.yaml beside {where}") or _metadata(run, config, where, path_of(files, name)),
         )
 
     def write_sae(self, sae: SAE, folder: Path) -> None:
@@ -139,10 +142,12 @@ def _hook(config: Mapping[str, Any], name: str, default: str, where: str) -> str
     return text(config, name, f"config.yaml beside {where}") or default
 
 
-def _metadata(run: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _metadata(run: Mapping[str, Any], config: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (model := text(config, "model_name", f"config.yaml beside {where}")) is not None:
         found["model_name"] = model
+    elif (said := _MODEL.search(path)) is not None:  # one repository has no config.yaml
+        found["model_name"] = f"Qwen/Qwen3-{said[1]}B"
     if (rows := _value(run, "batch_size")) is not None:  # of one text each
         found["context_size"] = whole_number({"batch_size": rows}, "batch_size", f"the YAML beside {where}")
     return found | {

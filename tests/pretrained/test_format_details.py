@@ -257,6 +257,18 @@ def test_sparsify_hook_points(tmp_path: Path, hook_point: str, hook: str | None)
     assert info.metadata == wanted | {"hf_hook_name": hook_point}
 
 
+def test_what_a_transcoder_reads_is_kept_where_nothing_says_what_it_writes(tmp_path: Path) -> None:
+    folder = copied("sae_lens_6.54.12_skip_transcoder", tmp_path / "copy")
+    edit_json(folder / "cfg.json", lambda table: table["metadata"].pop("hook_name_out"))
+    sae = SAE.load(folder)
+    again = SAE.load(sae.save(tmp_path / "again"))
+    for one in (sae, again):
+        assert one.info.sites is None
+        assert one.info.metadata["hook_name"] == "blocks.0.ln2.hook_normalized"
+    said = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
+    assert said["hook_name"] == "blocks.0.ln2.hook_normalized", "which sae-lens reads"
+
+
 def test_sites_that_nothing_says_are_not_invented_by_saving(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "sparsify_1.3.3_skip_transcoder/layers.2.mlp", tmp_path / "layers.2.mlp.odd")
     sae = SAE.load(tmp_path)

@@ -101,7 +101,7 @@ class SaeLensLoader:
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, place, saved),
             input_transform=config.input_transform,
-            metadata={**config.metadata, **_defaulted(defaulted)},
+            metadata={**config.metadata, **_hook_alone(config, architecture.d_out), **_defaulted(defaulted)},
             renamed={theirs: ours for theirs, ours in RENAMED.items() if theirs in raw},
         )
 
@@ -131,6 +131,14 @@ def _place_of(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
     sites = Sites((config.site,), (target,))
     widths = {config.site.name: config.d_in}, {target.name: d_out}
     return {"sites": sites if config.target else None, "ports": Ports(*widths)}
+
+
+def _hook_alone(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
+    """What a transcoder reads, where nothing names what it writes: there are no sites then, and this is not lost."""
+    if d_out is None or config.target is not None:
+        return {}
+    head = config.site.hook_head_index
+    return {"hook_name": config.site.hook_name, **({} if head is None else {"hook_head_index": head})}
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

@@ -142,17 +142,19 @@ def off_here(sae: SAEModule) -> float:
 def _made_rows(sae: SAEModule, n: int) -> Tensor:
     """``[n, d_in]``: sums of a few directions that features write, or read, as large as makes features active."""
     generator = torch.Generator().manual_seed(0)
-    tensors = dict(sae.named_parameters())
-    decoder, encoder = (tensors.get(name) for name in ("W_dec", "W_enc"))
+    decoder, encoder, bias = (
+        None if name is None else getattr(sae, name)
+        for name in (sae.table.of_dims(*dims) for dims in (("d_sae", "d_out"), ("d_in", "d_sae"), ("d_out",)))
+    )
     which = torch.randint(sae.d_sae, (n, _DIRECTIONS), generator=generator).to(sae.device)
-    if sae.ports.same and decoder is not None and list(decoder.shape) == [sae.d_sae, sae.d_in]:
+    if sae.ports.same and decoder is not None:
         rows = decoder[which].float().sum(1).cpu()
-    elif encoder is not None and list(encoder.shape) == [sae.d_in, sae.d_sae]:
+    elif encoder is not None:
         rows = encoder[:, which.flatten()].T.reshape(n, _DIRECTIONS, -1).float().sum(1).cpu()
     else:
         rows = torch.randn(n, sae.d_in, generator=generator)
     rows = rows * (math.sqrt(sae.d_in) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
-    center = tensors.get("b_dec") if sae.ports.same else None
+    center = bias if sae.ports.same else None
     x: Tensor = rows
     for scale in _SCALES:
         x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()

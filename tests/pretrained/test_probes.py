@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from saekit import SAE
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_PROBE
 from saekit.pretrained import verify
-from saekit.sae.probe import explained
+from saekit.sae.probe import explained, probe_of
 
 KINDS = ("standard", "topk", "jumprelu")
 OTHERS = ("batchtopk", "transcoder", "skip_transcoder", "abstopk", "matching_pursuit", "temporal")
@@ -295,6 +296,24 @@ def test_a_probe_that_was_changed_is_no_witness(saved: Path, tmp_path: Path) -> 
     assert "probe.safetensors in " in told
     assert "is damaged or was changed, so that nothing can be compared with it" in told
     assert SAE.load(folder).d_sae == 64, "nobody reads it who does not ask for it"
+
+
+def test_parameters_may_have_other_names() -> None:
+    """Which is the decoder says the table: rows are made of its directions."""
+    sae = make(d_in=6)
+    before = probe_of(sae, {})
+    sae.directions = decoder = sae.W_dec
+    del sae.W_dec
+    vars(sae)["W_dec"] = decoder  # no parameter of that name any more
+    names = {"W_dec": "directions"}
+    entries = tuple(attrs.evolve(entry, name=names.get(entry.name, entry.name)) for entry in sae.table)
+    vars(sae)["table"] = attrs.evolve(sae.table, entries=entries)
+    after = probe_of(sae, {})
+    assert before is not None
+    assert after is not None
+    assert torch.equal(after.tensors["x"], before.tensors["x"])
+    assert sae.table.of_dims("d_sae", "d_out") == "directions"
+    assert (sae.table.of_dims("d_sae"), sae.table.of_dims("d_out", "d_out")) == (None, None), "several, and none"
 
 
 def test_numbers_without_end_are_no_probe(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import attrs
 
 from saekit.errors import AmbiguousKeyError, ConfigError, PluginWarning, UnknownKeyError
 from saekit.files.paths import as_path
+from saekit.pretrained.hooks_of import with_hooks
 from saekit.pretrained.releases import BUILT_IN, read_releases
 from saekit.reasons import error_text
 from saekit.released import Release, ReleasedSAE
@@ -41,10 +42,10 @@ class Catalog:
     """
 
     def __init__(self, files: Iterable[str | Path] = (), plugins: PluginManager | None = None) -> None:
-        self.releases: list[Release] = [*_built_in()]
+        found = [*_built_in()]
         for path in dict.fromkeys([*users_files(), *map(as_path, files)]):
-            self.releases += read_releases(path).releases()
-        self.releases += _of_plugins(plugins)
+            found += read_releases(path).releases()
+        self.releases: list[Release] = with_hooks([*found, *_of_plugins(plugins)], _OWN)
 
     def find(self, name: str) -> Release:
         """The release called ``name``, or ``saekit:name``; :class:`UnknownKeyError` has the nearest."""

@@ -160,7 +160,7 @@ def test_a_configuration_is_converted(tmp_path: Path) -> None:
     assert printed["renamed"]["hook_point"] == "site.hook_name"
     (tmp_path / "a.json").write_text('{"d_in": 3}')
     assert (
-        "no configuration of a run of sae-lens"
+        "no configuration of a run that can be converted"
         in cli("convert-config", tmp_path / "a.json", check=2, watch=True).stderr
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit import SAE
+    from saekit.converted import ConvertedConfig
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
@@ -71,6 +72,12 @@ class SaeLensLoader:
         sae.save(folder)
         if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
             raise SAEFormatError(f"sae_lens has no place for this {sae.info.architecture}: sae-lens 6 has none like it")
+
+    def convert_config(self, table: Mapping[str, Any]) -> ConvertedConfig | None:
+        """Those of runs of sae-lens 2 to 6."""
+        from saekit_plugins.loaders.sae_lens.run_configs import convert
+
+        return convert(table)
 
     def read(
         self,

@@ -31,6 +31,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    probe: bool = True,
 ) -> str:
     """Put what a run has trained into one repository of the Hub, with a model card; the address of the commit.
 
@@ -56,6 +57,7 @@ def push_to_hub(
             revision=revision,
             message=commit_message,
             token=token,
+            probe=probe,
         )
 
 

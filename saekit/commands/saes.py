@@ -167,10 +167,10 @@ def _sae_lines(saes: list[dict[str, Any]]) -> list[str]:
 def converted(source: str, target: str, to: str, loader: str | None, releases: Sequence[str]) -> str:
     """Write the SAE that ``source`` names to ``target`` in the format ``to``; a line about it."""
     _check_format(to)
-    _check_source(source, releases)
+    published = _published(source, releases)
     from saekit.pretrained.exporting import export
 
-    sae = _read(source, loader, releases)
+    sae = _read(source, published, loader, releases)
     export(sae, target, to)
     return printable(f"{sae.get_name()} ({sae.info.architecture}) is in {target} as {to}")
 
@@ -191,35 +191,44 @@ def _check_format(name: str) -> None:
         raise UnknownKeyError(printable(text)) from None
 
 
-def _check_source(source: str, releases: Sequence[str]) -> None:
-    """:class:`SAEFormatError` or :class:`UnknownKeyError` for what is neither a path nor a published SAE."""
+def _published(source: str, releases: Sequence[str]) -> tuple[str, str] | None:
+    """The release and the id that ``source`` names; None: it is a path.
+
+    :class:`SAEFormatError` or :class:`UnknownKeyError` for what is neither.
+    """
     if as_path(source).exists():
-        return
-    release, colon, sae_id = source.rpartition(":")
-    if not colon:
+        return None
+    catalog = Catalog(releases)
+    known = {name for one in catalog.releases for name in (one.name, one.key)}
+    release, colon, sae_id = (source, "", "") if source in known else source.rpartition(":")
+    if not colon and source not in known:
+        close = nearest(source, known)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise SAEFormatError(
-            f"there is no file or folder {source}; RELEASE:ID names a published SAE (`saekit saes list`)"
+            f"there is no file or folder {source}, and no release of that name.{hint} RELEASE:ID names a published "
+            "SAE, and RELEASE one of a release that has no other (`saekit saes list`)"
         )
-    find_sae(Catalog(releases).find(release), sae_id)
+    return release, find_sae(catalog.find(release), sae_id or None).id
 
 
-def _read(source: str, loader: str | None, releases: Sequence[str]) -> SAE:
+def _read(
+    source: str, published: tuple[str, str] | None, loader: str | None, releases: Sequence[str], *, verify: bool = False
+) -> SAE:
     from saekit.pretrained.sae import SAE
 
-    if as_path(source).exists():
-        return SAE.load(source, loader=loader)
-    release, _, sae_id = source.rpartition(":")
-    return SAE.from_pretrained(release, sae_id, loader=loader, releases=releases)
+    if published is None:
+        return SAE.load(source, loader=loader, verify=verify)
+    return SAE.from_pretrained(*published, loader=loader, releases=releases, verify=verify)
 
 
-def verified(folder: str, loader: str | None) -> str:
-    """A line that says that the SAE in ``folder`` is as it was saved; else :class:`SAEFormatError` says what is not."""
-    from saekit.saved import SAEFiles
-
-    SAEFiles.at(folder)
+def verified(source: str, loader: str | None, releases: Sequence[str] = ()) -> str:
+    """A line that says that the SAE is as it was saved; else :class:`SAEFormatError` says what is not."""
+    if (published := _published(source, releases)) is not None:
+        _read(source, published, loader, releases, verify=True)
+        return f"{source}: as it was saved"
     from saekit.pretrained.probe import verify
 
-    if found := verify(folder, loader=loader):
+    if found := verify(source, loader=loader):
         lines = "".join(f"\n  - {printable(one)}" for one in found)
-        raise SAEFormatError(f"the SAE in {folder} is not as it was saved:{lines}")
-    return f"{folder}: as it was saved"
+        raise SAEFormatError(f"the SAE in {source} is not as it was saved:{lines}")
+    return f"{source}: as it was saved"

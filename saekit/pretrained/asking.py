@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import attrs
 
-from saekit.errors import ConfigError, UnknownKeyError
+from saekit.errors import ConfigError, SaekitError, UnknownKeyError
 from saekit.files.paths import as_path
 from saekit.hub import is_path
 from saekit.plugins.manager import PluginManager
@@ -30,6 +31,18 @@ class Asked:
     repo_id: str | None = None
     folder: str = ""
     path: Path | None = None
+    hint: str = ""
+    """What an error about it should say, too."""
+
+    @contextmanager
+    def hinting(self) -> Iterator[None]:
+        """Errors from inside say it."""
+        try:
+            yield
+        except SaekitError as error:
+            if self.hint:
+                error.add_note(self.hint)
+            raise
 
 
 def catalog_of(files: ReleaseFiles, plugins: PluginManager | None) -> Catalog:
@@ -75,8 +88,10 @@ def asked_for(
     except UnknownKeyError:
         if as_path(text).exists():
             return _here(as_path(text), sae_id)
-        if "/" in text and not catalog.of_repo(text):
-            return Asked(repo_id=text, folder=sae_id or "")
+        releases = [one.name for one in catalog.of_repo(text)]
+        if "/" in text and (sae_id is not None or not releases):
+            hint = f"By their ids its SAEs are found by the name of a release: {', '.join(releases)}."
+            return Asked(repo_id=text, folder=sae_id or "", hint=hint if releases else "")
         raise
 
 

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.sae.probe import as_it_is, explained, norms_of, results
+from saekit.sae.probe import as_it_is, explained, norms_of, off_here, results
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ class Differences:
         """``[n]``: how many features are active."""
         return (self._both[0] != 0).sum(1)
 
-    @property
+    @cached_property
     def off(self) -> float:
-        """How far off a row may be, relative to itself."""
-        return float(self.said.facts["off"])
+        """How far off a row may be, relative to itself: by the coarser of the products that saved it and are here."""
+        return max(float(self.said.facts["off"]), off_here(self.sae))
 
     def _fits(self, found: Tensor, expected: Tensor, off: float | None = None) -> bool:
         return bool((_relative(found, expected) <= (off or self.off)).all())
@@ -108,6 +108,11 @@ class Differences:
         """As they were read."""
         return {name: value.detach().cpu() for name, value in self.sae.named_parameters()}
 
+    def _weight(self, *dims: str) -> Tensor | None:
+        """The parameter of these dimensions."""
+        name = self.sae.table.of_dims(*dims)
+        return None if name is None else self._weights.get(name)
+
     # ---- causes
 
     def _rounding(self) -> str | None:
@@ -126,7 +131,7 @@ class Differences:
 
     def _folded_norms(self) -> str | None:
         """Outputs are the same, and features larger by a factor of each."""
-        decoder = self._weights.get("W_dec")
+        decoder = self._weight("d_sae", "d_out")
         if decoder is None or not self._fits(self.output, self.said.output) or not self._one_factor_each():
             return None
         norms = decoder.double().norm(dim=-1)
@@ -156,8 +161,9 @@ class Differences:
         """What features add to outputs is the same but for one factor."""
         if not self._same_features:
             return None
-        bias = self._weights.get("b_dec", torch.zeros(()))
-        for what, constant in (("outputs", torch.zeros(())), ("outputs less b_dec", bias)):
+        nothing, bias = torch.zeros(()), self._weight("d_out")
+        less = f"outputs less {self.sae.table.of_dims('d_out')}"
+        for what, constant in (("outputs", nothing), (less, nothing if bias is None else bias)):
             found, expected = self.output - constant.float(), self.said.output - constant.float()
             factor = _ratio(found, expected)
             if abs(factor - 1) > self.off and self._fits(found, factor * expected, 10 * self.off):
@@ -168,7 +174,7 @@ class Differences:
 
     def _activation_scale(self) -> str | None:
         """It does on ``x`` what it did on a multiple of it."""
-        before, now = self._norms.get("W_enc", (0.0, 0.0))
+        before, now = self._norms.get(self.sae.table.of_dims("d_in", "d_sae") or "", (0.0, 0.0))
         if not before or not now or abs(now / before - 1) <= self.off:
             return None
         scale = now / before
@@ -184,7 +190,7 @@ class Differences:
 
     def _centering(self) -> str | None:
         """The decoder's bias is subtracted from inputs, or is not."""
-        bias = self._weights.get("b_dec")
+        bias = self._weight("d_out")
         if bias is None or not self.sae.ports.same:
             return None
         subtracts = self.sae.config.apply_b_dec_to_input

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,13 @@ def load_sae(
     plugins: PluginManager | None = None,
     faults: list[str] | None = None,
     origin: Mapping[str, Any] | None = None,
+    checked: Callable[[SAEModule, SAEFiles], None] | None = None,
 ) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
 
     Its weights are in ``dtype``, or else in the files' type.  With ``faults``, checksums that do not fit are added to
-    them, and what is there is read all the same.  ``origin`` is what its provenance says beside that.
+    them, and what is there is read all the same.  ``origin`` is what its provenance says beside that.  ``checked``
+    is called with the SAE as it lies in the files: in ``dtype`` it is only afterwards.
     """
     from saekit.pretrained.own import read_own
 
@@ -71,7 +73,8 @@ def load_sae(
                 read = attrs.evolve(read, tensors=dict(read.tensors))
             read = overridden(read, files, key)
             try:
-                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=dtype, device=device, spent=True)
+                first = dtype if checked is None else None
+                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=first, device=device, spent=True)
             except SAEFormatError as error:
                 raise _of_files(error, files) from error
         except SaekitError:
@@ -80,7 +83,21 @@ def load_sae(
         found = checksums(files, sums)
     known = read.provenance or provenance(read, key, files, found)
     sae.info = attrs.evolve(sae.info, provenance={**known, **(origin or {})})
-    return sae.to(device)
+    return _as_wanted(sae.to(device), files, dtype, checked)
+
+
+def _as_wanted(
+    sae: SAEModule, files: SAEFiles, dtype: str | None, checked: Callable[[SAEModule, SAEFiles], None] | None
+) -> SAEModule:
+    if checked is not None:
+        checked(sae, files.unopened())
+        if dtype is not None:
+            import torch
+
+            sae.cast_weights(getattr(torch, dtype))
+    if dtype is not None:
+        sae.state_dtype()
+    return sae
 
 
 def _bound(choice: PluginChoice | Choice[PretrainedLoader], plugins: PluginManager) -> Choice[PretrainedLoader]:

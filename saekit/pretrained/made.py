@@ -11,14 +11,14 @@ from saekit.ambient import ambient
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
-from saekit.kinds import SAE_ARCHITECTURES
+from saekit.kinds import INPUT_TRANSFORMS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.values import Ports
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["made_from"]
+__all__ = ["made_from", "options_of"]
 
 
 @ambient()
@@ -35,14 +35,51 @@ def made_from(
     table = dict(options)
     if "architecture" in table and "name" not in table:
         table["name"] = table.pop("architecture")
+    ports, transform = _ports(table.pop("ports", None), ports), table.pop("input_transform", None)
     bound = ConfigConverter(plugins).choice(table, SAE_ARCHITECTURES)
     config = bound.options
+    if transform is not None:
+        transform = ConfigConverter(plugins).choice(transform, INPUT_TRANSFORMS)
     if ports is None:
         if config.d_in is None:
             raise ConfigError([("d_in", "is missing: there is no model here whose activations would say it")])
         ports = Ports.one(config.d_in)
     elif config.d_in not in (None, ports.d_in):
         raise ConfigError([("d_in", f"is {config.d_in}, and the inputs are {ports.d_in} wide")])
-    sae = build_module(bound.item, attrs.evolve(config, b_dec_init_method="zeros"), ports, plugins)
+    sae = build_module(bound.item, attrs.evolve(config, b_dec_init_method="zeros"), ports, plugins, transform)
     initialize(sae, torch.Generator().manual_seed(seed))
     return sae.to(device)
+
+
+def options_of(sae: SAEModule) -> dict[str, Any]:
+    """See :meth:`saekit.SAE.to_dict`."""
+    options = {"name": sae.info.architecture, **sae.saved_options()}
+    if sae.input_transform is not None:
+        options["input_transform"] = sae.info.input_transform
+    if sae.ports != Ports.one(sae.d_in):
+        options["ports"] = {"inputs": dict(sae.ports.inputs), "targets": dict(sae.ports.targets)}
+    return options
+
+
+def _ports(said: object, given: Ports | None) -> Ports | None:
+    """Those that options say, as :func:`options_of` writes them, or those that are given beside them."""
+    if said is None:
+        return given
+    kinds = isinstance(said, Mapping) and "inputs" in said and {"inputs", "targets"} >= {*said}
+    if not isinstance(said, Mapping) or not kinds or not all(map(_are_widths, said.values())):
+        raise ConfigError(
+            [("ports", f"is {said!r}, expected the widths of inputs, and of targets if they are others, by the names "
+              'of their sites: {"inputs": {"a": 8}, "targets": {"b": 4}}')]
+        )  # fmt: skip
+    found = Ports(**{name: dict(widths) for name, widths in said.items()})
+    if given not in (None, found):
+        raise ConfigError([("ports", f"is {dict(said)!r}, and beside the options others are given: leave one out")])
+    return found
+
+
+def _are_widths(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and type(width) is int and width > 0 for name, width in value.items())
+    )

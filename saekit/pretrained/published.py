@@ -16,6 +16,7 @@ from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.pretrained.catalog import find_sae, nearest
 from saekit.pretrained.load import load_sae, loader_of
+from saekit.pretrained.probe import check
 from saekit.protocols import LocatesFiles
 from saekit.released import Release, ReleasedSAE
 from saekit.saved import SAEFiles
@@ -38,11 +39,12 @@ def load_published(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     plugins: PluginManager | None = None,
+    verify: bool = False,
 ) -> Iterator[tuple[str, SAEModule]]:
     """The SAEs of ``ids``, one after the other, each with its id.
 
     All of them are looked for before the first is loaded.  ``loader`` and ``revision`` are those of the release, unless
-    they are given.
+    they are given.  ``verify`` as for :meth:`saekit.SAE.load`.
     """
     plugins = plugins or default_manager()
     wanted = [find_sae(release, one) for one in ids]
@@ -54,7 +56,10 @@ def load_published(
         choice = loader_of(files[0], plugins)
     for sae, where in zip(wanted, files, strict=True):
         origin = {"release": release.key, "sae_id": sae.id}
-        loaded = load_sae(where, loader=choice, device=device, dtype=dtype, plugins=plugins, origin=origin)
+        loaded = load_sae(
+            where, loader=choice, device=device, dtype=dtype, plugins=plugins, origin=origin,
+            checked=check if verify else None,
+        )  # fmt: skip
         known = {"model_name": release.model, "neuronpedia_id": sae.neuronpedia}
         metadata = {name: value for name, value in known.items() if value is not None}
         loaded.info = attrs.evolve(loaded.info, metadata={**metadata, **loaded.info.metadata})

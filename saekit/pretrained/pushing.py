@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
 from saekit.errors import ConfigError, StorageError
-from saekit.files.names import SAE_FILES
+from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE
 from saekit.hub_files import asked
 from saekit.pretrained.card import MADE_BY_SAEKIT, CardSAE, model_card
 from saekit.pretrained.copying import read_config
@@ -52,11 +53,12 @@ def push(
     revision: str | None = None,
     message: str | None = None,
     token: str | bool | None = None,
+    probe: bool = True,
 ) -> str:
     """Put saved SAEs into a repository, which is made if there is none, with a card; the address of the commit.
 
     ``folders`` are those of the SAEs by their folders in the repository, and ``saes`` what the card says of them.
-    ``revision`` is a branch, which is made if there is none.
+    ``revision`` is a branch, which is made if there is none.  Without ``probe``, ``probe.safetensors`` stays here.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -72,7 +74,7 @@ def push(
             do(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True))
         info = do(lambda: api.model_info(repo_id, revision=revision))
         there = {file.rfilename for file in info.siblings or ()}
-        new, old = _files(folders, there)
+        new, old = _files(folders, there, probe)
         for path in _cards(list(folders), there):
             if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, info.sha)):  # type: ignore[misc]
                 new[path] = model_card(repo_id, saes, columns).encode()
@@ -87,18 +89,33 @@ def push(
     return str(done.commit_url)
 
 
-def _files(folders: Mapping[str, Path], there: Collection[str]) -> tuple[dict[str, str | bytes], list[str]]:
+def _files(
+    folders: Mapping[str, Path], there: Collection[str], probe: bool
+) -> tuple[dict[str, str | bytes], list[str]]:
     """What is to be put into the repository, and what of SAEs that were there belongs to none of these."""
     new: dict[str, str | bytes] = {}
     old = []
     for inner, folder in folders.items():
         prefix = f"{inner}/" if inner else ""
         for name in SAE_FILES:
-            if (folder / name).is_file():
+            if name == SAE_PROBE and not probe:
+                old += [prefix + name] if prefix + name in there else []
+            elif name == SAE_CONFIG and not probe:
+                new[prefix + name] = _without_probe(folder)
+            elif (folder / name).is_file():
                 new[prefix + name] = str(folder / name)
             elif prefix + name in there:
                 old.append(prefix + name)
     return new, old
+
+
+def _without_probe(folder: Path) -> bytes:
+    """The ``cfg.json`` of a saved SAE without the probe's checksum, which its seal leaves out."""
+    table = read_config(folder)
+    own = table.get("saekit")
+    if isinstance(own, dict) and isinstance(own.get("sha256"), dict):
+        own["sha256"].pop(SAE_PROBE, None)
+    return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def _cards(inner: Sequence[str], there: Collection[str]) -> list[str]:

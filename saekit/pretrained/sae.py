@@ -18,7 +18,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
-from saekit.pretrained.made import made_from
+from saekit.pretrained.made import made_from, options_of
 from saekit.pretrained.probe import check
 from saekit.pretrained.published import load_published
 from saekit.pretrained.pushing import push_sae
@@ -76,8 +76,8 @@ class SAE(SAEModule):
         ``loader`` names one by its key, or is an object of its options class or a table, as in a configuration:
         ``{"name": "connor_rob_hook_z", "sae": "gpt2-small_L0_Hcat_z"}``.  ``dtype`` is what its weights shall be in:
         ``float32``, ``bfloat16`` or ``float64``; None: what they are in.  No second copy of them is made for it, nor
-        for ``device``.  With ``verify``, what it computes is compared with the probe in the folder:
-        :class:`saekit.errors.SAEFormatError` says what does not fit.
+        for ``device``.  With ``verify``, what it computes is compared with the probe in the folder
+        before it goes to ``dtype``: :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
         how = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
         return _as(cls, _loaded(SAEFiles.at(path), verify, **how))
@@ -96,13 +96,17 @@ class SAE(SAEModule):
 
         ``{"name": "topk", "d_in": 768, "d_sae": 6144, "k": 32}``; ``architecture`` is understood for ``name``, too.
         ``b_dec`` starts at zero, as there are no activations to take a mean of.  ``ports`` are the sites with their
-        widths, of what has several.
+        widths, of what has several; among the options they are ``{"inputs": {"a": 8}, "targets": {"b": 4}}``.
+        ``input_transform`` is there what normalizes rows, by its name or with its options.
         """
         return _as(cls, made_from(options, ports, seed, device, plugins))
 
     def to_dict(self) -> dict[str, Any]:
-        """The options of :meth:`from_dict`."""
-        return {"name": self.info.architecture, **self.saved_options()}
+        """The options of :meth:`from_dict`, which makes the same kind of SAE of them, of other weights.
+
+        ``input_transform`` is among them where there is one, and ``ports`` where there is more than one nameless site.
+        """
+        return options_of(self)
 
     @classmethod
     def from_hub(
@@ -143,6 +147,7 @@ class SAE(SAEModule):
         dtype: str | torch.dtype | None = None,
         releases: ReleaseFiles = (),
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> Self:
         """A published SAE, with its configuration, where it is from and, where it is known, how often features fire.
 
@@ -158,15 +163,16 @@ class SAE(SAEModule):
         how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
         asked = asked_for(release, sae_id, repo_id, folder, releases, plugins)
         if asked.release is not None:
-            found = load_published(asked.release, [asked.sae_id], revision=revision, token=token, **how)
+            found = load_published(asked.release, [asked.sae_id], revision=revision, token=token, verify=verify, **how)
             return _as(cls, next(sae for _, sae in found))
-        if asked.path is None:
-            files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
-        elif revision is None:
-            files = SAEFiles.at(asked.path)
-        else:
+        if asked.path is not None and revision is not None:
             raise ConfigError(f"{asked.path} is a path on this machine, and revision is of repositories: leave it out")
-        return _as(cls, load_sae(files, **how))
+        with asked.hinting():
+            if asked.path is None:
+                files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
+            else:
+                files = SAEFiles.at(asked.path)
+            return _as(cls, _loaded(files, verify, **how))
 
     def push_to_hub(
         self,
@@ -178,6 +184,7 @@ class SAE(SAEModule):
         commit_message: str | None = None,
         metrics: Mapping[str, float] | None = None,
         token: str | bool | None = None,
+        probe: bool = True,
     ) -> str:
         """Put the SAE into a repository of the Hub, or into a folder of it, with a model card; the commit's address.
 
@@ -186,14 +193,15 @@ class SAE(SAEModule):
         how good it is: ``metrics`` are numbers by their names, as :attr:`saekit.TrainResult.metrics` has them or short
         ones (``l0``, ``explained_variance``, ``ce_recovered``, ``dead_features``), and any others, of which those that
         are NaN are left out.  A card that saekit did not make stays.  ``token`` is as huggingface_hub has it: by
-        default that with which you are logged in.
+        default that with which you are logged in.  The probe holds up to 16 rows of activations of a run: without
+        ``probe`` it is left out, and what is loaded cannot be verified.
 
         :class:`ConfigError` for what cannot be a repository or is no number, and :class:`StorageError` where the Hub
         does not take it.
         """
         return push_sae(
             self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,
-            token=token,
+            token=token, probe=probe,
         )  # fmt: skip
 
     @classmethod
@@ -209,6 +217,7 @@ class SAE(SAEModule):
         dtype: str | torch.dtype | None = None,
         releases: ReleaseFiles = (),
         plugins: PluginManager | None = None,
+        verify: bool = False,
     ) -> dict[str, Self]:
         """Several SAEs of one release by their ids, in that order, as :meth:`from_pretrained` gives them.
 
@@ -217,15 +226,12 @@ class SAE(SAEModule):
         found = catalog_of(releases, plugins).find(release)
         ids = [sae_ids] if isinstance(sae_ids, str) else list(sae_ids)
         how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
-        loaded = load_published(found, ids, revision=revision, token=token, **how)
+        loaded = load_published(found, ids, revision=revision, token=token, verify=verify, **how)
         return {name: _as(cls, sae) for name, sae in loaded}
 
 
 def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
-    sae = load_sae(files, **how)
-    if verify:
-        check(sae, files)
-    return sae
+    return load_sae(files, checked=check if verify else None, **how)
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

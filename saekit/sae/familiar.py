@@ -51,10 +51,14 @@ class Familiar(nn.Module):
         before = self.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.dtype != before:
-            name = str(self.dtype).removeprefix("torch.")
-            self.config = attrs.evolve(self.config, dtype=name)  # type: ignore[arg-type]
-            self.info = attrs.evolve(self.info, options={**self.info.options, "dtype": name})
+            self.state_dtype()
         return self
+
+    def state_dtype(self) -> None:
+        """Let the options say which type the weights are in."""
+        name = str(self.dtype).removeprefix("torch.")
+        self.config = attrs.evolve(self.config, dtype=name)  # type: ignore[arg-type]
+        self.info = attrs.evolve(self.info, options={**self.info.options, "dtype": name})
 
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:

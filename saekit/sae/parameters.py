@@ -170,6 +170,11 @@ class ParameterTable:
     def __getitem__(self, name: str) -> Parameter:
         return next(entry for entry in self.entries if entry.name == name)
 
+    def of_dims(self, *dims: str) -> str | None:
+        """The name of the one parameter of these dimensions; None where there is none, or several."""
+        found = [entry.name for entry in self.entries if entry.dims == dims]
+        return found[0] if len(found) == 1 else None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter."""
         return self[name].shape(self.sizes)

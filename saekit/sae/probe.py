@@ -5,9 +5,11 @@ Inputs are numbers of bfloat16, so that their file holds them as they are.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor
 
 from saekit._version import __version__
+from saekit.files.names import SAE_PROBE
+from saekit.reasons import error_text
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "probe_of", "results"]
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "off_here", "probe_of", "results"]
 
 MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
@@ -49,16 +53,19 @@ class Probe:
 def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
     """That of ``sae``, whose public tensors are ``saved``.
 
-    None where its own code cannot tell, which is no reason not to save it.
+    None where its own code cannot tell, with a warning that says why: it is no reason not to save it.
     """
     try:
+        sae = _as_loaded(sae)
         with as_it_is(sae):
             rows, made = sae.probe_rows, sae.probe_rows is None
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
             features, output = results(sae, x)
-    except Exception:
+    except Exception as error:
+        _warn(f"what the SAE computes fails with {error_text(error)}")
         return None
     if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
+        _warn("what the SAE computes is not finite")
         return None
     largest = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
     tensors = {
@@ -73,13 +80,24 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
         "saekit": __version__,
         "rows": "made of weights" if made else "activations",
         "dtype": dtype_name(sae.dtype),
-        "off": repr(_off(sae)),
+        "off": repr(max(_OFF.get(sae.dtype, max(_OFF.values())), off_here(sae))),
         "l0": repr(tensors["l0"].float().mean().item()),
         "norms": json.dumps(norms_of(saved)),
     }
     if sae.ports.same and len(x) > 1:
         facts["explained_variance"] = repr(explained(x.float(), tensors["output"]))
     return Probe(tensors, facts)
+
+
+def _as_loaded(sae: SAEModule) -> SAEModule:
+    """As it is when it is loaded again: float16 becomes float32, in which other features may be the largest."""
+    return copy.deepcopy(sae).float() if sae.dtype == torch.float16 else sae
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"the SAE is saved without {SAE_PROBE}, so that nobody can verify it: {why}", UserWarning, stacklevel=6
+    )
 
 
 @contextmanager
@@ -115,27 +133,28 @@ def _fitting(sae: SAEModule) -> int:
     return max(1, min(MOST_ROWS, _MOST_BYTES // (2 * sae.d_in + 4 * sae.d_out)))
 
 
-def _off(sae: SAEModule) -> float:
-    """How far, relative to itself, a row may be off where others compute it."""
-    off = _OFF.get(sae.dtype, max(_OFF.values()))
+def off_here(sae: SAEModule) -> float:
+    """How far, relative to itself, a row may be off by how this machine multiplies, beside what the type says."""
     short = sae.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(off, _COARSE) if short else off
+    return _COARSE if short else 0.0
 
 
 def _made_rows(sae: SAEModule, n: int) -> Tensor:
     """``[n, d_in]``: sums of a few directions that features write, or read, as large as makes features active."""
     generator = torch.Generator().manual_seed(0)
-    tensors = dict(sae.named_parameters())
-    decoder, encoder = (tensors.get(name) for name in ("W_dec", "W_enc"))
+    decoder, encoder, bias = (
+        None if name is None else getattr(sae, name)
+        for name in (sae.table.of_dims(*dims) for dims in (("d_sae", "d_out"), ("d_in", "d_sae"), ("d_out",)))
+    )
     which = torch.randint(sae.d_sae, (n, _DIRECTIONS), generator=generator).to(sae.device)
-    if sae.ports.same and decoder is not None and list(decoder.shape) == [sae.d_sae, sae.d_in]:
+    if sae.ports.same and decoder is not None:
         rows = decoder[which].float().sum(1).cpu()
-    elif encoder is not None and list(encoder.shape) == [sae.d_in, sae.d_sae]:
+    elif encoder is not None:
         rows = encoder[:, which.flatten()].T.reshape(n, _DIRECTIONS, -1).float().sum(1).cpu()
     else:
         rows = torch.randn(n, sae.d_in, generator=generator)
     rows = rows * (math.sqrt(sae.d_in) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
-    center = tensors.get("b_dec") if sae.ports.same else None
+    center = bias if sae.ports.same else None
     x: Tensor = rows
     for scale in _SCALES:
         x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()

@@ -182,14 +182,33 @@ def test_an_sae_is_converted_and_verified(tmp_path: Path) -> None:
         verified(str(tmp_path / "own"), None)
 
 
+def test_a_release_of_one_sae_needs_no_id(tmp_path: Path) -> None:
+    from saekit.commands.saes import converted, verified
+
+    saekit.SAE.from_dict({"name": "standard", "d_in": 4, "d_sae": 8}).save(tmp_path / "files/only")
+    (tmp_path / "a.toml").write_text('[mine]\nfolder = "files"\nsaes = { only = {} }\n')
+    releases = [str(tmp_path / "a.toml")]
+    for number, name in enumerate(("mine", "mine:only", "user:mine", "user:mine:only")):
+        assert verified(name, None, releases) == f"{name}: as it was saved"
+        converted(name, str(tmp_path / str(number)), "saekit", None, releases)
+        assert saekit.SAE.load(tmp_path / str(number)).d_sae == 8
+    with (tmp_path / "files/only/probe.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\xff\xff\0\0")
+    with pytest.raises(SAEFormatError, match="probe.safetensors in .* is damaged or was changed"):
+        verified("mine", None, releases)
+
+
 def test_mistakes_about_conversion_need_no_torch(tmp_path: Path) -> None:
     for arguments, message in (
-        (("convert", "nowhere", "b", "--to", "sae_lens"), "there is no file or folder nowhere; RELEASE:ID names"),
+        (("convert", "nowhere", "b", "--to", "sae_lens"), "there is no file or folder nowhere, and no release"),
         (("convert", "gpt2-small-res-jb:blocks.8", "b", "--to", "sae_lens"), "Did you mean 'blocks.8.hook_resid_pre'"),
+        (("convert", "gpt2-small-res-jb", "b", "--to", "sae_lens"), "has 13 SAEs; say which. It has blocks.0"),
+        (("verify", "gpt2-small-res-j"), "Did you mean 'gpt2-small-res-jb'"),
+        (("verify", "nowhere"), "there is no file or folder nowhere, and no release of that name. RELEASE:ID n"),
         (
             ("convert", ".", "b", "--to", "sae_lns"),
             "no format is called 'sae_lns'. Did you mean 'sae_lens'? There are saekit, ",
         ),
-        (("verify", "nowhere"), "error: the SAE folder nowhere is not there"),
     ):
         assert message in cli("saes", *arguments, cwd=tmp_path, check=2, watch=True).stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -232,6 +233,37 @@ def test_without_a_registry_entry(hub: FakeHub, releases: Path, tmp_path: Path) 
     ):
         assert found.info.architecture == "saekit:standard"
     assert found.info.provenance.get("release") is None
+
+
+def test_a_repository_that_is_of_a_release_is_one_all_the_same(hub: FakeHub) -> None:
+    repo = "jbloom/GPT2-Small-SAEs-Reformatted"
+    expected = SAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
+    found = SAE.from_pretrained(repo, "blocks.0.hook_resid_pre")
+    assert torch.equal(found.W_enc, expected.W_enc)
+    assert "release" not in found.info.provenance
+    with pytest.raises(SAEFormatError, match="nowhere") as caught:
+        SAE.from_pretrained(repo, "nowhere")
+    assert caught.value.__notes__ == ["By their ids its SAEs are found by the name of a release: gpt2-small-res-jb."]
+
+
+def test_every_way_to_load_can_verify(hub: FakeHub, releases: Path) -> None:
+    folder = hub.branch("models", "somebody/saes", "main") / "layers/2"
+    for ways in (
+        lambda: SAE.from_pretrained("mine", "two", releases=releases, verify=True),
+        lambda: SAE.from_pretrained("somebody/saes", "layers/2", verify=True),
+        lambda: SAE.from_release("mine", ["two"], releases=releases, verify=True)["two"],
+    ):
+        with pytest.raises(SAEFormatError, match=r"has no probe.safetensors, so that there is nothing to compare"):
+            ways()
+    sae = SAE.from_pretrained("mine", "two", releases=releases)
+    sae.save(folder)
+    try:
+        for dtype in (None, "bfloat16"):
+            assert SAE.from_pretrained("mine", "two", releases=releases, verify=True, dtype=dtype).d_sae == sae.d_sae
+        assert [*SAE.from_release("mine", ["two"], releases=releases, verify=True)] == ["two"]
+    finally:
+        shutil.rmtree(folder)
+        copied("sae_lens_6.54.12_topk", folder)
 
 
 def test_of_what_cannot_be_found_the_message_says_what_to_do(hub: FakeHub, releases: Path) -> None:

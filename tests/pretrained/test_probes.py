@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from saekit import SAE
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_PROBE
 from saekit.pretrained import verify
-from saekit.sae.probe import explained
+from saekit.sae.probe import explained, probe_of
 
 KINDS = ("standard", "topk", "jumprelu")
 OTHERS = ("batchtopk", "transcoder", "skip_transcoder", "abstopk", "matching_pursuit", "temporal")
@@ -65,6 +66,16 @@ def test_nothing_is_said_of_what_was_saved(saved: Path, tmp_path: Path, kind: st
     assert verify(saved / kind) == []
     assert SAE.load(saved / kind, verify=True).d_sae == 64
     assert changed(saved, tmp_path, kind) == [], "nor of one without checksums"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_verified_as_it_lies_whatever_type_is_asked_for(saved: Path, kind: str, dtype: str) -> None:
+    found, expected = SAE.load(saved / kind, dtype=dtype, verify=True), SAE.load(saved / kind, dtype=dtype)
+    assert (found.cfg.dtype, expected.cfg.dtype) == (dtype, dtype)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+        assert found.state_dict()[name].dtype == value.dtype
 
 
 def test_what_is_in_it(saved: Path) -> None:
@@ -287,6 +298,55 @@ def test_a_probe_that_was_changed_is_no_witness(saved: Path, tmp_path: Path) -> 
     assert SAE.load(folder).d_sae == 64, "nobody reads it who does not ask for it"
 
 
+def test_parameters_may_have_other_names() -> None:
+    """Which is the decoder says the table: rows are made of its directions."""
+    sae = make(d_in=6)
+    before = probe_of(sae, {})
+    sae.directions = decoder = sae.W_dec
+    del sae.W_dec
+    vars(sae)["W_dec"] = decoder  # no parameter of that name any more
+    names = {"W_dec": "directions"}
+    entries = tuple(attrs.evolve(entry, name=names.get(entry.name, entry.name)) for entry in sae.table)
+    vars(sae)["table"] = attrs.evolve(sae.table, entries=entries)
+    after = probe_of(sae, {})
+    assert before is not None
+    assert after is not None
+    assert torch.equal(after.tensors["x"], before.tensors["x"])
+    assert sae.table.of_dims("d_sae", "d_out") == "directions"
+    assert (sae.table.of_dims("d_sae"), sae.table.of_dims("d_out", "d_out")) == (None, None), "several, and none"
+
+
+def test_numbers_without_end_are_no_probe(tmp_path: Path) -> None:
+    sae = make()
+    with torch.no_grad():
+        sae.W_enc.fill_(3e38)
+        sae.W_dec.fill_(3e38)
+    with pytest.warns(UserWarning, match=r"without probe.safetensors, .*: what the SAE computes is not finite"):
+        assert not (sae.save(tmp_path / "sae") / SAE_PROBE).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_is_verified_as_what_it_becomes(saved: Path, tmp_path: Path, kind: str) -> None:
+    sae = SAE.load(saved / kind).half()
+    assert verify(sae.save(tmp_path / "half")) == []
+    assert (sae.dtype, SAE.load(tmp_path / "half", verify=True).dtype) == (torch.float16, torch.float32)
+
+
+def test_coarse_products_of_the_machine_that_verifies_are_no_difference(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saekit.pretrained import differences
+
+    def off(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["W_dec"] *= 1 + 2e-3 * torch.randn(tensors["W_dec"].shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(differences, "off_here", lambda sae: 5e-3)
+    (tmp_path / "coarse").mkdir()
+    assert changed(saved, tmp_path / "coarse", "standard", off) == []
+    monkeypatch.undo()
+    assert changed(saved, tmp_path, "standard", off)
+
+
 class Failing(saekit.SAE):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError
@@ -295,11 +355,14 @@ class Failing(saekit.SAE):
 def test_an_sae_that_cannot_tell_is_saved_all_the_same(tmp_path: Path) -> None:
     sae = make()
     sae.__class__ = type("Failing", (type(sae),), {"encode": Failing.encode})
-    folder = sae.save(tmp_path / "sae")
+    said = r"is saved without probe.safetensors, so that nobody can verify it: .* fails with ZeroDivisionError"
+    with pytest.warns(UserWarning, match=said):
+        folder = sae.save(tmp_path / "sae")
     assert not (folder / SAE_PROBE).exists()
     make().save(folder)
     assert (folder / SAE_PROBE).exists()
-    sae.save(folder)
+    with pytest.warns(UserWarning, match=said):
+        sae.save(folder)
     assert not (folder / SAE_PROBE).exists(), "none of another SAE stays"
 
 

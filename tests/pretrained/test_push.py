@@ -113,6 +113,20 @@ def test_what_an_sae_has_no_more_goes(hub: FakeHub, tmp_path: Path) -> None:
     assert "sparsity.safetensors" not in there(tmp_path), "it is of other weights"
 
 
+def test_without_the_rows_of_the_probe(hub: FakeHub, tmp_path: Path) -> None:
+    sae = an_sae()
+    sae.probe_rows = torch.randn(20, sae.d_in, generator=torch.Generator().manual_seed(1))
+    sae.push_to_hub("somebody/sae")
+    assert saekit.SAE.from_hub("somebody/sae", verify=True).d_sae == 24
+    before = there(tmp_path)
+    sae.push_to_hub("somebody/sae", probe=False)
+    assert there(tmp_path) == [name for name in before if name != "probe.safetensors"], "what was there goes, too"
+    assert "probe" not in (tmp_path / "hub/models/somebody/sae/cfg.json").read_text()
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, sae.W_enc)
+    with pytest.raises(SAEFormatError, match="has no probe.safetensors"):
+        saekit.SAE.from_hub("somebody/sae", verify=True)
+
+
 def test_a_sweep_in_one_repository(hub: FakeHub, tmp_path: Path) -> None:
     configs = [
         fake_run(tmp_path, sae={"l1_coefficient": l1}, evals={"run": []}, checkpoints={"name": "sweep"})
@@ -280,8 +294,8 @@ def test_a_card_has_the_levels_of_a_matryoshka() -> None:
 
 def test_from_the_command_line(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     an_sae().save(tmp_path / "sae")
-    options = ["--folder", "a/b", "--private", "-m", "mine"]
+    options = ["--folder", "a/b", "--private", "-m", "mine", "--no-probe"]
     app(["push", str(tmp_path / "sae"), "somebody/sae", *options], standalone_mode=False)
     assert capsys.readouterr().out.startswith(f"{hub.url}/somebody/sae/commit/")
-    assert "a/b/cfg.json" in there(tmp_path)
+    assert there(tmp_path) == ["README.md", "a/b/README.md", "a/b/cfg.json", "a/b/sae_weights.safetensors"]
     assert hub.private == {"models/somebody/sae"}

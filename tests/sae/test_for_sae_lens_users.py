@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,42 @@ def test_from_options_and_back(tmp_path: Path) -> None:
     assert torch.equal(sae.b_dec, torch.zeros(6))
     loaded = SAE.load(sae.save(tmp_path / "a"))
     assert torch.allclose(loaded.encode(X.float()), sae.encode(X.float()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "ports", "transform"),
+    [
+        ("standard", {"inputs": {"blocks.1.hook_resid_post": 8}}, "layer_norm"),
+        ("jumprelu", {"inputs": {"x": 8}}, {"name": "rms", "eps": 0.25}),
+        ("transcoder", {"inputs": {"a": 8}, "targets": {"b": 4}}, None),
+        ("crosscoder", {"inputs": {"b": 3, "a": 5}}, "layer_norm"),
+        ("crosscoder", {"inputs": {"b": 3, "a": 5}, "targets": {"c": 5, "b": 3}}, None),
+    ],
+)
+def test_options_say_sites_and_the_transform(name: str, ports: dict[str, Any], transform: Any) -> None:
+    given = Ports(**ports)
+    options = {"name": name, "d_sae": 16, "input_transform": transform, "ports": ports}
+    for sae in (SAE.from_dict(options), SAE.from_dict(options, ports=given)):
+        again = SAE.from_dict(json.loads(json.dumps(sae.to_dict())))
+        assert (again.ports, again.info.input_transform) == (given, sae.info.input_transform)
+        assert again.input_transform == sae.input_transform
+        assert (again.input_transform is None) == (transform is None)
+        x = torch.randn(3, 8)
+        assert torch.equal(again.decode(again.encode(x), like=x), sae.decode(sae.encode(x), like=x))
+        assert (transform != "layer_norm") or torch.allclose(again.encode(7 * x), again.encode(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "ports", [3, {}, {"targets": {"a": 3}}, {"inputs": {"a": True}}, {"inputs": {"a": 3}, "outputs": {"a": 3}}]
+)
+def test_ports_that_are_none(ports: object) -> None:
+    with pytest.raises(ConfigError, match=r"ports: is .*, expected the widths of inputs, and of targets if"):
+        SAE.from_dict({"name": "standard", "d_sae": 16, "ports": ports})
+
+
+def test_ports_are_said_once() -> None:
+    with pytest.raises(ConfigError, match="ports: is .*, and beside the options others are given: leave one out"):
+        SAE.from_dict({"name": "standard", "d_sae": 16, "ports": {"inputs": {"a": 3}}}, ports=Ports.one(4))
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,18 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", metavar="BRANCH", help="Another branch.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.")] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="The probe, by which the SAE can be verified: it holds 16 rows of the run's activations.",
+        ),
+    ] = True,
 ) -> None:
     """Put what a run has trained on the Hugging Face Hub, with a model card, in one commit."""
     from saekit.commands.pushing import push_to_hub
 
-    typer.echo(push_to_hub(path, repo_id, folder=folder, private=private, revision=revision, commit_message=message))
+    address = push_to_hub(
+        path, repo_id, folder=folder, private=private, revision=revision, commit_message=message, probe=probe
+    )
+    typer.echo(address)

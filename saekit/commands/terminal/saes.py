@@ -119,7 +119,11 @@ def show_release(
 @app.command("convert", epilog=examples(_CONVERT))
 def convert(
     source: Annotated[
-        str, typer.Argument(help="The folder or file of an SAE, or RELEASE:ID of a published one.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="The folder or file of an SAE, or RELEASE:ID of a published one; RELEASE, if it has one alone.",
+            metavar="SOURCE",
+        ),
     ],
     target: Annotated[str, typer.Argument(help="The folder to write; files that are there stay.", metavar="FOLDER")],
     to: Annotated[
@@ -141,10 +145,17 @@ def convert(
 
 @app.command("verify", epilog=examples(_VERIFY))
 def verify(
-    folder: Annotated[str, typer.Argument(help="The folder of an SAE that saekit saved.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="The folder of an SAE that saekit saved, or RELEASE:ID, or RELEASE, of a published one.",
+            metavar="SOURCE",
+        ),
+    ],
     loader: Annotated[str | None, typer.Option(help="The loader that reads it, where it is of another format.")] = None,
+    releases: _Files = None,
 ) -> None:
     """Compare an SAE with what it was when it was saved: checksums, and what it computes with the probe beside it."""
     from saekit.commands.saes import verified
 
-    typer.echo(verified(folder, loader))
+    typer.echo(verified(source, loader, releases or ()))

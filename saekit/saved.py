@@ -54,7 +54,8 @@ class PretrainedSAE:
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """What else is known of it, as JSON: the model, the text, and how activations were made of them."""
     defaulted: Sequence[str] = ()
-    """What decides how the weights are used and the files do not state, so that the format's own default holds."""
+    """What the files do not state, so that the format's own default holds: of the metadata, of the sites, and of what
+    decides how the weights are used."""
     renamed: Mapping[str, str] = attrs.field(factory=dict)
     """What the files call by another name than saekit does: their names to saekit's."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict)

@@ -118,6 +118,16 @@ def test_what_is_written_is_read_again_to_the_last_bit(tmp_path: Path, name: str
     assert again.info.architecture == sae.info.architecture
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_an_sae_of_which_nothing_else_is_known_comes_back_so(tmp_path: Path, name: str) -> None:
+    form, build = MADE[name]
+    sae = build()
+    sae.info = attrs.evolve(sae.info, metadata={})
+    again = SAE.load(sae.export(tmp_path / "out", format=form))
+    assert dict(again.info.metadata) == {}
+    assert again.info.sites == sae.info.sites
+
+
 FILES = {
     "dictionary_learning_0.1.0_standard": "dictionary_learning",
     "dictionary_learning_0.1.0_autoencodernew": "dictionary_learning",

@@ -16,6 +16,7 @@ from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
     beside,
+    fed,
     found_files,
     named,
     one_file,
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 
 _PATTERN = r"layer_\d+\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+_DEFAULTS: Mapping[str, Any] = {
+    "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted",
+    "model_from_pretrained_kwargs": {"fold_ln": False},
+}  # fmt: skip
 _RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository
 
 
@@ -74,9 +80,11 @@ class MwhannaLoader:
         run, config = _table(files, beside(files, name, *_RUNS)), _table(files, beside(files, name, "config.yaml"))
         _check_sizes(run, list(tensors["W_enc"].shape), where)
         layer = int("".join(filter(str.isdigit, name.rpartition("/")[2])))
-        hooks = [_hook(config, f"feature_{end}_hook", hook, where) for end, hook in
-                 (("input", "mlp.hook_in"), ("output", "hook_mlp_out"))]  # fmt: skip
-        read, written = (site(f"blocks.{layer}.{hook}", where) for hook in hooks)
+        said = f"config.yaml beside {where}"
+        hooks = fed({name: text(config, name, said) for name in _HOOKS}, _HOOKS)
+        read, written = (site(f"blocks.{layer}.{hooks['metadata'][name]}", where) for name in _HOOKS)
+        own = told(config, said)
+        others = _fed(run, config, where) if own is None else {"metadata": own, "defaulted": []}
         ports = Ports({read.name: tensors["W_enc"].shape[0]}, {written.name: tensors["W_dec"].shape[1]})
         return PretrainedSAE(
             architecture="saekit:transcoder",
@@ -84,7 +92,9 @@ class MwhannaLoader:
             tensors=tensors,
             sites=Sites((read,), (written,)),
             ports=ports,
-            metadata=told(config, f"config.yaml beside {where}") or _metadata(run, config, where),
+            metadata=others["metadata"],
+            defaulted=[*hooks["defaulted"], *others["defaulted"]],
+            renamed=_NAMES | ({"batch_size": "context_size"} if "batch_size" in run else {}),
         )
 
     def write_sae(self, sae: SAE, folder: Path) -> None:
@@ -135,21 +145,11 @@ def _check_sizes(run: Mapping[str, Any], found: list[int], where: str) -> None:
             raise SAEFormatError(f"{name} beside {where} is {said!r}, and the encoder there is for {size}")
 
 
-def _hook(config: Mapping[str, Any], name: str, default: str, where: str) -> str:
-    return text(config, name, f"config.yaml beside {where}") or default
-
-
-def _metadata(run: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if (model := text(config, "model_name", f"config.yaml beside {where}")) is not None:
-        found["model_name"] = model
+def _fed(run: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"model_name": text(config, "model_name", f"config.yaml beside {where}")}
     if (rows := _value(run, "batch_size")) is not None:  # of one text each
         found["context_size"] = whole_number({"batch_size": rows}, "batch_size", f"the YAML beside {where}")
-    return found | {
-        "prepend_bos": True,
-        "dataset_path": "monology/pile-uncopyrighted",
-        "model_from_pretrained_kwargs": {"fold_ln": False},
-    }
+    return fed(found, _DEFAULTS)
 
 
 @hookimpl

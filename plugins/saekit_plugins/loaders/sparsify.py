@@ -77,7 +77,8 @@ class SparsifyLoader:
                 f"says {[d_sae, d_in]}"
             )
         options_ = options(tensors, apply_b_dec_to_input=not transcodes, k=k, rescale_acts_by_decoder_norm=False)
-        metadata = told(config, where) or _metadata(files, folder)
+        own = told(config, where)
+        metadata = _metadata(files, folder) if own is None else own
         if not transcodes:
             found = _site(path_of(files, name), _WRITTEN)
             return PretrainedSAE(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,23 @@ class SAEFiles:
         """
         self.asked.add(name)
         return self.about.get(name)
+
+    def check_factor(self, found: float, where: str) -> None:
+        """:class:`SAEFormatError` if a release says another factor of activations than ``found``, which ``where`` has.
+
+        Releases have rounded ones: half a unit of the last digit does not count, nor does a part in a thousand.
+        """
+        said = self.said("norm_scaling_factor")
+        if said is None:
+            return
+        digits = Decimal(repr(said)).as_tuple().exponent
+        unit = 10.0 ** (digits if isinstance(digits, int) else 0)
+        if abs(said - found) > min(max(1e-3 * found, 0.5 * unit), 0.02 * found):
+            raise SAEFormatError(
+                f"the release of {self.place} says that activations were multiplied by {said:g} (norm_scaling_factor), "
+                f"and {where} says {found:g}: only one of them can be right. If the release is wrong, load the SAE "
+                "without it, by its repository and folder"
+            )
 
     def within(self, folder: str) -> SAEFiles:
         """Those below ``folder``, by their names there."""

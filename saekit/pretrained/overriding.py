@@ -32,8 +32,11 @@ def overridden(read: PretrainedSAE, files: SAEFiles, loader: str) -> PretrainedS
     }
     if "hook_name" in about:
         changes |= _placed(read, about["hook_name"], files.place)
-    if read.activation_scale is None and "norm_scaling_factor" in about:
-        changes["activation_scale"] = about["norm_scaling_factor"]
+    if "norm_scaling_factor" in about and "norm_scaling_factor" not in files.asked:
+        if read.activation_scale is None:
+            changes["activation_scale"] = about["norm_scaling_factor"]
+        elif read.activation_scale != 1:  # that is where nothing was multiplied: then it is left alone
+            files.check_factor(read.activation_scale, f"what {loader} has read")
     return attrs.evolve(read, **changes)
 
 

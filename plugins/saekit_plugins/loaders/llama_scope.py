@@ -124,7 +124,8 @@ class LlamaScopeR1Loader:
             raise SAEFormatError(f"{files.place} has no config.json beside {name}")
         config, where = files.json(said), f"{said} in {files.place}"
         _check_kind(config, where)
-        scale = files.said("norm_scaling_factor") if self._scale is None else self._scale
+        said = files.said("norm_scaling_factor")
+        scale = said if self._scale is None else self._scale
         if scale is None:
             raise SAEFormatError(
                 f"{files.place} is for activations that are multiplied by a factor, and no file of this release says "

@@ -84,7 +84,7 @@ class MwhannaLoader:
         hooks = fed({name: text(config, name, said) for name in _HOOKS}, _HOOKS)
         read, written = (site(f"blocks.{layer}.{hooks['metadata'][name]}", where) for name in _HOOKS)
         own = told(config, said)
-        others = _fed(run, config, where) if own is None else {"metadata": own, "defaulted": []}
+        others: dict[str, Any] = _fed(run, config, where) if own is None else {"metadata": own, "defaulted": []}
         ports = Ports({read.name: tensors["W_enc"].shape[0]}, {written.name: tensors["W_dec"].shape[1]})
         return PretrainedSAE(
             architecture="saekit:transcoder",

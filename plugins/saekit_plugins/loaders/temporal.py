@@ -59,6 +59,8 @@ class TemporalLoader:
             raise SAEFormatError(f"tied_weights in {where} is {tied!r}, expected true or false")
         tensors = _tensors(files.tensors(name), tied, f"{name} in {files.place}")
         d_in, d_sae = _sizes(model, sae, tensors["W_dec"], where)
+        options = _options(sae, where)
+        files.check_factor(options["input_scale"], f"scaling_factor in {where}")
         layer = _LAYER.search(path_of(files, name).rpartition("/")[0])
         return PretrainedSAE(
             architecture="saekit:temporal",
@@ -66,7 +68,7 @@ class TemporalLoader:
                 "d_in": d_in,
                 "d_sae": d_sae,
                 "apply_b_dec_to_input": True,
-                **_options(sae, where),
+                **options,
                 "tied_weights": tied,
             },
             tensors=tensors,

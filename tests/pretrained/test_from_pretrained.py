@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.fake_hub import FakeHub
 from support.formats import FIXTURES, copied, edit_json
 from support.hub_releases import Published, hub_of
@@ -143,6 +143,29 @@ def test_both_suffixes_of_goodfire(hub: FakeHub) -> None:
     sae = SAE.from_pretrained("goodfire-llama-3.3-70b-instruct")
     assert sae.info.site.hook_name == "blocks.50.hook_resid_post"
     assert sae.info.metadata["model_name"] == "meta-llama/Llama-3.3-70B-Instruct"
+
+
+def test_transcoders_with_and_without_a_skip_connection_of_one_release(hub: FakeHub) -> None:
+    """The format is looked at once, and each file says for itself whether it has one."""
+    release = Catalog().find("gemma-scope-2-1b-pt-transcoders-all")
+    ids = [f"layer_9_width_16k_l0_small{ending}" for ending in ("", "_affine")]
+    weights = load_file(FIXTURES / "gemma_scope_3/resid_post/layer_9_width_16k_l0_small/params.safetensors")
+    skip = torch.randn(16, 16)
+    for sae_id, more in zip(ids, ({}, {"affine_skip_connection": skip}), strict=True):
+        folder = hub.root / "models" / str(release.repo) / release.saes[sae_id].path
+        folder.mkdir(parents=True)
+        save_file({**weights, **more}, folder / "params.safetensors")
+        config = {"architecture": "jump_relu", "affine_connection": bool(more)}
+        (folder / "config.json").write_text(json.dumps(config))
+    for order in (ids, ids[::-1]):
+        found = SAE.from_release(release.name, order)
+        plain, skips = (found[sae_id] for sae_id in ids)
+        assert [one.info.architecture for one in found.values()] == ["saekit:jumprelu_transcoder"] * 2
+        assert (plain.config.skip_connection, skips.config.skip_connection) == (False, True)
+        x = torch.randn(5, 16)
+        assert torch.equal(plain.encode(x), skips.encode(x))
+        assert (skips(x) - plain(x) - x @ skip).abs().max() < 1e-4
+        assert skips.info.sites.targets[0].hook_name == "blocks.9.hook_mlp_out"
 
 
 @pytest.fixture
@@ -315,6 +338,20 @@ def test_a_path_that_nobody_understands_and_a_loader_that_is_not_there(hub: Fake
         SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"
     ):
         SAE.from_pretrained("c", releases=path)
+
+
+@pytest.mark.parametrize("revision", ["../../../../outside", "/outside", "a/../../b", "..\\outside"])
+def test_a_revision_leads_nowhere_else(hub: FakeHub, tmp_path: Path, revision: str) -> None:
+    """The cache keeps a file of that name."""
+    requests = len(hub.requests)
+    with pytest.raises(SAEFormatError, match=r"is no revision of the Hub repository 'somebody/saes': expected a"):
+        SAE.from_hub("somebody/saes", "layers/0", revision=revision)
+    (path := tmp_path / "a.json").write_text(
+        json.dumps({"a": {"repo": "somebody/saes", "revision": revision, "saes": {"layers/0": {}}}})
+    )
+    with pytest.raises(SAEFormatError, match="is no revision of the Hub repository"):
+        SAE.from_pretrained("a", releases=path)
+    assert len(hub.requests) == requests
 
 
 def test_what_it_is_stays_what_was_asked_for(hub: FakeHub) -> None:

@@ -18,6 +18,7 @@ from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     LINEAR,
     OneOfSeveral,
+    OtherName,
     beside,
     found_files,
     named,
@@ -150,11 +151,8 @@ class DictionaryLearningLoader:
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer, **kept(sae)})
 
 
-class _OtherName(DictionaryLearningLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, DictionaryLearningLoader):
+    """The same, by another name."""
 
 
 def _object(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

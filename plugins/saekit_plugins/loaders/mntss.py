@@ -15,7 +15,7 @@ import attrs
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import beside, fed, found_files, named, options, site, text
+from saekit_plugins.loaders.reading import OtherName, beside, fed, found_files, named, options, site, text
 from saekit_plugins.loaders.writing import (
     FED,
     as_theirs,
@@ -147,11 +147,8 @@ class MntssLoader:
         return layer, found[layer]
 
 
-class _OtherName(MntssLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, MntssLoader):
+    """The same, by another name."""
 
 
 def _names(layer: int) -> Mapping[str, str]:

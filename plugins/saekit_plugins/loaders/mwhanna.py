@@ -15,9 +15,11 @@ from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
+    OtherName,
     beside,
     fed,
     found_files,
+    layer_of,
     named,
     one_file,
     options,
@@ -79,7 +81,7 @@ class MwhannaLoader:
         tensors = named(state, _NAMES | ({"W_skip": "W_skip"} if skips else {}), where)
         run, config = _table(files, beside(files, name, *_RUNS)), _table(files, beside(files, name, "config.yaml"))
         _check_sizes(run, list(tensors["W_enc"].shape), where)
-        layer = int("".join(filter(str.isdigit, name.rpartition("/")[2])))
+        layer = layer_of(name)
         said = f"config.yaml beside {where}"
         hooks = fed({name: text(config, name, said) for name in _HOOKS}, _HOOKS)
         read, written = (site(f"blocks.{layer}.{hooks['metadata'][name]}", where) for name in _HOOKS)
@@ -120,11 +122,8 @@ class MwhannaLoader:
         write_yaml(folder / _RUNS[0], of_run)
 
 
-class _OtherName(MwhannaLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, MwhannaLoader):
+    """The same, by another name."""
 
 
 def _table(files: SAEFiles, name: str | None) -> Mapping[str, Any]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LINEAR", "OneOfSeveral", "ReLUFileLoader", "beside", "fed", "found_files", "named", "one_file", "options",
-    "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
+    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of", "named",
+    "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
 ]  # fmt: skip
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -29,6 +29,18 @@ class OneOfSeveral:
 
     sae: str | None = None
     """The path of its file of weights, or of the folder of that, in what is loaded.  None: the only one there."""
+
+
+class OtherName:
+    """Put before a loader, which has two names: by the second it detects nothing, for both would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
+def layer_of(name: str) -> int:
+    """The number in the name of a file that has one, as in ``layer_6.safetensors``."""
+    return int("".join(filter(str.isdigit, name.rpartition("/")[2])))
 
 
 def found_files(files: SAEFiles, pattern: str) -> list[str]:

@@ -125,13 +125,20 @@ def _archive(path: Path, where: str) -> Any:
             raise SAEFormatError(f"{where} has the byte order {order!r}, and this machine {sys.byteorder!r}")
         made: dict[str, Tensor] = {}
 
-        def storage(given: Any) -> Tensor:
+        def storage(given: Any) -> Any:
+            if _is_class(given):
+                return given[1]
             key, dtype, count = _storage_of(given)
             if key not in made:
                 made[key] = _numbers(archive.read(f"{root}data/{key}"), dtype, count)
             return made[key]
 
         return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), where, _BUILDERS, storage)
+
+
+def _is_class(given: Any) -> bool:
+    """Whether this is a module's class with its source, which torch's old format keeps beside its name."""
+    return isinstance(given, tuple) and len(given) > 1 and given[0] == "module" and isinstance(given[1], Name)
 
 
 def _storage_of(given: Any) -> tuple[str, torch.dtype, int]:
@@ -159,6 +166,8 @@ class _Later:
         self.builders: dict[str, Builder] = dict.fromkeys(_REBUILD, _Made.of)
 
     def __call__(self, given: Any) -> Any:
+        if _is_class(given):
+            return given[1]
         key, dtype, count = _storage_of(given)
         if len(given) > 5 and given[5] is not None:
             raise SAEFormatError("it has views of storages, which this reader does not know")
@@ -261,11 +270,19 @@ def _entries(*args: Any) -> dict[Any, Any]:
     return dict(args[0]) if args else {}
 
 
+def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
+    """``_codecs.encode``, by which pickles of protocol 2 and below have bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise SAEFormatError(f"there is {type(text).__name__} in {encoding!r} where bytes should be")
+    return text.encode("latin1")
+
+
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _BUILDERS: dict[str, Builder] = {
     **dict.fromkeys(_REBUILD, _tensor),
     "torch._utils._rebuild_parameter": lambda value, *_: value,
     "torch.storage._load_from_bytes": _nested,
+    "_codecs.encode": _bytes,
     "collections.OrderedDict": _entries,
     "torch.device": lambda *args: ":".join(map(str, args)),
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from saekit.converted import ConvertedConfig
     from saekit.released import Release
     from saekit.saved import PretrainedSAE, SAEFiles
     from saekit.site import Site, Sites
@@ -25,6 +26,7 @@ __all__ = [
     "ActivationFunction",
     "ActivationSource",
     "Concludes",
+    "ConvertsConfigs",
     "Dictionary",
     "Eval",
     "GuardedOptimizer",
@@ -351,6 +353,17 @@ class LocatesFiles(PretrainedLoader, Protocol):
 
     def locate(self, path: str, names: Collection[str]) -> str | None:
         """The path of a file or folder among ``names``, all files of the repository; None: there is none."""
+
+
+@runtime_checkable
+class ConvertsConfigs(Protocol):
+    """A pretrained loader that knows the configurations of its library's runs, too, for `saekit convert-config`."""
+
+    def convert_config(self, table: Mapping[str, Any]) -> ConvertedConfig | None:
+        """What ``table``, as the library saved it, is here; None: it is no configuration of that library.
+
+        Raise :class:`saekit.errors.ConfigError` for one that is, and that cannot be converted.
+        """
 
 
 class ReleaseList(Protocol):

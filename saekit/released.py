@@ -6,7 +6,8 @@ Facts that nobody stated are None, and no number is put in their place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ import attrs
 from saekit.errors import ConfigError
 from saekit.files.paths import leads_out
 
-__all__ = ["OVERRIDES", "Release", "ReleasedSAE"]
+__all__ = ["OVERRIDES", "Release", "ReleasedSAE", "fault_of_hooks"]
 
 OVERRIDES: Mapping[str, type] = {
     "model_name": str, "hook_name": str, "dataset_path": str, "normalize_activations": str, "context_size": int,
@@ -74,6 +75,28 @@ class ReleasedSAE:
         return cls(id=id, **known)
 
 
+def fault_of_hooks(value: object) -> str | None:
+    """What is wrong with :attr:`Release.hooks`; None: nothing."""
+    if not isinstance(value, list | tuple):
+        return f"expected a list of pairs, found {value!r}"
+    for pair in value:
+        if not isinstance(pair, list | tuple) or [type(one) for one in pair] != [str, str]:
+            return f"expected pairs of a regular expression and a hook, found {pair!r}"
+        pattern, hook = pair
+        try:
+            hook.format(*[""] * re.compile(pattern).groups)
+        except re.error as error:
+            return f"{pattern!r} is no regular expression: {error}"
+        except (LookupError, ValueError, AttributeError):
+            return f"{hook!r} has a {{number}} that is no group of {pattern!r}: the first is {{0}}"
+    return None
+
+
+def _check_hooks(release: object, field: attrs.Attribute[Any], value: object) -> None:
+    if fault := fault_of_hooks(value):
+        raise ConfigError([("hooks", fault)])
+
+
 @attrs.frozen(kw_only=True, slots=False, eq=False)
 class Release:
     """SAEs that were published together, of one model and in one format."""
@@ -94,6 +117,10 @@ class Release:
     """What counts more than what the files say: some of :data:`OVERRIDES`."""
     links: Mapping[str, str] = attrs.field(factory=dict)
     """Addresses to read on: ``model``, ``dashboards``, ``publication``."""
+    hooks: Sequence[Sequence[str]] = attrs.field(default=(), validator=_check_hooks)
+    """Which hooks its SAEs read, where their ids do not begin with them: pairs of a regular expression, which is looked
+    for in ``repo/path``, and the hook that this means, ``blocks.{0}.hook_resid_post`` with ``{0}`` for the first group.
+    Empty: as other releases of the same loader say."""
     source: str = ""
     """Who says so: ``saekit``, a plugin's distribution, or ``user``."""
     where: str = ""

@@ -13,7 +13,7 @@ import attrs
 from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SAEFormatError
 from saekit.files.checksums import Checksums
-from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
+from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS, half_written
 from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
 from saekit.hub_files import HubRepository
@@ -135,6 +135,7 @@ class SAEFiles:
                 what = "is a file, not a folder" if folder.exists() else "is not there"
                 raise SAEFormatError(f"the SAE folder {folder} {what}")
             names = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            names = frozenset(name for name in names if not any(map(half_written, name.split("/"))))
             address = _address(folder)
         except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, no right to look, no such user
             raise SAEFormatError(f"the SAE folder {path} cannot be read: {reason(error)}") from error

@@ -55,6 +55,8 @@ def is_there(name: str) -> bool:
             thing = getattr(thing, part) if hasattr(thing, part) else __import__(f"saekit.{part}", fromlist=[part])
         arguments = re.findall(r"(\w+)=", name)
         return all(argument in inspect.signature(thing).parameters for argument in arguments)  # type: ignore[arg-type]
+    if about := re.match(r"sae\.info\.(\w+)", name):
+        return hasattr(saekit.SAEInfo, about[1])
     if name == "sae.use_error_term" or re.match(r"sae(\.\w+)?\(", name):
         words = re.findall(r"\w+", name)
         return words[1] == "use_error_term" or hasattr(saekit.SAE, words[1])

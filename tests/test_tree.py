@@ -162,7 +162,14 @@ def test_a_module_does_not_know_its_loaders(module: str) -> None:
 
 def test_protocols_import_nothing_that_they_describe() -> None:
     """They speak of what travels, and so does everything on the ground."""
-    assert own(graph()["saekit.protocols"]) <= {"saekit.values", "saekit.site", "saekit.saved", "saekit.released"}
+    assert own(graph()["saekit.protocols"]) <= {
+        "saekit.values",
+        "saekit.site",
+        "saekit.saved",
+        "saekit.released",
+        "saekit.converted",
+    }
+    assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
     known = {
@@ -230,18 +237,21 @@ def literals(text: str) -> Iterator[str]:
             yield node.value
 
 
+WORDS = {"none", "reconstruction"}
+"""Names of plugins that are words of other things, too."""
+
+
 def named_plugins(text: str) -> list[str]:
-    """The plugins that code names: by qualified keys, and as ``{"name": "cosine"}``."""
-    built_in = {item.entry.name for kind in KINDS for item in saekit.default_manager().registry(kind).items}
-    tables = [
-        value.value
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value == "name" and isinstance(value, ast.Constant)
-    ]
+    """The plugins that code names: by qualified keys, as ``{"name": "cosine"}``, or as texts of their own."""
     keys = [found for literal in literals(text) for found in re.findall(r"saekit_plugins|\bsaekit:(?!\s)\S*", literal)]
-    return keys + [name for name in tables if name in built_in]
+    return keys + [literal for literal in literals(text) if literal in built_in() - WORDS]
+
+
+@cache
+def built_in() -> frozenset[str]:
+    """The names of the plugins that come with saekit."""
+    manager = saekit.default_manager()
+    return frozenset(item.entry.name for kind in KINDS for item in manager.registry(kind).items)
 
 
 def test_plugins_that_code_names_are_found() -> None:
@@ -252,15 +262,37 @@ c = "an error of saekit: none"
 d = {"name": "cosine", "end": 0.1}
 e = {"name": "a run"}
 f = "saekit_plugins.loaders"
+_CACHED, _WANDB = "cached", "wandb"
+_CALLED = {"matryoshka_batchtopk": "matryoshka"}
+if name in ("gated", "standard"): ...
+["gemma_2", "/embedding/", "hook_embed"]
 '''
-    assert sorted(named_plugins(code)) == ["cosine", "saekit:", "saekit:cosine", "saekit_plugins"]
+    assert sorted(named_plugins(code)) == sorted(
+        ["cosine", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka", "gated", "standard",
+         "gemma_2"]
+    )  # fmt: skip
+
+
+NAMED: dict[str, set[str]] = {
+    "saekit.sae.folder": {"transcoder", "expected_average_only_in"},  # words of cfg.json, which sae-lens reads
+    "saekit.values": {"expected_average_only_in"},
+}
+"""What other files name all the same."""
 
 
 def test_the_kernel_names_plugins_in_one_file_of_defaults() -> None:
-    named = {module: found for module in kernel() if (found := named_plugins(files()[module].read_text()))}
-    assert [*named] == ["saekit.defaults"]
+    named = {module: {*found} for module in kernel() if (found := named_plugins(files()[module].read_text()))}
+    defaults = named.pop("saekit.defaults")
+    assert named == NAMED
     known = {item.key for kind in KINDS for item in saekit.default_manager().registry(kind).items}
-    assert {*named["saekit.defaults"]} <= known
+    assert defaults <= known
+
+
+def test_the_data_of_the_kernel_name_no_plugin() -> None:
+    data = [*(ROOT / "saekit").rglob("*.json"), *(ROOT / "saekit").rglob("*.toml")]
+    assert not {
+        path.name: found for path in data if (found := {*re.findall(r'"(\w+)"', path.read_text())} & built_in())
+    }
 
 
 @pytest.mark.parametrize("module", files())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.errors import ModelError
+from saekit.plugins.text import short
 from saekit.values import Forward, Replacement, Want
 
 if TYPE_CHECKING:
@@ -42,6 +44,12 @@ class Backend(ABC):
     def hook_names(self) -> Sequence[str]:
         """Every hook point."""
 
+    def no_hook(self, name: str) -> ModelError:
+        """The error for a hook that the model does not have, with those that are spelled alike."""
+        close = difflib.get_close_matches(name, self.hook_names(), n=3)
+        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        return ModelError(f"the model {self.name!r} has no hook {name!r}{hint}")
+
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
@@ -68,6 +76,12 @@ class Backend(ABC):
         grad: bool = False,
     ) -> Forward:
         """See :meth:`saekit.protocols.ModelBackend.run`."""
+        if not hasattr(tokens, "contiguous"):
+            raise ModelError(
+                f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
+                "torch.tensor([model.tokenize(text)])"
+            )
+        read = [read] if isinstance(read, str) else read
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
         tokens = tokens.to(self.device).contiguous()  # models take views of them

@@ -89,7 +89,7 @@ class ModuleBackend(Backend):
             return module.register_forward_pre_hook(
                 lambda module, args, kwargs: _at_first((args, kwargs), hooked), with_kwargs=True
             )
-        raise ModelError(f"the model {self.name!r} has no hook {name!r}")
+        raise self.no_hook(name)
 
     def _module(self, path: str) -> Any:
         try:

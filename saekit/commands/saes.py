@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from saekit.commands.vague import hooks_like, models_like, near_hooks
 from saekit.errors import SAEFormatError, UnknownKeyError
 from saekit.files.paths import as_path
 from saekit.plugins.text import printable
@@ -25,44 +26,51 @@ def listed(
 ) -> list[dict[str, Any]]:
     """The releases, those of ``model`` and ``loader`` alone, with the ids of the SAEs that read ``hook``.
 
-    A model may be written without its owner, and a hook without its block (``hook_resid_post``).
-    :class:`UnknownKeyError` for what no release has, with what is like it.
+    A model may be written without its owner and a hook without its block, and a part of either will do
+    (:mod:`saekit.commands.vague`).  :class:`UnknownKeyError` for what no release has, with what is like it.
     """
-    found = catalog.releases
-    if model is not None:
-        names = {one.model for one in found if one.model is not None}
-        fitting = _fitting(model, names, "model")
-        found = [one for one in found if one.model in fitting]
-    if loader is not None:
-        fitting = _fitting(loader, {one.loader for one in found if one.loader is not None}, "loader")
-        found = [one for one in found if one.loader in fitting]
-    rows = [_row(one, one.ids if hook is None else _reading(one, hook)) for one in found]
-    rows = [row for row in rows if row["ids"]]
-    if hook is not None and not rows:
-        hooks = {str(hook_of(one, sae)) for one in found for sae in one.saes.values()}
-        raise UnknownKeyError(_none(hook, hooks - {"None"}, "hook"))
-    return rows
+    found, among = catalog.releases, list[str]()
+    for what, wanted, name_of in (("model", model, _model_of), ("loader", loader, _loader_of)):
+        if wanted is not None:
+            names = {name for one in found if (name := name_of(one)) is not None}
+            fitting = models_like(wanted, names) if what == "model" else {wanted} & names
+            if not fitting:
+                raise UnknownKeyError(_none(wanted, names, what, nearest(wanted, sorted(names)), among))
+            found = [one for one in found if name_of(one) in fitting]
+            among.append(f"{what} {wanted!r}")
+    if hook is None:
+        return [row for one in found if (row := _row(one, one.ids))["ids"]]
+    hooks = set().union(*map(_hooks, found))
+    fitting = hooks_like(hook, hooks)
+    if not fitting:
+        raise UnknownKeyError(_none(hook, hooks, "hook", near_hooks(hook, hooks), among))
+    rows = [_row(one, [name for name, sae in one.saes.items() if hook_of(one, sae) in fitting]) for one in found]
+    return [row for row in rows if row["ids"]]
 
 
-def _fitting(wanted: str, names: set[str], what: str) -> set[str]:
-    folded = wanted.casefold()
-    exact = {name for name in names if folded in (name.casefold(), name.casefold().rpartition("/")[2])}
-    if not exact:
-        raise UnknownKeyError(_none(wanted, names, what))
-    return exact
+def _model_of(release: Release) -> str | None:
+    return release.model
 
 
-def _none(wanted: str, names: Iterable[str], what: str) -> str:
-    names = sorted(names)
-    close = nearest(wanted, names)
+def _loader_of(release: Release) -> str | None:
+    return release.loader
+
+
+def _hooks(release: Release) -> set[str]:
+    return {hook for sae in release.saes.values() if (hook := hook_of(release, sae)) is not None}
+
+
+def _none(wanted: str, names: Iterable[str], what: str, close: Sequence[str], among: Sequence[str]) -> str:
+    names = sorted(names, key=_in_order)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     shown = "" if close else f" There are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
-    return printable(f"no release has the {what} {wanted!r}.{hint}{shown}")
+    of = f" of {' and '.join(among)}" if among else ""
+    return printable(f"no release{of} has the {what} {wanted!r}.{hint}{shown}")
 
 
-def _reading(release: Release, hook: str) -> tuple[str, ...]:
-    hooks = {one: hook_of(release, sae) or "" for one, sae in release.saes.items()}
-    return tuple(one for one, found in hooks.items() if found == hook or found.endswith(f".{hook}"))
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Block 2 comes before block 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
 
 
 def _row(release: Release, ids: Iterable[str]) -> dict[str, Any]:
@@ -77,8 +85,8 @@ def _row(release: Release, ids: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each release."""
+def table(rows: list[dict[str, Any]], columns: int | None = None) -> str:
+    """A line for each release; where a line has ``columns`` characters, without what does not fit into them."""
     shown = [
         (row["release"], str(len(row["ids"])), row["model"] or "?", row["loader"] or "by its files",
          row["repo"] or row["folder"] or "")
@@ -86,17 +94,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     head = ("release", "SAEs", "model", "loader", "repository")
     widths = [max(len(line[n]) for line in (head, *shown)) for n in range(len(head))]
-    lines = ["  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)) for line in (head, *shown)]
+    kept = len(head)
+    while columns is not None and kept > 3 and sum(widths[:kept]) + 2 * (kept - 1) > columns:
+        kept -= 1
+    lines = ["  ".join(f"{line[n]:{widths[n]}}" for n in range(kept)) for line in (head, *shown)]
     total = sum(len(row["ids"]) for row in rows)
-    return "\n".join([*(printable(line.rstrip()) for line in lines), "", f"{len(rows)} releases, {total:,} SAEs"])
+    left_out = f" ({' and '.join(head[kept:])}: in a wider terminal, or with --json)" if kept < len(head) else ""
+    counted = f"{len(rows)} release{'s' * (len(rows) != 1)}, {total:,} SAE{'s' * (total != 1)}{left_out}"
+    return "\n".join([*(printable(line.rstrip()) for line in lines), "", counted])
 
 
-def info(release: Release, sae: ReleasedSAE | None = None) -> dict[str, Any]:
-    """All that is known of a release, or of one SAE of it.  What nobody stated is None."""
+def info(release: Release, sae: ReleasedSAE | None = None, *, hook: str | None = None) -> dict[str, Any]:
+    """All that is known of a release, or of one SAE of it.  What nobody stated is None.
+
+    With ``hook``, only of the SAEs that read it, which may be a part of its name as in :func:`listed`.
+    """
     about = {name: value for name, value in _row(release, release.ids).items() if name != "ids"}
     about |= {"revision": release.revision, "overrides": dict(release.overrides), "links": dict(release.links)}
     if sae is None:
-        return about | {"saes": [_facts(release, one) for one in release.saes.values()]}
+        facts = [_facts(release, one) for one in release.saes.values()]
+        if hook is not None:
+            hooks = _hooks(release)
+            if not (fitting := hooks_like(hook, hooks)):
+                text = _none(hook, hooks, "hook", near_hooks(hook, hooks), ())
+                raise UnknownKeyError(text.replace("no release", f"no SAE of {release.name}", 1))
+            facts = [one for one in facts if one["hook_name"] in fitting]
+        return about | {"saes": facts}
     return about | _facts(release, sae)
 
 
@@ -156,8 +179,16 @@ def _check_format(name: str) -> None:
     from saekit.kinds import PRETRAINED_LOADERS
     from saekit.plugins.manager import default_manager
 
-    if name != "saekit":
+    if name == "saekit":
+        return
+    try:
         default_manager().get(PRETRAINED_LOADERS, name)
+    except UnknownKeyError:
+        names = ["saekit", *(item.entry.name for item in default_manager().registry(PRETRAINED_LOADERS).items)]
+        close = nearest(name, names)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        text = f"no format is called {name!r}.{hint} There are {', '.join(names)}, of which some are only read"
+        raise UnknownKeyError(printable(text)) from None
 
 
 def _check_source(source: str, releases: Sequence[str]) -> None:

@@ -118,8 +118,9 @@ def model_card(repo_id: str, saes: Sequence[CardSAE], columns: Sequence[str] = (
 
 
 def _is_shared(path: str, value: Any, saes: Sequence[CardSAE]) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(one, int | float) for one in value) and value
     there = isinstance(value, bool | int | float) or (isinstance(value, str) and value and not _is_local(value))
-    return bool(there) and all(one.options.get(path) == value for one in saes)
+    return bool(there or numbers) and all(one.options.get(path) == value for one in saes)
 
 
 def _front_matter(saes: Sequence[CardSAE]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -17,6 +18,7 @@ import attrs
 
 from saekit.errors import AmbiguousKeyError, ConfigError, PluginWarning, UnknownKeyError
 from saekit.files.paths import as_path
+from saekit.pretrained.hooks_of import with_hooks
 from saekit.pretrained.releases import BUILT_IN, read_releases
 from saekit.reasons import error_text
 from saekit.released import Release, ReleasedSAE
@@ -40,10 +42,10 @@ class Catalog:
     """
 
     def __init__(self, files: Iterable[str | Path] = (), plugins: PluginManager | None = None) -> None:
-        self.releases: list[Release] = [*_built_in()]
+        found = [*_built_in()]
         for path in dict.fromkeys([*users_files(), *map(as_path, files)]):
-            self.releases += read_releases(path).releases()
-        self.releases += _of_plugins(plugins)
+            found += read_releases(path).releases()
+        self.releases: list[Release] = with_hooks([*found, *_of_plugins(plugins)], _OWN)
 
     def find(self, name: str) -> Release:
         """The release called ``name``, or ``saekit:name``; :class:`UnknownKeyError` has the nearest."""
@@ -80,14 +82,18 @@ def find_sae(release: Release, sae_id: str | None) -> ReleasedSAE:
     if sae_id in release.ids:
         return release.saes[sae_id]
     close = []
+    if sae_id is not None:
+        sae_id = str(sae_id)  # somebody may have written 8
     if sae_id:  # perhaps by another of its names
         close = [one for one, sae in release.saes.items() if sae_id in (sae.path, sae.neuronpedia)]
-        close = close[:1] or nearest(sae_id, release.ids)
+        number = rf"(?<!\d){sae_id}(?!\d)" if sae_id.isdecimal() else r"(?!)"  # of a layer, as it looks
+        close = close[:1] or nearest(sae_id, release.ids) or [one for one in release.ids if re.search(number, one)][:3]
     what = f"has no SAE {sae_id!r}." if sae_id else f"has {len(release.ids)} SAEs; say which."
     hint = f" Did you mean {_listed(close)}?" if close else ""
-    shown = ", ".join(release.ids[:_MOST]) + (", ..." if len(release.ids) > _MOST else "")
+    some = ", ".join(release.ids[:_MOST]) + (", ..." if len(release.ids) > _MOST else "")
+    shown = "" if close else f" It has {some}."
     raise UnknownKeyError(
-        f"the release {release.name!r} {what}{hint} It has {shown} (`saekit saes info {release.name}` lists all)"
+        f"the release {release.name!r} {what}{hint}{shown} `saekit saes info {release.name}` lists all"
     )
 
 

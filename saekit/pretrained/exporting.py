@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.names import fault_of_name
 from saekit.files.paths import as_path
-from saekit.files.storage import add_files, new_files, new_folder
+from saekit.files.storage import add_files, new_files, new_folder, tidy
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.choice import Choice
@@ -53,7 +54,7 @@ def export(
     if format == OWN:
         from saekit.sae.folder import save_sae
 
-        return save_sae(sae, path)
+        return _placed(path, lambda home: save_sae(sae, home))
     choice = ConfigConverter(plugins).choice(format, PRETRAINED_LOADERS)
     loader = choice.build()
     if not isinstance(loader, WritesSAEs):
@@ -63,15 +64,21 @@ def export(
             f"the SAE cannot be written as {choice.key}: it takes activations that are scaled by a factor that nobody "
             "knows, and no other library is told so. Call sae.fold_activation_scale(factor) first"
         )
+    return _placed(path, lambda home: _write(loader, choice, sae, home))
+
+
+def _placed(path: Path, write: Callable[[Path], object]) -> Path:
+    """``path``, with the files that ``write`` leaves in an empty folder: all of them, or none."""
     target = _target(path)
     try:
         if target.exists():
             with new_files(target / "export") as home:
-                _write(loader, choice, sae, home)
+                write(home)
                 add_files(target, home)
         else:
+            tidy(target.parent, target.name.__eq__)  # what a process that was killed in between has left
             with new_folder(target, replace=False) as home:
-                _write(loader, choice, sae, home)
+                write(home)
     except FileExistsError as error:
         raise PlaceError(
             f"cannot write the SAE to {path}: {error.strerror}, {error.filename}. Move it away, or "

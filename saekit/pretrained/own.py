@@ -155,7 +155,7 @@ def _raise_or_note(text: str, faults: list[str] | None) -> None:
 
 
 def _ports(own: Mapping[str, Any], files: SAEFiles) -> dict[str, Any]:
-    """The sites of what has other ones than one, and how wide they are."""
+    """The sites of what has other ones than one, and how wide they are; not ``placed``: only its ports' names."""
     if not own.keys() & {"inputs", "targets"}:
         return {}
     inputs, targets = (_widths(own.get(option, _NOTHING), option, files) for option in ("inputs", "targets"))
@@ -165,7 +165,9 @@ def _ports(own: Mapping[str, Any], files: SAEFiles) -> dict[str, Any]:
         sites = Sites(tuple(inputs), tuple(targets))
     except ConfigError as error:
         raise SAEFormatError(f"the sites in {CONFIG} of {files.place} do not go together: {error}") from error
-    return {"sites": sites, "ports": Ports.of(sites, inputs | targets)}
+    if (placed := own.get("placed", True)) not in (True, False):
+        raise _wrong(files, "placed", placed, "true or false")
+    return {"sites": sites if placed else None, "ports": Ports.of(sites, inputs | targets)}
 
 
 def _widths(found: object, option: str, files: SAEFiles) -> dict[Site, int]:

@@ -15,13 +15,13 @@ import attrs
 
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
-from saekit.released import OVERRIDES, Release, ReleasedSAE
+from saekit.released import OVERRIDES, Release, ReleasedSAE, fault_of_hooks
 
 __all__ = ["BUILT_IN", "Release", "ReleasedSAE", "Releases", "read_releases", "releases_of"]
 
 BUILT_IN = "releases.json.gz"
 """Beside this file: public facts of the registry of sae-lens 6.54.12."""
-_FIELDS = ("repo", "folder", "model", "loader", "revision", "overrides", "links", "saes")
+_FIELDS = ("repo", "folder", "model", "loader", "revision", "overrides", "links", "hooks", "saes")
 _COLUMNS = {"id": "id", "path": "path", "l0": "l0", "neuronpedia": "neuronpedia", "ev": "explained_variance",
             "norm_scaling_factor": "norm_scaling_factor"}  # fmt: skip
 
@@ -101,6 +101,8 @@ def _faults(name: str, fields: object) -> Iterable[tuple[str, str]]:
             yield f"{name}.{field}", f"expected a text, found {value!r}"
         elif field in ("overrides", "links") and not isinstance(value, Mapping):
             yield f"{name}.{field}", f"expected a table, found {value!r}"
+        elif field == "hooks" and (fault := fault_of_hooks(value)):
+            yield f"{name}.{field}", fault
     if bool(fields.get("repo")) == bool(fields.get("folder")):
         yield name, "needs repo, the repository of the Hub, or folder, and not both"
     saes = fields.get("saes")
@@ -141,6 +143,7 @@ def _release(
         revision=overrides.get("revision", fields.get("revision")),
         overrides=overrides,
         links=dict(fields.get("links", {})),
+        hooks=tuple(map(tuple, fields.get("hooks", ()))),
         source=source,
         where=where,
         ids=tuple(saes),

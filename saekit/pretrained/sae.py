@@ -212,8 +212,9 @@ class SAE(SAEModule):
         The release is looked up once, its repository listed once, and its format looked at once.
         """
         found = catalog_of(releases, plugins).find(release)
+        ids = [sae_ids] if isinstance(sae_ids, str) else list(sae_ids)
         how: Any = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
-        loaded = load_published(found, list(sae_ids), revision=revision, token=token, **how)
+        loaded = load_published(found, ids, revision=revision, token=token, **how)
         return {name: _as(cls, sae) for name, sae in loaded}
 
 

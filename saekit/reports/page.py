@@ -233,7 +233,7 @@ def _curves(run: RunFolder, rows: Mapping[str, Mapping[str, Any]], look: Look) -
         row = rows[sae.name]
         colors = {"light": look.color_of(row), "dark": look.color_of(row, dark=True), "tags": _tags(look, row)}
         for panel in panels_of(sae, most):
-            if panel.title.startswith(("Learning", "λ")) or not panel.lines or panel.lines[0].look != "line":
+            if panel.setting or not panel.lines or panel.lines[0].look != "line":
                 continue
             title = "Dead features" if panel.title.startswith("Dead") else panel.title.partition(" (")[0]
             line = {**_line(panel.lines[0]), **colors, "name": printable(sae.name), "end": ""}

@@ -15,6 +15,8 @@ __all__ = ["Line", "Panel", "coefficients_of", "panels_of"]
 
 _MUCH = 20  # times the least value: from there on, a logarithmic axis shows more
 _RATE = "details/current_learning_rate"
+_LAMBDAS = ("l1_coefficient", "l0_coefficient")
+_IN_WORDS = {"topk_threshold": "Threshold"}
 
 
 @attrs.frozen
@@ -50,6 +52,8 @@ class Panel:
     """Whether its numbers are whole ones."""
     note: str = ""
     """What cannot be seen in it, in words."""
+    setting: bool = False
+    """Whether it shows what was set, and not what came of it."""
 
 
 def panels_of(sae: SAERun, most: int | None = None) -> list[Panel]:
@@ -70,10 +74,15 @@ def panels_of(sae: SAERun, most: int | None = None) -> list[Panel]:
 
 
 def coefficients_of(history: History) -> dict[str, str]:
-    """The weights of what makes features sparse, each with its name: most architectures have one or none."""
+    """What makes features sparse, with its name: of most architectures λ, of others k, or a threshold, or nothing."""
     keys = [key for key in history.series if key.startswith("details/current_") and key != _RATE]
-    named = sorted(keys, key=lambda key: not key.endswith(("l1_coefficient", "l0_coefficient")))
-    return {key: f"λ, {key.removeprefix('details/current_')}" for key in named[:1]}
+    named = sorted(keys, key=lambda key: not key.endswith(_LAMBDAS))
+    return {key: _named(key) for key in named[:1]}
+
+
+def _named(key: str) -> str:
+    name = key.removeprefix("details/current_")
+    return f"λ, {name}" if key.endswith(_LAMBDAS) else _IN_WORDS.get(name, name)
 
 
 def _line(
@@ -142,4 +151,4 @@ def _dead(sae: SAERun, most: int | None) -> Panel:
 
 
 def _setting(history: History, key: str, title: str, most: int | None) -> Panel:
-    return _from_zero(Panel(title, [*_line(history, key, "", "line", most, number)], None, None))
+    return _from_zero(Panel(title, [*_line(history, key, "", "line", most, number)], None, None, setting=True))

@@ -309,11 +309,13 @@ def _hooks(sae: SAEModule, *, transcoder: bool) -> dict[str, Any]:
 
 
 def _ports(sae: SAEModule) -> dict[str, Any]:
-    """The sites of what has other ones than one, with their widths, in order; where none are known, by their names."""
+    """The sites of what has other ones than one, with their widths, in order; where none are known, the ports' names
+    and ``placed``, which says so."""
     if _has_one_site(sae):
         return {}
     known = {} if sae.info.sites is None else {site.name: site for site in sae.info.sites.all}
-    return {
+    placed = {} if known else {"placed": False}
+    return placed | {
         option: [{**_place(known.get(name) or Site(hook_name=name)), "width": width} for name, width in widths.items()]
         for option, widths in (("inputs", sae.ports.inputs), ("targets", sae.ports.targets))
     }

@@ -26,6 +26,8 @@ def check_width(values: Tensor, width: int, name: str, what: str) -> None:
 
 def check_type(values: Tensor, what: str) -> None:
     """:class:`ConfigError` for whole numbers, such as the token ids that somebody took for activations."""
+    if not hasattr(values, "is_floating_point"):
+        raise ConfigError(f"{what} must be a tensor, found {type(values).__name__}; torch.as_tensor(...) makes one")
     if not values.is_floating_point():
         name = str(values.dtype).removeprefix("torch.")
         raise ConfigError(

@@ -201,6 +201,18 @@ def test_the_first_tensor_of_what_a_module_returns(hook: str) -> None:
         backend.run(TOKENS, read={hook, "none.input"})
 
 
+def test_one_hook_a_hook_that_is_none_and_a_text_for_tokens() -> None:
+    backend = parts()
+    assert list(backend.run(TOKENS, read="embed").held) == ["embed"]
+    with pytest.raises(ModelError, match=r"'parts' has no hook 'embedd'\. Did you mean 'embed'"):
+        backend.run(TOKENS, read=["embedd"])
+    for tokens in ("a text", [1, 2]):
+        with pytest.raises(
+            ModelError, match=r"as a tensor \[batch, position\], found .*; those of a text are torch.tens"
+        ):
+            backend.run(tokens, read=["embed"])  # type: ignore[arg-type]
+
+
 def test_a_tokenizer_of_another_model() -> None:
     with pytest.raises(
         ModelError, match="the tokenizer of 'parts' has 2048 tokens, but the model knows 100: they do not"

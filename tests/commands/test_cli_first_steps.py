@@ -179,7 +179,7 @@ def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
         ("train model.compile=t", ["model.compile=true"]),
         ("train optimizer=", ["optimizer=adam", "optimizer=signum"]),
         ("train sae.name=top", ["sae.name=topk", "sae.name=topk_transcoder"]),
-        ("train sae.name=topk sae.k", ["sae.k=", "sae.k_aux="]),
+        ("train sae.name=topk sae.k", ["sae.k=", "sae.k_start=", "sae.k_warm_up_steps="]),
         ("train a", ["a.toml", "activations.source=", "activations.source.name="]),
         ("train a.toml lr_schedule.e", ["lr_schedule.end=", "lr_schedule.end=0.5"]),
         ("train bad.toml training.see", ["training.seed=", "training.seed=42"]),
@@ -219,7 +219,7 @@ def test_bash_completes_by_the_script_that_is_shown(tmp_path: Path) -> None:
 
     assert typed("saekit", "pl") == ["plugins", "plan"]
     assert typed("saekit", "train", "sae.d_s") == ["sae.d_sae=", "sae.d_sae=none"]
-    assert typed("saekit", "train", "sae.name", "=", "topk", "sae.k_") == ["sae.k_aux=", "sae.k_aux=none"]
+    assert typed("saekit", "train", "sae.name", "=", "topk", "sae.k_") == ["sae.k_start=", "sae.k_warm_up_steps=", "sae.k_aux="]
     assert typed("saekit", "train", "sae.name", "=") == typed("saekit", "train", "sae", "=")
     assert "topk" in typed("saekit", "train", "sae", "=")
     assert typed("saekit", "train", "optimizer", "=", "s") == ["signum"]

@@ -17,6 +17,7 @@ import saekit
 from saekit.commands.saes import info, info_text, listed, table
 from saekit.errors import SAEFormatError, UnknownKeyError
 from saekit.pretrained.catalog import Catalog, find_sae
+from saekit.pretrained.hooks_of import hook_of
 
 OF_2 = Path(__file__).parents[1] / "fixtures/sae_lens_2.1.3_folder/cfg.json"
 
@@ -42,12 +43,52 @@ def test_the_list_is_narrowed(catalog: Catalog) -> None:
     assert listed(catalog, model="llama-3.1-8b-instruct") == listed(catalog, model="meta-llama/Llama-3.1-8B-Instruct")
 
 
+def hooks_of(rows: list[dict[str, Any]], catalog: Catalog) -> set[str | None]:
+    found = [(catalog.find(row["release"]), row["ids"]) for row in rows]
+    return {hook_of(release, release.saes[one]) for release, ids in found for one in ids}
+
+
+def test_a_part_of_a_name_will_do(catalog: Catalog) -> None:
+    models = {row["model"] for row in listed(catalog, model="Gemma_2")}
+    assert models == {"gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-2-9b-it", "gemma-2b", "gemma-2b-it"}
+    assert {row["model"] for row in listed(catalog, model="gemma-2b")} == {"gemma-2b"}, "what is exact goes before"
+    of_gpt2 = {row["model"] for row in listed(catalog, model="gpt2")}
+    assert of_gpt2 == {"gpt2-small"}
+    for hook in ("12.resid_post", "blocks.12.resid_post", "layer 12 resid_post"):
+        assert hooks_of(listed(catalog, model="gemma-2-2b", hook=hook), catalog) == {"blocks.12.hook_resid_post"}
+    twelfth = hooks_of(listed(catalog, model="gemma-2-2b", hook="12"), catalog)
+    assert twelfth >= {"blocks.12.hook_resid_post", "blocks.12.hook_mlp_out"}
+    assert all(str(hook).startswith("blocks.12.") for hook in twelfth)
+    assert listed(catalog, hook="resid_post") == listed(catalog, hook="hook_resid_post")
+    some = info(catalog.find("gemma-scope-2b-pt-res"), hook="12")["saes"]
+    assert {one["hook_name"] for one in some} == {"blocks.12.hook_resid_post"}
+    with pytest.raises(UnknownKeyError, match="no SAE of gpt2-small-res-jb has the hook 'mlp'. There are blocks.0."):
+        info(catalog.find("gpt2-small-res-jb"), hook="mlp")
+    for number in ("12", 12):
+        with pytest.raises(UnknownKeyError, match="Did you mean 'layer_12/width_16k/canonical' or 'layer_12/"):
+            find_sae(catalog.find("gemma-scope-2b-pt-res-canonical"), number)  # type: ignore[arg-type]
+
+
+def test_the_table_is_as_narrow_as_the_terminal(catalog: Catalog) -> None:
+    rows = listed(catalog, model="gemma-2-2b", hook="12.resid_post")
+    *lines, last = table(rows, columns=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["release", "SAEs", "model"]
+    assert last.endswith(" SAEs (loader and repository: in a wider terminal, or with --json)")
+    assert table(rows, columns=500) == table(rows)
+    assert table([rows[0] | {"ids": ["a"]}]).endswith("\n1 release, 1 SAE")
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
         ({"model": "gema-2b"}, "no release has the model 'gema-2b'. Did you mean 'gemma-2b'"),
         ({"loader": "gema_3"}, "no release has the loader 'gema_3'. Did you mean 'gemma_3'"),
         ({"hook": "blocks.1.hook_resid_prre"}, "Did you mean 'blocks.1.hook_resid_pre'"),
+        ({"hook": "hook_resid_pst"}, "hook 'hook_resid_pst'. Did you mean 'hook_resid_post' or"),
+        ({"hook": "13", "model": "gpt2"}, "no release of model 'gpt2' has the hook '13'. There are blocks.0."),
+        ({"hook": ""}, "no release has the hook ''."),
+        ({"model": " "}, "no release has the model ' '."),
         ({"loader": "zzzz"}, "no release has the loader 'zzzz'. There are connor_rob_hook_z, deepseek_r1"),
     ],
 )
@@ -119,7 +160,7 @@ def test_a_configuration_is_converted(tmp_path: Path) -> None:
     assert printed["renamed"]["hook_point"] == "site.hook_name"
     (tmp_path / "a.json").write_text('{"d_in": 3}')
     assert (
-        "no configuration of a run of sae-lens"
+        "no configuration of a run that can be converted"
         in cli("convert-config", tmp_path / "a.json", check=2, watch=True).stderr
     )
 
@@ -145,7 +186,10 @@ def test_mistakes_about_conversion_need_no_torch(tmp_path: Path) -> None:
     for arguments, message in (
         (("convert", "nowhere", "b", "--to", "sae_lens"), "there is no file or folder nowhere; RELEASE:ID names"),
         (("convert", "gpt2-small-res-jb:blocks.8", "b", "--to", "sae_lens"), "Did you mean 'blocks.8.hook_resid_pre'"),
-        (("convert", ".", "b", "--to", "sae_lns"), "Unknown pretrained loader 'sae_lns'. Did you mean 'sae_lens'"),
+        (
+            ("convert", ".", "b", "--to", "sae_lns"),
+            "no format is called 'sae_lns'. Did you mean 'sae_lens'? There are saekit, ",
+        ),
         (("verify", "nowhere"), "error: the SAE folder nowhere is not there"),
     ):
         assert message in cli("saes", *arguments, cwd=tmp_path, check=2, watch=True).stderr

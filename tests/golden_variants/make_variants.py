@@ -73,6 +73,8 @@ SPARSIFY: dict[str, dict[str, Any]] = {
     },
     "topk_transcoder": {"k": 5, "num_latents": 20, "transcode": True},
     "topk_not_normalized": {"k": 5, "expansion_factor": 2, "normalize_decoder": False},
+    "topk_skip_around": {"k": 5, "num_latents": 20, "skip_connection": True},
+    "groupmax_skip_around": {"activation": "groupmax", "k": 5, "num_latents": 20, "skip_connection": True},
 }  # fmt: skip
 DICTIONARIES = {
     "batchtopk_never_set": (BatchTopKSAE, -1.0),

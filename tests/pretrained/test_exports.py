@@ -21,7 +21,7 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from safetensors.torch import load_file
 from support.formats import FIXTURES, edit_json
-from support.saved import make, names, sae_lens_python, thesis
+from support.saved import make, names, other, sae_lens_python, thesis
 
 import saekit
 from saekit import SAE, Ports, Site, Sites
@@ -293,6 +293,28 @@ def test_what_has_no_place_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SAEFormatError, match=message):
         build().export(tmp_path / "out", form)
     assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
+@pytest.mark.parametrize("form", ["saekit", "sae_lens"])
+def test_an_export_as_saekit_has_it_replaces_no_other_sae(tmp_path: Path, form: str) -> None:
+    first, second = make(), other()
+    first.export(tmp_path / "out", form)
+    first.export(tmp_path / "out", form)  # the very same
+    with pytest.raises(PlaceError, match=r"there is another file of that name, .* Move it away, or"):
+        second.export(tmp_path / "out", form)
+    assert torch.equal(SAE.load(tmp_path / "out").W_dec, first.W_dec)
+
+
+def test_what_a_killed_export_leaves_is_no_sae(tmp_path: Path) -> None:
+    sae = sae_of(TopKConfig(**CHOOSES))
+    sae.export(tmp_path / "out", "sparsify")
+    half = tmp_path / "out/.export.4075be75.tmp"
+    half.mkdir()
+    sae.export(half / "whole", "sparsify")
+    assert torch.equal(SAE.load(tmp_path / "out").W_dec, sae.W_dec)
+    (tmp_path / ".new.4075be75.tmp").mkdir()
+    sae.export(tmp_path / "new", "sparsify")
+    assert names(tmp_path).isdisjoint({".new.4075be75.tmp"})
 
 
 def test_layers_share_a_folder_and_nothing_is_overwritten(tmp_path: Path) -> None:

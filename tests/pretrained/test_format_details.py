@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 import zipfile
@@ -105,6 +106,26 @@ def test_gemma_3_cross_layer_transcoders(tmp_path: Path, layers: int) -> None:
     close(written["blocks.4.hook_mlp_out"], features @ decoders[:, 4 - first] + tensors["b_dec"])
 
 
+@pytest.mark.parametrize(("layers", "each"), [(3, False), (18, False), (3, True), (18, True)])
+def test_gemma_3_cross_layer_transcoders_with_a_skip(tmp_path: Path, layers: int, each: bool) -> None:
+    """One for the layer itself, or one for every layer that is written."""
+    place = tmp_path / "google/gemma-scope-2-270m-pt/clt/width_16k_l0_big_affine"
+    place.mkdir(parents=True)
+    tensors = load_file(FIXTURES / "gemma_scope_3" / NEW / "params.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    decoders = torch.randn(64, layers, 16, generator=generator)
+    skip = torch.randn(16, layers if each else 1, 16, generator=generator)
+    given = {**tensors, "w_dec": decoders, "affine_skip_connection": skip if each else skip[:, 0].contiguous()}
+    save_file(given, place / "params_layer_4.safetensors")
+    sae = SAE.load(tmp_path)
+    added = sae.ports.split_target(sae(X) - sae.decode(sae.encode(X)))
+    close(added["blocks.4.hook_mlp_out"], X @ skip[:, 4 if layers == 18 and each else 0])
+    close(sum(added.values()), X @ skip.sum(1))
+    save_file(given | {"affine_skip_connection": torch.zeros(16, 2, 16)}, place / "params_layer_4.safetensors")
+    with pytest.raises(SAEFormatError, match=r"affine_skip_connection of .* has shape \[16, 2, 16\], expected \[d_in"):
+        SAE.load(tmp_path)
+
+
 # ---- Llama Scope
 
 
@@ -187,6 +208,19 @@ def test_two_classes_of_the_same_tensors(tmp_path: Path) -> None:
         assert sae.info.architecture == f"saekit:{key}"
 
 
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_k_that_the_configuration_alone_says(tmp_path: Path, name: str) -> None:
+    fixture = f"dictionary_learning_0.1.0_{name}"
+    folder = copied(fixture, tmp_path)
+    edit_pickle(folder / "ae.pt", lambda state: state.pop("k"))
+    expected, sae = load_file(FIXTURES / fixture / "expected.safetensors"), SAE.load(folder)
+    assert sae.config.k == json.loads((folder / "config.json").read_text())["trainer"]["k"]
+    close(sae.encode(expected["x"]), expected["encode"])
+    edit_json(folder / "config.json", lambda table: table["trainer"].pop("k"))
+    with pytest.raises(SAEFormatError, match="neither ae.pt in .* nor the config.json beside it says k"):
+        SAE.load(folder)
+
+
 def without_k(folder: Path) -> None:
     edit_json(folder / "config.json", lambda table: table["trainer"].pop("k"))
     edit_pickle(folder / "ae.pt", lambda state: (state.pop("k"), state.pop("threshold")))
@@ -223,6 +257,52 @@ def test_sparsify_hook_points(tmp_path: Path, hook_point: str, hook: str | None)
     assert info.metadata == wanted | {"hf_hook_name": hook_point}
 
 
+def test_what_a_transcoder_reads_is_kept_where_nothing_says_what_it_writes(tmp_path: Path) -> None:
+    folder = copied("sae_lens_6.54.12_skip_transcoder", tmp_path / "copy")
+    edit_json(folder / "cfg.json", lambda table: table["metadata"].pop("hook_name_out"))
+    sae = SAE.load(folder)
+    again = SAE.load(sae.save(tmp_path / "again"))
+    for one in (sae, again):
+        assert one.info.sites is None
+        assert one.info.metadata["hook_name"] == "blocks.0.ln2.hook_normalized"
+    said = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
+    assert said["hook_name"] == "blocks.0.ln2.hook_normalized", "which sae-lens reads"
+
+
+def test_sites_that_nothing_says_are_not_invented_by_saving(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "sparsify_1.3.3_skip_transcoder/layers.2.mlp", tmp_path / "layers.2.mlp.odd")
+    sae = SAE.load(tmp_path)
+    again = SAE.load(sae.save(tmp_path / "again"))
+    assert again.info.sites is sae.info.sites is None
+    assert again.ports == sae.ports
+    edit_json(
+        tmp_path / "again/cfg.json", lambda table: (table["saekit"].update(placed="no"), table["saekit"].pop("seal"))
+    )
+    with pytest.raises(SAEFormatError, match="saekit.placed in cfg.json of .* found 'no', expected true or false"):
+        SAE.load(tmp_path / "again")
+
+
+def test_a_skip_connection_around_an_sae(tmp_path: Path) -> None:
+    """It writes what it reads, and a bias that is taken from inputs is in that of the encoder, also in bfloat16."""
+    variant = FIXTURES.parent / "golden_variants/sparsify_topk_skip_around"
+    expected, place = load_file(variant / "expected.safetensors"), tmp_path / "layers.5.mlp"
+    shutil.copytree(variant, place)
+    sae = SAE.load(tmp_path)
+    assert sae.info.sites is not None
+    assert sae.info.sites.same
+    assert sae.info.sites.name == "blocks.5.hook_mlp_out"
+    assert not sae.config.apply_b_dec_to_input
+    again = SAE.load(sae.save(tmp_path / "again"))
+    assert again.info.sites == sae.info.sites
+    close(again(expected["x"]), expected["forward"])
+    edit_tensors(place / "sae.safetensors", lambda state: state.update({k: v.bfloat16() for k, v in state.items()}))
+    own, rounded = load_file(place / "sae.safetensors"), SAE.load(place)
+    assert rounded.W_enc.dtype == torch.float32
+    centered = expected["x"].double() - own["b_dec"].double()
+    pre = centered @ own["encoder.weight"].double().T + own["encoder.bias"].double()
+    close(rounded.pre_activations(expected["x"]), pre.float())
+
+
 def test_sparsify_transcodes_without_a_skip(tmp_path: Path) -> None:
     folder = copied("sparsify_1.3.3_skip_transcoder", tmp_path)
     edit_json(folder / "layers.2.mlp/cfg.json", lambda table: table.update(skip_connection=False))
@@ -242,8 +322,11 @@ def sparsify(**change: Any) -> Callable[[Path], object]:
 
 def test_mwhanna_with_a_misspelt_name_and_no_config(tmp_path: Path) -> None:
     """As in one of the repositories."""
-    folder = copied("mwhanna_transcoder", tmp_path)
+    folder = copied("mwhanna_transcoder", tmp_path / "copy")
     (folder / "wandb-config.yaml").rename(folder / "wanb-config.yaml")
+    bare = copied("mwhanna_transcoder", tmp_path / "mwhanna/qwen3-0.6b-transcoders-lowl0")
+    (bare / "config.yaml").unlink()
+    assert SAE.load(bare).info.metadata["model_name"] == "Qwen/Qwen3-0.6B"
     (folder / "config.yaml").unlink()
     info = SAE.load(folder).info
     assert info.sites.name == "blocks.6.mlp.hook_in-to-blocks.6.hook_mlp_out"
@@ -354,7 +437,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a skip in an SAE": (
         "sparsify_1.3.3_topk",
         sparsify(skip_connection=True),
-        "skip_connection in .* is true, and transcode is not",
+        "lacks W_skip; expected encoder.weight",
     ),
     "a flag that is a number": (
         "sparsify_1.3.3_topk",

@@ -181,7 +181,7 @@ def test_a_group_of_2(tmp_path: Path) -> None:
     )
     expected = load_file(folder / "expected.safetensors")
     with pytest.raises(
-        SAEFormatError, match="holds 2 SAEs; say which, as in loader={'name': 'sae_lens', 'sae': 'saes/sae"
+        SAEFormatError, match="holds 2 SAEs; name the folder of one of them: saes/saekit_tiny-python_blocks.0"
     ):
         SAE.load(folder)
     for sae in (

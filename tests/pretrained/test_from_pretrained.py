@@ -221,6 +221,7 @@ def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
     assert "neuronpedia_id" not in saes["two"].info.metadata
     with pytest.raises(UnknownKeyError, match="has no SAE 'tow'"):  # before anything is fetched
         SAE.from_release("mine", ["zero", "tow"], releases=releases)
+    assert list(SAE.from_release("mine", "one", releases=releases)) == ["one"], "an id alone is no list of letters"
 
 
 def test_what_a_release_says_counts_more_than_the_files(releases: Path, tmp_path: Path) -> None:

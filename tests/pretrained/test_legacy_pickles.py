@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import codecs
 import collections
 import gzip
 import io
@@ -105,11 +106,27 @@ def test_every_kind_of_file(tmp_path: Path, foreign: Callable[..., Any], name: s
         assert sae.scaling_factor is None, "without one, factors are ones"
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_of_pickle(tmp_path: Path, foreign: Callable[..., Any], protocol: int) -> None:
+    whole = {"cfg": foreign(**FIELDS), "state_dict": tensors()}
+    (tmp_path / "sae.pkl").write_bytes(pickle.dumps(whole, protocol=protocol))
+    forget()
+    assert torch.equal(SAE.load(tmp_path).W_enc, tensors()["W_enc"])
+
+
+def test_how_often_features_fire_lies_beside(tmp_path: Path, foreign: Callable[..., Any]) -> None:
+    write(tmp_path / "final_sparse_autoencoder_x.pt", {"cfg": foreign(**FIELDS), "state_dict": tensors()})
+    torch.save(torch.zeros(64), tmp_path / "final_sparse_autoencoder_x_log_feature_sparsity.pt")
+    assert torch.equal(SAE.load(tmp_path).W_enc, tensors()["W_enc"])
+
+
 class Modules:
     """A group: its modules hold others, functions among them."""
 
 
-def test_a_group(tmp_path: Path, foreign: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", ["group.pt", "old.pt", "group.pkl"])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_group(tmp_path: Path, foreign: Callable[..., Any], name: str) -> None:
     module = torch.nn.Module()
     for key, value in tensors().items():
         module.register_parameter(key, torch.nn.Parameter(value))
@@ -117,7 +134,7 @@ def test_a_group(tmp_path: Path, foreign: Callable[..., Any]) -> None:
     module.cfg = foreign(**FIELDS)
     group = Modules()
     group.cfg, group.autoencoders, group.odd = foreign(**FIELDS), {"a": module}, [getattr, {1, 2}]
-    path = write(tmp_path / "group.pt", group)
+    path = write(tmp_path / name, group)
     assert torch.equal(SAE.load(path).W_enc, tensors()["W_enc"])
     group.autoencoders["b"] = module
     write(path, group)
@@ -230,6 +247,10 @@ OPCODES: dict[str, tuple[bytes, str]] = {
     "a call without arguments": (b"\x80\x04cos\nsystem\nK\x01R.", "there is int where tuple should be"),
     "a persistent id": (b"\x80\x04K\x01Q.", "it refers to something outside of it"),
     "a key that is a list": (b"\x80\x04}]K\x01s.", "is no readable pickle: TypeError"),
+    "bytes of an encoding": (
+        pickle.dumps({"cfg": Calls(codecs.encode, "x", "utf-7")}),
+        "there is str in 'utf-7' where bytes should be",
+    ),
     "another thing": (pickle.dumps([1, 2]), "must hold cfg and state_dict, or a group of SAEs; found list"),
     "no tensors": (pickle.dumps({"cfg": {}}), "must hold cfg and state_dict, or a group of SAEs; found cfg"),
     "a text as tensors": (pickle.dumps({"cfg": {}, "state_dict": {"W_enc": 1}}), "lacks b_enc, W_dec, b_dec"),

@@ -175,6 +175,13 @@ def test_a_card_shows_no_more_than_it_is_given() -> None:
     assert text.count("```") % 2 == 0
 
 
+def test_a_card_has_the_levels_of_a_matryoshka() -> None:
+    options = {"sae.widths": [2, 4, 8], "sae.level_weights": None, "inputs": [{"hook_name": "a"}]}
+    text = model_card("a/b", [CardSAE(folder="", config={"d_sae": 8}, options=options)])
+    assert "sae.widths = [2, 4, 8]" in text
+    assert "level_weights" not in text
+
+
 def test_from_the_command_line(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     an_sae().save(tmp_path / "sae")
     options = ["--into", "a/b", "--private", "-m", "mine"]

@@ -79,6 +79,58 @@ def test_every_id_says_what_it_reads() -> None:
         assert hook_of(release, find_sae(release, sae_id)) == hook
 
 
+HOOKS = """
+[scopes]
+repo = "me/scopes-mlp"
+loader = "gemma_2"
+saes = { first = "layer_3/width_16k/average_l0_9" }
+
+[numbered]
+repo = "me/numbered"
+loader = "theirs"
+hooks = [['/(\\w+)-(\\d+)$', "blocks.{1}.hook_{0}"]]
+saes = { first = "mlp_out-4", second = "4" }
+
+[also]
+repo = "me/also"
+loader = "theirs"
+saes = { first = "resid_pre-5" }
+"""
+
+
+def test_a_release_says_how_its_paths_name_hooks(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(HOOKS)
+    catalog = Catalog([tmp_path / "mine.toml"])
+
+    def read_by(name: str, sae_id: str = "first") -> str | None:
+        return hook_of(catalog.find(name), catalog.find(name).saes[sae_id])
+
+    assert read_by("scopes") == "blocks.3.hook_mlp_out", "as saekit's own of that loader"
+    assert (read_by("numbered"), read_by("numbered", "second")) == ("blocks.4.hook_mlp_out", None)
+    assert read_by("also") == "blocks.5.hook_resid_pre", "as another of that loader and source"
+
+
+def test_hooks_of_a_release_say_nothing_of_saekits_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(HOOKS.replace('"theirs"', '"sae_lens"'))
+    plain, with_mine = (Catalog(files).find("gpt2-small-res-jb") for files in ((), [tmp_path / "mine.toml"]))
+    assert plain.hooks == with_mine.hooks == ()
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ('"x"', "hooks: expected a list of pairs, found 'x'"),
+        ('[["x"]]', r"hooks: expected pairs of a regular expression and a hook, found \['x'\]"),
+        ('[["(", "x"]]', r"hooks: '\(' is no regular expression"),
+        ('[["a", "hook_{0}"]]', r"hooks: 'hook_\{0\}' has a \{number\} that is no group of 'a'"),
+    ],
+)
+def test_hooks_that_say_nothing(hooks: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'[mine]\nrepo = "me/mine"\nhooks = {hooks}\nsaes = {{ a = "b" }}\n')
+    with pytest.raises(ConfigError, match=message):
+        Catalog([tmp_path / "mine.toml"])
+
+
 MINE = """
 [mine]
 repo = "me/mine"

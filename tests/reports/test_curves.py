@@ -186,6 +186,15 @@ def test_what_has_no_lambda(tmp_path: Path) -> None:
     assert "λ, l0_coefficient" in panels(drawn(write_run(tmp_path / "jump", jump)))
 
 
+@pytest.mark.parametrize(("metric", "title"), [("k", "k"), ("topk_threshold", "Threshold")])
+def test_only_a_penalty_has_a_lambda(tmp_path: Path, metric: str, title: str) -> None:
+    rows = records(30)
+    for record in rows:
+        record[f"details/current_{metric}"] = record.pop("details/current_l1_coefficient", None)
+    shown = list(panels(drawn(write_run(tmp_path / "run", rows))))
+    assert shown[-2:] == [title, "Learning rate"]
+
+
 def test_where_fine_tuning_begins(tmp_path: Path) -> None:
     options = {"training": {"training_tokens": 80_000, "finetuning_tokens": 20_000}}
     figure = drawn(write_run(tmp_path / "run", options=options))

@@ -53,7 +53,7 @@ def test_it_leaves_the_bytes_of_train(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     importlib.import_module("one_file").train(saekit.load_config(table), tmp_path / "own")
     assert bytes_of(tmp_path / "own") == bytes_of(expected.folder / "sae")
-    assert len(bytes_of(tmp_path / "own")) == 3
+    assert len(bytes_of(tmp_path / "own")) == 4
 
 
 REFUSED: dict[str, Any] = {

@@ -210,15 +210,15 @@ def test_one_level_is_a_batchtopk() -> None:
         ),
         (
             lambda: built(widths=(8, 4)),
-            r"sae.widths: are \[8, 4\], which of 40 features are \[8, 4, 40\]; they must ris",
+            r"sae.widths: are \[8, 4\], so that levels end at \[8, 4, 40\]; each must be larger than the one before",
         ),
         (
             lambda: built(widths=(0.001,)),
-            r"sae.widths: are \[0.001\], which of 40 features are \[0, 40\]; they must ris",
+            r"sae.widths: are \[0.001\], so that levels end at \[0, 40\]; each must be larger",
         ),
         (
             lambda: built(widths=(41,)),
-            r"sae.widths: are \[41\], which of 40 features are \[41, 40\]; they must rise from",
+            r"sae.widths: are \[41\], so that levels end at \[41, 40\]; each must be .* to all 40 features",
         ),
         (
             lambda: built(level_weights=(1.0, 2.0)),

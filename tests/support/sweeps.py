@@ -105,7 +105,7 @@ def kept(home: Path) -> dict[str, str]:
     assert lines
     metrics = json.dumps([{name: value for name, value in line.items() if name != NOW} for line in lines])
     files = {path.name: path.read_bytes() for path in sorted((home / "sae").iterdir())}
-    assert len(files) == 3
+    assert len(files) == 4
     found = files | {"metrics.jsonl": metrics.encode()}
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 

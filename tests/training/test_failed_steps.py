@@ -152,6 +152,9 @@ def test_nobody_reads_a_copy_before_it_has_come(monkeypatch: pytest.MonkeyPatch)
             asked.append((str(device), non_blocking))
             return batch(0)
 
+        def __getitem__(self, some: slice) -> Tensor:
+            return batch(0)[some]
+
     for device in ("cpu", "cuda", "cuda:1", "mps", torch.device("cpu")):
         rows_on(device, Rows(), torch.float32)  # type: ignore[arg-type]
     assert asked == [("cpu", False), ("cuda", True), ("cuda:1", True), ("mps", True), ("cpu", False)]

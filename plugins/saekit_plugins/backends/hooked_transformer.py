@@ -82,7 +82,7 @@ class TransformerLensBackend(ModuleBackend):
             return hooks(hook.name, activation)
 
         if unknown := [name for name in hooks.names if not self._has(name)]:
-            raise ModelError(f"the model {self.name!r} has no hook {unknown[0]!r}")
+            raise self.no_hook(unknown[0])
         names = [name for name in hooks.names if name != entry]
         compiled = nullcontext() if self._compiled is None else self._compiled.except_at(names)
         with compiled:

@@ -63,7 +63,7 @@ class _Form:
     """As ``dict_class`` records them."""
     names: Mapping[str, str]
     state: frozenset[str] = frozenset()
-    """What else there is, which is no weight of a matrix or bias."""
+    """What else there is, which is no weight of a matrix or bias; ``k`` may be in ``config.json`` alone."""
     apply_b_dec_to_input: bool = True
 
 
@@ -73,7 +73,6 @@ _FORMS = (
     _Form(("AutoEncoder", "AutoEncoderNew"), _UNBIASED | {"bias": "b_dec"}),
     _Form(("AutoEncoderTopK", "BatchTopKSAE"), _TOPK, frozenset({"k", "threshold"})),
     _Form(("AutoEncoderTopK",), _TOPK, frozenset({"k"})),
-    _Form(("AutoEncoderTopK",), _TOPK),
     _Form(("MatryoshkaBatchTopKSAE",), _OWN, frozenset(_STATE)),
     _Form(("JumpReluAutoEncoder",), _OWN, frozenset({"threshold"}), apply_b_dec_to_input=False),
     _Form(("GatedAutoEncoder",), _GATED),
@@ -169,7 +168,7 @@ def _form(state: Mapping[str, Any], recorded: str | None, where: str) -> _Form:
             f"dict_class of {where} is {recorded!r}, which this loader does not know; it knows "
             f"{', '.join(sorted(_CLASSES))}"
         )
-    found = [form for form in _FORMS if set(state) == {*form.names, *form.state}]
+    found = [form for form in _FORMS if {*state, *(("k",) if "k" in form.state else ())} == {*form.names, *form.state}]
     if not found:
         raise SAEFormatError(
             f"{where} holds {', '.join(list(state)[:12]) or 'nothing'}, which are the tensors of none of "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from saekit_plugins.loaders.reading import (
     named,
     one_file,
     options,
+    path_of,
     site,
     text,
     whole_number,
@@ -48,6 +50,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted",
     "model_from_pretrained_kwargs": {"fold_ln": False},
 }  # fmt: skip
+_MODEL = re.compile(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z0-9])", re.IGNORECASE)  # in the repository's name
 _RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository
 
 
@@ -86,7 +89,9 @@ class MwhannaLoader:
         hooks = fed({name: text(config, name, said) for name in _HOOKS}, _HOOKS)
         read, written = (site(f"blocks.{layer}.{hooks['metadata'][name]}", where) for name in _HOOKS)
         own = told(config, said)
-        others: dict[str, Any] = _fed(run, config, where) if own is None else {"metadata": own, "defaulted": []}
+        others: dict[str, Any] = {"metadata": own, "defaulted": []}
+        if own is None:
+            others = _fed(run, config, where, path_of(files, name))
         ports = Ports({read.name: tensors["W_enc"].shape[0]}, {written.name: tensors["W_dec"].shape[1]})
         return PretrainedSAE(
             architecture="saekit:transcoder",
@@ -144,8 +149,10 @@ def _check_sizes(run: Mapping[str, Any], found: list[int], where: str) -> None:
             raise SAEFormatError(f"{name} beside {where} is {said!r}, and the encoder there is for {size}")
 
 
-def _fed(run: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _fed(run: Mapping[str, Any], config: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model_name": text(config, "model_name", f"config.yaml beside {where}")}
+    if found["model_name"] is None and (said := _MODEL.search(path)) is not None:  # one repository has no config.yaml
+        found["model_name"] = f"Qwen/Qwen3-{said[1]}B"
     if (rows := _value(run, "batch_size")) is not None:  # of one text each
         found["context_size"] = whole_number({"batch_size": rows}, "batch_size", f"the YAML beside {where}")
     return fed(found, _DEFAULTS)

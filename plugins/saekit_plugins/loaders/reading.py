@@ -63,6 +63,10 @@ def one_file(files: SAEFiles, pattern: str, wanted: str | None, loader: str) -> 
         raise SAEFormatError(f"{files.place} has no file of weights as {loader} has them ({pattern})")
     if wanted is not None:
         raise SAEFormatError(f"{files.place} has no SAE {wanted!r}; it has {shown}")
+    folders = [name.rpartition("/")[0] for name in everything]
+    if all(folders) and len(set(folders)) == len(folders):
+        some = ", ".join(folders[:10]) + (", ..." if len(folders) > 10 else "")
+        raise SAEFormatError(f"{files.place} holds {len(everything)} SAEs; name the folder of one of them: {some}")
     raise SAEFormatError(
         f"{files.place} holds {len(everything)} SAEs; say which, as in loader={{'name': {loader!r}, 'sae': "
         f"{everything[0]!r}}}. It has {shown}"

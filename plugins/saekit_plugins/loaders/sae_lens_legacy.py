@@ -15,7 +15,7 @@ from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import found_files, one_file
 from saekit_plugins.loaders.sae_lens import SaeLensConfig, SaeLensLoader
 
-_PATTERN = r"[^/]*\.(?:pt|pkl|pkl\.gz)"
+_PATTERN = r"(?![^/]*log_feature_sparsity\.)[^/]*\.(?:pt|pkl|pkl\.gz)"  # which lies beside, and is no SAE
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "scaling_factor")
 
 

@@ -76,20 +76,23 @@ class SparsifyLoader:
                 f"encoder.weight of {name} in {files.place} has shape {list(tensors['W_enc'].T.shape)}, and {where} "
                 f"says {[d_sae, d_in]}"
             )
-        options_ = options(tensors, apply_b_dec_to_input=not transcodes, k=k, rescale_acts_by_decoder_norm=False)
-        own = told(config, where)
+        own, found = told(config, where), _site(path_of(files, name), _WRITTEN)
         metadata = _metadata(files, folder) if own is None else own
-        if not transcodes:
-            found = _site(path_of(files, name), _WRITTEN)
+        centered = not (transcodes or skips)
+        options_ = options(tensors, apply_b_dec_to_input=centered, k=k, rescale_acts_by_decoder_norm=False)
+        if centered:
             return PretrainedSAE(
                 architecture=f"saekit:{kind}", options=options_, tensors=tensors, site=found, metadata=metadata,
                 renamed=_NAMES,
             )  # fmt: skip
+        place = _ports(path_of(files, name), tensors)
+        if not transcodes:
+            tensors, place = _bias_for_what_is_read(tensors), _same(found, d_in)
         return PretrainedSAE(
             architecture=f"saekit:{kind}_transcoder",
             options=options_ | {"skip_connection": skips},
             tensors=tensors,
-            **_ports(path_of(files, name), tensors),
+            **place,
             metadata=metadata,
             renamed=_NAMES,
         )
@@ -170,8 +173,6 @@ def _sizes(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
         )
     if config.get("signed"):
         raise SAEFormatError(f"signed in {where} is true, and this loader reads no features below 0")
-    if config.get("skip_connection") and not config.get("transcode"):
-        raise SAEFormatError(f"skip_connection in {where} is true, and transcode is not: that is no transcoder")
     d_in = whole_number(config, "d_in", where)
     if config.get("num_latents") in (0, None):
         d_sae = d_in * whole_number(config, "expansion_factor", where)
@@ -200,6 +201,24 @@ def _ports(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     names = (read.name, written.name) if read is not None and written is not None else ("input", "output")
     ports = Ports({names[0]: tensors["W_enc"].shape[0]}, {names[1]: tensors["W_dec"].shape[1]})
     return {"ports": ports, "sites": Sites((read,), (written,)) if known and read and written else None}
+
+
+def _same(site: Site | None, width: int) -> dict[str, Any]:
+    """Of a skip connection around an SAE: what is written is what is read."""
+    port = {"input" if site is None else site.name: width}
+    return {"ports": Ports(port, port), "sites": None if site is None else Sites.one(site)}
+
+
+def _bias_for_what_is_read(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the encoder's bias for inputs from which no ``b_dec`` is taken: ``b_enc - b_dec W_enc``.
+
+    A bias that is rounded to half of a float32 would be another, so all are at least float32.
+    """
+    import torch
+
+    wide = {name: value if value.dtype == torch.float64 else value.float() for name, value in tensors.items()}
+    shift = wide["b_dec"].double() @ wide["W_enc"].double()
+    return wide | {"b_enc": (wide["b_enc"].double() - shift).to(wide["b_enc"].dtype)}
 
 
 def _metadata(files: SAEFiles, folder: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ EXAMPLES = """
 
 
 def convert_config(
-    source: Annotated[str, typer.Argument(help="What sae-lens saved of a run: a JSON, YAML or TOML file.")],
+    source: Annotated[
+        str, typer.Argument(help="What another library saved of a run's options: a JSON, YAML or TOML file.")
+    ],
     target: Annotated[
         str | None,
         typer.Argument(metavar="[FILE]", help="The TOML file to write, which must be new; else it is printed."),
@@ -25,7 +27,7 @@ def convert_config(
         bool, typer.Option("--json", help="For programs: the options, and what became of every key.")
     ] = False,
 ) -> None:
-    """Turn the configuration of a run of sae-lens (2 to 6) into one of saekit that means the same.
+    """Turn the configuration of another library's run, as sae-lens 2 to 6 save it, into one that means the same.
 
     What is called otherwise here, what is left out and why, and what saekit does not do goes to standard error.
     """
@@ -35,22 +37,15 @@ def convert_config(
     import attrs
 
     from saekit.config.files import read_table
-    from saekit.config.from_sae_lens import convert
-    from saekit.errors import ConfigError
     from saekit.files.paths import as_path
-    from saekit.reasons import reason
+    from saekit.pretrained.converting import convert_config as converted_config
+    from saekit.pretrained.converting import write_new
 
-    converted = convert(read_table(as_path(source)))
+    converted = converted_config(read_table(as_path(source)))
     text = json.dumps(attrs.asdict(converted), indent=2) + "\n" if as_json else converted.toml
     if target is None:
         typer.echo(text, nl=False)
     else:
-        try:
-            with as_path(target).open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise ConfigError(f"{target} is there already; choose another name, or remove it") from None
-        except OSError as error:
-            raise ConfigError(f"{target} cannot be written: {reason(error)}") from error
+        write_new(target, text)
     for line in () if as_json else converted.report():
         typer.echo(line, file=sys.stderr)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 from typing import Annotated
 
 import typer
@@ -14,10 +17,13 @@ __all__ = ["EXAMPLES", "app"]
 _LIST = """
     saekit saes list
     saekit saes list --model gemma-2-2b --hook blocks.12.hook_resid_post
+    saekit saes list --model gemma --hook 12
+    saekit saes list --hook resid_post
     saekit saes list --loader gemma_3 --json
 """
 _INFO = """
     saekit saes info gpt2-small-res-jb
+    saekit saes info gemma-scope-2b-pt-res --hook 12
     saekit saes info gpt2-small-res-jb blocks.8.hook_resid_pre
 """
 _CONVERT = """
@@ -47,13 +53,13 @@ def list_releases(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Releases of this language model, with its owner or without.",
+            help="Releases of this language model; a part of its name will do.",
             autocompletion=lambda ctx, incomplete: completed("complete_released_model", ctx, incomplete),
         ),
     ] = None,
     hook: Annotated[
         str | None,
-        typer.Option(help="SAEs that read this hook: blocks.8.hook_resid_pre, or hook_resid_pre of any block."),
+        typer.Option(help="SAEs that read this hook: blocks.8.hook_resid_pre, or a part of it: resid_pre, 8."),
     ] = None,
     loader: Annotated[
         str | None,
@@ -70,7 +76,10 @@ def list_releases(
     from saekit.pretrained.catalog import Catalog
 
     rows = listed(Catalog(releases or ()), model=model, hook=hook, loader=loader)
-    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, columns))
+    if hook is not None and not as_json and sys.stdout.isatty():
+        typer.echo(f"The SAEs of one: saekit saes info {rows[0]['release']} --hook {shlex.quote(hook)}")
 
 
 @app.command("info", epilog=examples(_INFO))
@@ -90,6 +99,9 @@ def show_release(
             autocompletion=lambda ctx, incomplete: completed("complete_released_sae", ctx, incomplete),
         ),
     ] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="Only the SAEs that read this hook; a part of its name will do: resid_pre, 8.")
+    ] = None,
     releases: _Files = None,
     as_json: _Json = False,
 ) -> None:
@@ -98,7 +110,9 @@ def show_release(
     from saekit.pretrained.catalog import Catalog, find_sae
 
     found = Catalog(releases or ()).find(release)
-    data = info(found, None if sae_id is None else find_sae(found, sae_id))
+    if sae_id is not None and hook is not None:
+        raise typer.BadParameter("an ID names one SAE already: leave --hook out", param_hint="--hook")
+    data = info(found, None if sae_id is None else find_sae(found, sae_id), hook=hook)
     typer.echo(json.dumps(data, indent=2) if as_json else info_text(data))
 
 
@@ -108,7 +122,12 @@ def convert(
         str, typer.Argument(help="The folder or file of an SAE, or RELEASE:ID of a published one.", metavar="SOURCE")
     ],
     target: Annotated[str, typer.Argument(help="The folder to write; files that are there stay.", metavar="FOLDER")],
-    to: Annotated[str, typer.Option("--to", help="The format, by the key of the loader that reads it, or saekit.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="The format: saekit, or the key of the loader that reads it (sae_lens, sparsify, ...)."
+        ),
+    ],
     loader: Annotated[
         str | None, typer.Option(help="The loader that reads the source, where its files could be several formats.")
     ] = None,

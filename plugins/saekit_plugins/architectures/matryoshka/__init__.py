@@ -75,8 +75,8 @@ class MatryoshkaConfig(BatchTopKConfig):
             ends.append(d_sae)
         if any(end >= after for end, after in zip([0, *ends], ends, strict=False)):
             raise ConfigError(
-                [("sae.widths", f"are {list(self.widths)}, which of {d_sae:,} features are {ends}; they must rise "
-                  "from 1 or more to all")]
+                [("sae.widths", f"are {list(self.widths)}, so that levels end at {ends}; each must be larger than the "
+                  f"one before, from 1 or more to all {d_sae:,} features, which need not be written")]
             )  # fmt: skip
         return tuple(ends)
 

@@ -135,12 +135,26 @@ def _flatten(tensors: dict[str, Tensor], where: str, layer: int | None, depth: i
     if bias is None or list(bias.shape) not in ([width], [layers, width]):
         found = "none" if bias is None else list(bias.shape)
         raise SAEFormatError(f"b_dec of {where} has shape {found}, expected {[width]} or {[layers, width]}")
-    if bias.ndim == 1:  # of the layer itself
-        whole = bias.new_zeros(layers, width)
-        whole[layer if layer is not None and layers == depth else 0] = bias
-        bias = whole
+    own = layer if layer is not None and layers == depth else 0
+    if bias.ndim == 1:
+        bias = _of_one(bias, own, layers)
     tensors |= {"w_dec": decoders.reshape(len(decoders), -1), "b_dec": bias.reshape(-1)}
+    if (skip := tensors.get("affine_skip_connection")) is not None:
+        if list(skip.shape[1:]) not in ([width], [layers, width]):
+            raise SAEFormatError(
+                f"affine_skip_connection of {where} has shape {list(skip.shape)}, expected [d_in, {width}] or "
+                f"[d_in, {layers}, {width}]"
+            )
+        skip = _of_one(skip, own, layers) if skip.ndim == 2 else skip
+        tensors["affine_skip_connection"] = skip.reshape(len(skip), -1)
     return layers
+
+
+def _of_one(found: Tensor, own: int, layers: int) -> Tensor:
+    """``[..., layers, d_out]`` of ``[..., d_out]``, which is for the layer itself."""
+    whole = found.new_zeros(*found.shape[:-1], layers, found.shape[-1])
+    whole[..., own, :] = found
+    return whole
 
 
 def _ports(tensors: Mapping[str, Tensor], layer: int | None, layers: int, depth: int | None) -> dict[str, Any]:

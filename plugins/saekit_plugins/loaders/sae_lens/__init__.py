@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit import SAE
+    from saekit.converted import ConvertedConfig
 
 CONFIG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "activation_scaler.json",
@@ -72,6 +73,12 @@ class SaeLensLoader:
         if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
             raise SAEFormatError(f"sae_lens has no place for this {sae.info.architecture}: sae-lens 6 has none like it")
 
+    def convert_config(self, table: Mapping[str, Any]) -> ConvertedConfig | None:
+        """Those of runs of sae-lens 2 to 6."""
+        from saekit_plugins.loaders.sae_lens.run_configs import convert
+
+        return convert(table)
+
     def read(
         self,
         raw: Mapping[str, Any],
@@ -101,7 +108,7 @@ class SaeLensLoader:
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, place, saved),
             input_transform=config.input_transform,
-            metadata={**config.metadata, **_defaulted(defaulted)},
+            metadata={**config.metadata, **_hook_alone(config, architecture.d_out), **_defaulted(defaulted)},
             renamed={theirs: ours for theirs, ours in RENAMED.items() if theirs in raw},
         )
 
@@ -131,6 +138,14 @@ def _place_of(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
     sites = Sites((config.site,), (target,))
     widths = {config.site.name: config.d_in}, {target.name: d_out}
     return {"sites": sites if config.target else None, "ports": Ports(*widths)}
+
+
+def _hook_alone(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
+    """What a transcoder reads, where nothing names what it writes: there are no sites then, and this is not lost."""
+    if d_out is None or config.target is not None:
+        return {}
+    head = config.site.hook_head_index
+    return {"hook_name": config.site.hook_name, **({} if head is None else {"hook_head_index": head})}
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import attrs
 
-__all__ = ["BEFORE_4", "KEPT", "NEUTRAL", "NO_PROCESSING", "OF_6", "OF_ARCHITECTURES", "Key"]
+__all__ = ["BEFORE_6", "KEPT", "NEUTRAL", "NORMALIZATIONS", "NOT_TRAINED", "NO_PROCESSING", "OF_6",
+           "OF_ARCHITECTURES", "OTHERS_BEFORE_6", "WHITENING", "Key"]  # fmt: skip
 
 
 def _same(value: Any) -> Any:
@@ -35,6 +36,10 @@ NORMALIZATIONS: Mapping[Any, str] = {
     "covariance_whitening": "whitening",
 }
 """Their names of input transforms, and those here."""
+WHITENING = (
+    "covariance_whitening leaves rows on the principal axes, and adds 1e-3 to the variances; whitening rotates them "
+    "back, and adds eps in units of the mean variance"
+)
 KEPT: Mapping[str, Key] = {
     "model_name": Key("model.name"),
     "model_kwargs": Key("model.backend.forward_kwargs"),
@@ -164,15 +169,15 @@ NO_PROCESSING = {
 }  # fmt: skip
 """What ``HookedTransformer.from_pretrained_no_processing`` passes, by which sae-lens loads models since 4."""
 
-BEFORE_4: Mapping[str, Any] = {
+BEFORE_6: Mapping[str, Any] = {
     "context_size": 128, "expansion_factor": 4, "b_dec_init_method": "geometric_median", "normalize_sae_decoder": True,
     "apply_b_dec_to_input": True, "n_batches_in_buffer": 20, "training_tokens": 2_000_000, "prepend_bos": True,
     "store_batch_size_prompts": 32, "train_batch_size_tokens": 4096, "adam_beta1": 0.0, "adam_beta2": 0.999,
     "l1_coefficient": 1e-3, "lr": 3e-4, "init_encoder_as_decoder_transpose": False, "streaming": True, "seed": 42,
     "dead_feature_window": 1000, "feature_sampling_window": 2000, "n_eval_batches": 10, "wandb_log_frequency": 10,
-    "eval_every_n_wandb_logs": 100,
+    "eval_every_n_wandb_logs": 100, "jumprelu_init_threshold": 0.001, "jumprelu_bandwidth": 0.001,
 }  # fmt: skip
-"""What holds in 3.0.0 where nothing is said, of what saekit has other defaults for or might have."""
+"""What holds in 3.0.0, 4.4.5 and 5.11.0 where nothing is said, of what saekit has other defaults for or might have."""
 
 OF_6: Mapping[str, Any] = {
     "context_size": 128, "n_batches_in_buffer": 20, "training_tokens": 2_000_000, "prepend_bos": True, "seed": 42,
@@ -191,8 +196,26 @@ OF_ARCHITECTURES: Mapping[str, Collection[str]] = {
     "standard": ("l1_coefficient", "l1_warm_up_steps"),
     "gated": ("l1_coefficient", "l1_warm_up_steps"),
     "topk": _TOPK,
+    "abstopk": _TOPK,
     "batchtopk": (*_TOPK, "topk_threshold_lr"),
     "matryoshka_batchtopk": (*_TOPK, "topk_threshold_lr"),
     "jumprelu": ("jumprelu_init_threshold", "jumprelu_bandwidth", "l0_coefficient", "jumprelu_ste_to_input"),
 }
 """The options of :data:`OF_6` that each has."""
+
+NOT_TRAINED = ("matching_pursuit", "temporal")
+"""Architectures of 6 that are for inference alone here."""
+
+OTHERS_BEFORE_6: Mapping[str, tuple[Collection[str], Any]] = {
+    "l1_coefficient": (("standard", "gated"), Any),
+    "l1_warm_up_steps": (("standard", "gated"), Any),
+    "lp_norm": (("standard",), Any),
+    "scale_sparsity_penalty_by_decoder_norm": (("standard",), Any),
+    "use_ghost_grads": (("standard",), (False, None)),
+    "mse_loss_normalization": (("standard",), (None, "none")),
+    "noise_scale": (("standard",), (0, None)),
+    "jumprelu_init_threshold": (("jumprelu",), Any),
+    "jumprelu_bandwidth": (("jumprelu",), Any),
+}
+"""Options before 6 that not every architecture has: which do, and the values by which others lose nothing.  Any: all,
+as sae-lens does not look at it for these."""

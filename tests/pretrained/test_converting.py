@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import saekit
-from saekit.config.from_sae_lens import Converted, convert
-from saekit.errors import ConfigError
+from saekit.converted import ConvertedConfig as Converted
+from saekit.errors import ConfigError, PluginWarning, SaekitError, StorageError
+from saekit.kinds import PRETRAINED_LOADERS
+from saekit.pretrained.converting import convert_config as convert
+from saekit.pretrained.converting import write_new
+from saekit.testing import fake_plugin
 
 TESTS = Path(__file__).parents[1]
 OF_2 = TESTS / "fixtures/sae_lens_2.1.3_folder/cfg.json"
 OF_6 = {path.stem: path for path in sorted((TESTS / "golden_runner_configs").glob("*.json"))}
+
+
+FLAT = {path.stem: path for path in sorted((TESTS / "golden_flat_configs").glob("*.json"))}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -49,17 +60,19 @@ def of_3(**changes: Any) -> dict[str, Any]:
     return source | more | changes
 
 
-@pytest.mark.parametrize("path", [OF_2, *OF_6.values()], ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", [OF_2, *OF_6.values(), *FLAT.values()], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_every_key_is_accounted_for_and_the_file_loads(path: Path, tmp_path: Path) -> None:
     source = read(path)
     found = convert(source)
     assert unaccounted(source, found) == set()
-    assert found.lost == {}
+    assert set(found.lost) == ({"architecture"} if "jumprelu" in path.stem and path in FLAT.values() else set())
     (tmp_path / "run.toml").write_text(found.toml)
     loaded = saekit.load_config(tmp_path / "run.toml")
     assert loaded == saekit.load_config(dict(found.table))
     lines = "\n".join(found.report())
-    assert all(f": {key}" in lines for key in (*found.renamed, *found.dropped))
+    assert all(f": {key}" in lines for key in (*found.renamed, *found.changed, *found.dropped))
 
 
 def test_how_activations_are_normalized() -> None:
@@ -137,13 +150,160 @@ def test_what_is_not_here_is_said() -> None:
 
 
 def test_a_topk_of_4_is_a_topk() -> None:
+    """One by its activation alone has no AuxK there, and still the penalty."""
     source = of_3(
         sae_lens_version="4.4.5", architecture="standard", activation_fn="topk", activation_fn_kwargs={"k": 7}
     )
+    assert "a penalty beside the k" in convert(source).lost["l1_coefficient"]
+    assert convert(source | {"l1_coefficient": 0}).lost == {}
     options = saekit.load_config(dict(convert(source).table)).sae
     assert options.key == "saekit:topk"
     assert (options.options.k, options.options.rescale_acts_by_decoder_norm) == (7, False)
     assert (options.options.aux_loss_coefficient, options.options.normalize_sae_decoder) == (0, True)
+
+
+@pytest.mark.parametrize("version", ["4.4.5", "5.11.0"])
+def test_the_architectures_of_4_and_5_mean_the_same(version: str) -> None:
+    def options(name: str, **changes: Any) -> Any:
+        loaded = saekit.load_config(dict(convert(read(FLAT[f"{version}_{name}"]) | changes).table))
+        assert loaded.sae.key == f"saekit:{name}"
+        return loaded.sae.options
+
+    gated = options("gated")
+    assert (gated.l1_coefficient, gated.normalize_sae_decoder, gated.aux_loss_trains_decoder) == (3, False, True)
+    assert gated.scale_sparsity_penalty_by_decoder_norm, "always, whatever the option says"
+    on_the_sphere = options("gated", normalize_sae_decoder=True, decoder_heuristic_init=False)
+    assert not on_the_sphere.scale_sparsity_penalty_by_decoder_norm
+    jumprelu = options("jumprelu")
+    assert (jumprelu.l0_coefficient, jumprelu.l0_warm_up_steps) == (4, 20), "called l1 there"
+    assert (jumprelu.initial_threshold, jumprelu.bandwidth, jumprelu.aux_loss_coefficient) == (0.001, 0.05, 0)
+    assert (jumprelu.ste_to_input, jumprelu.sparsity_loss) == (False, "l0")
+    topk = options("topk")
+    assert (topk.k, topk.aux_loss_coefficient, topk.aux_loss_normalization) == (16, 1, "none")
+    standard = options("standard")
+    assert (standard.l1_coefficient, standard.l1_warm_up_steps, standard.lp_norm) == (2, 10, 1)
+
+
+def test_options_of_another_architecture_are_told_where_they_counted() -> None:
+    found = convert(read(FLAT["5.11.0_standard"]))
+    assert found.dropped["jumprelu_bandwidth"] == "is of another architecture"
+    assert found.lost == {}
+    noisy = convert(read(FLAT["5.11.0_gated"]) | {"noise_scale": 0.1, "mse_loss_normalization": "dense_batch"})
+    assert noisy.lost == {
+        "noise_scale": "is 0.1, which gated does not have here",
+        "mse_loss_normalization": "is 'dense_batch', which gated does not have here",
+    }
+    wide = convert(read(FLAT["5.11.0_gated"]) | {"decoder_heuristic_init_norm": 0.3})
+    assert "start here at norm 0.1" in wide.lost["decoder_heuristic_init_norm"]
+
+
+def with_sae(name: str, **changes: Any) -> dict[str, Any]:
+    source = read(OF_6[name])
+    return source | {"sae": source["sae"] | changes}
+
+
+def test_abstopk_has_the_defaults_of_topk() -> None:
+    source = with_sae("topk", architecture="abstopk")
+    del source["sae"]["k"], source["sae"]["aux_loss_coefficient"]
+    found = convert(source)
+    assert (found.assumed["sae.k"], found.assumed["sae.aux_loss_coefficient"]) == (100, 1)
+    sae = saekit.load_config(dict(found.table)).sae
+    assert sae.key == "saekit:abstopk"
+    assert (sae.options.k, sae.options.aux_loss_coefficient, sae.options.aux_loss_normalization) == (100, 1, "none")
+
+
+def test_tanh_without_a_scale_has_the_default() -> None:
+    found = convert(with_sae("jumprelu", jumprelu_sparsity_loss_mode="tanh", jumprelu_tanh_scale=None))
+    options = saekit.load_config(dict(found.table)).sae.options
+    assert (options.sparsity_loss, options.tanh_scale) == ("tanh", 4)
+    assert found.dropped["sae.jumprelu_tanh_scale"] == "is null, and left out here"
+
+
+@pytest.mark.parametrize("name", ["matching_pursuit", "temporal"])
+def test_what_cannot_be_trained_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"sae.architecture: is '{name}', which saekit reads and cannot train"):
+        convert(with_sae("standard", architecture=name))
+
+
+def test_values_that_are_others_here_are_told() -> None:
+    found = convert(of_3(normalize_activations="constant_norm_rescale"))
+    assert "is activations.normalize_activations = 'constant_norm'" in found.changed["normalize_activations"]
+    assert found.lost == {}
+    white = convert(with_sae("standard", normalize_activations="covariance_whitening"))
+    assert "rotates them back" in white.lost["sae.normalize_activations"]
+    assert "NOT THE SAME: sae.normalize_activations: covariance_whitening leaves rows" in "\n".join(white.report())
+    nested = convert(read(OF_6["matryoshka_batchtopk"]))
+    assert nested.changed["sae.architecture"] == "'matryoshka_batchtopk' is sae.name = 'matryoshka'"
+    assert nested.changed["n_eval_batches"] == "10 is evals.n_contexts = 320"
+    assert "dtype" not in nested.changed
+
+
+class Theirs:
+    """A stranger's loader that knows a configuration of its own."""
+
+    def __init__(self, said: Any) -> None:
+        self.said = said
+
+    def detects(self, files: Any) -> bool:
+        return False
+
+    def load(self, files: Any) -> Any:
+        raise NotImplementedError
+
+    def convert_config(self, table: Any) -> Any:
+        return self.said if "theirs" in table else None
+
+
+OPTIONS = [attrs.make_class(f"Options{number}", {}, frozen=True, kw_only=True) for number in range(2)]
+
+
+def managed(*said: Any) -> saekit.PluginManager:
+    """With a stranger's loader for each, which says that."""
+    plugins = saekit.PluginManager()
+    for number, one in enumerate(said):
+        plugin = fake_plugin(
+            PRETRAINED_LOADERS, f"theirs_{number}", build=partial(_theirs, one), config=OPTIONS[number]
+        )
+        plugins.register(plugin, name=f"stranger{number}")
+    return plugins
+
+
+def _theirs(said: Any, config: object) -> Theirs:
+    return Theirs(said)
+
+
+def test_a_strangers_loader_converts_its_own() -> None:
+    table = {"training": {"lr": 3e-4}, "site": {"hook_name": "blocks.0.hook_resid_pre"}}
+    mine = Converted(table=table, lost={"theirs": "is not here"})
+    found = convert({"theirs": 1}, plugins=managed(mine))
+    assert list(found.table) == ["site", "training"], "in our order"
+    assert found.report() == ["NOT THE SAME: theirs: is not here"]
+    with pytest.raises(ConfigError, match="both know this configuration; leave one out"):
+        convert({"theirs": 1}, plugins=managed(mine, mine))
+    with pytest.raises(SaekitError, match=r"convert_config.*expected a saekit.converted.ConvertedConfig, or None"):
+        convert({"theirs": 1}, plugins=managed({"lr": 3}))
+    with pytest.warns(PluginWarning, match="theirs_1"):
+        assert convert({"theirs": 1}, plugins=managed(mine, 3)).lost == mine.lost
+    with pytest.raises(ConfigError, match="madeup"):
+        convert({"theirs": 1}, plugins=managed(Converted(table={"training": {"madeup": 1}})))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "run.toml"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            write_new(target, "seed = 3")
+    assert list(tmp_path.iterdir()) == []
+    write_new(target, "seed = 3")
+    assert target.read_text() == "seed = 3"
+    with pytest.raises(ConfigError, match="is there already; choose another name"):
+        write_new(target, "seed = 4")
 
 
 def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
@@ -152,13 +312,15 @@ def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
     assert config.sae.options.expansion_factor == 4
     assert (config.sae.options.l1_coefficient, config.optimizer.options.beta1) == (1e-3, 0)
     assert found.assumed["l1_coefficient"] == 1e-3
-    assert "assumed: adam_beta1 is 0.0, the default of sae-lens" in found.report()
+    assert "assumed: adam_beta1 is 0.0, the default there" in found.report()
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"architecture": "standard", "d_in": 3}, "neither hook_name nor hook_point"),
+        ({"architecture": "standard", "d_in": 3}, r"those of saekit:sae_lens can, and none of them knows"),
+        ({"sae_lens_version": "3.0.0", "lr": 3}, "neither hook_name nor hook_point"),
+        ([], "expected a table of options, found list"),
         ({"hook_name": "x", "d_in": 3, "d_sae": 4}, "it has no options of training"),
         ({"saekit": {}}, "saekit's own already"),
         ({"hook_name": "x", "lr": 1, "sae_lens_version": "6.1.0"}, "under sae, and this one has no sae"),

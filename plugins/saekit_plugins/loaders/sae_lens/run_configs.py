@@ -9,128 +9,65 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
-
-from saekit.config import TrainConfig
-from saekit.config.files import load_config
-from saekit.config.formats import write
-from saekit.config.merging import Place, in_order, set_option
-from saekit.config.sae_lens_keys import (
-    BEFORE_4,
+from saekit import ConfigError
+from saekit.config.values import shown
+from saekit.converted import ConvertedConfig
+from saekit_plugins.loaders.sae_lens.run_keys import (
+    BEFORE_6,
     KEPT,
     NEUTRAL,
     NO_PROCESSING,
     NORMALIZATIONS,
+    NOT_TRAINED,
     OF_6,
     OF_ARCHITECTURES,
+    OTHERS_BEFORE_6,
+    WHITENING,
     Key,
 )
-from saekit.config.values import shown
-from saekit.errors import ConfigError
-from saekit.plugins.manager import PluginManager, default_manager
+from saekit_plugins.loaders.sae_lens.run_tables import flat_of, is_of_sae_lens, nested
 
-__all__ = ["Converted", "convert"]
+__all__ = ["convert"]
 
-_RECONSTRUCTION, _CACHED, _WANDB = "reconstruction", "cached", "wandb"
-"""What sae-lens has one of."""
 _CALLED = {"matryoshka_batchtopk": "matryoshka"}
 
 
-@attrs.frozen
-class Converted:
-    """A configuration of saekit, and what became of every key of the other."""
+def convert(source: Mapping[str, Any]) -> ConvertedConfig | None:
+    """What ``source``, the table of a run of sae-lens, is here; None for what is no table of sae-lens.
 
-    table: Mapping[str, Any]
-    """As :func:`saekit.load_config` takes it."""
-    renamed: Mapping[str, str]
-    """Their keys to the options here, where these are called otherwise."""
-    dropped: Mapping[str, str]
-    """Their keys to why they are not needed: what they say is so here, or says nothing about training."""
-    lost: Mapping[str, str]
-    """Their keys to what they asked for, which is not here: the run is another without it."""
-    assumed: Mapping[str, Any]
-    """Keys that are not there, with the defaults of sae-lens that hold for that."""
-
-    @property
-    def toml(self) -> str:
-        """The file."""
-        return write(self.table, "toml")
-
-    def report(self) -> list[str]:
-        """A line for each key that is not simply the same here."""
-        lines = [f"renamed: {theirs} is {ours}" for theirs, ours in self.renamed.items()]
-        lines += [f"dropped: {theirs}: {why}" for theirs, why in self.dropped.items()]
-        lines += [
-            f"assumed: {theirs} is {shown(value)}, the default of sae-lens" for theirs, value in self.assumed.items()
-        ]
-        return lines + [f"NOT THE SAME: {theirs}: {why}" for theirs, why in self.lost.items()]
-
-
-def convert(source: Mapping[str, Any], *, plugins: PluginManager | None = None) -> Converted:
-    """What ``source``, the table of a run of sae-lens, is here; :class:`ConfigError` for what is no such table.
-
-    What comes out is loaded once, so that it can be.
+    :class:`ConfigError` for the table of an SAE and not of a run, and for a run that there cannot be here.
     """
-    plugins = plugins or default_manager()
-    flat, version = _flat(source)
-    given = dict(flat)
-    defaults = OF_6 if version >= 6 else BEFORE_4 if version < 4 else {}
+    if not is_of_sae_lens(source):
+        return None
+    flat, version = flat_of(source)
+    defaults = OF_6 if version >= 6 else BEFORE_6
     assumed = {key: value for key, value in defaults.items() if key not in flat and _concerns(key, flat)}
     work = _Work({**assumed, **flat}, version)
     work.all()
-    table: dict[str, Any] = {}
-    for path, value in in_order(work.options):
-        set_option(table, path, value, Place(TrainConfig, plugins))
-    load_config(table, plugins=plugins)
-    order = [field.name for field in attrs.fields(TrainConfig)]
-    table = {name: table[name] for name in sorted(table, key=order.index)}
-    keys = list(given)
-    said = {key: value for key, value in assumed.items() if key not in work.dropped}
-    told = {**work.renamed, **work.dropped, **work.lost}
-    for key in keys:  # those that several keys were made of, of which this one said nothing
-        if flat[key] is None and key not in told:
+    told = {**work.renamed, **work.changed, **work.dropped, **work.lost}
+    for key, value in flat.items():  # those that several keys were made of, of which this one said nothing
+        if value is None and key not in told:
             work.dropped[key] = "is null, and left out here"
-    return Converted(
-        table,
-        {key: work.renamed[key] for key in keys if key in work.renamed},
-        {key: work.dropped[key] for key in keys if key in work.dropped},
-        {key: why for key, why in work.lost.items() if key in given},
-        said,
+    return ConvertedConfig(
+        table=nested(work.options),
+        renamed=_of(flat, work.renamed),
+        changed=_of(flat, work.changed),
+        dropped=_of(flat, work.dropped),
+        assumed={key: value for key, value in assumed.items() if key not in work.dropped},
+        lost=_of(flat, work.lost),
     )
 
 
-def _flat(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """All keys, those of 6 in ``sae`` and ``logger`` with that before them, and the major version."""
-    if not isinstance(source, Mapping):
-        raise ConfigError(f"expected a table of options, found {type(source).__name__}")
-    if "saekit" in source or {"training", "site"} <= source.keys():
-        raise ConfigError("this is saekit's own already, and needs no conversion")
-    nested = isinstance(source.get("sae"), Mapping)
-    text = str(source.get("sae_lens_version") or source.get("sae_lens_training_version") or "")
-    major = int(text.partition(".")[0]) if text.partition(".")[0].isdigit() else 6 if nested else 3
-    hook = {"hook_name", "hook_point"} & source.keys()
-    if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
-        missing = "no options of training" if hook else "neither hook_name nor hook_point"
-        raise ConfigError(
-            f"this is no configuration of a run of sae-lens: it has {missing}. Expected what "
-            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
-        )
-    if not nested:
-        if major >= 6:
-            raise ConfigError("a configuration of sae-lens 6 has its SAE's options under sae, and this one has no sae")
-        return dict(source), major
-    flat = {key: value for key, value in source.items() if key not in ("sae", "logger")}
-    for part in ("sae", "logger"):
-        inner = source.get(part, {})
-        if not isinstance(inner, Mapping):
-            raise ConfigError([(part, f"expected a table, found {shown(inner)}")])
-        flat |= {f"{part}.{key}": value for key, value in inner.items()}
-    return flat, max(major, 6)
+def _of(keys: Mapping[str, Any], told: Mapping[str, str]) -> dict[str, str]:
+    """In their order."""
+    return {key: told[key] for key in keys if key in told}
 
 
 def _concerns(key: str, flat: Mapping[str, Any]) -> bool:
     """Whether a default is of an option that the architecture has."""
     name, _, option = key.rpartition(".")
+    if option.startswith("jumprelu_") and not name:
+        return flat.get("architecture") == "jumprelu"
     return name != "sae" or option in OF_ARCHITECTURES.get(str(flat.get("sae.architecture")), ())
 
 
@@ -138,10 +75,12 @@ class _Work:
     """One conversion while it is made: keys are taken one after the other, until none is left."""
 
     def __init__(self, keys: Mapping[str, Any], version: int) -> None:
+        self.given = keys
         self.left = dict(keys)
         self.version = version
         self.options: list[tuple[str, Any]] = []
         self.renamed: dict[str, str] = {}
+        self.changed: dict[str, str] = {}
         self.dropped: dict[str, str] = {}
         self.lost: dict[str, str] = {}
 
@@ -163,12 +102,17 @@ class _Work:
         for key in keys:
             if key.removeprefix("sae.").removeprefix("logger.") != path.rpartition(".")[2]:
                 self.renamed[key] = path
+            theirs = self.given.get(key)
+            if theirs is not None and theirs != value:
+                self.changed.setdefault(key, f"{shown(theirs)} is {path} = {shown(value)}")
 
     def _one(self, key: str, value: Any) -> None:
         if key.removeprefix("sae.") == "normalize_activations" and not _is_normalization(value):
             words = [name for name in NORMALIZATIONS if isinstance(name, str)]
             self.lost[key] = f"is {shown(value)}; there are {', '.join(words)}"
             return
+        if value == "covariance_whitening":
+            self.lost[key] = WHITENING
         known: Key | None = KEPT.get(key) or KEPT.get(key.removeprefix("sae."))
         if known is not None:
             if value is not None or known.none is not None:
@@ -205,27 +149,88 @@ class _Work:
             self.set("activations.source.dtype", dtype, "dtype")
 
     def _before_6(self) -> None:
-        name = self.take("architecture") or "standard"
+        name = str(self.take("architecture") or "standard")
+        _check_trained(name, "architecture")
         activation, more = "relu", dict(self.take("activation_fn_kwargs") or {})
         for key in ("activation_fn", "activation_fn_str"):
             activation = self.take(key) or activation
+        has_penalty = name == "standard"
         if activation == "topk":
-            name, k = "topk", more.pop("k", None)
-            if k is None:
-                raise ConfigError([("activation_fn_kwargs", "has no k, and activation_fn is topk: how many features?")])
-            self.set("sae.name", name, "architecture")
-            self.set("sae.k", k, "activation_fn_kwargs")
-            self.set("sae.rescale_acts_by_decoder_norm", False)
-            self.set("sae.aux_loss_coefficient", 0.0)
-            self._leave_out("l1_coefficient", "l1_warm_up_steps", "lp_norm", "scale_sparsity_penalty_by_decoder_norm",
-                            "mse_loss_normalization", "noise_scale", "use_ghost_grads")  # fmt: skip
+            name = self._topk_before_6(name, more)
+        elif name == "jumprelu":
+            self.dropped |= dict.fromkeys(("activation_fn", "activation_fn_str"), "jumprelu is its own")
         else:
-            self.set("sae.name", name, "architecture")
             self.set("sae.activation", activation, "activation_fn")
+        self.set("sae.name", name, "architecture")
         if more:
             self.lost["activation_fn_kwargs"] = f"is {shown(more)}, which the activation does not have here"
+        elif activation != "topk":
+            self.dropped["activation_fn_kwargs"] = "says nothing"
+        if name == "gated":
+            self._gated_before_6()
+        elif name == "jumprelu":
+            self._jumprelu_before_6()
+        elif name == "topk" and has_penalty and self.left.get("l1_coefficient"):
+            penalty = self.take("l1_coefficient")
+            self.lost["l1_coefficient"] = f"is {shown(penalty)}, a penalty beside the k, which topk does not have here"
+        self._others(name)
+        norm = self.take("decoder_heuristic_init_norm")
+        if norm is not None and norm != 0.1 and self.left.get("decoder_heuristic_init"):
+            self.lost["decoder_heuristic_init_norm"] = f"is {shown(norm)}, and decoder rows start here at norm 0.1"
+        elif norm is not None:
+            self.dropped["decoder_heuristic_init_norm"] = "decoder_heuristic_init says it"
+
+    def _topk_before_6(self, name: str, more: dict[str, Any]) -> str:
+        """Of the architecture `topk` of 4 and 5, AuxK as it is in 6; none where `topk` is the activation alone."""
+        k = more.pop("k", None)
+        if k is None:
+            raise ConfigError([("activation_fn_kwargs", "has no k, and activation_fn is topk: how many features?")])
+        if name not in ("standard", "topk"):
+            raise ConfigError([("activation_fn", f"is 'topk', which {name} does not have here")])
+        self.dropped |= dict.fromkeys(("activation_fn", "activation_fn_str"), "sae.name says it")
+        self.set("sae.k", k, "activation_fn_kwargs")
+        self.changed["activation_fn_kwargs"] = f"k is sae.k = {shown(k)}"
+        self.set("sae.rescale_acts_by_decoder_norm", False)
+        self.set("sae.aux_loss_coefficient", 1.0 if name == "topk" else 0.0)
+        if name == "topk":
+            self.set("sae.aux_loss_normalization", "none")
+        return "topk"
+
+    def _gated_before_6(self) -> None:
+        """Its penalty is always weighed by the norms of the decoder's rows, which says nothing where these are 1."""
+        self.set("sae.scale_sparsity_penalty_by_decoder_norm", not self.left.get("normalize_sae_decoder", True))
+        self.set("sae.aux_loss_trains_decoder", True)
+        if self.take("scale_sparsity_penalty_by_decoder_norm") is not None:
+            self.dropped["scale_sparsity_penalty_by_decoder_norm"] = (
+                "gated weighs its penalty by them in any case there"
+            )
+
+    def _jumprelu_before_6(self) -> None:
+        """Its λ is called as that of the others, and its thresholds alone learn from the sparsity loss."""
+        self.set("sae.sparsity_loss", "l0")
+        self.set("sae.ste_to_input", False)
+        self.set("sae.aux_loss_coefficient", 0.0)
+        for theirs, ours in (("l1_coefficient", "l0_coefficient"), ("l1_warm_up_steps", "l0_warm_up_steps")):
+            if (value := self.take(theirs)) is not None:
+                self.set(f"sae.{ours}", value, theirs)
+        self.lost["architecture"] = "is jumprelu, which learns the logarithms of its thresholds there, and these here"
+
+    def _others(self, name: str) -> None:
+        """The flat configurations have the options of all architectures; those that count there and have no place here
+        are told."""
+        for key, (architectures, idle) in OTHERS_BEFORE_6.items():
+            if key not in self.left or name in architectures:
+                continue
+            value = self.take(key)
+            if idle is Any:
+                self.dropped[key] = "is of another architecture"
+            elif value in idle:
+                self.dropped[key] = f"is {shown(value)}, and {name} has none of it here"
+            else:
+                self.lost[key] = f"is {shown(value)}, which {name} does not have here"
 
     def _of_6(self, name: str) -> None:
+        _check_trained(name, "sae.architecture")
         self.set("sae.name", _CALLED.get(name, name), "sae.architecture")
         norm = self.take("sae.decoder_init_norm", 0.1)
         self.set("sae.decoder_heuristic_init", norm is not None, "sae.decoder_init_norm")
@@ -259,7 +264,7 @@ class _Work:
         for key, path, of in (("sae.target_l0", "sae.target_l0", "quadratic"),
                               ("sae.jumprelu_tanh_scale", "sae.tanh_scale", "tanh")):  # fmt: skip
             value = self.take(key)
-            if mode == of:
+            if mode == of and value is not None:
                 self.set(path, value, key)
             elif value is not None:
                 self.dropped[key] = f"is of the loss {of}, and that is {mode}"
@@ -316,7 +321,9 @@ class _Work:
         if batches and each:
             self.set("evals.n_contexts", batches * each, "n_eval_batches")
         if prompts:
-            self.set("evals.run", [{"name": _RECONSTRUCTION, "batch_size_prompts": prompts}], "eval_batch_size_prompts")
+            self.set(
+                "evals.run", [{"name": "reconstruction", "batch_size_prompts": prompts}], "eval_batch_size_prompts"
+            )
         prefix = "logger." if self.version >= 6 else ""
         logs, steps = self.take(f"{prefix}eval_every_n_wandb_logs"), self.left.get(f"{prefix}wandb_log_frequency")
         if logs and steps:
@@ -329,7 +336,7 @@ class _Work:
             if folder is not None:
                 self.dropped["cached_activations_path"] = "is not used there"
             return
-        self.set("activations.source.name", _CACHED, "use_cached_activations")
+        self.set("activations.source.name", "cached", "use_cached_activations")
         self.set("activations.source.folder", folder or "activations", "cached_activations_path")
         self.lost["use_cached_activations"] = "caches of sae-lens are of another format: write one with `saekit cache`"
         self.options = [one for one in self.options if one[0] != "activations.source.act_store_device"]
@@ -338,7 +345,7 @@ class _Work:
     def _trackers(self) -> None:
         prefix = "logger." if self.version >= 6 else ""
         wanted = self.take(f"{prefix}log_to_wandb", False)
-        tracker = {"name": _WANDB}
+        tracker = {"name": "wandb"}
         for option in ("project", "entity"):
             value = self.take(f"{prefix}wandb_{option}")
             if wanted and value is not None:
@@ -359,6 +366,14 @@ class _Work:
             self.set("checkpoints.folder", str(folder), "output_path" if output else "checkpoint_path")
         if output and checkpoints:
             self.dropped["checkpoint_path"] = "checkpoints lie in the run folder, which is in output_path"
+
+
+def _check_trained(name: str, key: str) -> None:
+    if name in NOT_TRAINED:
+        raise ConfigError(
+            [(key, f"is {name!r}, which saekit reads and cannot train: there is no such run here. SAE.load reads what "
+              "sae-lens has trained")]
+        )  # fmt: skip
 
 
 def _is_normalization(value: object) -> bool:

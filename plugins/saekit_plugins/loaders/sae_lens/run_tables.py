@@ -1,0 +1,53 @@
+"""The tables of runs of sae-lens, flat and with all keys, and those of saekit, nested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from saekit import ConfigError
+from saekit.config.values import shown
+
+__all__ = ["flat_of", "is_of_sae_lens", "nested"]
+
+
+def is_of_sae_lens(source: Mapping[str, Any]) -> bool:
+    """Whether anything in it is: of later versions the version, of earlier ones the hook."""
+    return bool({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"} & source.keys())
+
+
+def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """All keys, those of 6 in ``sae`` and ``logger`` with that before them, and the major version."""
+    nested = isinstance(source.get("sae"), Mapping)
+    text = str(source.get("sae_lens_version") or source.get("sae_lens_training_version") or "")
+    major = int(text.partition(".")[0]) if text.partition(".")[0].isdigit() else 6 if nested else 3
+    hook = {"hook_name", "hook_point"} & source.keys()
+    if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
+        missing = "no options of training" if hook else "neither hook_name nor hook_point"
+        raise ConfigError(
+            f"this is no configuration of a run of sae-lens: it has {missing}. Expected what "
+            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
+        )
+    if not nested:
+        if major >= 6:
+            raise ConfigError("a configuration of sae-lens 6 has its SAE's options under sae, and this one has no sae")
+        return dict(source), major
+    flat = {key: value for key, value in source.items() if key not in ("sae", "logger")}
+    for part in ("sae", "logger"):
+        inner = source.get(part, {})
+        if not isinstance(inner, Mapping):
+            raise ConfigError([(part, f"expected a table, found {shown(inner)}")])
+        flat |= {f"{part}.{key}": value for key, value in inner.items()}
+    return flat, max(major, 6)
+
+
+def nested(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Tables in tables, a choice's name before its options."""
+    table: dict[str, Any] = {}
+    for path, value in sorted(options, key=lambda option: (option[0].count("."), not option[0].endswith(".name"))):
+        *sections, name = path.split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return table

@@ -225,6 +225,8 @@ def why(error: Exception, repo_id: str, revision: str = "main", *, writing: bool
         return f"the Hub does not know the token (401): {log_in} anew"
     if writing and status in (401, 404):
         return f"nobody may write there who asks like this ({status}): {log_in}, with a token that may"
+    if writing and status in (409, 412):
+        return f"somebody else has changed it meanwhile ({status}): push again, which builds on what is there now"
     if "RepositoryNotFoundError" in kinds or status == 401:
         hidden = "the token may not see it" if known else f"it is private: {log_in}"
         return f"there is no such repository ({status}), or {hidden}. Look at the name: owner/repository"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from saekit.errors import PlaceError
 from saekit.files.names import SAE_CONFIG
 from saekit.files.paths import as_path
 from saekit.pretrained.card import CardSAE
-from saekit.pretrained.pushing import check_repository, push, read_config
+from saekit.pretrained.copying import copy_saved, read_config
+from saekit.pretrained.pushing import check_repository, push
 from saekit.reports.folder import RunFolder, SAERun, read_run
 from saekit.reports.sweep import flat_options, summary_of
 from saekit.runs.place import RECORD
@@ -19,10 +23,10 @@ _PRIVATE = ("trackers", "checkpoints")  # sections that are about this machine a
 
 
 def push_to_hub(
-    folder: str | Path,
+    path: str | Path,
     repo_id: str,
     *,
-    into: str = "",
+    folder: str = "",
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -30,56 +34,59 @@ def push_to_hub(
 ) -> str:
     """Put what a run has trained into one repository of the Hub, with a model card; the address of the commit.
 
-    ``folder`` is that of a run, of a sweep, whose SAEs each get a folder of their own, or of a saved SAE, and ``into``
-    a folder of the repository.  The other options are those of :meth:`saekit.SAE.push_to_hub`.  The card says what the
-    run has measured and how it was set up, without paths of this machine.
+    ``path`` is that of a run's folder, of a sweep's, whose SAEs each get a folder of their own, or of a saved SAE's.
+    ``folder`` is one in the repository, and the other options are those of :meth:`saekit.SAE.push_to_hub`, too.  The
+    card says what the run has measured and how it was set up, without paths of this machine.  What is pushed is a copy
+    in a temporary folder, which is compared with the checksums of ``cfg.json``; a run may go on meanwhile.
 
-    :class:`PlaceError` where there is no saved SAE.
+    :class:`PlaceError` where there is no saved SAE, and :class:`SAEFormatError` for one that is not as it was saved.
     """
-    place, into = as_path(folder), into.strip("/")
-    check_repository(repo_id, into)
-    is_run = (place / RECORD).exists() or (place / "config.toml").is_file()
-    found, columns = _of_run(read_run(place), into) if is_run else ([_alone(place, into)], [])
-    return push(
-        repo_id,
-        {card.folder: saved for card, saved in found},
-        [card for card, _ in found],
-        columns=columns,
-        private=private,
-        revision=revision,
-        message=commit_message,
-        token=token,
-    )
+    place, folder = as_path(path), folder.strip("/")
+    check_repository(repo_id, folder)
+    with tempfile.TemporaryDirectory(prefix="saekit-") as temporary:
+        copies = Path(temporary)
+        is_run = (place / RECORD).exists() or (place / "config.toml").is_file()
+        found, columns = _of_run(read_run(place), folder, copies) if is_run else ([_alone(place, folder, copies)], [])
+        return push(
+            repo_id,
+            {card.folder: saved for card, saved in found},
+            [card for card, _ in found],
+            columns=columns,
+            private=private,
+            revision=revision,
+            message=commit_message,
+            token=token,
+        )
 
 
-def _alone(saved: Path, into: str) -> tuple[CardSAE, Path]:
+def _alone(saved: Path, folder: str, copies: Path) -> tuple[CardSAE, Path]:
     """A saved SAE; of what it is a part of a run, that says more."""
     home = saved.parent
     if saved.name == "sae" and (home / "config.toml").is_file():
-        return _of_run(read_run(home), into)[0][0]
-    return CardSAE(folder=into, config=read_config(saved)), saved
+        return _of_run(read_run(home), folder, copies)[0][0]
+    copy = copy_saved(saved, copies / "0")
+    return CardSAE(folder=folder, config=read_config(copy)), copy
 
 
-def _of_run(run: RunFolder, into: str) -> tuple[list[tuple[CardSAE, Path]], list[str]]:
+def _of_run(run: RunFolder, folder: str, copies: Path) -> tuple[list[tuple[CardSAE, Path]], list[str]]:
     """The SAEs of a run that are whole, and the options in which they differ."""
     there = [sae for sae in run.saes.values() if (sae.home / "sae" / SAE_CONFIG).is_file()]
     if not there:
         raise PlaceError(f"{run.folder} holds no saved SAE: {run.state.text}")
     columns = list(summary_of(run).options) if run.sweep else []
     found = []
-    for sae in there:
-        inner = "/".join(part for part in (into, sae.home.name if run.sweep else "") if part)
-        found.append((_card(sae, inner), sae.home / "sae"))
+    for number, sae in enumerate(there):
+        inner = "/".join(part for part in (folder, sae.home.name if run.sweep else "") if part)
+        copy = copy_saved(sae.home / "sae", copies / str(number))
+        found.append((_card(sae, inner, read_config(copy)), copy))
     return found, columns
 
 
-def _card(sae: SAERun, inner: str) -> CardSAE:
+def _card(sae: SAERun, inner: str, config: Mapping[str, Any]) -> CardSAE:
     options = {
         path: value
         for path, value in flat_options(sae.options.table).items()
         if path.partition(".")[0] not in _PRIVATE and not isinstance(value, list)
     }
     latest = sae.history.latest
-    return CardSAE(
-        folder=inner, config=read_config(sae.home / "sae"), metrics=latest, options=options, tokens=round(sae.tokens)
-    )
+    return CardSAE(folder=inner, config=config, metrics=latest, options=options, tokens=round(sae.tokens))

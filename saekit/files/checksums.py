@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from saekit.files.storage import check_file
 
-__all__ = ["Checksums"]
+__all__ = ["Checksums", "seal"]
 
-_PIECE = 1 << 18  # which stays in the cache
+_PIECE = 1 << 20  # which stays in the cache
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse, so what is younger may change unseen
 _MOST_KNOWN = 256
 _known: dict[tuple[int, ...], str] = {}  # of files that this process has summed, and that have not changed since
+_lock = threading.Lock()  # of these: every load has threads
 
 
 class Checksums:
@@ -66,15 +68,17 @@ class Checksums:
         found, piece = hashlib.sha256(), bytearray(_PIECE)
         with path.open("rb", buffering=0) as file:
             before = _state(file.fileno())
-            if before in _known:
-                return _known[before]
+            with _lock:
+                if before in _known:
+                    return _known[before]
             began = time.time_ns()
             while (count := file.readinto(piece)) and not self._ended.is_set():
                 found.update(memoryview(piece)[:count])
             if _state(file.fileno()) == before and began - before[-1] > _SETTLED and not self._ended.is_set():
-                while len(_known) >= _MOST_KNOWN:
-                    _known.pop(next(iter(_known)), None)
-                _known[before] = found.hexdigest()
+                with _lock:
+                    while len(_known) >= _MOST_KNOWN:
+                        del _known[next(iter(_known))]
+                    _known[before] = found.hexdigest()
         return found.hexdigest()
 
 
@@ -82,3 +86,14 @@ def _state(file: int) -> tuple[int, ...]:
     """What changes when a file does: which it is, its size, and when it was last written to, or renamed."""
     found = os.fstat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def seal(table: Mapping[str, Any]) -> str:
+    """The checksum of all of ``cfg.json``, however it is spaced and ordered.
+
+    The files' checksums are not in it: each says itself when it does not fit.
+    """
+    own = {name: value for name, value in table["saekit"].items() if name not in ("seal", "sha256")}
+    content = {**table, "saekit": own}
+    plain = json.loads(json.dumps(content))  # as it will be read: keys are texts, and sorted as such
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -21,7 +21,7 @@ from saekit.files.tensors import DTYPE_NAMES
 
 __all__ = ["give_back", "mapped_tensors", "pieces"]
 
-_PIECE = 1 << 24  # bytes that are worked on together
+_PIECE = 1 << 22  # bytes that are worked on together; a few such are in memory beside an SAE that is loaded
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _mappings: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}  # by their first address: the one after the last
 

@@ -16,7 +16,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.catalog import Catalog
 from saekit.released import Release
 
-__all__ = ["Asked", "ReleaseFiles", "asked_for", "catalog_of"]
+__all__ = ["Asked", "ReleaseFiles", "asked_for", "catalog_of", "find_release"]
 
 ReleaseFiles: TypeAlias = str | Path | Sequence[str | Path]
 
@@ -35,6 +35,15 @@ class Asked:
 def catalog_of(files: ReleaseFiles, plugins: PluginManager | None) -> Catalog:
     """All releases, with those of ``files``."""
     return Catalog([files] if isinstance(files, str | os.PathLike) else files, plugins)
+
+
+def find_release(name: str, *, releases: ReleaseFiles = (), plugins: PluginManager | None = None) -> Release:
+    """The release called ``name``, without loading anything: its repository, and ``saes`` by their ids.
+
+    ``releases`` are TOML files of releases, beside those that are known.  Imports no torch.
+    :class:`saekit.errors.UnknownKeyError` for a name that is none has the nearest.
+    """
+    return catalog_of(releases, plugins).find(name)
 
 
 def asked_for(

@@ -6,7 +6,7 @@ What is not known is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,10 +20,10 @@ __all__ = ["MADE_BY_SAEKIT", "CardSAE", "model_card"]
 MADE_BY_SAEKIT = "<!-- Made by saekit. Without this line the card is yours, and a later push leaves it as it is. -->"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _MEASURED = {
-    "L0": ("evals/l0", "metrics/l0"),
-    "explained variance": ("evals/explained_variance", "metrics/explained_variance"),
-    "CE recovered": ("evals/ce_recovered",),
-    "dead features": ("sparsity/dead_features",),
+    "L0": ("evals/l0", "metrics/l0", "l0"),
+    "explained variance": ("evals/explained_variance", "metrics/explained_variance", "explained_variance"),
+    "CE recovered": ("evals/ce_recovered", "ce_recovered"),
+    "dead features": ("sparsity/dead_features", "dead_features"),
 }
 """What a card says, and the metrics that each is taken from, the first that is there."""
 
@@ -38,6 +38,8 @@ class CardSAE:
     """Its ``cfg.json``."""
     metrics: Mapping[str, Any] = attrs.field(factory=dict)
     """What was measured, by the names of metrics."""
+    shows_all: bool = False
+    """Whether what is not one of the main numbers is shown, too, by its name: somebody has chosen them."""
     options: Mapping[str, Any] = attrs.field(factory=dict)
     """How it was trained, by dotted paths."""
     tokens: int | None = None
@@ -87,17 +89,26 @@ class CardSAE:
             "d_out": _number(self.config.get("d_out")),
             "context size": _number(metadata.get("context_size", self.options.get("dataset.context_size"))),
             "trained on": f"{self.tokens:,} tokens" if self.tokens else "",
-            **self.measured,
         }
+        for name, text in self.measured.items():
+            found[f"{name} (measured)" if name in found else name] = text
         return {name: text for name, text in found.items() if text}
 
     @property
+    def configuration(self) -> Mapping[str, Any]:
+        """How it was trained; where that is not known, the SAE's own options, as a configuration has them."""
+        return self.options or dict(_flat("sae", _table(self.own.get("options"))))
+
+    @property
     def measured(self) -> dict[str, str]:
-        """The main numbers."""
-        return {
+        """The main numbers, and the others."""
+        main = {
             name: _number(next((self.metrics[one] for one in sources if one in self.metrics), None))
             for name, sources in _MEASURED.items()
         }
+        known = {one for sources in _MEASURED.values() for one in sources}
+        others = [name for name in self.metrics if name not in known] if self.shows_all else []
+        return main | {name: _number(self.metrics[name]) for name in others}
 
     @property
     def sae_lens_reads_it(self) -> bool:
@@ -111,7 +122,7 @@ def model_card(repo_id: str, saes: Sequence[CardSAE], columns: Sequence[str] = (
     parts = [_front_matter(saes), MADE_BY_SAEKIT, "", f"# {_cell(repo_id.rpartition('/')[2])}", ""]
     parts += _one(saes[0]) if len(saes) == 1 else _several(saes, columns)
     parts += ["", "## How to load " + ("it" if len(saes) == 1 else "one"), "", *_loading(repo_id, saes)]
-    shared = {path: value for path, value in saes[0].options.items() if _is_shared(path, value, saes)}
+    shared = {path: value for path, value in saes[0].configuration.items() if _is_shared(path, value, saes)}
     if shared:
         parts += ["", "## Configuration", "", *_code("text", [f"{path} = {value!r}" for path, value in shared.items()])]
     return "\n".join([*parts, ""])
@@ -120,7 +131,7 @@ def model_card(repo_id: str, saes: Sequence[CardSAE], columns: Sequence[str] = (
 def _is_shared(path: str, value: Any, saes: Sequence[CardSAE]) -> bool:
     numbers = isinstance(value, list) and all(isinstance(one, int | float) for one in value) and value
     there = isinstance(value, bool | int | float) or (isinstance(value, str) and value and not _is_local(value))
-    return bool(there or numbers) and all(one.options.get(path) == value for one in saes)
+    return bool(there or numbers) and all(one.configuration.get(path) == value for one in saes)
 
 
 def _front_matter(saes: Sequence[CardSAE]) -> str:
@@ -139,7 +150,7 @@ def _one(sae: CardSAE) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {_cell(text)} |" for name, text in sae.facts.items()),
+        *(f"| {_cell(name)} | {_cell(text)} |" for name, text in sae.facts.items()),
     ]
 
 
@@ -157,7 +168,7 @@ def _several(saes: Sequence[CardSAE], columns: Sequence[str]) -> list[str]:
     return [
         f"{len(saes)} sparse autoencoders, saved by [saekit](https://pypi.org/project/saekit/) {__version__}.",
         *(["", "| | |", "|---|---|"] if same else []),
-        *(f"| {name} | {_cell(facts[0][name])} |" for name in same),
+        *(f"| {_cell(name)} | {_cell(facts[0][name])} |" for name in same),
         "",
         f"| {' | '.join(_cell(name) for name in head)} |",
         "|" + "---|" * len(head),
@@ -167,8 +178,8 @@ def _several(saes: Sequence[CardSAE], columns: Sequence[str]) -> list[str]:
 
 def _loading(repo_id: str, saes: Sequence[CardSAE]) -> list[str]:
     one = saes[0]
-    where = f'"{repo_id}", "{one.folder}"' if one.folder else f'"{repo_id}"'
-    lines = _code("python", ["import saekit", "", f"sae = saekit.SAE.from_hub({where})"])
+    where = f'repo_id="{repo_id}"' + (f', folder="{one.folder}"' if one.folder else "")
+    lines = _code("python", ["import saekit", "", f"sae = saekit.SAE.from_pretrained({where})"])
     read = next((sae for sae in saes if sae.sae_lens_reads_it), None)
     if read is None:
         return lines
@@ -202,6 +213,15 @@ def _is_local(name: str) -> bool:
 def _name(site: Mapping[str, Any]) -> str:
     head = site.get("hook_head_index")
     return f"{site.get('hook_name', '')}" + (f".head{head}" if isinstance(head, int) else "")
+
+
+def _flat(path: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by dotted paths."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{path}.{name}", value)
+        else:
+            yield f"{path}.{name}", value
 
 
 def _table(value: object) -> Mapping[str, Any]:

@@ -9,9 +9,9 @@ import attrs
 
 from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.files.checksums import Checksums
+from saekit.files.checksums import Checksums, seal
 from saekit.files.storage import sha256
-from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, TRANSFORMED, WEIGHTS, seal
+from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, TRANSFORMED, WEIGHTS
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo, is_scale

@@ -5,20 +5,21 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
-from saekit.errors import ConfigError, PlaceError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_WEIGHTS
-from saekit.files.storage import read_json
+from saekit.errors import ConfigError, StorageError
+from saekit.files.names import SAE_FILES
 from saekit.hub_files import asked
 from saekit.pretrained.card import MADE_BY_SAEKIT, CardSAE, model_card
+from saekit.pretrained.copying import read_config
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_repository", "push", "push_sae", "read_config"]
+__all__ = ["check_repository", "push", "push_sae"]
 
 _R = TypeVar("_R")
 _CARD = "README.md"
@@ -39,20 +40,6 @@ def check_repository(repo_id: str, folder: str = "") -> None:
     parts = folder.split("/") if folder else []
     if any(part in ("", ".", "..") for part in parts) or "\\" in folder:
         raise ConfigError([("folder", f"must be a path in the repository, such as layer_8 or a/b, found {folder!r}")])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``cfg.json`` of a saved SAE, whose weights are there, too; :class:`PlaceError` for another folder."""
-    missing = [name for name in (SAE_CONFIG, SAE_WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise PlaceError(f"{folder} is no saved SAE: it has no {' and no '.join(missing)}")
-    try:
-        table = read_json(folder / SAE_CONFIG)
-    except (OSError, ValueError) as error:
-        raise PlaceError(f"{folder / SAE_CONFIG} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise PlaceError(f"{folder / SAE_CONFIG} does not hold an object")
-    return table
 
 
 def push(
@@ -87,7 +74,7 @@ def push(
         there = {file.rfilename for file in info.siblings or ()}
         new, old = _files(folders, there)
         for path in _cards(list(folders), there):
-            if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, revision)):  # type: ignore[misc]
+            if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, info.sha)):  # type: ignore[misc]
                 new[path] = model_card(repo_id, saes, columns).encode()
             else:
                 warnings.warn(f"{path} of {repo_id} was not made by saekit, or is yours by now: it stays", stacklevel=4)
@@ -95,7 +82,8 @@ def push(
         operations += [CommitOperationDelete(name) for name in old]
         text = message or f"{len(saes)} SAE{'s' if len(saes) > 1 else ''}, saved by saekit {__version__}"
         what += ", and no file of it was changed"
-        done = do(lambda: api.create_commit(repo_id, operations, commit_message=text, revision=revision))
+        how: dict[str, Any] = {"revision": revision, "parent_commit": info.sha}  # if another is there, the Hub refuses
+        done = do(lambda: api.create_commit(repo_id, operations, commit_message=text, **how))
     return str(done.commit_url)
 
 
@@ -134,7 +122,26 @@ def push_sae(
 
     folder = folder.strip("/")
     check_repository(repo_id, folder)
+    measured = _numbers({} if metrics is None else metrics)
     with tempfile.TemporaryDirectory(prefix="saekit-") as place:
         saved = save_sae(sae, Path(place) / "sae")
-        card = CardSAE(folder=folder, config=read_config(saved), metrics=metrics or {})
+        card = CardSAE(folder=folder, config=read_config(saved), metrics=measured, shows_all=True)
         return push(repo_id, {folder: saved}, [card], **options)
+
+
+def _numbers(metrics: object) -> dict[str, int | float]:
+    """What a card shows of what somebody has measured; :class:`ConfigError` names what is no number."""
+    if not isinstance(metrics, Mapping):
+        raise ConfigError([("metrics", f"must be numbers by their names, such as {{'l0': 32}}, found {metrics!r}")])
+    numbers: dict[str, int | float] = {}
+    problems = []
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name.strip():
+            problems.append(("metrics", f"must be numbers by their names, and {name!r} is no name"))
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            problems.append((f"metrics.{name}", f"must be a number, found {value!r} ({type(value).__name__})"))
+        else:
+            numbers[name] = int(value) if isinstance(value, Integral) else float(value)
+    if problems:
+        raise ConfigError(problems)
+    return numbers

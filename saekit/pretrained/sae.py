@@ -183,10 +183,13 @@ class SAE(SAEModule):
 
         One commit does it all.  The repository, and the branch ``revision``, are made if they are not there; who may
         see a new one says ``private``, by default as your account has it.  The card says what is known of the SAE, and
-        of ``metrics``, as :attr:`saekit.TrainResult.metrics` has them, how good it is; one that saekit did not make
-        stays.  ``token`` is as huggingface_hub has it: by default that with which you are logged in.
+        how good it is: ``metrics`` are numbers by their names, as :attr:`saekit.TrainResult.metrics` has them or short
+        ones (``l0``, ``explained_variance``, ``ce_recovered``, ``dead_features``), and any others, of which those that
+        are NaN are left out.  A card that saekit did not make stays.  ``token`` is as huggingface_hub has it: by
+        default that with which you are logged in.
 
-        :class:`ConfigError` for what cannot be a repository, and :class:`StorageError` where the Hub does not take it.
+        :class:`ConfigError` for what cannot be a repository or is no number, and :class:`StorageError` where the Hub
+        does not take it.
         """
         return push_sae(
             self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import PlaceError, SAEFormatError, StorageError
+from saekit.files.checksums import seal
 from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
@@ -41,7 +42,6 @@ __all__ = [
     "WEIGHTS",
     "part_of_run",
     "save_sae",
-    "seal",
     "weights_dtype",
     "write_sae",
 ]
@@ -205,17 +205,6 @@ def _text(config: Mapping[str, Any], sums: Mapping[str, str]) -> bytes:
     """``cfg.json`` with the checksums of the other files and its own."""
     own = {**config["saekit"], "sha256": sums, "seal": seal(config)}
     return (json.dumps({**config, "saekit": own}, indent=2) + "\n").encode()
-
-
-def seal(table: Mapping[str, Any]) -> str:
-    """The checksum of all of ``cfg.json``, however it is spaced and ordered.
-
-    The files' checksums are not in it: each says itself when it does not fit.
-    """
-    own = {name: value for name, value in table["saekit"].items() if name not in ("seal", "sha256")}
-    content = {**table, "saekit": own}
-    plain = json.loads(json.dumps(content))  # as it will be read: keys are texts, and sorted as such
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

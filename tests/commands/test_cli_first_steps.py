@@ -219,7 +219,11 @@ def test_bash_completes_by_the_script_that_is_shown(tmp_path: Path) -> None:
 
     assert typed("saekit", "pl") == ["plugins", "plan"]
     assert typed("saekit", "train", "sae.d_s") == ["sae.d_sae=", "sae.d_sae=none"]
-    assert typed("saekit", "train", "sae.name", "=", "topk", "sae.k_") == ["sae.k_start=", "sae.k_warm_up_steps=", "sae.k_aux="]
+    assert typed("saekit", "train", "sae.name", "=", "topk", "sae.k_") == [
+        "sae.k_start=",
+        "sae.k_warm_up_steps=",
+        "sae.k_aux=",
+    ]
     assert typed("saekit", "train", "sae.name", "=") == typed("saekit", "train", "sae", "=")
     assert "topk" in typed("saekit", "train", "sae", "=")
     assert typed("saekit", "train", "optimizer", "=", "s") == ["signum"]

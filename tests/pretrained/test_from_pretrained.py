@@ -170,14 +170,15 @@ def test_transcoders_with_and_without_a_skip_connection_of_one_release(hub: Fake
 
 @pytest.fixture
 def releases(hub: FakeHub, tmp_path: Path) -> Path:
-    """A user's file, of a repository with four SAEs of sae-lens, on two branches, and of a folder here."""
+    """A user's file, of a repository with 16 SAEs of sae-lens, on two branches, and of a folder here."""
     for branch, file in (("main", "sae_lens_6.54.12_topk"), ("old", "sae_lens_3.0.0_standard")):
         repository = hub.branch("models", "somebody/saes", branch)
-        for number in range(4 * (not repository.exists())):
+        for number in range(16 * (not repository.exists())):
             copied(file, repository, f"layers/{number}")
     copied("sae_lens_2.1.3_folder", tmp_path, "here/first")
     path = tmp_path / "mine.toml"
-    path.write_text("""
+    path.write_text(
+        """
         [mine]
         repo = "somebody/saes"
         model = "a-model"
@@ -187,6 +188,9 @@ def releases(hub: FakeHub, tmp_path: Path) -> Path:
         two = { path = "layers/2" }
         three = "layers/3"
         gone = "layers/gone"
+        """
+        + "\n".join(f'number-{n} = "layers/{n}"' for n in range(4, 16))
+        + """
 
         [older]
         repo = "somebody/saes"
@@ -198,7 +202,8 @@ def releases(hub: FakeHub, tmp_path: Path) -> Path:
         [local]
         folder = "here"
         saes = { first = {} }
-    """)
+    """
+    )
     return path
 
 
@@ -211,12 +216,15 @@ def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
     real, find = load.recognized, catalog.Catalog.find
     monkeypatch.setattr(load, "recognized", lambda *a: detected.append(1) or real(*a))
     monkeypatch.setattr(catalog.Catalog, "find", lambda *a: looked.append(1) or find(*a))
-    saes = SAE.from_release("mine", ["zero", "two", "one", "three"], releases=releases)
-    assert list(saes) == ["zero", "two", "one", "three"]
+    names = ["zero", "two", "one", "three", *(f"number-{n}" for n in range(15, 3, -1))]
+    saes = SAE.from_release("mine", names, releases=releases)
+    assert list(saes) == names
     assert (len(looked), len(detected)) == (1, 1)
     listings = [line for line in hub.requests[before:] if "/api/models/somebody/saes" in line]
     assert len(listings) == 1, listings
-    assert [sae.info.provenance["folder"] for sae in saes.values()] == [f"layers/{n}" for n in (0, 2, 1, 3)]
+    assert [sae.info.provenance["folder"] for sae in saes.values()] == [
+        f"layers/{n}" for n in (0, 2, 1, 3, *range(15, 3, -1))
+    ]
     assert saes["one"].info.metadata["neuronpedia_id"] == "a-model/1"
     assert "neuronpedia_id" not in saes["two"].info.metadata
     with pytest.raises(UnknownKeyError, match="has no SAE 'tow'"):  # before anything is fetched

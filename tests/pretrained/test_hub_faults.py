@@ -60,7 +60,6 @@ def test_one_listing_and_the_files_that_are_needed(hub: FakeHub) -> None:
     hub.faults = [Fault("GET .*resolve", math.inf, seconds=0.2)]
     sae = load(token="hf_mine")
     asked = [request for request in hub.requests if "somebody" in request]  # and not what the library asks for itself
-    print(asked)
     assert sum("/api/" in request for request in asked) == 1
     fetched = sorted(
         request.rpartition("/")[2] for request in asked if request.startswith("GET") and "resolve" in request

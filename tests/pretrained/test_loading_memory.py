@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +184,39 @@ def test_a_file_that_does_not_change_is_summed_once(folder: Path, monkeypatch: p
     assert sums() == "remembered"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert sums() not in (first, "remembered")
+
+
+def test_checksums_of_many_files_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of files has room for a few, so that threads take out what others put in."""
+    monkeypatch.setattr(checksums, "_known", EasilyUpset())
+    monkeypatch.setattr(checksums, "_SETTLED", -1)
+    monkeypatch.setattr(checksums, "_MOST_KNOWN", 3)
+    files = [tmp_path / str(n) for n in range(40)]
+    for file in files:
+        file.write_text(file.name)
+
+    def sums(_: int) -> list[str]:
+        with checksums.Checksums() as found:
+            return [found.of(file) for file in files]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(sums, range(8)))
+    assert found == [[hashlib.sha256(file.name.encode()).hexdigest() for file in files]] * 8
+    assert len(checksums._known) <= 3
+
+
+class EasilyUpset(dict[Any, str]):
+    """A dictionary that lets another thread go on in the middle of looking at it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        keys = super().__iter__()
+        time.sleep(1e-4)
+        return keys
+
+
+def test_several_saes_in_threads(tmp_path: Path) -> None:
+    folders = [random_sae(config).save(tmp_path / name) for name, config in CONFIGS.items()] * 4
+    with ThreadPoolExecutor(8) as threads:
+        loaded = list(threads.map(saekit.SAE.load, folders))
+    for folder, sae in zip(folders, loaded, strict=True):
+        assert torch.equal(sae.W_dec, saekit.SAE.load(folder).W_dec)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
 from support.fake_hub import FakeHub, Fault, fake_hub
@@ -19,7 +23,8 @@ from support.training import fake_run, fakes
 import saekit
 from saekit import Site, Sites
 from saekit.cli import app
-from saekit.errors import ConfigError, PlaceError, StorageError
+from saekit.errors import ConfigError, PlaceError, SAEFormatError, StorageError
+from saekit.pretrained import copying
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.values import SAEInfo
 
@@ -70,10 +75,14 @@ def test_an_sae_and_its_card(hub: FakeHub, tmp_path: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "saekit", "tags": ["sparse-autoencoder", "saekit"], "base_model": "somebody/model"}
     for line in ("| site | blocks.1.hook_resid_post |", "| L0 | 12.5 |", "| explained variance | 0.75 |",
-                 "| architecture | standard |", "| features | 24 |", 'saekit.SAE.from_hub("somebody/sae")',
+                 "| architecture | standard |", "| features | 24 |",
+                 'saekit.SAE.from_pretrained(repo_id="somebody/sae")',
                  'SAE.load_from_disk(snapshot_download("somebody/sae"))'):  # fmt: skip
         assert line in text
     assert "CE recovered" not in text, "what is not known is not there"
+    configuration = text.partition("## Configuration")[2]
+    assert "sae.activation = 'saekit:relu'" in configuration
+    assert "sae.d_sae = 24" in configuration
     again = saekit.SAE.from_hub("somebody/sae")
     assert torch.equal(again.W_enc, sae.W_enc)
 
@@ -83,7 +92,9 @@ def test_a_folder_a_branch_and_a_card_of_somebody_elses(hub: FakeHub, tmp_path: 
     an_sae(2).push_to_hub("somebody/sae", folder="layer_2")
     files = ("README.md", "cfg.json", "probe.safetensors", "sae_weights.safetensors")
     assert there(tmp_path) == ["README.md", *(f"layer_{n}/{name}" for n in (1, 2) for name in files)]
-    assert 'from_hub("somebody/sae", "layer_1")' in card(tmp_path), "the second leaves the repository's own card"
+    assert 'saekit.SAE.from_pretrained(repo_id="somebody/sae", folder="layer_1")' in card(tmp_path), (
+        "the second leaves the repository's own card"
+    )
     assert 'SAE.from_pretrained("somebody/sae", "layer_2")' in card(tmp_path, path="layer_2/README.md")
     (tmp_path / "hub/models/somebody/sae/layer_2/README.md").write_text("mine")
     with pytest.warns(UserWarning, match="layer_2/README.md of somebody/sae was not made by saekit"):
@@ -109,7 +120,7 @@ def test_a_sweep_in_one_repository(hub: FakeHub, tmp_path: Path) -> None:
     ]
     result = saekit.train(configs, plugins=fakes(), dataset=[{"text": "x = 1\n" * 400}])
     hub.requests.clear()
-    saekit.push_to_hub(result.folder, "somebody/sweep", into="all")
+    saekit.push_to_hub(result.folder, "somebody/sweep", folder="all")
     assert sum("/commit/" in request for request in hub.requests) == 1
     names = list(result.results)
     assert [path for path in there(tmp_path, "somebody/sweep") if path.endswith("cfg.json")] == [
@@ -145,6 +156,51 @@ def test_a_push_that_is_refused(hub: FakeHub, tmp_path: Path, what: str, monkeyp
     assert there(tmp_path) == []
 
 
+def test_every_number_that_is_given_is_shown(hub: FakeHub, tmp_path: Path) -> None:
+    metrics = {"l0": 32, "explained_variance": 0.9, "ce_recovered": np.float32(0.5), "evals/mse": 1e-6, "a|b": 7,
+               "site": 3.0, "unknown": math.nan}  # fmt: skip
+    an_sae().push_to_hub("somebody/sae", metrics=metrics)
+    lines = card(tmp_path).splitlines()
+    for line in ("| L0 | 32 |", "| explained variance | 0.9 |", "| CE recovered | 0.5 |", "| evals/mse | 1e-06 |",
+                 "| a\\|b | 7 |", "| site | blocks.1.hook_resid_post |", "| site (measured) | 3 |"):  # fmt: skip
+        assert line in lines
+    assert "unknown" not in card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"l0": "32", "x": True}, r"metrics.l0: must be a number, found '32' \(str\)(.|\n)*metrics.x: .*True \(bool\)"),
+        ({1: 2.0}, "must be numbers by their names, and 1 is no name"),
+        ([32], r"metrics: must be numbers by their names, such as {'l0': 32}, found \[32\]"),
+    ],
+)
+def test_metrics_that_are_no_numbers(hub: FakeHub, metrics: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        an_sae().push_to_hub("somebody/sae", metrics=metrics)
+    assert hub.requests == []
+
+
+def test_what_was_pushed_in_between_stays(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    an_sae().push_to_hub("somebody/sae")
+    push = HfApi.create_commit
+
+    def somebody_is_first(api: HfApi, *args: Any, **options: Any) -> Any:
+        (tmp_path / "hub/models/somebody/sae/README.md").write_text("mine")
+        return push(api, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", somebody_is_first)
+        message = r"no file of it was changed: somebody else has changed it meanwhile \(412\): push again"
+        with pytest.raises(StorageError, match=message):
+            an_sae(1).push_to_hub("somebody/sae")
+    assert card(tmp_path) == "mine"
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae().W_enc)
+    with pytest.warns(UserWarning, match="it stays"):
+        an_sae(1).push_to_hub("somebody/sae")
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae(1).W_enc)
+
+
 def test_what_cannot_be_pushed(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="repo_id: must be owner/name, found 'name': it has no owner"):
         an_sae().push_to_hub("name")
@@ -153,6 +209,46 @@ def test_what_cannot_be_pushed(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(PlaceError, match="is no saved SAE: it has no cfg.json and no sae_weights.safetensors"):
         saekit.push_to_hub(tmp_path, "somebody/sae")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json", "sparsity.safetensors"])
+def test_a_damaged_folder_is_not_pushed(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    sae = an_sae()
+    sae.log_sparsity = torch.zeros(24)
+    file = sae.save(tmp_path / "sae") / name
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"128", b"129") if name == "cfg.json" else whole[:-1] + b"\x01")
+    with pytest.raises(SAEFormatError, match=f"{name} in .*sae is damaged or was changed.* Nothing was pushed"):
+        saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    if name == "sparsity.safetensors":
+        file.unlink()
+        with pytest.raises(SAEFormatError, match=f"{name} is missing in .*sae, and its cfg.json says that it was sav"):
+            saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_an_sae_that_is_saved_again_meanwhile_is_pushed_whole(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Before it was copied, between two of its files, and after that, when it is uploaded."""
+    an_sae().save(tmp_path / "sae")
+    copy, push, copied = shutil.copyfile, HfApi.create_commit, list[Path]()
+
+    def copy_and_save(source: Path, target: Path) -> None:
+        if len(copied) == when:
+            an_sae(1).save(tmp_path / "sae")
+        copied.append(target)
+        copy(source, target)
+
+    def save_and_push(api: HfApi, *args: Any, **options: Any) -> Any:
+        an_sae(2).save(tmp_path / "sae")
+        return push(api, *args, **options)
+
+    monkeypatch.setattr(copying, "copyfile", copy_and_save)
+    monkeypatch.setattr(HfApi, "create_commit", save_and_push)
+    saekit.push_to_hub(tmp_path / "sae", "somebody/sae")
+    assert torch.equal(saekit.SAE.from_hub("somebody/sae").W_enc, an_sae(1).W_enc)
 
 
 def test_what_sae_lens_does_not_read_is_not_said_to_be(tmp_path: Path) -> None:
@@ -184,7 +280,7 @@ def test_a_card_has_the_levels_of_a_matryoshka() -> None:
 
 def test_from_the_command_line(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     an_sae().save(tmp_path / "sae")
-    options = ["--into", "a/b", "--private", "-m", "mine"]
+    options = ["--folder", "a/b", "--private", "-m", "mine"]
     app(["push", str(tmp_path / "sae"), "somebody/sae", *options], standalone_mode=False)
     assert capsys.readouterr().out.startswith(f"{hub.url}/somebody/sae/commit/")
     assert "a/b/cfg.json" in there(tmp_path)

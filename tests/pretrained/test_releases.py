@@ -307,3 +307,22 @@ def test_saekits_own_plugins_bring_none() -> None:
     """Which is why they need not be loaded to look a release up."""
     items = saekit.default_manager().registry("releases").items
     assert [item.key for item in items if item.distribution == "saekit"] == []
+
+
+def test_a_release_is_found_from_python_without_torch() -> None:
+    program = """
+import sys
+import saekit.pretrained
+release = saekit.pretrained.find_release("gpt2-small-res-jb")
+print(release.repo, release.saes["blocks.8.hook_resid_pre"].id)
+try:
+    saekit.pretrained.find_release("gpt2-small-res-jp")
+except saekit.errors.UnknownKeyError as error:
+    print(error)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "jbloom/GPT2-Small-SAEs-Reformatted blocks.8.hook_resid_pre"
+    assert "Did you mean 'gpt2-small-res-jb'" in second

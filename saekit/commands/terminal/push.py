@@ -15,9 +15,9 @@ EXAMPLES = """
 
 
 def push(
-    folder: Annotated[str, typer.Argument(help="A run folder, a sweep's, or that of a saved SAE.")],
+    path: Annotated[str, typer.Argument(help="A run folder, a sweep's, or that of a saved SAE.")],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/REPOSITORY", help="It is made if it is not there.")],
-    into: Annotated[str, typer.Option("--into", metavar="FOLDER", help="A folder of the repository.")] = "",
+    folder: Annotated[str, typer.Option("--folder", metavar="FOLDER", help="One in the repository.")] = "",
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Who may see a new one.", show_default=False)
     ] = None,
@@ -27,4 +27,4 @@ def push(
     """Put what a run has trained on the Hugging Face Hub, with a model card, in one commit."""
     from saekit.commands.pushing import push_to_hub
 
-    typer.echo(push_to_hub(folder, repo_id, into=into, private=private, revision=revision, commit_message=message))
+    typer.echo(push_to_hub(path, repo_id, folder=folder, private=private, revision=revision, commit_message=message))

@@ -19,6 +19,7 @@ import attrs
 
 from saekit.errors import SAEFormatError, SaekitError, StorageError
 from saekit.files.checksums import Checksums
+from saekit.files.paths import leads_out
 from saekit.files.storage import write_text
 from saekit.hub import within_reach
 from saekit.reasons import reason
@@ -52,6 +53,11 @@ class HubRepository:
         from huggingface_hub import HfApi, constants
 
         wanted = revision or "main"
+        if leads_out(wanted):  # it becomes the path of a file in the cache
+            raise SAEFormatError(
+                f"{wanted!r} is no revision of the Hub repository {repo_id!r}: expected a branch, a tag or a commit, "
+                "without a leading / and without .."
+            )
         with within_reach():
             if constants.HF_HUB_OFFLINE:
                 return cls._in_cache(repo_id, wanted, token)

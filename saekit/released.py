@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from saekit.errors import ConfigError
+from saekit.files.paths import leads_out
 
 __all__ = ["OVERRIDES", "Release", "ReleasedSAE", "fault_of_hooks"]
 
@@ -29,13 +30,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _stays(path: str, where: str) -> None:
+    if leads_out(path):
+        raise ConfigError([(where, f"{path!r} leads out of the repository or folder: no leading / and no .., please")])
+
+
 @attrs.frozen(kw_only=True)
 class ReleasedSAE:
     """One SAE of a release."""
 
     id: str
     """By which it is asked for: ``blocks.8.hook_resid_pre``."""
-    path: str = attrs.field()
+    path: str = attrs.field(validator=lambda _, __, path: _stays(path, "path"))
     """Where it lies in the repository: a folder, a file of weights, or what the loader takes for one.  Left out: as the
     id."""
     l0: float | None = None
@@ -65,6 +71,7 @@ class ReleasedSAE:
             if name in _NUMBERS and not (_is_number(value) and (name != "norm_scaling_factor" or value > 0)):
                 above = " above 0" if name == "norm_scaling_factor" else ""
                 raise ConfigError([(f"{where}.{name}", f"expected a number{above}, found {value!r}")])
+        _stays(known.get("path", id), f"{where}.path")
         return cls(id=id, **known)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ class PretrainedSAE:
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     """What else is known of it, as JSON: the model, the text, and how activations were made of them."""
     defaulted: Sequence[str] = ()
-    """What decides how the weights are used and the files do not state, so that the format's own default holds."""
+    """What the files do not state, so that the format's own default holds: of the metadata, of the sites, and of what
+    decides how the weights are used."""
     renamed: Mapping[str, str] = attrs.field(factory=dict)
     """What the files call by another name than saekit does: their names to saekit's."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict)
@@ -187,6 +189,23 @@ class SAEFiles:
         """
         self.asked.add(name)
         return self.about.get(name)
+
+    def check_factor(self, found: float, where: str) -> None:
+        """:class:`SAEFormatError` if a release says another factor of activations than ``found``, which ``where`` has.
+
+        Releases have rounded ones: half a unit of the last digit does not count, nor does a part in a thousand.
+        """
+        said = self.said("norm_scaling_factor")
+        if said is None:
+            return
+        digits = Decimal(repr(said)).as_tuple().exponent
+        unit = 10.0 ** (digits if isinstance(digits, int) else 0)
+        if abs(said - found) > min(max(1e-3 * found, 0.5 * unit), 0.02 * found):
+            raise SAEFormatError(
+                f"the release of {self.place} says that activations were multiplied by {said:g} (norm_scaling_factor), "
+                f"and {where} says {found:g}: only one of them can be right. If the release is wrong, load the SAE "
+                "without it, by its repository and folder"
+            )
 
     def within(self, folder: str) -> SAEFiles:
         """Those below ``folder``, by their names there."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-__all__ = ["as_path", "expanded", "here", "steady"]
+__all__ = ["as_path", "expanded", "here", "leads_out", "steady"]
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
@@ -32,3 +33,9 @@ def steady(path: Path, given_in: Path | None) -> Path:
     It stays as people wrote it for as long as that means the same.
     """
     return path if given_in is None or path.is_absolute() or here() == given_in else given_in / path
+
+
+def leads_out(path: str) -> bool:
+    """Whether ``path``, which somebody else wrote, would leave a folder that it is joined to, on any system."""
+    either = path.replace("\\", "/")
+    return either.startswith("/") or ".." in either.split("/") or re.match(r"[A-Za-z]:(/|$)", either) is not None

@@ -26,11 +26,17 @@ def overridden(read: PretrainedSAE, files: SAEFiles, loader: str) -> PretrainedS
             f"the release of {files.place} says normalize_activations = {about['normalize_activations']!r}, and the "
             f"loader {loader} does nothing with that: another loader, or the release without it"
         )
-    changes: dict[str, Any] = {"metadata": {**read.metadata, **{name: about[name] for name in _FED if name in about}}}
+    changes: dict[str, Any] = {
+        "metadata": {**read.metadata, **{name: about[name] for name in _FED if name in about}},
+        "defaulted": [name for name in read.defaulted if name not in about],  # what it says is no default of the format
+    }
     if "hook_name" in about:
         changes |= _placed(read, about["hook_name"], files.place)
-    if read.activation_scale is None and "norm_scaling_factor" in about:
-        changes["activation_scale"] = about["norm_scaling_factor"]
+    if "norm_scaling_factor" in about and "norm_scaling_factor" not in files.asked:
+        if read.activation_scale is None:
+            changes["activation_scale"] = about["norm_scaling_factor"]
+        elif read.activation_scale != 1:  # that is where nothing was multiplied: then it is left alone
+            files.check_factor(read.activation_scale, f"what {loader} has read")
     return attrs.evolve(read, **changes)
 
 

@@ -49,6 +49,6 @@ def provenance(read: PretrainedSAE, loader: str, files: SAEFiles, sums: Mapping[
         "folder": folder,
         "files": dict(sums),
         "defaulted": list(read.defaulted) or list(read.metadata.get("defaulted", ())),
-        "renamed": dict(read.renamed),
+        "renamed": {theirs: ours for theirs, ours in read.renamed.items() if theirs != ours},
     }
     return {name: value for name, value in known.items() if value not in (None, "", [], {})}

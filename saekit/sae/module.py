@@ -153,8 +153,11 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         rows = self.run_hook("input", self._rows(x))
         like = x if self.input_transform is None else rows.reshape(x.shape).to(x.dtype)  # as hooks have left it
         read = self.transformed(rows)
-        kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(read)
+        kernel = self._kernel_for(read)
         if kernel is None:
+            features, passed = self.features_and_bypass(read)
+            return self._with(passed, self.decode(self.run_hook("acts_post", features), like=like), rows)
+        if self._hooked("acts_pre", "acts_post"):
             output = self.decode(self._encoded(read), like=like)
         else:
             flat = _flat(read)
@@ -261,10 +264,16 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         """
         return None
 
+    def features_and_bypass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`features_from` and :meth:`bypass` of ``x``, for architectures that find both in one pass."""
+        return self.features_from(x), self.bypass(x)
+
     def with_bypass(self, output: Tensor, x: Tensor) -> Tensor:
         """``output``, decoded from features of ``x``, with what passes them by: what :meth:`forward` gives."""
         rows = self._rows(x)
-        passed = self.bypass(self.transformed(rows))
+        return self._with(self.bypass(self.transformed(rows)), output, rows)
+
+    def _with(self, passed: Tensor | None, output: Tensor, rows: Tensor) -> Tensor:
         if passed is None:
             return output
         passed = self.undone_share(passed, rows)

@@ -18,8 +18,8 @@ __all__ = ["Ways", "not_compiled"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _MATHEMATICS = (
-    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_from", "features_of",
-    "losses", "pre_activations", "reconstruction", "training_features",
+    "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_and_bypass",
+    "features_from", "features_of", "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
 
 

@@ -25,10 +25,9 @@ from support.saved import make, names, other, sae_lens_python, thesis
 
 import saekit
 from saekit import SAE, Ports, Site, Sites
-from saekit.errors import PlaceError, SAEFormatError, StorageError, UnknownKeyError
+from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.pretrained import formats
 from saekit.sae.build import build_module
-from saekit.testing import fake_plugin, isolated_manager
 
 FED = {
     "model_name": "google/gemma-2-2b", "context_size": 96, "prepend_bos": False, "dataset_path": "a/b",
@@ -116,6 +115,16 @@ def test_what_is_written_is_read_again_to_the_last_bit(tmp_path: Path, name: str
         assert again.info.metadata[field] == sae.info.metadata[field]
     assert again.dtype == sae.dtype
     assert again.info.architecture == sae.info.architecture
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_sae_of_which_nothing_else_is_known_comes_back_so(tmp_path: Path, name: str) -> None:
+    form, build = MADE[name]
+    sae = build()
+    sae.info = attrs.evolve(sae.info, metadata={})
+    again = SAE.load(sae.export(tmp_path / "out", format=form))
+    assert dict(again.info.metadata) == {}
+    assert again.info.sites == sae.info.sites
 
 
 FILES = {
@@ -385,55 +394,6 @@ def test_a_transform_of_inputs_has_no_place(tmp_path: Path) -> None:
     sae.input_transform = "layer norm"
     with pytest.raises(SAEFormatError, match="no place for what is done to rows before they are encoded: layer norm"):
         sae.export(tmp_path / "out", "dictionary_learning")
-
-
-# ---- strangers' formats
-
-
-class Stranger:
-    def __init__(self, config: object) -> None:
-        pass
-
-    def detects(self, files: saekit.SAEFiles) -> bool:
-        return "one.txt" in files.names
-
-    def load(self, files: saekit.SAEFiles) -> saekit.PretrainedSAE:
-        raise NotImplementedError
-
-
-class Writing(Stranger):
-    def write_sae(self, sae: SAE, folder: Path) -> None:
-        (folder / "one.txt").write_text(str(sae.d_sae))
-
-
-class Forgetting(Stranger):
-    def write_sae(self, sae: SAE, folder: Path) -> None:
-        pass
-
-
-class Failing(Stranger):
-    def write_sae(self, sae: SAE, folder: Path) -> None:
-        (folder / "one.txt").write_text("half")
-        raise ZeroDivisionError
-
-
-def test_a_strangers_format(tmp_path: Path) -> None:
-    def plugins(build: Any) -> saekit.PluginManager:
-        return isolated_manager(fake_plugin("pretrained_loaders", "odd", build=build), builtins=True)
-
-    sae = make()
-    found = plugins(Writing)
-    assert [key for key in formats(found) if key.endswith(":odd")]
-    assert not [key for key in formats(plugins(Stranger)) if key.endswith(":odd")]
-    sae.export(tmp_path / "a", "odd", plugins=found)
-    assert (tmp_path / "a/one.txt").read_text() == "30"
-    with pytest.raises(saekit.errors.PluginFailedError, match="write_sae returned None, and has written no file"):
-        sae.export(tmp_path / "b", "odd", plugins=plugins(Forgetting))
-    with pytest.raises(saekit.errors.PluginFailedError, match="failed in write_sae: ZeroDivisionError"):
-        sae.export(tmp_path / "b", "odd", plugins=plugins(Failing))
-    assert not (tmp_path / "b").exists()
-    with pytest.raises(UnknownKeyError, match="Did you mean 'sparsify'"):
-        sae.export(tmp_path / "b", "sparsfy")
 
 
 def test_every_format_that_can_be_written() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.fake_hub import FakeHub
 from support.formats import FIXTURES, copied, edit_json
 from support.hub_releases import Published, hub_of
@@ -79,6 +79,28 @@ ONE_OF_EACH = {
 }
 
 
+RECORDED = {"llama_scope": 4 / 7.25, "llama_scope_r1_distill": 0.5, "temporal": 0.25}
+"""Factors of activations in the fixtures, where the registry has others: those of the published SAEs."""
+
+
+def with_the_factor_of_the_registry(hub: FakeHub, name: str) -> float:
+    """Write it into the files that say one; returns what rows are to be multiplied by for the same features."""
+    one = ONE_OF_EACH[name]
+    release = Catalog().find(one.release)
+    factor = float(release.saes[one.sae_id].norm_scaling_factor or 0)
+    folder = hub.root / "models" / str(release.repo) / release.saes[one.sae_id].path
+    if name == "llama_scope":
+        norms = dict.fromkeys(("in", "out"), 4 / factor)
+        threshold = 0.52 * RECORDED[name] / factor  # in units of activations as they are
+        changed = {"dataset_average_activation_norm": norms, "jump_relu_threshold": threshold}
+        edit_json(folder / "hyperparams.json", lambda table: table.update(changed))
+    elif name == "temporal":
+        conf = folder / "conf.yaml"
+        exact = 1 / 150  # of which the registry has nine digits
+        conf.write_text(conf.read_text().replace("scaling_factor: 0.25", f"scaling_factor: {exact}"))
+    return RECORDED[name] / factor
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     with hub_of(tmp_path_factory.mktemp("hub"), *ONE_OF_EACH.values()) as hub:
@@ -101,11 +123,9 @@ def test_every_loader_of_the_registry_is_there() -> None:
 def test_one_release_of_each_loader(hub: FakeHub, name: str) -> None:
     one = ONE_OF_EACH[name]
     release = Catalog().find(one.release)
-    sae = SAE.from_pretrained(one.release, one.sae_id, loader=one.loader)
     expected = load_file(FIXTURES / one.fixture / "expected.safetensors")
-    x = expected["x"]
-    if name == "llama_scope_r1_distill":  # recorded with a factor of 0.5, and the registry has another
-        x = x * 0.5 / release.saes[one.sae_id].norm_scaling_factor
+    x = expected["x"] * (with_the_factor_of_the_registry(hub, name) if name in RECORDED else 1)
+    sae = SAE.from_pretrained(one.release, one.sae_id, loader=one.loader)
     close(sae.encode(x), expected["encode"])
     found = sae.info.provenance
     assert (found["release"], found["sae_id"]) == (f"saekit:{one.release}", one.sae_id)
@@ -124,6 +144,29 @@ def test_both_suffixes_of_goodfire(hub: FakeHub) -> None:
     sae = SAE.from_pretrained("goodfire-llama-3.3-70b-instruct")
     assert sae.info.site.hook_name == "blocks.50.hook_resid_post"
     assert sae.info.metadata["model_name"] == "meta-llama/Llama-3.3-70B-Instruct"
+
+
+def test_transcoders_with_and_without_a_skip_connection_of_one_release(hub: FakeHub) -> None:
+    """The format is looked at once, and each file says for itself whether it has one."""
+    release = Catalog().find("gemma-scope-2-1b-pt-transcoders-all")
+    ids = [f"layer_9_width_16k_l0_small{ending}" for ending in ("", "_affine")]
+    weights = load_file(FIXTURES / "gemma_scope_3/resid_post/layer_9_width_16k_l0_small/params.safetensors")
+    skip = torch.randn(16, 16)
+    for sae_id, more in zip(ids, ({}, {"affine_skip_connection": skip}), strict=True):
+        folder = hub.root / "models" / str(release.repo) / release.saes[sae_id].path
+        folder.mkdir(parents=True)
+        save_file({**weights, **more}, folder / "params.safetensors")
+        config = {"architecture": "jump_relu", "affine_connection": bool(more)}
+        (folder / "config.json").write_text(json.dumps(config))
+    for order in (ids, ids[::-1]):
+        found = SAE.from_release(release.name, order)
+        plain, skips = (found[sae_id] for sae_id in ids)
+        assert [one.info.architecture for one in found.values()] == ["saekit:jumprelu_transcoder"] * 2
+        assert (plain.config.skip_connection, skips.config.skip_connection) == (False, True)
+        x = torch.randn(5, 16)
+        assert torch.equal(plain.encode(x), skips.encode(x))
+        assert (skips(x) - plain(x) - x @ skip).abs().max() < 1e-4
+        assert skips.info.sites.targets[0].hook_name == "blocks.9.hook_mlp_out"
 
 
 @pytest.fixture
@@ -223,6 +266,38 @@ def test_a_factor_of_the_registry_is_folded_in(hub: FakeHub, tmp_path: Path) -> 
     assert scaled.log_sparsity is not None
 
 
+@pytest.mark.parametrize(
+    ("fixture", "path", "loader", "found"),
+    [
+        ("temporal", "layer_12/temporal", "temporal", 0.25),
+        ("llama_scope", "Llama3_1-8B-Base-L3R-8x", "llama_scope", 4 / 7.25),
+        ("sae_lens_6.54.12_training_topk", "", "sae_lens", None),
+    ],
+)
+def test_a_factor_of_the_release_that_is_not_that_of_the_files(
+    tmp_path: Path, fixture: str, path: str, loader: str, found: float | None
+) -> None:
+    folder = copied(fixture, tmp_path / "files")
+    if found is None:
+        edit_json(folder / "cfg.json", lambda table: table.update(normalize_activations="expected_average_only_in"))
+        found = 0.7
+        (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": found}))
+    table = tmp_path / "a.json"
+
+    def load(said: float) -> SAE:
+        saes = {"one": {"path": path or ".", "norm_scaling_factor": said}}
+        table.write_text(json.dumps({"a": {"folder": "files", "loader": loader, "saes": saes}}))
+        return SAE.from_pretrained("a", releases=table)
+
+    for wrong in (0.123, found * 1.1, 1):
+        with pytest.raises(SAEFormatError, match=f"multiplied by {wrong:g} .*says {found:g}: only one of them can be"):
+            load(wrong)
+    whole = SAE.load(folder / path, loader=loader)
+    for right in (found, found * 1.0005, float(f"{found:.2f}")):  # rounded, as registries are
+        x = torch.randn(1, 5, whole.d_in)
+        assert torch.equal(load(right)(x), whole(x)), "that of the files is exact"
+
+
 def test_without_a_registry_entry(hub: FakeHub, releases: Path, tmp_path: Path) -> None:
     for found in (
         SAE.from_pretrained(repo_id="somebody/saes", folder="layers/2", revision="old"),
@@ -304,6 +379,20 @@ def test_a_path_that_nobody_understands_and_a_loader_that_is_not_there(hub: Fake
         SAEFormatError, match="says normalize_activations = 'constant_norm_rescale', and the loader saekit"
     ):
         SAE.from_pretrained("c", releases=path)
+
+
+@pytest.mark.parametrize("revision", ["../../../../outside", "/outside", "a/../../b", "..\\outside"])
+def test_a_revision_leads_nowhere_else(hub: FakeHub, tmp_path: Path, revision: str) -> None:
+    """The cache keeps a file of that name."""
+    requests = len(hub.requests)
+    with pytest.raises(SAEFormatError, match=r"is no revision of the Hub repository 'somebody/saes': expected a"):
+        SAE.from_hub("somebody/saes", "layers/0", revision=revision)
+    (path := tmp_path / "a.json").write_text(
+        json.dumps({"a": {"repo": "somebody/saes", "revision": revision, "saes": {"layers/0": {}}}})
+    )
+    with pytest.raises(SAEFormatError, match="is no revision of the Hub repository"):
+        SAE.from_pretrained("a", releases=path)
+    assert len(hub.requests) == requests
 
 
 def test_what_it_is_stays_what_was_asked_for(hub: FakeHub) -> None:

@@ -19,6 +19,7 @@ from saekit.pretrained import read_releases
 from saekit.pretrained.catalog import Catalog, find_sae, nearest
 from saekit.pretrained.hooks_of import hook_of
 from saekit.pretrained.releases import releases_of
+from saekit.released import ReleasedSAE
 from saekit.testing import fake_plugin, isolated_manager
 
 OF_3 = {"gpt2-small-res-jb": 13, "gpt2-small-hook-z-kk": 12, "gpt2-small-mlp-tm": 12, "gemma-2b-res-jb": 5}
@@ -177,6 +178,12 @@ def test_json_and_short_rows(tmp_path: Path) -> None:
         ("[a]\nrepo = 'b/c'\nsaes = {x = 3}", "a.saes.x: expected the SAE's path, or a table of facts; found 3"),
         ("[a]\nrepo = 'b/c'\nsaes = {x = {l0 = 'many'}}", "a.saes.x.l0: expected a number, found 'many'"),
         ("[a]\nrepo = 'b/c'\nsaes = {x = {norm_scaling_factor = 0}}", "norm_scaling_factor: expected a number above 0"),
+        ("[a]\nrepo = 'b/c'\nsaes = {x = '../y'}", "a.saes.x.path: '../y' leads out of the repository or folder: no"),
+        ("[a]\nrepo = 'b/c'\nsaes = {x = {path = 'y/../../z'}}", "a.saes.x.path: 'y/../../z' leads out of"),
+        ("[a]\nfolder = 'rel'\nsaes = {x = '/etc'}", "a.saes.x.path: '/etc' leads out of the repository or folder"),
+        ("[a]\nfolder = 'rel'\nsaes = {'../x' = {}}", "a.saes.../x.path: '../x' leads out of the repository"),
+        ("[a]\nfolder = 'rel'\nsaes = {x = 'C:/y'}", "a.saes.x.path: 'C:/y' leads out of the repository or folder"),
+        ("[a]\nfolder = 'rel'\nsaes = {x = '..\\y'}", "a.saes.x.path: '..\\\\y' leads out of the repository"),
         ("[a]\nrepo = 'b/c'\nsaes = {x = {lo = 3}}", "a.saes.x.lo: is not a fact; there are path, neuronpedia, l0"),
         ("[a]\nrepo = 3\nsaes = {x = 'y'}", "a.repo: expected a text, found 3"),
         ("[a]\nrepo = 'b/c'\nkind = 3\nsaes = {x = 'y'}", "a.kind: is not a field of a release; there are repo, "),
@@ -200,6 +207,12 @@ def test_a_wrong_file_is_said_to_be(tmp_path: Path, text: str, message: str) -> 
             assert release.saes
     assert message in str(caught.value)
     assert "wrong.toml" in str(caught.value)
+
+
+def test_nobody_makes_one_that_leads_elsewhere() -> None:
+    with pytest.raises(ConfigError, match="path: 'a/../../b' leads out of the repository or folder"):
+        ReleasedSAE(id="a", path="a/../../b")
+    assert ReleasedSAE(id="a", path="a..b/..c").path == "a..b/..c"
 
 
 def test_names_that_are_none() -> None:

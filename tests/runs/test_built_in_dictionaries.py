@@ -23,6 +23,8 @@ SEVERAL = {"inputs": [{"hook_name": "blocks.0.hook_resid_post"}, {"hook_name": "
 KINDS: dict[str, dict[str, Any]] = {
     "gated": {"sae": {"name": "gated"}},
     "matryoshka": {"sae": {"name": "matryoshka", "k": 8}},
+    "abstopk": {"sae": {"name": "abstopk", "k": 8}},
+    "groupmax": {"sae": {"name": "groupmax", "k": 8}},
     "jumprelu": {"sae": {"name": "jumprelu"}},
     "transcoder": {"sae": {"name": "transcoder"}, **ELSEWHERE},
     "skip": {"sae": {"name": "jumprelu_transcoder", "skip_connection": True}, **ELSEWHERE},

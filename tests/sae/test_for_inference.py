@@ -130,6 +130,20 @@ def test_the_prediction_passes_features_by() -> None:
     assert ((sae.encode(x) > 0).sum(-1) <= 4).all()
 
 
+def test_a_forward_predicts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x, calls = temporal(n_attn_layers=2), rows(2, 6), []
+    expected = sae.decode(sae.encode(x)) + sae.bypass(x)
+    real = sae.predicted
+    monkeypatch.setattr(sae, "predicted", lambda given: calls.append(1) or real(given))
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            assert torch.equal(sae(x), expected)
+    assert len(calls) == 2
+    without = sae.decode(0 * sae.encode(x)) + sae.bypass(x)
+    sae.hook_sae_acts_post.add_hook(lambda features, point: 0 * features)
+    assert torch.equal(sae(x), without), "hooks come after it"
+
+
 def test_a_scale_becomes_part_of_the_inputs_scale(tmp_path: Path) -> None:
     sae, x = temporal(), rows(2, 6)
     features, output = sae.encode(3 * x), sae(3 * x)

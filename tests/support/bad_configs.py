@@ -60,7 +60,7 @@ YAML = {
     "2 MB": (in_bytes(b"a: " + b"x" * (2 << 20)), "bytes, expected at most"),
     "lists for texts": (
         in_bytes(b"model_name: [1]\nfeature_input_hook: [2]\nfeature_output_hook: {}\n"),
-        "expected a text",
+        "expected a (text|table)",
     ),
 }
 

@@ -46,6 +46,9 @@ UNKNOWN: Mapping[str, Fault] = {
     "llama_scope_r1_distill": field("act_fn"),
     "sparsify": field("activation"),
     "dictionary_learning": field("trainer", "dict_class"),
+    "matching_pursuit": field("architecture"),
+    "skip_transcoder": field("architecture"),
+    "transcoder of sparsify": field("activation"),
 }
 """Where a format says what is computed."""
 WHOLE = ("sae_lens", "dictionary_learning", "mwhanna", "gemma_2", "sae_lens_legacy pt", "sae_lens_legacy gz")
@@ -83,6 +86,7 @@ def _corpus() -> dict[str, Bad]:
         FORMS["sae_lens_legacy gz"], gz_bomb, "unpacks to more than .*no weights can be packed like that"
     )
     del found["mntss: a column too few"]  # which is a layer of another width
+    del found["gated of dictionary_learning: config, nothing in it"]  # the names of tensors say what it is
     return found
 
 

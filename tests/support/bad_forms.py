@@ -32,6 +32,7 @@ class Form:
 LINEAR = {"matrix": "encoder.weight", "bias": "encoder.bias"}
 _CONNOR = "gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds64_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9"
 _DISTILL = "800M-Slimpajama-0-OpenR1-Math-220k/L3R"
+_SAE = "sae_weights.safetensors"
 _LLAMA = "Llama3_1-8B-Base-L3R-8x"
 FORMS = {
     "saekit": Form("", "sae_weights.safetensors", "cfg.json"),
@@ -65,6 +66,21 @@ FORMS = {
     "qwen_scope": Form("qwen_scope", "layer0.sae.pt", loader=GIVEN["qwen_scope"]),
     "openai": Form("openai_v1_relu", "mlp_post_act/autoencoders/3.pt", "", "encoder.weight", "latent_bias"),
     "gemma_2": Form("gemma_scope_2_npz", "", "", "W_enc"),
+    "gemma_2_transcoder": Form("gemma_2_transcoder", "", "", "W_enc", loader={"name": "gemma_2_transcoder"}),
+    "temporal": Form("temporal", "layer_12/temporal/latest_ckpt.safetensors", "layer_12/temporal/conf.yaml", "D", "b"),
+    "matching_pursuit": Form("sae_lens_6.54.12_matching_pursuit", _SAE, "cfg.json", "W_dec", "b_dec"),
+    "gated": Form("sae_lens_6.54.12_gated", _SAE, "cfg.json", "W_enc", "r_mag"),
+    "gated of dictionary_learning": Form(
+        "dictionary_learning_0.1.0_gated", "ae.pt", "config.json", "decoder.weight", "mag_bias"
+    ),
+    "transcoder": Form("sae_lens_6.54.12_transcoder", _SAE, "cfg.json"),
+    "skip_transcoder": Form("sae_lens_6.54.12_skip_transcoder", _SAE, "cfg.json", "W_skip"),
+    "jumprelu_skip_transcoder": Form(
+        "sae_lens_6.54.12_jumprelu_skip_transcoder", _SAE, "cfg.json", "W_dec", "threshold"
+    ),
+    "transcoder of sparsify": Form(
+        "sparsify_1.3.3_skip_transcoder", "layers.2.mlp/sae.safetensors", "layers.2.mlp/cfg.json", "W_skip", "b_dec"
+    ),
     "sae_lens_legacy pt": Form("sae_lens_2.1.3_legacy_pt", ""),
     "sae_lens_legacy gz": Form("sae_lens_2.1.3_legacy_pkl_gz", "sae.pkl.gz"),
 }

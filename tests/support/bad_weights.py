@@ -108,7 +108,7 @@ TENSORS: Faults = {
     "NaN": (_tensor("matrix", _with(float("nan"))), "{matrix} of .*holds 1 NaN among"),
     "infinity": (_tensor("bias", _with(float("inf"))), "{bias} of .*holds 1 infinite among"),
     "whole numbers": (_tensor("matrix", lambda t: t.to(torch.int64)), "{matrix} of .*of type int64"),
-    "a row too few": (_tensor("matrix", lambda t: t[:-1].clone()), r"shape|is for \[?\d"),
+    "a row too few": (_tensor("matrix", lambda t: t[:-1].clone()), r"shape|is for \[?\d|reads \d+ numbers and writes"),
     "a column too few": (_tensor("matrix", lambda t: t[:, :-1].clone()), r"shape|is for \[?\d"),
     "a vector for a matrix": (_tensor("matrix", lambda t: t.flatten()), r"shape \[\d+\]"),
     "a bias too short": (_tensor("bias", lambda t: t[:-1].clone()), "shape"),

@@ -102,7 +102,7 @@ def close(found: Any, expected: Any, what: str = "") -> None:
 def stepped(sae: SAE, x: Tensor, dead: Tensor | None, way: str, step: int = 0) -> tuple[Any, dict[str, Tensor]]:
     """A training step by a way, and the gradients that it leaves."""
     sae.kernels = way  # type: ignore[assignment]
-    assert sae.why_reference() == (None if way == "fast" else 'kernels is "reference"')
+    assert (sae.why_reference() is None) == (way == "fast")
     result = sae.training_step(x, StepInput(step=step, generator=seeded(), dead=dead))
     found = {name: value.grad for name, value in sae.named_parameters() if value.grad is not None}
     for value in sae.parameters():
@@ -110,8 +110,14 @@ def stepped(sae: SAE, x: Tensor, dead: Tensor | None, way: str, step: int = 0) -
     return result, found
 
 
-def check_loss(config: SAEConfig, name: str, names: dict[str, str], way: str, *, reset: bool = False) -> Any:
-    """One recorded loss with its gradients; ``reset``: what fires in the batch is not dead."""
+def check_loss(
+    config: SAEConfig, name: str, names: dict[str, str], way: str, *, reset: bool = False, single: bool = False
+) -> Any:
+    """One recorded loss with its gradients; ``reset``: what fires in the batch is not dead.
+
+    ``single``: the peer computes AuxK in float32, and the rest in float64.
+    """
+    of_loss, of_gradients = (1e-9, 2e-7) if single else (1e-12, 1e-12)
     theirs = load_file(LOSSES / f"{name}.safetensors")
     sae = built(config)
 
@@ -127,11 +133,11 @@ def check_loss(config: SAEConfig, name: str, names: dict[str, str], way: str, *,
         with torch.no_grad():
             dead = dead & ~(sae.training_features(sae.pre_activations(theirs["x"])) > 0).any(0)
     result, found = stepped(sae, theirs["x"], dead, way)
-    assert result.loss.item() == pytest.approx(theirs["loss"].item(), rel=1e-12)
+    assert result.loss.item() == pytest.approx(theirs["loss"].item(), rel=of_loss)
     assert found.keys() == {name for name, _ in sae.named_parameters()}
     for ours, value in found.items():
         expected = of("grad", ours, value)
-        assert (value - expected).abs().max() <= 1e-12 * expected.abs().max(), ours
+        assert (value - expected).abs().max() <= of_gradients * expected.abs().max(), ours
     return result, theirs, sae
 
 

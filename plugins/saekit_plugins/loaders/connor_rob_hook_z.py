@@ -12,12 +12,18 @@ import attrs
 
 from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
 from saekit.errors import SAEFormatError
+from saekit_plugins.loaders.reading import fed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SUFFIX = "_cfg.json"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+_FED = {"model_name": "model_name", "hook_layer": "layer", "context_size": "seq_len"}
+_RENAMED = {
+    "act_size": "d_in", "dict_size": "d_sae", "act_name": "hook_name", "layer": "hook_layer",
+    "seq_len": "context_size",
+}  # fmt: skip
 _KINDS: Mapping[str, tuple[type, int]] = {
     "act_size": (int, 1), "dict_size": (int, 1), "act_name": (str, 0), "layer": (int, 0), "model_name": (str, 0),
     "seq_len": (int, 1),
@@ -56,12 +62,11 @@ class ConnorRobLoader:
             tensors=_tensors(files, f"{name}.pt"),
             site=Site(hook_name=config["act_name"]),
             # What the file leaves out is the same for all of this format.
-            metadata={
-                "model_name": config.get("model_name", "gpt2-small"),
-                "hook_layer": config["layer"],
-                "context_size": config.get("seq_len", 128),
-                "prepend_bos": True,
-            },
+            **fed(
+                {ours: config.get(theirs) for ours, theirs in _FED.items()},
+                {"model_name": "gpt2-small", "context_size": 128, "prepend_bos": True},
+            ),
+            renamed={theirs: ours for theirs, ours in _RENAMED.items() if theirs in config},
         )
 
     def _only(self, files: SAEFiles) -> str:

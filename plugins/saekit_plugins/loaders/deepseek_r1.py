@@ -23,7 +23,7 @@ class DeepSeekR1Loader(ReLUFileLoader):
     pattern = r"(DeepSeek-R1-[^/]*)-SAE-l(\d+)\.pt"
     names = LINEAR
     owner = "deepseek-ai"
-    metadata: ClassVar = {"context_size": 1024, "prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}
+    defaults: ClassVar = {"context_size": 1024, "prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}
 
 
 @hookimpl

@@ -18,6 +18,7 @@ from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     LINEAR,
     OneOfSeveral,
+    OtherName,
     beside,
     found_files,
     named,
@@ -116,13 +117,15 @@ class DictionaryLearningLoader:
         tensors = named(state, form.names, where, unused=form.state)
         key, own = _architecture(state, form, recorded, trainer, tensors, where)
         hook, defaulted = _site(trainer, config_where)
+        metadata = told(config, config_where)
+        if metadata is None:
+            metadata = _metadata(trainer, _object(config, "buffer", config_where), config_where)
         return PretrainedSAE(
             architecture=key,
             options=options(tensors, apply_b_dec_to_input=form.apply_b_dec_to_input, **own),
             tensors=tensors,
             site=hook,
-            metadata=told(config, config_where)
-            or _metadata(trainer, _object(config, "buffer", config_where), config_where),
+            metadata=metadata,
             defaulted=defaulted,
             renamed={theirs: ours for theirs, ours in form.names.items() if theirs != ours},
         )
@@ -147,11 +150,8 @@ class DictionaryLearningLoader:
         write_json(folder / "config.json", {"trainer": trainer, "buffer": buffer, **kept(sae)})
 
 
-class _OtherName(DictionaryLearningLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, DictionaryLearningLoader):
+    """The same, by another name."""
 
 
 def _object(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ class GoodfireLoader(ReLUFileLoader):
     pattern = r"(Llama-3[^/]*)-SAE-l(\d+)\.pth?"
     names: ClassVar = {theirs.replace(".", "_linear."): ours for theirs, ours in LINEAR.items()}
     owner = "meta-llama"
-    metadata: ClassVar = {"prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}
+    defaults: ClassVar = {"prepend_bos": True, "dataset_path": "lmsys/lmsys-chat-1m"}
 
 
 @hookimpl

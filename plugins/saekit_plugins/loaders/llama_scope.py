@@ -19,6 +19,7 @@ from saekit_plugins.loaders.reading import (
     LINEAR,
     OneOfSeveral,
     beside,
+    fed,
     found_files,
     one_file,
     options,
@@ -84,8 +85,8 @@ class LlamaScopeLoader:
             tensors=tensors,
             site=site(_hook(config, where), where),
             activation_scale=scale,
-            metadata=_METADATA | ({"model_name": _MODEL} if "Llama3_1-8B-Base" in path_of(files, name) else {}),
-            renamed=LINEAR | {"jump_relu_threshold": "threshold"},
+            **fed({"model_name": _MODEL if "Llama3_1-8B-Base" in path_of(files, name) else None}, _FED),
+            renamed=LINEAR | {"jump_relu_threshold": "threshold", "d_model": "d_in", "hook_point_in": "hook_name"},
         )
 
     def _scale_of(self, config: Mapping[str, Any], where: str) -> float:
@@ -123,7 +124,8 @@ class LlamaScopeR1Loader:
             raise SAEFormatError(f"{files.place} has no config.json beside {name}")
         config, where = files.json(said), f"{said} in {files.place}"
         _check_kind(config, where)
-        scale = files.said("norm_scaling_factor") if self._scale is None else self._scale
+        said = files.said("norm_scaling_factor")
+        scale = said if self._scale is None else self._scale
         if scale is None:
             raise SAEFormatError(
                 f"{files.place} is for activations that are multiplied by a factor, and no file of this release says "
@@ -139,13 +141,13 @@ class LlamaScopeR1Loader:
             tensors=tensors,
             site=site(_hook(config, where), where),
             activation_scale=scale,
-            metadata=_METADATA | {"model_name": _MODEL},
-            renamed=LINEAR | {_THRESHOLD: "log of threshold"},
+            **fed({}, _FED | {"model_name": _MODEL}),
+            renamed=LINEAR | {_THRESHOLD: "log of threshold", "d_model": "d_in", "hook_point_in": "hook_name"},
         )
 
 
 _MODEL = "meta-llama/Llama-3.1-8B"
-_METADATA = {"context_size": 1024, "prepend_bos": True, "dataset_path": "cerebras/SlimPajama-627B"}
+_FED = {"context_size": 1024, "prepend_bos": True, "dataset_path": "cerebras/SlimPajama-627B"}
 
 
 def _above(files: SAEFiles, name: str) -> str | None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import beside, found_files, named, options, site, text
+from saekit_plugins.loaders.reading import OtherName, beside, fed, found_files, named, options, site, text
 from saekit_plugins.loaders.writing import (
     FED,
     as_theirs,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from saekit import SAE
 
 _PATTERN = r"W_enc_\d+\.safetensors"
+_HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+_DEFAULTS: Mapping[str, Any] = {"prepend_bos": True, "model_from_pretrained_kwargs": {"fold_ln": False}}
 
 
 @attrs.frozen(kw_only=True)
@@ -85,26 +87,23 @@ class MntssLoader:
         tensors["b_dec"] = torch.cat([tensors["b_dec"], tensors["b_dec"].new_zeros((layers - 1) * width)])
         said = beside(files, encoder, "config.yaml")
         config = {} if said is None else files.yaml(said)
-        hooks = [text(config, f"feature_{end}_hook", f"{said} in {files.place}") for end in ("input", "output")]
-        source = site(f"blocks.{layer}.{hooks[0] or 'hook_resid_mid'}", where)
-        targets = [site(f"blocks.{n}.{hooks[1] or 'hook_mlp_out'}", where) for n in range(layer, layer + layers)]
+        config_where = f"{said} in {files.place}"
+        hooks = fed({name: text(config, name, config_where) for name in _HOOKS}, _HOOKS)
+        read, written = hooks["metadata"].values()
+        source = site(f"blocks.{layer}.{read}", where)
+        targets = [site(f"blocks.{n}.{written}", where) for n in range(layer, layer + layers)]
         sites = Sites((source,), tuple(targets))
-        model = text(config, "model_name", f"{said} in {files.place}")
+        own = told(config, config_where)
+        others = fed({"model_name": text(config, "model_name", config_where)}, _DEFAULTS if own is None else {})
         return PretrainedSAE(
             architecture="saekit:transcoder",
             options=options(tensors, apply_b_dec_to_input=False, activation="saekit:relu", skip_connection=False),
             tensors=tensors,
             sites=sites,
             ports=Ports.of(sites, {source: tensors["W_enc"].shape[0], **dict.fromkeys(targets, width)}),
-            metadata=told(config, f"{said} in {files.place}")
-            or {
-                **({} if model is None else {"model_name": model}),
-                "prepend_bos": True,
-                "model_from_pretrained_kwargs": {"fold_ln": False},
-            },
-            defaulted=[
-                f"feature_{end}_hook" for end, hook in zip(("input", "output"), hooks, strict=True) if hook is None
-            ],
+            metadata=others["metadata"] if own is None else own,
+            defaulted=[*hooks["defaulted"], *others["defaulted"]],
+            renamed={**_names(layer), f"W_dec_{layer}": "W_dec"},
         )
 
     def write_sae(self, sae: SAE, folder: Path) -> None:
@@ -148,11 +147,8 @@ class MntssLoader:
         return layer, found[layer]
 
 
-class _OtherName(MntssLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, MntssLoader):
+    """The same, by another name."""
 
 
 def _names(layer: int) -> Mapping[str, str]:

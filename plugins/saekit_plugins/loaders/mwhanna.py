@@ -16,8 +16,11 @@ from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Sites, hookimpl
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
+    OtherName,
     beside,
+    fed,
     found_files,
+    layer_of,
     named,
     one_file,
     options,
@@ -42,6 +45,11 @@ if TYPE_CHECKING:
 
 _PATTERN = r"layer_\d+\.safetensors"
 _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+_DEFAULTS: Mapping[str, Any] = {
+    "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted",
+    "model_from_pretrained_kwargs": {"fold_ln": False},
+}  # fmt: skip
 _MODEL = re.compile(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z0-9])", re.IGNORECASE)  # in the repository's name
 _RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository
 
@@ -76,10 +84,14 @@ class MwhannaLoader:
         tensors = named(state, _NAMES | ({"W_skip": "W_skip"} if skips else {}), where)
         run, config = _table(files, beside(files, name, *_RUNS)), _table(files, beside(files, name, "config.yaml"))
         _check_sizes(run, list(tensors["W_enc"].shape), where)
-        layer = int("".join(filter(str.isdigit, name.rpartition("/")[2])))
-        hooks = [_hook(config, f"feature_{end}_hook", hook, where) for end, hook in
-                 (("input", "mlp.hook_in"), ("output", "hook_mlp_out"))]  # fmt: skip
-        read, written = (site(f"blocks.{layer}.{hook}", where) for hook in hooks)
+        layer = layer_of(name)
+        said = f"config.yaml beside {where}"
+        hooks = fed({name: text(config, name, said) for name in _HOOKS}, _HOOKS)
+        read, written = (site(f"blocks.{layer}.{hooks['metadata'][name]}", where) for name in _HOOKS)
+        own = told(config, said)
+        others: dict[str, Any] = {"metadata": own, "defaulted": []}
+        if own is None:
+            others = _fed(run, config, where, path_of(files, name))
         ports = Ports({read.name: tensors["W_enc"].shape[0]}, {written.name: tensors["W_dec"].shape[1]})
         return PretrainedSAE(
             architecture="saekit:transcoder",
@@ -87,7 +99,9 @@ class MwhannaLoader:
             tensors=tensors,
             sites=Sites((read,), (written,)),
             ports=ports,
-            metadata=told(config, f"config.yaml beside {where}") or _metadata(run, config, where, path_of(files, name)),
+            metadata=others["metadata"],
+            defaulted=[*hooks["defaulted"], *others["defaulted"]],
+            renamed=_NAMES | ({"batch_size": "context_size"} if "batch_size" in run else {}),
         )
 
     def write_sae(self, sae: SAE, folder: Path) -> None:
@@ -113,11 +127,8 @@ class MwhannaLoader:
         write_yaml(folder / _RUNS[0], of_run)
 
 
-class _OtherName(MwhannaLoader):
-    """Detects nothing: two names of one loader would be equally sure."""
-
-    def detects(self, files: SAEFiles) -> float:
-        return 0.0
+class _OtherName(OtherName, MwhannaLoader):
+    """The same, by another name."""
 
 
 def _table(files: SAEFiles, name: str | None) -> Mapping[str, Any]:
@@ -138,23 +149,13 @@ def _check_sizes(run: Mapping[str, Any], found: list[int], where: str) -> None:
             raise SAEFormatError(f"{name} beside {where} is {said!r}, and the encoder there is for {size}")
 
 
-def _hook(config: Mapping[str, Any], name: str, default: str, where: str) -> str:
-    return text(config, name, f"config.yaml beside {where}") or default
-
-
-def _metadata(run: Mapping[str, Any], config: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if (model := text(config, "model_name", f"config.yaml beside {where}")) is not None:
-        found["model_name"] = model
-    elif (said := _MODEL.search(path)) is not None:  # one repository has no config.yaml
+def _fed(run: Mapping[str, Any], config: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"model_name": text(config, "model_name", f"config.yaml beside {where}")}
+    if found["model_name"] is None and (said := _MODEL.search(path)) is not None:  # one repository has no config.yaml
         found["model_name"] = f"Qwen/Qwen3-{said[1]}B"
     if (rows := _value(run, "batch_size")) is not None:  # of one text each
         found["context_size"] = whole_number({"batch_size": rows}, "batch_size", f"the YAML beside {where}")
-    return found | {
-        "prepend_bos": True,
-        "dataset_path": "monology/pile-uncopyrighted",
-        "model_from_pretrained_kwargs": {"fold_ln": False},
-    }
+    return fed(found, _DEFAULTS)
 
 
 @hookimpl

@@ -13,7 +13,7 @@ import attrs
 
 from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import OneOfSeveral, found_files, named, one_file, options, path_of
+from saekit_plugins.loaders.reading import OneOfSeveral, fed, found_files, named, one_file, options, path_of
 
 _PATTERN = r"autoencoders/\d+\.pt"
 _LOCATION = re.compile(
@@ -70,7 +70,7 @@ class OpenAILoader:
             input_transform="saekit:layer_norm" if topk else None,
             site=None if said is None else Site(hook_name=f"blocks.{int(said[3])}.{_HOOKS[said[1]]}"),
             # Of the model as it was published, not centered as TransformerLens does by default.
-            metadata={"model_name": "gpt2", "model_from_pretrained_kwargs": {"center_writing_weights": False}},
+            **fed({}, {"model_name": "gpt2", "model_from_pretrained_kwargs": {"center_writing_weights": False}}),
             renamed=_NAMES,
         )
 

@@ -13,7 +13,17 @@ import attrs
 from saekit import Entry, PretrainedSAE, SAEFiles, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import OneOfSeveral, found_files, one_file, options, path_of, site, tensors_of
+from saekit_plugins.loaders.reading import (
+    OneOfSeveral,
+    fed,
+    found_files,
+    layer_of,
+    one_file,
+    options,
+    path_of,
+    site,
+    tensors_of,
+)
 
 _PATTERN = r"layer\d+\.sae\.pt"
 _REPOSITORY = re.compile(r"SAE-Res-([^/]+)-W\d+K-L0_(\d+)(?=/)")
@@ -50,18 +60,17 @@ class QwenScopeLoader:
             )
         if not 1 <= k <= d_sae:
             raise SAEFormatError(f"k of the SAE in {files.place} is {k}, expected 1 to d_sae = {d_sae}")
-        layer = int("".join(filter(str.isdigit, name.rpartition("/")[2])))
+        layer = layer_of(name)
         return PretrainedSAE(
             architecture="saekit:topk",
             options=options(tensors, apply_b_dec_to_input=False, k=k, rescale_acts_by_decoder_norm=False),
             tensors=tensors,
             site=site(f"blocks.{layer}.hook_resid_post", name),
-            metadata={
-                **({"model_name": f"Qwen/{said[1]}"} if said else {}),
-                "hf_hook_name": f"model.layers.{layer}",
-                "context_size": 1024,
-                "prepend_bos": True,
-            },
+            **fed(
+                {"model_name": f"Qwen/{said[1]}" if said else None, "hf_hook_name": f"model.layers.{layer}"},
+                {"context_size": 1024, "prepend_bos": True},
+            ),
+            renamed=_NAMES,
         )
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LINEAR", "OneOfSeveral", "ReLUFileLoader", "beside", "found_files", "named", "one_file", "options", "path_of",
-    "peeked", "site", "tensors_of", "text", "whole_number",
+    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of", "named",
+    "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
 ]  # fmt: skip
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -29,6 +29,18 @@ class OneOfSeveral:
 
     sae: str | None = None
     """The path of its file of weights, or of the folder of that, in what is loaded.  None: the only one there."""
+
+
+class OtherName:
+    """Put before a loader, which has two names: by the second it detects nothing, for both would be equally sure."""
+
+    def detects(self, files: SAEFiles) -> float:
+        return 0.0
+
+
+def layer_of(name: str) -> int:
+    """The number in the name of a file that has one, as in ``layer_6.safetensors``."""
+    return int("".join(filter(str.isdigit, name.rpartition("/")[2])))
 
 
 def found_files(files: SAEFiles, pattern: str) -> list[str]:
@@ -122,6 +134,12 @@ def options(tensors: Mapping[str, Tensor], *, apply_b_dec_to_input: bool, **othe
     }
 
 
+def fed(stated: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``metadata`` and ``defaulted`` of a :class:`PretrainedSAE`: what is stated, else what a format's SAEs share."""
+    known = {name: value for name, value in stated.items() if value is not None}
+    return {"metadata": {**defaults, **known}, "defaulted": [name for name in defaults if name not in known]}
+
+
 def site(hook_name: str, where: str) -> Site:
     """The site of a hook that a file names."""
     try:
@@ -159,7 +177,8 @@ class ReLUFileLoader:
     names: ClassVar[Mapping[str, str]]
     owner: ClassVar[str]
     """Of the models."""
-    metadata: ClassVar[Mapping[str, Any]]
+    defaults: ClassVar[Mapping[str, Any]]
+    """Metadata that the format has no field for."""
 
     def __init__(self, config: OneOfSeveral) -> None:
         self._sae = config.sae
@@ -176,6 +195,6 @@ class ReLUFileLoader:
             options=options(tensors, apply_b_dec_to_input=False, activation="saekit:relu"),
             tensors=tensors,
             site=site(f"blocks.{int(layer)}.hook_resid_post", name),
-            metadata={"model_name": f"{self.owner}/{model}", **self.metadata},
+            **fed({"model_name": f"{self.owner}/{model}"}, self.defaults),
             renamed=self.names,
         )

@@ -76,7 +76,8 @@ class SparsifyLoader:
                 f"encoder.weight of {name} in {files.place} has shape {list(tensors['W_enc'].T.shape)}, and {where} "
                 f"says {[d_sae, d_in]}"
             )
-        metadata, found = told(config, where) or _metadata(files, folder), _site(path_of(files, name), _WRITTEN)
+        own, found = told(config, where), _site(path_of(files, name), _WRITTEN)
+        metadata = _metadata(files, folder) if own is None else own
         centered = not (transcodes or skips)
         options_ = options(tensors, apply_b_dec_to_input=centered, k=k, rescale_acts_by_decoder_norm=False)
         if centered:

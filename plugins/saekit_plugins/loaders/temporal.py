@@ -14,6 +14,7 @@ from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import (
     OneOfSeveral,
     beside,
+    fed,
     found_files,
     named,
     one_file,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _PATTERN = r"latest_ckpt\.safetensors"
 _NAMES = {"D": "W_dec", "b": "b_dec"}
 _UNTIED = {"E": "W_enc"}
+_RENAMED = {"scaling_factor": "input_scale", "dimin": "d_in", "model_hf_name": "model_name"}
 _LAYER = re.compile(r"(?:^|/)layer_(\d+)(?:/|$)")
 
 
@@ -57,22 +59,22 @@ class TemporalLoader:
             raise SAEFormatError(f"tied_weights in {where} is {tied!r}, expected true or false")
         tensors = _tensors(files.tensors(name), tied, f"{name} in {files.place}")
         d_in, d_sae = _sizes(model, sae, tensors["W_dec"], where)
+        options = _options(sae, where)
+        files.check_factor(options["input_scale"], f"scaling_factor in {where}")
         layer = _LAYER.search(path_of(files, name).rpartition("/")[0])
-        model_name = text(model, "model_hf_name", where)
         return PretrainedSAE(
             architecture="saekit:temporal",
             options={
                 "d_in": d_in,
                 "d_sae": d_sae,
                 "apply_b_dec_to_input": True,
-                **_options(sae, where),
+                **options,
                 "tied_weights": tied,
             },
             tensors=tensors,
             site=None if layer is None else Site(hook_name=f"blocks.{int(layer[1])}.hook_resid_post"),
-            metadata={**({} if model_name is None else {"model_name": model_name}), "prepend_bos": True},
-            defaulted=["prepend_bos"],
-            renamed=_NAMES | (_UNTIED if not tied else {}) | {"scaling_factor": "input_scale"},
+            **fed({"model_name": text(model, "model_hf_name", where)}, {"prepend_bos": True}),
+            renamed=_NAMES | (_UNTIED if not tied else {}) | _RENAMED,
         )
 
 

@@ -71,8 +71,16 @@ class TemporalSAE(SAE):
 
     def features_from(self, x: Tensor) -> Tensor:
         """What is new ``[b, t, d_sae]`` in ``x [b, t, d_in]``."""
+        return self._new(self.predicted(x)[1])
+
+    def features_and_bypass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        prediction, left = self.predicted(x)
+        return self._new(left), self._passed(prediction)
+
+    def _new(self, left: Tensor) -> Tensor:
+        """The features of what a prediction leaves over."""
         self.refuse_hooks("acts_pre", _NO_PRE)
-        new = self._activations(self.predicted(x)[1])
+        new = self._activations(left)
         k = self.config.kval_topk
         if self.config.sae_diff_type == "relu" or k is None:
             return new
@@ -132,7 +140,10 @@ class TemporalSAE(SAE):
 
     def bypass(self, x: Tensor) -> Tensor:
         """What was predicted, decoded: ``[b, t, d_in]``."""
-        return self.predicted(x)[0] @ self.W_dec / self.config.input_scale
+        return self._passed(self.predicted(x)[0])
+
+    def _passed(self, prediction: Tensor) -> Tensor:
+        return prediction @ self.W_dec / self.config.input_scale
 
     # ---- saving
 

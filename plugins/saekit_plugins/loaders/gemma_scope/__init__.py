@@ -12,6 +12,9 @@ import attrs
 from saekit import Entry, hookimpl
 from saekit_plugins.loaders.reading import OneOfSeveral
 
+FED = {"context_size": 1024, "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted"}
+"""Metadata that no file of either says."""
+
 
 @attrs.frozen(kw_only=True)
 class GemmaScopeConfig(OneOfSeveral):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.gemma_scope import GemmaScopeConfig
-from saekit_plugins.loaders.reading import found_files, named, one_file, options, path_of
+from saekit_plugins.loaders.gemma_scope import FED, GemmaScopeConfig
+from saekit_plugins.loaders.reading import fed, found_files, named, one_file, options, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,18 +51,20 @@ class Gemma2Loader:
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, self._loader)
         path = path_of(files, name)
-        tensors = self._tensors(files, name)
+        tensors, renamed = self._tensors(files, name)
         said = self._said(path)
         layer = _LAYER.search(path)
-        return self._read(tensors, path, said, None if layer is None else int(layer[1]))
+        read = self._read(tensors, path, said, None if layer is None else int(layer[1]))
+        return attrs.evolve(read, renamed=renamed, **_fed(said))
 
-    def _tensors(self, files: SAEFiles, name: str) -> dict[str, Tensor]:
+    def _tensors(self, files: SAEFiles, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """By saekit's names, and which these are for theirs."""
         state = files.tensors(name)
         # A few files have the matrices' names in lower case.
         theirs = {ours.lower() if ours.lower() in state else ours: ours for ours in _NAMES}
         if (factor := state.get("scaling_factor")) is not None and not bool((factor == 1).all()):
             theirs["scaling_factor"] = "scaling_factor"
-        return named(state, theirs, f"{name} in {files.place}", unused=("scaling_factor",))
+        return named(state, theirs, f"{name} in {files.place}", unused=("scaling_factor",)), theirs
 
     def _read(
         self, tensors: dict[str, Tensor], path: str, said: re.Match[str] | None, layer: int | None
@@ -78,14 +81,13 @@ class Gemma2Loader:
             options=options(tensors, apply_b_dec_to_input=False),
             tensors=tensors,
             site=None if hook_name is None else Site(hook_name=hook_name),
-            metadata=_metadata(said),
         )
 
 
-def _metadata(said: re.Match[str] | None) -> Mapping[str, Any]:
+def _fed(said: re.Match[str] | None) -> dict[str, Any]:
     """What is the same for all of Gemma Scope, and the model, where the path names the repository."""
-    model = {} if said is None else {"model_name": f"gemma-2-{said[1]}" + ("-it" if said[2] == "it" else "")}
-    return {**model, "context_size": 1024, "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted"}
+    model = None if said is None else f"gemma-2-{said[1]}" + ("-it" if said[2] == "it" else "")
+    return fed({"model_name": model}, FED)
 
 
 class Gemma2TranscoderLoader(Gemma2Loader):
@@ -115,5 +117,4 @@ class Gemma2TranscoderLoader(Gemma2Loader):
             tensors=tensors,
             sites=sites,
             ports=Ports({names[0]: d_in}, {names[1]: d_out}),
-            metadata=_metadata(said),
         )

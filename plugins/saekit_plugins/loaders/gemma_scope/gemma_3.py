@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.gemma_scope import GemmaScopeConfig
-from saekit_plugins.loaders.reading import beside, found_files, named, one_file, options, path_of, peeked, text
+from saekit_plugins.loaders.gemma_scope import FED, GemmaScopeConfig
+from saekit_plugins.loaders.reading import beside, fed, found_files, named, one_file, options, path_of, peeked, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ _HOOKS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out":
 _TRANSCODERS = ("transcoder", "clt")
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
 _SKIP = {"affine_skip_connection": "W_skip.T"}
+_HF = {"hf_hook_point_in": "hf_hook_name", "hf_hook_point_out": "hf_hook_name_out"}
 _LAYERS = {"270m": 18, "1b": 26, "4b": 34, "12b": 48, "27b": 62}
 
 
@@ -55,7 +56,8 @@ class Gemma3Loader:
             raise SAEFormatError(f"{where} lacks affine_skip_connection, which the config.json beside it says is there")
         skip = "affine_skip_connection" in state
         number = None if layer is None else int(layer[1])
-        metadata = self._metadata(config, path)
+        others = self._fed(config, path)
+        renamed = {theirs: ours for theirs, ours in _HF.items() if theirs in config}
         size = _size(config, self._repo or path)
         if (crossing := getattr(state.get("w_dec"), "ndim", 2) == 3) or kind in _TRANSCODERS or skip:
             tensors = dict(state)
@@ -66,8 +68,8 @@ class Gemma3Loader:
                 options=options(tensors, apply_b_dec_to_input=False, skip_connection=skip),
                 tensors=tensors,
                 **_ports(tensors, number, layers, _LAYERS.get(size)),
-                metadata=metadata,
-                renamed=_NAMES,
+                **others,
+                renamed=_NAMES | (_SKIP if skip else {}) | renamed,
             )
         tensors = named(state, _NAMES, where)
         hook = _HOOKS.get(kind or "")
@@ -77,8 +79,8 @@ class Gemma3Loader:
             options=options(tensors, apply_b_dec_to_input=False),
             tensors=tensors,
             site=Site(hook_name=f"blocks.{number}.{hook}") if known else _site(said),
-            metadata=metadata,
-            renamed=_NAMES,
+            **others,
+            renamed=_NAMES | renamed,
         )
 
     def _config(self, files: SAEFiles, name: str) -> tuple[Mapping[str, Any], str | None]:
@@ -97,7 +99,7 @@ class Gemma3Loader:
             )
         return config, text(config, "hf_hook_point_in", where)
 
-    def _metadata(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def _fed(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
         model = config.get("model_name")
         said = _REPOSITORY.search(path if self._repo is None else f"/{self._repo}/")
         if model is None and said is not None:
@@ -105,14 +107,8 @@ class Gemma3Loader:
         if model is not None:
             model = str(model).replace("-v3", "-3").removeprefix("google/")
             model = model.removesuffix("-pt") if "270m" in model else model
-        hooks = {"hf_hook_name": config.get("hf_hook_point_in"), "hf_hook_name_out": config.get("hf_hook_point_out")}
-        found = {"model_name": None if model is None else f"google/{model}", **hooks}
-        return {
-            **{name: value for name, value in found.items() if value is not None},
-            "context_size": 1024,
-            "prepend_bos": True,
-            "dataset_path": "monology/pile-uncopyrighted",
-        }
+        hooks = {ours: config.get(theirs) for theirs, ours in _HF.items()}
+        return fed({"model_name": None if model is None else f"google/{model}", **hooks}, FED)
 
 
 def _kind(path: str) -> str | None:

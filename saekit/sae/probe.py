@@ -9,12 +9,14 @@ import copy
 import json
 import math
 import os
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,8 +104,12 @@ def _warn(why: str) -> None:
 
 @contextmanager
 def as_it_is(sae: SAEModule) -> Iterator[None]:
-    """Without hooks, error term and gradients, and leaving random numbers as they are."""
+    """Without hooks, error term and gradients, and leaving random numbers as they are.
+
+    A plugin may draw from the process's generators: what a run draws next must not depend on when it was saved.
+    """
     before, sae.use_error_term = sae.use_error_term, False
+    drawn = random.getstate(), np.random.get_state()
     devices = [sae.device] if sae.device.type == "cuda" else []
     threads = torch.get_num_threads()
     try:
@@ -113,6 +119,8 @@ def as_it_is(sae: SAEModule) -> Iterator[None]:
             yield
     finally:
         sae.use_error_term = before
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,7 +23,7 @@ from saekit import SAE
 from saekit.errors import SAEFormatError
 from saekit.files.names import SAE_PROBE
 from saekit.pretrained import verify
-from saekit.sae.probe import explained, probe_of
+from saekit.sae.probe import as_it_is, explained, probe_of
 
 KINDS = ("standard", "topk", "jumprelu")
 OTHERS = ("batchtopk", "transcoder", "skip_transcoder", "abstopk", "matching_pursuit", "temporal")
@@ -400,3 +402,18 @@ def changed_run(folder: Path, to: Path) -> list[str]:
     (to / "cfg.json").write_text(json.dumps(table))
     save_file({name: value.contiguous() for name, value in tensors.items()}, to / "sae_weights.safetensors")
     return verify(to)
+
+
+def test_making_one_leaves_random_numbers_as_they_are(tmp_path: Path) -> None:
+    """What a plugin draws while an SAE is saved changes nothing that a run draws after it."""
+
+    def states() -> tuple[Any, Any, Any]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    sae, before = SAE.load(FIXTURES / "sae_lens_6.54.12_topk"), states()
+    drawn = []
+    with as_it_is(sae):
+        drawn += [random.random(), np.random.rand(), torch.rand(()).item()]
+    assert states() == before
+    with as_it_is(sae):
+        assert drawn == [random.random(), np.random.rand(), torch.rand(()).item()]

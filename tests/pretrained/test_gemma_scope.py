@@ -1,0 +1,119 @@
+"""What Gemma Scope's folders say in their own way: embeddings, hooks, transcoders, layers of cross-layer ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.formats import FIXTURES, copied, edit_json, edit_tensors
+
+from saekit import SAE, Site
+from saekit.errors import SAEFormatError
+
+X = torch.randn(20, 16, generator=torch.Generator().manual_seed(3))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+# ---- Gemma Scope
+
+OLD, NEW = "layer_7/width_16k/average_l0_30", "resid_post/layer_9_width_16k_l0_small"
+
+
+def test_the_embedding_is_read_unscaled(tmp_path: Path) -> None:
+    place = tmp_path / "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
+    shutil.copytree(FIXTURES / "gemma_scope_2_npz" / OLD, place)
+    sae, plain = SAE.load(place), SAE.load(FIXTURES / "gemma_scope_2_npz")
+    assert sae.info.site == Site(hook_name="hook_embed")
+    close(sae.encode(X), plain.encode(X / 4))
+    close(sae.W_dec, plain.W_dec * 4)
+    assert torch.equal(sae.threshold, plain.threshold)
+    assert torch.equal(sae.b_dec, plain.b_dec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook"), [("att", "attn.hook_z"), ("mlp", "hook_mlp_out"), ("res", "hook_resid_post")]
+)
+def test_the_repository_says_the_hook(tmp_path: Path, kind: str, hook: str) -> None:
+    for repo, loader in ((f"google/gemma-scope-9b-it-{kind}", None), ("x", f"google/gemma-scope-9b-it-{kind}")):
+        folder = copied("gemma_scope_2_npz", tmp_path / kind, repo) / repo
+        sae = SAE.load(folder, loader=loader and {"name": "gemma_2", "repo": loader})
+        assert sae.info.site == Site(hook_name=f"blocks.7.{hook}")
+        assert sae.info.metadata["model_name"] == "gemma-2-9b-it"
+    assert SAE.load(FIXTURES / "gemma_scope_2_npz").info.site is None, "nothing is invented"
+
+
+def test_gemma_3_without_its_config(tmp_path: Path) -> None:
+    folder = copied("gemma_scope_3", tmp_path, "google/gemma-scope-2-270m-it")
+    (config,) = folder.rglob("config.json")
+    config.unlink()
+    sae = SAE.load(folder)
+    assert sae.info.site == Site(hook_name="blocks.9.hook_resid_post")
+    assert sae.info.metadata["model_name"] == "google/gemma-3-270m-it"
+
+
+@pytest.mark.parametrize(("kind", "hook"), [("attn_out_all", "attn.hook_z"), ("mlp_out", "hook_mlp_out")])
+def test_gemma_3_at_other_hooks(tmp_path: Path, kind: str, hook: str) -> None:
+    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, tmp_path / kind / "layer_3_width_16k_l0_big_seed_1")
+    assert SAE.load(tmp_path).info.site == Site(hook_name=f"blocks.3.{hook}")
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_gemma_3_transcoders_with_and_without_a_skip(tmp_path: Path, affine: bool) -> None:
+    place = tmp_path / f"transcoder_all/layer_2_width_16k_l0_small{'_affine' * affine}"
+    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, place)
+    skip = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    edit_json(place / "config.json", lambda table: table.update(affine_connection=affine))
+    if affine:
+        with pytest.raises(SAEFormatError, match="lacks affine_skip_connection, which the config.json beside it says"):
+            SAE.load(place)
+        edit_tensors(place / "params.safetensors", lambda tensors: tensors.update(affine_skip_connection=skip))
+    sae, plain = SAE.load(place), SAE.load(FIXTURES / "gemma_scope_3")
+    assert sae.info.architecture == "saekit:jumprelu_transcoder"
+    assert sae.info.sites.name == "blocks.2.hook_mlp_in-to-blocks.2.hook_mlp_out"
+    close(sae.encode(X), plain.encode(X))
+    close(sae(X), plain(X) + (X @ skip if affine else 0))
+
+
+@pytest.mark.parametrize("layers", [3, 18])
+def test_gemma_3_cross_layer_transcoders(tmp_path: Path, layers: int) -> None:
+    """Written are the layers from its own on, or all of the model's where there are so many."""
+    place = tmp_path / "google/gemma-scope-2-270m-pt/clt/width_16k"
+    place.mkdir(parents=True)
+    tensors = load_file(FIXTURES / "gemma_scope_3" / NEW / "params.safetensors")
+    decoders = torch.randn(64, layers, 16, generator=torch.Generator().manual_seed(2))
+    save_file({**tensors, "w_dec": decoders}, place / "layer_4_l0_big.safetensors")
+    sae = SAE.load(tmp_path)
+    first = 0 if layers == 18 else 4
+    features = sae.encode(X)
+    close(features, SAE.load(FIXTURES / "gemma_scope_3").encode(X))
+    written = sae.ports.split_target(sae.decode(features))
+    assert list(written) == [f"blocks.{layer}.hook_mlp_out" for layer in range(first, first + layers)]
+    close(sum(written.values()), features @ decoders.sum(1) + tensors["b_dec"])
+    close(written["blocks.5.hook_mlp_out"], features @ decoders[:, 5 - first])
+    close(written["blocks.4.hook_mlp_out"], features @ decoders[:, 4 - first] + tensors["b_dec"])
+
+
+@pytest.mark.parametrize(("layers", "each"), [(3, False), (18, False), (3, True), (18, True)])
+def test_gemma_3_cross_layer_transcoders_with_a_skip(tmp_path: Path, layers: int, each: bool) -> None:
+    """One for the layer itself, or one for every layer that is written."""
+    place = tmp_path / "google/gemma-scope-2-270m-pt/clt/width_16k_l0_big_affine"
+    place.mkdir(parents=True)
+    tensors = load_file(FIXTURES / "gemma_scope_3" / NEW / "params.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    decoders = torch.randn(64, layers, 16, generator=generator)
+    skip = torch.randn(16, layers if each else 1, 16, generator=generator)
+    given = {**tensors, "w_dec": decoders, "affine_skip_connection": skip if each else skip[:, 0].contiguous()}
+    save_file(given, place / "params_layer_4.safetensors")
+    sae = SAE.load(tmp_path)
+    added = sae.ports.split_target(sae(X) - sae.decode(sae.encode(X)))
+    close(added["blocks.4.hook_mlp_out"], X @ skip[:, 4 if layers == 18 and each else 0])
+    close(sum(added.values()), X @ skip.sum(1))
+    save_file(given | {"affine_skip_connection": torch.zeros(16, 2, 16)}, place / "params_layer_4.safetensors")
+    with pytest.raises(SAEFormatError, match=r"affine_skip_connection of .* has shape \[16, 2, 16\], expected \[d_in"):
+        SAE.load(tmp_path)

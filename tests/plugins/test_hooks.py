@@ -110,6 +110,7 @@ def test_the_kernel_never_imports_a_plugin() -> None:
 PUBLIC_MODULES = [
     "backends",
     "config",
+    "converted",
     "data",
     "data.cache",
     "data.vocabulary",

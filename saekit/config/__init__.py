@@ -32,6 +32,7 @@ from saekit.config.reports import ReportsConfig
 from saekit.config.run import TrainConfig
 from saekit.config.sae import SAEConfig
 from saekit.config.training import TrainingConfig
+from saekit.config.values import shown
 from saekit.site import Site
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "is_free_in_run",
     "path_field",
     "plugin_field",
+    "shown",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saekit import ConfigError
-from saekit.config.values import shown
+from saekit.config import shown
 from saekit.converted import ConvertedConfig
 from saekit_plugins.loaders.sae_lens.run_keys import (
     BEFORE_6,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from saekit import ConfigError
-from saekit.config.values import shown
+from saekit.config import shown
 
 __all__ = ["flat_of", "is_of_sae_lens", "nested"]
 

@@ -20,8 +20,8 @@ SIZES: dict[str, Any] = {"d_sae": 64, "dtype": "float64", "k": 6}
 SUM: dict[str, Any] = {"aux_loss_coefficient": 1.0, "aux_loss_normalization": "none"}
 
 
-def must_be_theirs(config: SAEConfig, name: str, way: str) -> tuple[dict[str, torch.Tensor], Any]:
-    result, theirs, sae = check_loss(config, name, {}, way)
+def must_be_theirs(config: SAEConfig, name: str, way: str, **others: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    result, theirs, sae = check_loss(config, name, {}, way, **others)
     close(result.output, theirs["recons"])
     for loss in ("mse_loss", "auxiliary_reconstruction_loss"):
         close(result.losses[loss], theirs[f"loss.{loss}"].squeeze(), loss)
@@ -40,7 +40,8 @@ def test_loss_and_gradients_are_those_of_sae_lens(way: str, name: str) -> None:
 
 def test_loss_and_gradients_of_abstopk_are_those_of_sae_lens() -> None:
     """Which has no fast kernels."""
-    must_be_theirs(AbsTopKConfig(**SIZES, **SUM), "sae_lens_8_abstopk", "reference")
+    config = AbsTopKConfig(**SIZES, **SUM)
+    must_be_theirs(config, "sae_lens_8_abstopk", "reference", why="the architecture has no fast path")
 
 
 @pytest.mark.parametrize("name", OF_DICTIONARY_LEARNING)

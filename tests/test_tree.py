@@ -244,7 +244,15 @@ WORDS = {"none", "reconstruction"}
 def named_plugins(text: str) -> list[str]:
     """The plugins that code names: by qualified keys, as ``{"name": "cosine"}``, or as texts of their own."""
     keys = [found for literal in literals(text) for found in re.findall(r"saekit_plugins|\bsaekit:(?!\s)\S*", literal)]
-    return keys + [literal for literal in literals(text) if literal in built_in() - WORDS]
+    tables = [
+        value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "name" and isinstance(value, ast.Constant)
+    ]
+    words = [name for name in tables if name in WORDS]  # there they can mean nothing else
+    return keys + words + [literal for literal in literals(text) if literal in built_in() - WORDS]
 
 
 @cache
@@ -260,7 +268,8 @@ a = "saekit:cosine"
 b = f"saekit:{a}"
 c = "an error of saekit: none"
 d = {"name": "cosine", "end": 0.1}
-e = {"name": "a run"}
+e = {"name": "a run", "is": "none"}
+e = {"name": "reconstruction"}
 f = "saekit_plugins.loaders"
 _CACHED, _WANDB = "cached", "wandb"
 _CALLED = {"matryoshka_batchtopk": "matryoshka"}
@@ -268,8 +277,8 @@ if name in ("gated", "standard"): ...
 ["gemma_2", "/embedding/", "hook_embed"]
 '''
     assert sorted(named_plugins(code)) == sorted(
-        ["cosine", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka", "gated", "standard",
-         "gemma_2"]
+        ["cosine", "reconstruction", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka", "gated",
+         "standard", "gemma_2"]
     )  # fmt: skip
 
 

@@ -277,8 +277,8 @@ if name in ("gated", "standard"): ...
 ["gemma_2", "/embedding/", "hook_embed"]
 '''
     assert sorted(named_plugins(code)) == sorted(
-        ["cosine", "reconstruction", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka", "gated",
-         "standard", "gemma_2"]
+        ["cosine", "reconstruction", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka",
+         "gated", "standard", "gemma_2"]
     )  # fmt: skip
 
 

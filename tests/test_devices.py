@@ -17,9 +17,9 @@ from support.optimizers import adam_for
 
 import saekit
 from saekit import SAE
+from saekit.abilities import GuardedOptimizer
 from saekit.devices import free_memory, resolve_device, widest
 from saekit.errors import ConfigError
-from saekit.protocols import GuardedOptimizer
 from saekit.runs.randomness import random_state, seeded
 from saekit.sae.build import build_module
 
@@ -38,7 +38,7 @@ for name in ("get_rng_state_all", "get_rng_state", "synchronize", "current_devic
     setattr(torch.cuda, name, woken)
 
 import saekit
-from saekit.protocols import GuardedOptimizer
+from saekit.abilities import GuardedOptimizer
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 plugins = isolated_manager(

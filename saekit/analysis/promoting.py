@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saekit.abilities import KnowsResidualStream
 from saekit.ambient import ambient
-from saekit.protocols import KnowsResidualStream, ModelBackend
+from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 

@@ -23,6 +23,7 @@ import attrs
 import numpy as np
 
 from saekit._version import __version__
+from saekit.abilities import HasTokenizer
 from saekit.ambient import ambient
 from saekit.backends.special import special_tokens
 from saekit.commands.targets import WITH_A_TOKEN, check_target, check_tokenizer
@@ -39,7 +40,6 @@ from saekit.hub import within_reach
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
-from saekit.protocols import HasTokenizer
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size
 

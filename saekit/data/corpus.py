@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.abilities import HasTokenizer
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.contexts import ContextStream, TokenPolicy
 from saekit.data.in_memory import is_one_text, part_of_text
@@ -16,7 +17,7 @@ from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Pack
 from saekit.data.text import STDLIB, Documents
 from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError
-from saekit.protocols import HasTokenizer, ModelBackend
+from saekit.protocols import ModelBackend
 
 __all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "reader_of"]
 

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.protocols import HasMemory, HasTokenizer, ModelBackend
+from saekit.abilities import HasMemory, HasTokenizer
+from saekit.protocols import ModelBackend
 from saekit.values import Forward, Replacement, Want
 
 __all__ = ["ForwardsReader", "SharedForwards"]

@@ -57,7 +57,7 @@ class StreamContext:
         """Whether data that ends is read again (``dataset.on_exhausted = "repeat"``)."""
         self.has_model = has_model
         """Whether ``backend`` is a language model: a run may have none, and then the source alone knows of activations.
-        It states their widths (:class:`saekit.protocols.StatesWidths`), and there are no contexts."""
+        It states their widths (:class:`saekit.abilities.StatesWidths`), and there are no contexts."""
         self.model_lock = model_lock or threading.RLock()
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
         self.doubt = doubt

@@ -9,8 +9,9 @@ from typing import Any
 
 import attrs
 
+from saekit.abilities import HasTokenizer
 from saekit.errors import SaekitError
-from saekit.protocols import HasTokenizer, ModelBackend
+from saekit.protocols import ModelBackend
 
 __all__ = ["Vocabulary", "tokenizer_here"]
 

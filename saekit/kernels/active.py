@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from saekit.abilities import SparseActivation
 from saekit.kernels.encoder import (
     CHUNK,
     PROBE,
@@ -19,7 +20,6 @@ from saekit.kernels.encoder import (
 from saekit.kernels.features import Features
 from saekit.kernels.screen import Screen
 from saekit.kernels.workspace import Workspace
-from saekit.protocols import SparseActivation
 
 __all__ = ["active_groups"]
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.abilities import SparseActivation
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
-from saekit.protocols import SparseActivation
 
 __all__ = [
     "CHUNK",

@@ -88,7 +88,7 @@ def saekit_register_activation_sources() -> Iterable[Entry]:
     ``build(config, *, stream: saekit.data.StreamContext) -> ActivationSource``: the context holds the backend, the
     sites, the batch size and the seed, and opens the packed contexts when they are asked for.  Each batch has rows at
     every one of the sites, of the same tokens.  A source that states the widths of its activations
-    (:class:`saekit.protocols.StatesWidths`) and opens no text (``Entry(needs_text=False)``) works without a language
+    (:class:`saekit.abilities.StatesWidths`) and opens no text (``Entry(needs_text=False)``) works without a language
     model, too: ``stream.has_model`` says whether there is one.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from saekit.abilities import ConvertsConfigs
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.converted import ConvertedConfig
@@ -21,7 +22,6 @@ from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import usable
-from saekit.protocols import ConvertsConfigs
 from saekit.reasons import error_text
 
 __all__ = ["convert_config", "write_new"]
@@ -30,7 +30,7 @@ __all__ = ["convert_config", "write_new"]
 def convert_config(table: Mapping[str, Any], *, plugins: PluginManager | None = None) -> ConvertedConfig:
     """What ``table``, the configuration of another library's run, is here.
 
-    The loaders are asked that can tell (:class:`saekit.protocols.ConvertsConfigs`), and what comes out is loaded once,
+    The loaders are asked that can tell (:class:`saekit.abilities.ConvertsConfigs`), and what comes out is loaded once,
     so that it can be.  :class:`ConfigError` for what none of them knows, and for what has no meaning here.
     """
     if not isinstance(table, Mapping):

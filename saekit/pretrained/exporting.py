@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.abilities import WritesSAEs
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
@@ -20,7 +21,6 @@ from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.pretrained.detecting import usable
 from saekit.pretrained.provenance import OWN
-from saekit.protocols import WritesSAEs
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.abilities import LocatesFiles
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.errors import SAEFormatError, SaekitError
@@ -17,7 +18,6 @@ from saekit.plugins.manager import PluginManager, default_manager
 from saekit.pretrained.catalog import find_sae, nearest
 from saekit.pretrained.load import load_sae, loader_of
 from saekit.pretrained.probe import check
-from saekit.protocols import LocatesFiles
 from saekit.released import Release, ReleasedSAE
 from saekit.saved import SAEFiles
 

@@ -10,6 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import TypeAlias
 
+from saekit.abilities import StatesRows, StatesWidths
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
@@ -18,7 +19,7 @@ from saekit.data.stream import StreamContext
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ModelBackend, StatesRows, StatesWidths
+from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource

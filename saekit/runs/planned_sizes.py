@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import attrs
 import torch
 
+from saekit.abilities import HasMemory
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, HasMemory, ModelBackend
+from saekit.protocols import ActivationSource, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes

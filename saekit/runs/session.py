@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.abilities import Pauses
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
@@ -19,7 +20,7 @@ from saekit.evals.calling import called
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, Eval, Pauses
+from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from saekit.abilities import HasMemory, Pauses, StatesRows, StatesWidths
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
-from saekit.protocols import ActivationSource, HasMemory, Pauses, StatesRows, StatesWidths
+from saekit.protocols import ActivationSource
 from saekit.site import Site
 from saekit.values import Batch
 

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from saekit.abilities import Concludes, TakesCheckpoints
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.defaults import ALWAYS_TRACKED
 from saekit.errors import PluginError, PluginFailedError, SaekitError, StorageError
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import Concludes, TakesCheckpoints, Tracker
+from saekit.protocols import Tracker
 from saekit.reasons import error_text
 from saekit.runs.checks import chosen_trackers
 from saekit.runs.tracker_files import TrackerFiles

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import attrs
 
+from saekit.abilities import TakesCheckpoints
 from saekit.files.names import is_plain_name
-from saekit.protocols import TakesCheckpoints, Tracker
+from saekit.protocols import Tracker
 from saekit.values import Histogram, Metrics
 
 __all__ = ["Record", "TrackersState", "metrics_of", "metrics_state", "waiting_of", "waiting_state"]

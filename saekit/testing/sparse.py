@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.protocols import ActivationFunction, SparseActivation
+from saekit.abilities import SparseActivation
+from saekit.protocols import ActivationFunction
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from saekit.abilities import GuardedOptimizer, HasMoments
 from saekit.errors import PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
-from saekit.protocols import GuardedOptimizer, HasMoments, Optimizer
+from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
 
 __all__ = ["BuildOptimizer", "ScheduledOptimizer"]

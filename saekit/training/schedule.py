@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from saekit.abilities import Remarks
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
 from saekit.plugins.building import blamed, returned
 from saekit.plugins.registry import Registered
-from saekit.protocols import LRSchedule, Remarks
+from saekit.protocols import LRSchedule
 
 __all__ = ["ComposedSchedule", "SupervisedSchedule"]
 

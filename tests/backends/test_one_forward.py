@@ -14,11 +14,11 @@ from torch import Tensor
 
 import saekit
 from saekit import Forward
+from saekit.abilities import HasMemory, HasTokenizer
 from saekit.backends import Backend, Hooks, ModuleBackend, next_token_loss, wrong_model
 from saekit.config import ModelConfig
 from saekit.data.shared import SharedForwards
 from saekit.errors import ModelError
-from saekit.protocols import HasMemory, HasTokenizer
 from saekit.testing import FakeBackend
 
 TOKENS = torch.randint(1, 100, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -108,6 +108,7 @@ def test_the_kernel_never_imports_a_plugin() -> None:
 
 
 PUBLIC_MODULES = [
+    "abilities",
     "backends",
     "config",
     "converted",

@@ -14,10 +14,10 @@ from support.runs import fake_config, manager, train
 from torch import Tensor
 
 import saekit
+from saekit.abilities import HasMemory, HasTokenizer, Pauses, StatesRows, StatesWidths, TakesCheckpoints
 from saekit.data.shared import SharedForwards
 from saekit.errors import PluginFailedError
 from saekit.kinds import ACTIVATION_SOURCES
-from saekit.protocols import HasMemory, HasTokenizer, Pauses, StatesRows, StatesWidths, TakesCheckpoints
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.trackers import Trackers
 from saekit.testing import FakeBackend, fake_plugin

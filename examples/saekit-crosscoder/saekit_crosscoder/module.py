@@ -3,8 +3,8 @@
 import torch
 
 from saekit import SAE, StepOutput
+from saekit.abilities import SparseActivation
 from saekit.kernels import FastStep, SparseKernel, SparsityPenalty, active_groups, screen_for, values_of
-from saekit.protocols import SparseActivation
 from saekit.sae import sparsity_penalty, squared_errors
 
 

@@ -24,7 +24,7 @@ def saekit_register_activation_functions() -> Iterable[Entry]:
 
 
 class Relu:
-    """Has sparse support (:class:`saekit.protocols.SparseActivation`)."""
+    """Has sparse support (:class:`saekit.abilities.SparseActivation`)."""
 
     def __call__(self, pre: Tensor) -> Tensor:
         return pre.relu()

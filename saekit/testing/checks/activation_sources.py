@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.protocols import HasMemory, Pauses, StatesRows, StatesWidths
+from saekit.abilities import HasMemory, Pauses, StatesRows, StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend

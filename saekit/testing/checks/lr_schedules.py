@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from saekit.abilities import Remarks
 from saekit.errors import SaekitError
-from saekit.protocols import Remarks
 from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.numbers import is_number
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
 from saekit.plugins.building import outlined
-from saekit.protocols import HasMemory, HasTokenizer, KnowsResidualStream
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from saekit.abilities import Concludes, TakesCheckpoints
 from saekit.defaults import ALWAYS_TRACKED, DEFAULT_ARCHITECTURE
-from saekit.protocols import Concludes, TakesCheckpoints
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.values import Histogram, Metrics, RunEnd, RunInfo

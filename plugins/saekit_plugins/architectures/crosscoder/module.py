@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saekit import SAE
+from saekit.abilities import SparseActivation
 from saekit.kernels import (
     FastStep,
     Features,
@@ -24,7 +25,6 @@ from saekit.kernels import (
     screen_for,
     values_of,
 )
-from saekit.protocols import SparseActivation
 from saekit.sae import sparsity_penalty, squared_errors
 from saekit.values import Scale, StepInput, StepOutput
 from saekit_plugins.architectures.batchtopk.module import BatchTopKKernel, BatchTopKSAE

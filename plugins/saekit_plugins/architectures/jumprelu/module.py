@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit import ConfigError, Ports, SAEConfig
+from saekit.abilities import SparseActivation
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -33,7 +34,7 @@ from saekit.kernels import (
     screen_for,
     values_of,
 )
-from saekit.protocols import ActivationFunction, SparseActivation
+from saekit.protocols import ActivationFunction
 from saekit.sae import Parameter, check_width, init, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig

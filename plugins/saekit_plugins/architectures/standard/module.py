@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit import SAE
+from saekit.abilities import SparseActivation
 from saekit.kernels import (
     FastStep,
     Features,
@@ -19,7 +20,6 @@ from saekit.kernels import (
     screen_for,
     values_of,
 )
-from saekit.protocols import SparseActivation
 from saekit.sae import ghost_loss, not_compiled, sparsity_penalty, spread, squared_errors
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.standard import StandardConfig

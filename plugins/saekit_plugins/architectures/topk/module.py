@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saekit import Ports
+from saekit.abilities import SparseActivation
 from saekit.errors import ConfigError
 from saekit.kernels import (
     Encoder,
@@ -25,7 +26,7 @@ from saekit.kernels import (
     top_groups,
     values_of,
 )
-from saekit.protocols import ActivationFunction, SparseActivation
+from saekit.protocols import ActivationFunction
 from saekit.sae import Factor, check_maps, check_scales, check_width, not_compiled, squared_errors
 from saekit.transforms import Affine
 from saekit.values import StepInput, StepOutput

@@ -1,0 +1,259 @@
+"""What a plugin's object may have beside what its kind promises: abilities, looked for with ``isinstance``.
+
+What stands for a plugin's object has an ability as an attribute of its own, and only where the object has it: since
+Python 3.12, what ``__getattr__`` would find does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
+from saekit.values import Forward, Replacement, RunEnd, Want
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from saekit.converted import ConvertedConfig
+    from saekit.site import Site
+
+__all__ = [
+    "AttachesHooks",
+    "Concludes",
+    "ConvertsConfigs",
+    "ExposesHooks",
+    "GuardedOptimizer",
+    "HasMemory",
+    "HasMoments",
+    "HasTokenizer",
+    "KnowsResidualStream",
+    "LocatesFiles",
+    "Pauses",
+    "Remarks",
+    "SparseActivation",
+    "StartsInside",
+    "StatesRows",
+    "StatesWidths",
+    "TakesCheckpoints",
+    "TranslatesHooks",
+    "WritesSAEs",
+]
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A model backend with a Hugging Face tokenizer: `saekit pretokenize` uses it, and vocabularies are told apart."""
+
+    tokenizer: Any
+    """None for a model without."""
+
+
+@runtime_checkable
+class KnowsResidualStream(Protocol):
+    """A model backend that knows which hooks are in the residual stream: what a feature promotes can then be told."""
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        """Whether what the hook holds, ``[b, t, d_model]``, is the residual stream or is added to it as it is."""
+
+
+@runtime_checkable
+class AttachesHooks(Protocol):
+    """A model backend that can leave replacements in its model for a while, so that every forward meets them.
+
+    Those that the model's own library makes do, too, such as the forwards of `generate`.
+    """
+
+    def attached(
+        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor, int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """While the context is open, the model goes on with what the functions return at the hooks of these names.
+
+        A hook that is read then holds what was put there.  ``on_tokens`` is told of every forward before it begins: the
+        token ids ``[b, t]``, and how many positions came before them, which a cache of keys and values stands for.
+        Afterwards the model is as it was: every hook, their order, and those that are permanent.
+        """
+
+
+@runtime_checkable
+class ExposesHooks(Protocol):
+    """A model backend whose library can be told of further hook points, so that its own functions see them."""
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, Replacement]]:
+        """While the context is open, the model has hook points of these names.
+
+        Each function passes a tensor through the hook point, and returns what the library's hooks make of it.
+        """
+
+
+@runtime_checkable
+class StartsInside(Protocol):
+    """A model backend that can begin a forward where a block begins, with what an earlier forward held there."""
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        """The hook that holds all that the model's output and these ``hooks`` depend on; None: none is known.
+
+        Of several the last one, so that as little as possible is computed again.
+        """
+
+    def run_from(
+        self,
+        tokens: Tensor,
+        entry: str,
+        value: Tensor,
+        *,
+        read: Collection[str] = (),
+        replace: Mapping[str, Replacement] | None = None,
+        want: Want = "held",
+        grad: bool = False,
+    ) -> Forward:
+        """As :meth:`saekit.protocols.ModelBackend.run` on the same ``tokens``, from the hook ``entry`` on, where the
+        model holds ``value``.  Hooks before it do not run."""
+
+
+@runtime_checkable
+class TranslatesHooks(Protocol):
+    """A model backend that knows transformer_lens' names of places in a model, so that SAEs of others fit it."""
+
+    def hook_like(self, name: str) -> str | None:
+        """The hook that holds what ``name`` means there, such as ``blocks.3.hook_resid_post``; None: there is none.
+
+        A name of its own is itself.
+        """
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """A model backend or an activation source that can tell how much memory it needs; `saekit plan` asks."""
+
+    def memory_bytes(self) -> int:
+        """What it holds while nothing runs, such as a model's weights, or a buffer when it is full."""
+
+
+@runtime_checkable
+class SparseActivation(ActivationFunction, Protocol):
+    """An activation function with sparse support, which the fast kernels can use.
+
+    It works on every number by itself, is nowhere negative, and is zero with its derivative wherever ``pre <= 0``.
+    :func:`saekit.testing.check_sparse_activation` verifies what an activation declares by having these methods.
+    """
+
+    def in_place(self, pre: Tensor) -> Tensor:
+        """What calling it returns, written over ``pre``."""
+
+    def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
+        """The gradient to pre-activations from that to ``features``, which are what it returned; of their shape.
+
+        ``gradient`` may be overwritten.
+        """
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """What has something to say before a run begins.  Optional; of schedules, `saekit plan` asks."""
+
+    def remark(self) -> str | None:
+        """What a user may not expect of it, as it was set up; None: nothing."""
+
+
+@runtime_checkable
+class GuardedOptimizer(Optimizer, Protocol):
+    """One that clips and looks for itself, as torch's fused ones do: the GPU need not be waited for at every step."""
+
+    grad_scale: Tensor | None
+    """Gradients are divided by this scalar as they are read; None: by nothing."""
+    found_inf: Tensor | None
+    """Where this scalar is not 0, a step changes nothing; None: it is not looked at."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
+
+    moments: Collection[str]
+    """The names: tensors of the parameter's shape, or scalars."""
+
+
+@runtime_checkable
+class StatesWidths(Protocol):
+    """An activation source that knows how wide its activations are, so that the model need not be asked.
+
+    A run without a language model needs such a one.
+    """
+
+    @property
+    def widths(self) -> Mapping[Site, int]:
+        """``d`` at each site that it has; those of the stream must be among them."""
+
+
+@runtime_checkable
+class StatesRows(Protocol):
+    """An activation source that knows how many rows it reads before it begins anew, as one that does not read text may.
+
+    A run that would read them very often says so.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Those of one reading."""
+
+
+@runtime_checkable
+class Pauses(Protocol):
+    """An activation source that works ahead of the batches that it is asked for, and can be told not to."""
+
+    def pause(self) -> None:
+        """No batch is needed for now: nothing of it runs from here on, and its state stays the same.
+
+        A next batch may be asked for all the same, and is the one that it would have been.
+        """
+
+
+@runtime_checkable
+class TakesCheckpoints(Tracker, Protocol):
+    """A tracker that is told of the SAE folders that are saved."""
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """The SAE after ``step`` optimizer steps is in ``folder``, which stays until this returns."""
+
+
+@runtime_checkable
+class Concludes(Tracker, Protocol):
+    """A tracker that is told how its run ended."""
+
+    def conclude(self, end: RunEnd) -> None:
+        """Called once, after the last record and before :meth:`close`."""
+
+
+@runtime_checkable
+class LocatesFiles(PretrainedLoader, Protocol):
+    """A loader that knows which file a release means by a path that is neither a file nor a folder."""
+
+    def locate(self, path: str, names: Collection[str]) -> str | None:
+        """The path of a file or folder among ``names``, all files of the repository; None: there is none."""
+
+
+@runtime_checkable
+class ConvertsConfigs(Protocol):
+    """A pretrained loader that knows the configurations of its library's runs, too, for `saekit convert-config`."""
+
+    def convert_config(self, table: Mapping[str, Any]) -> ConvertedConfig | None:
+        """What ``table``, as the library saved it, is here; None: it is no configuration of that library.
+
+        Raise :class:`saekit.errors.ConfigError` for one that is, and that cannot be converted.
+        """
+
+
+@runtime_checkable
+class WritesSAEs(Protocol):
+    """A pretrained loader that writes its format, too, for `SAE.export`; what it reads of that is the same SAE."""
+
+    def write_sae(self, sae: Any, folder: Path) -> None:
+        """Write ``sae``, a :class:`saekit.SAE`, into ``folder``, which is new and empty.
+
+        Its ``public_tensors()`` are what is to be written.  Raise :class:`saekit.errors.SAEFormatError` with what the
+        format has no place for.
+        """

@@ -1,0 +1,77 @@
+"""Which tokens count: by what they are and by where they stand.
+
+One choice is made once and saved with an SAE; training, caches, evals, splices and statistics ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+
+from saekit.abilities import HasTokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.protocols import ModelBackend
+
+__all__ = ["TokenChoice", "special_ids"]
+
+
+def special_ids(backend: ModelBackend) -> frozenset[int]:
+    """The ids of all special tokens of the model: those that its tokenizer calls so, and bos, eos and sep."""
+    known = {token for token in backend.special_tokens.values() if token is not None}
+    tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
+    return frozenset(known | set(getattr(tokenizer, "all_special_ids", ())))
+
+
+@attrs.frozen(kw_only=True)
+class TokenChoice:
+    """Those that count of contexts ``[b, t]``; by default all."""
+
+    exclude: frozenset[int] = attrs.field(default=frozenset(), converter=frozenset)
+    """Ids that do not count, wherever they stand."""
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """The positions of a context that count, as :class:`slice` takes them: ``(1,)`` is the first alone, ``(1, None)``
+    all but that."""
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every token counts."""
+        return not self.exclude and self.seqpos_slice in ((None,), (None, None), (None, None, None))
+
+    def kept(self, tokens: Tensor, *, before: int = 0, length: int | None = None) -> Tensor:
+        """``[b, t]`` bool: which of ``tokens [b, t]`` count.
+
+        ``before`` positions of the context came before them, and it has ``length`` in all (``before + t``), from
+        whose end negative numbers of the slice count.
+        """
+        import torch
+
+        length = before + tokens.shape[1] if length is None else length
+        by_place = torch.zeros(length, dtype=torch.bool)
+        by_place[slice(*self.seqpos_slice)] = True
+        kept = by_place[before : before + tokens.shape[1]].to(tokens.device).expand(tokens.shape)
+        if not self.exclude:
+            return kept.clone()
+        excluded = torch.tensor(sorted(self.exclude), dtype=tokens.dtype, device=tokens.device)
+        return kept & ~torch.isin(tokens, excluded)
+
+    def metadata(self) -> dict[str, Any]:
+        """As it is saved with an SAE; nothing for what is left out by nobody."""
+        found: dict[str, Any] = {}
+        if self.exclude:
+            found["exclude_special_tokens"] = sorted(self.exclude)
+        if not attrs.evolve(self, exclude=()).takes_all:
+            found["seqpos_slice"] = list(self.seqpos_slice)
+        return found
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any], special: Collection[int]) -> Self:
+        """What :meth:`metadata`, or another library's, says; ``special`` are the ids that ``true`` means."""
+        stated = metadata.get("exclude_special_tokens") or ()
+        places: Sequence[int | None] = metadata.get("seqpos_slice") or (None,)
+        excluded: Collection[int] = special if stated is True else stated
+        return cls(exclude=frozenset(excluded), seqpos_slice=tuple(places))

@@ -5,7 +5,7 @@ One choice is made once and saved with an SAE; training, caches, evals, splices 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -27,11 +27,15 @@ def special_ids(backend: ModelBackend) -> frozenset[int]:
     return frozenset(known | set(getattr(tokenizer, "all_special_ids", ())))
 
 
+def _ids(tokens: Iterable[int]) -> frozenset[int]:
+    return frozenset(tokens)
+
+
 @attrs.frozen(kw_only=True)
 class TokenChoice:
     """Those that count of contexts ``[b, t]``; by default all."""
 
-    exclude: frozenset[int] = attrs.field(default=frozenset(), converter=frozenset)
+    exclude: frozenset[int] = attrs.field(default=frozenset(), converter=_ids)
     """Ids that do not count, wherever they stand."""
     seqpos_slice: tuple[int | None, ...] = (None,)
     """The positions of a context that count, as :class:`slice` takes them: ``(1,)`` is the first alone, ``(1, None)``
@@ -74,4 +78,4 @@ class TokenChoice:
         stated = metadata.get("exclude_special_tokens") or ()
         places: Sequence[int | None] = metadata.get("seqpos_slice") or (None,)
         excluded: Collection[int] = special if stated is True else stated
-        return cls(exclude=frozenset(excluded), seqpos_slice=tuple(places))
+        return cls(exclude=excluded, seqpos_slice=tuple(places))

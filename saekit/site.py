@@ -61,10 +61,17 @@ class Site:
             return activations[:, :, self.hook_head_index]
         return activations.flatten(-2)
 
-    def replace(self, activations: Tensor, values: Tensor) -> Tensor:
-        """``activations`` with the site's vectors replaced by ``values [b, t, d_in]``; the other heads stay."""
+    def replace(self, activations: Tensor, values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """``activations`` with the site's vectors replaced by ``values [b, t, d_in]``; the other heads stay.
+
+        Where ``kept [b, t]`` is false, they stay as well, bit for bit.
+        """
         self._check_shape(activations)
         values = values.to(activations.dtype)
+        if kept is not None:
+            import torch
+
+            values = torch.where(kept[..., None], values, self.extract(activations))
         if activations.ndim == 3:
             return values
         if self.hook_head_index is None:
@@ -144,14 +151,16 @@ class Sites:
         """The targets ``[b, t, d_out]``, likewise."""
         return _side_by_side(self.targets, held)
 
-    def replaced(self, hook_name: str, activations: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def replaced(
+        self, hook_name: str, activations: Tensor, values: Mapping[str, Tensor], kept: Tensor | None = None
+    ) -> Tensor:
         """What ``hook_name`` holds, with the vectors of each target there replaced by its ``values [b, t, width]``.
 
-        Those are by the names of the targets.
+        Those are by the names of the targets.  Where ``kept [b, t]`` is false, all stays as it is.
         """
         for site in self.targets:
             if site.hook_name == hook_name:
-                activations = site.replace(activations, values[site.name])
+                activations = site.replace(activations, values[site.name], kept)
         return activations
 
 

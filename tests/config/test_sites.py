@@ -98,3 +98,19 @@ def test_no_site_is_written_beside_inputs() -> None:
     for form in ("toml", "yaml", "json"):
         assert "site" not in saekit.dump_config(config, form).replace("sites", "")
     assert "[site]" in saekit.dump_config(saekit.load_config({}))
+
+
+@pytest.mark.parametrize(
+    ("site", "shape"), [(Site(), (2, 3, 4)), (Site(hook_head_index=1), (2, 3, 2, 4)), (Site(), (2, 3, 2, 2))]
+)
+def test_positions_that_are_left_out_stay_bit_for_bit(site: Site, shape: tuple[int, ...]) -> None:
+    import torch
+
+    held = torch.randn(shape)
+    held[0, 0] = float("nan")  # arithmetic with it would show
+    kept = torch.tensor([[False, True, True], [True, False, True]])
+    given = torch.full_like(site.extract(held), 7)
+    replaced = site.extract(site.replace(held, given, kept))
+    bits = [values[~kept].contiguous().view(torch.int32) for values in (replaced, site.extract(held))]
+    assert torch.equal(*bits)
+    assert (replaced[kept] == 7).all()

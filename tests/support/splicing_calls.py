@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
 SAES: dict[str, tuple[str, int]] = {"a": (RESID, 20), "other_a": (RESID, 12), "m": (MLP, 20), "z": (Z, 20)}
 """Hook and number of features; all read vectors of 8."""
 D_IN = 8
+Q, D_SAE_OF_HEAD = "blocks.1.attn.hook_q", 10
 
 
 def numbers(name: str, shape: torch.Size) -> Tensor:

@@ -16,7 +16,16 @@ from saekit.values import Forward, Replacement, Want
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Backend"]
+    from saekit.protocols import ModelBackend
+
+__all__ = ["Backend", "no_hook"]
+
+
+def no_hook(backend: ModelBackend, name: str) -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
+    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
+    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
 
 
 class Backend(ABC):
@@ -46,9 +55,7 @@ class Backend(ABC):
 
     def no_hook(self, name: str) -> ModelError:
         """The error for a hook that the model does not have, with those that are spelled alike."""
-        close = difflib.get_close_matches(name, self.hook_names(), n=3)
-        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return ModelError(f"the model {self.name!r} has no hook {name!r}{hint}")
+        return no_hook(self, name)
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:

@@ -13,6 +13,7 @@ import attrs
 
 from saekit import Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
@@ -70,6 +71,9 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's

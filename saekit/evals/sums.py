@@ -40,7 +40,9 @@ class Sums:
     def __repr__(self) -> str:
         return f"Sums({len(self):,} contexts: {', '.join([*self._columns, *self._counts])})"
 
-    def add(self, numbers: Sequence[int], columns: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self, numbers: Sequence[int] | Array, columns: Mapping[str, Any], counts: Mapping[str, Any] | None = None
+    ) -> None:
         """Take in contexts of these ``numbers``: ``columns`` are ``[b]`` or ``[b, d]``, ``counts`` whole numbers.
 
         :class:`ValueError` for a context that is there, and for other columns than there are.
@@ -129,7 +131,7 @@ class Totals:
 
     def __getitem__(self, name: str) -> Array:
         """``[r]``, the total of a column; of a vector ``[r, d]``."""
-        return self._weights @ self.sums.column(name)  # type: ignore[no-any-return]
+        return self._weights @ self.sums.column(name)
 
     def spread(self, within: str, vector: str, count: str, columns: slice | None = None) -> Array:
         """``[r]``: ``Σ‖y − ȳ‖²`` over all rows ``y``, with ȳ their mean.

@@ -243,7 +243,7 @@ class Evaluation:
         whole = cls(values={})
         for part in parts:
             merged = {
-                name: {**getattr(part, name), **getattr(whole, name)}
+                name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
                 for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
             }
             remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
@@ -288,6 +288,10 @@ def measured_text(value: float, error: float | None = None) -> str:
         return f"{value:.4g} ± {error:.2g}"
     places = max(places, 0)
     return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def _new(some: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in some.items() if name not in known}
 
 
 def _finite(value: float) -> float | None:

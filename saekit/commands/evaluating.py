@@ -5,6 +5,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -18,12 +19,13 @@ from saekit._version import __version__
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
+from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
-from saekit.kinds import EVALS
 from saekit.measuring import Evaluation, Evaluations
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.runs.checks import chosen_evals
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import TokenChoice
 
-__all__ = ["evaluate", "evaluated"]
+__all__ = ["asked_evals", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -80,7 +82,7 @@ def evaluate(
     found or does not fit.
     """
     plugins = plugins or default_manager()
-    chosen = chosen_evals(evals, options, plugins)
+    chosen = asked_evals(evals, options, plugins)
     if type(n_contexts) is not int or n_contexts < 1:
         raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
     if contexts is None and mask is not None and not callable(mask):
@@ -124,30 +126,24 @@ class _ChosenTokens:
         return choice if self.places is None else attrs.evolve(choice, seqpos_slice=self.places)
 
 
-def chosen_evals(
+def asked_evals(
     evals: Iterable[PluginChoice], options: Mapping[str, Any], plugins: PluginManager
 ) -> dict[str, Choice[Eval]]:
     """The evals by qualified key, each with those of ``options`` that it has; :class:`ConfigError` for one of none."""
-    evals = [evals] if isinstance(evals, (str, Mapping)) else evals
-    chosen = {choice.key: choice for choice in (plugins.bound(EVALS, one) for one in evals)}
+    evals = [evals] if isinstance(evals, (str, Mapping)) else list(evals)
+    config = load_config({"evals": {"run": evals}}, plugins=plugins)
+    chosen = chosen_evals(config, plugins)
     if not chosen:
         raise ConfigError([("evals", "names none")])
-    known: set[str] = set()
+    asked, known = {name: value for name, value in options.items() if value is not None}, set[str]()
     for key, choice in chosen.items():
         names = {field.name for field in attrs.fields(type(choice.options))}
-        given = {name: value for name, value in options.items() if name in names and value is not None}
+        given = {name: value for name, value in asked.items() if name in names}
+        chosen[key] = dataclasses.replace(choice, options=attrs.evolve(choice.options, **given))
         known |= names
-        if given:
-            chosen[key] = plugins.bound(EVALS, {"name": key, **attrs.asdict(choice.options), **given})
-    if unknown := sorted(name for name, value in options.items() if value is not None and name not in known):
-        raise ConfigError(
-            [
-                (
-                    unknown[0],
-                    f"is no argument, and no option of {', '.join(chosen)}: these have {', '.join(sorted(known))}",
-                )
-            ]
-        )
+    if unknown := sorted(asked.keys() - known):
+        there = ", ".join(sorted(known))
+        raise ConfigError([(unknown[0], f"is no argument, and no option of {', '.join(chosen)}: these have {there}")])
     return chosen
 
 

@@ -80,6 +80,18 @@ class Backend(ABC):
         grad: bool = False,
     ) -> Forward:
         """See :meth:`saekit.protocols.ModelBackend.run`."""
+        return self._run(tokens, read, replace, want, grad)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        read: Collection[str],
+        replace: Mapping[str, Replacement] | None,
+        want: Want,
+        grad: bool,
+        start: tuple[str, Tensor] | None = None,
+    ) -> Forward:
+        """A forward from the tokens, or from the hook ``start`` and what it holds."""
         if not hasattr(tokens, "contiguous"):
             raise ModelError(
                 f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
@@ -90,7 +102,7 @@ class Backend(ABC):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
         tokens = tokens.to(self.device).contiguous()  # models take views of them
         attached = [one for one, _ in self._attached]
-        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached)
+        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:
             return Forward({})
         with self.running(tokens, grad=grad):
@@ -101,9 +113,8 @@ class Backend(ABC):
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
-            raise ModelError(
-                f"the hook {silent[0]!r} of {self.name!r} does not run as the model is configured{self.why_silent}"
-            )
+            how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
+            raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)
 
     @contextmanager

@@ -29,10 +29,15 @@ class Hooks:
         tokens: Tensor,
         want: Want = "held",
         grad: bool = False,
+        start: tuple[str, Tensor] | None = None,
         attached: Sequence[Mapping[str, Replacement]] = (),
     ) -> None:
         """``attached`` are replacements that come before all others, one after the other: reading shows what they
         leave."""
+        self.entry = None if start is None else start[0]
+        """The hook where the forward begins; None: at the tokens."""
+        self._value = None if start is None else start[1]
+        self._begun = False
         self.read, self.replace = frozenset(read), dict(replace)
         self.want: Want = want
         self.held: dict[str, Tensor] = {}
@@ -44,7 +49,15 @@ class Hooks:
     @property
     def names(self) -> list[str]:
         """The hooks at which something happens, each once."""
-        return sorted({*self.read, *self.replace}.union(*self._attached))
+        entry = set() if self.entry is None else {self.entry}
+        return sorted(entry.union(self.read, self.replace, *self._attached))
+
+    @property
+    def given(self) -> Tensor:
+        """What the hook :attr:`entry` holds."""
+        if self._value is None:
+            raise ValueError("this forward begins at the tokens")
+        return self._value
 
     @property
     def done(self) -> bool:
@@ -52,7 +65,12 @@ class Hooks:
         return self.want == "held" and len(self.held) == len(self.read)
 
     def __call__(self, name: str, activation: Tensor) -> Tensor:
-        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``."""
+        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``.
+
+        Where the forward begins, ``activation`` does not count: what was given for that hook is there.
+        """
+        if name == self.entry and not self._begun:
+            activation, self._begun = self.given, True
         self.silent.discard(name)
         attached = [one[name] for one in self._attached if name in one]
         if self.done or not (attached or name in self.read or name in self.replace):

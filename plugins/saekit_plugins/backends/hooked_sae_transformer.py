@@ -203,9 +203,9 @@ class HookedSAETransformer(HookedTransformer):
         **kwargs: Any,
     ) -> Any:
         """``run_with_hooks`` within :meth:`saes`.  Hooks may be at the SAEs' inner points, too."""
-        hooks = {"fwd_hooks": [*fwd_hooks], "bwd_hooks": [*bwd_hooks]}
+        kwargs |= {"fwd_hooks": [*fwd_hooks], "bwd_hooks": [*bwd_hooks]}
         with self.saes(saes, reset_saes_end, use_error_term, exclude_special_tokens):
-            return self.run_with_hooks(*model_args, **hooks, **kwargs)
+            return self.run_with_hooks(*model_args, **kwargs)
 
     @cached_property
     def _backend(self) -> Backend:
@@ -215,7 +215,7 @@ class HookedSAETransformer(HookedTransformer):
         self, saes: _SAEs, use_error_term: bool | None, excluded: _Excluded, sites: Sites | None = None
     ) -> list[_Attached]:
         """Attachments that are not there yet; of those that share a place the last."""
-        given = [*saes] if isinstance(saes, (list, tuple)) else [saes]
+        given: list[Any] = [*saes] if isinstance(saes, (list, tuple)) else [saes]
         for sae in given:
             if not isinstance(sae, SAE):
                 raise TypeError(

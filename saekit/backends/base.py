@@ -150,6 +150,15 @@ class Backend(ABC):
         finally:
             self._attached = tuple(one for one in self._attached if one is not own)
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While the context is open, :meth:`run` meets nothing that was attached: for a look at the model itself."""
+        kept, self._attached = self._attached, ()
+        try:
+            yield
+        finally:
+            self._attached = kept
+
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """The weights ``[d_model, d_vocab]`` that make logits, and the bias ``[d_vocab]`` if there is one."""
         raise ModelError(f"the model {self.name!r} has no unembedding that its backend knows")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.saes import at, drawn_sae, identity_sae
+from support.saes import at, drawn_sae, given, identity_sae
 from support.spliced import KINDS, TOKENS, Place, place, sae_state, state
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def test_the_model_goes_on_with_what_the_sae_gives(there: Place) -> None:
         assert torch.equal(spliced.run(TOKENS, want="logits").logits, expected)
         held = spliced.run(TOKENS, read=[there.early, there.late]).held
     clean = there.backend.run(TOKENS, read=[there.early]).held[there.early]
-    torch.testing.assert_close(held[there.early], sae(clean).detach(), msg="a hook that is read holds what was put there")
+    torch.testing.assert_close(held[there.early], given(sae, clean), msg="a hook that is read holds what was put there")
     assert [*held] == [there.early, there.late]
 
 

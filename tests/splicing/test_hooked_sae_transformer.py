@@ -227,6 +227,10 @@ def test_one_from_a_model_that_is_there_shares_its_weights() -> None:
     assert lens.W_E.data_ptr() == plain.W_E.data_ptr()
     assert torch.equal(lens.run_with_saes(calls.TOKENS, saes=a), model().run_with_saes(calls.TOKENS, saes=a))
     assert type(plain) is transformer_lens.HookedTransformer
+    again = HookedSAETransformer.from_model(lens)
+    assert torch.equal(
+        again.run_with_saes(calls.TOKENS, saes=a, exclude_special_tokens=[1, 2, 3, 4, 5, 7, 8, 9]), again(calls.TOKENS)
+    ), "all that is left out"
     with pytest.raises(ModelError, match="takes a HookedTransformer, found a Linear"):
         HookedSAETransformer.from_model(torch.nn.Linear(2, 2))
 

@@ -89,7 +89,7 @@ class HookedSAETransformer(HookedTransformer):
         if not isinstance(model, HookedTransformer):
             raise ModelError(f"from_model takes a HookedTransformer, found a {type(model).__name__}")
         made = cls.__new__(cls)
-        made.__dict__.update(model.__dict__)
+        made.__dict__.update(model.__getstate__() if isinstance(model, HookedSAETransformer) else model.__dict__)
         return made
 
     @property

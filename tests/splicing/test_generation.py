@@ -47,7 +47,11 @@ def of_transformers(kind: str) -> tuple[Any, str, Write]:
     return model, place, write
 
 
-MODELS = {"HookedTransformer": of_lens, "gpt2": lambda: of_transformers("gpt2"), "llama": lambda: of_transformers("llama")}
+MODELS = {
+    "HookedTransformer": of_lens,
+    "gpt2": lambda: of_transformers("gpt2"),
+    "llama": lambda: of_transformers("llama"),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)

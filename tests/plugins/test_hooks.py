@@ -128,6 +128,7 @@ PUBLIC_MODULES = [
     "sae",
     "sae.init",
     "site",
+    "splicing",
     "testing",
     "transforms",
     "values",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_every_point_is_read_and_replaced(kind: str) -> None:
 
             forward = spliced.run(TOKENS, read=[name, there.early], replace={name: replaced})
             torch.testing.assert_close(seen[0], held[name])
-            torch.testing.assert_close(forward.held[name], held[name], msg="what is read is there before it is replaced")
+            torch.testing.assert_close(forward.held[name], held[name], msg="read before it is replaced")
             with torch.no_grad():
                 new = changed(sae, x, expected, point)
             torch.testing.assert_close(forward.held[there.early], new, rtol=1e-4, atol=1e-4)
@@ -86,9 +87,9 @@ def test_a_point_that_does_not_run_says_why() -> None:
 
 def test_other_names_are_the_model_s() -> None:
     there = place("HookedTransformer")
-    with saekit.splice(there.target, at(drawn_sae(16), there.early)) as spliced:
-        with pytest.raises(ModelError, match="has no hook 'hook_embod'. Did you mean 'hook_embed'"):
-            spliced.run(TOKENS, read=["hook_embod"])
+    error = pytest.raises(ModelError, match="has no hook 'hook_embod'. Did you mean 'hook_embed'")
+    with saekit.splice(there.target, at(drawn_sae(16), there.early)) as spliced, error:
+        spliced.run(TOKENS, read=["hook_embod"])
 
 
 def test_an_architecture_without_pre_activations_has_no_such_point() -> None:
@@ -150,15 +151,18 @@ def test_fast_ways_are_left_alone_where_nobody_looks_at_features(monkeypatch: py
     there = place("fake")
     sae = at(drawn_sae(8), there.early)
     dense: list[str] = []
-    monkeypatch.setattr(type(sae), "decode", lambda self, *args, **how: dense.append("decode") or plain(self, *args, **how))
+
+    def decode(self: Any, *args: Any, **options: Any) -> Any:
+        dense.append("decode")
+        return plain(self, *args, **options)
+
+    plain = type(sae).decode
+    monkeypatch.setattr(type(sae), "decode", decode)
     with saekit.splice(there.target, sae, use_error_term=True) as spliced:
         spliced.run(TOKENS, want="logits")
         assert not dense
         spliced.run(TOKENS, read=[f"{there.early}.hook_sae_acts_post"])
         assert dense
-
-
-plain = saekit.SAE.decode
 
 
 def test_who_watches_is_alone_with_its_sae_and_its_thread() -> None:
@@ -172,8 +176,6 @@ def test_who_watches_is_alone_with_its_sae_and_its_thread() -> None:
 
     with sae.watched(Watch(frozenset({"acts_post"}), look)):
         assert not torch.equal(sae(x), clean)
-        import threading
-
         thread = threading.Thread(target=lambda: seen.append(bool(torch.equal(sae(x), clean))))
         thread.start()
         thread.join()

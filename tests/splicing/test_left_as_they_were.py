@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_hooks_that_were_there_run_before_and_stay_in_their_order() -> None:
     sae = at(drawn_sae(16), HOOK)
     raw = model.run_with_cache(TOKENS)[1]["blocks.1.hook_resid_mid"]
     raw = raw + model.run_with_cache(TOKENS)[1]["blocks.1.hook_mlp_out"]
-    before, clean = state(model), model(TOKENS)
+    before = state(model)
     with saekit.splice(model, sae) as spliced:
         found = spliced.run(TOKENS, read=[f"{HOOK}.hook_sae_input", HOOK]).held
         torch.testing.assert_close(found[f"{HOOK}.hook_sae_input"], (raw * 2 + 1) * 3)
@@ -52,7 +53,6 @@ def test_hooks_that_were_there_run_before_and_stay_in_their_order() -> None:
     after = state(model)
     assert [name for name, hooks in before[0].items() if [*map(len, hooks)] != [*map(len, after[0][name])]] == []
     assert before[3] == after[3]
-    del clean
 
 
 def test_nothing_is_left_of_nested_repeated_and_raising_uses() -> None:
@@ -103,7 +103,7 @@ def test_training_mode_and_what_learns_stay() -> None:
     assert sae_state(sae) == of_sae
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -121,10 +121,8 @@ def test_whatever_is_nested_in_whatever_leaves_nothing(actions: list[Any]) -> No
     before, clean = state(there.model), there.model(TOKENS).logits
     saes = [at(drawn_sae(16, seed=seed), hook) for seed, hook in enumerate((there.early, there.late, there.early))]
     of_saes = [sae_state(sae) for sae in saes]
-    try:
+    with contextlib.suppress(_StopError):
         do(actions, there, saes, None)
-    except _Stop:
-        pass
     assert state(there.model) == before
     assert torch.equal(there.model(TOKENS).logits, clean)
     assert [sae_state(sae) for sae in saes] == of_saes
@@ -137,7 +135,7 @@ def do(actions: list[Any], there: Any, saes: list[Any], inside: Any) -> None:
             with saekit.splice(there.model, saes[number], use_error_term=error_term) as spliced:
                 do(inner, there, saes, spliced)
         elif action == "raise":
-            raise _Stop
+            raise _StopError
         elif inside is None or action == "call":
             there.model(TOKENS)
         elif action == "run":

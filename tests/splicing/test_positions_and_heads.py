@@ -64,11 +64,14 @@ def test_an_sae_s_metadata_says_which_tokens_it_was_trained_on() -> None:
 def test_a_mask_that_does_not_fit_says_so() -> None:
     there = place("AutoModelForCausalLM")
     sae = at(drawn_sae(16), there.early)
-    with saekit.splice(there.model, sae, mask=torch.ones(2, 5, dtype=torch.bool)):
-        with pytest.raises(ModelError, match=r"the mask must be torch.bool \[2, 7\], .* found torch.bool \[2, 5\]; a func"):
-            there.model(TOKENS)
-    with saekit.splice(there.model, sae, mask=lambda tokens: tokens):
-        with pytest.raises(ModelError, match=r"must be torch.bool \[2, 7\], .* found torch.int64 \[2, 7\]"):
+    masks: list[tuple[Any, str]] = [
+        (torch.ones(2, 5, dtype=torch.bool), r"torch.bool \[2, 5\]; a function"),
+        (lambda tokens: tokens, r"torch.int64 \[2, 7\]"),
+        (lambda tokens: True, "bool"),
+    ]
+    for mask, found in masks:
+        error = pytest.raises(ModelError, match=rf"the mask must be torch.bool \[2, 7\], .* found {found}")
+        with saekit.splice(there.model, sae, mask=mask), error:
             there.model(TOKENS)
     with saekit.splice(there.model, sae, tokens=FIRST):
         there.model(TOKENS)

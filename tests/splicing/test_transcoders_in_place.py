@@ -93,7 +93,8 @@ def crosscoder(inputs: tuple[str, ...], targets: tuple[str, ...], width: int) ->
 
 def test_several_inputs_and_several_targets_each_at_its_hook() -> None:
     there = place("HookedTransformer")
-    reads, writes = ("blocks.0.hook_mlp_out", "blocks.1.hook_attn_out"), ("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out")
+    reads = ("blocks.0.hook_mlp_out", "blocks.1.hook_attn_out")
+    writes = ("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out")
     sae, sites = crosscoder(reads, writes, 16)
     held = there.backend.run(TOKENS, read=reads).held
     with saekit.splice(there.model, sae, sites=sites) as spliced:
@@ -103,9 +104,9 @@ def test_several_inputs_and_several_targets_each_at_its_hook() -> None:
     for name, part in zip(writes, output.split(16, dim=-1), strict=True):
         torch.testing.assert_close(found[name], part)
     assert found[f"{reads[0]}.hook_sae_acts_post"].shape == (2, 7, 24)
-    with pytest.raises(ConfigError, match="writes at several hooks .* leave out use_error_term"):
-        with saekit.splice(there.model, sae, sites=sites, use_error_term=True):
-            pass
+    error = pytest.raises(ConfigError, match="writes at several hooks .* leave out use_error_term")
+    with error, saekit.splice(there.model, sae, sites=sites, use_error_term=True):
+        pass
 
 
 def test_what_would_have_to_be_read_before_it_is_there_is_refused() -> None:
@@ -114,9 +115,10 @@ def test_what_would_have_to_be_read_before_it_is_there_is_refused() -> None:
     sae, sites = crosscoder((late,), (early,), 16)
     with saekit.splice(there.model, sae, sites=sites) as spliced:
         for use in (lambda: spliced.run(TOKENS, want="logits"), lambda: there.model(TOKENS)):
-            with pytest.raises(ModelError, match=f"writes at '{early}', which runs before '{late}', which it reads.*evaluate"):
+            message = f"writes at '{early}', which runs before '{late}', which it reads. saekit.evaluate"
+            with pytest.raises(ModelError, match=message):
                 use()
     sae, sites = crosscoder((early, late), (early, late), 16)
-    with pytest.raises(ModelError, match="runs before .* which it reads. saekit.evaluate"):
-        with saekit.splice(there.model, sae, sites=sites):
-            pass
+    error = pytest.raises(ModelError, match="runs before .* which it reads. saekit.evaluate")
+    with error, saekit.splice(there.model, sae, sites=sites):
+        pass

@@ -29,7 +29,6 @@ class Place:
     early: str
     late: str
     width: int
-    loss: str = "loss"
 
     @property
     def target(self) -> Any:
@@ -68,8 +67,10 @@ def place(kind: str) -> Place:
     return found
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
-          "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks")  # fmt: skip
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
 
 
 def state(model: Any) -> Any:

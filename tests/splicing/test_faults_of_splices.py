@@ -14,11 +14,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from golden_splicing import calls
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.backends.hooked_sae_transformer import HookedSAETransformer
 from saekit_plugins.evals.downstream import DownstreamConfig
 from saekit_plugins.evals.downstream.module import DownstreamEval
-from support import splicing_calls as calls
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

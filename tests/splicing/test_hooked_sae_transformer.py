@@ -13,10 +13,10 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from golden_splicing import calls
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.backends.hooked_sae_transformer import HookedSAETransformer
 from safetensors.torch import load_file
-from support import splicing_calls as calls
 from torch import Tensor
 
 import saekit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +15,7 @@ from saekit import Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -22,6 +23,7 @@ from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.abilities import ExposedPoint
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
@@ -124,6 +126,14 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
             hooks(entry, out)
         return out
 
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
+        return begins(self.model, self.model.get_submodule(embedding), tell)
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(self.model, names)
+
     def entry_of(self, hooks: Collection[str]) -> str | None:
         accepted = inspect.signature(self.model.forward).parameters
         cfg, known = self.model.cfg, self.model.hook_dict
@@ -173,7 +183,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         last = max(layers, default=-1)
         entry = f"blocks.{last}.hook_resid_pre"
         only_entry = [name for name in hooks.read if name.startswith(f"blocks.{last}.")] == [entry]
-        if only_entry and not self.model.hook_dict[entry].fwd_hooks:
+        if only_entry and not self.model.hook_dict[entry]._forward_hooks:
             return last, entry
         return last + 1, None
 

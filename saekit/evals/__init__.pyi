@@ -1,3 +1,14 @@
+from .accumulating import AccumulatingEval as AccumulatingEval
+from .engine import Measured as Measured
+from .engine import measure as measure
+from .evaluation import Difference as Difference
+from .evaluation import Evaluation as Evaluation
+from .evaluation import paired as paired
+from .seen import Needs as Needs
+from .seen import Outcome as Outcome
+from .seen import Seen as Seen
 from .splicing import spliced_losses as spliced_losses
+from .sums import Sums as Sums
+from .sums import Totals as Totals
 from .variance import Reconstruction as Reconstruction
 from .variance import variance_metrics as variance_metrics

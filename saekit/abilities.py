@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.converted import ConvertedConfig
-    from saekit.evals import Evaluation, Needs, Seen
+    from saekit.measuring import Evaluation, Needs, Seen
     from saekit.site import Site, Sites
 
 __all__ = [

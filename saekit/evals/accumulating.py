@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saekit.evals.evaluation import Evaluation
-from saekit.evals.seen import Needs, Seen
 from saekit.evals.sums import N_BOOTSTRAP, Sums, Totals
+from saekit.measuring import Evaluation, Needs, Seen
 from saekit.protocols import ModelBackend
 from saekit.site import Sites
 
@@ -67,7 +66,8 @@ class AccumulatingEval(ABC):
 
         The tokens that count are those that the SAE says.
         """
-        from saekit.evals.engine import Measured, measure
+        from saekit.evals.engine import measure
+        from saekit.evals.measured import Measured
 
         (states,) = measure([Measured.of(sae, sites, {"this": self}, backend)], backend=backend, contexts=contexts)
         return self.result(states["this"]).numbers()

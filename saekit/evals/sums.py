@@ -32,6 +32,7 @@ class Sums:
         self._numbers: list[Array] = []
         self._columns: dict[str, list[Array]] = {}
         self._counts: dict[str, Array] = {}
+        self._sorted: dict[str, Array] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._numbers))
@@ -49,10 +50,11 @@ class Sums:
         if self._numbers and set(columns) != set(self._columns):
             raise ValueError(f"columns must be {', '.join(self._columns)}, found {', '.join(columns)}")
         self._numbers.append(added)
+        self._sorted.clear()
         for name, values in columns.items():
-            self._columns.setdefault(name, []).append(np.array(values, dtype=np.float64))
+            self._columns.setdefault(name, []).append(np.asarray(values).astype(np.float64))
         for name, values in (counts or {}).items():
-            self._counts[name] = self._counts.get(name, 0) + np.array(values, dtype=np.int64)
+            self._counts[name] = self._counts.get(name, 0) + np.asarray(values).astype(np.int64)
 
     def _check_new(self, numbers: Array) -> None:
         known = np.concatenate([numbers, *self._numbers])
@@ -70,18 +72,14 @@ class Sums:
         whole = Sums(**self.facts)
         for part in (self, other):
             if len(part) or part._counts:
-                whole.add(part._joined(part._numbers), {name: part._joined(part._columns[name]) for name in part._columns},
-                          part._counts)  # fmt: skip
+                columns = {name: _joined(values) for name, values in part._columns.items()}
+                whole.add(_joined(part._numbers), columns, part._counts)
         return whole
-
-    @staticmethod
-    def _joined(parts: Sequence[Array]) -> Any:
-        return np.concatenate(parts) if parts else np.zeros(0)
 
     @property
     def numbers(self) -> Array:
         """``[n]``: the contexts, in rising order."""
-        return np.sort(self._joined(self._numbers)).astype(np.int64)
+        return np.sort(_joined(self._numbers)).astype(np.int64)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,8 +88,10 @@ class Sums:
 
     def column(self, name: str) -> Array:
         """``[n]`` or ``[n, d]``, in the order of :attr:`numbers`, whatever order they came in."""
-        order = np.argsort(self._joined(self._numbers), kind="stable")
-        return self._joined(self._columns[name])[order]  # type: ignore[no-any-return]
+        if name not in self._sorted:
+            order = np.argsort(_joined(self._numbers), kind="stable")
+            self._sorted[name] = _joined(self._columns[name])[order]
+        return self._sorted[name]
 
     def count(self, name: str) -> Array:
         """``int64``: a count over all contexts."""
@@ -143,6 +143,10 @@ class Totals:
         between = (off**2).sum(1) / np.maximum(rows, 1)
         together = ((self._weights @ off) ** 2).sum(1) / np.maximum(self._weights @ rows, 1)
         return self[within] + self._weights @ between - together  # type: ignore[no-any-return]
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -16,9 +17,9 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.evals.calling import called
+from saekit.evals.calling import all_called
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
-from saekit.plugins.building import blamed
+from saekit.plugins.building import blamed, unless_ours
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
@@ -222,12 +223,17 @@ class Session:
         found: dict[str, float] = {}
         chosen = chosen_evals(member.config, self.plugins)
         model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
+
+        def guard(key: str) -> AbstractContextManager[None]:
+            return blamed(chosen[key].item, "__call__", at_work=True, parts=[model])
+
         # No source's thread may run the model while its hooks are in place.
-        with self._streams[0].model_lock:
-            for key, measure in member.evals.items():
-                with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
-                    told = called(measure, sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
-                found |= numbers_of(key, told)
+        with self._streams[0].model_lock, unless_ours(guard(next(iter(member.evals)))):
+            told = all_called(
+                member.evals, sae, backend=self.backend, sites=member.config.sites, contexts=held_out, guard=guard
+            )
+        for key, numbers in told.items():
+            found |= numbers_of(key, numbers)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None
         return eval_metrics(sae, found)

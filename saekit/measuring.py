@@ -1,18 +1,25 @@
-"""What an eval that accumulates asks of the model and the SAE, and what it is shown of one batch of contexts."""
+"""What travels between an eval that accumulates and the pass over contexts that it takes part in, and what it finds.
+
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.site import Sites
+from saekit.values import Histogram
+
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from saekit.kernels.sparse import SparseFeatures
-    from saekit.site import Sites
 
-__all__ = ["Needs", "Outcome", "Seen"]
+__all__ = ["Evaluation", "Needs", "Outcome", "Seen"]
 
 
 @attrs.frozen(kw_only=True)
@@ -128,7 +135,7 @@ class Seen:
 
     @property
     def features(self) -> SparseFeatures:
-        """Its features by their entries; row ``i * t + j`` is position ``j`` of context ``i``, whether it counts or not."""
+        """Its features by their entries; row ``i * t + j`` is position ``j`` of context ``i``, counted or not."""
         return _asked_for(self._features, "features")  # type: ignore[no-any-return]
 
     @property
@@ -167,6 +174,50 @@ class Seen:
         """:attr:`features` of the positions that count."""
         features = self.features
         return features.kept(self.kept.to(features.rows.device).flatten()[features.rows])
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Evaluation:
+    """Numbers by name with their standard errors."""
+
+    values: Mapping[str, float]
+    """The numbers."""
+    errors: Mapping[str, float] = attrs.field(factory=dict)
+    """The standard errors of those that have one: by bootstrap over contexts."""
+    histograms: Mapping[str, Histogram] = attrs.field(factory=dict)
+    features: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
+    """Numbers of each feature, ``[d_sae]``."""
+    remarks: tuple[str, ...] = ()
+    """What looks wrong, in words."""
+    about: Mapping[str, Any] = attrs.field(factory=dict)
+    """What was measured, and how: plain data."""
+    contexts: tuple[int, ...] = ()
+    """The numbers of the contexts."""
+    resampled: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
+    """Of each number that has an error ``[n_bootstrap]``: what it is in each resample of the contexts.  Those of SAEs
+    that were measured on the same contexts are of the same resamples."""
+    sums: Mapping[str, Any] = attrs.field(factory=dict)
+    """The :class:`saekit.evals.Sums` of each eval, by its name."""
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def numbers(self) -> dict[str, float]:
+        """Values, and errors as ``NAME_se``."""
+        return {**self.values, **{f"{name}_se": error for name, error in self.errors.items()}}
+
+    @classmethod
+    def joined(cls, parts: Iterable[Evaluation]) -> Evaluation:
+        """What several evals have found of one SAE on the same contexts, as one; of a name the first counts."""
+        whole = cls(values={})
+        for part in parts:
+            merged = {
+                name: {**getattr(part, name), **getattr(whole, name)}
+                for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
+            }
+            remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
+            whole = cls(**merged, remarks=remarks, contexts=whole.contexts or part.contexts)
+        return whole
 
 
 def _asked_for(value: Any, what: str) -> Any:

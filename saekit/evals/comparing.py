@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
-from saekit.evals.evaluation import Evaluation
+from saekit.measuring import Evaluation
 
 __all__ = ["LEVEL", "Compared", "differences", "widening"]
 

@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 
 from saekit.evals.comparing import LEVEL, Compared, differences, widening
-from saekit.evals.evaluation import Evaluation
+from saekit.measuring import Evaluation
 
 __all__ = ["Comparison", "HEADLINES", "Measure", "measure_of"]
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from saekit.errors import ConfigError
-from saekit.evals import Evaluation, Sums
+from saekit.evals import Sums
 from saekit.evals.accumulating import finished
 from saekit.evals.comparing import differences, widening
 from saekit.evals.comparison import Comparison
+from saekit.measuring import Evaluation
 
 
 def metrics(totals: Any) -> dict[str, Any]:

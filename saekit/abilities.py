@@ -31,6 +31,7 @@ __all__ = [
     "GuardedOptimizer",
     "HasMemory",
     "HasMoments",
+    "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
     "LocatesFiles",
@@ -52,6 +53,14 @@ class HasTokenizer(Protocol):
 
     tokenizer: Any
     """None for a model without."""
+
+
+@runtime_checkable
+class HasOtherNames(Protocol):
+    """A model backend that knows what else its model is called, so that an SAE of that name is taken for its own."""
+
+    def other_names(self) -> Collection[str]:
+        """Such as ``gpt2-small`` for ``gpt2``."""
 
 
 @runtime_checkable

@@ -210,12 +210,11 @@ def _backend(
     if model is not None:
         say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
         return load_model(model, plugins=plugins)
-    about = sae.info.metadata
-    name, kind = about.get("model_name"), about.get("model_class_name")
-    if not isinstance(name, str):
-        raise ConfigError([("model", "is missing: the SAE does not say which model it was trained on")])
+    from saekit.splicing.fits import model_name_of
+
+    name, about = model_name_of(sae), sae.info.metadata
     say(f"loading the model {name}")
-    return load_model(name, backend=_backend_of(about, kind, plugins), plugins=plugins)
+    return load_model(name, backend=_backend_of(about, about.get("model_class_name"), plugins), plugins=plugins)
 
 
 def _backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:

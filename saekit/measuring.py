@@ -5,12 +5,14 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit.site import Sites
+from saekit.tables import facts_html, table_html
 from saekit.values import Histogram
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from saekit.kernels.sparse import SparseFeatures
 
-__all__ = ["Evaluation", "Needs", "Outcome", "Seen"]
+__all__ = ["Evaluation", "Evaluations", "Needs", "Outcome", "Seen", "measured_text"]
 
 
 @attrs.frozen(kw_only=True)
@@ -202,6 +204,35 @@ class Evaluation:
     def __getitem__(self, name: str) -> float:
         return self.values[name]
 
+    def text_of(self, name: str) -> str:
+        """A number with its standard error, for people; empty where there is none of that name."""
+        return measured_text(self.values[name], self.errors.get(name)) if name in self.values else ""
+
+    def to_dict(self, *, features: bool = False) -> dict[str, Any]:
+        """As JSON has it, where what is no number is None; with ``features``, with the numbers of each, too."""
+        told = {
+            "values": {name: _finite(value) for name, value in self.values.items()},
+            "errors": {name: _finite(value) for name, value in self.errors.items()},
+            "histograms": {
+                name: {"counts": list(one.counts), "edges": list(one.edges)} for name, one in self.histograms.items()
+            },
+            "remarks": list(self.remarks),
+            "about": dict(self.about),
+        }
+        each = {name: [_finite(value) for value in found.tolist()] for name, found in self.features.items()}
+        return told | ({"features": each} if features else {})
+
+    def __repr__(self) -> str:
+        shown = [name for name in ("explained_variance", "l0", "ce_recovered") if name in self.values]
+        shown = shown or list(self.values)[:3]
+        numbers = ", ".join(f"{name} {self.text_of(name)}" for name in shown)
+        return f"Evaluation({numbers}; {len(self.values)} numbers on {len(self.contexts):,} contexts)"
+
+    def _repr_html_(self) -> str:
+        """All numbers, for notebooks."""
+        title = str(self.about.get("sae", "Evaluation"))
+        return facts_html(title, [(name, self.text_of(name)) for name in self.values])
+
     def numbers(self) -> dict[str, float]:
         """Values, and errors as ``NAME_se``."""
         return {**self.values, **{f"{name}_se": error for name, error in self.errors.items()}}
@@ -212,12 +243,59 @@ class Evaluation:
         whole = cls(values={})
         for part in parts:
             merged = {
-                name: {**getattr(part, name), **getattr(whole, name)}
+                name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
                 for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
             }
             remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
             whole = cls(**merged, remarks=remarks, contexts=whole.contexts or part.contexts)
         return whole
+
+
+class Evaluations(dict[str, Evaluation]):
+    """Those of several SAEs, by their names."""
+
+    def to_dict(self, *, features: bool = False) -> dict[str, Any]:
+        """As JSON has it: of each SAE what :meth:`Evaluation.to_dict` gives."""
+        return {name: one.to_dict(features=features) for name, one in self.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The numbers that any of them has."""
+        return list(dict.fromkeys(name for one in self.values() for name in one.values))
+
+    def rows(self) -> list[list[str]]:
+        """A table for people: of each number its name, and what it is of each SAE."""
+        return [[name, *(one.text_of(name) for one in self.values())] for name in self.names]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {one!r}" for name, one in self.items()) or "Evaluations({})"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        return table_html("Evaluations", ["", *self], self.rows())
+
+
+def measured_text(value: float, error: float | None = None) -> str:
+    """A number with its standard error, with as many digits as that leaves: ``0.853 ± 0.012``."""
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else f"{value:g}"
+    if error is None or not math.isfinite(error):
+        return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
+    if error == 0:
+        return f"{value:.4g} ± 0"
+    places = 1 - math.floor(math.log10(error))  # two digits of the error
+    if not -1 <= places <= 8:
+        return f"{value:.4g} ± {error:.2g}"
+    places = max(places, 0)
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def _new(some: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in some.items() if name not in known}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _asked_for(value: Any, what: str) -> Any:

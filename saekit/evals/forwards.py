@@ -96,11 +96,10 @@ class Forwards:
             if self._clean_logs is not None:
                 divergences.append(_divergence(self._clean_logs[rows], piece.log_softmax(-1)))
         shape = logits.shape[:2]
-        agrees = torch.cat(likeliest) == self._clean_likeliest if likeliest else None
-        return (
-            torch.cat(divergences).reshape(shape) if divergences else None,
-            agrees.reshape(shape) if agrees is not None else None,
-        )
+        agrees = None
+        if likeliest and self._clean_likeliest is not None:
+            agrees = torch.cat(likeliest).eq(self._clean_likeliest).reshape(shape)
+        return torch.cat(divergences).reshape(shape) if divergences else None, agrees
 
 
 def _want(needs: Needs) -> Want:

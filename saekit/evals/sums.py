@@ -5,6 +5,7 @@ A context is the unit that is resampled: tokens of one context are alike, so tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ class Sums:
     def __repr__(self) -> str:
         return f"Sums({len(self):,} contexts: {', '.join([*self._columns, *self._counts])})"
 
-    def add(self, numbers: Sequence[int], columns: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self, numbers: Sequence[int] | Array, columns: Mapping[str, Any], counts: Mapping[str, Any] | None = None
+    ) -> None:
         """Take in contexts of these ``numbers``: ``columns`` are ``[b]`` or ``[b, d]``, ``counts`` whole numbers.
 
         :class:`ValueError` for a context that is there, and for other columns than there are.
@@ -113,11 +116,25 @@ def resamples(n: int, n_bootstrap: int, seed: int = 0) -> Iterator[Array]:
     Of as many contexts and one seed they are always the same, so that differences between SAEs can be resampled.
     The bootstrap of Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
-    generator = np.random.default_rng(seed)
     portion = max(_BYTES // (8 * max(n, 1)), 1)
+    if n_bootstrap <= portion:
+        yield _drawn(n, n_bootstrap, seed)
+        return
+    generator = np.random.default_rng(seed)
     for start in range(0, n_bootstrap, portion):
-        size = min(portion, n_bootstrap - start)
-        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+        yield _weights(generator, n, min(portion, n_bootstrap - start))
+
+
+@functools.lru_cache(4)
+def _drawn(n: int, n_bootstrap: int, seed: int) -> Array:
+    """All at once, for the SAEs and evals to come."""
+    found = _weights(np.random.default_rng(seed), n, n_bootstrap)
+    found.flags.writeable = False
+    return found
+
+
+def _weights(generator: np.random.Generator, n: int, size: int) -> Array:
+    return generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
 
 
 class Totals:
@@ -129,7 +146,7 @@ class Totals:
 
     def __getitem__(self, name: str) -> Array:
         """``[r]``, the total of a column; of a vector ``[r, d]``."""
-        return self._weights @ self.sums.column(name)  # type: ignore[no-any-return]
+        return self._weights @ self.sums.column(name)
 
     def spread(self, within: str, vector: str, count: str, columns: slice | None = None) -> Array:
         """``[r]``: ``Σ‖y − ȳ‖²`` over all rows ``y``, with ȳ their mean.

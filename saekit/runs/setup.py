@@ -391,5 +391,7 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
         "begin_batch_token": dataset.begin_batch_token,
         "begin_sequence_token": dataset.begin_sequence_token,
         "sequence_separator_token": dataset.sequence_separator_token,
+        "held_out_every": corpus.evals.held_out_every if corpus.evals.split is None else None,
+        "held_out_split": corpus.evals.split,
         **training,
     }

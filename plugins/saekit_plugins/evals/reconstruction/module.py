@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from saekit import SAE, Sites
+from saekit import Sites
 from saekit.evals import AccumulatingEval, Sums, Totals, add_rows, counted_of_rows, row_metrics, row_sums
 from saekit.measuring import Needs, Seen
+from saekit.sae import SAEModule
 from saekit.values import EvalRun
 from saekit_plugins.evals.reconstruction import ReconstructionConfig
 
@@ -23,7 +24,7 @@ class ReconstructionEval(AccumulatingEval):
     def needs(self) -> Needs:
         return Needs(rows=True, features=True, batch_size=self.config.batch_size_prompts)
 
-    def start(self, sae: SAE, sites: Sites) -> Sums:
+    def start(self, sae: SAEModule, sites: Sites) -> Sums:
         return row_sums(sae)
 
     def update(self, sums: Sums, seen: Seen) -> None:

@@ -57,21 +57,21 @@ def _refuse(sae: SAEModule) -> None:
         )
     if len(sae.ports.inputs) > 1:
         raise ConfigError(
-            f"{what}; this {kind} has {len(sae.ports.inputs)} sites ({', '.join(sae.ports.inputs)}), and SAEBench reads "
-            "and replaces one. Evaluate it with saekit"
+            f"{what}; this {kind} has {len(sae.ports.inputs)} sites ({', '.join(sae.ports.inputs)}), and SAEBench "
+            "reads and replaces one. Evaluate it with saekit"
         )
     if sae.reads_sequences:
         raise ConfigError(
             f"SAEBench gives tokens without those before them, and takes what is decoded of features for all of the "
-            f"output; the features of this {kind} depend on the positions before theirs, and its prediction passes them "
-            "by. Evaluate it with saekit"
+            f"output; the features of this {kind} depend on the positions before theirs, and its prediction passes "
+            "them by. Evaluate it with saekit"
         )
     with torch.no_grad():
         passed = sae.bypass(torch.zeros(1, sae.d_in, dtype=sae.dtype, device=sae.device))
     if passed is not None:
         raise ConfigError(
-            f"SAEBench takes what is decoded of features for all of the output; with this {kind}, a skip connection adds "
-            "to it. Evaluate it with saekit"
+            f"SAEBench takes what is decoded of features for all of the output; with this {kind}, a skip connection "
+            "adds to it. Evaluate it with saekit"
         )
     if sae.info.scale_is_unknown:
         raise ConfigError(
@@ -94,7 +94,9 @@ class SAEBenchConfig:
         vars(self).update(fields)
 
     @classmethod
-    def of(cls, sae: SAEModule, model_name: str | None, hook_name: str | None, hook_layer: int | None) -> SAEBenchConfig:
+    def of(
+        cls, sae: SAEModule, model_name: str | None, hook_name: str | None, hook_layer: int | None
+    ) -> SAEBenchConfig:
         """The configuration of ``sae``; see :func:`for_saebench`."""
         known, site = sae.info.metadata, sae.info.site
         model_name = model_name or known.get("model_name")
@@ -103,7 +105,7 @@ class SAEBenchConfig:
                 "this SAE does not say which model it is for, and SAEBench loads the model by its name: give it, "
                 'for_saebench(sae, model_name="gpt2-small")'
             )
-        hook_name = hook_name or (site and site.hook_name)
+        hook_name = hook_name or (site.hook_name if site is not None else None)
         if not hook_name:
             raise ConfigError(
                 "this SAE does not say which hook it is for: give its name in transformer_lens, "
@@ -123,7 +125,7 @@ class SAEBenchConfig:
             d_sae=sae.d_sae,
             hook_name=hook_name,
             hook_layer=hook_layer,
-            hook_head_index=site and site.hook_head_index,
+            hook_head_index=site.hook_head_index if site is not None else None,
             **_options(sae),
             **_fed(known),
         )
@@ -264,7 +266,7 @@ class SAEBenchSAE(nn.Module):
         return features
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """What ``feature_acts [..., d_sae]`` stand for, ``[..., d_in]``; in heads, as the last input was, in that mode."""
+        """What ``feature_acts [..., d_sae]`` stand for, ``[..., d_in]``; in that mode, in heads as the last input."""
         rows = None if self.sae.input_transform is None else self._rows_of(feature_acts)
         output = self.sae.decode(feature_acts / self.norms, like=rows)
         return output.unflatten(-1, self._heads) if self.hook_z_reshaping_mode and self._heads else output

@@ -1,7 +1,7 @@
 """Which of several SAEs is better, as far as the same contexts can tell: paired differences with their intervals.
 
 Contexts that are hard are so for all SAEs, so a difference is known better than the two numbers.  Contexts are drawn
-again as a whole, the same for all (:func:`saekit.evals.sums.resamples`), and with ``d`` the difference, ``d*`` that of a
+again as a whole, the same for all (:func:`saekit.evals.sums.resamples`).  With ``d`` the difference, ``d*`` that of a
 resample and ``s`` the standard deviation of those, the interval is ``d ± a q s``, where ``q`` is the 95th percentile of
 ``|d* − d| / s``.  ``a`` makes up for resamples of few contexts varying too little, as Hesterberg 2015, "What Teachers
 Should Know About the Bootstrap", 3.2, has it.
@@ -158,4 +158,4 @@ def _t_quantile(z: float, degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
+    return z + math.fsum(term / degrees ** (power + 1) for power, term in enumerate(terms))

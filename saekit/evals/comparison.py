@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from saekit.evals.comparing import LEVEL, Compared, differences, widening
 from saekit.measuring import Evaluation
+from saekit.tables import facts_html, table_html
 
-__all__ = ["Comparison", "HEADLINES", "Measure", "measure_of"]
+__all__ = ["HEADLINES", "Comparison", "Measure", "measure_of"]
 
 
 @attrs.frozen
@@ -142,8 +143,8 @@ class Comparison:
             what = " and ".join(_labels(fidelity))
             if more:
                 yield (
-                    f"{better} is better in {what} and has more features per token than {worse}: compare SAEs of one L0 "
-                    "to tell which is the better method"
+                    f"{better} is better in {what} and has more features per token than {worse}: compare SAEs of one "
+                    "L0 to tell which is the better method"
                 )
             else:
                 yield f"{better} is better in {what} than {worse}, with no more features per token"
@@ -173,6 +174,83 @@ class Comparison:
             return None
         reach = widening(len(evaluation.contexts)) * float(np.quantile(np.abs(drawn - value), LEVEL))
         return (value - reach, value + reach) if math.isfinite(reach) else None
+
+    @property
+    def title(self) -> str:
+        """A line for pictures."""
+        return f"{len(self.evaluations)} SAEs compared"
+
+    @property
+    def where(self) -> str:
+        """The model, the sites, and what text it was, in a line."""
+        sites = dict.fromkeys(self.sites.values())
+        places = next(iter(sites), "") if len(sites) < 2 else f"{len(sites)} sites"
+        known = self.about.get("model"), places
+        parts = [" at ".join(str(one) for one in known if one)]
+        n, size, data = (self.about.get(name) for name in ("n_contexts", "context_size", "dataset"))
+        if n and size:
+            parts.append(f"{n:,} contexts of {size:,} tokens" + (f" of {data}" if data else ""))
+        parts += ["held out from training"] if self.about.get("held_out") else []
+        return " · ".join(part for part in parts if part)
+
+    def tables(self) -> Iterator[dict[str, Any]]:
+        """All numbers and all differences as texts, for pages: the title, the heads of columns, and the rows."""
+        several = len({*self.sites.values()}) > 1
+        names = self.shown
+        rows = [
+            [sae, *([self.sites.get(sae, "")] if several else []), *(one.text_of(name) or "-" for name in names)]
+            for sae, one in self.evaluations.items()
+        ]
+        heads = ["SAE", *(["site"] if several else []), *(measure_of(name).label for name in names)]
+        yield {"title": "Numbers, ± standard error", "head": heads, "rows": rows}
+        told = [[measure_of(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in self.pairs]
+        heads = ["metric", "one", "other", "one − other", "95 %, this pair alone", "95 %, all pairs", "told apart"]
+        yield {"title": "Differences", "head": heads, "rows": told}
+
+    @property
+    def shown(self) -> list[str]:
+        """The numbers that have errors, and those that are counted, the first ones first."""
+        known = list(dict.fromkeys(name for one in self.evaluations.values() for name in one.values))
+        return [name for name in HEADLINES if name in known] + [name for name in known if name not in HEADLINES]
+
+    def _cells(self, pair: Compared) -> list[str]:
+        if not math.isfinite(pair.joint_low):
+            return ["-", "-", "-", "-"]
+        like = max(pair.joint_high - pair.joint_low, 0.0) or pair.difference
+        value, *ends = (
+            _number(one, like) for one in (pair.difference, pair.low, pair.high, pair.joint_low, pair.joint_high)
+        )
+        alone, together = (f"{low} to {high}" for low, high in (ends[:2], ends[2:]))
+        return [value, alone, together, "yes" if pair.distinguishable else "no"]
+
+    def text(self) -> str:
+        """The numbers, the verdicts and what they rest on, for people."""
+        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
+        heads = ["", *(measure_of(name).short or measure_of(name).label for name in names)]
+        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
+
+        def line(cells: Sequence[str]) -> str:
+            first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+            return "  ".join([cells[0].ljust(len(first)), *others]).rstrip()
+
+        table = [line(heads), *map(line, rows)]
+        files = [f"Written: {', '.join(map(str, self.files))}"] if self.files else []
+        parts = [table, [f"- {verdict}" for verdict in self.verdicts()], [self.where, *self.rules(), *files]]
+        return "\n\n".join("\n".join(part) for part in parts)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.evaluations)}; {self.where})"
+
+    def _repr_html_(self) -> str:
+        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
+        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        heads = ["SAE", *(measure_of(name).label for name in names)]
+        told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.verdicts())])
+        return table_html(self.title, heads, rows) + told
 
     def rows(self) -> list[dict[str, Any]]:
         """Of each SAE what its point shows: L0, explained variance and CE recovered, and where their intervals end."""

@@ -1,4 +1,4 @@
-"""The picture of SAEs that were compared: L0 against fidelity, each a named point with its intervals, and their numbers.
+"""The picture of SAEs that were compared: L0 against fidelity, each a named point with its intervals.
 
 Rows have a ``name``, and of ``l0`` and the panels' metrics the number (``KEY``) and where its interval ends
 (``KEY_low``, ``KEY_high``); None where there is none.
@@ -155,7 +155,9 @@ def _chart(rows: Sequence[Row], key: str, looks: Mapping[str, Any]) -> dict[str,
         }  # fmt: skip
         bars = {axis: _ends(row, one) for axis, one in (("x", "l0"), ("y", key))}
         if all(end is not None for ends in bars.values() for end in ends):
-            line["bars"] = {axis: [[short_number(end) for end in ends if end is not None]] for axis, ends in bars.items()}
+            line["bars"] = {
+                axis: [[short_number(end) for end in ends if end is not None]] for axis, ends in bars.items()
+            }
         lines.append(line)
     xs = [row["l0"] for row in drawn]
     return {

@@ -160,9 +160,15 @@ def _line(line: Line) -> dict[str, Any]:
 
 def _numbers(pieces: Sequence[Piece]) -> dict[str, Any]:
     """The pieces as columns; the least and largest only where they are not the mean."""
-    found: dict[str, Any] = {"x": [round(piece.x) for piece in pieces], "y": [short_number(piece.mean) for piece in pieces]}
+    found: dict[str, Any] = {
+        "x": [round(piece.x) for piece in pieces],
+        "y": [short_number(piece.mean) for piece in pieces],
+    }
     if any(piece.low < piece.high for piece in pieces):
-        found |= {"low": [short_number(piece.low) for piece in pieces], "high": [short_number(piece.high) for piece in pieces]}
+        found |= {
+            "low": [short_number(piece.low) for piece in pieces],
+            "high": [short_number(piece.high) for piece in pieces],
+        }
     return found
 
 

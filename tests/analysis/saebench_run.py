@@ -35,7 +35,9 @@ def made(name: str, options: dict[str, Any], inputs: torch.Tensor) -> Any:
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(256, inputs.shape[1], generator=generator)
     with torch.no_grad():
-        sae.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True) * (1 + torch.rand(256, 1, generator=generator)))
+        sae.W_dec.copy_(
+            directions / directions.norm(dim=1, keepdim=True) * (1 + torch.rand(256, 1, generator=generator))
+        )
         if hasattr(sae, "W_enc"):
             sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(inputs.mean(0))
@@ -70,7 +72,10 @@ def of_saebench(sae: Any, model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     groups, features = run_evals(bench, store, model, config)
     json.dumps(bench.cfg.to_dict())
     found = {name: value for group in groups.values() for name, value in group.items()}
-    return found | {"alive": sum(one > 0 for one in features["feature_density"]), "biases": len(features["encoder_bias"])}
+    return found | {
+        "alive": sum(one > 0 for one in features["feature_density"]),
+        "biases": len(features["encoder_bias"]),
+    }
 
 
 def of_itself(sae: Any, backend: Any, tokens: torch.Tensor) -> dict[str, float]:
@@ -100,7 +105,10 @@ def main() -> None:
     found = {}
     for name, options in OPTIONS.items():
         sae = made(name, options, inputs)
-        found[name] = {"saebench": of_saebench(for_saebench(sae), model, tokens), "itself": of_itself(sae, backend, tokens)}
+        found[name] = {
+            "saebench": of_saebench(for_saebench(sae), model, tokens),
+            "itself": of_itself(sae, backend, tokens),
+        }
     print(json.dumps(found))
 
 

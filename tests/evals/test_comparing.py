@@ -57,9 +57,7 @@ def test_one_that_is_worse_is_told_apart_and_a_copy_is_not() -> None:
     same = found.pair("ce_recovered", "good", "copy")
     assert (same.difference, same.error, same.low, same.high) == (0, 0, 0, 0)
     assert not same.distinguishable
-    assert found.verdict(same) == (
-        "good and copy are not distinguishable in CE recovered: 0.000 (0.000 to 0.000)"
-    )
+    assert found.verdict(same) == ("good and copy are not distinguishable in CE recovered: 0.000 (0.000 to 0.000)")
     other = found.pair("ce_recovered", "bad", "good")
     assert other.distinguishable
     assert other.difference == pytest.approx(-0.05, abs=0.02)

@@ -33,6 +33,7 @@ __all__ = ["FILES", "compare"]
 
 FILES = ("compare.json", "compare.png", "compare.html")
 """What is written."""
+_MOST_VERDICTS = 16
 _FACTS = ("dataset", "context_size", "held_out")
 
 
@@ -150,7 +151,7 @@ def _check_model(first: str, backend: ModelBackend, other: str, backend_of_other
     if backend.name != backend_of_other.name:
         what = f"{first} is of the model {backend.name!r} and {other} of {backend_of_other.name!r}"
     else:
-        what = f"{first} and {other} load the model {backend.name!r} with options that give other weights"
+        what = f"the model {backend.name!r} of {first} has other weights than that of {other}"
     raise ConfigError(
         f"{what}: losses of two models, and activations of two models, cannot be compared. Evaluate each by itself, or "
         "name one model for both (model=..., --model)"
@@ -203,6 +204,8 @@ def _png(compared: Comparison) -> bytes | None:
 def _html(compared: Comparison) -> bytes | None:
     from saekit.reports.comparison import comparison_page
 
-    lines = [compared.where, *compared.rules()]
+    verdicts = compared.verdicts()
+    told = verdicts if len(verdicts) <= _MOST_VERDICTS else [f"{len(verdicts):,} verdicts: the last table has them"]
+    lines = [*compared.where, *told, *compared.rules()]
     page = comparison_page(compared.rows(), compared.title, lines, [*compared.tables()])
     return None if page is None else page.encode()

@@ -37,6 +37,12 @@ _MEASURES = {
     "cosine_similarity": Measure("cosine similarity", 1, "cosine"),
     "ce_loss_with_sae": Measure("CE with the SAE", -1),
     "kl_div_with_sae": Measure("KL divergence", -1, "KL"),
+    "ce_loss_without_sae": Measure("CE without an SAE"),
+    "ce_loss_with_ablation": Measure("CE with zeros"),
+    "ce_loss_with_mean_ablation": Measure("CE with the mean"),
+    "kl_div_with_ablation": Measure("KL with zeros"),
+    "l2_norm_in": Measure("norm of inputs"),
+    "n_tokens": Measure("tokens"),
     "mse": Measure("mse", -1, "mse"),
     "l0": Measure("L0", 0, "L0"),
     "l1": Measure("L1", 0),
@@ -49,6 +55,7 @@ _OF_THE_MODEL = ("ce_loss_without_sae", "ce_loss_with_ablation", "ce_loss_with_m
 """Of what all SAEs at a site have in common: no difference to speak of."""
 HEADLINES = ("ce_recovered", "explained_variance", "l0", "kl_div_with_sae", "top1_agreement")
 """What is told in words first, as far as it was measured."""
+_MOST_LINES = 60
 _FIDELITY = ("ce_recovered", "explained_variance")
 
 
@@ -181,17 +188,17 @@ class Comparison:
         return f"{len(self.evaluations)} SAEs compared"
 
     @property
-    def where(self) -> str:
-        """The model, the sites, and what text it was, in a line."""
+    def where(self) -> list[str]:
+        """The model and the sites, and what text it was: a line each."""
         sites = dict.fromkeys(self.sites.values())
         places = next(iter(sites), "") if len(sites) < 2 else f"{len(sites)} sites"
         known = self.about.get("model"), places
-        parts = [" at ".join(str(one) for one in known if one)]
+        lines = [" at ".join(str(one) for one in known if one)]
         n, size, data = (self.about.get(name) for name in ("n_contexts", "context_size", "dataset"))
         if n and size:
-            parts.append(f"{n:,} contexts of {size:,} tokens" + (f" of {data}" if data else ""))
-        parts += ["held out from training"] if self.about.get("held_out") else []
-        return " · ".join(part for part in parts if part)
+            held_out = ", held out from training" if self.about.get("held_out") else ""
+            lines.append(f"{n:,} contexts of {size:,} tokens" + (f" of {data}" if data else "") + held_out)
+        return [line for line in lines if line]
 
     def tables(self) -> Iterator[dict[str, Any]]:
         """All numbers and all differences as texts, for pages: the title, the heads of columns, and the rows."""
@@ -236,14 +243,18 @@ class Comparison:
 
         table = [line(heads), *map(line, rows)]
         files = [f"Written: {', '.join(map(str, self.files))}"] if self.files else []
-        parts = [table, [f"- {verdict}" for verdict in self.verdicts()], [self.where, *self.rules(), *files]]
+        told = [f"- {verdict}" for verdict in self.verdicts()]
+        if len(told) > _MOST_LINES:
+            left = len(told) - _MOST_LINES
+            told = [*told[:_MOST_LINES], f"- and {left:,} more, in compare.json (--out) and in .verdicts()"]
+        parts = [table, told, [*self.where, *self.rules(), *files]]
         return "\n\n".join("\n".join(part) for part in parts)
 
     def __str__(self) -> str:
         return self.text()
 
     def __repr__(self) -> str:
-        return f"Comparison({', '.join(self.evaluations)}; {self.where})"
+        return f"Comparison({', '.join(self.evaluations)}; {', '.join(self.where)})"
 
     def _repr_html_(self) -> str:
         names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]

@@ -40,19 +40,20 @@ _FOOT = "Bars are 95 % intervals by bootstrap over contexts. Made by saekit {ver
 Row = Mapping[str, Any]
 
 
-def comparison_figure(rows: Sequence[Row], title: str, subtitle: str) -> Any:
-    """A figure of matplotlib; None where no row has a place in a panel."""
+def comparison_figure(rows: Sequence[Row], title: str, lines: Sequence[str]) -> Any:
+    """A figure of matplotlib, with ``lines`` of words below its title; None where no row has a place in a panel."""
     panels = _panels(rows)
     if not panels:
         return None
     handles, columns = list(_handles(rows)), _columns(rows)
-    head = 3 * MARGIN + 2 * LINE + 0.245 * -(-len(handles) // columns)
+    top = 2 * MARGIN + (1 + len(lines)) * LINE
+    head = top + MARGIN + 0.245 * -(-len(handles) // columns)
     left_out = [str(row["name"]) for row in rows if not any(has_place(row, key) for key in PANELS)]
     notes = ["Bars are 95 % intervals by bootstrap over contexts."]
     notes += ["Without numbers, and not drawn: " + ", ".join(left_out)] if left_out else []
     figure = new_figure(WIDTH, head + _ROW * len(panels) + 0.38 + LINE * len(notes))
-    write_head(figure, [printable(title), printable(subtitle)])
-    add_legend(figure, handles, 2 * MARGIN + 2 * LINE, columns)
+    write_head(figure, [printable(line) for line in (title, *lines)])
+    add_legend(figure, handles, top, columns)
     for place, key in enumerate(panels):
         axes = add_axes(figure, 0.7, head + _ROW * place + 0.33, WIDTH - 0.7 - 2 * MARGIN, _ROW - 0.75)
         _draw(axes, key, rows)

@@ -117,6 +117,8 @@ def resamples(n: int, n_bootstrap: int, seed: int = 0) -> Iterator[Array]:
     The bootstrap of Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     portion = max(_BYTES // (8 * max(n, 1)), 1)
+    if not n_bootstrap:
+        return
     if n_bootstrap <= portion:
         yield _drawn(n, n_bootstrap, seed)
         return

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import TokenChoice
 
-__all__ = ["asked_evals", "evaluate", "evaluated"]
+__all__ = ["ChosenTokens", "asked_evals", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, device=device, say=say)
-        choice = _ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
+        choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
@@ -103,7 +103,7 @@ def evaluate(
 
 
 @attrs.frozen(eq=False)
-class _ChosenTokens:
+class ChosenTokens:
     """What is asked for beside what SAEs say of the tokens that count."""
 
     exclude: bool | Sequence[int] | None = None
@@ -147,7 +147,7 @@ def evaluated(
     subjects: Mapping[str, Subject],
     evals: Mapping[str, Choice[Eval]],
     material: Material,
-    tokens: _ChosenTokens | None = None,
+    tokens: ChosenTokens | None = None,
     *,
     site: Site | Sites | str | None = None,
     verbose: bool = True,
@@ -156,7 +156,7 @@ def evaluated(
     """What ``evals`` find of ``subjects``; those with one model and the same contexts are measured together."""
     from saekit.ambient import ambient
 
-    tokens = tokens or _ChosenTokens()
+    tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
         for backend, contexts, names, about in material.groups(subjects, site):
@@ -173,7 +173,7 @@ def _of_group(
     backend: ModelBackend,
     contexts: Tensor,
     about: Mapping[str, Mapping[str, Any]],
-    tokens: _ChosenTokens,
+    tokens: ChosenTokens,
     verbose: bool,
 ) -> dict[str, Evaluation]:
     """SAEs that share a model and contexts."""

@@ -55,8 +55,8 @@ class DatasetConfig:
     false."""
     chat_template: bool | str | None = attrs.field(default=None, validator=_template)
     """Documents are conversations, lists of messages with `role` and `content`, and become text by the tokenizer's chat
-    template (`true`), or by this one: one of its templates by name, or one in full.  None: as in pretokenized data, else
-    false."""
+    template (`true`), or by this one: one of its templates by name, or one in full.  None: as in pretokenized data,
+    else false."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
     """When the text ends before training does: read it again, end training cleanly, or fail."""
 

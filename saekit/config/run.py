@@ -69,6 +69,8 @@ class TrainConfig:
 
     def __attrs_post_init__(self) -> None:
         self._check_sites()
+        if self.dataset.context_size is not None:
+            self.tokens.positions(self.dataset.context_size)
         if self.evals.split is not None and self.evals.split == self.dataset.split:
             raise ConfigError(
                 [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "

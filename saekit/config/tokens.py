@@ -18,10 +18,16 @@ def _as_choice(value: Any) -> Any:
     return value if isinstance(value, bool) else tuple(value) if isinstance(value, (list, tuple)) and value else False
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _check_ids(_: object, attribute: Any, value: Any) -> None:
     for token in () if isinstance(value, bool) else value:
         if type(token) is not int or token < 0:
-            raise ConfigError([(attribute.name, f"must be true, false or token ids from 0, found {token!r} among them")])
+            raise ConfigError(
+                [(attribute.name, f"must be true, false or token ids from 0, found {token!r} among them")]
+            )
 
 
 def _check_slice(_: object, attribute: Any, value: Any) -> None:
@@ -47,7 +53,7 @@ class TokensConfig:
     """Special tokens that do not count, wherever they stand: all of the model's (`true`), or those with these ids."""
     seqpos_slice: tuple[int | None, ...] = attrs.field(
         default=(None,),
-        converter=lambda value: tuple(value) if isinstance(value, (list, tuple)) else value,
+        converter=_as_tuple,
         validator=_check_slice,
     )
     """The positions of a context that count, as `slice` takes them: `[5]` are the first five, `[1, "none"]` all but the

@@ -371,7 +371,8 @@ class ContextStream:
         ready = [tuple(map(np.array, columns)) for columns in state["ready"]]
         shape, kinds = (self.policy.context_size,), "iib" if self._packer.masked else "ii"
         if not all(
-            "".join(column.dtype.kind for column in columns) == kinds and {column.shape for column in columns} == {shape}
+            "".join(column.dtype.kind for column in columns) == kinds
+            and {column.shape for column in columns} == {shape}
             for columns in ready
         ):
             raise ValueError(f"the contexts that wait in a saved state are not of {self.policy.context_size} token ids")

@@ -134,7 +134,9 @@ def masked(tokens: Any, mask: Any, index: int, where: str) -> Masked:
         raise DataError(f"document {index} of {where} is a text, which no mask fits (tokens.mask_column)")
     try:
         found = np.asarray(mask)
-        fits = found.ndim == 1 and (found.dtype == np.bool_ or (found.dtype.kind in "iu" and bool(((found == 0) | (found == 1)).all())))
+        fits = found.ndim == 1 and (
+            found.dtype == np.bool_ or (found.dtype.kind in "iu" and bool(((found == 0) | (found == 1)).all()))
+        )
     except ValueError:  # lists of several lengths
         fits = False
     if not fits and not (isinstance(mask, Sequence) and not len(mask)):

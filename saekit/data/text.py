@@ -31,9 +31,9 @@ _FORMATS = {
 class Documents:
     """The documents of a dataset in order, each a text or a list of token ids; can be read again and again.
 
-    With a ``form``, they may be conversations, or have a mask.  ``keep(index)`` chooses documents by their position in the dataset, and ``owners`` records that are parts of
-    documents by those.  Without a ``column``, a record is a document.
-    """
+    With a ``form``, they may be conversations, or have a mask.  ``keep(index)`` chooses documents by their position in
+    the dataset, and ``owners`` records that are parts of documents by those.  Without a ``column``, a record is a
+    document."""
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from saekit.plugins.building import blamed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
+from saekit.runs.counting import Used
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import (
@@ -100,7 +101,7 @@ class Session:
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
-        self.corpus = Corpus.of(first.dataset, first.evals, dataset)
+        self.corpus = Corpus.of(first.dataset, first.evals, dataset, first.tokens.mask_column)
         self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
         self._held_out: dict[tuple[int, int], Tensor] = {}
@@ -108,6 +109,8 @@ class Session:
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []
+        self.used: list[Used] = []
+        """What each lane uses of the text."""
         self.lanes: list[Lane] = []
         try:
             self.members = self._open_lanes(configs, prepared)
@@ -132,8 +135,12 @@ class Session:
             lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
             widths = widths_of(source, stream)
+            used = Used.of(configs[names[0]], self.corpus, self.backend, stream)
+            self.used.append(used)
+            for text in used.doubts:
+                warn_of(text)
             for name in names:
-                members[name] = self._member(name, configs[name], prepared[name], widths)
+                members[name] = self._member(name, configs[name], prepared[name], widths, used)
                 lane.trainers.append(members[name].trainer)
         self._warn_of_sites(members.values())
         return {name: members[name] for name in configs}
@@ -158,11 +165,15 @@ class Session:
         reader.follow(lambda: stream.position)
         return reader.release
 
-    def _member(self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int]) -> Member:
+    def _member(
+        self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int], used: Used
+    ) -> Member:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
             config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
         )
+        info = trainer.sae.info
+        trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})
         if prepared.start is not None:
             check_start_widths(prepared.start, ports, self.backend.name)
         held_out = functools.partial(self.held_out, config)
@@ -173,7 +184,8 @@ class Session:
         """What decides the batches, among configurations that share a model and a text."""
         source = self.plugins.bound(ACTIVATION_SOURCES, config.activations.source)
         options = spelled_out(source.options, self.plugins)
-        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed))
+        chosen = config.tokens if config.tokens.chooses else None
+        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""

@@ -24,6 +24,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_finetuning, has_model, start_files
+from saekit.runs.counting import chosen_metadata
 from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
@@ -391,5 +392,6 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
         "begin_batch_token": dataset.begin_batch_token,
         "begin_sequence_token": dataset.begin_sequence_token,
         "sequence_separator_token": dataset.sequence_separator_token,
+        **chosen_metadata(config, backend, corpus),
         **training,
     }

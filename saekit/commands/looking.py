@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "top_texts"]
 
 _ABOUT_TOKENS = (
-    "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token"
+    "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token",
 )  # fmt: skip
 
 

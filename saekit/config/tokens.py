@@ -18,8 +18,11 @@ def _as_choice(value: Any) -> Any:
     return value if isinstance(value, bool) else tuple(value) if isinstance(value, (list, tuple)) and value else False
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _as_places(value: Any) -> Any:
+    """Slices that leave nothing out all mean the same as none."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return None if 1 <= len(value) <= 3 and all(item is None for item in value) else tuple(value)
 
 
 def _check_ids(_: object, attribute: Any, value: Any) -> None:
@@ -31,6 +34,9 @@ def _check_ids(_: object, attribute: Any, value: Any) -> None:
 
 
 def _check_slice(_: object, attribute: Any, value: Any) -> None:
+    if value is None:
+        return
+
     def refuse(why: str) -> ConfigError:
         return ConfigError([(attribute.name, f"is {list(value)!r}, {why}")])
 
@@ -51,13 +57,11 @@ class TokensConfig:
         default=False, converter=_as_choice, validator=_check_ids
     )
     """Special tokens that do not count, wherever they stand: all of the model's (`true`), or those with these ids."""
-    seqpos_slice: tuple[int | None, ...] = attrs.field(
-        default=(None,),
-        converter=_as_tuple,
-        validator=_check_slice,
+    seqpos_slice: tuple[int | None, ...] | None = attrs.field(
+        default=None, converter=_as_places, validator=_check_slice
     )
     """The positions of a context that count, as `slice` takes them: `[5]` are the first five, `[1, "none"]` all but the
-    first, `["none", "none", 2]` every other."""
+    first, `["none", "none", 2]` every other.  None: all."""
     mask_column: str | None = attrs.field(default=None, validator=not_empty)
     """A column of pretokenized data that says which tokens count, by a 0 or 1 for each.  Tokens that are put in do
     not."""
@@ -71,10 +75,11 @@ class TokensConfig:
 
     def positions(self, context_size: int) -> int:
         """How many positions of a context may count; :class:`ConfigError` for none."""
-        count = len(range(context_size)[slice(*self.seqpos_slice)])
+        places = self.seqpos_slice or (None,)
+        count = len(range(context_size)[slice(*places)])
         if not count:
             raise ConfigError(
-                [("tokens.seqpos_slice", f"is {list(self.seqpos_slice)!r}, which leaves no position of a context of "
+                [("tokens.seqpos_slice", f"is {list(places)!r}, which leaves no position of a context of "
                   f"{context_size} tokens (dataset.context_size)")]
             )  # fmt: skip
         return count

@@ -46,7 +46,7 @@ def token_choice(config: TokensConfig, backend: ModelBackend) -> TokenChoice:
             [("tokens.exclude_special_tokens", f"has the token id {beyond[0]}, but the vocabulary of {backend.name!r} "
               f"ends at {backend.d_vocab - 1}")]
         )  # fmt: skip
-    return TokenChoice(exclude=exclude, seqpos_slice=config.seqpos_slice)
+    return TokenChoice(exclude=exclude, seqpos_slice=config.seqpos_slice or (None,))
 
 
 @attrs.frozen

@@ -60,7 +60,11 @@ def test_a_file_writes_none_as_a_word(tmp_path: Path) -> None:
         ({"seqpos_slice": [9, None, -1]}, "seqpos_slice", r"is \[9, None, -1\], whose step must be 1 or more"),
         ({"seqpos_slice": [1.5]}, r"seqpos_slice\[0\]", "expected a whole number"),
         ({"seqpos_slice": 5}, "seqpos_slice", "expected a list, found 5"),
-        ({"exclude_special_tokens": [3, -1]}, "exclude_special_tokens", "must be true, false or token ids from 0, found"),
+        (
+            {"exclude_special_tokens": [3, -1]},
+            "exclude_special_tokens",
+            "must be true, false or token ids from 0, found",
+        ),
         ({"exclude_special_tokens": "bos"}, "exclude_special_tokens", "expected true or false or a list"),
         ({"mask_column": " "}, "mask_column", "must be a name"),
     ],

@@ -153,10 +153,19 @@ def opened(records: Any, **config: Any) -> Documents:
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        ([{"text": "abc", "mask": [1, 0, 1]}], r"tokens\.mask_column is 'mask', .* and column 'text' of .* holds texts"),
+        (
+            [{"text": "abc", "mask": [1, 0, 1]}],
+            r"tokens\.mask_column is 'mask', .* and column 'text' of .* holds texts",
+        ),
         ([{"tokens": [1, 2]}], r"the dataset has no column 'mask' \(tokens\.mask_column\); it has 'tokens'"),
-        ([*RECORDS, {"tokens": [1, 2], "mask": [1]}], "the mask of document 2 of the dataset has 1 numbers, and it has 2"),
-        ([*RECORDS, {"tokens": [1, 2], "mask": [1, 2]}], r"document 2 .* is \[1, 2\], expected a 0 or 1 for each token"),
+        (
+            [*RECORDS, {"tokens": [1, 2], "mask": [1]}],
+            "the mask of document 2 of the dataset has 1 numbers, and it has 2",
+        ),
+        (
+            [*RECORDS, {"tokens": [1, 2], "mask": [1, 2]}],
+            r"document 2 .* is \[1, 2\], expected a 0 or 1 for each token",
+        ),
         ([*RECORDS, {"tokens": [1, 2], "mask": None}], "document 2 of the dataset is None, expected a 0 or 1"),
         ([*RECORDS, {"tokens": [1, 2], "mask": [0.5, 1]}], "expected a 0 or 1 for each token"),
         ([*RECORDS, {"tokens": [1, 2]}], r"document 2 of the dataset has no column 'mask' \(tokens\.mask_column\)"),
@@ -171,8 +180,9 @@ def test_a_mask_that_fits_no_tokens_is_refused(records: Any, words: str) -> None
 def test_a_mask_of_a_hugging_face_dataset_is_read() -> None:
     import datasets
 
-    corpus = Corpus.of(DatasetConfig(context_size=5, prepend_bos=False, sequence_separator_token="none"),
-                       EvalsConfig(run=(), held_out_every=0), datasets.Dataset.from_list(RECORDS[:1] * 5), "mask")  # fmt: skip
+    policy = {"context_size": 5, "prepend_bos": False, "sequence_separator_token": "none"}
+    records = datasets.Dataset.from_list(RECORDS[:1] * 5)
+    corpus = Corpus.of(DatasetConfig(**policy), EvalsConfig(run=(), held_out_every=0), records, "mask")
     found = corpus.contexts(FakeBackend()).take(2)
     assert found.tokens.tolist() == [[1, 2, 3, 1, 2], [3, 1, 2, 3, 1]]
     assert found.counts is not None

@@ -16,7 +16,16 @@ from saekit.values import Forward, Replacement, Want
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Backend"]
+    from saekit.protocols import ModelBackend
+
+__all__ = ["Backend", "no_hook"]
+
+
+def no_hook(backend: ModelBackend, name: str) -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
+    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
+    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
 
 
 class Backend(ABC):
@@ -46,9 +55,7 @@ class Backend(ABC):
 
     def no_hook(self, name: str) -> ModelError:
         """The error for a hook that the model does not have, with those that are spelled alike."""
-        close = difflib.get_close_matches(name, self.hook_names(), n=3)
-        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return ModelError(f"the model {self.name!r} has no hook {name!r}{hint}")
+        return no_hook(self, name)
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -76,6 +83,18 @@ class Backend(ABC):
         grad: bool = False,
     ) -> Forward:
         """See :meth:`saekit.protocols.ModelBackend.run`."""
+        return self._run(tokens, read, replace, want, grad)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        read: Collection[str],
+        replace: Mapping[str, Replacement] | None,
+        want: Want,
+        grad: bool,
+        start: tuple[str, Tensor] | None = None,
+    ) -> Forward:
+        """A forward from the tokens, or from the hook ``start`` and what it holds."""
         if not hasattr(tokens, "contiguous"):
             raise ModelError(
                 f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
@@ -85,7 +104,7 @@ class Backend(ABC):
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
         tokens = tokens.to(self.device).contiguous()  # models take views of them
-        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad)
+        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, start=start)
         if hooks.done:
             return Forward({})
         with self.running(tokens, grad=grad):
@@ -93,9 +112,8 @@ class Backend(ABC):
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
-            raise ModelError(
-                f"the hook {silent[0]!r} of {self.name!r} does not run as the model is configured{self.why_silent}"
-            )
+            how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
+            raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)
 
     @contextmanager

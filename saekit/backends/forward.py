@@ -28,7 +28,12 @@ class Hooks:
         tokens: Tensor,
         want: Want = "held",
         grad: bool = False,
+        start: tuple[str, Tensor] | None = None,
     ) -> None:
+        self.entry = None if start is None else start[0]
+        """The hook where the forward begins; None: at the tokens."""
+        self._value = None if start is None else start[1]
+        self._begun = False
         self.read, self.replace = frozenset(read), dict(replace)
         self.want: Want = want
         self.held: dict[str, Tensor] = {}
@@ -40,7 +45,14 @@ class Hooks:
     @property
     def names(self) -> list[str]:
         """The hooks at which something happens, each once."""
-        return sorted({*self.read, *self.replace})
+        return sorted({*self.read, *self.replace} | ({self.entry} if self.entry is not None else set()))
+
+    @property
+    def given(self) -> Tensor:
+        """What the hook :attr:`entry` holds."""
+        if self._value is None:
+            raise ValueError("this forward begins at the tokens")
+        return self._value
 
     @property
     def done(self) -> bool:
@@ -48,7 +60,12 @@ class Hooks:
         return self.want == "held" and len(self.held) == len(self.read)
 
     def __call__(self, name: str, activation: Tensor) -> Tensor:
-        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``."""
+        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``.
+
+        Where the forward begins, ``activation`` does not count: what was given for that hook is there.
+        """
+        if name == self.entry and not self._begun:
+            activation, self._begun = self.given, True
         self.silent.discard(name)
         if self.done or (name not in self.read and name not in self.replace):
             return activation

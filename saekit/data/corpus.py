@@ -137,9 +137,11 @@ class Corpus:
 
     def held_out(self, backend: ModelBackend, seed: int) -> Tensor:
         """``[n, context_size]`` token ids that training never sees, from a stretch of text eight times as long."""
-        contexts = (
-            self._stream(backend, self._held_out_documents(), repeat=False).take(8 * self.evals.n_contexts).tokens
-        )
+        return self.held_out_masked(backend, seed)[0]
+
+    def held_out_masked(self, backend: ModelBackend, seed: int) -> tuple[Tensor, Tensor | None]:
+        """The same with their mask, ``[n, context_size]`` bool, where the data has one."""
+        contexts = self._stream(backend, self._held_out_documents(), repeat=False).take(8 * self.evals.n_contexts)
         if not len(contexts):
             raise DataError(
                 f"the held-out text does not fill one context of {self.context_size} tokens. Lower "
@@ -148,7 +150,9 @@ class Corpus:
             )
         generator = torch.Generator().manual_seed(seed)
         picked = torch.randperm(len(contexts), generator=generator)[: self.evals.n_contexts]
-        return torch.from_numpy(contexts)[picked.sort().values]
+        order = picked.sort().values
+        mask = None if contexts.counts is None else torch.from_numpy(contexts.counts)[order]
+        return torch.from_numpy(contexts.tokens)[order], mask
 
     def _held_out_documents(self) -> Documents:
         every, split = self.evals.held_out_every, self.evals.split

@@ -1,3 +1,14 @@
-from .splicing import spliced_losses as spliced_losses
-from .variance import Reconstruction as Reconstruction
+from .accumulating import AccumulatingEval as AccumulatingEval
+from .accumulating import finished as finished
+from .engine import measure as measure
+from .means import read_means as read_means
+from .measured import Measured as Measured
+from .paired import Difference as Difference
+from .paired import paired as paired
+from .rows import add_rows as add_rows
+from .rows import counted_of_rows as counted_of_rows
+from .rows import row_metrics as row_metrics
+from .rows import row_sums as row_sums
+from .sums import Sums as Sums
+from .sums import Totals as Totals
 from .variance import variance_metrics as variance_metrics

@@ -20,7 +20,7 @@ from saekit.protocols import ModelBackend
 from saekit.tokens import TokenChoice, special_ids
 
 __all__ = [
-    "Counted", "DocumentCounts", "Used", "chosen_metadata", "counted", "counted_of", "documents_of", "token_choice",
+    "Counted", "DocumentCounts", "Used", "counted", "counted_of", "documents_of", "token_choice",
 ]  # fmt: skip
 
 FIRST = 64
@@ -124,18 +124,6 @@ def documents_of(corpus: Corpus, backend: ModelBackend) -> DocumentCounts | None
         packer.add(tokens, number)
         read += len(tokens) > 0
     return DocumentCounts(read, packer.left_out, packer.cut)
-
-
-def chosen_metadata(config: TrainConfig, backend: ModelBackend, corpus: Corpus) -> dict[str, Any]:
-    """What is saved with an SAE of which tokens count and how documents become contexts, where that is not the
-    default."""
-    said = {
-        **token_choice(config.tokens, backend).metadata(),
-        "mask_column": config.tokens.mask_column,
-        "disable_concat_sequences": corpus.config.disable_concat_sequences,
-        "chat_template": corpus.config.chat_template,
-    }
-    return {name: value for name, value in said.items() if value}
 
 
 @attrs.frozen

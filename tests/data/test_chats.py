@@ -123,7 +123,7 @@ BACKEND = Chatting()
     [
         ([*CHATS[:2], {"messages": "hello"}], PLAIN, "document 2 of the dataset is 'hello', expected a conversation"),
         ([*CHATS[:2], {"messages": [{"content": "x"}]}], PLAIN, "message 0 of document 2 .* has no role; its fields"),
-        ([*CHATS[:2], {"messages": [{"role": "user"}]}], PLAIN, "message 0 of document 2 .*, by 'user', has no content"),
+        ([*CHATS[:2], {"messages": [{"role": "user"}]}], PLAIN, "message 0 of document 2 .*, by 'user', has no"),
         ([*CHATS[:2], {"messages": [{"role": "user", "content": 3}]}], PLAIN, "the content of message 0 of document 2"),
         ([*CHATS[:2], {"messages": [{"role": "bot", "content": "x"}]}], STRICT, "document 2: the chat template"),
         (CHATS, "{{ messages | nothing }}", "document 0: the chat template does not take it: .*nothing"),

@@ -122,6 +122,7 @@ PUBLIC_MODULES = [
     "hub",
     "kernels",
     "kinds",
+    "measuring",
     "pretrained",
     "protocols",
     "reasons",

@@ -202,3 +202,20 @@ def test_features_are_shown_on_tokens_that_count(tmp_path: Path) -> None:
                 fired += features[row, position] != 0
     assert torch.equal(peaks.fired, fired)
     assert peaks.tokens == counted
+
+
+def test_evals_of_a_run_leave_out_what_does_not_count(tmp_path: Path) -> None:
+    """The mask of held-out contexts, and the choice that the SAE has: both leave the same tokens here."""
+    measured = {"run": ["reconstruction"], "held_out_every": 5, "n_contexts": 6}
+    found = {
+        form: train(config(tmp_path / form, FORMS[form], evals=measured), dataset=RECORDS) for form in ("mask", "ids")
+    }
+    evals = {form: {k: v for k, v in one.metrics.items() if k.startswith("evals/")} for form, one in found.items()}
+    assert evals["mask"]
+    assert evals["mask"] == evals["ids"]
+    result = found["mask"]
+    held = result.backend.run(result.held_out, read={"blocks.0.hook_resid_post"}).held["blocks.0.hook_resid_post"]
+    x = held[:, 1:].reshape(-1, 8).double()
+    error = (x - result.sae(x.float()).detach().double()).square().sum()
+    explained = 1 - error / (x - x.mean(0)).square().sum()
+    assert result.metrics["evals/explained_variance"] == pytest.approx(float(explained), abs=1e-5)

@@ -181,6 +181,8 @@ def _of_group(
     from saekit.evals.measured import Measured
     from saekit.progress import ProgressDisplay
 
+    if tokens.mask is None:
+        _warn_of_masks(group)
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(
@@ -219,6 +221,18 @@ def _of_group(
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
         found[name] = whole
     return found
+
+
+def _warn_of_masks(group: Mapping[str, Subject]) -> None:
+    """An SAE says which column of its data had a mask, not what was in it."""
+    for name, one in group.items():
+        if column := one.sae.info.metadata.get("mask_column"):
+            warnings.warn(
+                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
+                "that its other choices keep count. Give mask= to leave out others",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def _accumulates(built: object) -> bool:

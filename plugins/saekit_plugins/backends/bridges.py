@@ -3,14 +3,12 @@ backends' plugins, not a plugin."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,6 +16,7 @@ import attrs
 from saekit import ModelError
 from saekit.backends import Hooks, ModuleBackend
 from saekit.reasons import reason
+from saekit_plugins.backends.lens_versions import near_names, official_name
 from saekit_plugins.backends.model_folders import (
     EMBEDDED,
     NATIVE_CONFIG,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from saekit.config import ModelConfig
 
-__all__ = ["RESIDUAL", "BridgeBackend", "Processing", "bridge_backend", "has_hooked_transformer", "lens_version"]
+__all__ = ["RESIDUAL", "BridgeBackend", "Processing", "bridge_backend"]
 
 RESIDUAL = re.compile(
     r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
@@ -46,16 +45,6 @@ _OURS = {"input", "input_ids", "return_type", "loss_per_token", "labels", "start
 """What a forward of saekit's decides itself."""
 
 
-def lens_version() -> str:
-    """Of transformer_lens, without importing it."""
-    return version("transformer-lens")
-
-
-def has_hooked_transformer() -> bool:
-    """Whether transformer_lens still has HookedTransformer: its 4.0 has the bridge alone."""
-    return int(lens_version().partition(".")[0]) < 4
-
-
 @attrs.frozen(kw_only=True)
 class Processing:
     """What compatibility mode does to the weights, so that hooks hold what they hold in a HookedTransformer."""
@@ -65,6 +54,11 @@ class Processing:
     center_unembed: bool = True
     fold_value_biases: bool = True
     refactor_factored_attn_matrices: bool = False
+
+    @classmethod
+    def none(cls) -> Processing:
+        """The weights as they are."""
+        return cls(**{field.name: False for field in attrs.fields(cls)})
 
     def options(self) -> dict[str, bool]:
         """For ``enable_compatibility_mode``."""
@@ -267,7 +261,9 @@ def _with_others(module: Any, other: Callable[[Any], Any]) -> Any:
             for name, value in values.items():
                 if value is not None and id(value) not in made:
                     new = other(value)
-                    made[id(value)] = torch.nn.Parameter(new, requires_grad=False) if values is part._parameters else new
+                    made[id(value)] = (
+                        torch.nn.Parameter(new, requires_grad=False) if values is part._parameters else new
+                    )
                     made[id(made[id(value)])] = made[id(value)]
                 values[name] = made.get(id(value))
     return module
@@ -288,7 +284,7 @@ def _booted(causal_lm: Any, model: ModelConfig, tokenizer: Any, device: str) -> 
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
-            bridge: Any = TransformerBridge.boot_transformers(  # type: ignore[attr-defined]
+            bridge: Any = TransformerBridge.boot_transformers(
                 official_name(model.name),
                 hf_model=causal_lm,
                 tokenizer=tokenizer,
@@ -317,21 +313,9 @@ def _make_compatible(bridge: Any, name: str, options: Mapping[str, bool]) -> Non
             ) from error
 
 
-def official_name(name: str) -> str:
-    """What the Hub calls a model that transformer_lens has another name for."""
-    if "/" in name and name not in EMBEDDED:
-        return name
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    return next((official for official, others in MODEL_ALIASES.items() if name in others), name)
-
-
 def _with_near_names(error: ModelError, name: str) -> ModelError:
     """``error``, and the models of transformer_lens that are spelled alike, unless it is one of them."""
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-
-    known = {*EMBEDDED, *OFFICIAL_MODEL_NAMES, *(other for others in MODEL_ALIASES.values() for other in others)}
-    close = [] if name in known or model_folder(name, {}) else difflib.get_close_matches(name, known, n=3)
+    close = [] if model_folder(name, {}) else near_names(name, *EMBEDDED)
     if not close:
         return error
     better = ModelError(f"{error}. Did you mean {' or '.join(map(repr, close))}?")

@@ -1,4 +1,4 @@
-"""Model backend ``HookedTransformer`` (transformer_lens)."""
+"""Model backend ``HookedTransformer`` (transformer_lens; of its version 4, a bridge in compatibility mode)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, ModelError, hookimpl
+from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, ModuleBackend
+from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend, Processing, bridge_backend
 from saekit_plugins.backends.compiled_parts import CompiledParts
-from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
+from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
+from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
@@ -26,19 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
-_RESIDUAL = re.compile(
-    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
-    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
-)
-"""The hooks that hold the residual stream, or what is added to it as it is."""
-
-
 @attrs.frozen(kw_only=True)
 class HookedTransformerOptions:
     """Any model that transformer_lens knows, a Hugging Face model folder, or a model passed from code."""
 
     from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
-    """Passed to `HookedTransformer.from_pretrained`, such as `{center_writing_weights = false}`."""
+    """Passed to `HookedTransformer.from_pretrained`, such as `{fold_ln = false}`; transformer_lens 4 takes
+    those about processing alone, and `revision`."""
     forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Passed to every forward of the model."""
 
@@ -62,7 +58,7 @@ class TransformerLensBackend(ModuleBackend):
         return list(self.model.hook_dict)
 
     def in_residual_stream(self, hook_name: str) -> bool:
-        return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
+        return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's
@@ -137,9 +133,16 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
 def _precheck(config: HookedTransformerOptions, whole: TrainConfig | PretokenizeConfig) -> None:
     model_folder(whole.model.name, config.from_pretrained_kwargs)
+    if not has_hooked_transformer():
+        _check_for_bridge(config, whole.model)
 
 
-def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+def _build(
+    config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
+) -> TransformerLensBackend | BridgeBackend:
+    if not has_hooked_transformer():
+        check_passed(loaded, "HookedTransformer")
+        return _bridge(config, model)
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
@@ -150,9 +153,43 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     return _around(module, config, model, name or "custom", compile_mode=model.compile_mode if model.compile else None)
 
 
-def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend:
+def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend | BridgeBackend:
+    if not has_hooked_transformer():
+        return _bridge(config, model, outline=True)
     module = hooked_transformer_outline(model, config.from_pretrained_kwargs)
     return _around(module, config, model, model.name)
+
+
+def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> None:
+    """Raise :class:`saekit.ConfigError` for what transformer_lens 4, which has no HookedTransformer, cannot do."""
+    here = f"transformer_lens {lens_version()} is installed, which has no HookedTransformer any more, and of its bridge"
+    instead = "Take it out, or install transformer_lens 3: pip install 'transformer-lens<4'"
+    problems = [
+        (f"model.backend.from_pretrained_kwargs.{name}", f"{here} saekit takes {', '.join(PROCESSING)} and revision. "
+         f"{instead}")
+        for name in config.from_pretrained_kwargs
+        if name not in (*PROCESSING, "revision")
+    ]  # fmt: skip
+    if model.compile:
+        problems.append(("model.compile", f"{here} no part can be compiled. {instead}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _bridge(config: HookedTransformerOptions, model: ModelConfig, *, outline: bool = False) -> BridgeBackend:
+    _check_for_bridge(config, model)
+    folder = model_folder(model.name, config.from_pretrained_kwargs)
+    kwargs = dict(config.from_pretrained_kwargs)
+    processing = Processing(**{name: kwargs.pop(name) for name in PROCESSING if name in kwargs})
+    revision = kwargs if folder is None else {}
+    return bridge_backend(
+        model,
+        processing=processing,
+        native_processing=Processing.none(),  # that of such a folder is what it was saved with
+        forward_kwargs=config.forward_kwargs,
+        outline=outline,
+        **revision,
+    )
 
 
 def _around(

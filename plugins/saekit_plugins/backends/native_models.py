@@ -19,53 +19,60 @@ if TYPE_CHECKING:
 
 __all__ = ["gpt2_config", "load_native_causal_lm", "native_outline"]
 
-_SHAPES = {"n_layers": "n_layer", "d_model": "n_embd", "n_ctx": "n_positions", "d_vocab": "vocab_size",
-           "d_mlp": "n_inner", "n_heads": "n_head", "act_fn": "activation_function", "eps": "layer_norm_epsilon"}  # fmt: skip
-_ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu")
-"""Those that both libraries compute alike."""
-_AS_IN_GPT2: dict[str, tuple[object, ...]] = {
-    "normalization_type": ("LN", "LNPre"), "positional_embedding_type": ("standard",), "attention_dir": ("causal",),
-    "use_attn_scale": (True,), "act_fn": _ACTIVATIONS, "use_normalization_before_and_after": (False,),
+_SHAPES = {
+    "n_layers": "n_layer", "d_model": "n_embd", "n_ctx": "n_positions", "d_vocab": "vocab_size", "d_mlp": "n_inner",
+    "n_heads": "n_head", "act_fn": "activation_function", "eps": "layer_norm_epsilon",
 }  # fmt: skip
-"""Options of a HookedTransformer with the values that GPT-2 has, too; of others that are not below, what is nothing."""
-_SAY_NOTHING = {"model_name", "tokenizer_name", "original_architecture", "seed", "init_mode", "initializer_range",
-                "init_weights", "device", "dtype", "n_devices", "default_prepend_bos", "tokenizer_prepends_bos", "d_head",
-                "d_vocab_out", "n_params", "attn_types", "trust_remote_code", "attn_scale", "n_key_value_heads"}  # fmt: skip
+_REQUIRED = ("n_layers", "d_model", "n_ctx", "d_head", "d_vocab", "act_fn")
+_SAY_NOTHING = {
+    "model_name", "tokenizer_name", "original_architecture", "seed", "init_mode", "initializer_range", "init_weights",
+    "device", "dtype", "n_devices", "default_prepend_bos", "tokenizer_prepends_bos", "n_params", "attn_types",
+}  # fmt: skip
+"""Options of a HookedTransformer that do not change what it computes."""
 
 
 def gpt2_config(options: Mapping[str, Any], what: str) -> Any:
-    """The configuration of a GPT-2 that computes what a HookedTransformer with ``options`` does."""
+    """The configuration of a GPT-2 that computes what a HookedTransformer with ``options`` does.
+
+    Raise :class:`saekit.ModelError` where there is none.
+    """
     from transformers import GPT2Config
 
     heads = options.get("n_heads") or options["d_model"] // options["d_head"]
+    possible: dict[str, tuple[object, ...]] = {
+        "normalization_type": ("LN", "LNPre"),
+        "positional_embedding_type": ("standard",),
+        "attention_dir": ("causal",),
+        "act_fn": ("relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu"),
+        "use_attn_scale": (True,),
+        "attn_scale": (-1.0, options["d_head"] ** 0.5),
+        "d_head": (options["d_model"] / heads,),
+        "n_key_value_heads": (None, heads),
+        "d_vocab_out": (-1, options["d_vocab"]),
+    }
     wrong = [
         f"{name} = {value!r}"
         for name, value in options.items()
-        if name not in _SHAPES.keys() - {"act_fn"} | _SAY_NOTHING and value not in _AS_IN_GPT2.get(name, (None, False))
+        if name not in _SAY_NOTHING | _SHAPES.keys() - possible.keys()
+        and value not in possible.get(name, (None, False))
     ]
-    if heads * options["d_head"] != options["d_model"]:
-        wrong.append(f"n_heads x d_head = {heads} x {options['d_head']}, and d_model = {options['d_model']}")
-    same = {"n_key_value_heads": heads, "d_vocab_out": options["d_vocab"]}
-    wrong += [f"{name} = {options[name]!r}" for name, value in same.items() if options.get(name) not in (None, value)]
-    if options.get("normalization_type", "LN") not in ("LN", "LNPre"):
-        wrong.append("normalization_type = None")
     if wrong:
         raise ModelError(
-            f"{what} has what GPT-2 has not ({'; '.join(dict.fromkeys(wrong))}), and transformer_lens' bridge takes "
-            "only such HookedTransformers. Use transformer_lens 3 with model.backend = \"HookedTransformer\": "
-            "pip install 'transformer-lens<4'"
+            f"{what} has {', '.join(wrong)}, which GPT-2 has not, and saekit makes a bridge only of such "
+            "HookedTransformers as GPT-2 can compute. Use transformer_lens 3 with model.backend = "
+            "\"HookedTransformer\": pip install 'transformer-lens<4'"
         )
-    shape = {"n_heads": heads, "d_mlp": 4 * options["d_model"], "eps": 1e-5} | dict(options)
-    nowhere = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    nothing = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    known = {theirs: shape[ours] for ours, theirs in _SHAPES.items()}
-    return GPT2Config(**known, **nowhere, **nothing, tie_word_embeddings=False)
+    shape = {"d_mlp": 4 * options["d_model"], "eps": 1e-5} | dict(options) | {"n_heads": heads}
+    known: dict[str, Any] = {theirs: shape[ours] for ours, theirs in _SHAPES.items()}
+    known |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    known |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return GPT2Config(**known, tie_word_embeddings=False)
 
 
 def _options(folder: Path) -> dict[str, Any]:
     with loading(f"the configuration {folder / NATIVE_CONFIG}"):
         found: dict[str, Any] = json.loads((folder / NATIVE_CONFIG).read_text(encoding="utf-8"))
-        if lacking := sorted({"n_layers", "d_model", "n_ctx", "d_head", "d_vocab", "act_fn"} - set(found)):
+        if lacking := [name for name in _REQUIRED if name not in found]:
             raise ModelError(f"the configuration {folder / NATIVE_CONFIG} lacks {', '.join(lacking)}")
     return found
 

@@ -9,7 +9,7 @@ import attrs
 
 from saekit import ConfigError, Entry, hookimpl
 from saekit.config import path_field
-from saekit_plugins.backends.model_folders import check_folders, model_folder
+from saekit_plugins.backends.model_folders import PROCESSING, check_folders, model_folder
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["TransformerBridgeOptions"]
 
 _ELSEWHERE = ("dtype", "torch_dtype", "device_map", "revision")
-_PROCESSING = (
-    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
-)  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +52,7 @@ class TransformerBridgeOptions:
         problems = [f"{name} is an option of its own (of model, or of model.backend)" for name in value if name in
                     _ELSEWHERE]  # fmt: skip
         problems += [f"{name} is an option of model.backend, for its compatibility mode" for name in value if name in
-                     _PROCESSING]  # fmt: skip
+                     PROCESSING]  # fmt: skip
         if "attn_implementation" in value:
             problems.append("attn_implementation is eager in a bridge, whose hooks hold scores and patterns")
         if "trust_remote_code" in value:
@@ -68,7 +65,9 @@ class TransformerBridgeOptions:
     def __attrs_post_init__(self) -> None:
         if self.compatibility_mode:
             return
-        changed = [name for name in _PROCESSING if getattr(self, name) != getattr(attrs.fields(type(self)), name).default]
+        changed = [
+            name for name in PROCESSING if getattr(self, name) != getattr(attrs.fields(type(self)), name).default
+        ]
         if changed:
             raise ConfigError([(name, "is for compatibility_mode = true") for name in changed])
 
@@ -76,7 +75,7 @@ class TransformerBridgeOptions:
         """That of compatibility mode; None: without it."""
         from saekit_plugins.backends.bridges import Processing
 
-        return Processing(**{name: getattr(self, name) for name in _PROCESSING}) if self.compatibility_mode else None
+        return Processing(**{name: getattr(self, name) for name in PROCESSING}) if self.compatibility_mode else None
 
 
 @hookimpl

@@ -6,8 +6,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import attrs
 from saekit import ModelError
 from saekit.backends import Hooks, ModuleBackend
 from saekit.reasons import reason
+from saekit_plugins.backends.lens_hooks import exposed
 from saekit_plugins.backends.lens_versions import near_names, official_name
 from saekit_plugins.backends.model_folders import (
     EMBEDDED,
@@ -31,6 +32,7 @@ from saekit_plugins.backends.outlines import causal_lm_outline
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.abilities import ExposedPoint
     from saekit.config import ModelConfig
 
 __all__ = ["RESIDUAL", "BridgeBackend", "Processing", "bridge_backend"]
@@ -124,38 +126,31 @@ class BridgeBackend(ModuleBackend):
         return logits
 
     def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
-        if unknown := [name for name in hooks.names if name not in self._points]:
-            raise self.no_hook(unknown[0])
-        with ExitStack() as attached:
+        with ExitStack() as quiet:
             if any(name.endswith(_NORMS) for name in hooks.names):
                 # What is put there makes a bridge compute the norm itself, which it warns of: rounding is other.
-                attached.enter_context(warnings.catch_warnings())
+                quiet.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
-            for name in hooks.names:
-                attached.enter_context(self._hooked(name, hooks))
-            try:
-                return self.logits(tokens)
-            except _Done:
-                return None
+            return super().forward(tokens, hooks)
 
-    @contextmanager
-    def _hooked(self, name: str, hooks: Hooks) -> Iterator[None]:
-        point = self._points[name]
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
 
-        def at(activation: Any, hook: Any) -> Any:
-            value = hooks(name, activation)
-            if hooks.done:
-                raise _Done
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(names, self.model._hook_registry)
+
+    def _attach(self, name: str, hooked: Callable[[Tensor], Tensor]) -> _Attached:
+        if (point := self._points.get(name)) is None:
+            raise self.no_hook(name)
+
+        def at(activation: Tensor, hook: Any) -> Tensor:
+            value = hooked(activation)
             # By another object the library knows that it must go on with this one.
             return value.view_as(value) if value is activation and value.requires_grad else value
 
-        point.add_hook(at)
-        handle = point.fwd_hooks[-1]
-        try:
-            yield
-        finally:
-            handle.hook.remove()
-            point.fwd_hooks.remove(handle)
+        point.add_hook(at)  # it brings what the point holds into TransformerLens' shape, and back
+        return _Attached(point, point.fwd_hooks[-1])
 
     def _checked_kwargs(self) -> dict[str, Any]:
         if not self._forward_kwargs:
@@ -170,8 +165,16 @@ class BridgeBackend(ModuleBackend):
         return self._forward_kwargs
 
 
-class _Done(Exception):  # noqa: N818 - not an error
-    """Everything that was asked for is there."""
+@attrs.frozen
+class _Attached:
+    """A hook at a hook point."""
+
+    point: Any
+    handle: Any
+
+    def remove(self) -> None:
+        self.handle.hook.remove()
+        self.point.fwd_hooks[:] = [one for one in self.point.fwd_hooks if one is not self.handle]
 
 
 def _causal(tokens: Tensor) -> Tensor:

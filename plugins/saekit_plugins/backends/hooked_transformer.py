@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
-from saekit.backends import Hooks, ModuleBackend
+from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend, Processing, bridge_backend
 from saekit_plugins.backends.compiled_parts import CompiledParts
+from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
@@ -23,9 +24,18 @@ from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.abilities import ExposedPoint
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
+
+
+_ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
+_BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
+_AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
+_OWN_WAY = ("start_at_layer", "stop_at_layer", "tokens", "prepend_bos", "padding_side", "past_kv_cache",
+            "shortformer_pos_embed", "only_use_these_layers")  # fmt: skip
+"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is always whole."""
 
 
 @attrs.frozen(kw_only=True)
@@ -39,7 +49,7 @@ class HookedTransformerOptions:
     """Passed to every forward of the model."""
 
 
-class TransformerLensBackend(ModuleBackend):
+class TransformerLensBackend(ModuleBackend, InsideBackend):
     """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks."""
 
     why_silent = (
@@ -80,14 +90,72 @@ class TransformerLensBackend(ModuleBackend):
         if unknown := [name for name in hooks.names if not self._has(name)]:
             raise self.no_hook(unknown[0])
         names = [name for name in hooks.names if name != entry]
-        compiled = nullcontext() if self._compiled is None else self._compiled.except_at(names)
+        pairs = [(name, at) for name in names]
+        if hooks.entry is not None:
+            if hooks.entry.endswith("_post"):  # its block does not run
+                pairs = [(name, at) for name in names if name != hooks.entry]
+            given = self._begun(tokens, hooks, options)
+            if hooks.done:
+                return None
+            if "only_use_these_layers" in options:
+                once = [given]  # a forward inside this one has its own
+                pairs.append(("hook_embed", lambda activation, hook: once.pop() if once else activation))
+            else:
+                tokens = given
+        compiled = nullcontext() if self._compiled is None else self._compiled.except_at([name for name, _ in pairs])
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
-                tokens, fwd_hooks=[(name, at) for name in names], **options, **self._checked_kwargs()
+                tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
             )
         if entry is not None and out is not None:
             hooks(entry, out)
         return out
+
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
+        return begins(self.model, self.model.get_submodule(embedding), tell)
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(names, self.model.hook_dict, self.model.mod_dict)
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        accepted = inspect.signature(self.model.forward).parameters
+        cfg, known = self.model.cfg, self.model.hook_dict
+        if not {"start_at_layer", "only_use_these_layers"} & set(accepted) or set(_OWN_WAY) & set(self._forward_kwargs):
+            return None
+        if getattr(cfg, "positional_embedding_type", None) == "shortformer":  # every block adds what the tokens make
+            return None
+        last = len(self.model.blocks) - 1
+        first = (last, "hook_resid_post")
+        for name in hooks:
+            if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is not None:
+                post = match.group(2) == "hook_resid_post"
+                first = min(first, (int(match.group(1)), "hook_resid_post" if post else "hook_resid_pre"), key=_order)
+            elif not name.startswith(_AFTER_BLOCKS):
+                return None
+        entry = f"blocks.{first[0]}.{first[1]}"
+        return entry if entry in known else None
+
+    def _begun(self, tokens: Tensor, hooks: Hooks, options: dict[str, Any]) -> Tensor:
+        """What enters the first block that runs; ``options`` of the forward say which that is."""
+        match = _ENTRY.fullmatch(hooks.entry or "")
+        if match is None:
+            raise ModelError(f"a forward of {self.name!r} cannot begin at the hook {hooks.entry!r}")
+        layer, value = int(match.group(1)), hooks.given
+        if match.group(2) == "hook_resid_post":
+            layer, value = layer + 1, hooks(match.group(), value)
+        if "only_use_these_layers" in inspect.signature(self.model.forward).parameters:  # a Mamba's
+            stop = options.get("stop_at_layer")
+            options["only_use_these_layers"] = range(layer, len(self.model.blocks) if stop is None else stop)
+            return value
+        options |= {"start_at_layer": layer, "tokens": tokens}
+        tokenizer = self.model.tokenizer
+        if getattr(tokenizer, "padding_side", None) == "left" and "attention_mask" not in self._forward_kwargs:
+            from transformer_lens.utils import get_attention_mask
+
+            options["attention_mask"] = get_attention_mask(tokenizer, tokens, self.model.cfg.default_prepend_bos)
+        return value
 
     def _stop_after(self, hooks: Hooks) -> tuple[int | None, str | None]:
         """The layer to stop before, and the hook that equals the residual stream entering it, if it is wanted."""
@@ -95,12 +163,12 @@ class TransformerLensBackend(ModuleBackend):
         for name in hooks.read:
             if (match := re.match(r"blocks\.(\d+)\.", name)) is not None:
                 layers.append(int(match.group(1)))
-            elif name not in ("hook_embed", "hook_pos_embed", "hook_tokens"):  # these come before the first block
+            elif name not in _BEFORE_BLOCKS:
                 return None, None
         last = max(layers, default=-1)
         entry = f"blocks.{last}.hook_resid_pre"
         only_entry = [name for name in hooks.read if name.startswith(f"blocks.{last}.")] == [entry]
-        if only_entry and not self.model.hook_dict[entry].fwd_hooks:
+        if only_entry and not self.model.hook_dict[entry]._forward_hooks:
             return last, entry
         return last + 1, None
 
@@ -117,6 +185,10 @@ class TransformerLensBackend(ModuleBackend):
                 f"{sorted(set(accepted) - {'input'})}"
             )
         return self._forward_kwargs
+
+
+def _order(place: tuple[int, str]) -> tuple[int, bool]:
+    return place[0], place[1] == "hook_resid_post"
 
 
 @hookimpl

@@ -93,7 +93,8 @@ class ModuleBackend(Backend):
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.
 
-        It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or ``past_key_values``.
+        It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or
+        ``past_key_values``.
         """
 
         return self._begins(tell)

@@ -16,6 +16,7 @@ import attrs
 from saekit import ModelError
 from saekit.backends import Hooks, ModuleBackend
 from saekit.reasons import reason
+from saekit_plugins.backends.hook_names import layout_of
 from saekit_plugins.backends.lens_hooks import exposed
 from saekit_plugins.backends.lens_versions import near_names, official_name
 from saekit_plugins.backends.model_folders import (
@@ -101,8 +102,13 @@ class BridgeBackend(ModuleBackend):
         return list(self._points)
 
     def hook_like(self, name: str) -> str | None:
-        """The bridge has TransformerLens' names."""
-        return name if name in self._points else None
+        """A hook of its own, or the one where transformers' module of that path has its place."""
+        if name in self._points:
+            return name
+        config = self.model.original_model.config.get_text_config()
+        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        found = None if known is None else known.lens_hook(name)
+        return found if found in self._points else None
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self._residual

@@ -56,8 +56,8 @@ _INSTALL = "pip install 'saekit[mamba]' 'transformer-lens<4'"
 def _check_version() -> None:
     if not has_hooked_transformer():
         raise MissingPackageError(
-            f"model backend HookedMamba needs mamba-lens, which works with transformer_lens 3 alone, and {lens_version()} "
-            f"is installed. Install what it needs in an environment of its own: {_INSTALL}"
+            "model backend HookedMamba needs mamba-lens, which works with transformer_lens 3 alone, and "
+            f"{lens_version()} is installed. Install what it needs in an environment of its own: {_INSTALL}"
         )
 
 

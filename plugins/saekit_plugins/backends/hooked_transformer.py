@@ -15,6 +15,7 @@ from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend, Processing, bridge_backend
 from saekit_plugins.backends.compiled_parts import CompiledParts
+from saekit_plugins.backends.hook_names import layout_of_architecture
 from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
@@ -35,7 +36,7 @@ _BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
 _OWN_WAY = ("start_at_layer", "stop_at_layer", "tokens", "prepend_bos", "padding_side", "past_kv_cache",
             "shortformer_pos_embed", "only_use_these_layers")  # fmt: skip
-"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is always whole."""
+"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is whole."""
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +70,17 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the one where transformers' module of that path has its place."""
+        if name in self.model.hook_dict:
+            return name
+        cfg = self.model.cfg
+        known = layout_of_architecture(
+            getattr(cfg, "original_architecture", None), parallel=getattr(cfg, "parallel_attn_mlp", False)
+        )
+        found = None if known is None else known.lens_hook(name)
+        return found if found in self.model.hook_dict else None
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's
@@ -152,7 +164,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         options |= {"start_at_layer": layer, "tokens": tokens}
         tokenizer = self.model.tokenizer
         if getattr(tokenizer, "padding_side", None) == "left" and "attention_mask" not in self._forward_kwargs:
-            from transformer_lens.utils import get_attention_mask
+            from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
             options["attention_mask"] = get_attention_mask(tokenizer, tokens, self.model.cfg.default_prepend_bos)
         return value

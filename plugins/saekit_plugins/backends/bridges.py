@@ -125,7 +125,9 @@ class BridgeBackend(ModuleBackend):
             return super().unembedding()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        options: dict[str, Any] = {"return_type": "logits", **self._checked_kwargs()}
+        # Without a cache of keys and values, which nobody reads.
+        plain = {"use_cache": False} if "use_cache" in self._accepted else {}
+        options: dict[str, Any] = {"return_type": "logits"} | plain | self._checked_kwargs()
         if tokens.is_meta:  # the library looks at the numbers of a mask that it makes itself, and there are none
             options["attention_mask"] = _causal(tokens)
         logits: Tensor = self.model(tokens, **options)
@@ -158,15 +160,17 @@ class BridgeBackend(ModuleBackend):
         point.add_hook(at)  # it brings what the point holds into TransformerLens' shape, and back
         return _Attached(point, point.fwd_hooks[-1])
 
-    def _checked_kwargs(self) -> dict[str, Any]:
-        if not self._forward_kwargs:
-            return {}
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """The options of a forward."""
         forwards = (self.model.forward, self.model.original_model.forward)
-        accepted = {name for forward in forwards for name in inspect.signature(forward).parameters} - _OURS
-        if unknown := sorted(set(self._forward_kwargs) - accepted):
+        return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters) - _OURS
+
+    def _checked_kwargs(self) -> dict[str, Any]:
+        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
             raise ModelError(
                 f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(accepted)}"
+                f"{sorted(self._accepted)}"
             )
         return self._forward_kwargs
 

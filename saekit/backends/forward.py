@@ -67,12 +67,13 @@ class Hooks:
     def __call__(self, name: str, activation: Tensor) -> Tensor:
         """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``.
 
-        Where the forward begins, ``activation`` does not count: what was given for that hook is there.
+        Where the forward begins, ``activation`` does not count: what was given for that hook is there, with what is
+        attached to it.
         """
-        if name == self.entry and not self._begun:
-            activation, self._begun = self.given, True
         self.silent.discard(name)
         attached = [one[name] for one in self._attached if name in one]
+        if name == self.entry and not self._begun:
+            activation, attached, self._begun = self.given, [], True
         if self.done or not (attached or name in self.read or name in self.replace):
             return activation
         value = by_position(activation, self._tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -77,11 +77,14 @@ def _attached(
     sites: Any,
 ) -> list[Attachment]:
     names = list(saes) if isinstance(saes, Mapping) else None
-    given = list(saes.values()) if isinstance(saes, Mapping) else [saes] if isinstance(saes, SAEModule) else list(saes)
+    many = not isinstance(saes, SAEModule) and isinstance(saes, Iterable)
+    given: list[Any] = list(saes.values() if isinstance(saes, Mapping) else saes) if many else [saes]
     if odd := [one for one in given if not isinstance(one, SAEModule)]:
         raise ConfigError([("saes", f"must be SAEs, found {short(odd[0])}. saekit.SAE.load reads one")], _WHAT)
     if mask is not None and not callable(mask) and str(getattr(mask, "dtype", "")) != "torch.bool":
         raise ConfigError([("mask", f"must be a bool tensor or a function that makes one, found {short(mask)}")], _WHAT)
+    if odd := [name for name in names or () if not isinstance(name, str) or not name]:
+        raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
     pairs = list(zip(given, places, strict=True))
@@ -96,7 +99,7 @@ def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) 
         if unknown := [name for name in sites if name not in names]:
             raise ConfigError([("sites", f"are by the names of SAEs, and none is called {unknown[0]!r}")], _WHAT)
         places = [sites.get(name) for name in names]
-    elif sites is None or isinstance(sites, (Site, Sites, str)):
+    elif isinstance(sites, str) or not isinstance(sites, Iterable):
         places = [sites] * len(saes)
     else:
         places = list(sites)

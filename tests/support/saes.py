@@ -41,3 +41,9 @@ def at(sae: Any, *sites: saekit.Site | str, targets: tuple[saekit.Site | str, ..
                      for some in (sites, targets or sites))  # fmt: skip
     sae.info = attrs.evolve(sae.info, sites=Sites(tuple(reads), tuple(writes)), metadata=metadata)
     return sae
+
+
+@torch.no_grad()
+def given(sae: Any, x: torch.Tensor) -> Any:
+    """What ``sae`` makes of ``x``, without gradients."""
+    return sae(x)

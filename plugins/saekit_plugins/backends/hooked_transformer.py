@@ -13,7 +13,8 @@ import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
-from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend, Processing, bridge_backend
+from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
+from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.hook_names import layout_of_architecture
 from saekit_plugins.backends.lens_hooks import begins, exposed

@@ -14,7 +14,8 @@ from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
-    from saekit_plugins.backends.bridges import BridgeBackend, Processing
+    from saekit_plugins.backends.bridge_loading import Processing
+    from saekit_plugins.backends.bridges import BridgeBackend
 
 __all__ = ["TransformerBridgeOptions"]
 
@@ -73,7 +74,7 @@ class TransformerBridgeOptions:
 
     def processing(self) -> Processing | None:
         """That of compatibility mode; None: without it."""
-        from saekit_plugins.backends.bridges import Processing
+        from saekit_plugins.backends.bridge_loading import Processing
 
         return Processing(**{name: getattr(self, name) for name in PROCESSING}) if self.compatibility_mode else None
 
@@ -102,7 +103,7 @@ def _check_compile(model: ModelConfig) -> None:
 
 
 def _build(config: TransformerBridgeOptions, *, model: ModelConfig, loaded: object | None) -> BridgeBackend:
-    from saekit_plugins.backends.bridges import bridge_backend
+    from saekit_plugins.backends.bridge_loading import bridge_backend
 
     _check_compile(model)
     check_passed(loaded, "TransformerBridge")
@@ -113,7 +114,7 @@ def _build(config: TransformerBridgeOptions, *, model: ModelConfig, loaded: obje
 
 
 def _outline(config: TransformerBridgeOptions, *, model: ModelConfig) -> BridgeBackend:
-    from saekit_plugins.backends.bridges import bridge_backend
+    from saekit_plugins.backends.bridge_loading import bridge_backend
 
     return bridge_backend(model, outline=True, **_how(config))
 

@@ -18,7 +18,7 @@ from support.causal_lms import KINDS, TOKENS, causal_lm, causal_lm_folder, make_
 from support.tiny import TOKENIZER, run_config, tokenizer
 
 import saekit
-from saekit.abilities import AttachesHooks, ExposesHooks, TranslatesHooks
+from saekit.abilities import AttachesHooks, ExposesHooks, StartsInside, TranslatesHooks
 from saekit.config import ModelConfig
 from saekit.errors import ConfigError, MissingPackageError, ModelError
 from saekit.testing import check_plugin
@@ -126,6 +126,33 @@ def test_a_forward_ends_after_the_last_hook_that_is_read() -> None:
     assert calls == ["mlp 0"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_begins_inside(kind: str) -> None:
+    """Blocks before do not run, and the numbers are those of a whole forward."""
+    backend = bridge(kind)
+    assert isinstance(backend, StartsInside)
+    calls: list[int] = []
+    for number, block in enumerate(backend.model.blocks):
+        block.mlp.register_forward_hook(lambda *_, number=number: calls.append(number))
+    for hook, entry, blocks in (
+        ("blocks.1.attn.hook_z", "blocks.1.hook_resid_pre", [1, 2]),
+        ("blocks.1.hook_out", "blocks.1.hook_resid_post", [2]),
+        ("ln_final.hook_normalized", "blocks.2.hook_resid_post", []),
+    ):
+        assert backend.entry_of([hook]) == entry
+        how: dict[str, Any] = {"read": [hook], "replace": {hook: lambda held: held * 0.5}, "want": "loss"}
+        value = backend.run(TOKENS, read=[entry]).held[entry]
+        whole = backend.run(TOKENS, **how)
+        calls.clear()
+        begun = backend.run_from(TOKENS, entry, value, **how)
+        assert calls == blocks
+        assert torch.equal(begun.loss, whole.loss)
+        assert torch.equal(begun.held[hook], whole.held[hook])
+    assert backend.entry_of(["hook_embed"]) is None
+    with pytest.raises(ModelError, match="hook 'blocks.0.hook_in' of .* does not run in a forward that begins at"):
+        backend.run_from(TOKENS, "blocks.1.hook_resid_pre", value, read=["blocks.0.hook_in"])
+
+
 def test_names_of_places_in_other_libraries() -> None:
     backend = bridge("llama")
     assert isinstance(backend, TranslatesHooks)
@@ -137,6 +164,7 @@ def test_names_of_places_in_other_libraries() -> None:
         backend.run(TOKENS, read=["blocks.1.hook_resid_pos"])
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # transformer_lens 4.3 uses it
 def test_hooks_stand_while_the_library_generates() -> None:
     backend = bridge("gpt2")
     assert isinstance(backend, AttachesHooks)

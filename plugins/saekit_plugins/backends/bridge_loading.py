@@ -6,7 +6,8 @@ A helper of the backends' plugins, not a plugin.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -86,10 +87,8 @@ def _loaded(
     if native:
         causal_lm: Any = load_native_causal_lm(model)
     else:
-        try:
+        with _with_near_names(model.name):
             causal_lm = load_causal_lm(official, attn_implementation="eager", **options)
-        except ModelError as error:
-            raise _with_near_names(error, model.name) from error
     own = (EMBEDDED.get(model.name, official.name), options.get("revision", "main"))
     read_by = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(*own)
     device = str(next(causal_lm.parameters()).device)
@@ -109,14 +108,17 @@ def _outlined(
     if native:
         causal_lm: Any = native_outline(model)
     else:
-        causal_lm = causal_lm_outline(official, attn_implementation="eager", **options)
+        with _with_near_names(model.name):
+            causal_lm = causal_lm_outline(official, attn_implementation="eager", **options)
     head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     if processing is not None and head is not None and head.weight is embedding.weight:  # it makes them two
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
     # Bridges split some parameters, which they refuse to do where there are no numbers.
     _with_others(causal_lm, _in_one_place)
     with torch.device("meta"):
-        bridge = _booted(causal_lm, model, None, "meta")
+        # Without any, the library would look for the model's.
+        bridge = _booted(causal_lm, model, load_tokenizer(EMBEDDED["saekit/tiny-python"]), "meta")
+    bridge.tokenizer = None
     if processing is not None:
         _make_compatible(bridge, model.name, {"no_processing": True})
     return _with_others(bridge, lambda value: value.to("meta")).eval()
@@ -184,11 +186,16 @@ def _make_compatible(bridge: Any, name: str, options: Mapping[str, bool]) -> Non
             ) from error
 
 
-def _with_near_names(error: ModelError, name: str) -> ModelError:
-    """``error``, and the models of transformer_lens that are spelled alike, unless it is one of them."""
-    close = [] if model_folder(name, {}) else near_names(name, *EMBEDDED)
-    if not close:
-        return error
-    better = ModelError(f"{error}. Did you mean {' or '.join(map(repr, close))}?")
-    better.__notes__ = getattr(error, "__notes__", [])  # why the Hub was not asked
-    return better
+@contextmanager
+def _with_near_names(name: str) -> Iterator[None]:
+    """What the Hub has not is said with the models of transformer_lens that are spelled alike."""
+    try:
+        yield
+    except ModelError as error:
+        if error.__cause__ is None or model_folder(name, {}) is not None:
+            raise
+        close = near_names(name, *EMBEDDED)
+        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        better = ModelError(f"the model {name!r} cannot be loaded: {reason(error.__cause__)}{hint}")
+        better.__notes__ = getattr(error, "__notes__", [])  # why the Hub was not asked
+        raise better from error

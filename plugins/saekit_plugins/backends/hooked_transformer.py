@@ -262,8 +262,8 @@ def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> N
 
 
 def _bridge(config: HookedTransformerOptions, model: ModelConfig, *, outline: bool = False) -> BridgeBackend:
-    _check_for_bridge(config, model)
     folder = model_folder(model.name, config.from_pretrained_kwargs)
+    _check_for_bridge(config, model)
     kwargs = dict(config.from_pretrained_kwargs)
     processing = Processing(**{name: kwargs.pop(name) for name in PROCESSING if name in kwargs})
     revision = kwargs if folder is None else {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.causal_lms import make_causal_lm
 from support.saes import at, drawn_sae
-from support.spliced import TOKENS, place, state
+from support.spliced import TOKENS, bridge, place, state
 from torch import Tensor
 
 import saekit
@@ -34,6 +34,17 @@ def of_lens() -> tuple[Any, str, Write]:
     return model, "blocks.1.hook_resid_post", write
 
 
+def of_bridge() -> tuple[Any, str, Write]:
+    model = bridge()
+
+    def write(tokens: Tensor, cached: bool) -> Tensor:
+        options = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False}
+        written: Tensor = model.generate(tokens, use_past_kv_cache=cached, **options)
+        return written
+
+    return model, "blocks.1.hook_resid_post", write
+
+
 def of_transformers(kind: str) -> tuple[Any, str, Write]:
     model = make_causal_lm(kind)
     place = {"gpt2": "transformer.h.1", "llama": "model.layers.1"}[kind]
@@ -50,6 +61,7 @@ def of_transformers(kind: str) -> tuple[Any, str, Write]:
 
 MODELS = {
     "HookedTransformer": of_lens,
+    "TransformerBridge": of_bridge,
     "gpt2": lambda: of_transformers("gpt2"),
     "llama": lambda: of_transformers("llama"),
 }

@@ -128,6 +128,18 @@ def test_a_forward_with_a_cache_knows_which_positions_came_before() -> None:
     torch.testing.assert_close(torch.cat([begun.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_embeddings_that_come_from_elsewhere_have_no_token_ids() -> None:
+    model, hook, write = of_lens()
+    embeddings = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    with saekit.splice(model, at(drawn_sae(16), hook), tokens=TokenChoice(seqpos_slice=(1, None))):
+        write(TOKENS, True)
+        with pytest.raises(ModelError, match="those of this forward, .* are not known"):
+            model.generate(embeddings, max_new_tokens=2, stop_at_eos=False, verbose=False, return_type="embeds")
+        with pytest.raises(ModelError, match="are not known"):
+            model(embeddings, start_at_layer=0)
+        assert model(embeddings, start_at_layer=0, tokens=TOKENS[:, :4]).shape == (2, 4, 2048)
+
+
 def test_an_sae_of_whole_sequences_needs_them() -> None:
     model, hook, write = of_lens()
     sae = saekit.SAE.from_dict({"name": "temporal", "d_in": 16, "d_sae": 32, "n_heads": 2, "bottleneck_factor": 4})

@@ -23,8 +23,8 @@ _OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
 def begins(model: Any, embedding: Any, tell: _OnTokens) -> Iterator[None]:
     """While the context is open, ``tell(tokens, before)`` is called when a forward of ``model`` begins.
 
-    The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so the function
-    is another one for a while, and what ``embedding`` is called with is remembered.
+    The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so both are other
+    functions for a while, and what ``embedding`` is called with is remembered as long as ``generate`` writes.
     """
     forwards = vars(model).get("forward")
     if not isinstance(forwards := getattr(forwards, "forwards", None), _Forwards):
@@ -42,39 +42,54 @@ class _Forwards:
     def __init__(self, model: Any, embedding: Any) -> None:
         self._model, self._embedding, self._now = model, embedding, threading.local()
         self._told: list[_OnTokens] = []
-        self._original = model.forward
-        self._signature = inspect.signature(self._original)
-        self._before = vars(model).get("forward")
+        self._originals = {name: getattr(model, name) for name in ("forward", "generate") if hasattr(model, name)}
+        self._signature = inspect.signature(model.forward)
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
         self._handle: Any = None
 
     def add(self, tell: _OnTokens) -> None:
         self._told.append(tell)
-        if len(self._told) == 1:
-            self._handle = self._embedding.register_forward_pre_hook(self._embedded)
-            vars(self._model)["forward"] = self._forward()
+        if len(self._told) > 1:
+            return
+        self._handle = self._embedding.register_forward_pre_hook(self._embedded)
+        for name, original in self._originals.items():
+            around = functools.partial(getattr(self, f"_{name}"), original)
+            self._ours[name] = ours = functools.wraps(original)(around)
+            vars(ours)["forwards"] = self
+            self._before[name], vars(self._model)[name] = vars(self._model).get(name), ours
 
     def remove(self, tell: _OnTokens) -> None:
         self._told.remove(tell)
         if self._told:
             return
         self._handle.remove()
-        if self._before is None:
-            del vars(self._model)["forward"]
-        else:
-            vars(self._model)["forward"] = self._before
+        for name, ours in self._ours.items():
+            if vars(self._model).get(name) is not ours:
+                continue  # somebody has put another function in its place, and that stays
+            if self._before[name] is None:
+                del vars(self._model)[name]
+            else:
+                vars(self._model)[name] = self._before[name]
 
-    def _forward(self) -> Callable[..., Any]:
-        @functools.wraps(self._original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._now.runs = True
-            try:
-                self._tell(*self._ids(self._signature.bind_partial(*args, **kwargs).arguments))
-                return self._original(*args, **kwargs)
-            finally:
-                self._now.runs = False
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._as_it_is_now(runs=True):
+            self._tell(*self._ids(self._signature.bind_partial(*args, **kwargs).arguments))
+            return original(*args, **kwargs)
 
-        vars(forward)["forwards"] = self
-        return forward
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._as_it_is_now(writes=True, seen=None):
+            return original(*args, **kwargs)
+
+    @contextmanager
+    def _as_it_is_now(self, **state: Any) -> Iterator[None]:
+        """In this thread: whether a forward runs, whether ``generate`` writes, and the tokens that it has embedded."""
+        before = {name: getattr(self._now, name, None) for name in state}
+        vars(self._now).update(state)
+        try:
+            yield
+        finally:
+            vars(self._now).update(before)
 
     def _tell(self, tokens: Tensor | None, before: int) -> None:
         self._now.known, self._now.before = tokens is not None, before
@@ -90,7 +105,7 @@ class _Forwards:
                 return value[None] if value.ndim == 1 else value, before
         embeddings: Any = given.get("input")
         seen: Any = getattr(self._now, "seen", None)
-        if hasattr(embeddings, "ndim") and given.get("start_at_layer") == 0 and seen is not None:
+        if seen is not None and getattr(self._now, "writes", False) and hasattr(embeddings, "ndim"):
             batch, length = embeddings.shape[:2]
             if seen.shape[0] == batch and seen.shape[1] >= length:
                 return seen[:, -length:], before
@@ -103,11 +118,11 @@ class _Forwards:
             if not self._now.known:
                 self._tell(tokens, self._now.before)
             return
-        import torch
+        if getattr(self._now, "writes", False):
+            import torch
 
-        seen: Any = getattr(self._now, "seen", None)
-        goes_on = seen is not None and tokens.shape[1] == 1 and len(seen) == len(tokens)
-        self._now.seen = torch.cat([seen, tokens], dim=1) if goes_on else tokens
+            seen: Any = self._now.seen
+            self._now.seen = tokens if seen is None else torch.cat([seen, tokens], dim=1)
 
 
 def _is_ids(value: Any) -> TypeGuard[Tensor]:

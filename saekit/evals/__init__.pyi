@@ -1,5 +1,8 @@
 from .accumulating import AccumulatingEval as AccumulatingEval
 from .accumulating import finished as finished
+from .comparing import Compared as Compared
+from .comparing import differences as differences
+from .comparison import Comparison as Comparison
 from .engine import measure as measure
 from .means import read_means as read_means
 from .measured import Measured as Measured
@@ -11,4 +14,5 @@ from .rows import row_metrics as row_metrics
 from .rows import row_sums as row_sums
 from .sums import Sums as Sums
 from .sums import Totals as Totals
+from .sums import ratio as ratio
 from .variance import variance_metrics as variance_metrics

@@ -16,7 +16,11 @@ import saekit
 from saekit.errors import ModelError
 from saekit.tokens import TokenChoice
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # transformers has renamed it in 5.24; bridges of transformer_lens call it as it was.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 NEW = 6
 Write = Callable[[Tensor, bool], Tensor]

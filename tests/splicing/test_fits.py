@@ -12,6 +12,7 @@ import attrs
 import pytest
 import torch
 from saekit_plugins.backends.aliases import also_called
+from support.causal_lms import TOKENS, WIDTH, make_causal_lm
 from support.ports import MapConfig, MapSAE
 from support.saved import make
 from support.tiny import hooked_transformer
@@ -142,6 +143,19 @@ def test_names_of_transformer_lens_are_translated() -> None:
     sites = Sites((Site(hook_name="layers.1"),), (Site(hook_name="hook_embed"),))
     found = check_fits(mapping({"layers.1": 8}, {"hook_embed": 8}, sites), Translating())
     assert found == Sites((Site(hook_name=RESID),), (Site(hook_name="hook_embed"),))
+
+
+def test_an_sae_of_transformer_lens_stands_in_a_model_of_transformers() -> None:
+    sae = sae_at("blocks.1.hook_resid_post", d_in=WIDTH)
+    backend = saekit.load_model(make_causal_lm("gpt2"))
+    site = Site(hook_name="transformer.h.1")
+    assert check_fits(sae, backend) == Sites.one(site)
+    expected = backend.run(TOKENS, replace={site.hook_name: sae}, want="loss").loss
+    with saekit.splice(backend, sae) as spliced:
+        torch.testing.assert_close(spliced.run(TOKENS, want="loss").loss, expected)
+    assert "has no hook 'blocks.9.hook_resid_post'" in refused(
+        ModelError, sae_at("blocks.9.hook_resid_post", d_in=WIDTH), backend
+    )
 
 
 def test_another_width_names_site_width_and_hooks_that_have_it(lens: Any) -> None:

@@ -97,11 +97,7 @@ def evaluate(
         material = Material(plugins, text, model=model, device=device, say=say)
         choice = _ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
-    for name, one in results.items():
-        for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=2)
-        if save and (file := found[name].file) is not None:
-            _save(file, one)
+    _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
     return next(iter(results.values())) if alone else results
 
@@ -260,6 +256,15 @@ def _part(
         return attrs.evolve(result, sums={key: sums[key]})
     told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
     return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
+
+
+def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> None:
+    """Remarks as warnings, and the numbers beside the SAEs."""
+    for name, one in results.items():
+        for remark in one.remarks:
+            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=3)
+        if save and (file := subjects[name].file) is not None:
+            _save(file, one)
 
 
 def _save(file: Path, found: Evaluation) -> None:

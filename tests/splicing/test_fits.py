@@ -213,6 +213,14 @@ def test_sites_that_are_not_as_many_as_the_sae_has() -> None:
     )
 
 
+def test_weights_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, backend = sae_at(), FakeBackend()
+    check_fits(sae, backend)
+    with monkeypatch.context() as watched:
+        watched.setattr("saekit.weights.pieces", lambda *_: pytest.fail("they are looked at again"))
+        check_fits(sae, backend)
+
+
 @pytest.mark.parametrize(("number", "kind"), [(torch.nan, "NaN"), (torch.inf, "infinite")])
 def test_weights_that_are_not_finite(number: float, kind: str) -> None:
     sae, backend = sae_at(), FakeBackend()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import TokenChoice
 
-__all__ = ["asked_evals", "evaluate", "evaluated"]
+__all__ = ["ChosenTokens", "asked_evals", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, device=device, say=say)
-        choice = _ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
+        choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
@@ -103,7 +103,7 @@ def evaluate(
 
 
 @attrs.frozen(eq=False)
-class _ChosenTokens:
+class ChosenTokens:
     """What is asked for beside what SAEs say of the tokens that count."""
 
     exclude: bool | Sequence[int] | None = None
@@ -147,7 +147,7 @@ def evaluated(
     subjects: Mapping[str, Subject],
     evals: Mapping[str, Choice[Eval]],
     material: Material,
-    tokens: _ChosenTokens | None = None,
+    tokens: ChosenTokens | None = None,
     *,
     site: Site | Sites | str | None = None,
     verbose: bool = True,
@@ -156,7 +156,7 @@ def evaluated(
     """What ``evals`` find of ``subjects``; those with one model and the same contexts are measured together."""
     from saekit.ambient import ambient
 
-    tokens = tokens or _ChosenTokens()
+    tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
         for backend, contexts, names, about in material.groups(subjects, site):
@@ -173,7 +173,7 @@ def _of_group(
     backend: ModelBackend,
     contexts: Tensor,
     about: Mapping[str, Mapping[str, Any]],
-    tokens: _ChosenTokens,
+    tokens: ChosenTokens,
     verbose: bool,
 ) -> dict[str, Evaluation]:
     """SAEs that share a model and contexts."""
@@ -181,6 +181,8 @@ def _of_group(
     from saekit.evals.measured import Measured
     from saekit.progress import ProgressDisplay
 
+    if tokens.mask is None:
+        _warn_of_masks(group)
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(
@@ -219,6 +221,18 @@ def _of_group(
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
         found[name] = whole
     return found
+
+
+def _warn_of_masks(group: Mapping[str, Subject]) -> None:
+    """An SAE says which column of its data had a mask, not what was in it."""
+    for name, one in group.items():
+        if column := one.sae.info.metadata.get("mask_column"):
+            warnings.warn(
+                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
+                "that its other choices keep count. Give mask= to leave out others",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def _accumulates(built: object) -> bool:

@@ -1,5 +1,8 @@
 from .accumulating import AccumulatingEval as AccumulatingEval
 from .accumulating import finished as finished
+from .comparing import Compared as Compared
+from .comparing import differences as differences
+from .comparison import Comparison as Comparison
 from .engine import measure as measure
 from .means import read_means as read_means
 from .measured import Measured as Measured

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from saekit.errors import ConfigError
+from saekit.evals.comparing import differences
 from saekit.measuring import Evaluation
 
 __all__ = ["Difference", "paired"]
@@ -19,7 +17,7 @@ class Difference(NamedTuple):
     error: float
     """Its standard error, by bootstrap over the contexts that both have in common."""
     low: float
-    """Where its 95 % interval begins: the 2.5th percentile of the resamples."""
+    """Where its 95 % interval begins; see :mod:`saekit.evals.comparing`."""
     high: float
 
 
@@ -29,15 +27,5 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
     Contexts that are hard are so for both, so that this has smaller errors than the two numbers.
     :class:`ConfigError` where they were measured on different contexts.
     """
-    digests = one.about.get("contexts_digest"), other.about.get("contexts_digest")
-    if one.contexts != other.contexts or digests[0] != digests[1]:
-        raise ConfigError("paired differences need evaluations on the same contexts, and these are of different ones")
-    found = {}
-    for name in [name for name in one.resampled if name in other.resampled]:
-        drawn = one.resampled[name] - other.resampled[name]
-        finite = drawn[np.isfinite(drawn)]
-        enough = len(finite) > 1
-        low, high = np.percentile(finite, [2.5, 97.5]) if enough else (np.nan, np.nan)
-        error = float(finite.std(ddof=1)) if enough else float("nan")
-        found[name] = Difference(one.values[name] - other.values[name], error, float(low), float(high))
-    return found
+    pairs = differences({"one": one, "the other": other})
+    return {pair.metric: Difference(pair.difference, pair.error, pair.low, pair.high) for pair in pairs}

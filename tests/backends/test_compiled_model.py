@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, use
-from support.tiny import hooked_mamba, hooked_transformer, run_config
+from support.tiny import hooked_mamba, hooked_transformer, needs_transformer_lens_3, run_config
 from torch import Tensor
 
 import saekit
@@ -317,6 +317,7 @@ def test_another_thread_uses_the_same_code(counted: Counted) -> None:
 
 
 def test_a_run_trains_on_a_compiled_model(counted: Counted, tmp_path: Path) -> None:
+    needs_transformer_lens_3()
     metrics, lines = [], []
     for compiled in (False, True):
         config = run_config(

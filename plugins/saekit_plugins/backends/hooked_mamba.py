@@ -12,7 +12,9 @@ import attrs
 from saekit import ConfigError, Entry, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit.errors import MissingPackageError
 from saekit.hub import within_reach
+from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import check_folders
 from saekit_plugins.backends.outlines import mamba_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -48,21 +50,34 @@ class HookedMambaOptions:
             raise ConfigError([(attribute.name, f"HookedMamba's forward takes {allowed}, found {unknown}")])
 
 
+_INSTALL = "pip install 'saekit[mamba]' 'transformer-lens<4'"
+
+
+def _check_version() -> None:
+    if not has_hooked_transformer():
+        raise MissingPackageError(
+            "model backend HookedMamba needs mamba-lens, which works with transformer_lens 3 alone, and "
+            f"{lens_version()} is installed. Install what it needs in an environment of its own: {_INSTALL}"
+        )
+
+
 @hookimpl
 def saekit_register_model_backends() -> Iterable[Entry]:
+    fits = has_hooked_transformer()
     yield Entry(
         "HookedMamba",
         HookedMambaOptions,
         _build,
-        requires=("mamba_lens",),
+        requires=("mamba_lens",) if fits else (),  # where it could not work, the checks below say so
         extra="mamba",
-        summary="Mamba models through mamba-lens",
+        summary="Mamba models through mamba-lens" + ("" if fits else f", which needs transformer_lens 3: {_INSTALL}"),
         precheck=_precheck,
         outline=_outline,
     )
 
 
 def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+    _check_version()
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
     _check_fast_paths(config.forward_kwargs)
@@ -83,6 +98,7 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
 
 
 def _outline(config: HookedMambaOptions, *, model: ModelConfig) -> TransformerLensBackend:
+    _check_version()
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
     module = mamba_outline(model)
@@ -109,6 +125,7 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
 
 
 def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:
+    _check_version()
     check_folders(whole.model.name, config.tokenizer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
@@ -131,34 +131,38 @@ class _Exposed:
 
 
 @contextmanager
-def exposed(model: Any, names: Collection[str]) -> Iterator[Mapping[str, _Exposed]]:
-    """See :class:`saekit.abilities.ExposesHooks`; the innermost of several contexts has a name."""
+def exposed(names: Collection[str], *places: dict[str, Any]) -> Iterator[Mapping[str, _Exposed]]:
+    """See :class:`saekit.abilities.ExposesHooks`; the innermost of several contexts has a name.
+
+    ``places`` are the dictionaries in which a model's library looks for hook points by name.
+    """
     from transformer_lens.hook_points import HookPoint
 
     made: dict[str, Any] = {}
     for name in names:
         made[name] = point = HookPoint()
         point.name = name
-        vars(point)["below"] = model.hook_dict.get(name)  # of another splice, which is the outer one
-        model.mod_dict[name] = model.hook_dict[name] = point
+        vars(point)["below"] = places[0].get(name)  # of another splice, which is the outer one
+        for place in places:
+            place[name] = point
     try:
         yield {name: _Exposed(point) for name, point in made.items()}
     finally:
         for name, point in made.items():
-            _take_out(model, name, point)
+            _take_out(places, name, point)
 
 
-def _take_out(model: Any, name: str, point: Any) -> None:
+def _take_out(places: Sequence[dict[str, Any]], name: str, point: Any) -> None:
     """Of the points of one name, which lie one on the other, the one that is ``point``, wherever it lies."""
-    top, below = model.hook_dict.get(name), vars(point)["below"]
+    top, below = places[0].get(name), vars(point)["below"]
     if top is not point:
         while top is not None and vars(top).get("below") is not point:
             top = vars(top).get("below")
         if top is not None:
             vars(top)["below"] = below
         return
-    for places in (model.mod_dict, model.hook_dict):
+    for place in places:
         if below is None:
-            del places[name]
+            del place[name]
         else:
-            places[name] = below
+            place[name] = below

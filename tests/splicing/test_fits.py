@@ -23,6 +23,8 @@ from saekit.errors import SAEFormatError
 from saekit.splicing import check_fits, doubts_of_fit, model_name_of
 from saekit.testing import FakeBackend
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RESID, HEADS = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
 
 

@@ -144,6 +144,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         last = len(self.model.blocks) - 1
         first = (last, "hook_resid_post")
         for name in hooks:
+            if not self._has(name):
+                return None
             if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is not None:
                 post = match.group(2) == "hook_resid_post"
                 first = min(first, (int(match.group(1)), "hook_resid_post" if post else "hook_resid_pre"), key=_order)

@@ -87,6 +87,7 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
 def _outline(config: HookedMambaOptions, *, model: ModelConfig) -> TransformerLensBackend:
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
+    _check_dtype(model.dtype, config.forward_kwargs)
     module = mamba_outline(model)
     # Kernels for CUDA make no shapes; the way in plain torch makes the same.
     slow = {name: value for name, value in config.forward_kwargs.items() if name not in _FAST_PATHS}

@@ -196,6 +196,16 @@ def test_hooks_of_others_are_met_once(kind: str) -> None:
         assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
 
 
+def test_what_is_attached_is_in_the_value_or_met_later(kind: str) -> None:
+    found = backend(kind)
+    for entry in ends(kind, 1):
+        with found.attached({entry: lambda held: held * 2, inner(kind, 1): lambda held: held / 2}):
+            whole = found.run(TOKENS, read={entry}, want="logits")
+            begun = found.run_from(TOKENS, entry, whole.held[entry], want="logits")
+            assert torch.equal(begun.logits, whole.logits), entry
+        assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
+
+
 def test_what_a_forward_from_inside_refuses(kind: str) -> None:
     found, (entry, after) = backend(kind), ends(kind, 1)
     value = found.run(TOKENS, read={entry}).held[entry]

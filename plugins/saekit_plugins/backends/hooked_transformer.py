@@ -122,7 +122,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
                 pairs.append(("hook_embed", lambda activation, hook: once.pop() if once else activation))
             else:
                 tokens = given
-        compiled = nullcontext() if self._compiled is None else self._compiled.except_at([name for name, _ in pairs])
+        runs = len(options.get("only_use_these_layers", "?")) > 0  # where no block does, nothing is compiled
+        compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
                 tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}

@@ -102,6 +102,21 @@ def test_a_mamba(counted: Counted) -> None:
     assert counted.graphs == 1
 
 
+@pytest.mark.parametrize("mamba", [False, True])
+def test_a_forward_from_inside(counted: Counted, mamba: bool) -> None:
+    model, tokens = hooked_mamba() if mamba else hooked_transformer(), TOKENS[:, :6]
+    plain, compiled = backend(model, mamba=mamba, compile=False), backend(model, mamba=mamba)
+    for entry, blocks in (
+        ("blocks.1.hook_resid_pre", 1),
+        ("blocks.0.hook_resid_post", 1),
+        ("blocks.1.hook_resid_post", 0),
+    ):
+        whole = plain.run(tokens, read={entry}, want="loss")
+        counted.runs = 0
+        assert close(compiled.run_from(tokens, entry, whole.held[entry], want="loss").loss, whole.loss), entry
+        assert counted.runs == blocks + (0 if mamba else 2), "of transformer_lens, the norm and the unembedding, too"
+
+
 # ---- compiled code really runs
 
 

@@ -152,6 +152,14 @@ def test_other_objects_are_told_what_to_do() -> None:
         backend(model)
 
 
+def test_a_mamba_in_half_precision_is_refused_before_it_fails() -> None:
+    half = torch.nn.Module.to(hooked_mamba(), torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=r"mamba-lens runs no model in bfloat16 without .*: choose float32 \(model.dtype\)"
+    ):
+        backend(half, "HookedMamba")
+
+
 def test_fast_paths_of_mamba_without_their_packages() -> None:
     from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import ConfigError, Entry, hookimpl
+from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
 from saekit.errors import MissingPackageError
@@ -84,7 +84,9 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
     check_passed(loaded, "HookedMamba")
     if loaded is not None:
         check_not_for_passed(config, "tokenizer", "from_pretrained_kwargs")
-    module: Any = loaded or _load(config, model)
+    given: Any = loaded
+    _check_dtype(str(next(given.parameters()).dtype) if loaded is not None else model.dtype, config.forward_kwargs)
+    module: Any = given if loaded is not None else _load(config, model)
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -101,6 +103,7 @@ def _outline(config: HookedMambaOptions, *, model: ModelConfig) -> TransformerLe
     _check_version()
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
+    _check_dtype(model.dtype, config.forward_kwargs)
     module = mamba_outline(model)
     # Kernels for CUDA make no shapes; the way in plain torch makes the same.
     slow = {name: value for name, value in config.forward_kwargs.items() if name not in _FAST_PATHS}
@@ -122,6 +125,16 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     if problems:
         raise ConfigError(problems)
+
+
+def _check_dtype(dtype: str, forward_kwargs: Mapping[str, Any]) -> None:
+    """The scan in plain torch begins with zeros in float32, whatever the model is in, and torch does not mix them."""
+    name = dtype.removeprefix("torch.")
+    if name in ("bfloat16", "float16") and not forward_kwargs.get("fast_ssm"):
+        raise ModelError(
+            f"mamba-lens runs no model in {name} without forward_kwargs.fast_ssm (for CUDA): choose float32 "
+            "(model.dtype)"
+        )
 
 
 def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:

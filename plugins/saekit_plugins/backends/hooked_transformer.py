@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -119,7 +120,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
                 pairs.append(("hook_embed", lambda activation, hook: once.pop() if once else activation))
             else:
                 tokens = given
-        compiled = nullcontext() if self._compiled is None else self._compiled.except_at([name for name, _ in pairs])
+        runs = len(options.get("only_use_these_layers", "?")) > 0  # where no block does, nothing is compiled
+        compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
                 tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
@@ -137,15 +139,16 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         return exposed(names, self.model.hook_dict, self.model.mod_dict)
 
     def entry_of(self, hooks: Collection[str]) -> str | None:
-        accepted = inspect.signature(self.model.forward).parameters
         cfg, known = self.model.cfg, self.model.hook_dict
-        if not {"start_at_layer", "only_use_these_layers"} & set(accepted) or set(_OWN_WAY) & set(self._forward_kwargs):
+        if "start_at_layer" not in self._accepted or set(_OWN_WAY) & set(self._forward_kwargs):
             return None
         if getattr(cfg, "positional_embedding_type", None) == "shortformer":  # every block adds what the tokens make
             return None
         last = len(self.model.blocks) - 1
         first = (last, "hook_resid_post")
         for name in hooks:
+            if not self._has(name):
+                return None
             if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is not None:
                 post = match.group(2) == "hook_resid_post"
                 first = min(first, (int(match.group(1)), "hook_resid_post" if post else "hook_resid_pre"), key=_order)
@@ -162,7 +165,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         layer, value = int(match.group(1)), hooks.given
         if match.group(2) == "hook_resid_post":
             layer, value = layer + 1, hooks(match.group(), value)
-        if "only_use_these_layers" in inspect.signature(self.model.forward).parameters:  # a Mamba's
+        if "only_use_these_layers" in self._accepted:  # a Mamba's, which starts at no layer and goes on to the end
             stop = options.get("stop_at_layer")
             options["only_use_these_layers"] = range(layer, len(self.model.blocks) if stop is None else stop)
             return value
@@ -194,12 +197,16 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         parent, _, number = name.rpartition(".")
         return name in self.model.hook_dict or (number.isdigit() and parent in dict(self.model.named_modules()))
 
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """What the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
     def _checked_kwargs(self) -> dict[str, Any]:
-        accepted = inspect.signature(self.model.forward).parameters
-        if unknown := sorted(set(self._forward_kwargs) - set(accepted)):
+        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
             raise ModelError(
                 f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(set(accepted) - {'input'})}"
+                f"{sorted(self._accepted - {'input'})}"
             )
         return self._forward_kwargs
 

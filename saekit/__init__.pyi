@@ -31,6 +31,7 @@ from .saved import PretrainedSAE as PretrainedSAE
 from .saved import SAEFiles as SAEFiles
 from .site import Site as Site
 from .site import Sites as Sites
+from .splicing.context import splice as splice
 from .values import Batch as Batch
 from .values import Forward as Forward
 from .values import Ports as Ports

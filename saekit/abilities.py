@@ -27,6 +27,7 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+    "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",
     "HasMemory",
@@ -79,25 +80,34 @@ class AttachesHooks(Protocol):
     """
 
     def attached(
-        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor, int], None] | None = None
+        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor | None, int], None] | None = None
     ) -> AbstractContextManager[None]:
         """While the context is open, the model goes on with what the functions return at the hooks of these names.
 
         A hook that is read then holds what was put there.  ``on_tokens`` is told of every forward before it begins: the
-        token ids ``[b, t]``, and how many positions came before them, which a cache of keys and values stands for.
+        token ids ``[b, t]``, or None where the forward is given something else, and how many positions came before
+        them, which a cache of keys and values stands for.
         Afterwards the model is as it was: every hook, their order, and those that are permanent.
         """
+
+
+class ExposedPoint(Protocol):
+    """A hook point that a library was told of."""
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether anything is hooked to it now; else nothing need pass."""
+
+    def __call__(self, value: Tensor, /) -> Tensor:
+        """What the library's hooks make of ``value``."""
 
 
 @runtime_checkable
 class ExposesHooks(Protocol):
     """A model backend whose library can be told of further hook points, so that its own functions see them."""
 
-    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, Replacement]]:
-        """While the context is open, the model has hook points of these names.
-
-        Each function passes a tensor through the hook point, and returns what the library's hooks make of it.
-        """
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """While the context is open, the model has hook points of these names."""
 
 
 @runtime_checkable

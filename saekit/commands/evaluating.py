@@ -78,8 +78,7 @@ def evaluate(
     ``mask`` leaves out others: ``[n, context_size]`` bool for ``contexts``, or a function of tokens ``[b, t]``.
 
     What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off.
-    What is worse than the mean is a ``UserWarning``.  Raises :class:`saekit.errors.SaekitError` for what cannot be
-    found or does not fit.
+    What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
@@ -181,6 +180,8 @@ def _of_group(
     from saekit.evals.measured import Measured
     from saekit.progress import ProgressDisplay
 
+    if tokens.mask is None:
+        _warn_of_masks(group)
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(
@@ -219,6 +220,18 @@ def _of_group(
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
         found[name] = whole
     return found
+
+
+def _warn_of_masks(group: Mapping[str, Subject]) -> None:
+    """An SAE says which column of its data had a mask, not what was in it."""
+    for name, one in group.items():
+        if column := one.sae.info.metadata.get("mask_column"):
+            warnings.warn(
+                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
+                "that its other choices keep count. Give mask= to leave out others",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def _accumulates(built: object) -> bool:

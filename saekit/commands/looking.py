@@ -37,6 +37,8 @@ __all__ = ["backend_of", "corpus_of", "load_model", "top_texts"]
 _ABOUT_TOKENS = (
     "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token"
 )  # fmt: skip
+_OF_ITS_TEXT = ("disable_concat_sequences", "chat_template")
+"""What is taken over where the text is the SAE's own; another one may have other documents."""
 
 
 def load_model(
@@ -285,7 +287,9 @@ def _packed_alike(
     plugins: PluginManager,
 ) -> DatasetConfig:
     """``config`` with the options about tokens that the SAE's metadata has, where they are not ``given``."""
-    known = {name: about[name] for name in _ABOUT_TOKENS if about.get(name) is not None}
+    own = list(given) == ["path"] and given["path"] == about.get("dataset_path")
+    names = (*_ABOUT_TOKENS, *_OF_ITS_TEXT) if own else _ABOUT_TOKENS
+    known = {name: about[name] for name in names if about.get(name) is not None}
     size = known.get("context_size")
     if isinstance(size, int) and backend.n_ctx is not None:
         known["context_size"] = min(size, backend.n_ctx)

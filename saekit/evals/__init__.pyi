@@ -14,4 +14,5 @@ from .rows import row_metrics as row_metrics
 from .rows import row_sums as row_sums
 from .sums import Sums as Sums
 from .sums import Totals as Totals
+from .sums import ratio as ratio
 from .variance import variance_metrics as variance_metrics

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import numpy as np
 
 from saekit.evals.sums import N_BOOTSTRAP, Sums, Totals
@@ -54,12 +55,17 @@ class AccumulatingEval(ABC):
 
     def counted(self, sums: Sums) -> dict[str, Any]:
         """What else :class:`Evaluation` has of it, by the names of its fields: values that have no error, histograms,
-        numbers of each feature, remarks."""
+        numbers of each feature."""
         return {}
+
+    def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
+        """What looks wrong with the numbers, in words."""
+        return ()
 
     def result(self, sums: Sums) -> Evaluation:
         """What the sums say."""
-        return finished(sums, self.metrics, self.n_bootstrap, **self.counted(sums))
+        found = finished(sums, self.metrics, self.n_bootstrap, **self.counted(sums))
+        return attrs.evolve(found, remarks=(*found.remarks, *self.remarks(found.values)))
 
     def __call__(self, sae: SAEModule, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
         """Numbers by name, with the standard error of each as ``NAME_se``: the engine runs with this eval alone.
@@ -84,9 +90,8 @@ def finished(
     """The :class:`Evaluation` of ``sums`` by the function ``metrics`` of their totals, with bootstrap errors."""
     if not len(sums):
         raise ValueError("nothing was measured: there are no contexts")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
-        portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(sums) > 1 else []
+    found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
+    portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(sums) > 1 else []
     drawn = {name: np.concatenate([portion[name] for portion in portions]) for name in found} if portions else {}
     errors = {name: _error(values) for name, values in drawn.items()}
     return Evaluation(

@@ -38,18 +38,20 @@ def all_called(
     backend: ModelBackend,
     sites: Sites,
     contexts: Tensor | None,
+    mask: Tensor | None = None,
     guard: Guard = nullcontext,
 ) -> dict[str, Any]:
     """What each of ``evals`` finds of ``sae``, by name; those that accumulate share each forward of the model.
 
-    Of these they are numbers with standard errors, ``NAME_se``.  ``guard(name)`` surrounds what each does.
+    Tokens that do not count for ``sae`` are left out, and those where ``mask [n, t]`` is false.  Of these they are
+    numbers with standard errors, ``NAME_se``.  ``guard(name)`` surrounds what each does.
     """
     together = {name: one for name, one in evals.items() if contexts is not None and isinstance(one, Accumulates)}
     found: dict[str, Any] = dict.fromkeys(evals)
     if together and contexts is not None:
         tokens = TokenChoice.of_metadata(sae.info.metadata, special_ids(backend))
         subject = Measured(sae, sites, together, tokens, guard)
-        (sums,) = measure([subject], backend=backend, contexts=contexts)
+        (sums,) = measure([subject], backend=backend, contexts=contexts, mask=mask)
         for name, one in together.items():
             with guard(name), ambient(), torch.no_grad():
                 found[name] = one.result(sums[name]).numbers()

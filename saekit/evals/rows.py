@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saekit.devices import widest
-from saekit.evals.sums import Sums, Totals
+from saekit.evals.sums import Sums, Totals, ratio
 from saekit.kernels.sparse import SparseFeatures
 from saekit.sae.module import SAEModule
 from saekit.values import Histogram
@@ -104,14 +104,14 @@ def row_metrics(totals: Totals) -> dict[str, Any]:
         columns = slice(first, first := first + width)
         found[f"explained_variance/{name}"] = _explained(totals, f"/{name}", columns)
     return found | {
-        "mse": totals["error"] / n,
-        "l0": totals["l0"] / n,
-        "l1": totals["l1"] / n,
-        "cosine_similarity": totals["cosines"] / n,
-        "l2_norm_in": norm_in / n,
-        "l2_norm_out": norm_out / n,
-        "l2_ratio": norm_out / norm_in,
-        "relative_reconstruction_bias": totals["squares_out"] / totals["dot"],
+        "mse": ratio(totals["error"], n),
+        "l0": ratio(totals["l0"], n),
+        "l1": ratio(totals["l1"], n),
+        "cosine_similarity": ratio(totals["cosines"], n),
+        "l2_norm_in": ratio(norm_in, n),
+        "l2_norm_out": ratio(norm_out, n),
+        "l2_ratio": ratio(norm_out, norm_in),
+        "relative_reconstruction_bias": ratio(totals["squares_out"], totals["dot"]),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["N_BOOTSTRAP", "Sums", "Totals", "resamples"]
+__all__ = ["N_BOOTSTRAP", "Sums", "Totals", "ratio", "resamples"]
 
 N_BOOTSTRAP = 1000
 """Resamples for standard errors, where nobody says how many."""
@@ -162,6 +162,11 @@ class Totals:
         between = (off**2).sum(1) / np.maximum(rows, 1)
         together = ((self._weights @ off) ** 2).sum(1) / np.maximum(self._weights @ rows, 1)
         return self[within] + self._weights @ between - together  # type: ignore[no-any-return]
+
+
+def ratio(part: Any, whole: Any) -> Array:
+    """``part / whole``; nan where that is 0."""
+    return np.where(whole != 0, part / np.where(whole != 0, whole, 1), np.nan)  # type: ignore[no-any-return]
 
 
 def _joined(parts: Sequence[Array]) -> Array:

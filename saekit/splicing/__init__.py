@@ -1,4 +1,7 @@
-"""SAEs inside their models: attached at their sites, and looked at before that."""
+"""SAEs inside models: what is put where, for a while, in every forward.
+
+The room is not called as its function ``saekit.splice``, which a module of that name would replace.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ import attrs
 import torch
 
 from saekit.abilities import HasOtherNames, TranslatesHooks
-from saekit.backends.base import no_hook
+from saekit.backends.base import Backend, no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["check_fits", "doubts_of_fit", "model_name_of"]
 
 _LOOKED_AT = 32  # hooks, for one of the width that was expected
-_known: WeakKeyDictionary[ModelBackend, dict[Site, int]] = WeakKeyDictionary()
-"""The widths of sites that were found."""
+_known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
+"""By models, the widths of sites that were found."""
 
 
 def check_fits(
@@ -37,7 +38,7 @@ def check_fits(
 
     Where the model lacks a hook of that name, its backend is asked for the one that means the same
     (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
-    not known.  The first time that a site is asked for, the model runs on a few tokens.
+    not known.  The first time that a site is asked for, the model runs on a few tokens, which no hook of others sees.
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
@@ -186,12 +187,7 @@ def _of_model(sites: Sites, backend: ModelBackend) -> Sites:
 
 
 def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
-    try:
-        known = _known.setdefault(backend, {})
-    except TypeError:  # an object that cannot be a key
-        known = {}
-    if unknown := [site for site in sites.all if site not in known]:
-        known.update((site, width) for site, (width, _) in probe(backend, unknown).items())
+    known = _widths(sites, backend)
     problems = []
     for what, named, widths in (
         ("d_in", sites.inputs, sae.ports.inputs),
@@ -206,9 +202,27 @@ def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
         raise ConfigError(problems, "the SAE in this model")
 
 
+def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
+    """Of each of ``sites``, and of others that were asked for."""
+    try:
+        known = _known.setdefault(getattr(backend, "model", backend), {})
+    except TypeError:  # an object that cannot be a key
+        known = {}
+    if unknown := [site for site in sites.all if site not in known]:
+        with _undisturbed(backend):
+            known.update((site, width) for site, (width, _) in probe(backend, unknown).items())
+    return known
+
+
+def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
+    """Hooks that others have put into the model are not for a forward that only looks."""
+    return backend.undisturbed() if isinstance(backend, Backend) else nullcontext()
+
+
 def _instead(site: Site, width: int, backend: ModelBackend) -> str:
     """Where the model has vectors of that width, as a sentence; nothing where it has none nearby."""
-    shapes = dict(_shapes(backend, _like(site.hook_name, backend)))
+    with _undisturbed(backend):
+        shapes = dict(_shapes(backend, _like(site.hook_name, backend)))
     here = shapes.pop(site.hook_name, [])
     if len(here) == 2 and width == here[1] and site.hook_head_index is None:
         return f". One head of it is so wide: give hook_head_index, 0 to {here[0] - 1}"

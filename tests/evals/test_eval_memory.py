@@ -24,8 +24,8 @@ from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 EVALS = (
-    ReconstructionEval(ReconstructionConfig(batch_size_prompts=8)),
-    DownstreamEval(DownstreamConfig(batch_size_prompts=8, kl=True)),
+    ReconstructionEval(ReconstructionConfig(batch_size_prompts=8, n_bootstrap=0)),
+    DownstreamEval(DownstreamConfig(batch_size_prompts=8, n_bootstrap=0)),
 )
 
 
@@ -65,7 +65,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
     sae, found = make_sae(), []
     sae.kernels = kernels
     monkeypatch.setattr(pieces, "_BYTES", 64 * 512 * 4)  # 64 rows, or 4 contexts
-    for contexts in (tokens(32), tokens(64), tokens(128)):
+    for contexts in (tokens(16), tokens(32), tokens(64)):
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
             for measure in EVALS:

@@ -1,7 +1,7 @@
 """Makes ``tests/golden_splicing/sae_lens_3_faults.json``: what known faults of sae-lens 3.0.0 give, in an environment
 that has it.
 
-The model is that of ``tests/support/splicing_calls.py``.  By the faults' numbers: an error in words, a loss, logits, or
+The model is that of ``calls.py`` beside it.  By the faults' numbers: an error in words, a loss, logits, or
 what was counted.
 """
 
@@ -16,15 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "support"))
+import calls
+import torch
+from sae_lens import SAE, HookedSAETransformer
+from sae_lens.evals import get_recons_loss, run_evals
+from sae_lens.sae import SAEConfig
+from sae_lens.training.training_sae import TrainingSAE, TrainingSAEConfig
 
-import splicing_calls as calls  # noqa: E402
-import torch  # noqa: E402
-from sae_lens import SAE, HookedSAETransformer  # noqa: E402
-from sae_lens.evals import get_recons_loss, run_evals  # noqa: E402
-from sae_lens.sae import SAEConfig  # noqa: E402
-from sae_lens.training.training_sae import TrainingSAE, TrainingSAEConfig  # noqa: E402
+HERE = Path(__file__).parent
 
 STORE = SimpleNamespace(normalize_activations=False)
 

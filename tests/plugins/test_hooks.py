@@ -129,7 +129,9 @@ PUBLIC_MODULES = [
     "sae",
     "sae.init",
     "site",
+    "splicing",
     "testing",
+    "tokens",
     "transforms",
     "values",
 ]

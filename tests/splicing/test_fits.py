@@ -92,6 +92,33 @@ def test_a_backend_that_cannot_be_remembered_is_asked_each_time() -> None:
     assert len(backend.forwards) == 2
 
 
+def test_hooks_that_are_in_the_model_do_not_see_the_look_at_it(lens: Any) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    model = hooked_transformer(seed=1)
+    handles = [model.hook_dict["hook_embed"].register_forward_hook(never), model.register_forward_pre_hook(never)]
+    model.add_hook("blocks.0.hook_resid_post", never, is_permanent=True)
+    before = [[*module._forward_hooks] for module in model.modules()]
+    with pytest.raises(ConfigError, match="So wide are"):
+        check_fits(sae_at(d_in=64), saekit.load_model(model))
+    assert [[*module._forward_hooks] for module in model.modules()] == before
+    for handle in handles:
+        handle.remove()
+    backend, seen = FakeBackend(), []
+    with backend.attached({"hook_embed": seen.append}, on_tokens=never):
+        check_fits(sae_at(), backend)
+    assert seen == []
+
+
+def test_a_model_is_looked_at_once_however_it_is_wrapped() -> None:
+    model = hooked_transformer(seed=2)
+    check_fits(sae_at(d_in=16), saekit.load_model(model))
+    again = saekit.load_model(model)
+    again.run = lambda *args, **kwargs: pytest.fail("it runs")  # type: ignore[method-assign]
+    check_fits(sae_at(d_in=16), again)
+
+
 def test_an_unknown_hook_with_near_names() -> None:
     message = refused(ModelError, sae_at("blocks.1.hook_resid_pots"), FakeBackend())
     assert message == (

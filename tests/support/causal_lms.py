@@ -22,6 +22,12 @@ WIDTH = 16
 VOCABULARY = 2048
 TOKENS = torch.randint(1, 2000, (3, 20), generator=torch.Generator().manual_seed(0))
 
+_TYPES = {"neox": "gpt_neox"}
+_GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
+_MORE: dict[str, dict[str, Any]] = {
+    "neox": {}, "phi": {}, "gptj": {"rotary_dim": 4}, "stablelm": {"num_key_value_heads": 2},
+    "gpt_neo": {"num_layers": LAYERS, "num_heads": 2, "attention_types": [[["global"], LAYERS]]},
+}  # fmt: skip
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
@@ -30,7 +36,9 @@ _SHAPE = {
 
 
 def make_causal_lm(kind: str, **changes: Any) -> Any:
-    """A new model of the family ``kind``, in evaluation mode, without a tokenizer.
+    """A new model of the family ``kind``, one of :data:`BLOCKS` or a ``model_type`` of transformers.
+
+    It is in evaluation mode, and without a tokenizer.
 
     Every parameter is random, norms and biases too, so that no two places hold the same.  ``changes`` are options of
     the family's configuration, such as ``use_parallel_residual=False``.
@@ -42,10 +50,11 @@ def make_causal_lm(kind: str, **changes: Any) -> Any:
         shape = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2}
         config: Any = transformers.GPT2Config(**shape | _SPECIAL | changes)
     else:
-        name = {"llama": "Llama", "qwen2": "Qwen2", "gemma2": "Gemma2", "neox": "GPTNeoX"}[kind] + "Config"
-        heads = {} if kind == "neox" else {"num_key_value_heads": 1, "head_dim": 8}
-        config = getattr(transformers, name)(**_SHAPE | heads | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+        config = transformers.AutoConfig.for_model(
+            _TYPES.get(kind, kind), **_SHAPE | _MORE.get(kind, _GROUPED) | changes
+        )
+    library: Any = transformers.AutoModelForCausalLM  # its methods have no types
+    model = library.from_config(config)
     drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():

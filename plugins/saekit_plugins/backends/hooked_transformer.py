@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +15,8 @@ from saekit import Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.compiled_parts import CompiledParts
+from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -22,6 +24,7 @@ from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.abilities import ExposedPoint
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
@@ -38,7 +41,7 @@ _BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
 _OWN_WAY = ("start_at_layer", "stop_at_layer", "tokens", "prepend_bos", "padding_side", "past_kv_cache",
             "shortformer_pos_embed", "only_use_these_layers")  # fmt: skip
-"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is always whole."""
+"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is whole."""
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +77,17 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def other_names(self) -> Collection[str]:
         return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the one where transformers' module of that path has its place."""
+        if name in self.model.hook_dict:
+            return name
+        cfg = self.model.cfg
+        known = layout_of_architecture(
+            getattr(cfg, "original_architecture", None), parallel=getattr(cfg, "parallel_attn_mlp", False)
+        )
+        found = None if known is None else known.lens_hook(name)
+        return found if found in self.model.hook_dict else None
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's
@@ -116,6 +130,14 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
             hooks(entry, out)
         return out
 
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
+        return begins(self.model, self.model.get_submodule(embedding), tell)
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(self.model, names)
+
     def entry_of(self, hooks: Collection[str]) -> str | None:
         accepted = inspect.signature(self.model.forward).parameters
         cfg, known = self.model.cfg, self.model.hook_dict
@@ -149,7 +171,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         options |= {"start_at_layer": layer, "tokens": tokens}
         tokenizer = self.model.tokenizer
         if getattr(tokenizer, "padding_side", None) == "left" and "attention_mask" not in self._forward_kwargs:
-            from transformer_lens.utils import get_attention_mask
+            from transformer_lens.utilities.tokenize_utils import get_attention_mask
 
             options["attention_mask"] = get_attention_mask(tokenizer, tokens, self.model.cfg.default_prepend_bos)
         return value
@@ -165,7 +187,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         last = max(layers, default=-1)
         entry = f"blocks.{last}.hook_resid_pre"
         only_entry = [name for name in hooks.read if name.startswith(f"blocks.{last}.")] == [entry]
-        if only_entry and not self.model.hook_dict[entry].fwd_hooks:
+        if only_entry and not self.model.hook_dict[entry]._forward_hooks:
             return last, entry
         return last + 1, None
 

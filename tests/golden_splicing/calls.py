@@ -51,7 +51,7 @@ def model_of(kind: Any) -> Any:
 
 
 Calls = Callable[[Any, dict[str, Any]], dict[str, Any]]
-"""Takes a model and SAEs by name (``a_err`` has ``use_error_term``); gives tensors, texts and lists of texts by name."""
+"""Takes a model, and SAEs by name (``a_err`` has ``use_error_term``); gives tensors, and lists of texts, by name."""
 
 
 def attached(model: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 SAEs of the embedded model, made of the principal directions of its activations, and what sae-lens' ``run_evals`` finds
 of them on contexts of Python's standard library, in which bos stands in the middle, too.  Tensors:
-``tokens``, and of each site ``SITE.W_dec`` and ``SITE.b_dec`` in float16; metrics are JSON in the metadata, by site, and
+``tokens``, and of each site ``SITE.W_dec`` and ``SITE.b_dec`` in float16; metrics are JSON in the metadata, by site and
 by whether special tokens count.
 """
 

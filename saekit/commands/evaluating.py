@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
 from saekit.measuring import Evaluation, Evaluations
+from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import chosen_evals
@@ -182,6 +184,10 @@ def _of_group(
 
     if tokens.mask is None:
         _warn_of_masks(group)
+
+    def guard(key: str) -> AbstractContextManager[None]:
+        return blamed(evals[key].item, "__call__", at_work=True)
+
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(
@@ -189,6 +195,7 @@ def _of_group(
             about[name]["sites"],
             {key: cast("Any", built) for key, built in made[name].items() if _accumulates(built)},
             tokens.of(one.sae, backend),
+            guard,
         )
         for name, one in group.items()
     ]
@@ -264,10 +271,11 @@ def _part(
     from saekit.evals.calling import called
     from saekit.training.metrics import numbers_of
 
-    if key in sums:
-        result: Evaluation = built.result(sums[key])
-        return attrs.evolve(result, sums={key: sums[key]})
-    told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
+    with subject.guard(key):
+        if key in sums:
+            result: Evaluation = built.result(sums[key])
+            return attrs.evolve(result, sums={key: sums[key]})
+        told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
     return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
 
 

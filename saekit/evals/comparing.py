@@ -86,8 +86,8 @@ def _check_same(found: Mapping[str, Evaluation]) -> None:
         if one.contexts != other.contexts or digests[0] != digests[1]:
             raise ConfigError(
                 f"paired differences need evaluations on the same contexts: {first} was measured on "
-                f"{len(one.contexts):,} contexts and {name} on {len(other.contexts):,}, which are not the same. Measure "
-                "both on the same text"
+                f"{len(one.contexts):,} contexts and {name} on {len(other.contexts):,}, which are not the same. "
+                "Measure both on the same text"
             )
 
 

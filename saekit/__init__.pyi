@@ -1,4 +1,6 @@
 from ._version import __version__ as __version__
+from .commands.comparing import compare as compare
+from .commands.evaluating import evaluate as evaluate
 from .commands.jobs import cache_activations as cache_activations
 from .commands.jobs import plan as plan
 from .commands.jobs import pretokenize as pretokenize

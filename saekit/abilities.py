@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
+from saekit.protocols import ActivationFunction, Eval, Optimizer, PretrainedLoader, Tracker
 from saekit.values import Forward, Replacement, RunEnd, Want
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.converted import ConvertedConfig
-    from saekit.site import Site
+    from saekit.measuring import Evaluation, Needs, Seen
+    from saekit.site import Site, Sites
 
 __all__ = [
+    "Accumulates",
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
@@ -30,6 +32,7 @@ __all__ = [
     "GuardedOptimizer",
     "HasMemory",
     "HasMoments",
+    "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
     "LocatesFiles",
@@ -51,6 +54,14 @@ class HasTokenizer(Protocol):
 
     tokenizer: Any
     """None for a model without."""
+
+
+@runtime_checkable
+class HasOtherNames(Protocol):
+    """A model backend that knows what else its model is called, so that an SAE of that name is taken for its own."""
+
+    def other_names(self) -> Collection[str]:
+        """Such as ``gpt2-small`` for ``gpt2``."""
 
 
 @runtime_checkable
@@ -133,6 +144,31 @@ class TranslatesHooks(Protocol):
 
         A name of its own is itself.
         """
+
+
+@runtime_checkable
+class Accumulates(Eval, Protocol):
+    """An eval that sums up what it sees, batch by batch: many of them, of many SAEs, share each forward of the model.
+
+    Its sums may be made in parts, of different contexts, and put together in any order; derive it from
+    :class:`saekit.evals.AccumulatingEval`.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it must be shown."""
+
+    def start(self, sae: Any, sites: Sites) -> Any:
+        """The sums of nothing, for ``sae``, a :class:`saekit.SAE` at ``sites``."""
+
+    def update(self, sums: Any, seen: Seen) -> None:
+        """Take in one batch of contexts."""
+
+    def merge(self, one: Any, other: Any) -> Any:
+        """The sums of both parts, which are of different contexts; either stays as it is."""
+
+    def result(self, sums: Any) -> Evaluation:
+        """What the sums say: the same numbers in whatever order parts were merged."""
 
 
 @runtime_checkable

@@ -15,9 +15,11 @@ import typer
 from saekit._version import __version__
 from saekit.commands.terminal import (
     cache,
+    compare,
     config,
     convert_config,
     demo,
+    evals,
     plan,
     plugins,
     pretokenize,
@@ -66,6 +68,8 @@ app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
+app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
+app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))

@@ -16,10 +16,19 @@ from saekit.values import Forward, Replacement, Want
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Backend", "OnTokens"]
+    from saekit.protocols import ModelBackend
+
+__all__ = ["Backend", "OnTokens", "no_hook"]
 
 OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
 """Told of a forward before it begins: see :class:`saekit.abilities.AttachesHooks`."""
+
+
+def no_hook(backend: ModelBackend, name: str) -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
+    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
+    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
 
 
 class Backend(ABC):
@@ -50,9 +59,7 @@ class Backend(ABC):
 
     def no_hook(self, name: str) -> ModelError:
         """The error for a hook that the model does not have, with those that are spelled alike."""
-        close = difflib.get_close_matches(name, self.hook_names(), n=3)
-        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return ModelError(f"the model {self.name!r} has no hook {name!r}{hint}")
+        return no_hook(self, name)
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -142,6 +149,15 @@ class Backend(ABC):
             yield
         finally:
             self._attached = tuple(one for one in self._attached if one is not own)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While the context is open, :meth:`run` meets nothing that was attached: for a look at the model itself."""
+        kept, self._attached = self._attached, ()
+        try:
+            yield
+        finally:
+            self._attached = kept
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """The weights ``[d_model, d_vocab]`` that make logits, and the bias ``[d_vocab]`` if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ModuleBackend"]
 
 _INPUT = ".input"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class ModuleBackend(Backend):
@@ -89,6 +91,19 @@ class ModuleBackend(Backend):
             for name, replacement in replace.items():
                 attached.callback(self._attach(name, _standing(name, replacement, begun)).remove)
             yield
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """As that of the base class; hooks of torch's, whoever added them, are not there for that long."""
+        aside = [(module, {name: vars(module)[name] for name in _HOOKS}) for module in self.model.modules()]
+        for module, _ in aside:
+            vars(module).update({name: OrderedDict() for name in _HOOKS})
+        try:
+            with super().undisturbed():
+                yield
+        finally:
+            for module, hooks in aside:
+                vars(module).update(hooks)
 
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.

@@ -138,7 +138,8 @@ class _Planner:
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         if schedule is not None and (remark := schedule.remark()) is not None:
             self.warnings.append(remark)
-        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
+        mask = config.tokens.mask_column
+        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset, mask))
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
@@ -150,13 +151,15 @@ class _Planner:
         measured = functools.partial(corpus.held_out, backend, seed=0)
         self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu"))
         fits, there = self.fitting(backend, corpus)
-        stream = open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt)
+        stream = self.attempt(lambda: open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt))
+        if stream is None:
+            return
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
             reads = source is None or "contexts" in vars(stream)
             if stream.has_model and (reads or config.evals.reads_text):
-                self.text(corpus, backend, reads=reads)
+                self.text(corpus, backend, stream, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
                 return
@@ -224,10 +227,11 @@ class _Planner:
                 "no firing fractions are logged"
             )
 
-    def text(self, corpus: Corpus, backend: ModelBackend, *, reads: bool) -> None:
+    def text(self, corpus: Corpus, backend: ModelBackend, stream: StreamContext, *, reads: bool) -> None:
         """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
-        found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
+        found = look_at_text(self.config, corpus, backend, self.attempt, stream, reads=reads)
         self.facts |= found.facts
+        self.numbers |= found.numbers
         self.doubt(*found.warnings)
 
     def sizes(
@@ -265,7 +269,9 @@ class _Planner:
         _, there = self.fitting(outline, corpus)
         if not there:
             return
-        stream = open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all)
+        stream = self.attempt(lambda: open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all))
+        if stream is None:
+            return
         stream.contexts = _no_contexts(outline, corpus)
         source = None
         if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:

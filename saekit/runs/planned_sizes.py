@@ -18,7 +18,7 @@ from saekit.protocols import ActivationSource, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes
-from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
 from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
@@ -217,7 +217,10 @@ class Sizes:
         check_hooks(stream.backend, sites, "activations.cache.sites")
         wide = open_stream(self.config, self.corpus, self.plugins, stream.backend, sites)
         wide.identity = {}  # it is the same size, and to find it out the text would be opened
-        needed = plan_cache(self.config, wide, size).bytes_for(cached_contexts(self.config, size))
+        most = wide.rows_per_context(size)
+        contexts = cached_contexts(self.config, most)
+        rows = contexts * most if not (wide.choice.exclude or self.config.tokens.mask_column) else None
+        needed = plan_cache(self.config, wide, size).bytes_for(contexts, rows or cached_rows(self.config))
         free = free_disk(self.config.activations.cache.folder)
         self.numbers["cache_bytes"] = needed
         words = f"{bytes_text(needed)} if `saekit cache` writes it; {bytes_text(free)} are free"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import attrs
@@ -82,7 +82,7 @@ class Attachment:
         if hook not in self.written_at:
             return activation
         if self.name not in now.outputs:
-            now.outputs[self.name] = self._outputs(now.inputs.pop(self.name, {}), hook, activation, watch)
+            now.outputs[self.name] = self._outputs(now, hook, activation, watch)
         left = now.outputs[self.name]
         names = [site.name for site in self.sites.targets if site.hook_name == hook]
         here = {name: left.pop(name).to(activation.device) for name in names}
@@ -90,11 +90,17 @@ class Attachment:
             del now.outputs[self.name]
         return self.sites.replaced(hook, activation, here, self._kept(now, activation))
 
-    def _outputs(self, held: Mapping[str, Tensor], hook: str, activation: Tensor, watch: Watch) -> dict[str, Tensor]:
+    def _outputs(self, now: Passing, hook: str, activation: Tensor, watch: Watch) -> dict[str, Tensor]:
         """``[b, t, width]`` by the names of the targets; ``hook``, which holds ``activation``, is the first of them."""
+        held, before = now.inputs.pop(self.name, {}), now.before
         if late := [name for name in self.read_at if name not in held]:
             raise self._out_of_order(hook, late[0])
         x = self.sites.input_of(held)
+        if self.sae.reads_sequences and before:
+            raise ModelError(
+                f"{self.name} reads whole sequences, and this forward goes on after {before} positions, which a cache "
+                "of keys and values stands for: generate without one (use_cache=False, use_past_kv_cache=False)"
+            )
         there: dict[str, Any] = {"device": self.sae.device, "dtype": torch.promote_types(x.dtype, self.sae.dtype)}
         of = None
         if self.use_error_term and not self.sites.same:

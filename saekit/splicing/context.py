@@ -15,6 +15,7 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.fits import check_fits
 from saekit.splicing.spliced import Spliced
 from saekit.tokens import TokenChoice, special_ids
 
@@ -87,7 +88,7 @@ def _attached(
         raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
-    pairs = list(zip(given, places, strict=True))
+    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
 
 

@@ -110,6 +110,15 @@ class Spliced:
             stack.callback(self._close)
             yield self
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the context is open, the model goes on as without these SAEs, whose hooks keep their places."""
+        kept, self.attachments = self.attachments, ()
+        try:
+            yield
+        finally:
+            self.attachments = kept
+
     def _close(self) -> None:
         self._is_open, self._exposed = False, {}
         self._interventions.clear()

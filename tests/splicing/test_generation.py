@@ -13,6 +13,7 @@ from support.spliced import TOKENS, place, state
 from torch import Tensor
 
 import saekit
+from saekit.errors import ModelError
 from saekit.tokens import TokenChoice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,15 @@ def test_a_forward_with_a_cache_knows_which_positions_came_before() -> None:
         begun = model(TOKENS[:, :4], use_cache=True)
         rest = model(TOKENS[:, 4:], past_key_values=begun.past_key_values).logits
     torch.testing.assert_close(torch.cat([begun.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_sae_of_whole_sequences_needs_them() -> None:
+    model, hook, write = of_lens()
+    sae = saekit.SAE.from_dict({"name": "temporal", "d_in": 16, "d_sae": 32, "n_heads": 2, "bottleneck_factor": 4})
+    with saekit.splice(model, at(sae, hook), use_error_term=True):
+        assert write(TOKENS, False).shape == (2, 7 + NEW)
+        with pytest.raises(ModelError, match="reads whole sequences, and this forward goes on after 7 positions"):
+            write(TOKENS, True)
 
 
 def test_so_does_one_of_transformer_lens() -> None:

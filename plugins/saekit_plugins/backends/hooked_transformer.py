@@ -13,6 +13,7 @@ import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
 from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
@@ -71,6 +72,9 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)
 
     def hook_like(self, name: str) -> str | None:
         """A hook of its own, or the one where transformers' module of that path has its place."""

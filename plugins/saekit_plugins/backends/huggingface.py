@@ -12,6 +12,7 @@ import attrs
 from saekit import ConfigError, Entry, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit.config import path_field
+from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import Layout, layout_of
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
@@ -131,6 +132,9 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         number = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
         stacks = [(path, one) for path, one in self.model.named_modules() if isinstance(one, ModuleList)]
         return frozenset(f"{path}.{index}" for path, one in stacks if len(one) == number for index in range(number))
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name, *self.name.split("/")[-1:])
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()

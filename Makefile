@@ -39,7 +39,7 @@ test-newest:
 test-tl4:
 	@echo "Setting up $(TL4) with transformer_lens 4: a few minutes."
 	test -x $(TL4)/bin/python || $(PYTHON) -m venv $(TL4)
-	grep -viE '^(transformers?[-_]lens|transformers|mamba[-_]lens)==' constraints.txt > $(TL4)/tested.txt
+	grep -viE '^(transformer|mamba)[-_]lens==' constraints.txt > $(TL4)/tested.txt
 	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt torch
 	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt 'transformer-lens>=4,<5' \
 		-e '.[wandb,test]'

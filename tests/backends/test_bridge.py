@@ -170,6 +170,8 @@ def test_hooks_stand_while_the_library_generates() -> None:
     assert isinstance(backend, AttachesHooks)
     prompt, told = TOKENS[:1, :5], []
     clean = backend.model.generate(prompt, max_new_tokens=4, do_sample=False, verbose=False)
+    if not torch.equal(clean, make_causal_lm("gpt2").generate(prompt, max_new_tokens=4, do_sample=False)):
+        pytest.skip("this transformer_lens generates something else with this transformers: its cache is not read")
     before = backend.model(prompt)
     with backend.attached(
         {"blocks.1.hook_resid_post": lambda held: held * 0 + 1}, on_tokens=lambda ids, kept: told.append((ids, kept))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +170,8 @@ def test_hooks_stand_while_the_library_generates() -> None:
     assert isinstance(backend, AttachesHooks)
     prompt, told = TOKENS[:1, :5], []
     clean = backend.model.generate(prompt, max_new_tokens=4, do_sample=False, verbose=False)
+    if not torch.equal(clean, make_causal_lm("gpt2").generate(prompt, max_new_tokens=4, do_sample=False)):
+        pytest.skip("this transformer_lens generates something else with this transformers: its cache is not read")
     before = backend.model(prompt)
     with backend.attached(
         {"blocks.1.hook_resid_post": lambda held: held * 0 + 1}, on_tokens=lambda ids, kept: told.append((ids, kept))
@@ -251,10 +253,12 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         loading(causal_lm_folder("gpt2"), TransformerBridgeOptions(tokenizer="./no-tokenizer"))
     with pytest.raises(ModelError, match=r"the forward of .* does not take \['foo'\] \(model.backend.forward_kwargs\)"):
         bridge("gpt2", TransformerBridgeOptions(forward_kwargs={"foo": 1})).run(TOKENS, want="logits")
-    folder = shutil.copytree(causal_lm_folder("gpt2"), tmp_path / "t5")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert", "architectures": ["BertModel"]}))
-    with pytest.raises(ModelError, match="cannot be loaded; a file may be damaged|the weights in .* lack"):
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    folder = shutil.copytree(TOKENIZER, tmp_path / "ctrl", ignore=shutil.ignore_patterns("hooked*", "model*"))
+    shape = {"vocab_size": 2048, "n_positions": 16, "n_embd": 8, "dff": 8, "n_layer": 1, "n_head": 2}
+    CTRLLMHeadModel(CTRLConfig(**shape)).save_pretrained(folder)
+    with pytest.raises(ModelError, match="makes no bridge of .*, a CTRLLMHeadModel: .*AutoModelForCausalLM"):
         loading(folder)
     with pytest.raises(ModelError, match="cannot be processed as for a HookedTransformer: .*rotary"):
         bridge("llama", TransformerBridgeOptions(compatibility_mode=True, refactor_factored_attn_matrices=True))
@@ -286,6 +290,9 @@ def test_hooked_transformer_where_there_is_none_any_more() -> None:
     with pytest.raises(ConfigError, match="model.compile: transformer_lens 4.3.0 .*pip install 'transformer-lens<4'"):
         model = ModelConfig(compile=True)
         saekit.default_manager().build("model_backends", "HookedTransformer", model=model, loaded=None)
+    lens = SimpleNamespace(run_with_hooks=None, hook_dict={}, cfg=None, tokenizer=None)
+    with pytest.raises(ModelError, match="the cfg of the model, a SimpleNamespace, lacks d_vocab and n_ctx"):
+        saekit.load_model(lens, backend="HookedTransformer")
     with pytest.raises(ModelError, match="model must be a HookedTransformer, found dict"):
         saekit.load_model({}, backend="HookedTransformer")
 

@@ -28,6 +28,7 @@ from saekit_plugins.architectures.transcoder import (
     TopKTranscoderConfig,
     TranscoderConfig,
 )
+from saekit_plugins.backends.lens_versions import has_hooked_transformer
 from saekit_plugins.loaders.llama_scope import LlamaScopeR1Config
 from saekit_plugins.loaders.qwen_scope import QwenScopeConfig
 from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
@@ -191,6 +192,10 @@ def hooked(name: str, model: Callable[[], Any]) -> Callable[[Path], dict[str, An
     return lambda folder: {"models": {name: model()}}
 
 
+def unnamed(folder: Path) -> dict[str, Any]:
+    return {}
+
+
 def gpt2() -> Any:
     """With dropout, so that a forward in training mode would show."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -278,7 +283,8 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "goodfire": goodfire,
     "groupmax": groupmax,
     "hooked_mamba": hooked("HookedMamba", hooked_mamba),
-    "hooked_transformer": hooked("HookedTransformer", hooked_transformer),
+    # With transformer_lens 4 it is tried on the embedded model, which is a bridge there.
+    "hooked_transformer": hooked("HookedTransformer", hooked_transformer) if has_hooked_transformer() else unnamed,
     "huggingface": hooked("AutoModelForCausalLM", gpt2),
     "jumprelu": jumprelu,
     "live": live,

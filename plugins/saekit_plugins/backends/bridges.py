@@ -15,6 +15,7 @@ import attrs
 
 from saekit import ModelError
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import layout_of
 from saekit_plugins.backends.lens_hooks import exposed
 
@@ -67,6 +68,9 @@ class BridgeBackend(ModuleBackend, InsideBackend):
 
     def hook_names(self) -> Sequence[str]:
         return list(self._points)
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name)
 
     def hook_like(self, name: str) -> str | None:
         """A hook of its own, or the one where transformers' module of that path has its place."""

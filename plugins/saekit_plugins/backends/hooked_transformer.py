@@ -236,8 +236,7 @@ def _precheck(config: HookedTransformerOptions, whole: TrainConfig | Pretokenize
 def _build(
     config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
 ) -> TransformerLensBackend | BridgeBackend:
-    if not has_hooked_transformer():
-        check_passed(loaded, "HookedTransformer")
+    if loaded is None and not has_hooked_transformer():
         return _bridge(config, model)
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.

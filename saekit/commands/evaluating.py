@@ -84,10 +84,7 @@ def evaluate(
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    if type(n_contexts) is not int or n_contexts < 1:
-        raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
-    if contexts is None and mask is not None and not callable(mask):
-        raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
+    _check_arguments(n_contexts, contexts, mask)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -101,6 +98,13 @@ def evaluate(
     _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
     return next(iter(results.values())) if alone else results
+
+
+def _check_arguments(n_contexts: object, contexts: object, mask: object) -> None:
+    if type(n_contexts) is not int or n_contexts < 1:
+        raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
+    if contexts is None and mask is not None and not callable(mask):
+        raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
 
 
 @attrs.frozen(eq=False)

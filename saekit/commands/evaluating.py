@@ -228,8 +228,8 @@ def _warn_of_masks(group: Mapping[str, Subject]) -> None:
     for name, one in group.items():
         if column := one.sae.info.metadata.get("mask_column"):
             warnings.warn(
-                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
-                "that its other choices keep count. Give mask= to leave out others",
+                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: "
+                "all that its other choices keep count. Give mask= to leave out others",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -80,8 +80,7 @@ def evaluate(
     ``mask`` leaves out others: ``[n, context_size]`` bool for ``contexts``, or a function of tokens ``[b, t]``.
 
     What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off.
-    What is worse than the mean is a ``UserWarning``.  Raises :class:`saekit.errors.SaekitError` for what cannot be
-    found or does not fit.
+    What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
@@ -187,11 +186,12 @@ def _of_group(
     from saekit.evals.measured import Measured
     from saekit.progress import ProgressDisplay
 
+    if tokens.mask is None:
+        _warn_of_masks(group)
+
     def guard(key: str) -> AbstractContextManager[None]:
         return blamed(evals[key].item, "__call__", at_work=True)
 
-    if tokens.mask is None:
-        _warn_of_masks(group)
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(

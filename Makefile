@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/saekit demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
 # reason below.
@@ -33,7 +33,7 @@ test-newest:
 		-c $(NEWEST)/torch.txt -e '.$(EXTRAS)'
 	@echo "other than in constraints.txt:"; $(NEWEST)/bin/python -m pip freeze --disable-pip-version-check \
 		--exclude-editable | grep -v '^torch==' | grep -vixFf constraints.txt || true
-	$(NEWEST)/bin/python -m pytest -n auto
+	$(NEWEST)/bin/python -m pytest -n auto --dist worksteal
 
 # transformer_lens 4, which has no HookedTransformer, and with which mamba-lens does not work; all else as it is tested.
 test-tl4:

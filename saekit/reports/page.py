@@ -22,7 +22,7 @@ from saekit.reports.panels import Line, Panel, panels_of
 from saekit.reports.sweep import summary_of
 from saekit.reports.table import SHOWN
 
-__all__ = ["curves_page", "sweep_page"]
+__all__ = ["curves_page", "sweep_page", "whole_page"]
 
 _COLORS = {"line": PALETTE[0], "dashed": PALETTE[5], "held out": PALETTE[1], "recovered": PALETTE[2]}
 _MOST_PIECES = 400
@@ -51,7 +51,7 @@ def curves_page(sae: SAERun, state: State) -> str | None:
         "groups": [{"kind": "curves", "charts": [_chart(panel) for panel in panels]}],
         "table": None,
     }
-    return _page(title, [("sub", subtitle), ("end", end)], data)
+    return whole_page(title, [("sub", subtitle), ("end", end)], data)
 
 
 def sweep_page(run: RunFolder) -> str | None:
@@ -80,15 +80,17 @@ def sweep_page(run: RunFolder) -> str | None:
         "groups": groups,
         "table": _table(run, summary.rows, summary.options),
     }
-    return _page(printable(run.folder.resolve().name), lines, data)
+    return whole_page(printable(run.folder.resolve().name), lines, data)
 
 
-def _page(title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any]) -> str:
+def whole_page(
+    title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any], *, made_from: str = "metrics.jsonl"
+) -> str:
+    """The HTML of a page: ``lines`` of text by their class in ``page.css``, and what ``page.js`` draws of ``data``."""
     head = "\n".join(f'<p class="{kind}">{html.escape(printable(text))}</p>' for kind, text in lines if text)
-    foot = (
-        "Curves are over tokens. Drag over one to look closer, and double-click to go back. Made by saekit "
-        f"{__version__} from metrics.jsonl."
-    )
+    curves = "Curves are over tokens. Drag over one to look closer, and double-click to go back. "
+    over_tokens = any(group["kind"] == "curves" for group in data["groups"])
+    foot = f"{curves if over_tokens else ''}Made by saekit {__version__} from {made_from}."
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return _resource("page.html").format(
         title=html.escape(title),

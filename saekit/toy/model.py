@@ -50,6 +50,13 @@ class ToyModel(nn.Module):
         self.register_buffer("importance", torch.tensor(importance, dtype=self._draws.dtype), persistent=False)
         self.importance: Tensor
 
+    @classmethod
+    def random(cls, config: ToyConfig) -> Self:
+        """One that is not trained: each direction is a unit vector, drawn evenly from all by the seed."""
+        model = cls(config)
+        model.W.data = F.normalize(model.W.data, dim=0)
+        return model
+
     @property
     def directions(self) -> Tensor:
         """The true directions, ``[n_features, n_hidden]``: what a feature of size 1 alone puts into the hidden layer."""

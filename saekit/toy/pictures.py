@@ -141,7 +141,7 @@ def _pixels(figure: Any) -> Any:
 def _as_gif(pictures: Sequence[Any]) -> bytes:
     """All frames with the colors of the last, which has them all, at two thirds of the size of a still picture."""
     small = [picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)) for picture in pictures]
-    palette = small[-1].quantize(64)
+    palette = small[-1].quantize(256)
     frames = [picture.quantize(palette=palette, dither=0) for picture in small]
     target = io.BytesIO()
     frames[0].save(

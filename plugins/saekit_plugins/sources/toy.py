@@ -118,17 +118,11 @@ def _only(sites: tuple[Site, ...]) -> Site:
 
 
 def _model(config: ToySourceConfig) -> ToyModel:
-    from torch.nn.functional import normalize
-
     from saekit.toy import ToyModel, train_toy_model
 
     if config.path is not None:
         return ToyModel.load(config.path)
-    if config.directions == "learned":
-        return train_toy_model(config.toy).model
-    model = ToyModel(config.toy)
-    model.W.data = normalize(model.W.data, dim=0)
-    return model
+    return train_toy_model(config.toy).model if config.directions == "learned" else ToyModel.random(config.toy)
 
 
 def _precheck(config: ToySourceConfig, whole: TrainConfig) -> None:

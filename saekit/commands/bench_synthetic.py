@@ -7,6 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import attrs
 from saekit.commands import preflight
 from saekit.commands.jobs import train
 from saekit.config import TrainConfig
-from saekit.config.files import load_config
+from saekit.config.files import load_config, plain_config
 from saekit.defaults import NO_MODEL, TOY_SOURCE
 from saekit.errors import ConfigError, SaekitError
 from saekit.files.storage import write_bytes, write_text
@@ -24,11 +25,22 @@ from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import printable
 from saekit.progress import ProgressDisplay
-from saekit.toy.synthetic import AXES, MEASURES, Setting, SyntheticBench, averaged, short_names, sparsity_choices
+from saekit.runs.sweep import member_names
+from saekit.toy.synthetic import (
+    AXES,
+    MEASURES,
+    Setting,
+    SyntheticBench,
+    averaged,
+    short_names,
+    sparsity_choices,
+    told_problem,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from saekit.runs.results import SweepResult
     from saekit.toy.model import ToyModel
 
 __all__ = ["BenchResult", "bench_synthetic", "show_bench"]
@@ -94,13 +106,14 @@ class _Work:
         named = self.bench.architectures
         registry = self.plugins.registry(SAE_ARCHITECTURES)
         items = [self.plugins.get(SAE_ARCHITECTURES, key) for key in dict.fromkeys(named)] if named else registry.items
-        left_out = {}
-        with self._toy(next(iter(self.bench.settings())), self.bench.seed) as toy:
+        base, seed, left_out = next(iter(self.bench.settings())), self.bench.seed, {}
+        with self._toy(base, seed) as toy:
             for item in items:
                 try:
                     item.check_requirements()
-                    config = self._configs(item, next(iter(self.bench.settings())), toy, self.bench.seed)[0]
+                    config = self._configs(item, base, toy, seed)[0]
                     preflight.of_training([config], self.plugins).raise_any()
+                    self._build(config, toy)
                 except SaekitError as error:
                     if named:
                         raise
@@ -108,6 +121,15 @@ class _Work:
         if len(left_out) == len(items):
             raise ConfigError("there is no architecture to try: none is registered that trains on one site")
         return [item for item in items if item.key not in left_out], left_out
+
+    def _build(self, config: TrainConfig, toy: ToyModel) -> None:
+        """That there is an SAE of so many features, which its own options may refuse."""
+        from saekit.pretrained.sae import SAE
+
+        options = plain_config(config.sae.options, self.plugins)
+        SAE.from_dict(
+            {"name": config.sae.key, **options, "d_in": toy.config.n_hidden}, device="cpu", plugins=self.plugins
+        )
 
     @contextlib.contextmanager
     def _toy(self, setting: Setting, seed: int) -> Iterator[ToyModel]:
@@ -126,9 +148,8 @@ class _Work:
 
     def _configs(self, item: Registered, setting: Setting, toy: ToyModel, seed: int) -> list[TrainConfig]:
         found = []
-        for number, options in enumerate(sparsity_choices(item.entry.config, setting, toy.config.n_features)):
-            name = f"{item.distribution}-{item.entry.name}-{number}"
-            run = self.bench.run({"name": item.key, **options}, str(self._path), str(self.place), name, seed)
+        for options in sparsity_choices(item.entry.config, setting, toy.config.n_features):
+            run = self.bench.run({"name": item.key, **options}, str(self._path), str(self.place), seed)
             run["model"] = {"backend": NO_MODEL, "device": "cpu"}
             run["activations"]["source"]["name"] = TOY_SOURCE
             found.append(load_config(run, plugins=self.plugins))
@@ -136,29 +157,42 @@ class _Work:
 
     def rows(self, setting: Setting, seed: int, items: Sequence[Registered]) -> Iterator[dict[str, Any]]:
         """Train all on the same rows, and measure each."""
-        from saekit.toy.recovery import measure_recovery
-
         with self._toy(setting, seed) as toy:
-            configs = {item: self._configs(item, setting, toy, seed) for item in items}
+            about = {"setting": {**attrs.asdict(setting), "n_features": toy.config.n_features}, "seed": seed}
+            configs = {}
+            for item in items:
+                several = self._configs(item, setting, toy, seed)
+                try:
+                    self._build(several[0], toy)
+                except ConfigError as error:
+                    yield {"architecture": item.key, **about, "problem": str(error)}
+                else:
+                    configs[item] = several
+            if not configs:
+                return
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of features that die: that is what is measured
-                swept = train([config for several in configs.values() for config in several], plugins=self.plugins)
-            about = {**attrs.asdict(setting), "n_features": toy.config.n_features}
+                every = [config for several in configs.values() for config in several]
+                swept, names = train(every, plugins=self.plugins), iter(member_names(every, self.plugins)[1])
             for item, several in configs.items():
-                found = [
-                    (config, measure_recovery(swept.results[str(config.checkpoints.name)].sae, toy, seed=seed + 1))
-                    for config in several
-                    if config.checkpoints.name in swept.results
-                ]
-                if not found:
-                    reason = swept.diverged[str(several[0].checkpoints.name)]
-                    yield {"architecture": item.key, "setting": about, "seed": seed, "diverged": reason}
-                    continue
-                config, best = min(found, key=lambda pair: abs(pair[1].l0 - pair[1].true_l0))
-                chosen = sparsity_choices(item.entry.config, setting, toy.config.n_features)[several.index(config)]
-                yield {
-                    "architecture": item.key, "setting": about, "seed": seed, "options": chosen, **best.as_dict()
-                }  # fmt: skip
+                choices = sparsity_choices(item.entry.config, setting, toy.config.n_features)
+                tried = dict(zip(islice(names, len(several)), choices, strict=True))
+                yield {"architecture": item.key, **about, **_best(tried, swept, toy, seed)}
+
+
+def _best(tried: Mapping[str, Mapping[str, Any]], swept: SweepResult, toy: ToyModel, seed: int) -> dict[str, Any]:
+    """Of SAEs by name that were asked to be more or less sparse, the one whose L0 is nearest to the true one."""
+    from saekit.toy.recovery import measure_recovery
+
+    found = [
+        (options, measure_recovery(swept.results[name].sae, toy, seed=seed + 1))
+        for name, options in tried.items()
+        if name in swept.results
+    ]
+    if not found:
+        return {"problem": swept.diverged[next(iter(tried))]}
+    options, best = min(found, key=lambda pair: abs(pair[1].l0 - pair[1].true_l0))
+    return {"options": options, **best.as_dict()}
 
 
 def _make(folder: Path) -> None:
@@ -187,13 +221,13 @@ def show_bench(result: BenchResult, console: Console) -> None:
     """The numbers, the mean over seeds, with the best of each column and kind of data in bold, and where they lie."""
     from rich.table import Table
 
-    whole = [row for row in result.rows if "diverged" not in row]
+    whole = [row for row in result.rows if "problem" not in row]
     means, names = list(averaged(whole)), short_names(result.rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("true L0", "in pairs", "per dim.", "architecture", *MEASURES.values()):
         table.add_column(head, justify="left" if head == "architecture" else "right")
     before = None
-    for row in sorted(means, key=lambda row: [row["setting"][axis] for axis in (*AXES,)]):
+    for row in sorted(means, key=lambda row: [row["setting"][axis] for axis in AXES]):
         kind = [f"{row['setting'][axis]:g}" for axis in AXES]
         rivals = [other for other in means if other["setting"] == row["setting"]]
         cells = [
@@ -205,10 +239,8 @@ def show_bench(result: BenchResult, console: Console) -> None:
         table.add_row(*(kind if kind != before else [""] * 3), printable(names[row["architecture"]]), *cells)
         before = kind
     console.print(table)
-    for row in result.rows:
-        if "diverged" in row:
-            said = f"{names[row['architecture']]} diverged (seed {row['seed']}): {row['diverged']}"
-            console.print(printable(said), markup=False, highlight=False, soft_wrap=True)
+    for lost in (row for row in result.rows if "problem" in row):
+        console.print(printable(told_problem(lost)), markup=False, highlight=False, soft_wrap=True)
     if result.left_out:
         left_out = ", ".join(sorted(result.left_out))
         console.print(f"not for one site: {left_out}", markup=False, highlight=False, soft_wrap=True)

@@ -112,7 +112,8 @@ class ToyConfig:
         several = isinstance(value, (tuple, list))
         if several and len(value) != self.n_features:
             return [(name, f"has {len(value)} numbers for {self.n_features} features; give one, or one for each")]
-        wrong = [number for number in (value if several else (value,)) if not (isinstance(number, (int, float)) and fine(number))]
+        numbers = value if several else (value,)
+        wrong = [number for number in numbers if not (isinstance(number, (int, float)) and fine(number))]
         return [(name, f"must be {expected}, found {wrong[0]!r}")] if wrong else []
 
     def _faults_of_pairs(self) -> list[tuple[str, str]]:

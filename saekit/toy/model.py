@@ -59,7 +59,7 @@ class ToyModel(nn.Module):
 
     @property
     def directions(self) -> Tensor:
-        """The true directions, ``[n_features, n_hidden]``: what a feature of size 1 alone puts into the hidden layer."""
+        """The true directions, ``[n_features, n_hidden]``: what a feature of size 1 puts into the hidden layer."""
         return self.W.detach()[:, : self.config.n_features].T.contiguous()
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
@@ -68,7 +68,8 @@ class ToyModel(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations ``[n, n_hidden]`` of true features ``[n, n_features]``."""
-        return x @ self.W[:, : self.config.n_features].T
+        hidden: Tensor = x @ self.W[:, : self.config.n_features].T
+        return hidden
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs ``[n, n_outputs]``: features given back, or logits where the loss is the cross-entropy."""

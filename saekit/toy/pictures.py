@@ -85,12 +85,10 @@ def _check_flat(n_hidden: int) -> None:
 
 
 def _reach(directions: Tensor) -> float:
-    return 1.15 * max(directions.norm(dim=-1).max().item(), 1e-3)
+    return 1.15 * max(float(directions.norm(dim=-1).max()), 1e-3)
 
 
-def _drawn(
-    directions: Tensor, config: ToyConfig, note: str, found: Tensor | None, reach: float | None = None
-) -> Any:
+def _drawn(directions: Tensor, config: ToyConfig, note: str, found: Tensor | None, reach: float | None = None) -> Any:
     reach = reach or _reach(directions)
     head = 2 * MARGIN + 2 * LINE
     figure = new_figure(_LEFT + _SIDE + 2 * MARGIN, head + _SIDE + _BOTTOM)

@@ -46,7 +46,8 @@ class Recovery:
     silent: int
     """Features of the SAE that fired on none of the rows."""
     matches: Tensor = attrs.field(repr=False)
-    """``[n_features]``, for each true feature the number of the SAE's that it is matched with; -1: none is left."""
+    """``[n_features]``, for each true feature the number of the SAE's that it is matched with; -1: of those that are left,
+    none points its way."""
 
     def as_dict(self) -> dict[str, float]:
         """The numbers by name; what is undefined, such as the mean over none, is nan."""
@@ -63,7 +64,10 @@ def measure_recovery(sae: SAEModule, model: ToyModel, *, rows: int = 20_000, see
     """
     width = model.config.n_hidden
     if (sae.d_in, sae.d_out) != (width, width):
-        raise ValueError(f"the SAE is {sae.d_in} wide, and the toy model's hidden layer {width}; they do not belong together")
+        raise ValueError(
+            f"the SAE reads {sae.d_in} and writes {sae.d_out} numbers, and the toy model's hidden layer has {width}; "
+            "measure it with the toy model that it was trained on"
+        )
     x = model.draw(rows, torch.Generator().manual_seed(seed))
     hidden = model.hidden(x).to(sae.device, sae.dtype)
     features = torch.cat([sae.encode(piece) for piece in hidden.split(4096)]).cpu()
@@ -92,8 +96,8 @@ def measure_recovery(sae: SAEModule, model: ToyModel, *, rows: int = 20_000, see
 def match_directions(true: Tensor, found: Tensor, *, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Match rows of ``true [n, d]`` with rows of ``found [k, d]``, one with one, so that cosines are largest in sum.
 
-    Returns the number of the found row for each true one, ``[n]``, -1 for those that are left over where ``k < n``,
-    and the cosines, ``[n]``, 0 for these.  Without ``signed``, opposite directions count as the same.
+    Returns the number of the found row for each true one, ``[n]``, -1 for those for which none is left with a cosine
+    above 0, and the cosines, ``[n]``, 0 for these.  Without ``signed``, opposite directions count as the same.
     """
     cosines = _units(true) @ _units(found).T
     cosines = cosines if signed else cosines.abs()
@@ -124,17 +128,17 @@ def _scores(truly: Tensor, fires: Tensor, matches: Tensor) -> tuple[Tensor, Tens
 
 
 def _assigned(gains: Tensor) -> Tensor:
-    """For each row of ``gains [n, k]`` a column of its own, so that their sum is largest; -1 where there is none.
+    """For each row of ``gains [n, k]`` a column of its own, so that their sum is largest; -1 where none has a gain.
 
     The Hungarian method in its form by shortest augmenting paths (Jonker and Volgenant 1987), O(n² k).
     """
-    costs = -gains.numpy()
-    if costs.shape[0] > costs.shape[1]:
-        of_columns = _columns(np.ascontiguousarray(costs.T))
-        found = np.full(costs.shape[0], -1)
-        found[of_columns] = np.arange(costs.shape[1])
-        return torch.from_numpy(found)
-    return torch.from_numpy(_columns(costs))
+    gains = gains.clamp_min(0)  # what points away is as good as nothing
+    if gains.shape[0] > gains.shape[1]:
+        of_columns = torch.from_numpy(_columns(-gains.T.contiguous().numpy()))
+        found = torch.full((len(gains),), -1).scatter(0, of_columns, torch.arange(gains.shape[1]))
+    else:
+        found = torch.from_numpy(_columns(-gains.numpy()))
+    return torch.where(_matched(gains, found) > 0, found, -1)
 
 
 def _columns(costs: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -12,7 +12,10 @@ from saekit.config.fields import a_seed, a_size, at_least_1, positive
 from saekit.errors import ConfigError
 from saekit.toy.config import ToyConfig
 
-__all__ = ["AXES", "MEASURES", "Setting", "SyntheticBench", "averaged", "short_names", "sparsity_choices"]
+__all__ = [
+    "AXES", "MEASURES", "Setting", "SyntheticBench", "averaged", "short_names", "sparsity_choices",
+    "told_problem",
+]  # fmt: skip
 
 AXES: Mapping[str, str] = {
     "l0": "True features that fire in a row (L0)",
@@ -24,7 +27,7 @@ MEASURES: Mapping[str, str] = {
     "mmcs": "MMCS", "precision": "Precision", "recall": "Recall", "f1": "F1", "l0": "L0", "true_l0": "true L0",
 }  # fmt: skip
 """What is told of each SAE, by the names of :class:`saekit.toy.Recovery`."""
-_COEFFICIENTS, _FACTORS = ("l1_coefficient", "l0_coefficient"), (0.1, 0.3, 1.0)
+_COEFFICIENTS, _FACTORS = ("l1_coefficient", "l0_coefficient"), (0.3, 1.0, 3.0)
 
 
 @attrs.frozen
@@ -50,8 +53,8 @@ class Setting:
         )  # fmt: skip
 
     def length(self) -> float:
-        """Of each true direction: so that rows have a mean square norm near ``n_hidden``, which options of architectures
-        are for.  A feature that fires has a mean square of 1/3."""
+        """Of each true direction: rows then have a mean square norm near ``n_hidden``, for which defaults of
+        architectures are made.  A feature that fires has a mean square of 1/3."""
         return math.sqrt(3 * self.n_hidden / self.l0)
 
 
@@ -81,7 +84,7 @@ class SyntheticBench:
         default=(2, 1, 4), validator=_values("superposition", lambda v: v > 0, "above 0")
     )
     """True features for each dimension of the hidden layer."""
-    n_hidden: int = attrs.field(default=16, validator=a_size)
+    n_hidden: int = attrs.field(default=20, validator=a_size)
     """The width of the hidden layer."""
     steps: int = attrs.field(default=400, validator=at_least_1)
     """Steps of each SAE."""
@@ -107,8 +110,8 @@ class SyntheticBench:
                 found.setdefault(attrs.evolve(base, **{axis: value}), []).append(axis)
         return found
 
-    def run(self, sae: Mapping[str, Any], toy: str, folder: str, name: str, seed: int) -> dict[str, Any]:
-        """The sections of a run's configuration that do not say which plugins there are: ``sae`` on the file ``toy``."""
+    def run(self, sae: Mapping[str, Any], toy: str, folder: str, seed: int) -> dict[str, Any]:
+        """The configuration of a run, all but the backend and the source: ``sae`` on the toy model ``toy``, a file."""
         return {
             "activations": {"source": {"path": toy}},
             "site": {"hook_name": "hidden"},
@@ -118,7 +121,7 @@ class SyntheticBench:
                 "training_tokens": self.steps * self.batch_size, "train_batch_size_tokens": self.batch_size,
                 "lr": self.lr, "lr_decay_steps": self.steps // 2, "seed": seed, "device": "cpu", "verbose": False,
             },
-            "checkpoints": {"folder": folder, "name": name},
+            "checkpoints": {"folder": folder},
             "reports": {"pictures": False},
         }  # fmt: skip
 
@@ -154,3 +157,9 @@ def short_names(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     keys = list(dict.fromkeys(str(row["architecture"]) for row in rows))
     names = [key.partition(":")[2] for key in keys]
     return {key: name if names.count(name) == 1 else key for key, name in zip(keys, names, strict=True)}
+
+
+def told_problem(row: Mapping[str, Any]) -> str:
+    """In words, of a row without numbers."""
+    kind = ", ".join(f"{axis} {row['setting'][axis]:g}" for axis in AXES)
+    return f"{row['architecture']} ({kind}, seed {row['seed']}): {row['problem']}"

@@ -22,7 +22,7 @@ from saekit.reports.figures import (
     write_head,
 )
 from saekit.reports.page import whole_page
-from saekit.toy.synthetic import AXES, MEASURES, averaged, short_names
+from saekit.toy.synthetic import AXES, MEASURES, averaged, short_names, told_problem
 
 __all__ = ["synthetic_page", "synthetic_png"]
 
@@ -80,7 +80,8 @@ def synthetic_page(rows: Sequence[Row]) -> str:
             lines = [
                 {
                     "name": printable(name), "look": "points", "marker": _marker(rows, name, page=True),
-                    **_both(colors[name]), "tags": [name], "x": list(xs), "y": [round(row[measure], 5) for row in points],
+                    **_both(colors[name]), "tags": [name], "x": list(xs),
+                    "y": [round(row[measure], 5) for row in points],
                     "labels": ["" for _ in xs], "hover": [_hover(row, names) for row in points],
                 }
                 for (of, name, xs), points in series.items() if of == axis
@@ -105,14 +106,12 @@ def synthetic_page(rows: Sequence[Row]) -> str:
 
 def _series(rows: Sequence[Row]) -> dict[tuple[str, str, tuple[float, ...]], list[Row]]:
     """By axis, architecture and the values of the axis, the rows at these; an axis of one value is left out."""
-    means = [row for row in averaged(row for row in rows if "diverged" not in row)]
+    means = list(averaged(row for row in rows if "problem" not in row))
     found: dict[tuple[str, str, tuple[float, ...]], list[Row]] = {}
     for axis in AXES:
         for name in dict.fromkeys(row["architecture"] for row in means):
-            points = sorted(
-                (row for row in means if row["architecture"] == name and axis in row["axes"]),
-                key=lambda row: row["setting"][axis],  # noqa: B023 - used at once
-            )
+            of_it = [row for row in means if row["architecture"] == name and axis in row["axes"]]
+            points: list[Row] = sorted(of_it, key=lambda row: float(row["setting"][axis]))
             if len(points) > 1:
                 found[axis, name, tuple(row["setting"][axis] for row in points)] = points
     return found
@@ -140,8 +139,8 @@ def _caption(rows: Sequence[Row]) -> str:
 
 def _notes(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     for row in rows:
-        if "diverged" in row:
-            yield "end", f"{row['architecture']} diverged (seed {row['seed']}): {row['diverged']}"
+        if "problem" in row:
+            yield "end", told_problem(row)
 
 
 def _both(shades: tuple[str, str]) -> dict[str, str]:
@@ -155,7 +154,7 @@ def _hover(row: Row, names: Mapping[str, str]) -> str:
 
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
     lines, names = [], short_names(rows)
-    for row in averaged(row for row in rows if "diverged" not in row):
+    for row in averaged(row for row in rows if "problem" not in row):
         values = [row["setting"][axis] for axis in AXES] + [row[name] for name in MEASURES]
         cells = [names[row["architecture"]], *(f"{value:.4g}" for value in values)]
         lines.append({"cells": cells, "keys": [row["architecture"], *values], "link": None})

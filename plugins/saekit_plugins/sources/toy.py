@@ -27,7 +27,7 @@ _OF_TRAINING = (
 
 @attrs.frozen(kw_only=True)
 class ToySourceConfig(ToyConfig):
-    """Hidden activations of a toy model of superposition: one that is saved, or one that is trained as the run opens."""
+    """Hidden activations of a toy model of superposition: a saved one, or one that is trained as the run opens."""
 
     path: str | None = path_field(None)
     """A toy model that `saekit.toy.ToyModel.save` wrote; it knows the other options, which are left out then."""
@@ -111,8 +111,8 @@ def _only(sites: tuple[Site, ...]) -> Site:
     if others or site.hook_head_index is not None:
         names = ", ".join(site.name for site in sites)
         raise ConfigError(
-            [("activations.source", "is 'toy', and a toy model has one hidden layer and no heads, so it has activations "
-              f"for one site; here {names} are wanted")]
+            [("activations.source", "is 'toy', and a toy model has one hidden layer and no heads, so it has "
+              f"activations for one site; here {names} are wanted")]
         )  # fmt: skip
     return site
 
@@ -129,8 +129,8 @@ def _precheck(config: ToySourceConfig, whole: TrainConfig) -> None:
     """A run with a language model would measure an SAE of toy activations inside it."""
     if not whole.model.backend.item.entry.no_model:
         raise ConfigError(
-            [("model.backend", f"is '{whole.model.backend.key}', and activations.source is 'toy', whose activations are "
-              "no language model's; set model.backend = 'none', and evals.run = []")]
+            [("model.backend", f"is '{whole.model.backend.key}', and activations.source is 'toy', whose activations "
+              "are no language model's; set model.backend = 'none', and evals.run = []")]
         )  # fmt: skip
 
 

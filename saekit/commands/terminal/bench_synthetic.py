@@ -32,7 +32,7 @@ def bench_synthetic(
     l0: Annotated[str, typer.Option(help=f"True features that fire in a row. {_NUMBERS}")] = "2,1,4",
     correlated: Annotated[str, typer.Option(help=f"Share of features in correlated pairs. {_NUMBERS}")] = "0,0.5,1",
     superposition: Annotated[str, typer.Option(help=f"True features per dimension. {_NUMBERS}")] = "2,1,4",
-    hidden: Annotated[int, typer.Option(help="Dimensions of the hidden layer.")] = 16,
+    hidden: Annotated[int, typer.Option(help="Dimensions of the hidden layer.")] = 20,
     steps: Annotated[int, typer.Option(help="Steps of each SAE.")] = 400,
     lr: Annotated[float, typer.Option(help="The peak learning rate.")] = 3e-3,
     seeds: Annotated[int, typer.Option(help="How often all is trained, with other seeds.")] = 1,
@@ -40,7 +40,7 @@ def bench_synthetic(
     folder: Annotated[str, typer.Option(help="Where the numbers, the picture and the page go.")] = "saekit-synthetic",
     as_json: Annotated[bool, typer.Option("--json", help="For programs: the numbers instead of the table.")] = False,
 ) -> None:
-    """Measure how well each architecture finds features that are known, as sparsity, correlation and superposition grow."""
+    """Measure how well each architecture finds known features, as sparsity, correlation and superposition grow."""
     from rich.console import Console
 
     from saekit.commands.bench_synthetic import bench_synthetic as benched

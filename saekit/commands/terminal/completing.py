@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from saekit.released import Release
 
 __all__ = [
-    "complete_architecture", "complete_config", "complete_plugin", "complete_recipe", "complete_release", "complete_released_loader",
-    "complete_released_model", "complete_released_sae",
+    "complete_architecture", "complete_config", "complete_plugin", "complete_recipe", "complete_release",
+    "complete_released_loader", "complete_released_model", "complete_released_sae",
 ]  # fmt: skip
 
 _FILES = (".toml", ".yaml", ".yml", ".json")

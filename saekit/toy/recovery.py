@@ -46,8 +46,8 @@ class Recovery:
     silent: int
     """Features of the SAE that fired on none of the rows."""
     matches: Tensor = attrs.field(repr=False)
-    """``[n_features]``, for each true feature the number of the SAE's that it is matched with; -1: of those that are left,
-    none points its way."""
+    """``[n_features]``, for each true feature the number of the SAE's that it is matched with; -1: none that is left
+    points its way."""
 
     def as_dict(self) -> dict[str, float]:
         """The numbers by name; what is undefined, such as the mean over none, is nan."""

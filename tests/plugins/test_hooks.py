@@ -129,6 +129,7 @@ PUBLIC_MODULES = [
     "sae.init",
     "site",
     "testing",
+    "toy",
     "transforms",
     "values",
 ]

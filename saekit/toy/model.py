@@ -73,7 +73,7 @@ class ToyModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs ``[n, n_outputs]``: features given back, or logits where the loss is the cross-entropy."""
-        outputs = self.hidden(x) @ self.W + self.b
+        outputs: Tensor = self.hidden(x) @ self.W + self.b
         return outputs if self._classifies else outputs.relu()
 
     def loss(self, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class SyntheticBench:
     """True features for each dimension of the hidden layer."""
     n_hidden: int = attrs.field(default=20, validator=a_size)
     """The width of the hidden layer."""
-    steps: int = attrs.field(default=400, validator=at_least_1)
+    steps: int = attrs.field(default=300, validator=at_least_1)
     """Steps of each SAE."""
     batch_size: int = attrs.field(default=1024, validator=a_size)
     """Rows in a step."""

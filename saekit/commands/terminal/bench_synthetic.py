@@ -33,7 +33,7 @@ def bench_synthetic(
     correlated: Annotated[str, typer.Option(help=f"Share of features in correlated pairs. {_NUMBERS}")] = "0,0.5,1",
     superposition: Annotated[str, typer.Option(help=f"True features per dimension. {_NUMBERS}")] = "2,1,4",
     hidden: Annotated[int, typer.Option(help="Dimensions of the hidden layer.")] = 20,
-    steps: Annotated[int, typer.Option(help="Steps of each SAE.")] = 400,
+    steps: Annotated[int, typer.Option(help="Steps of each SAE.")] = 300,
     lr: Annotated[float, typer.Option(help="The peak learning rate.")] = 3e-3,
     seeds: Annotated[int, typer.Option(help="How often all is trained, with other seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,

@@ -18,7 +18,7 @@ from saekit.commands.jobs import train
 from saekit.config import TrainConfig
 from saekit.config.files import load_config, plain_config
 from saekit.defaults import NO_MODEL, TOY_SOURCE
-from saekit.errors import ConfigError, SaekitError
+from saekit.errors import ConfigError, SaekitError, TrainingInterrupted
 from saekit.files.storage import write_bytes, write_text
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
@@ -173,7 +173,11 @@ class _Work:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of features that die: that is what is measured
                 every = [config for several in configs.values() for config in several]
-                swept, names = train(every, plugins=self.plugins), iter(member_names(every, self.plugins)[1])
+                try:
+                    swept = train(every, plugins=self.plugins)
+                except TrainingInterrupted as error:  # its checkpoint goes with the rest
+                    raise KeyboardInterrupt("interrupted; nothing is kept of this bench") from error
+                names = iter(member_names(every, self.plugins)[1])
             for item, several in configs.items():
                 choices = sparsity_choices(item.entry.config, setting, toy.config.n_features)
                 tried = dict(zip(islice(names, len(several)), choices, strict=True))

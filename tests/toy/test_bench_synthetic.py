@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from support.runs import pressing
 
 import saekit
 from saekit import ConfigError
@@ -143,3 +144,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["architecture"] == "saekit:topk"
     with pytest.raises(ConfigError, match="--l0 takes numbers with commas between, such as 2,1,4; found 'a'"):
         app(["bench-synthetic", "--l0", "a"], standalone_mode=False)
+
+
+def test_one_that_is_interrupted_names_no_checkpoint_that_is_gone() -> None:
+    with pressing(2), pytest.raises(KeyboardInterrupt, match="interrupted; nothing is kept of this bench"):
+        bench_synthetic(SyntheticBench(architectures=("topk",), superposition=(2,), **QUICK), verbose=False)

@@ -57,7 +57,7 @@ def five_in_two(folder: Path, seeds: int) -> None:
             for steps in (1, 400):
                 start = time.perf_counter()
                 found = trained(
-                    folder, toy, sae, steps, 3e-2, seed=seed, normalize_activations="expected_average_only_in"
+                    folder, toy, sae, steps, 1e-2, seed=seed, normalize_activations="expected_average_only_in"
                 )
                 what = f"  {d_sae} features, seed {seed}, {'trained' if steps > 1 else 'untrained'}"
                 show(what, measure_recovery(found, model), time.perf_counter() - start)
@@ -74,9 +74,9 @@ def hundred_in_twenty(folder: Path, chance: float, steps: int, seeds: int) -> No
     sae = {"name": "topk", "d_sae": 100, "k": round(100 * chance)}
     for seed in range(seeds):
         start = time.perf_counter()
-        found = measure_recovery(trained(folder, toy, sae, steps, 3e-3, seed=seed), model)
+        found = measure_recovery(trained(folder, toy, sae, steps, 3e-2, seed=seed), model)
         show(f"  seed {seed}", found, time.perf_counter() - start)
-        at_truth = measure_recovery(trained(folder, toy, sae, steps, 3e-3, seed=seed,
+        at_truth = measure_recovery(trained(folder, toy, sae, steps, 3e-2, seed=seed,
                                             from_pretrained_path=str(_true(folder, sae, model))), model)  # fmt: skip
         show(f"  seed {seed}, started at the true directions", at_truth, 0)
         print(f"  ratio of MMCS {found.mmcs / at_truth.mmcs:.3f}", flush=True)
@@ -95,7 +95,7 @@ def _true(folder: Path, options: dict[str, Any], model: ToyModel) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:

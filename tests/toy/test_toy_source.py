@@ -39,12 +39,18 @@ def test_an_sae_finds_five_features_in_two_dimensions(tmp_path: Path) -> None:
     toy = train_toy_model(ToyConfig(feature_probability=0.02, steps=500, batch_size=512, lr=0.03, lr_decay_steps=250))
     path = toy.model.save(tmp_path / "toy.safetensors")
     sae = {"name": "standard", "d_sae": 5, "l1_coefficient": 10.0}
-    config = run_of(tmp_path, {"path": str(path)}, sae, steps=400, lr=3e-2, lr_decay_steps=200)
+    config = run_of(tmp_path, {"path": str(path)}, sae)
+    config["training"] |= {
+        "training_tokens": 400 * 1024,
+        "train_batch_size_tokens": 1024,
+        "lr_decay_steps": 200,
+        "seed": 0,
+    }
     config["activations"]["normalize_activations"] = "expected_average_only_in"
     trained = measure_recovery(saekit.train(config).sae, toy.model)
     assert trained.mmcs >= 0.95
     assert trained.mmcs_of_found >= 0.95
-    config["training"] |= {"training_tokens": 512, "lr_decay_steps": 0}
+    config["training"] |= {"training_tokens": 1024, "lr_decay_steps": 0}
     config["checkpoints"]["name"] = "new"
     assert measure_recovery(saekit.train(config).sae, toy.model).mmcs < 0.92, "not by chance"
 

@@ -57,6 +57,7 @@ def synthetic_png(rows: Sequence[Row]) -> bytes:
                 )
                 style_axes(axes)
                 axes.set_ylim(0, 1.04)
+                axes.tick_params(labelleft=not across)
                 axes.set_title(MEASURES[measure], fontsize=10.5, loc="left", color=INK, pad=4)
                 for (of, name, xs), points in series.items():
                     if of == axis:

@@ -15,7 +15,7 @@ from saekit.testing import isolated_manager
 
 FOLDER = Path(__file__).parent / "reference"
 SECTIONS = {
-    "What saekit does": ("commands", "runs.sweep", "backends", "analysis"),
+    "What saekit does": ("commands", "runs.sweep", "splicing", "backends", "analysis"),
     "What runs leave behind": ("runs", "evals", "reports"),
     "SAEs": ("sae", "pretrained", "site"),
     "Configuration": ("config",),

@@ -1,4 +1,6 @@
 from ._version import __version__ as __version__
+from .commands.comparing import compare as compare
+from .commands.evaluating import evaluate as evaluate
 from .commands.jobs import cache_activations as cache_activations
 from .commands.jobs import plan as plan
 from .commands.jobs import pretokenize as pretokenize
@@ -29,6 +31,7 @@ from .saved import PretrainedSAE as PretrainedSAE
 from .saved import SAEFiles as SAEFiles
 from .site import Site as Site
 from .site import Sites as Sites
+from .splicing.context import splice as splice
 from .values import Batch as Batch
 from .values import Forward as Forward
 from .values import Ports as Ports

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
+from saekit.protocols import ActivationFunction, Eval, Optimizer, PretrainedLoader, Tracker
 from saekit.values import Forward, Replacement, RunEnd, Want
 
 if TYPE_CHECKING:
@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.converted import ConvertedConfig
-    from saekit.site import Site
+    from saekit.measuring import Evaluation, Needs, Seen
+    from saekit.site import Site, Sites
 
 __all__ = [
+    "Accumulates",
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+    "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",
     "HasMemory",
     "HasMoments",
+    "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
     "LocatesFiles",
@@ -53,6 +57,14 @@ class HasTokenizer(Protocol):
 
 
 @runtime_checkable
+class HasOtherNames(Protocol):
+    """A model backend that knows what else its model is called, so that an SAE of that name is taken for its own."""
+
+    def other_names(self) -> Collection[str]:
+        """Such as ``gpt2-small`` for ``gpt2``."""
+
+
+@runtime_checkable
 class KnowsResidualStream(Protocol):
     """A model backend that knows which hooks are in the residual stream: what a feature promotes can then be told."""
 
@@ -68,25 +80,34 @@ class AttachesHooks(Protocol):
     """
 
     def attached(
-        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor, int], None] | None = None
+        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor | None, int], None] | None = None
     ) -> AbstractContextManager[None]:
         """While the context is open, the model goes on with what the functions return at the hooks of these names.
 
         A hook that is read then holds what was put there.  ``on_tokens`` is told of every forward before it begins: the
-        token ids ``[b, t]``, and how many positions came before them, which a cache of keys and values stands for.
+        token ids ``[b, t]``, or None where the forward is given something else, and how many positions came before
+        them, which a cache of keys and values stands for.
         Afterwards the model is as it was: every hook, their order, and those that are permanent.
         """
+
+
+class ExposedPoint(Protocol):
+    """A hook point that a library was told of."""
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether anything is hooked to it now; else nothing need pass."""
+
+    def __call__(self, value: Tensor, /) -> Tensor:
+        """What the library's hooks make of ``value``."""
 
 
 @runtime_checkable
 class ExposesHooks(Protocol):
     """A model backend whose library can be told of further hook points, so that its own functions see them."""
 
-    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, Replacement]]:
-        """While the context is open, the model has hook points of these names.
-
-        Each function passes a tensor through the hook point, and returns what the library's hooks make of it.
-        """
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """While the context is open, the model has hook points of these names."""
 
 
 @runtime_checkable
@@ -123,6 +144,31 @@ class TranslatesHooks(Protocol):
 
         A name of its own is itself.
         """
+
+
+@runtime_checkable
+class Accumulates(Eval, Protocol):
+    """An eval that sums up what it sees, batch by batch: many of them, of many SAEs, share each forward of the model.
+
+    Its sums may be made in parts, of different contexts, and put together in any order; derive it from
+    :class:`saekit.evals.AccumulatingEval`.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it must be shown."""
+
+    def start(self, sae: Any, sites: Sites) -> Any:
+        """The sums of nothing, for ``sae``, a :class:`saekit.SAE` at ``sites``."""
+
+    def update(self, sums: Any, seen: Seen) -> None:
+        """Take in one batch of contexts."""
+
+    def merge(self, one: Any, other: Any) -> Any:
+        """The sums of both parts, which are of different contexts; either stays as it is."""
+
+    def result(self, sums: Any) -> Evaluation:
+        """What the sums say: the same numbers in whatever order parts were merged."""
 
 
 @runtime_checkable

@@ -16,9 +16,11 @@ from saekit._version import __version__
 from saekit.commands.terminal import (
     bench_synthetic,
     cache,
+    compare,
     config,
     convert_config,
     demo,
+    evals,
     plan,
     plugins,
     pretokenize,
@@ -67,6 +69,8 @@ app.command("plugins", epilog=examples(plugins.EXAMPLES))(plugins.plugins)
 app.command("plan", epilog=examples(plan.EXAMPLES))(plan.plan)
 app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pretokenize)
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
+app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
+app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)

@@ -6,7 +6,7 @@ Each is the qualified key of a built-in one, and an option's default: whatever i
 from __future__ import annotations
 
 __all__ = [
-    "ALWAYS_TRACKED", "DEFAULT_ACTIVATION", "DEFAULT_ARCHITECTURE", "DEFAULT_BACKEND", "DEFAULT_EVAL",
+    "ALWAYS_TRACKED", "DEFAULT_ACTIVATION", "DEFAULT_ARCHITECTURE", "DEFAULT_BACKEND", "DEFAULT_EVALS",
     "DEFAULT_OPTIMIZER", "DEFAULT_SCHEDULE", "DEFAULT_SOURCE", "NO_MODEL", "TOY_SOURCE",
 ]  # fmt: skip
 
@@ -17,7 +17,7 @@ DEFAULT_ARCHITECTURE = "saekit:standard"
 """Also of a saved SAE whose loader does not say."""
 DEFAULT_OPTIMIZER = "saekit:adam"
 DEFAULT_SCHEDULE = "saekit:constant"
-DEFAULT_EVAL = "saekit:reconstruction"
+DEFAULT_EVALS = ("saekit:reconstruction", "saekit:downstream")
 ALWAYS_TRACKED = "saekit:jsonl"
 """The tracker that every run has, whatever others it has: reports read what it writes."""
 NO_MODEL, TOY_SOURCE = "saekit:none", "saekit:toy"

@@ -44,7 +44,13 @@ class TokenChoice:
     @property
     def takes_all(self) -> bool:
         """Whether every token counts."""
-        return not self.exclude and self.seqpos_slice in ((None,), (None, None), (None, None, None))
+        return not self.exclude and not self.chooses_places
+
+    @property
+    def chooses_places(self) -> bool:
+        """Whether some positions do not count."""
+        places = slice(*self.seqpos_slice)
+        return places.start not in (None, 0) or places.stop is not None or places.step not in (None, 1)
 
     def kept(self, tokens: Tensor, *, before: int = 0, length: int | None = None) -> Tensor:
         """``[b, t]`` bool: which of ``tokens [b, t]`` count.
@@ -68,7 +74,7 @@ class TokenChoice:
         found: dict[str, Any] = {}
         if self.exclude:
             found["exclude_special_tokens"] = sorted(self.exclude)
-        if not attrs.evolve(self, exclude=()).takes_all:
+        if self.chooses_places:
             found["seqpos_slice"] = list(self.seqpos_slice)
         return found
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.evals.downstream import DownstreamConfig
+from saekit_plugins.evals.downstream.module import DownstreamEval
 from saekit_plugins.sources.live import LiveConfig
 from support.tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.ambient import ambient
 from saekit.config.files import load_config
-from saekit.evals import spliced_losses, variance_metrics
+from saekit.evals import variance_metrics
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import StepInput
@@ -166,11 +168,11 @@ def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> N
             sae = saekit.SAE.load(folder / "run" / "sae")
             assert all(value.requires_grad and not value.is_inference() for value in sae.parameters())
             backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
-            where = {"backend": backend, "sites": saekit.Site(hook_name=SITE), "contexts": contexts}
+            where = {"backend": backend, "sites": saekit.Sites.one(saekit.Site(hook_name=SITE)), "contexts": contexts}
             with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
                 backend.run(contexts, read=[SITE])
                 rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-            measured = spliced_losses(sae, **where) | variance_metrics(sae, [rows])
+            measured = DownstreamEval(DownstreamConfig())(sae, **where) | variance_metrics(sae, [rows])
         found.append((files(folder), plan.problems, plan.warnings, plan.facts["SAE step"], measured))
     assert not found[0][1]
     assert found[0] == found[1]

@@ -163,11 +163,18 @@ def test_a_module_does_not_know_its_loaders(module: str) -> None:
 def test_protocols_import_nothing_that_they_describe() -> None:
     """They speak of what travels, and so does everything on the ground."""
     travels = {"saekit.values", "saekit.site", "saekit.saved", "saekit.released", "saekit.converted"}
+    travels |= {"saekit.measuring"}
     assert own(graph()["saekit.protocols"]) <= travels
     assert own(graph()["saekit.abilities"]) <= travels | {"saekit.protocols"}
     assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
+    assert own(graph()["saekit.measuring"]) <= {
+        "saekit.kernels.sparse",
+        "saekit.site",
+        "saekit.tables",
+        "saekit.values",
+    }
     known = {
         "saekit.errors",
         "saekit.site",

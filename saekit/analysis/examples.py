@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import torch
@@ -13,6 +14,7 @@ from saekit.evals.pieces import at_once
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
+from saekit.tokens import TokenChoice, special_ids
 
 __all__ = ["Example", "FeaturePeaks", "feature_examples", "feature_peaks"]
 
@@ -96,7 +98,8 @@ def feature_peaks(
     """Each feature's peaks in the ``n`` of ``contexts [contexts, context_size]`` where it fires most.
 
     The first token of a context (BOS) has outlying activations in most models and means nothing, so it counts as one
-    on which nothing fires.  ``report`` is told how many tokens were looked at.
+    on which nothing fires.  Tokens that did not count when the SAE was trained do not count here.  ``report`` is told
+    how many tokens were looked at.
     """
     if not len(contexts):
         raise ValueError("there are no contexts to look at")
@@ -105,9 +108,10 @@ def feature_peaks(
     fired_contexts, total = torch.zeros_like(fired), torch.zeros(sae.d_sae, dtype=torch.float64)
     best: tuple[Tensor, ...] = (torch.empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae), fired.new_empty(0, sae.d_sae))
     start = 0
+    choice = _choice(sae, backend)
     for tokens in contexts.split(batch_size):
-        for vectors in _pieces(sae, backend, sites, tokens):
-            features = _features(sae, vectors)
+        for vectors, kept in _pieces(sae, backend, sites, tokens, choice):
+            features = _features(sae, vectors, kept)
             sizes = features.abs()  # some architectures have features below zero
             fired += (sizes > 0).sum((0, 1)).cpu()
             total += sizes.sum((0, 1)).cpu()
@@ -120,19 +124,32 @@ def feature_peaks(
             del features, sizes  # before the next ones are made
         report(start * contexts.shape[1])
     values, numbers, positions = best
-    return FeaturePeaks(values, numbers, positions, fired, fired_contexts, total.float(), contexts.numel())
+    looked_at = contexts.numel() if choice is None else max(int(choice.kept(contexts).sum()), 1)
+    return FeaturePeaks(values, numbers, positions, fired, fired_contexts, total.float(), looked_at)
 
 
-def _pieces(sae: SAEModule, backend: ModelBackend, sites: Sites, tokens: Tensor) -> tuple[Tensor, ...]:
-    """The inputs ``[b, t, d_in]`` on ``tokens [batch, t]``, so many at a time as have few enough features."""
+def _choice(sae: SAEModule, backend: ModelBackend) -> TokenChoice | None:
+    """Which tokens count for ``sae``; None: all."""
+    choice = TokenChoice.of_metadata(sae.info.metadata, special_ids(backend))
+    return None if choice.takes_all else choice
+
+
+def _pieces(
+    sae: SAEModule, backend: ModelBackend, sites: Sites, tokens: Tensor, choice: TokenChoice | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The inputs ``[b, t, d_in]`` on ``tokens [batch, t]``, so many at a time as have few enough features, and which
+    of them count."""
     held = sites.input_of(backend.run(tokens, read={site.hook_name for site in sites.inputs}).held)
-    pieces: tuple[Tensor, ...] = held.split(at_once(sae, held.shape[1]))
-    return pieces
+    size = at_once(sae, held.shape[1])
+    kept = itertools.repeat(None) if choice is None else iter(choice.kept(tokens).split(size))
+    return zip(held.split(size), kept, strict=False)
 
 
-def _features(sae: SAEModule, vectors: Tensor) -> Tensor:
+def _features(sae: SAEModule, vectors: Tensor, kept: Tensor | None) -> Tensor:
     features = sae.encode(vectors.to(sae.device))
     features[:, 0] = 0
+    if kept is not None:
+        features[~kept.to(features.device)] = 0
     return features
 
 
@@ -162,7 +179,7 @@ def feature_examples(
     The model runs again on the contexts that these places are in, for the activations of all the tokens around.
     """
     sites = Sites.one(sites) if isinstance(sites, Site) else sites
-    bos = backend.special_tokens.get("bos")
+    bos, choice = backend.special_tokens.get("bos"), _choice(sae, backend)
     wanted: dict[int, list[tuple[int, int, int]]] = {}  # by context: the feature's number here, its place, where
     for index, feature in enumerate(features):
         for place in places[index]:
@@ -171,8 +188,8 @@ def feature_examples(
     found: list[dict[int, Example]] = [{} for _ in features]
     for rows in torch.tensor(sorted(wanted), dtype=torch.long).split(batch_size):
         left = rows.tolist()
-        for vectors in _pieces(sae, backend, sites, contexts[rows]):
-            activations = _features(sae, vectors)
+        for vectors, kept in _pieces(sae, backend, sites, contexts[rows], choice):
+            activations = _features(sae, vectors, kept)
             for row, values in zip(left, activations, strict=False):
                 first = int(contexts[row, 0]) == bos  # which is no text
                 for index, place, at in wanted[row]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.errors import ModelError
@@ -16,7 +16,19 @@ from saekit.values import Forward, Replacement, Want
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Backend"]
+    from saekit.protocols import ModelBackend
+
+__all__ = ["Backend", "OnTokens", "no_hook"]
+
+OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
+"""Told of a forward before it begins: see :class:`saekit.abilities.AttachesHooks`."""
+
+
+def no_hook(backend: ModelBackend, name: str) -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
+    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
+    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
 
 
 class Backend(ABC):
@@ -35,6 +47,7 @@ class Backend(ABC):
     """Whether the model's products are made in bfloat16 (``model.autocast``)."""
     why_silent: str = ""
     """Why a hook that is there may not run, and what to do, for the message to say; begins with a space."""
+    _attached: tuple[tuple[Mapping[str, Replacement], OnTokens | None], ...] = ()
 
     def __repr__(self) -> str:
         contexts = "" if self.n_ctx is None else f"contexts of up to {self.n_ctx:,} tokens, "
@@ -46,9 +59,7 @@ class Backend(ABC):
 
     def no_hook(self, name: str) -> ModelError:
         """The error for a hook that the model does not have, with those that are spelled alike."""
-        close = difflib.get_close_matches(name, self.hook_names(), n=3)
-        hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return ModelError(f"the model {self.name!r} has no hook {name!r}{hint}")
+        return no_hook(self, name)
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -76,6 +87,18 @@ class Backend(ABC):
         grad: bool = False,
     ) -> Forward:
         """See :meth:`saekit.protocols.ModelBackend.run`."""
+        return self._run(tokens, read, replace, want, grad)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        read: Collection[str],
+        replace: Mapping[str, Replacement] | None,
+        want: Want,
+        grad: bool,
+        start: tuple[str, Tensor] | None = None,
+    ) -> Forward:
+        """A forward from the tokens, or from the hook ``start`` and what it holds."""
         if not hasattr(tokens, "contiguous"):
             raise ModelError(
                 f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
@@ -85,17 +108,22 @@ class Backend(ABC):
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
         tokens = tokens.to(self.device).contiguous()  # models take views of them
-        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad)
+        attached = [one for one, _ in self._attached]
+        hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:
             return Forward({})
         with self.running(tokens, grad=grad):
+            for _, on_tokens in self._attached:
+                if on_tokens is not None:
+                    on_tokens(tokens, 0)
             out = self.forward(tokens, hooks)
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
-            raise ModelError(
-                f"the hook {silent[0]!r} of {self.name!r} does not run as the model is configured{self.why_silent}"
-            )
+            if silent[0] not in self.hook_names():
+                raise self.no_hook(silent[0])
+            how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
+            raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)
 
     @contextmanager
@@ -110,6 +138,28 @@ class Backend(ABC):
             rounded = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
         with torch.inference_mode(not grad), torch.set_grad_enabled(grad), rounded:
             yield
+
+    @contextmanager
+    def attached(self, replace: Mapping[str, Replacement], *, on_tokens: OnTokens | None = None) -> Iterator[None]:
+        """See :class:`saekit.abilities.AttachesHooks`: here every :meth:`run` meets them."""
+        known = self.hook_names()
+        if unknown := [name for name in replace if name not in known]:
+            raise self.no_hook(unknown[0])
+        own = (dict(replace), on_tokens)
+        self._attached = (*self._attached, own)
+        try:
+            yield
+        finally:
+            self._attached = tuple(one for one in self._attached if one is not own)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While the context is open, :meth:`run` meets nothing that was attached: for a look at the model itself."""
+        kept, self._attached = self._attached, ()
+        try:
+            yield
+        finally:
+            self._attached = kept
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """The weights ``[d_model, d_vocab]`` that make logits, and the bias ``[d_vocab]`` if there is one."""

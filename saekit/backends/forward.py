@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from saekit.errors import ModelError
@@ -11,7 +12,7 @@ from saekit.values import Replacement, Want
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Hooks", "next_token_loss"]
+__all__ = ["Hooks", "by_position", "next_token_loss", "put"]
 
 
 class Hooks:
@@ -28,19 +29,37 @@ class Hooks:
         tokens: Tensor,
         want: Want = "held",
         grad: bool = False,
+        start: tuple[str, Tensor] | None = None,
+        attached: Sequence[Mapping[str, Replacement]] = (),
     ) -> None:
+        """``attached`` are replacements that come before all others, one after the other: reading shows what they
+        leave."""
+        self.entry = None if start is None else start[0]
+        """The hook where the forward begins; None: at the tokens."""
+        self._value = None if start is None else start[1]
+        self._begun = False
         self.read, self.replace = frozenset(read), dict(replace)
         self.want: Want = want
         self.held: dict[str, Tensor] = {}
         """What was read so far."""
         self.silent = {*self.read, *self.replace}
         """The hooks that nothing was heard of so far."""
-        self._tokens, self._grad = tokens.shape, grad
+        self._tokens, self._grad, self._attached = tokens.shape, grad, attached
 
     @property
     def names(self) -> list[str]:
-        """The hooks at which something happens, each once."""
-        return sorted({*self.read, *self.replace})
+        """The hooks at which something happens, each once; first that where the forward begins."""
+        entry = set() if self.entry is None else {self.entry}
+        return sorted(
+            entry.union(self.read, self.replace, *self._attached), key=lambda name: (name != self.entry, name)
+        )
+
+    @property
+    def given(self) -> Tensor:
+        """What the hook :attr:`entry` holds."""
+        if self._value is None:
+            raise ValueError("this forward begins at the tokens")
+        return self._value
 
     @property
     def done(self) -> bool:
@@ -48,34 +67,47 @@ class Hooks:
         return self.want == "held" and len(self.held) == len(self.read)
 
     def __call__(self, name: str, activation: Tensor) -> Tensor:
-        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``."""
+        """Read and replace: what the model goes on with after the hook ``name``, of the shape of ``activation``.
+
+        Where the forward begins, ``activation`` does not count: what was given for that hook is there, with what is
+        attached to it.
+        """
         self.silent.discard(name)
-        if self.done or (name not in self.read and name not in self.replace):
+        attached = [one[name] for one in self._attached if name in one]
+        if name == self.entry and not self._begun:
+            activation, attached, self._begun = self.given, [], True
+        if self.done or not (attached or name in self.read or name in self.replace):
             return activation
-        value = self._by_position(activation)
+        value = by_position(activation, self._tokens)
+        for one in attached:
+            value = put(name, value, one)
         if name in self.read and name not in self.held:
             if self._grad and not value.requires_grad and value.is_floating_point():
                 value.requires_grad_()  # where the weights do not learn, gradients begin here
             self.held[name] = value
         if (replacement := self.replace.get(name)) is not None:
-            value = self._replaced(name, value, replacement)
+            value = put(name, value, replacement)
         return value if value.shape == activation.shape else value.reshape(activation.shape)
 
-    def _by_position(self, activation: Tensor) -> Tensor:
-        """``[b, t, d]``, where a module has flattened its rows to ``[b * t, d]``."""
-        flat = activation.ndim == 2 and activation.shape[:2] != self._tokens
-        return activation.unflatten(0, self._tokens) if flat and len(activation) == self._tokens.numel() else activation
 
-    def _replaced(self, name: str, value: Tensor, replacement: Replacement) -> Tensor:
-        import torch
+def by_position(activation: Tensor, tokens: Sequence[int]) -> Tensor:
+    """``[b, t, d]``, where a module has flattened its rows to ``[b * t, d]``; ``tokens`` are ``b`` and ``t``."""
+    flat = activation.ndim == 2 and activation.shape[:2] != tuple(tokens)
+    whole = flat and len(activation) == math.prod(tokens)
+    return activation.unflatten(0, tuple(tokens)) if whole else activation
 
-        # The model's bfloat16 is not for what is put in its place, such as an SAE.
-        with torch.autocast(value.device.type, enabled=False):
-            new = replacement(value)
-        if not isinstance(new, torch.Tensor) or new.shape != value.shape:
-            found = list(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
-            raise ModelError(f"what replaces {name!r} must be a tensor of shape {list(value.shape)}, found {found}")
-        return new.to(value)
+
+def put(name: str, value: Tensor, replacement: Replacement) -> Tensor:
+    """What ``replacement`` makes of ``value``, which the hook ``name`` holds, in its type and on its device."""
+    import torch
+
+    # The model's bfloat16 is not for what is put in its place, such as an SAE.
+    with torch.autocast(value.device.type, enabled=False):
+        new = replacement(value)
+    if not isinstance(new, torch.Tensor) or new.shape != value.shape:
+        found = list(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
+        raise ModelError(f"what replaces {name!r} must be a tensor of shape {list(value.shape)}, found {found}")
+    return new.to(value)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from saekit.backends.base import Backend
-from saekit.backends.forward import Hooks
+from saekit.backends.base import Backend, OnTokens
+from saekit.backends.begun import Begun, Running, is_ids
+from saekit.backends.forward import Hooks, by_position, put
 from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
+from saekit.values import Replacement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ModuleBackend"]
 
 _INPUT = ".input"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class ModuleBackend(Backend):
@@ -41,7 +45,7 @@ class ModuleBackend(Backend):
         tokenizer: Any = None,
         autocast: bool = False,
     ) -> None:
-        self.model, self._evaluating = model, _Evaluating(model)
+        self.model, self._evaluating, self._running = model, _Evaluating(model), Running()
         self.name, self.d_vocab, self.n_ctx = name, d_vocab, n_ctx
         self.device = str(next(model.parameters()).device)
         self.autocast = autocast
@@ -63,7 +67,7 @@ class ModuleBackend(Backend):
     def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
         with ExitStack() as attached:
             for name in hooks.names:
-                attached.callback(self._attach(name, hooks).remove)
+                attached.callback(self._attach(name, self._until_done(name, hooks)).remove)
             try:
                 return self.logits(tokens)
             except _Done:
@@ -71,18 +75,71 @@ class ModuleBackend(Backend):
 
     @contextmanager
     def running(self, tokens: Tensor, *, grad: bool) -> Iterator[None]:
-        with self._evaluating(), super().running(tokens, grad=grad):
+        with self._evaluating(), self._running(tokens), super().running(tokens, grad=grad):
             yield
 
-    def _attach(self, name: str, hooks: Hooks) -> Any:
-        """Have torch call ``hooks`` at ``name``; what is returned can be removed."""
+    @contextmanager
+    def attached(self, replace: Mapping[str, Replacement], *, on_tokens: OnTokens | None = None) -> Iterator[None]:
+        """See :class:`saekit.abilities.AttachesHooks`: hooks of torch's, which whoever calls the model meets."""
+        known = {*self.hook_names()}
+        if unknown := [name for name in replace if name not in known]:
+            raise self.no_hook(unknown[0])
+        begun = Begun(on_tokens)
+        with ExitStack() as attached:
+            attached.enter_context(self._running.told(begun))
+            attached.enter_context(self.begins(self._running.unless_it_knows(begun)))
+            for name, replacement in replace.items():
+                attached.callback(self._attach(name, _standing(name, replacement, begun)).remove)
+            yield
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """As that of the base class; hooks of torch's, whoever added them, are not there for that long."""
+        aside = [(module, {name: vars(module)[name] for name in _HOOKS}) for module in self.model.modules()]
+        for module, _ in aside:
+            vars(module).update({name: OrderedDict() for name in _HOOKS})
+        try:
+            with super().undisturbed():
+                yield
+        finally:
+            for module, hooks in aside:
+                vars(module).update(hooks)
+
+    def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
+        """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.
+
+        It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or
+        ``past_key_values``.
+        """
+
+        return self._begins(tell)
+
+    @contextmanager
+    def _begins(self, tell: OnTokens, module: Any = None) -> Iterator[None]:
+        def called(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            given = kwargs.get("input_ids", args[0] if args else None)
+            kept = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers has renamed it in 5.24
+            before = getattr(kept, "get_seq_length", int)()
+            tell(given if is_ids(given) else None, before)
+
+        handle = (module or self.model).register_forward_pre_hook(called, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _until_done(name: str, hooks: Hooks) -> Callable[[Tensor], Tensor]:
         def hooked(activation: Tensor) -> Tensor:
             value = hooks(name, activation)
             if hooks.done:
                 raise _Done
             return value
 
+        return hooked
+
+    def _attach(self, name: str, hooked: Callable[[Tensor], Tensor]) -> Any:
+        """Have torch call ``hooked`` at ``name``; what is returned can be removed."""
         if (module := self._module(name)) is not None:
             return module.register_forward_hook(lambda module, args, out: _at_first(out, hooked))
         if (module := self._module(name.removesuffix(_INPUT))) is not None:
@@ -133,6 +190,16 @@ class ModuleBackend(Backend):
         directions = torch.randn(3, len(weights), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         norm = weights.norm()
         return " ".join(f"{value:.3f}" for value in [*(directions @ weights / norm).tolist(), norm.log().item()])
+
+
+def _standing(name: str, replacement: Replacement, begun: Begun) -> Callable[[Tensor], Tensor]:
+    """``replacement`` at the hook ``name``, as torch calls it."""
+
+    def hooked(activation: Tensor) -> Tensor:
+        value = put(name, by_position(activation, begun.shape or activation.shape[:2]), replacement)
+        return value if value.shape == activation.shape else value.reshape(activation.shape)
+
+    return hooked
 
 
 class _Evaluating:

@@ -16,8 +16,9 @@ from saekit.data.stream import StreamContext
 from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
+from saekit.runs.counting import counted_of
 from saekit.runs.opening import open_backend, open_stream, sites_by_option
-from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.status import Status
 
 __all__ = ["write_cache"]
@@ -33,7 +34,8 @@ def write_cache(
 ) -> Manifest:
     """The work of :func:`saekit.cache_activations`; ``say`` is told what is being done."""
     say = say or Status(verbose=False)
-    corpus = Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), config.evals, dataset)
+    dataset_config = attrs.evolve(config.dataset, on_exhausted="stop")
+    corpus = Corpus.of(dataset_config, config.evals, dataset, config.tokens.mask_column)
     sites = cache_sites(config)
     say(f"loading the model {config.model.name}" if model is None else "looking at the model")
     named = sites_by_option([config])
@@ -42,37 +44,54 @@ def write_cache(
     stream = open_stream(config, corpus, plugins, backend, sites)
     say("reading the text")
     contexts = stream.contexts  # opens the text, before the model runs
-    wanted = cached_contexts(config, corpus.context_size)
+    said = counted_of(config, corpus, backend, stream)
+    most = stream.rows_per_context(corpus.context_size)
+    contexts_asked = cached_contexts(config, most)
+    wanted = contexts_asked * most if said is None or not said.contexts else cached_rows(config)
     folder = Path(config.activations.cache.folder)
     with CacheWriter(folder, plan_cache(config, stream, corpus.context_size)) as writer:
-        writer.check_space(writer.manifest.contexts if writer.manifest.ended else wanted)
-        if writer.manifest.position is not None:
-            contexts.load_state_dict(writer.manifest.position)
+        there = writer.manifest
+        if there.ended:
+            writer.check_space(there.contexts, there.rows)
+        else:
+            writer.check_space(contexts_asked, wanted)
+        if there.position is not None:
+            contexts.load_state_dict(there.position)
         say.rest()
-        _write(config, stream, writer, wanted)
+        _write(config, stream, writer, wanted, "" if said is None else f"; {said}")
         manifest = writer.manifest
     check_contexts(manifest.contexts, corpus.context_size)
-    if manifest.contexts < wanted and config.dataset.on_exhausted == "error":
+    if not manifest.rows:
         raise DataError(
-            f"the data ended after {manifest.rows:,} activations, and {wanted * corpus.context_size:,} were asked for; "
+            f"no token of the text counts, so {str(folder)!r} has no activations: see tokens.exclude_special_tokens, "
+            "tokens.seqpos_slice and tokens.mask_column"
+        )
+    if manifest.rows < wanted and config.dataset.on_exhausted == "error":
+        raise DataError(
+            f"the data ended after {manifest.rows:,} activations, and {wanted:,} were asked for; "
             f"those are in {str(folder)!r}. Ask for fewer (activations.cache.tokens), or set dataset.on_exhausted"
         )
     return manifest
 
 
-def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int) -> None:
-    """Contexts from where the cache ends to ``wanted``, or to the end of the data."""
+def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int, said: str) -> None:
+    """Contexts from where the cache ends until there are ``wanted`` rows, or to the end of the data.
+
+    No context more than that needs, however many the model takes at once.
+    """
     activations = ActivationStream(stream, config.activations.cache.batch_size_prompts)
-    size, there = writer.manifest.context_size, writer.manifest.contexts
+    most, there = stream.rows_per_context(writer.manifest.context_size), writer.manifest.rows
     done, ended = there, writer.manifest.ended
-    needed = writer.manifest.bytes_for(max(wanted, there))
-    with ProgressDisplay(wanted * size, doing="caching", verbose=config.training.verbose) as progress:
-        progress.say(f"{wanted * size:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk")
+    needed = writer.manifest.bytes_for(-(-max(wanted, there) // most), max(wanted, there))
+    with ProgressDisplay(wanted, doing="caching", verbose=config.training.verbose) as progress:
+        progress.say(f"{wanted:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk{said}")
         while done < wanted and not ended:
-            asked = min(config.activations.cache.batch_size_prompts, writer.room, wanted - done)
+            asked = min(config.activations.cache.batch_size_prompts, writer.room, -(-(wanted - done) // most))
             contexts = stream.contexts.take(asked)
             if len(contexts):
-                writer.add(activations.run(contexts), stream.contexts.state_dict())
-            done, ended = done + len(contexts), len(contexts) < asked
-            progress.update(done * size, before=there * size)
+                batch = activations.run(contexts)
+                writer.add(batch, stream.contexts.state_dict(), len(contexts))
+                done += len(batch)
+            ended = len(contexts) < asked
+            progress.update(done, before=there)
         writer.finish(ended=ended)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from saekit.commands.jobs import train
 from saekit.config.files import load_config
-from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVAL, DEFAULT_SCHEDULE
+from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVALS, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
 from saekit.files.storage import write_text
 from saekit.kinds import EVALS
@@ -61,8 +61,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
-    if DEFAULT_EVAL not in {plugins.find(EVALS, choice).key for choice in config.evals.run}:
-        raise ConfigError([("evals.run", f"the demo shows the numbers of {DEFAULT_EVAL}, so it must be there")])
+    if missing := set(DEFAULT_EVALS) - {plugins.find(EVALS, choice).key for choice in config.evals.run}:
+        raise ConfigError([("evals.run", f"the demo shows the numbers of {min(missing)}, so it must be there")])
     console.print(_WHAT, highlight=False, soft_wrap=True)
     result = train(config, plugins=plugins)
     from saekit.commands.outcome import show_files, show_table  # when something has been said

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
     from saekit.status import Status
 
-__all__ = ["load_model", "top_texts"]
+__all__ = ["backend_of", "corpus_of", "load_model", "top_texts"]
 
 _ABOUT_TOKENS = (
     "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token"
 )  # fmt: skip
+_OF_ITS_TEXT = ("disable_concat_sequences", "chat_template")
+"""What is taken over where the text is the SAE's own; another one may have other documents."""
 
 
 def load_model(
@@ -210,15 +212,14 @@ def _backend(
     if model is not None:
         say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
         return load_model(model, plugins=plugins)
-    about = sae.info.metadata
-    name, kind = about.get("model_name"), about.get("model_class_name")
-    if not isinstance(name, str):
-        raise ConfigError([("model", "is missing: the SAE does not say which model it was trained on")])
+    from saekit.splicing.fits import model_name_of
+
+    name, about = model_name_of(sae), sae.info.metadata
     say(f"loading the model {name}")
-    return load_model(name, backend=_backend_of(about, kind, plugins), plugins=plugins)
+    return load_model(name, backend=backend_of(about, about.get("model_class_name"), plugins), plugins=plugins)
 
 
-def _backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:
+def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:
     """The backend by the name of the class that it wraps, with the options that the SAE's metadata has of it."""
     items = [item for item in plugins.registry(MODEL_BACKENDS).items if item.entry.name == kind]
     if len(items) != 1:
@@ -249,14 +250,14 @@ def _contexts(
             corpus = result.corpus
             evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
             return attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
-        corpus = _corpus(sae, backend, dataset, plugins)
+        corpus = corpus_of(sae, backend, dataset, plugins)
         check_context_size(backend, corpus.context_size)
         found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
     check_contexts(len(found), corpus.context_size)
     return torch.from_numpy(found)
 
 
-def _corpus(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:
+def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:
     """The text, packed as it was for the SAE, as far as its metadata says; what is pretokenized stays as it is."""
     from saekit.data.corpus import Corpus
     from saekit.data.packed import Packed
@@ -286,7 +287,9 @@ def _packed_alike(
     plugins: PluginManager,
 ) -> DatasetConfig:
     """``config`` with the options about tokens that the SAE's metadata has, where they are not ``given``."""
-    known = {name: about[name] for name in _ABOUT_TOKENS if about.get(name) is not None}
+    own = list(given) == ["path"] and given["path"] == about.get("dataset_path")
+    names = (*_ABOUT_TOKENS, *_OF_ITS_TEXT) if own else _ABOUT_TOKENS
+    known = {name: about[name] for name in names if about.get(name) is not None}
     size = known.get("context_size")
     if isinstance(size, int) and backend.n_ctx is not None:
         known["context_size"] = min(size, backend.n_ctx)

@@ -28,8 +28,10 @@ from saekit.ambient import ambient
 from saekit.backends.special import special_tokens
 from saekit.commands.targets import WITH_A_TOKEN, check_target, check_tokenizer
 from saekit.config import EvalsConfig, PretokenizeConfig
+from saekit.data.chats import chat_tokenizer
 from saekit.data.contexts import Contexts
 from saekit.data.corpus import Corpus
+from saekit.data.documents import Conversation
 from saekit.data.faults import check_all
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Reader
 from saekit.data.text import Documents
@@ -55,6 +57,10 @@ class _Made:
     contexts: int
     documents: int
     """How many there were; 0: that is not known."""
+    left_out: int
+    """Documents that were too short for a context of their own, where each has one."""
+    cut: int
+    """Documents that were longer."""
 
 
 @attrs.frozen
@@ -133,8 +139,9 @@ def _opened(
             )
         checks.append(lambda: check_context_size(backend, corpus.context_size))
     checks.append(lambda: corpus.policy(special_tokens(tokenizer)))
+    checks.append(lambda: corpus.tokenize_by(lambda text: [], tokenizer, _named(config)))
     opened: list[Documents] = []
-    check_all(*checks, lambda: opened.append(Documents.open(corpus.config, dataset=corpus.dataset)))
+    check_all(*checks, lambda: opened.append(corpus.documents()))
     return tokenizer, opened[0]
 
 
@@ -155,15 +162,20 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
 
     texts = documents
     if config.num_proc > 1:
-        texts = Documents(_Tokenized(documents, tokenizer, config.num_proc), first=documents.first)
+        tokenized = _Tokenized(documents, tokenizer, config.num_proc, corpus.chats)
+        texts = Documents(tokenized, first=documents.first)
     reader = Reader(
-        f"the tokenizer {config.tokenizer or config.model.name!r}",
+        _named(config),
         len(tokenizer),
         lambda: Vocabulary.of_tokenizer(tokenizer),
     )
     stream = corpus.stream(
         texts,
-        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        corpus.tokenize_by(
+            lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            tokenizer,
+            _named(config),
+        ),
         special_tokens(tokenizer),
         reader,
         repeat=False,
@@ -195,7 +207,11 @@ def _write(config: PretokenizeConfig, corpus: Corpus, documents: Documents, toke
             f"the data ended after {done:,} contexts, and {limit:,} were asked for (max_contexts). Ask for fewer, or "
             'set dataset.on_exhausted to "stop"'
         )
-    return _Made(done, last + 1)
+    return _Made(done, last + 1, stream.left_out, stream.cut)
+
+
+def _named(config: PretokenizeConfig) -> str:
+    return f"the tokenizer {config.tokenizer or config.model.name!r}"
 
 
 def _owners(corpus: Corpus) -> Callable[[Contexts], list[list[int]]] | None:
@@ -204,15 +220,18 @@ def _owners(corpus: Corpus) -> Callable[[Contexts], list[list[int]]] | None:
         return lambda contexts: [np.unique(row).tolist() for row in contexts.documents]
     if not corpus.packed.documents:
         return None  # they are parts of documents that nobody has noted
-    noted = iter(Documents.open(attrs.evolve(corpus.config, column=DOCUMENT_IDS)))
+    noted: Iterator[Any] = iter(
+        attrs.evolve(corpus, config=attrs.evolve(corpus.config, column=DOCUMENT_IDS)).documents()
+    )
     return lambda contexts: [[int(number) for number in next(noted)] for _ in range(len(contexts))]
 
 
 class _Tokenized:
     """Documents whose texts become token ids, by ``num_proc`` processes, in their order; None for one left out."""
 
-    def __init__(self, documents: Documents, tokenizer: Any, num_proc: int) -> None:
+    def __init__(self, documents: Documents, tokenizer: Any, num_proc: int, template: bool | str) -> None:
         self._documents, self._tokenizer, self._num_proc = documents, tokenizer, num_proc
+        self._template = template
 
     def __iter__(self) -> Iterator[Any]:
         # Forked, a process has the tokenizer without importing the caller's main module again.
@@ -221,7 +240,7 @@ class _Tokenized:
             self._num_proc,
             mp_context=multiprocessing.get_context(method),
             initializer=_start_tokenizing,
-            initargs=(self._tokenizer,),
+            initargs=(self._tokenizer, self._template),
         )
         try:
             with warnings.catch_warnings():  # of threads, which the processes have no part in
@@ -258,19 +277,23 @@ def _batched(items: Iterable[Any], n: int) -> Iterator[list[Any]]:
 
 _PR_SET_PDEATHSIG = 1
 _worker_tokenizer: Any = None
+_worker_chats: Callable[[Conversation], Sequence[int]] | None = None
 
 
-def _start_tokenizing(tokenizer: Any) -> None:
-    global _worker_tokenizer
+def _start_tokenizing(tokenizer: Any, template: bool | str) -> None:
+    global _worker_tokenizer, _worker_chats
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that started this ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
     if sys.platform == "linux":  # end with the process that started this, however that ends
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _worker_tokenizer = tokenizer
+    _worker_chats = chat_tokenizer(tokenizer, template, "pretokenize") if template else None
 
 
 def _tokenize(documents: Sequence[Any]) -> list[Any]:
+    if _worker_chats is not None:
+        return [document if document is None else _worker_chats(document) for document in documents]
     texts = [document for document in documents if isinstance(document, str)]
     ids = iter(_worker_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
     return [next(ids) if isinstance(document, str) else document for document in documents]
@@ -302,6 +325,9 @@ def _metadata(
         "seed": config.seed if config.shuffle else None,
         "contexts": made.contexts,
         "documents": made.documents,
+        **(
+            {"documents_left_out": made.left_out, "documents_cut": made.cut} if dataset.disable_concat_sequences else {}
+        ),
     }
 
 

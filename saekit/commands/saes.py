@@ -16,7 +16,7 @@ from saekit.released import Release, ReleasedSAE
 if TYPE_CHECKING:
     from saekit.pretrained.sae import SAE
 
-__all__ = ["converted", "info", "info_text", "listed", "table", "verified"]
+__all__ = ["converted", "info", "info_text", "listed", "published", "table", "verified"]
 
 _NEURONPEDIA = "https://www.neuronpedia.org/"
 
@@ -167,10 +167,10 @@ def _sae_lines(saes: list[dict[str, Any]]) -> list[str]:
 def converted(source: str, target: str, to: str, loader: str | None, releases: Sequence[str]) -> str:
     """Write the SAE that ``source`` names to ``target`` in the format ``to``; a line about it."""
     _check_format(to)
-    published = _published(source, releases)
+    found = published(source, releases)
     from saekit.pretrained.exporting import export
 
-    sae = _read(source, published, loader, releases)
+    sae = _read(source, found, loader, releases)
     export(sae, target, to)
     return printable(f"{sae.get_name()} ({sae.info.architecture}) is in {target} as {to}")
 
@@ -191,7 +191,7 @@ def _check_format(name: str) -> None:
         raise UnknownKeyError(printable(text)) from None
 
 
-def _published(source: str, releases: Sequence[str]) -> tuple[str, str] | None:
+def published(source: str, releases: Sequence[str]) -> tuple[str, str] | None:
     """The release and the id that ``source`` names; None: it is a path.
 
     :class:`SAEFormatError` or :class:`UnknownKeyError` for what is neither.
@@ -223,12 +223,12 @@ def _read(
 
 def verified(source: str, loader: str | None, releases: Sequence[str] = ()) -> str:
     """A line that says that the SAE is as it was saved; else :class:`SAEFormatError` says what is not."""
-    if (published := _published(source, releases)) is not None:
-        _read(source, published, loader, releases, verify=True)
+    if (found := published(source, releases)) is not None:
+        _read(source, found, loader, releases, verify=True)
         return f"{source}: as it was saved"
     from saekit.pretrained.probe import verify
 
-    if found := verify(source, loader=loader):
-        lines = "".join(f"\n  - {printable(one)}" for one in found)
+    if faults := verify(source, loader=loader):
+        lines = "".join(f"\n  - {printable(one)}" for one in faults)
         raise SAEFormatError(f"the SAE in {source} is not as it was saved:{lines}")
     return f"{source}: as it was saved"

@@ -31,6 +31,7 @@ from saekit.config.pretokenize import PretokenizeConfig
 from saekit.config.reports import ReportsConfig
 from saekit.config.run import TrainConfig
 from saekit.config.sae import SAEConfig
+from saekit.config.tokens import TokensConfig
 from saekit.config.training import TrainingConfig
 from saekit.config.values import shown
 from saekit.site import Site
@@ -55,6 +56,7 @@ __all__ = [
     "SAEConfig",
     "Site",
     "Token",
+    "TokensConfig",
     "TrainConfig",
     "TrainingConfig",
     "check",

@@ -17,6 +17,8 @@ _token = check(
     '"bos", "eos", "sep", "none" or a token id',
 )
 
+_template = check(lambda v: isinstance(v, bool) or bool(v.strip()), "true, false or a template, not an empty text")
+
 
 @attrs.frozen(kw_only=True)
 class DatasetConfig:
@@ -48,6 +50,13 @@ class DatasetConfig:
     """The token put before each document.  None: as in pretokenized data, else `none`."""
     sequence_separator_token: Token | None = attrs.field(default=None, validator=_token)
     """The token put between two documents.  None: as in pretokenized data, else `bos`."""
+    disable_concat_sequences: bool | None = None
+    """One document in each context: shorter ones are left out, longer ones cut.  None: as in pretokenized data, else
+    false."""
+    chat_template: bool | str | None = attrs.field(default=None, validator=_template)
+    """Documents are conversations, lists of messages with `role` and `content`, and become text by the tokenizer's chat
+    template (`true`), or by this one: one of its templates by name, or one in full.  None: as in pretokenized data,
+    else false."""
     on_exhausted: Literal["repeat", "stop", "error"] = "repeat"
     """When the text ends before training does: read it again, end training cleanly, or fail."""
 

@@ -6,7 +6,7 @@ import attrs
 
 from saekit.config.fields import PluginChoice, a_size, at_least_0, check, plugin_field
 from saekit.config.showing import changed_repr
-from saekit.defaults import DEFAULT_EVAL
+from saekit.defaults import DEFAULT_EVALS
 from saekit.kinds import EVALS
 from saekit.plugins.choice import Choice
 
@@ -17,7 +17,7 @@ __all__ = ["EvalsConfig"]
 class EvalsConfig:
     """Measurements on text that is never trained on."""
 
-    run: tuple[PluginChoice, ...] = plugin_field(EVALS, (DEFAULT_EVAL,))
+    run: tuple[PluginChoice, ...] = plugin_field(EVALS, DEFAULT_EVALS)
     """What to measure, at the end of training and every `every_n_steps`."""
     every_n_steps: int = attrs.field(default=0, validator=at_least_0)
     """Steps between two evals during training; 0: only at the end."""

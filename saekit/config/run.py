@@ -12,6 +12,7 @@ from saekit.config.fields import INSTEAD_OF, PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
 from saekit.config.reports import ReportsConfig
 from saekit.config.showing import changed_repr
+from saekit.config.tokens import TokensConfig
 from saekit.config.training import TrainingConfig
 from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from saekit.errors import ConfigError
@@ -36,6 +37,8 @@ class TrainConfig:
     lie side by side in this order.  `sae.d_in`, where it is stated, is the sum of their widths."""
     targets: tuple[Site, ...] = ()
     """The sites whose activations it is to give, beside `inputs`.  None named: the inputs themselves."""
+    tokens: TokensConfig = attrs.field(factory=TokensConfig)
+    """Which tokens count."""
     activations: ActivationsConfig = attrs.field(factory=ActivationsConfig)
     """From contexts to shuffled batches."""
     sae: PluginChoice = plugin_field(SAE_ARCHITECTURES, DEFAULT_ARCHITECTURE)
@@ -66,6 +69,8 @@ class TrainConfig:
 
     def __attrs_post_init__(self) -> None:
         self._check_sites()
+        if self.dataset.context_size is not None:
+            self.tokens.positions(self.dataset.context_size)
         if self.evals.split is not None and self.evals.split == self.dataset.split:
             raise ConfigError(
                 [("evals.split", f"is {self.evals.split!r}, which is trained on (dataset.split). Name another split, "

@@ -23,7 +23,7 @@ SAE_LENS: dict[str, str] = {
     # the text
     "dataset_path": "dataset.path",
     "is_dataset_tokenized": "found out from the data (dataset.column)",
-    "disable_concat_sequences": "not there: documents are always packed into whole contexts",
+    "use_chat_formatting": "dataset.chat_template",
     # activations
     "use_cached_activations": 'activations.source = {name = "cached", folder = ...}',
     "cached_activations_path": "activations.source.folder, of the source `cached`",

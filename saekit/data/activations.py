@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saekit.data.contexts import Contexts
 from saekit.data.faults import check_counts
-from saekit.data.stream import StreamContext, check_by_token
+from saekit.data.stream import StreamContext, check_by_token, kept_of
 from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
 from saekit.values import Batch
@@ -25,9 +25,11 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 class ActivationStream:
     """One :class:`~saekit.Batch` per forward of ``batch_size_prompts`` contexts, in the order of the text.
 
-    Its rows are those of the contexts one after the other: context ``i`` has rows ``i * context_size`` on.  They are
-    handed out on ``device`` (None: where the model runs) in ``dtype`` (None: as the model gives them).  When a forward
-    runs out of memory, it and the ones after it are run in halves, with one warning.
+    Its rows are those of the contexts one after the other: context ``i`` has rows ``i * context_size`` on.  Where not
+    every token counts (``stream.choice``, and a mask that contexts have), the others' rows are left out, and forwards
+    of which nothing is left are passed over.  They are handed out on ``device`` (None: where the model runs) in
+    ``dtype`` (None: as the model gives them).  When a forward runs out of memory, it and the ones after it are run in
+    halves, with one warning.
     """
 
     def __init__(
@@ -42,11 +44,29 @@ class ActivationStream:
         self._batch_size = batch_size_prompts
         self._at_once = batch_size_prompts  # fewer after the model ran out of memory
         self._device, self._dtype = device, dtype
+        self._barren_since: int | None = None  # the reading of the text in which the last forwards began to have none
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        while not len(batch := self._next()):
+            self._check_barren()
+        self._barren_since = None
+        return batch
+
+    def _check_barren(self) -> None:
+        """Text that is read again and again, and of which nothing counts, would never end."""
+        readings = self._contexts.readings
+        if self._barren_since is None:
+            self._barren_since = readings
+        if readings > self._barren_since + 1:
+            raise DataError(
+                "no token of the text counts: what tokens.exclude_special_tokens, tokens.seqpos_slice and "
+                "tokens.mask_column leave of it is nothing"
+            )
+
+    def _next(self) -> Batch:
         with self._stream.model_lock:  # its tokenizer may not be used by two threads either
             before = self._contexts.state_dict()
             contexts = self._contexts.take(self._batch_size)
@@ -59,14 +79,16 @@ class ActivationStream:
             raise
 
     def run(self, contexts: Contexts) -> Batch:
-        """The activations of ``contexts``, every position of each."""
+        """The activations of ``contexts``, of the positions that count."""
         tokens = torch.from_numpy(contexts.tokens)
+        kept = None if self._stream.counts_all else kept_of(self._stream.choice, contexts)
         parts: list[dict[Any, Tensor]] = []
         done = 0
         while done < len(tokens):
             failure: BaseException | None = None
             try:
-                parts.append(self._forward(tokens[done : done + self._at_once]))
+                now = slice(done, done + self._at_once)
+                parts.append(self._forward(tokens[now], None if kept is None else kept[now]))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -75,23 +97,28 @@ class ActivationStream:
                 self._halve(len(tokens), failure)
             else:
                 done += self._at_once
-        return Batch(
-            {
-                site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site]
-                for site in parts[0]
-            },
-            tokens=tokens.flatten(),
-            documents=torch.from_numpy(contexts.documents).flatten(),
-            positions=torch.arange(tokens.shape[1]).repeat(len(tokens)),
-        )
+        rows = {
+            site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site] for site in parts[0]
+        }
+        origins = {
+            "tokens": tokens.flatten(),
+            "documents": torch.from_numpy(contexts.documents).flatten(),
+            "positions": torch.arange(tokens.shape[1]).repeat(len(tokens)),
+        }
+        if kept is not None:
+            origins = {name: values[kept.flatten()] for name, values in origins.items()}
+        return Batch(rows, **origins)
 
-    def _forward(self, tokens: Tensor) -> dict[Any, Tensor]:
+    def _forward(self, tokens: Tensor, kept: Tensor | None) -> dict[Any, Tensor]:
         sites = self._stream.sites
         with self._stream.model_lock:
             held = self._stream.backend.run(tokens, read={site.hook_name for site in sites}).held
             for site in sites:
                 check_by_token(site, held[site.hook_name], tokens)
             rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
+            if kept is not None:  # before they are moved or made of another type
+                left = kept.flatten().nonzero()[:, 0]
+                rows = {site: values[left.to(values.device)] for site, values in rows.items()}
             return {site: self._kept(values) for site, values in rows.items()}
 
     def _kept(self, values: Tensor) -> Tensor:

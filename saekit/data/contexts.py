@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saekit.config import DatasetConfig
+from saekit.data.documents import Conversation, Document, Masked
 from saekit.data.faults import check_counts
 from saekit.data.text import Documents
 from saekit.errors import DataError
@@ -17,6 +18,8 @@ from saekit.errors import DataError
 __all__ = ["ContextPacker", "ContextStream", "Contexts", "TokenPolicy"]
 
 IntArray = npt.NDArray[np.int64]
+Packed = tuple[npt.NDArray[Any], ...]
+"""A context: its tokens, their documents and, where there is a mask, which of them count, ``[context_size]`` each."""
 
 
 @attrs.frozen(kw_only=True)
@@ -30,6 +33,8 @@ class TokenPolicy:
     """Begins every document."""
     separator: int | None = None
     """Between two documents."""
+    one_document: bool = False
+    """Whether each context is of one document, the first of its tokens; one that is too short for that is left out."""
 
     @classmethod
     def of(cls, config: DatasetConfig, special_tokens: Mapping[str, int | None]) -> TokenPolicy:
@@ -54,6 +59,7 @@ class TokenPolicy:
             begin_batch=resolve(*begin),
             begin_sequence=resolve("begin_sequence_token", config.begin_sequence_token),
             separator=resolve("sequence_separator_token", config.sequence_separator_token),
+            one_document=bool(config.disable_concat_sequences),
         )
         if problems:
             raise DataError("\n".join(problems))
@@ -72,6 +78,9 @@ class Contexts:
     documents: IntArray
     """``[n, context_size]``: the document's position in the dataset.  A token that was put in belongs to the document
     that follows it."""
+    counts: npt.NDArray[np.bool_] | None = None
+    """``[n, context_size]``: which tokens count, by the mask that the data has; one that was put in does not.  None:
+    there is no mask."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -93,51 +102,85 @@ class ContextPacker:
     and a context begin together.  What does not fill a context waits for the next document.
     """
 
-    def __init__(self, policy: TokenPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: TokenPolicy, *, masked: bool = False) -> None:
+        self.policy, self.masked = policy, masked
         self._tokens = np.empty(policy.context_size, dtype=np.int64)  # the context being filled, and its documents
         self._documents = np.empty(policy.context_size, dtype=np.int64)
+        self._counts = np.empty(policy.context_size, dtype=np.bool_)
         self._filled = 0
         self._any_document = False
+        self.left_out = self.cut = 0
+        """Documents that were too short for a context of their own, and longer than one, where contexts are of one."""
 
-    def add(self, document: Sequence[int] | IntArray, number: int = 0) -> list[tuple[IntArray, IntArray]]:
-        """The contexts that a whole document completes, as ``(tokens, documents)``, ``[context_size]`` each.
+    def add(
+        self, document: Sequence[int] | IntArray, number: int = 0, counts: npt.NDArray[np.bool_] | None = None
+    ) -> list[Packed]:
+        """The contexts that a whole document completes.
 
-        ``number`` is the document's; an empty document is none.
+        ``number`` is the document's, and ``counts`` its mask; an empty document is none.
         """
-        return self.extend(document, number, begins=True)
+        return self.extend(document, number, begins=True, counts=counts)
 
     def extend(
-        self, piece: Sequence[int] | IntArray, number: int = 0, *, begins: bool = False
-    ) -> list[tuple[IntArray, IntArray]]:
+        self,
+        piece: Sequence[int] | IntArray,
+        number: int = 0,
+        *,
+        begins: bool = False,
+        counts: npt.NDArray[np.bool_] | None = None,
+    ) -> list[Packed]:
         """As :meth:`add` for a piece of a document, of which only the first ``begins`` it.
 
-        Documents may come in any pieces that are not empty: the contexts are the same.
+        Documents may come in any pieces that are not empty: the contexts are the same.  Where a context is of one
+        document, they come whole.
         """
         tokens = np.asarray(piece, dtype=np.int64)
+        counts = np.ones(len(tokens), dtype=np.bool_) if counts is None else counts
         if not len(tokens):
             return []
         if begins:
-            for token in (self.policy.begin_sequence, self.policy.separator if self._any_document else None):
+            between = self._any_document and not self.policy.one_document
+            for token in (self.policy.begin_sequence, self.policy.separator if between else None):
                 if token is not None and tokens[0] != token:
-                    tokens = np.concatenate([[token], tokens])
+                    tokens, counts = np.concatenate([[token], tokens]), np.concatenate([[False], counts])
             self._any_document = True
+        if self.policy.one_document:
+            return self._only(tokens, counts, number)
         done = []
         while len(tokens):
             if not self._filled and self.policy.begin_batch is not None and tokens[0] != self.policy.begin_batch:
-                self._put(self.policy.begin_batch, number)
-            room = tokens[: self.policy.context_size - self._filled]
-            self._put(room, number)
-            tokens = tokens[len(room) :]
+                self._put(self.policy.begin_batch, False, number)
+            room = self.policy.context_size - self._filled
+            self._put(tokens[:room], counts[:room], number)
+            tokens, counts = tokens[room:], counts[room:]
             if self._filled == self.policy.context_size:
-                done.append((self._tokens.copy(), self._documents.copy()))
-                self._filled = 0
+                done.append(self._taken())
         return done
 
-    def _put(self, tokens: int | IntArray, number: int) -> None:
+    def _only(self, tokens: IntArray, counts: npt.NDArray[np.bool_], number: int) -> list[Packed]:
+        """The one context of a document, if it is long enough."""
+        size, begin = self.policy.context_size, self.policy.begin_batch
+        if begin is not None and tokens[0] != begin:
+            self._put(begin, False, number)
+        room = size - self._filled
+        if len(tokens) < room:
+            self._filled = 0
+            self.left_out += 1
+            return []
+        self.cut += len(tokens) > room
+        self._put(tokens[:room], counts[:room], number)
+        return [self._taken()]
+
+    def _taken(self) -> Packed:
+        self._filled = 0
+        mask = [self._counts.copy()] if self.masked else []
+        return (self._tokens.copy(), self._documents.copy(), *mask)
+
+    def _put(self, tokens: int | IntArray, counts: bool | npt.NDArray[np.bool_], number: int) -> None:
         end = self._filled + (1 if isinstance(tokens, int) else len(tokens))
         self._tokens[self._filled : end] = tokens
         self._documents[self._filled : end] = number
+        self._counts[self._filled : end] = counts
         self._filled = end
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +189,8 @@ class ContextPacker:
             "tokens": self._tokens[: self._filled].tolist(),
             "documents": self._documents[: self._filled].tolist(),
             "any_document": self._any_document,
+            **({"counts": self._counts[: self._filled].tolist()} if self.masked else {}),
+            **({"left_out": self.left_out, "cut": self.cut} if self.policy.one_document else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -155,37 +200,50 @@ class ContextPacker:
             raise ValueError(f"the tokens that wait in a saved state are {state['tokens']!r:.80}")
         self._filled = filled.shape[1]
         self._tokens[: self._filled], self._documents[: self._filled] = filled
+        if self.masked:
+            self._counts[: self._filled] = _mask(state["counts"], self._filled)
         self._any_document = bool(state["any_document"])
+        if self.policy.one_document:
+            check_counts(state, "left_out", "cut")
+            self.left_out, self.cut = state["left_out"], state["cut"]
+
+
+def _mask(saved: Any, length: int) -> npt.NDArray[np.bool_]:
+    if not isinstance(saved, list) or len(saved) != length or not all(isinstance(one, bool) for one in saved):
+        raise ValueError(f"which tokens count is {saved!r:.80} in a saved state, expected {length} times true or false")
+    return np.array(saved, dtype=np.bool_)
 
 
 class ContextStream:
     """Contexts from documents; ``take(n)`` gives the next ``n``, fewer only when the data has ended.
 
     ``documents`` are :class:`saekit.data.Documents`, or texts and lists of token ids that can be read again, which
-    ``repeat`` does for ever; ``tokenize`` turns a text into ids.  Of a document, no more is packed than ``take``
-    needs, so a long one costs no memory beyond its own tokens.
+    ``repeat`` does for ever; ``tokenize`` turns a text into ids, or a conversation.  Of a document, no more is packed
+    than ``take`` needs, so a long one costs no memory beyond its own tokens.  With ``masked``, documents have masks.
     """
 
     def __init__(
         self,
         documents: Documents | Iterable[str | Sequence[int]],
-        tokenize: Callable[[str], Sequence[int]],
+        tokenize: Callable[[Any], Sequence[int]],
         policy: TokenPolicy,
         *,
         d_vocab: int,
         repeat: bool,
+        masked: bool = False,
     ) -> None:
         self.policy = policy
         self._documents = documents if isinstance(documents, Documents) else Documents(documents)
         self._tokenize = tokenize
         self._d_vocab = d_vocab
         self._repeat = repeat
-        self._packer = ContextPacker(policy)
-        self._ready: list[tuple[IntArray, IntArray]] = []
+        self._packer = ContextPacker(policy, masked=masked)
+        self._ready: list[Packed] = []
         self._reader = self._documents.read()
         self._before = self._reader.state_dict()  # the reader's state before the document in hand
         self._number = 0
         self._document: IntArray = np.empty(0, dtype=np.int64)
+        self._counts: npt.NDArray[np.bool_] | None = None  # which of its tokens do, where there is a mask
         self._offset = 0  # tokens of the document in hand that are packed
         self._epoch = 0
         self._tokens_this_epoch = 0
@@ -202,14 +260,32 @@ class ContextStream:
         if not rows:
             empty = np.empty((0, self.policy.context_size), dtype=np.int64)
             return Contexts(empty, empty)
-        return Contexts(np.stack([tokens for tokens, _ in rows]), np.stack([documents for _, documents in rows]))
+        return Contexts(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+    @property
+    def readings(self) -> int:
+        """How often the text was read to its end."""
+        return self._epoch
+
+    @property
+    def left_out(self) -> int:
+        """Documents so far that were too short for a context of their own, where contexts are of one document."""
+        return self._packer.left_out
+
+    @property
+    def cut(self) -> int:
+        """Documents so far that were longer than that."""
+        return self._packer.cut
 
     def _pack_a_piece(self) -> bool:
         if self._offset >= len(self._document) and not self._open_document():
             return False
-        piece = self._document[self._offset : self._offset + self.policy.context_size]
-        self._ready += self._packer.extend(piece, self._number, begins=self._offset == 0)
-        self._offset += len(piece)
+        whole, size = self.policy.one_document, self.policy.context_size
+        piece = slice(self._offset, len(self._document) if whole else self._offset + size)
+        counts = None if self._counts is None else self._counts[piece]
+        tokens = self._document[piece]
+        self._ready += self._packer.extend(tokens, self._number, begins=self._offset == 0, counts=counts)
+        self._offset += len(tokens)
         return True
 
     def _open_document(self) -> bool:
@@ -224,6 +300,7 @@ class ContextStream:
             number, document = read
             tokens = self._checked(document, number)  # if it raises, the state is still that of the document before
             self._before, self._number, self._document, self._offset = before, number, tokens, 0
+            self._counts = document.counts if isinstance(document, Masked) else None
             self._tokens_this_epoch += len(self._document)
             if len(self._document):
                 return True
@@ -237,6 +314,12 @@ class ContextStream:
                 f"the dataset's documents {nothing}: there is nothing to train on. If evals hold documents "
                 "out, see evals.held_out_every and evals.split"
             )
+        if self.policy.one_document and not self.contexts_served and not self._ready:
+            raise DataError(
+                f"all {self.left_out:,} documents are too short for a context of their own of "
+                f"{self.policy.context_size} tokens (dataset.disable_concat_sequences), so they are left out. Lower "
+                "dataset.context_size, or let documents share contexts"
+            )
         if not self._epoch and self.on_repeat is not None:
             self.on_repeat(self._packed_tokens)
         self._reader = self._documents.read()
@@ -249,8 +332,11 @@ class ContextStream:
         contexts = self.contexts_served + len(self._ready)
         return contexts * self.policy.context_size + len(self._packer.state_dict()["tokens"])
 
-    def _checked(self, document: str | Sequence[int], number: int) -> IntArray:
-        ids = self._tokenize(document) if isinstance(document, str) else document
+    def _checked(self, document: Document, number: int) -> IntArray:
+        if isinstance(document, (str, Conversation)):
+            ids = self._tokenized(document, number)
+        else:
+            ids = document.tokens if isinstance(document, Masked) else document
         tokens = np.asarray(ids, dtype=np.int64)
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
@@ -259,6 +345,12 @@ class ContextStream:
                 f"{self._d_vocab - 1}: the data was tokenized for another model"
             )
         return tokens
+
+    def _tokenized(self, document: str | Conversation, number: int) -> Sequence[int]:
+        try:
+            return self._tokenize(document)
+        except DataError as error:
+            raise DataError(f"document {number}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the documents and inside one of them, and the few tokens that wait; plain data."""
@@ -269,16 +361,20 @@ class ContextStream:
             "epoch": self._epoch,
             "tokens_this_epoch": self._tokens_this_epoch,
             "contexts_served": self.contexts_served,
-            "ready": [(tokens.tolist(), documents.tolist()) for tokens, documents in self._ready],
+            "ready": [tuple(column.tolist() for column in columns) for columns in self._ready],
             "packer": self._packer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
         check_counts(state, "offset", "epoch", "contexts_served", "tokens_this_epoch")
-        ready = [(np.array(tokens), np.array(documents)) for tokens, documents in state["ready"]]
-        shape = (self.policy.context_size,)
-        if not all(array.dtype.kind == "i" and array.shape == shape for pair in ready for array in pair):
+        ready = [tuple(map(np.array, columns)) for columns in state["ready"]]
+        shape, kinds = (self.policy.context_size,), "iib" if self._packer.masked else "ii"
+        if not all(
+            "".join(column.dtype.kind for column in columns) == kinds
+            and {column.shape for column in columns} == {shape}
+            for columns in ready
+        ):
             raise ValueError(f"the contexts that wait in a saved state are not of {self.policy.context_size} token ids")
         self._reader = self._documents.read()
         self._reader.load_state_dict(state["reader"])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from saekit.abilities import HasTokenizer
 from saekit.config import DatasetConfig, EvalsConfig
+from saekit.data.chats import Tokenize, chat_tokenizer
 from saekit.data.contexts import ContextStream, TokenPolicy
+from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.text import STDLIB, Documents
@@ -32,9 +34,11 @@ class Corpus:
     """A dataset in memory, in place of ``config.path``."""
     packed: Packed | None = None
     """How pretokenized contexts were made; else None."""
+    mask: str | None = None
+    """The column that says which tokens count (``tokens.mask_column``)."""
 
     @classmethod
-    def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None) -> Corpus:
+    def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None, mask: str | None = None) -> Corpus:
         """The corpus of a configuration.  Contexts that are pretokenized say themselves how they were made.
 
         :class:`ConfigError` names each option that contradicts them.
@@ -45,7 +49,7 @@ class Corpus:
             raise ConfigError(problems)
         settled = POLICY_DEFAULTS if packed is None else packed.policy
         chosen = {name: settled[name] if stated[name] is None else stated[name] for name in POLICY_DEFAULTS}
-        return cls(attrs.evolve(config, **chosen), evals, dataset, packed)
+        return cls(attrs.evolve(config, **chosen), evals, dataset, packed, mask)
 
     @property
     def context_size(self) -> int:
@@ -57,10 +61,40 @@ class Corpus:
         """The tokens that are put in, as ids of a tokenizer."""
         return TokenPolicy.of(self.config, special_tokens)
 
+    @property
+    def chats(self) -> bool | str:
+        """The chat template by which documents become tokens; of contexts that are pretokenized, they have."""
+        return False if self.packed is not None else self.config.chat_template or False
+
+    def documents(self, **chosen: Any) -> Documents:
+        """The documents of the dataset, all or those that are ``chosen``, as :meth:`Documents.open` takes it."""
+        config = attrs.evolve(self.config, chat_template=self.chats)
+        return Documents.open(config, **{"dataset": self.dataset, "mask": self.mask, **chosen})
+
+    def tokenize(self, backend: ModelBackend) -> Tokenize:
+        """A document that is no list of token ids as such, by the tokenizer of a model."""
+        tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
+        return self.tokenize_by(backend.tokenize, tokenizer, f"the model {backend.name!r}")
+
+    def tokenize_by(self, texts: Callable[[str], Sequence[int]], tokenizer: Any, of: str) -> Tokenize:
+        """The same, by what makes ids of ``texts``, and the ``tokenizer`` of a Hugging Face model for conversations.
+
+        :class:`ConfigError` where there are conversations, and no template.
+        """
+        chats = chat_tokenizer(tokenizer, self.chats, of) if self.chats else None
+
+        def ids(document: str | Conversation) -> Sequence[int]:
+            if isinstance(document, str):
+                return texts(document)
+            assert chats is not None  # none are read without a template
+            return chats(document)
+
+        return ids
+
     def stream(
         self,
         documents: Documents,
-        tokenize: Callable[[str], Sequence[int]],
+        tokenize: Tokenize,
         special_tokens: Mapping[str, int | None],
         reader: Reader,
         *,
@@ -73,9 +107,10 @@ class Corpus:
         policy = self.policy(special_tokens)
         if self.packed is not None:  # the contexts are whole, with their tokens put in
             self.packed.check(documents.first, policy, reader)
-            policy = attrs.evolve(policy, begin_sequence=None, separator=None)
+            policy = attrs.evolve(policy, begin_sequence=None, separator=None, one_document=False)
         _check_ids(documents, policy, reader)
-        return ContextStream(documents, tokenize, policy, d_vocab=reader.d_vocab, repeat=repeat)
+        masked = self.mask is not None
+        return ContextStream(documents, tokenize, policy, d_vocab=reader.d_vocab, repeat=repeat, masked=masked)
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
         """The training contexts, without the documents that are held out."""
@@ -85,15 +120,15 @@ class Corpus:
         """What is trained on: all documents, or all that are not held out."""
         every = self.evals.held_out_every if self.evals.split is None else 0
         if not every:
-            return Documents.open(self.config, dataset=self.dataset)
+            return self.documents()
         if is_one_text(self.dataset):
             return self._part(held=False)
         if self.holds_out_documents:
             assert self.packed is not None
             held = held_documents(self.packed, every)
             owners = (DOCUMENT_IDS, lambda ids: not any(map(held, ids)))
-            return Documents.open(self.config, owners=owners)
-        return Documents.open(self.config, dataset=self.dataset, keep=lambda index: index % every != every - 1)
+            return self.documents(owners=owners)
+        return self.documents(keep=lambda index: index % every != every - 1)
 
     @property
     def holds_out_documents(self) -> bool:
@@ -102,9 +137,11 @@ class Corpus:
 
     def held_out(self, backend: ModelBackend, seed: int) -> Tensor:
         """``[n, context_size]`` token ids that training never sees, from a stretch of text eight times as long."""
-        contexts = (
-            self._stream(backend, self._held_out_documents(), repeat=False).take(8 * self.evals.n_contexts).tokens
-        )
+        return self.held_out_masked(backend, seed)[0]
+
+    def held_out_masked(self, backend: ModelBackend, seed: int) -> tuple[Tensor, Tensor | None]:
+        """The same with their mask, ``[n, context_size]`` bool, where the data has one."""
+        contexts = self._stream(backend, self._held_out_documents(), repeat=False).take(8 * self.evals.n_contexts)
         if not len(contexts):
             raise DataError(
                 f"the held-out text does not fill one context of {self.context_size} tokens. Lower "
@@ -113,7 +150,9 @@ class Corpus:
             )
         generator = torch.Generator().manual_seed(seed)
         picked = torch.randperm(len(contexts), generator=generator)[: self.evals.n_contexts]
-        return torch.from_numpy(contexts)[picked.sort().values]
+        order = picked.sort().values
+        mask = None if contexts.counts is None else torch.from_numpy(contexts.counts)[order]
+        return torch.from_numpy(contexts.tokens)[order], mask
 
     def _held_out_documents(self) -> Documents:
         every, split = self.evals.held_out_every, self.evals.split
@@ -122,20 +161,20 @@ class Corpus:
                 raise ConfigError(
                     [("evals.split", f"{STDLIB} 'all' holds its other splits; use 'train' and 'heldout'")]
                 )
-            return Documents.open(self.config, split=split, dataset=self.dataset)
+            return self.documents(split=split)
         if is_one_text(self.dataset):
             return self._part(held=True)
         if self.holds_out_documents:
             assert self.packed is not None
             held = held_documents(self.packed, every)
             owners = (DOCUMENT_IDS, lambda ids: all(map(held, ids)))
-            return Documents.open(self.config, owners=owners)
-        return Documents.open(self.config, dataset=self.dataset, keep=lambda index: index % every == every - 1)
+            return self.documents(owners=owners)
+        return self.documents(keep=lambda index: index % every == every - 1)
 
     def _part(self, *, held: bool) -> Documents:
         """Of a text that is one document, what is held out, or what is trained on."""
         part = part_of_text(self.dataset, self.evals.held_out_every, held=held)
-        return Documents.open(self.config, dataset=[part])
+        return self.documents(dataset=[part])
 
     def held_out_doubts(self, contexts: int) -> list[str]:
         """What to know of the ``contexts`` that :meth:`held_out` has found, in words."""
@@ -164,7 +203,8 @@ class Corpus:
         return [] if self.packed is None else self.packed.doubts(reader_of(backend))
 
     def _stream(self, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
-        return self.stream(documents, backend.tokenize, backend.special_tokens, reader_of(backend), repeat=repeat)
+        tokenize = self.tokenize(backend)
+        return self.stream(documents, tokenize, backend.special_tokens, reader_of(backend), repeat=repeat)
 
 
 def reader_of(backend: ModelBackend) -> Reader:

@@ -31,8 +31,11 @@ POLICY_DEFAULTS: Mapping[str, Any] = {
     "begin_batch_token": "none",
     "begin_sequence_token": "none",
     "sequence_separator_token": "bos",
+    "disable_concat_sequences": False,
+    "chat_template": False,
 }
 """What the options mean where neither the configuration nor the data says."""
+_TOKENS = ("begin_batch_token", "begin_sequence_token", "sequence_separator_token")
 _BLOCK_CONTEXTS = 8  # in a run of documents that are held out, at least, for at its ends some contexts are lost
 _MOST_BLOCKS = 64
 
@@ -196,11 +199,16 @@ def _policy(made: Mapping[str, Any]) -> dict[str, Any]:
     policy = {name: made[name] for name in POLICY_DEFAULTS}
     if None in policy.values():
         raise ValueError(f"{next(name for name, value in policy.items() if value is None)} is null")
-    if not isinstance(policy["prepend_bos"], bool):
-        raise TypeError(f"prepend_bos is {policy['prepend_bos']!r}, expected true or false")
+    for name in ("prepend_bos", "disable_concat_sequences"):
+        if not isinstance(policy[name], bool):
+            raise TypeError(f"{name} is {policy[name]!r}, expected true or false")
+    if not isinstance(policy["chat_template"], (bool, str)):
+        raise TypeError(f"chat_template is {policy['chat_template']!r:.60}, expected true, false or a template")
     DatasetConfig(**policy)
     for name, value in policy.items():
-        if name != "prepend_bos" and (isinstance(value, (bool, float)) or not isinstance(value, (int, str))):
+        if name in ("context_size", *_TOKENS) and (
+            isinstance(value, (bool, float)) or not isinstance(value, (int, str))
+        ):
             raise TypeError(f"{name} is {value!r}, which is no number of tokens and no token")
     return policy
 
@@ -235,9 +243,7 @@ def _on_hub(config: DatasetConfig, name: str) -> Path | None:
 
 def _of_sae_lens(made: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata that sae-lens writes beside the contexts of its own pretokenizer."""
-    tokens = {
-        name: "none" if made.get(name) is None else made[name]
-        for name in ("begin_batch_token", "begin_sequence_token", "sequence_separator_token")
-    }
+    tokens = {name: "none" if made.get(name) is None else made[name] for name in _TOKENS}
     begins = {"context_size": made["context_size"], "prepend_bos": tokens["begin_batch_token"] == "bos"}
+    begins |= {"disable_concat_sequences": made.get("disable_concat_sequences", False), "chat_template": False}
     return begins | tokens | {"tokenizer": made.get("tokenizer_name")}

@@ -12,13 +12,14 @@ import torch
 from saekit.errors import ConfigError
 from saekit.protocols import ModelBackend
 from saekit.site import Site
+from saekit.tokens import TokenChoice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.data.contexts import ContextStream
+    from saekit.data.contexts import Contexts, ContextStream
 
-__all__ = ["PROBED", "StreamContext", "check_by_token", "probe"]
+__all__ = ["PROBED", "StreamContext", "check_by_token", "kept_of", "probe"]
 
 PROBED = 2, 7
 """Contexts and positions of the tokens that a model is looked at with.  So many positions are unlike any usual number
@@ -45,8 +46,14 @@ class StreamContext:
         model_lock: threading.RLock | None = None,
         has_model: bool = True,
         doubt: Callable[[str], None] = lambda text: None,
+        choice: TokenChoice | None = None,
+        masked: bool = False,
     ) -> None:
         self.backend = backend
+        self.choice = choice or TokenChoice()
+        """Which tokens count: batches are of these alone.  A mask of the data comes with the contexts."""
+        self.counts_all = self.choice.takes_all and not masked
+        """Whether every token does."""
         self.sites = tuple(sites)
         """The sites to read: all inputs and targets of every dictionary that trains on these batches."""
         self.batch_size = batch_size
@@ -68,6 +75,10 @@ class StreamContext:
     def contexts(self) -> ContextStream:
         """The packed contexts of the training text."""
         return self._open_contexts()
+
+    def rows_per_context(self, context_size: int) -> int:
+        """Tokens of a context that may count, at most."""
+        return len(range(context_size)[slice(*self.choice.seqpos_slice)])
 
     @property
     def position(self) -> int | None:
@@ -94,6 +105,12 @@ class StreamContext:
     def dtypes(self) -> dict[Site, torch.dtype]:
         """The type of the numbers at each site."""
         return {site: dtype for site, (_, dtype) in self._probed.items()}
+
+
+def kept_of(choice: TokenChoice, contexts: Contexts) -> Tensor:
+    """``[n, context_size]`` bool: which tokens of ``contexts`` count, by the choice and by their mask."""
+    kept = choice.kept(torch.from_numpy(contexts.tokens))
+    return kept if contexts.counts is None else kept & torch.from_numpy(contexts.counts)
 
 
 def probe(backend: ModelBackend, sites: Sequence[Site]) -> dict[Site, tuple[int, torch.dtype]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from saekit.config import DatasetConfig
+from saekit.data.documents import CONVERSATIONS, Document, Form, messages_of
 from saekit.data.faults import check_counts
 from saekit.data.in_memory import in_memory_records, may_be_on_hub
 from saekit.data.stdlib import stdlib_documents
@@ -21,7 +22,6 @@ __all__ = ["DocumentReader", "Documents", "check_place"]
 STDLIB = "saekit/python-stdlib"
 Owners: TypeAlias = tuple[str, Callable[[Sequence[int]], bool]]
 """A column that has the documents a record is from, and which of them choose the record."""
-_COLUMNS = ("tokens", "input_ids", "text")
 _FORMATS = {
     **dict.fromkeys((".txt", ".text", ".md", ".py"), "text"),
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
@@ -31,9 +31,9 @@ _FORMATS = {
 class Documents:
     """The documents of a dataset in order, each a text or a list of token ids; can be read again and again.
 
-    ``keep(index)`` chooses documents by their position in the dataset, and ``owners`` records that are parts of
-    documents by those.  Without a ``column``, a record is a document.
-    """
+    With a ``form``, they may be conversations, or have a mask.  ``keep(index)`` chooses documents by their position in
+    the dataset, and ``owners`` records that are parts of documents by those.  Without a ``column``, a record is a
+    document."""
 
     def __init__(
         self,
@@ -43,10 +43,12 @@ class Documents:
         *,
         seekable: bool = False,
         where: str = "the dataset",
-        first: str | Sequence[int] | None = None,
+        first: Any = None,
         owners: Owners | None = None,
+        form: Form | None = None,
     ) -> None:
         self._records = records
+        self._form = form or Form()
         self._keep, self._owners = keep, owners
         self._seekable = seekable
         self._where = where
@@ -63,9 +65,11 @@ class Documents:
         dataset: Any = None,
         keep: Callable[[int], bool] | None = None,
         owners: Owners | None = None,
+        mask: str | None = None,
     ) -> Documents:
         """The documents of ``config``, or of ``dataset``, which is in memory: see :mod:`saekit.data.in_memory`.
 
+        The column ``mask`` says which of their tokens count.
         Raises :class:`DataError` for a path, split or column that is not there, before anything else is done.
         """
         if dataset is not None:
@@ -76,19 +80,22 @@ class Documents:
         # A stream that was opened here has no shuffle buffer, whose contents its saved position would lose.
         seekable = dataset is None and hasattr(records, "load_state_dict")
         first = _first(_copied(records) if seekable else records, where)
-        column = _column(first, config.column, where)
+        form = Form(bool(config.chat_template), mask)
+        column = _column(first, config.column, where, form)
         if owners is not None and owners[0] not in first:
             raise DataError(
                 f"{where} has no column {owners[0]!r}, which is said to have the documents that its contexts are from; "
                 "pretokenize anew, or name a split of its own in evals.split"
             )
         if hasattr(records, "select_columns"):  # a HF dataset: decode what is read, and nothing else
-            records = records.select_columns([column] if owners is None else [column, owners[0]])
-            if dataset is None and not isinstance(first[column], str):
+            others = [] if owners is None else [owners[0]]
+            records = records.select_columns([column, *others, *([] if mask is None else [mask])])
+            if dataset is None and not isinstance(first[column], str) and not form.chat:
                 records = records.with_format("numpy")
-        return cls(records, column, keep, seekable=seekable, where=where, first=first[column], owners=owners)
+        known = None if form.chat else first[column]  # of a conversation, nothing is told before it is written out
+        return cls(records, column, keep, seekable=seekable, where=where, first=known, owners=owners, form=form)
 
-    def __iter__(self) -> Iterator[str | list[int]]:
+    def __iter__(self) -> Iterator[Document]:
         return (document for _, document in self.read())
 
     @property
@@ -100,8 +107,9 @@ class Documents:
         """The documents from the first, with a position that can be saved."""
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(
-            records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners
-        )
+            records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners,
+            form=self._form,
+        )  # fmt: skip
 
 
 class DocumentReader:
@@ -116,17 +124,18 @@ class DocumentReader:
         seekable: bool = False,
         where: str = "the dataset",
         owners: Owners | None = None,
+        form: Form | None = None,
     ) -> None:
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
-        self._where, self._owners = where, owners
+        self._where, self._owners, self._form = where, owners, form or Form()
         self._next = 0
         self._iterator: Iterator[Any] | None = None
         self._loaded: Any = None  # the position to begin at, of records that know theirs
 
-    def __iter__(self) -> Iterator[tuple[int, str | list[int]]]:
+    def __iter__(self) -> Iterator[tuple[int, Document]]:
         return self
 
-    def __next__(self) -> tuple[int, str | list[int]]:
+    def __next__(self) -> tuple[int, Document]:
         while True:
             record = self._record()
             index, self._next = self._next, self._next + 1
@@ -137,12 +146,12 @@ class DocumentReader:
             document = record if self._column is None else _field(record, self._column, index, self._where)
             if document is None:
                 continue  # a missing value is no text
-            if isinstance(document, (int, float, dict)):
+            if isinstance(document, (int, float, dict)) and not self._form.chat:
                 raise DataError(
                     f"document {index} has {type(document).__name__} {document!r} in column {self._column!r}, expected "
                     "a text or a list of token ids"
                 )
-            return index, document
+            return index, self._form.made(document, record, index, self._where)
 
     def _chosen(self, record: Any, index: int) -> bool:
         assert self._owners is not None
@@ -224,25 +233,34 @@ def _first(records: Any, where: str) -> Any:
     return first
 
 
-def _column(record: Any, wanted: str | None, where: str) -> str:
+def _column(record: Any, wanted: str | None, where: str, form: Form) -> str:
     if not isinstance(record, Mapping):
         raise DataError(f"{where} holds {type(record).__name__} records, expected mappings such as {{'text': ...}}")
     if wanted is not None and wanted not in record:
         raise DataError(f"{where} has no column {wanted!r}; it has {', '.join(map(repr, record))}")
-    column = wanted or next((name for name in _COLUMNS if name in record), None)
+    column = wanted or next((name for name in form.columns if name in record), None)
+    chats = "" if form.chat else _of_chats(record, wanted)
     if column is None:
         raise DataError(
-            f"{where} has none of the columns {', '.join(_COLUMNS)}; it has {', '.join(map(repr, record))}. "
-            "Name the one to read: dataset.column"
+            f"{where} has none of the columns {', '.join(form.columns)}; it has {', '.join(map(repr, record))}. "
+            f"Name the one to read: dataset.column{chats}"
         )
+    form.check_first(record, column, where)
     value = record[column]
-    if value is None:
+    if value is None or form.chat:
         return column
     if not isinstance(value, str) and not (hasattr(value, "__len__") and all(_is_int(item) for item in value)):
         raise DataError(
-            f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids"
+            f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids{chats}"
         )
     return column
+
+
+def _of_chats(record: Mapping[str, Any], wanted: str | None) -> str:
+    """A hint where conversations are there, or are asked for by their column."""
+    names = CONVERSATIONS if wanted is None else (wanted,)
+    there = [name for name in names if name in record and messages_of(record[name])]
+    return f". Conversations, as in {there[0]!r}, become text with dataset.chat_template = true" if there else ""
 
 
 def _is_int(value: object) -> bool:

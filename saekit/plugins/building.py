@@ -8,7 +8,7 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 from saekit.errors import PluginFailedError, SaekitError
@@ -17,7 +17,7 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "outlined", "returned"]
+__all__ = ["Part", "blamed", "built", "outlined", "returned", "unless_ours"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
@@ -100,6 +100,18 @@ def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequen
             raise
         item, doing = _culprit(error, parts) or (item, doing)
         raise PluginFailedError(f"{_who(item)} failed in {doing}: {error_text(error)}") from error
+
+
+@contextmanager
+def unless_ours(guard: AbstractContextManager[None]) -> Iterator[None]:
+    """``guard``, for what is no error of saekit's: such a one has been said whose it is."""
+    try:
+        yield
+    except SaekitError:
+        raise
+    except BaseException:
+        with guard:
+            raise
 
 
 def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,21 +16,15 @@ from saekit.reports.figures import (
     add_axes,
     add_legend,
     new_figure,
-    plain,
     style_axes,
     write,
     write_head,
 )
 from saekit.reports.frontier import PANELS, Look, has_place, not_drawn, shortened, value_of
+from saekit.reports.places import label_points, scale_l0
 
 __all__ = ["frontier_figure"]
 
-_OFFSETS = (
-    (7, 5), (-7, 5), (7, -5), (-7, -5), (0, 10), (0, -10), (10, 0), (-10, 0), (7, 14), (-7, 14), (7, -14), (-7, -14),
-)  # fmt: skip
-"""Where a point's label may be, in points of type from it: the first place that is free."""
-_HALF, _NEAR = 8.0, 40.0
-"""Pixels: half of what a point takes, and within what a label need not be said twice."""
 _ROW = 3.35
 """Inches of a panel with its title."""
 _MOST_ENTRIES = 24
@@ -63,7 +56,7 @@ def frontier_figure(rows: Sequence[Row], options: Mapping[str, str], title: str)
     for number, key in enumerate(panels):
         axes = add_axes(figure, 0.7, head + _ROW * number + 0.33, WIDTH - 0.7 - 2 * MARGIN, _ROW - 0.75)
         _draw(axes, key, rows, look)
-        _label(axes, key, rows, look)
+        label_points(axes, [(look.label_of(row), _place(row, key)) for row in rows if has_place(row, key)])
     figure.axes[-1].set_xlabel("L0, features per token", fontsize=10.5, color=GRAY)
     height = figure.get_size_inches()[1]
     for number, note in enumerate(reversed(notes)):
@@ -95,50 +88,7 @@ def _draw(axes: Any, key: str, rows: Sequence[Row], look: Look) -> None:
             )  # fmt: skip
     axes.set_title(PANELS[key], fontsize=11, loc="left", color=INK, pad=7)
     axes.margins(0.1)
-    _scale(axes, [row["l0"] for row in drawn])
-
-
-def _scale(axes: Any, xs: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, where there is enough of it for one."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    if max(xs) >= 3 * min(xs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(xs) < 300 * min(xs) else (1,)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-
-
-def _label(axes: Any, key: str, rows: Sequence[Row], look: Look) -> None:
-    """Write beside each point what it is, where there is room; where there is none, the line still tells."""
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-
-    axes.get_xlim(), axes.get_ylim()  # which have to be found before anything can be placed
-    points = [(row, axes.transData.transform(_place(row, key))) for row in rows if has_place(row, key)]
-    taken = [Bbox.from_bounds(x - _HALF, y - _HALF, 2 * _HALF, 2 * _HALF) for _, (x, y) in points]
-    said: list[tuple[str, float, float]] = []
-    for row, (x, y) in points:
-        words = printable(look.label_of(row))
-        if any(words == other and math.hypot(x - at, y - height) < _NEAR for other, at, height in said):
-            continue  # its neighbor says the same
-        for dx, dy in _OFFSETS:
-            text = axes.annotate(
-                words, _place(row, key), xytext=(dx, dy), textcoords="offset points", fontsize=9.5, color=INK, zorder=4,
-                ha={1: "left", 0: "center", -1: "right"}[(dx > 0) - (dx < 0)], va="center",
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            )  # fmt: skip
-            box = plain(text).get_window_extent()
-            own = Bbox.from_bounds(x - _HALF, y - _HALF, 2 * _HALF, 2 * _HALF).bounds
-            if _inside(box, axes.bbox) and not any(box.overlaps(other) for other in taken if other.bounds != own):
-                taken.append(box)
-                said.append((words, x, y))
-                break
-            text.remove()
-
-
-def _inside(box: Any, outer: Any) -> bool:
-    return bool(box.x0 >= outer.x0 and box.x1 <= outer.x1 and box.y0 >= outer.y0 and box.y1 <= outer.y1)
+    scale_l0(axes, [row["l0"] for row in drawn])
 
 
 def _legend(look: Look) -> Iterator[Any]:

@@ -91,8 +91,8 @@ function* seen(chart, lines, [from, to]) {
   for (const line of lines) {
     for (let i = 0; i < line.x.length; i++) {
       if (line.x[i] < from || line.x[i] > to) continue;
-      yield line.low ? line.low[i] : line.y[i];
-      yield line.high ? line.high[i] : line.y[i];
+      yield line.low ? line.low[i] : line.bars ? line.bars.y[i][0] : line.y[i];
+      yield line.high ? line.high[i] : line.bars ? line.bars.y[i][1] : line.y[i];
     }
   }
 }
@@ -108,7 +108,7 @@ function heights(chart, lines, xs) {
 }
 function widths(chart, lines) {
   if (chart.kind === "curves") return range || [0, 1.015 * extent(chart.lines.flatMap((line) => line.x))[1] || 1];
-  const [low, high] = extent(lines.flatMap((line) => line.x));
+  const [low, high] = extent(lines.flatMap((line) => (line.bars ? line.bars.x.flat() : line.x)));
   if (chart.xlog && !(low > 0)) return [1, 10];
   if (chart.xlog) return [low / (high / low) ** 0.08 || low / 1.1, high * (high / low) ** 0.08 || high * 1.1];
   const room = (high - low) * 0.1 || high * 0.1 || 1;
@@ -135,7 +135,7 @@ function draw(chart) {
     make("line", { class: "grid", x1: room.left, x2: width - room.right, y1: y(tick), y2: y(tick) }, chart.svg);
     make("text", { x: room.left - 6, y: y(tick) + 4, "text-anchor": "end" }, chart.svg, chart.format === "fraction" ? trimmed(tick, 3) : number(tick));
   }
-  for (const tick of chart.xlog ? logTicks(...xs) : linearTicks(...xs, Math.max(2, Math.floor(width / 110)))) {
+  for (const tick of chart.xlog ? logTicks(...xs) : linearTicks(...xs, Math.max(2, Math.floor(width / (chart.kind === "curves" ? 110 : 75))))) {
     make("line", { class: "grid", x1: x(tick), x2: x(tick), y1: room.top, y2: height - room.bottom }, chart.svg);
     make("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, chart.svg, chart.kind === "curves" ? shortCount(tick) : number(tick));
   }
@@ -172,10 +172,15 @@ function drawLine(chart, line, parent) {
   if (!dots) make("path", { class: `curve ${line.look === "dashed" ? "dashed" : ""}`, d: stroke(line.y) }, group);
   if (dots || line.x.length <= 12) {
     const shape = shapes[line.marker || (line.look === "recovered" ? "D" : "o")](line.look === "points" ? 5.2 : dots ? 4 : 2.6);
+    if (line.bars) line.y.forEach((_, i) => drawBars(chart, line, i, group));
     line.y.forEach((value, i) => {
       if (value !== null) make("path", { class: "dot", d: shape, transform: `translate(${x(line.x[i]).toFixed(1)},${y(value).toFixed(1)})` }, group);
     });
   }
+}
+function drawBars({ x, y }, line, i, group) {
+  const [left, right] = line.bars.x[i].map(x), [bottom, top] = line.bars.y[i].map(y);
+  make("path", { class: "bar", d: `M${left},${y(line.y[i])}H${right}M${x(line.x[i])},${bottom}V${top}` }, group);
 }
 function writeEnds(chart, lines, xs) {
   const { y, room, width, height } = chart;
@@ -204,8 +209,8 @@ function writeLabels(chart, lines) {
   for (const { line, i, px, py } of points) {
     const text = (line.labels || [])[i];
     if (!text || said.some((one) => one.text === text && Math.hypot(one.px - px, one.py - py) < 26)) continue;
-    const w = text.length * 6.6, h = 13;
-    for (const [dx, dy] of [[8, -7], [-8 - w, -7], [8, 8], [-8 - w, 8], [-w / 2, -14], [-w / 2, 15]]) {
+    const w = text.length * 6.6, h = 13, up = line.bars ? 11 : 7; // clear of the bars
+    for (const [dx, dy] of [[8, -up], [-8 - w, -up], [8, up + 1], [-8 - w, up + 1], [-w / 2, -14], [-w / 2, 15]]) {
       const box = { x: px + dx, y: py + dy - h / 2, w, h };
       if (!free(box)) continue;
       taken.push(box);
@@ -342,8 +347,8 @@ function addLegend(parent) {
     }
   }
 }
-function addTable(parent) {
-  if (!data.table) return;
+function addTable(parent, spec) {
+  if (spec.title) make("h2", {}, parent, spec.title);
   const table = make("table", {}, make("div", { class: "wide" }, parent));
   const head = make("tr", {}, make("thead", {}, table)), body = make("tbody", {}, table);
   const fill = (rows) => {
@@ -357,18 +362,18 @@ function addTable(parent) {
     }
   };
   let sorted = null, upwards = 1;
-  data.table.head.forEach((name, column) => {
+  spec.head.forEach((name, column) => {
     make("th", { title: "sort" }, head, name).addEventListener("click", () => {
       upwards = sorted === column ? -upwards : 1;
       sorted = column;
       const key = (row) => row.keys[column];
-      fill([...data.table.rows].sort((a, b) => {
+      fill([...spec.rows].sort((a, b) => {
         if (key(a) === null || key(b) === null) return (key(a) === null) - (key(b) === null);
         return (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * upwards;
       }));
     });
   });
-  fill(data.table.rows);
+  fill(spec.rows);
 }
 const main = document.getElementById("main");
 const tiles = make("div", { class: "tiles" }, main);
@@ -382,7 +387,7 @@ for (const group of data.groups) {
   const grid = make("div", { class: `charts ${group.charts.length % 3 ? "two" : ""}` }, main);
   group.charts.forEach((chart) => addChart({ ...chart, kind: group.kind }, grid));
 }
-addTable(main);
+for (const spec of data.tables || (data.table ? [data.table] : [])) addTable(main, spec);
 charts.forEach(draw);
 readAt(null);
 new ResizeObserver(() => charts.forEach((chart) => { if (Math.abs(chart.width - Math.max(chart.box.clientWidth - 20, 200)) > 1) draw(chart); })).observe(main);

@@ -22,9 +22,13 @@ from saekit.reports.panels import Line, Panel, panels_of
 from saekit.reports.sweep import summary_of
 from saekit.reports.table import SHOWN
 
-__all__ = ["curves_page", "sweep_page", "whole_page"]
+__all__ = ["curves_page", "short_number", "sweep_page", "whole_page"]
 
 _COLORS = {"line": PALETTE[0], "dashed": PALETTE[5], "held out": PALETTE[1], "recovered": PALETTE[2]}
+_OVER_TOKENS = (
+    "Curves are over tokens. Drag over one to look closer, and double-click to go back. Made by saekit {version} from "
+    "metrics.jsonl."
+)
 _MOST_PIECES = 400
 _MOST_OF_A_SWEEP = 12_000
 """So many pieces in each panel of a sweep, of all its SAEs together."""
@@ -51,7 +55,7 @@ def curves_page(sae: SAERun, state: State) -> str | None:
         "groups": [{"kind": "curves", "charts": [_chart(panel) for panel in panels]}],
         "table": None,
     }
-    return whole_page(title, [("sub", subtitle), ("end", end)], data)
+    return whole_page(title, [("sub", subtitle), ("end", end)], data, _OVER_TOKENS)
 
 
 def sweep_page(run: RunFolder) -> str | None:
@@ -80,22 +84,18 @@ def sweep_page(run: RunFolder) -> str | None:
         "groups": groups,
         "table": _table(run, summary.rows, summary.options),
     }
-    return whole_page(printable(run.folder.resolve().name), lines, data)
+    return whole_page(printable(run.folder.resolve().name), lines, data, _OVER_TOKENS)
 
 
-def whole_page(
-    title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any], *, made_from: str = "metrics.jsonl"
-) -> str:
-    """The HTML of a page: ``lines`` of text by their class in ``page.css``, and what ``page.js`` draws of ``data``."""
+def whole_page(title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any], foot: str) -> str:
+    """A page of ``data`` as ``page.js`` draws it.  ``lines`` are below the title, each with its class; ``foot`` says
+    what is what, of which ``{version}`` is saekit's."""
     head = "\n".join(f'<p class="{kind}">{html.escape(printable(text))}</p>' for kind, text in lines if text)
-    curves = "Curves are over tokens. Drag over one to look closer, and double-click to go back. "
-    over_tokens = any(group["kind"] == "curves" for group in data["groups"])
-    foot = f"{curves if over_tokens else ''}Made by saekit {__version__} from {made_from}."
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return _resource("page.html").format(
         title=html.escape(title),
         head=head,
-        foot=foot,
+        foot=html.escape(foot.format(version=__version__)),
         data=text.replace("<", "\\u003c").replace("&", "\\u0026"),
         css=_resource("page.css"),
         js=_resource("page.js"),
@@ -160,13 +160,19 @@ def _line(line: Line) -> dict[str, Any]:
 
 def _numbers(pieces: Sequence[Piece]) -> dict[str, Any]:
     """The pieces as columns; the least and largest only where they are not the mean."""
-    found: dict[str, Any] = {"x": [round(piece.x) for piece in pieces], "y": [_short(piece.mean) for piece in pieces]}
+    found: dict[str, Any] = {
+        "x": [round(piece.x) for piece in pieces],
+        "y": [short_number(piece.mean) for piece in pieces],
+    }
     if any(piece.low < piece.high for piece in pieces):
-        found |= {"low": [_short(piece.low) for piece in pieces], "high": [_short(piece.high) for piece in pieces]}
+        found |= {
+            "low": [short_number(piece.low) for piece in pieces],
+            "high": [short_number(piece.high) for piece in pieces],
+        }
     return found
 
 
-def _short(value: float) -> float | None:
+def short_number(value: float) -> float | None:
     """Five digits, which is more than can be seen."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
@@ -185,8 +191,8 @@ def _frontier(rows: Sequence[Mapping[str, Any]], key: str, look: Look) -> dict[s
                 "light": look.color_of(first),
                 "dark": look.color_of(first, dark=True),
                 "tags": _tags(look, first),
-                "x": [_short(row["l0"]) for row in family],
-                "y": [_short(row[key]) for row in family],
+                "x": [short_number(row["l0"]) for row in family],
+                "y": [short_number(row[key]) for row in family],
                 "labels": [printable(look.label_of(row)) for row in family],
                 "hover": [_hover(row, look) for row in family],
             }

@@ -108,7 +108,8 @@ def _rows(sae: SAERun) -> Iterator[tuple[str, str, str]]:
         if any(cells):
             yield name, cells[0], cells[1]
     others = [name for name in history.latest if name.startswith("evals/") and name.split("/")[1] not in _TOLD]
-    for name in others[:20]:
+    errors = {name for name in history.latest if name.endswith("_se") and name.removesuffix("_se") in history.latest}
+    for name in [name for name in others if name not in errors][:20]:
         yield printable(name.removeprefix("evals/")), _cell_of(history.latest[name], number), ""
 
 

@@ -1,2 +1,2 @@
+from .metadata import metadata_of as metadata_of
 from .opening import seed_for as seed_for
-from .setup import metadata_of as metadata_of

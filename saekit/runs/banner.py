@@ -23,6 +23,7 @@ def banner(session: Session, folder: Path) -> list[str]:
     with_model = has_model(config, session.plugins)
     facts = [
         ("text", _text(session, config, with_model)),
+        *_used(session),
         ("steps", _steps(session, members)),
         *_changed(session, members),
         ("model", f"on {session.backend.device} in {_model_type(config)}" if with_model else "none"),
@@ -53,6 +54,12 @@ def _text(session: Session, config: TrainConfig, with_model: bool) -> str:
         return f"{tokens} activations"
     source = session.corpus.config.path if session.corpus.dataset is None else "the dataset in memory"
     return f"{tokens} tokens of {source}, in contexts of {session.corpus.context_size:,}"
+
+
+def _used(session: Session) -> list[tuple[str, str]]:
+    """What of the text is used, where that is not all."""
+    names = dict.fromkeys(name for used in session.used for name in used.facts)
+    return [(name, _each(used.facts.get(name, "all count") for used in session.used)) for name in names]
 
 
 def _steps(session: Session, members: Sequence[Member]) -> str:

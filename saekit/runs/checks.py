@@ -66,6 +66,11 @@ def check_without_model(config: TrainConfig, plugins: PluginManager) -> None:
             ("activations.source", f"is '{source.key}', which reads a text by a language model, and this run has none "
              f"(model.backend = '{backend}'); choose a source that has activations of its own")
         )  # fmt: skip
+    if config.tokens.chooses:
+        problems.append(
+            ("tokens", f"chooses which tokens count, and this run has no language model (model.backend = '{backend}') "
+             "that would say what they are; leave it out: activations are as their source has them")
+        )  # fmt: skip
     needing = [key for key, choice in chosen_evals(config, plugins).items() if choice.item.entry.needs_text]
     if needing:
         problems.append(

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from saekit.abilities import HasTokenizer
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.data.corpus import Corpus
+from saekit.data.documents import Conversation, Document, Masked
 from saekit.data.in_memory import is_one_text
-from saekit.data.text import STDLIB, Documents
+from saekit.data.text import STDLIB
 from saekit.errors import DataError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
+from saekit.runs.counting import token_choice
 
 __all__ = ["run_identity"]
 
@@ -53,9 +56,33 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
         "dataset.begin_sequence_token": policy.begin_sequence,
         "dataset.sequence_separator_token": policy.separator,
         "evals.held_out_every": _held_out(corpus),
+        **_chosen(config, corpus, backend),
     }
     plain: dict[str, Any] = json.loads(json.dumps(table, default=repr))
     return plain
+
+
+def _chosen(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> dict[str, Any]:
+    """What is there only where something is chosen: so earlier caches and checkpoints fit where nothing is."""
+    choice = token_choice(config.tokens, backend)
+    said = {
+        "dataset.disable_concat_sequences": corpus.config.disable_concat_sequences,
+        "dataset.chat_template": corpus.chats and _template(corpus.chats, backend),
+        "tokens.exclude_special_tokens": sorted(choice.exclude),
+        "tokens.seqpos_slice": list(choice.seqpos_slice) if choice.chooses_places else None,
+        "tokens.mask_column": corpus.mask,
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _template(chosen: bool | str, backend: ModelBackend) -> str:
+    """The template by a hash of what is in it, as far as that is known here."""
+    own = getattr(backend.tokenizer, "chat_template", None) if isinstance(backend, HasTokenizer) else None
+    if chosen is True or (isinstance(own, dict) and chosen in own):
+        name, text = ("its tokenizer's" if chosen is True else str(chosen)), json.dumps(own, sort_keys=True)
+    else:
+        name, text = "its own", str(chosen)
+    return f"{name}, {blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def _held_out(corpus: Corpus) -> int | str:
@@ -73,14 +100,16 @@ def _place(name: str) -> str:
 def _text(corpus: Corpus) -> tuple[str | None, str | None]:
     """The column that is read, and a hash of the beginning of the text and of its size where that is known."""
     try:
-        documents = Documents.open(corpus.config, dataset=corpus.dataset)
+        documents = corpus.documents()
         first = [document for _, document in itertools.islice(documents.read(), _DOCUMENTS)]
     except DataError:
         return corpus.config.column, None
     digest = blake2b(digest_size=8)
     for document in first:
-        raw = document.encode() if isinstance(document, str) else np.asarray(document, dtype=np.int64).tobytes()
+        raw = _bytes(document)
         digest.update(len(raw).to_bytes(8, "little") + raw)
+        if isinstance(document, Masked):
+            digest.update(document.counts.tobytes())
     path = Path(corpus.config.path)
     if corpus.dataset is None and corpus.config.path == STDLIB:
         size = f"Python {platform.python_version()}"
@@ -89,3 +118,12 @@ def _text(corpus: Corpus) -> tuple[str | None, str | None]:
     else:
         size = f"{documents.size} documents" if documents.size is not None else "a stream"
     return documents.column, f"{size}, beginning {digest.hexdigest()}"
+
+
+def _bytes(document: Document) -> bytes:
+    if isinstance(document, str):
+        return document.encode()
+    if isinstance(document, Conversation):
+        return json.dumps(list(document.messages), default=repr).encode()
+    ids = document.tokens if isinstance(document, Masked) else document
+    return np.asarray(ids, dtype=np.int64).tobytes()

@@ -10,6 +10,8 @@ from functools import partial
 from hashlib import blake2b
 from typing import TypeAlias
 
+import attrs
+
 from saekit.abilities import StatesRows, StatesWidths
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
@@ -21,6 +23,7 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
+from saekit.runs.counting import token_choice
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
 from saekit.sae.module import SAEModule
@@ -70,6 +73,9 @@ def open_backend(
         lambda: check_context_size(backend, corpus.context_size),
         *(partial(check_hooks, backend, sites, option) for option, sites in named.items()),
         lambda: corpus.policy(backend.special_tokens),
+        lambda: corpus.tokenize(backend),
+        lambda: config.tokens.positions(corpus.context_size),
+        lambda: token_choice(config.tokens, backend),
     )
     return backend
 
@@ -140,13 +146,22 @@ def open_stream(
     """
 
     there = has_model(config, plugins)
+    corpus = attrs.evolve(corpus, mask=config.tokens.mask_column)
+    if there:
+        config.tokens.positions(corpus.context_size)
 
     def open_contexts() -> ContextStream:
         contexts = corpus.contexts(backend)
         for text in corpus.doubts(backend):
             doubt(text)
-        wanted = config.training.total_tokens
-        contexts.on_repeat = lambda tokens: None if (text := repeated(tokens, wanted)) is None else doubt(text)
+        wanted, size = config.training.total_tokens, corpus.context_size
+        used = config.tokens.positions(size)
+
+        def on_repeat(tokens: int) -> None:
+            if (text := repeated(tokens * used // size, wanted)) is not None:
+                doubt(text)
+
+        contexts.on_repeat = on_repeat
         return contexts
 
     return StreamContext(
@@ -160,6 +175,8 @@ def open_stream(
         has_model=there,
         model_lock=beside.model_lock if beside is not None else None,
         doubt=doubt,
+        choice=token_choice(config.tokens, backend) if there else None,
+        masked=corpus.mask is not None,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
+import torch
 
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
@@ -34,6 +35,7 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
+from saekit.runs.other_backends import told_of_others
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
@@ -98,7 +100,7 @@ class _Planner:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.start: SAEModule | None = None
-        self.refused = False
+        self.refused = self.passed = False
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
@@ -138,25 +140,29 @@ class _Planner:
         schedule = self.attempt(lambda: make_schedule(config, plugins))
         if schedule is not None and (remark := schedule.remark()) is not None:
             self.warnings.append(remark)
-        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset))
+        mask = config.tokens.mask_column
+        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset, mask))
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
             self.facts["duration"] = "not measured: " + ("it does not fit" if load else "the model was not loaded")
             return
+        self.passed = model is not None
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
         measured = functools.partial(corpus.held_out, backend, seed=0)
         self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu"))
         fits, there = self.fitting(backend, corpus)
-        stream = open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt)
+        stream = self.attempt(lambda: open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt))
+        if stream is None:
+            return
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
             reads = source is None or "contexts" in vars(stream)
             if stream.has_model and (reads or config.evals.reads_text):
-                self.text(corpus, backend, reads=reads)
+                self.text(corpus, backend, stream, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
                 return
@@ -224,10 +230,11 @@ class _Planner:
                 "no firing fractions are logged"
             )
 
-    def text(self, corpus: Corpus, backend: ModelBackend, *, reads: bool) -> None:
+    def text(self, corpus: Corpus, backend: ModelBackend, stream: StreamContext, *, reads: bool) -> None:
         """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
-        found = look_at_text(self.config, corpus, backend, self.attempt, reads=reads)
+        found = look_at_text(self.config, corpus, backend, self.attempt, stream, reads=reads)
         self.facts |= found.facts
+        self.numbers |= found.numbers
         self.doubt(*found.warnings)
 
     def sizes(
@@ -265,7 +272,9 @@ class _Planner:
         _, there = self.fitting(outline, corpus)
         if not there:
             return
-        stream = open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all)
+        stream = self.attempt(lambda: open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all))
+        if stream is None:
+            return
         stream.contexts = _no_contexts(outline, corpus)
         source = None
         if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
@@ -276,6 +285,12 @@ class _Planner:
             self.sizes(stream, corpus, ports, source)
         if source is not None:
             source.close()
+
+    def others(self, corpus: Corpus, backend: ModelBackend) -> None:
+        """Other backends of the same model."""
+        tokens = torch.from_numpy(corpus.contexts(backend).take(8).tokens)
+        if found := told_of_others(self.config, self.plugins, backend, tokens):
+            self.facts["other backends"] = "; ".join(found)
 
     def first_step(self, trainer: SAETrainer, rows: Batch) -> None:
         """The features that no activation makes fire before anything is learnt."""
@@ -303,6 +318,8 @@ class _Planner:
         if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
             per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
+            if not self.passed:
+                self.others(corpus, backend)
         else:
             per_token, rows = timed(lambda: next(source, None), stream.sites)
             what = "reading activations"

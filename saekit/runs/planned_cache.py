@@ -12,7 +12,7 @@ from saekit.data.stream import StreamContext
 from saekit.errors import DataError
 from saekit.site import Site
 
-__all__ = ["cache_sites", "cached_contexts", "plan_cache"]
+__all__ = ["cache_sites", "cached_contexts", "cached_rows", "plan_cache"]
 
 
 def cache_sites(config: TrainConfig) -> list[Site]:
@@ -20,9 +20,14 @@ def cache_sites(config: TrainConfig) -> list[Site]:
     return list(dict.fromkeys([*config.sites.all, *config.activations.cache.sites]))
 
 
-def cached_contexts(config: TrainConfig, context_size: int) -> int:
-    """The contexts that are asked for."""
-    return -(-(config.activations.cache.tokens or config.training.training_tokens) // context_size)
+def cached_rows(config: TrainConfig) -> int:
+    """The activations that are asked for."""
+    return config.activations.cache.tokens or config.training.training_tokens
+
+
+def cached_contexts(config: TrainConfig, rows_per_context: float) -> int:
+    """The contexts that are asked for, each of which has so many rows."""
+    return int(-(-cached_rows(config) // rows_per_context))
 
 
 def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) -> Manifest:
@@ -39,11 +44,13 @@ def plan_cache(config: TrainConfig, stream: StreamContext, context_size: int) ->
         raise DataError(
             f"two of the sites {', '.join(form.site.name for form in forms)} would share a file: cache them apart"
         )
-    largest = max(form.row_bytes for form in forms) * context_size
+    rows = None if stream.counts_all else stream.rows_per_context(context_size)
+    largest = max(form.row_bytes for form in forms) * (rows or context_size)
     return Manifest(
         identity=stream.identity,
         sites=forms,
         context_size=context_size,
         contexts_per_shard=max(cache.shard_megabytes * 1_000_000 // largest, 1),
         saekit_version=__version__,
+        rows_per_context=rows,
     )

@@ -12,13 +12,14 @@ from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
+from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes
-from saekit.runs.planned_cache import cache_sites, cached_contexts, plan_cache
+from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
 from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
@@ -171,7 +172,16 @@ class Sizes:
         prompts = getattr(options, "store_batch_size_prompts", _PROMPTS) if source.entry.needs_text else 0
         training = self._peak(prompts, lambda tokens: self.backend.run(tokens, read=read))
         prompts = self._eval_prompts()
-        return training, self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+        evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+        return training, evaluated + (self._compared_logits(prompts) if evaluated else 0)
+
+    def _compared_logits(self, prompts: int) -> int:
+        """What logits take that are compared with those of the clean forward: both, in float32."""
+        options = [self.plugins.options(EVALS, choice) for choice in self.config.evals.run]
+        if not any(getattr(one, name, False) for one in options for name in ("kl", "top1")):
+            return 0
+        size = self.corpus.context_size
+        return 2 * 4 * min(prompts, logit_contexts(self.backend, size)) * size * self.backend.d_vocab
 
     def _eval_prompts(self) -> int:
         """Contexts in the largest forward of evals."""
@@ -217,7 +227,10 @@ class Sizes:
         check_hooks(stream.backend, sites, "activations.cache.sites")
         wide = open_stream(self.config, self.corpus, self.plugins, stream.backend, sites)
         wide.identity = {}  # it is the same size, and to find it out the text would be opened
-        needed = plan_cache(self.config, wide, size).bytes_for(cached_contexts(self.config, size))
+        most = wide.rows_per_context(size)
+        contexts = cached_contexts(self.config, most)
+        rows = contexts * most if not (wide.choice.exclude or self.config.tokens.mask_column) else None
+        needed = plan_cache(self.config, wide, size).bytes_for(contexts, rows or cached_rows(self.config))
         free = free_disk(self.config.activations.cache.folder)
         self.numbers["cache_bytes"] = needed
         words = f"{bytes_text(needed)} if `saekit cache` writes it; {bytes_text(free)} are free"

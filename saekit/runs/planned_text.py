@@ -10,11 +10,13 @@ import attrs
 import torch
 
 from saekit.config import TrainConfig
-from saekit.data import Contexts, Corpus, TokenPolicy
+from saekit.data import Contexts, Corpus, StreamContext, TokenPolicy
 from saekit.data.activations import check_contexts
+from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text
 from saekit.errors import SaekitError
 from saekit.protocols import ModelBackend
+from saekit.runs.counting import Used
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import repeated
 
@@ -37,10 +39,17 @@ class TextFindings:
 
     facts: dict[str, str] = attrs.field(factory=dict)
     warnings: list[str] = attrs.field(factory=list)
+    numbers: dict[str, float] = attrs.field(factory=dict)
 
 
 def look_at_text(
-    config: TrainConfig, corpus: Corpus, backend: ModelBackend, attempt: _Attempt, *, reads: bool
+    config: TrainConfig,
+    corpus: Corpus,
+    backend: ModelBackend,
+    attempt: _Attempt,
+    stream: StreamContext,
+    *,
+    reads: bool,
 ) -> TextFindings:
     """The tokens that are put in, the first context, what is held out, and how often training ``reads`` the text."""
     found = TextFindings()
@@ -53,12 +62,16 @@ def look_at_text(
             "contexts do not begin with BOS (dataset.prepend_bos); most models were trained with it, and their "
             "activations are out of the ordinary without"
         )
+    used = (attempt(lambda: Used.of(config, corpus, backend, stream)) if reads else None) or Used()
+    found.facts.update(used.facts)
+    found.numbers.update(used.numbers)
+    found.warnings.extend(used.doubts)
     contexts = attempt(lambda: _first_contexts(corpus, backend))
     if contexts is not None:
         found.facts["first context"] = f"{''.join(backend.token_texts(contexts.tokens[0, :16].tolist()))!r}..."
         if not config.model.compile and (text := _loss_text(backend, contexts)) is not None:
             found.facts["model loss"] = text
-        if reads and (text := _repeated(config, corpus, backend)) is not None:
+        if reads and (text := _repeated(config, corpus, backend, used)) is not None:
             found.warnings.append(text)
         found.warnings.extend(corpus.doubts(backend))
     evals = config.evals
@@ -104,7 +117,7 @@ def _loss_text(backend: ModelBackend, contexts: Contexts) -> str | None:
     return first_loss_text(backend, first_loss(backend, torch.from_numpy(contexts.tokens)))
 
 
-def _repeated(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> str | None:
+def _repeated(config: TrainConfig, corpus: Corpus, backend: ModelBackend, used: Used) -> str | None:
     """In words, if the text is read very often."""
     if corpus.config.on_exhausted != "repeat":
         return None
@@ -115,7 +128,10 @@ def _repeated(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> str
     if length is None or not length[0]:
         return None
     what = "the text has" if length[1] else "the text has about"
-    return repeated(length[0], config.training.total_tokens, what=what)
+    share = 1.0 if used.tokens is None else used.tokens.share
+    if not (tokens := int(length[0] * share)):
+        return None
+    return repeated(tokens, config.training.total_tokens, what=what)
 
 
 def text_length(corpus: Corpus, backend: ModelBackend) -> tuple[int, bool] | None:
@@ -125,10 +141,10 @@ def text_length(corpus: Corpus, backend: ModelBackend) -> tuple[int, bool] | Non
     says the rest.
     """
     documents = corpus.training_documents()
-    reader = documents.read()
+    reader, ids = documents.read(), corpus.tokenize(backend)
     tokens = read = size = 0
     for index, document in reader:
-        tokens += len(backend.tokenize(document) if isinstance(document, str) else document)
+        tokens += len(ids(document) if isinstance(document, (str, Conversation)) else document)
         read, size = index + 1, size + (len(document.encode()) if isinstance(document, str) else 0)
         if tokens >= _LOOK_AT:
             break

@@ -45,6 +45,8 @@ class RunRecord:
     """How the run ended; None while it is at work, and of one that was killed."""
     diverged: Mapping[str, str] = attrs.field(factory=dict)
     """Why an SAE was stopped before that, by name."""
+    used: Mapping[str, Any] = attrs.field(factory=dict)
+    """What is used of the text, where that is not all: as in the SAEs' metadata."""
 
     _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
 
@@ -71,6 +73,8 @@ class RunRecord:
         table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
         if self.model is not None:
             table["model"] = self.model
+        if self.used:
+            table["used"] = dict(self.used)
         if self.checkpointed:
             table["checkpointed"] = True
         if ended and self.end is not None:
@@ -101,7 +105,8 @@ class RunRecord:
             checkpointed = table.get("checkpointed", False) is True
             saes = dict(table["saes"].items())
             model = table["model"] if isinstance(table.get("model"), str) else None
-            record = cls(folder, saes, tuple(table["in_memory"]), model, checkpointed, *_end_of(table))
+            used = table["used"] if isinstance(table.get("used"), dict) else {}
+            record = cls(folder, saes, tuple(table["in_memory"]), model, checkpointed, *_end_of(table), used=used)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():

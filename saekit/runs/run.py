@@ -73,7 +73,8 @@ def begin(
         folder = run_folder(configs[0], name, None if home else "sweep", given_in)
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
-        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name)
+        used = dict(item for each in session.used for item in each.metadata.items())
+        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name, used=used)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
         with alone_in(folder):
             return _run(session, record)
@@ -293,7 +294,7 @@ def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | 
     try:
         return saving.save(), record
     except RunFolderLostError:
-        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model)
+        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
         RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
         return saving.save_in(rescued.folder), rescued

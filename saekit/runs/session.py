@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -16,12 +17,13 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.evals.calling import called
+from saekit.evals.calling import all_called
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
-from saekit.plugins.building import blamed
+from saekit.plugins.building import blamed, unless_ours
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
+from saekit.runs.counting import Used
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import (
@@ -100,14 +102,16 @@ class Session:
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
-        self.corpus = Corpus.of(first.dataset, first.evals, dataset)
+        self.corpus = Corpus.of(first.dataset, first.evals, dataset, first.tokens.mask_column)
         self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
-        self._held_out: dict[tuple[int, int], Tensor] = {}
+        self._held_out: dict[tuple[int, int, str | None], tuple[Tensor, Tensor | None]] = {}
         self.say("reading the text")
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []
+        self.used: list[Used] = []
+        """What each lane uses of the text."""
         self.lanes: list[Lane] = []
         try:
             self.members = self._open_lanes(configs, prepared)
@@ -132,8 +136,12 @@ class Session:
             lane = Lane(source, [], release=functools.partial(end_lane, source, release))
             self.lanes.append(lane)
             widths = widths_of(source, stream)
+            used = Used.of(configs[names[0]], self.corpus, self.backend, stream)
+            self.used.append(used)
+            for text in used.doubts:
+                warn_of(text)
             for name in names:
-                members[name] = self._member(name, configs[name], prepared[name], widths)
+                members[name] = self._member(name, configs[name], prepared[name], widths, used)
                 lane.trainers.append(members[name].trainer)
         self._warn_of_sites(members.values())
         return {name: members[name] for name in configs}
@@ -158,11 +166,15 @@ class Session:
         reader.follow(lambda: stream.position)
         return reader.release
 
-    def _member(self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int]) -> Member:
+    def _member(
+        self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int], used: Used
+    ) -> Member:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
             config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
         )
+        info = trainer.sae.info
+        trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})
         if prepared.start is not None:
             check_start_widths(prepared.start, ports, self.backend.name)
         held_out = functools.partial(self.held_out, config)
@@ -173,17 +185,22 @@ class Session:
         """What decides the batches, among configurations that share a model and a text."""
         source = self.plugins.bound(ACTIVATION_SOURCES, config.activations.source)
         options = spelled_out(source.options, self.plugins)
-        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed))
+        chosen = config.tokens if config.tokens.chooses else None
+        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
+        return self._held_out_masked(config)[0]
+
+    def _held_out_masked(self, config: TrainConfig) -> tuple[Tensor | None, Tensor | None]:
+        """The same with their mask, if the data has one."""
         if not (has_model(config, self.plugins) and config.evals.reads_text):
-            return None
-        key = (config.evals.n_contexts, config.training.seed)
+            return None, None
+        key = (config.evals.n_contexts, config.training.seed, config.tokens.mask_column)
         if key not in self._held_out:
-            corpus = attrs.evolve(self.corpus, evals=config.evals)
-            self._held_out[key] = corpus.held_out(self.backend, seed_for(config.training.seed, "held out"))
-            for text in corpus.held_out_doubts(len(self._held_out[key])):
+            corpus = attrs.evolve(self.corpus, evals=config.evals, mask=config.tokens.mask_column)
+            self._held_out[key] = corpus.held_out_masked(self.backend, seed_for(config.training.seed, "held out"))
+            for text in corpus.held_out_doubts(len(self._held_out[key][0])):
                 warn_of(text)
         return self._held_out[key]
 
@@ -191,7 +208,7 @@ class Session:
         """A line for people, if the model does no better than guessing; the batches stay what they are."""
         if next(iter(self.members.values())).config.model.compile:
             return None  # what is compiled for another shape may round otherwise in training
-        held_out = next((tokens for tokens in self._held_out.values()), None)
+        held_out = next((tokens for tokens, _ in self._held_out.values()), None)
         lock = self._streams[0].model_lock
         if held_out is None and all(stream.position is None for stream in self._streams):
             return None  # nobody reads the text
@@ -214,7 +231,7 @@ class Session:
 
     def evaluate(self, member: Member) -> dict[str, float | Histogram]:
         """What the evals of ``member`` find, under the names that are logged."""
-        held_out = self.held_out(member.config)
+        held_out, mask = self._held_out_masked(member.config)
         if not member.evals:
             return {}
         self.say("measuring on held-out text" if len(self.members) == 1 else f"measuring {member.name}")
@@ -222,12 +239,18 @@ class Session:
         found: dict[str, float] = {}
         chosen = chosen_evals(member.config, self.plugins)
         model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
+
+        def guard(key: str) -> AbstractContextManager[None]:
+            return blamed(chosen[key].item, "__call__", at_work=True, parts=[model])
+
         # No source's thread may run the model while its hooks are in place.
-        with self._streams[0].model_lock:
-            for key, measure in member.evals.items():
-                with blamed(chosen[key].item, "__call__", at_work=True, parts=[model]):
-                    told = called(measure, sae, backend=self.backend, sites=member.config.sites, contexts=held_out)
-                found |= numbers_of(key, told)
+        with self._streams[0].model_lock, unless_ours(guard(next(iter(member.evals)))):
+            told = all_called(
+                member.evals, sae, backend=self.backend, sites=member.config.sites, contexts=held_out, mask=mask,
+                guard=guard,
+            )  # fmt: skip
+        for key, numbers in told.items():
+            found |= numbers_of(key, numbers)
         for parameter in member.trainer.sae.parameters():
             parameter.grad = None
         return eval_metrics(sae, found)

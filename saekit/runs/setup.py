@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,12 +17,13 @@ from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
-from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, SAE_ARCHITECTURES
 from saekit.plugins.building import Part, blamed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_finetuning, has_model, start_files
+from saekit.runs.metadata import metadata_of
 from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
@@ -40,7 +40,6 @@ from saekit.values import Batch, Ports, Scale
 __all__ = [
     "give_weights",
     "make_trainer",
-    "metadata_of",
     "sae_options",
 ]
 
@@ -369,27 +368,3 @@ def _meaning_problems(options: SAEConfig, start: SAEModule, scaled: SAEModule, w
             )  # fmt: skip
         else:
             yield f"sae.{name}", f"is {own!r}, but {where} has {before!r}"
-
-
-def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plugins: PluginManager) -> dict[str, Any]:
-    """What decides what the SAE is fed: the model, how it is loaded and run, and how text becomes contexts."""
-    training = {"training_tokens": config.training.training_tokens, "seed": config.training.seed}
-    if not has_model(config, plugins):
-        return training
-    dataset = corpus.config
-    backend_choice = plugins.bound(MODEL_BACKENDS, config.model.backend)
-    model_options = plain_config(backend_choice.options, plugins)
-    return {
-        "model_name": backend.name,
-        "model_class_name": backend_choice.item.entry.name,
-        # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
-        **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
-        "model_autocast": config.model.autocast,
-        "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
-        "context_size": dataset.context_size,
-        "prepend_bos": dataset.prepend_bos,
-        "begin_batch_token": dataset.begin_batch_token,
-        "begin_sequence_token": dataset.begin_sequence_token,
-        "sequence_separator_token": dataset.sequence_separator_token,
-        **training,
-    }

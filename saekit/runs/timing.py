@@ -18,6 +18,7 @@ from saekit.values import Batch
 __all__ = ["bytes_text", "duration_text", "silent_at_start", "timed", "timed_forwards", "timed_steps"]
 
 _FORWARDS, _STEPS = 4, 3  # the first of each is not counted
+_BARREN = 16  # forwards without a token that counts, after which no more are looked at
 
 
 def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Batch]:
@@ -25,11 +26,17 @@ def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tu
     activations = ActivationStream(stream, 8)
 
     def forward() -> Batch | None:
-        contexts = take(8)
-        batch = activations.run(contexts) if len(contexts) else None
-        if batch is not None:
-            synchronize(batch.activations[stream.sites[0]].device)
-        return batch
+        for _ in range(_BARREN):
+            contexts = take(8)
+            if not len(contexts):
+                return None
+            if len(batch := activations.run(contexts)):
+                synchronize(batch.activations[stream.sites[0]].device)
+                return batch
+        raise DataError(
+            f"no token of {8 * _BARREN} contexts one after the other counts (tokens.exclude_special_tokens, "
+            "tokens.seqpos_slice, tokens.mask_column)"
+        )
 
     return timed(forward, stream.sites)
 

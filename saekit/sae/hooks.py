@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import attrs
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saekit.errors import ConfigError
 
-__all__ = ["HookFunction", "HookPoint", "Hooked"]
+if TYPE_CHECKING:
+    from saekit.values import Ports
+
+__all__ = ["HookFunction", "HookPoint", "Hooked", "Watch"]
 
 _NAMES = ("input", "acts_pre", "acts_post", "recons", "error", "output")
+_BEFORE_THE_ERROR = _NAMES[:4]
 
 HookFunction: TypeAlias = "Callable[[Tensor, HookPoint], Tensor | None]"
+
+
+@attrs.frozen(eq=False)
+class Watch:
+    """Who looks at an SAE from outside while it is called, beside its own hooks: see :meth:`Hooked.watched`."""
+
+    points: frozenset[str]
+    """Those of ``input``, ``acts_pre``, ``acts_post``, ``recons``, ``error``, ``output`` that it wants to see."""
+    function: Callable[[str, Tensor], Tensor]
+    """Takes the name of one of these and what passes there, and returns what the SAE goes on with."""
+
+
+_NOW: ContextVar[Mapping[int, Watch | None]] = ContextVar("saekit_watched", default=MappingProxyType({}))
+"""By the ``id`` of a module who watches it; None: its own hooks are off, too."""
+_ALONE = Watch(frozenset(), lambda name, x: x)
 
 
 @attrs.frozen(eq=False)
@@ -59,7 +81,13 @@ class HookPoint(nn.Module):
 class Hooked(nn.Module):
     """What has the six hook points, ``hook_sae_{name}`` each."""
 
-    _hooks_off = False
+    if TYPE_CHECKING:  # of the module itself
+        ports: Ports
+
+        def _reconstructed(self, x: Tensor) -> Tensor: ...
+
+    hook_points: ClassVar[tuple[str, ...]] = _NAMES
+    """The names of those that run, as far as the architecture decides it."""
 
     def add_hook_points(self) -> None:
         """The six, with no hook."""
@@ -67,7 +95,10 @@ class Hooked(nn.Module):
             self.add_module(f"hook_sae_{name}", HookPoint(f"hook_sae_{name}"))
 
     def _hooked(self, *names: str) -> bool:
-        return not self._hooks_off and any(self._point(name).hooked for name in names)
+        watch = self._watch()
+        if watch is None:
+            return False
+        return any(name in watch.points or self._point(name).hooked for name in names)
 
     def refuse_hooks(self, name: str, why: str) -> None:
         """:class:`ConfigError` says ``why`` where a hook is at ``hook_sae_{name}``, which would never run."""
@@ -78,14 +109,46 @@ class Hooked(nn.Module):
         return self._modules[f"hook_sae_{name}"]  # type: ignore[return-value]
 
     def run_hook(self, name: str, x: Tensor) -> Tensor:
-        """``x`` as the hooks at ``hook_sae_{name}`` leave it."""
+        """``x`` as the hooks at ``hook_sae_{name}`` leave it, and then who watches."""
+        watch = self._watch()
+        if watch is None:
+            return x
         point = self._point(name)
-        return point(x) if point.hooked and not self._hooks_off else x
+        x = point(x) if point.hooked else x
+        if name not in watch.points:
+            return x
+        with self._seen_by(_ALONE):  # what watches may call the SAE, which is then nobody's but its own
+            return watch.function(name, x)
+
+    def _watch(self) -> Watch | None:
+        if torch.compiler.is_compiling():  # nobody watches a loss
+            return _ALONE
+        return _NOW.get().get(id(self), _ALONE)
+
+    def watched(self, watch: Watch) -> AbstractContextManager[None]:
+        """While the context is open, and in this thread alone, ``watch`` sees every call of this SAE.
+
+        Its own hooks run before, at each point.  The innermost of several contexts counts.
+        """
+        return self._seen_by(watch)
+
+    def _without_hooks(self) -> AbstractContextManager[None]:
+        return self._seen_by(None)
+
+    @torch.no_grad()
+    def missing(self, x: Tensor, output: Tensor, of: Tensor | None) -> Tensor:
+        """What the ``output`` of ``x`` lacks; where hooks may have changed it, what lacks without them."""
+        if of is None and not self.ports.same:
+            raise ValueError("use_error_term is for what reads and writes the same sites, unless its targets are given")
+        if self._hooked(*_BEFORE_THE_ERROR):
+            with self._without_hooks():
+                output = self._reconstructed(x)
+        return (x if of is None else of) - output.detach()
 
     @contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        self._hooks_off = True
+    def _seen_by(self, watch: Watch | None) -> Iterator[None]:
+        token = _NOW.set({**_NOW.get(), id(self): watch})
         try:
             yield
         finally:
-            self._hooks_off = False
+            _NOW.reset(token)

@@ -138,15 +138,16 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
 
     # ---- inference
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks."""
+    def forward(self, x: Tensor, *, use_error_term: bool | None = None, of: Tensor | None = None) -> Tensor:
+        """The reconstruction; with ``use_error_term``, plus the error of the SAE as it is without its hooks.
+
+        ``use_error_term`` is the SAE's own, unless it is given here.  What the error is ``of`` are the targets
+        ``[..., d_out]`` as they really are; left out, ``x``, of what reads and writes the same sites.  No gradient
+        flows through an error.
+        """
         output = self._reconstructed(x)
-        if self.use_error_term:
-            if not self.ports.same:
-                raise ValueError("use_error_term is for what reads and writes the same sites")
-            with torch.no_grad(), self._without_hooks():
-                error = x - self._reconstructed(x)
-            output = output + self.run_hook("error", error)
+        if self.use_error_term if use_error_term is None else use_error_term:
+            output = output + self.run_hook("error", self.missing(x, output, of))
         return self.run_hook("output", output)
 
     def _reconstructed(self, x: Tensor) -> Tensor:

@@ -102,7 +102,9 @@ def synthetic_page(rows: Sequence[Row]) -> str:
         "tiles": [], "marks": [], "legend": [{"what": "architecture", "entries": entries}] if entries else [],
         "groups": groups, "table": _table(rows),
     }  # fmt: skip
-    return whole_page(_TITLE, [("sub", _caption(rows)), *_notes(rows)], data, made_from="synthetic.json")
+    return whole_page(
+        _TITLE, [("sub", _caption(rows)), *_notes(rows)], data, "Made by saekit {version} from synthetic.json."
+    )
 
 
 def _series(rows: Sequence[Row]) -> dict[tuple[str, str, tuple[float, ...]], list[Row]]:

@@ -29,7 +29,8 @@ from typing import Any
 
 import attrs
 import torch
-from saekit_plugins.evals.reconstruction import ReconstructionConfig, ReconstructionEval
+from saekit_plugins.evals.reconstruction import ReconstructionConfig
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 from torch import Tensor
 
 import saekit

@@ -70,10 +70,12 @@ def soak(options: argparse.Namespace, kind: str) -> None:
 def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     """The parts of an eval, and the peaks of every feature."""
     from saekit_plugins.architectures.standard import StandardConfig
+    from saekit_plugins.evals.downstream import DownstreamConfig
+    from saekit_plugins.evals.downstream.module import DownstreamEval
 
     import saekit
     from saekit.analysis.examples import feature_peaks
-    from saekit.evals import spliced_losses, variance_metrics
+    from saekit.evals import variance_metrics
     from saekit.sae.build import build_module
 
     d_sae = 2048 if options.quick else 16384
@@ -93,8 +95,9 @@ def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
             yield site.extract(backend.run(part, read={site.hook_name}).held[site.hook_name]).flatten(0, 1)
 
     variance_metrics(sae, rows())
-    with torch.no_grad():
-        spliced_losses(sae, backend=backend, sites=site, contexts=tokens, batch_size=per_forward)
+    DownstreamEval(DownstreamConfig(batch_size_prompts=per_forward))(
+        sae, backend=backend, sites=saekit.Sites.one(site), contexts=tokens
+    )
     feature_peaks(sae, backend=backend, sites=site, contexts=tokens, batch_size=per_forward)
     dense = per_forward * CONTEXT * d_sae * 4 / 1e6
     print(

@@ -180,7 +180,7 @@ def test_metadata(tmp_path: Path) -> None:
         "token_ids": {"begin_batch": 0, "begin_sequence": 7, "separator": 0}, "data_files": [],
         "dataset": str(tmp_path / "book.txt"), "dataset_name": None, "split": "train", "revision": None,
         "column": "text", "context_size": 16, "sequence_separator_token": "bos", "shuffle": True, "seed": 3,
-        "contexts": result.contexts,
+        "contexts": result.contexts, "disable_concat_sequences": False, "chat_template": False,
     } | policy  # fmt: skip
     made(tmp_path, shuffle=False)
     said = json.loads(next(tmp_path.glob("made-*/saekit.json")).read_text())

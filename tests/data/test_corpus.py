@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data import Corpus, TokenPolicy
+from saekit.data.corpus import POLICY_DEFAULTS
 from saekit.errors import ConfigError, DataError
 from saekit.testing import FakeBackend
 
@@ -53,7 +54,7 @@ def test_pretokenized_data_settles_every_option(folder: Path, made: dict, other:
     (folder / "saekit.json").write_text(json.dumps(made | {"vocab_size": 50}))
     agreeing = {name: made[name] for name in names}
     if valid(agreeing):
-        assert corpus_of(folder, **agreeing).config == DatasetConfig(path=str(folder), **made)
+        assert corpus_of(folder, **agreeing).config == DatasetConfig(path=str(folder), **POLICY_DEFAULTS | made)
     stated = {name: other[name] for name in names}
     if not valid(stated):
         return

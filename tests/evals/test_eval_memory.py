@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.evals.downstream import DownstreamConfig
+from saekit_plugins.evals.downstream.module import DownstreamEval
+from saekit_plugins.evals.reconstruction import ReconstructionConfig
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -14,11 +18,15 @@ import saekit
 from saekit.analysis.choosing import striking_features
 from saekit.analysis.examples import feature_peaks
 from saekit.analysis.top_texts import find_top_texts
-from saekit.evals import pieces, spliced_losses, variance_metrics
+from saekit.evals import pieces, variance_metrics
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+EVALS = (
+    ReconstructionEval(ReconstructionConfig(batch_size_prompts=8, n_bootstrap=0)),
+    DownstreamEval(DownstreamConfig(batch_size_prompts=8, n_bootstrap=0)),
+)
 
 
 class Largest(TorchFunctionMode):
@@ -57,10 +65,11 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
     sae, found = make_sae(), []
     sae.kernels = kernels
     monkeypatch.setattr(pieces, "_BYTES", 64 * 512 * 4)  # 64 rows, or 4 contexts
-    for contexts in (tokens(32), tokens(64), tokens(128)):
+    for contexts in (tokens(16), tokens(32), tokens(64)):
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
-            spliced_losses(sae, backend=FakeBackend(), sites=SITE, contexts=contexts, batch_size=8)
+            for measure in EVALS:
+                measure(sae, backend=FakeBackend(), sites=saekit.Sites.one(SITE), contexts=contexts)
             feature_peaks(sae, backend=FakeBackend(), sites=SITE, contexts=contexts)
             find_top_texts(sae, backend=FakeBackend(), sites=saekit.Sites.one(SITE), contexts=contexts, features=[3])
         found.append(largest.elements)
@@ -73,7 +82,9 @@ def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured() -> dict[str, float]:
         found = variance_metrics(sae, rows(contexts).split(256))
-        return found | spliced_losses(sae, backend=backend, sites=SITE, contexts=contexts)
+        for measure in EVALS:
+            found |= measure(sae, backend=backend, sites=saekit.Sites.one(SITE), contexts=contexts)
+        return found
 
     whole = measured()
     monkeypatch.setattr(pieces, "_BYTES", 1)  # a row, a context

@@ -46,7 +46,7 @@ from saekit.kinds import EVALS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, LRSchedule, Tracker
 from saekit_plugins.architectures.topk.module import TopKSAE
-from saekit_plugins.evals.reconstruction import ReconstructionEval
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 from saekit_plugins.schedules.cosine import Cosine
 from saekit_plugins.trackers.jsonl import JsonlTracker
 

@@ -140,13 +140,32 @@ def test_one_of_6_means_the_same() -> None:
 
 def test_what_is_not_here_is_said() -> None:
     found = convert(of_3(seqpos_slice=[5, -5], disable_concat_sequences=True, madeup=3, dead_feature_threshold=1e-6))
-    assert set(found.lost) == {"seqpos_slice", "disable_concat_sequences", "madeup"}
+    assert set(found.lost) == {"madeup"}
     assert "NOT THE SAME: madeup: is 3, of which saekit knows nothing" in found.report()
     cached = convert(of_3(use_cached_activations=True, cached_activations_path="acts"))
     assert cached.table["activations"]["source"] == {"name": "cached", "folder": "acts"}
     assert "saekit cache" in cached.lost["use_cached_activations"]
     tanh = convert(read(OF_6["jumprelu"]) | {"sae": read(OF_6["jumprelu"])["sae"] | {"decoder_init_norm": 0.5}})
     assert list(tanh.lost) == ["sae.decoder_init_norm"]
+
+
+@pytest.mark.parametrize("version", ["3", "6"])
+def test_which_tokens_count_is_kept(version: str) -> None:
+    given = {"seqpos_slice": [5, -5], "disable_concat_sequences": True, "is_dataset_tokenized": False}
+    source = of_3(**given) if version == "3" else read(OF_6["standard"]) | given
+    if version == "6":
+        source |= {"exclude_special_tokens": [3, 7], "use_chat_formatting": True}
+    found = convert(source)
+    config = saekit.load_config(dict(found.table))
+    assert found.lost == {}
+    assert config.tokens.seqpos_slice == (5, -5)
+    assert config.dataset.disable_concat_sequences is True
+    if version == "6":
+        assert config.tokens.exclude_special_tokens == (3, 7)
+        assert config.dataset.chat_template is True
+        everything = saekit.load_config(dict(convert(source | {"exclude_special_tokens": True}).table))
+        assert everything.tokens.exclude_special_tokens is True
+    assert "tokens" not in convert(read(OF_6["standard"])).table, "where all count, nothing is said"
 
 
 def test_a_topk_of_4_is_a_topk() -> None:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from saekit_plugins.architectures.matching_pursuit import MatchingPursuitConfig
 from saekit_plugins.architectures.temporal import TemporalConfig
-from saekit_plugins.evals.reconstruction import ReconstructionConfig, ReconstructionEval
+from saekit_plugins.evals.downstream import DownstreamConfig
+from saekit_plugins.evals.downstream.module import DownstreamEval
+from saekit_plugins.evals.reconstruction import ReconstructionConfig
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 from support.ports import DOCUMENTS, EARLY, EMBED
 from support.sweeps import manager
 from support.tiny import run_config
@@ -20,7 +23,7 @@ import saekit
 from saekit import SAE, Ports, SAEConfig
 from saekit.analysis.examples import feature_peaks
 from saekit.errors import ConfigError
-from saekit.evals import spliced_losses, variance_metrics
+from saekit.evals import variance_metrics
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 from saekit.values import StepInput
@@ -230,7 +233,10 @@ def test_evals_leave_sequences_whole(make: Any) -> None:
     assert found["explained_variance"] == pytest.approx(float(1 - (held - output).pow(2).sum() / whole), abs=1e-5)
     assert found["l0"] == pytest.approx(float((features > 0).sum() / 45))
     assert found["n_tokens"] == 45
-    assert found == found | spliced_losses(sae, backend=backend, sites=sites, contexts=tokens)
+    spliced = DownstreamEval(DownstreamConfig(batch_size_prompts=2))(sae, backend=backend, sites=sites, contexts=tokens)
+    with torch.no_grad():
+        put = backend.run(tokens, replace={EARLY.hook_name: lambda held: sae(held)}, want="loss").loss.mean()
+    assert spliced["ce_loss_with_sae"] == pytest.approx(float(put))
     peaks = feature_peaks(sae, backend=backend, sites=sites, contexts=tokens, n=2, batch_size=2)
     assert torch.equal(peaks.fired, (features[:, 1:] > 0).sum((0, 1)))
 

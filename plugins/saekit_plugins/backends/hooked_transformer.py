@@ -1,36 +1,45 @@
-"""Model backend ``HookedTransformer`` (transformer_lens)."""
+"""Model backend ``HookedTransformer`` (transformer_lens; of its version 4, a bridge in compatibility mode)."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, ModelError, hookimpl
-from saekit.backends import Hooks, ModuleBackend
+from saekit import ConfigError, Entry, ModelError, hookimpl
+from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit_plugins.backends.aliases import also_called
+from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
+from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
-from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
+from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.lens_hooks import begins, exposed
+from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
+from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.abilities import ExposedPoint
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
-_RESIDUAL = re.compile(
-    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
-    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
-)
-"""The hooks that hold the residual stream, or what is added to it as it is."""
+_ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
+_BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
+_AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
+_OWN_WAY = ("start_at_layer", "stop_at_layer", "tokens", "prepend_bos", "padding_side", "past_kv_cache",
+            "shortformer_pos_embed", "only_use_these_layers")  # fmt: skip
+"""What decides where a forward begins or what it sees of the tokens: with these among its options, it is whole."""
 
 
 @attrs.frozen(kw_only=True)
@@ -38,12 +47,13 @@ class HookedTransformerOptions:
     """Any model that transformer_lens knows, a Hugging Face model folder, or a model passed from code."""
 
     from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
-    """Passed to `HookedTransformer.from_pretrained`, such as `{center_writing_weights = false}`."""
+    """Passed to `HookedTransformer.from_pretrained`, such as `{fold_ln = false}`; transformer_lens 4 takes
+    those about processing alone, and `revision`."""
     forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Passed to every forward of the model."""
 
 
-class TransformerLensBackend(ModuleBackend):
+class TransformerLensBackend(ModuleBackend, InsideBackend):
     """A ``HookedTransformer``, or anything else with its ``run_with_hooks`` and blocks."""
 
     why_silent = (
@@ -62,7 +72,21 @@ class TransformerLensBackend(ModuleBackend):
         return list(self.model.hook_dict)
 
     def in_residual_stream(self, hook_name: str) -> bool:
-        return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
+        return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the one where transformers' module of that path has its place."""
+        if name in self.model.hook_dict:
+            return name
+        cfg = self.model.cfg
+        known = layout_of_architecture(
+            getattr(cfg, "original_architecture", None), parallel=getattr(cfg, "parallel_attn_mlp", False)
+        )
+        found = None if known is None else known.lens_hook(name)
+        return found if found in self.model.hook_dict else None
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's
@@ -84,14 +108,74 @@ class TransformerLensBackend(ModuleBackend):
         if unknown := [name for name in hooks.names if not self._has(name)]:
             raise self.no_hook(unknown[0])
         names = [name for name in hooks.names if name != entry]
-        compiled = nullcontext() if self._compiled is None else self._compiled.except_at(names)
+        pairs = [(name, at) for name in names]
+        if hooks.entry is not None:
+            if hooks.entry.endswith("_post"):  # its block does not run
+                pairs = [(name, at) for name in names if name != hooks.entry]
+            given = self._begun(tokens, hooks, options)
+            if hooks.done:
+                return None
+            if "only_use_these_layers" in options:
+                once = [given]  # a forward inside this one has its own
+                pairs.append(("hook_embed", lambda activation, hook: once.pop() if once else activation))
+            else:
+                tokens = given
+        runs = len(options.get("only_use_these_layers", "?")) > 0  # where no block does, nothing is compiled
+        compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
-                tokens, fwd_hooks=[(name, at) for name in names], **options, **self._checked_kwargs()
+                tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
             )
         if entry is not None and out is not None:
             hooks(entry, out)
         return out
+
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
+        return begins(self.model, self.model.get_submodule(embedding), tell)
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(names, self.model.hook_dict, self.model.mod_dict)
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        cfg, known = self.model.cfg, self.model.hook_dict
+        if "start_at_layer" not in self._accepted or set(_OWN_WAY) & set(self._forward_kwargs):
+            return None
+        if getattr(cfg, "positional_embedding_type", None) == "shortformer":  # every block adds what the tokens make
+            return None
+        last = len(self.model.blocks) - 1
+        first = (last, "hook_resid_post")
+        for name in hooks:
+            if not self._has(name):
+                return None
+            if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is not None:
+                post = match.group(2) == "hook_resid_post"
+                first = min(first, (int(match.group(1)), "hook_resid_post" if post else "hook_resid_pre"), key=_order)
+            elif not name.startswith(_AFTER_BLOCKS):
+                return None
+        entry = f"blocks.{first[0]}.{first[1]}"
+        return entry if entry in known else None
+
+    def _begun(self, tokens: Tensor, hooks: Hooks, options: dict[str, Any]) -> Tensor:
+        """What enters the first block that runs; ``options`` of the forward say which that is."""
+        match = _ENTRY.fullmatch(hooks.entry or "")
+        if match is None:
+            raise ModelError(f"a forward of {self.name!r} cannot begin at the hook {hooks.entry!r}")
+        layer, value = int(match.group(1)), hooks.given
+        if match.group(2) == "hook_resid_post":
+            layer, value = layer + 1, hooks(match.group(), value)
+        if "only_use_these_layers" in self._accepted:  # a Mamba's, which starts at no layer and goes on to the end
+            stop = options.get("stop_at_layer")
+            options["only_use_these_layers"] = range(layer, len(self.model.blocks) if stop is None else stop)
+            return value
+        options |= {"start_at_layer": layer, "tokens": tokens}
+        tokenizer = self.model.tokenizer
+        if getattr(tokenizer, "padding_side", None) == "left" and "attention_mask" not in self._forward_kwargs:
+            from transformer_lens.utilities.tokenize_utils import get_attention_mask
+
+            options["attention_mask"] = get_attention_mask(tokenizer, tokens, self.model.cfg.default_prepend_bos)
+        return value
 
     def _stop_after(self, hooks: Hooks) -> tuple[int | None, str | None]:
         """The layer to stop before, and the hook that equals the residual stream entering it, if it is wanted."""
@@ -99,12 +183,12 @@ class TransformerLensBackend(ModuleBackend):
         for name in hooks.read:
             if (match := re.match(r"blocks\.(\d+)\.", name)) is not None:
                 layers.append(int(match.group(1)))
-            elif name not in ("hook_embed", "hook_pos_embed", "hook_tokens"):  # these come before the first block
+            elif name not in _BEFORE_BLOCKS:
                 return None, None
         last = max(layers, default=-1)
         entry = f"blocks.{last}.hook_resid_pre"
         only_entry = [name for name in hooks.read if name.startswith(f"blocks.{last}.")] == [entry]
-        if only_entry and not self.model.hook_dict[entry].fwd_hooks:
+        if only_entry and not self.model.hook_dict[entry]._forward_hooks:
             return last, entry
         return last + 1, None
 
@@ -113,14 +197,22 @@ class TransformerLensBackend(ModuleBackend):
         parent, _, number = name.rpartition(".")
         return name in self.model.hook_dict or (number.isdigit() and parent in dict(self.model.named_modules()))
 
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """What the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
     def _checked_kwargs(self) -> dict[str, Any]:
-        accepted = inspect.signature(self.model.forward).parameters
-        if unknown := sorted(set(self._forward_kwargs) - set(accepted)):
+        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
             raise ModelError(
                 f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(set(accepted) - {'input'})}"
+                f"{sorted(self._accepted - {'input'})}"
             )
         return self._forward_kwargs
+
+
+def _order(place: tuple[int, str]) -> tuple[int, bool]:
+    return place[0], place[1] == "hook_resid_post"
 
 
 @hookimpl
@@ -137,9 +229,15 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
 def _precheck(config: HookedTransformerOptions, whole: TrainConfig | PretokenizeConfig) -> None:
     model_folder(whole.model.name, config.from_pretrained_kwargs)
+    if not has_hooked_transformer():
+        _check_for_bridge(config, whole.model)
 
 
-def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+def _build(
+    config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
+) -> TransformerLensBackend | BridgeBackend:
+    if loaded is None and not has_hooked_transformer():
+        return _bridge(config, model)
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
@@ -150,9 +248,43 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     return _around(module, config, model, name or "custom", compile_mode=model.compile_mode if model.compile else None)
 
 
-def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend:
+def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend | BridgeBackend:
+    if not has_hooked_transformer():
+        return _bridge(config, model, outline=True)
     module = hooked_transformer_outline(model, config.from_pretrained_kwargs)
     return _around(module, config, model, model.name)
+
+
+def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> None:
+    """Raise :class:`saekit.ConfigError` for what transformer_lens 4, which has no HookedTransformer, cannot do."""
+    here = f"transformer_lens {lens_version()} is installed, which has no HookedTransformer any more, and of its bridge"
+    instead = "Take it out, or install transformer_lens 3: pip install 'transformer-lens<4'"
+    problems = [
+        (f"model.backend.from_pretrained_kwargs.{name}", f"{here} saekit takes {', '.join(PROCESSING)} and revision. "
+         f"{instead}")
+        for name in config.from_pretrained_kwargs
+        if name not in (*PROCESSING, "revision")
+    ]  # fmt: skip
+    if model.compile:
+        problems.append(("model.compile", f"{here} no part can be compiled. {instead}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _bridge(config: HookedTransformerOptions, model: ModelConfig, *, outline: bool = False) -> BridgeBackend:
+    folder = model_folder(model.name, config.from_pretrained_kwargs)
+    _check_for_bridge(config, model)
+    kwargs = dict(config.from_pretrained_kwargs)
+    processing = Processing(**{name: kwargs.pop(name) for name in PROCESSING if name in kwargs})
+    revision = kwargs if folder is None else {}
+    return bridge_backend(
+        model,
+        processing=processing,
+        native_processing=Processing.none(),  # that of such a folder is what it was saved with
+        forward_kwargs=config.forward_kwargs,
+        outline=outline,
+        **revision,
+    )
 
 
 def _around(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit import ConfigError, Entry, hookimpl
-from saekit.backends import ModuleBackend
+from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit.config import path_field
+from saekit_plugins.backends.aliases import also_called
+from saekit_plugins.backends.hook_names import Layout, layout_of
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.config import ModelConfig
+    from saekit_plugins.backends.layer_order import LayerOrder
 
 _ELSEWHERE = ("dtype", "torch_dtype", "device_map", "revision", "attn_implementation")
 
@@ -49,7 +53,7 @@ class HuggingFaceOptions:
             raise ConfigError([(attribute.name, problem) for problem in problems])
 
 
-class HuggingFaceBackend(ModuleBackend):
+class HuggingFaceBackend(ModuleBackend, InsideBackend):
     """A causal language model of transformers, with ``transformer.h.1`` or ``model.layers.3.mlp.input`` for hooks."""
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -57,6 +61,66 @@ class HuggingFaceBackend(ModuleBackend):
         masked = {"attention_mask": _causal(tokens)} if tokens.is_meta else {}
         logits: Tensor = self.model(input_ids=tokens, use_cache=False, **masked).logits
         return logits
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        order = None if hooks.entry is None else self._order
+        with nullcontext() if order is None else order.begun_at(str(hooks.entry)):
+            return super().forward(tokens, hooks)
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        """The input of a layer or what it returns, of models whose layers run one after the other.
+
+        A short forward shows in which order the modules run, another one, for each entry, that one which begins there
+        gives the same logits: some models hand more from layer to layer than hidden states.
+        """
+        entry = None if self._order is None else self._order.entry_of(hooks)
+        if entry is not None and entry not in self._same:
+            whole = self._run(self._few(), [entry], None, "logits", False)
+            self._run(self._few(8), (), None, "logits", False)  # what a layer keeps of a forward is of this one now
+            begun = self._run(self._few(), (), None, "logits", False, (entry, whole.held[entry]))
+            difference = (begun.logits.double() - whole.logits.double()).abs().max()
+            self._same[entry] = bool(difference <= 1e-6 * whole.logits.double().abs().max())
+        return entry if entry is not None and self._same[entry] else None
+
+    @cached_property
+    def _same(self) -> dict[str, bool]:
+        """By the hook where a forward begins: whether it gives what a whole one does."""
+        return {}
+
+    @cached_property
+    def _order(self) -> LayerOrder | None:
+        from saekit_plugins.backends.layer_order import observed
+
+        number = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        tokens = self._few()
+        if self.device == "meta" or not number:  # without numbers, nothing shows
+            return None
+        with self.running(tokens, grad=False):
+            return observed(self.model, number, lambda: self.logits(tokens))
+
+    def _few(self, first: int = 0) -> Tensor:
+        import torch
+
+        length = min(8, self.n_ctx or 8)
+        return torch.arange(first, first + length, device=self.device)[None] % self.d_vocab
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the place that transformer_lens has that name for.
+
+        Heads lie side by side here.  What a norm of transformer_lens holds, before its weights, no module does.
+        """
+        if name in self._hooks:
+            return name
+        config = self.model.config.get_text_config()
+        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        if known is None and name.endswith(("hook_resid_pre", "hook_resid_post")) and self._order is not None:
+            known = Layout(self._order.path)
+        found = None if known is None else known.module_hook(name)
+        return found if found in self._hooks else None
+
+    @cached_property
+    def _hooks(self) -> frozenset[str]:
+        return frozenset(self.hook_names())
 
     def in_residual_stream(self, hook_name: str) -> bool:
         """The layers' inputs and outputs; what is inside a layer may be normalized before it is added."""
@@ -69,6 +133,9 @@ class HuggingFaceBackend(ModuleBackend):
         number = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
         stacks = [(path, one) for path, one in self.model.named_modules() if isinstance(one, ModuleList)]
         return frozenset(f"{path}.{index}" for path, one in stacks if len(one) == number for index in range(number))
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name, *self.name.split("/")[-1:])
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()

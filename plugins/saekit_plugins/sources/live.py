@@ -45,12 +45,13 @@ class LiveSource:
 
         self._stream, self._config = stream, config
         context_size = stream.contexts.policy.context_size  # opens the text, before the model runs
-        self._rows_per_forward = config.store_batch_size_prompts * context_size
+        rows = stream.rows_per_context(context_size)
+        self._rows_per_forward = config.store_batch_size_prompts * rows  # at most, where ids or a mask choose
         self._capacity = self._rows_per_forward * config.n_batches_in_buffer
         if self._capacity - self._rows_per_forward + 1 < stream.batch_size:  # a forward is added where it fits whole
             raise ConfigError(
                 f"the buffer holds {self._capacity:,} activations ({config.n_batches_in_buffer} forwards of "
-                f"{config.store_batch_size_prompts} contexts of {context_size}), too few for "
+                f"{config.store_batch_size_prompts} contexts of {rows}), too few for "
                 f"batches of {stream.batch_size:,} and room for a forward; raise "
                 "activations.source.n_batches_in_buffer"
             )

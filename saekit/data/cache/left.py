@@ -6,7 +6,7 @@ import re
 import stat
 from pathlib import Path
 
-from saekit.data.cache.manifest import DOCUMENTS, MANIFEST, TOKENS, Manifest
+from saekit.data.cache.manifest import MANIFEST, Manifest
 from saekit.errors import DataError
 from saekit.files.names import half_written
 
@@ -47,7 +47,7 @@ def remove_left(folder: Path, manifest: Manifest) -> None:
     By its name and by what is in it: a file or folder with such a name and other contents stays.  :class:`DataError`
     for one that stands where a shard belongs.
     """
-    ours = {rows.file for rows in manifest.sites} | {TOKENS, DOCUMENTS}
+    ours = {rows.file for rows in manifest.sites} | set(manifest.origins)
     following = len(manifest.shards)
     torn = []
     for path in sorted(folder.iterdir()):

@@ -10,8 +10,10 @@ A cache is a folder::
         ...                                       one file per site
     shard-00001/ ...
 
-Row ``c * context_size + p`` of a shard is position ``p`` of its context ``c``.  Every tensor starts at a page of its
-file, so that rows can be memory-mapped.  A shard that the manifest does not name is not there.
+Row ``c * context_size + p`` of a shard is position ``p`` of its context ``c``.  Where some tokens do not count, their
+rows are left out, and ``tokens``, ``documents`` and ``positions.safetensors`` (``positions``, int32) have one number
+for each row.  Every tensor starts at a page of its file, so that rows can be memory-mapped.  A shard that the manifest
+does not name is not there.
 
 The manifest is sealed: see :mod:`saekit.data.cache.table`.
 """
@@ -27,7 +29,19 @@ from typing import Any
 
 import attrs
 
-from saekit.data.cache.table import DOCUMENTS, FORMAT, HEADER, SEAL, TOKENS, Contents, contents, read_table, sealed
+from saekit.data.cache.table import (
+    CHOSEN_FORMAT,
+    DOCUMENTS,
+    FORMAT,
+    HEADER,
+    POSITIONS,
+    SEAL,
+    TOKENS,
+    Contents,
+    contents,
+    read_table,
+    sealed,
+)
 from saekit.errors import DataError
 from saekit.files.storage import parse_json, sha256, write_text
 from saekit.site import Site
@@ -36,6 +50,7 @@ __all__ = [
     "DOCUMENTS",
     "HEADER",
     "MANIFEST",
+    "POSITIONS",
     "TOKENS",
     "Manifest",
     "Shard",
@@ -47,6 +62,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 MAY_BE_UNKNOWN = ("dataset.contents", "dataset.column")
 """What a run that reads a cache need not know: its text may not be there."""
+WHERE_CHOSEN = ("tokens.", "dataset.chat_template", "dataset.disable_concat_sequences")
+"""What is there only where it is chosen; a run that lacks it has not chosen it."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -77,6 +94,8 @@ class Shard:
 
     contexts: int
     files: Mapping[str, Mapping[str, Any]]
+    rows: int | None = None
+    """Those of tokens that count, where others are left out."""
 
 
 @attrs.frozen(kw_only=True)
@@ -94,6 +113,8 @@ class Manifest:
     position: Mapping[str, Any] | None = None
     """Where in the text to go on."""
     saekit_version: str = ""
+    rows_per_context: int | None = None
+    """The most that a context has, where rows of tokens that do not count are left out; None: all have theirs."""
 
     @property
     def contexts(self) -> int:
@@ -103,7 +124,12 @@ class Manifest:
     @property
     def rows(self) -> int:
         """Activation vectors of each site."""
-        return self.contexts * self.context_size
+        return sum(shard.contexts * self.context_size if shard.rows is None else shard.rows for shard in self.shards)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The files that say where rows are from."""
+        return (TOKENS, DOCUMENTS) if self.rows_per_context is None else (TOKENS, DOCUMENTS, POSITIONS)
 
     @property
     def nbytes(self) -> int:
@@ -114,20 +140,30 @@ class Manifest:
         """The folder's name."""
         return f"shard-{number:05d}"
 
-    def bytes_for(self, contexts: int) -> int:
-        """Bytes of the files when there are ``contexts`` contexts, exactly, but for the manifest itself."""
+    def bytes_for(self, contexts: int, rows: int | None = None) -> int:
+        """Bytes of the files when there are ``contexts`` contexts, exactly, but for the manifest itself.
+
+        ``rows`` are theirs, where not all have the most.
+        """
         shards = len(self.shards) + -(-(contexts - self.contexts) // self.contexts_per_shard)
-        rows = contexts * self.context_size
-        per_row = sum(site.row_bytes for site in self.sites) + 4 + 8
-        return rows * per_row + shards * HEADER * (len(self.sites) + 2)
+        rows = contexts * (self.rows_per_context or self.context_size) if rows is None else rows
+        per_row = sum(site.row_bytes for site in self.sites) + 4 + 8 + 4 * (self.rows_per_context is not None)
+        return rows * per_row + shards * HEADER * (len(self.sites) + len(self.origins))
 
     def contents(self, shard: Shard) -> dict[str, Contents]:
         """What is in each file of ``shard``."""
-        return contents({rows.file: (rows.dtype, rows.d_in) for rows in self.sites}, self.context_size, shard.contexts)
+        forms = {rows.file: (rows.dtype, rows.d_in) for rows in self.sites}
+        return contents(forms, self.context_size, shard.contexts, shard.rows)
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``, all or nothing, and sealed."""
-        table = sealed({"format": FORMAT, **attrs.asdict(self), "contexts": self.contexts, "rows": self.rows})
+        chosen = self.rows_per_context is not None
+        table = {"format": CHOSEN_FORMAT if chosen else FORMAT, **attrs.asdict(self)}
+        if not chosen:  # as it was before anything could be left out
+            table.pop("rows_per_context")
+            for shard in table["shards"]:
+                shard.pop("rows")
+        table = sealed({**table, "contexts": self.contexts, "rows": self.rows})
         write_text(folder / MANIFEST, json.dumps(table, indent=1) + "\n")
 
     @classmethod
@@ -148,8 +184,9 @@ class Manifest:
             )
         sites = [SiteRows(**{**entry, "site": Site(**entry["site"])}) for entry in table["sites"]]
         shards = [Shard(**entry) for entry in table["shards"]]
-        keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards"}
-        return cls(sites=sites, shards=shards, **{key: table[key] for key in keys})
+        keys = {field.name for field in attrs.fields(cls)} - {"sites", "shards", "rows_per_context"}
+        most = table.get("rows_per_context")
+        return cls(sites=sites, shards=shards, rows_per_context=most, **{key: table[key] for key in keys})
 
     def site(self, site: Site) -> SiteRows:
         """The rows of ``site``; :class:`DataError` says which sites there are."""
@@ -161,9 +198,10 @@ class Manifest:
 
     def check_fits(self, identity: Mapping[str, Any], widths: Mapping[Site, int | None], folder: Path) -> None:
         """:class:`DataError` naming every field in which the cache and a run differ.  A width may not be known yet."""
+        chosen = [name for name in self.identity if name.startswith(WHERE_CHOSEN)] if identity else []
         lines = [
             f"{name}: the cache has {self.identity.get(name)!r}, the run {value!r}"
-            for name, value in identity.items()
+            for name, value in {**dict.fromkeys(chosen), **identity}.items()
             if value != self.identity.get(name) and not (name in MAY_BE_UNKNOWN and value is None)
         ]
         cached = {rows.site: rows.d_in for rows in self.sites}

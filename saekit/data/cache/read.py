@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from saekit.data.cache.manifest import DOCUMENTS, HEADER, TOKENS, Manifest
+from saekit.data.cache.manifest import DOCUMENTS, HEADER, POSITIONS, TOKENS, Manifest
 from saekit.data.cache.order import RowOrder
 from saekit.data.cache.watch import WatchedFile, check_files
 from saekit.errors import DataError
@@ -31,25 +31,33 @@ IntArray = npt.NDArray[np.int64]
 
 
 class CachedActivations:
-    """The rows of some sites of a cache, by number: row ``c * context_size + p`` is position ``p`` of context ``c``."""
+    """The rows of some sites of a cache, by number.
+
+    Row ``c * context_size + p`` is position ``p`` of context ``c``, unless rows of tokens that do not count are left
+    out.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, sites: Sequence[Site]) -> None:
         self.manifest = manifest
         self._watched: list[list[WatchedFile]] = []  # of each shard
         size = manifest.context_size
-        self._starts = np.cumsum([0] + [shard.contexts * size for shard in manifest.shards])
+        lengths = [shard.contexts * size if shard.rows is None else shard.rows for shard in manifest.shards]
+        self._starts = np.cumsum([0, *lengths])
         wanted = {site: manifest.site(site) for site in sites}
         self._rows: dict[Site, list[Tensor]] = {site: [] for site in wanted}
         self._tokens: list[Tensor] = []
         self._documents: list[Tensor] = []
-        for number, shard in enumerate(manifest.shards):
-            home, rows = folder / manifest.shard_folder(number), shard.contexts * size
-            names = [*(form.file for form in wanted.values()), TOKENS, DOCUMENTS]
+        self._positions: list[Tensor] = []  # where they do not follow from the number of the row
+        for number, (shard, rows) in enumerate(zip(manifest.shards, lengths, strict=True)):
+            home = folder / manifest.shard_folder(number)
+            names = [*(form.file for form in wanted.values()), *manifest.origins]
             self._watched.append([WatchedFile.of(home / name, shard.files.get(name)) for name in names])
             for site, form in wanted.items():
                 self._rows[site].append(self._mapped(home / form.file, [rows, form.d_in], getattr(torch, form.dtype)))
             self._tokens.append(self._mapped(home / TOKENS, [rows], torch.int32))
             self._documents.append(self._mapped(home / DOCUMENTS, [rows], torch.int64))
+            if shard.rows is not None:
+                self._positions.append(self._mapped(home / POSITIONS, [rows], torch.int32))
 
     def _mapped(self, path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = HEADER + math.prod(shape) * dtype.itemsize
@@ -71,7 +79,7 @@ class CachedActivations:
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def _mappings(self) -> list[Tensor]:
-        return [*itertools.chain.from_iterable(self._rows.values()), *self._tokens, *self._documents]
+        return [*itertools.chain.from_iterable(self._rows.values()), *self._tokens, *self._documents, *self._positions]
 
     @property
     def nbytes(self) -> int:
@@ -109,12 +117,12 @@ class CachedActivations:
             {site: gather(shards) for site, shards in self._rows.items()},
             tokens=gather(self._tokens).long(),
             documents=gather(self._documents),
-            positions=index % self.manifest.context_size,
+            positions=gather(self._positions).long() if self._positions else index % self.manifest.context_size,
         )
 
     def close(self) -> None:
         """Forget the mappings; each ends with the last tensor that shows it."""
-        self._rows, self._tokens, self._documents, self._watched = {}, [], [], []
+        self._rows, self._tokens, self._documents, self._positions, self._watched = {}, [], [], [], []
 
 
 class CachedBatches:

@@ -25,6 +25,7 @@ __all__ = [
     "DOCUMENTS",
     "FORMAT",
     "HEADER",
+    "POSITIONS",
     "SEAL",
     "TOKENS",
     "Contents",
@@ -34,8 +35,10 @@ __all__ = [
     "why_no_file",
 ]
 
-TOKENS, DOCUMENTS = "tokens.safetensors", "documents.safetensors"
+TOKENS, DOCUMENTS, POSITIONS = "tokens.safetensors", "documents.safetensors", "positions.safetensors"
 FORMAT, SEAL = 1, "sha256"
+CHOSEN_FORMAT = 2
+"""That of a cache without the rows of tokens that do not count."""
 HEADER = 4096
 """Bytes before the numbers of every file: its safetensors header, padded with blanks."""
 ROW_TYPES = ("float64", "float32", "float16", "bfloat16")
@@ -66,12 +69,20 @@ class Contents:
         return {self.tensor: {"dtype": _TYPES[self.dtype][0], "shape": [*self.shape], "data_offsets": offsets}}
 
 
-def contents(rows: Mapping[str, tuple[str, int]], size: int, contexts: int) -> dict[str, Contents]:
-    """The files of a shard by name; ``rows`` has the type and ``d_in`` of each site's file."""
+def contents(
+    sites: Mapping[str, tuple[str, int]], size: int, contexts: int, rows: int | None = None
+) -> dict[str, Contents]:
+    """The files of a shard by name; ``sites`` has the type and ``d_in`` of each site's file.
+
+    ``rows`` are those of the tokens that count, where others are left out: then each has its origin for itself.
+    """
+    length = contexts * size if rows is None else rows
+    origins = (contexts, size) if rows is None else (rows,)
     return {
-        TOKENS: Contents("token_ids", "int32", (contexts, size)),
-        DOCUMENTS: Contents("document_ids", "int64", (contexts, size)),
-        **{name: Contents("activations", dtype, (contexts * size, d_in)) for name, (dtype, d_in) in rows.items()},
+        TOKENS: Contents("token_ids", "int32", origins),
+        DOCUMENTS: Contents("document_ids", "int64", origins),
+        **({} if rows is None else {POSITIONS: Contents("positions", "int32", origins)}),
+        **{name: Contents("activations", dtype, (length, d_in)) for name, (dtype, d_in) in sites.items()},
     }
 
 
@@ -85,7 +96,7 @@ def why_no_file(name: str, dtype: str) -> str | None:
             return f"its name {_short(name)} is too long for a file name (255 bytes)"
     except UnicodeEncodeError:
         return f"its name {_short(name)} is no text"
-    if file in (TOKENS, DOCUMENTS):
+    if file in (TOKENS, DOCUMENTS, POSITIONS):
         return f"a file {file} is in every shard"
     if dtype not in ROW_TYPES:
         return f"its type is {_short(dtype)}, and a cache holds {', '.join(ROW_TYPES)}"
@@ -113,9 +124,11 @@ def read_table(file: Path) -> dict[str, Any]:
     """
     try:
         table: dict[str, Any] = read_json(file)
-        if table["format"] != FORMAT or type(table["format"]) is not int:
+        form = table["format"]
+        expected = FORMAT if table.get("rows_per_context") is None else CHOSEN_FORMAT
+        if form != expected or type(form) is not int:
             raise DataError(
-                f"{file} has format {_short(table['format'])}, and this saekit reads {FORMAT}: update saekit to read it"
+                f"{file} has format {_short(form)}, and this saekit reads {expected}: update saekit to read it"
             )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file} cannot be read: {type(error).__name__}: {error}. {_WHAT_TO_DO}") from error
@@ -175,6 +188,7 @@ _SITE: _Fields = {
     "hook_head_index": (lambda value: value is None or _whole(0)[0](value), "null or a whole number of 0 or more"),
 }
 _SHARD: _Fields = {"contexts": _whole(1), "files": _TABLE}
+_CHOSEN_SHARD: _Fields = {**_SHARD, "rows": _whole(0)}
 _FILE: _Fields = {"bytes": _whole(0), "sha256": _SUM, "sample": _SUM}
 
 
@@ -193,7 +207,9 @@ def _fields(entry: Any, fields: _Fields, where: str = "", *, more: bool = False)
 
 def _faults(table: Mapping[str, Any]) -> Iterator[str]:
     """Everything that contradicts what a manifest is, or itself; what depends on a wrong field is left out."""
-    yield from (faults := _fields(table, _MANIFEST, more=True))
+    chosen = table.get("rows_per_context") is not None
+    fields = {**_MANIFEST, "rows_per_context": _whole(1)} if chosen else _MANIFEST
+    yield from (faults := _fields(table, fields, more=True))
     if faults:
         return
     for number, entry in enumerate(table["sites"]):
@@ -205,14 +221,15 @@ def _faults(table: Mapping[str, Any]) -> Iterator[str]:
     if len(dict(rows)) < len(rows):
         yield f"sites: two have one name among {', '.join(file.removesuffix('.safetensors') for file, _ in rows)}"
         return
-    size, contexts = table["context_size"], 0
+    size, contexts, length = table["context_size"], 0, 0
     for number, shard in enumerate(table["shards"]):
-        yield from (wrong := _shard_faults(shard, f"shards[{number}]", dict(rows), size))
+        yield from (wrong := _shard_faults(shard, f"shards[{number}]", dict(rows), size, table.get("rows_per_context")))
         faults += wrong
         contexts += 0 if wrong else shard["contexts"]
+        length += 0 if wrong else shard["rows"] if chosen else shard["contexts"] * size
     if faults:
         return
-    for name, found, expected in (("contexts", table["contexts"], contexts), ("rows", table["rows"], contexts * size)):
+    for name, found, expected in (("contexts", table["contexts"], contexts), ("rows", table["rows"], length)):
         if found != expected:
             yield f"{name}: found {found:,}, expected {expected:,}, the shards' together"
     if table["shards"] and table["position"] is None:
@@ -234,10 +251,15 @@ def _site_name(entry: Mapping[str, Any]) -> str:
     return Site(**entry["site"]).name
 
 
-def _shard_faults(shard: Any, where: str, rows: Mapping[str, tuple[str, int]], size: int) -> list[str]:
-    if faults := _fields(shard, _SHARD, f"{where}."):
+def _shard_faults(
+    shard: Any, where: str, rows: Mapping[str, tuple[str, int]], size: int, most: int | None
+) -> list[str]:
+    if faults := _fields(shard, _SHARD if most is None else _CHOSEN_SHARD, f"{where}."):
         return faults
-    files, expected = shard["files"], contents(rows, size, shard["contexts"])
+    length = None if most is None else shard["rows"]
+    if length is not None and length > shard["contexts"] * (most or 0):
+        return [f"{where}.rows: found {length:,}, and {shard['contexts']:,} contexts have {most} each at most"]
+    files, expected = shard["files"], contents(rows, size, shard["contexts"], length)
     faults = [f"{where}.files: {name} is missing" for name in expected if name not in files]
     faults += [f"{where}.files: {_short(name)} is no file of a shard" for name in files if name not in expected]
     for name in (name for name in expected if name in files):

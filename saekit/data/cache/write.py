@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from saekit.data.cache.left import LOCK, check_target, remove_left
-from saekit.data.cache.manifest import DOCUMENTS, HEADER, MANIFEST, TOKENS, Manifest, Shard, sample_sum, verify_cache
+from saekit.data.cache.manifest import (
+    DOCUMENTS,
+    HEADER,
+    MANIFEST,
+    POSITIONS,
+    TOKENS,
+    Manifest,
+    Shard,
+    sample_sum,
+    verify_cache,
+)
 from saekit.errors import DataError, PlaceError, StorageError
 from saekit.files.storage import new_folder, sha256
 from saekit.files.tensors import SummedFile, header
@@ -109,9 +119,11 @@ class CacheWriter:
         remove_left(self._folder, found)
         return attrs.evolve(found, contexts_per_shard=plan.contexts_per_shard)  # each shard knows its own
 
-    def check_space(self, contexts: int) -> None:
-        """:class:`StorageError` when the disk has no room for the rest of ``contexts`` contexts."""
-        needed = self.manifest.bytes_for(contexts) - self.manifest.bytes_for(self.manifest.contexts)
+    def check_space(self, contexts: int, rows: int | None = None) -> None:
+        """:class:`StorageError` when the disk has no room for the rest of ``contexts`` contexts, with ``rows`` in
+        all."""
+        there = self.manifest.bytes_for(self.manifest.contexts, self.manifest.rows)
+        needed = self.manifest.bytes_for(contexts, rows) - there
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise PlaceError(
@@ -136,10 +148,14 @@ class CacheWriter:
         """Contexts that the shard being written has room for."""
         return self.manifest.contexts_per_shard - self._in_shard
 
-    def add(self, batch: Batch, position: Mapping[str, Any]) -> None:
-        """Append whole contexts, at most :attr:`room`; ``position`` is the state of the text after them."""
-        self._in_shard += len(batch) // self.manifest.context_size
-        self._submit(self._append, batch)
+    def add(self, batch: Batch, position: Mapping[str, Any], contexts: int | None = None) -> None:
+        """Append whole contexts, at most :attr:`room`; ``position`` is the state of the text after them.
+
+        How many they are, ``contexts``, must be said where rows are left out.
+        """
+        contexts = len(batch) // self.manifest.context_size if contexts is None else contexts
+        self._in_shard += contexts
+        self._submit(self._append, batch, contexts)
         if self.room <= 0:
             self._submit(self._close_shard, position)
             self._in_shard = 0
@@ -176,14 +192,14 @@ class CacheWriter:
             self._failure = error
             raise
 
-    def _append(self, batch: Batch) -> None:
+    def _append(self, batch: Batch, contexts: int) -> None:
         with _as_storage_error(self._folder):
             self._check_there()
             if not (self._folder / MANIFEST).exists():
                 self.manifest.save(self._folder)  # from now on whatever else comes to be here is the cache's
             if self._shard is None:
                 self._shard = _OpenShard(self._folder, self.manifest)
-            self._shard.append(batch)
+            self._shard.append(batch, contexts)
 
     def _close_shard(self, position: Mapping[str, Any]) -> None:
         assert self._shard is not None
@@ -199,9 +215,11 @@ class _OpenShard:
     """A shard being written, under a temporary name."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.contexts = 0
-        self._context_size = manifest.context_size
+        self.contexts = self.rows = 0
+        self._chosen = manifest.rows_per_context is not None
         contexts, size = manifest.contexts_per_shard, manifest.context_size
+        rows = contexts * (manifest.rows_per_context or size)
+        origins = [rows] if self._chosen else [contexts, size]
         with contextlib.ExitStack() as stack:
             hasher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256"))
             home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards)), replace=False))
@@ -210,28 +228,33 @@ class _OpenShard:
                 return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned, hasher)))
 
             self._origins = {
-                TOKENS: opened(TOKENS, "token_ids", torch.int32, [contexts, size]),
-                DOCUMENTS: opened(DOCUMENTS, "document_ids", torch.int64, [contexts, size]),
+                TOKENS: opened(TOKENS, "token_ids", torch.int32, origins),
+                DOCUMENTS: opened(DOCUMENTS, "document_ids", torch.int64, origins),
             }
+            if self._chosen:
+                self._origins[POSITIONS] = opened(POSITIONS, "positions", torch.int32, origins)
             self._rows = {
-                rows.site: opened(rows.file, "activations", getattr(torch, rows.dtype), [contexts * size, rows.d_in])
-                for rows in manifest.sites
+                form.site: opened(form.file, "activations", getattr(torch, form.dtype), [rows, form.d_in])
+                for form in manifest.sites
             }
             self._stack = stack.pop_all()
 
-    def append(self, batch: Batch) -> None:
-        for name, origin in ((TOKENS, batch.tokens), (DOCUMENTS, batch.documents)):
+    def append(self, batch: Batch, contexts: int) -> None:
+        origins = {TOKENS: batch.tokens, DOCUMENTS: batch.documents, POSITIONS: batch.positions}
+        for name, file in self._origins.items():
+            origin = origins[name]
             assert origin is not None
-            self._origins[name].write(origin)
+            file.write(origin)
         for site, file in self._rows.items():
             file.write(batch.activations[site])
-        self.contexts += len(batch) // self._context_size
+        self.contexts += contexts
+        self.rows += len(batch)
 
     def close(self) -> Shard:
         """Give the shard its name; the disk has it then."""
         with self._stack:  # its end syncs the files and renames their folder
             files = {file.path.name: file.finish() for file in (*self._origins.values(), *self._rows.values())}
-        return Shard(contexts=self.contexts, files=files)
+        return Shard(contexts=self.contexts, files=files, rows=self.rows if self._chosen else None)
 
     def abandon(self) -> None:
         """Remove what was written."""

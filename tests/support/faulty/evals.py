@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from support.faulty.case import cases
 
+from saekit.evals import AccumulatingEval, Sums, Totals
+from saekit.measuring import Needs, Seen
+
 Measure = Callable[..., Any]
 
 
@@ -58,6 +61,57 @@ def first_sites(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> Any:
     return {"error": float((sae(x) - target).square().mean())}
 
 
+class Norms(AccumulatingEval):
+    """One that keeps its promises, but for what a case changes."""
+
+    n_bootstrap = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rows=True)
+
+    def update(self, sums: Sums, seen: Seen) -> None:
+        sums.add(seen.numbers, {"norm": seen.summed(seen.outputs.norm(dim=-1)), "n": seen.kept.sum(1)})
+
+    def metrics(self, totals: Totals) -> dict[str, Any]:
+        return {"norm": totals["norm"] / totals["n"]}
+
+
+class FirstCounts(Norms):
+    """The part that it was merged into counts for more."""
+
+    def merge(self, one: Sums, other: Sums) -> Sums:
+        return one.merged(other) if one.numbers[0] == 0 else other
+
+
+class Forgets(Norms):
+    """What was merged last is all."""
+
+    def merge(self, one: Sums, other: Sums) -> Sums:
+        return max(one, other, key=len)
+
+
+class SharesSums(Norms):
+    """All SAEs have one table."""
+
+    seen: list[float]
+
+    def start(self, sae: Any, sites: Any) -> Sums:
+        self.seen = []
+        return super().start(sae, sites)
+
+    def update(self, sums: Sums, seen: Seen) -> None:
+        self.seen.append(float(seen.outputs.norm()))
+        sums.add(seen.numbers, {"norm": torch.full((len(seen.numbers),), sum(self.seen)), "n": seen.kept.sum(1)})
+
+
+class OtherNumbers(Norms):
+    """Called by itself, it says something else."""
+
+    def __call__(self, sae: Any, **given: Any) -> Any:
+        return {"norm": -1.0}
+
+
 CASES = cases(
     "evals",
     {
@@ -74,6 +128,10 @@ CASES = cases(
             r"the SAE takes \[..., 12\] .*; found \[6, 16, 8\]",
             lambda config, run: first_sites,
         ),
+        "merge_in_any_order": ("parts in another order, norm: found", lambda config, run: FirstCounts()),
+        "parts_are_the_whole": ("the numbers of parts, norm: found", lambda config, run: Forgets()),
+        "several_in_one_pass": ("an SAE beside another, norm: found", lambda config, run: SharesSums()),
+        "called_alone": ("the numbers of a call, norm: found -1, expected", lambda config, run: OtherNumbers()),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),
     },
 )

@@ -32,6 +32,7 @@ class MatchingPursuitSAE(SAE):
     config: MatchingPursuitConfig
     scaling_factor = None
     why_no_training = WHY
+    hook_points = ("input", "acts_post", "recons", "error", "output")
 
     def __init__(self, config: MatchingPursuitConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         if not ports.same:

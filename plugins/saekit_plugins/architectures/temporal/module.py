@@ -41,6 +41,7 @@ class TemporalSAE(SAE):
     scaling_factor = None
     reads_sequences = True
     why_no_training = WHY
+    hook_points = ("input", "acts_post", "recons", "error", "output")
 
     def __init__(self, config: TemporalConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         if not ports.same:

@@ -114,14 +114,15 @@ class _Work:
         if value == "covariance_whitening":
             self.lost[key] = WHITENING
         known: Key | None = KEPT.get(key) or KEPT.get(key.removeprefix("sae."))
-        if known is not None:
+        if key in NEUTRAL and (NEUTRAL[key][1] is Any or value in NEUTRAL[key][1]):
+            self.dropped[key] = NEUTRAL[key][0]
+        elif known is not None:
             if value is not None or known.none is not None:
                 self.set(known.path, known.none if value is None else known.of(value), key)
             else:
                 self.dropped[key] = "is null, and left out here"
         elif key in NEUTRAL:
-            why, neutral = NEUTRAL[key]
-            (self.dropped if neutral is Any or value in neutral else self.lost)[key] = why
+            self.lost[key] = NEUTRAL[key][0]
         else:
             self.lost[key] = f"is {shown(value)}, of which saekit knows nothing"
 

@@ -55,6 +55,10 @@ KEPT: Mapping[str, Key] = {
     "context_size": Key("dataset.context_size"),
     "prepend_bos": Key("dataset.prepend_bos"),
     "sequence_separator_token": Key("dataset.sequence_separator_token", none="none"),
+    "use_chat_formatting": Key("dataset.chat_template"),
+    "disable_concat_sequences": Key("dataset.disable_concat_sequences"),
+    "seqpos_slice": Key("tokens.seqpos_slice"),
+    "exclude_special_tokens": Key("tokens.exclude_special_tokens"),
     "normalize_activations": Key(
         "activations.normalize_activations",
         lambda value: NORMALIZATIONS.get(value, value),
@@ -131,8 +135,8 @@ NEUTRAL: Mapping[str, tuple[str, Any]] = {
     "dataset_trust_remote_code": ("no dataset brings code that is run", Any),
     "use_chat_formatting": ("texts are not formatted as chats", (False, None)),
     "disable_concat_sequences": ("documents are packed into whole contexts", (False, None)),
-    "seqpos_slice": ("every position of a context is trained on", (None, [None], (None,), [])),
-    "exclude_special_tokens": ("activations of special tokens are trained on, too", (False, None, [])),
+    "seqpos_slice": ("every position of a context counts", (None, [None], (None,), [])),
+    "exclude_special_tokens": ("special tokens count, too", (False, None, [])),
     "activations_mixing_fraction": ("half of the buffer is kept and mixed with what is new", (0.5, None)),
     "n_batches_for_norm_estimate": ("the norm is estimated on the first buffer", Any),
     "dead_feature_threshold": ("features are dead that have not fired for dead_feature_window steps", Any),
@@ -161,7 +165,8 @@ NEUTRAL: Mapping[str, tuple[str, Any]] = {
         }.items()
     },
 }
-"""Those that are no option here: why, and the values that change nothing (``Any``: all)."""
+"""Those that are no option here: why, and the values that change nothing (``Any``: all).  Of those in :data:`KEPT`,
+other values are options."""
 
 NO_PROCESSING = {
     "fold_ln": False, "center_writing_weights": False, "center_unembed": False,

@@ -1,0 +1,197 @@
+"""The models and contexts that SAEs are measured with: each is opened once, for all SAEs that it is right for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+from saekit.commands.looking import backend_of, corpus_of, load_model
+from saekit.commands.subjects import Subject
+from saekit.config import EvalsConfig
+from saekit.config.files import plain_config
+from saekit.errors import ConfigError
+from saekit.kinds import MODEL_BACKENDS
+from saekit.plugins.manager import PluginManager
+from saekit.site import Site, Sites
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.data.corpus import Corpus
+    from saekit.protocols import ModelBackend
+    from saekit.status import Status
+
+__all__ = ["Group", "Material", "Text"]
+
+Group = tuple["ModelBackend", "Tensor", list[str], Mapping[str, Mapping[str, Any]]]
+"""A model, contexts, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Text:
+    """What contexts are asked for."""
+
+    dataset: object | None = None
+    """None: the one that each SAE says."""
+    contexts: Tensor | None = None
+    """These, and no others."""
+    n_contexts: int = 64
+    context_size: int | None = None
+    """None: that of each SAE."""
+    seed: int = 0
+
+
+@attrs.define(eq=False)
+class Material:
+    """What was opened so far."""
+
+    plugins: PluginManager
+    text: Text
+    model: object | None = attrs.field(default=None, kw_only=True)
+    """None: the one that each SAE says."""
+    device: str = attrs.field(default="auto", kw_only=True)
+    say: Status | None = attrs.field(default=None, kw_only=True)
+    _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
+    _contexts: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+
+    def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
+        """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
+        from saekit.splicing.fits import check_fits
+
+        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
+        for name, subject in subjects.items():
+            backend = self._backend(subject)
+            if self.text.contexts is not None:
+                key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
+                begins = None
+            else:
+                key, contexts, facts, begins = self._read(subject, backend)
+            sites = check_fits(subject.sae, backend, site, prepend_bos=begins)
+            group = groups.setdefault((id(backend), key), (backend, contexts, [], {}))
+            group[2].append(name)
+            size, number = contexts.shape[1], len(contexts)
+            group[3][name] = {
+                "model": backend.name, **facts, "context_size": size, "n_contexts": number, "sites": sites
+            }  # fmt: skip
+        yield from groups.values()
+
+    def _say(self, text: str) -> None:
+        if self.say is not None:
+            self.say(text)
+
+    # ---- models
+
+    def _backend(self, subject: Subject) -> ModelBackend:
+        """The one that is given, that of the run, or the one that the SAE says it was trained on."""
+        if self.model is None and subject.backend is not None:
+            return subject.backend
+        if all(hasattr(self.model, name) for name in MODEL_BACKENDS.methods):
+            return cast("ModelBackend", self.model)
+        if self.model is not None:
+            return self._opened("given", str(self.model), lambda: load_model(self.model, **self._how()))
+        if subject.config is not None:
+            config = subject.config.model
+            config = config if self.device == "auto" else attrs.evolve(config, device=self.device)
+            key = repr(plain_config(config, self.plugins))
+            build = self.plugins.build
+            return self._opened(
+                key, config.name, lambda: build(MODEL_BACKENDS, config.backend, model=config, loaded=None)
+            )
+        from saekit.splicing.fits import model_name_of
+
+        name, about = model_name_of(subject.sae), subject.sae.info.metadata
+        backend = backend_of(about, about.get("model_class_name"), self.plugins)
+        return self._opened(f"{name} {backend}", name, lambda: load_model(name, backend=backend, **self._how()))
+
+    def _how(self) -> dict[str, Any]:
+        return {"device": self.device, "plugins": self.plugins}
+
+    def _opened(self, key: str, name: str, load: Any) -> ModelBackend:
+        if key not in self._backends:
+            self._say(f"loading the model {name}")
+            self._backends[key] = load()
+        return self._backends[key]
+
+    # ---- contexts
+
+    def _given(self, backend: ModelBackend) -> Tensor:
+        import torch
+
+        contexts = self.text.contexts
+        if not isinstance(contexts, torch.Tensor) or contexts.ndim != 2 or contexts.is_floating_point():
+            shown = (
+                f"{list(contexts.shape)}, {contexts.dtype}" if isinstance(contexts, torch.Tensor) else type(contexts)
+            )
+            raise ConfigError([("contexts", f"must be token ids [n, context_size], found {shown}")])
+        if not contexts.numel() or int(contexts.min()) < 0 or int(contexts.max()) >= backend.d_vocab:
+            raise ConfigError(
+                [("contexts", f"must be token ids from 0 to {backend.d_vocab - 1:,} of {backend.name!r}")]
+            )
+        return contexts
+
+    def _read(self, subject: Subject, backend: ModelBackend) -> tuple[str, Tensor, dict[str, Any], bool | None]:
+        from saekit.runs.opening import check_context_size
+
+        corpus, held_out = self._corpus(subject, backend)
+        if self.text.context_size is not None:
+            corpus = attrs.evolve(corpus, config=attrs.evolve(corpus.config, context_size=self.text.context_size))
+        check_context_size(backend, corpus.context_size)
+        key = repr((corpus.config, corpus.evals, id(corpus.dataset), held_out))
+        if key not in self._contexts:
+            self._say("reading the text")
+            self._contexts[key] = self._taken(corpus, backend, held_out)
+        facts = {
+            "dataset": corpus.config.path if corpus.dataset is None else "a dataset from memory",
+            "held_out": held_out,
+            "seed": self.text.seed,
+        }
+        return key, self._contexts[key], facts, corpus.config.prepend_bos
+
+    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> Tensor:
+        import torch
+
+        from saekit.data.activations import check_contexts
+
+        if held_out:
+            return corpus.held_out(backend, self.text.seed)
+        found = corpus.contexts(backend).take(self.text.n_contexts).tokens
+        check_contexts(len(found), corpus.context_size)
+        return torch.from_numpy(found)
+
+    def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
+        """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""
+        from saekit.data.corpus import Corpus
+
+        given, config = self.text.dataset, subject.config
+        if given is None and subject.dataset is not None:
+            given = subject.dataset
+        if config is not None and (given is None or given is subject.dataset):
+            evals = attrs.evolve(config.evals, n_contexts=self.text.n_contexts)
+            if not evals.held_out_every and evals.split is None:
+                raise ConfigError(
+                    [("dataset", "is missing: the run trained on every document (evals.held_out_every = 0), so none is "
+                      "left to measure on; name another text")]
+                )  # fmt: skip
+            return Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), evals, given), True
+        corpus = corpus_of(subject.sae, backend, given, self.plugins)
+        about = subject.sae.info.metadata
+        own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
+        every, split = _held_out(subject) if own else (0, None)
+        evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
+        return attrs.evolve(corpus, evals=evals), bool(every or split)
+
+
+def _held_out(subject: Subject) -> tuple[int, str | None]:
+    """What was held out from the training text of an SAE without its run; nothing is known of those of others."""
+    from saekit.pretrained.provenance import OWN
+
+    about = subject.sae.info.metadata
+    every, split = about.get("held_out_every"), about.get("held_out_split")
+    if isinstance(split, str):
+        return 0, split
+    if isinstance(every, int):
+        return every, None
+    ours = subject.sae.info.provenance.get("loader") in (OWN, None) and "training_tokens" in about
+    return (EvalsConfig().held_out_every if ours else 0), None

@@ -1,0 +1,51 @@
+"""What ``saekit eval`` shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saekit.measuring import Evaluation, Evaluations
+from saekit.plugins.text import printable
+
+__all__ = ["evaluation_table", "show_evaluations"]
+
+
+def show_evaluations(found: Evaluation | Evaluations, *, as_json: bool = False) -> None:
+    """A table of values and standard errors, with what was measured below it; or JSON, for programs."""
+    found = found if isinstance(found, Evaluations) else Evaluations({str(found.about.get("sae", "SAE")): found})
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console.print(evaluation_table(found))
+    for line in dict.fromkeys(_measured_on(one) for one in found.values()):
+        console.print(Text(printable(line), style="dim"), soft_wrap=True)
+
+
+def evaluation_table(found: Evaluations) -> Table:
+    """A row for each number, a column for each SAE."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in found:
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
+    for name, *cells in found.rows():
+        table.add_row(Text(printable(name)), *map(Text, cells))
+    return table
+
+
+def _measured_on(one: Evaluation) -> str:
+    """The text, the model and the tokens that count, in a line."""
+    about = one.about
+    used, of = about.get("tokens_used"), about.get("tokens_of")
+    tokens = f"{used:,} of {of:,} tokens" if isinstance(used, int) and isinstance(of, int) else "all tokens"
+    text = f"{about['n_contexts']:,} contexts of {about['context_size']:,} tokens of {about['dataset']}"
+    text += ", held out from training" if about.get("held_out") else ""
+    means = about.get("mean_ablation_contexts")
+    ablation = f"; means over the first {means:,} contexts" if means else ""
+    return f"{tokens} of {text}; model {about['model']}; ± standard error by bootstrap over contexts{ablation}"

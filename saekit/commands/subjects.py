@@ -1,0 +1,131 @@
+"""The SAEs that are measured: objects, folders, runs, sweeps and published ones, with what is known of their text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.commands.saes import published
+from saekit.config import TrainConfig
+from saekit.config.files import load_config
+from saekit.errors import ConfigError, SaekitError
+from saekit.files.names import SAE_CONFIG
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.text import short
+
+if TYPE_CHECKING:
+    from saekit.protocols import ModelBackend
+    from saekit.sae.module import SAEModule
+
+__all__ = ["EVALS_FILE", "Subject", "subjects_of"]
+
+EVALS_FILE = "evals.json"
+_CONFIG = "config.toml"
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Subject:
+    """An SAE that is to be measured."""
+
+    name: str
+    sae: SAEModule
+    file: Path | None = None
+    """Where its numbers go, beside it; None: nowhere."""
+    config: TrainConfig | None = None
+    """That of its run, where it is known."""
+    backend: ModelBackend | None = None
+    """The model of its run, where that is in memory."""
+    dataset: Any = None
+    """The text of its run, likewise."""
+
+
+def subjects_of(
+    saes: object, plugins: PluginManager, *, device: str, loader: Any = None, releases: Sequence[str] = ()
+) -> dict[str, Subject]:
+    """What ``saes`` are, by name: one of them, a list, or a mapping of names.
+
+    Each is an SAE, what :func:`saekit.train` returned, or a text or path: a run folder, a sweep's, that of an SAE of
+    any format, or ``RELEASE:ID``.  Those that are read go to ``device``.  :class:`ConfigError` for anything else.
+    """
+    found: dict[str, Subject] = {}
+    for name, one in _named(saes):
+        for subject in _read(name, one, plugins, device, loader, releases):
+            unique, number = subject.name, 1
+            while unique in found:
+                number += 1
+                unique = f"{subject.name} ({number})"
+            found[unique] = attrs.evolve(subject, name=unique)
+    if not found:
+        raise ConfigError([("saes", "names none; give an SAE, a folder, a run or RELEASE:ID")])
+    return found
+
+
+def _named(saes: object) -> Iterator[tuple[str | None, object]]:
+    if isinstance(saes, Mapping):
+        yield from ((str(name), one) for name, one in saes.items())
+    elif isinstance(saes, Sequence) and not isinstance(saes, str):
+        yield from ((None, one) for one in saes)
+    else:
+        yield None, saes
+
+
+def _read(
+    name: str | None, one: Any, plugins: PluginManager, device: str, loader: Any, releases: Sequence[str]
+) -> Iterator[Subject]:
+    if hasattr(one, "encode") and hasattr(one, "info"):
+        yield Subject(name=name or one.get_name(), sae=one)
+    elif hasattr(one, "corpus") and hasattr(one, "sae"):
+        yield from _of_result(name, one, plugins)
+    elif isinstance(one, (str, Path)):
+        yield from _of_path(name, one, plugins, device, loader, releases)
+    else:
+        expected = "an SAE, the result of saekit.train, a folder, or RELEASE:ID"
+        raise ConfigError([("saes", f"must be {expected}, found {short(one)}")])
+
+
+def _of_result(name: str | None, result: Any, plugins: PluginManager) -> Iterator[Subject]:
+    folder = Path(result.folder)
+    yield Subject(
+        name=name or folder.name,
+        sae=result.sae,
+        file=folder / "sae" / EVALS_FILE,
+        config=_config(folder, plugins),
+        backend=result.backend,
+        dataset=result.corpus.dataset,
+    )
+
+
+def _of_path(
+    name: str | None, path: str | Path, plugins: PluginManager, device: str, loader: Any, releases: Sequence[str]
+) -> Iterator[Subject]:
+    from saekit.pretrained.sae import SAE
+
+    if (asked := published(str(path), releases)) is not None:
+        sae = SAE.from_pretrained(*asked, loader=loader, releases=releases, device=device, plugins=plugins)
+        yield Subject(name=name or str(path), sae=sae)
+        return
+    place = as_path(path)
+    homes = [place]
+    if place.is_dir() and not any((place / part).exists() for part in (SAE_CONFIG, "sae")):
+        homes = sorted(home for home in place.iterdir() if (home / "sae" / SAE_CONFIG).is_file()) or [place]
+    for home in homes:
+        sae = SAE.load(home, loader=loader, device=device, plugins=plugins)
+        own = home / "sae" if (home / "sae" / SAE_CONFIG).is_file() and not (home / SAE_CONFIG).exists() else home
+        file = own / EVALS_FILE if own.is_dir() else own.with_name(f"{own.name}.{EVALS_FILE}")
+        run = own.resolve().parent if own.name == "sae" else own
+        label = str(home) if name is None else name if len(homes) == 1 else f"{name}/{home.name}"
+        yield Subject(name=label, sae=sae, file=file, config=_config(run, plugins))
+
+
+def _config(folder: Path, plugins: PluginManager) -> TrainConfig | None:
+    """That of the run in ``folder``; None where there is none, or one that cannot be read here."""
+    if not (folder / _CONFIG).is_file():
+        return None
+    with contextlib.suppress(SaekitError):
+        return load_config(folder / _CONFIG, plugins=plugins)
+    return None

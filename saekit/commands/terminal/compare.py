@@ -1,0 +1,72 @@
+"""``saekit compare``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["EXAMPLES", "compare"]
+
+EXAMPLES = """
+    saekit compare runs/A runs/B
+    saekit compare runs/SWEEP --n-contexts 256 --out comparison
+    saekit compare gpt2-small-res-jb:blocks.8.hook_resid_pre runs/A --dataset OWNER/NAME
+"""
+
+
+def compare(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: run folders, sweeps', those of SAEs of any format, or RELEASE:ID.",
+            metavar="SAE_OR_RUN...",
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write compare.json, compare.png and compare.html there.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another model than the SAEs' own: a name or a folder.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another text than what was held out from training: a path or OWNER/NAME.")
+    ] = None,
+    n_contexts: Annotated[int, typer.Option("--n-contexts", help="Contexts to measure on.")] = 64,
+    context_size: Annotated[
+        int | None, typer.Option("--context-size", help="Tokens in each; default: the SAEs'.")
+    ] = None,
+    evals: Annotated[
+        list[str] | None,
+        typer.Option("--evals", metavar="EVAL", help="An eval, by its key; several times for several."),
+    ] = None,
+    kl: Annotated[bool, typer.Option("--kl", help="Compare the KL divergence from the model as it is, too.")] = False,
+    top1: Annotated[
+        bool, typer.Option("--top1", help="Compare how often the likeliest token stays the same, too.")
+    ] = False,
+    exclude_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--exclude-special-tokens/--include-special-tokens",
+            help="Whether special tokens count; default: as in training.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For the choice among held-out contexts.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model and the SAEs run.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare SAEs of one model on the same contexts: differences, intervals, and whether they can be told apart."""
+    import json
+
+    from saekit.commands.comparing import compare as compared
+    from saekit.defaults import DEFAULT_EVALS
+    from saekit.plugins.text import printable
+
+    found = compared(
+        saes, out=out, model=model, dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
+        context_size=context_size, evals=evals or DEFAULT_EVALS, kl=kl or None, top1=top1 or None,
+        exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        typer.echo(printable(found.text(), keep="\n"))

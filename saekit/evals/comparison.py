@@ -1,0 +1,310 @@
+"""What came of comparing SAEs: their numbers, their differences, and what these say in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from saekit.evals.comparing import LEVEL, Compared, differences, widening
+from saekit.measuring import Evaluation
+from saekit.tables import facts_html, table_html
+
+__all__ = ["HEADLINES", "Comparison", "Measure", "measure_of"]
+
+
+@attrs.frozen
+class Measure:
+    """A metric in words."""
+
+    label: str
+    better: int = 0
+    """1: more of it is better; -1: less; 0: neither."""
+    short: str = ""
+    """The heading of a column."""
+
+
+_MEASURES = {
+    "ce_recovered": Measure("CE recovered", 1, "CE rec."),
+    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1),
+    "explained_variance": Measure("explained variance", 1, "EV"),
+    "kl_div_score": Measure("KL score", 1),
+    "top1_agreement": Measure("top-1 agreement", 1, "top-1"),
+    "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
+    "ce_loss_with_sae": Measure("CE with the SAE", -1),
+    "kl_div_with_sae": Measure("KL divergence", -1, "KL"),
+    "ce_loss_without_sae": Measure("CE without an SAE"),
+    "ce_loss_with_ablation": Measure("CE with zeros"),
+    "ce_loss_with_mean_ablation": Measure("CE with the mean"),
+    "kl_div_with_ablation": Measure("KL with zeros"),
+    "l2_norm_in": Measure("norm of inputs"),
+    "n_tokens": Measure("tokens"),
+    "mse": Measure("mse", -1, "mse"),
+    "l0": Measure("L0", 0, "L0"),
+    "l1": Measure("L1", 0),
+    "l2_norm_out": Measure("norm of reconstructions", 0),
+    "l2_ratio": Measure("norm ratio", 0),
+    "relative_reconstruction_bias": Measure("relative reconstruction bias", 0),
+}
+_OF_THE_MODEL = ("ce_loss_without_sae", "ce_loss_with_ablation", "ce_loss_with_mean_ablation", "kl_div_with_ablation",
+                 "l2_norm_in")  # fmt: skip
+"""Of what all SAEs at a site have in common: no difference to speak of."""
+HEADLINES = ("ce_recovered", "explained_variance", "l0", "kl_div_with_sae", "top1_agreement")
+"""What is told in words first, as far as it was measured."""
+_MOST_LINES = 60
+_FIDELITY = ("ce_recovered", "explained_variance")
+
+
+def measure_of(metric: str) -> Measure:
+    """``metric`` in words; what a stranger's eval measures is called as it calls it."""
+    name, _, target = metric.partition("/")
+    known = _MEASURES.get(name, Measure(name.replace("_", " ")))
+    return attrs.evolve(known, label=f"{known.label} of {target}", short="") if target else known
+
+
+def _number(value: float, like: float) -> str:
+    """With as many places as ``like``, a difference or how wide an interval is, says something."""
+    if not math.isfinite(value):
+        return "nan"
+    places = 3 if not like else min(max(1 - math.floor(math.log10(abs(like))), 0), 12)
+    return f"{value:,.{places}f}"
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Comparison:
+    """SAEs that were measured on the same contexts."""
+
+    evaluations: Mapping[str, Evaluation]
+    """Of each SAE, by its name."""
+    about: Mapping[str, Any] = attrs.field(factory=dict)
+    """What they were measured on: plain data."""
+    sites: Mapping[str, str] = attrs.field(factory=dict)
+    """Where each SAE reads and writes, by its name."""
+    files: tuple[Path, ...] = ()
+    """What was written."""
+    pairs: tuple[Compared, ...] = attrs.field(init=False)
+    """Every two of them in every metric that has an error in both."""
+
+    @pairs.default
+    def _compared(self) -> tuple[Compared, ...]:
+        return tuple(pair for pair in differences(self.evaluations) if pair.metric not in _OF_THE_MODEL)
+
+    def pair(self, metric: str, one: str, other: str) -> Compared:
+        """The difference of two by their names; :class:`KeyError` where there is none."""
+        for pair in self.pairs:
+            if pair.metric == metric and {pair.one, pair.other} == {one, other}:
+                return pair if pair.one == one else _turned(pair)
+        raise KeyError(f"{one!r} and {other!r} were not compared in {metric!r}")
+
+    @property
+    def headlines(self) -> list[Compared]:
+        """The pairs in the metrics that are told first."""
+        wanted = [name for name in HEADLINES if any(pair.metric == name for pair in self.pairs)]
+        shown = wanted or list(dict.fromkeys(pair.metric for pair in self.pairs))
+        return [pair for metric in shown for pair in self.pairs if pair.metric == metric]
+
+    def verdicts(self) -> list[str]:
+        """What the headlines say, a sentence each; and then which of two pay for fidelity with more features."""
+        return [self.verdict(pair) for pair in self.headlines] + [*self._trades()]
+
+    def verdict(self, pair: Compared) -> str:
+        """What one difference says."""
+        measure = measure_of(pair.metric)
+        if not math.isfinite(pair.joint_low):
+            return f"{pair.one} and {pair.other} cannot be compared in {measure.label}: {self._why(pair)}"
+        if not pair.distinguishable:
+            shown = self._interval(pair.difference, pair.joint_low, pair.joint_high)
+            return f"{pair.one} and {pair.other} are not distinguishable in {measure.label}: {shown}"
+        winner = pair if pair.difference * (measure.better or 1) > 0 else _turned(pair)
+        low, high = sorted((abs(winner.joint_low), abs(winner.joint_high)))
+        shown = self._interval(abs(winner.difference), low, high)
+        if measure.better:
+            return f"{winner.one} is better than {winner.other} in {measure.label} by {shown}"
+        return f"{winner.one} has more {measure.label} than {winner.other} by {shown}"
+
+    def _why(self, pair: Compared) -> str:
+        n = len(self.evaluations[pair.one].contexts)
+        return "one context has no error" if n < 2 else "it is no number in some resamples"
+
+    @staticmethod
+    def _interval(value: float, low: float, high: float) -> str:
+        like = max(high - low, 0.0) or value
+        return f"{_number(value, like)} ({_number(low, like)} to {_number(high, like)})"
+
+    def _trades(self) -> Iterator[str]:
+        for one, other in dict.fromkeys((pair.one, pair.other) for pair in self.pairs):
+            found = {pair.metric: pair for pair in self.pairs if (pair.one, pair.other) == (one, other)}
+            fidelity = [found[name] for name in _FIDELITY if name in found and found[name].distinguishable]
+            l0 = found.get("l0")
+            if not fidelity or l0 is None:
+                continue
+            signs = {pair.difference > 0 for pair in fidelity}
+            if len(signs) > 1:
+                yield f"{one} and {other} are each better in one of {' and '.join(_labels(fidelity))}"
+                continue
+            better, worse, more = (one, other, l0.joint_low > 0) if signs == {True} else (other, one, l0.joint_high < 0)
+            what = " and ".join(_labels(fidelity))
+            if more:
+                yield (
+                    f"{better} is better in {what} and has more features per token than {worse}: compare SAEs of one "
+                    "L0 to tell which is the better method"
+                )
+            else:
+                yield f"{better} is better in {what} than {worse}, with no more features per token"
+
+    def rules(self) -> list[str]:
+        """How intervals and verdicts are made, in words."""
+        n = len(next(iter(self.evaluations.values())).contexts)
+        several = len(self.evaluations) > 2
+        pairs = len(self.evaluations) * (len(self.evaluations) - 1) // 2
+        lines = [f"Differences are paired by {n:,} contexts; intervals in brackets are 95 %, by bootstrap over them."]
+        if several:
+            lines.append(
+                f"The intervals of all {pairs} pairs hold at once for each metric (the largest deviation of all pairs, "
+                "Romano and Wolf 2005); metrics are not corrected for one another."
+            )
+        if n < 10:
+            lines.append(f"{n} contexts are few: intervals of fewer than 10 are not to be relied on.")
+        return lines
+
+    def interval(self, name: str, metric: str) -> tuple[float, float] | None:
+        """The 95 % interval of a number of one SAE, by bootstrap over contexts; None where it has none."""
+        evaluation = self.evaluations[name]
+        if metric not in evaluation.resampled:
+            return None
+        value, drawn = evaluation.values[metric], evaluation.resampled[metric]
+        if not np.isfinite(drawn).all() or not math.isfinite(value):
+            return None
+        reach = widening(len(evaluation.contexts)) * float(np.quantile(np.abs(drawn - value), LEVEL))
+        return (value - reach, value + reach) if math.isfinite(reach) else None
+
+    @property
+    def title(self) -> str:
+        """A line for pictures."""
+        return f"{len(self.evaluations)} SAEs compared"
+
+    @property
+    def where(self) -> list[str]:
+        """The model and the sites, and what text it was: a line each."""
+        sites = dict.fromkeys(self.sites.values())
+        places = next(iter(sites), "") if len(sites) < 2 else f"{len(sites)} sites"
+        known = self.about.get("model"), places
+        lines = [" at ".join(str(one) for one in known if one)]
+        n, size, data = (self.about.get(name) for name in ("n_contexts", "context_size", "dataset"))
+        if n and size:
+            held_out = ", held out from training" if self.about.get("held_out") else ""
+            lines.append(f"{n:,} contexts of {size:,} tokens" + (f" of {data}" if data else "") + held_out)
+        return [line for line in lines if line]
+
+    def tables(self) -> Iterator[dict[str, Any]]:
+        """All numbers and all differences as texts, for pages: the title, the heads of columns, and the rows."""
+        several = len({*self.sites.values()}) > 1
+        names = self.shown
+        rows = [
+            [sae, *([self.sites.get(sae, "")] if several else []), *(one.text_of(name) or "-" for name in names)]
+            for sae, one in self.evaluations.items()
+        ]
+        heads = ["SAE", *(["site"] if several else []), *(measure_of(name).label for name in names)]
+        yield {"title": "Numbers, ± standard error", "head": heads, "rows": rows}
+        told = [[measure_of(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in self.pairs]
+        heads = ["metric", "one", "other", "one − other", "95 %, this pair alone", "95 %, all pairs", "told apart"]
+        yield {"title": "Differences", "head": heads, "rows": told}
+
+    @property
+    def shown(self) -> list[str]:
+        """The numbers that have errors, and those that are counted, the first ones first."""
+        known = list(dict.fromkeys(name for one in self.evaluations.values() for name in one.values))
+        return [name for name in HEADLINES if name in known] + [name for name in known if name not in HEADLINES]
+
+    def _cells(self, pair: Compared) -> list[str]:
+        if not math.isfinite(pair.joint_low):
+            return ["-", "-", "-", "-"]
+        like = max(pair.joint_high - pair.joint_low, 0.0) or pair.difference
+        value, *ends = (
+            _number(one, like) for one in (pair.difference, pair.low, pair.high, pair.joint_low, pair.joint_high)
+        )
+        alone, together = (f"{low} to {high}" for low, high in (ends[:2], ends[2:]))
+        return [value, alone, together, "yes" if pair.distinguishable else "no"]
+
+    def text(self) -> str:
+        """The numbers, the verdicts and what they rest on, for people."""
+        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
+        heads = ["", *(measure_of(name).short or measure_of(name).label for name in names)]
+        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
+
+        def line(cells: Sequence[str]) -> str:
+            first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+            return "  ".join([cells[0].ljust(len(first)), *others]).rstrip()
+
+        table = [line(heads), *map(line, rows)]
+        files = [f"Written: {', '.join(map(str, self.files))}"] if self.files else []
+        told = [f"- {verdict}" for verdict in self.verdicts()]
+        if len(told) > _MOST_LINES:
+            left = len(told) - _MOST_LINES
+            told = [*told[:_MOST_LINES], f"- and {left:,} more, in compare.json (--out) and in .verdicts()"]
+        parts = [table, told, [*self.where, *self.rules(), *files]]
+        return "\n\n".join("\n".join(part) for part in parts)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(self.evaluations)}; {', '.join(self.where)})"
+
+    def _repr_html_(self) -> str:
+        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
+        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        heads = ["SAE", *(measure_of(name).label for name in names)]
+        told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.verdicts())])
+        return table_html(self.title, heads, rows) + told
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of each SAE what its point shows: L0, explained variance and CE recovered, and where their intervals end."""
+        found = []
+        for name, evaluation in self.evaluations.items():
+            row: dict[str, Any] = {"name": name}
+            for metric in ("l0", *_FIDELITY):
+                low, high = self.interval(name, metric) or (None, None)
+                row |= {metric: evaluation.values.get(metric), f"{metric}_low": low, f"{metric}_high": high}
+            found.append(row)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, as ``compare.json`` has it; numbers that are none are None."""
+        saes = {
+            name: {"site": self.sites.get(name), "values": _finite(one.values), "errors": _finite(one.errors),
+                   "remarks": list(one.remarks), "about": dict(one.about)}
+            for name, one in self.evaluations.items()
+        }  # fmt: skip
+        pairs = [pair.to_dict() | {"verdict": self.verdict(pair)} for pair in self.pairs]
+        return {
+            "about": dict(self.about), "level": LEVEL, "rules": self.rules(), "saes": saes, "pairs": pairs,
+            "verdicts": self.verdicts(),
+        }  # fmt: skip
+
+
+def _labels(pairs: list[Compared]) -> list[str]:
+    return [measure_of(pair.metric).label for pair in pairs]
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _turned(pair: Compared) -> Compared:
+    """The same, as ``other − one``."""
+    return attrs.evolve(
+        pair,
+        one=pair.other,
+        other=pair.one,
+        difference=-pair.difference + 0.0,
+        low=-pair.high + 0.0,
+        high=-pair.low + 0.0,
+        joint_low=-pair.joint_high + 0.0,
+        joint_high=-pair.joint_low + 0.0,
+    )

@@ -1,0 +1,304 @@
+"""What travels between an eval that accumulates and the pass over contexts that it takes part in, and what it finds.
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.site import Sites
+from saekit.tables import facts_html, table_html
+from saekit.values import Histogram
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from saekit.kernels.sparse import SparseFeatures
+
+__all__ = ["Evaluation", "Evaluations", "Needs", "Outcome", "Seen", "measured_text"]
+
+
+@attrs.frozen(kw_only=True)
+class Needs:
+    """What an eval asks for; what no eval asks for is not computed."""
+
+    rows: bool = False
+    """What the SAE reads, what it should give, and what it gives: :attr:`Seen.inputs`, ``targets``, ``outputs``."""
+    features: bool = False
+    """Its feature activations, :attr:`Seen.features`."""
+    clean: bool = False
+    """The model's loss as it is."""
+    spliced: bool = False
+    """The model's loss with what the SAE gives at its targets."""
+    zero: bool = False
+    """Its loss with zeros there."""
+    mean: int = 0
+    """Its loss with the mean there, over so many contexts, which are read first; 0: none."""
+    kl: bool = False
+    """Of each of these forwards the Kullback-Leibler divergence from the clean one."""
+    top1: bool = False
+    """Of each whether its likeliest token is that of the clean one."""
+    logits: bool = False
+    """Of each the logits."""
+    batch_size: int = 16
+    """Contexts in one forward of the model, at most."""
+
+    @property
+    def model(self) -> bool:
+        """Whether any loss is asked for."""
+        return bool(self.clean or self.spliced or self.zero or self.mean)
+
+    @property
+    def sae(self) -> bool:
+        """Whether the SAE must run."""
+        return self.rows or self.features or self.spliced
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether logits must be made."""
+        return self.model and (self.kl or self.top1 or self.logits)
+
+    def __or__(self, other: Needs) -> Needs:
+        """What either asks for; the smaller batches."""
+        flags = {
+            name: getattr(self, name) or getattr(other, name)
+            for name in ("rows", "features", "clean", "spliced", "zero", "kl", "top1", "logits")
+        }
+        size = min(self.batch_size, other.batch_size)
+        return Needs(mean=max(self.mean, other.mean), batch_size=size, **flags)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Outcome:
+    """What the model made of one batch in one forward."""
+
+    loss: Tensor
+    """``[b, t - 1]``: next-token cross-entropy in nats; the ``i``-th is that of token ``i + 1``."""
+    _kl: Tensor | None = None
+    _agrees: Tensor | None = None
+    _logits: Tensor | None = None
+
+    @property
+    def kl(self) -> Tensor:
+        """``[b, t]``: KL(clean ‖ this) in nats at each position; of the clean forward 0."""
+        return _asked_for(self._kl, "kl")  # type: ignore[no-any-return]
+
+    @property
+    def agrees(self) -> Tensor:
+        """``[b, t]`` bool: whether the likeliest token is that of the clean forward."""
+        return _asked_for(self._agrees, "top1")  # type: ignore[no-any-return]
+
+    @property
+    def logits(self) -> Tensor:
+        """``[b, t, d_vocab]``."""
+        return _asked_for(self._logits, "logits")  # type: ignore[no-any-return]
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Seen:
+    """A batch of contexts, and what was asked for of it."""
+
+    numbers: tuple[int, ...]
+    """The number of each context among all that are measured; none is shown twice."""
+    tokens: Tensor
+    """``[b, t]`` ids."""
+    kept: Tensor
+    """``[b, t]`` bool: the positions that count."""
+    sites: Sites
+    _inputs: Tensor | None = None
+    _targets: Tensor | None = None
+    _outputs: Tensor | None = None
+    _features: SparseFeatures | None = None
+    _clean: Outcome | None = None
+    _spliced: Outcome | None = None
+    _zero: Outcome | None = None
+    _mean: Outcome | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """``[b, t, d_in]``: what the SAE reads."""
+        return _asked_for(self._inputs, "rows")  # type: ignore[no-any-return]
+
+    @property
+    def targets(self) -> Tensor:
+        """``[b, t, d_out]``: what it should give; of an SAE the inputs."""
+        return _asked_for(self._targets, "rows")  # type: ignore[no-any-return]
+
+    @property
+    def outputs(self) -> Tensor:
+        """``[b, t, d_out]``: what it gives."""
+        return _asked_for(self._outputs, "rows")  # type: ignore[no-any-return]
+
+    @property
+    def features(self) -> SparseFeatures:
+        """Its features by their entries; row ``i * t + j`` is position ``j`` of context ``i``, counted or not."""
+        return _asked_for(self._features, "features")  # type: ignore[no-any-return]
+
+    @property
+    def clean(self) -> Outcome:
+        """The model as it is."""
+        return _asked_for(self._clean, "clean")  # type: ignore[no-any-return]
+
+    @property
+    def spliced(self) -> Outcome:
+        """The model with what the SAE gives at its targets."""
+        return _asked_for(self._spliced, "spliced")  # type: ignore[no-any-return]
+
+    @property
+    def zero(self) -> Outcome:
+        """The model with zeros there."""
+        return _asked_for(self._zero, "zero")  # type: ignore[no-any-return]
+
+    @property
+    def mean(self) -> Outcome:
+        """The model with the mean there."""
+        return _asked_for(self._mean, "mean")  # type: ignore[no-any-return]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """``[b]`` in float64, on the CPU: of each context the sum of ``values`` over the positions that count.
+
+        ``values`` are ``[b, t]``, or ``[b, t - 1]`` as losses are: a loss counts with the token it is predicted from.
+        """
+        import torch
+
+        values = values.cpu().double()  # not every device has float64
+        kept = self.kept.cpu()[:, : values.shape[1]]
+        return torch.where(kept, values, 0.0).sum(1)
+
+    @property
+    def kept_features(self) -> SparseFeatures:
+        """:attr:`features` of the positions that count."""
+        features = self.features
+        return features.kept(self.kept.to(features.rows.device).flatten()[features.rows])
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Evaluation:
+    """Numbers by name with their standard errors."""
+
+    values: Mapping[str, float]
+    """The numbers."""
+    errors: Mapping[str, float] = attrs.field(factory=dict)
+    """The standard errors of those that have one: by bootstrap over contexts."""
+    histograms: Mapping[str, Histogram] = attrs.field(factory=dict)
+    features: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
+    """Numbers of each feature, ``[d_sae]``."""
+    remarks: tuple[str, ...] = ()
+    """What looks wrong, in words."""
+    about: Mapping[str, Any] = attrs.field(factory=dict)
+    """What was measured, and how: plain data."""
+    contexts: tuple[int, ...] = ()
+    """The numbers of the contexts."""
+    resampled: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
+    """Of each number that has an error ``[n_bootstrap]``: what it is in each resample of the contexts.  Those of SAEs
+    that were measured on the same contexts are of the same resamples."""
+    sums: Mapping[str, Any] = attrs.field(factory=dict)
+    """The :class:`saekit.evals.Sums` of each eval, by its name."""
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[name]
+
+    def text_of(self, name: str) -> str:
+        """A number with its standard error, for people; empty where there is none of that name."""
+        return measured_text(self.values[name], self.errors.get(name)) if name in self.values else ""
+
+    def to_dict(self, *, features: bool = False) -> dict[str, Any]:
+        """As JSON has it, where what is no number is None; with ``features``, with the numbers of each, too."""
+        told = {
+            "values": {name: _finite(value) for name, value in self.values.items()},
+            "errors": {name: _finite(value) for name, value in self.errors.items()},
+            "histograms": {
+                name: {"counts": list(one.counts), "edges": list(one.edges)} for name, one in self.histograms.items()
+            },
+            "remarks": list(self.remarks),
+            "about": dict(self.about),
+        }
+        each = {name: [_finite(value) for value in found.tolist()] for name, found in self.features.items()}
+        return told | ({"features": each} if features else {})
+
+    def __repr__(self) -> str:
+        shown = [name for name in ("explained_variance", "l0", "ce_recovered") if name in self.values]
+        shown = shown or list(self.values)[:3]
+        numbers = ", ".join(f"{name} {self.text_of(name)}" for name in shown)
+        return f"Evaluation({numbers}; {len(self.values)} numbers on {len(self.contexts):,} contexts)"
+
+    def _repr_html_(self) -> str:
+        """All numbers, for notebooks."""
+        title = str(self.about.get("sae", "Evaluation"))
+        return facts_html(title, [(name, self.text_of(name)) for name in self.values])
+
+    def numbers(self) -> dict[str, float]:
+        """Values, and errors as ``NAME_se``."""
+        return {**self.values, **{f"{name}_se": error for name, error in self.errors.items()}}
+
+    @classmethod
+    def joined(cls, parts: Iterable[Evaluation]) -> Evaluation:
+        """What several evals have found of one SAE on the same contexts, as one; of a name the first counts."""
+        whole = cls(values={})
+        for part in parts:
+            merged = {
+                name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
+                for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
+            }
+            remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
+            whole = cls(**merged, remarks=remarks, contexts=whole.contexts or part.contexts)
+        return whole
+
+
+class Evaluations(dict[str, Evaluation]):
+    """Those of several SAEs, by their names."""
+
+    def to_dict(self, *, features: bool = False) -> dict[str, Any]:
+        """As JSON has it: of each SAE what :meth:`Evaluation.to_dict` gives."""
+        return {name: one.to_dict(features=features) for name, one in self.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The numbers that any of them has."""
+        return list(dict.fromkeys(name for one in self.values() for name in one.values))
+
+    def rows(self) -> list[list[str]]:
+        """A table for people: of each number its name, and what it is of each SAE."""
+        return [[name, *(one.text_of(name) for one in self.values())] for name in self.names]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {one!r}" for name, one in self.items()) or "Evaluations({})"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        return table_html("Evaluations", ["", *self], self.rows())
+
+
+def measured_text(value: float, error: float | None = None) -> str:
+    """A number with its standard error, with as many digits as that leaves: ``0.853 ± 0.012``."""
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else f"{value:g}"
+    if error is None or not math.isfinite(error):
+        return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
+    if error == 0:
+        return f"{value:.4g} ± 0"
+    places = 1 - math.floor(math.log10(error))  # two digits of the error
+    if not -1 <= places <= 8:
+        return f"{value:.4g} ± {error:.2g}"
+    places = max(places, 0)
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def _new(some: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in some.items() if name not in known}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _asked_for(value: Any, what: str) -> Any:
+    if value is None:
+        raise ValueError(f"this was not asked for: the eval's needs must have {what}")
+    return value

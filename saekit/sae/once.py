@@ -1,0 +1,40 @@
+"""Features and outputs of the same inputs, with the encoder run once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saekit.kernels import inference
+from saekit.kernels.sparse import SparseFeatures
+from saekit.sae.module import SAEModule
+
+__all__ = ["features_and_outputs"]
+
+
+@torch.no_grad()
+def features_and_outputs(sae: SAEModule, x: Tensor) -> tuple[SparseFeatures, Tensor]:
+    """What :meth:`~saekit.SAE.encode_sparse` gives for ``x``, and the reconstructions, in the shape of outputs.
+
+    With the hooks of the SAE, and without its error term, whatever ``use_error_term`` says.
+    """
+    rows = sae.run_hook("input", sae._rows(x))
+    like = x if sae.input_transform is None else rows.reshape(x.shape).to(x.dtype)
+    read = sae.transformed(rows)
+    kernel = None if sae._hooked("acts_pre", "acts_post") else sae._kernel_for(read)
+    if kernel is None:
+        dense, passed = sae.features_and_bypass(read)
+        dense = sae.run_hook("acts_post", dense)
+        outputs = sae._with(passed, sae.decode(dense, like=like), rows)
+        return inference.nonzero_features(dense.reshape(-1, sae.d_sae)), outputs
+    flat = read.detach().reshape(-1, read.shape[-1]).contiguous()
+    found: list[SparseFeatures] = []
+    decoder = kernel.decoder(sae)
+    outputs = flat.new_empty(len(flat), sae.d_out)
+    with sae.memory.lent() as workspace:
+        for start, group in kernel.groups(sae, flat, workspace):
+            outputs[start : start + group.shape[0]] = decoder(group)
+            found.append(group if isinstance(group, SparseFeatures) else inference.nonzero_features(group))
+    features = SparseFeatures.joined(found) if found else inference.nonzero_features(flat.new_zeros(0, sae.d_sae))
+    outputs = sae._finished(outputs.reshape(*rows.shape[:-1], sae.d_out), like)
+    return features, sae.with_bypass(outputs, rows)

@@ -1,0 +1,123 @@
+"""``saekit.splice``: SAEs in a model while a context is open."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+
+from saekit.commands.looking import load_model
+from saekit.errors import ConfigError
+from saekit.kinds import MODEL_BACKENDS
+from saekit.plugins.manager import PluginManager
+from saekit.plugins.text import short
+from saekit.protocols import ModelBackend
+from saekit.sae.module import SAEModule
+from saekit.site import Site, Sites
+from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.fits import check_fits
+from saekit.splicing.spliced import Spliced
+from saekit.tokens import TokenChoice, special_ids
+
+__all__ = ["splice"]
+
+_Place: TypeAlias = "Site | Sites | str"
+_WHAT = "the arguments of splice"
+
+
+@contextmanager
+def splice(
+    model_or_backend: object,
+    saes: SAEModule | Sequence[SAEModule] | Mapping[str, SAEModule],
+    *,
+    use_error_term: bool | None = None,
+    tokens: TokenChoice | None = None,
+    mask: Mask | None = None,
+    read: Collection[str] = (),
+    sites: _Place | Sequence[_Place] | Mapping[str, _Place] | None = None,
+    plugins: PluginManager | None = None,
+) -> Iterator[Spliced]:
+    """While the context is open, the model goes on with what ``saes`` make of what it holds at their sites.
+
+    ``model_or_backend`` is what :func:`saekit.load_model` returned, or a model of a library, whose own functions meet
+    the SAEs, too: ``model(tokens)`` and ``model.generate(...)``.  Afterwards, and after an exception, model and SAEs
+    are as they were.
+
+    Several SAEs at one site are a chain: the second reads what the first gives.  A transcoder reads what the model
+    holds at its input and writes at its target, in the same forward.  ``use_error_term`` adds back what each SAE
+    misses, so that only interventions change anything; left out, it is as each SAE has it, and no SAE's own is changed.
+
+    ``tokens`` says which positions are replaced; left out, those that the SAE was trained on, as far as it says so.
+    Of these, ``mask`` chooses some: bool ``[b, t]``, or a function of the token ids ``[b, t]`` of each forward.
+    ``sites`` is where SAEs belong that do not say so themselves: one for all, one for each in their order, or by name.
+
+    Inner points are named by the hook that an SAE reads first, ``{hook_name}.hook_sae_acts_post`` and so on; where
+    several SAEs read it, by the site with its head or with a number (``{hook_name}[1]``), or as the names of a mapping
+    ``{name: sae}`` say.  Those of ``read`` are kept of every forward: :attr:`Spliced.held`.
+
+    Raises :class:`saekit.errors.ConfigError` for what does not fit together, :class:`saekit.errors.ModelError` for
+    hooks that are not there.
+    """
+    backend = _backend(model_or_backend, plugins)
+    with Spliced(backend, _attached(backend, saes, use_error_term, tokens, mask, sites), read=read).opened() as spliced:
+        yield spliced
+
+
+def _backend(model: object, plugins: PluginManager | None) -> ModelBackend:
+    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
+        return cast("ModelBackend", model)
+    return load_model(model, plugins=plugins)
+
+
+def _attached(
+    backend: ModelBackend,
+    saes: Any,
+    use_error_term: bool | None,
+    tokens: TokenChoice | None,
+    mask: Mask | None,
+    sites: Any,
+) -> list[Attachment]:
+    names = list(saes) if isinstance(saes, Mapping) else None
+    many = not isinstance(saes, SAEModule) and isinstance(saes, Iterable)
+    given: list[Any] = list(saes.values() if isinstance(saes, Mapping) else saes) if many else [saes]
+    if odd := [one for one in given if not isinstance(one, SAEModule)]:
+        raise ConfigError([("saes", f"must be SAEs, found {short(odd[0])}. saekit.SAE.load reads one")], _WHAT)
+    if mask is not None and not callable(mask) and str(getattr(mask, "dtype", "")) != "torch.bool":
+        raise ConfigError([("mask", f"must be a bool tensor or a function that makes one, found {short(mask)}")], _WHAT)
+    if odd := [name for name in names or () if not isinstance(name, str) or not name]:
+        raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
+    places = _places(sites, given, names)
+    choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
+    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
+    return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
+
+
+def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) -> list[Sites]:
+    """Where each of ``saes`` is put."""
+    if isinstance(sites, Mapping):
+        if names is None:
+            raise ConfigError([("sites", "are by the names of SAEs; give saes as a mapping {name: sae}, too")], _WHAT)
+        if unknown := [name for name in sites if name not in names]:
+            raise ConfigError([("sites", f"are by the names of SAEs, and none is called {unknown[0]!r}")], _WHAT)
+        places = [sites.get(name) for name in names]
+    elif isinstance(sites, str) or not isinstance(sites, Iterable):
+        places = [sites] * len(saes)
+    else:
+        places = list(sites)
+        if len(places) != len(saes):
+            raise ConfigError([("sites", f"are {len(places)}, and there are {len(saes)} SAEs")], _WHAT)
+    return [_place(place, sae) for place, sae in zip(places, saes, strict=True)]
+
+
+def _place(place: Any, sae: SAEModule) -> Sites:
+    if isinstance(place, str):
+        place = Site(hook_name=place)
+    found = Sites.one(place) if isinstance(place, Site) else place or sae.info.sites
+    if found is None:
+        raise ConfigError(
+            [("sites", f"are missing: {type(sae).__name__} does not say where in the model it belongs; give a hook's "
+              "name, a saekit.Site or saekit.Sites")], _WHAT,
+        )  # fmt: skip
+    if not isinstance(found, Sites):
+        raise ConfigError([("sites", f"must be a hook's name, a Site or Sites, found {short(place)}")], _WHAT)
+    return found

@@ -1,0 +1,271 @@
+"""Whether an SAE fits a model, found out before anything long runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import attrs
+import torch
+
+from saekit.abilities import HasOtherNames, TranslatesHooks
+from saekit.backends.base import Backend, no_hook
+from saekit.data.stream import PROBED, probe
+from saekit.errors import ConfigError, ModelError
+from saekit.protocols import ModelBackend
+from saekit.site import Site, Sites
+from saekit.weights import check_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.sae.module import SAEModule
+
+__all__ = ["check_fits", "doubts_of_fit", "model_name_of"]
+
+_LOOKED_AT = 32  # hooks, for one of the width that was expected
+_known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
+"""By models, the widths of sites that were found."""
+
+
+def check_fits(
+    sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None, *, prepend_bos: bool | None = None
+) -> Sites:
+    """The sites of the model at which ``sae`` reads and writes: those that it names, unless there are others.
+
+    Where the model lacks a hook of that name, its backend is asked for the one that means the same
+    (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
+    not known.  The first time that a site is asked for, the model runs on a few tokens, which no hook of others sees.
+
+    Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
+    sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
+    that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`doubts_of_fit`.
+    """
+    wanted = _sites_of(sae, sites)
+    _check_ports(sae, wanted)
+    check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
+    found = _of_model(wanted, backend)
+    _check_widths(sae, found, backend)
+    for text in doubts_of_fit(sae, backend, prepend_bos=prepend_bos):
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return found
+
+
+def doubts_of_fit(sae: SAEModule, backend: ModelBackend, *, prepend_bos: bool | None = None) -> list[str]:
+    """What looks wrong with ``sae`` in this model, in words: that it was trained on another, or with another BOS."""
+    about, found = sae.info.metadata, []
+    trained_on, place = _named(about), _place(sae)
+    if trained_on is not None and not _are_same(trained_on, backend):
+        found.append(
+            f"{place} was trained on activations of {trained_on!r}, and this model is {backend.name!r}; of another "
+            "model its features mean nothing"
+        )
+    before = about.get("prepend_bos")
+    if isinstance(before, bool) and prepend_bos is not None and before != prepend_bos:
+        found.append(
+            f"{place} was trained on contexts that {_begin(before)} (prepend_bos = {_said(before)}), and here they "
+            f"{_begin(prepend_bos)} (prepend_bos = {_said(prepend_bos)}); activations differ, at the first positions "
+            "most"
+        )
+    return found
+
+
+def model_name_of(sae: SAEModule, option: str = "model") -> str:
+    """The name of the model that ``sae`` says it was trained on.
+
+    ``option`` is what a user gives instead; :class:`saekit.errors.ConfigError` names it where ``sae`` does not say.
+    """
+    name = _named(sae.info.metadata)
+    if name is None:
+        raise ConfigError(
+            [(option, "is missing: the SAE does not say which model it was trained on (model_name in its "
+              f"metadata). Give {option}: a name, a folder or a model that you have loaded")]
+        )  # fmt: skip
+    return name
+
+
+def _as_it_lies(value: Tensor) -> Tensor:
+    """``value``, turned if its memory is: only of what lies in order it is remembered that it is finite."""
+    return value.T if value.ndim == 2 and not value.is_contiguous() and value.T.is_contiguous() else value
+
+
+def _place(sae: SAEModule) -> str:
+    return "the SAE" if sae.info.sites is None else f"the SAE at {sae.info.sites.name}"
+
+
+def _begin(with_bos: bool) -> str:
+    return "begin with BOS" if with_bos else "do not begin with BOS"
+
+
+def _said(value: bool) -> str:
+    return str(value).lower()
+
+
+# ---- names of models
+
+
+def _named(about: Mapping[str, object]) -> str | None:
+    """None for a model that has no name, which transformer_lens calls custom."""
+    name = about.get("model_name")
+    return name if isinstance(name, str) and name not in ("", "custom") else None
+
+
+def _are_same(name: str, backend: ModelBackend) -> bool:
+    if backend.name in ("", "custom"):  # nobody knows
+        return True
+    wanted = _plain(name)
+    if wanted == _plain(backend.name):
+        return True
+    others = backend.other_names() if isinstance(backend, HasOtherNames) else ()
+    return wanted in map(_plain, others)
+
+
+def _plain(name: str) -> str:
+    """The last part of a name or folder, in small letters: ``openai-community/GPT2`` is ``gpt2``.
+
+    A folder of the Hub's cache is the model that it holds.
+    """
+    if (cached := re.search(r"models--(?:[^/\\]*--)?([^/\\]+)[/\\]snapshots", name)) is not None:
+        return cached.group(1).lower()
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+
+
+# ---- sites
+
+
+def _sites_of(sae: SAEModule, sites: Sites | Site | str | None) -> Sites:
+    if isinstance(sites, str):
+        sites = Site(hook_name=sites)
+    found = Sites.one(sites) if isinstance(sites, Site) else sites or sae.info.sites
+    if found is None:
+        raise ConfigError([("sites", "are missing: the SAE does not say where in the model it belongs")])
+    return found
+
+
+def _check_ports(sae: SAEModule, sites: Sites) -> None:
+    """As many sites as there are inputs and targets; what writes elsewhere than it reads must be told where."""
+    ports = sae.ports
+    problems = [
+        (what, f"are {len(named)} ({_listed(named)}), and the SAE has {len(widths)} ({', '.join(widths)})")
+        for what, named, widths in (("inputs", sites.inputs, ports.inputs), ("targets", sites.targets, ports.targets))
+        if len(named) != len(widths)
+    ]
+    if not problems and sites.same and not ports.same:
+        problems = [
+            ("targets", f"are the inputs ({_listed(sites.inputs)}), and it is a transcoder, which writes elsewhere "
+             f"({', '.join(ports.targets)}); give Sites(inputs, targets)")
+        ]  # fmt: skip
+    if problems:
+        raise ConfigError(problems, "the sites")
+
+
+def _listed(sites: Sequence[Site]) -> str:
+    return ", ".join(site.name for site in sites)
+
+
+def _of_model(sites: Sites, backend: ModelBackend) -> Sites:
+    """``sites`` by the names of the model's own hooks."""
+    names = frozenset(backend.hook_names())
+    own: dict[str, str] = {}
+    lacking = []
+    for hook in dict.fromkeys(site.hook_name for site in sites.all):
+        found = hook if hook in names else backend.hook_like(hook) if isinstance(backend, TranslatesHooks) else None
+        if found is None:
+            lacking.append(str(no_hook(backend, hook)))
+        else:
+            own[hook] = found
+    if lacking:
+        raise ModelError("\n".join(lacking))
+    if all(hook == found for hook, found in own.items()):
+        return sites
+    inputs, targets = (
+        tuple(attrs.evolve(site, hook_name=own[site.hook_name]) for site in some)
+        for some in (sites.inputs, sites.targets)
+    )
+    return Sites(inputs, targets)
+
+
+# ---- widths
+
+
+def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
+    known = _widths(sites, backend)
+    problems = []
+    for what, named, widths in (
+        ("d_in", sites.inputs, sae.ports.inputs),
+        ("d_out", sites.targets, {} if sites.same else sae.ports.targets),
+    ):
+        for site, width in zip(named, widths.values(), strict=False):
+            if known[site] != width:
+                instead = _instead(site, width, backend)
+                found = f"is {known[site]} wide in {backend.name!r}, and the SAE expects {width} there"
+                problems.append((site.name, f"{found} ({what} is {sum(widths.values())}){instead}"))
+    if problems:
+        raise ConfigError(problems, "the SAE in this model")
+
+
+def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
+    """Of each of ``sites``, and of others that were asked for."""
+    try:
+        known = _known.setdefault(getattr(backend, "model", backend), {})
+    except TypeError:  # an object that cannot be a key
+        known = {}
+    if unknown := [site for site in sites.all if site not in known]:
+        with _undisturbed(backend):
+            known.update((site, width) for site, (width, _) in probe(backend, unknown).items())
+    return known
+
+
+def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
+    """Hooks that others have put into the model are not for a forward that only looks."""
+    return backend.undisturbed() if isinstance(backend, Backend) else nullcontext()
+
+
+def _instead(site: Site, width: int, backend: ModelBackend) -> str:
+    """Where the model has vectors of that width, as a sentence; nothing where it has none nearby."""
+    with _undisturbed(backend):
+        shapes = dict(_shapes(backend, _like(site.hook_name, backend)))
+    here = shapes.pop(site.hook_name, [])
+    if len(here) == 2 and width == here[1] and site.hook_head_index is None:
+        return f". One head of it is so wide: give hook_head_index, 0 to {here[0] - 1}"
+    if len(here) == 2 and width == here[0] * here[1]:
+        return ". All heads of it are: leave hook_head_index out"
+    fitting = [name for name, shape in shapes.items() if width == _product(shape)][:3]
+    return f". So wide are {', '.join(map(repr, fitting))}" if fitting else ""
+
+
+def _product(shape: Sequence[int]) -> int:
+    return shape[0] * shape[1] if len(shape) == 2 else shape[0]
+
+
+def _like(hook: str, backend: ModelBackend) -> list[str]:
+    """The hooks whose names are most like ``hook``, itself first."""
+    matcher = difflib.SequenceMatcher(b=hook, autojunk=False)
+
+    def likeness(name: str) -> float:
+        matcher.set_seq1(name)
+        return matcher.ratio()
+
+    return sorted(backend.hook_names(), key=likeness, reverse=True)[:_LOOKED_AT]
+
+
+def _shapes(backend: ModelBackend, names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """What hooks hold for each token, ``[d]`` or ``[head, d_head]``; without those that do not run, or hold others."""
+    tokens = torch.zeros(PROBED, dtype=torch.long)
+    try:
+        held = backend.run(tokens, read=names).held
+    except ModelError:
+        if len(names) > 1:
+            half = len(names) // 2
+            yield from _shapes(backend, names[:half])
+            yield from _shapes(backend, names[half:])
+        return
+    for name in names:
+        shape = held[name].shape
+        if shape[:2] == tokens.shape and len(shape) in (3, 4):
+            yield name, list(shape[2:])

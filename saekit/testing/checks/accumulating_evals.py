@@ -1,0 +1,96 @@
+"""What an eval that accumulates promises beside."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from saekit.abilities import Accumulates
+from saekit.measuring import Evaluation, Needs
+from saekit.testing.backend import FakeBackend
+from saekit.testing.checks.check import Checks, NotTried, Subject, must
+from saekit.testing.checks.measured_saes import ONE, built_for, some_contexts, some_sae
+from saekit.testing.checks.numbers import must_be_equal
+
+if TYPE_CHECKING:
+    from saekit.sae import SAEModule
+
+CHECKS = Checks()
+_CLOSE = 1e-4  # relative; a forward of fewer contexts may round otherwise
+_PARTS = (slice(0, 1), slice(1, 4), slice(4, 6))
+
+
+def _accumulating(subject: Subject) -> Any:
+    measure = built_for(subject)
+    if not isinstance(measure, Accumulates):
+        raise NotTried("it does not accumulate")
+    must(isinstance(measure.needs, Needs), f"its needs are {measure.needs!r}, expected saekit.measuring.Needs")
+    return measure
+
+
+def _sums(measure: Any, saes: Sequence[SAEModule], part: slice = slice(0, 6)) -> list[Any]:
+    """Of each SAE, over a part of the contexts."""
+    from saekit.evals.engine import measure as passed
+    from saekit.evals.means import read_means
+    from saekit.evals.measured import Measured
+
+    backend, contexts = FakeBackend(), some_contexts()
+    subjects = [Measured.of(sae, ONE, {"it": measure}, backend) for sae in saes]
+    means = read_means(subjects, backend=backend, contexts=contexts)
+    found = passed(subjects, backend=backend, contexts=contexts[part], first=part.start, means=means)
+    return [sums["it"] for sums in found]
+
+
+def _numbers(measure: Any, sums: Any) -> dict[str, float]:
+    found = measure.result(sums)
+    must(isinstance(found, Evaluation), f"its result is {type(found).__name__}, expected saekit.measuring.Evaluation")
+    return dict(found.numbers())
+
+
+def _must_be_near(what: str, found: dict[str, float], expected: dict[str, float]) -> None:
+    must_be_equal(f"the names of {what}", sorted(found), sorted(expected))
+    for name, value in expected.items():
+        near = value != value or abs(found[name] - value) <= _CLOSE * max(abs(value), 1e-2)
+        must(near, f"{what}, {name}: found {found[name]:g}, expected {value:g}")
+
+
+@CHECKS.add
+def merge_in_any_order(subject: Subject) -> None:
+    """The sums of parts may be merged in any order: the numbers are the same to the last bit."""
+    measure, sae = _accumulating(subject), some_sae(subject)
+    parts = [_sums(measure, [sae], part)[0] for part in _PARTS]
+    merge = measure.merge
+    first = _numbers(measure, merge(merge(parts[0], parts[1]), parts[2]))
+    for one, two, three in itertools.permutations(parts):
+        must_be_equal("the numbers of parts in another order", _numbers(measure, merge(merge(one, two), three)), first)
+        must_be_equal("the numbers of parts in another order", _numbers(measure, merge(one, merge(two, three))), first)
+
+
+@CHECKS.add
+def parts_are_the_whole(subject: Subject) -> None:
+    """What is merged of parts are the numbers of one pass, but for rounding."""
+    measure, sae = _accumulating(subject), some_sae(subject)
+    one, two, three = (_sums(measure, [sae], part)[0] for part in _PARTS)
+    merged = _numbers(measure, measure.merge(one, measure.merge(two, three)))
+    _must_be_near("the numbers of parts", merged, _numbers(measure, _sums(measure, [sae])[0]))
+
+
+@CHECKS.add
+def several_in_one_pass(subject: Subject) -> None:
+    """SAEs that are measured together have the numbers that each has alone."""
+    measure = _accumulating(subject)
+    saes = [some_sae(subject), some_sae(subject, d_sae=40, seed=1)]
+    together = [_numbers(measure, sums) for sums in _sums(measure, saes)]
+    for sae, found in zip(saes, together, strict=True):
+        _must_be_near("the numbers of an SAE beside another", found, _numbers(measure, _sums(measure, [sae])[0]))
+
+
+@CHECKS.add
+def called_alone(subject: Subject) -> None:
+    """Called as an eval that does not accumulate, it gives the same numbers."""
+    from saekit.evals.calling import called
+
+    measure, sae = _accumulating(subject), some_sae(subject)
+    alone = called(measure, sae, backend=FakeBackend(), sites=ONE, contexts=some_contexts())
+    _must_be_near("the numbers of a call", dict(alone), _numbers(measure, _sums(measure, [sae])[0]))

@@ -78,9 +78,10 @@ class ToyModel(nn.Module):
 
     def loss(self, x: Tensor) -> Tensor:
         """The loss on the rows ``x``, a scalar."""
-        outputs = self(x)
+        outputs: Tensor = self(x)
         if not self._classifies:
-            return (self.importance * (x - outputs).square()).sum(-1).mean()
+            errors: Tensor = (self.importance * (x - outputs).square()).sum(-1)
+            return errors.mean()
         largest = torch.where((x > 0).any(-1), x.argmax(-1), self.config.n_features)
         return (self.importance[largest] * F.cross_entropy(outputs, largest, reduction="none")).mean()
 

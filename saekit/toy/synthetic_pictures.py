@@ -27,7 +27,7 @@ from saekit.toy.synthetic import AXES, MEASURES, averaged, short_names, told_pro
 __all__ = ["synthetic_page", "synthetic_png"]
 
 _DRAWN = ("mmcs", "precision", "recall")
-_MARKERS = "osD^vPX<>"
+_MARKERS = "osD^v<>p"
 _TITLE = "Known features, found by SAEs"
 _ROW, _COLUMN, _LEFT = 1.95, 2.2, 0.55
 
@@ -80,7 +80,7 @@ def synthetic_page(rows: Sequence[Row]) -> str:
         for axis, words in AXES.items():
             lines = [
                 {
-                    "name": printable(name), "look": "points", "marker": _marker(rows, name, page=True),
+                    "name": printable(name), "look": "points", "marker": _marker(rows, name),
                     **_both(colors[name]), "tags": [name], "x": list(xs),
                     "y": [round(row[measure], 5) for row in points],
                     "labels": ["" for _ in xs], "hover": [_hover(row, names) for row in points],
@@ -94,7 +94,7 @@ def synthetic_page(rows: Sequence[Row]) -> str:
                 })  # fmt: skip
         groups.append({"kind": "points", "charts": charts})
     entries = [
-        {"name": printable(names[name]), "look": "points", "tag": name, "marker": _marker(rows, name, page=True),
+        {"name": printable(names[name]), "look": "points", "tag": name, "marker": _marker(rows, name),
          **_both(shade)}
         for name, shade in colors.items()
     ]  # fmt: skip
@@ -125,10 +125,9 @@ def _colors(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     return {str(name): shades for name, shades in colors_of(names).items()}
 
 
-def _marker(rows: Sequence[Row], name: str, *, page: bool = False) -> str:
+def _marker(rows: Sequence[Row], name: str) -> str:
     number = list(dict.fromkeys(row["architecture"] for row in rows)).index(name)
-    shapes = "osD^v" if page else _MARKERS
-    return shapes[number % len(shapes)]
+    return _MARKERS[number % len(_MARKERS)]
 
 
 def _axis_words(axis: str) -> str:

@@ -34,6 +34,7 @@ from saekit_plugins.loaders.qwen_scope import QwenScopeConfig
 from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
 from saekit_plugins.sources.cached import CachedConfig
 from saekit_plugins.sources.live import LiveConfig
+from saekit_plugins.sources.toy import ToySourceConfig
 from saekit_plugins.trackers.wandb import WandbConfig
 from support import caches, foreign, formats, gated
 from support.causal_lms import KINDS as FAMILIES
@@ -248,6 +249,13 @@ def topk(folder: Path) -> dict[str, Any]:
     return {"configs": {"topk": several}}
 
 
+def toy(folder: Path) -> dict[str, Any]:
+    """As wide as the site of the fake model that it is asked for."""
+    learned = ToySourceConfig(n_features=12, n_hidden=8, steps=20, batch_size=64, n_correlated_pairs=2)
+    drawn = ToySourceConfig(n_features=12, n_hidden=8, directions="random", n_anticorrelated_pairs=3)
+    return {"configs": {"toy": [learned, drawn]}}
+
+
 def transcoder(folder: Path) -> dict[str, Any]:
     return {
         "configs": {
@@ -302,6 +310,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "temporal": temporal,
     "temporal_loader": temporal_loader,
     "topk": topk,
+    "toy": toy,
     "transcoder": transcoder,
     "wandb": wandb,
 }
@@ -320,6 +329,7 @@ SILENT = {
     "no checkpoints": "it has none",
     "text": "its entry says that it needs text",
     "end": "it is not told how a run ends",
+    "endless": "it has no end, and reads no text",
     "ghost": "use_ghost_grads has no fast path",
     "map": "it takes no map: no matrix can be folded into W_dec [d_sae, d_out], which does not change with d_out as a "
     "matrix of one layer does",

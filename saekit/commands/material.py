@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -194,4 +195,13 @@ def _held_out(subject: Subject) -> tuple[int, str | None]:
     if isinstance(every, int):
         return every, None
     ours = subject.sae.info.provenance.get("loader") in (OWN, None) and "training_tokens" in about
-    return (EvalsConfig().held_out_every if ours else 0), None
+    if not ours:
+        return 0, None
+    assumed = EvalsConfig().held_out_every
+    warnings.warn(
+        f"{subject.name} does not say which documents were held out from its training, as SAEs of older saekit do not: "
+        f"one document in {assumed} is taken to be, as it was by default. Where that was changed, name another text",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return assumed, None

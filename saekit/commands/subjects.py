@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,17 @@ def _of_path(
 
 
 def _config(folder: Path, plugins: PluginManager) -> TrainConfig | None:
-    """That of the run in ``folder``; None where there is none, or one that cannot be read here."""
-    if not (folder / _CONFIG).is_file():
+    """That of the run in ``folder``; None where there is none, or, with a warning, one that cannot be loaded here."""
+    file = folder / _CONFIG
+    if not file.is_file():
         return None
-    with contextlib.suppress(SaekitError):
-        return load_config(folder / _CONFIG, plugins=plugins)
-    return None
+    try:
+        return load_config(file, plugins=plugins)
+    except SaekitError as error:
+        warnings.warn(
+            f"{file} cannot be loaded: {error}\nThe model and the text are those that the SAE itself says, with their "
+            "options left at the defaults; name others by model= and dataset=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

@@ -51,7 +51,7 @@ def _told(
 ) -> list[Told]:
     """Of those that are measured on the same contexts."""
     if len(session.members) == 1:
-        session.say("measuring on held-out text")
+        session.say("measuring the SAE" if held_out is None else "measuring on held-out text")
     else:
         session.say(f"measuring {group[0].name}" if len(group) == 1 else f"measuring {len(group)} SAEs")
     try:

@@ -102,11 +102,13 @@ class Session:
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset, first.tokens.mask_column)
-        if has_model(first, plugins):
+        self.has_model = has_model(first, plugins)
+        """Whether there is a language model; of those of a session, all or none have it."""
+        if self.has_model:
             self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
         self._held_out: dict[tuple[int, int, str | None], tuple[Tensor, Tensor | None]] = {}
-        self.say("reading the text")
+        self.say("reading the text" if self.has_model else "opening the activation source")
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []

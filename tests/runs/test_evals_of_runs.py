@@ -82,8 +82,8 @@ class DrawnConfig:
     """No options."""
 
 
-def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path) -> None:
-    config = fake_config(tmp_path, {"name": "drawn"}, model={"backend": "none"})
+def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = fake_config(tmp_path, {"name": "drawn"}, model={"backend": "none"}, training={"verbose": True})
     config["evals"] |= {"run": ["seen"], "held_out_every": 0}
     config["dataset"]["path"] = str(tmp_path / "nowhere.jsonl")
     built: list[EvalRun] = []
@@ -95,7 +95,13 @@ def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path) -> None
     plugins = manager(None, eval_seen(built, called, needs_text=False), source)
     report = saekit.plan(config, plugins=plugins)
     assert not report.problems, report.problems
+    capfd.readouterr()
     result = train(config, plugins=plugins, dataset=None)
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if line.endswith(" ...")][:2] == [
+        "opening the activation source ...", "making the first weights ...",
+    ]  # fmt: skip
+    assert not any(words in said for words in ("the model", "tiny-python", "the text", "held-out text"))
     assert called
     assert set(map(type, called)) == {type(None)}
     assert built[-1].contexts is None

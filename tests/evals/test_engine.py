@@ -34,6 +34,7 @@ from saekit.values import Forward
 TOKENS = torch.randint(1, 128, (6, 10), generator=torch.Generator().manual_seed(3))
 TOKENS[:, 0] = 0  # BOS
 MIDDLE = saekit.Sites.one(EARLY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Small(FakeBackend):

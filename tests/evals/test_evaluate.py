@@ -21,7 +21,10 @@ from saekit.testing import FakeBackend, fake_plugin
 
 SITE = "blocks.0.hook_resid_post"
 QUICK: dict[str, Any] = {"n_bootstrap": 50, "n_contexts": 4, "verbose": False}
-pytestmark = pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")  # they were hardly trained
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+]
 
 
 def config(folder: Path, name: str, seed: int = 1) -> dict[str, Any]:
@@ -173,6 +176,8 @@ def test_what_is_assumed_of_a_run_is_said(tmp_path: Path, runs: Path) -> None:
         found = evaluated(tmp_path / "a", FakeBackend(), model=FakeBackend(), save=False)
     assert sum(one.category is RuntimeWarning for one in caught) == 1
     assert found.values == evaluated(runs / "a", save=False).values
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    evaluated(tmp_path / "a", model=FakeBackend(), contexts=contexts, save=False)  # where it would say nothing
     sae = saekit.SAE.load(runs / "a", plugins=manager())
     del sae.info.metadata["held_out_every"]
     words = "^mine does not say which documents were held out .* one document in 20 is taken to be"

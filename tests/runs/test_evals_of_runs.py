@@ -16,6 +16,8 @@ from saekit.errors import ConfigError
 from saekit.testing import FakeBackend, FakeConfig, fake_plugin
 from saekit.values import EvalRun
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def eval_seen(built: list[EvalRun], called: list[Any], **entry: Any) -> object:
     """One that remembers what it was built with, and the contexts of each call."""
@@ -199,7 +201,7 @@ def test_saes_that_are_measured_together_share_clean_forwards_and_have_the_numbe
     sites = 2
     assert backend.measured == 3 * (1 + sites + len(changes)), "clean, zeros at each site, and each SAE"
     for change, result in list(zip(changes, found.results.values(), strict=True))[1:]:
-        alone = train(measured(tmp_path / "alone", **change))
+        alone = train(measured(tmp_path / str(result.sae.d_sae), **change))
         assert {"evals/mse", "evals/ce_recovered_se"} < result.metrics.keys()
         assert result.metrics == alone.metrics
     worse = [name for name, one in found.results.items() if one.metrics["evals/explained_variance"] < 0]

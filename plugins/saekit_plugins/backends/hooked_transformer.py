@@ -224,6 +224,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         summary="models of transformer_lens, Hugging Face folders, and saekit/tiny-python",
         precheck=_precheck,
         outline=_outline,
+        timed=has_hooked_transformer(),  # else it is a bridge
     )
 
 
@@ -239,7 +240,7 @@ def _build(
     if loaded is None and not has_hooked_transformer():
         return _bridge(config, model)
     with warnings.catch_warnings():
-        # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
+        # transformer_lens 3 announces that its 4.0 has none.  saekit works with both, so there is nothing to act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
         module: Any = (
             _passed(loaded, config) if loaded is not None else load_model(model, config.from_pretrained_kwargs)

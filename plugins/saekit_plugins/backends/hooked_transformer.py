@@ -19,6 +19,7 @@ from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
 from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.layered import checked_kwargs
 from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
@@ -124,7 +125,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
-                tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
+                tokens, fwd_hooks=pairs, **{**checked_kwargs(self, self._forward_kwargs, self._accepted), **options}
             )
         if entry is not None and out is not None:
             hooks(entry, out)
@@ -199,16 +200,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
-        """What the model's forward takes."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
-
-    def _checked_kwargs(self) -> dict[str, Any]:
-        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
-            raise ModelError(
-                f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(self._accepted - {'input'})}"
-            )
-        return self._forward_kwargs
+        """What the model's forward takes beside the tokens."""
+        return frozenset(inspect.signature(self.model.forward).parameters) - {"input"}
 
 
 def _order(place: tuple[int, str]) -> tuple[int, bool]:

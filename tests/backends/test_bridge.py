@@ -23,6 +23,8 @@ from saekit.config import ModelConfig
 from saekit.errors import ConfigError, MissingPackageError, ModelError
 from saekit.testing import check_plugin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMPATIBLE = TransformerBridgeOptions(compatibility_mode=True)
 OPTIONS = {"plain": TransformerBridgeOptions(), "compatible": COMPATIBLE}
 
@@ -49,7 +51,6 @@ def version_4(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"saekit_plugins.backends.{module}.lens_version", lambda: "4.3.0")
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "folder"])
 def test_it_keeps_what_a_backend_promises(kind: str) -> None:
     """One passed from code, and in compatibility mode a folder, of which there is an outline, too."""
@@ -76,7 +77,6 @@ def read_together(backend: Any, names: list[str]) -> tuple[Any, dict[str, str]]:
             silent |= {name: str(error) for name in wanted if repr(name) in str(error)}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("how", OPTIONS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen2"])  # which is a Llama with biases
 def test_every_hook_is_read_and_put_back(kind: str, how: str) -> None:

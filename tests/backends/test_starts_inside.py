@@ -20,6 +20,8 @@ from saekit.config import ModelConfig
 from saekit.errors import ModelError
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("gpt2", "llama", "neox", "gemma2", "serial neox")
 LENS = ("HookedTransformer", "HookedMamba")
 

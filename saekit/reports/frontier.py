@@ -96,7 +96,7 @@ class Look:
 
 def has_place(row: Row, key: str) -> bool:
     """Whether ``row`` has a place in the panel of ``key``."""
-    l0, value = row["l0"], row[key]
+    l0, value = row["l0"], row.get(key)
     return bool(l0) and value is not None and math.isfinite(l0) and math.isfinite(value)
 
 

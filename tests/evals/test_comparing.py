@@ -9,6 +9,8 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from saekit_plugins.evals.downstream.module import DownstreamEval
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 
 from saekit.errors import ConfigError
 from saekit.evals import Sums
@@ -16,8 +18,6 @@ from saekit.evals.accumulating import finished
 from saekit.evals.comparing import differences, widening
 from saekit.evals.comparison import Comparison
 from saekit.measuring import Evaluation, Measure
-from saekit_plugins.evals.downstream.module import DownstreamEval
-from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 
 MEASURES = {**ReconstructionEval.measures, **DownstreamEval.measures}
 """What the built-in evals say of their numbers."""

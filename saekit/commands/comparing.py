@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.evals.comparison import Comparison
-    from saekit.evals.measured import Mask
     from saekit.protocols import ModelBackend
+    from saekit.tokens import Mask
 
 __all__ = ["FILES", "compare"]
 

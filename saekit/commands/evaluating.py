@@ -33,10 +33,10 @@ from saekit.site import Site, Sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.evals.measured import Mask, Measured
+    from saekit.evals.measured import Measured
     from saekit.protocols import Eval, ModelBackend
     from saekit.status import Status
-    from saekit.tokens import TokenChoice
+    from saekit.tokens import Mask, TokenChoice
 
 __all__ = ["ChosenTokens", "asked_evals", "evaluate", "evaluated"]
 

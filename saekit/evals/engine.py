@@ -14,12 +14,13 @@ from saekit.abilities import StartsInside
 from saekit.ambient import ambient
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
-from saekit.evals.measured import Mask, Measured, allowed_in
+from saekit.evals.measured import Measured, allowed_in
 from saekit.evals.pieces import at_once
 from saekit.kernels.sparse import SparseFeatures
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
 from saekit.sae.once import features_and_outputs
+from saekit.tokens import Mask
 
 __all__ = ["measure"]
 

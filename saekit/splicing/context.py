@@ -13,10 +13,10 @@ from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
-from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.attachment import Attachment, attachments
 from saekit.splicing.fits import check_fits
 from saekit.splicing.spliced import Spliced
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import Mask, TokenChoice, special_ids
 
 __all__ = ["splice"]
 

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 
-from saekit.abilities import HasOtherNames, TranslatesHooks
-from saekit.backends.base import Backend, no_hook
+from saekit.abilities import HasModel, HasOtherNames, RunsUndisturbed, TranslatesHooks
+from saekit.backends.base import no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -210,7 +210,7 @@ def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
 def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
     """Of each of ``sites``, and of others that were asked for."""
     try:
-        known = _known.setdefault(getattr(backend, "model", backend), {})
+        known = _known.setdefault(backend.model if isinstance(backend, HasModel) else backend, {})
     except TypeError:  # an object that cannot be a key
         known = {}
     if unknown := [site for site in sites.all if site not in known]:
@@ -221,7 +221,7 @@ def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
 
 def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
     """Hooks that others have put into the model are not for a forward that only looks."""
-    return backend.undisturbed() if isinstance(backend, Backend) else nullcontext()
+    return backend.undisturbed() if isinstance(backend, RunsUndisturbed) else nullcontext()
 
 
 def _instead(site: Site, width: int, backend: ModelBackend) -> str:

@@ -107,7 +107,7 @@ class BridgeBackend(ModuleBackend, InsideBackend):
     def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
         with ExitStack() as quiet:
             if any(name.endswith(_NORMS) for name in hooks.names):
-                # What is put there makes a bridge compute the norm itself, which it warns of: rounding is other.
+                # Where something is put at a norm's hooks, a bridge computes the norm by itself, and warns of rounding.
                 quiet.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
             if hooks.entry is not None and self._order is not None:

@@ -82,9 +82,9 @@ class _Engine:
         self.sums: list[dict[str, Any]] = []
         for subject in subjects:
             started = {}
-            for name, measure in subject.evals.items():
+            for name, part in subject.evals.items():
                 with subject.guard(name):
-                    started[name] = measure.start(subject.sae, subject.sites)
+                    started[name] = part.start(subject.sae, subject.sites)
             self.sums.append(started)
         self.read = {site.hook_name for subject in subjects if subject.needs.sae for site in subject.sites.all}
         self.entries = {subject.targets: self._entry(subject) for subject in subjects if _puts(subject.needs)}
@@ -157,7 +157,7 @@ class _Batch:
         inputs = sites.input_of(held)
         targets = inputs if sites.same else sites.target_of(held)
         size = at_once(sae, inputs.shape[1])
-        waits = any(_waits(measure.needs) for measure in self.subject.evals.values())
+        waits = any(_waits(part.needs) for part in self.subject.evals.values())
         for start in range(0, len(inputs), size):
             rows = slice(start, start + size)
             x = inputs[rows].to(sae.device)
@@ -195,14 +195,14 @@ class _Batch:
         tokens = self.forwards.tokens[rows]
         numbers = tuple(range(self.first + rows.start, self.first + rows.start + len(tokens)))
         kept = self.kept[rows]
-        for name, measure in self.subject.evals.items():
-            if not which(measure.needs):
+        for name, part in self.subject.evals.items():
+            if not which(part.needs):
                 continue
             seen = Seen(
-                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(measure.needs, shown)
+                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(part.needs, shown)
             )
             with self.subject.guard(name), ambient(), torch.no_grad():
-                measure.update(self.sums[name], seen)
+                part.update(self.sums[name], seen)
 
 
 def _asked(needs: Needs, shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_s
     if needs.by_logits:
         size = min(size, logit_contexts(backend, context_size))
     for subject in subjects:
-        if any(_waits(measure.needs) for measure in subject.evals.values()):
+        if any(_waits(part.needs) for part in subject.evals.values()):
             size = min(size, at_once(subject.sae, context_size))
     return max(size, 1)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.commands.evaluating import ChosenTokens, asked_evals, evaluated
+from saekit.commands.evaluating import ChosenTokens, asked_evals, check_arguments, evaluated
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
@@ -21,6 +21,7 @@ from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,7 @@ def compare(
     n_contexts: int = 64,
     context_size: int | None = None,
     evals: Iterable[PluginChoice] = DEFAULT_EVALS,
+    site: Site | Sites | str | None = None,
     exclude_special_tokens: bool | Sequence[int] | None = None,
     seqpos_slice: Sequence[int | None] | None = None,
     mask: Mask | None = None,
@@ -73,9 +75,7 @@ def compare(
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    if type(n_contexts) is not int or n_contexts < 2:
-        raise ConfigError([("n_contexts", f"must be a whole number of 2 or more, found {n_contexts!r}: one context "
-                            "cannot say how much contexts differ")])  # fmt: skip
+    choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask, least=2)
     folder = None if out is None else _folder(out)
     from saekit.devices import resolve_device
     from saekit.status import Status
@@ -83,11 +83,12 @@ def compare(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _named(subjects_of(saes, plugins, device=resolve_device(device, "device")))
-        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        text = Text(
+            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
+        )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
-        choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
-        _check_same(found, material, choice)
-        results = evaluated(found, chosen, material, choice, verbose=verbose, say=say)
+        _check_same(found, material, choice, site)
+        results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     compared = _of(results)
     return compared if folder is None else attrs.evolve(compared, files=_written(compared, folder))
 
@@ -131,19 +132,26 @@ def _named(found: Mapping[str, Subject]) -> dict[str, Subject]:
     return {name: attrs.evolve(one, name=name) for name, one in zip(short, found.values(), strict=True)}
 
 
-def _check_same(found: Mapping[str, Subject], material: Material, choice: ChosenTokens) -> None:
+def _check_same(
+    found: Mapping[str, Subject], material: Material, choice: ChosenTokens, site: Site | Sites | str | None
+) -> None:
     """:class:`ConfigError` unless all have one model, the same contexts, and the same tokens of them count."""
-    groups = list(material.groups(found))
-    (backend, contexts, names, about), *others = groups
+    groups = list(material.groups(found, site))
+    (backend, contexts, mask, names, about), *others = groups
     first = names[0]
-    for backend_of_others, contexts_of_others, names_of_others, about_others in others:
+    for backend_of_others, contexts_of_others, mask_of_others, names_of_others, about_others in others:
         other = names_of_others[0]
         _check_model(first, backend, other, backend_of_others)
         if contexts.shape != contexts_of_others.shape or bool((contexts != contexts_of_others).any()):
             raise ConfigError(_other_text(first, about[first], other, about_others[other]))
+        if mask is not mask_of_others and not _are_alike(mask, mask_of_others):
+            raise ConfigError(
+                f"the texts of {first} and {other} have other masks, so that other tokens count. Say it for all: "
+                "mask=..., or name one text (dataset=...)"
+            )
     kept = {
-        name: choice.of(found[name].sae, backend_of_group)
-        for backend_of_group, _, names_of_group, _ in groups
+        name: choice.of(found[name].sae, backend_of_group, of_group)
+        for backend_of_group, of_group, _, names_of_group, _ in groups
         for name in names_of_group
     }
     for name, one in kept.items():
@@ -153,6 +161,10 @@ def _check_same(found: Mapping[str, Subject], material: Material, choice: Chosen
                 f"other tokens count for {first} than for {name} ({told}), and their numbers are not of the same "
                 "tokens. Say it for all: exclude_special_tokens, or seqpos_slice"
             )
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    return hasattr(one, "shape") and hasattr(other, "shape") and one.shape == other.shape and bool((one == other).all())
 
 
 def _check_model(first: str, backend: ModelBackend, other: str, backend_of_other: ModelBackend) -> None:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "Material", "Text"]
 
-Group = tuple["ModelBackend", "Tensor", list[str], Mapping[str, Mapping[str, Any]]]
-"""A model, contexts, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
+Group = tuple["ModelBackend", "Tensor", "Mask | None", list[str], Mapping[str, Mapping[str, Any]]]
+"""A model, contexts, their mask, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -47,6 +47,8 @@ class Text:
     context_size: int | None = None
     """None: that of each SAE."""
     seed: int = 0
+    mask: Mask | None = None
+    """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
 
 
 @attrs.define(eq=False)
@@ -63,25 +65,28 @@ class Material:
     say: Status | None = attrs.field(default=None, kw_only=True)
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
     _fits: dict[tuple[str, int, str], Sites] = attrs.field(factory=dict, init=False)
-    _contexts: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+    _contexts: dict[str, tuple[Tensor, Tensor | None]] = attrs.field(factory=dict, init=False)
     _told: set[str] = attrs.field(factory=set, init=False)
     """The SAEs whose configuration could not be loaded, as has been said."""
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
-        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
+        from saekit.splicing.doubts import begin_with_bos
+
+        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, Mask | None, list[str], dict[str, Any]]] = {}
         for name, subject in subjects.items():
             backend = self._backend(subject)
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
-                begins = None
+                begins, own = begin_with_bos(contexts, backend), None
             else:
-                key, contexts, facts, begins = self._read(subject, backend)
-            sites = self._sites(subject, backend, site, begins)
-            group = groups.setdefault((id(backend), key), (backend, contexts, [], {}))
-            group[2].append(name)
+                key, contexts, own, facts, begins = self._read(subject, backend)
+            mask = own if self.text.mask is None else self.text.mask
+            sites = self._sites(subject, backend, site, begins, mask is not None)
+            group = groups.setdefault((id(backend), key), (backend, contexts, mask, [], {}))
+            group[3].append(name)
             size, number = contexts.shape[1], len(contexts)
-            group[3][name] = {
+            group[4][name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()
@@ -99,14 +104,19 @@ class Material:
         )
 
     def _sites(
-        self, subject: Subject, backend: ModelBackend, site: Site | Sites | str | None, begins: bool | None
+        self,
+        subject: Subject,
+        backend: ModelBackend,
+        site: Site | Sites | str | None,
+        begins: bool | None,
+        masked: bool,
     ) -> Sites:
         """Where the SAE is; what looks wrong is said once."""
         from saekit.splicing.fits import check_fits
 
         key = subject.name, id(backend), repr(site)
         if key not in self._fits:
-            self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins)
+            self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
 
     def _say(self, text: str) -> None:
@@ -180,14 +190,16 @@ class Material:
             )
         return contexts
 
-    def _read(self, subject: Subject, backend: ModelBackend) -> tuple[str, Tensor, dict[str, Any], bool | None]:
+    def _read(
+        self, subject: Subject, backend: ModelBackend
+    ) -> tuple[str, Tensor, Tensor | None, dict[str, Any], bool | None]:
         from saekit.runs.opening import check_context_size
 
         corpus, held_out = self._corpus(subject, backend)
         if self.text.context_size is not None:
             corpus = attrs.evolve(corpus, config=attrs.evolve(corpus.config, context_size=self.text.context_size))
         check_context_size(backend, corpus.context_size)
-        key = repr((corpus.config, corpus.evals, id(corpus.dataset), held_out))
+        key = repr((corpus.config, corpus.evals, id(corpus.dataset), corpus.mask, held_out))
         if key not in self._contexts:
             self._say("reading the text")
             self._contexts[key] = self._taken(corpus, backend, held_out)
@@ -196,18 +208,18 @@ class Material:
             "held_out": held_out,
             "seed": self.text.seed,
         }
-        return key, self._contexts[key], facts, corpus.config.prepend_bos
+        return key, *self._contexts[key], facts, corpus.config.prepend_bos
 
-    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> Tensor:
+    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> tuple[Tensor, Tensor | None]:
         import torch
 
         from saekit.data.activations import check_contexts
 
         if held_out:
-            return corpus.held_out(backend, self.text.seed)
-        found = corpus.contexts(backend).take(self.text.n_contexts).tokens
+            return corpus.held_out_masked(backend, self.text.seed)
+        found = corpus.contexts(backend).take(self.text.n_contexts)
         check_contexts(len(found), corpus.context_size)
-        return torch.from_numpy(found)
+        return torch.from_numpy(found.tokens), None if found.counts is None else torch.from_numpy(found.counts)
 
     def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
         """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""
@@ -223,7 +235,8 @@ class Material:
                     [("dataset", "is missing: the run trained on every document (evals.held_out_every = 0), so none is "
                       "left to measure on; name another text")]
                 )  # fmt: skip
-            return Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), evals, given), True
+            stopping, column = attrs.evolve(config.dataset, on_exhausted="stop"), config.tokens.mask_column
+            return Corpus.of(stopping, evals, given, column), True
         if given is None or given is subject.dataset:
             self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
@@ -231,7 +244,8 @@ class Material:
         own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
         every, split = _held_out(subject) if own else (0, None)
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
-        return attrs.evolve(corpus, evals=evals), bool(every or split)
+        mask = about.get("mask_column") if own else None
+        return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
 
 
 def _of_model(backend: ModelBackend) -> dict[str, Any]:

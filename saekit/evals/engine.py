@@ -106,7 +106,7 @@ class _Engine:
             if subject.needs.spliced:
                 batch.splice()
             for what, put in self._ablations(subject):
-                key = (what, subject.targets, subject.tokens)
+                key = (what, subject.targets, subject.tokens, subject.needs.mean if what == "mean" else 0)
                 if key not in ablated:
                     ablated[key] = forwards.with_put(subject.targets, put, batch.where)
                 batch.outcomes[what] = ablated[key]
@@ -116,7 +116,7 @@ class _Engine:
         if subject.needs.zero:
             yield "zero", lambda site, vectors: torch.zeros_like(vectors)
         if subject.needs.mean:
-            yield "mean", lambda site, vectors: mean_of(self.means, site, subject.tokens, vectors)
+            yield "mean", lambda site, vectors: mean_of(self.means, site, subject, vectors)
 
 
 def _puts(needs: Needs) -> bool:

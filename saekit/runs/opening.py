@@ -23,11 +23,11 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
-from saekit.runs.counting import token_choice
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
+from saekit.tokens import token_choice
 from saekit.values import Ports
 
 _MANY_READINGS = 10

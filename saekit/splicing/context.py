@@ -81,7 +81,10 @@ def _attached(
         raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
-    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
+    pairs = [
+        (sae, check_fits(sae, backend, place, masked=mask is not None))
+        for sae, place in zip(given, places, strict=True)
+    ]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_fits"]
+__all__ = ["check_fits", "sites_of"]
 
 _LOOKED_AT = 32  # hooks, for one of the width that was expected
 _known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
@@ -34,24 +34,30 @@ _known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
 
 
 def check_fits(
-    sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None, *, prepend_bos: bool | None = None
+    sae: SAEModule,
+    backend: ModelBackend,
+    sites: Sites | Site | str | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    masked: bool = False,
 ) -> Sites:
     """The sites of the model at which ``sae`` reads and writes: those that it names, unless there are others.
 
     Where the model lacks a hook of that name, its backend is asked for the one that means the same
     (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
-    not known.  The first time that a site is asked for, the model runs on a few tokens, which no hook of others sees.
+    not known.  ``masked`` is whether a mask says which tokens count.  The first time that a site is asked for, the
+    model runs on a few tokens, which no hook of others sees.
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
     that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`saekit.splicing.doubts_of_fit`.
     """
-    wanted = _sites_of(sae, sites)
+    wanted = sites_of(sae, sites)
     _check_ports(sae, wanted)
     check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
     _check_widths(sae, found, backend)
-    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos):
+    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos, masked=masked):
         warnings.warn(text, UserWarning, stacklevel=3)
     return found
 
@@ -64,10 +70,12 @@ def _as_it_lies(value: Tensor) -> Tensor:
 # ---- sites
 
 
-def _sites_of(sae: SAEModule, sites: Sites | Site | str | None) -> Sites:
+def sites_of(sae: SAEModule, sites: Sites | Site | str | None, option: str = "sites") -> Sites:
+    """Those that are asked for, or those that ``sae`` names; :class:`ConfigError` where there are none."""
     found = Sites.of(sites) or sae.info.sites
     if found is None:
-        raise ConfigError([("sites", "are missing: the SAE does not say where in the model it belongs")])
+        verb = "are" if option.endswith("s") else "is"
+        raise ConfigError([(option, f"{verb} missing: the SAE does not say where in the model it belongs")])
     return found
 
 

@@ -23,9 +23,8 @@ from saekit.data.cache import CachedActivations, Manifest, verify_cache
 from saekit.data.documents import Form
 from saekit.data.text import Documents
 from saekit.errors import DataError
-from saekit.runs.counting import token_choice
 from saekit.testing import FakeBackend
-from saekit.tokens import TokenChoice, ids_of
+from saekit.tokens import TokenChoice, ids_of, token_choice
 from saekit.values import Batch
 
 DOCUMENTS = [[(7 * n + t * t) % 12 for t in range(10 + n % 13)] for n in range(60)]

@@ -100,9 +100,15 @@ class DownstreamEval(AccumulatingEval):
         return {"values": {"n_tokens": float(tokens)}, "about": about}
 
     def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
-        worse = values["ce_recovered"] < 0
-        text = "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
-        return (text,) if worse else ()
+        than = {
+            "ce_recovered": ("CE recovered", "zeros"),
+            "ce_recovered_from_mean": ("CE recovered from mean", "the mean"),
+        }
+        return tuple(
+            f"{name} is below 0: the SAE is worse than {what} in its place; wrong site, scale or model?"
+            for key, (name, what) in than.items()
+            if values.get(key, 0.0) < 0
+        )
 
 
 def _recovered(ce: Mapping[str, Any], ablated: str) -> Any:

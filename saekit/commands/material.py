@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
     from saekit.status import Status
+    from saekit.tokens import Mask
 
 __all__ = ["Group", "Material", "Text"]
-
-Group = tuple["ModelBackend", "Tensor", "Mask | None", list[str], Mapping[str, Mapping[str, Any]]]
-"""A model, contexts, their mask, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -49,6 +47,24 @@ class Text:
     seed: int = 0
     mask: Mask | None = None
     """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Group:
+    """SAEs that are measured together."""
+
+    backend: ModelBackend
+    contexts: Tensor
+    """``[n, t]`` ids."""
+    mask: Mask | None
+    """Which of their tokens count, beside what each SAE says."""
+    about: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """By the names of the SAEs what is known of each: plain data, and its ``sites``."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the SAEs."""
+        return list(self.about)
 
 
 @attrs.define(eq=False)
@@ -73,7 +89,7 @@ class Material:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
         from saekit.splicing.doubts import begin_with_bos
 
-        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, Mask | None, list[str], dict[str, Any]]] = {}
+        groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
             backend = self._backend(subject)
             if self.text.contexts is not None:
@@ -83,10 +99,9 @@ class Material:
                 key, contexts, own, facts, begins = self._read(subject, backend)
             mask = own if self.text.mask is None else self.text.mask
             sites = self._sites(subject, backend, site, begins, mask is not None)
-            group = groups.setdefault((id(backend), key), (backend, contexts, mask, [], {}))
-            group[3].append(name)
+            group = groups.setdefault((id(backend), key), Group(backend=backend, contexts=contexts, mask=mask))
             size, number = contexts.shape[1], len(contexts)
-            group[4][name] = {
+            group.about[name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()

@@ -70,10 +70,9 @@ def evaluate(
     clean forward.
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
-    loaded with the backend and the options that the SAE says, unless ``backend`` says it, as for
-    :func:`saekit.load_model`.  ``dataset`` is as for :func:`saekit.top_texts`.  Left out, they are those that an SAE
-    says, and documents that were held out from its training.  ``contexts [n, context_size]`` are token ids in the place
-    of a dataset.
+    loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
+    ``dataset`` is as for :func:`saekit.top_texts`.  Left out, both are what an SAE says, and the text is documents held
+    out from its training.  ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PEERS ?= .venv-peers
 # The environment of `make test-newest`.
 NEWEST ?= .venv-newest
-EXTRAS := [mamba,wandb,test,docs]
+EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
 .PHONY: demo test test-newest lint docs bench clean
 

@@ -26,7 +26,9 @@ from saekit.commands.terminal import (
     push,
     saes,
     show,
+    statistics,
     train,
+    tsea,
     watch,
 )  # fmt: skip
 from saekit.commands.terminal.arguments import examples
@@ -71,6 +73,8 @@ app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
 app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
+app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
+app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))

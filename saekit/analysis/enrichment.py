@@ -1,11 +1,11 @@
 """Token set enrichment: where the tokens of a set lie in a feature's order of the vocabulary.
 
-The tokens are put in order, those with the largest logits first.  A running sum goes up by ``1/m`` at each of the ``m``
-tokens of the set, and down by ``1/(V − m)`` at each of the others; the score is the largest distance from 0 that it comes
-to (Subramanian et al. 2005, "Gene set enrichment analysis", with equal weights), which is the two-sample statistic of
-Kolmogorov and Smirnov.  With the ranks ``r_0 < r_1 < …`` of the set's tokens, the sum is ``i/m − (r_i − i)/(V − m)`` just
-before the i-th and ``1/m`` more just behind it, and these are all the places where it can be furthest from 0.  So the
-ranks are enough, and whole numbers are: times ``m (V − m)``, the sum is ``i V − r_i m``.
+The tokens are put in order, those with the largest logits first.  A running sum goes up by ``1/m`` at each of the
+``m`` tokens of the set, and down by ``1/(V − m)`` at each of the others; the score is the largest distance from 0 that
+it comes to (Subramanian et al. 2005, "Gene set enrichment analysis", with equal weights), which is the two-sample
+statistic of Kolmogorov and Smirnov.  With the ranks ``r_0 < r_1 < …`` of the set's tokens, the sum is
+``i/m − (r_i − i)/(V − m)`` just before the i-th and ``1/m`` more just behind it, and these are all the places where it
+can be furthest from 0.  So the ranks are enough, and whole numbers are: times ``m (V − m)``, it is ``i V − r_i m``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def checked_sets(sets: Mapping[str, Any], d_vocab: int) -> dict[str, Ids]:
         ids = np.unique(ids.astype(np.int64))
         if len(ids) and (ids[0] < 0 or ids[-1] >= d_vocab):
             wrong = ids[0] if ids[0] < 0 else ids[-1]
-            raise ConfigError([("sets", f"{name!r} has the id {wrong}; those of the vocabulary are 0 to {d_vocab - 1:,}")])
+            raise ConfigError(
+                [("sets", f"{name!r} has the id {wrong}; those of the vocabulary are 0 to {d_vocab - 1:,}")]
+            )
         found[str(name)] = ids
     if not found:
         raise ConfigError([("sets", "names none; give a mapping of names to ids of tokens")])
@@ -63,9 +65,7 @@ def why_no_score(ids: Ids, d_vocab: int) -> str | None:
     return "every token of the vocabulary is in it" if len(ids) == d_vocab else None
 
 
-def enrichment_scores(
-    logits: Any, sets: Mapping[str, Ids], *, report: Callable[[int], None] | None = None
-) -> Scores:
+def enrichment_scores(logits: Any, sets: Mapping[str, Ids], *, report: Callable[[int], None] | None = None) -> Scores:
     """The scores of ``sets`` in ``logits [features, V]``, none of which is changed.
 
     Of tokens with equal logits the one with the smaller id comes first.  Empty sets, sets of all tokens, and features

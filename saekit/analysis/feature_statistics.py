@@ -93,7 +93,9 @@ def firing_fractions(sae: SAEModule) -> Tensor | None:
 def _checked(fractions: Tensor, sae: SAEModule, name: str) -> Tensor:
     found = torch.as_tensor(fractions).detach().double().cpu()
     if found.shape != (sae.d_sae,) or not bool(((found >= 0) & (found <= 1)).all()):
-        shown = f"{list(found.shape)}" if found.shape != (sae.d_sae,) else f"{float(found.min())} to {float(found.max())}"
+        shown = (
+            f"{list(found.shape)}" if found.shape != (sae.d_sae,) else f"{float(found.min())} to {float(found.max())}"
+        )
         raise ConfigError([("fractions", f"must be [{sae.d_sae}] numbers from 0 to 1 of {name}, found {shown}")])
     return found
 
@@ -139,9 +141,7 @@ def _of_weights(sae: SAEModule) -> dict[str, Tensor | str]:
     return found
 
 
-def _of_logits(
-    sae: SAEModule, path: LogitPath | str, report: Callable[[int], None] | None
-) -> dict[str, Tensor | str]:
+def _of_logits(sae: SAEModule, path: LogitPath | str, report: Callable[[int], None] | None) -> dict[str, Tensor | str]:
     columns = ("logit_mean", "logit_std", "logit_skewness", "logit_kurtosis")
     if isinstance(path, str):
         return dict.fromkeys(columns, path)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
-from saekit.analysis.directions import feature_directions, logit_path
+from saekit.analysis.directions import LogitPath, feature_directions, logit_path
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
@@ -32,13 +32,11 @@ def output_logits(
 
     That path goes from the residual stream to the unembedding past all that lies between; the last normalization is
     left out, so the numbers tell an order, and their unit is arbitrary (the "logit lens" of a direction: nostalgebraist
-    2020; Bricken et al. 2023, "Towards monosemanticity").  ``sites`` are the SAE's own, unless others are given.
-    :class:`saekit.errors.ModelError` where there is no such path.
+    2020; Bricken et al. 2023, "Towards monosemanticity").  ``sites`` are the SAE's own, unless others are given; where
+    nobody says, it is taken to write to the residual stream.  :class:`saekit.errors.ModelError` without such a path.
     """
     where = sae.info.sites if sites is None else sites
-    if where is None:
-        raise ModelError("nothing can be said of logits: the SAE does not say where in the model it belongs")
-    path = logit_path(sae, backend, where)
+    path = LogitPath(backend.unembedding()[0].detach()) if where is None else logit_path(sae, backend, where)
     if isinstance(path, str):
         raise ModelError(f"nothing can be said of logits: {path}")
     directions = feature_directions(sae, torch.tensor([*features], dtype=torch.long, device=sae.device))

@@ -62,7 +62,7 @@ class Material:
 
         groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
         for name, subject in subjects.items():
-            backend = self._backend(subject)
+            backend = self.backend(subject)
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
                 begins = None
@@ -83,7 +83,7 @@ class Material:
 
     # ---- models
 
-    def _backend(self, subject: Subject) -> ModelBackend:
+    def backend(self, subject: Subject) -> ModelBackend:
         """The one that is given, that of the run, or the one that the SAE says it was trained on."""
         if self.model is None and subject.backend is not None:
             return subject.backend

@@ -138,7 +138,8 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         weights = getattr(module, "weight", None)
         if weights is None or weights.ndim != 2 or not weights.is_floating_point():
             return None
-        return weights if hasattr(module, "nf") else weights.T  # transformers' Conv1D lies the other way
+        found: Tensor = weights if hasattr(module, "nf") else weights.T  # transformers' Conv1D lies the other way
+        return found
 
     @cached_property
     def _hooks(self) -> frozenset[str]:

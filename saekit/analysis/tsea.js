@@ -24,11 +24,17 @@ function turned({ data, layout }) {
   delete layout.yaxis.title;
   delete layout.xaxis.anchor;
   delete layout.yaxis.anchor;
-  for (const note of layout.annotations || []) {
+  const free = {}; // in each row, where the labels so far end
+  const pixels = (innerWidth - 150) / layout.xaxis.range[1];
+  const notes = (layout.annotations || []).sort((one, other) => one.y - other.y);
+  for (const note of notes) {
     [note.x, note.y] = [note.y, note.x];
+    const row = Math.floor(note.y), at = note.x * pixels;
+    const place = Math.max(at + 5, free[row] || 0);
+    free[row] = place + 6 * note.text.length + 5;
     delete note.yshift;
     note.xanchor = "left";
-    note.xshift = 5;
+    note.xshift = place - at;
   }
   for (const shape of layout.shapes || []) {
     [shape.x0, shape.x1, shape.y0, shape.y1] = [shape.y0, shape.y1, shape.x0, shape.x1];
@@ -57,8 +63,9 @@ function dressed(figure, kind) {
   }
   layout.hoverlabel = { bgcolor: own("--ink"), font: { color: own("--ground") }, bordercolor: own("--ink") };
   if (kind === "overlay") {
-    layout.margin = { l: 54, r: 12, t: 34, b: 92 };
-    layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -0.24, yanchor: "top" };
+    layout.margin = { l: 54, r: 12, t: 34, b: 104 };
+    layout.legend = { orientation: "h", x: 0, xanchor: "left", y: -0.3, yanchor: "top" };
+    layout.xaxis.title.standoff = 4;
   }
   return made;
 }

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
     from saekit.analysis.tsea import Enrichment
 
-__all__ = ["LABELED_ABOVE", "corners", "labeled", "manhattan", "overlay", "places_of"]
+__all__ = ["LABELED_ABOVE", "UNLIKELY", "corners", "labeled", "lifts", "manhattan", "overlay", "places_of"]
 
 LABELED, LABELED_ABOVE = 3, 1.0
 """So many features of each set are named, where ``−ln(1 − score)`` is above that: a score of 0.63."""
+UNLIKELY = 0.05
+"""What chance gives more often than that is drawn pale."""
+_HEIGHT, _LINE = 300, 12
+"""Pixels: about so many has the picture, and a label."""
 _MOST_POINTS = 6000
 """More are drawn as one picture, by the graphics processor."""
 _MOST_CORNERS = 800
@@ -42,10 +46,22 @@ def labeled(found: Enrichment) -> list[tuple[int, int]]:
     ]
 
 
+def lifts(found: Enrichment, top: float) -> list[int]:
+    """By how many pixels each label is above its point, so that those of one set are not over each other."""
+    heights, found_lifts = found.heights(), dict[tuple[int, int], int]()
+    free: dict[int, float] = {}
+    for row, column in reversed(labeled(found)):  # the lowest of a set first
+        at = heights[row, column] / top * _HEIGHT
+        place = max(at + 10, free.get(row, 0.0))
+        found_lifts[row, column] = round(place - at)
+        free[row] = place + _LINE
+    return [found_lifts[one] for one in labeled(found)]
+
+
 def manhattan(found: Enrichment) -> Figure:
     """Each set is a stripe, each feature of it a point, the higher the more the set is enriched: ``−ln(1 − score)``.
 
-    Color and shape tell whether the feature promotes the set or suppresses it.
+    Color and shape tell whether the feature promotes the set or suppresses it; a score that chance gives often is pale.
     """
     from plotly.graph_objects import Figure, Scatter, Scattergl
 
@@ -55,33 +71,38 @@ def manhattan(found: Enrichment) -> Figure:
     signs = (("promotes", 1, 0, "triangle-up"), ("suppresses", -1, 1, "triangle-down"))
     for sign, direction, color, symbol in signs:
         rows, columns = np.nonzero(found.values.signed * direction > 0)
+        if found.p is not None:  # what is clear is drawn last, on top, but for the one that the legend shows
+            order = np.roll(np.argsort(found.p[rows, columns] <= UNLIKELY, kind="stable"), 1)
+            rows, columns = rows[order], columns[order]
         p = None if found.p is None else found.p[rows, columns]
         told = [
             f"<b>{_safe(names[row])}</b><br>feature {found.features[column]} {sign} it<br>"
             f"score {found.values.unsigned[row, column]:.3f}" + ("" if p is None else f", p = {p[place]:.2g}")
             for place, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))
         ]
+        clear = np.full(len(rows), 0.8) if p is None else np.where(p > UNLIKELY, 0.25, 0.8)
         light, dark = PALETTE[color]
         figure.add_trace(
             kind(
                 x=x[rows, columns].round(4), y=y[rows, columns].round(4), mode="markers", name=sign, hovertext=told,
-                marker={"size": 6, "symbol": symbol, "color": light, "opacity": 0.75}, hoverinfo="text",
+                marker={"size": 6, "symbol": symbol, "color": light, "opacity": clear}, hoverinfo="text",
                 meta={"light": light, "dark": dark},
             )
         )  # fmt: skip
-    for row, column in labeled(found):
+    top = float(np.nanmax(y)) if np.isfinite(y).any() else 1.0
+    top = max(top * 1.12, 0.2)
+    for (row, column), lift in zip(labeled(found), lifts(found, top), strict=True):
         figure.add_annotation(
-            x=x[row, column], y=y[row, column], text=str(found.features[column]), showarrow=False, yshift=10,
+            x=x[row, column], y=y[row, column], text=str(found.features[column]), showarrow=False, yshift=lift,
             font={"size": 10}, name="feature",
         )  # fmt: skip
     for row in range(0, len(names), 2):
         figure.add_vrect(x0=row, x1=row + 1, fillcolor="#808080", opacity=0.07, line_width=0, layer="below")
     figure.update_xaxes(
         tickvals=[row + 0.5 for row in range(len(names))], ticktext=[_safe(name) for name in names], tickangle=-60,
-        range=[0, len(names)], showgrid=False, zeroline=False,
+        range=[0, len(names)], showgrid=False, zeroline=False, automargin=True,
     )  # fmt: skip
-    top = float(np.nanmax(y)) if np.isfinite(y).any() else 1.0
-    figure.update_yaxes(title="−ln(1 − score)", range=[0, max(top * 1.12, 0.2)], zeroline=False)
+    figure.update_yaxes(title="−ln(1 − score)", range=[0, top], zeroline=False)
     _dress(figure)
     return figure
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saekit._version import __version__
-from saekit.analysis.tsea_figures import LABELED_ABOVE, labeled
+from saekit.analysis.tsea_figures import LABELED_ABOVE, UNLIKELY, labeled
 from saekit.errors import PlaceError
 from saekit.files.paths import as_path
 from saekit.files.storage import write_bytes
@@ -99,7 +99,7 @@ def _rules(found: Enrichment) -> list[str]:
         compared = int((~np.isnan(found.p)).sum())
         rules.append(
             f"p: how often tokens in a random order give such a score, of {found.permutations:,} orders; it is never "
-            f"below {1 / (1 + found.permutations):.2g}. {compared:,} comparisons are made here, so some small p are "
+            f"below {1 / (1 + found.permutations):.2g}, and points with p > {UNLIKELY} are pale. {compared:,} comparisons are made here, so some small p are "
             "chance: q is the share of false findings among those with a p no larger (Benjamini and Hochberg 1995)."
         )
     return rules

@@ -69,7 +69,7 @@ def feature_statistics(
 
     tables, left_out, done = [], dict[str, dict[str, str]](), 0
     total = sum(one.sae.d_sae for one in subjects.values())
-    with ProgressDisplay(total, doing="counting", verbose=verbose) as progress:
+    with ProgressDisplay(total, doing="looking at features", unit="features", verbose=verbose) as progress:
         for name, subject in subjects.items():
             start = done
 
@@ -200,7 +200,7 @@ def token_set_enrichment(
     from saekit.progress import ProgressDisplay
 
     total, done = rows_of_work(subject.sae, features, k, permutations), 0
-    with ProgressDisplay(total, doing="ordering tokens", verbose=verbose) as progress:
+    with ProgressDisplay(total, doing="ordering tokens", unit="rows", verbose=verbose) as progress:
 
         def report(count: int) -> None:
             nonlocal done

@@ -35,7 +35,7 @@ def read_token_sets(path: str | Path, model: ModelBackend | Sequence[str]) -> To
     missing: dict[str, list[str]] = {}
     for name, given in listed.items():
         if isinstance(given, dict) and set(given) == {"regex"}:
-            found |= token_sets(texts, regex={name: given["regex"]})
+            found |= token_sets(texts, (), regex={name: given["regex"]})
             continue
         if not isinstance(given, list) or not all(isinstance(one, (str, int)) and one is not True for one in given):
             expected = 'a list of texts of tokens or of their ids, or {"regex": "..."}'

@@ -42,7 +42,7 @@ def token_sets(
     names: Iterable[str] | None = None,
     tagger: Any | None = None,
 ) -> TokenSets:
-    """Sets of the tokens of ``model``, by :data:`KINDS`; left out, :data:`DEFAULT_KINDS`, or none beside ``regex``.
+    """Sets of the tokens of ``model``, by :data:`KINDS`; left out, :data:`DEFAULT_KINDS`.
 
     - ``first_letter``: ``letter_a`` to ``letter_z``, of tokens that are letters alone;
     - ``capitals``: ``capitalized`` (``Paris``) and ``all_caps`` (``NASA``);
@@ -50,12 +50,12 @@ def token_sets(
     - ``names``: first names, those of a short list in English, or ``names``;
     - ``part_of_speech``: ``pos_NN``, ``pos_VB``, … by ``tagger``, which has ``tag([word])``, or by nltk's.
 
-    But for ``space``, a space at a token's beginning or end makes no difference.  ``regex`` are patterns by name; a
-    token is in a set where the pattern matches its text from the beginning (:func:`re.match`), space and all.  Sets
-    may be empty.  :class:`ConfigError` for a kind that is not there, a bad pattern, and a tagger without its data.
+    But for ``space``, a space at a token's beginning or end makes no difference.  ``regex`` are further sets,
+    patterns by name; a token is in one where the pattern matches its text from the beginning (:func:`re.match`), space
+    and all.  Sets may be empty.  :class:`ConfigError` for a kind that is not there, a bad pattern, and a tagger without its data.
     """
     texts = vocabulary_of(model)
-    chosen = [kinds] if isinstance(kinds, str) else list(kinds if kinds is not None else () if regex else DEFAULT_KINDS)
+    chosen = [kinds] if isinstance(kinds, str) else list(DEFAULT_KINDS if kinds is None else kinds)
     found: TokenSets = {}
     for kind in chosen:
         if kind == "part_of_speech":

@@ -111,7 +111,7 @@ class Enrichment:
         return table
 
     def strongest(self, n: int = 10) -> tuple[int, ...]:
-        """The ``n`` features with the least likely score in some set; of those alike, and without ``p``, the highest."""
+        """The ``n`` features with the least likely score in some set; of those alike, or without ``p``, the highest."""
         best = np.nan_to_num(self.values.unsigned, nan=-1.0)
         least = np.zeros(best.shape[1]) if self.p is None else np.nan_to_num(self.p, nan=2.0).min(0)
         if self.p is not None:
@@ -192,8 +192,8 @@ def enrich(
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"`` are those whose logits are skewed most to the
     right, which promote a few tokens much; ``"random"`` are drawn by ``seed``, and either are such as fire, if the SAE
     says which do.  ``permutations`` random orders of the tokens, by ``seed``, say how often chance gives such a score;
-    0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  :class:`saekit.errors.ModelError` where nothing leads from
-    what the SAE writes to the logits.
+    0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises :class:`saekit.errors.ModelError`
+    where nothing leads from what the SAE writes to the logits.
     """
     where = sae.info.sites if sites is None else sites
     if where is None:
@@ -309,11 +309,7 @@ def chosen_sets(
     """Sets by kinds and files in one list, as a command line has them."""
     kinds = None if asked is None else [one for one in asked if one in KINDS]
     files = [] if asked is None else [one for one in asked if one not in KINDS]
-    found: dict[str, NDArray[np.int64]] = {}
-    if asked is None or kinds or regex:
-        found |= token_sets(
-            texts, kinds if kinds or asked is not None else None, regex=regex, names=names, tagger=tagger
-        )
+    found = token_sets(texts, kinds, regex=regex, names=names, tagger=tagger)
     for file in files:
         if not Path(file).expanduser().exists():
             raise ConfigError([("sets", f"{file!r} is neither a file nor one of {', '.join(KINDS)}")])

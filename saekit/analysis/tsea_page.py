@@ -99,8 +99,8 @@ def _rules(found: Enrichment) -> list[str]:
         compared = int((~np.isnan(found.p)).sum())
         rules.append(
             f"p: how often tokens in a random order give such a score, of {found.permutations:,} orders; it is never "
-            f"below {1 / (1 + found.permutations):.2g}, and points with p > {UNLIKELY} are pale. {compared:,} comparisons are made here, so some small p are "
-            "chance: q is the share of false findings among those with a p no larger (Benjamini and Hochberg 1995)."
+            f"below {1 / (1 + found.permutations):.2g}, and points with p > {UNLIKELY} are pale. "
+            f"{compared:,} comparisons are made here, so some small p are chance: q is the share of false findings among those with a p no larger (Benjamini and Hochberg 1995)."
         )
     return rules
 

@@ -172,8 +172,8 @@ def token_set_enrichment(
 
     ``sae`` is an SAE, what :func:`saekit.train` returned, a folder, a run, or ``RELEASE:ID``.  ``sets`` are kinds
     (``first_letter``, ``capitals``, ``digits``, ``punctuation``, ``space``, ``names``, ``part_of_speech``; left out,
-    all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to ids of
-    tokens.  ``regex`` are patterns by name, ``names`` first names in the place of those that ship, ``tagger`` has
+    all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to
+    ids of tokens.  ``regex`` are patterns by name, ``names`` first names in the place of those that ship, ``tagger`` has
     ``tag([word])`` in the place of nltk's.
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
@@ -224,6 +224,6 @@ def _sets(
     from saekit.analysis.tsea import chosen_sets, token_sets
 
     if isinstance(sets, Mapping):
-        return {**sets, **(token_sets(backend, regex=regex) if regex else {})}
+        return {**sets, **(token_sets(backend, (), regex=regex) if regex else {})}
     asked = [sets] if isinstance(sets, str) else None if sets is None else [*sets]
     return chosen_sets(vocabulary_of(backend), asked, regex=regex, names=names, tagger=tagger)

@@ -164,7 +164,8 @@ def test_several_saes_are_one_table_that_parquet_keeps(tmp_path: object) -> None
 @pytest.mark.parametrize(
     ("hook", "layer"),
     [("blocks.8.hook_resid_pre", 8), ("blocks.8.hook_resid_post", 9), ("blocks.3.attn.hook_z", 3),
-     ("transformer.h.3", 4), ("transformer.h.3.input", 3), ("model.layers.2.mlp.down_proj.input", 2), ("hook_embed", None)],
+     ("transformer.h.3", 4), ("transformer.h.3.input", 3), ("model.layers.2.mlp.down_proj.input", 2),
+     ("hook_embed", None)],
 )  # fmt: skip
 def test_layers(hook: str, layer: int | None) -> None:
     assert layer_of(saekit.Sites.one(saekit.Site(hook_name=hook))) == layer

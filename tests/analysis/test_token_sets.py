@@ -63,8 +63,9 @@ def test_sets_by_what_tokens_look_like() -> None:
 
 
 def test_sets_by_regular_expressions() -> None:
-    sets = tsea.token_sets(TEXTS, regex={"spaced": r" \w", "s": r".*s$"})
-    assert list(sets) == ["spaced", "s"], "and no others, unless they are asked for"
+    sets = tsea.token_sets(TEXTS, (), regex={"spaced": r" \w", "s": r".*s$"})
+    assert list(sets) == ["spaced", "s"]
+    assert list(tsea.token_sets(TEXTS, regex={"spaced": r" \w"})) == [*tsea.token_sets(TEXTS), "spaced"]
     assert named(sets["spaced"]) == [" the", " THE", " 7", " Mary"]
     assert named(sets["s"]) == ["runs"]
     with pytest.raises(saekit.ConfigError, match="regex: 'bad' is no regular expression: '\\['"):

@@ -13,7 +13,7 @@ from saekit.reports.colors import PALETTE
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from saekit.analysis.tsea import Enrichment
+    from saekit.analysis.scored import Scored
 
 __all__ = ["LABELED_ABOVE", "UNLIKELY", "corners", "labeled", "lifts", "manhattan", "overlay", "places_of"]
 
@@ -28,14 +28,14 @@ _MOST_POINTS = 6000
 _MOST_CORNERS = 800
 
 
-def places_of(found: Enrichment) -> NDArray[np.float64]:
+def places_of(found: Scored) -> NDArray[np.float64]:
     """``[sets, features]``: where each feature stands on the axis; each set has the width 1."""
     n = len(found.features)
     within = (np.arange(n) + 0.5) / n * 0.84 + 0.08
     return np.arange(len(found.sets))[:, None] + within[None]
 
 
-def labeled(found: Enrichment) -> list[tuple[int, int]]:
+def labeled(found: Scored) -> list[tuple[int, int]]:
     """Set and feature, as places, of those that are named: the :data:`LABELED` highest of each set."""
     heights = np.nan_to_num(found.heights(), nan=-1.0)
     return [
@@ -46,7 +46,7 @@ def labeled(found: Enrichment) -> list[tuple[int, int]]:
     ]
 
 
-def lifts(found: Enrichment, top: float) -> list[int]:
+def lifts(found: Scored, top: float) -> list[int]:
     """By how many pixels each label is above its point, so that those of one set are not over each other."""
     heights, found_lifts = found.heights(), dict[tuple[int, int], int]()
     free: dict[int, float] = {}
@@ -58,7 +58,7 @@ def lifts(found: Enrichment, top: float) -> list[int]:
     return [found_lifts[one] for one in labeled(found)]
 
 
-def manhattan(found: Enrichment) -> Figure:
+def manhattan(found: Scored) -> Figure:
     """Each set is a stripe, each feature of it a point, the higher the more the set is enriched: ``−ln(1 − score)``.
 
     Color and shape tell whether the feature promotes the set or suppresses it; a score that chance gives often is pale.
@@ -107,7 +107,7 @@ def manhattan(found: Enrichment) -> Figure:
     return figure
 
 
-def overlay(found: Enrichment, feature: int, sets: Sequence[str] | int = 5) -> Figure:
+def overlay(found: Scored, feature: int, sets: Sequence[str] | int = 5) -> Figure:
     """The running sums of several sets in one feature, over the tokens in its order, those that it promotes first."""
     from plotly.graph_objects import Figure, Scatter
 

@@ -17,7 +17,7 @@ from saekit.files.paths import as_path
 from saekit.files.storage import write_bytes
 
 if TYPE_CHECKING:
-    from saekit.analysis.tsea import Enrichment
+    from saekit.analysis.scored import Scored
 
 __all__ = ["FILES", "page", "write"]
 
@@ -25,7 +25,7 @@ FILES = ("tsea.csv", "tsea.parquet", "tsea.html")
 _OVERLAYS, _ROWS = 8, 60
 
 
-def write(found: Enrichment, folder: str | Path) -> tuple[Path, ...]:
+def write(found: Scored, folder: str | Path) -> tuple[Path, ...]:
     """The files; each is there whole or not at all.  :class:`PlaceError` for a folder that cannot be made."""
     place = as_path(folder)
     try:
@@ -41,7 +41,7 @@ def write(found: Enrichment, folder: str | Path) -> tuple[Path, ...]:
     return paths
 
 
-def page(found: Enrichment) -> str:
+def page(found: Scored) -> str:
     """One HTML file with plotly in it, which needs no network and nothing beside it."""
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _about(found: Enrichment) -> str:
+def _about(found: Scored) -> str:
     asked = found.about
     how = {
         "skewed": "those whose logits are skewed most to the right", "random": "drawn at random among those that fire",
@@ -89,7 +89,7 @@ def _about(found: Enrichment) -> str:
     return " · ".join(parts)
 
 
-def _rules(found: Enrichment) -> list[str]:
+def _rules(found: Scored) -> list[str]:
     rules = [
         "For each feature the tokens are put in order, those that it raises most first. The score of a set is the "
         "largest distance from 0 that the running sum comes to, up at each token of the set and down at each other; "
@@ -105,9 +105,9 @@ def _rules(found: Enrichment) -> list[str]:
     return rules
 
 
-def _rows(found: Enrichment) -> list[dict[str, Any]]:
+def _rows(found: Scored) -> list[dict[str, Any]]:
     """The named points, the least likely first; of those alike, and without ``p``, the highest."""
-    from saekit.analysis.tsea import q_values
+    from saekit.analysis.scored import q_values
 
     names, values = [*found.sets], found.values
     q = None if found.p is None else q_values(found.p)

@@ -69,12 +69,16 @@ def row_moments(
 
 
 def _mean(columns: Tensor) -> Tensor:
-    """``[d]``: of all columns, in float32 at least; summed in float64, some at a time."""
-    total = sum(block.double().sum(1) for block in columns.split(_COLUMNS, dim=1))
-    assert isinstance(total, Tensor)
-    return (total / columns.shape[1]).to(torch.promote_types(columns.dtype, torch.float32))
+    """``[d]``: of all columns, in float32 at least.  What rounding leaves of it is seen in the sums, and taken off."""
+    kind = torch.promote_types(columns.dtype, torch.float32)
+    total = torch.zeros(len(columns), dtype=torch.float64, device=columns.device)
+    for block in columns.split(_COLUMNS, dim=1):
+        total += (block.to(kind) @ torch.ones(block.shape[1], dtype=kind, device=block.device)).double()
+    return (total / columns.shape[1]).to(kind)
 
 
 def _centered(columns: Tensor, center: Tensor) -> Iterator[Tensor]:
+    """In one memory, which the next block takes: what is asked for anew each time would stay in pieces."""
+    whole = torch.empty(len(columns) * min(_COLUMNS, columns.shape[1]), dtype=center.dtype, device=columns.device)
     for block in columns.split(_COLUMNS, dim=1):
-        yield block.to(center.dtype) - center[:, None]
+        yield torch.sub(block, center[:, None], out=whole[: block.numel()].view(block.shape))

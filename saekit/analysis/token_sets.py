@@ -52,7 +52,8 @@ def token_sets(
 
     But for ``space``, a space at a token's beginning or end makes no difference.  ``regex`` are further sets,
     patterns by name; a token is in one where the pattern matches its text from the beginning (:func:`re.match`), space
-    and all.  Sets may be empty.  :class:`ConfigError` for a kind that is not there, a bad pattern, and a tagger without its data.
+    and all.  Sets may be empty.  :class:`ConfigError` for a kind that is not there, a bad pattern, and a tagger
+    without its data.
     """
     texts = vocabulary_of(model)
     chosen = [kinds] if isinstance(kinds, str) else list(DEFAULT_KINDS if kinds is None else kinds)

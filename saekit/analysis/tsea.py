@@ -31,7 +31,6 @@ from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from plotly.graph_objects import Figure
 
 __all__ = [
@@ -88,8 +87,8 @@ def enrich(
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"`` are those whose logits are skewed most to the
     right, which promote a few tokens much; ``"random"`` are drawn by ``seed``, and either are such as fire, if the SAE
     says which do.  ``permutations`` random orders of the tokens, by ``seed``, say how often chance gives such a score;
-    0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises :class:`saekit.errors.ModelError`
-    where nothing leads from what the SAE writes to the logits.
+    0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises
+    :class:`saekit.errors.ModelError` where nothing leads from what the SAE writes to the logits.
     """
     where = sae.info.sites if sites is None else sites
     if where is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saekit._version import __version__
-from saekit.analysis.tsea_figures import LABELED_ABOVE, UNLIKELY, labeled
+from saekit.analysis.tsea_figures import LABELED_ABOVE, UNLIKELY, labeled, manhattan, overlay
 from saekit.errors import PlaceError
 from saekit.files.paths import as_path
 from saekit.files.storage import write_bytes
@@ -48,7 +48,7 @@ def page(found: Scored) -> str:
 
     here, reports = files("saekit.analysis"), files("saekit.reports")
     template = Environment(autoescape=True).from_string(here.joinpath("tsea.html").read_text(encoding="utf-8"))
-    figures = [found.manhattan(), *(found.overlay(feature) for feature in found.strongest(_OVERLAYS))]
+    figures = [manhattan(found), *(overlay(found, feature) for feature in found.strongest(_OVERLAYS))]
     return template.render(
         found=found,
         about=_about(found),
@@ -100,7 +100,8 @@ def _rules(found: Scored) -> list[str]:
         rules.append(
             f"p: how often tokens in a random order give such a score, of {found.permutations:,} orders; it is never "
             f"below {1 / (1 + found.permutations):.2g}, and points with p > {UNLIKELY} are pale. "
-            f"{compared:,} comparisons are made here, so some small p are chance: q is the share of false findings among those with a p no larger (Benjamini and Hochberg 1995)."
+            f"{compared:,} comparisons are made here, so some small p are chance: q is the share of false findings "
+            "among those with a p no larger (Benjamini and Hochberg 1995)."
         )
     return rules
 

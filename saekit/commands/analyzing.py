@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
@@ -62,36 +62,60 @@ def feature_statistics(
         given = _by_name(fractions, subjects)
         material = Material(plugins, Text(), model=model, device=device, say=say)
         paths = {name: _path(one, material, site, logits) for name, one in subjects.items()}
+    sites = {name: _sites(one, site) for name, one in subjects.items()}
+    return _tables(subjects, sites, paths, given, verbose)
+
+
+def _tables(
+    subjects: Mapping[str, Subject],
+    sites: Mapping[str, Sites | None],
+    paths: Mapping[str, LogitPath | str],
+    fractions: Mapping[str, Any],
+    verbose: bool,
+) -> DataFrame:
+    """The tables of all, one below the other."""
     import pandas as pd
 
     from saekit.analysis.feature_statistics import statistics_table
-    from saekit.progress import ProgressDisplay
 
-    tables, left_out, done = [], dict[str, dict[str, str]](), 0
-    total = sum(one.sae.d_sae for one in subjects.values())
-    with ProgressDisplay(total, doing="looking at features", unit="features", verbose=verbose) as progress:
-        for name, subject in subjects.items():
-            start = done
-
-            def report(count: int) -> None:
-                nonlocal done
-                done += count
-                progress.update(done)
-
-            tables.append(
-                statistics_table(
-                    subject.sae, name=name, sites=_sites(subject, site), path=paths[name], fractions=given.get(name),
-                    report=report,
-                )
-            )  # fmt: skip
-            left_out[name] = tables[-1].attrs.pop("left_out")
-            done = start + subject.sae.d_sae
-            progress.update(done)
+    tables, left_out = list[Any](), dict[str, dict[str, str]]()
+    with _Rows(sum(one.sae.d_sae for one in subjects.values()), "looking at features", "features", verbose) as rows:
+        for name, one in subjects.items():
+            own = statistics_table(
+                one.sae, name=name, sites=sites[name], path=paths[name], fractions=fractions.get(name), report=rows.add
+            )
+            if why := own.attrs.pop("left_out"):
+                left_out[name] = why
+            tables.append(own)
     whole = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
     for column in ("sae", "hook"):
         whole[column] = whole[column].astype("category")
-    whole.attrs["left_out"] = {name: why for name, why in left_out.items() if why}
+    whole.attrs["left_out"] = left_out
     return whole
+
+
+class _Rows:
+    """A bar of rows that are done; when all are, it is full."""
+
+    def __init__(self, total: int, doing: str, unit: str, verbose: bool) -> None:
+        from saekit.progress import ProgressDisplay
+
+        self._display = ProgressDisplay(total, doing=doing, unit=unit, verbose=verbose)
+        self._total, self._done = total, 0
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._display.update(self._total)
+        self._display.__exit__(*error)
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._done = min(self._done + count, self._total)
+        self._display.update(self._done)
 
 
 def _by_name(fractions: Any, subjects: Mapping[str, Subject]) -> dict[str, Any]:
@@ -173,8 +197,8 @@ def token_set_enrichment(
     ``sae`` is an SAE, what :func:`saekit.train` returned, a folder, a run, or ``RELEASE:ID``.  ``sets`` are kinds
     (``first_letter``, ``capitals``, ``digits``, ``punctuation``, ``space``, ``names``, ``part_of_speech``; left out,
     all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to
-    ids of tokens.  ``regex`` are patterns by name, ``names`` first names in the place of those that ship, ``tagger`` has
-    ``tag([word])`` in the place of nltk's.
+    ids of tokens.  ``regex`` are patterns of further sets by name, ``names`` first names in the place of those that
+    ship, ``tagger`` has ``tag([word])`` in the place of nltk's.
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
     ``"random"``.  For ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a
@@ -197,21 +221,12 @@ def token_set_enrichment(
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
     from saekit.analysis.tsea import enrich, rows_of_work
-    from saekit.progress import ProgressDisplay
 
-    total, done = rows_of_work(subject.sae, features, k, permutations), 0
-    with ProgressDisplay(total, doing="ordering tokens", unit="rows", verbose=verbose) as progress:
-
-        def report(count: int) -> None:
-            nonlocal done
-            done = min(done + count, total)
-            progress.update(done)
-
+    with _Rows(rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose) as rows:
         found = enrich(
             subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
-            permutations=permutations, seed=seed, name=name, report=report,
+            permutations=permutations, seed=seed, name=name, report=rows.add,
         )  # fmt: skip
-        progress.update(total)
     if out is not None:
         found.write(out)
     return found

@@ -9,7 +9,7 @@ from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file
 
-__all__ = ["feature_numbers", "lines_of", "named_patterns"]
+__all__ = ["asked_features", "feature_numbers", "lines_of", "named_patterns"]
 
 
 def feature_numbers(text: str) -> list[int] | str:
@@ -25,6 +25,15 @@ def feature_numbers(text: str) -> list[int] | str:
             )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
+
+
+def asked_features(numbers: str | None, random: int | None, skewed: int | None) -> tuple[list[int] | str, int]:
+    """What three options say, of which one may be given, and how many features; by default the 100 most skewed."""
+    if sum(one is not None for one in (numbers, random, skewed)) > 1:
+        raise ConfigError("--features, --random and --skewed each say which features: give one of them")
+    if numbers is not None:
+        return feature_numbers(numbers), 1
+    return ("random", random) if random is not None else ("skewed", 100 if skewed is None else skewed)
 
 
 def named_patterns(given: Sequence[str]) -> dict[str, str] | None:

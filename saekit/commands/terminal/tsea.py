@@ -61,15 +61,12 @@ def tsea(
     from pathlib import Path
 
     from saekit.commands.analyzing import token_set_enrichment
-    from saekit.commands.asked import feature_numbers, lines_of, named_patterns
-    from saekit.errors import ConfigError
+    from saekit.commands.asked import asked_features, lines_of, named_patterns
     from saekit.plugins.text import printable
 
-    if sum(one is not None for one in (features, random, skewed)) > 1:
-        raise ConfigError("--features, --random and --skewed each say which features: give one of them")
-    how = "random" if random is not None else feature_numbers(features) if features else "skewed"
+    how, k = asked_features(features, random, skewed)
     found = token_set_enrichment(
-        sae, sets, model=model, features=how, k=random or skewed or 100, regex=named_patterns(regex or []),
+        sae, sets, model=model, features=how, k=k, regex=named_patterns(regex or []),
         names=None if names is None else lines_of(names), permutations=permutations, seed=seed, out=out, device=device,
     )  # fmt: skip
     by = ["p", "score"] if permutations else ["score"]

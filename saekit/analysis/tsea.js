@@ -2,7 +2,6 @@
 const figures = [...document.querySelectorAll("script.figure")].map((one) => JSON.parse(one.textContent));
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 640px)");
-const fast = document.createElement("canvas").getContext("webgl") !== null;
 const SHAPES = { "triangle-up": "triangle-right", "triangle-down": "triangle-left" };
 
 function own(name) {
@@ -50,7 +49,6 @@ function dressed(figure, kind) {
   const { data, layout } = made;
   if (kind === "manhattan" && narrow.matches) turned(made);
   for (const trace of data) {
-    if (trace.type === "scattergl" && !fast) trace.type = "scatter";
     const color = trace.meta[dark.matches ? "dark" : "light"];
     if (trace.marker) trace.marker.color = color;
     if (trace.line) trace.line.color = color;

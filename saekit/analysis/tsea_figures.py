@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
     from saekit.analysis.scored import Scored
 
-__all__ = ["LABELED_ABOVE", "UNLIKELY", "corners", "labeled", "lifts", "manhattan", "overlay", "places_of"]
+__all__ = [
+    "LABELED_ABOVE",
+    "UNLIKELY",
+    "corners",
+    "drawn_of_each",
+    "labeled",
+    "lifts",
+    "manhattan",
+    "overlay",
+    "places_of",
+]
 
 LABELED, LABELED_ABOVE = 3, 1.0
 """So many features of each set are named, where ``−ln(1 − score)`` is above that: a score of 0.63."""
@@ -24,7 +34,7 @@ UNLIKELY = 0.05
 _HEIGHT, _LINE = 300, 12
 """Pixels: about so many has the picture, and a label."""
 _MOST_POINTS = 6000
-"""More are drawn as one picture, by the graphics processor."""
+"""Of more, the highest of each set are drawn."""
 _MOST_CORNERS = 800
 
 
@@ -46,6 +56,20 @@ def labeled(found: Scored) -> list[tuple[int, int]]:
     ]
 
 
+def drawn_of_each(found: Scored) -> int:
+    """How many features of each set are drawn, the highest: all, unless that were very many points."""
+    return min(len(found.features), max(_MOST_POINTS // len(found.sets), LABELED))
+
+
+def _highest(found: Scored) -> NDArray[np.bool_]:
+    """``[sets, features]``: those."""
+    heights = np.nan_to_num(found.heights(), nan=-1.0)
+    chosen = np.zeros(heights.shape, dtype=bool)
+    order = np.argsort(-heights, axis=1, kind="stable")[:, : drawn_of_each(found)]
+    np.put_along_axis(chosen, order, True, axis=1)
+    return chosen
+
+
 def lifts(found: Scored, top: float) -> list[int]:
     """By how many pixels each label is above its point, so that those of one set are not over each other."""
     heights, found_lifts = found.heights(), dict[tuple[int, int], int]()
@@ -63,14 +87,13 @@ def manhattan(found: Scored) -> Figure:
 
     Color and shape tell whether the feature promotes the set or suppresses it; a score that chance gives often is pale.
     """
-    from plotly.graph_objects import Figure, Scatter, Scattergl
+    from plotly.graph_objects import Figure, Scatter
 
-    kind = Scatter if found.values.signed.size <= _MOST_POINTS else Scattergl
-    figure = Figure()
+    figure, shown = Figure(), _highest(found)
     x, y, names = places_of(found), found.heights(), [*found.sets]
     signs = (("promotes", 1, 0, "triangle-up"), ("suppresses", -1, 1, "triangle-down"))
     for sign, direction, color, symbol in signs:
-        rows, columns = np.nonzero(found.values.signed * direction > 0)
+        rows, columns = np.nonzero((found.values.signed * direction > 0) & shown)
         if found.p is not None:  # what is clear is drawn last, on top, but for the one that the legend shows
             order = np.roll(np.argsort(found.p[rows, columns] <= UNLIKELY, kind="stable"), 1)
             rows, columns = rows[order], columns[order]
@@ -83,7 +106,7 @@ def manhattan(found: Scored) -> Figure:
         clear = np.full(len(rows), 0.8) if p is None else np.where(p > UNLIKELY, 0.25, 0.8)
         light, dark = PALETTE[color]
         figure.add_trace(
-            kind(
+            Scatter(
                 x=x[rows, columns].round(4), y=y[rows, columns].round(4), mode="markers", name=sign, hovertext=told,
                 marker={"size": 6, "symbol": symbol, "color": light, "opacity": clear}, hoverinfo="text",
                 meta={"light": light, "dark": dark},

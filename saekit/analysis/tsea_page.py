@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saekit._version import __version__
-from saekit.analysis.tsea_figures import LABELED_ABOVE, UNLIKELY, labeled, manhattan, overlay
+from saekit.analysis.tsea_figures import LABELED_ABOVE, UNLIKELY, drawn_of_each, labeled, manhattan, overlay
 from saekit.errors import PlaceError
 from saekit.files.paths import as_path
 from saekit.files.storage import write_bytes
@@ -95,6 +95,10 @@ def _rules(found: Scored) -> list[str]:
         "largest distance from 0 that the running sum comes to, up at each token of the set and down at each other; "
         "above 0 the feature promotes the set, below it suppresses it. Points are drawn at −ln(1 − score)."
     ]
+    if (most := drawn_of_each(found)) < len(found.features):
+        rules.append(
+            f"Of each set the {most:,} highest points are drawn, of {len(found.features):,}; the tables have all."
+        )
     if found.p is not None:
         compared = int((~np.isnan(found.p)).sum())
         rules.append(

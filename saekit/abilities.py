@@ -34,7 +34,7 @@ __all__ = [
     "HasMoments",
     "HasOtherNames",
     "HasTokenizer",
-    "KnowsOutputWeights",
+    "LeadsToResidualStream",
     "KnowsResidualStream",
     "LocatesFiles",
     "Pauses",
@@ -74,10 +74,10 @@ class KnowsResidualStream(Protocol):
 
 
 @runtime_checkable
-class KnowsOutputWeights(Protocol):
+class LeadsToResidualStream(Protocol):
     """A model backend that knows by which weights what is inside a block reaches the residual stream."""
 
-    def output_weights(self, hook_name: str) -> Tensor | None:
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
         """``[d, d_model]``: what the model multiplies what the hook holds by before it is added to the residual stream.
 
         ``W_O`` of what heads make before it is projected, ``[heads · d_head, d_model]``, and ``W_out`` inside an MLP

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import KnowsOutputWeights, KnowsResidualStream
+from saekit.abilities import LeadsToResidualStream, KnowsResidualStream
 from saekit.ambient import ambient
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
@@ -58,7 +58,7 @@ def _from(site: Site, width: int, backend: ModelBackend, unembedding: Tensor) ->
         if len(unembedding) == width:
             return LogitPath(unembedding)
         return f"the unembedding reads vectors of {len(unembedding)}, and the SAE writes {width}"
-    weights = backend.output_weights(site.hook_name) if isinstance(backend, KnowsOutputWeights) else None
+    weights = backend.to_residual_stream(site.hook_name) if isinstance(backend, LeadsToResidualStream) else None
     if weights is None:
         if not knows:
             return f"the backend of {backend.name!r} does not say which hooks are in the residual stream"

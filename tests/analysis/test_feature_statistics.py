@@ -123,7 +123,7 @@ def test_transformers_models_have_the_same_ways(kind: str) -> None:
     )
     names = {id(module): name for name, module in backend.model.named_modules()}
     for module in (attention, mlp):
-        found = backend.output_weights(f"{names[id(module)]}.input")
+        found = backend.to_residual_stream(f"{names[id(module)]}.input")
         if kind == "gemma2":  # which normalizes what it adds
             assert found is None
             continue
@@ -131,17 +131,17 @@ def test_transformers_models_have_the_same_ways(kind: str) -> None:
         bias = 0 if getattr(module, "bias", None) is None else module.bias
         torch.testing.assert_close(x @ found + bias, module(x))
     gate = backend.hook_like("blocks.1.mlp.hook_pre")
-    assert (backend.output_weights(gate) is None) == (kind != "gpt2"), "a gate is multiplied with what is behind it"
-    assert backend.output_weights("nowhere") is None
+    assert (backend.to_residual_stream(gate) is None) == (kind != "gpt2"), "a gate is multiplied with what is behind it"
+    assert backend.to_residual_stream("nowhere") is None
 
 
 def test_gated_mlps_of_transformer_lens_have_no_way_from_before_the_gate() -> None:
     backend = saekit.load_model(hooked_transformer())
-    assert backend.output_weights("blocks.0.mlp.hook_pre") is not None
+    assert backend.to_residual_stream("blocks.0.mlp.hook_pre") is not None
     backend.model.cfg.gated_mlp = True
-    assert backend.output_weights("blocks.0.mlp.hook_pre") is None
+    assert backend.to_residual_stream("blocks.0.mlp.hook_pre") is None
     backend.model.cfg.use_normalization_before_and_after = True
-    assert backend.output_weights("blocks.0.mlp.hook_post") is None
+    assert backend.to_residual_stream("blocks.0.mlp.hook_post") is None
 
 
 def test_several_saes_are_one_table_that_parquet_keeps(tmp_path: object) -> None:

@@ -76,7 +76,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
 
-    def output_weights(self, hook_name: str) -> Tensor | None:
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
         """``W_O`` or ``W_out``; none where a norm lies behind them, and before the product with a gate."""
         found, cfg = _INSIDE.fullmatch(hook_name), self.model.cfg
         behind = getattr(cfg, "use_normalization_before_and_after", False)

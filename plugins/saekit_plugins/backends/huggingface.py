@@ -122,7 +122,7 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         config = self.model.config.get_text_config()
         return layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
 
-    def output_weights(self, hook_name: str) -> Tensor | None:
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
         """Those of the module that attention or an MLP ends with; none where a norm lies behind it, or a gate."""
         known = self._layout
         lens = None if known is None or hook_name not in self._hooks else known.lens_hook(hook_name)

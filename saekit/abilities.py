@@ -35,6 +35,7 @@ __all__ = [
     "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
+    "LeadsToResidualStream",
     "LocatesFiles",
     "Pauses",
     "Remarks",
@@ -70,6 +71,20 @@ class KnowsResidualStream(Protocol):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         """Whether what the hook holds, ``[b, t, d_model]``, is the residual stream or is added to it as it is."""
+
+
+@runtime_checkable
+class LeadsToResidualStream(Protocol):
+    """A model backend that knows how what some hooks hold comes into the residual stream: by a product with weights.
+
+    So it is said what a feature of an attention's heads promotes, or of an MLP's neurons.
+    """
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``[width, d_model]``: what the hook holds, heads side by side, times this is added to the residual stream.
+
+        None: no such weights are known.
+        """
 
 
 @runtime_checkable

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
+from saekit.features.tables import SAETables
 from saekit.features.windows import Quantile, Width, Window, check_width, distinct, intervals, span
-
-if TYPE_CHECKING:
-    from saekit.features.store import SAEFeatures
 
 __all__ = ["BINS", "Feature", "Histogram", "Logits", "Partner"]
 
@@ -68,7 +66,7 @@ class Logits:
 class Feature:
     """A feature of an SAE in a store.  Everything is read when it is asked for."""
 
-    sae: SAEFeatures
+    sae: SAETables
     index: int
     """Its number in the SAE."""
     _row: int = attrs.field(repr=False)
@@ -245,11 +243,13 @@ class Feature:
 
         Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made.
         """
-        return self.sae.partners_of(self._row, f"features_by_{by}")[:n]
+        if by not in ("pearson", "jaccard"):
+            raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}")])
+        return self._partners(f"features_by_{by}")[:n]
 
     def neurons(self, n: int | None = None) -> list[Partner]:
         """The coordinates of the SAE's input that correlate most with it, the strongest first."""
-        return self.sae.partners_of(self._row, "neurons")[:n]
+        return self._partners("neurons")[:n]
 
     def alignment(self, n: int | None = None) -> list[tuple[int, float, float]]:
         """The largest coordinates of its decoder direction: number, value, and share of the direction's L1 norm."""
@@ -265,14 +265,34 @@ class Feature:
     @property
     def logits(self) -> Logits | None:
         """What it does to the logits; None where nothing can be said of that (``sae.why_no_logits``)."""
-        return self.sae.logits_of(self._row)
+        if self.sae.why_no_logits is not None:
+            return None
+        of = {name: values[self._row] for name, values in self.sae.tables("logits").items()}
+        texts = self.sae.store.texts
+        top, bottom = (
+            tuple(zip(of[f"{end}_ids"].tolist(), texts(of[f"{end}_ids"].tolist()), of[end].tolist(), strict=True))
+            for end in ("top", "bottom")
+        )
+        edges = np.linspace(float(of["low"]), float(of["high"]), len(of["histogram"]) + 1)
+        return Logits(top, bottom, Histogram(edges, of["histogram"]), float(of["mean"]), float(of["std"]))
+
+    def _partners(self, which: str) -> list[Partner]:
+        tables = self.sae.tables("together")
+        numbers = tables[f"{which}_index"][self._row]
+        names = [name for name in ("pearson", "cosine", "jaccard") if f"{which}_{name}" in tables]
+        columns = {name: tables[f"{which}_{name}"][self._row].tolist() for name in names}
+        return [
+            Partner(index, **{name: column[i] for name, column in columns.items()})
+            for i, index in enumerate(numbers.tolist())
+            if index >= 0
+        ]
 
 
 class _Others:
-    """Those of ``all`` that are not at the rising ``places``, without a list of them."""
+    """Those of ``whole`` that are not at the rising ``places``, without a list of them."""
 
-    def __init__(self, all: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        self._all, self._gaps = all, places - np.arange(len(places))
+    def __init__(self, whole: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        self._all, self._gaps = whole, places - np.arange(len(places))
 
     def __len__(self) -> int:
         return len(self._all) - len(self._gaps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -75,7 +76,7 @@ class Quantile:
 def intervals(maximum: float, n: int) -> list[tuple[float, float]]:
     """``n`` intervals of one width from 0 to ``maximum``, the lowest first; a bound belongs to both (sae_vis)."""
     bounds = [0.0, *(maximum * i / n for i in range(1, n)), maximum]  # the last one without rounding
-    return [*zip(bounds[:-1], bounds[1:], strict=True)]
+    return [*itertools.pairwise(bounds)]
 
 
 def check_width(window: object) -> None:

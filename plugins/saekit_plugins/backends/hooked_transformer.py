@@ -37,6 +37,7 @@ _RESIDUAL = re.compile(
 """The hooks that hold the residual stream, or what is added to it as it is."""
 
 _ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
+_INTO_RESIDUAL = re.compile(r"blocks\.(\d+)\.(?:(attn\.hook_z)|mlp\.hook_(?:pre|post))")
 _BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
 _OWN_WAY = ("start_at_layer", "stop_at_layer", "tokens", "prepend_bos", "padding_side", "past_kv_cache",
@@ -74,6 +75,17 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``W_O`` for the heads of an attention, ``W_out`` for the neurons of an MLP."""
+        found = _INTO_RESIDUAL.fullmatch(hook_name)
+        if found is None or hook_name not in self.model.hook_dict:
+            return None
+        block, heads = self.model.blocks[int(found[1])], found[2] is not None
+        weights = getattr(block.attn, "W_O", None) if heads else getattr(block.mlp, "W_out", None)
+        if weights is None or getattr(block, "ln1_post", None) or getattr(block, "ln2_post", None):
+            return None  # a mixture of experts, or a norm after the product
+        return weights.flatten(0, -2)  # type: ignore[no-any-return]
 
     def other_names(self) -> Collection[str]:
         return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.status import Status
 
-__all__ = ["collect_features"]
+__all__ = ["collect_features", "numbers_of"]
 
 STORE = "features"
 """The name of a store's folder where none is given."""
@@ -221,3 +221,16 @@ def _collected(
             sums = work.run(parts, report)
         finish(place, parts, sums, work, wanted, options, say)
     return FeatureStore.open(place)
+
+
+def numbers_of(text: str) -> str | list[int]:
+    """What ``1,2,5-20`` means; ``all`` is itself.  :class:`ConfigError` for anything else."""
+    if text.strip() == "all":
+        return "all"
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError([("features", f"must be numbers such as 1,2,5-20, or all; found {part.strip()!r}")])
+        found += range(int(first), int(last or first) + 1)
+    return found

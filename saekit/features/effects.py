@@ -12,13 +12,14 @@ from saekit.ambient import ambient
 from saekit.analysis.promoting import output_directions, residual_directions
 from saekit.features.feature import BINS
 from saekit.features.subject import Collected
-from saekit.features.together import block_size, strongest
+from saekit.features.together import strongest
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 
 __all__ = ["directions_of", "logit_effects", "weight_tables"]
 
 _AT_ONCE = 64  # features, of whose logits for the whole vocabulary as many are held
+_BYTES = 1 << 25  # of the cosines of a block of features with all others
 _NAMED = 3  # features by which it is seen what is decoded
 
 
@@ -51,7 +52,7 @@ def weight_tables(one: Collected, k: int, report: Callable[[int], Any] = lambda 
     lengths = everything.norm(dim=1, keepdim=True)
     unit = everything / lengths.where(lengths > 0, 1)
     found: dict[str, list[Tensor]] = {}
-    for own in torch.from_numpy(one.features).split(block_size(one.sae.d_sae)):
+    for own in torch.from_numpy(one.features).split(max(_BYTES // (4 * one.sae.d_sae), 1)):
         mine = everything[own]
         shares = mine.abs() / mine.abs().sum(1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
         alignment = strongest("value", {"value": mine, "share": shares}, k, (mine == 0).all(1, keepdim=True))

@@ -21,7 +21,6 @@ UNIT_TOKENS = 4096
 PART_ENTRIES, PART_TOKENS = 1 << 21, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
 _MERGING = 1 << 28  # bytes, for what is put in order at once
-_COLUMNS_OF_SUMS = 12  # tables like the sums of a block of features, while partners are chosen
 
 
 @attrs.frozen(kw_only=True)
@@ -97,9 +96,8 @@ def estimated(
         working += round(columns / 2)
         memory += sums + (PART_ENTRIES + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (4 * item + 24)
         memory += UNIT_TOKENS * one.sae.d_in * (8 + item)
-    wide = max(one.sae.d_sae for one in subjects)
     return Estimate(
-        memory=memory + max(_MERGING, _COLUMNS_OF_SUMS * max(1 << 26, 16 * wide) // 2),
+        memory=memory + _MERGING,
         working=working + stored,
         stored=stored,
         seconds=seconds * tokens,

@@ -41,6 +41,7 @@ class PartRows:
         tensors = mapped_tensors(path)
         self.places, self.starts, self.by_feature = (tensors[name] for name in ("places", "starts", "by_feature"))
         self.features, self.values, self.order = (tensors[name] for name in ("features", "values", "order"))
+        self.lengths = self.starts.diff()
 
     def entries(self, first: int, last: int) -> Tensor:
         """The numbers of the entries of the features at places ``first`` to ``last``, feature by feature."""

@@ -15,17 +15,12 @@ from torch import Tensor
 from saekit.features.merging import PartRows
 from saekit.features.subject import Sums
 
-__all__ = ["block_size", "neuron_partners", "strongest", "together"]
+__all__ = ["neuron_partners", "strongest", "together"]
 
-_BYTES = 1 << 26  # of the sums of a block of features with all others
+_BYTES = 1 << 22  # of the sums of a block of features with all others: few enough for a cache
 _PAIRS = 1 << 21  # that are worked on at once
 _ROWS = 1024  # likewise, where rows are made dense
-_DENSE = 200  # how many products of a dense matrix take as long as one of a pair that is looked up
-
-
-def block_size(d_sae: int) -> int:
-    """Features of which the sums with all ``d_sae`` others are held at once."""
-    return max(_BYTES // (16 * d_sae), 1)
+_DENSE = 500  # how many products of a dense matrix take as long as one of a pair that is looked up
 
 
 def together(
@@ -41,14 +36,15 @@ def together(
     included, from ``Σx``, ``Σx²``, ``Σxy`` and ``n``.
     """
     parts = [PartRows(path) for path in paths]
-    d_sae, size = len(sums.fired), block_size(len(sums.fired))
+    d_sae, size = len(sums.fired), max(_BYTES // (16 * len(sums.fired)), 1)
     found: dict[str, list[Tensor]] = {}
     for first in range(0, len(features), size):
         last = min(first + size, len(features))
         own = torch.from_numpy(features[first:last])
-        products, both = (torch.zeros(last - first, d_sae, dtype=torch.float64) for _ in range(2))
+        found_sums = torch.zeros(last - first, d_sae, 2, dtype=torch.float64)
         for part in parts:
-            _add(part, first, last, products, both)
+            _add(part, first, last, found_sums)
+        products, both = found_sums.unbind(-1)
         measures = _measures(own, products, both, sums)
         measures["none"] = (both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
         for by in ("pearson", "jaccard"):
@@ -124,46 +120,47 @@ class _Block:
     values: Tensor
 
 
-def _add(part: PartRows, first: int, last: int, products: Tensor, both: Tensor) -> None:
-    """Add ``Σ x_f x_g`` and the number of tokens with both, for the features ``first`` to ``last``, of one part."""
+def _add(part: PartRows, first: int, last: int, sums: Tensor) -> None:
+    """Add ``Σ x_f x_g`` and the number of tokens with both to ``sums [b, d_sae, 2]``, for the features ``first`` to
+    ``last``, of one part."""
     entries = part.entries(first, last)
     if not len(entries):
         return
     block = _Block(part.owners(first, last), part.rows(entries), part.values[entries].double())
-    lengths = part.starts.diff()[block.rows]
-    if int(lengths.sum()) * _DENSE > len(part.places) * products.numel():
-        _add_dense(part, block, products, both)
+    lengths = part.lengths[block.rows]
+    if int(lengths.sum()) * _DENSE > len(part.places) * sums[..., 0].numel():
+        _add_dense(part, block, sums)
     else:
-        _add_pairs(part, block, lengths, products, both)
+        _add_pairs(part, block, lengths, sums)
 
 
-def _add_pairs(part: PartRows, block: _Block, lengths: Tensor, products: Tensor, both: Tensor) -> None:
+def _add_pairs(part: PartRows, block: _Block, lengths: Tensor, sums: Tensor) -> None:
     """Each entry with each of its row."""
     ends = lengths.cumsum(0)
     cuts = torch.searchsorted(ends, torch.arange(0, int(ends[-1]), _PAIRS), right=True).unique().tolist()
+    targets, offsets = sums.view(-1, 2), block.owners * sums.shape[1]
+    first_other = part.starts[block.rows] - (ends - lengths)  # minus the pairs before, which the numbers below count
     for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True):
-        some = slice(start, stop)
-        counts = lengths[some]
-        mine = torch.repeat_interleave(torch.arange(start, stop), counts)
-        within = torch.arange(len(mine)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        others = part.starts[block.rows[mine]] + within
-        flat = block.owners[mine] * products.shape[1] + part.features[others]
-        products.view(-1).index_add_(0, flat, block.values[mine] * part.values[others].double())
-        both.view(-1).index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64))
+        before, after = int(ends[start] - lengths[start]), int(ends[stop - 1])
+        mine = torch.repeat_interleave(torch.arange(start, stop), lengths[start:stop], output_size=after - before)
+        others = first_other[mine].add_(torch.arange(before, after))
+        terms = torch.ones(after - before, 2, dtype=torch.float64)
+        torch.mul(block.values[mine], part.values[others], out=terms[:, 0])
+        targets.index_add_(0, offsets[mine].add_(part.features[others]), terms)
 
 
-def _add_dense(part: PartRows, block: _Block, products: Tensor, both: Tensor) -> None:
+def _add_dense(part: PartRows, block: _Block, sums: Tensor) -> None:
     """As products of matrices, where most features are active on most tokens."""
     order = torch.sort(block.rows, stable=True).indices
     owners, rows, values = block.owners[order], block.rows[order], block.values[order]
     for start in range(0, len(part.places), _ROWS):
         stop = min(start + _ROWS, len(part.places))
         mine = slice(*torch.searchsorted(rows, torch.tensor([start, stop])).tolist())
-        own = torch.zeros(stop - start, len(products), dtype=torch.float64)
+        own = torch.zeros(stop - start, len(sums), dtype=torch.float64)
         own[rows[mine] - start, owners[mine]] = values[mine]
         first, last = int(part.starts[start]), int(part.starts[stop])
-        where = torch.repeat_interleave(torch.arange(stop - start), part.starts[start : stop + 1].diff())
-        everything = torch.zeros(stop - start, products.shape[1], dtype=torch.float64)
+        where = torch.repeat_interleave(torch.arange(stop - start), part.lengths[start:stop])
+        everything = torch.zeros(stop - start, sums.shape[1], dtype=torch.float64)
         everything[where, part.features[first:last].long()] = part.values[first:last].double()
-        products.addmm_(own.T, everything)
-        both += (own != 0).float().T @ (everything != 0).float()
+        sums[..., 0] += own.T @ everything
+        sums[..., 1] += (own != 0).float().T @ (everything != 0).float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,12 +197,13 @@ def _collected(
     from saekit.features.store import FeatureStore
     from saekit.progress import ProgressDisplay
 
-    with storing(place), ambient(), torch.no_grad():
+    with storing(place), ambient(), torch.no_grad(), ExitStack() as stack:
         if overwrite:
             remove_store(place)
         elif opened_for(place, wanted):
             return FeatureStore.open(place)
         parts = Parts.opened(place, wanted.identity)
+        stack.callback(parts.remove_if_empty)
         work = Pass(subjects, backend, contexts, batch_size)
         say("estimating what it takes")
         estimate = work.estimate(options)
@@ -220,6 +222,7 @@ def _collected(
 
             sums = work.run(parts, report)
         finish(place, parts, sums, work, wanted, options, say)
+        stack.pop_all()
     return FeatureStore.open(place)
 
 

@@ -201,7 +201,8 @@ class Feature:
         none = self.sae.tokens_counted - self.fired if with_zero else 0
         share = (all_of_it + none) / self.sae.tokens_counted
         blanks = self._zero_places() if with_zero and zeros and none else None
-        picked = generator.choice(len(pool) + (0 if blanks is None else len(blanks)), n, replace=False)
+        number = len(pool) + (0 if blanks is None else len(blanks))
+        picked = generator.choice(number, min(n, number), replace=False)
         size = self.sae.store.context_size
         flat = [self._places[pool[i]] if blanks is None or i < len(pool) else blanks[i - len(pool)] for i in picked]
         return share, [divmod(int(place), size) for place in flat]

@@ -95,7 +95,8 @@ class StoreManifest:
             "model": dict(self.model),
             "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest},
             "options": dict(self.options),
-            "saes": {one.name: one.identity for one in self.saes},
+            "SAEs": len(self.saes),
+            **{f"SAE {number + 1}": one.identity for number, one in enumerate(self.saes)},
         }
         return json.loads(json.dumps(table))  # type: ignore[no-any-return]
 

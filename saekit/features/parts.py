@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +100,13 @@ class Parts:
     def _save(self) -> None:
         table = {"identity": self.identity, "parts": self.names, "contexts": self.contexts, "files": self.files}
         write_text(self.folder / PROGRESS, json.dumps(table, indent=1) + "\n")
+
+    def remove_if_empty(self) -> None:
+        """Leave nothing of what never began."""
+        if not self.names:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
     def rows_of(self, number: int) -> list[Path]:
         """The files of an SAE, in the order of the text."""

@@ -24,11 +24,10 @@ from saekit.site import Site, Sites
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.features.collect import Pass
     from saekit.features.estimate import Options
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
-    from saekit.features.subject import Collected
-    from saekit.protocols import ModelBackend
     from saekit.status import Status
 
 __all__ = ["collect_features", "numbers_of"]
@@ -75,40 +74,44 @@ def collect_features(
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
     stopped, when it is asked for again; a store that is there already is opened.  One of something else is an error,
-    unless ``overwrite``.  What it needs is said before it begins.
-
-    Raises :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    unless ``overwrite``.  What it needs is said before it begins.  :class:`saekit.errors.SaekitError` for what cannot
+    be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
-    counts = {"n_contexts": n_contexts, "max_per_feature": max_per_feature, "batch_size": batch_size}
-    _check_counts(counts, 1)
+    _check_counts({"n_contexts": n_contexts, "max_per_feature": max_per_feature, "batch_size": batch_size}, 1)
     _check_counts({"top_kept": top_kept, "partners": partners, "logits": logits}, 0)
     from saekit.devices import resolve_device
     from saekit.features.estimate import Options
-    from saekit.features.parts import check_place
     from saekit.status import Status
 
-    if folder is not None:
-        check_place(as_path(folder))
     options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        place = as_path(folder) if folder is not None else _beside(found)
-        check_place(place)
+        _check_place(place := _beside(found) if folder is None else as_path(folder))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, device=device, say=say)
         tokens = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice))
-        backend, chosen, subjects, facts = _of_one_model(found, material, tokens, features, site)
-        if contexts is None and len(chosen) < n_contexts:
-            warnings.warn(
-                f"the text fills {len(chosen):,} contexts of {chosen.shape[1]} tokens, and {n_contexts:,} were asked "
-                "for: features are collected on those",
-                UserWarning,
-                stacklevel=2,
-            )
-        wanted = _manifest(subjects, backend, chosen, facts, options)
-        return _collected(place, wanted, subjects, backend, chosen, options, batch_size, overwrite, verbose, say)
+        work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
+        if contexts is None:
+            _warn_of_fewer(work.contexts, n_contexts)
+        return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
+
+
+def _warn_of_fewer(contexts: Tensor, wanted: int) -> None:
+    if (there := len(contexts)) < wanted:
+        warnings.warn(
+            f"the text fills {there:,} contexts of {contexts.shape[1]} tokens, and {wanted:,} were asked for: features "
+            "are collected on those",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_place(place: Path) -> None:
+    from saekit.features.parts import check_place
+
+    check_place(place)
 
 
 def _check_counts(counts: Mapping[str, Any], least: int) -> None:
@@ -127,9 +130,10 @@ def _beside(subjects: Mapping[str, Subject]) -> Path:
 
 
 def _of_one_model(
-    found: Mapping[str, Subject], material: Material, tokens: ChosenTokens, features: object, site: Any
-) -> tuple[ModelBackend, Tensor, list[Collected], dict[str, Any]]:
-    """The model and the contexts, the SAEs in their order, and what is known of the text."""
+    found: Mapping[str, Subject], material: Material, tokens: ChosenTokens, features: object, site: Any, batch_size: int
+) -> tuple[Pass, dict[str, Any]]:
+    """The pass of the SAEs in their order over the contexts that they share, and what is known of the text."""
+    from saekit.features.collect import Pass
     from saekit.features.subject import Collected
 
     groups = [*material.groups(found, site)]
@@ -154,44 +158,40 @@ def _of_one_model(
         for name in names
     ]
     facts = {key: value for key, value in about[names[0]].items() if key in ("dataset", "held_out", "seed")}
-    return backend, chosen, subjects, facts
+    return Pass(subjects, backend, chosen, batch_size), facts
 
 
-def _manifest(
-    subjects: Sequence[Collected], backend: ModelBackend, contexts: Tensor, facts: Mapping[str, Any], options: Options
-) -> StoreManifest:
+def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreManifest:
     import attrs
 
     from saekit.features.manifest import StoreManifest
 
     return StoreManifest(
-        model={"name": backend.name, "fingerprint": backend.fingerprint()},
+        model={"name": work.backend.name, "fingerprint": work.backend.fingerprint()},
         dataset=facts,
-        contexts=len(contexts),
-        context_size=contexts.shape[1],
-        digest=hashlib.sha256(contexts.int().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        contexts=len(work.contexts),
+        context_size=work.contexts.shape[1],
+        digest=hashlib.sha256(work.contexts.int().cpu().contiguous().numpy().tobytes()).hexdigest(),
         options=attrs.asdict(options),
-        saes=[one.about(number) for number, one in enumerate(subjects)],
+        saes=[one.about(number) for number, one in enumerate(work.subjects)],
         saekit_version=__version__,
     )
 
 
 def _collected(
     place: Path,
+    work: Pass,
     wanted: StoreManifest,
-    subjects: Sequence[Collected],
-    backend: ModelBackend,
-    contexts: Tensor,
     options: Options,
-    batch_size: int,
     overwrite: bool,
     verbose: bool,
     say: Status,
 ) -> FeatureStore:
+    """The store in ``place``: opened, gone on with, or made."""
     import torch
 
     from saekit.ambient import ambient
-    from saekit.features.collect import Pass, finish
+    from saekit.features.collect import finish
     from saekit.features.estimate import check_space
     from saekit.features.parts import Parts, opened_for, remove_store, storing
     from saekit.features.store import FeatureStore
@@ -204,13 +204,12 @@ def _collected(
             return FeatureStore.open(place)
         parts = Parts.opened(place, wanted.identity)
         stack.callback(parts.remove_if_empty)
-        work = Pass(subjects, backend, contexts, batch_size)
         say("estimating what it takes")
         estimate = work.estimate(options)
         say.rest()
         check_space(place, estimate, sum(int(entry["bytes"]) for entry in parts.files.values()))
-        before = done = parts.contexts * contexts.shape[1]
-        with ProgressDisplay(contexts.numel(), doing="collecting features", verbose=verbose) as progress:
+        before = done = parts.contexts * work.contexts.shape[1]
+        with ProgressDisplay(work.contexts.numel(), doing="collecting features", verbose=verbose) as progress:
             progress.say(f"collecting features into {place}: {estimate}")
             if before:
                 progress.say(f"going on after {parts.contexts:,} contexts that are there")

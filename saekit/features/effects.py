@@ -58,7 +58,7 @@ def weight_tables(one: Collected, k: int, report: Callable[[int], Any] = lambda 
         alignment = strongest("value", {"value": mine, "share": shares}, k, (mine == 0).all(1, keepdim=True))
         cosines = (unit[own] @ unit.T).clamp_(-1, 1)
         none = (lengths[:, 0] == 0).expand_as(cosines).index_put((torch.arange(len(own)), own), torch.tensor(True))
-        neighbors = strongest("cosine", {"cosine": cosines}, k, none)
+        neighbors = strongest("cos", {"cos": cosines}, k, none)
         for prefix, tables in (("alignment", alignment), ("neighbor", neighbors)):
             for name, table in tables.items():
                 found.setdefault(f"{prefix}_{name}", []).append(table)

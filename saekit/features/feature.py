@@ -260,7 +260,7 @@ class Feature:
 
     def neighbors(self, n: int | None = None) -> list[tuple[int, float]]:
         """The features whose decoder directions are most like its own, with the cosine, the most alike first."""
-        numbers, cosines = self.sae.table("weights", "neighbor_index"), self.sae.table("weights", "neighbor_cosine")
+        numbers, cosines = self.sae.table("weights", "neighbor_index"), self.sae.table("weights", "neighbor_cos")
         return [*zip(numbers[self._row].tolist(), cosines[self._row].tolist(), strict=True)][:n]
 
     @property
@@ -280,13 +280,12 @@ class Feature:
     def _partners(self, which: str) -> list[Partner]:
         tables = self.sae.tables("together")
         numbers = tables[f"{which}_index"][self._row]
-        names = [name for name in ("pearson", "cosine", "jaccard") if f"{which}_{name}" in tables]
-        columns = {name: tables[f"{which}_{name}"][self._row].tolist() for name in names}
-        return [
-            Partner(index, **{name: column[i] for name, column in columns.items()})
-            for i, index in enumerate(numbers.tolist())
-            if index >= 0
-        ]
+        pearson, cosine = (tables[f"{which}_{name}"][self._row].tolist() for name in ("pearson", "cos"))
+        jaccard = (
+            tables[f"{which}_jaccard"][self._row].tolist() if f"{which}_jaccard" in tables else [None] * len(numbers)
+        )
+        rows = zip(numbers.tolist(), pearson, cosine, jaccard, strict=True)
+        return [Partner(index, *measures) for index, *measures in rows if index >= 0]
 
 
 class _Others:

@@ -48,7 +48,7 @@ def together(
         measures = _measures(own, products, both, sums)
         measures["none"] = (both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
         for by in ("pearson", "jaccard"):
-            columns = {name: measures[name] for name in ("pearson", "cosine", "jaccard")}
+            columns = {name: measures[name] for name in ("pearson", "cos", "jaccard")}
             for name, table in strongest(by, columns, k, measures["none"]).items():
                 found.setdefault(f"features_by_{by}_{name}", []).append(table)
         report(last - first)
@@ -64,7 +64,7 @@ def _measures(own: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[s
     pearson = covariance / (variance[own][:, None] * variance).sqrt()
     cosine = products / (sums.squares[own][:, None] * sums.squares).sqrt()
     jaccard = both / (fired[own][:, None] + fired - both)
-    named = {"pearson": pearson, "cosine": cosine, "jaccard": jaccard}
+    named = {"pearson": pearson, "cos": cosine, "jaccard": jaccard}
     return {name: value.nan_to_num_(0, 0, 0).clamp_(-1, 1) for name, value in named.items()}
 
 
@@ -77,7 +77,7 @@ def neuron_partners(sums: Sums, features: NDArray[np.int64], k: int) -> dict[str
         of_feature = (squares - total.square() / n).clamp_min(0)
         columns = {
             "pearson": (products - total * (sums.neuron_total / n)) / (of_feature * variance).sqrt(),
-            "cosine": products / (squares * sums.neuron_squares).sqrt(),
+            "cos": products / (squares * sums.neuron_squares).sqrt(),
         }
         columns = {name: value.nan_to_num_(0, 0, 0).clamp_(-1, 1) for name, value in columns.items()}
         never = (sums.fired[own] == 0)[:, None].expand_as(products)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,34 @@ from support.saes import at, drawn_sae
 
 import saekit
 from saekit.backends import Hooks
-from saekit.errors import DataError, PlaceError, SaekitError, StorageError
+from saekit.errors import DataError, PlaceError, StorageError
 from saekit.features import collect as collecting
 from saekit.testing import FakeBackend
 
 HOOK = "blocks.1.hook_resid_post"
 
 
+def _in_small_parts(patch: pytest.MonkeyPatch) -> None:
+    """Of 10 contexts each; and estimates of one context."""
+    patch.setattr(collecting, "_PROBED", 1)
+    patch.setattr(collecting, "UNIT_TOKENS", 60)
+    patch.setattr(collecting, "PART_TOKENS", 120)
+
+
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of 10 contexts each."""
-    monkeypatch.setattr(collecting, "UNIT_TOKENS", 60)
-    monkeypatch.setattr(collecting, "PART_TOKENS", 120)
-    yield
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _in_small_parts(monkeypatch)
 
 
 class Dying(FakeBackend):
-    """One that is stopped at some forward."""
+    """One that is stopped at some forward of five contexts, of which a pass has twelve."""
 
     def __init__(self, left: int) -> None:
         super().__init__()
         self.left = left
 
     def forward(self, tokens: torch.Tensor, hooks: Hooks) -> torch.Tensor | None:
-        self.left -= 1
+        self.left -= len(tokens) == 5
         if not self.left:
             raise KeyboardInterrupt
         return super().forward(tokens, hooks)
@@ -55,10 +57,18 @@ def sae() -> Any:
     return at(drawn_sae(8, d_sae=12), HOOK, model_name="fake")
 
 
+@pytest.fixture(scope="module")
+def made(sae: Any, collect: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        _in_small_parts(patch)
+        store: saekit.FeatureStore = collect(sae, tmp_path_factory.mktemp("made") / "whole")
+    return store.folder
+
+
 @pytest.fixture
-def whole(sae: Any, collect: Any, tmp_path: Path) -> saekit.FeatureStore:
-    store: saekit.FeatureStore = collect(sae, tmp_path / "whole")
-    return store
+def whole(made: Path, tmp_path: Path) -> saekit.FeatureStore:
+    """A store that a test may damage."""
+    return saekit.FeatureStore.open(shutil.copytree(made, tmp_path / "whole"))
 
 
 def test_parts_change_nothing_but_the_last_digits_of_sums(
@@ -70,7 +80,7 @@ def test_parts_change_nothing_but_the_last_digits_of_sums(
     assert all(bytes_of(whole)[name] == bytes_of(other)[name] for name in same)
 
 
-@pytest.mark.parametrize("forward", [3, 16, 23])
+@pytest.mark.parametrize("forward", [1, 3, 10])
 def test_a_pass_that_was_killed_goes_on(
     sae: Any, collect: Any, whole: Any, tmp_path: Path, forward: int, capsys: Any
 ) -> None:
@@ -80,28 +90,25 @@ def test_a_pass_that_was_killed_goes_on(
     backend = FakeBackend()
     store = collect(sae, tmp_path / "store", model=backend, batch_size=5, verbose=True)
     assert bytes_of(store) == bytes_of(whole)
-    assert ("contexts that are there" in capsys.readouterr().err) == (forward > 20)
+    assert ("contexts that are there" in capsys.readouterr().err) == (forward > 2)
     assert sorted(path.name for path in store.folder.iterdir()) == sorted(p.name for p in whole.folder.iterdir())
 
 
 def test_whichever_file_operation_fails_the_next_call_makes_the_same_store(
     sae: Any, collect: Any, whole: Any, tmp_path: Path
 ) -> None:
-    failed = 0
-    for operation in range(1, 400, 7):
+    faults = []
+    for operation in range(2, 80, 13):
         place = tmp_path / f"at-{operation}"
         try:
             with failing_at(operation, place):
-                store = collect(sae, place)
-            break
-        except SaekitError as error:
-            failed += 1
-            assert isinstance(error, StorageError)
-            assert "No space left on device" in str(error)
+                collect(sae, place)
+        except StorageError as error:
+            faults.append(str(error))
         assert not (place / "manifest.json").exists() or bytes_of(saekit.FeatureStore.open(place)) == bytes_of(whole)
         assert bytes_of(collect(sae, place)) == bytes_of(whole), operation
-    assert failed > 5
-    assert bytes_of(store) == bytes_of(whole)
+    assert len(faults) > 3
+    assert all("No space left on device" in fault for fault in faults)
 
 
 def test_a_full_disk_says_how_to_go_on(sae: Any, collect: Any, tmp_path: Path) -> None:
@@ -116,7 +123,7 @@ def test_a_full_disk_says_how_to_go_on(sae: Any, collect: Any, tmp_path: Path) -
 def test_a_disk_without_room_is_seen_before_it_begins(
     sae: Any, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: os.terminal_size((0, 0)) and _Free())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: _Free())
     with pytest.raises(PlaceError, match=r"needs about .* while it is made, and the disk has 0\.0 MB free\. Ask for"):
         collect(sae, tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -130,7 +137,7 @@ def test_a_store_that_is_there_is_opened(sae: Any, collect: Any, whole: Any) -> 
     backend = FakeBackend()
     again = collect(sae, whole.folder, model=backend)
     assert again.manifest == whole.manifest
-    assert all(shape[0] * shape[1] <= 8 for shape in backend.forwards), "no pass"
+    assert (5, 12) not in backend.forwards, "no pass"
 
 
 def test_a_store_of_something_else_is_refused_by_name(
@@ -150,14 +157,14 @@ def test_a_store_of_something_else_is_refused_by_name(
     replaced = collect(other, whole.folder, overwrite=True)
     assert bytes_of(replaced) == bytes_of(collect(other, tmp_path / "fresh"))
     with pytest.raises(KeyboardInterrupt):
-        collect(sae, tmp_path / "begun", model=Dying(30), batch_size=5)
+        collect(sae, tmp_path / "begun", model=Dying(7), batch_size=5)
     with pytest.raises(DataError, match="holds the beginning of another feature store"):
         collect(other, tmp_path / "begun")
 
 
 def test_parts_that_are_damaged_are_refused(sae: Any, collect: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        collect(sae, tmp_path / "store", model=Dying(30), batch_size=5)
+        collect(sae, tmp_path / "store", model=Dying(7), batch_size=5)
     part = tmp_path / "store" / "collecting" / "part-00000" / "0.safetensors"
     data = bytearray(part.read_bytes())
     data[-1] ^= 1

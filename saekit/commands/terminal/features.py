@@ -60,10 +60,7 @@ def features(
     device: Annotated[str, typer.Option(help="Where the model and the SAEs run.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is kept in the folder.")] = False,
 ) -> None:
-    """Collect what features do on text, in one pass, for pages, tables and exports.
-
-    A pass that was interrupted goes on where it stopped, when the command is given again.
-    """
+    """Collect what features do on text, in one pass, for pages, tables and exports; given again, it goes on."""
     from saekit.commands.features import collect_features, numbers_of
 
     store = collect_features(

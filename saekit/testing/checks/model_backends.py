@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream
+from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream, LeadsToResidualStream
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
 from saekit.plugins.building import outlined
@@ -313,6 +313,19 @@ def residual_stream(subject: Subject) -> None:
     widths = {hook: held[hook].shape[-1] for hook in tried.hooks if backend.in_residual_stream(hook)}
     read = len(backend.unembedding()[0]) if widths else 0
     must(set(widths.values()) <= {read}, f"it says yes of {widths}, by their widths, and the unembedding reads {read}")
+
+
+@CHECKS.add
+def paths_to_residual_stream(subject: Subject) -> None:
+    """What ``to_residual_stream``, if there, gives goes from what the hook holds to what ``unembedding`` reads."""
+    tried = Tried.of(subject)
+    if not isinstance(backend := tried.backend, LeadsToResidualStream):
+        raise NotTried("the backend knows no ways into the residual stream")
+    held = backend.run(tried.tokens, read=tried.hooks).held
+    for hook in tried.hooks:
+        if (weights := backend.to_residual_stream(hook)) is not None:
+            expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
+            must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")
 
 
 @CHECKS.add

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +200,15 @@ def test_what_it_takes_is_said_before_and_is_so(
 def test_memory_does_not_grow_with_the_text_and_is_what_was_said(
     saes: Any, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "PART_TOKENS", 1 << 10)
-    monkeypatch.setattr(collecting, "UNIT_TOKENS", 1 << 9)
+    monkeypatch.setattr(collecting, "PART_TOKENS", 1 << 9)
+    monkeypatch.setattr(collecting, "UNIT_TOKENS", 1 << 8)
     monkeypatch.setattr(merging, "_ENTRIES", 1 << 10)
     generator = torch.Generator().manual_seed(1)
     peaks = []
-    for number in (100, 800):
+    for number in (30, 120):
         some = torch.randint(1, 128, (number, 32), generator=generator)
-        peaks.append(peak_bytes(lambda: collect(saes["one"], tmp_path / str(len(some)), contexts=some)))
-    assert peaks[1] < 1.3 * peaks[0] + 4 * 2 * 800 * 32, "but for the tokens"
+        peaks.append(peak_bytes(partial(collect, saes["one"], tmp_path / str(number), contexts=some)))
+    assert peaks[1] < 1.3 * peaks[0] + 8 * 120 * 32, "but for the tokens"
     assert peaks[1] < 3e8
 
 

@@ -8,15 +8,19 @@ STAMP := $(VENV)/.installed
 PEERS ?= .venv-peers
 # The environment of `make test-newest`.
 NEWEST ?= .venv-newest
+# The environment of `make test-tl4`, and the tests that it runs: those about models, and of what runs them.
+TL4 ?= .venv-tl4
+TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_conformance.py tests/data/test_live_source.py \
+	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
 EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
-.PHONY: demo test test-newest lint docs bench clean
+.PHONY: demo test test-newest test-tl4 lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
 # reason below.
@@ -29,7 +33,17 @@ test-newest:
 		-c $(NEWEST)/torch.txt -e '.$(EXTRAS)'
 	@echo "other than in constraints.txt:"; $(NEWEST)/bin/python -m pip freeze --disable-pip-version-check \
 		--exclude-editable | grep -v '^torch==' | grep -vixFf constraints.txt || true
-	$(NEWEST)/bin/python -m pytest -n auto
+	$(NEWEST)/bin/python -m pytest -n auto --dist worksteal
+
+# transformer_lens 4, which has no HookedTransformer, and with which mamba-lens does not work; all else as it is tested.
+test-tl4:
+	@echo "Setting up $(TL4) with transformer_lens 4: a few minutes."
+	test -x $(TL4)/bin/python || $(PYTHON) -m venv $(TL4)
+	grep -viE '^(transformer|mamba)[-_]lens==' constraints.txt > $(TL4)/tested.txt
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt torch
+	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt 'transformer-lens>=4,<5' \
+		-e '.[wandb,test]'
+	$(TL4)/bin/python -m pytest -n auto $(TL4_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -45,7 +59,7 @@ bench: $(STAMP)
 	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
 	if $(MAKE) --no-print-directory $(PEERS)-3/.installed; \
 	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
-	for name in startup gaps shuffle backends live cached memory load checkpoint step splice end_to_end growth dead_features; do \
+	for name in startup gaps shuffle backends live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 
@@ -88,4 +102,4 @@ $(PEERS)-3/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(TL4) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,6 +12,7 @@ import attrs
 import torch
 
 import saekit
+from saekit.config import TokensConfig
 from saekit.data import Corpus, StreamContext
 from saekit.runs import metadata_of, seed_for
 from saekit.sae import build_module, initialize
@@ -20,6 +21,8 @@ from saekit.training import ComposedSchedule, FiringStatistics, ScheduledOptimiz
 ONLY = {
     "inputs": [()],
     "model.backend.item.entry.no_model": [False],
+    "tokens": [TokensConfig()],
+    "dataset.disable_concat_sequences": [None, False],
     "dataset.on_exhausted": ["repeat", "stop"],
     "activations.normalize_activations": [None, "saekit:expected_average_only_in"],
     "activations.source.item.entry.needs_text": [True],

@@ -14,6 +14,7 @@ import typer
 
 from saekit._version import __version__
 from saekit.commands.terminal import (
+    bench_synthetic,
     cache,
     compare,
     config,
@@ -74,6 +75,7 @@ app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("features", epilog=examples(features.EXAMPLES))(features.features)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
+app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "ALWAYS_TRACKED", "DEFAULT_ACTIVATION", "DEFAULT_ARCHITECTURE", "DEFAULT_BACKEND", "DEFAULT_EVALS",
-    "DEFAULT_OPTIMIZER", "DEFAULT_SCHEDULE", "DEFAULT_SOURCE",
+    "DEFAULT_OPTIMIZER", "DEFAULT_SCHEDULE", "DEFAULT_SOURCE", "NO_MODEL", "TOY_SOURCE",
 ]  # fmt: skip
 
 DEFAULT_BACKEND = "saekit:HookedTransformer"
@@ -20,3 +20,5 @@ DEFAULT_SCHEDULE = "saekit:constant"
 DEFAULT_EVALS = ("saekit:reconstruction", "saekit:downstream")
 ALWAYS_TRACKED = "saekit:jsonl"
 """The tracker that every run has, whatever others it has: reports read what it writes."""
+NO_MODEL, TOY_SOURCE = "saekit:none", "saekit:toy"
+"""The backend and the source of `saekit bench-synthetic`."""

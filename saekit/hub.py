@@ -13,7 +13,7 @@ from pathlib import Path
 from saekit.errors import SaekitError
 from saekit.reasons import reason
 
-__all__ = ["is_path", "within_reach"]
+__all__ = ["cached_alone", "is_path", "within_reach"]
 
 _PATIENCE = 10.0  # seconds for a connection; a Hub that is slow to answer has made one by then
 _PAUSE = 1.0  # seconds before the second and last try
@@ -54,6 +54,18 @@ def within_reach(unless: str | Path | None = None) -> Iterator[None]:
         raise
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+@contextmanager
+def cached_alone() -> Iterator[None]:
+    """The Hub is not asked for anything: what its cache lacks is not there."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _why_unreached(address: str) -> str | None:

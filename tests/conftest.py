@@ -26,6 +26,12 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 pytest.register_assert_rewrite("support")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than processors (``-n auto``): a test that waits for a process that it started does nothing itself."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parameters of :func:`way` and :func:`device`; torch is imported only where it is wanted."""
     if "way" in metafunc.fixturenames:

@@ -2,6 +2,7 @@
 
     python examples/embedded_lm/train.py            # about 12 minutes on two cores; writes the shipped folder
 
+It needs transformer_lens 3, whose HookedTransformer it trains; what it writes is read with transformer_lens 4, too.
 The tokenizer is a byte-level BPE trained on the same files.  One file in twenty is held out (saekit's
 ``heldout`` split); the model card states the loss there beside the unigram and bigram cross-entropies.
 """

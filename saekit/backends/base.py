@@ -120,6 +120,8 @@ class Backend(ABC):
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
+            if silent[0] not in self.hook_names():
+                raise self.no_hook(silent[0])
             how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
             raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)

@@ -48,9 +48,11 @@ class Hooks:
 
     @property
     def names(self) -> list[str]:
-        """The hooks at which something happens, each once."""
+        """The hooks at which something happens, each once; first that where the forward begins."""
         entry = set() if self.entry is None else {self.entry}
-        return sorted(entry.union(self.read, self.replace, *self._attached))
+        return sorted(
+            entry.union(self.read, self.replace, *self._attached), key=lambda name: (name != self.entry, name)
+        )
 
     @property
     def given(self) -> Tensor:

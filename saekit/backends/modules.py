@@ -108,19 +108,21 @@ class ModuleBackend(Backend):
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.
 
-        It is for models that take token ids as ``input_ids`` or first, and keys and values as ``past_key_values``.
+        It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or
+        ``past_key_values``.
         """
 
         return self._begins(tell)
 
     @contextmanager
-    def _begins(self, tell: OnTokens) -> Iterator[None]:
+    def _begins(self, tell: OnTokens, module: Any = None) -> Iterator[None]:
         def called(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             given = kwargs.get("input_ids", args[0] if args else None)
-            before = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
+            kept = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers has renamed it in 5.24
+            before = getattr(kept, "get_seq_length", int)()
             tell(given if is_ids(given) else None, before)
 
-        handle = self.model.register_forward_pre_hook(called, with_kwargs=True)
+        handle = (module or self.model).register_forward_pre_hook(called, with_kwargs=True)
         try:
             yield
         finally:

@@ -61,6 +61,11 @@ def write_cache(
         _write(config, stream, writer, wanted, "" if said is None else f"; {said}")
         manifest = writer.manifest
     check_contexts(manifest.contexts, corpus.context_size)
+    if not manifest.rows:
+        raise DataError(
+            f"no token of the text counts, so {str(folder)!r} has no activations: see tokens.exclude_special_tokens, "
+            "tokens.seqpos_slice and tokens.mask_column"
+        )
     if manifest.rows < wanted and config.dataset.on_exhausted == "error":
         raise DataError(
             f"the data ended after {manifest.rows:,} activations, and {wanted:,} were asked for; "

@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
 from saekit.measuring import Evaluation, Evaluations
+from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import chosen_evals
@@ -78,15 +80,11 @@ def evaluate(
     ``mask`` leaves out others: ``[n, context_size]`` bool for ``contexts``, or a function of tokens ``[b, t]``.
 
     What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off.
-    What is worse than the mean is a ``UserWarning``.  Raises :class:`saekit.errors.SaekitError` for what cannot be
-    found or does not fit.
+    What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    if type(n_contexts) is not int or n_contexts < 1:
-        raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
-    if contexts is None and mask is not None and not callable(mask):
-        raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
+    _check_arguments(n_contexts, contexts, mask)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -100,6 +98,13 @@ def evaluate(
     _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
     return next(iter(results.values())) if alone else results
+
+
+def _check_arguments(n_contexts: object, contexts: object, mask: object) -> None:
+    if type(n_contexts) is not int or n_contexts < 1:
+        raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
+    if contexts is None and mask is not None and not callable(mask):
+        raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
 
 
 @attrs.frozen(eq=False)
@@ -183,6 +188,10 @@ def _of_group(
 
     if tokens.mask is None:
         _warn_of_masks(group)
+
+    def guard(key: str) -> AbstractContextManager[None]:
+        return blamed(evals[key].item, "__call__", at_work=True)
+
     made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
     measured = [
         Measured(
@@ -190,6 +199,7 @@ def _of_group(
             about[name]["sites"],
             {key: cast("Any", built) for key, built in made[name].items() if _accumulates(built)},
             tokens.of(one.sae, backend),
+            guard,
         )
         for name, one in group.items()
     ]
@@ -228,8 +238,8 @@ def _warn_of_masks(group: Mapping[str, Subject]) -> None:
     for name, one in group.items():
         if column := one.sae.info.metadata.get("mask_column"):
             warnings.warn(
-                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
-                "that its other choices keep count. Give mask= to leave out others",
+                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: "
+                "all that its other choices keep count. Give mask= to leave out others",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -265,10 +275,11 @@ def _part(
     from saekit.evals.calling import called
     from saekit.training.metrics import numbers_of
 
-    if key in sums:
-        result: Evaluation = built.result(sums[key])
-        return attrs.evolve(result, sums={key: sums[key]})
-    told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
+    with subject.guard(key):
+        if key in sums:
+            result: Evaluation = built.result(sums[key])
+            return attrs.evolve(result, sums={key: sums[key]})
+        told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
     return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
 
 

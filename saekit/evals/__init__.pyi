@@ -6,8 +6,6 @@ from .comparison import Comparison as Comparison
 from .engine import measure as measure
 from .means import read_means as read_means
 from .measured import Measured as Measured
-from .paired import Difference as Difference
-from .paired import paired as paired
 from .rows import add_rows as add_rows
 from .rows import counted_of_rows as counted_of_rows
 from .rows import row_metrics as row_metrics

@@ -85,8 +85,9 @@ def _check_same(found: Mapping[str, Evaluation]) -> None:
         digests = one.about.get("contexts_digest"), other.about.get("contexts_digest")
         if one.contexts != other.contexts or digests[0] != digests[1]:
             raise ConfigError(
-                f"{first} was measured on {len(one.contexts):,} contexts and {name} on {len(other.contexts):,}, which "
-                "are not the same: differences are paired by contexts. Measure both on the same text"
+                f"paired differences need evaluations on the same contexts: {first} was measured on "
+                f"{len(one.contexts):,} contexts and {name} on {len(other.contexts):,}, which are not the same. "
+                "Measure both on the same text"
             )
 
 

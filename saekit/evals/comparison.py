@@ -34,7 +34,7 @@ _MEASURES = {
     "explained_variance": Measure("explained variance", 1, "EV"),
     "kl_div_score": Measure("KL score", 1),
     "top1_agreement": Measure("top-1 agreement", 1, "top-1"),
-    "cosine_similarity": Measure("cosine similarity", 1, "cosine"),
+    "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
     "ce_loss_with_sae": Measure("CE with the SAE", -1),
     "kl_div_with_sae": Measure("KL divergence", -1, "KL"),
     "ce_loss_without_sae": Measure("CE without an SAE"),

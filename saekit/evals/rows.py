@@ -124,7 +124,7 @@ def _explained(totals: Totals, name: str, columns: slice) -> Any:
 def counted_of_rows(sums: Sums) -> dict[str, Any]:
     """What is counted over all contexts, and has no error: for :func:`saekit.evals.finished`.
 
-    ``dead_features`` fired on none of ``n_tokens``; ``never_fired`` are those of them that did not fire in training
+    ``silent_features`` fired on none of ``n_tokens``; ``never_fired`` are those of them that did not fire in training
     either, as far as that is known.  Where nothing is known of training, one of them may still fire on up to ``3 /
     n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
     """
@@ -133,7 +133,7 @@ def counted_of_rows(sums: Sums) -> dict[str, Any]:
     fractions = fired / max(tokens, 1)
     silent = fired == 0
     values = {
-        "dead_features": float(silent.sum()),
+        "silent_features": float(silent.sum()),
         "never_fired": float((silent if known is None else silent & ~known).sum()),
         "dense_features": float((fractions > _DENSE).sum()),
         "n_tokens": float(tokens),

@@ -166,7 +166,7 @@ class Totals:
 
 def ratio(part: Any, whole: Any) -> Array:
     """``part / whole``; nan where that is 0."""
-    return np.where(whole != 0, part / np.where(whole != 0, whole, 1), np.nan)  # type: ignore[no-any-return]
+    return np.where(whole != 0, part / np.where(whole != 0, whole, 1), np.nan)
 
 
 def _joined(parts: Sequence[Array]) -> Array:

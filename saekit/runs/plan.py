@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
+import torch
 
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
@@ -34,6 +35,7 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
+from saekit.runs.other_backends import told_of_others
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
@@ -98,7 +100,7 @@ class _Planner:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.start: SAEModule | None = None
-        self.refused = False
+        self.refused = self.passed = False
         self.facts: dict[str, str] = {}
         self.numbers: dict[str, float] = {}
         self.problems: list[str] = []
@@ -145,6 +147,7 @@ class _Planner:
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
             self.facts["duration"] = "not measured: " + ("it does not fit" if load else "the model was not loaded")
             return
+        self.passed = model is not None
         backend = self.attempt(lambda: build_backend(config, plugins, model))
         if corpus is None or backend is None:
             return
@@ -283,6 +286,12 @@ class _Planner:
         if source is not None:
             source.close()
 
+    def others(self, corpus: Corpus, backend: ModelBackend) -> None:
+        """Other backends of the same model."""
+        tokens = torch.from_numpy(corpus.contexts(backend).take(8).tokens)
+        if found := told_of_others(self.config, self.plugins, backend, tokens):
+            self.facts["other backends"] = "; ".join(found)
+
     def first_step(self, trainer: SAETrainer, rows: Batch) -> None:
         """The features that no activation makes fire before anything is learnt."""
         silent, share = silent_at_start(trainer, rows)
@@ -309,6 +318,8 @@ class _Planner:
         if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
             per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
+            if not self.passed:
+                self.others(corpus, backend)
         else:
             per_token, rows = timed(lambda: next(source, None), stream.sites)
             what = "reading activations"

@@ -12,6 +12,7 @@ from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SaekitError
+from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
@@ -171,7 +172,16 @@ class Sizes:
         prompts = getattr(options, "store_batch_size_prompts", _PROMPTS) if source.entry.needs_text else 0
         training = self._peak(prompts, lambda tokens: self.backend.run(tokens, read=read))
         prompts = self._eval_prompts()
-        return training, self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+        evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+        return training, evaluated + (self._compared_logits(prompts) if evaluated else 0)
+
+    def _compared_logits(self, prompts: int) -> int:
+        """What logits take that are compared with those of the clean forward: both, in float32."""
+        options = [self.plugins.options(EVALS, choice) for choice in self.config.evals.run]
+        if not any(getattr(one, name, False) for one in options for name in ("kl", "top1")):
+            return 0
+        size = self.corpus.context_size
+        return 2 * 4 * min(prompts, logit_contexts(self.backend, size)) * size * self.backend.d_vocab
 
     def _eval_prompts(self) -> int:
         """Contexts in the largest forward of evals."""

@@ -22,6 +22,8 @@ from saekit.site import Site, Sites
 from saekit.weights import check_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saekit.sae.module import SAEModule
 
 __all__ = ["check_fits", "doubts_of_fit", "model_name_of"]
@@ -46,7 +48,7 @@ def check_fits(
     """
     wanted = _sites_of(sae, sites)
     _check_ports(sae, wanted)
-    check_tensors(dict(sae.named_parameters()), f"the SAE at {wanted.name}")
+    check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
     _check_widths(sae, found, backend)
     for text in doubts_of_fit(sae, backend, prepend_bos=prepend_bos):
@@ -85,6 +87,11 @@ def model_name_of(sae: SAEModule, option: str = "model") -> str:
               f"metadata). Give {option}: a name, a folder or a model that you have loaded")]
         )  # fmt: skip
     return name
+
+
+def _as_it_lies(value: Tensor) -> Tensor:
+    """``value``, turned if its memory is: only of what lies in order it is remembered that it is finite."""
+    return value.T if value.ndim == 2 and not value.is_contiguous() and value.T.is_contiguous() else value
 
 
 def _place(sae: SAEModule) -> str:

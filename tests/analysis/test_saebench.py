@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -242,12 +244,17 @@ def test_a_decoder_of_another_kind_is_refused() -> None:
         for_saebench(sae)
 
 
-def test_its_own_checks_pass() -> None:
-    if importlib.util.find_spec("sae_bench") is None:
-        pytest.skip("sae-bench is not installed")
-    from sae_bench.sae_bench_utils import general_utils
-
-    bench = for_saebench(make(standard()))
-    name, same, sparsity = general_utils.load_and_format_sae("a name", bench, "cpu")
-    assert (name, same, sparsity) == ("custom_sae", bench, None)
-    assert bench.cfg.to_dict()["architecture_str"] == "standard"
+@pytest.mark.slow
+def test_its_core_eval_finds_what_the_sae_does() -> None:
+    """`saebench_run.py` with a Python that has SAEBench: seven architectures in a model, and the same without it."""
+    python = os.environ.get("SAEKIT_SAE_BENCH_PYTHON")
+    if not python:
+        pytest.skip("name a Python that has sae-bench and saekit in SAEKIT_SAE_BENCH_PYTHON")
+    script = Path(__file__).with_name("saebench_run.py")
+    done = subprocess.run([python, "-W", "ignore", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 7
+    for name, one in found.items():
+        for metric, value in one["itself"].items():
+            assert one["saebench"][metric] == pytest.approx(value, rel=1e-5), (name, metric)

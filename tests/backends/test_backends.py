@@ -162,12 +162,12 @@ def test_an_sae_trains_on_a_mamba(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # mamba-lens leaves config.json open
 def test_a_mamba_folder(tmp_path: Path) -> None:
+    model = hooked_mamba()
     from mamba_lens.HookedMamba import (
         convert_hooked_mamba_config_to_original_config,
         convert_hooked_state_dict_to_original_state_dict,
     )
 
-    model = hooked_mamba()
     config = convert_hooked_mamba_config_to_original_config(model.cfg)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "initializer_cfg"}))
     torch.save(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, use
-from support.tiny import hooked_mamba, hooked_transformer, run_config
+from support.tiny import hooked_mamba, hooked_transformer, needs_transformer_lens_3, run_config
 from torch import Tensor
 
 import saekit
@@ -100,6 +100,21 @@ def test_a_mamba(counted: Counted) -> None:
     assert counted.graphs == 1, "both blocks, all hooks"
     assert close(compiled.run(tokens, want="loss").loss, plain.run(tokens, want="loss").loss)
     assert counted.graphs == 1
+
+
+@pytest.mark.parametrize("mamba", [False, True])
+def test_a_forward_from_inside(counted: Counted, mamba: bool) -> None:
+    model, tokens = hooked_mamba() if mamba else hooked_transformer(), TOKENS[:, :6]
+    plain, compiled = backend(model, mamba=mamba, compile=False), backend(model, mamba=mamba)
+    for entry, blocks in (
+        ("blocks.1.hook_resid_pre", 1),
+        ("blocks.0.hook_resid_post", 1),
+        ("blocks.1.hook_resid_post", 0),
+    ):
+        whole = plain.run(tokens, read={entry}, want="loss")
+        counted.runs = 0
+        assert close(compiled.run_from(tokens, entry, whole.held[entry], want="loss").loss, whole.loss), entry
+        assert counted.runs == blocks + (0 if mamba else 2), "of transformer_lens, the norm and the unembedding, too"
 
 
 # ---- compiled code really runs
@@ -317,6 +332,7 @@ def test_another_thread_uses_the_same_code(counted: Counted) -> None:
 
 
 def test_a_run_trains_on_a_compiled_model(counted: Counted, tmp_path: Path) -> None:
+    needs_transformer_lens_3()
     metrics, lines = [], []
     for compiled in (False, True):
         config = run_config(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.compiled import TOKENS, Counted, backend, close, halved, state, use
-from support.tiny import hooked_mamba, hooked_transformer
+from support.tiny import hooked_mamba, hooked_transformer, needs_transformer_lens_3
 from torch import Tensor
 
 from saekit.errors import ModelError
@@ -110,6 +110,7 @@ def test_errors_of_the_computation_are_not_called_errors_of_compiling(monkeypatc
 
 
 def test_other_models_are_refused() -> None:
+    needs_transformer_lens_3()
     other = SimpleNamespace(run_with_hooks=None, hook_dict={}, cfg=SimpleNamespace(d_vocab=1, n_ctx=1), tokenizer=None)
     with pytest.raises(ModelError, match=r"model.compile is for HookedTransformer and HookedMamba, not for Simple"):
         backend(other)

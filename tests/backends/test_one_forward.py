@@ -152,7 +152,7 @@ def test_a_hook_that_does_not_run_is_an_error() -> None:
         backend.run(TOKENS, read={"blocks.0.attn.hook_result"})
     with pytest.raises(ModelError, match=said):
         backend.run(TOKENS, replace={"blocks.0.attn.hook_result": torch.zeros_like}, want="loss")
-    with pytest.raises(ModelError, match="the hook 'nowhere' of 'fake' does not run"):
+    with pytest.raises(ModelError, match="the model 'fake' has no hook 'nowhere'"):
         FakeBackend().run(TOKENS, read={"nowhere"})
 
 

@@ -11,8 +11,10 @@ import torch
 from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
 from saekit_plugins.backends.huggingface import HuggingFaceOptions
+from saekit_plugins.backends.lens_versions import has_hooked_transformer
+from saekit_plugins.backends.transformer_bridge import TransformerBridgeOptions
 from support.outlines import CONFIGS, put_in_cache
-from support.tiny import TOKENIZER, hooked_mamba, tokenizer
+from support.tiny import TOKENIZER, hooked_mamba, needs_transformer_lens_3, tokenizer
 
 import saekit
 from saekit.config import ModelConfig
@@ -26,16 +28,19 @@ SIZES = {"vocab_size": 2048, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_h
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of Hugging Face, and a Mamba."""
-    mamba = hooked_mamba()  # which imports mamba-lens without its dependencies' warnings
-    from mamba_lens.HookedMamba import (
-        convert_hooked_mamba_config_to_original_config,
-        convert_hooked_state_dict_to_original_state_dict,
-    )
     from transformers import GPT2Config, GPT2LMHeadModel
 
     base = tmp_path_factory.mktemp("models")
     GPT2LMHeadModel(GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)).save_pretrained(base / "gpt2")
     tokenizer().save_pretrained(base / "gpt2")
+    if not has_hooked_transformer():  # nor a HookedMamba
+        return base
+    mamba = hooked_mamba()  # which imports mamba-lens without its dependencies' warnings
+    from mamba_lens.HookedMamba import (
+        convert_hooked_mamba_config_to_original_config,
+        convert_hooked_state_dict_to_original_state_dict,
+    )
+
     (base / "mamba").mkdir()
     config = convert_hooked_mamba_config_to_original_config(mamba.cfg)
     (base / "mamba/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "initializer_cfg"}))
@@ -49,6 +54,9 @@ MODELS: dict[str, tuple[Any, str]] = {
     "transformer_lens": (HookedTransformerOptions(), "gpt2"),
     "not folded": (HookedTransformerOptions(from_pretrained_kwargs={"fold_ln": False}), "gpt2"),
     "transformers": (HuggingFaceOptions(), "gpt2"),
+    "bridge": (TransformerBridgeOptions(), "gpt2"),
+    "compatible bridge": (TransformerBridgeOptions(compatibility_mode=True), "gpt2"),
+    "bridge of a native folder": (TransformerBridgeOptions(), "saekit/tiny-python"),
     "mamba": (HookedMambaOptions(tokenizer=str(TOKENIZER), forward_kwargs={"fast_conv": False}), "mamba"),
 }
 
@@ -62,8 +70,10 @@ def outline(options: Any, model: ModelConfig) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_outline_is_of_its_model(folders: Path, kind: str, dtype: Any) -> None:
-    if kind == "mamba" and dtype != "float32":
-        pytest.skip("mamba-lens runs in float32 alone")
+    if kind == "mamba":
+        needs_transformer_lens_3()
+        if dtype != "float32":
+            pytest.skip("mamba-lens runs in float32 alone")
     options, name = MODELS[kind]
     model = ModelConfig(name=str(folders / name) if (folders / name).is_dir() else name, dtype=dtype, device="cpu")
     made = outline(options, model)
@@ -90,10 +100,12 @@ def test_an_outline_is_of_its_model(folders: Path, kind: str, dtype: Any) -> Non
 def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="the model 'pythia-14m' cannot be loaded: We couldn't connect"):
         outline(HookedTransformerOptions(), ModelConfig(name="pythia-14m"))
-    with pytest.raises(ModelError, match="transformer_lens knows no model 'gpt-2'"):
+    unknown = "transformer_lens knows no model 'gpt-2'" if has_hooked_transformer() else "'gpt-2' cannot be loaded"
+    with pytest.raises(ModelError, match=f"{unknown}.* Did you mean 'gpt2'"):
         outline(HookedTransformerOptions(), ModelConfig(name="gpt-2"))
     with pytest.raises(ModelError, match="the configuration of the model 'nobody/nothing' cannot be loaded"):
         outline(HuggingFaceOptions(), ModelConfig(name="nobody/nothing"))
+    needs_transformer_lens_3()
     with pytest.raises(ModelError, match="the configuration of the Mamba model 'nobody/mamba' cannot be loaded"):
         outline(HookedMambaOptions(), ModelConfig(name="nobody/mamba"))
 

@@ -13,7 +13,7 @@ import torch
 from saekit_plugins.backends.hooked_mamba import HookedMambaOptions
 from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
 from saekit_plugins.backends.huggingface import HuggingFaceOptions
-from support.tiny import hooked_mamba, hooked_transformer, run_config, tokenizer
+from support.tiny import hooked_mamba, hooked_transformer, needs_transformer_lens_3, run_config, tokenizer
 
 import saekit
 from saekit.config import ModelConfig
@@ -141,15 +141,23 @@ def test_other_objects_are_told_what_to_do() -> None:
 
     with pytest.raises(ModelError, match="found str. A model is chosen by its name with model.name = 'gpt2'"):
         backend("gpt2")
-    with pytest.raises(ModelError, match="found str. A model is chosen by its name with model.name = 'm'"):
-        backend("m", "HookedMamba")
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=4, n_layer=1, n_head=1))
     with pytest.raises(ModelError, match='found GPT2LMHeadModel. .* named: model.backend = "AutoModelForCausalLM"'):
         backend(hf)
     model = hooked_transformer()
+    with pytest.raises(ModelError, match="found str. A model is chosen by its name with model.name = 'm'"):
+        backend("m", "HookedMamba")
     vars(model)["cfg"] = object()
     with pytest.raises(ModelError, match="the cfg of the model, a HookedTransformer, lacks d_vocab and n_ctx"):
         backend(model)
+
+
+def test_a_mamba_in_half_precision_is_refused_before_it_fails() -> None:
+    half = torch.nn.Module.to(hooked_mamba(), torch.bfloat16)
+    with pytest.raises(
+        ModelError, match=r"mamba-lens runs no model in bfloat16 without .*: choose float32 \(model.dtype\)"
+    ):
+        backend(half, "HookedMamba")
 
 
 def test_fast_paths_of_mamba_without_their_packages() -> None:
@@ -180,6 +188,7 @@ def unknown_tokens_only() -> Any:
 
 def test_the_unknown_token_is_not_taken_for_bos(tmp_path: Path) -> None:
     """transformer_lens gives a tokenizer without BOS the name of one, and the library gives that the id of <unk>."""
+    needs_transformer_lens_3()
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformers import AutoTokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import saekit
 from saekit.abilities import StartsInside
+from saekit.backends import Hooks, InsideBackend
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
+from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
 FAMILIES = (*KINDS, "gemma2", "serial neox")
 LENS = ("HookedTransformer", "HookedMamba")
@@ -196,6 +198,16 @@ def test_hooks_of_others_are_met_once(kind: str) -> None:
         assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
 
 
+def test_what_is_attached_is_in_the_value_or_met_later(kind: str) -> None:
+    found = backend(kind)
+    for entry in ends(kind, 1):
+        with found.attached({entry: lambda held: held * 2, inner(kind, 1): lambda held: held / 2}):
+            whole = found.run(TOKENS, read={entry}, want="logits")
+            begun = found.run_from(TOKENS, entry, whole.held[entry], want="logits")
+            assert torch.equal(begun.logits, whole.logits), entry
+        assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
+
+
 def test_what_a_forward_from_inside_refuses(kind: str) -> None:
     found, (entry, after) = backend(kind), ends(kind, 1)
     value = found.run(TOKENS, read={entry}).held[entry]
@@ -280,6 +292,32 @@ def test_a_lens_model_that_masks_padding_or_adds_positions_late() -> None:
 
     options = HookedTransformerOptions(forward_kwargs={"prepend_bos": True})
     assert built("HookedTransformer", model, options).entry_of([entry]) is None
+
+
+class Begins(FakeBackend, InsideBackend):
+    """A stranger's, that calls its hooks itself."""
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        entry = "blocks.0.hook_resid_post"
+        return entry if {entry, "blocks.1.hook_resid_post"} >= {*hooks} else None
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        if hooks.entry is None:
+            return super().forward(tokens, hooks)
+        residual = hooks("blocks.1.hook_resid_post", hooks(hooks.entry, hooks.given) * 2)
+        return None if hooks.done else residual @ self._embedding().T
+
+
+def test_a_backend_of_ones_own_begins_inside() -> None:
+    promises = ["starts_inside", "attaches_hooks"]
+    report = check_plugin(fake_plugin("model_backends", build=lambda config, **services: Begins()), only=promises)
+    assert [outcome.check for outcome in report.outcomes] == promises
+    found, entry, tokens = Begins(), "blocks.0.hook_resid_post", TOKENS % 100
+    with found.attached({entry: lambda held: held + 1}):
+        whole = found.run(tokens, read={entry}, want="logits")
+        begun = found.run_from(tokens, entry, whole.held[entry], want="logits")
+    assert torch.equal(begun.logits, whole.logits), "what is attached at the entry is in its value"
+    assert len(found.forwards) == 1
 
 
 def test_a_folder_begins_inside_in_both_libraries() -> None:

@@ -282,6 +282,14 @@ def test_a_manifest_that_contradicts_itself_is_named(tmp_path: Path, change: dic
         Manifest.load(tmp_path / "cache")
 
 
+def test_a_cache_of_nothing_is_an_error(tmp_path: Path) -> None:
+    ids = list(range(100))
+    with pytest.raises(DataError, match="no token of the text counts, so .* has no activations: see tokens.exclude"):
+        cached(tmp_path, {"exclude_special_tokens": ids})
+    with pytest.raises(DataError, match="has no activations: no token of its text counts"):
+        caches.source(tmp_path / "cache")
+
+
 def test_cached_batches_have_each_row_once(tmp_path: Path) -> None:
     _, manifest = cached(tmp_path, {"exclude_special_tokens": [3, 5]})
     source = caches.source(tmp_path / "cache", identity=dict(manifest.identity))

@@ -1,4 +1,4 @@
-"""Evals find what ``run_evals`` of sae-lens 6.54.12 finds, where the metrics mean the same: see docs/evaluating.md."""
+"""Evals find what ``run_evals`` of sae-lens 6.54.12 finds, where the metrics mean the same: see docs/comparing.md."""
 
 from __future__ import annotations
 

@@ -200,14 +200,14 @@ def test_numbers_of_rows_are_those_of_closed_forms() -> None:
         "relative_reconstruction_bias": (given**2).sum(1).mean() / dot.mean(),
         "l0": (f != 0).sum(1).mean(),
         "l1": np.abs(f).sum(1).mean(),
-        "dead_features": ((f != 0).sum(0) == 0).sum(),
+        "silent_features": ((f != 0).sum(0) == 0).sum(),
         "dense_features": ((f != 0).mean(0) > 0.1).sum(),
         "n_tokens": 60,
     }
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert numbers.features["firing_fractions"] == pytest.approx((f != 0).mean(0))
     fired = numbers.histograms["log10_firing_fractions"]
-    assert sum(fired.counts) == 24 - expected["dead_features"]
+    assert sum(fired.counts) == 24 - expected["silent_features"]
 
 
 def test_a_large_mean_takes_no_digits_of_the_variance() -> None:

@@ -6,14 +6,12 @@ import functools
 import math
 from typing import Any
 
-import attrs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.errors import ConfigError
-from saekit.evals import AccumulatingEval, Sums, Totals, finished, paired
+from saekit.evals import AccumulatingEval, Sums, Totals, finished
 from saekit.evals.sums import resamples
 from saekit.measuring import Evaluation, Evaluations, Needs, Seen, measured_text
 
@@ -99,24 +97,6 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         one.add([7], {"other": [1.0]})
     with pytest.raises(ValueError, match="nothing was measured"):
         finished(Sums(), metrics)
-
-
-def test_paired_differences_have_smaller_errors_than_either() -> None:
-    common = np.random.default_rng(3).normal(size=100)
-
-    def of(shift: float) -> Evaluation:
-        sums = Sums()
-        own = np.random.default_rng(int(10 * shift)).normal(size=100) * 0.01
-        sums.add(range(100), {"value": common + shift + own})
-        return finished(sums, lambda totals: {"mean": totals["value"] / 100}, 500)
-
-    one, other = of(0.3), of(0.1)
-    difference = paired(one, other)["mean"]
-    assert difference.value == pytest.approx(0.2, abs=0.01)
-    assert difference.low < difference.value < difference.high
-    assert difference.error < 0.1 * one.errors["mean"]
-    with pytest.raises(ConfigError, match="need evaluations on the same contexts"):
-        paired(one, attrs.evolve(other, contexts=(1, 2)))
 
 
 def test_one_context_has_no_error() -> None:

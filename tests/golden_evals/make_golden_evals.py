@@ -1,9 +1,9 @@
 """Makes ``tests/golden_evals/sae_lens.safetensors`` with sae-lens 6.54.12, in an environment that has it and saekit.
 
 SAEs of the embedded model, made of the principal directions of its activations, and what sae-lens' ``run_evals`` finds
-of them on contexts of Python's standard library, in which bos stands in the middle, too.  Tensors: ``tokens``, and of each
-site ``SITE.W_dec`` and ``SITE.b_dec`` in float16; the metrics are JSON in the file's metadata, by site, and by whether
-special tokens count.
+of them on contexts of Python's standard library, in which bos stands in the middle, too.  Tensors:
+``tokens``, and of each site ``SITE.W_dec`` and ``SITE.b_dec`` in float16; metrics are JSON in the metadata, by site and
+by whether special tokens count.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ PUBLIC_MODULES = [
     "site",
     "splicing",
     "testing",
+    "toy",
     "tokens",
     "transforms",
     "values",

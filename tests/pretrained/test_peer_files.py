@@ -16,6 +16,7 @@ from support.tiny import hooked_transformer, run_config
 import saekit
 from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.tokens import TokenChoice
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LOADED = {
@@ -283,6 +284,9 @@ def test_metadata_is_kept_saved_and_shown(tmp_path: Path) -> None:
     site = {"hook_name": "blocks.0.hook_resid_pre", "sae_lens_version": "6.54.12"}
     new = SAE.load(copied(tmp_path / "new", "sae_lens_6.54.12_standard", {"metadata": fed | site}))
     assert dict(new.info.metadata) == fed
+    chosen = TokenChoice(exclude={0, 1}, seqpos_slice=(1, None))
+    assert TokenChoice.of_metadata(new.info.metadata, special={7}) == chosen
+    assert chosen.metadata().items() <= fed.items(), "and as it is written here"
     again = SAE.load(new.save(tmp_path / "again"))
     assert again.info.metadata == new.info.metadata
     public = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]

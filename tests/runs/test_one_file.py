@@ -49,7 +49,7 @@ def test_it_is_made_of_public_parts() -> None:
 def test_it_leaves_the_bytes_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any) -> None:
     table = run_config(tmp_path, **changes)
     table["sae"] = {name: value for name, value in table["sae"].items() if value is not None}
-    expected = saekit.train(table | {"evals": {"run": []}})
+    expected = saekit.train(table | {"evals": table["evals"] | {"run": []}})
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     importlib.import_module("one_file").train(saekit.load_config(table), tmp_path / "own")
     assert bytes_of(tmp_path / "own") == bytes_of(expected.folder / "sae")
@@ -59,6 +59,8 @@ def test_it_leaves_the_bytes_of_train(tmp_path: Path, monkeypatch: pytest.Monkey
 REFUSED: dict[str, Any] = {
     "inputs": {"inputs": [{"hook_name": f"blocks.{block}.hook_resid_post"} for block in (0, 1)]},
     "model.backend": {"model": {"backend": "none"}},
+    "tokens": {"tokens": {"seqpos_slice": [1, None]}},
+    "dataset.disable_concat_sequences": {"dataset": {"disable_concat_sequences": True}},
     "dataset.on_exhausted": {"dataset": {"on_exhausted": "error"}},
     "activations.source": {"activations": {"source": {"name": "cached", "folder": "cache"}}},
     "sae.dtype": {"sae": {"dtype": "bfloat16"}},

@@ -12,6 +12,7 @@ import attrs
 import pytest
 import torch
 from saekit_plugins.backends.aliases import also_called
+from support.causal_lms import TOKENS, WIDTH, make_causal_lm
 from support.ports import MapConfig, MapSAE
 from support.saved import make
 from support.tiny import hooked_transformer
@@ -21,6 +22,8 @@ from saekit import ConfigError, ModelError, Ports, Site, Sites
 from saekit.errors import SAEFormatError
 from saekit.splicing import check_fits, doubts_of_fit, model_name_of
 from saekit.testing import FakeBackend
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESID, HEADS = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
 
@@ -144,6 +147,19 @@ def test_names_of_transformer_lens_are_translated() -> None:
     assert found == Sites((Site(hook_name=RESID),), (Site(hook_name="hook_embed"),))
 
 
+def test_an_sae_of_transformer_lens_stands_in_a_model_of_transformers() -> None:
+    sae = sae_at("blocks.1.hook_resid_post", d_in=WIDTH)
+    backend = saekit.load_model(make_causal_lm("gpt2"))
+    site = Site(hook_name="transformer.h.1")
+    assert check_fits(sae, backend) == Sites.one(site)
+    expected = backend.run(TOKENS, replace={site.hook_name: sae}, want="loss").loss
+    with saekit.splice(backend, sae) as spliced:
+        torch.testing.assert_close(spliced.run(TOKENS, want="loss").loss, expected)
+    assert "has no hook 'blocks.9.hook_resid_post'" in refused(
+        ModelError, sae_at("blocks.9.hook_resid_post", d_in=WIDTH), backend
+    )
+
+
 def test_another_width_names_site_width_and_hooks_that_have_it(lens: Any) -> None:
     message = refused(ConfigError, sae_at("blocks.0.hook_resid_post", d_in=64), lens)
     assert message == (
@@ -197,6 +213,14 @@ def test_sites_that_are_not_as_many_as_the_sae_has() -> None:
         "targets: are the inputs (blocks.1.hook_resid_post), and it is a transcoder, which writes elsewhere (b); give "
         "Sites(inputs, targets)"
     )
+
+
+def test_weights_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, backend = sae_at(), FakeBackend()
+    check_fits(sae, backend)
+    with monkeypatch.context() as watched:
+        watched.setattr("saekit.weights.pieces", lambda *_: pytest.fail("they are looked at again"))
+        check_fits(sae, backend)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(torch.nan, "NaN"), (torch.inf, "infinite")])

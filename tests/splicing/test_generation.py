@@ -9,14 +9,18 @@ import pytest
 import torch
 from support.causal_lms import make_causal_lm
 from support.saes import at, drawn_sae
-from support.spliced import TOKENS, place, state
+from support.spliced import TOKENS, bridge, place, state
 from torch import Tensor
 
 import saekit
 from saekit.errors import ModelError
 from saekit.tokens import TokenChoice
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # transformers has renamed it in 5.24; bridges of transformer_lens call it as it was.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 NEW = 6
 Write = Callable[[Tensor, bool], Tensor]
@@ -29,6 +33,17 @@ def of_lens() -> tuple[Any, str, Write]:
         written: Tensor = model.generate(
             tokens, max_new_tokens=NEW, do_sample=False, stop_at_eos=False, use_past_kv_cache=cached, verbose=False
         )
+        return written
+
+    return model, "blocks.1.hook_resid_post", write
+
+
+def of_bridge() -> tuple[Any, str, Write]:
+    model = bridge()
+
+    def write(tokens: Tensor, cached: bool) -> Tensor:
+        options = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False}
+        written: Tensor = model.generate(tokens, use_past_kv_cache=cached, **options)
         return written
 
     return model, "blocks.1.hook_resid_post", write
@@ -50,6 +65,7 @@ def of_transformers(kind: str) -> tuple[Any, str, Write]:
 
 MODELS = {
     "HookedTransformer": of_lens,
+    "TransformerBridge": of_bridge,
     "gpt2": lambda: of_transformers("gpt2"),
     "llama": lambda: of_transformers("llama"),
 }
@@ -114,6 +130,18 @@ def test_a_forward_with_a_cache_knows_which_positions_came_before() -> None:
         begun = model(TOKENS[:, :4], use_cache=True)
         rest = model(TOKENS[:, 4:], past_key_values=begun.past_key_values).logits
     torch.testing.assert_close(torch.cat([begun.logits, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_that_come_from_elsewhere_have_no_token_ids() -> None:
+    model, hook, write = of_lens()
+    embeddings = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    with saekit.splice(model, at(drawn_sae(16), hook), tokens=TokenChoice(seqpos_slice=(1, None))):
+        write(TOKENS, True)
+        with pytest.raises(ModelError, match="those of this forward, .* are not known"):
+            model.generate(embeddings, max_new_tokens=2, stop_at_eos=False, verbose=False, return_type="embeds")
+        with pytest.raises(ModelError, match="are not known"):
+            model(embeddings, start_at_layer=0)
+        assert model(embeddings, start_at_layer=0, tokens=TOKENS[:, :4]).shape == (2, 4, 2048)
 
 
 def test_an_sae_of_whole_sequences_needs_them() -> None:

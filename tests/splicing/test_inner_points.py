@@ -187,3 +187,15 @@ def test_where_the_sae_has_no_pre_activations_a_watch_is_refused_as_a_hook_is() 
     sae = saekit.SAE.from_dict({"name": "matching_pursuit", "d_in": 8, "d_sae": 24})
     with sae.watched(Watch(frozenset({"acts_pre"}), lambda name, x: x)), pytest.raises(ConfigError, match="acts_pre"):
         sae(torch.ones(1, 8))
+
+
+def test_one_call_may_choose_its_error_term() -> None:
+    sae, x = drawn_sae(8), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sae(x, use_error_term=True), x, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sae(x), x, atol=1e-2)
+    sae.use_error_term = True
+    assert not torch.allclose(sae(x, use_error_term=False), x, atol=1e-2)
+    transcoder, y = drawn_sae(8, 5), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(transcoder(x, use_error_term=True, of=y), y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="reads and writes the same sites, unless its targets are given"):
+        transcoder(x, use_error_term=True)

@@ -89,6 +89,16 @@ def test_splices_that_overlap_leave_nothing_in_any_order() -> None:
         assert torch.equal(model(TOKENS), alone)
 
 
+def test_a_function_that_somebody_puts_into_the_model_meanwhile_stays() -> None:
+    model = hooked_transformer().eval()
+    with saekit.splice(model, at(drawn_sae(16), HOOK)):
+        around = model.forward
+        model.forward = lambda *args, **options: around(*args, **options) * 0
+    assert model(TOKENS).abs().max() == 0
+    del model.forward
+    assert model(TOKENS).abs().max() > 0
+
+
 def test_training_mode_and_what_learns_stay() -> None:
     model = make_causal_lm("gpt2").train()
     model.lm_head.requires_grad_(False)

@@ -43,6 +43,7 @@ SHORT = [
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "pretokenize": ["max_contexts=400"],
+    "bench-synthetic": ["--steps", "3", "--l0", "1", "--correlated", "0", "--superposition", "2"],
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Bare:
             setattr(self, name, getattr(inner, name))
 
 
-KINDS = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM", "fake", "bare")
+KINDS = ("HookedTransformer", "HookedMamba", "TransformerBridge", "AutoModelForCausalLM", "fake", "bare")
 
 
 @cache
@@ -59,12 +59,23 @@ def place(kind: str) -> Place:
         model = make_causal_lm("gpt2")
         model.tokenizer = tokenizer()
         found = Place(model, saekit.load_model(model), "transformer.h.0", "transformer.h.1", 16)
+    elif kind == "TransformerBridge":
+        model = bridge()
+        found = Place(model, saekit.load_model(model), "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", 16)
     else:
         model = hooked_transformer(n_layers=3) if kind == "HookedTransformer" else hooked_mamba()
         names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
         found = Place(model, saekit.load_model(model), *names, 16 if kind == "HookedTransformer" else 32)
     model.requires_grad_(False)
     return found
+
+
+def bridge() -> Any:
+    """A tiny GPT-2 of transformers as transformer_lens wraps it."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    boot: Any = TransformerBridge.boot_transformers
+    return boot("tiny-gpt2", hf_model=make_causal_lm("gpt2"), tokenizer=tokenizer(), device="cpu")
 
 
 _HOOKS = (

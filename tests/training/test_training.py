@@ -116,7 +116,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     model.hook_embed.add_hook(lambda tensor, hook: None)
     original = model.run_with_hooks
-    model.run_with_hooks = lambda tokens, **options: seen.append(tokens) or original(tokens, **options)
+    model.run_with_hooks = lambda first, **options: seen.append(first) or original(first, **options)
     # Documents of one token each: 999 in every twentieth document, 5 elsewhere.
     documents = [{"tokens": [999 if n % 20 == 19 else 5] * 40} for n in range(400)]
     config = run_config(tmp_path, evals={"split": None}, dataset={"on_exhausted": "repeat"})

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import ConfigError, Entry, hookimpl
+from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.config import path_field
 from saekit.devices import resolve_device
+from saekit.errors import MissingPackageError
 from saekit.hub import within_reach
+from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import check_folders
 from saekit_plugins.backends.outlines import mamba_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -48,28 +50,43 @@ class HookedMambaOptions:
             raise ConfigError([(attribute.name, f"HookedMamba's forward takes {allowed}, found {unknown}")])
 
 
+_INSTALL = "pip install 'saekit[mamba]' 'transformer-lens<4'"
+
+
+def _check_version() -> None:
+    if not has_hooked_transformer():
+        raise MissingPackageError(
+            "model backend HookedMamba needs mamba-lens, which works with transformer_lens 3 alone, and "
+            f"{lens_version()} is installed. Install what it needs in an environment of its own: {_INSTALL}"
+        )
+
+
 @hookimpl
 def saekit_register_model_backends() -> Iterable[Entry]:
+    fits = has_hooked_transformer()
     yield Entry(
         "HookedMamba",
         HookedMambaOptions,
         _build,
-        requires=("mamba_lens",),
+        requires=("mamba_lens",) if fits else (),  # where it could not work, the checks below say so
         extra="mamba",
-        summary="Mamba models through mamba-lens",
+        summary="Mamba models through mamba-lens" + ("" if fits else f", which needs transformer_lens 3: {_INSTALL}"),
         precheck=_precheck,
         outline=_outline,
     )
 
 
 def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+    _check_version()
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
     _check_fast_paths(config.forward_kwargs)
     check_passed(loaded, "HookedMamba")
     if loaded is not None:
         check_not_for_passed(config, "tokenizer", "from_pretrained_kwargs")
-    module: Any = loaded or _load(config, model)
+    given: Any = loaded
+    _check_dtype(str(next(given.parameters()).dtype) if loaded is not None else model.dtype, config.forward_kwargs)
+    module: Any = given if loaded is not None else _load(config, model)
     name = "custom" if loaded is not None else model.name
     return TransformerLensBackend(
         module,
@@ -83,8 +100,10 @@ def _build(config: HookedMambaOptions, *, model: ModelConfig, loaded: object | N
 
 
 def _outline(config: HookedMambaOptions, *, model: ModelConfig) -> TransformerLensBackend:
+    _check_version()
     from saekit_plugins.backends.hooked_transformer import TransformerLensBackend
 
+    _check_dtype(model.dtype, config.forward_kwargs)
     module = mamba_outline(model)
     # Kernels for CUDA make no shapes; the way in plain torch makes the same.
     slow = {name: value for name, value in config.forward_kwargs.items() if name not in _FAST_PATHS}
@@ -108,7 +127,18 @@ def _check_fast_paths(forward_kwargs: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
+def _check_dtype(dtype: str, forward_kwargs: Mapping[str, Any]) -> None:
+    """The scan in plain torch begins with zeros in float32, whatever the model is in, and torch does not mix them."""
+    name = dtype.removeprefix("torch.")
+    if name in ("bfloat16", "float16") and not forward_kwargs.get("fast_ssm"):
+        raise ModelError(
+            f"mamba-lens runs no model in {name} without forward_kwargs.fast_ssm (for CUDA): choose float32 "
+            "(model.dtype)"
+        )
+
+
 def _precheck(config: HookedMambaOptions, whole: TrainConfig | PretokenizeConfig) -> None:
+    _check_version()
     check_folders(whole.model.name, config.tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Model backend ``HookedTransformer`` (transformer_lens)."""
+"""Model backend ``HookedTransformer`` (transformer_lens; of its version 4, a bridge in compatibility mode)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit import Entry, ModelError, hookimpl
+from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.aliases import also_called
+from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
+from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.hook_names import layout_of_architecture
 from saekit_plugins.backends.lens_hooks import begins, exposed
-from saekit_plugins.backends.model_folders import EMBEDDED, load_model, model_folder
+from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
+from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
 
@@ -29,12 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
-
-_RESIDUAL = re.compile(
-    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
-    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
-)
-"""The hooks that hold the residual stream, or what is added to it as it is."""
 
 _ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
 _INTO_RESIDUAL = re.compile(r"blocks\.(\d+)\.(?:(attn\.hook_z)|mlp\.hook_(?:pre|post))")
@@ -50,7 +48,8 @@ class HookedTransformerOptions:
     """Any model that transformer_lens knows, a Hugging Face model folder, or a model passed from code."""
 
     from_pretrained_kwargs: dict[str, Any] = attrs.field(factory=dict)
-    """Passed to `HookedTransformer.from_pretrained`, such as `{center_writing_weights = false}`."""
+    """Passed to `HookedTransformer.from_pretrained`, such as `{fold_ln = false}`; transformer_lens 4 takes
+    those about processing alone, and `revision`."""
     forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Passed to every forward of the model."""
 
@@ -74,7 +73,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         return list(self.model.hook_dict)
 
     def in_residual_stream(self, hook_name: str) -> bool:
-        return hook_name in self.model.hook_dict and _RESIDUAL.fullmatch(hook_name) is not None
+        return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
 
     def to_residual_stream(self, hook_name: str) -> Tensor | None:
         """``W_O`` for the heads of an attention, ``W_out`` for the neurons of an MLP."""
@@ -133,7 +132,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
                 pairs.append(("hook_embed", lambda activation, hook: once.pop() if once else activation))
             else:
                 tokens = given
-        compiled = nullcontext() if self._compiled is None else self._compiled.except_at([name for name, _ in pairs])
+        runs = len(options.get("only_use_these_layers", "?")) > 0  # where no block does, nothing is compiled
+        compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
                 tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
@@ -148,18 +148,19 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
         """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
-        return exposed(self.model, names)
+        return exposed(names, self.model.hook_dict, self.model.mod_dict)
 
     def entry_of(self, hooks: Collection[str]) -> str | None:
-        accepted = inspect.signature(self.model.forward).parameters
         cfg, known = self.model.cfg, self.model.hook_dict
-        if not {"start_at_layer", "only_use_these_layers"} & set(accepted) or set(_OWN_WAY) & set(self._forward_kwargs):
+        if "start_at_layer" not in self._accepted or set(_OWN_WAY) & set(self._forward_kwargs):
             return None
         if getattr(cfg, "positional_embedding_type", None) == "shortformer":  # every block adds what the tokens make
             return None
         last = len(self.model.blocks) - 1
         first = (last, "hook_resid_post")
         for name in hooks:
+            if not self._has(name):
+                return None
             if (match := re.match(r"blocks\.(\d+)\.(.+)", name)) is not None:
                 post = match.group(2) == "hook_resid_post"
                 first = min(first, (int(match.group(1)), "hook_resid_post" if post else "hook_resid_pre"), key=_order)
@@ -176,7 +177,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         layer, value = int(match.group(1)), hooks.given
         if match.group(2) == "hook_resid_post":
             layer, value = layer + 1, hooks(match.group(), value)
-        if "only_use_these_layers" in inspect.signature(self.model.forward).parameters:  # a Mamba's
+        if "only_use_these_layers" in self._accepted:  # a Mamba's, which starts at no layer and goes on to the end
             stop = options.get("stop_at_layer")
             options["only_use_these_layers"] = range(layer, len(self.model.blocks) if stop is None else stop)
             return value
@@ -208,12 +209,16 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         parent, _, number = name.rpartition(".")
         return name in self.model.hook_dict or (number.isdigit() and parent in dict(self.model.named_modules()))
 
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """What the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
     def _checked_kwargs(self) -> dict[str, Any]:
-        accepted = inspect.signature(self.model.forward).parameters
-        if unknown := sorted(set(self._forward_kwargs) - set(accepted)):
+        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
             raise ModelError(
                 f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(set(accepted) - {'input'})}"
+                f"{sorted(self._accepted - {'input'})}"
             )
         return self._forward_kwargs
 
@@ -236,9 +241,15 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
 def _precheck(config: HookedTransformerOptions, whole: TrainConfig | PretokenizeConfig) -> None:
     model_folder(whole.model.name, config.from_pretrained_kwargs)
+    if not has_hooked_transformer():
+        _check_for_bridge(config, whole.model)
 
 
-def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None) -> TransformerLensBackend:
+def _build(
+    config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
+) -> TransformerLensBackend | BridgeBackend:
+    if loaded is None and not has_hooked_transformer():
+        return _bridge(config, model)
     with warnings.catch_warnings():
         # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
@@ -249,9 +260,43 @@ def _build(config: HookedTransformerOptions, *, model: ModelConfig, loaded: obje
     return _around(module, config, model, name or "custom", compile_mode=model.compile_mode if model.compile else None)
 
 
-def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend:
+def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend | BridgeBackend:
+    if not has_hooked_transformer():
+        return _bridge(config, model, outline=True)
     module = hooked_transformer_outline(model, config.from_pretrained_kwargs)
     return _around(module, config, model, model.name)
+
+
+def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> None:
+    """Raise :class:`saekit.ConfigError` for what transformer_lens 4, which has no HookedTransformer, cannot do."""
+    here = f"transformer_lens {lens_version()} is installed, which has no HookedTransformer any more, and of its bridge"
+    instead = "Take it out, or install transformer_lens 3: pip install 'transformer-lens<4'"
+    problems = [
+        (f"model.backend.from_pretrained_kwargs.{name}", f"{here} saekit takes {', '.join(PROCESSING)} and revision. "
+         f"{instead}")
+        for name in config.from_pretrained_kwargs
+        if name not in (*PROCESSING, "revision")
+    ]  # fmt: skip
+    if model.compile:
+        problems.append(("model.compile", f"{here} no part can be compiled. {instead}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _bridge(config: HookedTransformerOptions, model: ModelConfig, *, outline: bool = False) -> BridgeBackend:
+    folder = model_folder(model.name, config.from_pretrained_kwargs)
+    _check_for_bridge(config, model)
+    kwargs = dict(config.from_pretrained_kwargs)
+    processing = Processing(**{name: kwargs.pop(name) for name in PROCESSING if name in kwargs})
+    revision = kwargs if folder is None else {}
+    return bridge_backend(
+        model,
+        processing=processing,
+        native_processing=Processing.none(),  # that of such a folder is what it was saved with
+        forward_kwargs=config.forward_kwargs,
+        outline=outline,
+        **revision,
+    )
 
 
 def _around(

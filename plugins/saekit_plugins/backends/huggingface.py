@@ -101,7 +101,8 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
     def _few(self, first: int = 0) -> Tensor:
         import torch
 
-        return torch.arange(first, first + 8, device=self.device)[None] % self.d_vocab
+        length = min(8, self.n_ctx or 8)
+        return torch.arange(first, first + length, device=self.device)[None] % self.d_vocab
 
     def hook_like(self, name: str) -> str | None:
         """A hook of its own, or the place that transformer_lens has that name for.

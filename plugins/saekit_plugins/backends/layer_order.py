@@ -41,15 +41,16 @@ class LayerOrder:
         return f"{self.path}.{index}.input", f"{self.path}.{index}"
 
     @contextmanager
-    def begun_at(self, entry: str) -> Iterator[None]:
+    def begun_at(self, entry: str, end: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
         """While it is open, the layers before the hook ``entry`` are not there; a layer of which it is the output
-        is not either, but the hook still is."""
+        is not either, but the hook still is: what passes goes through ``end`` there, if that is given."""
         index = int(entry.removesuffix(".input").rpartition(".")[2])
         with ExitStack() as undo:
             for number in range(index if entry.endswith(".input") else index + 1):
                 layer = self.stack[number]
                 restore = partial(self.stack.__setitem__, number, layer)
-                self.stack[number] = _Passed(layer, self.rests[number], restore)
+                at_end = end if number == index else None
+                self.stack[number] = _Passed(layer, self.rests[number], restore, at_end)
                 undo.callback(restore)
             yield
 
@@ -60,13 +61,20 @@ class _Passed(nn.Module):
     Then it puts the layer back, so that forwards inside this one are whole.
     """
 
-    def __init__(self, layer: nn.Module, rest: tuple[object, ...] | None, restore: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        rest: tuple[object, ...] | None,
+        restore: Callable[[], None],
+        end: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        vars(self).update(_layer=layer, _rest=rest, _restore=restore)  # the layer is no module of this one
+        vars(self).update(_layer=layer, _rest=rest, _restore=restore, _end=end)  # the layer is no module of this one
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _first_tensor((*args, *kwargs.values()))
         self._restore()
+        hidden = hidden if self._end is None else self._end(hidden)
         return hidden if self._rest is None else (hidden, *self._rest)
 
     def __getattr__(self, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
@@ -23,8 +23,8 @@ _OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
 def begins(model: Any, embedding: Any, tell: _OnTokens) -> Iterator[None]:
     """While the context is open, ``tell(tokens, before)`` is called when a forward of ``model`` begins.
 
-    The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so the function
-    is another one for a while, and what ``embedding`` is called with is remembered.
+    The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so both are other
+    functions for a while, and what ``embedding`` is called with is remembered as long as ``generate`` writes.
     """
     forwards = vars(model).get("forward")
     if not isinstance(forwards := getattr(forwards, "forwards", None), _Forwards):
@@ -42,39 +42,54 @@ class _Forwards:
     def __init__(self, model: Any, embedding: Any) -> None:
         self._model, self._embedding, self._now = model, embedding, threading.local()
         self._told: list[_OnTokens] = []
-        self._original = model.forward
-        self._signature = inspect.signature(self._original)
-        self._before = vars(model).get("forward")
+        self._originals = {name: getattr(model, name) for name in ("forward", "generate") if hasattr(model, name)}
+        self._signature = inspect.signature(model.forward)
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
         self._handle: Any = None
 
     def add(self, tell: _OnTokens) -> None:
         self._told.append(tell)
-        if len(self._told) == 1:
-            self._handle = self._embedding.register_forward_pre_hook(self._embedded)
-            vars(self._model)["forward"] = self._forward()
+        if len(self._told) > 1:
+            return
+        self._handle = self._embedding.register_forward_pre_hook(self._embedded)
+        for name, original in self._originals.items():
+            around = functools.partial(getattr(self, f"_{name}"), original)
+            self._ours[name] = ours = functools.wraps(original)(around)
+            vars(ours)["forwards"] = self
+            self._before[name], vars(self._model)[name] = vars(self._model).get(name), ours
 
     def remove(self, tell: _OnTokens) -> None:
         self._told.remove(tell)
         if self._told:
             return
         self._handle.remove()
-        if self._before is None:
-            del vars(self._model)["forward"]
-        else:
-            vars(self._model)["forward"] = self._before
+        for name, ours in self._ours.items():
+            if vars(self._model).get(name) is not ours:
+                continue  # somebody has put another function in its place, and that stays
+            if self._before[name] is None:
+                del vars(self._model)[name]
+            else:
+                vars(self._model)[name] = self._before[name]
 
-    def _forward(self) -> Callable[..., Any]:
-        @functools.wraps(self._original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._now.runs = True
-            try:
-                self._tell(*self._ids(self._signature.bind_partial(*args, **kwargs).arguments))
-                return self._original(*args, **kwargs)
-            finally:
-                self._now.runs = False
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._as_it_is_now(runs=True):
+            self._tell(*self._ids(self._signature.bind_partial(*args, **kwargs).arguments))
+            return original(*args, **kwargs)
 
-        vars(forward)["forwards"] = self
-        return forward
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._as_it_is_now(writes=True, seen=None):
+            return original(*args, **kwargs)
+
+    @contextmanager
+    def _as_it_is_now(self, **state: Any) -> Iterator[None]:
+        """In this thread: whether a forward runs, whether ``generate`` writes, and the tokens that it has embedded."""
+        before = {name: getattr(self._now, name, None) for name in state}
+        vars(self._now).update(state)
+        try:
+            yield
+        finally:
+            vars(self._now).update(before)
 
     def _tell(self, tokens: Tensor | None, before: int) -> None:
         self._now.known, self._now.before = tokens is not None, before
@@ -90,7 +105,7 @@ class _Forwards:
                 return value[None] if value.ndim == 1 else value, before
         embeddings: Any = given.get("input")
         seen: Any = getattr(self._now, "seen", None)
-        if hasattr(embeddings, "ndim") and given.get("start_at_layer") == 0 and seen is not None:
+        if seen is not None and getattr(self._now, "writes", False) and hasattr(embeddings, "ndim"):
             batch, length = embeddings.shape[:2]
             if seen.shape[0] == batch and seen.shape[1] >= length:
                 return seen[:, -length:], before
@@ -103,11 +118,11 @@ class _Forwards:
             if not self._now.known:
                 self._tell(tokens, self._now.before)
             return
-        import torch
+        if getattr(self._now, "writes", False):
+            import torch
 
-        seen: Any = getattr(self._now, "seen", None)
-        goes_on = seen is not None and tokens.shape[1] == 1 and len(seen) == len(tokens)
-        self._now.seen = torch.cat([seen, tokens], dim=1) if goes_on else tokens
+            seen: Any = self._now.seen
+            self._now.seen = tokens if seen is None else torch.cat([seen, tokens], dim=1)
 
 
 def _is_ids(value: Any) -> TypeGuard[Tensor]:
@@ -131,34 +146,38 @@ class _Exposed:
 
 
 @contextmanager
-def exposed(model: Any, names: Collection[str]) -> Iterator[Mapping[str, _Exposed]]:
-    """See :class:`saekit.abilities.ExposesHooks`; the innermost of several contexts has a name."""
+def exposed(names: Collection[str], *places: dict[str, Any]) -> Iterator[Mapping[str, _Exposed]]:
+    """See :class:`saekit.abilities.ExposesHooks`; the innermost of several contexts has a name.
+
+    ``places`` are the dictionaries in which a model's library looks for hook points by name.
+    """
     from transformer_lens.hook_points import HookPoint
 
     made: dict[str, Any] = {}
     for name in names:
         made[name] = point = HookPoint()
         point.name = name
-        vars(point)["below"] = model.hook_dict.get(name)  # of another splice, which is the outer one
-        model.mod_dict[name] = model.hook_dict[name] = point
+        vars(point)["below"] = places[0].get(name)  # of another splice, which is the outer one
+        for place in places:
+            place[name] = point
     try:
         yield {name: _Exposed(point) for name, point in made.items()}
     finally:
         for name, point in made.items():
-            _take_out(model, name, point)
+            _take_out(places, name, point)
 
 
-def _take_out(model: Any, name: str, point: Any) -> None:
+def _take_out(places: Sequence[dict[str, Any]], name: str, point: Any) -> None:
     """Of the points of one name, which lie one on the other, the one that is ``point``, wherever it lies."""
-    top, below = model.hook_dict.get(name), vars(point)["below"]
+    top, below = places[0].get(name), vars(point)["below"]
     if top is not point:
         while top is not None and vars(top).get("below") is not point:
             top = vars(top).get("below")
         if top is not None:
             vars(top)["below"] = below
         return
-    for places in (model.mod_dict, model.hook_dict):
+    for place in places:
         if below is None:
-            del places[name]
+            del place[name]
         else:
-            places[name] = below
+            place[name] = below

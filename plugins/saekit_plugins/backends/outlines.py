@@ -94,13 +94,16 @@ def mamba_outline(model: ModelConfig) -> Any:
     import torch
     from transformers.utils.hub import cached_file
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
-        from mamba_lens import HookedMamba
-        from mamba_lens.HookedMamba import convert_original_config_to_hooked_mamba_config as converted
     with within_reach(unless=model.name), loading(f"the configuration of the Mamba model {model.name!r}"):
         place: Any = cached_file(model.name, "config.json")  # a path, or it raises
-        config = converted(json.loads(Path(place).read_text(encoding="utf-8")), device="meta")
+        options = json.loads(Path(place).read_text(encoding="utf-8"))
+        if lacking := [name for name in ("d_model", "n_layer", "vocab_size") if name not in options]:
+            raise ModelError(f"{model.name!r} is no Mamba in the original layout: config.json lacks {lacking[0]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mamba-lens imports names that its dependencies have deprecated
+            from mamba_lens import HookedMamba
+            from mamba_lens.HookedMamba import convert_original_config_to_hooked_mamba_config as converted
+        config = converted(options, device="meta")
         with _nothing_allocated():
             made: Any = HookedMamba(config, tokenizer=None, initialize_params=False)
     return ready(made, getattr(torch, model.dtype))

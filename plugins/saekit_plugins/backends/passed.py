@@ -10,6 +10,7 @@ from saekit.backends import wrong_model
 __all__ = ["check_not_for_passed", "check_passed"]
 
 _MARKS = {
+    "TransformerBridge": ("boot_transformers", "original_model", "hook_dict"),
     "HookedMamba": ("run_with_hooks", "input_dependent_hooks"),
     "HookedTransformer": ("run_with_hooks", "hook_dict", "cfg", "tokenizer"),
     "AutoModelForCausalLM": ("save_pretrained", "get_output_embeddings", "config"),

@@ -109,6 +109,8 @@ def _precheck(config: CachedConfig, whole: TrainConfig) -> None:
 def _refuse_empty(manifest: Manifest, config: CachedConfig) -> None:
     if not manifest.contexts:
         raise DataError(f"the activation cache {config.folder!r} is empty: `saekit cache` found too little text")
+    if not manifest.rows:
+        raise DataError(f"the activation cache {config.folder!r} has no activations: no token of its text counts")
 
 
 @hookimpl

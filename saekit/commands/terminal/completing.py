@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from saekit.released import Release
 
 __all__ = [
-    "complete_config", "complete_plugin", "complete_recipe", "complete_release", "complete_released_loader",
-    "complete_released_model", "complete_released_sae",
+    "complete_architecture", "complete_config", "complete_plugin", "complete_recipe", "complete_release",
+    "complete_released_loader", "complete_released_model", "complete_released_sae",
 ]  # fmt: skip
 
 _FILES = (".toml", ".yaml", ".yml", ".json")
@@ -51,6 +51,14 @@ def complete_plugin(ctx: typer.Context, incomplete: str) -> list[str]:
     items = [item for registry in default_manager().registries.values() for item in registry.items]
     return [f"{kind}:{item.entry.name}" if colon else item.entry.name for item in items
             if not colon or item.kind.name == kind]  # fmt: skip
+
+
+def complete_architecture(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of SAE architectures."""
+    from saekit.kinds import SAE_ARCHITECTURES
+    from saekit.plugins.manager import default_manager
+
+    return [item.entry.name for item in default_manager().registry(SAE_ARCHITECTURES).items]
 
 
 def complete_recipe(ctx: typer.Context, incomplete: str) -> list[str]:

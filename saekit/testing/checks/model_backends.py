@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream, LeadsToResidualStream
-from saekit.config import ModelConfig
 from saekit.errors import ModelError
-from saekit.plugins.building import outlined
 from saekit.reasons import error_text
+from saekit.testing.checks import backend_abilities, backend_values
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
-from saekit.testing.checks.tried_models import Tried, backend_of
+from saekit.testing.checks.tried_models import Tried, backend_of, counted, state_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +57,42 @@ def _is_count(value: object) -> bool:
 
 
 @CHECKS.add
+def activations(subject: Subject) -> None:
+    """What hooks hold is the same in every forward, read alone or together; it is of these tokens, and no position
+    sees those after it."""
+    tried = Tried.of(subject)
+    together = _held(tried, tried.tokens, tried.hooks)
+    other = tried.tokens.clone()
+    other[:, -1] = other[:, -1] % 50 + 1  # another token, in any vocabulary
+    changed = _held(tried, other, tried.hooks)
+    for name in tried.hooks:
+        must_agree(
+            f"what {name!r} holds, read alone,", _held(tried, tried.tokens, [name])[name], together[name], _CLOSE
+        )
+        after, before = changed[name][:, :-1], together[name][:, :-1]
+        must_agree(f"what {name!r} holds before a token that is another one", after, before, _CLOSE)
+    far = any(bool((changed[name][:, -1] - together[name][:, -1]).abs().max() > 1e-6) for name in tried.hooks)
+    must(far, f"another token changes nothing at {', '.join(tried.hooks)}")
+
+
+def _held(tried: Tried, tokens: Tensor, hooks: Collection[str]) -> dict[str, Tensor]:
+    """Clones: what a forward holds may be written over by the next."""
+    return {name: value.clone() for name, value in tried.backend.run(tokens, read=hooks).held.items()}
+
+
+@CHECKS.add
+def one_context(subject: Subject) -> None:
+    """A batch of one context gives what it does among others."""
+    tried = Tried.of(subject)
+    all_of_them = tried.backend.run(tried.tokens, read=tried.hooks, want="loss")
+    held, losses = {name: value.clone() for name, value in all_of_them.held.items()}, all_of_them.loss.clone()
+    alone = tried.backend.run(tried.tokens[1:2], read=tried.hooks, want="loss")
+    must_agree("the loss of one context", alone.loss, losses[1:2], 1e-4)
+    for name in tried.hooks:
+        must_agree(f"what {name!r} holds of one context", alone.held[name], held[name][1:2], 1e-4)
+
+
+@CHECKS.add
 def early_stop(subject: Subject) -> None:
     """A forward that only reads ends after the last hook that is read; what is read is the same as in a whole one."""
     tried = Tried.of(subject)
@@ -73,7 +106,7 @@ def early_stop(subject: Subject) -> None:
         raise NotTried("it has one hook alone")
     early = tried.backend.run(tried.tokens, read={first}, replace={last: recorded}).held[first].clone()
     must(not later, f"the forward goes on to {last!r} after {first!r}, the last hook that is read")
-    with _counted(subject.model) as calls:
+    with counted(subject.model) as calls:
         tried.backend.run(tried.tokens, read={first})
         short = len(calls)
         tried.backend.run(tried.tokens, want="logits")
@@ -84,22 +117,6 @@ def early_stop(subject: Subject) -> None:
     whole = tried.backend.run(tried.tokens, read={first}, want="logits").held[first]
     must_agree(f"what {first!r} holds in a forward that ends early", early, whole, _CLOSE)
     must(not tried.backend.run(tried.tokens).held, "a forward that reads nothing holds something")
-
-
-@contextmanager
-def _counted(model: object) -> Iterator[list[None]]:
-    """A list that grows by each call of a module of ``model``."""
-    import torch
-
-    calls: list[None] = []
-    handles = []
-    if isinstance(model, torch.nn.Module):
-        handles = [part.register_forward_hook(lambda *_: calls.append(None)) for part in model.modules()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @CHECKS.add
@@ -147,6 +164,23 @@ def zero(subject: Subject) -> None:
 
 
 @CHECKS.add
+def loss_after_replacing(subject: Subject) -> None:
+    """A replacement reaches the loss as it reaches the logits."""
+    from saekit.backends import next_token_loss
+
+    tried = Tried.of(subject)
+    clean = tried.backend.run(tried.tokens, want="loss").loss.clone()
+    far = False
+    for name in tried.hooks:
+        put: dict[str, Any] = {name: lambda x: x / 2 + 0.1}
+        found = tried.backend.run(tried.tokens, replace=put, want="loss").loss.clone()
+        expected = next_token_loss(tried.logits(replace=put), tried.tokens.to(found.device))
+        must_agree(f"the loss with {name!r} replaced", found, expected, 1e-4)
+        far = far or bool((found - clean).abs().max() > 1e-6)
+    must(far, f"replacements at {', '.join(tried.hooks)} do not reach the loss")
+
+
+@CHECKS.add
 def two_hooks(subject: Subject) -> None:
     """Two hooks can be read and replaced in one forward, each once; the later holds what the earlier's replacement
     makes of it."""
@@ -177,7 +211,7 @@ def two_hooks(subject: Subject) -> None:
 def nothing_left(subject: Subject) -> None:
     """After a forward, one in which something was raised included, the model is as it was: hooks, mode, what learns."""
     tried = Tried.of(subject)
-    before, clean = _state(subject.model), tried.logits()
+    before, clean = state_of(subject.model), tried.logits()
 
     def fails(held: Tensor) -> Tensor:
         raise _Deliberate
@@ -189,21 +223,8 @@ def nothing_left(subject: Subject) -> None:
             pass
         else:
             raise Fault(f"what a replacement at {name!r} raises is lost")
-    must_be_equal("of the model, afterwards", _state(subject.model), before)
+    must_be_equal("of the model, afterwards", state_of(subject.model), before)
     must_agree("logits, afterwards,", tried.logits(), clean, _CLOSE)
-
-
-def _state(model: object) -> dict[str, Any]:
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
-        return {}
-    return {
-        "hooks": sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()),
-        "the mode": [part.training for part in model.modules()],
-        "what learns": [name for name, value in model.named_parameters() if value.requires_grad],
-        "gradients": [name for name, value in model.named_parameters() if value.grad is not None],
-    }
 
 
 @CHECKS.add
@@ -222,6 +243,26 @@ def refusals(subject: Subject) -> None:
         except Exception as error:
             raise Fault(f"{what} raises {error_text(error)}, expected a ModelError") from error
         raise Fault(f"{what} is taken, expected a ModelError")
+
+
+@CHECKS.add
+def near_names(subject: Subject) -> None:
+    """A hook that is misspelled is refused in words that name one that is spelled alike."""
+    tried = Tried.of(subject)
+    known = [*tried.backend.hook_names()]
+    for name in tried.hooks:
+        wrong = name[:-1] if name[:-1] not in known else name + "x"
+        try:
+            tried.backend.run(tried.tokens, read={wrong})
+        except ModelError as error:
+            text = str(error)
+        else:
+            raise Fault(f"the hook {wrong!r}, which is not there, is read; expected a ModelError")
+        named = text.replace(repr(wrong), "")
+        must(
+            any(repr(one) in named or one in named.split() for one in known),
+            f"of {wrong!r} it says {text!r}, and names no hook that is spelled alike",
+        )
 
 
 @CHECKS.add
@@ -255,6 +296,32 @@ def grad(subject: Subject) -> None:
 
 
 @CHECKS.add
+def grad_through(subject: Subject) -> None:
+    """With ``grad``, the loss is differentiable by what a replacement uses, as small changes say."""
+    import torch
+
+    tried = Tried.of(subject)
+    for name in dict.fromkeys((tried.hooks[0], tried.hooks[-1])):
+
+        def total(factor: Any, name: str = name, *, grad: bool = False) -> Tensor:
+            put = {name: lambda held: held * factor}
+            return tried.backend.run(tried.tokens, replace=put, want="loss", grad=grad).loss.double().sum()
+
+        factor = torch.tensor(0.9, device=tried.backend.device, requires_grad=True)
+        try:
+            (slope,) = torch.autograd.grad(total(factor, grad=True), factor)
+        except RuntimeError as error:
+            raise Fault(f"no gradient flows through a replacement at {name!r}: {error_text(error)}") from error
+        step = 1e-2
+        expected = float(total(0.9 + step) - total(0.9 - step)) / (2 * step)
+        must(
+            abs(float(slope) - expected) <= 0.05 * abs(expected) + 1e-2,
+            f"by the gradient through a replacement at {name!r} the loss changes by {float(slope):.4g}, and it does by "
+            f"{expected:.4g}",
+        )
+
+
+@CHECKS.add
 def types(subject: Subject) -> None:
     """Tokens of any whole type do, and from memory of any kind; tensors come on the device of the backend."""
     import torch
@@ -271,95 +338,5 @@ def types(subject: Subject) -> None:
         must_be_equal("the tokens, afterwards,", given, before)
 
 
-@CHECKS.add
-def tokenizer(subject: Subject) -> None:
-    """``tokenize`` gives ids without special tokens, and ``token_texts`` says what they stand for."""
-    backend = backend_of(subject)
-    if isinstance(backend, HasTokenizer) and backend.tokenizer is None:
-        raise NotTried("the model has no tokenizer")
-    ids = backend.tokenize(_TEXT)
-    fine = isinstance(ids, list) and all(isinstance(token, int) and 0 <= token < backend.d_vocab for token in ids)
-    must(fine and ids, f"tokenize gives {ids!r:.80}, expected a list of ids below {backend.d_vocab}")
-    must(backend.tokenize("") == [], f"tokenize makes {backend.tokenize('')} of no text")
-    texts = backend.token_texts(ids)
-    must(len(texts) == len(ids), f"token_texts gives {len(texts)} texts for {len(ids)} tokens")
-    found, expected = ("".join("".join(text).split()).casefold() for text in (texts, _TEXT))
-    must(found == expected, f"the texts of the tokens of {_TEXT!r} are {texts}")
-
-
-@CHECKS.add
-def unembedding(subject: Subject) -> None:
-    """``unembedding`` is a matrix ``[d_model, d_vocab]`` and a bias or None; or a ModelError where there is none."""
-    backend = backend_of(subject)
-    try:
-        weights, bias = backend.unembedding()
-    except ModelError as error:
-        raise NotTried(str(error)) from None
-    must(
-        weights.ndim == 2 and weights.shape[1] >= backend.d_vocab,
-        f"its weights have the shape {list(weights.shape)}, expected [d_model, {backend.d_vocab}]",
-    )
-    fine = bias is None or list(bias.shape) == [weights.shape[1]]
-    must(fine, f"its bias has the shape {[] if bias is None else list(bias.shape)}, expected [{weights.shape[1]}]")
-
-
-@CHECKS.add
-def residual_stream(subject: Subject) -> None:
-    """What ``in_residual_stream``, if there, says yes of is as wide as what ``unembedding`` reads."""
-    tried = Tried.of(subject)
-    if not isinstance(backend := tried.backend, KnowsResidualStream):
-        raise NotTried("the backend does not know the residual stream")
-    held = backend.run(tried.tokens, read=tried.hooks).held
-    widths = {hook: held[hook].shape[-1] for hook in tried.hooks if backend.in_residual_stream(hook)}
-    read = len(backend.unembedding()[0]) if widths else 0
-    must(set(widths.values()) <= {read}, f"it says yes of {widths}, by their widths, and the unembedding reads {read}")
-
-
-@CHECKS.add
-def paths_to_residual_stream(subject: Subject) -> None:
-    """What ``to_residual_stream``, if there, gives goes from what the hook holds to what ``unembedding`` reads."""
-    tried = Tried.of(subject)
-    if not isinstance(backend := tried.backend, LeadsToResidualStream):
-        raise NotTried("the backend knows no ways into the residual stream")
-    held = backend.run(tried.tokens, read=tried.hooks).held
-    for hook in tried.hooks:
-        if (weights := backend.to_residual_stream(hook)) is not None:
-            expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
-            must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")
-
-
-@CHECKS.add
-def fingerprint(subject: Subject) -> None:
-    """``fingerprint`` is the same text each time, or None; ``memory_bytes``, if there, a whole number."""
-    backend, again = backend_of(subject), backend_of(subject)
-    found = backend.fingerprint()
-    must(found is None or (isinstance(found, str) and found), f"it is {found!r}, expected a text or None")
-    must(found == again.fingerprint(), f"it is {found!r}, and of the same weights {again.fingerprint()!r}")
-    if isinstance(backend, HasMemory):
-        bytes_ = backend.memory_bytes()
-        must(isinstance(bytes_, int) and bytes_ >= 0, f"memory_bytes() is {bytes_!r}, expected a whole number")
-
-
-@CHECKS.add
-def outline(subject: Subject) -> None:
-    """The outline of a model, where there is one, has the name, the sizes and the hooks of the model; its forwards make
-    the shapes and types of the model's, and no numbers."""
-    model, entry = subject.model, subject.item.entry
-    if entry.outline is None:
-        raise NotTried("the entry has no outline")
-    if model is not None and not isinstance(model, ModelConfig):
-        raise NotTried("an outline is of a model that is named: give models= a saekit.config.ModelConfig")
-    made = outlined(subject.item, subject.options, model=model or ModelConfig(device="cpu"))
-    tried = Tried.of(subject)
-    for name in ("name", "n_ctx", "d_vocab"):
-        own, its = getattr(tried.backend, name), getattr(made, name)
-        must(own == its, f"the {name} of its outline is {its!r}, and the model's {own!r}")
-    must(list(made.hook_names()) == list(tried.backend.hook_names()), "the hooks of its outline are others")
-    if isinstance(tried.backend, HasMemory):
-        own, its = tried.backend.memory_bytes(), made.memory_bytes()
-        must(abs(its - own) <= 0.01 * own, f"memory_bytes() of its outline is {its}, and the model's {own}")
-    held = tried.backend.run(tried.tokens, read={*tried.hooks}).held
-    for name, found in made.run(tried.tokens, read={*tried.hooks}).held.items():
-        own, its = (list(held[name].shape), held[name].dtype), (list(found.shape), found.dtype)
-        must(own == its, f"in its outline {name!r} holds {its}, and in the model {own}")
-        must(found.is_meta, f"in its outline {name!r} is on {found.device}, where it takes memory; expected meta")
+CHECKS.extend(backend_values.CHECKS)
+CHECKS.extend(backend_abilities.CHECKS)

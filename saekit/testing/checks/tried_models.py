@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["Tried", "backend_of"]
+__all__ = ["Tried", "backend_of", "counted", "state_of"]
 
 _MOST_HOOKS, _LOOKED_AT = 4, 24
 
@@ -73,8 +75,9 @@ def _usable(backend: ModelBackend, tokens: Tensor) -> tuple[str, ...]:
 
         return passed
 
-    backend.run(tokens, replace={name: meets(name) for name in good}, want="logits")
-    order = [*met]
+    clean = backend.run(tokens, replace={name: meets(name) for name in good}, want="logits").logits.detach().clone()
+    # Of some hooks, such as what positions are made of, the model takes no more than the type.
+    order = [name for name in met if _matters(backend, tokens, name, clean)] or [*met]
     chosen = [order[n * (len(order) - 1) // (_MOST_HOOKS - 1)] for n in range(_MOST_HOOKS)] if order else []
     return tuple(dict.fromkeys(chosen))
 
@@ -85,3 +88,38 @@ def _holds_vectors(backend: ModelBackend, tokens: Tensor, name: str) -> bool:
     except ModelError:  # it does not run as the model is configured
         return False
     return held.ndim == 3 and held.shape[:2] == tokens.shape and held.is_floating_point()
+
+
+def _matters(backend: ModelBackend, tokens: Tensor, name: str, clean: Tensor) -> bool:
+    logits = backend.run(tokens, replace={name: lambda held: held * 0}, want="logits").logits
+    return bool((logits - clean).abs().max() > 1e-6)
+
+
+@contextmanager
+def counted(model: object) -> Iterator[list[None]]:
+    """A list that grows by each call of a module of ``model``."""
+    import torch
+
+    calls: list[None] = []
+    handles = []
+    if isinstance(model, torch.nn.Module):
+        handles = [part.register_forward_hook(lambda *_: calls.append(None)) for part in model.modules()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def state_of(model: object) -> dict[str, Any]:
+    """What a forward must leave as it was."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        return {}
+    return {
+        "hooks": sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()),
+        "the mode": [part.training for part in model.modules()],
+        "what learns": [name for name, value in model.named_parameters() if value.requires_grad],
+        "gradients": [name for name, value in model.named_parameters() if value.grad is not None],
+    }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from support.faulty.case import Case, cases
 from torch import Tensor
 
 from saekit import Forward
-from saekit.backends import Hooks
+from saekit.backends import Hooks, InsideBackend
+from saekit.config import ModelConfig
+from saekit.errors import ModelError
 from saekit.testing import FakeBackend, fake_plugin
 
 COUNT = itertools.count()
@@ -111,13 +115,97 @@ class Boasting(FakeBackend):
         return True
 
     def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
-        hooks("narrow", self._embedding()[tokens][..., :4])
-        return super().forward(tokens, hooks)
+        narrow = hooks("narrow", self._embedding()[tokens][..., :4])
+        out = super().forward(tokens, hooks)
+        return None if out is None else out + narrow.sum(-1, keepdim=True)
 
 
 class Restless(FakeBackend):
     def fingerprint(self) -> str:
         return f"model {next(COUNT)}"
+
+
+class Looking(FakeBackend):
+    """Its second block sees what comes later."""
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        self._weights = self._embedding() + 1e-3 * tokens.float().mean()
+        return super().forward(tokens, hooks)
+
+
+class Crowded(FakeBackend):
+    """Scales with the number of contexts."""
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        out = super().forward(tokens, hooks)
+        return None if out is None else out * len(tokens)
+
+
+class Deaf(FakeBackend):
+    """Its loss is of a forward without replacements."""
+
+    def run(self, tokens: Tensor, *, replace: Any = None, want: Any = "held", **how: Any) -> Forward:
+        found = super().run(tokens, replace=replace, want=want, **how)
+        return super().run(tokens, want=want, **how) if want == "loss" else found
+
+
+class Terse(FakeBackend):
+    def no_hook(self, name: str) -> ModelError:
+        return ModelError(f"no hook {name!r}")
+
+
+class Cut(FakeBackend):
+    """Gradients end at a replacement."""
+
+    def run(self, tokens: Tensor, *, replace: Mapping[str, Any] | None = None, **how: Any) -> Forward:
+        def cut(function: Any) -> Any:
+            return lambda held: function(held).detach()
+
+        return super().run(tokens, replace={name: cut(f) for name, f in (replace or {}).items()}, **how)
+
+
+class Misled(FakeBackend):
+    """Its end of text is none of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.special_tokens = {"bos": 0, "eos": 3, "sep": None}
+        self.tokenizer = self
+
+    bos_token_id, eos_token_id = 0, 4
+
+
+@attrs.frozen(kw_only=True)
+class Passing:
+    """Takes whatever is passed on."""
+
+    forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
+    """Nothing of it is used."""
+
+
+class Frozen(FakeBackend, InsideBackend):
+    """A forward from inside goes on with what it makes itself."""
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        return None if {"hook_embed", "blocks.0.attn.hook_z"} & {*hooks} else "blocks.0.hook_resid_post"
+
+    def run_from(self, tokens: Tensor, entry: str, value: Tensor, **how: Any) -> Forward:
+        return self.run(tokens, **how)
+
+
+class Renaming(FakeBackend):
+    def hook_like(self, name: str) -> str | None:
+        return name if name in self.hook_names() else "blocks.9.hook_resid_post"
+
+
+class Clinging(FakeBackend):
+    """What was attached stays."""
+
+    @contextmanager
+    def attached(self, replace: Mapping[str, Any], *, on_tokens: Any = None) -> Iterator[None]:
+        with super().attached(replace, on_tokens=on_tokens):
+            yield
+        self._attached = (*self._attached, (dict(replace), None))
 
 
 def of(kind: Callable[[], Any]) -> Callable[..., Any]:
@@ -130,24 +218,44 @@ CASES = cases(
         "build": (r"which lacks hook_names\(\)", of(Unhooked)),
         "values": ("d_vocab is 0, expected a whole number above 0", of(NoSizes)),
         "early_stop": ("the forward goes on to 'blocks.1.hook_resid_post' after 'hook_embed'", of(Thorough)),
+        "activations": ("what 'hook_embed' holds, read alone,: off by", of(Looking)),
+        "one_context": ("the loss of one context: off by", of(Crowded)),
         "loss": ("the loss: off by 1 of the largest number", of(Doubled)),
         "identity": ("logits with 'hook_embed' replaced by itself: off by", of(lambda: Replacing(moved))),
         "zero": ("change no logits: replacements do not reach the model", of(lambda: Replacing(ignored))),
+        "loss_after_replacing": ("the loss with 'hook_embed' replaced: off by", of(Deaf)),
         "two_hooks": ("replacements were called at .*, each once", of(lambda: Replacing(twice))),
         "nothing_left": ("logits, afterwards,: off by", of(Scarred)),
         "refusals": ("a hook that is not there raises ValueError", of(Curt)),
+        "near_names": ("of 'hook_embe' it says \"no hook 'hook_embe'\", and names no hook", of(Terse)),
         "grad": ("without grad, gradients are recorded", of(Recording)),
+        "grad_through": ("no gradient flows through a replacement at 'hook_embed'", of(Cut)),
         "types": ("tokens must be of 64 bits", of(Picky)),
         "tokenizer": (r"tokenize makes \[0\] of no text", of(Marking)),
+        "special_tokens": ("the special token eos is 3, and the tokenizer's 4", of(Misled)),
         "unembedding": (r"its weights have the shape \[128, 8\], expected \[d_model, 128\]", of(Turned)),
         "residual_stream": ("it says yes of .*'narrow': 4.*, and the unembedding reads 8", of(Boasting)),
         "fingerprint": ("it is 'model .*', and of the same weights 'model", of(Restless)),
+        "starts_inside": ("the loss with .* replaced, from|does not go on with the value that is given", of(Frozen)),
+        "translates_hooks": (r"hook_like\('no.such.hook'\) is not None", of(Renaming)),
+        "attaches_hooks": ("logits after the inner of two was taken away: off by", of(Clinging)),
     },
 )
-CASES.append(
+CASES += cases(
+    "model_backends",
+    {"kwargs": (r"forward_kwargs = \{no_such_argument = 1\} is taken, and nothing of it used", of(FakeBackend))},
+    config=Passing,
+)
+CASES += [
+    Case(
+        "dtype",
+        "logits of a model in torch.float64 are torch.float32",
+        fake_plugin("model_backends", build=of(FakeBackend)),
+        lambda folder: {"models": {"fake": ModelConfig(device="cpu")}},
+    ),
     Case(
         "outline",
         r"in its outline 'hook_embed' is on cpu, where it takes memory; expected meta",
         fake_plugin("model_backends", build=of(FakeBackend), outline=lambda config, *, model: FakeBackend()),
-    )
-)
+    ),
+]

@@ -1,0 +1,232 @@
+"""Models of transformer_lens' TransformerBridge, as backends.  A helper of the backends' plugins, not a plugin."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit import ModelError
+from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit_plugins.backends.aliases import also_called
+from saekit_plugins.backends.hook_names import layout_of
+from saekit_plugins.backends.lens_hooks import exposed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.abilities import ExposedPoint
+    from saekit_plugins.backends.layer_order import LayerOrder
+
+__all__ = ["RESIDUAL", "BridgeBackend"]
+
+RESIDUAL = re.compile(
+    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
+    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
+)
+"""The hooks of transformer_lens that hold the residual stream, or what is added to it as it is."""
+_NORMS = ("hook_scale", "hook_normalized")
+_OURS = {"input", "input_ids", "return_type", "loss_per_token", "labels", "start_at_layer", "stop_at_layer", "kwargs"}
+"""What a forward of saekit's decides itself."""
+
+
+class BridgeBackend(ModuleBackend, InsideBackend):
+    """A ``TransformerBridge``, with the names of its hook points, and its other names for them, as hooks."""
+
+    why_silent = (
+        " (the bridge has hook points that run only after a switch such as set_use_attn_result(True) or "
+        "set_use_hook_mlp_in(True), and some that no forward of this model reaches; pass the model from code with the "
+        "switch on, or take another hook)"
+    )
+
+    def __init__(self, model: Any, *, forward_kwargs: Mapping[str, Any] | None = None, **known: Any) -> None:
+        super().__init__(model, tokenizer=model.tokenizer, **known)
+        self._forward_kwargs = dict(forward_kwargs or {})
+
+    @cached_property
+    def _points(self) -> dict[str, Any]:
+        """Every name with its hook point: TransformerLens' names, then the bridge's own, in the order of the model."""
+        points: dict[str, Any] = self.model.hook_dict
+        by_point: dict[int, list[str]] = {}
+        for name, point in points.items():
+            by_point.setdefault(id(point), []).append(name)
+        tables = id(points.get("rotary_emb.hook_out"))  # two tensors, which some call hook_pos_embed
+        return {
+            name: point
+            for key, names in by_point.items()
+            if key != tables
+            for name in sorted(names, key=lambda one: one == points[one].name)
+            for point in (points[name],)
+        }
+
+    def hook_names(self) -> Sequence[str]:
+        return list(self._points)
+
+    def other_names(self) -> Collection[str]:
+        return also_called(self.name)
+
+    def hook_like(self, name: str) -> str | None:
+        """A hook of its own, or the one where transformers' module of that path has its place."""
+        if name in self._points:
+            return name
+        config = self.model.original_model.config.get_text_config()
+        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        found = None if known is None else known.lens_hook(name)
+        return found if found in self._points else None
+
+    def in_residual_stream(self, hook_name: str) -> bool:
+        return hook_name in self._residual
+
+    @cached_property
+    def _residual(self) -> frozenset[str]:
+        found = {id(point) for name, point in self._points.items() if RESIDUAL.fullmatch(name)}
+        return frozenset(name for name, point in self._points.items() if id(point) in found)
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self.model.W_U, self.model.b_U
+        except AttributeError:
+            return super().unembedding()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        # Without a cache of keys and values, which nobody reads.
+        plain = {"use_cache": False} if "use_cache" in self._accepted else {}
+        options: dict[str, Any] = {"return_type": "logits"} | plain | self._checked_kwargs()
+        if tokens.is_meta:  # the library looks at the numbers of a mask that it makes itself, and there are none
+            options["attention_mask"] = _causal(tokens)
+        logits: Tensor = self.model(tokens, **options)
+        return logits
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        with ExitStack() as quiet:
+            if any(name.endswith(_NORMS) for name in hooks.names):
+                # What is put there makes a bridge compute the norm itself, which it warns of: rounding is other.
+                quiet.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            if hooks.entry is not None and self._order is not None:
+                at = self._place(hooks.entry)
+                end = None if at.endswith(".input") else self._points[hooks.entry]
+                quiet.enter_context(self._order.begun_at(at, end))
+            return super().forward(tokens, hooks)
+
+    def entry_of(self, hooks: Collection[str]) -> str | None:
+        """What enters a block or leaves it, of models whose blocks run one after the other.
+
+        A short forward shows in which order the hook points are met, and another one, for each entry, that one which
+        begins there gives the same logits.
+        """
+        if self._order is None or any(name not in self._met for name in hooks):
+            return None
+        first = min((self._met[name] for name in hooks), default=math.inf)
+        entry = next((name for name in reversed(self._ends) if self._met[name] <= first), None)
+        if entry is not None and entry not in self._same:
+            whole = self.run(self._few(), read=[entry], want="logits")
+            self.run(self._few(8), want="logits")  # what a block keeps of a forward is of this one now
+            begun = self._run(self._few(), (), None, "logits", False, (entry, whole.held[entry]))
+            difference = (begun.logits.double() - whole.logits.double()).abs().max()
+            self._same[entry] = bool(difference <= 1e-6 * whole.logits.double().abs().max())
+        return entry if entry is not None and self._same[entry] else None
+
+    @cached_property
+    def _same(self) -> dict[str, bool]:
+        """By the hook where a forward begins: whether it gives what a whole one does."""
+        return {}
+
+    @cached_property
+    def _order(self) -> LayerOrder | None:
+        from saekit_plugins.backends.layer_order import observed
+
+        blocks, tokens = getattr(self.model, "blocks", ()), self._few()
+        if self.device == "meta" or not len(blocks):  # without numbers, nothing shows
+            return None
+        with self.running(tokens, grad=False):
+            found = observed(self.model.original_model, len(blocks), lambda: self.logits(tokens))
+        return found if found is not None and all(a is b for a, b in zip(found.stack, blocks, strict=True)) else None
+
+    @cached_property
+    def _met(self) -> dict[str, int]:
+        """By the name of a hook: when a forward meets it; those that none meets are not there."""
+        paths = {id(module): path for path, module in self.model.original_model.named_modules()}
+        met = {} if self._order is None else self._order.met
+        places = {name: paths.get(id(point)) for name, point in self._points.items()}
+        return {name: met[path] for name, path in places.items() if path is not None and path in met}
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """The first and last hook of every block."""
+        both = ("hook_resid_pre", "hook_resid_post")
+        names = [f"blocks.{number}.{name}" for number in range(len(self.model.blocks)) for name in both]
+        return names if all(name in self._met for name in names) else []
+
+    def _place(self, entry: str) -> str:
+        """The block's input or output, by its path in the model of transformers."""
+        assert self._order is not None
+        for end in self._ends:
+            if self._points[end] is self._points[entry]:
+                return f"{self._order.path}.{end.split('.')[1]}" + (".input" if end.endswith("_pre") else "")
+        raise ModelError(f"a forward of {self.name!r} cannot begin at the hook {entry!r}")
+
+    def _few(self, first: int = 0) -> Tensor:
+        import torch
+
+        return torch.arange(first, first + 8, device=self.device)[None] % self.d_vocab
+
+    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+        return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
+
+    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+        """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
+        return exposed(names, self.model._hook_registry)
+
+    def _attach(self, name: str, hooked: Callable[[Tensor], Tensor]) -> _Attached:
+        if (point := self._points.get(name)) is None:
+            raise self.no_hook(name)
+
+        def at(activation: Tensor, hook: Any) -> Tensor:
+            value = hooked(activation)
+            # By another object the library knows that it must go on with this one.
+            return value.view_as(value) if value is activation and value.requires_grad else value
+
+        point.add_hook(at)  # it brings what the point holds into TransformerLens' shape, and back
+        return _Attached(point, point.fwd_hooks[-1])
+
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """The options of a forward."""
+        forwards = (self.model.forward, self.model.original_model.forward)
+        return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters) - _OURS
+
+    def _checked_kwargs(self) -> dict[str, Any]:
+        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
+            raise ModelError(
+                f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
+                f"{sorted(self._accepted)}"
+            )
+        return self._forward_kwargs
+
+
+@attrs.frozen
+class _Attached:
+    """A hook at a hook point."""
+
+    point: Any
+    handle: Any
+
+    def remove(self) -> None:
+        self.handle.hook.remove()
+        self.point.fwd_hooks[:] = [one for one in self.point.fwd_hooks if one is not self.handle]
+
+
+def _causal(tokens: Tensor) -> Tensor:
+    """``[b, 1, t, t]``: which tokens each token sees."""
+    import torch
+
+    batch, length = tokens.shape
+    return torch.ones(batch, 1, length, length, dtype=torch.bool, device=tokens.device).tril()

@@ -1,0 +1,10 @@
+from .config import ToyConfig as ToyConfig
+from .draws import FeatureDraws as FeatureDraws
+from .model import ToyModel as ToyModel
+from .pictures import animate_directions as animate_directions
+from .pictures import plot_directions as plot_directions
+from .recovery import Recovery as Recovery
+from .recovery import match_directions as match_directions
+from .recovery import measure_recovery as measure_recovery
+from .training import ToyTraining as ToyTraining
+from .training import train_toy_model as train_toy_model

@@ -1,0 +1,187 @@
+"""``saekit.evaluate``: SAEs, runs and folders, in their own models and on text that was held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.sweeps import DOCUMENTS, manager
+from support.tiny import run_config
+
+import saekit
+from saekit.commands.measured import show_evaluations
+from saekit.errors import ConfigError, ModelError, PluginFailedError
+from saekit.measuring import Evaluation, Evaluations
+from saekit.testing import FakeBackend, fake_plugin
+
+SITE = "blocks.0.hook_resid_post"
+QUICK: dict[str, Any] = {"n_bootstrap": 50, "n_contexts": 4, "verbose": False}
+pytestmark = pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")  # they were hardly trained
+
+
+def config(folder: Path, name: str, seed: int = 1) -> dict[str, Any]:
+    return run_config(
+        folder,
+        model={"backend": "fake"},
+        site={"hook_name": SITE},
+        training={"training_tokens": 512, "seed": seed},
+        evals={"split": None, "held_out_every": 3, "n_contexts": 6, "run": []},
+        checkpoints={"folder": str(folder), "name": name},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, ``a`` and ``b``, on the fake model."""
+    folder = tmp_path_factory.mktemp("runs")
+    documents = folder / "text.jsonl"
+    documents.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    for seed, name in enumerate("ab"):
+        options = config(folder, name, seed)
+        options["dataset"] |= {"path": str(documents)}
+        saekit.train(options, plugins=manager())
+    return folder
+
+
+def evaluated(saes: Any, backend: FakeBackend | None = None, **options: Any) -> Any:
+    return saekit.evaluate(saes, plugins=manager(backend), **(QUICK | options))
+
+
+def test_a_run_is_measured_on_what_it_held_out_and_keeps_its_numbers(runs: Path) -> None:
+    backend = FakeBackend()
+    found = evaluated(runs / "a", backend, mean_ablation_contexts=2, kl=True, top1=True, n_contexts=5)
+    assert isinstance(found, Evaluation)
+    about = found.about
+    assert (about["held_out"], about["n_contexts"], about["context_size"], about["model"]) == (True, 5, 32, "fake")
+    assert {"explained_variance", "ce_recovered", "kl_div_with_sae", "ce_recovered_from_mean"} <= {*found.errors}
+    assert len(found.resampled["l0"]) == 50
+    saved = json.loads((runs / "a" / "sae" / "evals.json").read_text())
+    assert saved["values"] == found.to_dict()["values"]
+    assert saved["about"]["evals"]["saekit:downstream"]["mean_ablation_contexts"] == 2
+    sae = saekit.SAE.load(runs / "a", plugins=manager(), verify=True)
+    assert evaluated(sae, save=True, mean_ablation_contexts=2, kl=True, top1=True, n_contexts=5).values == found.values
+
+
+def test_held_out_documents_are_not_those_of_training(runs: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def build(config: Any, *, run: Any) -> Any:
+        return lambda sae, *, backend, sites, contexts: seen.append(contexts) or {"one": 1.0}
+
+    plugins = manager(None, fake_plugin("evals", "seen", build))
+    found = saekit.evaluate(runs / "a", evals=["seen"], plugins=plugins, save=False, verbose=False)
+    assert found.values == {"one": 1.0}
+    held = [document["text"] for number, document in enumerate(DOCUMENTS) if number % 3 == 2]
+    for row in seen[0].tolist():
+        parts = "".join(map(chr, row)).split("\0")  # at BOS
+        assert all(any(part in document for document in held) for part in parts)
+    with pytest.raises(ConfigError, match="kl: is no argument, and no option of test:seen: these have value"):
+        saekit.evaluate(runs / "a", evals=["seen"], plugins=plugins, kl=True, verbose=False)
+
+
+def test_saes_that_share_a_model_share_its_clean_forward(runs: Path) -> None:
+    backend = FakeBackend()
+    found = evaluated([runs / "a", runs / "b", runs / "a"], backend, save=False)
+    assert isinstance(found, Evaluations)
+    assert [*found] == [f"{runs}/a", f"{runs}/b", f"{runs}/a (2)"]
+    measured = [shape for shape in backend.forwards if shape == (4, 32)]
+    assert len(measured) == 1 + 1 + 3
+    one, two, again = found.values()
+    assert one.values == again.values != two.values
+    assert one.contexts == two.contexts
+    assert one.about["contexts_digest"] == two.about["contexts_digest"]
+    whole = evaluated(runs, save=False)
+    assert [*whole] == [f"{runs}/a", f"{runs}/b"], "a folder of runs is what is in it"
+
+
+def test_what_counts_can_be_said_anew(runs: Path) -> None:
+    whole = evaluated(runs / "a", save=False)
+    part = evaluated(runs / "a", save=False, exclude_special_tokens=True, seqpos_slice=(1, 20), mask=lambda t: t != 101)
+    assert whole.about["tokens_used"] == whole.about["tokens_of"] > part.about["tokens_used"]
+    assert part.about["tokens"] == {"exclude_special_tokens": [0], "seqpos_slice": [1, 20]}
+    assert part.about["masked"]
+    with pytest.raises(ConfigError, match="no token of the contexts counts"):
+        evaluated(runs / "a", save=False, mask=lambda tokens: tokens < 0)
+
+
+def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 8, "d_sae": 16})
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="model: is missing: the SAE does not say which model"):
+        evaluated(sae, site=SITE)
+    with pytest.raises(ConfigError, match="sites: are missing|site: is missing"):
+        evaluated(sae, model=FakeBackend(), contexts=contexts)
+    with pytest.raises(ConfigError, match="dataset: is missing"):
+        evaluated(sae, model=FakeBackend(), site=SITE)
+    with pytest.raises(ModelError, match="no hook 'blocks.0.hook_resid_pots'. Did you mean 'blocks.0.hook_resid_post'"):
+        evaluated(sae, model=FakeBackend(), site="blocks.0.hook_resid_pots", contexts=contexts)
+    with pytest.raises(ConfigError, match=r"contexts: must be token ids \[n, context_size\], found \[4\]"):
+        evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts[:, 0])
+    with pytest.raises(ConfigError, match="contexts: must be token ids from 0 to 127 of 'fake'"):
+        evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts + 100)
+    with pytest.raises(ConfigError, match="mask: must be a function of tokens"):
+        evaluated(sae, model=FakeBackend(), site=SITE, mask=contexts > 3)
+    with pytest.raises(ConfigError, match="saes: must be an SAE, .* found 3"):
+        evaluated(3)
+    with pytest.raises(ConfigError, match="n_contexts: must be a whole number of 1 or more, found 0"):
+        evaluated(sae, n_contexts=0)
+    with pytest.raises(ConfigError, match="saes: names none"):
+        evaluated([])
+    with pytest.raises(ConfigError, match=r"mean_ablation_contexts: is 9, and there are 4 contexts: ask for fewer"):
+        evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts, mean_ablation_contexts=9)
+
+
+def test_what_is_worse_than_the_mean_says_so() -> None:
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 8, "d_sae": 16})
+    with torch.no_grad():
+        sae.b_dec.fill_(90.0)
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="wrong site, scale or model") as told:
+        found = evaluated({"mine": sae}, model=FakeBackend(), site=SITE, contexts=contexts)
+    assert [str(one.message)[:30] for one in told] == [remark[:30] for remark in found["mine"].remarks]
+    assert found["mine"]["explained_variance"] < 0
+
+
+def test_the_model_is_run_as_it_was_in_training(tmp_path: Path, runs: Path) -> None:
+    """In the reference, evals drop the model's options."""
+    given: list[Any] = []
+
+    def build(options: Any, *, model: Any, loaded: Any = None) -> Any:
+        given.append((options.value, model.autocast))
+        return FakeBackend()
+
+    plugins = saekit.testing.isolated_manager(fake_plugin("model_backends", "fake_model", build), builtins=True)
+    options = config(tmp_path, "run") | {"model": {"backend": {"name": "fake_model", "value": 7}, "autocast": True}}
+    options["dataset"] |= {"path": str(runs / "text.jsonl")}
+    saekit.train(options, plugins=plugins)
+    saekit.evaluate(tmp_path / "run", plugins=plugins, save=False, **QUICK)
+    assert set(given) == {(7, True)}
+
+
+def test_an_eval_that_fails_is_named(runs: Path) -> None:
+    def build(config: Any, *, run: Any) -> Any:
+        def fails(sae: Any, **given: Any) -> Any:
+            raise RuntimeError("no such thing")
+
+        return fails
+
+    plugins = manager(None, fake_plugin("evals", "failing", build))
+    with pytest.raises(PluginFailedError, match="eval 'test:failing' .* failed in __call__: RuntimeError"):
+        saekit.evaluate(runs / "a", evals=["failing"], plugins=plugins, save=False, verbose=False)
+
+
+def test_a_table_and_json_are_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(runs, save=False)
+    show_evaluations(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{runs}/a" in lines[0]
+    assert any(line.startswith("explained_variance ") and line.count(" ± ") == 2 for line in lines)
+    assert lines[-1].startswith("128 of 128 tokens of 4 contexts of 32 tokens of ")
+    assert lines[-1].endswith("held out from training; model fake; ± standard error by bootstrap over contexts")
+    show_evaluations(next(iter(found.values())), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [*told] == [f"{runs}/a"]
+    assert told[f"{runs}/a"]["errors"]["l0"] > 0

@@ -21,6 +21,7 @@ from saekit.commands.terminal import (
     convert_config,
     demo,
     evals,
+    features,
     plan,
     plugins,
     pretokenize,
@@ -73,6 +74,7 @@ app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pr
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
 app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
+app.command("features", epilog=examples(features.EXAMPLES))(features.features)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
 app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)

@@ -6,14 +6,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import LeadsToResidualStream, KnowsResidualStream
+from saekit.abilities import KnowsResidualStream, LeadsToResidualStream
 from saekit.ambient import ambient
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
-__all__ = ["LogitPath", "feature_directions", "logit_path"]
+__all__ = ["LogitPath", "feature_directions", "logit_path", "path_from"]
 
 _TRIED = 8
 
@@ -45,14 +45,15 @@ def logit_path(sae: SAEModule, backend: ModelBackend, sites: Sites | Site) -> Lo
     targets = (sites,) if isinstance(sites, Site) else sites.targets
     if len(targets) > 1:
         return f"what is written are several sites, {', '.join(site.name for site in targets)}"
+    return path_from(targets[0], sae.d_out, backend)
+
+
+def path_from(site: Site, width: int, backend: ModelBackend) -> LogitPath | str:
+    """The path from vectors of ``width`` that are written at ``site``; or why there is none."""
     try:
         unembedding = backend.unembedding()[0].detach()[:, : backend.d_vocab]  # some are padded
     except ModelError as error:
         return str(error)
-    return _from(targets[0], sae.d_out, backend, unembedding)
-
-
-def _from(site: Site, width: int, backend: ModelBackend, unembedding: Tensor) -> LogitPath | str:
     knows, head = isinstance(backend, KnowsResidualStream), site.hook_head_index
     if isinstance(backend, KnowsResidualStream) and head is None and backend.in_residual_stream(site.hook_name):
         if len(unembedding) == width:

@@ -8,19 +8,39 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
-from saekit.analysis.directions import LogitPath, feature_directions, logit_path
+from saekit.analysis.directions import LogitPath, feature_directions, logit_path, path_from
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
-__all__ = ["output_logits", "why_no_logits"]
+__all__ = ["output_directions", "output_logits", "residual_directions", "why_no_logits"]
 
 
 def why_no_logits(sae: SAEModule, backend: ModelBackend, sites: Sites | Site) -> str | None:
     """Why nothing can be said of logits, in words; None: a path leads there from what the features write."""
     found = logit_path(sae, backend, sites)
     return found if isinstance(found, str) else None
+
+
+def output_directions(sae: SAEModule, features: Sequence[int]) -> Tensor:
+    """``[features, d_out]``: what an activation of 1 adds to the outputs, see
+    :func:`saekit.analysis.directions.feature_directions`."""
+    return feature_directions(sae, torch.tensor([*features], dtype=torch.long, device=sae.device))
+
+
+@ambient()
+@torch.no_grad()
+def residual_directions(directions: Tensor, backend: ModelBackend, sites: Sites | Site) -> Tensor:
+    """``[features, d_model]``: what ``directions [features, d_out]`` add to the residual stream.
+
+    :class:`saekit.errors.ModelError` where they do not come there.
+    """
+    target = sites if isinstance(sites, Site) else sites.targets[0]
+    path = path_from(target, directions.shape[1], backend)
+    if isinstance(path, str):
+        raise ModelError(path)
+    return path.in_residual_stream(directions)
 
 
 @ambient()
@@ -39,6 +59,5 @@ def output_logits(
     path = LogitPath(backend.unembedding()[0].detach()) if where is None else logit_path(sae, backend, where)
     if isinstance(path, str):
         raise ModelError(f"nothing can be said of logits: {path}")
-    directions = feature_directions(sae, torch.tensor([*features], dtype=torch.long, device=sae.device))
-    logits = path.logits(directions)
+    logits = path.logits(output_directions(sae, features))
     return (logits - logits.mean(1, keepdim=True)).float().cpu()

@@ -152,8 +152,9 @@ def residual_stream(subject: Subject) -> None:
     widths = {hook: held[hook].shape[-1] for hook in tried.hooks if backend.in_residual_stream(hook)}
     read = len(backend.unembedding()[0]) if widths else 0
     must(set(widths.values()) <= {read}, f"it says yes of {widths}, by their widths, and the unembedding reads {read}")
-    for hook in tried.hooks if isinstance(backend, LeadsToResidualStream) else ():
-        if (weights := backend.to_residual_stream(hook)) is not None:
+    ways: Any = tried.backend
+    for hook in tried.hooks if isinstance(ways, LeadsToResidualStream) else ():
+        if (weights := ways.to_residual_stream(hook)) is not None:
             expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
             must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")
 

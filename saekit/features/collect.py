@@ -60,7 +60,7 @@ class Pass:
         some = self.contexts[torch.linspace(0, len(self.contexts) - 1, number).long().unique()]
         next(self._batches(some[:1]))  # what runs first may be slow
         began = time.perf_counter()
-        seen = [[0, 0, 0] for _ in self.subjects]  # tokens, rows, entries
+        seen = [[0, 0, 0, 0] for _ in self.subjects]  # tokens, rows, entries, pairs
         fired = [torch.zeros(len(one.features), dtype=torch.int64) for one in self.subjects]
         for which, found, _, _ in self._found(some):
             one, tally = self.subjects[which], seen[which]
@@ -71,9 +71,12 @@ class Pass:
             tally[0] += found.n
             tally[1] += int(has.sum())
             tally[2] += int(has[found.rows].sum())
+            own, everything = (torch.bincount(rows, minlength=found.n) for rows in (found.rows[wanted], found.rows))
+            tally[3] += int((own * everything).sum())
         seconds = (time.perf_counter() - began) / some.numel()
         tallies = [
-            Seen(tokens, rows, entries, counts) for (tokens, rows, entries), counts in zip(seen, fired, strict=True)
+            Seen(tokens, rows, entries, pairs, counts)
+            for (tokens, rows, entries, pairs), counts in zip(seen, fired, strict=True)
         ]
         return estimated(self.subjects, tallies, tuple(self.contexts.shape), options, seconds)  # type: ignore[arg-type]
 

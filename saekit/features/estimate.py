@@ -20,6 +20,10 @@ UNIT_TOKENS = 4096
 """Tokens whose inputs are held at once."""
 PART_ENTRIES, PART_TOKENS = 1 << 21, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
+_PAIR, _PRODUCT = (
+    60e-9,
+    1e-10,
+)  # seconds of a core for what fires together: for pairs that are looked up, or as matrices
 _MERGING = 1 << 28  # bytes, for what is put in order at once
 
 
@@ -48,6 +52,8 @@ class Seen:
     """Tokens on which a feature that is asked for fires."""
     entries: int
     """Activations of all features there."""
+    pairs: float
+    """Pairs of one that is asked for and any other, on the same token."""
     wanted: Tensor
     """``[features]``: how often each that is asked for fires."""
 
@@ -63,7 +69,7 @@ class Estimate:
     stored: int
     """Bytes on the disk in the end."""
     seconds: float
-    """For the model and the SAEs."""
+    """For the model and the SAEs, and for what fires together."""
 
     def __str__(self) -> str:
         minutes = f"{self.seconds / 60:,.0f} min" if self.seconds >= 90 else f"{self.seconds:,.0f} s"
@@ -83,6 +89,7 @@ def estimated(
     for one, found in zip(subjects, seen, strict=True):
         share = tokens / max(found.tokens, 1)
         n, item = len(one.features), one.dtype.itemsize
+        seconds += min(found.pairs * _PAIR / max(found.tokens, 1), n * one.sae.d_sae * _PRODUCT)
         sums = 8 * (n * one.sae.d_in + 3 * one.sae.d_sae + 2 * one.sae.d_in)
         counts = found.wanted.double().numpy() * share
         entries = float(counts.sum())

@@ -245,5 +245,5 @@ def test_what_cannot_be_collected_says_why(saes: Any, collect: Any, tmp_path: Pa
     with pytest.raises(DataError, match="gives activations that are no finite numbers"):
         collect(damaged, tmp_path / "c")
     assert not (tmp_path / "c").exists(), "nothing is left of what never began"
-    with pytest.raises(DataError, match="no token of the contexts counts for"):
+    with pytest.raises(ConfigError, match="no token of the contexts counts for"):
         collect(saes["two"], tmp_path / "d", contexts=torch.zeros(2, 5, dtype=torch.long))

@@ -139,7 +139,9 @@ def test_directions_go_through_the_weights_behind_the_hook(
     feature = collect(sae, tmp_path / "store", model=saekit.load_model(model)).feature(2)
     if hook == "attn.hook_q":
         assert feature.logits is None
-        assert feature.sae.why_no_logits == "blocks.1.attn.hook_q is not in the residual stream"
+        assert feature.sae.why_no_logits == (
+            "blocks.1.attn.hook_q is not in the residual stream, and the backend knows no weights that lead there"
+        )
         return
     block = model.blocks[1]
     weights = block.mlp.W_out if hook == "mlp.hook_post" else block.attn.W_O.flatten(0, 1)

@@ -141,16 +141,3 @@ def attaches_hooks(subject: Subject) -> None:
     except ModelError:
         return
     raise Fault("a hook that is not there is attached to, expected a ModelError")
-
-
-@CHECKS.add
-def paths_to_residual_stream(subject: Subject) -> None:
-    """What ``to_residual_stream``, if there, gives leads from what the hook holds to what ``unembedding`` reads."""
-    tried = Tried.of(subject)
-    if not isinstance(backend := tried.backend, LeadsToResidualStream):
-        raise NotTried("it knows no ways into the residual stream")
-    held = backend.run(tried.tokens, read=tried.hooks).held
-    for hook in tried.hooks:
-        if (weights := backend.to_residual_stream(hook)) is not None:
-            expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
-            must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import AttachesHooks, HasModel, LeadsToResidualStream, StartsInside, TranslatesHooks
+from saekit.abilities import AttachesHooks, HasModel, StartsInside, TranslatesHooks
 from saekit.errors import ModelError
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal

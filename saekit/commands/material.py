@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ Group = tuple["ModelBackend", "Tensor", "Mask | None", list[str], Mapping[str, M
 """A model, contexts, their mask, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False)
 class Text:
     """What contexts are asked for."""
 
@@ -42,12 +43,12 @@ class Text:
     """None: the one that each SAE says."""
     contexts: Tensor | None = None
     """These, and no others."""
-    n_contexts: int = 64
-    context_size: int | None = None
-    """None: that of each SAE."""
-    seed: int = 0
     mask: Mask | None = None
     """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
+    n_contexts: int = attrs.field(default=64, kw_only=True)
+    context_size: int | None = attrs.field(default=None, kw_only=True)
+    """None: that of each SAE."""
+    seed: int = attrs.field(default=0, kw_only=True)
 
 
 @attrs.define(eq=False)
@@ -65,6 +66,8 @@ class Material:
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
     _fits: dict[tuple[str, int, str], Sites] = attrs.field(factory=dict, init=False)
     _contexts: dict[str, tuple[Tensor, Tensor | None]] = attrs.field(factory=dict, init=False)
+    _told: set[str] = attrs.field(factory=set, init=False)
+    """The SAEs whose configuration could not be loaded, as has been said."""
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
@@ -104,6 +107,18 @@ class Material:
             self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
 
+    def _warn_of_fault(self, subject: Subject) -> None:
+        """Where what a run's configuration would say is taken from its SAE: once for each."""
+        if subject.fault is None or subject.name in self._told:
+            return
+        self._told.add(subject.name)
+        warnings.warn(
+            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
+            "the defaults; name others by model= and dataset=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
     def _say(self, text: str) -> None:
         if self.say is not None:
             self.say(text)
@@ -141,6 +156,8 @@ class Material:
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of
 
+        if self.backend is None:
+            self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)
         how: dict[str, Any] = {} if model is None else {"dtype": model.dtype, "autocast": model.autocast}
@@ -220,6 +237,8 @@ class Material:
                 )  # fmt: skip
             stopping, column = attrs.evolve(config.dataset, on_exhausted="stop"), config.tokens.mask_column
             return Corpus.of(stopping, evals, given, column), True
+        if given is None or given is subject.dataset:
+            self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
         about = subject.sae.info.metadata
         own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
@@ -253,4 +272,13 @@ def _held_out(subject: Subject) -> tuple[int, str | None]:
     if isinstance(every, int):
         return every, None
     ours = subject.sae.info.provenance.get("loader") in (OWN, None) and "training_tokens" in about
-    return (EvalsConfig().held_out_every if ours else 0), None
+    if not ours:
+        return 0, None
+    assumed = EvalsConfig().held_out_every
+    warnings.warn(
+        f"{subject.name} does not say which documents were held out from its training, as SAEs of older saekit do not: "
+        f"one document in {assumed} is taken to be, as it was by default. Where that was changed, name another text",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return assumed, None

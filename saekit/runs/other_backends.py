@@ -21,6 +21,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.protocols import ModelBackend
 from saekit.runs.planned_memory import free_memory
+from saekit.runs.randomness import seeded
 from saekit.runs.timing import bytes_text
 from saekit.site import Site
 
@@ -43,7 +44,8 @@ def told_of_others(config: TrainConfig, plugins: PluginManager, backend: ModelBa
     if config.model.compile:
         return []
     texts = []
-    with warnings.catch_warnings(), cached_alone():
+    # Libraries draw weights before they read them, and a plan leaves random numbers as they were.
+    with warnings.catch_warnings(), cached_alone(), seeded(config.training.seed):
         warnings.simplefilter("ignore")  # of a backend that nobody has chosen
         for item, hooks, size in _others(config, plugins, backend):
             try:

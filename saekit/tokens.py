@@ -6,8 +6,8 @@ One choice is made once and saved with an SAE; training, caches, evals, splices 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import attrs
 
@@ -20,9 +20,22 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["TokenChoice", "asked_tokens", "special_ids", "token_choice"]
+__all__ = ["Mask", "TokenChoice", "asked_tokens", "ids_of", "special_ids", "token_choice"]
 
 _ANY_SIZE = 1 << 30
+
+Mask: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
+"""Which positions count, of those that a :class:`TokenChoice` leaves: bool ``[b, t]``, or what makes it of the token
+ids ``[b, t]`` of a forward."""
+
+
+def ids_of(given: object) -> Tensor | None:
+    """Token ids ``[b, t]``, where a forward is given some; those of one context may be ``[t]``.  None: others."""
+    ids: Any = given
+    if getattr(ids, "ndim", 0) not in (1, 2) or ids.is_floating_point():
+        return None
+    found: Tensor = ids if ids.ndim == 2 else ids[None]
+    return found
 
 
 def special_ids(backend: ModelBackend) -> frozenset[int]:
@@ -75,7 +88,7 @@ class TokenChoice:
         return kept & ~torch.isin(tokens, excluded)
 
     def metadata(self) -> dict[str, Any]:
-        """As it is saved with an SAE; nothing for what is left out by nobody."""
+        """As it is saved with an SAE: a choice that leaves nothing out has no entry."""
         found: dict[str, Any] = {}
         if self.exclude:
             found["exclude_special_tokens"] = sorted(self.exclude)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.evals.comparison import Comparison
-    from saekit.evals.measured import Mask
     from saekit.measuring import Evaluation
     from saekit.protocols import ModelBackend
+    from saekit.tokens import Mask
 
 __all__ = ["FILES", "compare"]
 
@@ -83,7 +83,9 @@ def compare(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _named(subjects_of(saes, plugins, device=resolve_device(device, "device")))
-        text = Text(dataset, contexts, mask, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        text = Text(
+            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
+        )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         _check_same(found, material, choice, site)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
@@ -135,25 +137,21 @@ def _check_same(
 ) -> None:
     """:class:`ConfigError` unless all have one model, the same contexts, and the same tokens of them count."""
     groups = list(material.groups(found, site))
-    (backend, contexts, mask, names, about), *others = groups
-    first = names[0]
-    for backend_of_others, contexts_of_others, mask_of_others, names_of_others, about_others in others:
-        other = names_of_others[0]
-        _check_model(first, backend, other, backend_of_others)
-        if contexts.shape != contexts_of_others.shape or bool((contexts != contexts_of_others).any()):
-            raise ConfigError(_other_text(first, about[first], other, about_others[other]))
-        if mask is not mask_of_others and not _are_alike(mask, mask_of_others):
+    group, *others = groups
+    first = group.names[0]
+    for one in others:
+        other = one.names[0]
+        _check_model(first, group.backend, other, one.backend)
+        if group.contexts.shape != one.contexts.shape or bool((group.contexts != one.contexts).any()):
+            raise ConfigError(_other_text(first, group.about[first], other, one.about[other]))
+        if group.mask is not one.mask and not _are_alike(group.mask, one.mask):
             raise ConfigError(
                 f"the texts of {first} and {other} have other masks, so that other tokens count. Say it for all: "
                 "mask=..., or name one text (dataset=...)"
             )
-    kept = {
-        name: choice.of(found[name].sae, backend_of_group, of_group)
-        for backend_of_group, of_group, _, names_of_group, _ in groups
-        for name in names_of_group
-    }
-    for name, one in kept.items():
-        if one != kept[first]:
+    kept = {name: choice.of(found[name].sae, group.backend, group.contexts) for group in groups for name in group.names}
+    for name, own in kept.items():
+        if own != kept[first]:
             told = " and ".join(f"{who}: {kept[who].metadata() or 'all tokens'}" for who in (first, name))
             raise ConfigError(
                 f"other tokens count for {first} than for {name} ({told}), and their numbers are not of the same "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from saekit._version import __version__
-from saekit.commands.material import Material, Text
+from saekit.commands.material import Group, Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice, TokensConfig
 from saekit.config.files import load_config
@@ -33,10 +33,10 @@ from saekit.site import Site, Sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.evals.measured import Mask, Measured
+    from saekit.evals.measured import Measured
     from saekit.protocols import Eval, ModelBackend
     from saekit.status import Status
-    from saekit.tokens import TokenChoice
+    from saekit.tokens import Mask, TokenChoice
 
 __all__ = ["ChosenTokens", "asked_evals", "check_arguments", "evaluate", "evaluated"]
 
@@ -70,10 +70,9 @@ def evaluate(
     clean forward.
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
-    loaded with the backend and the options that the SAE says, unless ``backend`` says it, as for
-    :func:`saekit.load_model`.  ``dataset`` is as for :func:`saekit.top_texts`.  Left out, they are those that an SAE
-    says, and documents that were held out from its training.  ``contexts [n, context_size]`` are token ids in the place
-    of a dataset.
+    loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
+    ``dataset`` is as for :func:`saekit.top_texts`.  Left out, both are what an SAE says, and the text is documents held
+    out from its training.  ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -94,7 +93,9 @@ def evaluate(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        text = Text(dataset, contexts, mask, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        text = Text(
+            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
+        )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     _tell_and_save(results, found, save)
@@ -183,24 +184,21 @@ def evaluated(
     with ambient():
         groups = [*material.groups(subjects, site)]
         choices = {
-            name: tokens.of(subjects[name].sae, backend, contexts)
-            for backend, contexts, _, names, _ in groups for name in names
+            name: tokens.of(subjects[name].sae, group.backend, group.contexts)
+            for group in groups for name in group.names
         }  # fmt: skip
-        for backend, contexts, mask, names, about in groups:
+        for group in groups:
             if say is not None:
                 say.rest()
-            group = {name: (subjects[name], choices[name]) for name in names}
-            found |= _of_group(group, evals, backend, contexts, about, mask, verbose)
+            chosen = {name: (subjects[name], choices[name]) for name in group.names}
+            found |= _of_group(group, chosen, evals, verbose)
     return Evaluations({name: found[name] for name in subjects})
 
 
 def _of_group(
-    group: Mapping[str, tuple[Subject, TokenChoice]],
+    group: Group,
+    chosen: Mapping[str, tuple[Subject, TokenChoice]],
     evals: Mapping[str, Choice[Eval]],
-    backend: ModelBackend,
-    contexts: Tensor,
-    about: Mapping[str, Mapping[str, Any]],
-    mask: Mask | None,
     verbose: bool,
 ) -> dict[str, Evaluation]:
     """SAEs that share a model and contexts."""
@@ -211,7 +209,10 @@ def _of_group(
     def guard(key: str) -> AbstractContextManager[None]:
         return blamed(evals[key].item, "__call__", at_work=True)
 
-    made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, (one, _) in group.items()}
+    backend, contexts, about = group.backend, group.contexts, group.about
+    made = {
+        name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, (one, _) in chosen.items()
+    }
     measured = [
         Measured(
             one.sae,
@@ -220,7 +221,7 @@ def _of_group(
             choice,
             guard,
         )
-        for name, (one, choice) in group.items()
+        for name, (one, choice) in chosen.items()
     ]
     with ProgressDisplay(contexts.numel(), doing="measuring", verbose=verbose) as progress:
         done = 0
@@ -230,10 +231,10 @@ def _of_group(
             done += count
             progress.update(done)
 
-        sums = measure(measured, backend=backend, contexts=contexts, mask=mask, report=report)
+        sums = measure(measured, backend=backend, contexts=contexts, mask=group.mask, report=report)
     digest = hashlib.sha256(contexts.cpu().numpy().tobytes()).hexdigest()
     found = {}
-    for name, subject, own in zip(group, measured, sums, strict=True):
+    for name, subject, own in zip(chosen, measured, sums, strict=True):
         parts = [_part(subject, key, built, own, backend, contexts) for key, built in made[name].items()]
         facts = {key: value for key, value in about[name].items() if key != "sites"}
         facts |= {
@@ -241,7 +242,7 @@ def _of_group(
             "sites": subject.sites.name,
             "evals": {key: attrs.asdict(choice.options) for key, choice in evals.items()},
             "tokens": subject.tokens.metadata(),
-            "masked": mask is not None,
+            "masked": group.mask is not None,
             "contexts_digest": digest,
             "saekit": __version__,
         }

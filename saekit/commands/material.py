@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.abilities import HasModel
 from saekit.commands.looking import backend_of, corpus_of, load_model
 from saekit.commands.subjects import Subject
 from saekit.config import EvalsConfig, PluginChoice
@@ -25,17 +26,14 @@ if TYPE_CHECKING:
 
     from saekit.config import ModelConfig
     from saekit.data.corpus import Corpus
-    from saekit.evals.measured import Mask
     from saekit.protocols import ModelBackend
     from saekit.status import Status
+    from saekit.tokens import Mask
 
 __all__ = ["Group", "Material", "Text"]
 
-Group = tuple["ModelBackend", "Tensor", "Mask | None", list[str], Mapping[str, Mapping[str, Any]]]
-"""A model, contexts, their mask, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
 
-
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, kw_only=True)
 class Text:
     """What contexts are asked for."""
 
@@ -43,12 +41,30 @@ class Text:
     """None: the one that each SAE says."""
     contexts: Tensor | None = None
     """These, and no others."""
+    n_contexts: int = 64
+    context_size: int | None = None
+    """None: that of each SAE."""
+    seed: int = 0
     mask: Mask | None = None
     """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
-    n_contexts: int = attrs.field(default=64, kw_only=True)
-    context_size: int | None = attrs.field(default=None, kw_only=True)
-    """None: that of each SAE."""
-    seed: int = attrs.field(default=0, kw_only=True)
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Group:
+    """SAEs that are measured together."""
+
+    backend: ModelBackend
+    contexts: Tensor
+    """``[n, t]`` ids."""
+    mask: Mask | None
+    """Which of their tokens count, beside what each SAE says."""
+    about: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """By the names of the SAEs what is known of each: plain data, and its ``sites``."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the SAEs."""
+        return list(self.about)
 
 
 @attrs.define(eq=False)
@@ -73,9 +89,9 @@ class Material:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
         from saekit.splicing.doubts import begin_with_bos
 
-        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, Mask | None, list[str], dict[str, Any]]] = {}
+        groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
-            backend = self._backend(subject)
+            backend = self.model_of(subject)
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
                 begins, own = begin_with_bos(contexts, backend), None
@@ -83,13 +99,24 @@ class Material:
                 key, contexts, own, facts, begins = self._read(subject, backend)
             mask = own if self.text.mask is None else self.text.mask
             sites = self._sites(subject, backend, site, begins, mask is not None)
-            group = groups.setdefault((id(backend), key), (backend, contexts, mask, [], {}))
-            group[3].append(name)
+            group = groups.setdefault((id(backend), key), Group(backend=backend, contexts=contexts, mask=mask))
             size, number = contexts.shape[1], len(contexts)
-            group[4][name] = {
+            group.about[name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()
+
+    def _warn_of_fault(self, subject: Subject) -> None:
+        """Where what a run's configuration would say is taken from its SAE: once for each."""
+        if subject.fault is None or subject.name in self._told:
+            return
+        self._told.add(subject.name)
+        warnings.warn(
+            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
+            "the defaults; name others by model= and dataset=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _sites(
         self,
@@ -107,34 +134,22 @@ class Material:
             self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
 
-    def _warn_of_fault(self, subject: Subject) -> None:
-        """Where what a run's configuration would say is taken from its SAE: once for each."""
-        if subject.fault is None or subject.name in self._told:
-            return
-        self._told.add(subject.name)
-        warnings.warn(
-            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
-            "the defaults; name others by model= and dataset=",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
     def _say(self, text: str) -> None:
         if self.say is not None:
             self.say(text)
 
     # ---- models
 
-    def _backend(self, subject: Subject) -> ModelBackend:
+    def model_of(self, subject: Subject) -> ModelBackend:
         """The one that is given, that of the run, or the one that the SAE says it was trained on.
 
         A name says which model, and the SAE with which backend and options, unless a backend is given, too.
         """
-        if all(hasattr(self.model, name) for name in MODEL_BACKENDS.methods):
+        if MODEL_BACKENDS.is_met_by(self.model):
             if self.backend is not None:
                 raise ConfigError([("backend", "is for the name of a model, or for one that you have loaded; model is "
                                     f"a {type(self.model).__name__}, which has its own")])  # fmt: skip
-            return cast("ModelBackend", self.model)
+            return self.model
         if self.model is None and self.backend is None and subject.backend is not None:
             return subject.backend
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
@@ -156,7 +171,7 @@ class Material:
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of
 
-        if self.backend is None:
+        if name is None:
             self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)
@@ -251,7 +266,7 @@ class Material:
 def _of_model(backend: ModelBackend) -> dict[str, Any]:
     """What runs the model, and in which numbers."""
     origin = origin_of(backend)
-    parameters = getattr(getattr(backend, "model", None), "parameters", None)
+    parameters = getattr(backend.model, "parameters", None) if isinstance(backend, HasModel) else None
     first = None if parameters is None else next(iter(parameters()), None)
     return {
         "model": backend.name,

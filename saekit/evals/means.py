@@ -10,10 +10,10 @@ from torch import Tensor
 
 from saekit.ambient import ambient
 from saekit.errors import ConfigError
-from saekit.evals.measured import Mask, Measured, allowed_in
+from saekit.evals.measured import Measured, allowed_in
 from saekit.protocols import ModelBackend
 from saekit.site import Site
-from saekit.tokens import TokenChoice
+from saekit.tokens import Mask, TokenChoice
 
 __all__ = ["Means", "mean_of", "read_means"]
 

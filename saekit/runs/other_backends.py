@@ -69,13 +69,14 @@ def _others(
     chosen = plugins.find(MODEL_BACKENDS, config.model.backend)
     room = min(free_memory([backend.device]).values(), default=0.0)
     for item in plugins.registry(MODEL_BACKENDS).items:
-        if item.entry.build == chosen.entry.build or item.entry.no_model or item.missing():
+        entry = item.entry
+        if entry.build == chosen.entry.build or entry.no_model or not entry.timed or item.missing():
             continue
         try:
-            options = item.entry.config()
-            if item.entry.precheck is not None:
+            options = entry.config()
+            if entry.precheck is not None:
                 with blamed(item, "precheck"):
-                    item.entry.precheck(options, config)
+                    entry.precheck(options, config)
             outline = outlined(item, options, model=config.model)
             if not isinstance(outline, TranslatesHooks) or not isinstance(outline, HasMemory):
                 continue

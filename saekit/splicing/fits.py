@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 
-from saekit.abilities import TranslatesHooks
-from saekit.backends.base import Backend, no_hook
+from saekit.abilities import HasModel, RunsUndisturbed, TranslatesHooks
+from saekit.backends.base import no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -72,9 +72,7 @@ def _as_it_lies(value: Tensor) -> Tensor:
 
 def sites_of(sae: SAEModule, sites: Sites | Site | str | None, option: str = "sites") -> Sites:
     """Those that are asked for, or those that ``sae`` names; :class:`ConfigError` where there are none."""
-    if isinstance(sites, str):
-        sites = Site(hook_name=sites)
-    found = Sites.one(sites) if isinstance(sites, Site) else sites or sae.info.sites
+    found = Sites.of(sites) or sae.info.sites
     if found is None:
         verb = "are" if option.endswith("s") else "is"
         raise ConfigError([(option, f"{verb} missing: the SAE does not say where in the model it belongs")])
@@ -146,7 +144,7 @@ def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
 def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
     """Of each of ``sites``, and of others that were asked for."""
     try:
-        known = _known.setdefault(getattr(backend, "model", backend), {})
+        known = _known.setdefault(backend.model if isinstance(backend, HasModel) else backend, {})
     except TypeError:  # an object that cannot be a key
         known = {}
     if unknown := [site for site in sites.all if site not in known]:
@@ -157,7 +155,7 @@ def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
 
 def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
     """Hooks that others have put into the model are not for a forward that only looks."""
-    return backend.undisturbed() if isinstance(backend, Backend) else nullcontext()
+    return backend.undisturbed() if isinstance(backend, RunsUndisturbed) else nullcontext()
 
 
 def _instead(site: Site, width: int, backend: ModelBackend) -> str:

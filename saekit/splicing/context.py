@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-from saekit.commands.looking import load_model
+from saekit.backends.around import as_backend
 from saekit.errors import ConfigError
-from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
-from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.attachment import Attachment, attachments
 from saekit.splicing.fits import check_fits
 from saekit.splicing.spliced import Spliced
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import Mask, TokenChoice, special_ids
 
 __all__ = ["splice"]
 
@@ -58,15 +57,9 @@ def splice(
     Raises :class:`saekit.errors.ConfigError` for what does not fit together, :class:`saekit.errors.ModelError` for
     hooks that are not there.
     """
-    backend = _backend(model_or_backend, plugins)
+    backend = as_backend(model_or_backend, plugins)
     with Spliced(backend, _attached(backend, saes, use_error_term, tokens, mask, sites), read=read).opened() as spliced:
         yield spliced
-
-
-def _backend(model: object, plugins: PluginManager | None) -> ModelBackend:
-    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        return cast("ModelBackend", model)
-    return load_model(model, plugins=plugins)
 
 
 def _attached(
@@ -88,7 +81,10 @@ def _attached(
         raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
-    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
+    pairs = [
+        (sae, check_fits(sae, backend, place, masked=mask is not None))
+        for sae, place in zip(given, places, strict=True)
+    ]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
 
 
@@ -110,9 +106,7 @@ def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) 
 
 
 def _place(place: Any, sae: SAEModule) -> Sites:
-    if isinstance(place, str):
-        place = Site(hook_name=place)
-    found = Sites.one(place) if isinstance(place, Site) else place or sae.info.sites
+    found = Sites.of(place) or sae.info.sites
     if found is None:
         raise ConfigError(
             [("sites", f"are missing: {type(sae).__name__} does not say where in the model it belongs; give a hook's "

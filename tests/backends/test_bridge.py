@@ -253,6 +253,8 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="there is no model folder './nowhere'"):
         loading("./nowhere")
+    with pytest.raises(ModelError, match=r"from_pretrained_kwargs do not apply to 'saekit/tiny-python': \['variant'\]"):
+        loading("saekit/tiny-python", TransformerBridgeOptions(from_pretrained_kwargs={"variant": "fp16"}))
     with pytest.raises(ModelError, match="neither config.json nor hooked_transformer.json"):
         loading(tmp_path)
     with pytest.raises(ModelError, match=r"the model 'pythia-14n' cannot be loaded.*Did you mean .*pythia-14m"):
@@ -275,6 +277,14 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 def test_forward_options_reach_the_model() -> None:
     last = bridge("gpt2", TransformerBridgeOptions(forward_kwargs={"logits_to_keep": 2})).run(TOKENS, want="logits")
     assert torch.allclose(last.logits, bridge("gpt2").run(TOKENS, want="logits").logits[:, -2:], atol=1e-5)
+
+
+def test_random_numbers_stay_where_they_were() -> None:
+    causal_lm_folder("gpt2")  # of which making it draws some
+    state = torch.get_rng_state()
+    saekit.load_model(device="cpu", backend=COMPATIBLE)
+    bridge("gpt2")
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_types_of_numbers() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.causal_lms import causal_lm, causal_lm_folder
-from support.tiny import run_config
+from support.tiny import needs_transformer_lens_3, run_config
 
 import saekit
 from saekit.runs import other_backends
@@ -32,6 +32,7 @@ def told(folder: Path, name: object, backend: Any, hook: str, **given: Any) -> s
 @pytest.mark.usefixtures("one_thread")
 def test_the_other_backend_is_timed(tmp_path: Path) -> None:
     """A bridge, which is never the quickest, is not loaded to see."""
+    needs_transformer_lens_3()  # with 4, HookedTransformer is a bridge
     name = causal_lm_folder("llama")
     text = told(tmp_path, name, TABLE, "blocks.1.hook_resid_post")
     speed = r"would forward (\d+\.\d\d × (faster|slower)|as fast) here"
@@ -44,6 +45,7 @@ def test_the_other_backend_is_timed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_that_activations_differ_is_said(tmp_path: Path) -> None:
     """transformer_lens takes the mean out of what a GPT-2 adds to the residual stream."""
+    needs_transformer_lens_3()
     text = told(tmp_path, causal_lm_folder("gpt2"), "AutoModelForCausalLM", "transformer.h.1")
     assert "(hooks blocks.1.hook_resid_post; what they hold there is not the same; a second copy" in str(text)
 

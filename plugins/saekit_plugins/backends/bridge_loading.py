@@ -76,13 +76,18 @@ def bridge_backend(
     ``processing`` is that of compatibility mode, None: without that mode.  A folder of a HookedTransformer has
     ``native_processing`` in its place, if that is given.  ``options`` are those of ``from_pretrained``.
     """
+    import torch
+
     name = model.name if loaded is None else getattr(loaded.cfg, "model_name", None)
     processed: Mapping[str, bool] | None = None
     if loaded is None:
         folder = model_folder(model.name, {})
         native = folder is not None and (folder / NATIVE_CONFIG).is_file()
+        if native:  # nothing of transformers is called, which could take them
+            model_folder(model.name, {name: value for name, value in options.items() if name != "revision"})
         kind = (native_processing or processing) if native else processing
-        loaded = (_outlined if outline else _loaded)(model, tokenizer, kind, options, native=native)
+        with torch.random.fork_rng(devices=[]):  # the library draws weights, which it then takes from the model
+            loaded = (_outlined if outline else _loaded)(model, tokenizer, kind, options, native=native)
         processed = {} if native else NOTHING if kind is None else kind.done()  # a native one is as it was saved
     known = {"d_vocab": loaded.cfg.d_vocab, "n_ctx": loaded.cfg.n_ctx, "autocast": model.autocast}
     return BridgeBackend(loaded, name=name or "custom", forward_kwargs=forward_kwargs, processed=processed, **known)

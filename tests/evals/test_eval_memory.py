@@ -22,8 +22,6 @@ from saekit.evals import pieces, variance_metrics
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 EVALS = (
     ReconstructionEval(ReconstructionConfig(batch_size_prompts=8, n_bootstrap=0)),

@@ -83,9 +83,7 @@ def compare(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _named(subjects_of(saes, plugins, device=resolve_device(device, "device")))
-        text = Text(
-            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
-        )
+        text = Text(dataset, contexts, mask, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         _check_same(found, material, choice, site)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)

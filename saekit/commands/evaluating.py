@@ -93,9 +93,7 @@ def evaluate(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        text = Text(
-            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
-        )
+        text = Text(dataset, contexts, mask, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     _tell_and_save(results, found, save)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Material", "Text"]
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False)
 class Text:
     """What contexts are asked for."""
 
@@ -41,12 +41,12 @@ class Text:
     """None: the one that each SAE says."""
     contexts: Tensor | None = None
     """These, and no others."""
-    n_contexts: int = 64
-    context_size: int | None = None
-    """None: that of each SAE."""
-    seed: int = 0
     mask: Mask | None = None
     """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
+    n_contexts: int = attrs.field(default=64, kw_only=True)
+    context_size: int | None = attrs.field(default=None, kw_only=True)
+    """None: that of each SAE."""
+    seed: int = attrs.field(default=0, kw_only=True)
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -106,18 +106,6 @@ class Material:
             }  # fmt: skip
         yield from groups.values()
 
-    def _warn_of_fault(self, subject: Subject) -> None:
-        """Where what a run's configuration would say is taken from its SAE: once for each."""
-        if subject.fault is None or subject.name in self._told:
-            return
-        self._told.add(subject.name)
-        warnings.warn(
-            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
-            "the defaults; name others by model= and dataset=",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
     def _sites(
         self,
         subject: Subject,
@@ -133,6 +121,18 @@ class Material:
         if key not in self._fits:
             self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
+
+    def _warn_of_fault(self, subject: Subject) -> None:
+        """Where what a run's configuration would say is taken from its SAE: once for each."""
+        if subject.fault is None or subject.name in self._told:
+            return
+        self._told.add(subject.name)
+        warnings.warn(
+            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
+            "the defaults; name others by model= and dataset=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _say(self, text: str) -> None:
         if self.say is not None:
@@ -171,7 +171,7 @@ class Material:
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of
 
-        if name is None:
+        if self.backend is None:
             self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)

@@ -209,7 +209,7 @@ def test_special_tokens_can_be_left_out() -> None:
     hook = (f"{calls.RESID}.hook_sae_acts_post", lambda x, hook: x)
     found = lens.run_with_hooks_with_saes(calls.TOKENS, saes=[a], exclude_special_tokens=ids, fwd_hooks=[hook])
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ConfigError, match="has no special tokens that its tokenizer names; give their ids in a list"):
+    with pytest.raises(ConfigError, match="has no special tokens that are known; name their ids"):
         lens.add_sae(a, exclude_special_tokens=True)
     with pytest.raises(ModelError, match="call reset_saes"), lens.saes(a):
         copy.deepcopy(lens)

@@ -36,6 +36,7 @@ __all__ = [
     "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
+    "LeadsToResidualStream",
     "LocatesFiles",
     "OnTokens",
     "Pauses",
@@ -93,6 +94,19 @@ class KnowsResidualStream(Protocol):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         """Whether what the hook holds, ``[b, t, d_model]``, is the residual stream or is added to it as it is."""
+
+
+@runtime_checkable
+class LeadsToResidualStream(Protocol):
+    """A model backend that knows by which weights what is inside a block reaches the residual stream."""
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``[d, d_model]``: what the model multiplies what the hook holds by before it is added to the residual stream.
+
+        ``W_O`` of what heads make before it is projected, ``[heads · d_head, d_model]``, and ``W_out`` inside an MLP
+        (before its activation function, too, of which it is then the slope that is left out).  None where there is no
+        such product, such as where a norm lies between.
+        """
 
 
 @runtime_checkable

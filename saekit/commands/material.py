@@ -91,7 +91,7 @@ class Material:
 
         groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
-            backend = self._backend(subject)
+            backend = self.model_of(subject)
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
                 begins, own = begin_with_bos(contexts, backend), None
@@ -140,7 +140,7 @@ class Material:
 
     # ---- models
 
-    def _backend(self, subject: Subject) -> ModelBackend:
+    def model_of(self, subject: Subject) -> ModelBackend:
         """The one that is given, that of the run, or the one that the SAE says it was trained on.
 
         A name says which model, and the SAE with which backend and options, unless a backend is given, too.

@@ -105,7 +105,7 @@ def test_nothing_is_claimed_of_what_is_not_in_the_residual_stream() -> None:
     sites = saekit.Sites.one(HEAD)
     found = find_top_texts(made(sites), backend=FakeBackend(), sites=sites, contexts=CONTEXTS, features=[0])
     assert found[0].promotes is found[0].suppresses is None
-    assert found.why_no_logits == "blocks.0.attn.hook_z.head1 is not in the residual stream"
+    assert str(found.why_no_logits).startswith("blocks.0.attn.hook_z.head1 is not in the residual stream")
     assert "promotes" not in repr(found)
     several = saekit.Sites((EMBED, LATE))
     assert "several sites" in str(why_no_logits(made(several), FakeBackend(), several))

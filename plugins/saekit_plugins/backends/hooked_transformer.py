@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
+_INSIDE = re.compile(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_pre|mlp\.hook_post)")
+"""Those from which one matrix leads to the residual stream."""
 _ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
 _BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
@@ -75,6 +77,21 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``W_O`` or ``W_out``; none where a norm lies behind them, and before the product with a gate."""
+        found, cfg = _INSIDE.fullmatch(hook_name), self.model.cfg
+        behind = getattr(cfg, "use_normalization_before_and_after", False)
+        if found is None or hook_name not in self.model.hook_dict or behind:
+            return None
+        if found[2] == "mlp.hook_pre" and getattr(cfg, "gated_mlp", False):
+            return None
+        block = self.model.blocks[int(found[1])]
+        heads = found[2] == "attn.hook_z"
+        weights = getattr(block.attn, "W_O", None) if heads else getattr(block.mlp, "W_out", None)
+        if weights is None or weights.ndim != (3 if heads else 2):  # of experts, or quantized
+            return None
+        return weights.flatten(0, 1) if heads else weights  # type: ignore[no-any-return]
 
     def other_names(self) -> Collection[str]:
         return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)

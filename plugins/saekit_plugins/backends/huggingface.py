@@ -78,8 +78,7 @@ class HuggingFaceBackend(LayeredBackend):
         """
         if name in self._hooks:
             return name
-        config = self.model.config.get_text_config()
-        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        known = self._layout
         if known is None and name.endswith(("hook_resid_pre", "hook_resid_post")) and self._order is not None:
             known = Layout(self._order.path)
         found = None if known is None else known.module_hook(name)
@@ -94,6 +93,31 @@ class HuggingFaceBackend(LayeredBackend):
             known = "hook_resid_pre"
         names = hook_name and [hook_name if known is None else known]
         return at_hooks(NOTHING if about is None else of_metadata(about), names, self.model)
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        config = self.model.config.get_text_config()
+        return layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """Those of the module that attention or an MLP ends with; none where a norm lies behind it, or a gate."""
+        known = self._layout
+        lens = None if known is None or hook_name not in self._hooks else known.lens_hook(hook_name)
+        block, _, place = (lens or "").partition(".attn." if ".attn." in (lens or "") else ".mlp.")
+        if known is None or place not in ("hook_z", "hook_pre", "hook_post"):
+            return None
+        if place == "hook_pre" and "mlp.hook_pre_linear" in known.inside:
+            return None
+        part, last = ("attn", "attn.hook_z") if place == "hook_z" else ("mlp", "mlp.hook_post")
+        added, path = known.module_hook(f"{block}.hook_{part}_out"), known.module_hook(f"{block}.{last}")
+        if added is None or path is None or not path.startswith(f"{added}."):  # what is added is not what is projected
+            return None
+        module = self.model.get_submodule(path.removesuffix(".input"))
+        weights = getattr(module, "weight", None)
+        if weights is None or weights.ndim != 2 or not weights.is_floating_point():
+            return None
+        found: Tensor = weights if hasattr(module, "nf") else weights.T  # transformers' Conv1D lies the other way
+        return found
 
     @cached_property
     def _hooks(self) -> frozenset[str]:

@@ -80,13 +80,17 @@ class AttachesHooks(Protocol):
     """
 
     def attached(
-        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor | None, int], None] | None = None
+        self,
+        replace: Mapping[str, Replacement],
+        *,
+        on_tokens: Callable[[Tensor | None, int], Callable[[], None] | None] | None = None,
     ) -> AbstractContextManager[None]:
         """While the context is open, the model goes on with what the functions return at the hooks of these names.
 
         A hook that is read then holds what was put there.  ``on_tokens`` is told of every forward before it begins: the
         token ids ``[b, t]``, or None where the forward is given something else, and how many positions came before
-        them, which a cache of keys and values stands for.
+        them, which a cache of keys and values stands for.  What it returns, unless that is None, is called when that
+        forward has ended, also by an exception: what is then called of the model belongs to no forward that is known.
         Afterwards the model is as it was: every hook, their order, and those that are permanent.
         """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from saekit.backends.forward import Hooks, next_token_loss
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "OnTokens", "no_hook"]
 
-OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
-"""Told of a forward before it begins: see :class:`saekit.abilities.AttachesHooks`."""
+OnTokens: TypeAlias = "Callable[[Tensor | None, int], Callable[[], None] | None]"
+"""Told of a forward before it begins, and gives what is called when it has ended: see
+:class:`saekit.abilities.AttachesHooks`."""
 
 
 def no_hook(backend: ModelBackend, name: str) -> ModelError:
@@ -112,10 +113,10 @@ class Backend(ABC):
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:
             return Forward({})
-        with self.running(tokens, grad=grad):
+        with self.running(tokens, grad=grad), ExitStack() as ends:
             for _, on_tokens in self._attached:
-                if on_tokens is not None:
-                    on_tokens(tokens, 0)
+                if on_tokens is not None and (ended := on_tokens(tokens, 0)) is not None:
+                    ends.callback(ended)
             out = self.forward(tokens, hooks)
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)

@@ -106,7 +106,8 @@ class ModuleBackend(Backend):
                 vars(module).update(hooks)
 
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
-        """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.
+        """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model, and what it
+        returns when that has ended.
 
         It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or
         ``past_key_values``.
@@ -116,17 +117,24 @@ class ModuleBackend(Backend):
 
     @contextmanager
     def _begins(self, tell: OnTokens, module: Any = None) -> Iterator[None]:
+        now = threading.local()  # the ends of forwards, one in the other
+
         def called(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             given = kwargs.get("input_ids", args[0] if args else None)
             kept = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers has renamed it in 5.24
             before = getattr(kept, "get_seq_length", int)()
-            tell(given if is_ids(given) else None, before)
+            vars(now).setdefault("ends", []).append(tell(given if is_ids(given) else None, before))
 
-        handle = (module or self.model).register_forward_pre_hook(called, with_kwargs=True)
-        try:
+        def ended(*_: Any) -> None:
+            ends = vars(now).get("ends")
+            if ends and (end := ends.pop()) is not None:
+                end()
+
+        whole = module or self.model
+        with ExitStack() as attached:
+            attached.callback(whole.register_forward_pre_hook(called, with_kwargs=True).remove)
+            attached.callback(whole.register_forward_hook(ended, always_call=True).remove)
             yield
-        finally:
-            handle.remove()
 
     @staticmethod
     def _until_done(name: str, hooks: Hooks) -> Callable[[Tensor], Tensor]:

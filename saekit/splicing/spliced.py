@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import attrs
@@ -201,12 +201,15 @@ class Spliced:
         forward = Forward(forward.held) if whole != want else forward
         return attrs.evolve(forward, held={**forward.held, **held})
 
-    def _begin(self, tokens: Tensor | None, before: int) -> None:
+    def _begin(self, tokens: Tensor | None, before: int) -> Callable[[], None]:
+        """A forward begins; what is returned ends it, and then no tokens are known but those of one around it."""
+        around: Passing | None = getattr(self._now, "passing", None)
         self._now.passing = Passing(tokens, before)
+        return functools.partial(setattr, self._now, "passing", around)
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""
-        if not hasattr(self._now, "passing"):
+        if getattr(self._now, "passing", None) is None:
             self._begin(None, 0)
         for one in self.attachments:
             if hook in one.read_at or hook in one.written_at:

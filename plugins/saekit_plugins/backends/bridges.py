@@ -178,7 +178,7 @@ class BridgeBackend(ModuleBackend, InsideBackend):
 
         return torch.arange(first, first + 8, device=self.device)[None] % self.d_vocab
 
-    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+    def begins(self, tell: Callable[[Tensor | None, int], Callable[[], None] | None]) -> AbstractContextManager[None]:
         return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
 
     def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:

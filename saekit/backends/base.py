@@ -62,6 +62,9 @@ class Backend(ABC):
         """The error for a hook that the model does not have, with those that are spelled alike."""
         return no_hook(self, name)
 
+    def check_runs(self, name: str) -> None:  # noqa: B027 - most need not say anything
+        """Raise :class:`saekit.errors.ModelError` if it is known why nothing that is put at the hook ``name`` runs."""
+
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
@@ -123,6 +126,7 @@ class Backend(ABC):
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
             if silent[0] not in self.hook_names():
                 raise self.no_hook(silent[0])
+            self.check_runs(silent[0])
             how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
             raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)

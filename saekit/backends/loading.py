@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saekit.errors import ModelError
 
-__all__ = ["wrong_model"]
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+__all__ = ["check_not_compiled", "is_wrapper_of_compile", "wrong_model"]
+
+_WRAPPED = "_orig_mod"
+
+
+def is_wrapper_of_compile(model: object) -> bool:
+    """Whether ``torch.compile(module)`` returned it."""
+    return _WRAPPED in getattr(model, "_modules", ())
+
+
+def check_not_compiled(model: Module, hook: str, module: Module | None) -> None:
+    """Raise :class:`saekit.errors.ModelError` where ``hook``, which is at ``module`` of ``model``, is in compiled code.
+
+    torch does not look again at the hooks of what is inside, once it has compiled it (torch's own option
+    ``skip_nnmodule_hook_guards``): what is attached there would do nothing.  At what was compiled itself, it does.
+    """
+    for path, whole in model.named_modules():
+        if _is_compiled(whole) and any(one is module for one in whole.modules() if one is not whole):
+            raise ModelError(
+                f"the hook {hook!r} is inside {path or 'the model'} ({type(whole).__name__}), which torch.compile has "
+                "compiled, and compiled code does not see what is put there later. Load the model anew and leave it as "
+                "it is, or compile its blocks one by one and take hooks that are a block's input or output"
+            )
+
+
+def _is_compiled(module: Module) -> bool:
+    by_hand = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # module.forward = torch.compile(...)
+    return module._compiled_call_impl is not None or by_hand or is_wrapper_of_compile(module)
 
 
 def wrong_model(loaded: object, expected: str, backend: str | None = None) -> ModelError:
@@ -14,6 +46,8 @@ def wrong_model(loaded: object, expected: str, backend: str | None = None) -> Mo
     """
     if isinstance(loaded, str):
         hint = f"A model is chosen by its name with model.name = {loaded!r}"
+    elif is_wrapper_of_compile(loaded):
+        hint = f"torch.compile made it, and compiled code does not see hooks: give the model inside, its .{_WRAPPED}"
     elif backend is not None:
         hint = f'It is {_article(backend)} {backend}, and its backend must be named: model.backend = "{backend}"'
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.backends.base import Backend, OnTokens
 from saekit.backends.begun import Begun, Running, is_ids
 from saekit.backends.forward import Hooks, by_position, put
+from saekit.backends.loading import check_not_compiled
 from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
 from saekit.values import Replacement
@@ -89,6 +90,7 @@ class ModuleBackend(Backend):
             attached.enter_context(self._running.told(begun))
             attached.enter_context(self.begins(self._running.unless_it_knows(begun)))
             for name, replacement in replace.items():
+                self.check_runs(name)
                 attached.callback(self._attach(name, _standing(name, replacement, begun)).remove)
             yield
 
@@ -155,6 +157,13 @@ class ModuleBackend(Backend):
                 lambda module, args, kwargs: _at_first((args, kwargs), hooked), with_kwargs=True
             )
         raise self.no_hook(name)
+
+    def check_runs(self, name: str) -> None:
+        check_not_compiled(self.model, name, self._hooked_module(name))
+
+    def _hooked_module(self, name: str) -> Any:
+        """What torch's hooks for the hook ``name`` are added to."""
+        return self._module(name) or self._module(name.removesuffix(_INPUT))
 
     def _module(self, path: str) -> Any:
         try:

@@ -185,6 +185,9 @@ class BridgeBackend(ModuleBackend, InsideBackend):
         """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
         return exposed(names, self.model._hook_registry)
 
+    def _hooked_module(self, name: str) -> Any:
+        return self._points.get(name)
+
     def _attach(self, name: str, hooked: Callable[[Tensor], Tensor]) -> _Attached:
         if (point := self._points.get(name)) is None:
             raise self.no_hook(name)

@@ -197,7 +197,8 @@ class BridgeBackend(ModuleBackend, InsideBackend):
             # By another object the library knows that it must go on with this one.
             return value.view_as(value) if value is activation and value.requires_grad else value
 
-        point.add_hook(at)  # it brings what the point holds into TransformerLens' shape, and back
+        # It brings what the point holds into TransformerLens' shape, and back; reset_hooks leaves what is permanent.
+        point.add_hook(at, is_permanent=True)
         return _Attached(point, point.fwd_hooks[-1])
 
     @cached_property

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from saekit.backends.forward import Hooks, next_token_loss
+from saekit.backends.loading import attached_to
 from saekit.errors import ModelError
 from saekit.plugins.text import short
 from saekit.values import Forward, Replacement, Want
@@ -153,7 +154,8 @@ class Backend(ABC):
         own = (dict(replace), on_tokens)
         self._attached = (*self._attached, own)
         try:
-            yield
+            with attached_to(self):
+                yield
         finally:
             self._attached = tuple(one for one in self._attached if one is not own)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from saekit.errors import ModelError
@@ -9,9 +12,35 @@ from saekit.errors import ModelError
 if TYPE_CHECKING:
     from torch.nn import Module
 
-__all__ = ["check_not_compiled", "is_wrapper_of_compile", "wrong_model"]
+__all__ = ["attached_to", "check_not_compiled", "check_nothing_attached", "is_wrapper_of_compile", "wrong_model"]
 
 _WRAPPED = "_orig_mod"
+_attached: Counter[int] = Counter()
+"""How much is attached now, by the identities of models, which live as long as something is."""
+
+
+@contextmanager
+def attached_to(model: object) -> Iterator[None]:
+    """While the context is open, something is attached to ``model``, by whichever of its backends."""
+    _attached[id(model)] += 1
+    try:
+        yield
+    finally:
+        _attached[id(model)] -= 1
+        if not _attached[id(model)]:
+            del _attached[id(model)]
+
+
+def check_nothing_attached(model: object, what: str) -> None:
+    """Raise :class:`saekit.errors.ModelError` where a splice of ``model``, which may be a backend, is open.
+
+    ``what`` would be found out in it.
+    """
+    if any(id(one) in _attached for one in (model, getattr(model, "model", None))):
+        raise ModelError(
+            f"{what} is of the model itself, and something is attached to this one: a splice is open. End its with "
+            "block first, or give another copy of the model"
+        )
 
 
 def is_wrapper_of_compile(model: object) -> bool:

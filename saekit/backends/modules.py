@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.backends.base import Backend, OnTokens
 from saekit.backends.begun import Begun, Running, is_ids
 from saekit.backends.forward import Hooks, by_position, put
-from saekit.backends.loading import check_not_compiled
+from saekit.backends.loading import attached_to, check_not_compiled
 from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
 from saekit.values import Replacement
@@ -87,6 +87,7 @@ class ModuleBackend(Backend):
             raise self.no_hook(unknown[0])
         begun = Begun(on_tokens)
         with ExitStack() as attached:
+            attached.enter_context(attached_to(self.model))
             attached.enter_context(self._running.told(begun))
             attached.enter_context(self.begins(self._running.unless_it_knows(begun)))
             for name, replacement in replace.items():

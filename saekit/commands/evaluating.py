@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from saekit._version import __version__
+from saekit.backends.loading import check_nothing_attached
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
@@ -165,6 +166,7 @@ def evaluated(
     found: dict[str, Evaluation] = {}
     with ambient():
         for backend, contexts, names, about in material.groups(subjects, site):
+            check_nothing_attached(backend, "what is measured")
             if say is not None:
                 say.rest()
             group = {name: subjects[name] for name in names}

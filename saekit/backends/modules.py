@@ -58,6 +58,9 @@ class ModuleBackend(Backend):
             )
         self.special_tokens = special_tokens(tokenizer)
 
+    def __deepcopy__(self, memo: object) -> ModuleBackend:
+        raise ModelError("a backend cannot be copied: copy its .model, and give the copy to saekit.load_model")
+
     def logits(self, tokens: Tensor) -> Tensor:
         """``[b, t, d_vocab]`` for ``tokens [b, t]``."""
         raise NotImplementedError(f"{type(self).__name__} must have logits(tokens), or a forward of its own")

@@ -82,6 +82,9 @@ class Spliced:
         ]
         return "\n".join([f"<Spliced: {self.backend.name!r} with", *saes]) + ">"
 
+    def __deepcopy__(self, memo: object) -> Spliced:
+        raise ModelError("a splice cannot be copied, since it is of one model: copy the model, and splice the copy")
+
     @property
     def names(self) -> list[str]:
         """Every inner point that runs, SAE by SAE."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import attrs
 
+from saekit import ModelError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,6 +50,11 @@ class _Forwards:
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
         self._handle: Any = None
+
+    def __deepcopy__(self, memo: object) -> _Forwards:
+        raise ModelError(
+            f"a {type(self._model).__name__} cannot be copied while a splice of it is open: copy it before or after"
+        )
 
     def add(self, tell: _OnTokens) -> None:
         self._told.append(tell)

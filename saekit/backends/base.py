@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias, get_args
+from typing import TYPE_CHECKING, get_args
 
+from saekit.abilities import OnTokens
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
 from saekit.errors import ModelError
@@ -19,18 +20,24 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["Backend", "OnTokens", "no_hook"]
-
-OnTokens: TypeAlias = "Callable[[Tensor | None, int], Callable[[], None] | None]"
-"""Told of a forward before it begins, and gives what is called when it has ended: see
-:class:`saekit.abilities.AttachesHooks`."""
+__all__ = ["Backend", "alike", "no_hook"]
 
 
-def no_hook(backend: ModelBackend, name: str) -> ModelError:
-    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
-    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
-    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
+def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike.
+
+    ``option`` is where the name is from, if a configuration says it.
+    """
+    names = backend.hook_names()
+    where = f" ({option})" if option else ""
+    hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{where}{hint}")
+
+
+def alike(name: str, known: Collection[str]) -> str:
+    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class Backend(ABC):

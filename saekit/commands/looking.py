@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import attrs
 
 from saekit.commands import preflight
-from saekit.config import DatasetConfig, EvalsConfig, ModelConfig, PluginChoice
+from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
-from saekit.errors import ConfigError, ModelError, SaekitError
+from saekit.errors import ConfigError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.text import short
@@ -66,37 +66,11 @@ def load_model(
     whole = load_config({"model": options | ({"name": model} if named else {})}, plugins=plugins)
     if named:
         preflight.of_model(whole, plugins).raise_any()
+    from saekit.backends.around import backend_around, built_backend
+
     if named or backend is not None:
-        return _built(whole.model, plugins, None if named else model)
-    return _around(model, whole.model, plugins)
-
-
-def _built(config: ModelConfig, plugins: PluginManager, loaded: object | None) -> ModelBackend:
-    from saekit.ambient import ambient
-
-    with ambient():
-        return plugins.build(MODEL_BACKENDS, config.backend, model=config, loaded=loaded)
-
-
-def _around(model: object, config: ModelConfig, plugins: PluginManager) -> ModelBackend:
-    """The one backend that takes a loaded ``model``."""
-    fits: dict[str, ModelBackend] = {}
-    errors: dict[str, SaekitError] = {}
-    items = {item.entry.build: item for item in plugins.registry(MODEL_BACKENDS).items}  # aliases are one
-    for item in items.values():
-        required = [field.name for field in attrs.fields(item.entry.config) if field.default is attrs.NOTHING]
-        if item.entry.no_model or item.missing() or required:
-            continue
-        try:
-            fits[item.key] = _built(attrs.evolve(config, backend=item.key), plugins, model)
-        except SaekitError as error:
-            errors[item.key] = error
-    if len(fits) == 1:
-        return next(iter(fits.values()))
-    if fits:
-        raise ModelError(f"several backends take a {type(model).__name__}: {', '.join(fits)}. Name one: backend=...")
-    default = plugins.bound(MODEL_BACKENDS, config.backend).key
-    raise errors.get(default) or ModelError(f"no backend takes a {type(model).__name__}: {', '.join(errors)}")
+        return built_backend(whole.model, plugins, None if named else model)
+    return backend_around(model, whole.model, plugins)
 
 
 def top_texts(
@@ -142,15 +116,16 @@ def top_texts(
         )
     result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
     sae = result.sae if result is not None else cast("SAEModule", sae)
-    sites = _sites(sae, site)
     _check_counts(sae, features, k=k, texts=texts, tokens=tokens)
     from saekit.progress import ProgressDisplay
+    from saekit.splicing.fits import sites_of
     from saekit.status import Status
 
+    wanted = sites_of(sae, site, "site")
     with Status(verbose=verbose) as say:
         backend = _backend(sae, model, result, plugins, say)
         say("reading the text")
-        contexts = _contexts(sae, backend, sites, dataset, result, tokens, plugins)
+        sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, plugins)
     from saekit.analysis.top_texts import find_top_texts
 
     with ProgressDisplay(contexts.numel(), doing="looking", verbose=verbose) as progress:
@@ -192,27 +167,18 @@ def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
         raise ConfigError(problems, "the arguments of top_texts")
 
 
-def _sites(sae: SAEModule, site: Site | Sites | str | None) -> Sites:
-    if isinstance(site, str):
-        site = Site(hook_name=site)
-    found = Sites.one(site) if isinstance(site, Site) else site or sae.info.sites
-    if found is None:
-        raise ConfigError([("site", "is missing: the SAE does not say where in the model it belongs")])
-    return found
-
-
 def _backend(
     sae: SAEModule, model: object | None, result: TrainResult | None, plugins: PluginManager, say: Status
 ) -> ModelBackend:
     """The model: the one that is given, that of the run, or the one that the SAE says it was trained on."""
     if model is None and result is not None:
         return result.backend
-    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        return cast("ModelBackend", model)
+    if MODEL_BACKENDS.is_met_by(model):
+        return model
     if model is not None:
         say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
         return load_model(model, plugins=plugins)
-    from saekit.splicing.fits import model_name_of
+    from saekit.splicing.doubts import model_name_of
 
     name, about = model_name_of(sae), sae.info.metadata
     say(f"loading the model {name}")
@@ -225,36 +191,39 @@ def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -
     if len(items) != 1:
         return None
     known = {f"model_{field.name}": field.name for field in attrs.fields(items[0].entry.config)}
-    return {"name": items[0].key} | {known[key]: value for key, value in about.items() if key in known and value}
+    stated = {known[key]: value for key, value in about.items() if key in known and value is not None}
+    return {"name": items[0].key} | stated
 
 
 def _contexts(
     sae: SAEModule,
     backend: ModelBackend,
-    sites: Sites,
+    wanted: Sites,
     dataset: object | None,
     result: TrainResult | None,
     tokens: int,
     plugins: PluginManager,
-) -> Tensor:
-    """``[n, context_size]`` token ids, of about so many tokens."""
+) -> tuple[Sites, Tensor]:
+    """Where the SAE is in the model, and token ids ``[n, context_size]``, of about so many tokens."""
     import torch
 
     from saekit.ambient import ambient
     from saekit.data.activations import check_contexts
-    from saekit.runs.opening import check_context_size, check_hooks
+    from saekit.runs.opening import check_context_size
+    from saekit.splicing.fits import check_fits
 
-    check_hooks(backend, sites.all, "site")
     with ambient():
         if result is not None and dataset is None and result.held_out is not None:
             corpus = result.corpus
+            sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
             evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
-            return attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
+            return sites, attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
         corpus = corpus_of(sae, backend, dataset, plugins)
+        sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
         check_context_size(backend, corpus.context_size)
         found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
     check_contexts(len(found), corpus.context_size)
-    return torch.from_numpy(found)
+    return sites, torch.from_numpy(found)
 
 
 def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:

@@ -14,14 +14,15 @@ from saekit.abilities import StartsInside
 from saekit.ambient import ambient
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
-from saekit.evals.measured import Mask, Measured, allowed_in
+from saekit.evals.measured import Measured, allowed_in
 from saekit.evals.pieces import at_once
 from saekit.kernels.sparse import SparseFeatures
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
 from saekit.sae.once import features_and_outputs
+from saekit.tokens import Mask
 
-__all__ = ["measure"]
+__all__ = ["batch_size_of", "measure"]
 
 
 def measure(
@@ -47,7 +48,7 @@ def measure(
         if means is None:
             means = read_means(subjects, backend=backend, contexts=contexts, mask=mask)
         engine = _Engine(subjects, backend, means)
-        for start in range(0, len(contexts), size := engine.batch_size(contexts.shape[1])):
+        for start in range(0, len(contexts), size := batch_size_of(subjects, backend, contexts.shape[1])):
             tokens = contexts[start : start + size]
             allowed = allowed_in(mask, tokens, slice(start, start + size))
             engine.take(tokens, allowed, first + start)
@@ -56,18 +57,34 @@ def measure(
         return engine.sums
 
 
+def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_size: int) -> int:
+    """Contexts in one forward: as many as all evals take, and as fit into little memory."""
+    needs = _needs_of(subjects)
+    size = needs.batch_size
+    if needs.by_logits:
+        size = min(size, logit_contexts(backend, context_size))
+    for subject in subjects:
+        if any(_waits(part.needs) for part in subject.evals.values()):
+            size = min(size, at_once(subject.sae, context_size))
+    return max(size, 1)
+
+
+def _needs_of(subjects: Sequence[Measured]) -> Needs:
+    return functools.reduce(Needs.__or__, (one.needs for one in subjects), Needs(batch_size=1 << 30))
+
+
 class _Engine:
     """What all batches have in common, and the sums so far."""
 
     def __init__(self, subjects: Sequence[Measured], backend: ModelBackend, means: Means) -> None:
         self.subjects, self.backend, self.means = subjects, backend, means
-        self.needs = functools.reduce(Needs.__or__, (one.needs for one in subjects), Needs(batch_size=1 << 30))
+        self.needs = _needs_of(subjects)
         self.sums: list[dict[str, Any]] = []
         for subject in subjects:
             started = {}
-            for name, measure in subject.evals.items():
+            for name, part in subject.evals.items():
                 with subject.guard(name):
-                    started[name] = measure.start(subject.sae, subject.sites)
+                    started[name] = part.start(subject.sae, subject.sites)
             self.sums.append(started)
         self.read = {site.hook_name for subject in subjects if subject.needs.sae for site in subject.sites.all}
         self.entries = {subject.targets: self._entry(subject) for subject in subjects if _puts(subject.needs)}
@@ -76,16 +93,6 @@ class _Engine:
         if not isinstance(self.backend, StartsInside):
             return None
         return self.backend.entry_of({site.hook_name for site in subject.sites.targets})
-
-    def batch_size(self, context_size: int) -> int:
-        """Contexts in one forward: as many as all evals take, and as fit into little memory."""
-        size = self.needs.batch_size
-        if self.needs.by_logits:
-            size = min(size, logit_contexts(self.backend, context_size))
-        for subject in self.subjects:
-            if any(_waits(measure.needs) for measure in subject.evals.values()):
-                size = min(size, at_once(subject.sae, context_size))
-        return max(size, 1)
 
     def take(self, tokens: Tensor, allowed: Tensor | None, first: int) -> None:
         """Show every eval the contexts ``tokens``, the first of which has the number ``first``."""
@@ -99,7 +106,7 @@ class _Engine:
             if subject.needs.spliced:
                 batch.splice()
             for what, put in self._ablations(subject):
-                key = (what, subject.targets, subject.tokens)
+                key = (what, subject.targets, subject.tokens, subject.needs.mean if what == "mean" else 0)
                 if key not in ablated:
                     ablated[key] = forwards.with_put(subject.targets, put, batch.where)
                 batch.outcomes[what] = ablated[key]
@@ -109,7 +116,7 @@ class _Engine:
         if subject.needs.zero:
             yield "zero", lambda site, vectors: torch.zeros_like(vectors)
         if subject.needs.mean:
-            yield "mean", lambda site, vectors: mean_of(self.means, site, subject.tokens, vectors)
+            yield "mean", lambda site, vectors: mean_of(self.means, site, subject, vectors)
 
 
 def _puts(needs: Needs) -> bool:
@@ -150,7 +157,7 @@ class _Batch:
         inputs = sites.input_of(held)
         targets = inputs if sites.same else sites.target_of(held)
         size = at_once(sae, inputs.shape[1])
-        waits = any(_waits(measure.needs) for measure in self.subject.evals.values())
+        waits = any(_waits(part.needs) for part in self.subject.evals.values())
         for start in range(0, len(inputs), size):
             rows = slice(start, start + size)
             x = inputs[rows].to(sae.device)
@@ -188,14 +195,14 @@ class _Batch:
         tokens = self.forwards.tokens[rows]
         numbers = tuple(range(self.first + rows.start, self.first + rows.start + len(tokens)))
         kept = self.kept[rows]
-        for name, measure in self.subject.evals.items():
-            if not which(measure.needs):
+        for name, part in self.subject.evals.items():
+            if not which(part.needs):
                 continue
             seen = Seen(
-                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(measure.needs, shown)
+                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(part.needs, shown)
             )
             with self.subject.guard(name), ambient(), torch.no_grad():
-                measure.update(self.sums[name], seen)
+                part.update(self.sums[name], seen)
 
 
 def _asked(needs: Needs, shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,8 @@ from typing import TypeAlias
 
 import attrs
 
-from saekit.abilities import StatesRows, StatesWidths
+from saekit.abilities import HasModel, StatesRows, StatesWidths
+from saekit.backends.base import no_hook
 from saekit.backends.loading import check_nothing_attached
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
@@ -24,11 +24,11 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
-from saekit.runs.counting import token_choice
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
+from saekit.tokens import token_choice
 from saekit.values import Ports
 
 _MANY_READINGS = 10
@@ -84,8 +84,8 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not; ``model`` may be a backend, of :func:`saekit.load_model`, around one."""
-    if model is not None and all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        model = getattr(model, "model", model)
+    if MODEL_BACKENDS.is_met_by(model):
+        model = model.model if isinstance(model, HasModel) else model
     return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 
@@ -116,19 +116,9 @@ def check_context_size(backend: ModelBackend, context_size: int) -> None:
 
 def check_hooks(backend: ModelBackend, sites: Sequence[Site], option: str) -> None:
     """Every site's hook must be one of the model's; ``option`` is where the sites come from."""
-    names = backend.hook_names()
-    problems = []
-    for wanted in dict.fromkeys(site.hook_name for site in sites):
-        if wanted in names:
-            continue
-        close = difflib.get_close_matches(wanted, names, n=3)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else f"It has {len(names)} hooks, such as {names[0]!r}."
-        )
-        problems.append(f"the model {backend.name!r} has no hook {wanted!r} ({option}). {hint}")
-    if problems:
+    names = frozenset(backend.hook_names())
+    wanted = dict.fromkeys(site.hook_name for site in sites)
+    if problems := [str(no_hook(backend, name, option=option)) for name in wanted if name not in names]:
         raise ModelError("\n".join(problems))
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-from saekit.commands.looking import load_model
+from saekit.backends.around import as_backend
 from saekit.errors import ConfigError, ModelError
-from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
-from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.attachment import Attachment, attachments
 from saekit.splicing.fits import check_fits
 from saekit.splicing.spliced import Spliced
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import Mask, TokenChoice, special_ids
 
 __all__ = ["splice"]
 
@@ -86,15 +85,9 @@ def splice(
     Raises :class:`saekit.errors.ConfigError` for what does not fit together, :class:`saekit.errors.ModelError` for
     hooks that are not there.
     """
-    backend = _backend(model_or_backend, plugins)
+    backend = as_backend(model_or_backend, plugins)
     with Spliced(backend, _attached(backend, saes, use_error_term, tokens, mask, sites), read=read).opened() as spliced:
         yield spliced
-
-
-def _backend(model: object, plugins: PluginManager | None) -> ModelBackend:
-    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        return cast("ModelBackend", model)
-    return load_model(model, plugins=plugins)
 
 
 def _attached(
@@ -122,7 +115,10 @@ def _attached(
         raise ConfigError([("use_error_term", f"{wanted}, found {short(use_error_term)}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
-    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
+    pairs = [
+        (sae, check_fits(sae, backend, place, masked=mask is not None))
+        for sae, place in zip(given, places, strict=True)
+    ]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
 
 
@@ -148,9 +144,7 @@ def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) 
 
 
 def _place(place: Any, sae: SAEModule) -> Sites:
-    if isinstance(place, str):
-        place = Site(hook_name=place)
-    found = Sites.one(place) if isinstance(place, Site) else place or sae.info.sites
+    found = Sites.of(place) or sae.info.sites
     if found is None:
         raise ConfigError(
             [("sites", f"are missing: {type(sae).__name__} does not say where in the model it belongs; give a hook's "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks
+from saekit.backends.base import alike, no_hook
 from saekit.backends.forward import put
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.hooks import Watch
 from saekit.splicing.attachment import Attachment, Passing
+from saekit.splicing.doubts import begin_with_bos, doubt_of_bos
 from saekit.values import Forward, Replacement, Want
 
 __all__ = ["Intervention", "Spliced"]
@@ -66,7 +68,7 @@ class Spliced:
         self._exposed: Mapping[str, ExposedPoint] = {}
         self._held: dict[str, Tensor] = {}
         self._now = threading.local()
-        self._is_open = False
+        self._is_open, self._has_looked = False, False
         self._read = frozenset([read] if isinstance(read, str) else read)
         for name in sorted(self._read):
             self._check_runs(name)
@@ -206,9 +208,21 @@ class Spliced:
 
     def _begin(self, tokens: Tensor | None, before: int) -> Callable[[], None]:
         """A forward begins; what is returned ends it, and then no tokens are known but those of one around it."""
+        if not self._has_looked and tokens is not None and not before:
+            self._look_at(tokens)
         around: Passing | None = getattr(self._now, "passing", None)
         self._now.passing = Passing(tokens, before)
         return functools.partial(setattr, self._now, "passing", around)
+
+    def _look_at(self, tokens: Tensor) -> None:
+        """Warn, once, of SAEs that were trained with another BOS than the first forward has."""
+        self._has_looked = True
+        begins = begin_with_bos(tokens, self.backend)
+        if begins is None:
+            return
+        for said in dict.fromkeys(doubt_of_bos(one.sae, begins) for one in self.attachments):
+            if said is not None:
+                warnings.warn(said, UserWarning, stacklevel=2)
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""
@@ -249,7 +263,7 @@ class Spliced:
     def _check_runs(self, name: str) -> None:
         """:class:`ModelError` unless there is an inner point ``name``, which runs."""
         if name not in self._of:
-            raise ModelError(f"no SAE of this splice has the point {name!r}{_alike(name, self.names)}")
+            raise ModelError(f"no SAE of this splice has the point {name!r}{alike(name, self.names)}")
         if name not in self.names:
             raise ModelError(
                 f"the point {name!r} does not run, since {self._of[name].name} is there without its error term: "
@@ -264,12 +278,7 @@ class Spliced:
         known = {*self.backend.hook_names()}
         for hook in hooks:
             if hook not in known:
-                raise ModelError(f"the model {self.backend.name!r} has no hook {hook!r}{_alike(hook, known)}")
-
-
-def _alike(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+                raise no_hook(self.backend, hook)
 
 
 def _followed(value: Tensor, grad: bool) -> Tensor:

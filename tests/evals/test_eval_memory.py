@@ -65,7 +65,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
     sae, found = make_sae(), []
     sae.kernels = kernels
     monkeypatch.setattr(pieces, "_BYTES", 64 * 512 * 4)  # 64 rows, or 4 contexts
-    for contexts in (tokens(16), tokens(32), tokens(64)):
+    for contexts in (tokens(16), tokens(40)):
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
             for measure in EVALS:
@@ -78,10 +78,10 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
 
 
 def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    sae, contexts, backend = make_sae(), tokens(64), FakeBackend()
+    sae, contexts, backend = make_sae(), tokens(12), FakeBackend()
 
     def measured() -> dict[str, float]:
-        found = variance_metrics(sae, rows(contexts).split(256))
+        found = variance_metrics(sae, rows(contexts).split(48))
         for measure in EVALS:
             found |= measure(sae, backend=backend, sites=saekit.Sites.one(SITE), contexts=contexts)
         return found

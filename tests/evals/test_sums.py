@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from saekit.evals import AccumulatingEval, Sums, Totals, finished
 from saekit.evals.sums import resamples
-from saekit.measuring import Evaluation, Evaluations, Needs, Seen, measured_text
+from saekit.measuring import Evaluation, Evaluations, Measure, Needs, Seen, measured_text
 
 
 def drawn(n: int, seed: int = 0, **facts: Any) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -86,6 +87,22 @@ def test_the_spread_of_rows_is_that_around_their_mean() -> None:
     assert spread == pytest.approx(((together - together.mean(0)) ** 2).sum(), rel=1e-9)
 
 
+def test_vectors_of_contexts_are_kept_once() -> None:
+    sums, vectors = Sums(), np.arange(3 * 2 * 20_000.0).reshape(3, 2, 20_000)
+    tracemalloc.start()
+    try:
+        for numbers, values in zip(([4, 1], [0, 5], [2, 3]), vectors, strict=True):
+            sums.add(numbers, {"vector": values})
+        assert sums.column("vector")[:, 0].tolist() == vectors[[1, 0, 2, 2, 0, 1], [0, 1, 0, 1, 0, 1], 0].tolist()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 1.2 * vectors.nbytes
+    assert sums.column("vector") is sums.column("vector")
+    sums.add([-1], {"vector": vectors[0, :1]})
+    assert sums.column("vector")[:2, 0].tolist() == [vectors[0, 0, 0], vectors[1, 0, 0]], "in order once more"
+
+
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     numbers, columns = drawn(4)
     one = part(numbers[:2], columns)
@@ -139,7 +156,8 @@ def test_numbers_have_as_many_digits_as_their_errors_leave(value: float, error: 
 
 
 def test_evaluations_show_themselves_and_are_json() -> None:
-    one = Evaluation(values={"l0": 3.0, "odd": math.nan}, errors={"l0": 0.5}, features={"f": np.array([0.5, np.nan])})
+    one = Evaluation(values={"l0": 3.0, "odd": math.nan}, errors={"l0": 0.5}, features={"f": np.array([0.5, np.nan])},
+                     measures={"l0": Measure("L0", headline=1)})  # fmt: skip
     assert one.to_dict()["values"] == {"l0": 3.0, "odd": None}
     assert "features" not in one.to_dict()
     assert one.to_dict(features=True)["features"] == {"f": [0.5, None]}

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import AttachesHooks, StartsInside, TranslatesHooks
+from saekit.abilities import AttachesHooks, HasModel, LeadsToResidualStream, StartsInside, TranslatesHooks
 from saekit.errors import ModelError
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal
@@ -52,7 +52,7 @@ def _begins(tried: Tried, name: str, entry: str) -> None:
     whole = backend.run(tried.tokens, read={name, entry}, want="logits")
     value, held, logits = (one.detach().clone() for one in (whole.held[entry], whole.held[name], whole.logits))
     loss = backend.run(tried.tokens, replace=put, want="loss").loss.clone()
-    with counted(getattr(backend, "model", None)) as calls:
+    with counted(backend.model if isinstance(backend, HasModel) else None) as calls:
         found = backend.run_from(tried.tokens, entry, value, read={name}, want="logits")
         from_inside = len(calls)
         backend.run(tried.tokens, want="logits")
@@ -150,3 +150,16 @@ def attaches_hooks(subject: Subject) -> None:
     except ModelError:
         return
     raise Fault("a hook that is not there is attached to, expected a ModelError")
+
+
+@CHECKS.add
+def paths_to_residual_stream(subject: Subject) -> None:
+    """What ``to_residual_stream``, if there, gives leads from what the hook holds to what ``unembedding`` reads."""
+    tried = Tried.of(subject)
+    if not isinstance(backend := tried.backend, LeadsToResidualStream):
+        raise NotTried("it knows no ways into the residual stream")
+    held = backend.run(tried.tokens, read=tried.hooks).held
+    for hook in tried.hooks:
+        if (weights := backend.to_residual_stream(hook)) is not None:
+            expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
+            must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")

@@ -20,7 +20,7 @@ from saekit.testing.checks.numbers import must_agree
 from saekit.testing.checks.tried_models import Tried, backend_of
 
 CHECKS = Checks()
-_TEXT = "def add(a, b):\n    return a + b\n"
+TEXT = "def add(a, b):\n    return a + b\n"
 
 
 @CHECKS.add
@@ -29,14 +29,14 @@ def tokenizer(subject: Subject) -> None:
     backend = backend_of(subject)
     if isinstance(backend, HasTokenizer) and backend.tokenizer is None:
         raise NotTried("the model has no tokenizer")
-    ids = backend.tokenize(_TEXT)
+    ids = backend.tokenize(TEXT)
     fine = isinstance(ids, list) and all(isinstance(token, int) and 0 <= token < backend.d_vocab for token in ids)
     must(fine and ids, f"tokenize gives {ids!r:.80}, expected a list of ids below {backend.d_vocab}")
     must(backend.tokenize("") == [], f"tokenize makes {backend.tokenize('')} of no text")
     texts = backend.token_texts(ids)
     must(len(texts) == len(ids), f"token_texts gives {len(texts)} texts for {len(ids)} tokens")
-    found, expected = ("".join("".join(text).split()).casefold() for text in (texts, _TEXT))
-    must(found == expected, f"the texts of the tokens of {_TEXT!r} are {texts}")
+    found, expected = ("".join("".join(text).split()).casefold() for text in (texts, TEXT))
+    must(found == expected, f"the texts of the tokens of {TEXT!r} are {texts}")
 
 
 @CHECKS.add

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from saekit.abilities import HasModel
 from saekit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check_nothing_attached(model: object, what: str) -> None:
 
     ``what`` would be found out in it.
     """
-    if any(id(one) in _attached for one in (model, getattr(model, "model", None))):
+    if any(id(one) in _attached for one in (model, model.model if isinstance(model, HasModel) else None)):
         raise ModelError(
             f"{what} is of the model itself, and something is attached to this one: a splice is open. End its with "
             "block first, or give another copy of the model"

@@ -53,8 +53,9 @@ __all__ = [
 ]
 
 
-OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
-"""Told of a forward before it begins: see :meth:`AttachesHooks.attached`."""
+OnTokens: TypeAlias = "Callable[[Tensor | None, int], Callable[[], None] | None]"
+"""Told of a forward before it begins, and gives what is called when it has ended: see
+:meth:`AttachesHooks.attached`."""
 
 
 @runtime_checkable
@@ -123,7 +124,8 @@ class AttachesHooks(Protocol):
 
         A hook that is read then holds what was put there.  ``on_tokens`` is told of every forward before it begins: the
         token ids ``[b, t]``, or None where the forward is given something else, and how many positions came before
-        them, which a cache of keys and values stands for.
+        them, which a cache of keys and values stands for.  What it returns, unless that is None, is called when that
+        forward has ended, also by an exception: what is then called of the model belongs to no forward that is known.
         Afterwards the model is as it was: every hook, their order, and those that are permanent.
         """
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, get_args
 
 from saekit.abilities import OnTokens
 from saekit.backends.forward import Hooks, next_token_loss
+from saekit.backends.loading import attached_to
 from saekit.errors import ModelError
 from saekit.plugins.text import short
 from saekit.values import Forward, Replacement, Want
@@ -69,6 +70,9 @@ class Backend(ABC):
         """The error for a hook that the model does not have, with those that are spelled alike."""
         return no_hook(self, name)
 
+    def check_runs(self, name: str) -> None:  # noqa: B027 - most need not say anything
+        """Raise :class:`saekit.errors.ModelError` if it is known why nothing that is put at the hook ``name`` runs."""
+
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
@@ -120,16 +124,17 @@ class Backend(ABC):
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:
             return Forward({})
-        with self.running(tokens, grad=grad):
+        with self.running(tokens, grad=grad), ExitStack() as ends:
             for _, on_tokens in self._attached:
-                if on_tokens is not None:
-                    on_tokens(tokens, 0)
+                if on_tokens is not None and (ended := on_tokens(tokens, 0)) is not None:
+                    ends.callback(ended)
             out = self.forward(tokens, hooks)
             if want == "loss" and out is not None and out.ndim == 3:
                 out = next_token_loss(out, tokens)
         if silent := sorted(hooks.silent & hooks.read if want == "held" else hooks.silent):
             if silent[0] not in self.hook_names():
                 raise self.no_hook(silent[0])
+            self.check_runs(silent[0])
             how = "as the model is configured" if start is None else f"in a forward that begins at {start[0]!r}"
             raise ModelError(f"the hook {silent[0]!r} of {self.name!r} does not run {how}{self.why_silent}")
         return Forward(hooks.held, loss=out if want == "loss" else None, logits=out if want == "logits" else None)
@@ -156,7 +161,8 @@ class Backend(ABC):
         own = (dict(replace), on_tokens)
         self._attached = (*self._attached, own)
         try:
-            yield
+            with attached_to(self):
+                yield
         finally:
             self._attached = tuple(one for one in self._attached if one is not own)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from saekit.abilities import OnTokens
@@ -16,7 +16,7 @@ __all__ = ["Begun", "Running"]
 
 
 class Begun:
-    """Passes on what it is told, and keeps the shape of the last tokens of each thread."""
+    """Passes on what it is told, and keeps the shape of the tokens of the forward that each thread is in."""
 
     def __init__(self, on_tokens: OnTokens | None) -> None:
         self._on_tokens, self._now = on_tokens, threading.local()
@@ -27,10 +27,17 @@ class Begun:
         shape: tuple[int, ...] | None = getattr(self._now, "shape", None)
         return shape
 
-    def __call__(self, tokens: Tensor | None, before: int) -> None:
+    def __call__(self, tokens: Tensor | None, before: int) -> Callable[[], None]:
+        around = self.shape  # of the forward that this one is called in
         self._now.shape = None if tokens is None else tuple(tokens.shape)
-        if self._on_tokens is not None:
-            self._on_tokens(tokens, before)
+        told = None if self._on_tokens is None else self._on_tokens(tokens, before)
+
+        def ended() -> None:
+            self._now.shape = around
+            if told is not None:
+                told()
+
+        return ended
 
 
 class Running:
@@ -45,12 +52,11 @@ class Running:
     def __call__(self, tokens: Tensor) -> Iterator[None]:
         """One of them: all who are to be told are told."""
         before, self._now.runs = getattr(self._now, "runs", False), True
-        try:
+        with ExitStack() as ends:
+            ends.callback(setattr, self._now, "runs", before)
             for one in self._told:
-                one(tokens, 0)
+                ends.callback(one(tokens, 0))
             yield
-        finally:
-            self._now.runs = before
 
     @contextmanager
     def told(self, one: Begun) -> Iterator[None]:
@@ -64,8 +70,7 @@ class Running:
     def unless_it_knows(self, begun: Begun) -> OnTokens:
         """``begun``, which is told of the forwards of others alone."""
 
-        def tell(tokens: Tensor | None, before: int) -> None:
-            if not getattr(self._now, "runs", False):
-                begun(tokens, before)
+        def tell(tokens: Tensor | None, before: int) -> Callable[[], None] | None:
+            return None if getattr(self._now, "runs", False) else begun(tokens, before)
 
         return tell

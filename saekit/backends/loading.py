@@ -2,9 +2,71 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from saekit.abilities import HasModel
 from saekit.errors import ModelError
 
-__all__ = ["wrong_model"]
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+__all__ = ["attached_to", "check_not_compiled", "check_nothing_attached", "is_wrapper_of_compile", "wrong_model"]
+
+_WRAPPED = "_orig_mod"
+_attached: Counter[int] = Counter()
+"""How much is attached now, by the identities of models, which live as long as something is."""
+
+
+@contextmanager
+def attached_to(model: object) -> Iterator[None]:
+    """While the context is open, something is attached to ``model``, by whichever of its backends."""
+    _attached[id(model)] += 1
+    try:
+        yield
+    finally:
+        _attached[id(model)] -= 1
+        if not _attached[id(model)]:
+            del _attached[id(model)]
+
+
+def check_nothing_attached(model: object, what: str) -> None:
+    """Raise :class:`saekit.errors.ModelError` where a splice of ``model``, which may be a backend, is open.
+
+    ``what`` would be found out in it.
+    """
+    if any(id(one) in _attached for one in (model, model.model if isinstance(model, HasModel) else None)):
+        raise ModelError(
+            f"{what} is of the model itself, and something is attached to this one: a splice is open. End its with "
+            "block first, or give another copy of the model"
+        )
+
+
+def is_wrapper_of_compile(model: object) -> bool:
+    """Whether ``torch.compile(module)`` returned it."""
+    return _WRAPPED in getattr(model, "_modules", ())
+
+
+def check_not_compiled(model: Module, hook: str, module: Module | None) -> None:
+    """Raise :class:`saekit.errors.ModelError` where ``hook``, which is at ``module`` of ``model``, is in compiled code.
+
+    torch does not look again at the hooks of what is inside, once it has compiled it (torch's own option
+    ``skip_nnmodule_hook_guards``): what is attached there would do nothing.  At what was compiled itself, it does.
+    """
+    for path, whole in model.named_modules():
+        if _is_compiled(whole) and any(one is module for one in whole.modules() if one is not whole):
+            raise ModelError(
+                f"the hook {hook!r} is inside {path or 'the model'} ({type(whole).__name__}), which torch.compile has "
+                "compiled, and compiled code does not see what is put there later. Load the model anew and leave it as "
+                "it is, or compile its blocks one by one and take hooks that are a block's input or output"
+            )
+
+
+def _is_compiled(module: Module) -> bool:
+    by_hand = hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")  # module.forward = torch.compile(...)
+    return module._compiled_call_impl is not None or by_hand or is_wrapper_of_compile(module)
 
 
 def wrong_model(loaded: object, expected: str, backend: str | None = None) -> ModelError:
@@ -14,6 +76,8 @@ def wrong_model(loaded: object, expected: str, backend: str | None = None) -> Mo
     """
     if isinstance(loaded, str):
         hint = f"A model is chosen by its name with model.name = {loaded!r}"
+    elif is_wrapper_of_compile(loaded):
+        hint = f"torch.compile made it, and compiled code does not see hooks: give the model inside, its .{_WRAPPED}"
     elif backend is not None:
         hint = f'It is {_article(backend)} {backend}, and its backend must be named: model.backend = "{backend}"'
     else:

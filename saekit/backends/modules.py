@@ -13,6 +13,7 @@ from saekit.abilities import OnTokens
 from saekit.backends.base import Backend
 from saekit.backends.begun import Begun, Running
 from saekit.backends.forward import Hooks, by_position, put
+from saekit.backends.loading import attached_to, check_not_compiled
 from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
 from saekit.tokens import ids_of
@@ -59,6 +60,9 @@ class ModuleBackend(Backend):
             )
         self.special_tokens = special_tokens(tokenizer)
 
+    def __deepcopy__(self, memo: object) -> ModuleBackend:
+        raise ModelError("a backend cannot be copied: copy its .model, and give the copy to saekit.load_model")
+
     def logits(self, tokens: Tensor) -> Tensor:
         """``[b, t, d_vocab]`` for ``tokens [b, t]``."""
         raise NotImplementedError(f"{type(self).__name__} must have logits(tokens), or a forward of its own")
@@ -88,9 +92,11 @@ class ModuleBackend(Backend):
             raise self.no_hook(unknown[0])
         begun = Begun(on_tokens)
         with ExitStack() as attached:
+            attached.enter_context(attached_to(self.model))
             attached.enter_context(self._running.told(begun))
             attached.enter_context(self.begins(self._running.unless_it_knows(begun)))
             for name, replacement in replace.items():
+                self.check_runs(name)
                 attached.callback(self._attach(name, _standing(name, replacement, begun)).remove)
             yield
 
@@ -108,7 +114,8 @@ class ModuleBackend(Backend):
                 vars(module).update(hooks)
 
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
-        """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model.
+        """While the context is open, ``tell(tokens, before)`` is called when somebody calls the model, and what it
+        returns when that has ended.
 
         It is for models that take token ids as ``input_ids`` or first, and keys and values as ``cache`` or
         ``past_key_values``.
@@ -118,17 +125,24 @@ class ModuleBackend(Backend):
 
     @contextmanager
     def _begins(self, tell: OnTokens, module: Any = None) -> Iterator[None]:
+        now = threading.local()  # the ends of forwards, one in the other
+
         def called(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             given = kwargs.get("input_ids", args[0] if args else None)
             kept = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers has renamed it in 5.24
             before = getattr(kept, "get_seq_length", int)()
-            tell(ids_of(given), before)
+            vars(now).setdefault("ends", []).append(tell(ids_of(given), before))
 
-        handle = (module or self.model).register_forward_pre_hook(called, with_kwargs=True)
-        try:
+        def ended(*_: Any) -> None:
+            ends = vars(now).get("ends")
+            if ends and (end := ends.pop()) is not None:
+                end()
+
+        whole = module or self.model
+        with ExitStack() as attached:
+            attached.callback(whole.register_forward_pre_hook(called, with_kwargs=True).remove)
+            attached.callback(whole.register_forward_hook(ended, always_call=True).remove)
             yield
-        finally:
-            handle.remove()
 
     @staticmethod
     def _until_done(name: str, hooks: Hooks) -> Callable[[Tensor], Tensor]:
@@ -149,6 +163,13 @@ class ModuleBackend(Backend):
                 lambda module, args, kwargs: _at_first((args, kwargs), hooked), with_kwargs=True
             )
         raise self.no_hook(name)
+
+    def check_runs(self, name: str) -> None:
+        check_not_compiled(self.model, name, self._hooked_module(name))
+
+    def _hooked_module(self, name: str) -> Any:
+        """What torch's hooks for the hook ``name`` are added to."""
+        return self._module(name) or self._module(name.removesuffix(_INPUT))
 
     def _module(self, path: str) -> Any:
         try:

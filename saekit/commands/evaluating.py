@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from saekit._version import __version__
+from saekit.backends.loading import check_nothing_attached
 from saekit.commands.material import Group, Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice, TokensConfig
@@ -183,6 +184,8 @@ def evaluated(
     found: dict[str, Evaluation] = {}
     with ambient():
         groups = [*material.groups(subjects, site)]
+        for group in groups:
+            check_nothing_attached(group.backend, "what is measured")
         choices = {
             name: tokens.of(subjects[name].sae, group.backend, group.contexts)
             for group in groups for name in group.names

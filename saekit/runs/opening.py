@@ -13,6 +13,7 @@ import attrs
 
 from saekit.abilities import HasModel, StatesRows, StatesWidths
 from saekit.backends.base import no_hook
+from saekit.backends.loading import check_nothing_attached
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
@@ -66,6 +67,7 @@ def open_backend(
 ) -> ModelBackend:
     """The model, checked against the context size, the tokens that are put in, and the sites, ``named`` by the options
     that they are from; it has not run yet.  All that does not fit is told at once."""
+    check_nothing_attached(model, "what a run trains on or keeps")
     backend = build_backend(config, plugins, model)
     if not has_model(config, plugins):
         return backend

@@ -122,7 +122,8 @@ class Attachment:
             found = "not known" if now.tokens is None else f"of shape {list(now.tokens.shape)}"
             raise ModelError(
                 f"which positions {self.name} replaces depends on token ids, and those of this forward, whose "
-                f"activations are {[*shape, '...']}, are {found}: give the model token ids [batch, position]"
+                f"activations are {[*shape, '...']}, are {found}: give the model token ids [batch, position], and call "
+                "it as a whole (a part that is called by itself knows none)"
             )
         kept = self.tokens.kept(now.tokens, before=now.before).to(activation.device)
         if self.mask is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from saekit.backends.around import as_backend
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, ModelError
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
@@ -22,8 +23,35 @@ __all__ = ["splice"]
 
 _Place: TypeAlias = "Site | Sites | str"
 _WHAT = "the arguments of splice"
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
+def _for_one_block(make: Callable[_P, AbstractContextManager[_T]]) -> Callable[_P, AbstractContextManager[_T]]:
+    """``make``, whose contexts say so where they are entered a second time."""
+
+    @functools.wraps(make)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> AbstractContextManager[_T]:
+        return _OneBlock(make(*args, **kwargs))
+
+    return made
+
+
+class _OneBlock(AbstractContextManager[_T]):
+    def __init__(self, context: AbstractContextManager[_T]) -> None:
+        self._context, self._entered = context, False
+
+    def __enter__(self) -> _T:
+        if self._entered:
+            raise ModelError("what saekit.splice(...) returns is for one with block, and had its own: call it again")
+        self._entered = True
+        return self._context.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._context.__exit__(*raised)
+
+
+@_for_one_block
 @contextmanager
 def splice(
     model_or_backend: object,
@@ -77,8 +105,14 @@ def _attached(
         raise ConfigError([("saes", f"must be SAEs, found {short(odd[0])}. saekit.SAE.load reads one")], _WHAT)
     if mask is not None and not callable(mask) and str(getattr(mask, "dtype", "")) != "torch.bool":
         raise ConfigError([("mask", f"must be a bool tensor or a function that makes one, found {short(mask)}")], _WHAT)
-    if odd := [name for name in names or () if not isinstance(name, str) or not name]:
-        raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
+    if odd := [name for name in names or () if not _is_name(name)]:
+        raise ConfigError([("saes", f"must be by names of their own, in one line, found {short(odd[0])}")], _WHAT)
+    if tokens is not None and not isinstance(tokens, TokenChoice):
+        wanted = "must be a TokenChoice, such as saekit.tokens.TokenChoice(exclude=[0])"
+        raise ConfigError([("tokens", f"{wanted}, found {short(tokens)}")], _WHAT)
+    if not isinstance(use_error_term, bool | None):
+        wanted = "must be True, False or None (as each SAE has it)"
+        raise ConfigError([("use_error_term", f"{wanted}, found {short(use_error_term)}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
     pairs = [
@@ -86,6 +120,10 @@ def _attached(
         for sae, place in zip(given, places, strict=True)
     ]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and name.strip() == name != ""
 
 
 def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) -> list[Sites]:

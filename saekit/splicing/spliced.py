@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import attrs
@@ -83,6 +83,9 @@ class Spliced:
             for one in self.attachments
         ]
         return "\n".join([f"<Spliced: {self.backend.name!r} with", *saes]) + ">"
+
+    def __deepcopy__(self, memo: object) -> Spliced:
+        raise ModelError("a splice cannot be copied, since it is of one model: copy the model, and splice the copy")
 
     @property
     def names(self) -> list[str]:
@@ -203,10 +206,13 @@ class Spliced:
         forward = Forward(forward.held) if whole != want else forward
         return attrs.evolve(forward, held={**forward.held, **held})
 
-    def _begin(self, tokens: Tensor | None, before: int) -> None:
+    def _begin(self, tokens: Tensor | None, before: int) -> Callable[[], None]:
+        """A forward begins; what is returned ends it, and then no tokens are known but those of one around it."""
         if not self._has_looked and tokens is not None and not before:
             self._look_at(tokens)
+        around: Passing | None = getattr(self._now, "passing", None)
         self._now.passing = Passing(tokens, before)
+        return functools.partial(setattr, self._now, "passing", around)
 
     def _look_at(self, tokens: Tensor) -> None:
         """Warn, once, of SAEs that were trained with another BOS than the first forward has."""
@@ -220,7 +226,7 @@ class Spliced:
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""
-        if not hasattr(self._now, "passing"):
+        if getattr(self._now, "passing", None) is None:
             self._begin(None, 0)
         for one in self.attachments:
             if hook in one.read_at or hook in one.written_at:

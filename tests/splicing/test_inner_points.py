@@ -136,6 +136,20 @@ def test_points_are_in_the_library_s_own_cache_and_can_be_hooked_there() -> None
     assert state(model) == before
 
 
+@pytest.mark.parametrize("kind", ["HookedTransformer", "HookedMamba", "TransformerBridge"])
+def test_saes_stay_where_a_library_resets_its_hooks(kind: str) -> None:
+    there = place(kind)
+    clean, before = there.model(TOKENS), state(there.model)
+    with saekit.splice(there.target, at(drawn_sae(there.width), there.early)) as spliced:
+        expected = there.model(TOKENS)
+        assert not torch.equal(expected, clean)
+        there.model.reset_hooks()
+        assert torch.equal(there.model(TOKENS), expected)
+        torch.testing.assert_close(spliced.run(TOKENS, want="logits").logits, expected)
+    assert state(there.model) == before
+    assert torch.equal(there.model(TOKENS), clean)
+
+
 def test_every_forward_is_held_that_the_splice_was_told_to_read() -> None:
     there = place("AutoModelForCausalLM")
     name = f"{there.early}.hook_sae_acts_post"

@@ -24,7 +24,7 @@ from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.abilities import ExposedPoint
+    from saekit.abilities import ExposedPoint, OnTokens
     from saekit_plugins.backends.layer_order import LayerOrder
 
 __all__ = ["RESIDUAL", "BridgeBackend"]
@@ -172,12 +172,15 @@ class BridgeBackend(LayeredBackend):
                 return f"{self._order.path}.{end.split('.')[1]}" + (".input" if end.endswith("_pre") else "")
         raise ModelError(f"a forward of {self.name!r} cannot begin at the hook {entry!r}")
 
-    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+    def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
 
     def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
         """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
         return exposed(names, self.model._hook_registry)
+
+    def _hooked_module(self, name: str) -> Any:
+        return self._points.get(name)
 
     def _attach(self, name: str, hooked: Callable[[Tensor], Tensor]) -> _Attached:
         if (point := self._points.get(name)) is None:
@@ -188,7 +191,8 @@ class BridgeBackend(LayeredBackend):
             # By another object the library knows that it must go on with this one.
             return value.view_as(value) if value is activation and value.requires_grad else value
 
-        point.add_hook(at)  # it brings what the point holds into TransformerLens' shape, and back
+        # It brings what the point holds into TransformerLens' shape, and back; reset_hooks leaves what is permanent.
+        point.add_hook(at, is_permanent=True)
         return _Attached(point, point.fwd_hooks[-1])
 
     @cached_property

@@ -154,7 +154,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
             hooks(entry, out)
         return out
 
-    def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
+    def begins(self, tell: Callable[[Tensor | None, int], Callable[[], None] | None]) -> AbstractContextManager[None]:
         embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
         return begins(self.model, self.model.get_submodule(embedding), tell)
 

@@ -6,11 +6,12 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit import ModelError
 from saekit.abilities import OnTokens
 from saekit.tokens import ids_of
 
@@ -22,7 +23,8 @@ __all__ = ["begins", "exposed"]
 
 @contextmanager
 def begins(model: Any, embedding: Any, tell: OnTokens) -> Iterator[None]:
-    """While the context is open, ``tell(tokens, before)`` is called when a forward of ``model`` begins.
+    """While the context is open, ``tell(tokens, before)`` is called when a forward of ``model`` begins, and what it
+    returns when that has ended.
 
     The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so both are other
     functions for a while, and what ``embedding`` is called with is remembered as long as ``generate`` writes.
@@ -49,6 +51,11 @@ class _Forwards:
         self._ours: dict[str, Any] = {}
         self._handle: Any = None
 
+    def __deepcopy__(self, memo: object) -> _Forwards:
+        raise ModelError(
+            f"a {type(self._model).__name__} cannot be copied while a splice of it is open: copy it before or after"
+        )
+
     def add(self, tell: OnTokens) -> None:
         self._told.append(tell)
         if len(self._told) > 1:
@@ -74,7 +81,7 @@ class _Forwards:
                 vars(self._model)[name] = self._before[name]
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._as_it_is_now(runs=True):
+        with ExitStack() as ends, self._as_it_is_now(runs=True, ends=ends):
             self._tell(*self._ids(self._signature.bind_partial(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 
@@ -95,7 +102,8 @@ class _Forwards:
     def _tell(self, tokens: Tensor | None, before: int) -> None:
         self._now.known, self._now.before = tokens is not None, before
         for tell in tuple(self._told):
-            tell(tokens, before)
+            if (ended := tell(tokens, before)) is not None:
+                self._now.ends.callback(ended)
 
     def _ids(self, given: Mapping[str, Any]) -> tuple[Tensor | None, int]:
         """The token ids of a forward, None where they are still to be made of a text, and how many came before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saekit import ConfigError
-from saekit.backends import wrong_model
+from saekit.backends import is_wrapper_of_compile, wrong_model
 
 __all__ = ["check_not_for_passed", "check_passed"]
 
@@ -23,7 +23,7 @@ def check_passed(loaded: object | None, expected: str) -> None:
     if loaded is None:
         return
     kind = next((key for key, names in _MARKS.items() if all(hasattr(loaded, name) for name in names)), None)
-    if kind != expected:
+    if kind != expected or is_wrapper_of_compile(loaded):
         raise wrong_model(loaded, expected, kind)
 
 

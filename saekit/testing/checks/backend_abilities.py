@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import AttachesHooks, HasModel, StartsInside, TranslatesHooks
@@ -114,10 +116,17 @@ def attaches_hooks(subject: Subject) -> None:
     halved, quartered = tried.logits(replace=put), tried.logits(replace={name: lambda held: held / 4})
     whole = tried.backend.run(tried.tokens, read={name}).held[name].clone()
     told: list[tuple[Tensor | None, int]] = []
-    with backend.attached(put, on_tokens=lambda tokens, so_far: told.append((tokens, so_far))):
+    ended: list[int] = []
+
+    def begun(tokens: Tensor | None, so_far: int) -> Callable[[], None]:
+        told.append((tokens, so_far))
+        return functools.partial(ended.append, len(told))
+
+    with backend.attached(put, on_tokens=begun):
         for _ in range(2):
             must_agree(f"logits with a replacement attached at {name!r}", tried.logits(), halved, _CLOSE)
         must(len(told) == 2, f"on_tokens is told of {len(told)} forwards, and there were 2")
+        must(ended == [1, 2], "what on_tokens returns must be called when its forward has ended, before the next")
         for tokens, so_far in told:
             must(so_far == 0, f"on_tokens is told of {so_far} positions before the tokens, expected 0")
             given = None if tokens is None else tokens.cpu().long()

@@ -212,6 +212,19 @@ def of(kind: Callable[[], Any]) -> Callable[..., Any]:
     return lambda config, **services: kind()
 
 
+class Mindful(FakeBackend):
+    """It never says that a forward has ended."""
+
+    @contextmanager
+    def attached(self, replace: Mapping[str, Any], *, on_tokens: Any = None) -> Iterator[None]:
+        def told(tokens: Any, before: int) -> None:
+            if on_tokens is not None:
+                on_tokens(tokens, before)
+
+        with super().attached(replace, on_tokens=told):
+            yield
+
+
 CASES = cases(
     "model_backends",
     {
@@ -240,6 +253,9 @@ CASES = cases(
         "translates_hooks": (r"hook_like\('no.such.hook'\) is not None", of(Renaming)),
         "attaches_hooks": ("logits after the inner of two was taken away: off by", of(Clinging)),
     },
+)
+CASES += cases(
+    "model_backends", {"attaches_hooks": ("what on_tokens returns must be called when its forward has", of(Mindful))}
 )
 CASES += cases(
     "model_backends",

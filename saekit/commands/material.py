@@ -106,21 +106,6 @@ class Material:
             }  # fmt: skip
         yield from groups.values()
 
-<<<<<<< HEAD
-    def _warn_of_fault(self, subject: Subject) -> None:
-        """Where what a run's configuration would say is taken from its SAE: once for each."""
-        if subject.fault is None or subject.name in self._told:
-            return
-        self._told.add(subject.name)
-        warnings.warn(
-            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
-            "the defaults; name others by model= and dataset=",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-=======
->>>>>>> y3
     def _sites(
         self,
         subject: Subject,
@@ -136,8 +121,6 @@ class Material:
         if key not in self._fits:
             self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
-<<<<<<< HEAD
-=======
 
     def _warn_of_fault(self, subject: Subject) -> None:
         """Where what a run's configuration would say is taken from its SAE: once for each."""
@@ -150,7 +133,6 @@ class Material:
             RuntimeWarning,
             stacklevel=2,
         )
->>>>>>> y3
 
     def _say(self, text: str) -> None:
         if self.say is not None:
@@ -189,11 +171,7 @@ class Material:
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of
 
-<<<<<<< HEAD
-        if name is None:
-=======
         if self.backend is None:
->>>>>>> y3
             self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)

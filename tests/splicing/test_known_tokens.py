@@ -39,7 +39,9 @@ def part_of(kind: str, model: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", CALLED)
-@pytest.mark.parametrize("options", [{"tokens": WITHOUT}, {"mask": lambda tokens: tokens % 2 == 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"tokens": WITHOUT}, {"mask": lambda tokens: tokens % 2 == 0}], ids=["tokens", "mask"]
+)
 def test_a_part_that_is_called_alone_never_goes_by_the_tokens_of_an_earlier_forward(kind: str, options: Any) -> None:
     there = place(kind)
     part = part_of(kind, there.model)

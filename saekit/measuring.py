@@ -194,7 +194,7 @@ class Evaluation:
     about: Mapping[str, Any] = attrs.field(factory=dict)
     """What was measured, and how: plain data."""
     contexts: tuple[int, ...] = ()
-    """The numbers of the contexts."""
+    """The numbers of the contexts that have a token that counts."""
     resampled: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
     """Of each number that has an error ``[n_bootstrap]``: what it is in each resample of the contexts.  Those of SAEs
     that were measured on the same contexts are of the same resamples."""
@@ -247,7 +247,8 @@ class Evaluation:
                 for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
             }
             remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
-            whole = cls(**merged, remarks=remarks, contexts=whole.contexts or part.contexts)
+            first = whole if whole.contexts and (whole.resampled or not part.resampled) else part
+            whole = cls(**merged, remarks=remarks, contexts=first.contexts)
         return whole
 
 

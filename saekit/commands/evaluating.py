@@ -229,7 +229,7 @@ def _of_group(
         whole = Evaluation.joined([Evaluation(values={}, about=facts), *parts])
         if whole.about.get("tokens_used") == 0:
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
-        found[name] = whole
+        found[name] = attrs.evolve(whole, about={**whole.about, "contexts_used": len(whole.contexts)})
     return found
 
 

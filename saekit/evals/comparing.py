@@ -30,8 +30,6 @@ __all__ = ["LEVEL", "Compared", "differences", "widening"]
 
 LEVEL = 0.95
 """Of every interval."""
-_FEW = 10
-"""Contexts, below which intervals are not to be relied on."""
 
 Array = NDArray[Any]
 

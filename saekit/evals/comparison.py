@@ -56,6 +56,8 @@ _OF_THE_MODEL = ("ce_loss_without_sae", "ce_loss_with_ablation", "ce_loss_with_m
 HEADLINES = ("ce_recovered", "explained_variance", "l0", "kl_div_with_sae", "top1_agreement")
 """What is told in words first, as far as it was measured."""
 _MOST_LINES = 60
+_FEW = 10
+"""Contexts, below which intervals are not to be relied on."""
 _FIDELITY = ("ce_recovered", "explained_variance")
 
 
@@ -161,14 +163,16 @@ class Comparison:
         n = len(next(iter(self.evaluations.values())).contexts)
         several = len(self.evaluations) > 2
         pairs = len(self.evaluations) * (len(self.evaluations) - 1) // 2
+        if n < 2:
+            return ["Only one context has tokens that count: there are no intervals, and nothing can be told apart."]
         lines = [f"Differences are paired by {n:,} contexts; intervals in brackets are 95 %, by bootstrap over them."]
         if several:
             lines.append(
                 f"The intervals of all {pairs} pairs hold at once for each metric (the largest deviation of all pairs, "
                 "Romano and Wolf 2005); metrics are not corrected for one another."
             )
-        if n < 10:
-            lines.append(f"{n} contexts are few: intervals of fewer than 10 are not to be relied on.")
+        if n < _FEW:
+            lines.append(f"{n} contexts are few: intervals of fewer than {_FEW} are not to be relied on.")
         return lines
 
     def interval(self, name: str, metric: str) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
 from saekit.evals.measured import Mask, Measured, allowed_in
 from saekit.evals.pieces import at_once
+from saekit.evals.sums import Sums
 from saekit.kernels.sparse import SparseFeatures
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
@@ -188,6 +189,7 @@ class _Batch:
         tokens = self.forwards.tokens[rows]
         numbers = tuple(range(self.first + rows.start, self.first + rows.start + len(tokens)))
         kept = self.kept[rows]
+        counts = kept.any(1).tolist()
         for name, measure in self.subject.evals.items():
             if not which(measure.needs):
                 continue
@@ -196,6 +198,8 @@ class _Batch:
             )
             with self.subject.guard(name), ambient(), torch.no_grad():
                 measure.update(self.sums[name], seen)
+                if isinstance(sums := self.sums[name], Sums):
+                    sums.leave_out(number for number, some in zip(numbers, counts, strict=True) if not some)
 
 
 def _asked(needs: Needs, shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -175,3 +175,18 @@ def test_numbers_that_never_vary_and_numbers_that_are_none() -> None:
     assert "cannot be compared in CE recovered" in found.verdict(pair)
     plain = found.to_dict()
     assert next(one for one in plain["pairs"] if one["metric"] == "ce_recovered")["low"] is None
+
+
+def test_few_contexts_are_those_in_which_tokens_count() -> None:
+    sums = Sums()
+    sums.add(range(30), {"x": np.arange(30.0)})
+    sums.leave_out(range(2, 30))
+    left = finished(sums, lambda totals: {"x": totals["x"]}, 50)
+    assert (left.values, left.contexts) == ({"x": 1.0}, (0, 1))
+    found = Comparison(evaluations={"one": left, "other": left})
+    assert found.rules()[-1] == "2 contexts are few: intervals of fewer than 10 are not to be relied on."
+    sums.leave_out([1])
+    left = finished(sums.merged(Sums()), lambda totals: {"x": totals["x"]}, 50)
+    assert Comparison(evaluations={"one": left, "other": left}).rules() == [
+        "Only one context has tokens that count: there are no intervals, and nothing can be told apart."
+    ]

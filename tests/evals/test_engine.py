@@ -114,11 +114,12 @@ def found(
     tokens: TokenChoice | None = None,
     mask: Any = None,
     batch_size: int = 16,
+    contexts: Tensor = TOKENS,
     **downstream: Any,
 ) -> Evaluation:
     chosen = evals(batch_size, **downstream)
     subject = Measured(sae, sites, chosen, tokens or TokenChoice())
-    (sums,) = measure([subject], backend=backend or Small(), contexts=TOKENS, mask=mask)
+    (sums,) = measure([subject], backend=backend or Small(), contexts=contexts, mask=mask)
     return Evaluation.joined(one.result(sums[name]) for name, one in chosen.items())
 
 
@@ -321,6 +322,25 @@ def test_positions_that_do_not_count_stay_and_are_left_out_of_every_mean() -> No
 def test_what_is_no_mask_is_refused(mask: Any) -> None:
     with pytest.raises(ConfigError, match=r"mask: must say true or false of each token, \[6, 10\] here; found"):
         found(standard(), mask=mask)
+
+
+def test_contexts_in_which_no_token_counts_are_none() -> None:
+    mask = torch.zeros_like(TOKENS, dtype=torch.bool)
+    mask[[1, 4, 5]] = True
+    part = found(standard(), mask=mask, kl=True, batch_size=2)
+    alone = found(standard(), contexts=TOKENS[[1, 4, 5]], kl=True)
+    assert (part.contexts, alone.contexts) == ((1, 4, 5), (0, 1, 2))
+    assert part.values == pytest.approx(alone.values)
+    assert part.errors == pytest.approx(alone.errors)
+    assert all(part.resampled[name] == pytest.approx(drawn) for name, drawn in alone.resampled.items())
+
+
+def test_one_context_that_counts_has_no_error_and_says_so() -> None:
+    mask = torch.zeros_like(TOKENS, dtype=torch.bool)
+    mask[2] = True
+    one = found(standard(), mask=mask)
+    assert (one.contexts, one.errors, one.resampled) == ((2,), {}, {})
+    assert "only one context has tokens that count, so that no number has an error" in one.remarks
 
 
 def test_batches_change_no_number() -> None:

@@ -219,6 +219,7 @@ def _of_group(
         facts = {key: value for key, value in about[name].items() if key != "sites"}
         facts |= {
             "sae": name,
+            **group[name].weights,
             "sites": subject.sites.name,
             "evals": {key: attrs.asdict(choice.options) for key, choice in evals.items()},
             "tokens": subject.tokens.metadata(),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from support.sweeps import DOCUMENTS, manager
 from support.tiny import run_config
 
 import saekit
 from saekit.commands.measured import show_evaluations
+from saekit.commands.show import show
 from saekit.errors import ConfigError, ModelError, PluginFailedError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
@@ -63,6 +66,22 @@ def test_a_run_is_measured_on_what_it_held_out_and_keeps_its_numbers(runs: Path)
     assert saved["about"]["evals"]["saekit:downstream"]["mean_ablation_contexts"] == 2
     sae = saekit.SAE.load(runs / "a", plugins=manager(), verify=True)
     assert evaluated(sae, save=True, mean_ablation_contexts=2, kl=True, top1=True, n_contexts=5).values == found.values
+
+
+def test_numbers_say_which_weights_they_are_of(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    folder = sae.save(tmp_path / "sae")
+    found = evaluated(folder)
+    assert found.about["weights_sha256"] == sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest()
+    assert "weights_sha256" not in evaluated(sae).about
+    show(folder, Console(width=200))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"CE recovered {found.text_of('ce_recovered')}" in shown
+    saved = (folder / "evals.json").read_bytes()
+    evaluated(saekit.SAE.load(runs / "b", plugins=manager()).save(folder))
+    (folder / "evals.json").write_bytes(saved)
+    show(folder, Console(width=200))
+    assert "nothing: evals.json is of other weights; saekit eval" in capsys.readouterr().out
 
 
 def test_held_out_documents_are_not_those_of_training(runs: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 import attrs
 
@@ -86,6 +86,10 @@ class Kind(Generic[T_co]):
     def values(self) -> tuple[str, ...]:
         """What else it must have."""
         return _members(self.protocol)[1]
+
+    def is_met_by(self, found: object) -> TypeGuard[T_co]:
+        """Whether ``found`` has all methods of what is built; their names are looked at, and no more."""
+        return all(hasattr(found, name) for name in self.methods)
 
     def __str__(self) -> str:
         return self.name

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from saekit.kernels.sparse import SparseFeatures
 
-__all__ = ["Evaluation", "Evaluations", "Needs", "Outcome", "Seen", "measured_text"]
+__all__ = [
+    "Evaluation", "Evaluations", "Measure", "Needs", "Outcome", "Seen", "measured_text", "plain_number",
+    "plain_numbers",
+]  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)
@@ -178,6 +181,23 @@ class Seen:
         return features.kept(self.kept.to(features.rows.device).flatten()[features.rows])
 
 
+@attrs.frozen
+class Measure:
+    """What a number of an eval means, in words, and which of two is the better one."""
+
+    label: str
+    better: int = attrs.field(default=0, validator=attrs.validators.in_((-1, 0, 1)))
+    """1: more of it is better; -1: less; 0: neither."""
+    short: str = ""
+    """The heading of a column; empty: the label."""
+    headline: int = 0
+    """Its place among the numbers that are told first, from 1 on; 0: it is not told first."""
+    fidelity: bool = False
+    """Whether it says how faithful the SAE is, which more features per token pay for: it is told beside L0."""
+    of_model: bool = False
+    """Whether all SAEs at a site have it in common: no difference to speak of."""
+
+
 @attrs.frozen(eq=False, kw_only=True)
 class Evaluation:
     """Numbers by name with their standard errors."""
@@ -200,6 +220,13 @@ class Evaluation:
     that were measured on the same contexts are of the same resamples."""
     sums: Mapping[str, Any] = attrs.field(factory=dict)
     """The :class:`saekit.evals.Sums` of each eval, by its name."""
+    measures: Mapping[str, Measure] = attrs.field(factory=dict)
+    """What the numbers mean, of those of which the eval says it."""
+
+    @measures.validator
+    def _check_measures(self, _: Any, value: Any) -> None:
+        if not isinstance(value, Mapping) or not all(isinstance(one, Measure) for one in value.values()):
+            raise TypeError(f"measures must be a mapping of names to saekit.measuring.Measure, found {value!r}")
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
@@ -208,23 +235,36 @@ class Evaluation:
         """A number with its standard error, for people; empty where there is none of that name."""
         return measured_text(self.values[name], self.errors.get(name)) if name in self.values else ""
 
+    def measure(self, name: str) -> Measure:
+        """What a number means; ``NAME/TARGET`` is that of ``NAME`` of one of several targets."""
+        if name in self.measures:
+            return self.measures[name]
+        of_all, _, target = name.partition("/")
+        known = self.measures.get(of_all, Measure(of_all.replace("_", " ")))
+        return attrs.evolve(known, label=f"{known.label} of {target}", short="", headline=0) if target else known
+
+    @property
+    def headlines(self) -> list[str]:
+        """The numbers that are told first."""
+        places = {name: self.measure(name).headline for name in self.values}
+        return sorted((name for name, place in places.items() if place), key=places.__getitem__)
+
     def to_dict(self, *, features: bool = False) -> dict[str, Any]:
         """As JSON has it, where what is no number is None; with ``features``, with the numbers of each, too."""
         told = {
-            "values": {name: _finite(value) for name, value in self.values.items()},
-            "errors": {name: _finite(value) for name, value in self.errors.items()},
+            "values": plain_numbers(self.values),
+            "errors": plain_numbers(self.errors),
             "histograms": {
                 name: {"counts": list(one.counts), "edges": list(one.edges)} for name, one in self.histograms.items()
             },
             "remarks": list(self.remarks),
             "about": dict(self.about),
         }
-        each = {name: [_finite(value) for value in found.tolist()] for name, found in self.features.items()}
+        each = {name: [plain_number(value) for value in found.tolist()] for name, found in self.features.items()}
         return told | ({"features": each} if features else {})
 
     def __repr__(self) -> str:
-        shown = [name for name in ("explained_variance", "l0", "ce_recovered") if name in self.values]
-        shown = shown or list(self.values)[:3]
+        shown = (self.headlines or list(self.values))[:3]
         numbers = ", ".join(f"{name} {self.text_of(name)}" for name in shown)
         return f"Evaluation({numbers}; {len(self.values)} numbers on {len(self.contexts):,} contexts)"
 
@@ -244,7 +284,7 @@ class Evaluation:
         for part in parts:
             merged = {
                 name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
-                for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums")
+                for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums", "measures")
             }
             remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
             first = whole if whole.contexts and (whole.resampled or not part.resampled) else part
@@ -291,12 +331,18 @@ def measured_text(value: float, error: float | None = None) -> str:
     return f"{value:,.{places}f} ± {error:,.{places}f}"
 
 
+def plain_number(value: float) -> float | None:
+    """As JSON has it: None for what is no number."""
+    return value if math.isfinite(value) else None
+
+
+def plain_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The same of each, by name."""
+    return {name: plain_number(value) for name, value in values.items()}
+
+
 def _new(some: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in some.items() if name not in known}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _asked_for(value: Any, what: str) -> Any:

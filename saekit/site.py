@@ -120,6 +120,13 @@ class Sites:
         """Those of an SAE."""
         return cls((site,))
 
+    @classmethod
+    def of(cls, place: Sites | Site | str | None) -> Sites | None:
+        """Those that are meant by a hook's name or a site of an SAE; what is none of these stays as it is."""
+        if isinstance(place, str):
+            place = Site(hook_name=place)
+        return cls.one(place) if isinstance(place, Site) else place or None
+
     def __attrs_post_init__(self) -> None:
         problems = [("inputs", fault) for fault in _faults(self.inputs, written=self.same)]
         if not self.same:

@@ -125,6 +125,17 @@ NEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "training draws no pictures": (("saekit.training",), ("matplotlib", "saekit.analysis", "saekit.reports")),
     "training knows no run": (("saekit.training", "saekit.kernels", "saekit.sae"), ("saekit.runs", "saekit.commands")),
+    "what is below commands knows none": (
+        (
+            "saekit.backends",
+            "saekit.splicing",
+            "saekit.evals",
+            "saekit.analysis",
+            "saekit.reports",
+            "saekit.pretrained",
+        ),
+        ("saekit.commands", "saekit.cli"),
+    ),
     "runs know no command": (("saekit.runs",), ("saekit.commands", "saekit.cli")),
     "kinds and choices know no configuration": (
         ("saekit.kinds", "saekit.plugins.registry", "saekit.plugins.building", "saekit.plugins.choice"),

@@ -18,17 +18,27 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["Backend", "OnTokens", "no_hook"]
+__all__ = ["Backend", "OnTokens", "alike", "no_hook"]
 
 OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
 """Told of a forward before it begins: see :class:`saekit.abilities.AttachesHooks`."""
 
 
-def no_hook(backend: ModelBackend, name: str) -> ModelError:
-    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike."""
-    close = difflib.get_close_matches(name, backend.hook_names(), n=3)
-    hint = f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return ModelError(f"the model {backend.name!r} has no hook {name!r}{hint}")
+def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError:
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike.
+
+    ``option`` is where the name is from, if a configuration says it.
+    """
+    names = backend.hook_names()
+    where = f" ({option})" if option else ""
+    hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
+    return ModelError(f"the model {backend.name!r} has no hook {name!r}{where}{hint}")
+
+
+def alike(name: str, known: Collection[str]) -> str:
+    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class Backend(ABC):

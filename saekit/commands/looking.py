@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import attrs
 
 from saekit.commands import preflight
-from saekit.config import DatasetConfig, EvalsConfig, ModelConfig, PluginChoice
+from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
-from saekit.errors import ConfigError, ModelError, SaekitError
+from saekit.errors import ConfigError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.text import short
@@ -66,37 +66,11 @@ def load_model(
     whole = load_config({"model": options | ({"name": model} if named else {})}, plugins=plugins)
     if named:
         preflight.of_model(whole, plugins).raise_any()
+    from saekit.backends.around import backend_around, built_backend
+
     if named or backend is not None:
-        return _built(whole.model, plugins, None if named else model)
-    return _around(model, whole.model, plugins)
-
-
-def _built(config: ModelConfig, plugins: PluginManager, loaded: object | None) -> ModelBackend:
-    from saekit.ambient import ambient
-
-    with ambient():
-        return plugins.build(MODEL_BACKENDS, config.backend, model=config, loaded=loaded)
-
-
-def _around(model: object, config: ModelConfig, plugins: PluginManager) -> ModelBackend:
-    """The one backend that takes a loaded ``model``."""
-    fits: dict[str, ModelBackend] = {}
-    errors: dict[str, SaekitError] = {}
-    items = {item.entry.build: item for item in plugins.registry(MODEL_BACKENDS).items}  # aliases are one
-    for item in items.values():
-        required = [field.name for field in attrs.fields(item.entry.config) if field.default is attrs.NOTHING]
-        if item.entry.no_model or item.missing() or required:
-            continue
-        try:
-            fits[item.key] = _built(attrs.evolve(config, backend=item.key), plugins, model)
-        except SaekitError as error:
-            errors[item.key] = error
-    if len(fits) == 1:
-        return next(iter(fits.values()))
-    if fits:
-        raise ModelError(f"several backends take a {type(model).__name__}: {', '.join(fits)}. Name one: backend=...")
-    default = plugins.bound(MODEL_BACKENDS, config.backend).key
-    raise errors.get(default) or ModelError(f"no backend takes a {type(model).__name__}: {', '.join(errors)}")
+        return built_backend(whole.model, plugins, None if named else model)
+    return backend_around(model, whole.model, plugins)
 
 
 def top_texts(
@@ -193,9 +167,7 @@ def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
 
 
 def _sites(sae: SAEModule, site: Site | Sites | str | None) -> Sites:
-    if isinstance(site, str):
-        site = Site(hook_name=site)
-    found = Sites.one(site) if isinstance(site, Site) else site or sae.info.sites
+    found = Sites.of(site) or sae.info.sites
     if found is None:
         raise ConfigError([("site", "is missing: the SAE does not say where in the model it belongs")])
     return found
@@ -207,8 +179,8 @@ def _backend(
     """The model: the one that is given, that of the run, or the one that the SAE says it was trained on."""
     if model is None and result is not None:
         return result.backend
-    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        return cast("ModelBackend", model)
+    if MODEL_BACKENDS.is_met_by(model):
+        return model
     if model is not None:
         say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
         return load_model(model, plugins=plugins)

@@ -6,6 +6,7 @@ from .comparison import Comparison as Comparison
 from .engine import measure as measure
 from .means import read_means as read_means
 from .measured import Measured as Measured
+from .rows import ROW_MEASURES as ROW_MEASURES
 from .rows import add_rows as add_rows
 from .rows import counted_of_rows as counted_of_rows
 from .rows import row_metrics as row_metrics

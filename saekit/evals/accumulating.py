@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 
 from saekit.evals.sums import N_BOOTSTRAP, Sums, Totals
-from saekit.measuring import Evaluation, Needs, Seen
+from saekit.measuring import Evaluation, Measure, Needs, Seen
 from saekit.protocols import ModelBackend
 from saekit.site import Sites
 
@@ -33,6 +34,8 @@ class AccumulatingEval(ABC):
 
     n_bootstrap: int = N_BOOTSTRAP
     """Resamples for standard errors; 0: none are made."""
+    measures: Mapping[str, Measure] = MappingProxyType({})
+    """What the numbers mean, by name, as far as there is something to say: comparisons read it."""
 
     @property
     @abstractmethod
@@ -67,7 +70,8 @@ class AccumulatingEval(ABC):
     def result(self, sums: Sums) -> Evaluation:
         """What the sums say."""
         found = finished(sums, self.metrics, self.n_bootstrap, **self.counted(sums))
-        return attrs.evolve(found, remarks=(*found.remarks, *self.remarks(found.values)))
+        remarks = (*found.remarks, *self.remarks(found.values))
+        return attrs.evolve(found, remarks=remarks, measures=self.measures)
 
     def __call__(self, sae: SAEModule, *, backend: ModelBackend, sites: Sites, contexts: Tensor) -> dict[str, float]:
         """Numbers by name, with the standard error of each as ``NAME_se``: the engine runs with this eval alone.

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
-from saekit.measuring import Evaluation
+from saekit.measuring import Evaluation, plain_number
 
 __all__ = ["LEVEL", "Compared", "differences", "widening"]
 
@@ -58,12 +58,9 @@ class Compared:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; numbers that are none are None."""
-        found = {name: _plain(value) for name, value in attrs.asdict(self).items()}
+        found = attrs.asdict(self)
+        found = {name: plain_number(value) if isinstance(value, float) else value for name, value in found.items()}
         return found | {"distinguishable": self.distinguishable}
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def differences(found: Mapping[str, Evaluation], metrics: Sequence[str] | None = None) -> list[Compared]:

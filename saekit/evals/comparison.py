@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +11,15 @@ import attrs
 import numpy as np
 
 from saekit.evals.comparing import LEVEL, Compared, differences, widening
-from saekit.measuring import Evaluation
+from saekit.measuring import Evaluation, Measure, plain_numbers
 from saekit.tables import facts_html, table_html
 
-__all__ = ["HEADLINES", "Comparison", "Measure", "measure_of"]
+__all__ = ["Comparison"]
 
 
-@attrs.frozen
-class Measure:
-    """A metric in words."""
-
-    label: str
-    better: int = 0
-    """1: more of it is better; -1: less; 0: neither."""
-    short: str = ""
-    """The heading of a column."""
-
-
-_MEASURES = {
-    "ce_recovered": Measure("CE recovered", 1, "CE rec."),
-    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1),
-    "explained_variance": Measure("explained variance", 1, "EV"),
-    "kl_div_score": Measure("KL score", 1),
-    "top1_agreement": Measure("top-1 agreement", 1, "top-1"),
-    "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
-    "ce_loss_with_sae": Measure("CE with the SAE", -1),
-    "kl_div_with_sae": Measure("KL divergence", -1, "KL"),
-    "ce_loss_without_sae": Measure("CE without an SAE"),
-    "ce_loss_with_ablation": Measure("CE with zeros"),
-    "ce_loss_with_mean_ablation": Measure("CE with the mean"),
-    "kl_div_with_ablation": Measure("KL with zeros"),
-    "l2_norm_in": Measure("norm of inputs"),
-    "n_tokens": Measure("tokens"),
-    "mse": Measure("mse", -1, "mse"),
-    "l0": Measure("L0", 0, "L0"),
-    "l1": Measure("L1", 0),
-    "l2_norm_out": Measure("norm of reconstructions", 0),
-    "l2_ratio": Measure("norm ratio", 0),
-    "relative_reconstruction_bias": Measure("relative reconstruction bias", 0),
-}
-_OF_THE_MODEL = ("ce_loss_without_sae", "ce_loss_with_ablation", "ce_loss_with_mean_ablation", "kl_div_with_ablation",
-                 "l2_norm_in")  # fmt: skip
-"""Of what all SAEs at a site have in common: no difference to speak of."""
-HEADLINES = ("ce_recovered", "explained_variance", "l0", "kl_div_with_sae", "top1_agreement")
-"""What is told in words first, as far as it was measured."""
 _MOST_LINES = 60
 _FEW = 10
 """Contexts, below which intervals are not to be relied on."""
-_FIDELITY = ("ce_recovered", "explained_variance")
-
-
-def measure_of(metric: str) -> Measure:
-    """``metric`` in words; what a stranger's eval measures is called as it calls it."""
-    name, _, target = metric.partition("/")
-    known = _MEASURES.get(name, Measure(name.replace("_", " ")))
-    return attrs.evolve(known, label=f"{known.label} of {target}", short="") if target else known
 
 
 def _number(value: float, like: float) -> str:
@@ -93,7 +47,11 @@ class Comparison:
 
     @pairs.default
     def _compared(self) -> tuple[Compared, ...]:
-        return tuple(pair for pair in differences(self.evaluations) if pair.metric not in _OF_THE_MODEL)
+        return tuple(pair for pair in differences(self.evaluations) if not self.measure(pair.metric).of_model)
+
+    def measure(self, metric: str) -> Measure:
+        """What a metric means: as the first eval that has it says."""
+        return next(one for one in self.evaluations.values() if metric in one.values).measure(metric)
 
     def pair(self, metric: str, one: str, other: str) -> Compared:
         """The difference of two by their names; :class:`KeyError` where there is none."""
@@ -105,8 +63,8 @@ class Comparison:
     @property
     def headlines(self) -> list[Compared]:
         """The pairs in the metrics that are told first."""
-        wanted = [name for name in HEADLINES if any(pair.metric == name for pair in self.pairs)]
-        shown = wanted or list(dict.fromkeys(pair.metric for pair in self.pairs))
+        compared = list(dict.fromkeys(pair.metric for pair in self.pairs))
+        shown = self._first(compared) or compared
         return [pair for metric in shown for pair in self.pairs if pair.metric == metric]
 
     def verdicts(self) -> list[str]:
@@ -115,7 +73,7 @@ class Comparison:
 
     def verdict(self, pair: Compared) -> str:
         """What one difference says."""
-        measure = measure_of(pair.metric)
+        measure = self.measure(pair.metric)
         if not math.isfinite(pair.joint_low):
             return f"{pair.one} and {pair.other} cannot be compared in {measure.label}: {self._why(pair)}"
         if not pair.distinguishable:
@@ -140,16 +98,16 @@ class Comparison:
     def _trades(self) -> Iterator[str]:
         for one, other in dict.fromkeys((pair.one, pair.other) for pair in self.pairs):
             found = {pair.metric: pair for pair in self.pairs if (pair.one, pair.other) == (one, other)}
-            fidelity = [found[name] for name in _FIDELITY if name in found and found[name].distinguishable]
+            fidelity = [found[name] for name in self._faithful(found) if found[name].distinguishable]
             l0 = found.get("l0")
             if not fidelity or l0 is None:
                 continue
-            signs = {pair.difference > 0 for pair in fidelity}
+            signs = {pair.difference * (self.measure(pair.metric).better or 1) > 0 for pair in fidelity}
             if len(signs) > 1:
-                yield f"{one} and {other} are each better in one of {' and '.join(_labels(fidelity))}"
+                yield f"{one} and {other} are each better in one of {' and '.join(self._labels(fidelity))}"
                 continue
             better, worse, more = (one, other, l0.joint_low > 0) if signs == {True} else (other, one, l0.joint_high < 0)
-            what = " and ".join(_labels(fidelity))
+            what = " and ".join(self._labels(fidelity))
             if more:
                 yield (
                     f"{better} is better in {what} and has more features per token than {worse}: compare SAEs of one "
@@ -212,9 +170,9 @@ class Comparison:
             [sae, *([self.sites.get(sae, "")] if several else []), *(one.text_of(name) or "-" for name in names)]
             for sae, one in self.evaluations.items()
         ]
-        heads = ["SAE", *(["site"] if several else []), *(measure_of(name).label for name in names)]
+        heads = ["SAE", *(["site"] if several else []), *(self.measure(name).label for name in names)]
         yield {"title": "Numbers, ± standard error", "head": heads, "rows": rows}
-        told = [[measure_of(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in self.pairs]
+        told = [[self.measure(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in self.pairs]
         heads = ["metric", "one", "other", "one − other", "95 %, this pair alone", "95 %, all pairs", "told apart"]
         yield {"title": "Differences", "head": heads, "rows": told}
 
@@ -222,7 +180,25 @@ class Comparison:
     def shown(self) -> list[str]:
         """The numbers that have errors, and those that are counted, the first ones first."""
         known = list(dict.fromkeys(name for one in self.evaluations.values() for name in one.values))
-        return [name for name in HEADLINES if name in known] + [name for name in known if name not in HEADLINES]
+        first = self._first(known)
+        return first + [name for name in known if name not in first]
+
+    def _first(self, metrics: Iterable[str]) -> list[str]:
+        """Those that are told first, in their order."""
+        places = {name: self.measure(name).headline for name in metrics}
+        return sorted((name for name, place in places.items() if place), key=places.__getitem__)
+
+    def _faithful(self, metrics: Iterable[str]) -> list[str]:
+        """Those that say how faithful an SAE is."""
+        return [name for name in self._first(metrics) if self.measure(name).fidelity]
+
+    def _labels(self, pairs: Iterable[Compared]) -> list[str]:
+        return [self.measure(pair.metric).label for pair in pairs]
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """What is told first: the names of the numbers, and of each SAE its name and them."""
+        names = self._first(self.shown) or self.shown[:6]
+        return names, [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
 
     def _cells(self, pair: Compared) -> list[str]:
         if not math.isfinite(pair.joint_low):
@@ -236,9 +212,8 @@ class Comparison:
 
     def text(self) -> str:
         """The numbers, the verdicts and what they rest on, for people."""
-        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
-        heads = ["", *(measure_of(name).short or measure_of(name).label for name in names)]
-        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        names, rows = self._table()
+        heads = ["", *(self.measure(name).short or self.measure(name).label for name in names)]
         widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
 
         def line(cells: Sequence[str]) -> str:
@@ -261,18 +236,17 @@ class Comparison:
         return f"Comparison({', '.join(self.evaluations)}; {', '.join(self.where)})"
 
     def _repr_html_(self) -> str:
-        names = [name for name in HEADLINES if name in self.shown] or self.shown[:6]
-        rows = [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
-        heads = ["SAE", *(measure_of(name).label for name in names)]
+        names, rows = self._table()
+        heads = ["SAE", *(self.measure(name).label for name in names)]
         told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.verdicts())])
         return table_html(self.title, heads, rows) + told
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of each SAE what its point shows: L0, explained variance and CE recovered, and where their intervals end."""
-        found = []
+        """Of each SAE what its point shows: L0 and how faithful it is, and where the intervals of these end."""
+        found, metrics = [], ("l0", *self._faithful(self.shown))
         for name, evaluation in self.evaluations.items():
             row: dict[str, Any] = {"name": name}
-            for metric in ("l0", *_FIDELITY):
+            for metric in metrics:
                 low, high = self.interval(name, metric) or (None, None)
                 row |= {metric: evaluation.values.get(metric), f"{metric}_low": low, f"{metric}_high": high}
             found.append(row)
@@ -281,7 +255,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, as ``compare.json`` has it; numbers that are none are None."""
         saes = {
-            name: {"site": self.sites.get(name), "values": _finite(one.values), "errors": _finite(one.errors),
+            name: {"site": self.sites.get(name), "values": plain_numbers(one.values),
+                   "errors": plain_numbers(one.errors),
                    "remarks": list(one.remarks), "about": dict(one.about)}
             for name, one in self.evaluations.items()
         }  # fmt: skip
@@ -290,14 +265,6 @@ class Comparison:
             "about": dict(self.about), "level": LEVEL, "rules": self.rules(), "saes": saes, "pairs": pairs,
             "verdicts": self.verdicts(),
         }  # fmt: skip
-
-
-def _labels(pairs: list[Compared]) -> list[str]:
-    return [measure_of(pair.metric).label for pair in pairs]
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _turned(pair: Compared) -> Compared:

@@ -5,7 +5,8 @@ Explained variance is ``1 − Σ‖y − ŷ‖² / Σ‖y − ȳ‖²``, with ȳ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,31 @@ from torch import Tensor
 from saekit.devices import widest
 from saekit.evals.sums import Sums, Totals, ratio
 from saekit.kernels.sparse import SparseFeatures
+from saekit.measuring import Measure
 from saekit.sae.module import SAEModule
 from saekit.values import Histogram
 
-__all__ = ["add_rows", "counted_of_rows", "row_metrics", "row_sums"]
+__all__ = ["ROW_MEASURES", "add_rows", "counted_of_rows", "row_metrics", "row_sums"]
 
 _NEVER = -9.99  # log10 of the firing fraction of a feature that never fired, to which 1e-10 is added
 _DENSE = 0.1
 _BINS = 64
+
+ROW_MEASURES: Mapping[str, Measure] = MappingProxyType(
+    {
+        "explained_variance": Measure("explained variance", 1, "EV", headline=2, fidelity=True),
+        "l0": Measure("L0", headline=3),
+        "mse": Measure("mse", -1),
+        "l1": Measure("L1"),
+        "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
+        "l2_norm_in": Measure("norm of targets", of_model=True),
+        "l2_norm_out": Measure("norm of reconstructions"),
+        "l2_ratio": Measure("norm ratio"),
+        "relative_reconstruction_bias": Measure("relative reconstruction bias"),
+        "n_tokens": Measure("tokens"),
+    }
+)
+"""What the numbers of :func:`row_metrics` and :func:`counted_of_rows` mean."""
 
 
 def row_sums(sae: SAEModule) -> Sums:

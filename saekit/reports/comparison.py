@@ -27,7 +27,7 @@ from saekit.reports.figures import (
 )
 from saekit.reports.frontier import MARKERS, PANELS, has_place, shortened
 from saekit.reports.numbers import fraction, number
-from saekit.reports.page import short_number, whole_page
+from saekit.reports.page import over_l0, short_number, whole_page
 from saekit.reports.places import label_points, scale_l0
 
 __all__ = ["comparison_figure", "comparison_page"]
@@ -160,11 +160,7 @@ def _chart(rows: Sequence[Row], key: str, looks: Mapping[str, Any]) -> dict[str,
                 axis: [[short_number(end) for end in ends if end is not None]] for axis, ends in bars.items()
             }
         lines.append(line)
-    xs = [row["l0"] for row in drawn]
-    return {
-        "title": f"{PANELS[key]} over L0", "log": False, "xlog": max(xs) >= 3 * min(xs), "lower": None, "upper": None,
-        "note": "", "format": "fraction", "lines": lines,
-    }  # fmt: skip
+    return over_l0(key, [row["l0"] for row in drawn], lines)
 
 
 def _hover(row: Row) -> str:

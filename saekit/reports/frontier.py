@@ -10,7 +10,10 @@ import attrs
 
 from saekit.reports.colors import colors_of
 
-__all__ = ["MARKERS", "PANELS", "Look", "has_place", "key_of", "not_drawn", "shortened", "value_of"]
+__all__ = [
+    "MARKERS", "PANELS", "Look", "has_place", "key_of", "not_drawn", "shortened", "spreads",
+    "value_of",
+]  # fmt: skip
 
 PANELS = {"explained_variance": "Explained variance", "ce_recovered": "CE recovered"}
 """What may be drawn over L0."""
@@ -96,8 +99,13 @@ class Look:
 
 def has_place(row: Row, key: str) -> bool:
     """Whether ``row`` has a place in the panel of ``key``."""
-    l0, value = row["l0"], row[key]
+    l0, value = row["l0"], row.get(key)
     return bool(l0) and value is not None and math.isfinite(l0) and math.isfinite(value)
+
+
+def spreads(xs: Sequence[float]) -> bool:
+    """Whether L0s are far enough apart for a logarithmic axis."""
+    return max(xs) >= 3 * min(xs)
 
 
 def not_drawn(rows: Sequence[Row]) -> list[str]:

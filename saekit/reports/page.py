@@ -15,14 +15,14 @@ from saekit.plugins.text import printable
 from saekit.reports.colors import PALETTE
 from saekit.reports.curves import headline
 from saekit.reports.folder import RunFolder, SAERun, State
-from saekit.reports.frontier import PANELS, Look, has_place, key_of, not_drawn, value_of
+from saekit.reports.frontier import PANELS, Look, has_place, key_of, not_drawn, spreads, value_of
 from saekit.reports.history import Piece
 from saekit.reports.numbers import count, fraction, number, short_count
 from saekit.reports.panels import Line, Panel, panels_of
 from saekit.reports.sweep import summary_of
 from saekit.reports.table import SHOWN
 
-__all__ = ["curves_page", "short_number", "sweep_page", "whole_page"]
+__all__ = ["curves_page", "over_l0", "short_number", "sweep_page", "whole_page"]
 
 _COLORS = {"line": PALETTE[0], "dashed": PALETTE[5], "held out": PALETTE[1], "recovered": PALETTE[2]}
 _OVER_TOKENS = (
@@ -197,9 +197,13 @@ def _frontier(rows: Sequence[Mapping[str, Any]], key: str, look: Look) -> dict[s
                 "hover": [_hover(row, look) for row in family],
             }
         )
-    xs = [row["l0"] for row in drawn]
+    return over_l0(key, [row["l0"] for row in drawn], lines)
+
+
+def over_l0(key: str, xs: Sequence[float], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The chart of ``key`` over L0, which is ``xs``, as pages have it."""
     return {
-        "title": f"{PANELS[key]} over L0", "log": False, "xlog": max(xs) >= 3 * min(xs), "lower": None, "upper": None,
+        "title": f"{PANELS[key]} over L0", "log": False, "xlog": spreads(xs), "lower": None, "upper": None,
         "note": "", "format": "fraction", "lines": lines,
     }  # fmt: skip
 

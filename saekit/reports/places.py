@@ -8,6 +8,7 @@ from typing import Any
 
 from saekit.plugins.text import printable
 from saekit.reports.figures import INK, plain
+from saekit.reports.frontier import spreads
 
 __all__ = ["label_points", "scale_l0"]
 
@@ -23,7 +24,7 @@ def scale_l0(axes: Any, xs: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers, where there is enough of it for one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if max(xs) >= 3 * min(xs):
+    if spreads(xs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(xs) < 300 * min(xs) else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())

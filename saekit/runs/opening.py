@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TypeAlias
 import attrs
 
 from saekit.abilities import StatesRows, StatesWidths
+from saekit.backends.base import no_hook
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
@@ -82,7 +82,7 @@ def open_backend(
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not; ``model`` may be a backend, of :func:`saekit.load_model`, around one."""
-    if model is not None and all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
+    if MODEL_BACKENDS.is_met_by(model):
         model = getattr(model, "model", model)
     return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
@@ -114,19 +114,9 @@ def check_context_size(backend: ModelBackend, context_size: int) -> None:
 
 def check_hooks(backend: ModelBackend, sites: Sequence[Site], option: str) -> None:
     """Every site's hook must be one of the model's; ``option`` is where the sites come from."""
-    names = backend.hook_names()
-    problems = []
-    for wanted in dict.fromkeys(site.hook_name for site in sites):
-        if wanted in names:
-            continue
-        close = difflib.get_close_matches(wanted, names, n=3)
-        hint = (
-            f"Did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else f"It has {len(names)} hooks, such as {names[0]!r}."
-        )
-        problems.append(f"the model {backend.name!r} has no hook {wanted!r} ({option}). {hint}")
-    if problems:
+    names = frozenset(backend.hook_names())
+    wanted = dict.fromkeys(site.hook_name for site in sites)
+    if problems := [str(no_hook(backend, name, option=option)) for name in wanted if name not in names]:
         raise ModelError("\n".join(problems))
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-from saekit.commands.looking import load_model
+from saekit.backends.around import as_backend
 from saekit.errors import ConfigError
-from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
@@ -58,15 +57,9 @@ def splice(
     Raises :class:`saekit.errors.ConfigError` for what does not fit together, :class:`saekit.errors.ModelError` for
     hooks that are not there.
     """
-    backend = _backend(model_or_backend, plugins)
+    backend = as_backend(model_or_backend, plugins)
     with Spliced(backend, _attached(backend, saes, use_error_term, tokens, mask, sites), read=read).opened() as spliced:
         yield spliced
-
-
-def _backend(model: object, plugins: PluginManager | None) -> ModelBackend:
-    if all(hasattr(model, name) for name in MODEL_BACKENDS.methods):
-        return cast("ModelBackend", model)
-    return load_model(model, plugins=plugins)
 
 
 def _attached(
@@ -110,9 +103,7 @@ def _places(sites: Any, saes: Sequence[SAEModule], names: Sequence[str] | None) 
 
 
 def _place(place: Any, sae: SAEModule) -> Sites:
-    if isinstance(place, str):
-        place = Site(hook_name=place)
-    found = Sites.one(place) if isinstance(place, Site) else place or sae.info.sites
+    found = Sites.of(place) or sae.info.sites
     if found is None:
         raise ConfigError(
             [("sites", f"are missing: {type(sae).__name__} does not say where in the model it belongs; give a hook's "

@@ -139,9 +139,7 @@ def _plain(name: str) -> str:
 
 
 def _sites_of(sae: SAEModule, sites: Sites | Site | str | None) -> Sites:
-    if isinstance(sites, str):
-        sites = Site(hook_name=sites)
-    found = Sites.one(sites) if isinstance(sites, Site) else sites or sae.info.sites
+    found = Sites.of(sites) or sae.info.sites
     if found is None:
         raise ConfigError([("sites", "are missing: the SAE does not say where in the model it belongs")])
     return found

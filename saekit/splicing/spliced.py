@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks
+from saekit.backends.base import alike, no_hook
 from saekit.backends.forward import put
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
@@ -243,7 +243,7 @@ class Spliced:
     def _check_runs(self, name: str) -> None:
         """:class:`ModelError` unless there is an inner point ``name``, which runs."""
         if name not in self._of:
-            raise ModelError(f"no SAE of this splice has the point {name!r}{_alike(name, self.names)}")
+            raise ModelError(f"no SAE of this splice has the point {name!r}{alike(name, self.names)}")
         if name not in self.names:
             raise ModelError(
                 f"the point {name!r} does not run, since {self._of[name].name} is there without its error term: "
@@ -258,12 +258,7 @@ class Spliced:
         known = {*self.backend.hook_names()}
         for hook in hooks:
             if hook not in known:
-                raise ModelError(f"the model {self.backend.name!r} has no hook {hook!r}{_alike(hook, known)}")
-
-
-def _alike(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+                raise no_hook(self.backend, hook)
 
 
 def _followed(value: Tensor, grad: bool) -> Tensor:

@@ -9,13 +9,18 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from saekit_plugins.evals.downstream.module import DownstreamEval
+from saekit_plugins.evals.reconstruction.module import ReconstructionEval
 
 from saekit.errors import ConfigError
 from saekit.evals import Sums
 from saekit.evals.accumulating import finished
 from saekit.evals.comparing import differences, widening
 from saekit.evals.comparison import Comparison
-from saekit.measuring import Evaluation
+from saekit.measuring import Evaluation, Measure
+
+MEASURES = {**ReconstructionEval.measures, **DownstreamEval.measures}
+"""What the built-in evals say of their numbers."""
 
 
 def metrics(totals: Any) -> dict[str, Any]:
@@ -47,7 +52,7 @@ class Text:
                 "active": self.rng.poisson(128 * l0, self.n),
             },
         )  # fmt: skip
-        return finished(sums, metrics, draws)
+        return finished(sums, metrics, draws, measures=MEASURES)
 
 
 def test_one_that_is_worse_is_told_apart_and_a_copy_is_not() -> None:
@@ -81,6 +86,55 @@ def test_less_is_better_where_it_is_a_loss() -> None:
     (pair,) = found.pairs
     assert pair.difference < 0
     assert found.verdict(pair).startswith("one is better than two in KL divergence by 0.0")
+
+
+def test_a_strangers_eval_says_which_is_better_and_what_is_told_first() -> None:
+    text = Text(40, 1)
+    one, two = text.sae(), text.sae(worse=0.05)
+    names = {"share_lost": "ce_recovered", "share_kept": "explained_variance", "of_text": "l0"}
+    measures = {
+        "share_lost": Measure("share lost", -1, "lost", headline=1, fidelity=True),
+        "share_kept": Measure("share kept", 1),
+        "of_text": Measure("of the text alone", of_model=True),
+    }
+
+    def renamed(evaluation: Evaluation, known: Mapping[str, Measure]) -> Evaluation:
+        return Evaluation(
+            values={
+                **{new: evaluation[old] for new, old in names.items()},
+                "share_lost": 1 - evaluation["ce_recovered"],
+                "l0": evaluation["l0"],
+            },
+            resampled={
+                **{new: evaluation.resampled[old] for new, old in names.items()},
+                "share_lost": 1 - evaluation.resampled["ce_recovered"],
+                "l0": evaluation.resampled["l0"] - (10 if evaluation is two else 0),
+            },
+            contexts=evaluation.contexts,
+            measures=known,
+        )
+
+    found = Comparison(evaluations={"one": renamed(one, measures), "two": renamed(two, measures)})
+    assert [pair.metric for pair in found.pairs] == ["share_lost", "share_kept", "l0"]
+    assert [pair.metric for pair in found.headlines] == ["share_lost"]
+    assert found.verdicts()[0].startswith("one is better than two in share lost by 0.0")
+    assert found.verdicts()[1].startswith("one is better in share lost than two, with no more")
+    assert found.verdict(found.pair("share_kept", "two", "one")).startswith("one is better than two in share kept")
+    assert found.text().splitlines()[0].split() == ["lost"]
+    assert found.rows()[0]["share_lost"] == 1 - one["ce_recovered"]
+    unsaid = Comparison(evaluations={"one": renamed(one, {}), "two": renamed(two, {})})
+    assert "two has more share lost than one by 0.0" in " ".join(unsaid.verdicts())
+    assert len(unsaid.pairs) == 4
+    with pytest.raises(TypeError, match=r"measures must be a mapping of names to saekit\.measuring\.Measure, found 3"):
+        Evaluation(values={}, measures=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="better"):
+        Measure("more", 2)
+
+
+def test_a_number_of_one_of_several_targets_means_what_that_of_all_means() -> None:
+    found = Evaluation(values={"mse": 2.0, "mse/a": 1.0}, measures={"mse": Measure("squared error", -1, headline=1)})
+    assert found.measure("mse/a") == Measure("squared error of a", -1)
+    assert found.headlines == ["mse"]
 
 
 def test_fidelity_that_is_paid_for_with_features_is_said_to_be() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saekit.evals import AccumulatingEval, Sums, Totals, finished
 from saekit.evals.sums import resamples
-from saekit.measuring import Evaluation, Evaluations, Needs, Seen, measured_text
+from saekit.measuring import Evaluation, Evaluations, Measure, Needs, Seen, measured_text
 
 
 def drawn(n: int, seed: int = 0, **facts: Any) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -139,7 +139,8 @@ def test_numbers_have_as_many_digits_as_their_errors_leave(value: float, error: 
 
 
 def test_evaluations_show_themselves_and_are_json() -> None:
-    one = Evaluation(values={"l0": 3.0, "odd": math.nan}, errors={"l0": 0.5}, features={"f": np.array([0.5, np.nan])})
+    one = Evaluation(values={"l0": 3.0, "odd": math.nan}, errors={"l0": 0.5}, features={"f": np.array([0.5, np.nan])},
+                     measures={"l0": Measure("L0", headline=1)})  # fmt: skip
     assert one.to_dict()["values"] == {"l0": 3.0, "odd": None}
     assert "features" not in one.to_dict()
     assert one.to_dict(features=True)["features"] == {"f": [0.5, None]}

@@ -122,19 +122,23 @@ def test_a_model_is_looked_at_once_however_it_is_wrapped() -> None:
     check_fits(sae_at(d_in=16), again)
 
 
+SUCH_AS = f". It has {len(FakeBackend().hook_names())} hooks, such as {FakeBackend().hook_names()[0]!r}"
+
+
 def test_an_unknown_hook_with_near_names() -> None:
     message = refused(ModelError, sae_at("blocks.1.hook_resid_pots"), FakeBackend())
     assert message == (
         "the model 'fake' has no hook 'blocks.1.hook_resid_pots'. Did you mean 'blocks.1.hook_resid_post' or "
         "'blocks.0.hook_resid_post'?"
     )
-    assert refused(ModelError, sae_at("zzz"), FakeBackend()) == "the model 'fake' has no hook 'zzz'"
+    message = refused(ModelError, sae_at("zzz"), FakeBackend())
+    assert message == f"the model 'fake' has no hook 'zzz'{SUCH_AS}"
 
 
 def test_every_hook_of_several_that_is_missing_is_named() -> None:
     sites = Sites((Site(hook_name="zzz"),), (Site(hook_name="qqq"),))
     message = refused(ModelError, mapping({"zzz": 8}, {"qqq": 8}, sites), FakeBackend())
-    assert message == "the model 'fake' has no hook 'zzz'\nthe model 'fake' has no hook 'qqq'"
+    assert message == f"the model 'fake' has no hook 'zzz'{SUCH_AS}\nthe model 'fake' has no hook 'qqq'{SUCH_AS}"
 
 
 def test_names_of_transformer_lens_are_translated() -> None:

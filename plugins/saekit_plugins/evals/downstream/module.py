@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from saekit import ConfigError
 from saekit.evals import AccumulatingEval, Sums, Totals, ratio
-from saekit.measuring import Needs, Outcome, Seen
+from saekit.measuring import Measure, Needs, Outcome, Seen
 from saekit.values import EvalRun
 from saekit_plugins.evals.downstream import DownstreamConfig
 
@@ -18,10 +20,25 @@ _LOSSES = {
     "mean": "ce_loss_with_mean_ablation",
 }
 """The forwards, and what their losses are called."""
+_MEASURES = {
+    "ce_recovered": Measure("CE recovered", 1, "CE rec.", headline=1, fidelity=True),
+    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1),
+    "ce_loss_with_sae": Measure("CE with the SAE", -1),
+    "ce_loss_without_sae": Measure("CE without an SAE", of_model=True),
+    "ce_loss_with_ablation": Measure("CE with zeros", of_model=True),
+    "ce_loss_with_mean_ablation": Measure("CE with the mean", of_model=True),
+    "kl_div_with_sae": Measure("KL divergence", -1, "KL", headline=4),
+    "kl_div_with_ablation": Measure("KL with zeros", of_model=True),
+    "kl_div_score": Measure("KL score", 1),
+    "top1_agreement": Measure("top-1 agreement", 1, "top-1", headline=5),
+    "n_tokens": Measure("tokens"),
+}
 
 
 class DownstreamEval(AccumulatingEval):
     """Losses of the model as it is, with what the SAE gives, with zeros and with the mean."""
+
+    measures = _MEASURES
 
     def __init__(self, config: DownstreamConfig, *, run: EvalRun | None = None) -> None:
         wanted = config.mean_ablation_contexts
@@ -50,8 +67,9 @@ class DownstreamEval(AccumulatingEval):
         if self.config.mean_ablation_contexts:
             forwards["mean"] = seen.mean
         kept = seen.kept.cpu()
+        positions = kept.new_full((len(kept),), kept.shape[1], dtype=torch.int64)
         columns = {f"ce/{name}": seen.summed(forward.loss) for name, forward in forwards.items()}
-        columns |= {"losses": kept[:, :-1].sum(1), "tokens": kept.sum(1), "positions": (kept | True).sum(1)}
+        columns |= {"losses": kept[:, :-1].sum(1), "tokens": kept.sum(1), "positions": positions}
         for name in [name for name in forwards if name != "clean"]:
             if self.config.kl:
                 columns[f"kl/{name}"] = seen.summed(forwards[name].kl)

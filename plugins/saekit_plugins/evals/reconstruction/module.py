@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from saekit import Sites
-from saekit.evals import AccumulatingEval, Sums, Totals, add_rows, counted_of_rows, row_metrics, row_sums
+from saekit.evals import (
+    ROW_MEASURES,
+    AccumulatingEval,
+    Sums,
+    Totals,
+    add_rows,
+    counted_of_rows,
+    row_metrics,
+    row_sums,
+)
 from saekit.measuring import Needs, Seen
 from saekit.sae import SAEModule
 from saekit.values import EvalRun
@@ -15,6 +24,8 @@ from saekit_plugins.evals.reconstruction import ReconstructionConfig
 
 class ReconstructionEval(AccumulatingEval):
     """Rows, their reconstructions and their features."""
+
+    measures = ROW_MEASURES
 
     def __init__(self, config: ReconstructionConfig, *, run: EvalRun | None = None) -> None:
         self.config = config

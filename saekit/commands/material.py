@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +56,8 @@ class Material:
     say: Status | None = attrs.field(default=None, kw_only=True)
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
     _contexts: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+    _told: set[str] = attrs.field(factory=set, init=False)
+    """The SAEs whose configuration could not be loaded, as has been said."""
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
@@ -76,6 +79,18 @@ class Material:
                 "model": backend.name, **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()
+
+    def _warn_of_fault(self, subject: Subject) -> None:
+        """Where what a run's configuration would say is taken from its SAE: once for each."""
+        if subject.fault is None or subject.name in self._told:
+            return
+        self._told.add(subject.name)
+        warnings.warn(
+            f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
+            "the defaults; name others by model= and dataset=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _say(self, text: str) -> None:
         if self.say is not None:
@@ -101,6 +116,7 @@ class Material:
             )
         from saekit.splicing.fits import model_name_of
 
+        self._warn_of_fault(subject)
         name, about = model_name_of(subject.sae), subject.sae.info.metadata
         backend = backend_of(about, about.get("model_class_name"), self.plugins)
         return self._opened(f"{name} {backend}", name, lambda: load_model(name, backend=backend, **self._how()))
@@ -175,6 +191,8 @@ class Material:
                       "left to measure on; name another text")]
                 )  # fmt: skip
             return Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), evals, given), True
+        if given is None or given is subject.dataset:
+            self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
         about = subject.sae.info.metadata
         own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
@@ -194,4 +212,13 @@ def _held_out(subject: Subject) -> tuple[int, str | None]:
     if isinstance(every, int):
         return every, None
     ours = subject.sae.info.provenance.get("loader") in (OWN, None) and "training_tokens" in about
-    return (EvalsConfig().held_out_every if ours else 0), None
+    if not ours:
+        return 0, None
+    assumed = EvalsConfig().held_out_every
+    warnings.warn(
+        f"{subject.name} does not say which documents were held out from its training, as SAEs of older saekit do not: "
+        f"one document in {assumed} is taken to be, as it was by default. Where that was changed, name another text",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return assumed, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,8 @@ class Subject:
     """Where its numbers go, beside it; None: nowhere."""
     config: TrainConfig | None = None
     """That of its run, where it is known."""
+    fault: str | None = None
+    """Why it is not, where there is one."""
     backend: ModelBackend | None = None
     """The model of its run, where that is in memory."""
     dataset: Any = None
@@ -100,9 +101,9 @@ def _of_result(name: str | None, result: Any, plugins: PluginManager) -> Iterato
         name=name or folder.name,
         sae=result.sae,
         file=folder / "sae" / SAE_EVALS,
-        config=_config(folder, plugins),
         backend=result.backend,
         dataset=result.corpus.dataset,
+        **_config(folder, plugins),
     )
 
 
@@ -125,13 +126,15 @@ def _of_path(
         file = own / SAE_EVALS if own.is_dir() else own.with_name(f"{own.name}.{SAE_EVALS}")
         run = own.resolve().parent if own.name == "sae" else own
         label = str(home) if name is None else name if len(homes) == 1 else f"{name}/{home.name}"
-        yield Subject(name=label, sae=sae, file=file, config=_config(run, plugins))
+        yield Subject(name=label, sae=sae, file=file, **_config(run, plugins))
 
 
-def _config(folder: Path, plugins: PluginManager) -> TrainConfig | None:
-    """That of the run in ``folder``; None where there is none, or one that cannot be read here."""
-    if not (folder / _CONFIG).is_file():
-        return None
-    with contextlib.suppress(SaekitError):
-        return load_config(folder / _CONFIG, plugins=plugins)
-    return None
+def _config(folder: Path, plugins: PluginManager) -> dict[str, Any]:
+    """That of the run in ``folder``, or why it cannot be loaded, by the names of :class:`Subject`'s fields."""
+    file = folder / _CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        return {"config": load_config(file, plugins=plugins)}
+    except SaekitError as error:
+        return {"fault": f"{file} cannot be loaded: {error}"}

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from saekit.abilities import Accumulates
 from saekit.ambient import ambient
-from saekit.evals.engine import measure
+from saekit.evals.engine import batch_size_of, measure
 from saekit.evals.measured import Guard, Measured
 from saekit.protocols import Eval, ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Sites
 from saekit.tokens import TokenChoice, special_ids
 
-__all__ = ["all_called", "called"]
+__all__ = ["Asked", "Told", "all_called", "called"]
+
+
+@attrs.frozen(eq=False)
+class Asked:
+    """An SAE, and what is measured of it."""
+
+    sae: SAEModule
+    sites: Sites
+    evals: Mapping[str, Eval]
+    guard: Guard = nullcontext
+    """``guard(name)`` surrounds what each eval does."""
+
+
+@attrs.frozen(eq=False)
+class Told:
+    """What evals say of an SAE."""
+
+    found: Mapping[str, Any]
+    """What each gives, by its name: of those that accumulate, numbers with standard errors, ``NAME_se``."""
+    remarks: tuple[str, ...] = ()
+    """What looks wrong, in words."""
 
 
 def called(measure: Any, sae: SAEModule, *, backend: ModelBackend, sites: Sites, contexts: Tensor | None) -> Any:
@@ -32,30 +54,52 @@ def called(measure: Any, sae: SAEModule, *, backend: ModelBackend, sites: Sites,
 
 
 def all_called(
-    evals: Mapping[str, Eval],
-    sae: SAEModule,
-    *,
-    backend: ModelBackend,
-    sites: Sites,
-    contexts: Tensor | None,
-    mask: Tensor | None = None,
-    guard: Guard = nullcontext,
-) -> dict[str, Any]:
-    """What each of ``evals`` finds of ``sae``, by name; those that accumulate share each forward of the model.
+    asked: Sequence[Asked], *, backend: ModelBackend, contexts: Tensor | None, mask: Tensor | None = None
+) -> list[Told]:
+    """What is found of each SAE of ``asked``: the very numbers that it would be measured with alone.
 
-    Tokens that do not count for ``sae`` are left out, and those where ``mask [n, t]`` is false.  Of these they are
-    numbers with standard errors, ``NAME_se``.  ``guard(name)`` surrounds what each does.
+    Evals that accumulate share each clean forward of the model, those of all SAEs.  Tokens that do not count for an SAE
+    are left out there, and those where ``mask [n, t]`` is false.
     """
-    together = {name: one for name, one in evals.items() if contexts is not None and isinstance(one, Accumulates)}
-    found: dict[str, Any] = dict.fromkeys(evals)
-    if together and contexts is not None:
-        tokens = TokenChoice.of_metadata(sae.info.metadata, special_ids(backend))
-        subject = Measured(sae, sites, together, tokens, guard)
-        (sums,) = measure([subject], backend=backend, contexts=contexts, mask=mask)
-        for name, one in together.items():
-            with guard(name), ambient(), torch.no_grad():
-                found[name] = one.result(sums[name]).numbers()
-    for name in [name for name in evals if name not in together]:
-        with guard(name):
-            found[name] = called(evals[name], sae, backend=backend, sites=sites, contexts=contexts)
-    return found
+    summed = [{}] * len(asked) if contexts is None else _summed(asked, backend, contexts, mask)
+    told = []
+    for one, sums in zip(asked, summed, strict=True):
+        found: dict[str, Any] = dict.fromkeys(one.evals)
+        remarks: dict[str, None] = {}
+        for name, state in sums.items():
+            with one.guard(name), ambient(), torch.no_grad():
+                result = one.evals[name].result(state)  # type: ignore[attr-defined]  # it accumulates
+                found[name] = result.numbers()
+                remarks |= dict.fromkeys(result.remarks)
+        for name in [name for name in one.evals if name not in sums]:
+            with one.guard(name):
+                found[name] = called(one.evals[name], one.sae, backend=backend, sites=one.sites, contexts=contexts)
+        told.append(Told(found, tuple(remarks)))
+    return told
+
+
+def _summed(
+    asked: Sequence[Asked], backend: ModelBackend, contexts: Tensor, mask: Tensor | None
+) -> list[Mapping[str, Any]]:
+    """What the evals that accumulate have summed up of each."""
+    special = special_ids(backend)
+    subjects = []
+    for one in asked:
+        accumulating = {name: made for name, made in one.evals.items() if isinstance(made, Accumulates)}
+        choice = TokenChoice.of_metadata(one.sae.info.metadata, special)
+        subjects.append(Measured(one.sae, one.sites, accumulating, choice, one.guard))
+    found: dict[int, Mapping[str, Any]] = {}
+    for numbers in _alike(subjects, backend, contexts.shape[1]):
+        together = [subjects[number] for number in numbers]
+        found |= zip(numbers, measure(together, backend=backend, contexts=contexts, mask=mask), strict=True)
+    return [found.get(number, {}) for number in range(len(asked))]
+
+
+def _alike(subjects: Sequence[Measured], backend: ModelBackend, context_size: int) -> Iterable[list[int]]:
+    """Which of ``subjects`` go into one pass: batches of other sizes, and losses by way of logits, round otherwise."""
+    groups: dict[object, list[int]] = {}
+    for number, subject in enumerate(subjects):
+        if subject.evals:
+            key = subject.needs, batch_size_of([subject], backend, context_size)
+            groups.setdefault(key, []).append(number)
+    return groups.values()

@@ -22,7 +22,7 @@ from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
 from saekit.sae.once import features_and_outputs
 
-__all__ = ["measure"]
+__all__ = ["batch_size_of", "measure"]
 
 
 def measure(
@@ -48,7 +48,7 @@ def measure(
         if means is None:
             means = read_means(subjects, backend=backend, contexts=contexts, mask=mask)
         engine = _Engine(subjects, backend, means)
-        for start in range(0, len(contexts), size := engine.batch_size(contexts.shape[1])):
+        for start in range(0, len(contexts), size := batch_size_of(subjects, backend, contexts.shape[1])):
             tokens = contexts[start : start + size]
             allowed = allowed_in(mask, tokens, slice(start, start + size))
             engine.take(tokens, allowed, first + start)
@@ -57,12 +57,28 @@ def measure(
         return engine.sums
 
 
+def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_size: int) -> int:
+    """Contexts in one forward: as many as all evals take, and as fit into little memory."""
+    needs = _needs_of(subjects)
+    size = needs.batch_size
+    if needs.by_logits:
+        size = min(size, logit_contexts(backend, context_size))
+    for subject in subjects:
+        if any(_waits(measure.needs) for measure in subject.evals.values()):
+            size = min(size, at_once(subject.sae, context_size))
+    return max(size, 1)
+
+
+def _needs_of(subjects: Sequence[Measured]) -> Needs:
+    return functools.reduce(Needs.__or__, (one.needs for one in subjects), Needs(batch_size=1 << 30))
+
+
 class _Engine:
     """What all batches have in common, and the sums so far."""
 
     def __init__(self, subjects: Sequence[Measured], backend: ModelBackend, means: Means) -> None:
         self.subjects, self.backend, self.means = subjects, backend, means
-        self.needs = functools.reduce(Needs.__or__, (one.needs for one in subjects), Needs(batch_size=1 << 30))
+        self.needs = _needs_of(subjects)
         self.sums: list[dict[str, Any]] = []
         for subject in subjects:
             started = {}
@@ -77,16 +93,6 @@ class _Engine:
         if not isinstance(self.backend, StartsInside):
             return None
         return self.backend.entry_of({site.hook_name for site in subject.sites.targets})
-
-    def batch_size(self, context_size: int) -> int:
-        """Contexts in one forward: as many as all evals take, and as fit into little memory."""
-        size = self.needs.batch_size
-        if self.needs.by_logits:
-            size = min(size, logit_contexts(self.backend, context_size))
-        for subject in self.subjects:
-            if any(_waits(measure.needs) for measure in subject.evals.values()):
-                size = min(size, at_once(subject.sae, context_size))
-        return max(size, 1)
 
     def take(self, tokens: Tensor, allowed: Tensor | None, first: int) -> None:
         """Show every eval the contexts ``tokens``, the first of which has the number ``first``."""

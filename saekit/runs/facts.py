@@ -52,6 +52,10 @@ def check_stream(stream: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     waiting = stream.get("trackers", {})  # a checkpoint of an older saekit has none
     _require(_is_table(waiting) and waiting.keys() <= facts["saes"].keys(), "trackers")
     _require(all(map(_is_table, waiting.values())), "trackers")
+    remarks = stream.get("remarks", {})  # likewise
+    _require(_is_table(remarks) and remarks.keys() <= facts["saes"].keys(), "remarks")
+    for texts in remarks.values():
+        _require(isinstance(texts, list) and all(isinstance(text, str) for text in texts), "remarks")
     _require(sum(lane["batches"] for lane in stream["lanes"]) == facts["batches"], "the number of batches")
     _check(stream, "latest", lambda value: _is_table(value) and value.keys() == facts["saes"].keys())
     for name, latest in stream["latest"].items():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from saekit.runs.measuring import evaluate
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers
 from saekit.training.trainer import SAETrainer
@@ -20,15 +21,31 @@ class EvalObserver:
     """Measures each SAE every ``evals.every_n_steps`` of its steps."""
 
     _session: Session
+    _found: dict[str, dict[str, float | Histogram]] = attrs.field(factory=dict, init=False)
+    """Of SAEs that were measured with one before them, and are not told of yet."""
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
-        member = self._session.members[trainer.name]
-        every = member.config.evals.every_n_steps
-        if every and trainer.step % every == 0 and trainer.diverged is None:
-            metrics |= self._session.evaluate(member)
+        if not self._is_due(trainer):
+            return
+        if trainer.name not in self._found:
+            self._found = evaluate(self._session, [self._session.members[name] for name in self._due_with(trainer)])
+        metrics |= self._found.pop(trainer.name)
+
+    def _is_due(self, trainer: SAETrainer) -> bool:
+        every = self._session.members[trainer.name].config.evals.every_n_steps
+        return bool(every) and trainer.step % every == 0 and trainer.diverged is None
+
+    def _due_with(self, trainer: SAETrainer) -> list[str]:
+        """All that are due after the same batch: they share the model's forwards."""
+        beside = next(
+            [one for one, _ in lane.untold]
+            for lane in self._session.lanes
+            if any(one is trainer for one, _ in lane.untold)
+        )
+        return [one.name for one in beside if self._is_due(one)]
 
     def after_batch(self) -> None:
-        pass
+        self._found.clear()
 
 
 @attrs.define

@@ -46,7 +46,7 @@ class TrainingProgress(ProgressDisplay):
                 self.say(f"model loss: {loss}")
         super().__enter__()
         session.say = self.doing
-        self.doing("running the model on the first text")
+        self.doing("running the model on the first text" if session.has_model else "taking the first activations")
         return self
 
     def __exit__(

@@ -24,6 +24,7 @@ from saekit.runs.doubts import doubts_of_features
 from saekit.runs.ending import Ending, end_of
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
+from saekit.runs.measuring import evaluate
 from saekit.runs.observers import EvalObserver, TrackerObserver
 from saekit.runs.opening import warn_of
 from saekit.runs.progress import TrainingProgress
@@ -136,7 +137,7 @@ def _run(
             raise
         finally:
             SHARED.release()
-    _warn_of_features(session)
+    _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
 
 
@@ -179,12 +180,10 @@ def _finish(
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
         save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
-    for member in _healthy(session):
-        every, step = member.config.evals.every_n_steps, member.trainer.step
-        if not (every and step % every == 0):  # else the loop has just measured
-            final = session.evaluate(member)
-            trackers[member.name].log(final, step)
-            member.note(final)
+    due = [member for member in _healthy(session) if not _just_measured(member)]
+    for name, final in evaluate(session, due).items():
+        trackers[name].log(final, session.members[name].trainer.step)
+        session.members[name].note(final)
     if not _healthy(session):
         raise DivergedError(_why(session, record, saving))
     summary: Sequence[Mapping[str, Any]] = []
@@ -201,9 +200,18 @@ def _finish(
     return summary
 
 
-def _warn_of_features(session: Session) -> None:
-    """Say which SAEs have mostly dead features; after all else, since it is no reason to lose anything."""
+def _just_measured(member: Member) -> bool:
+    """Whether the loop has, after the last step."""
+    every = member.config.evals.every_n_steps
+    return bool(every) and member.trainer.step % every == 0
+
+
+def _warn_of_saes(session: Session) -> None:
+    """Say which do worse than the mean, or have mostly dead features; after all else: nothing is to be lost by it."""
     for member in _healthy(session):
+        who = f"{member.name}, " if len(session.members) > 1 else ""
+        for remark in member.remarks:
+            warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
         for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
             warn_of(text)
 

@@ -17,12 +17,10 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.errors import SaekitError
-from saekit.evals.calling import all_called
-from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
-from saekit.plugins.building import blamed, unless_ours
+from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
-from saekit.runs.checks import check_without_model, chosen_evals, chosen_trackers, has_model
+from saekit.runs.checks import check_without_model, chosen_trackers, has_model
 from saekit.runs.counting import Used
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.first_loss import first_loss, first_loss_text
@@ -46,7 +44,6 @@ from saekit.sae.module import SAEModule
 from saekit.site import Site
 from saekit.status import Say, Status
 from saekit.training.loop import Lane
-from saekit.training.metrics import eval_metrics, numbers_of
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
 
@@ -65,6 +62,8 @@ class Member:
     """The saved SAE that it starts from."""
     latest: dict[str, float] = attrs.field(factory=dict)
     """The last value of every metric."""
+    remarks: tuple[str, ...] = ()
+    """What looked wrong in its last evals, in words."""
 
     def note(self, metrics: Mapping[str, float | Histogram]) -> None:
         """Remember the numbers among ``metrics``."""
@@ -103,10 +102,13 @@ class Session:
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset, first.tokens.mask_column)
-        self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
+        self.has_model = has_model(first, plugins)
+        """Whether there is a language model; of those of a session, all or none have it."""
+        if self.has_model:
+            self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
         self._held_out: dict[tuple[int, int, str | None], tuple[Tensor, Tensor | None]] = {}
-        self.say("reading the text")
+        self.say("reading the text" if self.has_model else "opening the activation source")
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []
@@ -150,7 +152,7 @@ class Session:
         """Say once what looks wrong with the sites of each, but would train."""
         texts = [text for member in members for text in doubts_of_start(member.config, member.start)]
         for sites in dict.fromkeys(member.config.sites for member in members):
-            texts += doubts_of_order(self.backend, sites, self._streams[0].model_lock)
+            texts += doubts_of_order(self.backend, sites, self.model_lock)
         for text in dict.fromkeys(texts):
             warn_of(text)
 
@@ -190,10 +192,10 @@ class Session:
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""
-        return self._held_out_masked(config)[0]
+        return self.held_out_masked(config)[0]
 
-    def _held_out_masked(self, config: TrainConfig) -> tuple[Tensor | None, Tensor | None]:
-        """The same with their mask, if the data has one."""
+    def held_out_masked(self, config: TrainConfig) -> tuple[Tensor | None, Tensor | None]:
+        """The same with their mask, if the data has one; the same objects for all that are measured on the same."""
         if not (has_model(config, self.plugins) and config.evals.reads_text):
             return None, None
         key = (config.evals.n_contexts, config.training.seed, config.tokens.mask_column)
@@ -209,7 +211,7 @@ class Session:
         if next(iter(self.members.values())).config.model.compile:
             return None  # what is compiled for another shape may round otherwise in training
         held_out = next((tokens for tokens, _ in self._held_out.values()), None)
-        lock = self._streams[0].model_lock
+        lock = self.model_lock
         if held_out is None and all(stream.position is None for stream in self._streams):
             return None  # nobody reads the text
         if held_out is None:
@@ -229,31 +231,10 @@ class Session:
                 give_weights(trainer, member.config, self.corpus, lane.source.peek, member.start)
                 member.start = None
 
-    def evaluate(self, member: Member) -> dict[str, float | Histogram]:
-        """What the evals of ``member`` find, under the names that are logged."""
-        held_out, mask = self._held_out_masked(member.config)
-        if not member.evals:
-            return {}
-        self.say("measuring on held-out text" if len(self.members) == 1 else f"measuring {member.name}")
-        sae = member.trainer.raw_sae()
-        found: dict[str, float] = {}
-        chosen = chosen_evals(member.config, self.plugins)
-        model = self.plugins.find(MODEL_BACKENDS, member.config.model.backend), self.backend
-
-        def guard(key: str) -> AbstractContextManager[None]:
-            return blamed(chosen[key].item, "__call__", at_work=True, parts=[model])
-
-        # No source's thread may run the model while its hooks are in place.
-        with self._streams[0].model_lock, unless_ours(guard(next(iter(member.evals)))):
-            told = all_called(
-                member.evals, sae, backend=self.backend, sites=member.config.sites, contexts=held_out, mask=mask,
-                guard=guard,
-            )  # fmt: skip
-        for key, numbers in told.items():
-            found |= numbers_of(key, numbers)
-        for parameter in member.trainer.sae.parameters():
-            parameter.grad = None
-        return eval_metrics(sae, found)
+    @property
+    def model_lock(self) -> AbstractContextManager[object]:
+        """Held by whoever runs the model."""
+        return self._streams[0].model_lock
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -295,6 +276,7 @@ class Session:
             ],
             "told": self.told,
             "latest": {name: dict(member.latest) for name, member in self.members.items()},
+            "remarks": {name: list(member.remarks) for name, member in self.members.items()},
             "random": random_state(),
         }
 
@@ -310,6 +292,7 @@ class Session:
         for name, member in self.members.items():
             member.trainer.load_state_dict(training(name))
             member.latest = dict(stream["latest"][name])
+            member.remarks = tuple(stream.get("remarks", {}).get(name, ()))
         for lane in self.lanes:
             if not lane.training:
                 lane.release()

@@ -38,8 +38,9 @@ def _register_builtins(manager: PluginManager) -> None:
     from importlib.metadata import distribution
 
     own = distribution("saekit")
+    version = own.version  # each time it is asked for, it is read from a file
     for point in sorted(own.entry_points.select(group="saekit"), key=lambda point: point.name):
-        manager.register(point.load(), name=point.name, distribution="saekit", version=own.version)
+        manager.register(point.load(), name=point.name, distribution="saekit", version=version)
 
 
 def plugin_of(kind: Kind[Any] | str, *entries: Entry) -> object:

@@ -68,6 +68,7 @@ def facts() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 METRICS, SITES = facts()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

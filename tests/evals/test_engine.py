@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import saekit
 from saekit.backends import Hooks, next_token_loss
 from saekit.errors import ConfigError
 from saekit.evals import AccumulatingEval, Measured, Sums, Totals, measure
+from saekit.evals.calling import Asked, all_called
 from saekit.measuring import Evaluation, Needs, Seen
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
@@ -31,6 +34,7 @@ from saekit.values import Forward
 TOKENS = torch.randint(1, 128, (6, 10), generator=torch.Generator().manual_seed(3))
 TOKENS[:, 0] = 0  # BOS
 MIDDLE = saekit.Sites.one(EARLY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Small(FakeBackend):
@@ -162,6 +166,44 @@ def test_forwards_begin_inside_where_the_model_can() -> None:
     inside.blocks = [0, 0]
     measure(elsewhere, backend=inside, contexts=TOKENS)
     assert inside.blocks[0] == inside.blocks[1], "whole forwards, where no entry is known"
+
+
+def test_saes_are_called_together_with_the_very_numbers_of_each_alone() -> None:
+    """Losses of logits, and batches of other sizes, would round otherwise: those have a pass of their own."""
+
+    def asked(seed: int, guard: Any = nullcontext, **how: Any) -> Asked:
+        return Asked(standard(seed=seed), MIDDLE, evals(**how), guard)
+
+    ways: list[dict[str, Any]] = [{}, {}, {"kl": True}, {"batch_size": 4}]
+    backend = Small()
+    together = all_called([asked(n, **how) for n, how in enumerate(ways)], backend=backend, contexts=TOKENS)
+    assert len(backend.forwards) == (1 + 1 + 2) + 3 + 2 * 3
+    for number, (how, told) in enumerate(zip(ways, together, strict=True)):
+        (alone,) = all_called([asked(number, **how)], backend=Small(), contexts=TOKENS)
+        assert alone.found == told.found
+        assert alone.remarks == told.remarks
+
+
+def test_a_fault_is_that_of_the_eval_of_the_sae_that_has_it() -> None:
+    class Failing(ReconstructionEval):
+        def update(self, sums: Sums, seen: Seen) -> None:
+            raise RuntimeError("no")
+
+    inside: list[tuple[int, str]] = []
+
+    @contextmanager
+    def guard(number: int, name: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            inside.append((number, name))
+            raise
+
+    chosen = [evals(), {"fails": Failing(ReconstructionConfig())} | evals()]
+    asked = [Asked(standard(), MIDDLE, each, functools.partial(guard, n)) for n, each in enumerate(chosen)]
+    with pytest.raises(RuntimeError, match="no"):
+        all_called(asked, backend=Small(), contexts=TOKENS)
+    assert inside == [(1, "fails")]
 
 
 # ---- known answers

@@ -23,6 +23,7 @@ from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVALS = (
     ReconstructionEval(ReconstructionConfig(batch_size_prompts=8, n_bootstrap=0)),
     DownstreamEval(DownstreamConfig(batch_size_prompts=8, n_bootstrap=0)),
@@ -65,7 +66,7 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
     sae, found = make_sae(), []
     sae.kernels = kernels
     monkeypatch.setattr(pieces, "_BYTES", 64 * 512 * 4)  # 64 rows, or 4 contexts
-    for contexts in (tokens(16), tokens(32), tokens(64)):
+    for contexts in (tokens(16), tokens(40)):
         with Largest() as largest:
             variance_metrics(sae, [rows(contexts)])
             for measure in EVALS:
@@ -78,10 +79,10 @@ def test_the_largest_tensor_is_of_a_piece(monkeypatch: pytest.MonkeyPatch, kerne
 
 
 def test_pieces_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    sae, contexts, backend = make_sae(), tokens(64), FakeBackend()
+    sae, contexts, backend = make_sae(), tokens(12), FakeBackend()
 
     def measured() -> dict[str, float]:
-        found = variance_metrics(sae, rows(contexts).split(256))
+        found = variance_metrics(sae, rows(contexts).split(48))
         for measure in EVALS:
             found |= measure(sae, backend=backend, sites=saekit.Sites.one(SITE), contexts=contexts)
         return found

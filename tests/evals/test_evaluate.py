@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from saekit.testing import FakeBackend, fake_plugin
 
 SITE = "blocks.0.hook_resid_post"
 QUICK: dict[str, Any] = {"n_bootstrap": 50, "n_contexts": 4, "verbose": False}
-pytestmark = pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")  # they were hardly trained
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+]
 
 
 def config(folder: Path, name: str, seed: int = 1) -> dict[str, Any]:
@@ -178,6 +183,26 @@ def test_the_model_is_run_as_it_was_in_training(tmp_path: Path, runs: Path) -> N
     saekit.train(options, plugins=plugins)
     saekit.evaluate(tmp_path / "run", plugins=plugins, save=False, **QUICK)
     assert set(given) == {(7, True)}
+
+
+def test_what_is_assumed_of_a_run_is_said(tmp_path: Path, runs: Path) -> None:
+    """Of one whose configuration cannot be loaded, and of an SAE that does not say what was held out."""
+    shutil.copytree(runs / "a", tmp_path / "a")
+    file = tmp_path / "a" / "config.toml"
+    file.write_text(file.read_text() + "\n[surprise]\n")
+    words = f"^{re.escape(str(file))} cannot be loaded: (.|\n)*surprise(.|\n)*those that the SAE itself says"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
+        found = evaluated(tmp_path / "a", FakeBackend(), model=FakeBackend(), save=False)
+    assert sum(one.category is RuntimeWarning for one in caught) == 1
+    assert found.values == evaluated(runs / "a", save=False).values
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    evaluated(tmp_path / "a", model=FakeBackend(), contexts=contexts, save=False)  # where it would say nothing
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    del sae.info.metadata["held_out_every"]
+    words = "^mine does not say which documents were held out .* one document in 20 is taken to be"
+    with pytest.warns(RuntimeWarning, match=words) as caught:
+        assert evaluated({"mine": sae})["mine"].about["held_out"]
+    assert sum(one.category is RuntimeWarning for one in caught) == 1
 
 
 def test_an_eval_that_fails_is_named(runs: Path) -> None:

@@ -18,6 +18,7 @@ from saekit.testing import FakeBackend
 
 OTHER_HEAD = saekit.Site(hook_name=HEAD.hook_name, hook_head_index=0)
 HEADS = saekit.Site(hook_name=HEAD.hook_name)
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = WIDTHS | {OTHER_HEAD: 4, HEADS: 8}
 TOKENS = torch.randint(128, (5, 9), generator=torch.Generator().manual_seed(2))
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from support.runs import fake_config, manager, train
+from support.runs import fake_config, manager, resume, train
 
 import saekit
 from saekit.errors import ConfigError
 from saekit.testing import FakeBackend, FakeConfig, fake_plugin
 from saekit.values import EvalRun
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def eval_seen(built: list[EvalRun], called: list[Any], **entry: Any) -> object:
@@ -81,8 +84,8 @@ class DrawnConfig:
     """No options."""
 
 
-def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path) -> None:
-    config = fake_config(tmp_path, {"name": "drawn"}, model={"backend": "none"})
+def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = fake_config(tmp_path, {"name": "drawn"}, model={"backend": "none"}, training={"verbose": True})
     config["evals"] |= {"run": ["seen"], "held_out_every": 0}
     config["dataset"]["path"] = str(tmp_path / "nowhere.jsonl")
     built: list[EvalRun] = []
@@ -94,7 +97,13 @@ def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path) -> None
     plugins = manager(None, eval_seen(built, called, needs_text=False), source)
     report = saekit.plan(config, plugins=plugins)
     assert not report.problems, report.problems
+    capfd.readouterr()
     result = train(config, plugins=plugins, dataset=None)
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if line.endswith(" ...")][:2] == [
+        "opening the activation source ...", "making the first weights ...",
+    ]  # fmt: skip
+    assert not any(words in said for words in ("the model", "tiny-python", "the text", "held-out text"))
     assert called
     assert set(map(type, called)) == {type(None)}
     assert built[-1].contexts is None
@@ -163,3 +172,58 @@ def test_an_eval_computes_without_gradients_and_may_ask_for_them(tmp_path: Path)
     assert not any(seen)
     assert len(others) == len(seen)
     assert all(parameter.grad is None for parameter in result.sae.parameters())
+
+
+class Counting(FakeBackend):
+    """One whose forwards of three contexts, which only evals run, are counted."""
+
+    @property
+    def measured(self) -> int:
+        return sum(shape[0] == 3 for shape in self.forwards)
+
+
+def measured(folder: Path, **sections: Any) -> dict[str, Any]:
+    return fake_config(folder, **sections, evals={"n_contexts": 3})
+
+
+def test_saes_that_are_measured_together_share_clean_forwards_and_have_the_numbers_of_each_alone(
+    tmp_path: Path,
+) -> None:
+    """Three times: twice after the same batch, and at the end; each that is worse than the mean says so once."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"sae": {"d_sae": 20}, "site": {"hook_name": "blocks.1.hook_resid_post"}},
+        {"sae": {"l1_coefficient": 2.0}},
+    ]
+    backend = Counting()
+    with pytest.warns(RuntimeWarning) as caught:
+        found = train([measured(tmp_path / "all", **change) for change in changes], plugins=manager(backend))
+    sites = 2
+    assert backend.measured == 3 * (1 + sites + len(changes)), "clean, zeros at each site, and each SAE"
+    for change, result in list(zip(changes, found.results.values(), strict=True))[1:]:
+        alone = train(measured(tmp_path / str(result.sae.d_sae), **change))
+        assert {"evals/mse", "evals/ce_recovered_se"} < result.metrics.keys()
+        assert result.metrics == alone.metrics
+    worse = [name for name, one in found.results.items() if one.metrics["evals/explained_variance"] < 0]
+    assert len(worse) > 1
+    assert [str(one.message) for one in caught] == [
+        f"{name}, the SAE at {found.results[name].sae.info.sites.name}: explained variance is below 0: the SAE is "
+        "worse than the mean; wrong site, scale or model?"
+        for name in worse
+    ]
+
+
+def test_a_run_says_what_its_last_evals_remark_even_if_it_was_stopped_after_them(tmp_path: Path) -> None:
+    config = fake_config(tmp_path, evals={"every_n_steps": 11})
+    words = r"^the SAE at blocks\.0\.hook_resid_post: explained variance is below 0: .*wrong site, scale or model\?$"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def failing(*anything: Any) -> None:
+            raise RuntimeError("as good as killed")
+
+        patch.setattr("saekit.runs.run.save_sae", failing)
+        with warnings.catch_warnings(), pytest.raises(RuntimeError, match="as good as killed"):
+            warnings.simplefilter("error")
+            train(config)
+    with pytest.warns(RuntimeWarning, match=words):
+        resume(tmp_path / "run")

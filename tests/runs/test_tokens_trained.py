@@ -29,7 +29,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "mask": {"mask_column": "mask"},
     "all": {},
     "two ids": {"exclude_special_tokens": [0, 7]},
+    "all ways": {"exclude_special_tokens": [0, 7, 9], "mask_column": "mask", "seqpos_slice": ["none", -2]},
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(folder: Path, tokens: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
@@ -114,13 +116,11 @@ def test_where_all_count_nothing_is_said(alone: Alone) -> None:
     assert "used" not in json.loads((result.folder / "run.json").read_text())
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_very_next_row(tmp_path: Path) -> None:
-    tokens = {"exclude_special_tokens": [0, 7, 9], "mask_column": "mask", "seqpos_slice": ["none", -2]}
-    whole = train(config(tmp_path / "whole", tokens), dataset=RECORDS)
-    stopped(config(tmp_path / "parts", tokens), 5, dataset=RECORDS)
-    resumed = resume(tmp_path / "parts/run", dataset=RECORDS)
+def test_a_run_that_was_stopped_goes_on_with_the_very_next_row(tmp_path: Path, alone: Alone) -> None:
+    stopped(config(tmp_path, FORMS["all ways"]), 5, dataset=RECORDS)
+    resumed = resume(tmp_path / "run", dataset=RECORDS)
     skipped = ("checkpoints/step-5/", "config.toml")
-    assert without(contents(resumed.folder), *skipped) == without(contents(whole.folder), *skipped)
+    assert without(contents(resumed.folder), *skipped) == without(contents(alone("all ways").folder), *skipped)
 
 
 def test_saes_that_choose_otherwise_train_beside_each_other_as_alone(tmp_path: Path, alone: Alone) -> None:
@@ -146,22 +146,22 @@ def test_a_cache_says_what_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words"),
+    ("form", "words"),
     [
-        ({"seqpos_slice": [1, "none"]}, "15 of 16 of each context count"),
-        ({"exclude_special_tokens": [0, 7]}, "of 1,024 tokens in the first 64 contexts count"),
-        ({"mask_column": "mask"}, "960 of 1,024 tokens in the first 64 contexts count"),
+        ("positions", "15 of 16 of each context count"),
+        ("two ids", "of 1,024 tokens in the first 64 contexts count"),
+        ("mask", "960 of 1,024 tokens in the first 64 contexts count"),
     ],
 )
-def test_a_plan_and_a_banner_say_how_many_count(
-    tmp_path: Path, tokens: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = config(tmp_path, tokens, training={"verbose": True})
-    found = saekit.plan(run, plugins=manager(), dataset=RECORDS)
+def test_a_plan_says_how_many_count(tmp_path: Path, form: str, words: str) -> None:
+    found = saekit.plan(config(tmp_path, FORMS[form]), plugins=manager(), dataset=RECORDS)
     assert found.problems == []
     assert words in found.facts["tokens"]
-    train(run, dataset=RECORDS)
-    assert words in capsys.readouterr().err
+
+
+def test_a_banner_says_how_many_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(tmp_path, FORMS["mask"], training={"verbose": True}), dataset=RECORDS)
+    assert "960 of 1,024 tokens in the first 64 contexts count" in capsys.readouterr().err
 
 
 def test_a_text_of_which_nothing_counts_is_a_warning_of_the_plan(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
         train(none, dataset=RECORDS, plugins=manager())
 
 
-def test_features_are_shown_on_tokens_that_count(tmp_path: Path) -> None:
+def test_features_are_shown_on_tokens_that_count(alone: Alone) -> None:
     from saekit.analysis.examples import feature_peaks
 
-    result = train(config(tmp_path, {"exclude_special_tokens": [7, 9], "seqpos_slice": ["none", -3]}), dataset=RECORDS)
+    result = alone("all ways")
     contexts = torch.tensor(CONTEXTS[:20])
     backend: Backend = FakeBackend()
     peaks = feature_peaks(result.sae, backend=backend, sites=result.sae.info.sites, contexts=contexts)
@@ -196,9 +196,9 @@ def test_features_are_shown_on_tokens_that_count(tmp_path: Path) -> None:
     features = result.sae.encode(held).detach()
     fired, counted = torch.zeros(result.sae.d_sae, dtype=torch.long), 0
     for row, tokens in enumerate(contexts.tolist()):
-        for position, token in enumerate(tokens[:-3]):
-            counted += token not in (7, 9)
-            if token not in (7, 9) and position > 0:  # the first is passed over in any case
+        for position, token in enumerate(tokens[:-2]):
+            counted += token not in (0, 7, 9)
+            if token not in (0, 7, 9) and position > 0:  # the first is passed over in any case
                 fired += features[row, position] != 0
     assert torch.equal(peaks.fired, fired)
     assert peaks.tokens == counted

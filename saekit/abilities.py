@@ -40,6 +40,7 @@ __all__ = [
     "Remarks",
     "SparseActivation",
     "StartsInside",
+    "StatesProcessing",
     "StatesRows",
     "StatesWidths",
     "TakesCheckpoints",
@@ -143,6 +144,21 @@ class TranslatesHooks(Protocol):
         """The hook that holds what ``name`` means there, such as ``blocks.3.hook_resid_post``; None: there is none.
 
         A name of its own is itself.
+        """
+
+
+@runtime_checkable
+class StatesProcessing(Protocol):
+    """A model backend that knows what was done to its model's weights as they were loaded: it decides what hooks hold.
+
+    transformer_lens folds and centers weights so that a model computes the same, and other activations on the way.
+    """
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        """By transformer_lens' names, such as ``fold_ln``, whether that was done; what is not known is not there.
+
+        ``hook_name``: of what makes a difference for what this hook holds, no more.  ``about``, the metadata of an SAE:
+        of the model that it was trained on, in the place of this one.
         """
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from saekit.evals.comparison import Comparison
     from saekit.evals.measured import Mask
+    from saekit.measuring import Evaluation
     from saekit.protocols import ModelBackend
 
 __all__ = ["FILES", "compare"]
@@ -42,6 +43,7 @@ def compare(
     *,
     out: str | Path | None = None,
     model: object | None = None,
+    backend: PluginChoice | None = None,
     dataset: object | None = None,
     contexts: Tensor | None = None,
     n_contexts: int = 64,
@@ -76,25 +78,34 @@ def compare(
                             "cannot say how much contexts differ")])  # fmt: skip
     folder = None if out is None else _folder(out)
     from saekit.devices import resolve_device
-    from saekit.evals.comparison import Comparison
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _named(subjects_of(saes, plugins, device=resolve_device(device, "device")))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
-        material = Material(plugins, text, model=model, device=device, say=say)
+        material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         _check_same(found, material, choice)
         results = evaluated(found, chosen, material, choice, verbose=verbose, say=say)
+    compared = _of(results)
+    return compared if folder is None else attrs.evolve(compared, files=_written(compared, folder))
+
+
+def _of(results: Mapping[str, Evaluation]) -> Comparison:
+    """What was found, compared; remarks are warnings."""
+    from saekit.evals.comparison import Comparison
+
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}", UserWarning, stacklevel=2)
+            warnings.warn(f"{name}: {remark}", UserWarning, stacklevel=3)
     first = next(iter(results.values())).about
-    shared = {name: first.get(name) for name in ("model", "n_contexts", *_FACTS, "tokens", "tokens_used", "saekit")}
+    shared = {
+        name: first.get(name)
+        for name in ("model", "backend", "dtype", "n_contexts", *_FACTS, "tokens", "tokens_used", "saekit")
+    }
     sites = {name: str(one.about.get("sites")) for name, one in results.items()}
-    compared = Comparison(evaluations=dict(results), about=shared, sites=sites)
-    return compared if folder is None else attrs.evolve(compared, files=_written(compared, folder))
+    return Comparison(evaluations=dict(results), about=shared, sites=sites)
 
 
 def _folder(out: str | Path) -> Path:
@@ -154,7 +165,7 @@ def _check_model(first: str, backend: ModelBackend, other: str, backend_of_other
         what = f"the model {backend.name!r} of {first} has other weights than that of {other}"
     raise ConfigError(
         f"{what}: losses of two models, and activations of two models, cannot be compared. Evaluate each by itself, or "
-        "name one model for both (model=..., --model)"
+        "name one model for both (model=..., --model), and how it is loaded (backend=..., --backend)"
     )
 
 

@@ -45,6 +45,7 @@ def evaluate(
     saes: object,
     *,
     model: object | None = None,
+    backend: PluginChoice | None = None,
     dataset: object | None = None,
     contexts: Tensor | None = None,
     n_contexts: int = 64,
@@ -68,9 +69,11 @@ def evaluate(
     back, of several :class:`~saekit.measuring.Evaluations`, by name.  SAEs that share a model and contexts share each
     clean forward.
 
-    ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned; ``dataset`` is as for
-    :func:`saekit.top_texts`.  Left out, they are those that an SAE says, and documents that were held out from its
-    training.  ``contexts [n, context_size]`` are token ids in the place of a dataset.
+    ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
+    loaded with the backend and the options that the SAE says, unless ``backend`` says it, as for
+    :func:`saekit.load_model`.  ``dataset`` is as for :func:`saekit.top_texts`.  Left out, they are those that an SAE
+    says, and documents that were held out from its training.  ``contexts [n, context_size]`` are token ids in the place
+    of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -92,7 +95,7 @@ def evaluate(
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
-        material = Material(plugins, text, model=model, device=device, say=say)
+        material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     _tell_and_save(results, found, save)

@@ -184,7 +184,7 @@ def _backend(
     if model is not None:
         say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
         return load_model(model, plugins=plugins)
-    from saekit.splicing.fits import model_name_of
+    from saekit.splicing.doubts import model_name_of
 
     name, about = model_name_of(sae), sae.info.metadata
     say(f"loading the model {name}")
@@ -197,7 +197,8 @@ def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -
     if len(items) != 1:
         return None
     known = {f"model_{field.name}": field.name for field in attrs.fields(items[0].entry.config)}
-    return {"name": items[0].key} | {known[key]: value for key, value in about.items() if key in known and value}
+    stated = {known[key]: value for key, value in about.items() if key in known and value is not None}
+    return {"name": items[0].key} | stated
 
 
 def _contexts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -10,16 +11,19 @@ import attrs
 
 from saekit.commands.looking import backend_of, corpus_of, load_model
 from saekit.commands.subjects import Subject
-from saekit.config import EvalsConfig
+from saekit.config import EvalsConfig, PluginChoice
 from saekit.config.files import plain_config
 from saekit.errors import ConfigError
 from saekit.kinds import MODEL_BACKENDS
+from saekit.plugins.building import origin_of
 from saekit.plugins.manager import PluginManager
+from saekit.runs.checks import has_model
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.config import ModelConfig
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
     from saekit.status import Status
@@ -52,17 +56,18 @@ class Material:
     text: Text
     model: object | None = attrs.field(default=None, kw_only=True)
     """None: the one that each SAE says."""
+    backend: PluginChoice | None = attrs.field(default=None, kw_only=True)
+    """None: that of each SAE, with its options."""
     device: str = attrs.field(default="auto", kw_only=True)
     say: Status | None = attrs.field(default=None, kw_only=True)
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
+    _fits: dict[tuple[str, int, str], Sites] = attrs.field(factory=dict, init=False)
     _contexts: dict[str, Tensor] = attrs.field(factory=dict, init=False)
     _told: set[str] = attrs.field(factory=set, init=False)
     """The SAEs whose configuration could not be loaded, as has been said."""
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
-        from saekit.splicing.fits import check_fits
-
         groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
         for name, subject in subjects.items():
             backend = self._backend(subject)
@@ -71,12 +76,12 @@ class Material:
                 begins = None
             else:
                 key, contexts, facts, begins = self._read(subject, backend)
-            sites = check_fits(subject.sae, backend, site, prepend_bos=begins)
+            sites = self._sites(subject, backend, site, begins)
             group = groups.setdefault((id(backend), key), (backend, contexts, [], {}))
             group[2].append(name)
             size, number = contexts.shape[1], len(contexts)
             group[3][name] = {
-                "model": backend.name, **facts, "context_size": size, "n_contexts": number, "sites": sites
+                **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()
 
@@ -92,6 +97,17 @@ class Material:
             stacklevel=2,
         )
 
+    def _sites(
+        self, subject: Subject, backend: ModelBackend, site: Site | Sites | str | None, begins: bool | None
+    ) -> Sites:
+        """Where the SAE is; what looks wrong is said once."""
+        from saekit.splicing.fits import check_fits
+
+        key = subject.name, id(backend), repr(site)
+        if key not in self._fits:
+            self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins)
+        return self._fits[key]
+
     def _say(self, text: str) -> None:
         if self.say is not None:
             self.say(text)
@@ -99,30 +115,46 @@ class Material:
     # ---- models
 
     def _backend(self, subject: Subject) -> ModelBackend:
-        """The one that is given, that of the run, or the one that the SAE says it was trained on."""
-        if self.model is None and subject.backend is not None:
-            return subject.backend
+        """The one that is given, that of the run, or the one that the SAE says it was trained on.
+
+        A name says which model, and the SAE with which backend and options, unless a backend is given, too.
+        """
         if all(hasattr(self.model, name) for name in MODEL_BACKENDS.methods):
+            if self.backend is not None:
+                raise ConfigError([("backend", "is for the name of a model, or for one that you have loaded; model is "
+                                    f"a {type(self.model).__name__}, which has its own")])  # fmt: skip
             return cast("ModelBackend", self.model)
-        if self.model is not None:
-            return self._opened("given", str(self.model), lambda: load_model(self.model, **self._how()))
-        if subject.config is not None:
-            config = subject.config.model
-            config = config if self.device == "auto" else attrs.evolve(config, device=self.device)
-            key = repr(plain_config(config, self.plugins))
-            build = self.plugins.build
-            return self._opened(
-                key, config.name, lambda: build(MODEL_BACKENDS, config.backend, model=config, loaded=None)
-            )
-        from saekit.splicing.fits import model_name_of
+        if self.model is None and self.backend is None and subject.backend is not None:
+            return subject.backend
+        if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
+            return self._opened("given", "that was given", lambda: self._load(self.model))
+        config = subject.config
+        if config is not None and not has_model(config, self.plugins):
+            config = None
+        if config is not None and self.backend is None:
+            return self._of_run(config.model)
+        if self.model is None and config is None:
+            self._warn_of_fault(subject)
+        name = str(self.model) if self.model is not None else None if config is None else config.model.name
+        return self._named(subject, name, None if config is None else config.model)
 
-        self._warn_of_fault(subject)
-        name, about = model_name_of(subject.sae), subject.sae.info.metadata
-        backend = backend_of(about, about.get("model_class_name"), self.plugins)
-        return self._opened(f"{name} {backend}", name, lambda: load_model(name, backend=backend, **self._how()))
+    def _of_run(self, model: ModelConfig) -> ModelBackend:
+        model = model if self.device == "auto" else attrs.evolve(model, device=self.device)
+        model = model if self.model is None else attrs.evolve(model, name=str(self.model))
+        build, key = self.plugins.build, repr(plain_config(model, self.plugins))
+        return self._opened(key, model.name, lambda: build(MODEL_BACKENDS, model.backend, model=model, loaded=None))
 
-    def _how(self) -> dict[str, Any]:
-        return {"device": self.device, "plugins": self.plugins}
+    def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
+        from saekit.splicing.doubts import model_name_of
+
+        name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
+        backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)
+        how: dict[str, Any] = {} if model is None else {"dtype": model.dtype, "autocast": model.autocast}
+        return self._opened(f"{name} {backend} {how}", name, lambda: self._load(name, backend=backend, **how))
+
+    def _load(self, model: object, **how: Any) -> ModelBackend:
+        how = {"backend": self.backend, "device": self.device, "plugins": self.plugins} | how
+        return load_model(model, **how)
 
     def _opened(self, key: str, name: str, load: Any) -> ModelBackend:
         if key not in self._backends:
@@ -199,6 +231,19 @@ class Material:
         every, split = _held_out(subject) if own else (0, None)
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         return attrs.evolve(corpus, evals=evals), bool(every or split)
+
+
+def _of_model(backend: ModelBackend) -> dict[str, Any]:
+    """What runs the model, and in which numbers."""
+    origin = origin_of(backend)
+    parameters = getattr(getattr(backend, "model", None), "parameters", None)
+    first = None if parameters is None else next(iter(parameters()), None)
+    return {
+        "model": backend.name,
+        "backend": type(backend).__name__ if origin is None else origin.key,
+        "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
+        "autocast": bool(getattr(backend, "autocast", False)),
+    }
 
 
 def _held_out(subject: Subject) -> tuple[int, str | None]:

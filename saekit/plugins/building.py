@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from saekit.errors import PluginFailedError, SaekitError
 from saekit.kinds import Kind
@@ -17,10 +19,20 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "outlined", "returned", "unless_ours"]
+__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "returned", "unless_ours"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
+
+
+_origins: WeakKeyDictionary[Any, Registered] = WeakKeyDictionary()
+
+
+def origin_of(made: object) -> Registered | None:
+    """The plugin that has built an object; None where that is not known."""
+    with contextlib.suppress(Exception):  # of what cannot be a key, and of strangers' objects
+        return _origins.get(made)
+    return None
 
 
 def built(item: Registered, options: Any, **services: Any) -> Any:
@@ -30,7 +42,10 @@ def built(item: Registered, options: Any, **services: Any) -> Any:
     :class:`saekit.errors.SaekitError` or ImportError with a note that names it, and otherwise
     :class:`saekit.errors.PluginFailedError`.
     """
-    return _made(item, "build", item.entry.build, options, services)
+    made = _made(item, "build", item.entry.build, options, services)
+    with contextlib.suppress(Exception):
+        _origins[made] = item
+    return made
 
 
 def outlined(item: Registered, options: Any, **services: Any) -> Any:

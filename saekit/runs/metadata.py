@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from saekit.abilities import StatesProcessing
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.data import Corpus
@@ -30,6 +31,7 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
         "model_class_name": backend_choice.item.entry.name,
         # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
         **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
+        **_processing(backend),
         "model_autocast": config.model.autocast,
         "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
         "context_size": dataset.context_size,
@@ -42,6 +44,12 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
         **_chosen(config, backend, corpus),
         **training,
     }
+
+
+def _processing(backend: ModelBackend) -> dict[str, Any]:
+    """What was done to the model's weights as it was loaded, which its options do not always say."""
+    known = dict(backend.processing()) if isinstance(backend, StatesProcessing) else {}
+    return {"model_processing": known} if known else {}
 
 
 def _chosen(config: TrainConfig, backend: ModelBackend, corpus: Corpus) -> dict[str, Any]:

@@ -2,8 +2,8 @@ from .attachment import Attachment as Attachment
 from .attachment import Mask as Mask
 from .attachment import attachments as attachments
 from .context import splice as splice
+from .doubts import doubts_of_fit as doubts_of_fit
+from .doubts import model_name_of as model_name_of
 from .fits import check_fits as check_fits
-from .fits import doubts_of_fit as doubts_of_fit
-from .fits import model_name_of as model_name_of
 from .spliced import Intervention as Intervention
 from .spliced import Spliced as Spliced

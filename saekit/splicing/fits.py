@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +12,13 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 
-from saekit.abilities import HasOtherNames, TranslatesHooks
+from saekit.abilities import TranslatesHooks
 from saekit.backends.base import Backend, no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
 from saekit.site import Site, Sites
+from saekit.splicing.doubts import doubts_of_fit
 from saekit.weights import check_tensors
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_fits", "doubts_of_fit", "model_name_of"]
+__all__ = ["check_fits"]
 
 _LOOKED_AT = 32  # hooks, for one of the width that was expected
 _known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
@@ -44,95 +44,21 @@ def check_fits(
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
-    that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`doubts_of_fit`.
+    that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`saekit.splicing.doubts_of_fit`.
     """
     wanted = _sites_of(sae, sites)
     _check_ports(sae, wanted)
     check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
     _check_widths(sae, found, backend)
-    for text in doubts_of_fit(sae, backend, prepend_bos=prepend_bos):
+    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos):
         warnings.warn(text, UserWarning, stacklevel=3)
     return found
-
-
-def doubts_of_fit(sae: SAEModule, backend: ModelBackend, *, prepend_bos: bool | None = None) -> list[str]:
-    """What looks wrong with ``sae`` in this model, in words: that it was trained on another, or with another BOS."""
-    about, found = sae.info.metadata, []
-    trained_on, place = _named(about), _place(sae)
-    if trained_on is not None and not _are_same(trained_on, backend):
-        found.append(
-            f"{place} was trained on activations of {trained_on!r}, and this model is {backend.name!r}; of another "
-            "model its features mean nothing"
-        )
-    before = about.get("prepend_bos")
-    if isinstance(before, bool) and prepend_bos is not None and before != prepend_bos:
-        found.append(
-            f"{place} was trained on contexts that {_begin(before)} (prepend_bos = {_said(before)}), and here they "
-            f"{_begin(prepend_bos)} (prepend_bos = {_said(prepend_bos)}); activations differ, at the first positions "
-            "most"
-        )
-    return found
-
-
-def model_name_of(sae: SAEModule, option: str = "model") -> str:
-    """The name of the model that ``sae`` says it was trained on.
-
-    ``option`` is what a user gives instead; :class:`saekit.errors.ConfigError` names it where ``sae`` does not say.
-    """
-    name = _named(sae.info.metadata)
-    if name is None:
-        raise ConfigError(
-            [(option, "is missing: the SAE does not say which model it was trained on (model_name in its "
-              f"metadata). Give {option}: a name, a folder or a model that you have loaded")]
-        )  # fmt: skip
-    return name
 
 
 def _as_it_lies(value: Tensor) -> Tensor:
     """``value``, turned if its memory is: only of what lies in order it is remembered that it is finite."""
     return value.T if value.ndim == 2 and not value.is_contiguous() and value.T.is_contiguous() else value
-
-
-def _place(sae: SAEModule) -> str:
-    return "the SAE" if sae.info.sites is None else f"the SAE at {sae.info.sites.name}"
-
-
-def _begin(with_bos: bool) -> str:
-    return "begin with BOS" if with_bos else "do not begin with BOS"
-
-
-def _said(value: bool) -> str:
-    return str(value).lower()
-
-
-# ---- names of models
-
-
-def _named(about: Mapping[str, object]) -> str | None:
-    """None for a model that has no name, which transformer_lens calls custom."""
-    name = about.get("model_name")
-    return name if isinstance(name, str) and name not in ("", "custom") else None
-
-
-def _are_same(name: str, backend: ModelBackend) -> bool:
-    if backend.name in ("", "custom"):  # nobody knows
-        return True
-    wanted = _plain(name)
-    if wanted == _plain(backend.name):
-        return True
-    others = backend.other_names() if isinstance(backend, HasOtherNames) else ()
-    return wanted in map(_plain, others)
-
-
-def _plain(name: str) -> str:
-    """The last part of a name or folder, in small letters: ``openai-community/GPT2`` is ``gpt2``.
-
-    A folder of the Hub's cache is the model that it holds.
-    """
-    if (cached := re.search(r"models--(?:[^/\\]*--)?([^/\\]+)[/\\]snapshots", name)) is not None:
-        return cached.group(1).lower()
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
 
 
 # ---- sites

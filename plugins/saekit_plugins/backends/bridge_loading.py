@@ -26,6 +26,7 @@ from saekit_plugins.backends.model_folders import (
 )
 from saekit_plugins.backends.native_models import load_native_causal_lm, native_outline
 from saekit_plugins.backends.outlines import causal_lm_outline
+from saekit_plugins.backends.processing import NOTHING
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig
@@ -48,9 +49,14 @@ class Processing:
         """The weights as they are."""
         return cls(**{field.name: False for field in attrs.fields(cls)})
 
+    def done(self) -> dict[str, bool]:
+        """By its name, whether it is done."""
+        chosen: dict[str, bool] = attrs.asdict(self)
+        return chosen
+
     def options(self) -> dict[str, bool]:
         """For ``enable_compatibility_mode``."""
-        chosen: dict[str, bool] = attrs.asdict(self)
+        chosen = self.done()
         return chosen | {"no_processing": not any(chosen.values())}
 
 
@@ -71,13 +77,15 @@ def bridge_backend(
     ``native_processing`` in its place, if that is given.  ``options`` are those of ``from_pretrained``.
     """
     name = model.name if loaded is None else getattr(loaded.cfg, "model_name", None)
+    processed: Mapping[str, bool] | None = None
     if loaded is None:
         folder = model_folder(model.name, {})
         native = folder is not None and (folder / NATIVE_CONFIG).is_file()
         kind = (native_processing or processing) if native else processing
         loaded = (_outlined if outline else _loaded)(model, tokenizer, kind, options, native=native)
+        processed = {} if native else NOTHING if kind is None else kind.done()  # a native one is as it was saved
     known = {"d_vocab": loaded.cfg.d_vocab, "n_ctx": loaded.cfg.n_ctx, "autocast": model.autocast}
-    return BridgeBackend(loaded, name=name or "custom", forward_kwargs=forward_kwargs, **known)
+    return BridgeBackend(loaded, name=name or "custom", forward_kwargs=forward_kwargs, processed=processed, **known)
 
 
 def _loaded(

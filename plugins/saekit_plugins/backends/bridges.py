@@ -18,6 +18,7 @@ from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import layout_of
 from saekit_plugins.backends.lens_hooks import exposed
+from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +47,17 @@ class BridgeBackend(ModuleBackend, InsideBackend):
         "switch on, or take another hook)"
     )
 
-    def __init__(self, model: Any, *, forward_kwargs: Mapping[str, Any] | None = None, **known: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        processed: Mapping[str, bool] | None = None,
+        **known: Any,
+    ) -> None:
         super().__init__(model, tokenizer=model.tokenizer, **known)
         self._forward_kwargs = dict(forward_kwargs or {})
+        self._processed = processed
 
     @cached_property
     def _points(self) -> dict[str, Any]:
@@ -83,6 +92,15 @@ class BridgeBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self._residual
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        """See :class:`saekit.abilities.StatesProcessing`; of a bridge in compatibility mode that was passed from code,
+        nothing is known."""
+        known = self._processed
+        if known is None:
+            known = {} if getattr(self.model, "compatibility_mode", False) else NOTHING
+        names = [name for name, point in self._points.items() if point is self._points.get(hook_name or "")]
+        return at_hooks(known if about is None else of_metadata(about), hook_name and names, self.model)
 
     @cached_property
     def _residual(self) -> frozenset[str]:

@@ -24,6 +24,7 @@ from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_v
 from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
 from saekit_plugins.backends.outlines import hooked_transformer_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
+from saekit_plugins.backends.processing import at_hooks, of_metadata, seen_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +88,11 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         )
         found = None if known is None else known.lens_hook(name)
         return found if found in self.model.hook_dict else None
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        """See :class:`saekit.abilities.StatesProcessing`: what can be seen of the weights."""
+        known = seen_in(self.model) if about is None else of_metadata(about)
+        return at_hooks(known, hook_name and [hook_name], self.model)
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "lm_head"):  # a Mamba's

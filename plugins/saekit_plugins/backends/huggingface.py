@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from saekit_plugins.backends.hook_names import Layout, layout_of
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
+from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +118,16 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
             known = Layout(self._order.path)
         found = None if known is None else known.module_hook(name)
         return found if found in self._hooks else None
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        """See :class:`saekit.abilities.StatesProcessing`: transformers leaves weights as they are."""
+        config = self.model.config.get_text_config()
+        layout = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        known = None if layout is None or hook_name is None else layout.lens_hook(hook_name)
+        if known is None and hook_name is not None and self.in_residual_stream(hook_name):
+            known = "hook_resid_pre"
+        names = hook_name and [hook_name if known is None else known]
+        return at_hooks(NOTHING if about is None else of_metadata(about), names, self.model)
 
     @cached_property
     def _hooks(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.commands.evaluating import ChosenTokens, asked_evals, evaluated
+from saekit.commands.evaluating import ChosenTokens, asked_evals, checked_arguments, evaluated
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
@@ -76,6 +76,7 @@ def compare(
     if type(n_contexts) is not int or n_contexts < 2:
         raise ConfigError([("n_contexts", f"must be a whole number of 2 or more, found {n_contexts!r}: one context "
                             "cannot say how much contexts differ")])  # fmt: skip
+    contexts, mask = checked_arguments(n_contexts, contexts, mask)
     folder = None if out is None else _folder(out)
     from saekit.devices import resolve_device
     from saekit.status import Status

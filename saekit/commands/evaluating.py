@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import TokenChoice
 
-__all__ = ["ChosenTokens", "asked_evals", "evaluate", "evaluated"]
+__all__ = ["ChosenTokens", "asked_evals", "checked_arguments", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -71,9 +71,9 @@ def evaluate(
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and the options that the SAE says, unless ``backend`` says it, as for
-    :func:`saekit.load_model`.  ``dataset`` is as for :func:`saekit.top_texts`.  Left out, they are those that an SAE
-    says, and documents that were held out from its training.  ``contexts [n, context_size]`` are token ids in the place
-    of a dataset.
+    :func:`saekit.load_model`.  ``dataset`` is a path, a name on the Hub, options as of ``dataset`` in a configuration,
+    or texts in memory.  Left out, they are those that an SAE says, and documents that were held out from its training.
+    ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -87,7 +87,7 @@ def evaluate(
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    _check_arguments(n_contexts, contexts, mask)
+    contexts, mask = checked_arguments(n_contexts, contexts, mask)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -103,11 +103,18 @@ def evaluate(
     return next(iter(results.values())) if alone else results
 
 
-def _check_arguments(n_contexts: object, contexts: object, mask: object) -> None:
+def checked_arguments(n_contexts: object, contexts: Any, mask: Any) -> tuple[Tensor | None, Mask | None]:
+    """``contexts`` and ``mask``, as far as they can be looked at without a model."""
     if type(n_contexts) is not int or n_contexts < 1:
         raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
     if contexts is None and mask is not None and not callable(mask):
         raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
+    if contexts is None:
+        return None, mask
+    from saekit.evals.measured import checked_contexts, checked_mask
+
+    contexts = checked_contexts(contexts)
+    return contexts, checked_mask(mask, contexts)
 
 
 @attrs.frozen(eq=False)

@@ -233,12 +233,15 @@ def _contexts(
 def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:
     """The text, packed as it was for the SAE, as far as its metadata says; what is pretokenized stays as it is."""
     from saekit.data.corpus import Corpus
+    from saekit.data.in_memory import is_name
     from saekit.data.packed import Packed
 
     about = sae.info.metadata
     given: dict[str, Any] = {}
     if isinstance(dataset, DatasetConfig):
         given, dataset = plain_config(dataset, plugins, spare=True), None
+    elif isinstance(dataset, os.PathLike) or (isinstance(dataset, str) and is_name(dataset)):
+        given, dataset = {"path": os.fspath(dataset)}, None
     elif isinstance(dataset, Mapping) and isinstance(dataset.get("path"), (str, os.PathLike)):
         given, dataset = dict(dataset), None
     elif dataset is None:

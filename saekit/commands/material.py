@@ -165,14 +165,9 @@ class Material:
     # ---- contexts
 
     def _given(self, backend: ModelBackend) -> Tensor:
-        import torch
+        from saekit.evals.measured import checked_contexts
 
-        contexts = self.text.contexts
-        if not isinstance(contexts, torch.Tensor) or contexts.ndim != 2 or contexts.is_floating_point():
-            shown = (
-                f"{list(contexts.shape)}, {contexts.dtype}" if isinstance(contexts, torch.Tensor) else type(contexts)
-            )
-            raise ConfigError([("contexts", f"must be token ids [n, context_size], found {shown}")])
+        contexts = checked_contexts(self.text.contexts)
         if not contexts.numel() or int(contexts.min()) < 0 or int(contexts.max()) >= backend.d_vocab:
             raise ConfigError(
                 [("contexts", f"must be token ids from 0 to {backend.d_vocab - 1:,} of {backend.name!r}")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,7 @@ def finished(
     n_bootstrap: int = N_BOOTSTRAP,
     *,
     values: Mapping[str, float] | None = None,
+    remarks: Sequence[str] = (),
     **more: Any,
 ) -> Evaluation:
     """The :class:`Evaluation` of ``sums`` by the function ``metrics`` of their totals, with bootstrap errors.
@@ -99,14 +100,20 @@ def finished(
     """
     if not len(sums):
         raise ValueError("nothing was measured: there are no contexts")
-    found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
     contexts = tuple(sums.numbers[sums.counted].tolist())
-    portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(contexts) > 1 else []
+    with np.errstate(all="ignore"):  # of outputs that are no numbers, of which a remark tells
+        found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
+        portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(contexts) > 1 else []
     drawn = {name: np.concatenate([portion[name] for portion in portions]) for name in found} if portions else {}
     errors = {name: _error(values) for name, values in drawn.items()}
-    remarks = (_ALONE,) if n_bootstrap and len(contexts) == 1 else ()
+    alone = (_ALONE,) if n_bootstrap and len(contexts) == 1 else ()
     return Evaluation(
-        values=found | dict(values or {}), errors=errors, resampled=drawn, contexts=contexts, remarks=remarks, **more
+        values=found | dict(values or {}),
+        errors=errors,
+        resampled=drawn,
+        contexts=contexts,
+        remarks=(*alone, *remarks),
+        **more,
     )
 
 

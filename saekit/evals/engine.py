@@ -14,7 +14,7 @@ from saekit.abilities import StartsInside
 from saekit.ambient import ambient
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
-from saekit.evals.measured import Mask, Measured, allowed_in
+from saekit.evals.measured import Mask, Measured, allowed_in, checked_mask
 from saekit.evals.pieces import at_once
 from saekit.evals.sums import Sums
 from saekit.kernels.sparse import SparseFeatures
@@ -44,6 +44,7 @@ def measure(
     ``first`` is the number of the first context, for parts of a whole; ``means`` are what :func:`read_means` gives, by
     default of the first of ``contexts``; ``report`` is told of every batch how many tokens it had.
     """
+    mask = checked_mask(mask, contexts)
     with ambient(), torch.no_grad():
         if means is None:
             means = read_means(subjects, backend=backend, contexts=contexts, mask=mask)

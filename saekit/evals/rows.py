@@ -82,6 +82,7 @@ def add_rows(
         "dot": dot.sum(1),
         "cosines": (dot / (norm_in * norm_out).clamp_min(1e-30)).sum(1),
         "positions": torch.full_like(count, kept.shape[1]),
+        "not_finite": (~given.isfinite().all(-1)).sum(1),
         **_squares(off, given.sub_(y), sums.facts["targets"]),
     }
     found, fired = _of_features(features, kept)
@@ -147,7 +148,8 @@ def counted_of_rows(sums: Sums) -> dict[str, Any]:
     n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
     """
     fired, tokens = sums.count("fired"), int(sums.column("tokens").sum())
-    known = sums.facts["known"]
+    known, broken = sums.facts["known"], int(sums.column("not_finite").sum())
+    remark = f"{broken:,} of {tokens:,} outputs of the SAE are not finite: too large for their type?"
     fractions = fired / max(tokens, 1)
     silent = fired == 0
     values = {
@@ -160,6 +162,7 @@ def counted_of_rows(sums: Sums) -> dict[str, Any]:
         "values": values,
         "histograms": {"log10_firing_fractions": _histogram(np.log10(fractions[~silent]))},
         "features": {"firing_fractions": fractions},
+        "remarks": (remark,) if broken else (),
         "about": {"tokens_used": tokens, "tokens_of": int(sums.column("positions").sum())},
     }
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, kl_div
 import saekit
 from saekit.backends import Hooks, next_token_loss
 from saekit.errors import ConfigError
-from saekit.evals import AccumulatingEval, Measured, Sums, Totals, measure
+from saekit.evals import AccumulatingEval, Measured, Sums, Totals, differences, measure
 from saekit.evals.calling import Asked, all_called
 from saekit.measuring import Evaluation, Needs, Seen
 from saekit.sae.build import build_module
@@ -383,6 +383,36 @@ def test_one_context_that_counts_has_no_error_and_says_so() -> None:
     one = found(standard(), mask=mask)
     assert (one.contexts, one.errors, one.resampled) == ((2,), {}, {})
     assert "only one context has tokens that count, so that no number has an error" in one.remarks
+
+
+@pytest.mark.parametrize("rows", [5, 7, 12])
+def test_a_mask_of_other_contexts_is_refused_before_anything_runs(rows: int) -> None:
+    backend, mask = Small(), torch.ones(rows, 10, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=rf"bool, \[6, 10\] as the contexts; found \[{rows}, 10\], torch.bool"):
+        found(standard(), backend=backend, mask=mask, batch_size=3)
+    assert backend.forwards == []
+    assert found(standard(), mask=np.ones((6, 10), bool)).values == found(standard()).values
+
+
+def test_outputs_that_are_no_numbers_are_counted_and_nothing_else_warns() -> None:
+    sae = standard()
+    with torch.no_grad():
+        sae.W_dec.mul_(1e30)
+        sae.W_enc.mul_(1e9)
+        sae.b_dec.add_(1e38)
+    broken = found(sae)
+    count = 60 - int(
+        torch.isfinite(sae(Small().run(TOKENS, read={EARLY.hook_name}).held[EARLY.hook_name])).all(-1).sum()
+    )
+    assert count
+    assert f"{count} of 60 outputs of the SAE are not finite: too large for their type?" in broken.remarks
+    assert [pair.metric for pair in differences({"a": broken, "b": found(standard())}, ["mse"])] == ["mse"]
+
+
+def test_losses_of_the_last_position_are_said_to_be_none() -> None:
+    last = found(standard(), tokens=TokenChoice(seqpos_slice=(-1, None)))
+    assert math.isnan(last["ce_recovered"])
+    assert any(remark.startswith("no token is predicted from the tokens that count") for remark in last.remarks)
 
 
 def test_batches_change_no_number() -> None:

@@ -27,6 +27,7 @@ QUICK: dict[str, Any] = {"n_bootstrap": 50, "n_contexts": 4, "verbose": False}
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+    pytest.mark.filterwarnings("ignore:.*hardly better than guessing"),  # a fake model does
 ]
 
 
@@ -156,6 +157,39 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
         evaluated([])
     with pytest.raises(ConfigError, match=r"mean_ablation_contexts: is 9, and there are 4 contexts: ask for fewer"):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts, mean_ablation_contexts=9)
+
+
+def test_contexts_and_masks_of_any_kind(runs: Path) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    tokens = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = tokens > 20
+    kinds = [(tokens, mask), (tokens.to(torch.uint8), mask.numpy()), (tokens.tolist(), mask.tolist())]
+    values = [evaluated(sae, FakeBackend(), contexts=one, mask=kept, save=False).values for one, kept in kinds]
+    assert values[0] == values[1] == values[2]
+    for wrong, told in (
+        ({"contexts": mask}, r"contexts: must be token ids \[n, context_size\], whole numbers; found .* torch.bool"),
+        ({"contexts": [[1, 2], [3]]}, r"contexts: must be token ids \[n, context_size\]: "),
+        ({"contexts": tokens, "mask": mask[:3]}, r"mask: must .* bool, \[4, 12\] as the contexts; found \[3, 12\]"),
+        ({"contexts": tokens, "mask": mask.long()}, r"mask: must .* found \[4, 12\], torch.int64"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            evaluated(sae, **wrong)
+
+
+def test_a_text_is_named_or_passed(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[::-1]))
+    given = [path, str(path), {"path": str(path)}, DOCUMENTS[::-1]]
+    found = [evaluated(runs / "a", FakeBackend(), dataset=dataset, save=False) for dataset in given]
+    assert len({one.about["contexts_digest"] for one in found}) == 1
+    assert [one.about["dataset"] for one in found] == [*[str(path)] * 3, "a dataset from memory"]
+
+
+def test_a_model_that_guesses_is_told(runs: Path) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"the model's own loss is .* nats, hardly better than guessing \(4.85,"):
+        evaluated(sae, FakeBackend(), contexts=contexts, save=False)
 
 
 def test_what_is_worse_than_the_mean_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,11 @@ _MEASURES = {
 }
 
 
+_NO_LOSS = (
+    "no token is predicted from the tokens that count, of which each is the last of its context: there are no losses"
+)
+
+
 class DownstreamEval(AccumulatingEval):
     """Losses of the model as it is, with what the SAE gives, with zeros and with the mean."""
 
@@ -49,6 +55,8 @@ class DownstreamEval(AccumulatingEval):
             )
         self.config = config
         self.n_bootstrap = config.n_bootstrap
+        self._guess = math.log(run.backend.d_vocab) if run is not None and not run.steps else math.inf
+        """The loss of a model that knows nothing; in training, the run itself tells of it."""
 
     @property
     def needs(self) -> Needs:
@@ -97,12 +105,22 @@ class DownstreamEval(AccumulatingEval):
         about = {"tokens_used": tokens, "tokens_of": int(sums.column("positions").sum())}
         if self.config.mean_ablation_contexts:
             about["mean_ablation_contexts"] = self.config.mean_ablation_contexts
-        return {"values": {"n_tokens": float(tokens)}, "about": about}
+        losses = sums.column("losses").sum()
+        unread = (_NO_LOSS,) if tokens and not losses else ()
+        return {"values": {"n_tokens": float(tokens)}, "about": about, "remarks": unread}
 
     def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
-        worse = values["ce_recovered"] < 0
-        text = "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
-        return (text,) if worse else ()
+        found, clean = [], values["ce_loss_without_sae"]
+        if clean > 0.95 * self._guess:
+            found.append(
+                f"the model's own loss is {clean:.2f} nats, hardly better than guessing ({self._guess:.2f}, the "
+                "logarithm of its vocabulary); wrong model, tokenizer or text?"
+            )
+        if values["ce_recovered"] < 0:
+            found.append(
+                "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
+            )
+        return tuple(found)
 
 
 def _recovered(ce: Mapping[str, Any], ablated: str) -> Any:

@@ -362,7 +362,7 @@ def test_positions_that_do_not_count_stay_and_are_left_out_of_every_mean() -> No
 
 @pytest.mark.parametrize("mask", [lambda tokens: tokens, lambda tokens: "all", torch.ones(6, 9, dtype=torch.bool)])
 def test_what_is_no_mask_is_refused(mask: Any) -> None:
-    with pytest.raises(ConfigError, match=r"mask: must say true or false of each token, \[6, 10\] here; found"):
+    with pytest.raises(ConfigError, match=r"mask: must say true or false of each token.*\[6, 10\].*; found"):
         found(standard(), mask=mask)
 
 
@@ -401,9 +401,8 @@ def test_outputs_that_are_no_numbers_are_counted_and_nothing_else_warns() -> Non
         sae.W_enc.mul_(1e9)
         sae.b_dec.add_(1e38)
     broken = found(sae)
-    count = 60 - int(
-        torch.isfinite(sae(Small().run(TOKENS, read={EARLY.hook_name}).held[EARLY.hook_name])).all(-1).sum()
-    )
+    held = Small().run(TOKENS, read={EARLY.hook_name}).held[EARLY.hook_name]
+    count = 60 - int(sae(held).isfinite().all(-1).sum())
     assert count
     assert f"{count} of 60 outputs of the SAE are not finite: too large for their type?" in broken.remarks
     assert [pair.metric for pair in differences({"a": broken, "b": found(standard())}, ["mse"])] == ["mse"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.reasons import alike
 from saekit.site import Sites
 from saekit.tables import facts_html, table_html
 from saekit.values import Histogram
@@ -194,6 +195,8 @@ class Measure:
     """Its place among the numbers that are told first, from 1 on; 0: it is not told first."""
     fidelity: bool = False
     """Whether it says how faithful the SAE is, which more features per token pay for: it is told beside L0."""
+    of_site: bool = False
+    """Whether it is of what a site holds, or of what its ablation costs: SAEs at other sites are not compared by it."""
     of_model: bool = False
     """Whether all SAEs at a site have it in common: no difference to speak of."""
 
@@ -229,6 +232,9 @@ class Evaluation:
             raise TypeError(f"measures must be a mapping of names to saekit.measuring.Measure, found {value!r}")
 
     def __getitem__(self, name: str) -> float:
+        if name not in self.values:
+            hint = alike(name, self.values) or f"; there are {', '.join(self.values)}"
+            raise KeyError(f"there is no number {name!r}{hint}")
         return self.values[name]
 
     def text_of(self, name: str) -> str:

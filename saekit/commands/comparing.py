@@ -217,7 +217,8 @@ def _html(compared: Comparison) -> bytes | None:
     from saekit.reports.comparison import comparison_page
 
     verdicts = compared.verdicts()
-    told = verdicts if len(verdicts) <= _MOST_VERDICTS else [f"{len(verdicts):,} verdicts: the last table has them"]
-    lines = [*compared.where, *told, *compared.rules()]
-    page = comparison_page(compared.rows(), compared.title, lines, [*compared.tables()])
+    told, left = verdicts[:_MOST_VERDICTS], len(verdicts) - _MOST_VERDICTS
+    told += [f"and {left:,} more: the last table has all differences"] if left > 0 else []
+    lines = [*compared.where, *compared.rules()]
+    page = comparison_page(compared.rows(), compared.title, lines, [*compared.tables()], told)
     return None if page is None else page.encode()

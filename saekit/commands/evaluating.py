@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from saekit.measuring import Evaluation, Evaluations
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.reasons import alike
 from saekit.runs.checks import chosen_evals
 from saekit.site import Site, Sites
 
@@ -153,8 +155,10 @@ def asked_evals(
         chosen[key] = dataclasses.replace(choice, options=attrs.evolve(choice.options, **given))
         known |= names
     if unknown := sorted(asked.keys() - known):
-        there = ", ".join(sorted(known))
-        raise ConfigError([(unknown[0], f"is no argument, and no option of {', '.join(chosen)}: these have {there}")])
+        there, arguments = ", ".join(sorted(known)), inspect.signature(evaluate).parameters
+        hint = alike(unknown[0], {*known, *arguments} - {"options"})
+        said = f"is no argument, and no option of {', '.join(chosen)}: these have {there}{hint}"
+        raise ConfigError([(unknown[0], said)])
     return chosen
 
 

@@ -28,11 +28,11 @@ _BINS = 64
 
 ROW_MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
-        "explained_variance": Measure("explained variance", 1, "EV", headline=2, fidelity=True),
+        "explained_variance": Measure("explained variance", 1, "EV", headline=2, fidelity=True, of_site=True),
         "l0": Measure("L0", headline=3),
-        "mse": Measure("mse", -1),
+        "mse": Measure("mse", -1, of_site=True),
         "l1": Measure("L1"),
-        "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
+        "cosine_similarity": Measure("cosine similarity", 1, "cosine sim.", of_site=True),
         "l2_norm_in": Measure("norm of targets", of_model=True),
         "l2_norm_out": Measure("norm of reconstructions"),
         "l2_ratio": Measure("norm ratio"),

@@ -22,15 +22,15 @@ _LOSSES = {
 }
 """The forwards, and what their losses are called."""
 _MEASURES = {
-    "ce_recovered": Measure("CE recovered", 1, "CE rec.", headline=1, fidelity=True),
-    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1),
+    "ce_recovered": Measure("CE recovered", 1, "CE rec.", headline=1, fidelity=True, of_site=True),
+    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1, of_site=True),
     "ce_loss_with_sae": Measure("CE with the SAE", -1),
     "ce_loss_without_sae": Measure("CE without an SAE", of_model=True),
     "ce_loss_with_ablation": Measure("CE with zeros", of_model=True),
     "ce_loss_with_mean_ablation": Measure("CE with the mean", of_model=True),
     "kl_div_with_sae": Measure("KL divergence", -1, "KL", headline=4),
     "kl_div_with_ablation": Measure("KL with zeros", of_model=True),
-    "kl_div_score": Measure("KL score", 1),
+    "kl_div_score": Measure("KL score", 1, of_site=True),
     "top1_agreement": Measure("top-1 agreement", 1, "top-1", headline=5),
     "n_tokens": Measure("tokens"),
 }

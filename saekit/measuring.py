@@ -5,8 +5,11 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from saekit.kernels.sparse import SparseFeatures
 
 __all__ = [
-    "Evaluation", "Evaluations", "Measure", "Needs", "Outcome", "Seen", "measured_text", "plain_number",
+    "Evaluation", "Evaluations", "Measure", "Needs", "Outcome", "Seen", "json_text", "measured_text", "plain_number",
     "plain_numbers",
 ]  # fmt: skip
 
@@ -221,6 +224,8 @@ class Evaluation:
     resampled: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
     """Of each number that has an error ``[n_bootstrap]``: what it is in each resample of the contexts.  Those of SAEs
     that were measured on the same contexts are of the same resamples."""
+    file: Path | None = None
+    """Where the numbers were written."""
     sums: Mapping[str, Any] = attrs.field(factory=dict)
     """The :class:`saekit.evals.Sums` of each eval, by its name."""
     measures: Mapping[str, Measure] = attrs.field(factory=dict)
@@ -320,6 +325,12 @@ class Evaluations(dict[str, Evaluation]):
     def _repr_html_(self) -> str:
         """The table, for notebooks."""
         return table_html("Evaluations", ["", *self], self.rows())
+
+
+def json_text(told: Mapping[str, Any]) -> str:
+    """``told`` as JSON for people, too: indented, and lists of numbers on one line each."""
+    text = json.dumps(told, indent=2, allow_nan=False)
+    return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def measured_text(value: float, error: float | None = None) -> str:

@@ -21,6 +21,7 @@ from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,6 +123,10 @@ def _named(found: Mapping[str, Subject]) -> dict[str, Subject]:
     if len(found) < 2:
         only = f": {next(iter(found))}" if found else ""
         raise ConfigError([("saes", f"must be two or more to be compared, found {len(found)}{only}")])
+    for name in found:
+        if not name.strip() or printable(name) != name:
+            raise ConfigError([("saes", f"have a name {name!r}, which tables cannot show: give a word or more, without "
+                                "line breaks")])  # fmt: skip
     names = [name.replace("\\", "/").split("/") for name in found]
     while all(len(parts) > 1 for parts in names) and len({parts[0] for parts in names}) == 1:
         names = [parts[1:] for parts in names]

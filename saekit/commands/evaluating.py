@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +23,7 @@ from saekit.config import PluginChoice
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
-from saekit.measuring import Evaluation, Evaluations
+from saekit.measuring import Evaluation, Evaluations, json_text
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
@@ -100,7 +99,7 @@ def evaluate(
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
-    _tell_and_save(results, found, save)
+    results = _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
     return next(iter(results.values())) if alone else results
 
@@ -298,20 +297,25 @@ def _part(
     return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
 
 
-def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> None:
-    """Remarks as warnings, and the numbers beside the SAEs."""
+def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> Evaluations:
+    """Remarks as warnings, and the numbers beside the SAEs; gives them with the files."""
+    told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
             warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=3)
-        if save and (file := subjects[name].file) is not None:
-            _save(file, one)
+        file = subjects[name].file
+        written = file is not None and save and _save(file, one)
+        told[name] = attrs.evolve(one, file=file) if written else one
+    return told
 
 
-def _save(file: Path, found: Evaluation) -> None:
+def _save(file: Path, found: Evaluation) -> bool:
     """All or nothing; a place that cannot be written to takes nothing away from what was found."""
     from saekit.files.storage import write_text
 
     try:
-        write_text(file, json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
         warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=3)
+        return False
+    return True

@@ -267,6 +267,11 @@ def _packed_alike(
     names = (*_ABOUT_TOKENS, *_OF_ITS_TEXT) if own else _ABOUT_TOKENS
     known = {name: about[name] for name in names if about.get(name) is not None}
     size = known.get("context_size")
+    if "context_size" not in given and size is not None and (type(size) is not int or size < 1):
+        raise ConfigError(
+            [("dataset.context_size", f"is {short(size)} in the SAE's metadata, expected a whole number of 1 or more; "
+              "say it with the text: dataset={'path': ..., 'context_size': ...}")]
+        )  # fmt: skip
     if isinstance(size, int) and backend.n_ctx is not None:
         known["context_size"] = min(size, backend.n_ctx)
     try:

@@ -68,9 +68,12 @@ class Material:
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
+        from saekit.splicing.fits import fitting_sites
+
         groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
         for name, subject in subjects.items():
             backend = self._backend(subject)
+            fitting_sites(subject.sae, backend, site)  # before a text is read
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
                 begins = None
@@ -198,10 +201,19 @@ class Material:
         from saekit.data.activations import check_contexts
 
         if held_out:
-            return corpus.held_out(backend, self.text.seed)
-        found = corpus.contexts(backend).take(self.text.n_contexts).tokens
-        check_contexts(len(found), corpus.context_size)
-        return torch.from_numpy(found)
+            found = corpus.held_out(backend, self.text.seed)
+        else:
+            found = torch.from_numpy(corpus.contexts(backend).take(self.text.n_contexts).tokens)
+            check_contexts(len(found), corpus.context_size)
+        if len(found) < self.text.n_contexts:
+            which = "held-out text" if held_out else "text"
+            warnings.warn(
+                f"the {which} fills {len(found):,} contexts of {corpus.context_size:,} tokens, and "
+                f"{self.text.n_contexts:,} were asked for (n_contexts): numbers are of those",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found
 
     def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
         """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from support.tiny import run_config
 import saekit
 from saekit.commands.measured import show_evaluations
 from saekit.commands.show import show
-from saekit.errors import ConfigError, ModelError, PluginFailedError
+from saekit.errors import ConfigError, ModelError, PluginFailedError, SAEFormatError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -257,9 +258,51 @@ def test_a_table_and_json_are_shown(runs: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert f"{runs}/a" in lines[0]
     assert any(line.startswith("explained_variance ") and line.count(" ± ") == 2 for line in lines)
+    assert any(line.split()[:4] == ["ce_loss_without_sae", "CE", "without", "an"] for line in lines)
     assert lines[-1].startswith("128 of 128 tokens of 4 contexts of 32 tokens of ")
     assert lines[-1].endswith("held out from training; model fake; ± standard error by bootstrap over contexts")
     show_evaluations(next(iter(found.values())), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [*told] == [f"{runs}/a"]
     assert told[f"{runs}/a"]["errors"]["l0"] > 0
+
+
+def test_files_are_told_and_histograms_stand_on_a_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(runs / "a")
+    file = runs / "a" / "sae" / "evals.json"
+    assert found.file == file
+    show_evaluations(found)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Written: {file}"
+    assert re.search(r'"counts": \[\d+, .*, \d+\],$', file.read_text(), re.MULTILINE)
+    assert json.loads(file.read_text()) == found.to_dict()
+
+
+def test_fewer_contexts_than_were_asked_for_are_a_warning(runs: Path) -> None:
+    with pytest.warns(
+        RuntimeWarning, match=r"the held-out text fills \d+ contexts of 32 tokens, and 900 were asked for"
+    ):
+        found = evaluated(runs / "a", FakeBackend(), n_contexts=900, save=False)
+    assert len(found.contexts) < 900
+
+
+def test_a_wrong_width_is_found_before_the_text_is_read(runs: Path) -> None:
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 5, "d_sae": 16})
+    with pytest.raises(ConfigError, match="the SAE expects 5 there"):
+        evaluated(sae, FakeBackend(), model=FakeBackend(), site=SITE, dataset="/nowhere/text.jsonl")
+
+
+def test_natural_mistakes_get_near_names(runs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"n_context: is no argument, .* Did you mean 'n_contexts'"):
+        evaluated(runs / "a", n_context=3)
+    with pytest.raises(ConfigError, match=r"top_1: is no argument, .* Did you mean 'top1'"):
+        evaluated(runs / "a", top_1=True)
+    with pytest.raises(SAEFormatError, match=rf"no file or folder {runs}/aa, .* Did you mean '{runs}/a'"):
+        evaluated(f"{runs}/aa")
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    stated = attrs.evolve(sae.info, metadata={**sae.info.metadata, "context_size": "abc"})
+    sae.info = stated
+    with pytest.raises(ConfigError, match=r"dataset.context_size: is 'abc' in the SAE's metadata, expected a whole"):
+        evaluated(sae, FakeBackend(), save=False, dataset=DOCUMENTS)
+    for name in ("", "a\nb"):
+        with pytest.raises(ConfigError, match="saes: have a name .*, which tables cannot show"):
+            saekit.compare({name: runs / "a", "b": runs / "b"}, plugins=manager(), verbose=False)

@@ -293,7 +293,7 @@ class Evaluation:
         """What several evals have found of one SAE on the same contexts, as one; of a name the first counts."""
         whole = cls(values={})
         for part in parts:
-            merged = {
+            merged: dict[str, Any] = {
                 name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
                 for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums", "measures")
             }

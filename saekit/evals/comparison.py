@@ -98,9 +98,9 @@ class Comparison:
         first, second = self.evaluations[one], self.evaluations[other]
         if self._apart(one, other) or first.values.keys() != second.values.keys():
             return False
-        values = [(found.values[name], second.values[name]) for found in (first,) for name in found.values]
-        drawn = [(array, second.resampled.get(name, ())) for name, array in first.resampled.items()]
-        return all(np.array_equal(a, b, equal_nan=True) for a, b in (*values, *drawn))
+        pairs: list[tuple[Any, Any]] = [(value, second.values[name]) for name, value in first.values.items()]
+        pairs += [(drawn, second.resampled.get(name, ())) for name, drawn in first.resampled.items()]
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
     def _apart(self, one: str, other: str) -> bool:
         """Whether they are at other sites."""

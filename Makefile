@@ -12,9 +12,9 @@ NEWEST ?= .venv-newest
 TL4 ?= .venv-tl4
 TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_conformance.py tests/data/test_live_source.py \
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
-EXTRAS := [mamba,wandb,test,docs]
+EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
-.PHONY: demo test test-newest test-tl4 lint docs bench clean
+.PHONY: demo test test-newest test-peers test-tl4 lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
@@ -44,6 +44,13 @@ test-tl4:
 	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt 'transformer-lens>=4,<5' \
 		-e '.[wandb,test]'
 	$(TL4)/bin/python -m pytest -n auto $(TL4_TESTS)
+
+# The tests that run other libraries beside saekit, in the environments of `make bench`; SAEKIT_SAE_BENCH_PYTHON names one with
+# SAEBench, if there is one.
+PEER_TESTS ?= $(shell grep -rlE 'SAEKIT_SAE_(LENS|LENS_3|BENCH)_PYTHON' tests --include='test_*.py')
+test-peers: $(STAMP) $(PEERS)/.installed $(PEERS)-3/.installed
+	SAEKIT_SAE_LENS_PYTHON=$(abspath $(PEERS))/bin/python SAEKIT_SAE_LENS_3_PYTHON=$(abspath $(PEERS)-3)/bin/python \
+		$(BIN)/python -m pytest -n auto --dist worksteal $(PEER_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

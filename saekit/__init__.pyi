@@ -1,6 +1,9 @@
 from ._version import __version__ as __version__
+from .commands.analyzing import feature_statistics as feature_statistics
+from .commands.analyzing import token_set_enrichment as token_set_enrichment
 from .commands.comparing import compare as compare
 from .commands.evaluating import evaluate as evaluate
+from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations
 from .commands.jobs import plan as plan
 from .commands.jobs import pretokenize as pretokenize
@@ -19,6 +22,7 @@ from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import ModelError as ModelError
 from .errors import SaekitError as SaekitError
+from .features.store import FeatureStore as FeatureStore
 from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.manager import PluginManager as PluginManager
 from .plugins.manager import default_manager as default_manager

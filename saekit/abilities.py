@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from saekit.protocols import ActivationFunction, Eval, Optimizer, PretrainedLoader, Tracker
 from saekit.values import Forward, Replacement, RunEnd, Want
@@ -31,13 +31,17 @@ __all__ = [
     "ExposesHooks",
     "GuardedOptimizer",
     "HasMemory",
+    "HasModel",
     "HasMoments",
     "HasOtherNames",
     "HasTokenizer",
     "KnowsResidualStream",
+    "LeadsToResidualStream",
     "LocatesFiles",
+    "OnTokens",
     "Pauses",
     "Remarks",
+    "RunsUndisturbed",
     "SparseActivation",
     "StartsInside",
     "StatesProcessing",
@@ -47,6 +51,10 @@ __all__ = [
     "TranslatesHooks",
     "WritesSAEs",
 ]
+
+
+OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
+"""Told of a forward before it begins: see :meth:`AttachesHooks.attached`."""
 
 
 @runtime_checkable
@@ -66,11 +74,39 @@ class HasOtherNames(Protocol):
 
 
 @runtime_checkable
+class HasModel(Protocol):
+    """A model backend that hands out the model that it runs, as its library has it."""
+
+    model: Any
+
+
+@runtime_checkable
+class RunsUndisturbed(Protocol):
+    """A model backend that can leave out what others have hooked into its model, for a look at the model itself."""
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """While the context is open, its forwards meet no hook of others; afterwards all are as they were."""
+
+
+@runtime_checkable
 class KnowsResidualStream(Protocol):
     """A model backend that knows which hooks are in the residual stream: what a feature promotes can then be told."""
 
     def in_residual_stream(self, hook_name: str) -> bool:
         """Whether what the hook holds, ``[b, t, d_model]``, is the residual stream or is added to it as it is."""
+
+
+@runtime_checkable
+class LeadsToResidualStream(Protocol):
+    """A model backend that knows by which weights what is inside a block reaches the residual stream."""
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``[d, d_model]``: what the model multiplies what the hook holds by before it is added to the residual stream.
+
+        ``W_O`` of what heads make before it is projected, ``[heads · d_head, d_model]``, and ``W_out`` inside an MLP
+        (before its activation function, too, of which it is then the slope that is left out).  None where there is no
+        such product, such as where a norm lies between.
+        """
 
 
 @runtime_checkable
@@ -81,7 +117,7 @@ class AttachesHooks(Protocol):
     """
 
     def attached(
-        self, replace: Mapping[str, Replacement], *, on_tokens: Callable[[Tensor | None, int], None] | None = None
+        self, replace: Mapping[str, Replacement], *, on_tokens: OnTokens | None = None
     ) -> AbstractContextManager[None]:
         """While the context is open, the model goes on with what the functions return at the hooks of these names.
 

@@ -21,13 +21,16 @@ from saekit.commands.terminal import (
     convert_config,
     demo,
     evals,
+    features,
     plan,
     plugins,
     pretokenize,
     push,
     saes,
     show,
+    statistics,
     train,
+    tsea,
     watch,
 )  # fmt: skip
 from saekit.commands.terminal.arguments import examples
@@ -71,7 +74,10 @@ app.command("pretokenize", epilog=examples(pretokenize.EXAMPLES))(pretokenize.pr
 app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
 app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
+app.command("features", epilog=examples(features.EXAMPLES))(features.features)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
+app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
+app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))

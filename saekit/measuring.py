@@ -178,12 +178,6 @@ class Seen:
         kept = self.kept.cpu()[:, : values.shape[1]]
         return torch.where(kept, values, 0.0).sum(1)
 
-    @property
-    def kept_features(self) -> SparseFeatures:
-        """:attr:`features` of the positions that count."""
-        features = self.features
-        return features.kept(self.kept.to(features.rows.device).flatten()[features.rows])
-
 
 @attrs.frozen
 class Measure:

@@ -5,19 +5,37 @@ One choice is made once and saved with an SAE; training, caches, evals, splices 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import attrs
 
 from saekit.abilities import HasTokenizer
+from saekit.config import TokensConfig
+from saekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["TokenChoice", "special_ids"]
+__all__ = ["Mask", "TokenChoice", "asked_tokens", "ids_of", "special_ids", "token_choice"]
+
+_ANY_SIZE = 1 << 30
+
+Mask: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
+"""Which positions count, of those that a :class:`TokenChoice` leaves: bool ``[b, t]``, or what makes it of the token
+ids ``[b, t]`` of a forward."""
+
+
+def ids_of(given: object) -> Tensor | None:
+    """Token ids ``[b, t]``, where a forward is given some; those of one context may be ``[t]``.  None: others."""
+    ids: Any = given
+    if getattr(ids, "ndim", 0) not in (1, 2) or ids.is_floating_point():
+        return None
+    found: Tensor = ids if ids.ndim == 2 else ids[None]
+    return found
 
 
 def special_ids(backend: ModelBackend) -> frozenset[int]:
@@ -70,7 +88,7 @@ class TokenChoice:
         return kept & ~torch.isin(tokens, excluded)
 
     def metadata(self) -> dict[str, Any]:
-        """As it is saved with an SAE; nothing for what is left out by nobody."""
+        """As it is saved with an SAE: a choice that leaves nothing out has no entry."""
         found: dict[str, Any] = {}
         if self.exclude:
             found["exclude_special_tokens"] = sorted(self.exclude)
@@ -85,3 +103,55 @@ class TokenChoice:
         places: Sequence[int | None] = metadata.get("seqpos_slice") or (None,)
         excluded: Collection[int] = special if stated is True else stated
         return cls(exclude=excluded, seqpos_slice=tuple(places))
+
+
+def token_choice(config: TokensConfig, backend: ModelBackend, *, section: str = "tokens.") -> TokenChoice:
+    """The tokens that count by id and by position, with the ids of a model's tokens.
+
+    :class:`ConfigError` for special tokens of a model that has none, and for ids that it lacks; it names the options
+    with ``section`` before them.
+    """
+    chosen, option = config.exclude_special_tokens, f"{section}exclude_special_tokens"
+    exclude = special_ids(backend) if chosen is True else frozenset(chosen or ())
+    if chosen is True and not exclude:
+        raise ConfigError(
+            [(option, f"is true, and the model {backend.name!r} has no special tokens that are known; name their ids, "
+              "or leave it out")]
+        )  # fmt: skip
+    if beyond := sorted(token for token in exclude if token >= backend.d_vocab and chosen is not True):
+        raise ConfigError(
+            [(option, f"has the token id {beyond[0]}, but the vocabulary of {backend.name!r} ends at "
+              f"{backend.d_vocab - 1}")]
+        )  # fmt: skip
+    return TokenChoice(exclude=exclude, seqpos_slice=config.seqpos_slice or (None,))
+
+
+def asked_tokens(exclude: object = None, places: object = None) -> TokensConfig:
+    """What a caller's ``exclude_special_tokens`` and ``seqpos_slice`` say, as in a configuration.
+
+    :class:`ConfigError` for what none could say, and for places that no context has.
+    """
+    problems: list[tuple[str, str]] = []
+    if exclude is not None and not isinstance(exclude, bool):
+        exclude = _listed(exclude, "exclude_special_tokens", "true, false or a list of token ids", problems)
+    if places is not None:
+        places = _listed(places, "seqpos_slice", "one to three numbers, as slice takes them", problems)
+    if problems:
+        raise ConfigError(problems)
+    found = TokensConfig(
+        exclude_special_tokens=exclude or False,
+        seqpos_slice=places,
+    )
+    found.positions(_ANY_SIZE, section="", size="any size")
+    return found
+
+
+def _listed(value: object, option: str, expected: str, problems: list[tuple[str, str]]) -> Any:
+    """The items of a list, set, array or tensor, numbers of other libraries as our own."""
+    from saekit.plugins.text import short
+
+    items = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes, Mapping)):
+        problems.append((option, f"must be {expected}, found {short(value)}"))
+        return None
+    return tuple(operator.index(one) if hasattr(one, "__index__") and type(one) is not bool else one for one in items)

@@ -175,6 +175,31 @@ def test_the_reference_has_every_option() -> None:
                 assert_described(page, item.key, item.entry.config)
 
 
+FOR_EACH = ("config/", "commands/terminal/", "testing/checks/")
+"""Rooms with a file for each of something, as the tree says in words."""
+
+
+def named_in_the_tree() -> list[tuple[tuple[str, ...], str]]:
+    """The files that the tree of the architecture names in the kernel, each with the rooms that its line is about."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^saekit/ .*?\n(.*?)^plugins/", text, re.M | re.S)
+    rooms, found = ("",), []
+    for line in tree.splitlines():
+        if re.match(r"  \w", line):  # one that is indented by more is about the room before
+            rooms = ("", *re.findall(r"(\w+/)", line[:27]))
+        found += [(rooms, name) for name in re.findall(r"\w+\.py\b", line)]
+    return found
+
+
+def test_the_tree_of_the_architecture_names_every_file_and_no_other() -> None:
+    paths = {path.relative_to(ROOT / "saekit").as_posix() for path in (ROOT / "saekit").rglob("*.py")}
+    kernel = {path: (path[: path.find("/") + 1], path.rpartition("/")[2]) for path in paths if "__init__" not in path}
+    there, named = {*kernel.values()}, named_in_the_tree()
+    assert [name for rooms, name in named if not there & {(room, name) for room in rooms}] == []
+    told = {(room, name) for rooms, name in named for room in rooms}
+    assert [path for path, key in kernel.items() if key not in told and not path.startswith(FOR_EACH)] == []
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

@@ -7,41 +7,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saekit.abilities import KnowsResidualStream
 from saekit.ambient import ambient
+from saekit.analysis.directions import LogitPath, feature_directions, logit_path, path_from
+from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
-__all__ = ["output_logits", "why_no_logits"]
+__all__ = ["output_directions", "output_logits", "residual_directions", "why_no_logits"]
 
 
 def why_no_logits(sae: SAEModule, backend: ModelBackend, sites: Sites | Site) -> str | None:
-    """Why nothing can be said of logits, in words; None: what the features write is in the residual stream."""
-    targets = (sites,) if isinstance(sites, Site) else sites.targets
-    if len(targets) > 1:
-        return f"what is written are several sites, {', '.join(site.name for site in targets)}"
-    if not isinstance(backend, KnowsResidualStream):
-        return f"the backend of {backend.name!r} does not say which hooks are in the residual stream"
-    if targets[0].hook_head_index is not None or not backend.in_residual_stream(targets[0].hook_name):
-        return f"{targets[0].name} is not in the residual stream"
-    width = len(backend.unembedding()[0])
-    return None if width == sae.d_out else f"the unembedding reads vectors of {width}, and the SAE writes {sae.d_out}"
+    """Why nothing can be said of logits, in words; None: a path leads there from what the features write."""
+    found = logit_path(sae, backend, sites)
+    return found if isinstance(found, str) else None
+
+
+def output_directions(sae: SAEModule, features: Sequence[int]) -> Tensor:
+    """``[features, d_out]``: what an activation of 1 adds to the outputs, see
+    :func:`saekit.analysis.directions.feature_directions`."""
+    return feature_directions(sae, torch.tensor([*features], dtype=torch.long, device=sae.device))
 
 
 @ambient()
 @torch.no_grad()
-def output_logits(sae: SAEModule, features: Sequence[int], backend: ModelBackend) -> Tensor:
+def residual_directions(directions: Tensor, backend: ModelBackend, sites: Sites | Site) -> Tensor:
+    """``[features, d_model]``: what ``directions [features, d_out]`` add to the residual stream.
+
+    :class:`saekit.errors.ModelError` where they do not come there.
+    """
+    target = sites if isinstance(sites, Site) else sites.targets[0]
+    path = path_from(target, directions.shape[1], backend)
+    if isinstance(path, str):
+        raise ModelError(path)
+    return path.in_residual_stream(directions)
+
+
+@ambient()
+@torch.no_grad()
+def output_logits(
+    sae: SAEModule, features: Sequence[int], backend: ModelBackend, sites: Sites | Site | None = None
+) -> Tensor:
     """``[features, d_vocab]``: by how much an activation of 1 raises each logit over their mean, on the direct path.
 
     That path goes from the residual stream to the unembedding past all that lies between; the last normalization is
     left out, so the numbers tell an order, and their unit is arbitrary (the "logit lens" of a direction: nostalgebraist
-    2020; Bricken et al. 2023, "Towards monosemanticity").
+    2020; Bricken et al. 2023, "Towards monosemanticity").  ``sites`` are the SAE's own, unless others are given; where
+    nobody says, it is taken to write to the residual stream.  :class:`saekit.errors.ModelError` without such a path.
     """
-    chosen = torch.zeros(len(features), sae.d_sae, device=sae.device, dtype=sae.dtype)
-    chosen[range(len(features)), list(features)] = 1
-    decoded = sae.decode if sae.input_transform is None else sae.reconstruction  # of rows of unit size, then
-    directions = decoded(chosen) - decoded(torch.zeros_like(chosen[:1]))
-    weights = backend.unembedding()[0].detach()
-    logits = directions.to(weights) @ weights
+    where = sae.info.sites if sites is None else sites
+    path = LogitPath(backend.unembedding()[0].detach()) if where is None else logit_path(sae, backend, where)
+    if isinstance(path, str):
+        raise ModelError(f"nothing can be said of logits: {path}")
+    logits = path.logits(output_directions(sae, features))
     return (logits - logits.mean(1, keepdim=True)).float().cpu()

@@ -59,7 +59,7 @@ def find_top_texts(
     places = [_places(feature, peaks, contexts, texts, diverse) for feature in chosen]
     examples = feature_examples(chosen, places, peaks, contexts, sae=sae, backend=backend, sites=sites)
     why = why_no_logits(sae, backend, sites)
-    told = [*_logits(sae, chosen, backend)] if why is None else [(None, None)] * len(chosen)
+    told = [*_logits(sae, chosen, backend, sites)] if why is None else [(None, None)] * len(chosen)
     frequency = peaks.frequency
     found = (
         FeatureTexts(feature, float(frequency[feature]), ones, promotes, suppresses)
@@ -86,10 +86,12 @@ def _places(feature: int, peaks: FeaturePeaks, contexts: Tensor, n: int, diverse
     return sorted((chosen + again)[:n])
 
 
-def _logits(sae: SAEModule, features: Sequence[int], backend: ModelBackend) -> Iterator[tuple[Promoted, Promoted]]:
+def _logits(
+    sae: SAEModule, features: Sequence[int], backend: ModelBackend, sites: Sites
+) -> Iterator[tuple[Promoted, Promoted]]:
     """What each promotes, and what it suppresses."""
     for start in range(0, len(features), _AT_ONCE):
-        logits = output_logits(sae, features[start : start + _AT_ONCE], backend)[:, : backend.d_vocab]
+        logits = output_logits(sae, features[start : start + _AT_ONCE], backend, sites)
         for row in logits:
             (most, up), (least, down) = (signed.topk(min(_PROMOTED, len(row))) for signed in (row, -row))
             yield _named(most, up, backend), _named(-least, down, backend)

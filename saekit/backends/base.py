@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias, get_args
+from typing import TYPE_CHECKING, get_args
 
+from saekit.abilities import OnTokens
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.errors import ModelError
 from saekit.plugins.text import short
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["Backend", "OnTokens", "no_hook"]
-
-OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
-"""Told of a forward before it begins: see :class:`saekit.abilities.AttachesHooks`."""
+__all__ = ["Backend", "no_hook"]
 
 
 def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
 
-from saekit.backends.base import OnTokens
+from saekit.abilities import OnTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Begun", "Running", "is_ids"]
-
-
-def is_ids(value: Any) -> TypeGuard[Tensor]:
-    """Whether ``value`` is token ids ``[b, t]``."""
-    return getattr(value, "ndim", 0) == 2 and not value.is_floating_point()
+__all__ = ["Begun", "Running"]
 
 
 class Begun:

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from saekit.backends.base import Backend, OnTokens
-from saekit.backends.begun import Begun, Running, is_ids
+from saekit.abilities import OnTokens
+from saekit.backends.base import Backend
+from saekit.backends.begun import Begun, Running
 from saekit.backends.forward import Hooks, by_position, put
 from saekit.backends.special import special_tokens
 from saekit.errors import ModelError
+from saekit.tokens import ids_of
 from saekit.values import Replacement
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ class ModuleBackend(Backend):
             given = kwargs.get("input_ids", args[0] if args else None)
             kept = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers has renamed it in 5.24
             before = getattr(kept, "get_seq_length", int)()
-            tell(given if is_ids(given) else None, before)
+            tell(ids_of(given), before)
 
         handle = (module or self.model).register_forward_pre_hook(called, with_kwargs=True)
         try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.commands.evaluating import ChosenTokens, asked_evals, checked_arguments, evaluated
+from saekit.commands.evaluating import ChosenTokens, asked_evals, check_arguments, checked_data, evaluated
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
@@ -22,14 +22,15 @@ from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.text import printable
+from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.evals.comparison import Comparison
-    from saekit.evals.measured import Mask
     from saekit.measuring import Evaluation
     from saekit.protocols import ModelBackend
+    from saekit.tokens import Mask
 
 __all__ = ["FILES", "compare"]
 
@@ -50,6 +51,7 @@ def compare(
     n_contexts: int = 64,
     context_size: int | None = None,
     evals: Iterable[PluginChoice] = DEFAULT_EVALS,
+    site: Site | Sites | str | None = None,
     exclude_special_tokens: bool | Sequence[int] | None = None,
     seqpos_slice: Sequence[int | None] | None = None,
     mask: Mask | None = None,
@@ -74,10 +76,8 @@ def compare(
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    if type(n_contexts) is not int or n_contexts < 2:
-        raise ConfigError([("n_contexts", f"must be a whole number of 2 or more, found {n_contexts!r}: one context "
-                            "cannot say how much contexts differ")])  # fmt: skip
-    contexts, mask = checked_arguments(n_contexts, contexts, mask)
+    choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask, least=2)
+    contexts, mask = checked_data(contexts, mask)
     folder = None if out is None else _folder(out)
     from saekit.devices import resolve_device
     from saekit.status import Status
@@ -85,11 +85,12 @@ def compare(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _named(subjects_of(saes, plugins, device=resolve_device(device, "device")))
-        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        text = Text(
+            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
+        )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
-        choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
-        _check_same(found, material, choice)
-        results = evaluated(found, chosen, material, choice, verbose=verbose, say=say)
+        _check_same(found, material, choice, site)
+        results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     compared = _of(results)
     return compared if folder is None else attrs.evolve(compared, files=_written(compared, folder))
 
@@ -137,28 +138,35 @@ def _named(found: Mapping[str, Subject]) -> dict[str, Subject]:
     return {name: attrs.evolve(one, name=name) for name, one in zip(short, found.values(), strict=True)}
 
 
-def _check_same(found: Mapping[str, Subject], material: Material, choice: ChosenTokens) -> None:
+def _check_same(
+    found: Mapping[str, Subject], material: Material, choice: ChosenTokens, site: Site | Sites | str | None
+) -> None:
     """:class:`ConfigError` unless all have one model, the same contexts, and the same tokens of them count."""
-    groups = list(material.groups(found))
-    (backend, contexts, names, about), *others = groups
-    first = names[0]
-    for backend_of_others, contexts_of_others, names_of_others, about_others in others:
-        other = names_of_others[0]
-        _check_model(first, backend, other, backend_of_others)
-        if contexts.shape != contexts_of_others.shape or bool((contexts != contexts_of_others).any()):
-            raise ConfigError(_other_text(first, about[first], other, about_others[other]))
-    kept = {
-        name: choice.of(found[name].sae, backend_of_group)
-        for backend_of_group, _, names_of_group, _ in groups
-        for name in names_of_group
-    }
-    for name, one in kept.items():
-        if one != kept[first]:
+    groups = list(material.groups(found, site))
+    group, *others = groups
+    first = group.names[0]
+    for one in others:
+        other = one.names[0]
+        _check_model(first, group.backend, other, one.backend)
+        if group.contexts.shape != one.contexts.shape or bool((group.contexts != one.contexts).any()):
+            raise ConfigError(_other_text(first, group.about[first], other, one.about[other]))
+        if group.mask is not one.mask and not _are_alike(group.mask, one.mask):
+            raise ConfigError(
+                f"the texts of {first} and {other} have other masks, so that other tokens count. Say it for all: "
+                "mask=..., or name one text (dataset=...)"
+            )
+    kept = {name: choice.of(found[name].sae, group.backend, group.contexts) for group in groups for name in group.names}
+    for name, own in kept.items():
+        if own != kept[first]:
             told = " and ".join(f"{who}: {kept[who].metadata() or 'all tokens'}" for who in (first, name))
             raise ConfigError(
                 f"other tokens count for {first} than for {name} ({told}), and their numbers are not of the same "
                 "tokens. Say it for all: exclude_special_tokens, or seqpos_slice"
             )
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    return hasattr(one, "shape") and hasattr(other, "shape") and one.shape == other.shape and bool((one == other).all())
 
 
 def _check_model(first: str, backend: ModelBackend, other: str, backend_of_other: ModelBackend) -> None:

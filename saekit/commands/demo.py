@@ -62,7 +62,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
     if missing := set(DEFAULT_EVALS) - {plugins.find(EVALS, choice).key for choice in config.evals.run}:
-        raise ConfigError([("evals.run", f"the demo shows the numbers of {min(missing)}, so it must be there")])
+        lacking = " and ".join(sorted(missing))
+        raise ConfigError([("evals.run", f"the demo shows what {lacking} finds: do not leave it out")])
     console.print(_WHAT, highlight=False, soft_wrap=True)
     result = train(config, plugins=plugins)
     from saekit.commands.outcome import show_files, show_table  # when something has been said

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from saekit._version import __version__
-from saekit.commands.material import Material, Text
+from saekit.commands.material import Group, Material, Text
 from saekit.commands.subjects import Subject, subjects_of
-from saekit.config import PluginChoice
+from saekit.config import PluginChoice, TokensConfig
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
@@ -34,12 +34,12 @@ from saekit.site import Site, Sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.evals.measured import Mask, Measured
+    from saekit.evals.measured import Measured
     from saekit.protocols import Eval, ModelBackend
     from saekit.status import Status
-    from saekit.tokens import TokenChoice
+    from saekit.tokens import Mask, TokenChoice
 
-__all__ = ["ChosenTokens", "asked_evals", "checked_arguments", "evaluate", "evaluated"]
+__all__ = ["ChosenTokens", "asked_evals", "check_arguments", "checked_data", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -71,9 +71,9 @@ def evaluate(
     clean forward.
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
-    loaded with the backend and the options that the SAE says, unless ``backend`` says it, as for
-    :func:`saekit.load_model`.  ``dataset`` is a path, a name on the Hub, options as of ``dataset`` in a configuration,
-    or texts in memory.  Left out, they are those that an SAE says, and documents that were held out from its training.
+    loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
+    ``dataset`` is a path, a name on the Hub, options as of ``dataset`` in a configuration, or texts in memory.  Left
+    out, both are what an SAE says, and the text is documents held out from its training.
     ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
@@ -88,28 +88,40 @@ def evaluate(
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
-    contexts, mask = checked_arguments(n_contexts, contexts, mask)
+    choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
+    contexts, mask = checked_data(contexts, mask)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        text = Text(
+            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
+        )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
-        choice = ChosenTokens(exclude_special_tokens, None if seqpos_slice is None else tuple(seqpos_slice), mask)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
     results = _tell_and_save(results, found, save)
     alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
     return next(iter(results.values())) if alone else results
 
 
-def checked_arguments(n_contexts: object, contexts: Any, mask: Any) -> tuple[Tensor | None, Mask | None]:
-    """``contexts`` and ``mask``, as far as they can be looked at without a model."""
-    if type(n_contexts) is not int or n_contexts < 1:
-        raise ConfigError([("n_contexts", f"must be a whole number of 1 or more, found {n_contexts!r}")])
+def check_arguments(
+    n_contexts: object, contexts: object, exclude: object, places: object, mask: object, *, least: int = 1
+) -> ChosenTokens:
+    """The tokens that are asked for, of arguments that mean something; :class:`ConfigError` for others."""
+    if type(n_contexts) is not int or n_contexts < least:
+        why = "" if least < 2 else ": one context cannot say how much contexts differ"
+        raise ConfigError([("n_contexts", f"must be a whole number of {least} or more, found {n_contexts!r}{why}")])
     if contexts is None and mask is not None and not callable(mask):
         raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
+    from saekit.tokens import asked_tokens
+
+    return ChosenTokens(asked_tokens(exclude, places), exclude is not None, places is not None)
+
+
+def checked_data(contexts: Any, mask: Any) -> tuple[Tensor | None, Mask | None]:
+    """``contexts`` and ``mask`` as tensors, as far as they can be looked at without a model."""
     if contexts is None:
         return None, mask
     from saekit.evals.measured import checked_contexts, checked_mask
@@ -122,20 +134,28 @@ def checked_arguments(n_contexts: object, contexts: Any, mask: Any) -> tuple[Ten
 class ChosenTokens:
     """What is asked for beside what SAEs say of the tokens that count."""
 
-    exclude: bool | Sequence[int] | None = None
-    places: tuple[int | None, ...] | None = None
-    mask: Any = None
+    asked: TokensConfig = attrs.field(factory=TokensConfig)
+    by_id: bool = False
+    """Whether the ids that do not count are said."""
+    by_place: bool = False
+    """Likewise positions."""
 
-    def of(self, sae: Any, backend: ModelBackend) -> TokenChoice:
-        """The choice for ``sae``."""
-        from saekit.tokens import TokenChoice, special_ids
+    def of(self, sae: Any, backend: ModelBackend, contexts: Tensor) -> TokenChoice:
+        """The choice for ``sae``; :class:`ConfigError` for one that the model has no tokens for, or leaves none."""
+        from saekit.tokens import TokenChoice, special_ids, token_choice
 
-        special = special_ids(backend)
-        choice = TokenChoice.of_metadata(sae.info.metadata, special)
-        if self.exclude is not None:
-            ids = special if self.exclude is True else () if self.exclude is False else self.exclude
-            choice = attrs.evolve(choice, exclude=ids)
-        return choice if self.places is None else attrs.evolve(choice, seqpos_slice=self.places)
+        asked, size = token_choice(self.asked, backend, section=""), contexts.shape[1]
+        self.asked.positions(size, section="", size="{} tokens")
+        choice = TokenChoice.of_metadata(sae.info.metadata, special_ids(backend))
+        choice = attrs.evolve(choice, exclude=asked.exclude) if self.by_id else choice
+        choice = attrs.evolve(choice, seqpos_slice=asked.seqpos_slice) if self.by_place else choice
+        if not bool(choice.kept(contexts).any()):
+            place = "the SAE" if sae.info.sites is None else f"the SAE at {sae.info.sites.name}"
+            raise ConfigError(
+                f"no token of the contexts counts for {place} ({choice.metadata()}): nothing can be measured. Say "
+                "anew which do: exclude_special_tokens, seqpos_slice"
+            )
+        return choice
 
 
 def asked_evals(
@@ -177,21 +197,23 @@ def evaluated(
     tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
-        for backend, contexts, names, about in material.groups(subjects, site):
+        groups = [*material.groups(subjects, site)]
+        choices = {
+            name: tokens.of(subjects[name].sae, group.backend, group.contexts)
+            for group in groups for name in group.names
+        }  # fmt: skip
+        for group in groups:
             if say is not None:
                 say.rest()
-            group = {name: subjects[name] for name in names}
-            found |= _of_group(group, evals, backend, contexts, about, tokens, verbose)
+            chosen = {name: (subjects[name], choices[name]) for name in group.names}
+            found |= _of_group(group, chosen, evals, verbose)
     return Evaluations({name: found[name] for name in subjects})
 
 
 def _of_group(
-    group: Mapping[str, Subject],
+    group: Group,
+    chosen: Mapping[str, tuple[Subject, TokenChoice]],
     evals: Mapping[str, Choice[Eval]],
-    backend: ModelBackend,
-    contexts: Tensor,
-    about: Mapping[str, Mapping[str, Any]],
-    tokens: ChosenTokens,
     verbose: bool,
 ) -> dict[str, Evaluation]:
     """SAEs that share a model and contexts."""
@@ -199,22 +221,22 @@ def _of_group(
     from saekit.evals.measured import Measured
     from saekit.progress import ProgressDisplay
 
-    if tokens.mask is None:
-        _warn_of_masks(group)
-
     def guard(key: str) -> AbstractContextManager[None]:
         return blamed(evals[key].item, "__call__", at_work=True)
 
-    made = {name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, one in group.items()}
+    backend, contexts, about = group.backend, group.contexts, group.about
+    made = {
+        name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, (one, _) in chosen.items()
+    }
     measured = [
         Measured(
             one.sae,
             about[name]["sites"],
             {key: cast("Any", built) for key, built in made[name].items() if _accumulates(built)},
-            tokens.of(one.sae, backend),
+            choice,
             guard,
         )
-        for name, one in group.items()
+        for name, (one, choice) in chosen.items()
     ]
     with ProgressDisplay(contexts.numel(), doing="measuring", verbose=verbose) as progress:
         done = 0
@@ -224,19 +246,19 @@ def _of_group(
             done += count
             progress.update(done)
 
-        sums = measure(measured, backend=backend, contexts=contexts, mask=tokens.mask, report=report)
+        sums = measure(measured, backend=backend, contexts=contexts, mask=group.mask, report=report)
     digest = hashlib.sha256(contexts.cpu().numpy().tobytes()).hexdigest()
     found = {}
-    for name, subject, own in zip(group, measured, sums, strict=True):
+    for name, subject, own in zip(chosen, measured, sums, strict=True):
         parts = [_part(subject, key, built, own, backend, contexts) for key, built in made[name].items()]
         facts = {key: value for key, value in about[name].items() if key != "sites"}
         facts |= {
             "sae": name,
-            **group[name].weights,
+            **chosen[name][0].weights,
             "sites": subject.sites.name,
             "evals": {key: attrs.asdict(choice.options) for key, choice in evals.items()},
             "tokens": subject.tokens.metadata(),
-            "masked": tokens.mask is not None,
+            "masked": group.mask is not None,
             "contexts_digest": digest,
             "saekit": __version__,
         }
@@ -245,18 +267,6 @@ def _of_group(
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
         found[name] = attrs.evolve(whole, about={**whole.about, "contexts_used": len(whole.contexts)})
     return found
-
-
-def _warn_of_masks(group: Mapping[str, Subject]) -> None:
-    """An SAE says which column of its data had a mask, not what was in it."""
-    for name, one in group.items():
-        if column := one.sae.info.metadata.get("mask_column"):
-            warnings.warn(
-                f"{name} was trained on tokens that the column {column!r} of its data chose, and none is read here: "
-                "all that its other choices keep count. Give mask= to leave out others",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 def _accumulates(built: object) -> bool:

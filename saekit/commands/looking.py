@@ -116,15 +116,16 @@ def top_texts(
         )
     result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
     sae = result.sae if result is not None else cast("SAEModule", sae)
-    sites = _sites(sae, site)
     _check_counts(sae, features, k=k, texts=texts, tokens=tokens)
     from saekit.progress import ProgressDisplay
+    from saekit.splicing.fits import sites_of
     from saekit.status import Status
 
+    wanted = sites_of(sae, site, "site")
     with Status(verbose=verbose) as say:
         backend = _backend(sae, model, result, plugins, say)
         say("reading the text")
-        contexts = _contexts(sae, backend, sites, dataset, result, tokens, plugins)
+        sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, plugins)
     from saekit.analysis.top_texts import find_top_texts
 
     with ProgressDisplay(contexts.numel(), doing="looking", verbose=verbose) as progress:
@@ -166,13 +167,6 @@ def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
         raise ConfigError(problems, "the arguments of top_texts")
 
 
-def _sites(sae: SAEModule, site: Site | Sites | str | None) -> Sites:
-    found = Sites.of(site) or sae.info.sites
-    if found is None:
-        raise ConfigError([("site", "is missing: the SAE does not say where in the model it belongs")])
-    return found
-
-
 def _backend(
     sae: SAEModule, model: object | None, result: TrainResult | None, plugins: PluginManager, say: Status
 ) -> ModelBackend:
@@ -204,30 +198,32 @@ def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -
 def _contexts(
     sae: SAEModule,
     backend: ModelBackend,
-    sites: Sites,
+    wanted: Sites,
     dataset: object | None,
     result: TrainResult | None,
     tokens: int,
     plugins: PluginManager,
-) -> Tensor:
-    """``[n, context_size]`` token ids, of about so many tokens."""
+) -> tuple[Sites, Tensor]:
+    """Where the SAE is in the model, and token ids ``[n, context_size]``, of about so many tokens."""
     import torch
 
     from saekit.ambient import ambient
     from saekit.data.activations import check_contexts
-    from saekit.runs.opening import check_context_size, check_hooks
+    from saekit.runs.opening import check_context_size
+    from saekit.splicing.fits import check_fits
 
-    check_hooks(backend, sites.all, "site")
     with ambient():
         if result is not None and dataset is None and result.held_out is not None:
             corpus = result.corpus
+            sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
             evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
-            return attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
+            return sites, attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
         corpus = corpus_of(sae, backend, dataset, plugins)
+        sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
         check_context_size(backend, corpus.context_size)
         found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
     check_contexts(len(found), corpus.context_size)
-    return torch.from_numpy(found)
+    return sites, torch.from_numpy(found)
 
 
 def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:

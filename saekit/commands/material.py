@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.abilities import HasModel
 from saekit.commands.looking import backend_of, corpus_of, load_model
 from saekit.commands.subjects import Subject
 from saekit.config import EvalsConfig, PluginChoice
@@ -27,11 +28,9 @@ if TYPE_CHECKING:
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
     from saekit.status import Status
+    from saekit.tokens import Mask
 
 __all__ = ["Group", "Material", "Text"]
-
-Group = tuple["ModelBackend", "Tensor", list[str], Mapping[str, Mapping[str, Any]]]
-"""A model, contexts, the SAEs to measure with them, and what is known of each, its ``sites`` among it."""
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -46,6 +45,26 @@ class Text:
     context_size: int | None = None
     """None: that of each SAE."""
     seed: int = 0
+    mask: Mask | None = None
+    """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Group:
+    """SAEs that are measured together."""
+
+    backend: ModelBackend
+    contexts: Tensor
+    """``[n, t]`` ids."""
+    mask: Mask | None
+    """Which of their tokens count, beside what each SAE says."""
+    about: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """By the names of the SAEs what is known of each: plain data, and its ``sites``."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the SAEs."""
+        return list(self.about)
 
 
 @attrs.define(eq=False)
@@ -62,28 +81,29 @@ class Material:
     say: Status | None = attrs.field(default=None, kw_only=True)
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
     _fits: dict[tuple[str, int, str], Sites] = attrs.field(factory=dict, init=False)
-    _contexts: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+    _contexts: dict[str, tuple[Tensor, Tensor | None]] = attrs.field(factory=dict, init=False)
     _told: set[str] = attrs.field(factory=set, init=False)
     """The SAEs whose configuration could not be loaded, as has been said."""
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
+        from saekit.splicing.doubts import begin_with_bos
         from saekit.splicing.fits import fitting_sites
 
-        groups: dict[tuple[int, str], tuple[ModelBackend, Tensor, list[str], dict[str, Any]]] = {}
+        groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
-            backend = self._backend(subject)
+            backend = self.model_of(subject)
             fitting_sites(subject.sae, backend, site)  # before a text is read
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
-                begins = None
+                begins, own = begin_with_bos(contexts, backend), None
             else:
-                key, contexts, facts, begins = self._read(subject, backend)
-            sites = self._sites(subject, backend, site, begins)
-            group = groups.setdefault((id(backend), key), (backend, contexts, [], {}))
-            group[2].append(name)
+                key, contexts, own, facts, begins = self._read(subject, backend)
+            mask = own if self.text.mask is None else self.text.mask
+            sites = self._sites(subject, backend, site, begins, mask is not None)
+            group = groups.setdefault((id(backend), key), Group(backend=backend, contexts=contexts, mask=mask))
             size, number = contexts.shape[1], len(contexts)
-            group[3][name] = {
+            group.about[name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
             }  # fmt: skip
         yield from groups.values()
@@ -101,14 +121,19 @@ class Material:
         )
 
     def _sites(
-        self, subject: Subject, backend: ModelBackend, site: Site | Sites | str | None, begins: bool | None
+        self,
+        subject: Subject,
+        backend: ModelBackend,
+        site: Site | Sites | str | None,
+        begins: bool | None,
+        masked: bool,
     ) -> Sites:
         """Where the SAE is; what looks wrong is said once."""
         from saekit.splicing.fits import check_fits
 
         key = subject.name, id(backend), repr(site)
         if key not in self._fits:
-            self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins)
+            self._fits[key] = check_fits(subject.sae, backend, site, prepend_bos=begins, masked=masked)
         return self._fits[key]
 
     def _say(self, text: str) -> None:
@@ -117,16 +142,16 @@ class Material:
 
     # ---- models
 
-    def _backend(self, subject: Subject) -> ModelBackend:
+    def model_of(self, subject: Subject) -> ModelBackend:
         """The one that is given, that of the run, or the one that the SAE says it was trained on.
 
         A name says which model, and the SAE with which backend and options, unless a backend is given, too.
         """
-        if all(hasattr(self.model, name) for name in MODEL_BACKENDS.methods):
+        if MODEL_BACKENDS.is_met_by(self.model):
             if self.backend is not None:
                 raise ConfigError([("backend", "is for the name of a model, or for one that you have loaded; model is "
                                     f"a {type(self.model).__name__}, which has its own")])  # fmt: skip
-            return cast("ModelBackend", self.model)
+            return self.model
         if self.model is None and self.backend is None and subject.backend is not None:
             return subject.backend
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
@@ -150,6 +175,8 @@ class Material:
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of
 
+        if name is None:
+            self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)
         how: dict[str, Any] = {} if model is None else {"dtype": model.dtype, "autocast": model.autocast}
@@ -177,14 +204,16 @@ class Material:
             )
         return contexts
 
-    def _read(self, subject: Subject, backend: ModelBackend) -> tuple[str, Tensor, dict[str, Any], bool | None]:
+    def _read(
+        self, subject: Subject, backend: ModelBackend
+    ) -> tuple[str, Tensor, Tensor | None, dict[str, Any], bool | None]:
         from saekit.runs.opening import check_context_size
 
         corpus, held_out = self._corpus(subject, backend)
         if self.text.context_size is not None:
             corpus = attrs.evolve(corpus, config=attrs.evolve(corpus.config, context_size=self.text.context_size))
         check_context_size(backend, corpus.context_size)
-        key = repr((corpus.config, corpus.evals, id(corpus.dataset), held_out))
+        key = repr((corpus.config, corpus.evals, id(corpus.dataset), corpus.mask, held_out))
         if key not in self._contexts:
             self._say("reading the text")
             self._contexts[key] = self._taken(corpus, backend, held_out)
@@ -193,18 +222,20 @@ class Material:
             "held_out": held_out,
             "seed": self.text.seed,
         }
-        return key, self._contexts[key], facts, corpus.config.prepend_bos
+        return key, *self._contexts[key], facts, corpus.config.prepend_bos
 
-    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> Tensor:
+    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> tuple[Tensor, Tensor | None]:
         import torch
 
         from saekit.data.activations import check_contexts
 
         if held_out:
-            found = corpus.held_out(backend, self.text.seed)
+            found, mask = corpus.held_out_masked(backend, self.text.seed)
         else:
-            found = torch.from_numpy(corpus.contexts(backend).take(self.text.n_contexts).tokens)
-            check_contexts(len(found), corpus.context_size)
+            taken = corpus.contexts(backend).take(self.text.n_contexts)
+            check_contexts(len(taken), corpus.context_size)
+            found = torch.from_numpy(taken.tokens)
+            mask = None if taken.counts is None else torch.from_numpy(taken.counts)
         if len(found) < self.text.n_contexts:
             which = "held-out text" if held_out else "text"
             warnings.warn(
@@ -213,7 +244,7 @@ class Material:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return found
+        return found, mask
 
     def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
         """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""
@@ -229,7 +260,8 @@ class Material:
                     [("dataset", "is missing: the run trained on every document (evals.held_out_every = 0), so none is "
                       "left to measure on; name another text")]
                 )  # fmt: skip
-            return Corpus.of(attrs.evolve(config.dataset, on_exhausted="stop"), evals, given), True
+            stopping, column = attrs.evolve(config.dataset, on_exhausted="stop"), config.tokens.mask_column
+            return Corpus.of(stopping, evals, given, column), True
         if given is None or given is subject.dataset:
             self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
@@ -237,13 +269,14 @@ class Material:
         own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
         every, split = _held_out(subject) if own else (0, None)
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
-        return attrs.evolve(corpus, evals=evals), bool(every or split)
+        mask = about.get("mask_column") if own else None
+        return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
 
 
 def _of_model(backend: ModelBackend) -> dict[str, Any]:
     """What runs the model, and in which numbers."""
     origin = origin_of(backend)
-    parameters = getattr(getattr(backend, "model", None), "parameters", None)
+    parameters = getattr(backend.model, "parameters", None) if isinstance(backend, HasModel) else None
     first = None if parameters is None else next(iter(parameters()), None)
     return {
         "model": backend.name,

@@ -73,13 +73,14 @@ class TokensConfig:
         """Whether some tokens may not count."""
         return self != TokensConfig()
 
-    def positions(self, context_size: int) -> int:
-        """How many positions of a context may count; :class:`ConfigError` for none."""
+    def positions(
+        self, context_size: int, *, section: str = "tokens.", size: str = "{} tokens (dataset.context_size)"
+    ) -> int:
+        """How many positions of a context may count; :class:`ConfigError`, which has ``section`` before the option and
+        ``size`` with that of a context, for none."""
         places = self.seqpos_slice or (None,)
         count = len(range(context_size)[slice(*places)])
         if not count:
-            raise ConfigError(
-                [("tokens.seqpos_slice", f"is {list(places)!r}, which leaves no position of a context of "
-                  f"{context_size} tokens (dataset.context_size)")]
-            )  # fmt: skip
+            of = f"a context of {size.format(context_size)}"
+            raise ConfigError([(f"{section}seqpos_slice", f"is {list(places)!r}, which leaves no position of {of}")])
         return count

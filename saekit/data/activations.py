@@ -18,8 +18,8 @@ from saekit.values import Batch
 
 __all__ = ["ActivationStream", "check_contexts"]
 
-
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""What libraries say in errors of other classes."""
 
 
 class ActivationStream:
@@ -163,12 +163,7 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return (
-        "out of memory" in text
-        or "alloc_failed" in text
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    )
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def check_contexts(contexts: int, context_size: int) -> None:

@@ -14,13 +14,14 @@ from saekit.abilities import StartsInside
 from saekit.ambient import ambient
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
-from saekit.evals.measured import Mask, Measured, allowed_in, checked_mask
+from saekit.evals.measured import Measured, allowed_in, checked_mask
 from saekit.evals.pieces import at_once
 from saekit.evals.sums import Sums
 from saekit.kernels.sparse import SparseFeatures
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
 from saekit.sae.once import features_and_outputs
+from saekit.tokens import Mask
 
 __all__ = ["batch_size_of", "measure"]
 
@@ -65,7 +66,7 @@ def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_s
     if needs.by_logits:
         size = min(size, logit_contexts(backend, context_size))
     for subject in subjects:
-        if any(_waits(measure.needs) for measure in subject.evals.values()):
+        if any(_waits(part.needs) for part in subject.evals.values()):
             size = min(size, at_once(subject.sae, context_size))
     return max(size, 1)
 
@@ -83,9 +84,9 @@ class _Engine:
         self.sums: list[dict[str, Any]] = []
         for subject in subjects:
             started = {}
-            for name, measure in subject.evals.items():
+            for name, part in subject.evals.items():
                 with subject.guard(name):
-                    started[name] = measure.start(subject.sae, subject.sites)
+                    started[name] = part.start(subject.sae, subject.sites)
             self.sums.append(started)
         self.read = {site.hook_name for subject in subjects if subject.needs.sae for site in subject.sites.all}
         self.entries = {subject.targets: self._entry(subject) for subject in subjects if _puts(subject.needs)}
@@ -107,7 +108,7 @@ class _Engine:
             if subject.needs.spliced:
                 batch.splice()
             for what, put in self._ablations(subject):
-                key = (what, subject.targets, subject.tokens)
+                key = (what, subject.targets, subject.tokens, subject.needs.mean if what == "mean" else 0)
                 if key not in ablated:
                     ablated[key] = forwards.with_put(subject.targets, put, batch.where)
                 batch.outcomes[what] = ablated[key]
@@ -117,7 +118,7 @@ class _Engine:
         if subject.needs.zero:
             yield "zero", lambda site, vectors: torch.zeros_like(vectors)
         if subject.needs.mean:
-            yield "mean", lambda site, vectors: mean_of(self.means, site, subject.tokens, vectors)
+            yield "mean", lambda site, vectors: mean_of(self.means, site, subject, vectors)
 
 
 def _puts(needs: Needs) -> bool:
@@ -158,7 +159,7 @@ class _Batch:
         inputs = sites.input_of(held)
         targets = inputs if sites.same else sites.target_of(held)
         size = at_once(sae, inputs.shape[1])
-        waits = any(_waits(measure.needs) for measure in self.subject.evals.values())
+        waits = any(_waits(part.needs) for part in self.subject.evals.values())
         for start in range(0, len(inputs), size):
             rows = slice(start, start + size)
             x = inputs[rows].to(sae.device)
@@ -197,14 +198,14 @@ class _Batch:
         numbers = tuple(range(self.first + rows.start, self.first + rows.start + len(tokens)))
         kept = self.kept[rows]
         counts = kept.any(1).tolist()
-        for name, measure in self.subject.evals.items():
-            if not which(measure.needs):
+        for name, part in self.subject.evals.items():
+            if not which(part.needs):
                 continue
             seen = Seen(
-                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(measure.needs, shown)
+                numbers=numbers, tokens=tokens, kept=kept, sites=self.subject.sites, **_asked(part.needs, shown)
             )
             with self.subject.guard(name), ambient(), torch.no_grad():
-                measure.update(self.sums[name], seen)
+                part.update(self.sums[name], seen)
                 if isinstance(sums := self.sums[name], Sums):
                     sums.leave_out(number for number, some in zip(numbers, counts, strict=True) if not some)
 

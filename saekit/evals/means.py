@@ -10,38 +10,37 @@ from torch import Tensor
 
 from saekit.ambient import ambient
 from saekit.errors import ConfigError
-from saekit.evals.measured import Mask, Measured, allowed_in
+from saekit.evals.measured import Measured, allowed_in
 from saekit.protocols import ModelBackend
 from saekit.site import Site
-from saekit.tokens import TokenChoice
+from saekit.tokens import Mask, TokenChoice
 
 __all__ = ["Means", "mean_of", "read_means"]
 
-Means: TypeAlias = Mapping[tuple[Site, TokenChoice], Tensor]
-"""``[width]`` float64, of each target over the tokens of a choice."""
+Means: TypeAlias = Mapping[tuple[Site, TokenChoice, int], Tensor]
+"""``[width]`` float64, of each target over the tokens of a choice in so many contexts."""
 
 
-def mean_of(means: Means, site: Site, choice: TokenChoice, vectors: Tensor) -> Tensor:
-    """The mean in the shape of ``vectors``."""
-    return means[site, choice].to(vectors).expand_as(vectors)
+def mean_of(means: Means, site: Site, subject: Measured, vectors: Tensor) -> Tensor:
+    """The mean that ``subject`` asks for, in the shape of ``vectors``."""
+    return means[site, subject.tokens, subject.needs.mean].to(vectors).expand_as(vectors)
 
 
 def read_means(
     subjects: Sequence[Measured], *, backend: ModelBackend, contexts: Tensor, mask: Mask | None = None
 ) -> Means:
-    """The mean at each target of SAEs whose evals ask for it, over the first contexts, so many as they say.
+    """The mean at each target of SAEs whose evals ask for it, over the first contexts, so many as each says.
 
     Tokens that do not count for the SAE are left out.  :class:`ConfigError` for more contexts than there are, and where
     no token counts.
     """
-    wanted: dict[tuple[Site, TokenChoice], int] = {}
-    for subject in subjects:
-        for site in subject.sites.targets if subject.needs.mean else ():
-            key = site, subject.tokens
-            wanted[key] = max(wanted.get(key, 0), subject.needs.mean)
+    wanted = {
+        (site, subject.tokens, subject.needs.mean): None
+        for subject in subjects if subject.needs.mean for site in subject.sites.targets
+    }  # fmt: skip
     if not wanted:
         return {}
-    most, size = max(wanted.values()), min(subject.needs.batch_size for subject in subjects)
+    most, size = max(number for _, _, number in wanted), min(subject.needs.batch_size for subject in subjects)
     if most > len(contexts):
         raise ConfigError(f"means are to be read from {most:,} contexts, and there are {len(contexts):,}")
     sums = {key: (torch.zeros((), dtype=torch.float64, device="cpu"), 0) for key in wanted}
@@ -49,13 +48,13 @@ def read_means(
         for start in range(0, most, size):
             tokens = contexts[start : min(start + size, most)]
             allowed = allowed_in(mask, tokens, slice(start, start + len(tokens)))
-            held = backend.run(tokens, read={site.hook_name for site, _ in wanted}).held
-            for (site, choice), number in wanted.items():
+            held = backend.run(tokens, read={site.hook_name for site, _, _ in wanted}).held
+            for site, choice, number in wanted:
                 kept = choice.kept(tokens) if allowed is None else choice.kept(tokens) & allowed
                 rows = site.extract(held[site.hook_name]).cpu()[: max(number - start, 0)]
                 picked = rows[kept.cpu()[: len(rows)]].double()
-                total, count = sums[site, choice]
-                sums[site, choice] = total + picked.sum(0), count + len(picked)
+                total, count = sums[site, choice, number]
+                sums[site, choice, number] = total + picked.sum(0), count + len(picked)
     if any(not count for _, count in sums.values()):
         raise ConfigError("no token of the contexts that means are read from counts")
     return {key: total / count for key, (total, count) in sums.items()}

@@ -17,12 +17,10 @@ from saekit.measuring import Needs
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Sites
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import Mask, TokenChoice, special_ids
 
-__all__ = ["Guard", "Mask", "Measured", "allowed_in", "checked_contexts", "checked_mask"]
+__all__ = ["Guard", "Measured", "allowed_in", "checked_contexts", "checked_mask"]
 
-Mask: TypeAlias = Tensor | Callable[[Tensor], Tensor]
-"""The positions that may count: ``[n, t]`` bool of all contexts, or a function of their tokens ``[b, t]``."""
 Guard: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 """Surrounds what an eval of this name does, to say whose fault it is if it fails."""
 

@@ -143,9 +143,10 @@ def _explained(totals: Totals, name: str, columns: slice) -> Any:
 def counted_of_rows(sums: Sums) -> dict[str, Any]:
     """What is counted over all contexts, and has no error: for :func:`saekit.evals.finished`.
 
-    ``silent_features`` fired on none of ``n_tokens``; ``never_fired`` are those of them that did not fire in training
-    either, as far as that is known.  Where nothing is known of training, one of them may still fire on up to ``3 /
-    n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand 1983).
+    ``silent_features`` fired on none of ``n_tokens``.  ``never_fired`` counts the silent ones that did not fire in
+    training either; of an SAE that does not say what fired in training, it counts all silent ones.  A feature that is
+    silent here may still fire on up to ``3 / n_tokens`` of all tokens (95 %: the rule of three, Hanley and Lippman-Hand
+    1983).
     """
     fired, tokens = sums.count("fired"), int(sums.column("tokens").sum())
     known, broken = sums.facts["known"], int(sums.column("not_finite").sum())

@@ -33,7 +33,7 @@ class Sums:
         self._numbers: list[Array] = []
         self._columns: dict[str, list[Array]] = {}
         self._counts: dict[str, Array] = {}
-        self._sorted: dict[str, Array] = {}
+        self._ordered = True
         self._empty: set[int] = set()
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Sums:
         if self._numbers and set(columns) != set(self._columns):
             raise ValueError(f"columns must be {', '.join(self._columns)}, found {', '.join(columns)}")
         self._numbers.append(added)
-        self._sorted.clear()
+        self._ordered = False
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(np.asarray(values).astype(np.float64))
         for name, values in (counts or {}).items():
@@ -90,6 +90,18 @@ class Sums:
         """``[n]``: the contexts, in rising order."""
         return np.sort(_joined(self._numbers)).astype(np.int64)
 
+    def _order(self) -> None:
+        """Put all columns into the order of :attr:`numbers`, each in one piece, which takes the place of its parts."""
+        if self._ordered:
+            return
+        numbers = _joined(self._numbers)
+        order = np.argsort(numbers, kind="stable")
+        moved = bool((np.diff(order) != 1).any())
+        for parts in (self._numbers, *self._columns.values()):
+            whole = _joined(parts)
+            parts[:] = [whole[order] if moved else whole]
+        self._ordered = True
+
     @property
     def counted(self) -> Array:
         """``[n]`` bool, in the order of :attr:`numbers`: which have a token that counts; errors are of these."""
@@ -102,10 +114,8 @@ class Sums:
 
     def column(self, name: str) -> Array:
         """``[n]`` or ``[n, d]``, in the order of :attr:`numbers`, whatever order they came in."""
-        if name not in self._sorted:
-            order = np.argsort(_joined(self._numbers), kind="stable")
-            self._sorted[name] = _joined(self._columns[name])[order]
-        return self._sorted[name]
+        self._order()
+        return self._columns[name][0]
 
     def count(self, name: str) -> Array:
         """``int64``: a count over all contexts."""
@@ -130,7 +140,8 @@ class Sums:
 def resamples(n: int, n_bootstrap: int, seed: int = 0) -> Iterator[Array]:
     """How often each of ``n`` contexts is drawn in each of ``n_bootstrap`` resamples: portions ``[r, n]``, float64.
 
-    Of as many contexts and one seed they are always the same, so that differences between SAEs can be resampled.
+    They depend on these three numbers alone: SAEs that were measured on the same contexts have the same resamples, so
+    that their differences can be resampled, too.
     The bootstrap of Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     portion = max(_BYTES // (8 * max(n, 1)), 1)
@@ -187,7 +198,8 @@ def ratio(part: Any, whole: Any) -> Array:
 
 
 def _joined(parts: Sequence[Array]) -> Array:
-    return np.concatenate(parts) if parts else np.zeros(0)
+    """The parts as one array, which may be the only one of them."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -47,6 +47,9 @@ class Entry:
     no_model: bool = False
     """Of a model backend: it stands for having none, so that hooks and contexts are not checked, and nothing that needs
     a model or a text can be chosen beside it."""
+    timed: bool = True
+    """Of a model backend: whether `saekit plan` loads a second copy of a model to time it beside the backend that was
+    chosen.  False of one that is never the quickest."""
 
 
 @attrs.frozen

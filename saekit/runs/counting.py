@@ -9,44 +9,24 @@ from typing import Any
 
 import attrs
 
-from saekit.config import TokensConfig, TrainConfig
+from saekit.config import TrainConfig
 from saekit.data.activations import check_contexts
 from saekit.data.contexts import ContextPacker, Contexts
 from saekit.data.corpus import Corpus
 from saekit.data.documents import Conversation, Masked
 from saekit.data.stream import StreamContext, kept_of
-from saekit.errors import ConfigError, DataError
+from saekit.errors import DataError
 from saekit.protocols import ModelBackend
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import TokenChoice
 
 __all__ = [
-    "Counted", "DocumentCounts", "Used", "counted", "counted_of", "documents_of", "token_choice",
+    "Counted", "DocumentCounts", "Used", "counted", "counted_of", "documents_of",
 ]  # fmt: skip
 
 FIRST = 64
 """Contexts that are looked at, at most."""
 DOCUMENTS = 256
 """Documents, likewise."""
-
-
-def token_choice(config: TokensConfig, backend: ModelBackend) -> TokenChoice:
-    """The tokens that count by id and by position, with the ids of a model's tokens.
-
-    :class:`ConfigError` for special tokens of a model that has none, and for ids that it lacks.
-    """
-    chosen = config.exclude_special_tokens
-    exclude = special_ids(backend) if chosen is True else frozenset(chosen or ())
-    if chosen is True and not exclude:
-        raise ConfigError(
-            [("tokens.exclude_special_tokens", f"is true, and the model {backend.name!r} has no special tokens that "
-              "are known; name their ids, or leave it out")]
-        )  # fmt: skip
-    if beyond := sorted(token for token in exclude if token >= backend.d_vocab and chosen is not True):
-        raise ConfigError(
-            [("tokens.exclude_special_tokens", f"has the token id {beyond[0]}, but the vocabulary of {backend.name!r} "
-              f"ends at {backend.d_vocab - 1}")]
-        )  # fmt: skip
-    return TokenChoice(exclude=exclude, seqpos_slice=config.seqpos_slice or (None,))
 
 
 @attrs.frozen

@@ -22,7 +22,7 @@ from saekit.errors import DataError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.runs.counting import token_choice
+from saekit.tokens import token_choice
 
 __all__ = ["run_identity"]
 

@@ -13,7 +13,7 @@ from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
-from saekit.runs.counting import token_choice
+from saekit.tokens import token_choice
 
 __all__ = ["metadata_of"]
 

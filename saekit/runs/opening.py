@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import attrs
 
-from saekit.abilities import StatesRows, StatesWidths
+from saekit.abilities import HasModel, StatesRows, StatesWidths
 from saekit.backends.base import no_hook
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
@@ -23,11 +23,11 @@ from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
-from saekit.runs.counting import token_choice
 from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
+from saekit.tokens import token_choice
 from saekit.values import Ports
 
 _MANY_READINGS = 10
@@ -83,7 +83,7 @@ def open_backend(
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
     """The model, whether it fits or not; ``model`` may be a backend, of :func:`saekit.load_model`, around one."""
     if MODEL_BACKENDS.is_met_by(model):
-        model = getattr(model, "model", model)
+        model = model.model if isinstance(model, HasModel) else model
     return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
 
 

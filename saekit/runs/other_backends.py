@@ -21,6 +21,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.protocols import ModelBackend
 from saekit.runs.planned_memory import free_memory
+from saekit.runs.randomness import seeded
 from saekit.runs.timing import bytes_text
 from saekit.site import Site
 
@@ -43,7 +44,8 @@ def told_of_others(config: TrainConfig, plugins: PluginManager, backend: ModelBa
     if config.model.compile:
         return []
     texts = []
-    with warnings.catch_warnings(), cached_alone():
+    # Libraries draw weights before they read them, and a plan leaves random numbers as they were.
+    with warnings.catch_warnings(), cached_alone(), seeded(config.training.seed):
         warnings.simplefilter("ignore")  # of a backend that nobody has chosen
         for item, hooks, size in _others(config, plugins, backend):
             try:
@@ -67,13 +69,14 @@ def _others(
     chosen = plugins.find(MODEL_BACKENDS, config.model.backend)
     room = min(free_memory([backend.device]).values(), default=0.0)
     for item in plugins.registry(MODEL_BACKENDS).items:
-        if item.entry.build == chosen.entry.build or item.entry.no_model or item.missing():
+        entry = item.entry
+        if entry.build == chosen.entry.build or entry.no_model or not entry.timed or item.missing():
             continue
         try:
-            options = item.entry.config()
-            if item.entry.precheck is not None:
+            options = entry.config()
+            if entry.precheck is not None:
                 with blamed(item, "precheck"):
-                    item.entry.precheck(options, config)
+                    entry.precheck(options, config)
             outline = outlined(item, options, model=config.model)
             if not isinstance(outline, TranslatesHooks) or not isinstance(outline, HasMemory):
                 continue

@@ -137,7 +137,11 @@ class Hooked(nn.Module):
 
     @torch.no_grad()
     def missing(self, x: Tensor, output: Tensor, of: Tensor | None) -> Tensor:
-        """What the ``output`` of ``x`` lacks; where hooks may have changed it, what lacks without them."""
+        """The error term ``[..., d_out]``: ``of``, or ``x`` where it is None, less the reconstruction of ``x``.
+
+        That is ``output [..., d_out]``, unless hooks may have changed it: then it is made once more without any hook,
+        so that what hooks change is not taken back by the error.  No gradient flows through the reconstruction.
+        """
         if of is None and not self.ports.same:
             raise ValueError("use_error_term is for what reads and writes the same sites, unless its targets are given")
         if self._hooked(*_BEFORE_THE_ERROR):

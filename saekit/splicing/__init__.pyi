@@ -1,5 +1,4 @@
 from .attachment import Attachment as Attachment
-from .attachment import Mask as Mask
 from .attachment import attachments as attachments
 from .context import splice as splice
 from .doubts import doubts_of_fit as doubts_of_fit

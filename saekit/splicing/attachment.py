@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -14,12 +14,9 @@ from saekit.errors import ConfigError, ModelError
 from saekit.sae.hooks import Watch
 from saekit.sae.module import SAEModule
 from saekit.site import Sites
-from saekit.tokens import TokenChoice
+from saekit.tokens import Mask, TokenChoice
 
-__all__ = ["Attachment", "Mask", "Passing", "attachments"]
-
-Mask: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
-"""Which positions are replaced: bool ``[b, t]``, or what makes it of the token ids ``[b, t]`` of a forward."""
+__all__ = ["Attachment", "Passing", "attachments"]
 
 
 @attrs.define(eq=False)
@@ -31,9 +28,9 @@ class Passing:
     before: int = 0
     """How many positions came before them."""
     inputs: dict[str, dict[str, Tensor]] = attrs.field(factory=dict)
-    """By the names of attachments what was held at the hooks that they read."""
+    """By the names of attachments, and by hooks, what was held at those that they read: ``[b, t, ...]``."""
     outputs: dict[str, dict[str, Tensor]] = attrs.field(factory=dict)
-    """Likewise what they give at targets that are still to come, by the sites' names."""
+    """Likewise what they give at targets that are still to come, by the sites' names: ``[b, t, width]``."""
 
 
 @attrs.frozen(eq=False, kw_only=True)

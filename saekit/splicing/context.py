@@ -13,10 +13,10 @@ from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
-from saekit.splicing.attachment import Attachment, Mask, attachments
+from saekit.splicing.attachment import Attachment, attachments
 from saekit.splicing.fits import check_fits
 from saekit.splicing.spliced import Spliced
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import Mask, TokenChoice, special_ids
 
 __all__ = ["splice"]
 
@@ -81,7 +81,10 @@ def _attached(
         raise ConfigError([("saes", f"must be by names of their own, found {short(odd[0])}")], _WHAT)
     places = _places(sites, given, names)
     choices = [tokens or TokenChoice.of_metadata(sae.info.metadata, special_ids(backend)) for sae in given]
-    pairs = [(sae, check_fits(sae, backend, place)) for sae, place in zip(given, places, strict=True)]
+    pairs = [
+        (sae, check_fits(sae, backend, place, masked=mask is not None))
+        for sae, place in zip(given, places, strict=True)
+    ]
     return attachments(pairs, names=names, use_error_term=use_error_term, tokens=choices, mask=mask)
 
 

@@ -13,18 +13,26 @@ from saekit.protocols import ModelBackend
 from saekit.site import Sites
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saekit.sae.module import SAEModule
 
-__all__ = ["doubts_of_fit", "kind_of", "model_name_of"]
+__all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "kind_of", "model_name_of"]
 
 
 def doubts_of_fit(
-    sae: SAEModule, backend: ModelBackend, *, sites: Sites | None = None, prepend_bos: bool | None = None
+    sae: SAEModule,
+    backend: ModelBackend,
+    *,
+    sites: Sites | None = None,
+    prepend_bos: bool | None = None,
+    masked: bool = False,
 ) -> list[str]:
     """What looks wrong with ``sae`` in this model, in words.
 
     That it was trained on another, on one whose weights were processed in another way as it was loaded, so that the
-    hooks of ``sites`` (None: its own) held something else, or with another BOS.
+    hooks of ``sites`` (None: its own) held something else, with another BOS, or, unless a mask is there now
+    (``masked``), on tokens that one chose.
     """
     about, found = sae.info.metadata, []
     trained_on, place = _named(about), _place(sae)
@@ -34,14 +42,36 @@ def doubts_of_fit(
             "model its features mean nothing"
         )
     found += _of_processing(sae, backend, sites or sae.info.sites)
-    before = about.get("prepend_bos")
-    if isinstance(before, bool) and prepend_bos is not None and before != prepend_bos:
+    if prepend_bos is not None and (said := doubt_of_bos(sae, prepend_bos)) is not None:
+        found.append(said)
+    if (column := about.get("mask_column")) and not masked:
         found.append(
-            f"{place} was trained on contexts that {_begin(before)} (prepend_bos = {_said(before)}), and here they "
-            f"{_begin(prepend_bos)} (prepend_bos = {_said(prepend_bos)}); activations differ, at the first positions "
-            "most"
+            f"{place} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
+            "that its other choices keep count. Give a mask (mask=) to leave out others"
         )
     return found
+
+
+def doubt_of_bos(sae: SAEModule, begins: bool) -> str | None:
+    """That contexts begin with BOS, or do not, as they did not in training; None: it is the same, or not known."""
+    before = sae.info.metadata.get("prepend_bos")
+    if not isinstance(before, bool) or before == begins:
+        return None
+    return (
+        f"{_place(sae)} was trained on contexts that {_begin(before)} (prepend_bos = {_said(before)}), and here they "
+        f"{_begin(begins)} (prepend_bos = {_said(begins)}); activations differ, at the first positions most"
+    )
+
+
+def begin_with_bos(tokens: Tensor, backend: ModelBackend) -> bool | None:
+    """Whether contexts ``[b, t]`` begin with BOS, all of them; None: the model has none, or padding comes first."""
+    bos, pad = backend.special_tokens.get("bos"), backend.special_tokens.get("pad")
+    if bos is None or tokens.ndim != 2 or not tokens.numel():
+        return None
+    first = tokens[:, 0]
+    if pad is not None and pad != bos:
+        first = first[first != pad]
+    return bool((first == bos).all()) if len(first) else None
 
 
 def model_name_of(sae: SAEModule, option: str = "model") -> str:

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 
-from saekit.abilities import TranslatesHooks
-from saekit.backends.base import Backend, no_hook
+from saekit.abilities import HasModel, RunsUndisturbed, TranslatesHooks
+from saekit.backends.base import no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_fits"]
+__all__ = ["check_fits", "sites_of"]
 
 _LOOKED_AT = 32  # hooks, for one of the width that was expected
 _known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
@@ -34,27 +34,33 @@ _known: WeakKeyDictionary[object, dict[Site, int]] = WeakKeyDictionary()
 
 
 def check_fits(
-    sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None, *, prepend_bos: bool | None = None
+    sae: SAEModule,
+    backend: ModelBackend,
+    sites: Sites | Site | str | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    masked: bool = False,
 ) -> Sites:
     """The sites of the model at which ``sae`` reads and writes: those that it names, unless there are others.
 
     Where the model lacks a hook of that name, its backend is asked for the one that means the same
     (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
-    not known.  The first time that a site is asked for, the model runs on a few tokens, which no hook of others sees.
+    not known.  ``masked`` is whether a mask says which tokens count.  The first time that a site is asked for, the
+    model runs on a few tokens, which no hook of others sees.
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
     that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`saekit.splicing.doubts_of_fit`.
     """
     found = fitting_sites(sae, backend, sites)
-    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos):
+    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos, masked=masked):
         warnings.warn(text, UserWarning, stacklevel=3)
     return found
 
 
 def fitting_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None) -> Sites:
     """The same errors and sites without the warnings, for which more must be known."""
-    wanted = _sites_of(sae, sites)
+    wanted = sites_of(sae, sites)
     _check_ports(sae, wanted)
     check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
@@ -70,10 +76,12 @@ def _as_it_lies(value: Tensor) -> Tensor:
 # ---- sites
 
 
-def _sites_of(sae: SAEModule, sites: Sites | Site | str | None) -> Sites:
+def sites_of(sae: SAEModule, sites: Sites | Site | str | None, option: str = "sites") -> Sites:
+    """Those that are asked for, or those that ``sae`` names; :class:`ConfigError` where there are none."""
     found = Sites.of(sites) or sae.info.sites
     if found is None:
-        raise ConfigError([("sites", "are missing: the SAE does not say where in the model it belongs")])
+        verb = "are" if option.endswith("s") else "is"
+        raise ConfigError([(option, f"{verb} missing: the SAE does not say where in the model it belongs")])
     return found
 
 
@@ -142,7 +150,7 @@ def _check_widths(sae: SAEModule, sites: Sites, backend: ModelBackend) -> None:
 def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
     """Of each of ``sites``, and of others that were asked for."""
     try:
-        known = _known.setdefault(getattr(backend, "model", backend), {})
+        known = _known.setdefault(backend.model if isinstance(backend, HasModel) else backend, {})
     except TypeError:  # an object that cannot be a key
         known = {}
     if unknown := [site for site in sites.all if site not in known]:
@@ -153,7 +161,7 @@ def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
 
 def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
     """Hooks that others have put into the model are not for a forward that only looks."""
-    return backend.undisturbed() if isinstance(backend, Backend) else nullcontext()
+    return backend.undisturbed() if isinstance(backend, RunsUndisturbed) else nullcontext()
 
 
 def _instead(site: Site, width: int, backend: ModelBackend) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -19,6 +20,7 @@ from saekit.protocols import ModelBackend
 from saekit.reasons import alike
 from saekit.sae.hooks import Watch
 from saekit.splicing.attachment import Attachment, Passing
+from saekit.splicing.doubts import begin_with_bos, doubt_of_bos
 from saekit.values import Forward, Replacement, Want
 
 __all__ = ["Intervention", "Spliced"]
@@ -67,7 +69,7 @@ class Spliced:
         self._exposed: Mapping[str, ExposedPoint] = {}
         self._held: dict[str, Tensor] = {}
         self._now = threading.local()
-        self._is_open = False
+        self._is_open, self._has_looked = False, False
         self._read = frozenset([read] if isinstance(read, str) else read)
         for name in sorted(self._read):
             self._check_runs(name)
@@ -203,7 +205,19 @@ class Spliced:
         return attrs.evolve(forward, held={**forward.held, **held})
 
     def _begin(self, tokens: Tensor | None, before: int) -> None:
+        if not self._has_looked and tokens is not None and not before:
+            self._look_at(tokens)
         self._now.passing = Passing(tokens, before)
+
+    def _look_at(self, tokens: Tensor) -> None:
+        """Warn, once, of SAEs that were trained with another BOS than the first forward has."""
+        self._has_looked = True
+        begins = begin_with_bos(tokens, self.backend)
+        if begins is None:
+            return
+        for said in dict.fromkeys(doubt_of_bos(one.sae, begins) for one in self.attachments):
+            if said is not None:
+                warnings.warn(said, UserWarning, stacklevel=2)
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_nothing_is_claimed_of_what_is_not_in_the_residual_stream() -> None:
     sites = saekit.Sites.one(HEAD)
     found = find_top_texts(made(sites), backend=FakeBackend(), sites=sites, contexts=CONTEXTS, features=[0])
     assert found[0].promotes is found[0].suppresses is None
-    assert found.why_no_logits == "blocks.0.attn.hook_z.head1 is not in the residual stream"
+    assert str(found.why_no_logits).startswith("blocks.0.attn.hook_z.head1 is not in the residual stream")
     assert "promotes" not in repr(found)
     several = saekit.Sites((EMBED, LATE))
     assert "several sites" in str(why_no_logits(made(several), FakeBackend(), several))
@@ -229,9 +230,24 @@ def test_of_folders_of_sae_lens() -> None:
     assert [one.feature for one in found] == [1, 2, 3]
     assert found[0].promotes is not None
     wrong = saekit.SAE.load(FIXTURES / "sae_lens_6.54.12_transcoder")
-    reads = saekit.top_texts(wrong, dataset={"path": "saekit/python-stdlib"}, features="random", k=2, **how)
-    assert reads.why_no_logits == "the unembedding reads vectors of 16, and the SAE writes 24"
-    assert len(reads) == 2
+    with pytest.raises(ConfigError, match="blocks.0.hook_mlp_out: is 16 wide in 'custom', and the SAE expects 24"):
+        saekit.top_texts(wrong, dataset={"path": "saekit/python-stdlib"}, features="random", k=2, **how)
+
+
+def test_it_is_checked_whether_the_sae_fits_before_the_text_is_read() -> None:
+    how: dict[str, Any] = {"model": FakeBackend(), "dataset": TEXTS, "tokens": 200, "features": [0], "verbose": False}
+    sae = made(saekit.Sites.one(EARLY), context_size=16, model_name="gpt2", mask_column="mask")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        saekit.top_texts(sae, **how)
+    texts = " ".join(str(one.message) for one in said)
+    assert "was trained on activations of 'gpt2', and this model is 'fake'" in texts
+    assert "trained on tokens that the column 'mask' of its data chose, and none is read here" in texts
+    with torch.no_grad():
+        sae.W_dec[0, 0] = torch.nan
+    sae.info = saekit.SAEInfo(sites=sae.info.sites, metadata={"context_size": 16})
+    with pytest.raises(saekit.errors.SAEFormatError, match="W_dec"):
+        saekit.top_texts(sae, **how | {"dataset": {"path": "./nowhere"}})
 
 
 def test_of_a_saved_sae_alone(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from saekit.config import ModelConfig
 from saekit.errors import ConfigError, MissingPackageError, ModelError
 from saekit.testing import check_plugin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMPATIBLE = TransformerBridgeOptions(compatibility_mode=True)
 OPTIONS = {"plain": TransformerBridgeOptions(), "compatible": COMPATIBLE}
 
@@ -49,8 +51,7 @@ def version_4(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"saekit_plugins.backends.{module}.lens_version", lambda: "4.3.0")
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", [*KINDS, "folder"])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "folder"])
 def test_it_keeps_what_a_backend_promises(kind: str) -> None:
     """One passed from code, and in compatibility mode a folder, of which there is an outline, too."""
     plugin = importlib.import_module("saekit_plugins.backends.transformer_bridge")
@@ -64,36 +65,43 @@ def test_it_keeps_what_a_backend_promises(kind: str) -> None:
     assert reasons == [] if kind == "folder" else all("an outline is of a model" in reason for reason in reasons)
 
 
-@pytest.mark.usefixtures("one_thread")
+def read_together(backend: Any, names: list[str]) -> tuple[Any, dict[str, str]]:
+    """A forward that reads and puts back those of ``names`` that run, and of the others what is said of them."""
+    silent: dict[str, str] = {}
+    while True:
+        wanted = [name for name in names if name not in silent]
+        put = {name: lambda x: x for name in wanted if name != "rotary_emb.hook_in"}
+        try:
+            return backend.run(TOKENS, read=wanted, replace=put, want="logits"), silent
+        except ModelError as error:
+            silent |= {name: str(error) for name in wanted if repr(name) in str(error)}
+
+
 @pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_hook_is_read_alone_and_put_back(kind: str, how: str) -> None:
-    """The hooks of one block and those outside; both names of a place are the same."""
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen2"])  # which is a Llama with biases
+def test_every_hook_is_read_and_put_back(kind: str, how: str) -> None:
+    """The hooks of one block and those outside, each alone as it comes; both names of a place are the same."""
     backend = bridge(kind, OPTIONS[how])
     clean = backend.run(TOKENS, want="logits").logits
-    ran, silent = set(), {}
-    for name in backend.hook_names():
-        if name.startswith("blocks.") and not name.startswith("blocks.1."):
+    names = [name for name in backend.hook_names() if name.startswith("blocks.1.") or not name.startswith("blocks.")]
+    together, silent = read_together(backend, names)
+    assert torch.allclose(together.logits, clean, atol=1e-4)
+    ran = {name for name in names if name not in silent}
+    for name in sorted(ran) if how == "plain" else []:
+        if not (held := together.held[name]).is_floating_point():
             continue
-        try:
-            held = backend.run(TOKENS, read=[name]).held[name]
-        except ModelError as error:
-            silent[name] = str(error)
-            continue
-        ran.add(name)
-        if held.is_floating_point():
-            out = backend.run(TOKENS, read=[name], replace={name: lambda x: x}, want="logits", grad=True)
-            assert torch.allclose(out.logits, clean, atol=1e-4), name
-            if name != "rotary_emb.hook_in":  # it says which type and device, and no numbers
-                slopes = torch.autograd.grad(out.logits[..., 3].pow(2).sum(), out.held[name])
-                assert slopes[0].abs().max() > 0, name
+        out = backend.run(TOKENS, read=[name], replace={name: lambda x: x}, want="logits", grad=True)
+        assert torch.allclose(out.logits, clean, atol=1e-4), name
+        assert torch.allclose(out.held[name], held, atol=1e-4), name
+        if name != "rotary_emb.hook_in":  # it says which type and device, and no numbers
+            slopes = torch.autograd.grad(out.logits[..., 3].pow(2).sum(), out.held[name])
+            assert slopes[0].abs().max() > 0, name
     assert {"blocks.1.hook_resid_pre", "blocks.1.hook_in", "blocks.1.attn.hook_z", "blocks.1.attn.o.hook_in"} <= ran
     assert not any(name.startswith(("hook_", "ln_final", "unembed", "embed")) for name in silent)
     why = "does not run as the model is configured (the bridge has hook points that run only after a switch"
     assert all(why in message for message in silent.values())
-    both = backend.run(TOKENS, read=["blocks.1.hook_resid_post", "blocks.1.hook_out"]).held
-    assert torch.equal(both["blocks.1.hook_resid_post"], both["blocks.1.hook_out"])
-    assert both["blocks.1.hook_resid_post"].shape == (*TOKENS.shape, 16)
+    assert torch.equal(together.held["blocks.1.hook_resid_post"], together.held["blocks.1.hook_out"])
+    assert together.held["blocks.1.hook_resid_post"].shape == (*TOKENS.shape, 16)
 
 
 def test_hooks_are_listed_with_transformer_lens_names_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from saekit_plugins.backends.bridges import BridgeBackend
 from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
 from saekit_plugins.backends.huggingface import HuggingFaceOptions
 from saekit_plugins.backends.transformer_bridge import TransformerBridgeOptions
-from support import lens_golden
 from support.causal_lms import KINDS, causal_lm_folder
 from support.lens_golden import CASES, TOKENS, UNPROCESSED, held, recorded
-from support.saes import drawn_sae
+from support.saes import at, drawn_sae
 
 import saekit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WITHOUT = {"neox": ("attn.hook_rot_q", "attn.hook_rot_k")}
 """Hooks that a bridge has no place for."""
@@ -29,7 +31,6 @@ def lens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", CASES)
 def test_hooks_hold_what_a_hooked_transformer_holds(case: str, lens: str) -> None:
     """To 1e-5, all of them, whatever was done to the weights."""
@@ -83,6 +84,26 @@ def test_an_sae_costs_the_same_in_every_backend(kind: str, place: str) -> None:
         assert torch.allclose(found, first, atol=1e-5), name
 
 
+def test_evals_find_the_same_in_every_backend() -> None:
+    """Of one SAE, on the same contexts, by its name of the place."""
+    sae = at(drawn_sae(16), "blocks.1.hook_resid_post")
+    found = []
+    for options in (
+        HookedTransformerOptions(from_pretrained_kwargs=UNPROCESSED),
+        TransformerBridgeOptions(),
+        HuggingFaceOptions(),
+    ):
+        backend: Any = saekit.load_model(causal_lm_folder("neox"), backend=options, device="cpu")
+        how: dict[str, Any] = {"contexts": TOKENS, "kl": True, "top1": True, "n_bootstrap": 20}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # its weights are drawn
+            found.append(saekit.evaluate(sae, model=backend, save=False, verbose=False, **how))
+    first = found[0]
+    assert {"ce_recovered", "kl_div_with_sae", "explained_variance", "top1_agreement"} <= set(first.values)
+    for other in found[1:]:
+        assert dict(other.values) == pytest.approx(dict(first.values), rel=1e-4, abs=1e-5)
+        assert dict(other.errors) == pytest.approx(dict(first.errors), rel=1e-3, abs=1e-5)
+
+
 def test_the_records_are_of_every_case() -> None:
     assert set(recorded()) == set(CASES)
-    assert lens_golden.FILE.stat().st_size < 150_000

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.causal_lms import BLOCKS, KINDS, LAYERS, TOKENS, causal_lm, causal_lm_folder, make_causal_lm
+from support.causal_lms import BLOCKS, LAYERS, TOKENS, causal_lm, causal_lm_folder, make_causal_lm
 from support.tiny import hooked_mamba, hooked_transformer
 from torch import Tensor, nn
 
 import saekit
 from saekit.abilities import StartsInside
-from saekit.backends import Hooks, InsideBackend
+from saekit.backends import Hooks, InsideBackend, next_token_loss
 from saekit.config import ModelConfig
 from saekit.errors import ModelError
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
 
-FAMILIES = (*KINDS, "gemma2", "serial neox")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ("gpt2", "llama", "neox", "gemma2", "serial neox")
 LENS = ("HookedTransformer", "HookedMamba")
 
 
@@ -64,6 +66,19 @@ def last_hook(kind: str) -> str:
     return next(name for name, module in backend(kind).model.named_modules() if module is head) + ".input"
 
 
+@cache
+def whole_forward(kind: str) -> Any:
+    """Logits of a whole forward, and what it holds where blocks begin and end, inside the last ones, and after all."""
+    places = {name for layer in range(count(kind)) for name in ends(kind, layer)}
+    read = {*places, inner(kind, 1), inner(kind, count(kind) - 1), last_hook(kind)}
+    return backend(kind).run(TOKENS, read=read, want="logits")
+
+
+def count(kind: str) -> int:
+    """How many blocks there are."""
+    return len(backend(kind).model.get_submodule(blocks(kind)))
+
+
 @contextmanager
 def counted(kind: str) -> Iterator[list[int]]:
     """The numbers of the blocks that run."""
@@ -83,7 +98,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_entry_is_the_last_one_before_all_hooks(kind: str) -> None:
-    found, n = backend(kind), len(backend(kind).model.get_submodule(blocks(kind)))
+    found, n = backend(kind), count(kind)
     for layer in range(n):
         first, last = ends(kind, layer)
         assert found.entry_of([first]) == first
@@ -100,11 +115,10 @@ def test_the_entry_is_the_last_one_before_all_hooks(kind: str) -> None:
 
 def test_what_comes_out_is_what_a_whole_forward_gives(kind: str) -> None:
     """Bit for bit, without and with replacements, and no block before the entry runs."""
-    found, n = backend(kind), len(backend(kind).model.get_submodule(blocks(kind)))
-    for layer in range(n):
+    found, n, whole = backend(kind), count(kind), whole_forward(kind)
+    for layer in (0, n - 1):
         for skipped, entry in zip((layer, layer + 1), ends(kind, layer), strict=True):
             later = [name for name in (inner(kind, n - 1), last_hook(kind)) if found.entry_of([entry, name]) == entry]
-            whole = found.run(TOKENS, read={entry, *later}, want="logits")
             halves: Any = {name: lambda held: held / 2 for name in (entry, *later[:1])}
             changed = found.run(TOKENS, read={entry, *later}, replace=halves, want="loss")
             with counted(kind) as ran:
@@ -115,7 +129,7 @@ def test_what_comes_out_is_what_a_whole_forward_gives(kind: str) -> None:
                 assert torch.equal(begun.held[name], whole.held[name]), name
             again = found.run_from(TOKENS, entry, whole.held[entry], read=later, replace=halves, want="loss")
             assert torch.equal(again.loss, changed.loss)
-            assert not torch.equal(again.loss, found.run_from(TOKENS, entry, whole.held[entry], want="loss").loss)
+            assert not torch.equal(again.loss, next_token_loss(begun.logits, TOKENS))
             for name in later:
                 assert torch.equal(again.held[name], changed.held[name]), name
 
@@ -123,7 +137,7 @@ def test_what_comes_out_is_what_a_whole_forward_gives(kind: str) -> None:
 def test_a_forward_from_inside_ends_early_too(kind: str) -> None:
     found = backend(kind)
     entry, hook = ends(kind, 0)[1], inner(kind, 1)
-    whole = found.run(TOKENS, read={entry, hook}).held
+    whole = whole_forward(kind).held
     with counted(kind) as ran:
         begun = found.run_from(TOKENS, entry, whole[entry], read={hook}).held
         assert ran == [1]
@@ -139,7 +153,7 @@ def test_gradients_begin_at_the_entry(kind: str) -> None:
     for entry in ends(kind, 1):
         whole = found.run(TOKENS, read={entry}, want="loss", grad=True)
         (expected,) = torch.autograd.grad(whole.loss.sum(), whole.held[entry])
-        value = found.run(TOKENS, read={entry}).held[entry]
+        value = whole_forward(kind).held[entry]
         begun = found.run_from(TOKENS, entry, value, read={entry}, want="loss", grad=True)
         (gradient,) = torch.autograd.grad(begun.loss.sum(), begun.held[entry])
         assert torch.allclose(gradient, expected, atol=1e-7)
@@ -157,7 +171,7 @@ def test_the_model_stays_as_it_was(kind: str) -> None:
     found, (entry, after) = backend(kind), ends(kind, 1)
     modules = [*found.model.named_modules()]
     hooks = [(len(part._forward_hooks), len(part._forward_pre_hooks)) for _, part in modules]
-    whole = found.run(TOKENS, read={entry}, want="logits")
+    whole = whole_forward(kind)
 
     def fails(held: Tensor) -> Tensor:
         raise KeyError("mine")
@@ -195,7 +209,7 @@ def test_hooks_of_others_are_met_once(kind: str) -> None:
         finally:
             handle.remove()
         assert torch.equal(begun.logits, whole.logits), entry
-        assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
+        assert not torch.equal(begun.logits, whole_forward(kind).logits)
 
 
 def test_what_is_attached_is_in_the_value_or_met_later(kind: str) -> None:
@@ -205,12 +219,12 @@ def test_what_is_attached_is_in_the_value_or_met_later(kind: str) -> None:
             whole = found.run(TOKENS, read={entry}, want="logits")
             begun = found.run_from(TOKENS, entry, whole.held[entry], want="logits")
             assert torch.equal(begun.logits, whole.logits), entry
-        assert not torch.equal(begun.logits, found.run(TOKENS, want="logits").logits)
+        assert not torch.equal(begun.logits, whole_forward(kind).logits)
 
 
 def test_what_a_forward_from_inside_refuses(kind: str) -> None:
     found, (entry, after) = backend(kind), ends(kind, 1)
-    value = found.run(TOKENS, read={entry}).held[entry]
+    value = whole_forward(kind).held[entry]
     with pytest.raises(ModelError, match="has no hook 'no.such'"):
         found.run_from(TOKENS, entry, value, read={"no.such"})
     with pytest.raises(ModelError, match="has no hook 'no.such'"):

@@ -90,7 +90,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train run.toml model.name=./nowhere --grid training.lr=1,2", 2, NO_MODEL),
     ("demo model.name=./nowhere", 2, NO_MODEL),
     ("demo --folder file", 2, NO_FOLDER),
-    ("demo evals.run=[]", 2, "evals.run: the demo shows the numbers of saekit:reconstruction"),
+    ("demo evals.run=[]", 2, "evals.run: the demo shows what saekit:downstream and saekit:reconstruction finds"),
     ("plan nowhere.toml", 2, "there is no configuration file nowhere.toml"),
     ("plan run.toml dataset.path=./nowhere", 2, f"problem: {NO_TEXT}"),
     ("plan run.toml dataset.path=./nowhere --json", 2, f'"{NO_TEXT}"'),

@@ -191,7 +191,12 @@ def recorded(model: Any) -> list[Any]:
     """The tokens of every forward of a model from now on."""
     seen: list[Any] = []
     run = model.run_with_hooks
-    model.run_with_hooks = lambda tokens, **more: seen.append(tokens) or run(tokens, **more)
+
+    def heard(given: Any, **more: Any) -> Any:
+        seen.append(more.get("tokens", given))  # those of a forward that begins inside
+        return run(given, **more)
+
+    model.run_with_hooks = heard
     return seen
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data import Corpus, TokenPolicy
-from saekit.data.corpus import POLICY_DEFAULTS
 from saekit.errors import ConfigError, DataError
 from saekit.testing import FakeBackend
 
@@ -23,6 +22,8 @@ DEFAULTS = {
     "context_size": 128, "prepend_bos": True, "begin_batch_token": "none", "begin_sequence_token": "none",
     "sequence_separator_token": "bos",
 }  # fmt: skip
+OTHERS = {"disable_concat_sequences": False, "chat_template": False}
+"""What is settled beside them."""
 
 
 def corpus_of(path: Path | str, evals: EvalsConfig | None = None, **stated: Any) -> Corpus:
@@ -54,7 +55,7 @@ def test_pretokenized_data_settles_every_option(folder: Path, made: dict, other:
     (folder / "saekit.json").write_text(json.dumps(made | {"vocab_size": 50}))
     agreeing = {name: made[name] for name in names}
     if valid(agreeing):
-        assert corpus_of(folder, **agreeing).config == DatasetConfig(path=str(folder), **POLICY_DEFAULTS | made)
+        assert corpus_of(folder, **agreeing).config == DatasetConfig(path=str(folder), **DEFAULTS | OTHERS | made)
     stated = {name: other[name] for name in names}
     if not valid(stated):
         return

@@ -23,9 +23,8 @@ from saekit.data.cache import CachedActivations, Manifest, verify_cache
 from saekit.data.documents import Form
 from saekit.data.text import Documents
 from saekit.errors import DataError
-from saekit.runs.counting import token_choice
 from saekit.testing import FakeBackend
-from saekit.tokens import TokenChoice
+from saekit.tokens import TokenChoice, ids_of, token_choice
 from saekit.values import Batch
 
 DOCUMENTS = [[(7 * n + t * t) % 12 for t in range(10 + n % 13)] for n in range(60)]
@@ -297,3 +296,11 @@ def test_cached_batches_have_each_row_once(tmp_path: Path) -> None:
     assert sorted(rows_of(*batches)) == sorted(rows_of(read(tmp_path, manifest)))
     check_rows(*batches)
     source.close()
+
+
+def test_ids_of_a_forward_are_told_from_what_else_it_is_given() -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    assert ids_of(ids) is ids
+    assert ids_of(ids[0]).tolist() == [[0, 1, 2]]  # type: ignore[union-attr]
+    for other in (ids.float(), ids[None], ids[0, 0], "text", [1, 2], None):
+        assert ids_of(other) is None

@@ -23,7 +23,6 @@ from saekit.sae.build import build_module
 from saekit.testing import FakeBackend
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
-pytestmark = pytest.mark.usefixtures("one_thread")
 EVALS = (
     ReconstructionEval(ReconstructionConfig(batch_size_prompts=8, n_bootstrap=0)),
     DownstreamEval(DownstreamConfig(batch_size_prompts=8, n_bootstrap=0)),

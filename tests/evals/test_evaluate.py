@@ -144,7 +144,9 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
         evaluated(sae, model=FakeBackend(), site=SITE)
     with pytest.raises(ModelError, match="no hook 'blocks.0.hook_resid_pots'. Did you mean 'blocks.0.hook_resid_post'"):
         evaluated(sae, model=FakeBackend(), site="blocks.0.hook_resid_pots", contexts=contexts)
-    with pytest.raises(ConfigError, match=r"contexts: must be token ids \[n, context_size\], found \[4\]"):
+    with pytest.raises(
+        ConfigError, match=r"contexts: must be token ids \[n, context_size\], whole numbers; found \[4\]"
+    ):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts[:, 0])
     with pytest.raises(ConfigError, match="contexts: must be token ids from 0 to 127 of 'fake'"):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts + 100)
@@ -163,6 +165,7 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
 def test_contexts_and_masks_of_any_kind(runs: Path) -> None:
     sae = saekit.SAE.load(runs / "a", plugins=manager())
     tokens = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 0  # BOS, as in training
     mask = tokens > 20
     kinds = [(tokens, mask), (tokens.to(torch.uint8), mask.numpy()), (tokens.tolist(), mask.tolist())]
     values = [evaluated(sae, FakeBackend(), contexts=one, mask=kept, save=False).values for one, kept in kinds]
@@ -189,6 +192,7 @@ def test_a_text_is_named_or_passed(runs: Path, tmp_path: Path) -> None:
 def test_a_model_that_guesses_is_told(runs: Path) -> None:
     sae = saekit.SAE.load(runs / "a", plugins=manager())
     contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    contexts[:, 0] = 0  # BOS, as in training
     with pytest.warns(UserWarning, match=r"the model's own loss is .* nats, hardly better than guessing \(4.85,"):
         evaluated(sae, FakeBackend(), contexts=contexts, save=False)
 
@@ -231,6 +235,7 @@ def test_what_is_assumed_of_a_run_is_said(tmp_path: Path, runs: Path) -> None:
     assert sum(one.category is RuntimeWarning for one in caught) == 1
     assert found.values == evaluated(runs / "a", save=False).values
     contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    contexts[:, 0] = 0  # bos, as in its training
     evaluated(tmp_path / "a", model=FakeBackend(), contexts=contexts, save=False)  # where it would say nothing
     sae = saekit.SAE.load(runs / "a", plugins=manager())
     del sae.info.metadata["held_out_every"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,22 @@ def test_the_spread_of_rows_is_that_around_their_mean() -> None:
     together = np.concatenate(contexts)
     (spread,) = sums.totals().spread("within", "total", "n")
     assert spread == pytest.approx(((together - together.mean(0)) ** 2).sum(), rel=1e-9)
+
+
+def test_vectors_of_contexts_are_kept_once() -> None:
+    sums, vectors = Sums(), np.arange(3 * 2 * 20_000.0).reshape(3, 2, 20_000)
+    tracemalloc.start()
+    try:
+        for numbers, values in zip(([4, 1], [0, 5], [2, 3]), vectors, strict=True):
+            sums.add(numbers, {"vector": values})
+        assert sums.column("vector")[:, 0].tolist() == vectors[[1, 0, 2, 2, 0, 1], [0, 1, 0, 1, 0, 1], 0].tolist()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 1.2 * vectors.nbytes
+    assert sums.column("vector") is sums.column("vector")
+    sums.add([-1], {"vector": vectors[0, :1]})
+    assert sums.column("vector")[:2, 0].tolist() == [vectors[0, 0, 0], vectors[1, 0, 0]], "in order once more"
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:

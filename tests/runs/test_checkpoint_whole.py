@@ -153,7 +153,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(saving, "write_checkpoint", no_space)
     with pytest.warns(RuntimeWarning) as caught:
         result = train(fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 4}))
-    told = [str(w.message) for w in caught]
+    told = [str(w.message) for w in caught if "worse than the mean" not in str(w.message)]
     folder = tmp_path / "run/checkpoints"
     assert [re.sub(r"cannot write .*: No", "cannot write X: No", text) for text in told] == [
         f"there is no checkpoint after {step} steps: cannot write X: No space left on device. What was there before is "

@@ -49,8 +49,9 @@ def test_one_training_run(tmp_path: Path, counted: Counter[str]) -> None:
     # Written: config.toml, what trackers get, a checkpoint's facts, the SAE's options and how its model was loaded.
     # Compared: the source's options between SAEs that train together, the model's with a cache.
     assert counted["plain"] == 7
-    # Seven that the configuration chooses, and the tracker that is always there, for the checks and for the run.
-    assert counted["looked up"] == 7 + 3
+    # Eight that the configuration chooses, two evals among them, and the tracker that is always there, for the checks
+    # and for the run.
+    assert counted["looked up"] == 8 + 3
 
 
 def test_a_sweep_has_one_converter(tmp_path: Path, counted: Counter[str]) -> None:

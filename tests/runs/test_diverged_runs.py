@@ -117,7 +117,7 @@ def test_a_sweep_of_which_one_diverged_is_resumed(tmp_path: Path, monkeypatch: p
             configs = saekit.grid(fake_config(Path("runs")), axes, plugins=manager())
             with pytest.warns(RuntimeWarning, match="is stopped") as caught:
                 results.append(train(configs) if name == "whole" else stopped(configs, 12))
-            assert len(caught) == 1
+            assert sum("is stopped" in str(one.message) for one in caught) == 1
     with contextlib.chdir(tmp_path / "part"):
         whole, part = results[0], resume(Path("runs/run"))
     assert part.diverged == whole.diverged

@@ -31,6 +31,7 @@ def told(folder: Path, name: object, backend: Any, hook: str, **given: Any) -> s
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_other_backend_is_timed(tmp_path: Path) -> None:
+    """A bridge, which is never the quickest, is not loaded to see."""
     name = causal_lm_folder("llama")
     text = told(tmp_path, name, TABLE, "blocks.1.hook_resid_post")
     speed = r"would forward (\d+\.\d\d × (faster|slower)|as fast) here"

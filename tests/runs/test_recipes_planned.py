@@ -57,12 +57,12 @@ def test_the_sizes_in_a_recipe_are_those_that_plan_counts(name: str) -> None:
 
 def test_they_are_the_models_that_they_are_said_to_be() -> None:
     """Names, hooks and widths of the libraries' own tables; parameters as they are published."""
-    from saekit_plugins.backends.lens_versions import official_name
+    library = pytest.importorskip("transformer_lens.loading_from_pretrained")  # of transformer_lens 3
     from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
     official_names = {"gpt2-small-residual": "gpt2", "pythia-160m-attention": "EleutherAI/pythia-160m-deduped"}
     for name, official in official_names.items():
-        assert official_name(saekit.recipe(name).model.name) == official
+        assert library.get_official_model_name(saekit.recipe(name).model.name) == official
         assert official in OFFICIAL_MODEL_NAMES
     widths = {
         "gpt2-small-residual": 768, "pythia-160m-attention": 12 * 64, "gemma-2-2b-topk": 2304, "laptop": 128,

@@ -42,6 +42,7 @@ SHORT = [
 ]  # fmt: skip
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
+    "eval": ["--n-contexts", "8"], "compare": ["--n-contexts", "8"],
     "pretokenize": ["max_contexts=400"],
     "bench-synthetic": ["--steps", "3", "--l0", "1", "--correlated", "0", "--superposition", "2"],
 }  # fmt: skip

@@ -356,7 +356,7 @@ def test_every_built_in_keeps_its_promises(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])  # which is checked above
 def test_backends_of_folders_keep_their_promises(family: str) -> None:
     """In every family there is something that a check does not meet in the others."""
     model = ModelConfig(name=str(causal_lm_folder(family)), device="cpu")

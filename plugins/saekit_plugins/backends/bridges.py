@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ModelError
-from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit.backends import Hooks
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import layout_of
+from saekit_plugins.backends.layered import LayeredBackend, causal_mask, checked_kwargs
 from saekit_plugins.backends.lens_hooks import exposed
 from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 
@@ -38,7 +39,7 @@ _OURS = {"input", "input_ids", "return_type", "loss_per_token", "labels", "start
 """What a forward of saekit's decides itself."""
 
 
-class BridgeBackend(ModuleBackend, InsideBackend):
+class BridgeBackend(LayeredBackend):
     """A ``TransformerBridge``, with the names of its hook points, and its other names for them, as hooks."""
 
     why_silent = (
@@ -116,16 +117,18 @@ class BridgeBackend(ModuleBackend, InsideBackend):
     def logits(self, tokens: Tensor) -> Tensor:
         # Without a cache of keys and values, which nobody reads.
         plain = {"use_cache": False} if "use_cache" in self._accepted else {}
-        options: dict[str, Any] = {"return_type": "logits"} | plain | self._checked_kwargs()
+        options: dict[str, Any] = (
+            {"return_type": "logits"} | plain | dict(checked_kwargs(self, self._forward_kwargs, self._accepted))
+        )
         if tokens.is_meta:  # the library looks at the numbers of a mask that it makes itself, and there are none
-            options["attention_mask"] = _causal(tokens)
+            options["attention_mask"] = causal_mask(tokens)
         logits: Tensor = self.model(tokens, **options)
         return logits
 
     def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
         with ExitStack() as quiet:
             if any(name.endswith(_NORMS) for name in hooks.names):
-                # What is put there makes a bridge compute the norm itself, which it warns of: rounding is other.
+                # Where something is put at a norm's hooks, a bridge computes the norm by itself, and warns of rounding.
                 quiet.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
             if hooks.entry is not None and self._order is not None:
@@ -134,38 +137,16 @@ class BridgeBackend(ModuleBackend, InsideBackend):
                 quiet.enter_context(self._order.begun_at(at, end))
             return super().forward(tokens, hooks)
 
-    def entry_of(self, hooks: Collection[str]) -> str | None:
-        """What enters a block or leaves it, of models whose blocks run one after the other.
-
-        A short forward shows in which order the hook points are met, and another one, for each entry, that one which
-        begins there gives the same logits.
-        """
-        if self._order is None or any(name not in self._met for name in hooks):
+    def _last_before(self, hooks: Collection[str]) -> str | None:
+        if any(name not in self._met for name in hooks):
             return None
         first = min((self._met[name] for name in hooks), default=math.inf)
-        entry = next((name for name in reversed(self._ends) if self._met[name] <= first), None)
-        if entry is not None and entry not in self._same:
-            whole = self.run(self._few(), read=[entry], want="logits")
-            self.run(self._few(8), want="logits")  # what a block keeps of a forward is of this one now
-            begun = self._run(self._few(), (), None, "logits", False, (entry, whole.held[entry]))
-            difference = (begun.logits.double() - whole.logits.double()).abs().max()
-            self._same[entry] = bool(difference <= 1e-6 * whole.logits.double().abs().max())
-        return entry if entry is not None and self._same[entry] else None
-
-    @cached_property
-    def _same(self) -> dict[str, bool]:
-        """By the hook where a forward begins: whether it gives what a whole one does."""
-        return {}
+        return next((name for name in reversed(self._ends) if self._met[name] <= first), None)
 
     @cached_property
     def _order(self) -> LayerOrder | None:
-        from saekit_plugins.backends.layer_order import observed
-
-        blocks, tokens = getattr(self.model, "blocks", ()), self._few()
-        if self.device == "meta" or not len(blocks):  # without numbers, nothing shows
-            return None
-        with self.running(tokens, grad=False):
-            found = observed(self.model.original_model, len(blocks), lambda: self.logits(tokens))
+        blocks = getattr(self.model, "blocks", ())
+        found = self._observed(self.model.original_model, len(blocks))
         return found if found is not None and all(a is b for a, b in zip(found.stack, blocks, strict=True)) else None
 
     @cached_property
@@ -190,11 +171,6 @@ class BridgeBackend(ModuleBackend, InsideBackend):
             if self._points[end] is self._points[entry]:
                 return f"{self._order.path}.{end.split('.')[1]}" + (".input" if end.endswith("_pre") else "")
         raise ModelError(f"a forward of {self.name!r} cannot begin at the hook {entry!r}")
-
-    def _few(self, first: int = 0) -> Tensor:
-        import torch
-
-        return torch.arange(first, first + 8, device=self.device)[None] % self.d_vocab
 
     def begins(self, tell: Callable[[Tensor | None, int], None]) -> AbstractContextManager[None]:
         return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
@@ -221,14 +197,6 @@ class BridgeBackend(ModuleBackend, InsideBackend):
         forwards = (self.model.forward, self.model.original_model.forward)
         return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters) - _OURS
 
-    def _checked_kwargs(self) -> dict[str, Any]:
-        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
-            raise ModelError(
-                f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(self._accepted)}"
-            )
-        return self._forward_kwargs
-
 
 @attrs.frozen
 class _Attached:
@@ -240,11 +208,3 @@ class _Attached:
     def remove(self) -> None:
         self.handle.hook.remove()
         self.point.fwd_hooks[:] = [one for one in self.point.fwd_hooks if one is not self.handle]
-
-
-def _causal(tokens: Tensor) -> Tensor:
-    """``[b, 1, t, t]``: which tokens each token sees."""
-    import torch
-
-    batch, length = tokens.shape
-    return torch.ones(batch, 1, length, length, dtype=torch.bool, device=tokens.device).tril()

@@ -13,11 +13,11 @@ from typing import Any, Self, TypeAlias
 
 import attrs
 
-from saekit import SAE, ConfigError, ModelError, Site, Sites, load_model
+from saekit import SAE, ModelError, Site, Sites, load_model
 from saekit.backends import Backend
 from saekit.errors import MissingPackageError
 from saekit.splicing import Spliced, attachments, check_fits
-from saekit.tokens import TokenChoice, special_ids
+from saekit.tokens import TokenChoice, asked_tokens, special_ids, token_choice
 
 try:
     from transformer_lens.HookedTransformer import HookedTransformer
@@ -242,15 +242,9 @@ class HookedSAETransformer(HookedTransformer):
         return _Attached(name, sae, sites, Spliced(self._backend, made))
 
     def _choice(self, sae: SAE, excluded: _Excluded) -> TokenChoice:
-        special = special_ids(self._backend)
         if excluded is None:
-            return TokenChoice.of_metadata(sae.info.metadata, special)
-        if excluded is True and not special:
-            raise ConfigError(
-                [("exclude_special_tokens", "is true, and the model has no special tokens that its tokenizer names; "
-                  "give their ids in a list")]
-            )  # fmt: skip
-        return TokenChoice(exclude=special if excluded is True else excluded or ())
+            return TokenChoice.of_metadata(sae.info.metadata, special_ids(self._backend))
+        return token_choice(asked_tokens(excluded), self._backend, section="")
 
     def _sharing(self, new: Sequence[_Attached]) -> list[_Attached]:
         """What is attached where ``new`` are, or would be."""

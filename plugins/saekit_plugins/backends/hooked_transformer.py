@@ -19,6 +19,7 @@ from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
 from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
 from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.layered import checked_kwargs
 from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version
 from saekit_plugins.backends.model_folders import EMBEDDED, PROCESSING, load_model, model_folder
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "HookedTransformerOptions", "TransformerLensBackend"]
 
 
+_INSIDE = re.compile(r"blocks\.(\d+)\.(attn\.hook_z|mlp\.hook_pre|mlp\.hook_post)")
+"""Those from which one matrix leads to the residual stream."""
 _ENTRY = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post)")
 _BEFORE_BLOCKS = ("hook_embed", "hook_pos_embed", "hook_tokens")
 _AFTER_BLOCKS = ("ln_final.", "unembed.", "hook_norm", "hook_logits")
@@ -74,6 +77,21 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self.model.hook_dict and RESIDUAL.fullmatch(hook_name) is not None
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """``W_O`` or ``W_out``; none where a norm lies behind them, and before the product with a gate."""
+        found, cfg = _INSIDE.fullmatch(hook_name), self.model.cfg
+        behind = getattr(cfg, "use_normalization_before_and_after", False)
+        if found is None or hook_name not in self.model.hook_dict or behind:
+            return None
+        if found[2] == "mlp.hook_pre" and getattr(cfg, "gated_mlp", False):
+            return None
+        block = self.model.blocks[int(found[1])]
+        heads = found[2] == "attn.hook_z"
+        weights = getattr(block.attn, "W_O", None) if heads else getattr(block.mlp, "W_out", None)
+        if weights is None or weights.ndim != (3 if heads else 2):  # of experts, or quantized
+            return None
+        return weights.flatten(0, 1) if heads else weights  # type: ignore[no-any-return]
 
     def other_names(self) -> Collection[str]:
         return also_called(self.name, getattr(self.model.cfg, "model_name", None) or self.name)
@@ -130,7 +148,7 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
         with compiled:
             out: Tensor | None = self.model.run_with_hooks(
-                tokens, fwd_hooks=pairs, **{**self._checked_kwargs(), **options}
+                tokens, fwd_hooks=pairs, **{**checked_kwargs(self, self._forward_kwargs, self._accepted), **options}
             )
         if entry is not None and out is not None:
             hooks(entry, out)
@@ -205,16 +223,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
-        """What the model's forward takes."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
-
-    def _checked_kwargs(self) -> dict[str, Any]:
-        if unknown := sorted(set(self._forward_kwargs) - self._accepted):
-            raise ModelError(
-                f"the forward of {self.name!r} does not take {unknown} (model.backend.forward_kwargs); it takes "
-                f"{sorted(self._accepted - {'input'})}"
-            )
-        return self._forward_kwargs
+        """What the model's forward takes beside the tokens."""
+        return frozenset(inspect.signature(self.model.forward).parameters) - {"input"}
 
 
 def _order(place: tuple[int, str]) -> tuple[int, bool]:
@@ -230,6 +240,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         summary="models of transformer_lens, Hugging Face folders, and saekit/tiny-python",
         precheck=_precheck,
         outline=_outline,
+        timed=has_hooked_transformer(),  # else it is a bridge
     )
 
 
@@ -245,7 +256,7 @@ def _build(
     if loaded is None and not has_hooked_transformer():
         return _bridge(config, model)
     with warnings.catch_warnings():
-        # transformer_lens 3 announces its 4.0, which saekit's requirements exclude: nothing a user could act on.
+        # transformer_lens 3 announces that its 4.0 has none.  saekit works with both, so there is nothing to act on.
         warnings.filterwarnings("ignore", message=".*HookedTransformer.*deprecated", category=DeprecationWarning)
         module: Any = (
             _passed(loaded, config) if loaded is not None else load_model(model, config.from_pretrained_kwargs)

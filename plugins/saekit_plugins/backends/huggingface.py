@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ConfigError, Entry, hookimpl
-from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit.backends import Hooks
 from saekit.config import path_field
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import Layout, layout_of
+from saekit_plugins.backends.layered import LayeredBackend, causal_mask
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.config import ModelConfig
-    from saekit_plugins.backends.layer_order import LayerOrder
 
 _ELSEWHERE = ("dtype", "torch_dtype", "device_map", "revision", "attn_implementation")
 
@@ -54,12 +54,12 @@ class HuggingFaceOptions:
             raise ConfigError([(attribute.name, problem) for problem in problems])
 
 
-class HuggingFaceBackend(ModuleBackend, InsideBackend):
+class HuggingFaceBackend(LayeredBackend):
     """A causal language model of transformers, with ``transformer.h.1`` or ``model.layers.3.mlp.input`` for hooks."""
 
     def logits(self, tokens: Tensor) -> Tensor:
         # The library looks at the numbers of a mask that it makes itself, and on the meta device there are none.
-        masked = {"attention_mask": _causal(tokens)} if tokens.is_meta else {}
+        masked = {"attention_mask": causal_mask(tokens)} if tokens.is_meta else {}
         logits: Tensor = self.model(input_ids=tokens, use_cache=False, **masked).logits
         return logits
 
@@ -68,42 +68,8 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         with nullcontext() if order is None else order.begun_at(str(hooks.entry)):
             return super().forward(tokens, hooks)
 
-    def entry_of(self, hooks: Collection[str]) -> str | None:
-        """The input of a layer or what it returns, of models whose layers run one after the other.
-
-        A short forward shows in which order the modules run, another one, for each entry, that one which begins there
-        gives the same logits: some models hand more from layer to layer than hidden states.
-        """
-        entry = None if self._order is None else self._order.entry_of(hooks)
-        if entry is not None and entry not in self._same:
-            whole = self._run(self._few(), [entry], None, "logits", False)
-            self._run(self._few(8), (), None, "logits", False)  # what a layer keeps of a forward is of this one now
-            begun = self._run(self._few(), (), None, "logits", False, (entry, whole.held[entry]))
-            difference = (begun.logits.double() - whole.logits.double()).abs().max()
-            self._same[entry] = bool(difference <= 1e-6 * whole.logits.double().abs().max())
-        return entry if entry is not None and self._same[entry] else None
-
-    @cached_property
-    def _same(self) -> dict[str, bool]:
-        """By the hook where a forward begins: whether it gives what a whole one does."""
-        return {}
-
-    @cached_property
-    def _order(self) -> LayerOrder | None:
-        from saekit_plugins.backends.layer_order import observed
-
-        number = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
-        tokens = self._few()
-        if self.device == "meta" or not number:  # without numbers, nothing shows
-            return None
-        with self.running(tokens, grad=False):
-            return observed(self.model, number, lambda: self.logits(tokens))
-
-    def _few(self, first: int = 0) -> Tensor:
-        import torch
-
-        length = min(8, self.n_ctx or 8)
-        return torch.arange(first, first + length, device=self.device)[None] % self.d_vocab
+    def _last_before(self, hooks: Collection[str]) -> str | None:
+        return None if self._order is None else self._order.entry_of(hooks)
 
     def hook_like(self, name: str) -> str | None:
         """A hook of its own, or the place that transformer_lens has that name for.
@@ -112,8 +78,7 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
         """
         if name in self._hooks:
             return name
-        config = self.model.config.get_text_config()
-        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+        known = self._layout
         if known is None and name.endswith(("hook_resid_pre", "hook_resid_post")) and self._order is not None:
             known = Layout(self._order.path)
         found = None if known is None else known.module_hook(name)
@@ -128,6 +93,31 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
             known = "hook_resid_pre"
         names = hook_name and [hook_name if known is None else known]
         return at_hooks(NOTHING if about is None else of_metadata(about), names, self.model)
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        config = self.model.config.get_text_config()
+        return layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """Those of the module that attention or an MLP ends with; none where a norm lies behind it, or a gate."""
+        known = self._layout
+        lens = None if known is None or hook_name not in self._hooks else known.lens_hook(hook_name)
+        block, _, place = (lens or "").partition(".attn." if ".attn." in (lens or "") else ".mlp.")
+        if known is None or place not in ("hook_z", "hook_pre", "hook_post"):
+            return None
+        if place == "hook_pre" and "mlp.hook_pre_linear" in known.inside:
+            return None
+        part, last = ("attn", "attn.hook_z") if place == "hook_z" else ("mlp", "mlp.hook_post")
+        added, path = known.module_hook(f"{block}.hook_{part}_out"), known.module_hook(f"{block}.{last}")
+        if added is None or path is None or not path.startswith(f"{added}."):  # what is added is not what is projected
+            return None
+        module = self.model.get_submodule(path.removesuffix(".input"))
+        weights = getattr(module, "weight", None)
+        if weights is None or weights.ndim != 2 or not weights.is_floating_point():
+            return None
+        found: Tensor = weights if hasattr(module, "nf") else weights.T  # transformers' Conv1D lies the other way
+        return found
 
     @cached_property
     def _hooks(self) -> frozenset[str]:
@@ -151,14 +141,6 @@ class HuggingFaceBackend(ModuleBackend, InsideBackend):
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         head = self.model.get_output_embeddings()
         return super().unembedding() if head is None else (head.weight.T, getattr(head, "bias", None))
-
-
-def _causal(tokens: Tensor) -> Tensor:
-    """``[b, 1, t, t]``: which tokens each token sees."""
-    import torch
-
-    batch, length = tokens.shape
-    return torch.ones(batch, 1, length, length, dtype=torch.bool, device=tokens.device).tril()
 
 
 def _build(config: HuggingFaceOptions, *, model: ModelConfig, loaded: object | None) -> HuggingFaceBackend:

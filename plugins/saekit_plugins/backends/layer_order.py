@@ -42,8 +42,11 @@ class LayerOrder:
 
     @contextmanager
     def begun_at(self, entry: str, end: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-        """While it is open, the layers before the hook ``entry`` are not there; a layer of which it is the output
-        is not either, but the hook still is: what passes goes through ``end`` there, if that is given."""
+        """While the context is open, a forward passes over all layers before the hook ``entry``.
+
+        Where ``entry`` is the output of a layer, that layer is passed over, too.  Its hook still sees what passes:
+        ``end``, if given, is called with it, and what ``end`` returns goes on.
+        """
         index = int(entry.removesuffix(".input").rpartition(".")[2])
         with ExitStack() as undo:
             for number in range(index if entry.endswith(".input") else index + 1):

@@ -7,20 +7,21 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import attrs
+
+from saekit.abilities import OnTokens
+from saekit.tokens import ids_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["begins", "exposed"]
 
-_OnTokens: TypeAlias = "Callable[[Tensor | None, int], None]"
-
 
 @contextmanager
-def begins(model: Any, embedding: Any, tell: _OnTokens) -> Iterator[None]:
+def begins(model: Any, embedding: Any, tell: OnTokens) -> Iterator[None]:
     """While the context is open, ``tell(tokens, before)`` is called when a forward of ``model`` begins.
 
     The library calls ``forward`` itself as often as the module, and ``generate`` gives it embeddings: so both are other
@@ -41,14 +42,14 @@ class _Forwards:
 
     def __init__(self, model: Any, embedding: Any) -> None:
         self._model, self._embedding, self._now = model, embedding, threading.local()
-        self._told: list[_OnTokens] = []
+        self._told: list[OnTokens] = []
         self._originals = {name: getattr(model, name) for name in ("forward", "generate") if hasattr(model, name)}
         self._signature = inspect.signature(model.forward)
         self._before: dict[str, Any] = {}
         self._ours: dict[str, Any] = {}
         self._handle: Any = None
 
-    def add(self, tell: _OnTokens) -> None:
+    def add(self, tell: OnTokens) -> None:
         self._told.append(tell)
         if len(self._told) > 1:
             return
@@ -59,7 +60,7 @@ class _Forwards:
             vars(ours)["forwards"] = self
             self._before[name], vars(self._model)[name] = vars(self._model).get(name), ours
 
-    def remove(self, tell: _OnTokens) -> None:
+    def remove(self, tell: OnTokens) -> None:
         self._told.remove(tell)
         if self._told:
             return
@@ -101,8 +102,8 @@ class _Forwards:
         cache = given.get("past_kv_cache")
         before = 0 if cache is None else cache[0].past_keys.shape[1]
         for value in (given.get("input"), given.get("tokens")):
-            if _is_ids(value):
-                return value[None] if value.ndim == 1 else value, before
+            if (ids := ids_of(value)) is not None:
+                return ids, before
         embeddings: Any = given.get("input")
         seen: Any = getattr(self._now, "seen", None)
         if seen is not None and getattr(self._now, "writes", False) and hasattr(embeddings, "ndim"):
@@ -123,10 +124,6 @@ class _Forwards:
 
             seen: Any = self._now.seen
             self._now.seen = tokens if seen is None else torch.cat([seen, tokens], dim=1)
-
-
-def _is_ids(value: Any) -> TypeGuard[Tensor]:
-    return hasattr(value, "ndim") and not value.is_floating_point()
 
 
 @attrs.frozen(eq=False)

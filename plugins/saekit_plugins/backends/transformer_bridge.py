@@ -88,6 +88,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         summary="causal language models of transformers with transformer_lens' hook names",
         precheck=_precheck,
         outline=_outline,
+        timed=False,  # its attention is eager, as in no other backend
     )
 
 

@@ -6,6 +6,21 @@ from typing import Annotated
 
 import typer
 
+from saekit.commands.terminal.measuring import (
+    Backend,
+    Contexts,
+    ContextSize,
+    Dataset,
+    Device,
+    Evals,
+    Excluded,
+    Model,
+    Places,
+    Seed,
+    Where,
+    places_of,
+)
+
 __all__ = ["EXAMPLES", "compare"]
 
 EXAMPLES = """
@@ -26,32 +41,21 @@ def compare(
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Write compare.json, compare.png and compare.html there.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Another model than the SAEs' own: a name or a folder.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Another text than what was held out from training: a path or OWNER/NAME.")
-    ] = None,
-    n_contexts: Annotated[int, typer.Option("--n-contexts", help="Contexts to measure on.")] = 64,
-    context_size: Annotated[
-        int | None, typer.Option("--context-size", help="Tokens in each; default: the SAEs'.")
-    ] = None,
-    evals: Annotated[
-        list[str] | None,
-        typer.Option("--evals", metavar="EVAL", help="An eval, by its key; several times for several."),
-    ] = None,
+    model: Model = None,
+    backend: Backend = None,
+    dataset: Dataset = None,
+    n_contexts: Contexts = 64,
+    context_size: ContextSize = None,
+    evals: Evals = None,
+    site: Where = None,
     kl: Annotated[bool, typer.Option("--kl", help="Compare the KL divergence from the model as it is, too.")] = False,
     top1: Annotated[
         bool, typer.Option("--top1", help="Compare how often the likeliest token stays the same, too.")
     ] = False,
-    exclude_special_tokens: Annotated[
-        bool | None,
-        typer.Option(
-            "--exclude-special-tokens/--include-special-tokens",
-            help="Whether special tokens count; default: as in training.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For the choice among held-out contexts.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model and the SAEs run.")] = "auto",
+    exclude_special_tokens: Excluded = None,
+    seqpos_slice: Places = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Compare SAEs of one model on the same contexts: differences, intervals, and whether they can be told apart."""
@@ -62,7 +66,8 @@ def compare(
     from saekit.plugins.text import printable
 
     found = compared(
-        saes, out=out, model=model, dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
+        saes, out=out, model=model, backend=backend, site=site, seqpos_slice=places_of(seqpos_slice),
+        dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
         context_size=context_size, evals=evals or DEFAULT_EVALS, kl=kl or None, top1=top1 or None,
         exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
     )  # fmt: skip

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from saekit.released import Release
 
 __all__ = [
-    "complete_architecture", "complete_config", "complete_plugin", "complete_recipe", "complete_release",
-    "complete_released_loader", "complete_released_model", "complete_released_sae",
+    "complete_architecture", "complete_backend", "complete_config", "complete_eval", "complete_plugin",
+    "complete_recipe", "complete_release", "complete_released_loader", "complete_released_model",
+    "complete_released_sae",
 ]  # fmt: skip
 
 _FILES = (".toml", ".yaml", ".yml", ".json")
@@ -55,10 +56,24 @@ def complete_plugin(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def complete_architecture(ctx: typer.Context, incomplete: str) -> list[str]:
     """The names of SAE architectures."""
-    from saekit.kinds import SAE_ARCHITECTURES
+    return _of_kind("sae_architectures")
+
+
+def complete_backend(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of model backends that have a model."""
+    return _of_kind("model_backends")
+
+
+def complete_eval(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The names of evals."""
+    return _of_kind("evals")
+
+
+def _of_kind(name: str) -> list[str]:
     from saekit.plugins.manager import default_manager
 
-    return [item.entry.name for item in default_manager().registry(SAE_ARCHITECTURES).items]
+    items = default_manager().registries[name].items
+    return [item.entry.name for item in items if not getattr(item.entry, "no_model", False)]
 
 
 def complete_recipe(ctx: typer.Context, incomplete: str) -> list[str]:

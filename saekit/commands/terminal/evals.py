@@ -6,11 +6,27 @@ from typing import Annotated
 
 import typer
 
+from saekit.commands.terminal.measuring import (
+    Backend,
+    Contexts,
+    ContextSize,
+    Dataset,
+    Device,
+    Evals,
+    Excluded,
+    Model,
+    Places,
+    Seed,
+    Where,
+    places_of,
+)
+
 __all__ = ["EXAMPLES", "evaluate"]
 
 EXAMPLES = """
     saekit eval runs/RUN
     saekit eval runs/A runs/B --n-contexts 256 --kl --top1
+    saekit eval runs/RUN --model FOLDER --seqpos-slice 1:
     saekit eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset OWNER/NAME
 """
 
@@ -22,18 +38,13 @@ def evaluate(
             help="Run folders, sweeps', those of SAEs of any format, or RELEASE:ID.", metavar="SAE_OR_RUN..."
         ),
     ],
-    model: Annotated[str | None, typer.Option(help="Another model than the SAE's own: a name or a folder.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Another text than what was held out from training: a path or OWNER/NAME.")
-    ] = None,
-    n_contexts: Annotated[int, typer.Option("--n-contexts", help="Contexts to measure on.")] = 64,
-    context_size: Annotated[
-        int | None, typer.Option("--context-size", help="Tokens in each; default: the SAE's.")
-    ] = None,
-    evals: Annotated[
-        list[str] | None,
-        typer.Option("--evals", metavar="EVAL", help="An eval, by its key; several times for several."),
-    ] = None,
+    model: Model = None,
+    backend: Backend = None,
+    dataset: Dataset = None,
+    n_contexts: Contexts = 64,
+    context_size: ContextSize = None,
+    evals: Evals = None,
+    site: Where = None,
     mean_ablation: Annotated[
         int | None,
         typer.Option(
@@ -44,16 +55,10 @@ def evaluate(
     top1: Annotated[
         bool, typer.Option("--top1", help="Tell how often the likeliest token stays the same, too.")
     ] = False,
-    exclude_special_tokens: Annotated[
-        bool | None,
-        typer.Option(
-            "--exclude-special-tokens/--include-special-tokens",
-            help="Whether special tokens count; default: as in training.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For the choice among held-out contexts.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model and the SAEs run.")] = "auto",
+    exclude_special_tokens: Excluded = None,
+    seqpos_slice: Places = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write evals.json beside each SAE.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -63,7 +68,8 @@ def evaluate(
     from saekit.defaults import DEFAULT_EVALS
 
     found = evaluated(
-        saes, model=model, dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
+        saes, model=model, backend=backend, site=site, seqpos_slice=places_of(seqpos_slice),
+        dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
         context_size=context_size, evals=evals or DEFAULT_EVALS, mean_ablation_contexts=mean_ablation,
         kl=kl or None, top1=top1 or None, exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
         save=save,

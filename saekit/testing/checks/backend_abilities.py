@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import AttachesHooks, StartsInside, TranslatesHooks
+from saekit.abilities import AttachesHooks, HasModel, StartsInside, TranslatesHooks
 from saekit.errors import ModelError
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal
@@ -50,7 +50,7 @@ def _begins(tried: Tried, name: str, entry: str) -> None:
     whole = backend.run(tried.tokens, read={name, entry}, want="logits")
     value, held, logits = (one.detach().clone() for one in (whole.held[entry], whole.held[name], whole.logits))
     loss = backend.run(tried.tokens, replace=put, want="loss").loss.clone()
-    with counted(getattr(backend, "model", None)) as calls:
+    with counted(backend.model if isinstance(backend, HasModel) else None) as calls:
         found = backend.run_from(tried.tokens, entry, value, read={name}, want="logits")
         from_inside = len(calls)
         backend.run(tried.tokens, want="logits")

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream
+from saekit.abilities import HasMemory, HasTokenizer, KnowsResidualStream, LeadsToResidualStream
 from saekit.config import ModelConfig
 from saekit.errors import ModelError, SaekitError
 from saekit.plugins.building import built, outlined
@@ -20,7 +20,7 @@ from saekit.testing.checks.numbers import must_agree
 from saekit.testing.checks.tried_models import Tried, backend_of
 
 CHECKS = Checks()
-_TEXT = "def add(a, b):\n    return a + b\n"
+TEXT = "def add(a, b):\n    return a + b\n"
 
 
 @CHECKS.add
@@ -29,14 +29,14 @@ def tokenizer(subject: Subject) -> None:
     backend = backend_of(subject)
     if isinstance(backend, HasTokenizer) and backend.tokenizer is None:
         raise NotTried("the model has no tokenizer")
-    ids = backend.tokenize(_TEXT)
+    ids = backend.tokenize(TEXT)
     fine = isinstance(ids, list) and all(isinstance(token, int) and 0 <= token < backend.d_vocab for token in ids)
     must(fine and ids, f"tokenize gives {ids!r:.80}, expected a list of ids below {backend.d_vocab}")
     must(backend.tokenize("") == [], f"tokenize makes {backend.tokenize('')} of no text")
     texts = backend.token_texts(ids)
     must(len(texts) == len(ids), f"token_texts gives {len(texts)} texts for {len(ids)} tokens")
-    found, expected = ("".join("".join(text).split()).casefold() for text in (texts, _TEXT))
-    must(found == expected, f"the texts of the tokens of {_TEXT!r} are {texts}")
+    found, expected = ("".join("".join(text).split()).casefold() for text in (texts, TEXT))
+    must(found == expected, f"the texts of the tokens of {TEXT!r} are {texts}")
 
 
 @CHECKS.add
@@ -143,7 +143,8 @@ def unembedding(subject: Subject) -> None:
 
 @CHECKS.add
 def residual_stream(subject: Subject) -> None:
-    """What ``in_residual_stream``, if there, says yes of is as wide as what ``unembedding`` reads."""
+    """What ``in_residual_stream``, if there, says yes of is as wide as what ``unembedding`` reads; what
+    ``to_residual_stream``, if there, gives leads there from what the hook holds."""
     tried = Tried.of(subject)
     if not isinstance(backend := tried.backend, KnowsResidualStream):
         raise NotTried("the backend does not know the residual stream")
@@ -151,6 +152,11 @@ def residual_stream(subject: Subject) -> None:
     widths = {hook: held[hook].shape[-1] for hook in tried.hooks if backend.in_residual_stream(hook)}
     read = len(backend.unembedding()[0]) if widths else 0
     must(set(widths.values()) <= {read}, f"it says yes of {widths}, by their widths, and the unembedding reads {read}")
+    ways: Any = tried.backend
+    for hook in tried.hooks if isinstance(ways, LeadsToResidualStream) else ():
+        if (weights := ways.to_residual_stream(hook)) is not None:
+            expected = [held[hook].flatten(2).shape[-1], len(backend.unembedding()[0])]
+            must(list(weights.shape) == expected, f"of {hook} it has the shape {list(weights.shape)}, not {expected}")
 
 
 @CHECKS.add

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 CHECKS = Checks()
 _CLOSE = 1e-5
-_TEXT = "def add(a, b):\n    return a + b\n"
 
 
 class _Deliberate(Exception):  # noqa: N818 - not an error

@@ -116,10 +116,15 @@ class DownstreamEval(AccumulatingEval):
                 f"the model's own loss is {clean:.2f} nats, hardly better than guessing ({self._guess:.2f}, the "
                 "logarithm of its vocabulary); wrong model, tokenizer or text?"
             )
-        if values["ce_recovered"] < 0:
-            found.append(
-                "CE recovered is below 0: the SAE is worse than zeros in its place; wrong site, scale or model?"
-            )
+        than = {
+            "ce_recovered": ("CE recovered", "zeros"),
+            "ce_recovered_from_mean": ("CE recovered from mean", "the mean"),
+        }
+        found += [
+            f"{name} is below 0: the SAE is worse than {what} in its place; wrong site, scale or model?"
+            for key, (name, what) in than.items()
+            if values.get(key, 0.0) < 0
+        ]
         return tuple(found)
 
 

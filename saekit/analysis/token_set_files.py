@@ -1,0 +1,82 @@
+"""Token sets of a user's own, in files."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saekit.analysis.token_sets import TokenSets, token_sets, tokens_of, vocabulary_of
+from saekit.errors import ConfigError
+from saekit.files.paths import as_path
+from saekit.files.storage import check_file, parse_json
+from saekit.plugins.text import short
+from saekit.protocols import ModelBackend
+
+__all__ = ["read_token_sets"]
+
+_SHOWN = 5
+
+
+def read_token_sets(path: str | Path, model: ModelBackend | Sequence[str]) -> TokenSets:
+    """The sets that a file names, of the tokens of ``model``.
+
+    A ``.json`` or ``.toml`` file has a table of names; each is a list of whole texts of tokens (``" dog"`` is another
+    one than ``"dog"``) or of ids, or ``{"regex": "..."}``.  Any other file has a token in each line, and is one set of
+    the file's name.  Texts that are no token are a warning with the first of them; :class:`ConfigError` for a file that
+    cannot be read, and for one in which no text is a token.
+    """
+    place, texts = as_path(path), vocabulary_of(model)
+    listed = _read(place)
+    found: TokenSets = {}
+    missing: dict[str, list[str]] = {}
+    for name, given in listed.items():
+        if isinstance(given, dict) and set(given) == {"regex"}:
+            found |= token_sets(texts, (), regex={name: given["regex"]})
+            continue
+        if not isinstance(given, list) or not all(isinstance(one, (str, int)) and one is not True for one in given):
+            expected = 'a list of texts of tokens or of their ids, or {"regex": "..."}'
+            raise _wrong(place, f"{name!r} must be {expected}, found {short(given)}")
+        if outside := [one for one in given if isinstance(one, int) and not 0 <= one < len(texts)]:
+            raise _wrong(
+                place, f"{name!r} has the id {outside[0]}; those of the vocabulary are 0 to {len(texts) - 1:,}"
+            )
+        found[name], unknown = tokens_of(texts, given)
+        if unknown:
+            missing[name] = unknown
+    _tell(place, listed, found, missing)
+    return found
+
+
+def _tell(place: Path, listed: dict[str, Any], found: TokenSets, missing: dict[str, list[str]]) -> None:
+    for name, unknown in missing.items():
+        shown = ", ".join(map(repr, unknown[:_SHOWN])) + (", …" if len(unknown) > _SHOWN else "")
+        told = f"{len(unknown):,} of the {len(listed[name]):,} texts of {name!r} are no token of the model: {shown}"
+        if not len(found[name]):
+            hint = "tokens in the middle of a text mostly begin with a space"
+            raise _wrong(place, f"{told}. No other is left; {hint}")
+        warnings.warn(f"{place.name}: {told}", UserWarning, stacklevel=4)
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        check_file(place)
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _wrong(place, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if place.suffix not in (".json", ".toml"):
+        return {place.stem: [line for line in text.splitlines() if line.strip()]}
+    try:
+        given = parse_json(text) if place.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
+        raise _wrong(place, f"is no {place.suffix[1:].upper()}: {error}") from error
+    if not isinstance(given, dict) or not given:
+        raise _wrong(place, f"must have names of sets, and lists of tokens, found {short(given)}")
+    return given
+
+
+def _wrong(place: Path, told: str) -> ConfigError:
+    return ConfigError([("sets", told)], str(place))

@@ -1,0 +1,244 @@
+"""``saekit.feature_statistics`` and ``saekit.token_set_enrichment``: what the weights of SAEs tell, without text.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from saekit.commands.material import Material, Text
+from saekit.commands.subjects import Subject, subjects_of
+from saekit.errors import ConfigError, ModelError, PlaceError, SaekitError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.site import Site, Sites
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from saekit.analysis.directions import LogitPath
+    from saekit.analysis.tsea import Enrichment
+
+__all__ = ["feature_statistics", "token_set_enrichment", "write_table"]
+
+
+def feature_statistics(
+    saes: object,
+    *,
+    model: object | None = None,
+    site: Site | Sites | str | None = None,
+    fractions: Mapping[str, Any] | Any | None = None,
+    logits: bool = True,
+    device: str = "auto",
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> DataFrame:
+    """A table with a row for each feature of each of ``saes``, which are given as for :func:`saekit.evaluate`.
+
+    - ``sae``, ``hook``, ``feature``, and ``layer``: how many blocks come before what the SAE reads;
+    - ``log_feature_sparsity``: log10 of the fraction of tokens on which it fires, -inf if on none; ``dead``: whether
+      that is so.  They are of the last window of training, unless ``fractions [d_sae]`` are given, of several SAEs by
+      name;
+    - ``encoder_decoder_cosine``: of its column of ``W_enc`` and its row of ``W_dec``; ``b_enc``; ``b_dec_projection``:
+      ``b_dec`` times its row of ``W_dec``;
+    - ``logit_mean``, ``logit_std``, ``logit_skewness``, ``logit_kurtosis``: over the vocabulary, of what it adds to the
+      logits, ``W_dec W_U``, through ``W_O`` at ``hook_z`` and ``W_out`` inside an MLP; the kurtosis of a normal
+      distribution is 3.  ``logits=False`` leaves them out, and no model is loaded.
+
+    What cannot be said is NaN, and ``attrs["left_out"]`` of the table says why, by SAE and column.  ``model`` is a
+    name, a loaded model, or what :func:`saekit.load_model` returned; left out, that of each SAE.  Memory does not grow
+    with features times vocabulary.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
+    """
+    plugins = plugins or default_manager()
+    from saekit.devices import resolve_device
+    from saekit.status import Status
+
+    with Status(verbose=verbose) as say:
+        say("reading the SAEs")
+        subjects = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+        given = _by_name(fractions, subjects)
+        material = Material(plugins, Text(), model=model, device=device, say=say)
+        paths = {name: _path(one, material, site, logits) for name, one in subjects.items()}
+    sites = {name: _sites(one, site) for name, one in subjects.items()}
+    return _tables(subjects, sites, paths, given, verbose)
+
+
+def _tables(
+    subjects: Mapping[str, Subject],
+    sites: Mapping[str, Sites | None],
+    paths: Mapping[str, LogitPath | str],
+    fractions: Mapping[str, Any],
+    verbose: bool,
+) -> DataFrame:
+    """The tables of all, one below the other."""
+    import pandas as pd
+
+    from saekit.analysis.feature_statistics import statistics_table
+
+    tables, left_out = list[Any](), dict[str, dict[str, str]]()
+    with _Rows(sum(one.sae.d_sae for one in subjects.values()), "looking at features", "features", verbose) as rows:
+        for name, one in subjects.items():
+            own = statistics_table(
+                one.sae, name=name, sites=sites[name], path=paths[name], fractions=fractions.get(name), report=rows.add
+            )
+            if why := own.attrs.pop("left_out"):
+                left_out[name] = why
+            tables.append(own)
+    whole = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
+    for column in ("sae", "hook"):
+        whole[column] = whole[column].astype("category")
+    whole.attrs["left_out"] = left_out
+    return whole
+
+
+class _Rows:
+    """A bar of rows that are done; when all are, it is full."""
+
+    def __init__(self, total: int, doing: str, unit: str, verbose: bool) -> None:
+        from saekit.progress import ProgressDisplay
+
+        self._display = ProgressDisplay(total, doing=doing, unit=unit, verbose=verbose)
+        self._total, self._done = total, 0
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._display.update(self._total)
+        self._display.__exit__(*error)
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._done = min(self._done + count, self._total)
+        self._display.update(self._done)
+
+
+def _by_name(fractions: Any, subjects: Mapping[str, Subject]) -> dict[str, Any]:
+    if fractions is None:
+        return {}
+    if not isinstance(fractions, Mapping):
+        if len(subjects) > 1:
+            told = f"must be a mapping of the names {', '.join(subjects)}, where there are several SAEs"
+            raise ConfigError([("fractions", told)])
+        return {next(iter(subjects)): fractions}
+    if unknown := sorted(set(fractions) - set(subjects)):
+        raise ConfigError([("fractions", f"are of {unknown[0]!r}, and the SAEs are {', '.join(subjects)}")])
+    return dict(fractions)
+
+
+def _sites(subject: Subject, site: Site | Sites | str | None) -> Sites | None:
+    if isinstance(site, str):
+        site = Site(hook_name=site)
+    return Sites.one(site) if isinstance(site, Site) else site or subject.sae.info.sites
+
+
+def _path(subject: Subject, material: Material, site: Site | Sites | str | None, logits: bool) -> LogitPath | str:
+    """The way to the logits; or why there is none: of a model that is not known, that too."""
+    from saekit.analysis.directions import logit_path
+
+    if not logits:
+        return "not asked for"
+    sites = _sites(subject, site)
+    if sites is None:
+        return "the SAE does not say where in the model it belongs"
+    if material.model is not None:
+        return logit_path(subject.sae, material.model_of(subject), sites)
+    try:
+        backend = material.model_of(subject)
+    except SaekitError as error:
+        raise ModelError(f"{error}. logits=False (--no-logits) looks at the weights alone") from error
+    return logit_path(subject.sae, backend, sites)
+
+
+def write_table(table: DataFrame, path: str | Path) -> Path:
+    """Write a table as its name says, ``.csv`` or ``.parquet``, whole or not at all."""
+    from io import BytesIO
+
+    from saekit.files.storage import write_bytes
+
+    place = as_path(path)
+    if place.suffix not in (".csv", ".parquet"):
+        raise PlaceError(f"a table is written as .csv or .parquet, found {str(place)!r}")
+    if place.suffix == ".csv":
+        data = table.to_csv(index=False).encode()
+    else:
+        packed = BytesIO()
+        table.to_parquet(packed, index=False)
+        data = packed.getvalue()
+    write_bytes(place, data)
+    return place
+
+
+def token_set_enrichment(
+    sae: object,
+    sets: Mapping[str, Any] | Iterable[str] | str | None = None,
+    *,
+    model: object | None = None,
+    features: Sequence[int] | str = "skewed",
+    k: int = 100,
+    regex: Mapping[str, str] | None = None,
+    names: Iterable[str] | None = None,
+    tagger: Any | None = None,
+    permutations: int = 1000,
+    seed: int = 0,
+    site: Site | Sites | str | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> Enrichment:
+    """Which sets of tokens the features of an SAE promote or suppress: token set enrichment analysis (TSEA).
+
+    ``sae`` is an SAE, what :func:`saekit.train` returned, a folder, a run, or ``RELEASE:ID``.  ``sets`` are kinds
+    (``first_letter``, ``capitals``, ``digits``, ``punctuation``, ``space``, ``names``, ``part_of_speech``; left out,
+    all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to
+    ids of tokens.  ``regex`` are patterns of further sets by name, ``names`` first names in the place of those that
+    ship, ``tagger`` has ``tag([word])`` in the place of nltk's.
+
+    ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
+    ``"random"``.  For ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a
+    page and tables.
+
+    What is returned has ``table()``, ``scores`` and ``signed_scores``, ``manhattan()``, ``overlay(feature)`` and
+    ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
+    """
+    plugins = plugins or default_manager()
+    from saekit.devices import resolve_device
+    from saekit.status import Status
+
+    with Status(verbose=verbose) as say:
+        say("reading the SAE")
+        subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
+        if len(subjects) > 1:
+            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}")])
+        ((name, subject),) = subjects.items()
+        backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
+        say("choosing sets of tokens")
+        chosen = _sets(sets, backend, regex, names, tagger)
+    from saekit.analysis.tsea import enrich, rows_of_work
+
+    with _Rows(rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose) as rows:
+        found = enrich(
+            subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
+            permutations=permutations, seed=seed, name=name, report=rows.add,
+        )  # fmt: skip
+    if out is not None:
+        found.write(out)
+    return found
+
+
+def _sets(
+    sets: Any, backend: Any, regex: Mapping[str, str] | None, names: Iterable[str] | None, tagger: Any
+) -> Mapping[str, Any]:
+    from saekit.analysis.token_sets import vocabulary_of
+    from saekit.analysis.tsea import chosen_sets, token_sets
+
+    if isinstance(sets, Mapping):
+        return {**sets, **(token_sets(backend, (), regex=regex) if regex else {})}
+    asked = [sets] if isinstance(sets, str) else None if sets is None else [*sets]
+    return chosen_sets(vocabulary_of(backend), asked, regex=regex, names=names, tagger=tagger)

@@ -1,0 +1,246 @@
+"""``saekit.collect_features``: what features do on text, collected in one pass and kept on the disk.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit._version import __version__
+from saekit.commands.evaluating import ChosenTokens, check_arguments
+from saekit.commands.material import Material, Text
+from saekit.commands.subjects import Subject, subjects_of
+from saekit.errors import ConfigError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.site import Site, Sites
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.features.collect import Pass
+    from saekit.features.estimate import Options
+    from saekit.features.manifest import StoreManifest
+    from saekit.features.store import FeatureStore
+    from saekit.status import Status
+
+__all__ = ["collect_features", "numbers_of"]
+
+STORE = "features"
+"""The name of a store's folder where none is given."""
+
+
+def collect_features(
+    saes: object,
+    *,
+    model: object | None = None,
+    dataset: object | None = None,
+    contexts: Tensor | None = None,
+    features: object = "all",
+    n_contexts: int = 1024,
+    context_size: int | None = None,
+    folder: str | Path | None = None,
+    max_per_feature: int = 100_000,
+    top_kept: int = 200,
+    partners: int = 20,
+    logits: int = 20,
+    batch_size: int = 32,
+    site: Site | Sites | str | None = None,
+    exclude_special_tokens: bool | Sequence[int] | None = None,
+    seqpos_slice: Sequence[int | None] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> FeatureStore:
+    """What features of SAEs do on text: one pass of the model over it, for all of them, kept in ``folder``.
+
+    ``saes``, ``model``, ``dataset``, ``contexts``, ``n_contexts``, ``context_size``, ``site``, ``device``,
+    ``exclude_special_tokens`` and ``seqpos_slice`` are as for :func:`saekit.evaluate`; all SAEs must be of one model
+    and read the same contexts.  ``features`` are the numbers of those that are wanted, for every SAE or, as a mapping,
+    by the SAEs' names; activations are those that the SAE gives of all its features together.
+
+    Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
+    by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
+    neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
+    the model's forwards.
+
+    Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
+    stopped, when it is asked for again; a store that is there already is opened.  One of something else is an error,
+    unless ``overwrite``.  What it needs is said before it begins.  :class:`saekit.errors.SaekitError` for what cannot
+    be found, does not fit or has no room.
+    """
+    plugins = plugins or default_manager()
+    tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, None)
+    _check_counts({"max_per_feature": max_per_feature, "batch_size": batch_size}, 1)
+    _check_counts({"top_kept": top_kept, "partners": partners, "logits": logits}, 0)
+    from saekit.devices import resolve_device
+    from saekit.features.estimate import Options
+    from saekit.status import Status
+
+    options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
+    with Status(verbose=verbose) as say:
+        say("reading the SAEs")
+        found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+        _check_place(place := _beside(found) if folder is None else as_path(folder))
+        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        material = Material(plugins, text, model=model, device=device, say=say)
+        work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
+        if contexts is None:
+            _warn_of_fewer(work.contexts, n_contexts)
+        return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
+
+
+def _warn_of_fewer(contexts: Tensor, wanted: int) -> None:
+    if (there := len(contexts)) < wanted:
+        warnings.warn(
+            f"the text fills {there:,} contexts of {contexts.shape[1]} tokens, and {wanted:,} were asked for: features "
+            "are collected on those",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_place(place: Path) -> None:
+    from saekit.features.parts import check_place
+
+    check_place(place)
+
+
+def _check_counts(counts: Mapping[str, Any], least: int) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or value < least:
+            raise ConfigError([(name, f"must be a whole number of {least} or more, found {value!r}")])
+
+
+def _beside(subjects: Mapping[str, Subject]) -> Path:
+    files = [one.file for one in subjects.values()]
+    if len(files) == 1 and files[0] is not None:
+        own = files[0].parent
+        return (own.parent if own.name == "sae" else own) / STORE
+    what = "several SAEs have no folder in common" if len(files) > 1 else "the SAE is in no folder of its own"
+    raise ConfigError([("folder", f"is missing: {what}; say where the features are to be kept")])
+
+
+def _of_one_model(
+    found: Mapping[str, Subject], material: Material, tokens: ChosenTokens, features: object, site: Any, batch_size: int
+) -> tuple[Pass, dict[str, Any]]:
+    """The pass of the SAEs in their order over the contexts that they share, and what is known of the text."""
+    from saekit.features.collect import Pass
+    from saekit.features.subject import Collected
+
+    groups = [*material.groups(found, site)]
+    if len(groups) > 1:
+        lines = "; ".join(f"{', '.join(one.names)}: {one.backend.name}, contexts of {one.contexts.shape[1]} tokens"
+                          for one in groups)  # fmt: skip
+        raise ConfigError(
+            f"the SAEs do not share a model and a text, so no one pass has them all ({lines}). Collect them apart, or "
+            "name one model and one text (model, dataset, context_size)"
+        )
+    (group,) = groups
+    if group.mask is not None:
+        warnings.warn(
+            f"{', '.join(group.names)}: trained on tokens that a mask of the text chose; features are collected on all "
+            "that count besides",
+            UserWarning,
+            stacklevel=3,
+        )
+    if isinstance(features, Mapping) and (unknown := [name for name in features if name not in found]):
+        raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(found)}")])
+    subjects = [
+        Collected.of(
+            name,
+            found[name].sae,
+            group.about[name]["sites"],
+            tokens.of(found[name].sae, group.backend, group.contexts),
+            features.get(name) if isinstance(features, Mapping) else features,
+        )
+        for name in group.names
+    ]
+    first = group.about[group.names[0]]
+    facts = {key: value for key, value in first.items() if key in ("dataset", "held_out", "seed")}
+    return Pass(subjects, group.backend, group.contexts, batch_size), facts
+
+
+def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreManifest:
+    import attrs
+
+    from saekit.features.manifest import StoreManifest
+
+    return StoreManifest(
+        model={"name": work.backend.name, "fingerprint": work.backend.fingerprint()},
+        dataset=facts,
+        contexts=len(work.contexts),
+        context_size=work.contexts.shape[1],
+        digest=hashlib.sha256(work.contexts.int().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        options=attrs.asdict(options),
+        saes=[one.about(number) for number, one in enumerate(work.subjects)],
+        saekit_version=__version__,
+    )
+
+
+def _collected(
+    place: Path,
+    work: Pass,
+    wanted: StoreManifest,
+    options: Options,
+    overwrite: bool,
+    verbose: bool,
+    say: Status,
+) -> FeatureStore:
+    """The store in ``place``: opened, gone on with, or made."""
+    import torch
+
+    from saekit.ambient import ambient
+    from saekit.features.collect import finish
+    from saekit.features.estimate import check_space
+    from saekit.features.parts import Parts, opened_for, remove_store, storing
+    from saekit.features.store import FeatureStore
+    from saekit.progress import ProgressDisplay
+
+    with storing(place), ambient(), torch.no_grad(), ExitStack() as stack:
+        if overwrite:
+            remove_store(place)
+        elif opened_for(place, wanted):
+            return FeatureStore.open(place)
+        parts = Parts.opened(place, wanted.identity)
+        stack.callback(parts.remove_if_empty)
+        say("estimating what it takes")
+        estimate = work.estimate(options)
+        say.rest()
+        check_space(place, estimate, sum(int(entry["bytes"]) for entry in parts.files.values()))
+        before = done = parts.contexts * work.contexts.shape[1]
+        with ProgressDisplay(work.contexts.numel(), doing="collecting features", verbose=verbose) as progress:
+            progress.say(f"collecting features into {place}: {estimate}")
+            if before:
+                progress.say(f"going on after {parts.contexts:,} contexts that are there")
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                progress.update(done, before=before)
+
+            sums = work.run(parts, report)
+        finish(place, parts, sums, work, wanted, options, say)
+        stack.pop_all()
+    return FeatureStore.open(place)
+
+
+def numbers_of(text: str) -> str | list[int]:
+    """What ``1,2,5-20`` means; ``all`` is itself.  :class:`ConfigError` for anything else."""
+    if text.strip() == "all":
+        return "all"
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError([("features", f"must be numbers such as 1,2,5-20, or all; found {part.strip()!r}")])
+        found += range(int(first), int(last or first) + 1)
+    return found

@@ -1,0 +1,179 @@
+"""What a feature store is, as its manifest says, and the checks that need nothing else.
+
+A store is a folder::
+
+    manifest.json
+    contexts.safetensors          contexts [n, context_size] int32
+    vocabulary.json               the text of every token id
+    sae-0/
+        index.safetensors         numbers of each feature, where its activations begin, histograms
+        activations.safetensors   contexts, positions, values, sampled: by feature, and of each by context and position
+        kept.safetensors          kept [n, context_size] bool: the tokens that count
+        together.safetensors      features and neurons that are active together with each
+        weights.safetensors       alignment and neighbors of decoder directions
+        logits.safetensors        what each does to the logits, where something can be said of that
+    sae-1/ ...
+
+A folder without ``manifest.json``, which comes last, is no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+
+from saekit.errors import DataError, PlaceError
+from saekit.files.storage import read_json, sha256, write_text
+
+__all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences"]
+
+MANIFEST, FORMAT = "manifest.json", 1
+_SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
+
+
+@attrs.frozen(kw_only=True)
+class AboutSAE:
+    """An SAE of a store."""
+
+    name: str
+    folder: str
+    """Where its files are in the store."""
+    checksum: str
+    """The sha256 of its weights and of what it is."""
+    architecture: str
+    d_in: int
+    d_sae: int
+    d_out: int
+    dtype: str
+    inputs: Sequence[str]
+    """The sites that it reads, by name."""
+    targets: Sequence[str]
+    """Those that it writes."""
+    tokens: Mapping[str, Any]
+    """Which tokens count, as :meth:`saekit.tokens.TokenChoice.metadata` says it."""
+    metadata: Mapping[str, Any]
+    """What the SAE says of itself."""
+    features: Sequence[int] | None = None
+    """The features that are in the store; None: all."""
+    tokens_counted: int = 0
+    why_no_logits: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides what is found."""
+        names = ("checksum", "architecture", "d_sae", "inputs", "targets", "tokens", "features")
+        return {name: getattr(self, name) for name in names}
+
+
+@attrs.frozen(kw_only=True)
+class StoreManifest:
+    """What is in a store, and what it was made of."""
+
+    model: Mapping[str, Any]
+    """``name`` and ``fingerprint`` of the weights."""
+    dataset: Mapping[str, Any]
+    """What is known of the text: ``dataset``, ``held_out``, ``seed``."""
+    contexts: int
+    context_size: int
+    digest: str
+    """The sha256 of the contexts' token ids."""
+    options: Mapping[str, Any]
+    saes: Sequence[AboutSAE]
+    files: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    """By path in the folder: ``bytes`` and ``sha256``."""
+    saekit_version: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides what is found, as plain values."""
+        table: dict[str, Any] = {
+            "model": dict(self.model),
+            "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest},
+            "options": dict(self.options),
+            "SAEs": len(self.saes),
+            **{f"SAE {number + 1}": one.identity for number, one in enumerate(self.saes)},
+        }
+        return json.loads(json.dumps(table))  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        table = {"format": FORMAT, **json.loads(json.dumps(attrs.asdict(self)))}
+        write_text(folder / MANIFEST, json.dumps({**table, "seal": _seal(table)}, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read it; :class:`DataError` for a folder that is no store, or one that is damaged."""
+        try:
+            table = read_json(folder / MANIFEST)
+        except FileNotFoundError:
+            raise PlaceError(_why_none(folder)) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / MANIFEST} cannot be read: {error}. Collect the features again") from error
+        if not isinstance(table, dict) or "format" not in table:
+            raise DataError(f"{folder / MANIFEST} is not the manifest of a feature store")
+        if table["format"] != FORMAT:
+            raise DataError(
+                f"the feature store {str(folder)!r} is of format {table['format']!r}, and this version of saekit reads "
+                f"{FORMAT}: read it with the version that wrote it ({table.get('saekit_version')}), or collect again"
+            )
+        seal = table.pop("seal", None)
+        if seal != _seal(table):
+            raise DataError(f"{folder / MANIFEST} was changed after it was written. Collect the features again")
+        del table["format"]
+        saes = [AboutSAE(**one) for one in table.pop("saes")]
+        return cls(saes=saes, **table)
+
+    def check_files(self, folder: Path, *, whole: bool | None = None) -> None:
+        """:class:`DataError` for a file that is missing or damaged.
+
+        Sizes are compared, and checksums of all files (``whole``), of none (False), or of those that are small.
+        """
+        for name, entry in self.files.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != entry["bytes"]:
+                what = "is missing" if found is None else f"has {found:,} bytes instead of {entry['bytes']:,}"
+                raise DataError(f"the feature store {str(folder)!r} is damaged: {name} {what}. Collect again")
+            asked = entry["bytes"] <= _SMALL if whole is None else whole
+            if asked and sha256(path) != entry["sha256"]:
+                raise DataError(
+                    f"the feature store {str(folder)!r} is damaged: {name} is not what was written (its checksum "
+                    "differs). Collect again"
+                )
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Where two identities differ, a line for each."""
+    for key in dict.fromkeys([*there, *wanted]):
+        one, other, name = there.get(key), wanted.get(key), f"{path}{key}"
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{name}.")
+        elif one != other:
+            yield f"{name}: there {_shown(one)}, wanted {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        value = value.get("checksum", value)
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def _seal(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _why_none(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no feature store {str(folder)!r}: collect features first (saekit features SAE)"
+    return (
+        f"{str(folder)!r} is not a feature store, or one that was not finished: it has no {MANIFEST}. Collect features "
+        "into it first (saekit features SAE), which goes on where it stopped"
+    )

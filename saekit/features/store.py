@@ -1,0 +1,77 @@
+"""A feature store as it is read: without a model, and each number when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import attrs
+import numpy as np
+
+from saekit.errors import ConfigError
+from saekit.features.feature import Feature
+from saekit.features.manifest import StoreManifest
+from saekit.features.tables import SAETables, StoreFiles
+from saekit.files.paths import as_path
+
+__all__ = ["FeatureStore", "SAEFeatures"]
+
+
+@attrs.frozen(eq=False, slots=False)
+class FeatureStore(StoreFiles):
+    """What features of one or several SAEs of a model do on the same contexts; :func:`saekit.collect_features` makes
+    it."""
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool | None = None) -> Self:
+        """The store in ``folder``.
+
+        Sizes of files are compared with what was written, and checksums of small files; ``verify`` compares all, or
+        none (False).  :class:`saekit.errors.DataError` for what is damaged, :class:`saekit.errors.PlaceError` for a
+        folder that is no store.
+        """
+        place = as_path(folder)
+        manifest = StoreManifest.load(place)
+        manifest.check_files(place, whole=verify)
+        return cls(place, manifest)
+
+    @cached_property
+    def saes(self) -> dict[str, SAEFeatures]:
+        """The SAEs by name."""
+        return {about.name: SAEFeatures(self, about) for about in self.manifest.saes}
+
+    @property
+    def sae(self) -> SAEFeatures:
+        """The only SAE; :class:`ConfigError` where there are several."""
+        if len(self.saes) != 1:
+            raise ConfigError(f"the store has several SAEs, {', '.join(self.saes)}: choose one, store.saes[NAME]")
+        return next(iter(self.saes.values()))
+
+    def feature(self, index: int) -> Feature:
+        """A feature of the only SAE."""
+        return self.sae.feature(index)
+
+
+@attrs.frozen(eq=False, slots=False)
+class SAEFeatures(SAETables):
+    """What a store has of one SAE.  It has a length, the features' number, and yields them one by one."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Feature]:
+        return (Feature(self, int(index), row) for row, index in enumerate(self.indices))
+
+    def feature(self, index: int) -> Feature:
+        """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
+        row = int(np.searchsorted(self.indices, index))
+        if row < len(self) and self.indices[row] == index:
+            return Feature(self, int(index), row)
+        if not 0 <= index < self.about.d_sae:
+            raise ConfigError([("feature", f"must be 0 to {self.about.d_sae - 1:,} for {self.name}, found {index}")])
+        raise ConfigError(
+            [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
+              f"{self.about.d_sae:,}; collect it, too")]
+        )  # fmt: skip

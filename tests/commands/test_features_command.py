@@ -1,0 +1,85 @@
+"""``saekit features``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import saekit
+from saekit.cli import app
+from saekit.commands.features import numbers_of
+from saekit.errors import ConfigError, DataError
+
+SITE = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TopK SAE of the embedded model, in a folder of its own."""
+    return saved(tmp_path_factory.mktemp("saes") / "one")
+
+
+def saved(place: Path, context_size: int = 32) -> Path:
+    sae = saekit.SAE.from_dict({"name": "topk", "d_in": 128, "d_sae": 64, "k": 4})
+    known = {"model_name": "saekit/tiny-python", "dataset_path": "saekit/python-stdlib", "context_size": context_size}
+    sae.info = attrs.evolve(sae.info, sites=saekit.Sites.one(saekit.Site(hook_name=SITE)), metadata=known)
+    return sae.save(place)
+
+
+def test_the_command_keeps_the_features_beside_the_sae(folder: Path) -> None:
+    arguments = ["features", str(folder), "--features", "1,2,5-20", "--n-contexts", "6", "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert f"{folder}: 18 features on 192 tokens, " in done.stdout
+    assert done.stdout.splitlines()[-1] == f"kept in {folder / 'features'}"
+    store = saekit.FeatureStore.open(folder / "features")
+    assert store.sae.indices.tolist() == [1, 2, *range(5, 21)]
+    assert store.model_name == "saekit/tiny-python"
+    assert store.manifest.dataset["dataset"] == "saekit/python-stdlib"
+
+    model = saekit.load_model(device="cpu")
+    tokens = torch.from_numpy(store.contexts.copy()).long()
+    with torch.no_grad():
+        full = saekit.SAE.load(folder).encode(model.run(tokens, read=[SITE]).held[SITE])
+    for feature in store.sae:  # of all 64 features the 4 largest, whichever are asked for
+        expected = full[..., feature.index]
+        found = torch.zeros_like(expected)
+        found[feature.contexts, feature.positions] = torch.from_numpy(feature.values)
+        assert torch.allclose(found, expected, atol=1e-5)
+    with pytest.raises(DataError, match=r"holds another feature store"):
+        CliRunner().invoke(app, [*arguments[:3], "1", *arguments[4:]], catch_exceptions=False)
+
+
+def test_saes_of_different_texts_are_no_one_pass(folder: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", context_size=24)
+    with pytest.raises(ConfigError, match=r"do not share a model and a text, so no one pass has them all"):
+        saekit.collect_features([folder, other], folder=tmp_path / "store", device="cpu", verbose=False)
+    with pytest.raises(ConfigError, match="folder: is missing: several SAEs have no folder in common"):
+        saekit.collect_features([folder, other], device="cpu", verbose=False)
+
+
+def test_a_text_that_is_short_is_told(folder: Path, tmp_path: Path) -> None:
+    how = {"dataset": ["import os\n" * 40], "n_contexts": 50, "verbose": False, "device": "cpu"}
+    with pytest.warns(UserWarning, match="contexts of 32 tokens, and 50 were asked for: features are collected on"):
+        store = saekit.collect_features(folder, folder=tmp_path / "store", **how)
+    assert 0 < store.n_contexts < 50
+    with pytest.raises(DataError, match="does not fill one context of 32 tokens"):
+        saekit.collect_features(folder, folder=tmp_path / "other", **how | {"dataset": ["import os"]})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("all", "all"), ("3", [3]), ("1,2,5-7", [1, 2, 5, 6, 7]), (" 1 , 4 - 5", [1, 4, 5])]
+)
+def test_numbers_are_listed_or_ranges(text: str, numbers: object) -> None:
+    assert numbers_of(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "a", "5-", "7-5", "-3", "1.5"])
+def test_what_is_no_list_of_numbers_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="features: must be numbers such as 1,2,5-20, or all; found"):
+        numbers_of(text)

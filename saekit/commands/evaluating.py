@@ -72,9 +72,8 @@ def evaluate(
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
-    ``dataset`` is a path, a name on the Hub, options as of ``dataset`` in a configuration, or texts in memory.  Left
-    out, both are what an SAE says, and the text is documents held out from its training.
-    ``contexts [n, context_size]`` are token ids in the place of a dataset.
+    ``dataset`` is a path, a name on the Hub, options of a configuration, or texts in memory.  Left out, both are what
+    an SAE says, held out from its training; ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -101,9 +100,8 @@ def evaluate(
         )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
-    results = _tell_and_save(results, found, save)
-    alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
-    return next(iter(results.values())) if alone else results
+    told = _tell_and_save(results, found, save)
+    return told if len(told) > 1 or isinstance(saes, (Mapping, list, tuple)) else next(iter(told.values()))
 
 
 def check_arguments(

@@ -5,12 +5,16 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.reasons import alike
 from saekit.site import Sites
 from saekit.tables import facts_html, table_html
 from saekit.values import Histogram
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from saekit.kernels.sparse import SparseFeatures
 
 __all__ = [
-    "Evaluation", "Evaluations", "Measure", "Needs", "Outcome", "Seen", "measured_text", "plain_number",
+    "Evaluation", "Evaluations", "Measure", "Needs", "Outcome", "Seen", "json_text", "measured_text", "plain_number",
     "plain_numbers",
 ]  # fmt: skip
 
@@ -188,6 +192,8 @@ class Measure:
     """Its place among the numbers that are told first, from 1 on; 0: it is not told first."""
     fidelity: bool = False
     """Whether it says how faithful the SAE is, which more features per token pay for: it is told beside L0."""
+    of_site: bool = False
+    """Whether it is of what a site holds, or of what its ablation costs: SAEs at other sites are not compared by it."""
     of_model: bool = False
     """Whether all SAEs at a site have it in common: no difference to speak of."""
 
@@ -208,10 +214,12 @@ class Evaluation:
     about: Mapping[str, Any] = attrs.field(factory=dict)
     """What was measured, and how: plain data."""
     contexts: tuple[int, ...] = ()
-    """The numbers of the contexts."""
+    """The numbers of the contexts that have a token that counts."""
     resampled: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
     """Of each number that has an error ``[n_bootstrap]``: what it is in each resample of the contexts.  Those of SAEs
     that were measured on the same contexts are of the same resamples."""
+    file: Path | None = None
+    """Where the numbers were written."""
     sums: Mapping[str, Any] = attrs.field(factory=dict)
     """The :class:`saekit.evals.Sums` of each eval, by its name."""
     measures: Mapping[str, Measure] = attrs.field(factory=dict)
@@ -223,6 +231,9 @@ class Evaluation:
             raise TypeError(f"measures must be a mapping of names to saekit.measuring.Measure, found {value!r}")
 
     def __getitem__(self, name: str) -> float:
+        if name not in self.values:
+            hint = alike(name, self.values) or f"; there are {', '.join(self.values)}"
+            raise KeyError(f"there is no number {name!r}{hint}")
         return self.values[name]
 
     def text_of(self, name: str) -> str:
@@ -276,12 +287,13 @@ class Evaluation:
         """What several evals have found of one SAE on the same contexts, as one; of a name the first counts."""
         whole = cls(values={})
         for part in parts:
-            merged = {
+            merged: dict[str, Any] = {
                 name: {**getattr(whole, name), **_new(getattr(part, name), getattr(whole, name))}
                 for name in ("values", "errors", "histograms", "features", "about", "resampled", "sums", "measures")
             }
             remarks = tuple(dict.fromkeys((*whole.remarks, *part.remarks)))
-            whole = cls(**merged, remarks=remarks, contexts=whole.contexts or part.contexts)
+            first = whole if whole.contexts and (whole.resampled or not part.resampled) else part
+            whole = cls(**merged, remarks=remarks, contexts=first.contexts)
         return whole
 
 
@@ -307,6 +319,12 @@ class Evaluations(dict[str, Evaluation]):
     def _repr_html_(self) -> str:
         """The table, for notebooks."""
         return table_html("Evaluations", ["", *self], self.rows())
+
+
+def json_text(told: Mapping[str, Any]) -> str:
+    """``told`` as JSON for people, too: indented, and lists of numbers on one line each."""
+    text = json.dumps(told, indent=2, allow_nan=False)
+    return re.sub(r"\[\n[-+.\deE,\s]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def measured_text(value: float, error: float | None = None) -> str:

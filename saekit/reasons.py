@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 from saekit.errors import SaekitError
 from saekit.plugins.text import printable
 
-__all__ = ["error_text", "last_line", "reason", "reason_of_unpickling"]
+__all__ = ["alike", "error_text", "last_line", "reason", "reason_of_unpickling"]
 
 _UNSAFE = ("weights_only", "weights only", "allow_pickle", "safe_globals", "unpickl", "torch.load")
 _FOREIGN_CODE = ("trust_remote_code", "custom code")
@@ -56,3 +59,9 @@ def error_text(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of :func:`error_text`, as a traceback ends."""
     return error_text(error).splitlines()[-1]
+
+
+def alike(name: str, known: Collection[str]) -> str:
+    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""

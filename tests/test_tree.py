@@ -182,6 +182,7 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
     assert own(graph()["saekit.measuring"]) <= {
         "saekit.kernels.sparse",
+        "saekit.reasons",
         "saekit.site",
         "saekit.tables",
         "saekit.values",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +12,7 @@ from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
 from saekit.errors import ModelError
 from saekit.plugins.text import short
+from saekit.reasons import alike
 from saekit.values import Forward, Replacement, Want
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from saekit.protocols import ModelBackend
 
-__all__ = ["Backend", "alike", "no_hook"]
+__all__ = ["Backend", "no_hook"]
 
 
 def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError:
@@ -32,12 +32,6 @@ def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError
     where = f" ({option})" if option else ""
     hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
     return ModelError(f"the model {backend.name!r} has no hook {name!r}{where}{hint}")
-
-
-def alike(name: str, known: Collection[str]) -> str:
-    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none."""
-    close = difflib.get_close_matches(name, known, n=3)
-    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class Backend(ABC):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.commands.evaluating import ChosenTokens, asked_evals, check_arguments, evaluated
+from saekit.commands.evaluating import ChosenTokens, asked_evals, check_arguments, checked_data, evaluated
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
@@ -21,6 +21,7 @@ from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import printable
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def compare(
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
     choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask, least=2)
+    contexts, mask = checked_data(contexts, mask)
     folder = None if out is None else _folder(out)
     from saekit.devices import resolve_device
     from saekit.status import Status
@@ -122,6 +124,10 @@ def _named(found: Mapping[str, Subject]) -> dict[str, Subject]:
     if len(found) < 2:
         only = f": {next(iter(found))}" if found else ""
         raise ConfigError([("saes", f"must be two or more to be compared, found {len(found)}{only}")])
+    for name in found:
+        if not name.strip() or printable(name) != name:
+            raise ConfigError([("saes", f"have a name {name!r}, which tables cannot show: give a word or more, without "
+                                "line breaks")])  # fmt: skip
     names = [name.replace("\\", "/").split("/") for name in found]
     while all(len(parts) > 1 for parts in names) and len({parts[0] for parts in names}) == 1:
         names = [parts[1:] for parts in names]
@@ -224,7 +230,8 @@ def _html(compared: Comparison) -> bytes | None:
     from saekit.reports.comparison import comparison_page
 
     verdicts = compared.verdicts()
-    told = verdicts if len(verdicts) <= _MOST_VERDICTS else [f"{len(verdicts):,} verdicts: the last table has them"]
-    lines = [*compared.where, *told, *compared.rules()]
-    page = comparison_page(compared.rows(), compared.title, lines, [*compared.tables()])
+    told, left = verdicts[:_MOST_VERDICTS], len(verdicts) - _MOST_VERDICTS
+    told += [f"and {left:,} more: the last table has all differences"] if left > 0 else []
+    lines = [*compared.where, *compared.rules()]
+    page = comparison_page(compared.rows(), compared.title, lines, [*compared.tables()], told)
     return None if page is None else page.encode()

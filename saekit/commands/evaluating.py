@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,10 +24,11 @@ from saekit.config import PluginChoice, TokensConfig
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, StorageError
-from saekit.measuring import Evaluation, Evaluations
+from saekit.measuring import Evaluation, Evaluations, json_text
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.reasons import alike
 from saekit.runs.checks import chosen_evals
 from saekit.site import Site, Sites
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import Mask, TokenChoice
 
-__all__ = ["ChosenTokens", "asked_evals", "check_arguments", "evaluate", "evaluated"]
+__all__ = ["ChosenTokens", "asked_evals", "check_arguments", "checked_data", "evaluate", "evaluated"]
 
 
 def evaluate(
@@ -72,8 +73,8 @@ def evaluate(
 
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
-    ``dataset`` is as for :func:`saekit.top_texts`.  Left out, both are what an SAE says, and the text is documents held
-    out from its training.  ``contexts [n, context_size]`` are token ids in the place of a dataset.
+    ``dataset`` is a path, a name on the Hub, options of a configuration, or texts in memory.  Left out, both are what
+    an SAE says, held out from its training; ``contexts [n, context_size]`` are token ids in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -88,6 +89,7 @@ def evaluate(
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
     choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
+    contexts, mask = checked_data(contexts, mask)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -99,9 +101,8 @@ def evaluate(
         )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
-    _tell_and_save(results, found, save)
-    alone = len(results) == 1 and not isinstance(saes, (Mapping, list, tuple))
-    return next(iter(results.values())) if alone else results
+    told = _tell_and_save(results, found, save)
+    return told if len(told) > 1 or isinstance(saes, (Mapping, list, tuple)) else next(iter(told.values()))
 
 
 def check_arguments(
@@ -116,6 +117,16 @@ def check_arguments(
     from saekit.tokens import asked_tokens
 
     return ChosenTokens(asked_tokens(exclude, places), exclude is not None, places is not None)
+
+
+def checked_data(contexts: Any, mask: Any) -> tuple[Tensor | None, Mask | None]:
+    """``contexts`` and ``mask`` as tensors, as far as they can be looked at without a model."""
+    if contexts is None:
+        return None, mask
+    from saekit.evals.measured import checked_contexts, checked_mask
+
+    contexts = checked_contexts(contexts)
+    return contexts, checked_mask(mask, contexts)
 
 
 @attrs.frozen(eq=False)
@@ -162,8 +173,10 @@ def asked_evals(
         chosen[key] = dataclasses.replace(choice, options=attrs.evolve(choice.options, **given))
         known |= names
     if unknown := sorted(asked.keys() - known):
-        there = ", ".join(sorted(known))
-        raise ConfigError([(unknown[0], f"is no argument, and no option of {', '.join(chosen)}: these have {there}")])
+        there, arguments = ", ".join(sorted(known)), inspect.signature(evaluate).parameters
+        hint = alike(unknown[0], {*known, *arguments} - {"options"})
+        said = f"is no argument, and no option of {', '.join(chosen)}: these have {there}{hint}"
+        raise ConfigError([(unknown[0], said)])
     return chosen
 
 
@@ -242,6 +255,7 @@ def _of_group(
         facts = {key: value for key, value in about[name].items() if key != "sites"}
         facts |= {
             "sae": name,
+            **chosen[name][0].weights,
             "sites": subject.sites.name,
             "evals": {key: attrs.asdict(choice.options) for key, choice in evals.items()},
             "tokens": subject.tokens.metadata(),
@@ -252,7 +266,7 @@ def _of_group(
         whole = Evaluation.joined([Evaluation(values={}, about=facts), *parts])
         if whole.about.get("tokens_used") == 0:
             raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
-        found[name] = whole
+        found[name] = attrs.evolve(whole, about={**whole.about, "contexts_used": len(whole.contexts)})
     return found
 
 
@@ -294,20 +308,25 @@ def _part(
     return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
 
 
-def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> None:
-    """Remarks as warnings, and the numbers beside the SAEs."""
+def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> Evaluations:
+    """Remarks as warnings, and the numbers beside the SAEs; gives them with the files."""
+    told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
             warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=3)
-        if save and (file := subjects[name].file) is not None:
-            _save(file, one)
+        file = subjects[name].file
+        written = file is not None and save and _save(file, one)
+        told[name] = attrs.evolve(one, file=file) if written else one
+    return told
 
 
-def _save(file: Path, found: Evaluation) -> None:
+def _save(file: Path, found: Evaluation) -> bool:
     """All or nothing; a place that cannot be written to takes nothing away from what was found."""
     from saekit.files.storage import write_text
 
     try:
-        write_text(file, json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
         warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=3)
+        return False
+    return True

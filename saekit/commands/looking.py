@@ -229,12 +229,15 @@ def _contexts(
 def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:
     """The text, packed as it was for the SAE, as far as its metadata says; what is pretokenized stays as it is."""
     from saekit.data.corpus import Corpus
+    from saekit.data.in_memory import is_name
     from saekit.data.packed import Packed
 
     about = sae.info.metadata
     given: dict[str, Any] = {}
     if isinstance(dataset, DatasetConfig):
         given, dataset = plain_config(dataset, plugins, spare=True), None
+    elif isinstance(dataset, os.PathLike) or (isinstance(dataset, str) and is_name(dataset)):
+        given, dataset = {"path": os.fspath(dataset)}, None
     elif isinstance(dataset, Mapping) and isinstance(dataset.get("path"), (str, os.PathLike)):
         given, dataset = dict(dataset), None
     elif dataset is None:
@@ -260,6 +263,11 @@ def _packed_alike(
     names = (*_ABOUT_TOKENS, *_OF_ITS_TEXT) if own else _ABOUT_TOKENS
     known = {name: about[name] for name in names if about.get(name) is not None}
     size = known.get("context_size")
+    if "context_size" not in given and size is not None and (type(size) is not int or size < 1):
+        raise ConfigError(
+            [("dataset.context_size", f"is {short(size)} in the SAE's metadata, expected a whole number of 1 or more; "
+              "say it with the text: dataset={'path': ..., 'context_size': ...}")]
+        )  # fmt: skip
     if isinstance(size, int) and backend.n_ctx is not None:
         known["context_size"] = min(size, backend.n_ctx)
     try:

@@ -88,10 +88,12 @@ class Material:
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
         from saekit.splicing.doubts import begin_with_bos
+        from saekit.splicing.fits import fitting_sites
 
         groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
             backend = self.model_of(subject)
+            fitting_sites(subject.sae, backend, site)  # before a text is read
             if self.text.contexts is not None:
                 key, contexts, facts = "given", self._given(backend), {"dataset": "contexts that were given"}
                 begins, own = begin_with_bos(contexts, backend), None
@@ -159,6 +161,8 @@ class Material:
             config = None
         if config is not None and self.backend is None:
             return self._of_run(config.model)
+        if self.model is None and config is None:
+            self._warn_of_fault(subject)
         name = str(self.model) if self.model is not None else None if config is None else config.model.name
         return self._named(subject, name, None if config is None else config.model)
 
@@ -191,14 +195,9 @@ class Material:
     # ---- contexts
 
     def _given(self, backend: ModelBackend) -> Tensor:
-        import torch
+        from saekit.evals.measured import checked_contexts
 
-        contexts = self.text.contexts
-        if not isinstance(contexts, torch.Tensor) or contexts.ndim != 2 or contexts.is_floating_point():
-            shown = (
-                f"{list(contexts.shape)}, {contexts.dtype}" if isinstance(contexts, torch.Tensor) else type(contexts)
-            )
-            raise ConfigError([("contexts", f"must be token ids [n, context_size], found {shown}")])
+        contexts = checked_contexts(self.text.contexts)
         if not contexts.numel() or int(contexts.min()) < 0 or int(contexts.max()) >= backend.d_vocab:
             raise ConfigError(
                 [("contexts", f"must be token ids from 0 to {backend.d_vocab - 1:,} of {backend.name!r}")]
@@ -231,10 +230,21 @@ class Material:
         from saekit.data.activations import check_contexts
 
         if held_out:
-            return corpus.held_out_masked(backend, self.text.seed)
-        found = corpus.contexts(backend).take(self.text.n_contexts)
-        check_contexts(len(found), corpus.context_size)
-        return torch.from_numpy(found.tokens), None if found.counts is None else torch.from_numpy(found.counts)
+            found, mask = corpus.held_out_masked(backend, self.text.seed)
+        else:
+            taken = corpus.contexts(backend).take(self.text.n_contexts)
+            check_contexts(len(taken), corpus.context_size)
+            found = torch.from_numpy(taken.tokens)
+            mask = None if taken.counts is None else torch.from_numpy(taken.counts)
+        if len(found) < self.text.n_contexts:
+            which = "held-out text" if held_out else "text"
+            warnings.warn(
+                f"the {which} fills {len(found):,} contexts of {corpus.context_size:,} tokens, and "
+                f"{self.text.n_contexts:,} were asked for (n_contexts): numbers are of those",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found, mask
 
     def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
         """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saekit.measuring import Evaluation, Evaluations
+from saekit.measuring import Evaluation, Evaluations, json_text
 from saekit.plugins.text import printable
 
 __all__ = ["evaluation_table", "show_evaluations"]
@@ -20,22 +19,26 @@ def show_evaluations(found: Evaluation | Evaluations, *, as_json: bool = False) 
     """A table of values and standard errors, with what was measured below it; or JSON, for programs."""
     found = found if isinstance(found, Evaluations) else Evaluations({str(found.about.get("sae", "SAE")): found})
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        print(json_text(found.to_dict()))
         return
     console = Console(width=None if sys.stdout.isatty() else 1000)
     console.print(evaluation_table(found))
     for line in dict.fromkeys(_measured_on(one) for one in found.values()):
         console.print(Text(printable(line), style="dim"), soft_wrap=True)
+    if files := [str(one.file) for one in found.values() if one.file is not None]:
+        console.print(Text(printable(f"Written: {', '.join(files)}")), soft_wrap=True)
 
 
 def evaluation_table(found: Evaluations) -> Table:
-    """A row for each number, a column for each SAE."""
+    """A row for each number, with what it is in words, and a column for each SAE."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
+    table.add_column("", style="dim")
     for name in found:
         table.add_column(Text(printable(name)), justify="right", overflow="fold")
     for name, *cells in found.rows():
-        table.add_row(Text(printable(name)), *map(Text, cells))
+        words = next(one for one in found.values() if name in one.values).measure(name).label
+        table.add_row(Text(printable(name)), Text(printable(words)), *map(Text, cells))
     return table
 
 

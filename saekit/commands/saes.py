@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -203,12 +204,23 @@ def published(source: str, releases: Sequence[str]) -> tuple[str, str] | None:
     release, colon, sae_id = (source, "", "") if source in known else source.rpartition(":")
     if not colon and source not in known:
         close = nearest(source, known)
+        close = [*_near_folders(source), *close][:3]
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise SAEFormatError(
             f"there is no file or folder {source}, and no release of that name.{hint} RELEASE:ID names a published "
-            "SAE, and RELEASE one of a release that has no other (`saekit saes list`)"
+            "SAE; of a release that has one SAE alone, RELEASE is enough (`saekit saes list`)"
         )
     return release, find_sae(catalog.find(release), sae_id or None).id
+
+
+def _near_folders(source: str) -> list[str]:
+    """What is spelled alike in the folder that ``source`` would be in."""
+    path = as_path(source)
+    try:
+        there = [one.name for one in path.parent.iterdir() if not one.name.startswith(".")]
+    except OSError:
+        return []
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there, n=2)]
 
 
 def _read(

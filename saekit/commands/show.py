@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.errors import PlaceError, StorageError
-from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
+from saekit.files.checksums import stated_weights
+from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_WEIGHTS
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
+from saekit.measuring import measured_text
 from saekit.plugins.text import printable
 from saekit.reports.folder import RunFolder, SAERun, State, read_run
 from saekit.reports.numbers import count, fraction, number, size
@@ -29,6 +31,8 @@ __all__ = ["show"]
 
 _ENOUGH = 4 << 20
 """Bytes at the end of metrics that the newest numbers are in."""
+_FIRST = {"explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0"}
+"""What is told of those that were measured."""
 _MOST_RUNS = 40
 _MOST_LINES = 60
 
@@ -197,7 +201,7 @@ def _show_sae(folder: Path, console: Console) -> None:
     _say(console, f"{folder}: an SAE", style="bold")
     console.print()
     grid = Table.grid(padding=(0, 3, 0, 0))
-    for name, value in _about(table):
+    for name, value in (*_about(table), *_measured(folder)):
         if value not in (None, ""):
             grid.add_row(Text(name, style="dim"), Text(printable(value)))
     console.print(grid)
@@ -225,6 +229,23 @@ def _about(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "text", known.get("dataset_path")
     yield "context size", known.get("context_size")
     yield "type", table.get("dtype")
+
+
+def _measured(folder: Path) -> Iterator[tuple[str, str]]:
+    """What ``saekit.evaluate`` has found of these weights."""
+    try:
+        found = read_json(folder / SAE_EVALS)
+        values, errors, about = (dict(found[name]) for name in ("values", "errors", "about"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    measured, now = about.get("weights_sha256"), stated_weights(folder)
+    if measured is not None and now is not None and measured != now:
+        yield "measured", f"nothing: {SAE_EVALS} is of other weights; saekit eval {_quoted(folder)} measures these"
+        return
+    for metric, name in _FIRST.items():
+        value, error = values.get(metric), errors.get(metric)
+        if isinstance(value, (int, float)):
+            yield name, measured_text(value, error if isinstance(error, (int, float)) else None)
 
 
 def _listed(value: object) -> list[Any]:

@@ -12,7 +12,8 @@ from saekit.commands.saes import published
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.errors import ConfigError, SaekitError
-from saekit.files.names import SAE_CONFIG
+from saekit.files.checksums import stated_weights
+from saekit.files.names import SAE_CONFIG, SAE_EVALS
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.sae.module import SAEModule
 
-__all__ = ["EVALS_FILE", "Subject", "subjects_of"]
+__all__ = ["Subject", "subjects_of"]
 
-EVALS_FILE = "evals.json"
 _CONFIG = "config.toml"
 
 
@@ -43,6 +43,12 @@ class Subject:
     """The model of its run, where that is in memory."""
     dataset: Any = None
     """The text of its run, likewise."""
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """``weights_sha256``, as the folder that it is from states it; nothing where none does."""
+        known = None if self.file is None else stated_weights(self.file.parent)
+        return {} if known is None else {"weights_sha256": known}
 
 
 def subjects_of(
@@ -94,7 +100,7 @@ def _of_result(name: str | None, result: Any, plugins: PluginManager) -> Iterato
     yield Subject(
         name=name or folder.name,
         sae=result.sae,
-        file=folder / "sae" / EVALS_FILE,
+        file=folder / "sae" / SAE_EVALS,
         backend=result.backend,
         dataset=result.corpus.dataset,
         **_config(folder, plugins),
@@ -117,7 +123,7 @@ def _of_path(
     for home in homes:
         sae = SAE.load(home, loader=loader, device=device, plugins=plugins)
         own = home / "sae" if (home / "sae" / SAE_CONFIG).is_file() and not (home / SAE_CONFIG).exists() else home
-        file = own / EVALS_FILE if own.is_dir() else own.with_name(f"{own.name}.{EVALS_FILE}")
+        file = own / SAE_EVALS if own.is_dir() else own.with_name(f"{own.name}.{SAE_EVALS}")
         run = own.resolve().parent if own.name == "sae" else own
         label = str(home) if name is None else name if len(homes) == 1 else f"{name}/{home.name}"
         yield Subject(name=label, sae=sae, file=file, **_config(run, plugins))

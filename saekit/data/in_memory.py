@@ -10,7 +10,7 @@ from typing import Any
 
 from saekit.errors import DataError
 
-__all__ = ["check_in_memory", "in_memory_records", "is_one_text", "may_be_on_hub", "part_of_text"]
+__all__ = ["check_in_memory", "in_memory_records", "is_name", "is_one_text", "may_be_on_hub", "part_of_text"]
 
 _LONGEST_NAME = 255
 _FILE = re.compile(r".*\.(txt|text|md|py|jsonl?|parquet|csv|arrow|zst|gz)", re.IGNORECASE)
@@ -95,12 +95,17 @@ def may_be_on_hub(name: str) -> bool:
     return "://" in name or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
 
 
-def _check_is_text(text: str) -> None:
-    """A name, of a file or of a dataset on the Hub, is no text that anybody would train on."""
+def is_name(text: str) -> bool:
+    """Whether this is the name of a file or of a dataset on the Hub, and no text that anybody would read."""
     if not text or len(text) > _LONGEST_NAME or "\n" in text or "\0" in text:
-        return
+        return False
     there = os.path.exists(text)  # noqa: PTH110 - Path.exists raises for names that no file can have
-    if there or may_be_on_hub(text) or _FILE.fullmatch(text):
+    return there or may_be_on_hub(text) or _FILE.fullmatch(text) is not None
+
+
+def _check_is_text(text: str) -> None:
+    if is_name(text):
+        there = os.path.exists(text)  # noqa: PTH110 - as above
         known = "there is a file or folder of that name" if there else "reads like the name of a file or of a dataset"
         raise DataError(
             f"dataset= takes data in memory, and {text!r} {'is no text: ' * there}{known}. Name it in dataset.path; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
 __all__ = ["AccumulatingEval", "finished"]
+
+_ALONE = "only one context has tokens that count, so that no number has an error"
 
 
 class AccumulatingEval(ABC):
@@ -89,17 +91,29 @@ def finished(
     n_bootstrap: int = N_BOOTSTRAP,
     *,
     values: Mapping[str, float] | None = None,
+    remarks: Sequence[str] = (),
     **more: Any,
 ) -> Evaluation:
-    """The :class:`Evaluation` of ``sums`` by the function ``metrics`` of their totals, with bootstrap errors."""
+    """The :class:`Evaluation` of ``sums`` by the function ``metrics`` of their totals, with bootstrap errors.
+
+    Errors are over the contexts that have a token that counts, of which there must be two.
+    """
     if not len(sums):
         raise ValueError("nothing was measured: there are no contexts")
-    found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
-    portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(sums) > 1 else []
+    contexts = tuple(sums.numbers[sums.counted].tolist())
+    with np.errstate(all="ignore"):  # of outputs that are no numbers, of which a remark tells
+        found = {name: float(value[0]) for name, value in metrics(sums.totals()).items()}
+        portions = [metrics(totals) for totals in sums.resampled(n_bootstrap)] if len(contexts) > 1 else []
     drawn = {name: np.concatenate([portion[name] for portion in portions]) for name in found} if portions else {}
     errors = {name: _error(values) for name, values in drawn.items()}
+    alone = (_ALONE,) if n_bootstrap and len(contexts) == 1 else ()
     return Evaluation(
-        values=found | dict(values or {}), errors=errors, resampled=drawn, contexts=tuple(sums.numbers.tolist()), **more
+        values=found | dict(values or {}),
+        errors=errors,
+        resampled=drawn,
+        contexts=contexts,
+        remarks=(*alone, *remarks),
+        **more,
     )
 
 

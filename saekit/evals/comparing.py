@@ -30,8 +30,6 @@ __all__ = ["LEVEL", "Compared", "differences", "widening"]
 
 LEVEL = 0.95
 """Of every interval."""
-_FEW = 10
-"""Contexts, below which intervals are not to be relied on."""
 
 Array = NDArray[Any]
 
@@ -93,8 +91,9 @@ def _in_one_metric(found: Mapping[str, Evaluation], metric: str) -> list[Compare
     pairs = list(itertools.combinations(have, 2))
     if not pairs:
         return []
-    values = np.array([found[one].values[metric] - found[other].values[metric] for one, other in pairs])
-    drawn = np.array([found[one].resampled[metric] - found[other].resampled[metric] for one, other in pairs])
+    with np.errstate(invalid="ignore"):  # of what is no number
+        values = np.array([found[one].values[metric] - found[other].values[metric] for one, other in pairs])
+        drawn = np.array([found[one].resampled[metric] - found[other].resampled[metric] for one, other in pairs])
     wide = widening(len(next(iter(found.values())).contexts))
     spread, off = _spread(values, drawn)
     alone = np.array([_quantile(row) for row in off])

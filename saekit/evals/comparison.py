@@ -12,12 +12,15 @@ import numpy as np
 
 from saekit.evals.comparing import LEVEL, Compared, differences, widening
 from saekit.measuring import Evaluation, Measure, plain_numbers
+from saekit.reasons import alike
 from saekit.tables import facts_html, table_html
 
 __all__ = ["Comparison"]
 
 
 _MOST_LINES = 60
+_FEW = 10
+"""Contexts, below which intervals are not to be relied on."""
 
 
 def _number(value: float, like: float) -> str:
@@ -56,7 +59,10 @@ class Comparison:
         for pair in self.pairs:
             if pair.metric == metric and {pair.one, pair.other} == {one, other}:
                 return pair if pair.one == one else _turned(pair)
-        raise KeyError(f"{one!r} and {other!r} were not compared in {metric!r}")
+        metrics = [*dict.fromkeys(pair.metric for pair in self.pairs)]
+        hint = "".join(alike(name, self.evaluations) for name in (one, other) if name not in self.evaluations)
+        hint = alike(metric, metrics) if metric not in metrics else hint
+        raise KeyError(f"{one!r} and {other!r} were not compared in {metric!r}{hint}")
 
     @property
     def headlines(self) -> list[Compared]:
@@ -67,7 +73,38 @@ class Comparison:
 
     def verdicts(self) -> list[str]:
         """What the headlines say, a sentence each; and then which of two pay for fidelity with more features."""
-        return [self.verdict(pair) for pair in self.headlines] + [*self._trades()]
+        same = {names for pair in self.pairs if self._same(*(names := (pair.one, pair.other)))}
+        told = [f"{one} and {other} are the same: so are all their numbers" for one, other in sorted(same)]
+        shown = [pair for pair in self.headlines if (pair.one, pair.other) not in same and not self._of_other(pair)]
+        told += [self.verdict(pair) for pair in shown]
+        return [*told, *self._trades(), *self._of_sites()]
+
+    def _of_other(self, pair: Compared) -> bool:
+        """Whether it is a difference of what is measured of other vectors, or against other ablations."""
+        return self.measure(pair.metric).of_site and self._apart(pair.one, pair.other)
+
+    def _of_sites(self) -> Iterator[str]:
+        """What cannot be said of SAEs at other sites."""
+        labels = dict.fromkeys(self.measure(pair.metric).label for pair in self.pairs if self._of_other(pair))
+        if labels:
+            yield (
+                f"SAEs at other sites are not compared in {', '.join(labels)}: these are of other vectors, or against "
+                "other ablations. What becomes of the model's predictions is the same question at every site: the CE "
+                "with the SAE, the KL divergence and the top-1 agreement"
+            )
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether no number, in no resample, tells one from the other."""
+        first, second = self.evaluations[one], self.evaluations[other]
+        if self._apart(one, other) or first.values.keys() != second.values.keys():
+            return False
+        pairs: list[tuple[Any, Any]] = [(value, second.values[name]) for name, value in first.values.items()]
+        pairs += [(drawn, second.resampled.get(name, ())) for name, drawn in first.resampled.items()]
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    def _apart(self, one: str, other: str) -> bool:
+        """Whether they are at other sites."""
+        return self.sites.get(one) != self.sites.get(other)
 
     def verdict(self, pair: Compared) -> str:
         """What one difference says."""
@@ -77,6 +114,12 @@ class Comparison:
         if not pair.distinguishable:
             shown = self._interval(pair.difference, pair.joint_low, pair.joint_high)
             return f"{pair.one} and {pair.other} are not distinguishable in {measure.label}: {shown}"
+        if self._of_other(pair):
+            shown = self._interval(pair.difference, pair.joint_low, pair.joint_high)
+            return (
+                f"{pair.one} and {pair.other} are at other sites, of which {measure.label} does not say which is "
+                f"better: {shown}"
+            )
         winner = pair if pair.difference * (measure.better or 1) > 0 else _turned(pair)
         low, high = sorted((abs(winner.joint_low), abs(winner.joint_high)))
         shown = self._interval(abs(winner.difference), low, high)
@@ -96,6 +139,8 @@ class Comparison:
     def _trades(self) -> Iterator[str]:
         for one, other in dict.fromkeys((pair.one, pair.other) for pair in self.pairs):
             found = {pair.metric: pair for pair in self.pairs if (pair.one, pair.other) == (one, other)}
+            if self._apart(one, other):
+                continue  # what is faithful is measured of other activations
             fidelity = [found[name] for name in self._faithful(found) if found[name].distinguishable]
             l0 = found.get("l0")
             if not fidelity or l0 is None:
@@ -119,14 +164,16 @@ class Comparison:
         n = len(next(iter(self.evaluations.values())).contexts)
         several = len(self.evaluations) > 2
         pairs = len(self.evaluations) * (len(self.evaluations) - 1) // 2
+        if n < 2:
+            return ["Only one context has tokens that count: there are no intervals, and nothing can be told apart."]
         lines = [f"Differences are paired by {n:,} contexts; intervals in brackets are 95 %, by bootstrap over them."]
         if several:
             lines.append(
                 f"The intervals of all {pairs} pairs hold at once for each metric (the largest deviation of all pairs, "
                 "Romano and Wolf 2005); metrics are not corrected for one another."
             )
-        if n < 10:
-            lines.append(f"{n} contexts are few: intervals of fewer than 10 are not to be relied on.")
+        if n < _FEW:
+            lines.append(f"{n} contexts are few: intervals of fewer than {_FEW} are not to be relied on.")
         return lines
 
     def interval(self, name: str, metric: str) -> tuple[float, float] | None:
@@ -160,15 +207,12 @@ class Comparison:
 
     def tables(self) -> Iterator[dict[str, Any]]:
         """All numbers and all differences as texts, for pages: the title, the heads of columns, and the rows."""
-        several = len({*self.sites.values()}) > 1
-        names = self.shown
-        rows = [
-            [sae, *([self.sites.get(sae, "")] if several else []), *(one.text_of(name) or "-" for name in names)]
-            for sae, one in self.evaluations.items()
-        ]
-        heads = ["SAE", *(["site"] if several else []), *(self.measure(name).label for name in names)]
-        yield {"title": "Numbers, ± standard error", "head": heads, "rows": rows}
-        told = [[self.measure(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in self.pairs]
+        heads = ["SAE", *self._places, *(self.measure(name).label for name in self.shown)]
+        yield {"title": "Numbers, ± standard error", "head": heads, "rows": self._rows(self.shown)}
+        first = dict.fromkeys(pair.metric for pair in self.headlines)  # in the order of the verdicts
+        places = {metric: place for place, metric in enumerate(first)}
+        pairs = sorted(self.pairs, key=lambda pair: places.get(pair.metric, len(places)))
+        told = [[self.measure(pair.metric).label, pair.one, pair.other, *self._cells(pair)] for pair in pairs]
         heads = ["metric", "one", "other", "one − other", "95 %, this pair alone", "95 %, all pairs", "told apart"]
         yield {"title": "Differences", "head": heads, "rows": told}
 
@@ -191,10 +235,22 @@ class Comparison:
     def _labels(self, pairs: Iterable[Compared]) -> list[str]:
         return [self.measure(pair.metric).label for pair in pairs]
 
+    @property
+    def _places(self) -> list[str]:
+        """The head of the column that names the sites, where there are several."""
+        return ["site"] if len({*self.sites.values()}) > 1 else []
+
+    def _rows(self, names: Sequence[str]) -> list[list[str]]:
+        """Of each SAE its name, its site where there are several, and these numbers."""
+        return [
+            [sae, *(self.sites.get(sae, "") for _ in self._places), *(one.text_of(name) or "-" for name in names)]
+            for sae, one in self.evaluations.items()
+        ]
+
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """What is told first: the names of the numbers, and of each SAE its name and them."""
+        """What is told first: the names of the numbers, and a row for each SAE."""
         names = self._first(self.shown) or self.shown[:6]
-        return names, [[sae, *(one.text_of(name) or "-" for name in names)] for sae, one in self.evaluations.items()]
+        return names, self._rows(names)
 
     def _cells(self, pair: Compared) -> list[str]:
         if not math.isfinite(pair.joint_low):
@@ -209,7 +265,7 @@ class Comparison:
     def text(self) -> str:
         """The numbers, the verdicts and what they rest on, for people."""
         names, rows = self._table()
-        heads = ["", *(self.measure(name).short or self.measure(name).label for name in names)]
+        heads = ["", *self._places, *(self.measure(name).short or self.measure(name).label for name in names)]
         widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
 
         def line(cells: Sequence[str]) -> str:
@@ -233,7 +289,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         names, rows = self._table()
-        heads = ["SAE", *(self.measure(name).label for name in names)]
+        heads = ["SAE", *self._places, *(self.measure(name).label for name in names)]
         told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.verdicts())])
         return table_html(self.title, heads, rows) + told
 

@@ -14,8 +14,9 @@ from saekit.abilities import StartsInside
 from saekit.ambient import ambient
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
-from saekit.evals.measured import Measured, allowed_in
+from saekit.evals.measured import Measured, allowed_in, checked_mask
 from saekit.evals.pieces import at_once
+from saekit.evals.sums import Sums
 from saekit.kernels.sparse import SparseFeatures
 from saekit.measuring import Needs, Outcome, Seen
 from saekit.protocols import ModelBackend
@@ -44,6 +45,7 @@ def measure(
     ``first`` is the number of the first context, for parts of a whole; ``means`` are what :func:`read_means` gives, by
     default of the first of ``contexts``; ``report`` is told of every batch how many tokens it had.
     """
+    mask = checked_mask(mask, contexts)
     with ambient(), torch.no_grad():
         if means is None:
             means = read_means(subjects, backend=backend, contexts=contexts, mask=mask)
@@ -195,6 +197,7 @@ class _Batch:
         tokens = self.forwards.tokens[rows]
         numbers = tuple(range(self.first + rows.start, self.first + rows.start + len(tokens)))
         kept = self.kept[rows]
+        counts = kept.any(1).tolist()
         for name, part in self.subject.evals.items():
             if not which(part.needs):
                 continue
@@ -203,6 +206,8 @@ class _Batch:
             )
             with self.subject.guard(name), ambient(), torch.no_grad():
                 part.update(self.sums[name], seen)
+                if isinstance(sums := self.sums[name], Sums):
+                    sums.leave_out(number for number, some in zip(numbers, counts, strict=True) if not some)
 
 
 def _asked(needs: Needs, shown: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,11 +28,11 @@ _BINS = 64
 
 ROW_MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
-        "explained_variance": Measure("explained variance", 1, "EV", headline=2, fidelity=True),
+        "explained_variance": Measure("explained variance", 1, "EV", headline=2, fidelity=True, of_site=True),
         "l0": Measure("L0", headline=3),
-        "mse": Measure("mse", -1),
+        "mse": Measure("mse", -1, of_site=True),
         "l1": Measure("L1"),
-        "cosine_similarity": Measure("cosine similarity", 1, "cosine sim."),
+        "cosine_similarity": Measure("cosine similarity", 1, "cosine sim.", of_site=True),
         "l2_norm_in": Measure("norm of targets", of_model=True),
         "l2_norm_out": Measure("norm of reconstructions"),
         "l2_ratio": Measure("norm ratio"),
@@ -82,6 +82,7 @@ def add_rows(
         "dot": dot.sum(1),
         "cosines": (dot / (norm_in * norm_out).clamp_min(1e-30)).sum(1),
         "positions": torch.full_like(count, kept.shape[1]),
+        "not_finite": (~given.isfinite().all(-1)).sum(1),
         **_squares(off, given.sub_(y), sums.facts["targets"]),
     }
     found, fired = _of_features(features, kept)
@@ -148,7 +149,8 @@ def counted_of_rows(sums: Sums) -> dict[str, Any]:
     1983).
     """
     fired, tokens = sums.count("fired"), int(sums.column("tokens").sum())
-    known = sums.facts["known"]
+    known, broken = sums.facts["known"], int(sums.column("not_finite").sum())
+    remark = f"{broken:,} of {tokens:,} outputs of the SAE are not finite: too large for their type?"
     fractions = fired / max(tokens, 1)
     silent = fired == 0
     values = {
@@ -161,6 +163,7 @@ def counted_of_rows(sums: Sums) -> dict[str, Any]:
         "values": values,
         "histograms": {"log10_firing_fractions": _histogram(np.log10(fractions[~silent]))},
         "features": {"firing_fractions": fractions},
+        "remarks": (remark,) if broken else (),
         "about": {"tokens_used": tokens, "tokens_of": int(sums.column("positions").sum())},
     }
 

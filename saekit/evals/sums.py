@@ -34,6 +34,7 @@ class Sums:
         self._columns: dict[str, list[Array]] = {}
         self._counts: dict[str, Array] = {}
         self._ordered = True
+        self._empty: set[int] = set()
 
     def __len__(self) -> int:
         return sum(map(len, self._numbers))
@@ -65,6 +66,10 @@ class Sums:
         if (times > 1).any():
             raise ValueError(f"context {found[times > 1][0]} is there twice; parts must have contexts of their own")
 
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Say that no token of the contexts ``numbers`` counts: they are in no total, and are not drawn."""
+        self._empty.update(int(number) for number in numbers)
+
     def merged(self, other: Sums) -> Sums:
         """The contexts of both, which must have none in common; either stays as it is.
 
@@ -77,6 +82,7 @@ class Sums:
             if len(part) or part._counts:
                 columns = {name: _joined(values) for name, values in part._columns.items()}
                 whole.add(_joined(part._numbers), columns, part._counts)
+            whole.leave_out(part._empty)
         return whole
 
     @property
@@ -97,6 +103,11 @@ class Sums:
         self._ordered = True
 
     @property
+    def counted(self) -> Array:
+        """``[n]`` bool, in the order of :attr:`numbers`: which have a token that counts; errors are of these."""
+        return ~np.isin(self.numbers, sorted(self._empty))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Those of the columns."""
         return tuple(self._columns)
@@ -111,12 +122,18 @@ class Sums:
         return self._counts[name]
 
     def totals(self) -> Totals:
-        """Over all contexts, each once."""
+        """Over all contexts that count, each once."""
         return Totals(self, None)
 
     def resampled(self, n_bootstrap: int, seed: int = 0) -> Iterator[Totals]:
-        """Over contexts that are drawn again, in portions of resamples; see :func:`resamples`."""
-        for weights in resamples(len(self), n_bootstrap, seed):
+        """Over contexts that count and are drawn again, in portions of resamples; see :func:`resamples`."""
+        counted = self.counted
+        if not (n := int(counted.sum())):
+            return
+        for weights in resamples(n, n_bootstrap, seed):
+            if n < len(counted):
+                drawn, weights = weights, np.zeros((len(weights), len(counted)))
+                weights[:, counted] = drawn
             yield Totals(self, weights)
 
 
@@ -155,7 +172,7 @@ class Totals:
 
     def __init__(self, sums: Sums, weights: Array | None) -> None:
         self.sums = sums
-        self._weights = np.ones((1, len(sums))) if weights is None else weights
+        self._weights = sums.counted[None].astype(np.float64) if weights is None else weights
 
     def __getitem__(self, name: str) -> Array:
         """``[r]``, the total of a column; of a vector ``[r, d]``."""

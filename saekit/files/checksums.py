@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from saekit.files.storage import check_file
+from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS
+from saekit.files.storage import check_file, read_json
 
-__all__ = ["Checksums", "seal"]
+__all__ = ["Checksums", "seal", "stated_weights"]
 
 _PIECE = 1 << 20  # which stays in the cache
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse, so what is younger may change unseen
@@ -97,3 +98,12 @@ def seal(table: Mapping[str, Any]) -> str:
     content = {**table, "saekit": own}
     plain = json.loads(json.dumps(content))  # as it will be read: keys are texts, and sorted as such
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def stated_weights(folder: Path) -> str | None:
+    """The sha256 of the weights in an SAE's folder, as its configuration states it; None where it does not."""
+    try:
+        found = read_json(folder / SAE_CONFIG)["saekit"]["sha256"][SAE_WEIGHTS]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

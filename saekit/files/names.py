@@ -9,6 +9,7 @@ __all__ = [
     "LONGEST_NAME",
     "RUN_FILES",
     "SAE_CONFIG",
+    "SAE_EVALS",
     "SAE_FILES",
     "SAE_PROBE",
     "SAE_SPARSITY",
@@ -28,6 +29,8 @@ SAE_CONFIG, SAE_WEIGHTS, SAE_SPARSITY = "cfg.json", "sae_weights.safetensors", "
 SAE_PROBE = "probe.safetensors"
 SAE_FILES = (SAE_WEIGHTS, SAE_SPARSITY, SAE_PROBE, SAE_CONFIG)
 """The files of an SAE's folder; without the last, nobody reads it."""
+SAE_EVALS = "evals.json"
+"""What was measured of it, beside them."""
 SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png", "summary.html"})
 """What the folder of a sweep holds beside those of its SAEs."""
 RUN_FILES = SWEEP_FILES | {"config.toml", "sae", "curves.png", "curves.html", "features.txt", "features.html"}

@@ -28,7 +28,7 @@ from saekit.reports.figures import (
 from saekit.reports.frontier import MARKERS, PANELS, has_place, shortened
 from saekit.reports.numbers import fraction, number
 from saekit.reports.page import over_l0, short_number, whole_page
-from saekit.reports.places import label_points, scale_l0
+from saekit.reports.places import l0_label, label_points, scale_l0
 
 __all__ = ["comparison_figure", "comparison_page"]
 
@@ -57,7 +57,8 @@ def comparison_figure(rows: Sequence[Row], title: str, lines: Sequence[str]) -> 
     for place, key in enumerate(panels):
         axes = add_axes(figure, 0.7, head + _ROW * place + 0.33, WIDTH - 0.7 - 2 * MARGIN, _ROW - 0.75)
         _draw(axes, key, rows)
-    figure.axes[-1].set_xlabel("L0, features per token", fontsize=10.5, color=GRAY)
+    drawn = [row["l0"] for row in rows if has_place(row, panels[-1])]
+    figure.axes[-1].set_xlabel(l0_label(drawn), fontsize=10.5, color=GRAY)
     height = figure.get_size_inches()[1]
     for line, note in enumerate(reversed(notes)):
         write(figure, MARGIN, height - LINE * (line + 1), printable(shortened(note, 100)), fontsize=9.5)
@@ -123,10 +124,14 @@ def _ends(row: Row, key: str) -> tuple[float | None, float | None]:
 
 
 def comparison_page(
-    rows: Sequence[Row], title: str, lines: Sequence[str], tables: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row],
+    title: str,
+    lines: Sequence[str],
+    tables: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[str] = (),
 ) -> str | None:
-    """The same as a page, with ``lines`` of words below its title, and ``tables`` (``title``, ``head`` and ``rows`` of
-    texts) at its end; None where there is nothing to draw."""
+    """The same as a page, with the ``verdicts`` below its title, ``lines`` of words below these, and ``tables``
+    (``title``, ``head`` and ``rows`` of texts) at its end; None where there is nothing to draw."""
     if not (panels := _panels(rows)):
         return None
     looks = _looks(rows)
@@ -141,7 +146,8 @@ def comparison_page(
         "groups": [{"kind": "points", "charts": [_chart(rows, key, looks) for key in panels]}],
         "tables": [_table(table) for table in tables],
     }
-    return whole_page(title, [("sub", line) for line in lines], data, _FOOT)
+    head = [*(("item", verdict) for verdict in verdicts), *(("sub", line) for line in lines)]
+    return whole_page(title, head, data, _FOOT)
 
 
 def _chart(rows: Sequence[Row], key: str, looks: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ function draw(chart) {
   const lines = shown(chart);
   const width = Math.max(chart.box.clientWidth - 20, 200), height = chart.kind === "curves" ? 190 : 300;
   const ends = chart.kind === "curves" ? lines.map((line) => line.end || "") : [];
-  const room = { left: 46, right: Math.max(12, Math.min(90, Math.max(0, ...ends.map((t) => t.length)) * 7 + 10)), top: 8, bottom: 22 };
+  const room = { left: 46, right: Math.max(12, Math.min(90, Math.max(0, ...ends.map((t) => t.length)) * 7 + 10)), top: 8, bottom: chart.xlabel ? 38 : 22 };
   const xs = widths(chart, lines), ys = heights(chart, lines, xs);
   const x = axis(...xs, room.left, width - room.right, chart.xlog);
   const y = axis(...ys, height - room.bottom, room.top, chart.isLog);
@@ -137,8 +137,9 @@ function draw(chart) {
   }
   for (const tick of chart.xlog ? logTicks(...xs) : linearTicks(...xs, Math.max(2, Math.floor(width / (chart.kind === "curves" ? 110 : 75))))) {
     make("line", { class: "grid", x1: x(tick), x2: x(tick), y1: room.top, y2: height - room.bottom }, chart.svg);
-    make("text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, chart.svg, chart.kind === "curves" ? shortCount(tick) : number(tick));
+    make("text", { x: x(tick), y: height - room.bottom + 16, "text-anchor": "middle" }, chart.svg, chart.kind === "curves" ? shortCount(tick) : number(tick));
   }
+  if (chart.xlabel) make("text", { x: (room.left + width - room.right) / 2, y: height - 5, "text-anchor": "middle" }, chart.svg, chart.xlabel);
   for (const mark of chart.kind === "curves" ? data.marks : []) {
     if (mark.x > xs[0] && mark.x < xs[1]) make("line", { class: "mark", x1: x(mark.x), x2: x(mark.x), y1: room.top, y2: height - room.bottom }, chart.svg);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def sweep_page(run: RunFolder) -> str | None:
 def whole_page(title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, Any], foot: str) -> str:
     """A page of ``data`` as ``page.js`` draws it.  ``lines`` are below the title, each with its class; ``foot`` says
     what is what, of which ``{version}`` is saekit's."""
-    head = "\n".join(f'<p class="{kind}">{html.escape(printable(text))}</p>' for kind, text in lines if text)
+    head = "\n".join(_head(lines))
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return _resource("page.html").format(
         title=html.escape(title),
@@ -100,6 +101,16 @@ def whole_page(title: str, lines: Sequence[tuple[str, str]], data: Mapping[str, 
         css=_resource("page.css"),
         js=_resource("page.js"),
     )
+
+
+def _head(lines: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """A paragraph for each line, and a list for those of the class ``item`` that follow one another."""
+    shown = [(kind, html.escape(printable(text))) for kind, text in lines if text]
+    for listed, group in itertools.groupby(shown, lambda line: line[0] == "item"):
+        if listed:
+            yield f'<ul class="items">{"".join(f"<li>{text}</li>" for _, text in group)}</ul>'
+        else:
+            yield from (f'<p class="{kind}">{text}</p>' for kind, text in group)
 
 
 def _resource(name: str) -> str:
@@ -205,6 +216,7 @@ def over_l0(key: str, xs: Sequence[float], lines: Sequence[Mapping[str, Any]]) -
     return {
         "title": f"{PANELS[key]} over L0", "log": False, "xlog": spreads(xs), "lower": None, "upper": None,
         "note": "", "format": "fraction", "lines": lines,
+        "xlabel": "L0, features per token" + (", on a logarithmic scale" if spreads(xs) else ""),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from saekit.plugins.text import printable
 from saekit.reports.figures import INK, plain
 from saekit.reports.frontier import spreads
 
-__all__ = ["label_points", "scale_l0"]
+__all__ = ["l0_label", "label_points", "scale_l0"]
 
 _OFFSETS = (
     (7, 5), (-7, 5), (7, -5), (-7, -5), (0, 10), (0, -10), (10, 0), (-10, 0), (7, 14), (-7, 14), (7, -14), (-7, -14),
@@ -29,6 +29,11 @@ def scale_l0(axes: Any, xs: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(xs) < 300 * min(xs) else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def l0_label(xs: Sequence[float]) -> str:
+    """What stands below the axis of :func:`scale_l0`."""
+    return "L0, features per token" + (", on a logarithmic scale" if spreads(xs) else "")
 
 
 def label_points(axes: Any, labels: Sequence[tuple[str, tuple[float, float]]], *, lift: float = 0) -> None:

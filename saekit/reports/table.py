@@ -34,6 +34,13 @@ _TOLD = frozenset(
      "n_tokens"]
 )  # fmt: skip
 """What the built-in eval measures; what others measure is told at the end."""
+_WORDS = {
+    "silent_features": "features silent on that text", "relative_reconstruction_bias": "relative reconstruction bias",
+    "ce_recovered_from_mean": "CE recovered from the mean", "ce_loss_with_mean_ablation": "CE with the mean",
+    "kl_div_with_sae": "KL divergence", "kl_div_with_ablation": "KL with zeros", "kl_div_score": "KL score",
+    "top1_agreement": "top-1 agreement",
+}  # fmt: skip
+"""What those of the built-in evals are called that are told at the end."""
 SHOWN = {
     "l0": ("L0", ".4g"),
     "explained_variance": ("EV", ".3f"),
@@ -110,7 +117,8 @@ def _rows(sae: SAERun) -> Iterator[tuple[str, str, str]]:
     others = [name for name in history.latest if name.startswith("evals/") and name.split("/")[1] not in _TOLD]
     errors = {name for name in history.latest if name.endswith("_se") and name.removesuffix("_se") in history.latest}
     for name in [name for name in others if name not in errors][:20]:
-        yield printable(name.removeprefix("evals/")), _cell_of(history.latest[name], number), ""
+        own = name.removeprefix("evals/")
+        yield printable(_WORDS.get(own, own.replace("_", " "))), _cell_of(history.latest[name], number), ""
 
 
 def _cell_of(value: float | None, text: Any) -> str:

@@ -23,6 +23,7 @@ from saekit.plugins.building import blamed, outlined
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
+from saekit.runs.counting import Counted
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
@@ -49,6 +50,7 @@ from saekit.runs.setup import (
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+from saekit.tokens import special_ids
 from saekit.values import Batch, Ports
 
 if TYPE_CHECKING:
@@ -93,6 +95,23 @@ def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
     """What a source may be built on where no text is opened."""
     policy = TokenPolicy(context_size=corpus.context_size)
     return ContextStream(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
+
+
+def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:
+    """``config``, with some id in the place of special tokens, which an outline has no tokenizer to tell.
+
+    No size depends on which they are.
+    """
+    if config.tokens.exclude_special_tokens is not True or special_ids(outline):
+        return config
+    return attrs.evolve(config, tokens=attrs.evolve(config.tokens, exclude_special_tokens=(0,)))
+
+
+def _counted_unread(config: TrainConfig, corpus: Corpus, stream: StreamContext) -> str:
+    """How many tokens count, as far as positions say it."""
+    counted = Counted(stream.rows_per_context(corpus.context_size), corpus.context_size)
+    by_text = stream.choice.exclude or config.tokens.mask_column is not None
+    return f"at most {counted}: how many, the text says, and it was not read" if by_text else str(counted)
 
 
 class _Planner:
@@ -238,10 +257,15 @@ class _Planner:
         self.doubt(*found.warnings)
 
     def sizes(
-        self, stream: StreamContext, corpus: Corpus, ports: Ports, source: ActivationSource | None
+        self,
+        stream: StreamContext,
+        corpus: Corpus,
+        ports: Ports,
+        source: ActivationSource | None,
+        config: TrainConfig | None = None,
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        counted = Sizes(self.config, self.plugins, self.options, stream, corpus, ports, known=self.numbers)
+        counted = Sizes(config or self.config, self.plugins, self.options, stream, corpus, ports, known=self.numbers)
         if self.attempt(lambda: counted.count(source)) is None:
             return None
         self.numbers |= counted.numbers
@@ -272,9 +296,12 @@ class _Planner:
         _, there = self.fitting(outline, corpus)
         if not there:
             return
-        stream = self.attempt(lambda: open_stream(self.config, corpus, self.plugins, outline, self.config.sites.all))
+        config = _of_outline(self.config, outline)
+        stream = self.attempt(lambda: open_stream(config, corpus, self.plugins, outline, config.sites.all))
         if stream is None:
             return
+        if told and stream.has_model and not stream.counts_all:
+            self.facts["tokens"] = _counted_unread(config, corpus, stream)
         stream.contexts = _no_contexts(outline, corpus)
         source = None
         if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
@@ -282,7 +309,7 @@ class _Planner:
                 source = open_source(self.config, self.plugins, stream)
         ports = self.attempt(lambda: self.ports(source, stream))
         if ports is not None:
-            self.sizes(stream, corpus, ports, source)
+            self.sizes(stream, corpus, ports, source, config)
         if source is not None:
             source.close()
 

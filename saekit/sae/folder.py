@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.checksums import seal
-from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
+from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
@@ -61,7 +61,8 @@ def save_sae(sae: SAEModule, path: Path) -> Path:
     """Write ``sae`` to the folder ``path``; returns ``path``.
 
     A folder that holds an SAE's files alone is replaced whole.  Into any other folder the SAE's own files go, in the
-    place of those of an SAE that is there; nothing else in it is touched, and until all are there it does not load.
+    place of those of an SAE that is there, and what was measured of that goes (``evals.json``); nothing else in it is
+    touched, and until all are there it does not load.
 
     Raises :class:`SAEFormatError` for an SAE that could not be loaded again, before anything is touched, and
     :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
@@ -133,7 +134,13 @@ def _is_ours_alone(target: Path) -> bool:
     if os.path.ismount(target) or _works_in(target):  # it must stay the same folder
         return False
     files = {item.name for item in os.scandir(target) if item.is_file(follow_symlinks=False)}
-    return bool(files) and set(os.listdir(target)) == files <= {*SAE_FILES}  # noqa: PTH208 - names
+    own = {*SAE_FILES, SAE_EVALS} if CONFIG in files and _is_measured(target / SAE_EVALS) else {*SAE_FILES}
+    return bool(files) and set(os.listdir(target)) == files <= own  # noqa: PTH208 - names
+
+
+def _is_measured(path: Path) -> bool:
+    """Whether an ``evals.json`` is of ``saekit.evaluate``."""
+    return {"values", "errors", "about"} <= _table(path).keys()
 
 
 def _works_in(folder: Path) -> bool:
@@ -148,7 +155,8 @@ def _write_into(target: Path, contents: _Contents) -> None:
     tidy(target, _HALF.__eq__)
     with new_files(target / _HALF) as home:
         written = _write(contents, home)
-        new = {file: home / file if file in written else None for file in SAE_FILES}
+        gone = [SAE_EVALS] if (target / CONFIG).is_file() and _is_measured(target / SAE_EVALS) else []
+        new = {file: home / file if file in written else None for file in (*gone, *SAE_FILES)}
         replace_files(target, new, last=CONFIG)
 
 

@@ -52,13 +52,19 @@ def check_fits(
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
     that are not finite.  What looks wrong, but runs, is a ``UserWarning``: see :func:`saekit.splicing.doubts_of_fit`.
     """
+    found = fitting_sites(sae, backend, sites)
+    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos, masked=masked):
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return found
+
+
+def fitting_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None) -> Sites:
+    """The same errors and sites without the warnings, for which more must be known."""
     wanted = sites_of(sae, sites)
     _check_ports(sae, wanted)
     check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
     _check_widths(sae, found, backend)
-    for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos, masked=masked):
-        warnings.warn(text, UserWarning, stacklevel=3)
     return found
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks
-from saekit.backends.base import alike, no_hook
+from saekit.backends.base import no_hook
 from saekit.backends.forward import put
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
+from saekit.reasons import alike
 from saekit.sae.hooks import Watch
 from saekit.splicing.attachment import Attachment, Passing
 from saekit.splicing.doubts import begin_with_bos, doubt_of_bos

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from support.causal_lms import causal_lm_folder
 from support.command import cli
 from support.tiny import hooked_transformer, run_config
 
@@ -217,3 +218,27 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     shown = cli("plan", "run.toml", "--no-load", cwd=tmp_path).stdout.splitlines()
     assert shown[-1].startswith("It fits: it needs about ")
     assert not any("first context" in line for line in shown)
+
+
+@pytest.mark.parametrize("backend", ["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"])
+def test_special_tokens_are_planned_without_a_tokenizer(tmp_path: Path, backend: str) -> None:
+    hook = "transformer.h.1" if backend == "AutoModelForCausalLM" else "blocks.1.hook_resid_post"
+    model = {"backend": backend, "name": str(causal_lm_folder("gpt2"))}
+    tokens = {"exclude_special_tokens": True, "seqpos_slice": [2, None]}
+    given = run_config(tmp_path, model=model, site={"hook_name": hook}, tokens=tokens)
+    found = saekit.plan(given, load=False)
+    assert found.problems == []
+    assert (
+        found.facts["tokens"] == "at most 30 of 32 of each context count: how many, the text says, and it was not read"
+    )
+    by_id = saekit.plan(given | {"tokens": {**tokens, "exclude_special_tokens": [0]}}, load=False)
+    assert by_id.numbers == found.numbers, "sizes are those of any ids"
+    if backend == "AutoModelForCausalLM":
+        loaded = saekit.plan(given)
+        assert loaded.problems == []
+        assert loaded.facts["tokens"].endswith("of 2,048 tokens in the first 64 contexts count")
+
+
+def test_positions_that_count_are_told_without_a_text(tmp_path: Path) -> None:
+    found = saekit.plan(config(tmp_path, tokens={"seqpos_slice": [2, None]}), plugins=manager(outline), load=False)
+    assert (found.problems, found.facts["tokens"]) == ([], "30 of 32 of each context count")

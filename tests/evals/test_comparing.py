@@ -72,7 +72,7 @@ def test_one_that_is_worse_is_told_apart_and_a_copy_is_not() -> None:
     assert words.startswith("good is better than bad in CE recovered by 0.0")
     numbers = [float(part.strip("()")) for part in words.split() if part.strip("()")[0].isdigit()]
     assert numbers == pytest.approx([-other.difference, -other.joint_high, -other.joint_low], abs=6e-4)
-    assert "good and copy are not distinguishable in L0" in " ".join(found.verdicts())
+    assert "good and bad are not distinguishable in L0" in " ".join(found.verdicts())
 
 
 def test_less_is_better_where_it_is_a_loss() -> None:
@@ -229,3 +229,65 @@ def test_numbers_that_never_vary_and_numbers_that_are_none() -> None:
     assert "cannot be compared in CE recovered" in found.verdict(pair)
     plain = found.to_dict()
     assert next(one for one in plain["pairs"] if one["metric"] == "ce_recovered")["low"] is None
+
+
+def test_few_contexts_are_those_in_which_tokens_count() -> None:
+    sums = Sums()
+    sums.add(range(30), {"x": np.arange(30.0)})
+    sums.leave_out(range(2, 30))
+    left = finished(sums, lambda totals: {"x": totals["x"]}, 50)
+    assert (left.values, left.contexts) == ({"x": 1.0}, (0, 1))
+    found = Comparison(evaluations={"one": left, "other": left})
+    assert found.rules()[-1] == "2 contexts are few: intervals of fewer than 10 are not to be relied on."
+    sums.leave_out([1])
+    left = finished(sums.merged(Sums()), lambda totals: {"x": totals["x"]}, 50)
+    assert Comparison(evaluations={"one": left, "other": left}).rules() == [
+        "Only one context has tokens that count: there are no intervals, and nothing can be told apart."
+    ]
+
+
+def test_saes_at_other_sites_are_not_better_in_what_is_of_a_site() -> None:
+    text = Text(40, 0)
+    sites = {"early": "blocks.0", "late": "blocks.1", "also late": "blocks.1"}
+    evaluations = {"early": text.sae(), "late": text.sae(worse=0.2, l0=60), "also late": text.sae(worse=0.4)}
+    found = Comparison(evaluations=evaluations, sites=sites)
+    said = found.verdict(found.pair("ce_recovered", "early", "late"))
+    assert said.startswith("early and late are at other sites, of which CE recovered does not say which is better: ")
+    assert found.verdict(found.pair("l0", "early", "late")).startswith("late has more L0 than early by ")
+    better = [verdict for verdict in found.verdicts() if "better in" in verdict]
+    assert better
+    assert not any("early" in verdict for verdict in better)
+    assert found.verdicts()[-1].startswith("SAEs at other sites are not compared in CE recovered, explained variance: ")
+    head, first, *_ = found.text().splitlines()
+    assert (head.split()[0], first.split()[:2]) == ("site", ["early", "blocks.0"])
+    assert ">site<" in found._repr_html_()
+    here = Comparison(evaluations=evaluations)
+    assert here.verdict(here.pair("ce_recovered", "early", "late")).startswith("early is better than late")
+    assert not any("other sites" in verdict for verdict in here.verdicts())
+
+
+def test_one_sae_twice_is_said_to_be_the_same() -> None:
+    text = Text(40, 0)
+    good = text.sae()
+    found = Comparison(evaluations={"one": good, "two": good, "bad": text.sae(worse=0.2)})
+    assert found.verdicts()[0] == "one and two are the same: so are all their numbers"
+    assert not any("one and two" in verdict for verdict in found.verdicts()[1:])
+
+
+def test_misspelled_numbers_get_near_names() -> None:
+    text = Text(20, 0)
+    found = Comparison(evaluations={"one": text.sae(), "two": text.sae()})
+    with pytest.raises(KeyError, match="not compared in 'ce_recoverd'. Did you mean 'ce_recovered'"):
+        found.pair("ce_recoverd", "one", "two")
+    with pytest.raises(KeyError, match="'oen' and 'two' were not compared in 'l0'. Did you mean 'one'"):
+        found.pair("l0", "oen", "two")
+    with pytest.raises(KeyError, match="there is no number 'ce_recoverd'. Did you mean 'ce_recovered'"):
+        found.evaluations["one"]["ce_recoverd"]
+
+
+def test_differences_stand_in_the_order_of_the_verdicts() -> None:
+    text = Text(20, 0)
+    found = Comparison(evaluations={"one": text.sae(), "two": text.sae(), "three": text.sae()})
+    _, differences_ = found.tables()
+    labels = [found.measure(pair.metric).label for pair in found.headlines]
+    assert [row[0] for row in differences_["rows"]][: len(labels)] == labels

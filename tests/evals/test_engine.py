@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, kl_div
 import saekit
 from saekit.backends import Hooks, next_token_loss
 from saekit.errors import ConfigError
-from saekit.evals import AccumulatingEval, Measured, Sums, Totals, measure
+from saekit.evals import AccumulatingEval, Measured, Sums, Totals, differences, measure
 from saekit.evals.calling import Asked, all_called
 from saekit.measuring import Evaluation, Needs, Seen
 from saekit.sae.build import build_module
@@ -118,11 +118,12 @@ def found(
     tokens: TokenChoice | None = None,
     mask: Any = None,
     batch_size: int = 16,
+    contexts: Tensor = TOKENS,
     **downstream: Any,
 ) -> Evaluation:
     chosen = evals(batch_size, **downstream)
     subject = Measured(sae, sites, chosen, tokens or TokenChoice())
-    (sums,) = measure([subject], backend=backend or Small(), contexts=TOKENS, mask=mask)
+    (sums,) = measure([subject], backend=backend or Small(), contexts=contexts, mask=mask)
     return Evaluation.joined(one.result(sums[name]) for name, one in chosen.items())
 
 
@@ -361,8 +362,56 @@ def test_positions_that_do_not_count_stay_and_are_left_out_of_every_mean() -> No
 
 @pytest.mark.parametrize("mask", [lambda tokens: tokens, lambda tokens: "all", torch.ones(6, 9, dtype=torch.bool)])
 def test_what_is_no_mask_is_refused(mask: Any) -> None:
-    with pytest.raises(ConfigError, match=r"mask: must say true or false of each token, \[6, 10\] here; found"):
+    with pytest.raises(ConfigError, match=r"mask: must say true or false of each token.*\[6, 10\].*; found"):
         found(standard(), mask=mask)
+
+
+def test_contexts_in_which_no_token_counts_are_none() -> None:
+    mask = torch.zeros_like(TOKENS, dtype=torch.bool)
+    mask[[1, 4, 5]] = True
+    part = found(standard(), mask=mask, kl=True, batch_size=2)
+    alone = found(standard(), contexts=TOKENS[[1, 4, 5]], kl=True)
+    assert (part.contexts, alone.contexts) == ((1, 4, 5), (0, 1, 2))
+    assert part.values == pytest.approx(alone.values)
+    assert part.errors == pytest.approx(alone.errors)
+    assert all(part.resampled[name] == pytest.approx(drawn) for name, drawn in alone.resampled.items())
+
+
+def test_one_context_that_counts_has_no_error_and_says_so() -> None:
+    mask = torch.zeros_like(TOKENS, dtype=torch.bool)
+    mask[2] = True
+    one = found(standard(), mask=mask)
+    assert (one.contexts, one.errors, one.resampled) == ((2,), {}, {})
+    assert "only one context has tokens that count, so that no number has an error" in one.remarks
+
+
+@pytest.mark.parametrize("rows", [5, 7, 12])
+def test_a_mask_of_other_contexts_is_refused_before_anything_runs(rows: int) -> None:
+    backend, mask = Small(), torch.ones(rows, 10, dtype=torch.bool)
+    with pytest.raises(ConfigError, match=rf"bool, \[6, 10\] as the contexts; found \[{rows}, 10\], torch.bool"):
+        found(standard(), backend=backend, mask=mask, batch_size=3)
+    assert backend.forwards == []
+    assert found(standard(), mask=np.ones((6, 10), bool)).values == found(standard()).values
+
+
+def test_outputs_that_are_no_numbers_are_counted_and_nothing_else_warns() -> None:
+    sae = standard()
+    with torch.no_grad():
+        sae.W_dec.mul_(1e30)
+        sae.W_enc.mul_(1e9)
+        sae.b_dec.add_(1e38)
+    broken = found(sae)
+    held = Small().run(TOKENS, read={EARLY.hook_name}).held[EARLY.hook_name]
+    count = 60 - int(sae(held).isfinite().all(-1).sum())
+    assert count
+    assert f"{count} of 60 outputs of the SAE are not finite: too large for their type?" in broken.remarks
+    assert [pair.metric for pair in differences({"a": broken, "b": found(standard())}, ["mse"])] == ["mse"]
+
+
+def test_losses_of_the_last_position_are_said_to_be_none() -> None:
+    last = found(standard(), tokens=TokenChoice(seqpos_slice=(-1, None)))
+    assert math.isnan(last["ce_recovered"])
+    assert any(remark.startswith("no token is predicted from the tokens that count") for remark in last.remarks)
 
 
 def test_batches_change_no_number() -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
+from rich.console import Console
 from support.sweeps import DOCUMENTS, manager
 from support.tiny import run_config
 
 import saekit
 from saekit.commands.measured import show_evaluations
-from saekit.errors import ConfigError, ModelError, PluginFailedError
+from saekit.commands.show import show
+from saekit.errors import ConfigError, ModelError, PluginFailedError, SAEFormatError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -24,6 +28,7 @@ QUICK: dict[str, Any] = {"n_bootstrap": 50, "n_contexts": 4, "verbose": False}
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+    pytest.mark.filterwarnings("ignore:.*hardly better than guessing"),  # a fake model does
 ]
 
 
@@ -68,6 +73,22 @@ def test_a_run_is_measured_on_what_it_held_out_and_keeps_its_numbers(runs: Path)
     assert saved["about"]["evals"]["saekit:downstream"]["mean_ablation_contexts"] == 2
     sae = saekit.SAE.load(runs / "a", plugins=manager(), verify=True)
     assert evaluated(sae, save=True, mean_ablation_contexts=2, kl=True, top1=True, n_contexts=5).values == found.values
+
+
+def test_numbers_say_which_weights_they_are_of(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    folder = sae.save(tmp_path / "sae")
+    found = evaluated(folder)
+    assert found.about["weights_sha256"] == sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest()
+    assert "weights_sha256" not in evaluated(sae).about
+    show(folder, Console(width=200))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"CE recovered {found.text_of('ce_recovered')}" in shown
+    saved = (folder / "evals.json").read_bytes()
+    evaluated(saekit.SAE.load(runs / "b", plugins=manager()).save(folder))
+    (folder / "evals.json").write_bytes(saved)
+    show(folder, Console(width=200))
+    assert "nothing: evals.json is of other weights; saekit eval" in capsys.readouterr().out
 
 
 def test_held_out_documents_are_not_those_of_training(runs: Path) -> None:
@@ -123,7 +144,9 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
         evaluated(sae, model=FakeBackend(), site=SITE)
     with pytest.raises(ModelError, match="no hook 'blocks.0.hook_resid_pots'. Did you mean 'blocks.0.hook_resid_post'"):
         evaluated(sae, model=FakeBackend(), site="blocks.0.hook_resid_pots", contexts=contexts)
-    with pytest.raises(ConfigError, match=r"contexts: must be token ids \[n, context_size\], found \[4\]"):
+    with pytest.raises(
+        ConfigError, match=r"contexts: must be token ids \[n, context_size\], whole numbers; found \[4\]"
+    ):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts[:, 0])
     with pytest.raises(ConfigError, match="contexts: must be token ids from 0 to 127 of 'fake'"):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts + 100)
@@ -137,6 +160,41 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
         evaluated([])
     with pytest.raises(ConfigError, match=r"mean_ablation_contexts: is 9, and there are 4 contexts: ask for fewer"):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts, mean_ablation_contexts=9)
+
+
+def test_contexts_and_masks_of_any_kind(runs: Path) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    tokens = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 0  # BOS, as in training
+    mask = tokens > 20
+    kinds = [(tokens, mask), (tokens.to(torch.uint8), mask.numpy()), (tokens.tolist(), mask.tolist())]
+    values = [evaluated(sae, FakeBackend(), contexts=one, mask=kept, save=False).values for one, kept in kinds]
+    assert values[0] == values[1] == values[2]
+    for wrong, told in (
+        ({"contexts": mask}, r"contexts: must be token ids \[n, context_size\], whole numbers; found .* torch.bool"),
+        ({"contexts": [[1, 2], [3]]}, r"contexts: must be token ids \[n, context_size\]: "),
+        ({"contexts": tokens, "mask": mask[:3]}, r"mask: must .* bool, \[4, 12\] as the contexts; found \[3, 12\]"),
+        ({"contexts": tokens, "mask": mask.long()}, r"mask: must .* found \[4, 12\], torch.int64"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            evaluated(sae, **wrong)
+
+
+def test_a_text_is_named_or_passed(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[::-1]))
+    given = [path, str(path), {"path": str(path)}, DOCUMENTS[::-1]]
+    found = [evaluated(runs / "a", FakeBackend(), dataset=dataset, save=False) for dataset in given]
+    assert len({one.about["contexts_digest"] for one in found}) == 1
+    assert [one.about["dataset"] for one in found] == [*[str(path)] * 3, "a dataset from memory"]
+
+
+def test_a_model_that_guesses_is_told(runs: Path) -> None:
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    contexts = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    contexts[:, 0] = 0  # BOS, as in training
+    with pytest.warns(UserWarning, match=r"the model's own loss is .* nats, hardly better than guessing \(4.85,"):
+        evaluated(sae, FakeBackend(), contexts=contexts, save=False)
 
 
 def test_what_is_worse_than_the_mean_says_so() -> None:
@@ -205,9 +263,51 @@ def test_a_table_and_json_are_shown(runs: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert f"{runs}/a" in lines[0]
     assert any(line.startswith("explained_variance ") and line.count(" ± ") == 2 for line in lines)
+    assert any(line.split()[:4] == ["ce_loss_without_sae", "CE", "without", "an"] for line in lines)
     assert lines[-1].startswith("128 of 128 tokens of 4 contexts of 32 tokens of ")
     assert lines[-1].endswith("held out from training; model fake; ± standard error by bootstrap over contexts")
     show_evaluations(next(iter(found.values())), as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [*told] == [f"{runs}/a"]
     assert told[f"{runs}/a"]["errors"]["l0"] > 0
+
+
+def test_files_are_told_and_histograms_stand_on_a_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(runs / "a")
+    file = runs / "a" / "sae" / "evals.json"
+    assert found.file == file
+    show_evaluations(found)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Written: {file}"
+    assert re.search(r'"counts": \[\d+, .*, \d+\],$', file.read_text(), re.MULTILINE)
+    assert json.loads(file.read_text()) == found.to_dict()
+
+
+def test_fewer_contexts_than_were_asked_for_are_a_warning(runs: Path) -> None:
+    with pytest.warns(
+        RuntimeWarning, match=r"the held-out text fills \d+ contexts of 32 tokens, and 900 were asked for"
+    ):
+        found = evaluated(runs / "a", FakeBackend(), n_contexts=900, save=False)
+    assert len(found.contexts) < 900
+
+
+def test_a_wrong_width_is_found_before_the_text_is_read(runs: Path) -> None:
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 5, "d_sae": 16})
+    with pytest.raises(ConfigError, match="the SAE expects 5 there"):
+        evaluated(sae, FakeBackend(), model=FakeBackend(), site=SITE, dataset="/nowhere/text.jsonl")
+
+
+def test_natural_mistakes_get_near_names(runs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"n_context: is no argument, .* Did you mean 'n_contexts'"):
+        evaluated(runs / "a", n_context=3)
+    with pytest.raises(ConfigError, match=r"top_1: is no argument, .* Did you mean 'top1'"):
+        evaluated(runs / "a", top_1=True)
+    with pytest.raises(SAEFormatError, match=rf"no file or folder {runs}/aa, .* Did you mean '{runs}/a'"):
+        evaluated(f"{runs}/aa")
+    sae = saekit.SAE.load(runs / "a", plugins=manager())
+    stated = attrs.evolve(sae.info, metadata={**sae.info.metadata, "context_size": "abc"})
+    sae.info = stated
+    with pytest.raises(ConfigError, match=r"dataset.context_size: is 'abc' in the SAE's metadata, expected a whole"):
+        evaluated(sae, FakeBackend(), save=False, dataset=DOCUMENTS)
+    for name in ("", "a\nb"):
+        with pytest.raises(ConfigError, match="saes: have a name .*, which tables cannot show"):
+            saekit.compare({name: runs / "a", "b": runs / "b"}, plugins=manager(), verbose=False)

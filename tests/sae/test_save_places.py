@@ -122,6 +122,23 @@ def test_what_is_no_place_for_an_sae(tmp_path: Path, path: str, told: str) -> No
     assert before == {name: (tmp_path / name).is_file() and (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_was_measured_of_an_sae_goes_with_it(tmp_path: Path, alone: bool) -> None:
+    folder = tmp_path / "work" if alone else thesis(tmp_path / "work")
+    measured = json.dumps({"values": {}, "errors": {}, "about": {}})
+    make().save(folder)
+    (folder / "evals.json").write_text(measured)
+    other().save(folder)
+    assert names(folder) == OWN | (set() if alone else FOREIGN)
+    (folder / "evals.json").write_text('{"somebody": "else"}')
+    make().save(folder)
+    assert (folder / "evals.json").read_text() == '{"somebody": "else"}'
+    (folder / "evals.json").write_text(measured)
+    (folder / CONFIG).unlink()
+    make().save(folder)
+    assert (folder / "evals.json").read_text() == measured, "there was no SAE that it could be of"
+
+
 def test_the_sae_of_a_run_may_be_saved_again(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     make().save(run / "sae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,18 +22,23 @@ _LOSSES = {
 }
 """The forwards, and what their losses are called."""
 _MEASURES = {
-    "ce_recovered": Measure("CE recovered", 1, "CE rec.", headline=1, fidelity=True),
-    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1),
+    "ce_recovered": Measure("CE recovered", 1, "CE rec.", headline=1, fidelity=True, of_site=True),
+    "ce_recovered_from_mean": Measure("CE recovered from the mean", 1, of_site=True),
     "ce_loss_with_sae": Measure("CE with the SAE", -1),
     "ce_loss_without_sae": Measure("CE without an SAE", of_model=True),
     "ce_loss_with_ablation": Measure("CE with zeros", of_model=True),
     "ce_loss_with_mean_ablation": Measure("CE with the mean", of_model=True),
     "kl_div_with_sae": Measure("KL divergence", -1, "KL", headline=4),
     "kl_div_with_ablation": Measure("KL with zeros", of_model=True),
-    "kl_div_score": Measure("KL score", 1),
+    "kl_div_score": Measure("KL score", 1, of_site=True),
     "top1_agreement": Measure("top-1 agreement", 1, "top-1", headline=5),
     "n_tokens": Measure("tokens"),
 }
+
+
+_NO_LOSS = (
+    "no token is predicted from the tokens that count, of which each is the last of its context: there are no losses"
+)
 
 
 class DownstreamEval(AccumulatingEval):
@@ -49,6 +55,8 @@ class DownstreamEval(AccumulatingEval):
             )
         self.config = config
         self.n_bootstrap = config.n_bootstrap
+        self._guess = math.log(run.backend.d_vocab) if run is not None and not run.steps else math.inf
+        """The loss of a model that knows nothing; in training, the run itself tells of it."""
 
     @property
     def needs(self) -> Needs:
@@ -97,18 +105,27 @@ class DownstreamEval(AccumulatingEval):
         about = {"tokens_used": tokens, "tokens_of": int(sums.column("positions").sum())}
         if self.config.mean_ablation_contexts:
             about["mean_ablation_contexts"] = self.config.mean_ablation_contexts
-        return {"values": {"n_tokens": float(tokens)}, "about": about}
+        losses = sums.column("losses").sum()
+        unread = (_NO_LOSS,) if tokens and not losses else ()
+        return {"values": {"n_tokens": float(tokens)}, "about": about, "remarks": unread}
 
     def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
+        found, clean = [], values["ce_loss_without_sae"]
+        if clean > 0.95 * self._guess:
+            found.append(
+                f"the model's own loss is {clean:.2f} nats, hardly better than guessing ({self._guess:.2f}, the "
+                "logarithm of its vocabulary); wrong model, tokenizer or text?"
+            )
         than = {
             "ce_recovered": ("CE recovered", "zeros"),
             "ce_recovered_from_mean": ("CE recovered from mean", "the mean"),
         }
-        return tuple(
+        found += [
             f"{name} is below 0: the SAE is worse than {what} in its place; wrong site, scale or model?"
             for key, (name, what) in than.items()
             if values.get(key, 0.0) < 0
-        )
+        ]
+        return tuple(found)
 
 
 def _recovered(ce: Mapping[str, Any], ablated: str) -> Any:

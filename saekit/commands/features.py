@@ -93,19 +93,7 @@ def collect_features(
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
-        if contexts is None:
-            _warn_of_fewer(work.contexts, n_contexts)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
-
-
-def _warn_of_fewer(contexts: Tensor, wanted: int) -> None:
-    if (there := len(contexts)) < wanted:
-        warnings.warn(
-            f"the text fills {there:,} contexts of {contexts.shape[1]} tokens, and {wanted:,} were asked for: features "
-            "are collected on those",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _check_place(place: Path) -> None:

@@ -285,7 +285,7 @@ def test_of_a_saved_sae_alone(tmp_path: Path) -> None:
         ({"site": "nowhere"}, "has no hook 'nowhere'"),
         ({"dataset": {"path": "./nowhere"}}, "there is no file or folder './nowhere'"),
         ({"dataset": {"path": "saekit/python-stdlib", "context_size": 65}}, "is 65, but the model .* takes at most 64"),
-        ({"dataset": "owner/name"}, "'owner/name' reads like the name of a file or of a dataset"),
+        ({"dataset": "owner/name"}, "the dataset 'owner/name' .* cannot be opened"),
         ({"dataset": ["few"]}, "does not fill one context"),
         ({"model": object()}, "model must be"),
     ],

@@ -64,7 +64,7 @@ def test_saes_of_different_texts_are_no_one_pass(folder: Path, tmp_path: Path) -
 
 def test_a_text_that_is_short_is_told(folder: Path, tmp_path: Path) -> None:
     how = {"dataset": ["import os\n" * 40], "n_contexts": 50, "verbose": False, "device": "cpu"}
-    with pytest.warns(UserWarning, match="contexts of 32 tokens, and 50 were asked for: features are collected on"):
+    with pytest.warns(RuntimeWarning, match=r"contexts of 32 tokens, and 50 were asked for \(n_contexts\)"):
         store = saekit.collect_features(folder, folder=tmp_path / "store", **how)
     assert 0 < store.n_contexts < 50
     with pytest.raises(DataError, match="does not fill one context of 32 tokens"):

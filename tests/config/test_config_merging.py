@@ -82,14 +82,15 @@ def test_tables_of_no_class_are_values() -> None:
         ({"l1_coefficient": 5}, "l1_coefficient",
          "is not an option here; it is sae.l1_coefficient (of saekit:crosscoder, saekit:gated, saekit:standard and "
          "saekit:transcoder)"),
-        ({"lr": 5}, "lr", "is not an option here; it is training.lr"),
-        ({"sae": {"lr": 1}}, "sae.lr", "is not an option here; it is training.lr"),
+        ({"lr": 5}, "lr", "is not an option here; it is activations.source.lr (of saekit:toy) or training.lr"),
+        ({"sae": {"lr": 1}}, "sae.lr",
+         "is not an option here; it is activations.source.lr (of saekit:toy) or training.lr"),
         ({"training": {"d_sae": 1}}, "training.d_sae", "is not an option here; it is sae.d_sae"),
         ({"sae": {"name": "standard", "k": 3}}, "sae.k",
          f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it"),
         ({"hook_name": "x"}, "hook_name", "is not an option here; it is site.hook_name"),
         ({"dtype": "x"}, "dtype", "is not an option here; it is model.dtype or activations.source.dtype (of "
-         "saekit:live) or activations.cache.dtype or sae.dtype"),
+         "saekit:live and saekit:toy) or activations.cache.dtype or sae.dtype"),
         ({"tags": []}, "tags", "is not an option here; it is trackers[].tags (of saekit:wandb)"),
         ({"training": {"lr_warm_up": 1}}, "training.lr_warm_up", "is not an option. Did you mean 'lr_warm_up_steps'?"),
         ({"context_siz": 1}, "context_siz", "is not an option. Did you mean dataset.context_size?"),

@@ -10,6 +10,7 @@ import torch
 from support.tiny import run_config
 
 import saekit
+from saekit.runs.measuring import evaluate
 from saekit.runs.session import Session
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
@@ -47,7 +48,7 @@ def test_evals_take_nothing_of_the_text_that_is_trained_on(tmp_path: Path) -> No
         for _ in range(3):
             assert torch.equal(rows(measured), rows(plain))
             before = state(measured)
-            assert measured.evaluate(measured.members["sae"])["evals/ce_recovered"] is not None
+            assert evaluate(measured, [measured.members["sae"]])["sae"]["evals/ce_recovered"] is not None
             assert state(measured) == before
             assert state(plain) == before, "the state tells where the stream is, and nothing else"
         assert torch.equal(rows(measured), rows(plain))

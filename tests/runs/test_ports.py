@@ -140,7 +140,10 @@ def test_what_needs_a_model_is_refused_without_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         train(config)
     assert "activations.source: is 'saekit:live', which reads a text by a language model" in str(caught.value)
-    assert "evals.run: has saekit:reconstruction, which measure on a text by a language model" in str(caught.value)
+    assert (
+        "evals.run: has saekit:reconstruction, saekit:downstream, which measure on a text by a language model"
+        in str(caught.value)
+    )
     with pytest.raises(ConfigError, match="model.backend: is 'saekit:none', and activations are written by running"):
         saekit.cache_activations(config, plugins=manager(), dataset=ports.DOCUMENTS)
     with pytest.raises(ModelError, match="model.backend is 'none', and a model was passed, a object"):

@@ -75,6 +75,7 @@ def run_in(folder: Path) -> Path:
 
 def serve() -> None:
     """For each line of the input, a run in a child that is killed in time; its end is a line of the output."""
+    warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # after these few steps
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whatever is loaded late is loaded now
         train(setup("warm-up sweep", ""))
     assert threading.active_count() == 1
@@ -119,6 +120,7 @@ def run(order: dict[str, Any]) -> None:
             sys.addaudithook(count)
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="the run in runs/.* was stopped before its first checkpoint")
+        warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # after these few steps
         if order["resume"]:
             resume(run_in(Path()))
         else:

@@ -85,7 +85,7 @@ def test_folders_are_named_after_what_differs() -> None:
     assert names({}, {"lr_schedule": {"name": "cosine", "end": 1e-5}})[1] == [
         "0_lr_schedule=saekit-constant", "1_lr_schedule=saekit-cosine_end=1e-05"
     ]  # fmt: skip
-    assert names({"evals": {"run": []}}, {})[1] == ["0_run=", "1_run=-saekit-reconstruction"]
+    assert names({"evals": {"run": []}}, {})[1] == ["0_run=", "1_run=-saekit-reconstruction-saekit-downstream"]
 
 
 def test_of_another_architecture_only_what_was_chosen_names_the_folder() -> None:

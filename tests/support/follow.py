@@ -15,6 +15,7 @@ import shlex
 import shutil
 import time
 import tomllib
+import warnings
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ SHORT = [
 ]  # fmt: skip
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
-    "eval": ["--n-contexts", "8"], "compare": ["--n-contexts", "8"],
+    "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
     "pretokenize": ["max_contexts=400"],
     "bench-synthetic": ["--steps", "3", "--l0", "1", "--correlated", "0", "--superposition", "2"],
 }  # fmt: skip
@@ -98,6 +99,8 @@ def run_command(line: str) -> None:
     with contextlib.ExitStack() as stack:
         if target is not None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(target.open("w"))))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # it is made short
         code = app(words, standalone_mode=False)
     assert not code, f"{line}: exit code {code}"
 

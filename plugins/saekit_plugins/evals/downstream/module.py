@@ -110,8 +110,8 @@ class DownstreamEval(AccumulatingEval):
         return {"values": {"n_tokens": float(tokens)}, "about": about, "remarks": unread}
 
     def remarks(self, values: Mapping[str, float]) -> tuple[str, ...]:
-        found, clean = [], values["ce_loss_without_sae"]
-        if clean > 0.95 * self._guess:
+        found, clean = [], values.get("ce_loss_without_sae")
+        if clean is not None and clean > 0.95 * self._guess:
             found.append(
                 f"the model's own loss is {clean:.2f} nats, hardly better than guessing ({self._guess:.2f}, the "
                 "logarithm of its vocabulary); wrong model, tokenizer or text?"

@@ -112,7 +112,7 @@ def test_a_copy_of_a_dataset_repository(tmp_path: Path, file: str) -> None:
 
 
 SAE_LENS = {
-    "sae_lens_version": "6.0.0", "tokenizer_name": "somebody/tokenizer", "original_dataset": "somebody/text", "context_size": 12,
+    "sae_lens_version": "6.0.0", "tokenizer_name": "some/one", "original_dataset": "somebody/text", "context_size": 12,
     "shuffled": True, "seed": None, "begin_batch_token": "bos", "begin_sequence_token": None,
     "sequence_separator_token": "eos", "disable_concat_sequences": False,
 }  # fmt: skip

@@ -353,12 +353,28 @@ class _TextFile:
         self._piece = min(32_768, max(1024, path.stat().st_size // 40))
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        try:
-            with self._path.open(encoding="utf-8") as file:
-                while lines := file.readlines(self._piece):
-                    yield {"text": "".join(lines)}
-        except UnicodeDecodeError as error:
-            raise DataError(f"the file {str(self._path)!r} is not UTF-8 text: {error}") from error
+        position: int | None = 0
+        while position is not None:
+            try:
+                text, position = self._piece_from(position)
+            except UnicodeDecodeError as error:
+                raise DataError(f"the file {str(self._path)!r} is not UTF-8 text: {error}") from error
+            if text:
+                yield {"text": text}
+
+    def _piece_from(self, position: int) -> tuple[str, int | None]:
+        """The lines from ``position`` on, and where the next piece begins: no file stays open in between, since nobody
+        says when the last piece was read."""
+        lines, length = [], 0
+        with self._path.open(encoding="utf-8") as file:
+            file.seek(position)
+            while length <= self._piece:
+                line = file.readline()
+                if not line:
+                    return "".join(lines), None
+                lines.append(line)
+                length += len(line)
+            return "".join(lines), file.tell()
 
 
 def _load(path: str, name: str | None, **options: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,6 +76,17 @@ def test_local_files(tmp_path: Path) -> None:
         read(DatasetConfig(path=str(tmp_path / "dict"), split="test"))
     with pytest.raises(DataError, match="a single file has only 'train'"):
         read(DatasetConfig(path=str(tmp_path / "d.txt"), split="test"))
+
+
+def test_a_text_file_is_open_only_while_a_piece_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_bytes("".join(f"line\r\n{n} é\n" for n in range(20_000)).encode())
+    documents = iter(Documents.open(DatasetConfig(path=str(path))))
+    next(documents)
+    opened = [one for one in gc.get_objects() if isinstance(one, io.TextIOWrapper) and one.name == str(path)]
+    assert all(one.closed for one in opened), "nobody says when the last piece was read"
+    pieces = read(DatasetConfig(path=str(path)))
+    assert "".join(pieces) == path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,8 @@ class _TextFile:
     def _piece_from(self, position: int) -> tuple[str, int | None]:
         """The lines from ``position`` on, and where the next piece begins: no file stays open in between, since nobody
         says when the last piece was read."""
-        lines, length = [], 0
+        lines: list[str] = []
+        length = 0
         with self._path.open(encoding="utf-8") as file:
             file.seek(position)
             while length <= self._piece:

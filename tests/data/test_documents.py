@@ -83,9 +83,7 @@ def test_a_text_file_is_open_only_while_a_piece_is_read(tmp_path: Path) -> None:
     path.write_bytes("".join(f"line\r\n{n} é\n" for n in range(20_000)).encode())
     documents = iter(Documents.open(DatasetConfig(path=str(path))))
     next(documents)
-    opened = [
-        one for one in gc.get_objects() if isinstance(one, io.TextIOWrapper) and getattr(one, "name", "") == str(path)
-    ]
+    opened = [one for one in gc.get_objects() if type(one) is io.TextIOWrapper and one.name == str(path)]
     assert all(one.closed for one in opened), "nobody says when the last piece was read"
     pieces = read(DatasetConfig(path=str(path)))
     assert "".join(pieces) == path.read_text()

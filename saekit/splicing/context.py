@@ -41,6 +41,21 @@ class _OneBlock(AbstractContextManager[_T]):
     def __init__(self, context: AbstractContextManager[_T]) -> None:
         self._context, self._entered = context, False
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise self._not_entered(f"before .{name} is asked for")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise self._not_entered("before the model is called")
+
+    @staticmethod
+    def _not_entered(when: str) -> ModelError:
+        return ModelError(
+            f"what saekit.splice(...) returns must be opened {when}: with saekit.splice(model, saes) as spliced: "
+            "spliced.run(tokens), and what the model itself has, such as generate, inside the block, too"
+        )
+
     def __enter__(self) -> _T:
         if self._entered:
             raise ModelError("what saekit.splice(...) returns is for one with block, and had its own: call it again")

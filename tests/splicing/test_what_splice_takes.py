@@ -106,7 +106,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 def test_a_published_sae_is_given_by_its_name(hub: FakeHub) -> None:
     sae = saekit.SAE.from_pretrained("gpt2-small-res-jb", "blocks.0.hook_resid_pre")
     model = place("AutoModelForCausalLM").model
-    with saekit.splice(model, "gpt2-small-res-jb:blocks.0.hook_resid_pre", sites="transformer.h.0") as spliced:
+    with saekit.splice(model, "gpt2-small-res-jb:blocks.0.hook_resid_pre") as spliced:
         torch.testing.assert_close(spliced.attachments[0].sae.W_dec, sae.W_dec)
 
 

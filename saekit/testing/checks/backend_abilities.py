@@ -196,9 +196,7 @@ def _is_met(model: Any, name: str, points: Mapping[str, ExposedPoint]) -> None:
     if add is None or reset is None:
         return
     add(name, lambda held, hook: 2 * held)
-    must(
-        points[name].is_hooked, f"something was hooked to {name!r} by the model's add_hook, and its point is not hooked"
-    )
+    must(points[name].is_hooked, f"what the model's add_hook put at {name!r} is not at the point there")
     must_be_equal(f"what passes the point {name!r}, hooked by the model's add_hook,", points[name](value), 2 * value)
     reset()
     must(not points[name].is_hooked, f"after the model's reset_hooks the point {name!r} is hooked")
@@ -206,9 +204,8 @@ def _is_met(model: Any, name: str, points: Mapping[str, ExposedPoint]) -> None:
 
 def _names_in(model: Any) -> dict[str, list[str]]:
     """What the dictionaries of a model have, in which its library looks for hook points."""
-    return {} if model is None else {
-        name: sorted(map(str, value)) for name, value in vars(model).items() if isinstance(value, dict)
-    }  # fmt: skip
+    own = getattr(model, "__dict__", {})
+    return {name: sorted(map(str, value)) for name, value in own.items() if isinstance(value, dict)}
 
 
 @CHECKS.add

@@ -27,13 +27,13 @@ def doubts_of_fit(
     *,
     sites: Sites | None = None,
     prepend_bos: bool | None = None,
-    masked: bool = False,
+    masked: bool | None = False,
 ) -> list[str]:
     """What looks wrong with ``sae`` in this model, in words.
 
     That it was trained on another, at another site than one of ``sites`` (None: its own) that holds something else, on
     a model whose weights were processed in another way as it was loaded, so that these sites held something else, with
-    another BOS, or, unless a mask is there now (``masked``), on tokens that one chose.
+    another BOS, or, unless a mask is there now (``masked``; None: none can be given), on tokens that one chose.
     """
     about, place = sae.info.metadata, _place(sae)
     found = _of_model(sae, backend) or _of_sites(sae, backend, sites)
@@ -43,7 +43,7 @@ def doubts_of_fit(
     if (column := about.get("mask_column")) and not masked:
         found.append(
             f"{place} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
-            "that its other choices keep count. Give a mask (mask=) to leave out others"
+            f"that its other choices keep count{'' if masked is None else '. Give a mask (mask=) to leave out others'}"
         )
     return found
 

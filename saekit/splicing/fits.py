@@ -39,14 +39,14 @@ def check_fits(
     sites: Sites | Site | str | None = None,
     *,
     prepend_bos: bool | None = None,
-    masked: bool = False,
+    masked: bool | None = False,
 ) -> Sites:
     """The sites of the model at which ``sae`` reads and writes: those that it names, unless there are others.
 
     Where the model lacks a hook of that name, its backend is asked for the one that means the same
     (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
-    not known.  ``masked`` is whether a mask says which tokens count.  The first time that a site is asked for, the
-    model runs on a few tokens, which no hook of others sees.
+    not known.  ``masked`` is whether a mask says which tokens count; None: none can be given.  The first time that a
+    site is asked for, the model runs on a few tokens, which no hook of others sees.
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights

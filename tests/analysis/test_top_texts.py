@@ -243,6 +243,7 @@ def test_it_is_checked_whether_the_sae_fits_before_the_text_is_read() -> None:
     texts = " ".join(str(one.message) for one in said)
     assert "was trained on activations of 'gpt2', and this model is 'fake'" in texts
     assert "trained on tokens that the column 'mask' of its data chose, and none is read here" in texts
+    assert "mask=" not in texts, "there is no such argument"
     with torch.no_grad():
         sae.W_dec[0, 0] = torch.nan
     sae.info = saekit.SAEInfo(sites=sae.info.sites, metadata={"context_size": 16})

@@ -49,9 +49,10 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
 def _weights(backend: ModelBackend) -> dict[str, Any]:
     """What was done to the model's weights as it was loaded, which its options do not always say, and which they are,
     whatever the model is called elsewhere."""
-    known = dict(backend.processing()) if isinstance(backend, StatesProcessing) else {}
+    # What is empty is saved, too: that nothing was known is not what another backend may presume of the name.
+    known = dict(backend.processing()) if isinstance(backend, StatesProcessing) else None
     found = {"model_processing": known, "model_fingerprint": backend.fingerprint()}
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _chosen(config: TrainConfig, backend: ModelBackend, corpus: Corpus) -> dict[str, Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "kind_of", "model_name_of"]
 
+_OLDER = "model_autocast"  # all SAEs that saekit has trained say it, and those of others do not
+
 
 def doubts_of_fit(
     sae: SAEModule,
@@ -146,12 +148,17 @@ def _of_processing(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -
             then |= {name: there[name] for name in other}
     if not hooks:
         return []
-    kind = about.get("model_class_name")
+    kind, at = about.get("model_class_name"), " and ".join(map(repr, hooks))
     trained = "a model" if not isinstance(kind, str) else f"a model loaded as {kind}"
+    this = f"this one, as {kind_of(backend)} has it, is with {_all_said(now)}"
+    if _OLDER in about and "model_processing" not in about:
+        return [
+            f"{_place(sae)} was trained on {trained}, by default with {_all_said(then)}; it is of an older saekit, and "
+            f"does not say whether it was so. As {this}, {at} may hold something else than what it has learned"
+        ]
     return [
-        f"{_place(sae)} was trained on {trained}, with {_all_said(then)}, and this one, as {kind_of(backend)} has it, "
-        f"is with {_all_said(now)}: {' and '.join(map(repr, hooks))} holds something else than what the SAE has "
-        "learned. Load the model as in training: by the backend and with the options that the SAE names"
+        f"{_place(sae)} was trained on {trained}, with {_all_said(then)}, and {this}: {at} holds something else than "
+        "what the SAE has learned. Load the model as in training: by the backend and with the options that it names"
     ]
 
 

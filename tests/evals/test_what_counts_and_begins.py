@@ -31,6 +31,7 @@ QUICK: dict[str, Any] = {"n_bootstrap": 0, "verbose": False, "save": False}
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+    pytest.mark.filterwarnings("ignore:.*hardly better than guessing"),  # a fake model does
 ]
 
 

@@ -1,4 +1,4 @@
-// Where what is shown comes from: the page itself, or who serves it.  A server's page may set window.saekitSource.
+// Where what is shown comes from: the page itself, or who serves it, whose page may set window.saekitSource.
 const page = JSON.parse(document.getElementById("data").textContent);
 let place = 0; // which of page.saes is shown
 
@@ -6,13 +6,22 @@ function sae() {
   return page.saes[place];
 }
 
-const source = Object.assign({
+const source = {
   // The data of a feature, as a promise.
   async feature(place, number) {
-    const own = page.saes[place].features[number];
-    if (own) return own;
+    const own = page.saes[place].features;
+    if (own[number]) return own[number];
     const answer = await fetch(`sae/${place}/feature/${number}.json`);
-    if (!answer.ok) throw new Error(`feature ${number} could not be read: ${answer.status} ${answer.statusText}`);
-    return (page.saes[place].features[number] = await answer.json());
+    if (!answer.ok) throw new Error(`Feature ${number} could not be read: ${answer.status} ${answer.statusText}`);
+    return (own[number] = await answer.json());
   },
-}, window.saekitSource);
+  // The source text of plotly.js, as a promise.
+  async plotly() {
+    if (!("DecompressionStream" in window)) throw new Error("pictures need a browser of 2023 or later");
+    const packed = atob(document.getElementById("plotly").textContent);
+    const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(unpacked).text();
+  },
+  ...window.saekitSource,
+};

@@ -15,11 +15,12 @@ from saekit.dashboards.data import Effects, Look, feature_data, index_data, sae_
 from saekit.features.feature import Feature
 from saekit.features.store import FeatureStore
 
-__all__ = ["GENERATOR", "as_json", "page_data", "page_html", "plotly_packed"]
+__all__ = ["GENERATOR", "as_json", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
 
 GENERATOR = "saekit dashboard"
 """By what a file is known to be one, in its ``<meta name="generator">``."""
 _SCRIPTS = ("tokens.js", "source.js", "tips.js", "plots.js", "feature.js", "list.js", "page.js")
+_SERVED = "served.js"  # comes first
 
 
 def page_data(
@@ -62,8 +63,11 @@ def page_data(
     }
 
 
-def page_html(data: Mapping[str, Any]) -> str:
-    """The page of what :func:`page_data` gives."""
+def page_html(data: Mapping[str, Any], *, plotly_at: str | None = None) -> str:
+    """The page of what :func:`page_data` gives.
+
+    ``plotly_at`` is the path of plotly.js for a page that is served; without it the page has all in itself.
+    """
     from jinja2 import Environment
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(_resource("page.html"))
@@ -72,9 +76,10 @@ def page_html(data: Mapping[str, Any]) -> str:
         generator=GENERATOR,
         version=__version__,
         css=_resource("page.css"),
-        js="\n".join(map(_resource, _SCRIPTS)),
+        js="\n".join(map(_resource, _SCRIPTS if plotly_at is None else (_SERVED, *_SCRIPTS))),
         data=as_json(data),
-        plotly=plotly_packed(),
+        plotly=plotly_packed() if plotly_at is None else "",
+        plotly_at=plotly_at,
     )
 
 
@@ -85,11 +90,17 @@ def as_json(data: Any) -> str:
 
 
 @cache
-def plotly_packed() -> str:
-    """plotly.js, gzipped, as base64: 2 MB instead of 5, which the page unpacks when it draws its first picture."""
+def plotly_gzipped() -> bytes:
+    """plotly.js, 2 MB instead of 5."""
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
+
+
+@cache
+def plotly_packed() -> str:
+    """The same as base64, which the page unpacks when it draws its first picture."""
+    return base64.b64encode(plotly_gzipped()).decode()
 
 
 def _resource(name: str) -> str:

@@ -2,6 +2,22 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 let place = 0; // which of page.saes is shown
 
+// The list of a large SAE comes as columns, with every text once.
+for (const one of page.saes) if (!Array.isArray(one.index)) one.index = rowsOf(one.index);
+
+function rowsOf(columns) {
+  const { texts, raises, labels } = columns;
+  return columns.index.map((index, at) => ({
+    index,
+    label: labels[index] ?? null,
+    firing_fraction: columns.firing_fraction[at],
+    maximum: columns.maximum[at],
+    max_logit: columns.max_logit ? columns.max_logit[at] : null,
+    fires_on: [],
+    raises: raises[at].map((text) => texts[text]),
+  }));
+}
+
 function sae() {
   return page.saes[place];
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def fires_on_columns(sae: SAETables) -> dict[str, Any]:
     starts, tables = sae.table("index", "starts").tolist(), sae.tables("activations")
     places, positions, values = (tables[name] for name in ("contexts", "positions", "values"))
     found: list[list[int]] = []
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in itertools.pairwise(starts):
         order = first + _largest(values[first:last])
         found.append(contexts[places[order], positions[order]].tolist())
     texts, fires_on = _by_place(sae, found)

@@ -69,8 +69,8 @@ class Served:
     @cached_property
     def page(self) -> bytes:
         """The page with the list of all features."""
-        names = {"title": self.title or f"Features of {', '.join(self.store.saes)}"}
-        data = page_data(self.store, {}, self.look, embedded=False, **names)
+        title = self.title or f"Features of {', '.join(self.store.saes)}"
+        data = page_data(self.store, {}, self.look, embedded=False, title=title)
         data["saes"] = [
             {"about": sae_data(sae), "index": index_columns(sae, self.labels.get(sae.name)), "features": {}}
             for sae in self.saes
@@ -175,7 +175,7 @@ def _plotly(request: Request) -> Response:
 
 
 def _as_bytes(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "surrogatepass")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
 
 
 class _Guard:

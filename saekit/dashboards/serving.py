@@ -1,4 +1,7 @@
-"""Where a dashboard is served: an address and a port that is free, until Ctrl-C.  Importing this needs no web server."""
+"""Where a dashboard is served: an address and a port that is free, until Ctrl-C.
+
+Importing this needs no web server.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ def _free(host: str, port: int) -> int | None:
 def address_of(host: str, opened: socket.socket) -> str:
     """What is typed into a browser to come there."""
     port = opened.getsockname()[1]
-    everywhere = host in ("0.0.0.0", "::", "")  # noqa: S104 - it is compared with
+    everywhere = host in ("0.0.0.0", "::", "")
     name = "127.0.0.1" if everywhere else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/"
 

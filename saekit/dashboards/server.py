@@ -33,7 +33,7 @@ __all__ = ["Served", "app_of"]
 _KEPT = 256  # features that are kept as they were sent
 _PLOTLY = "plotly.js"
 _POLICY = (
-    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
     "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {

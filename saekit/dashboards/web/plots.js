@@ -3,10 +3,7 @@ let plotly = null;
 const drawn = new Map(); // the element of each histogram to what draws it
 
 function loadPlotly() {
-  plotly ??= source.plotly().then((text) => {
-    document.head.append(el("script", {}, text));
-    return window.Plotly;
-  });
+  plotly ??= source.plotly();
   return plotly;
 }
 

@@ -31,13 +31,13 @@ const source = {
     if (!answer.ok) throw new Error(`Feature ${number} could not be read: ${answer.status} ${answer.statusText}`);
     return (own[number] = await answer.json());
   },
-  // The source text of plotly.js, as a promise.
+  // plotly.js runs when this promise is kept.
   async plotly() {
     if (!("DecompressionStream" in window)) throw new Error("pictures need a browser of 2023 or later");
     const packed = atob(document.getElementById("plotly").textContent);
     const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
     const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return new Response(unpacked).text();
+    document.head.append(el("script", {}, await new Response(unpacked).text()));
   },
   ...window.saekitSource,
 };

@@ -2,6 +2,7 @@ from ._version import __version__ as __version__
 from .commands.analyzing import feature_statistics as feature_statistics
 from .commands.analyzing import token_set_enrichment as token_set_enrichment
 from .commands.comparing import compare as compare
+from .commands.dashboards import dashboard as dashboard
 from .commands.evaluating import evaluate as evaluate
 from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations

@@ -12,13 +12,12 @@ from typing import Any
 
 from saekit._version import __version__
 from saekit.dashboards.data import Effects, Look, feature_data, index_data, sae_data
+from saekit.dashboards.place import GENERATOR
 from saekit.features.feature import Feature
 from saekit.features.store import FeatureStore
 
-__all__ = ["GENERATOR", "as_json", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
+__all__ = ["as_json", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
 
-GENERATOR = "saekit dashboard"
-"""By what a file is known to be one, in its ``<meta name="generator">``."""
 _SCRIPTS = ("tokens.js", "source.js", "tips.js", "plots.js", "feature.js", "list.js", "page.js")
 _SERVED = "served.js"  # comes first
 

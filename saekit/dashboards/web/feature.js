@@ -17,9 +17,9 @@ function draw(data) {
   main.replaceChildren(
     headOf(data, about),
     el("div", { class: "columns" },
-      el("div", { class: "writes" }, logitsOf(data, about), histogramsOf(data)),
+      el("div", { class: "writes" }, logitsOf(data, about)),
       el("section", { class: `texts ${aligned ? "aligned" : "whole"}`, "aria-label": "Texts" }, ...textsOf(data)),
-      el("div", { class: "company" }, ...tablesOf(data, about))));
+      el("div", { class: "company" }, ...histogramsOf(data), ...tablesOf(data, about))));
   drawPlots();
 }
 
@@ -63,8 +63,8 @@ function logitsOf(data, about) {
   const side = (rows, kind, title) => el("div", { class: `side ${kind}` }, el("h4", {}, title),
     el("ol", {}, ...rows.map(([id, text, value]) => el("li", { title: `${quoted(text)}, token ${id}` },
       el("span", { class: "chip" }, alone(text)),
-      el("span", { class: "amount" }, signed(value)),
-      el("span", { class: "bar", style: `width:${(100 * Math.abs(value) / most).toFixed(1)}%` })))));
+      el("span", { class: "bar", style: `width:${(46 * Math.abs(value) / most).toFixed(1)}%` }),
+      el("span", { class: "amount" }, signed(value))))));
   if (!data.logits.top.length) return card("Logits", null, el("p", { class: "none" }, "The store keeps no tokens by logit."));
   return card("Logits", "what an activation of 1 adds, on the direct path",
     el("div", { class: "sides" }, side(data.logits.top, "up", "raises most"), side(data.logits.bottom, "down", "lowers most")));
@@ -80,11 +80,11 @@ function histogramsOf(data) {
   }
   if (data.logits) {
     const { mean, std, histogram } = data.logits;
-    const words = `mean ${fixed(mean, 3)}, standard deviation ${fixed(std, 3)}`;
+    const words = `mean ${number(mean)}, standard deviation ${number(std)}`;
     found.push(card("Logits of all tokens", words,
       histogramOf("Logits of all tokens", histogram, (at) => color(at < 0 ? "--below" : "--above"), words)));
   }
-  return el("div", { class: "pictures" }, ...found);
+  return found;
 }
 
 // A color of the theme mixed into that of cards, as plotly takes it.

@@ -99,8 +99,8 @@ sort.addEventListener("change", relist);
 function describe() {
   const about = sae().about;
   const parts = [
-    page.saes.length > 1 ? "" : about.name,
-    `${about.architecture}, ${whole(about.d_sae)} features`,
+    page.saes.length > 1 || page.title.includes(about.name) ? "" : about.name,
+    `${about.architecture.replace(/^saekit:/, "")}, ${whole(about.d_sae)} features`,
     about.targets.join() === about.inputs.join() ? `at ${about.inputs.join(", ")}` : `from ${about.inputs.join(", ")} to ${about.targets.join(", ")}`,
     `of ${page.model}`,
     `on ${whole(about.tokens_counted)} tokens${page.dataset ? ` of ${page.dataset}` : ""}`,

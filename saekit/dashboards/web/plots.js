@@ -26,7 +26,7 @@ function histogramOf(title, histogram, shade, words) {
       hovertemplate: "%{customdata[0]} to %{customdata[1]}: %{y:,}<extra></extra>",
     }];
     const layout = {
-      margin: { l: 42, r: 8, t: 6, b: 24 }, bargap: 0.06, height: 140, showlegend: false, dragmode: false,
+      margin: { l: 42, r: 8, t: 4, b: 20 }, bargap: 0.06, height: 132, showlegend: false, dragmode: false,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x",
       font: { family: getComputedStyle(document.body).fontFamily, color: color("--gray"), size: 11 },
       hoverlabel: { bgcolor: color("--ink"), bordercolor: color("--ink"), font: { color: color("--ground"), size: 12 } },

@@ -65,7 +65,8 @@ function number(value, digits = 3) {
 // With so many digits after the point, so that columns line up.
 function fixed(value, digits = 2) {
   if (value === null || value === undefined) return "–";
-  return value.toFixed(digits).replace("-", TRUE_MINUS);
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", TRUE_MINUS);
 }
 
 function signed(value, digits = 2) {

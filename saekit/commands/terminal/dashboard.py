@@ -1,0 +1,95 @@
+"""``saekit dashboard``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from saekit.commands.terminal.measuring import ContextSize, Dataset, Device, Excluded, Model
+
+__all__ = ["EXAMPLES", "dashboard"]
+
+EXAMPLES = """
+    saekit dashboard runs/RUN
+    saekit dashboard runs/RUN --features 1,2,5-20 --out page.html
+    saekit dashboard gpt2-features --top-by logit --count 100 --window 20
+"""
+
+
+def dashboard(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, that of an SAE of any format, RELEASE:ID, or a feature store.",
+            metavar="RUN_OR_SAE_OR_STORE",
+        ),
+    ],
+    features: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Such as 1,2,5-20, or all. Default: 50 at random.")
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option("--random", metavar="N", help="So many features drawn from those that fire.")
+    ] = None,
+    top_by: Annotated[
+        str | None,
+        typer.Option(
+            "--top-by",
+            metavar="ORDER",
+            help="firing, activation or logit: those that fire most often, most strongly, or raise a logit most.",
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="How many --top-by takes; default: 50.")] = None,
+    sae: Annotated[str | None, typer.Option(metavar="NAME", help="One of several SAEs of a store.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where the page goes; default: dashboard.html beside the feature store."),
+    ] = None,
+    window: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Before and after each token, such as 10 or 20,5; all: the context.")
+    ] = "10",
+    labels: Annotated[
+        str | None, typer.Option(metavar="FILE", help="JSON with what features are called, by number.")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Where the feature store is, or goes; default: `features` beside the SAE.")
+    ] = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    n_contexts: Annotated[
+        int | None, typer.Option("--n-contexts", help="Contexts to look at, where nothing is collected yet.")
+    ] = None,
+    context_size: ContextSize = None,
+    exclude_special_tokens: Excluded = None,
+    seed: Annotated[int, typer.Option(help="For the features and texts that are drawn.")] = 0,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is no dashboard, and a store of something else.")
+    ] = False,
+) -> None:
+    """Write a page that shows features: what they fire on, with what else, and what they write."""
+    from saekit.commands.asked import feature_numbers
+    from saekit.commands.dashboards import dashboard as written
+    from saekit.commands.dashboards import labels_in
+
+    place = written(
+        what, features=None if features is None else feature_numbers(features), random=random, top_by=top_by,
+        count=count, sae=sae, out=out, window=_window(window), labels=None if labels is None else labels_in(labels),
+        folder=folder, model=model, dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
+        context_size=context_size, exclude_special_tokens=exclude_special_tokens, seed=seed,
+        device=None if device == "auto" else device, overwrite=overwrite,
+    )  # fmt: skip
+    size = place.stat().st_size / 1e6
+    typer.echo(f"The dashboard is {place} ({size:.1f} MB). Open it in a browser: {place.absolute().as_uri()}")
+
+
+def _window(text: str) -> tuple[int, int] | None:
+    """``10``, ``20,5`` or ``all``."""
+    from saekit.errors import ConfigError
+
+    if text.strip() == "all":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ConfigError([("window", f"must be tokens before and after, such as 10 or 20,5, or all; found {text!r}")])
+    return int(parts[0]), int(parts[-1])

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.features import STORE, beside, collect_features
+from saekit.commands.effects import effects_of
+from saekit.commands.features import beside, collect_features
 from saekit.commands.subjects import subjects_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
+from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
 from saekit.errors import ConfigError, DataError
 from saekit.files.paths import as_path
@@ -20,11 +22,15 @@ from saekit.files.storage import check_file, read_json
 from saekit.plugins.manager import PluginManager, default_manager
 
 if TYPE_CHECKING:
+    from saekit.dashboards.data import Look
+    from saekit.dashboards.effects import PageEffects
+    from saekit.features.feature import Feature
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
     from saekit.features.windows import Width
+    from saekit.status import Status
 
-__all__ = ["dashboard", "labels_in", "store_of"]
+__all__ = ["dashboard", "is_store", "labels_in", "store_of"]
 
 _PAGE = "dashboard.html"
 
@@ -45,6 +51,7 @@ def dashboard(
     labels: Mapping[int, str] | Mapping[str, Mapping[int, str]] | None = None,
     title: str | None = None,
     seed: int = 0,
+    loss_effects: str | None = "auto",
     overwrite: bool = False,
     folder: str | Path | None = None,
     verbose: bool = True,
@@ -67,6 +74,11 @@ def dashboard(
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
     ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
 
+    ``loss_effects`` is how it tells what removing a feature does to the loss of the next token: ``"exact"``, by
+    forwards of the model without the feature, or ``"direct"``, which is cheaper and leaves out later layers (see
+    :class:`saekit.analysis.LossEffects`); None says nothing of it and needs no model.  By default it is exact where
+    ``what`` is an SAE, and nothing where it is a store, which has none.
+
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
     only with ``overwrite``, and so is a store that was made of something else.  :class:`saekit.errors.SaekitError` for
     what cannot be found, does not fit, or has no room.
@@ -74,11 +86,13 @@ def dashboard(
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
     check_choice(choice)
+    check_asked(loss_effects)
     place = None if out is None else page_in(as_path(out))
     if place is not None:
         check_page(place, overwrite=overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
+    from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
     store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
@@ -87,9 +101,22 @@ def dashboard(
     names = _names(store, sae)
     _check_names(features, names)
     shown = {name: chosen(store.saes[name], choice) for name in names}
-    data = page_data(store, shown, look, labels=_labels(labels, names), title=title)
-    write_page(place, page_html(data))
+    known = _labels(labels, names)
+    with Status(verbose=verbose) as say:
+        saes = None if is_store(what) else what
+        model, device = collecting.get("model"), collecting.get("device")
+        effects = effects_of(saes, store, names, loss_effects, model=model, device=device, plugins=plugins, say=say)
+        for name, own in effects.items():
+            _tell_ahead(own, name, shown[name], look, say)
+        say("writing the page")
+        write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
     return place
+
+
+def _tell_ahead(effects: PageEffects, name: str, features: Sequence[Feature], look: Look, say: Status) -> None:
+    said = f"computing what removing features of {name} does to the loss"
+    say(said)
+    effects.ahead(features, look, lambda done: say(f"{said}: {done} of {len(features)}"))
 
 
 def store_of(
@@ -110,8 +137,8 @@ def store_of(
 
     if isinstance(what, FeatureStore):
         return _only(what, asked, folder)
-    if isinstance(what, (str, Path)) and _is_store(place := as_path(what)):
-        return _only(FeatureStore.open(place), asked, folder)
+    if isinstance(what, (str, Path)) and is_store(what):
+        return _only(FeatureStore.open(what), asked, folder)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
     if not asked and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
         return found
@@ -123,9 +150,14 @@ def store_of(
         return collect_features(what, overwrite=True, **options)
 
 
-def _is_store(place: Path) -> bool:
+def is_store(what: object) -> bool:
+    """Whether ``what`` is a feature store, or the folder of one."""
     from saekit.features.manifest import MANIFEST
+    from saekit.features.store import FeatureStore
 
+    if not isinstance(what, (str, Path)):
+        return isinstance(what, FeatureStore)
+    place = as_path(what)
     return (place / MANIFEST).is_file() and (place / "vocabulary.json").exists()
 
 
@@ -140,9 +172,7 @@ def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | No
     return store
 
 
-def _there(
-    what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool
-) -> FeatureStore | None:
+def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
     """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
     from saekit.features.manifest import MANIFEST, StoreManifest
     from saekit.features.store import FeatureStore

@@ -75,7 +75,7 @@ function histogramsOf(data) {
   if (data.firing) {
     const most = Math.max(Math.abs(data.maximum), Math.abs(data.minimum));
     found.push(card("Activations", `where it fires: ${percent(data.firing_fraction)} of tokens`,
-      histogramOf("Activations", data.firing, (at) => blend(at > 0 ? "--fire" : "--below", 0.25 + 0.75 * Math.min(Math.abs(at) / most, 1)),
+      histogramOf("Activations", data.firing, (at) => blend(at > 0 ? "--fire" : "--below", 0.4 + 0.6 * Math.min(Math.abs(at) / most, 1)),
         `from ${number(data.firing.low)} to ${number(data.firing.high)}`)));
   }
   if (data.logits) {

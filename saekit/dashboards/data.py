@@ -48,11 +48,13 @@ class Look:
     """Tokens before and after the one that a window is about; None: the whole context."""
     seed: int = 0
     """For what is drawn."""
-    rows: int = 10
-    """Lines of the tables: tokens by logit, features and neurons that go with it."""
+    logits: int = 10
+    """Tokens that it raises most, and that it lowers most."""
+    rows: int = 5
+    """Features and neurons that go with it, in each table."""
 
     def __attrs_post_init__(self) -> None:
-        for name, least in (("top", 0), ("quantiles", 1), ("per_quantile", 0), ("seed", 0), ("rows", 1)):
+        for name, least in (("top", 0), ("quantiles", 1), ("per_quantile", 0), ("seed", 0), ("logits", 0), ("rows", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError([(name, f"must be a whole number of {least} or more, found {value!r}")])
@@ -108,7 +110,7 @@ def feature_data(
             for one in drawn
         ],
         "firing": None if feature.dead else _histogram(feature.histogram()),
-        "logits": _logits(feature.logits, look.rows),
+        "logits": _logits(feature.logits, look.logits),
         "alignment": _rows(feature.alignment(look.rows)),
         "neurons": [row[:3] for row in _partners(feature.neurons(look.rows))],
         "partners": _partners(feature.partners("pearson", look.rows)),

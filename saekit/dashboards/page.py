@@ -34,7 +34,7 @@ def page_data(
 ) -> dict[str, Any]:
     """What a page of ``features``, by the names of their SAEs, holds.
 
-    ``title``, ``model``, ``dataset``, ``n_contexts``, ``context_size``, ``version``, ``look``, and ``saes``: of each,
+    ``title``, ``model``, ``dataset``, ``n_contexts``, ``context_size``, ``version``, and ``saes``: of each,
     ``about`` (:func:`sae_data`), ``index`` (:func:`index_data`) and ``features``: :func:`feature_data` by number, of
     all (``embedded``) or of none.  A page asks for what it has not at ``sae/PLACE/feature/NUMBER.json``, where
     ``PLACE`` counts the SAEs of ``saes`` from 0.
@@ -57,7 +57,6 @@ def page_data(
         "n_contexts": store.n_contexts,
         "context_size": store.context_size,
         "version": __version__,
-        "look": {"top": look.top, "quantiles": look.quantiles, "rows": look.rows},
         "saes": found,
     }
 

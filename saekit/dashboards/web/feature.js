@@ -63,7 +63,7 @@ function logitsOf(data, about) {
   const side = (rows, kind, title) => el("div", { class: `side ${kind}` }, el("h4", {}, title),
     el("ol", {}, ...rows.map(([id, text, value]) => el("li", { title: `${quoted(text)}, token ${id}` },
       el("span", { class: "chip" }, alone(text)),
-      el("span", { class: "bar", style: `width:${(46 * Math.abs(value) / most).toFixed(1)}%` }),
+      el("span", { class: "extent", style: `width:${(46 * Math.abs(value) / most).toFixed(1)}%` }),
       el("span", { class: "amount" }, signed(value))))));
   if (!data.logits.top.length) return card("Logits", null, el("p", { class: "none" }, "The store keeps no tokens by logit."));
   return card("Logits", "what an activation of 1 adds, on the direct path",
@@ -75,12 +75,12 @@ function histogramsOf(data) {
   if (data.firing) {
     const most = Math.max(Math.abs(data.maximum), Math.abs(data.minimum));
     found.push(card("Activations", `where it fires: ${percent(data.firing_fraction)} of tokens`,
-      histogramOf("Activations", data.firing, (at) => blend(at > 0 ? "--fire" : "--below", 0.25 + 0.75 * Math.min(Math.abs(at) / most, 1)),
+      histogramOf("Activations", data.firing, (at) => blend(at > 0 ? "--fire" : "--below", 0.4 + 0.6 * Math.min(Math.abs(at) / most, 1)),
         `from ${number(data.firing.low)} to ${number(data.firing.high)}`)));
   }
   if (data.logits) {
     const { mean, std, histogram } = data.logits;
-    const words = `mean ${number(mean)}, standard deviation ${number(std)}`;
+    const words = `mean ${number(Math.abs(mean) < std / 1000 ? 0 : mean)}, standard deviation ${number(std)}`;
     found.push(card("Logits of all tokens", words,
       histogramOf("Logits of all tokens", histogram, (at) => color(at < 0 ? "--below" : "--above"), words)));
   }
@@ -118,8 +118,9 @@ function textsOf(data) {
 
 function legend(scale) {
   const found = [el("span", { class: "key" }, "0", el("span", { class: "ramp", "aria-hidden": "true" }), number(scale.most), el("span", { class: "quiet" }, "activation"))];
-  if (scale.kind) found.push(el("span", { class: "key" }, el("span", { class: "token helps" }, "up"), el("span", { class: "token harms" }, "down"),
-    el("span", { class: "quiet" }, `loss at the next token without it (${scale.kind === "exact" ? "exact" : "approximate: direct path"})`)));
+  if (scale.kind) found.push(el("span", { class: "key" }, el("span", { class: "quiet" }, "without it, the loss at the next token"),
+    el("span", { class: "token helps" }, "rises"), el("span", { class: "token harms" }, "falls"),
+    el("span", { class: "quiet" }, scale.kind === "exact" ? "(exact)" : "(approximate: direct path)")));
   return found;
 }
 
@@ -141,7 +142,7 @@ function tokenIn(window, at, scale) {
   if (!/[^\s]/.test(text) || remark(text)) kinds.push("blank");
   const styles = [];
   const ground = shade(value, scale.most);
-  if (ground) styles.push(`background-color:${ground}`);
+  if (ground) kinds.push("fires"), styles.push(`background-color:${ground}`);
   if (effect && Math.abs(effect) >= 0.02 * scale.effect) {
     kinds.push(effect > 0 ? "helps" : "harms");
     styles.push(`--weight:${Math.round(30 + 70 * Math.abs(effect) / scale.effect)}%`);

@@ -36,8 +36,12 @@ function toggleTheme() {
 }
 
 systemDark.addEventListener("change", () => applyTheme());
-window.addEventListener("beforeprint", () => applyTheme("light"));
-window.addEventListener("afterprint", () => applyTheme());
+for (const [event, begins] of [["beforeprint", true], ["afterprint", false]]) {
+  window.addEventListener(event, () => {
+    printing = begins;
+    applyTheme(begins ? "light" : theme());
+  });
+}
 document.getElementById("theme").addEventListener("click", toggleTheme);
 
 // ---- the list beside, or over, the feature

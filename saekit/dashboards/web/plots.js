@@ -1,6 +1,8 @@
 // Histograms, by plotly, which is unpacked when the first one is drawn.
 let plotly = null;
 const drawn = new Map(); // the element of each histogram to what draws it
+const ON_PAPER = 300; // pixels, which fit a column of a printed page
+let printing = false;
 
 function loadPlotly() {
   plotly ??= source.plotly();
@@ -30,6 +32,7 @@ function histogramOf(title, histogram, shade, words) {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x",
       font: { family: getComputedStyle(document.body).fontFamily, color: color("--gray"), size: 11 },
       hoverlabel: { bgcolor: color("--ink"), bordercolor: color("--ink"), font: { color: color("--ground"), size: 12 } },
+      ...(printing ? { width: ON_PAPER, autosize: false } : { autosize: true }),
       xaxis: { ...axis, showgrid: false, nticks: 7 },
       yaxis: { ...axis, nticks: 4, rangemode: "tozero", tickformat: "~s" },
     };

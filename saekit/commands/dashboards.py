@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["dashboard", "is_store", "labels_in", "store_of"]
+__all__ = ["dashboard", "is_store", "labels_in", "labels_of", "names_of", "store_of"]
 
 _PAGE = "dashboard.html"
 
@@ -98,10 +98,10 @@ def dashboard(
     store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
-    names = _names(store, sae)
+    names = names_of(store, sae)
     _check_names(features, names)
     shown = {name: chosen(store.saes[name], choice) for name in names}
-    known = _labels(labels, names)
+    known = labels_of(labels, names)
     with Status(verbose=verbose) as say:
         saes = None if is_store(what) else what
         model, device = collecting.get("model"), collecting.get("device")
@@ -203,7 +203,8 @@ def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
     return next((name for name, one in saes.items() if checksum(one) not in known), None)
 
 
-def _names(store: FeatureStore, name: str | None) -> list[str]:
+def names_of(store: FeatureStore, name: str | None) -> list[str]:
+    """The SAEs of a store that are shown: all, or the one of that name."""
     if name is None:
         return [*store.saes]
     if name not in store.saes:
@@ -216,7 +217,7 @@ def _check_names(features: object, names: Sequence[str]) -> None:
         raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
 
 
-def _labels(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
+def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
     """By SAE and number."""
     if labels is None:
         return {}

@@ -52,6 +52,8 @@ class Served:
     """What is served, made when it is asked for, and then kept for a while."""
 
     store: FeatureStore
+    names: Sequence[str] | None = None
+    """Of the SAEs that are shown; None: all of the store."""
     look: Look = attrs.field(factory=Look)
     effects: Mapping[str, Effects] = attrs.field(factory=dict)
     """By the names of SAEs, where a model is there."""
@@ -64,12 +66,12 @@ class Served:
     @cached_property
     def saes(self) -> Sequence[SAEFeatures]:
         """In the order in which the page counts them."""
-        return [*self.store.saes.values()]
+        return [self.store.saes[name] for name in (self.names or self.store.saes)]
 
     @cached_property
     def page(self) -> bytes:
         """The page with the list of all features."""
-        title = self.title or f"Features of {', '.join(self.store.saes)}"
+        title = self.title or f"Features of {', '.join(one.name for one in self.saes)}"
         data = page_data(self.store, {}, self.look, embedded=False, title=title)
         data["saes"] = [
             {"about": sae_data(sae), "index": index_columns(sae, self.labels.get(sae.name)), "features": {}}

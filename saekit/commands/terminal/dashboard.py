@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ EXAMPLES = """
     saekit dashboard runs/RUN
     saekit dashboard runs/RUN --features 1,2,5-20 --out page.html
     saekit dashboard gpt2-features --top-by logit --count 100 --window 20
+    saekit dashboard runs/RUN --serve
 """
 
 
@@ -63,24 +64,83 @@ def dashboard(
     exclude_special_tokens: Excluded = None,
     seed: Annotated[int, typer.Option(help="For the features and texts that are drawn.")] = 0,
     device: Device = "auto",
+    loss_effects: Annotated[
+        str | None,
+        typer.Option(
+            "--loss-effects",
+            metavar="WAY",
+            help="exact or direct: how to tell what removing a feature does to the loss.  Default: exact, of an SAE "
+            "and a page that is written.",
+        ),
+    ] = None,
+    no_loss_effects: Annotated[
+        bool, typer.Option("--no-loss-effects", help="Say nothing of the loss, which needs no model.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is no dashboard, and a store of something else.")
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Write no page, and show all features in a browser until Ctrl-C.")
+    ] = False,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Where it is served; default: this machine alone, 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="And at which port; 0: any that is free. Default: 8000.")] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", metavar="NAME", help="A name by which the server may be called."),
+    ] = None,
 ) -> None:
-    """Write a page that shows features: what they fire on, with what else, and what they write."""
+    """Show features, in a page that is written or served: what they fire on, with what else, and what they write."""
     from saekit.commands.asked import feature_numbers
     from saekit.commands.dashboards import dashboard as written
     from saekit.commands.dashboards import labels_in
 
+    way = _way(loss_effects, no_loss_effects)
+    collecting: dict[str, Any] = {
+        "folder": folder, "model": model, "dataset": None if dataset is None else {"path": dataset},
+        "n_contexts": n_contexts, "context_size": context_size, "exclude_special_tokens": exclude_special_tokens,
+        "device": None if device == "auto" else device,
+    }  # fmt: skip
+    shared: dict[str, Any] = {"sae": sae, "window": _window(window), "seed": seed, "overwrite": overwrite} | collecting
+    chosen = {"features": features, "random": random, "top-by": top_by, "count": count, "out": out}
+    places = {"host": host, "port": port, "allowed-host": allowed_host or None}
+    _check_together(serve, chosen, places)
+    shared["labels"] = None if labels is None else labels_in(labels)
+    if serve:
+        from saekit.commands.serving import serve_dashboard
+
+        own: dict[str, Any] = {
+            name.replace("-host", "_hosts"): value for name, value in places.items() if value is not None
+        }
+        serve_dashboard(what, loss_effects=None if way == "auto" else way, **own, **shared)
+        typer.echo("The server has ended.")
+        return
+    numbers = None if features is None else feature_numbers(features)
     place = written(
-        what, features=None if features is None else feature_numbers(features), random=random, top_by=top_by,
-        count=count, sae=sae, out=out, window=_window(window), labels=None if labels is None else labels_in(labels),
-        folder=folder, model=model, dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
-        context_size=context_size, exclude_special_tokens=exclude_special_tokens, seed=seed,
-        device=None if device == "auto" else device, overwrite=overwrite,
+        what, features=numbers, random=random, top_by=top_by, count=count, out=out, loss_effects=way, **shared
     )  # fmt: skip
     size = place.stat().st_size / 1e6
     typer.echo(f"The dashboard is {place} ({size:.1f} MB). Open it in a browser: {place.absolute().as_uri()}")
+
+
+def _way(asked: str | None, none: bool) -> str | None:
+    """What is asked for of the loss."""
+    from saekit.errors import ConfigError
+
+    if asked is not None and none:
+        raise ConfigError("--loss-effects and --no-loss-effects contradict each other: give one of them")
+    return None if none else asked or "auto"
+
+
+def _check_together(serve: bool, chosen: dict[str, Any], places: dict[str, Any]) -> None:
+    """What chooses features is for a page, and where they are served for a server."""
+    from saekit.errors import ConfigError
+
+    given = [f"--{name}" for name, value in (chosen if serve else places).items() if value is not None]
+    if given:
+        why = "--serve shows all features, and writes nothing" if serve else "that is for --serve"
+        raise ConfigError(f"{', '.join(given)}: {why}; leave that out")
 
 
 def _window(text: str) -> tuple[int, int] | None:

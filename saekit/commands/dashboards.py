@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.features import STORE, beside, collect_features
+from saekit.commands.features import beside, collect_features
 from saekit.commands.subjects import subjects_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.place import check_page, page_in, write_page
@@ -140,9 +140,7 @@ def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | No
     return store
 
 
-def _there(
-    what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool
-) -> FeatureStore | None:
+def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
     """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
     from saekit.features.manifest import MANIFEST, StoreManifest
     from saekit.features.store import FeatureStore
@@ -197,7 +195,7 @@ def _labels(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
             raise ConfigError([("labels", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
         by_name = labels
     elif len(names) == 1 or not labels:
-        by_name = {name: labels for name in names}
+        by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
     return {name: dict(_label(one) for one in own.items()) for name, own in by_name.items()}

@@ -228,7 +228,7 @@ def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
             raise ConfigError([("labels", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
         by_name = labels
     elif len(names) == 1 or not labels:
-        by_name = {name: labels for name in names}
+        by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
     return {name: dict(_label(one) for one in own.items()) for name, own in by_name.items()}

@@ -16,9 +16,10 @@ from saekit.dashboards.place import GENERATOR
 from saekit.features.feature import Feature
 from saekit.features.store import FeatureStore
 
-__all__ = ["as_json", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
+__all__ = ["as_json", "one_html", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
 
 _SCRIPTS = ("tokens.js", "source.js", "tips.js", "plots.js", "feature.js", "list.js", "page.js")
+_SCRIPTS_OF_ONE = ("tokens.js", "source.js", "tips.js", "bars.js", "feature.js", "one.js")
 _SERVED = "served.js"  # comes first
 
 
@@ -66,18 +67,38 @@ def page_html(data: Mapping[str, Any], *, plotly_at: str | None = None) -> str:
 
     ``plotly_at`` is the path of plotly.js for a page that is served; without it the page has all in itself.
     """
+    scripts = _SCRIPTS if plotly_at is None else (_SERVED, *_SCRIPTS)
+    plotly = plotly_packed() if plotly_at is None else ""
+    return _rendered("page.html", data, ("page.css",), scripts, plotly=plotly, plotly_at=plotly_at)
+
+
+def one_html(data: Mapping[str, Any], place: int, index: int, where: str) -> str:
+    """A small page of one feature, of the SAE at ``place``, whose pictures need no plotly; ``where`` is its first line.
+
+    ``data`` is what :func:`page_data` gives, in which it must be.
+    """
+    sae = data["saes"][place]
+    found = {"about": sae["about"], "index": [], "features": {str(index): sae["features"][str(index)]}, "shown": index}
+    return _rendered("one.html", {**data, "saes": [found]}, ("page.css", "one.css"), _SCRIPTS_OF_ONE, where=where)
+
+
+def _rendered(
+    template: str, data: Mapping[str, Any], styles: Sequence[str], scripts: Sequence[str], **others: Any
+) -> str:
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_resource("page.html"))
-    return template.render(
-        title=data["title"],
-        generator=GENERATOR,
-        version=__version__,
-        css=_resource("page.css"),
-        js="\n".join(map(_resource, _SCRIPTS if plotly_at is None else (_SERVED, *_SCRIPTS))),
-        data=as_json(data),
-        plotly=plotly_packed() if plotly_at is None else "",
-        plotly_at=plotly_at,
+    return (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(_resource(template))
+        .render(
+            title=data["title"],
+            generator=GENERATOR,
+            version=__version__,
+            css="\n".join(map(_resource, styles)),
+            js="\n".join(map(_resource, scripts)),
+            data=as_json(data),
+            **others,
+        )
     )
 
 

@@ -65,9 +65,8 @@ def test_no_example_is_about_a_special_token_that_does_not_count(store: saekit.F
         data = [feature_data(feature) for feature in store.saes[name]]
         windows = [window for one in data for window in windows_of(one)]
         assert any(window["ids"][window["at"]] == 0 for window in windows) == found
-        counted = {
-            count for window in windows for id, count in zip(window["ids"], window["counted"], strict=True) if not id
-        }
+        pairs = {pair for window in windows for pair in zip(window["ids"], window["counted"], strict=True)}
+        counted = {count for token, count in pairs if token == 0}
         assert counted == {int(found)}, "they are in texts, and marked"
         assert all(window["counted"][window["at"]] for window in windows)
 

@@ -14,6 +14,7 @@ from support.odd_tokens import EARLY, EMBED, LATE, ODD, OddBackend, collected
 
 import saekit
 from saekit.dashboards import Look, feature_data, index_data, page_data, sae_data
+from saekit.dashboards.data import EffectKind
 from saekit.errors import ConfigError
 from saekit.features import Feature, Window
 
@@ -153,7 +154,7 @@ def test_the_list_names_tokens_once_the_strongest_first(
 class Doubled:
     """Says of every token twice its activation, and nothing of the last one."""
 
-    kind = "exact"
+    kind: EffectKind = "exact"
 
     def __call__(self, feature: Feature, windows: Sequence[Window]) -> list[list[float | None]]:
         return [[*(2 * value for value in window.values[:-1]), None] for window in windows]

@@ -187,10 +187,10 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager, over
     if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
         if overwrite:
             return None
+        known = ", ".join(one.name for one in manifest.saes)
         raise DataError(
-            f"the feature store {str(place)!r} is of {', '.join(one.name for one in manifest.saes)}, and not of {unlike} "
-            "as it is now (the checksums of the weights differ). Choose another folder, or replace it with "
-            "overwrite=True (--overwrite)"
+            f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
+            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
         )
     return FeatureStore.open(place)
 

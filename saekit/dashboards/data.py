@@ -171,12 +171,14 @@ def sae_data(sae: SAETables) -> dict[str, Any]:
 
 
 def _strongest(feature: Feature) -> list[int]:
-    """Ids of the tokens of its largest activations."""
+    """Ids of the tokens that it fires on most strongly, each once."""
     values = feature.values
     order: NDArray[np.int64] = np.argsort(-values, kind="stable")
-    order = order[values[order] > 0][: 4 * _TOKENS_OF_INDEX]
-    ids: list[int] = feature.sae.store.contexts[feature.contexts[order], feature.positions[order]].tolist()
-    return ids
+    order = order[values[order] > 0]
+    ids = feature.sae.store.contexts[feature.contexts[order], feature.positions[order]]
+    _, first = np.unique(ids, return_index=True)
+    found: list[int] = ids[np.sort(first)[: 2 * _TOKENS_OF_INDEX]].tolist()  # some have one text
+    return found
 
 
 def _once(texts: Sequence[str]) -> list[str]:

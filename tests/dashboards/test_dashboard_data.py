@@ -14,6 +14,7 @@ from support.odd_tokens import EARLY, EMBED, LATE, ODD, OddBackend, collected
 
 import saekit
 from saekit.dashboards import Look, feature_data, index_data, page_data, sae_data
+from saekit.dashboards.data import EffectKind
 from saekit.errors import ConfigError
 from saekit.features import Feature, Window
 
@@ -65,9 +66,8 @@ def test_no_example_is_about_a_special_token_that_does_not_count(store: saekit.F
         data = [feature_data(feature) for feature in store.saes[name]]
         windows = [window for one in data for window in windows_of(one)]
         assert any(window["ids"][window["at"]] == 0 for window in windows) == found
-        counted = {
-            count for window in windows for id, count in zip(window["ids"], window["counted"], strict=True) if not id
-        }
+        pairs = {pair for window in windows for pair in zip(window["ids"], window["counted"], strict=True)}
+        counted = {count for token, count in pairs if token == 0}
         assert counted == {int(found)}, "they are in texts, and marked"
         assert all(window["counted"][window["at"]] for window in windows)
 
@@ -154,7 +154,7 @@ def test_the_list_names_tokens_once_the_strongest_first(
 class Doubled:
     """Says of every token twice its activation, and nothing of the last one."""
 
-    kind = "exact"
+    kind: EffectKind = "exact"
 
     def __call__(self, feature: Feature, windows: Sequence[Window]) -> list[list[float | None]]:
         return [[*(2 * value for value in window.values[:-1]), None] for window in windows]

@@ -82,7 +82,13 @@ function go(by) {
   const next = filtered[at < 0 ? 0 : at + by];
   if (!next) return;
   while (list.children.length <= Math.min(at + by, filtered.length - 1)) more();
-  location.hash = hashOf(next.index);
+  openFeature(next.index);
+}
+
+// Show a feature, and say so in the address, which tells it only later.
+function openFeature(index) {
+  show(index);
+  location.hash = hashOf(index);
 }
 
 async function show(index) {

@@ -81,7 +81,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 search.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && filtered.length) { location.hash = hashOf(filtered[0].index); openList(false); search.blur(); }
+  if (event.key === "Enter" && filtered.length) { openFeature(filtered[0].index); openList(false); search.blur(); }
   else if (event.key === "Escape") { search.value = ""; relist(); search.blur(); openList(false); }
   else if (event.key === "ArrowDown") list.querySelector("a")?.focus();
   else return;
@@ -135,7 +135,7 @@ function begin() {
   chooser.append(...page.saes.map((one, at) => el("option", { value: at }, one.about.name)));
   chooser.addEventListener("change", () => {
     chooseSAE(Number(chooser.value));
-    if (filtered.length) location.hash = hashOf(filtered[0].index);
+    if (filtered.length) openFeature(filtered[0].index);
   });
   chooseSAE(0);
   applyTheme();

@@ -15,7 +15,7 @@ __all__ = ["fires_on_columns", "index_columns"]
 
 _TEXTS = 10
 """Of each feature as many are searched as :func:`saekit.dashboards.data.index_data` gives."""
-_LOOKED_AT = 4 * _TEXTS
+_LOOKED_AT = 4 * _TEXTS  # activations of each, at first
 
 
 def index_columns(sae: SAETables, labels: Mapping[int, str] | None = None) -> dict[str, Any]:
@@ -46,25 +46,29 @@ def fires_on_columns(sae: SAETables) -> dict[str, Any]:
 
     It reads the activations of all features, which takes seconds where there are many.
     """
-    contexts = sae.store.contexts
+    contexts, vocabulary = sae.store.contexts, sae.store.vocabulary
     starts, tables = sae.table("index", "starts").tolist(), sae.tables("activations")
     places, positions, values = (tables[name] for name in ("contexts", "positions", "values"))
     found: list[list[int]] = []
     for first, last in itertools.pairwise(starts):
-        order = first + _largest(values[first:last])
-        found.append(contexts[places[order], positions[order]].tolist())
+        for most in (_LOOKED_AT, last - first):  # more are looked at where few tokens come again and again
+            order = first + _largest(values[first:last], most)
+            ids = contexts[places[order], positions[order]].tolist()
+            if most >= last - first or len({vocabulary[number] for number in ids}) >= _TEXTS:
+                break
+        found.append(ids)
     texts, fires_on = _by_place(sae, found)
     return {"texts": texts, "fires_on": fires_on}
 
 
-def _largest(values: NDArray[Any]) -> NDArray[np.int64]:
-    """The places of the largest of ``values`` above zero, in falling order; of equal ones the first come first."""
+def _largest(values: NDArray[Any], most: int) -> NDArray[np.int64]:
+    """The places of the ``most`` largest of ``values`` above zero, in falling order; of equal ones the first first."""
     places: NDArray[np.int64] = np.arange(len(values))
-    if len(values) > 4 * _LOOKED_AT:
-        least = np.partition(values, len(values) - _LOOKED_AT)[len(values) - _LOOKED_AT]
+    if len(values) > 4 * most:
+        least = np.partition(values, len(values) - most)[len(values) - most]
         places = np.flatnonzero(values >= least)
     some = values[places]
-    order = np.argsort(-some, kind="stable")[:_LOOKED_AT]
+    order = np.argsort(-some, kind="stable")[:most]
     return places[order[some[order] > 0]]
 
 

@@ -167,7 +167,8 @@ class LossEffects:
         there = asked.to(changes.device) & (changes != 0).any(-1)
         rows, places = there[:, :-1].nonzero(as_tuple=True)
         weights = self._path.unembedding
-        for part in torch.arange(len(rows)).split(max(_LOGIT_BYTES // (4 * weights.shape[1]), 1)):
+        size = max(_LOGIT_BYTES // (4 * weights.shape[1]), 1)
+        for part in torch.arange(len(rows)).split(size) if len(rows) else ():
             row, place = rows[part].cpu(), places[part].cpu()
             stream = residual[which[row], place].to(weights)
             change = self._path.in_residual_stream(changes[rows[part], places[part]])
@@ -212,7 +213,7 @@ class _Batch:
             places.append(of_it % size + number * size)
             owners.append(torch.full_like(of_it, feature))
         row, place, owner = (torch.cat(x) for x in (rows, places, owners))
-        for part in torch.arange(len(row), device=device).split(at_once(self.sae)):
+        for part in torch.arange(len(row), device=device).split(at_once(self.sae)) if len(row) else ():
             flat[place[part]] = self._without(row[part], owner[part]).to(flat)
         return changes
 
@@ -229,8 +230,8 @@ class _Batch:
         if self.sae.reads_sequences:
             dense, like = dense[None], like[None]
         whole = self.sae.decode(dense, like=like)
-        dense.view(len(rows), -1)[numbers, features] = 0
-        return (self.sae.decode(dense, like=like) - whole).reshape(len(rows), -1)
+        dense.view(-1, self.sae.d_sae)[numbers, features] = 0
+        return (self.sae.decode(dense, like=like) - whole).reshape(-1, self.sae.d_out)
 
 
 # ---- what is compared, and where it is

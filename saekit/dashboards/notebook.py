@@ -38,7 +38,7 @@ class ShownFeature:
         """The page in a frame of its own: its names and styles are no notebook's, nor another cell's."""
         return (
             f'<iframe srcdoc="{escape(self.html)}" data-most="{self.height}" title="Feature {self.data["index"]}" '
-            f'style="width:100%;height:{self.height}px;border:0" loading="lazy"></iframe>'
+            f'style="width:100%;height:{self.height}px;border:0"></iframe>'
         )
 
     def __repr__(self) -> str:

@@ -58,6 +58,16 @@ def with_factors() -> Any:
     return sae
 
 
+def temporal() -> Any:
+    options = {"d_sae": 8, "d_in": 8, "dtype": "float64", "bottleneck_factor": 2, "n_heads": 2, "input_scale": 4.0}
+    sae = saekit.SAE.from_dict({"name": "temporal", "sae_diff_type": "relu", **options})
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in sae.parameters():
+            value.normal_(generator=generator)
+    return at(sae, RESID)
+
+
 IN_LENS: dict[str, Callable[[], Any]] = {
     "the residual stream": lambda: at(double(16), RESID, model_name="tiny"),
     "a transcoder": lambda: at(double(16, 16), MLP_IN, targets=(MLP_OUT,), model_name="tiny"),
@@ -69,6 +79,7 @@ IN_FAKE: dict[str, Callable[[], Any]] = {
     "factors of fine-tuning": with_factors,
     "no special tokens": lambda: at(double(8), RESID, exclude_special_tokens=[0]),
     "several targets": two_targets,
+    "features of sequences": temporal,
     "a target before the input": lambda: at(double(8, 8), LAST, targets=(RESID,)),
 }
 
@@ -96,7 +107,8 @@ def changes(sae: Any, x: Tensor, feature: int, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         features = sae.encode(x)
         if sae.input_transform is None:
-            change = -features[..., feature, None] * sae.scaled_decoder()[feature]
+            scale = getattr(sae.config, "input_scale", 1.0)
+            change = -features[..., feature, None] * sae.scaled_decoder()[feature] / scale
         else:
             less = features.clone()
             less[..., feature] = 0
@@ -229,6 +241,17 @@ def test_no_direct_path_is_claimed_where_none_is_known(tmp_path: Path) -> None:
         store = collected(sae, model, tmp_path / str(number))
         with pytest.raises(ModelError, match=rf"there is no direct path to the loss: .*{why}.*loss_effects='exact'"):
             LossEffects.of(store.sae, sae, model, "direct")
+
+
+@pytest.mark.parametrize("kind", ["exact", "direct"])
+def test_where_the_feature_is_nowhere_nothing_changes(kind: Any, lens: Any, tmp_path: Path) -> None:
+    sae = IN_LENS["the residual stream"]()
+    with torch.no_grad():
+        sae.b_enc[3] = -1e4
+    store = collected(sae, lens, tmp_path / "store")
+    assert store.feature(3).dead
+    (found,) = LossEffects.of(store.sae, sae, lens, kind).of_windows([(3, store.feature(3).window(2, 4, None))])
+    assert found == (*[0.0] * 8, None)
 
 
 def test_an_unknown_way_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ const source = {
     const own = page.saes[place].features;
     if (own[number]) return own[number];
     const answer = await fetch(`sae/${place}/feature/${number}.json`);
-    if (!answer.ok) throw new Error(`Feature ${number} could not be read: ${answer.status} ${answer.statusText}`);
+    if (!answer.ok) {
+      const told = await answer.json().catch(() => null);
+      throw new Error(told?.error ?? `Feature ${number} could not be read: ${answer.status} ${answer.statusText}`);
+    }
     return (own[number] = await answer.json());
   },
   // plotly.js runs when this promise is kept.

@@ -109,21 +109,25 @@ class LossEffects:
         ]
 
     def _of_pairs(self, pairs: _Pairs) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
-        """Of each the effects ``[t - 1]``; where nothing is asked, they may be anything."""
+        """Of each the effects ``[t - 1]``; those after the last position that is asked about are left out."""
         contexts = sorted({context for context, _ in pairs})
+        last = {pair: int(asked.nonzero()[0][-1]) for pair, asked in pairs.items()}
         size = min(logit_contexts(self.backend, self.features.store.context_size), _MOST_CONTEXTS)
         for start in range(0, len(contexts), size):
             some = contexts[start : start + size]
             batch = self._batch(some)
-            mine = [(context, feature) for context, feature in pairs if context in {*some}]
+            places = {context: place for place, context in enumerate(some)}
+            mine = sorted((pair for pair in pairs if pair[0] in places), key=last.__getitem__)
             for begin in range(0, len(mine), size):
                 part = mine[begin : begin + size]
-                which = torch.tensor([some.index(context) for context, _ in part])
+                which = torch.tensor([places[context] for context, _ in part])
                 changes = batch.changes(which, [feature for _, feature in part])
                 asked = torch.from_numpy(np.stack([pairs[pair] for pair in part]))
-                effects = self._exact(batch, which, changes) if self._path is None else (
-                    self._directly(batch, which, changes, asked)
-                )  # fmt: skip
+                effects = (
+                    self._exact(batch, which, changes, last[part[-1]] + 2)
+                    if self._path is None
+                    else self._directly(batch, which, changes, asked)
+                )
                 yield from zip(part, effects.double().cpu().numpy(), strict=True)
 
     def _batch(self, contexts: Sequence[int]) -> _Batch:
@@ -144,19 +148,22 @@ class LossEffects:
         counts = self.tokens.kept(tokens).reshape(-1).to(found.rows.device)
         return _Batch(self.sae, forwards, inputs, found, counts)
 
-    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor) -> Tensor:
-        """``[b, t - 1]``, of the contexts ``which [b]`` of a batch, with ``changes [b, t, d_out]``."""
+    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int) -> Tensor:
+        """``[b, length - 1]``, of the contexts ``which [b]`` of a batch, with ``changes [b, t, d_out]``.
+
+        What comes after the first ``length`` tokens changes nothing before it: it is left out.
+        """
         forwards, names = batch.forwards, [site.name for site in self.sites.targets]
-        repeated = attrs.evolve(
-            forwards, tokens=forwards.tokens[which], held={name: x[which] for name, x in forwards.held.items()}
-        )
-        added = dict(zip(names, self.sae.ports.split_target(changes).values(), strict=True))
+        held = {name: x[which.to(x.device), :length] for name, x in forwards.held.items()}
+        repeated = attrs.evolve(forwards, tokens=forwards.tokens[which, :length], held=held)
+        added = dict(zip(names, self.sae.ports.split_target(changes[:, :length]).values(), strict=True))
         # Added to what is there: that is the splice with its error term, without the rounding of taking apart.
         without = repeated.with_put(self.sites, lambda site, x: x + added[site.name].to(x.device), None)
         assert forwards.clean is not None
         assert forwards.clean.loss is not None
         assert without.loss is not None
-        return without.loss.double() - forwards.clean.loss.double()[which.to(forwards.clean.loss.device)]
+        clean = forwards.clean.loss[which.to(without.loss.device)][:, : without.loss.shape[1]]
+        return without.loss.double() - clean.double()
 
     def _directly(self, batch: _Batch, which: Tensor, changes: Tensor, asked: Tensor) -> Tensor:
         """``[b, t - 1]``: the same by the direct path, where ``asked [b, t]``."""

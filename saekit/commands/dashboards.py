@@ -76,7 +76,7 @@ def dashboard(
 
     ``loss_effects`` is how it tells what removing a feature does to the loss of the next token: ``"exact"``, by
     forwards of the model without the feature, or ``"direct"``, which is cheaper and leaves out later layers (see
-    :class:`saekit.analysis.LossEffects`); None says nothing of it and needs no model.  By default it is exact where
+    :class:`saekit.analysis.loss_effects.LossEffects`); None says nothing of it and needs no model.  By default it is exact where
     ``what`` is an SAE, and nothing where it is a store, which has none.
 
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file

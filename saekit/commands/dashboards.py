@@ -5,12 +5,13 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.effects import effects_of
+from saekit.commands.effects import effects_of, is_store
 from saekit.commands.features import beside, collect_features
 from saekit.commands.subjects import subjects_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["dashboard", "is_store", "labels_in", "labels_of", "names_of", "store_of"]
+__all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
 
 _PAGE = "dashboard.html"
 
@@ -60,36 +61,26 @@ def dashboard(
 ) -> Path:
     """Write a page of features, one HTML file that needs no network, and return its path.
 
-    ``what`` is a feature store, or its folder, of which everything is read; or what :func:`saekit.collect_features`
-    takes.  Then the store is ``folder``, or beside the SAE: it is opened where it is there, and else collected first,
-    with ``collecting``, which are options of that function (``model``, ``dataset``, ``n_contexts``, ...).  Where
-    some are given, a store that was made otherwise is refused.
+    ``what`` is a feature store, or its folder; or what :func:`saekit.collect_features` takes.  Then the store is
+    ``folder``, or beside the SAE: it is opened where it is there, and else collected first, with ``collecting``, which
+    are options of that function (``model``, ``n_contexts``, ...); one that was made with others is refused.
 
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
-    (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  Of a store with several
-    SAEs the page has all, with a chooser, or the one that ``sae`` names.
+    (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
+    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
-    ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
-
-    ``loss_effects`` is how it tells what removing a feature does to the loss of the next token: ``"exact"``, by
-    forwards of the model without the feature, or ``"direct"``, which is cheaper and leaves out later layers (see
-    :class:`saekit.analysis.loss_effects.LossEffects`); None says nothing of it and needs no model.  By default it is exact where
-    ``what`` is an SAE, and nothing where it is a store, which has none.
-
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and so is a store that was made of something else.  :class:`saekit.errors.SaekitError` for
-    what cannot be found, does not fit, or has no room.
+    ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
+    cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
+    exact, and nothing where ``what`` is a store, which has no SAE.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file or
+    store only with ``overwrite``.  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
-    check_choice(choice)
-    check_asked(loss_effects)
-    place = None if out is None else page_in(as_path(out))
-    if place is not None:
-        check_page(place, overwrite=overwrite)
+    place = _checked(choice, loss_effects, out, overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
@@ -99,24 +90,37 @@ def dashboard(
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
     names = names_of(store, sae)
-    _check_names(features, names)
-    shown = {name: chosen(store.saes[name], choice) for name in names}
-    known = labels_of(labels, names)
+    shown, known = _chosen(store, names, choice), labels_of(labels, names)
     with Status(verbose=verbose) as say:
-        saes = None if is_store(what) else what
-        model, device = collecting.get("model"), collecting.get("device")
-        effects = effects_of(saes, store, names, loss_effects, model=model, device=device, plugins=plugins, say=say)
-        for name, own in effects.items():
-            _tell_ahead(own, name, shown[name], look, say)
-        say("writing the page")
+        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
+        _tell_ahead(effects, shown, look, say)
         write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
     return place
 
 
-def _tell_ahead(effects: PageEffects, name: str, features: Sequence[Feature], look: Look, say: Status) -> None:
-    said = f"computing what removing features of {name} does to the loss"
-    say(said)
-    effects.ahead(features, look, lambda done: say(f"{said}: {done} of {len(features)}"))
+def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
+    """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
+    check_choice(choice)
+    check_asked(loss_effects)
+    place = None if out is None else page_in(as_path(out))
+    if place is not None:
+        check_page(place, overwrite=overwrite)
+    return place
+
+
+def _tell_ahead(
+    effects: Mapping[str, PageEffects], features: Mapping[str, Sequence[Feature]], look: Look, say: Status
+) -> None:
+    """Compute the effects of all features of a page, many at once."""
+    for name, own in effects.items():
+        said, number = f"computing what removing features of {name} does to the loss", len(features[name])
+        say(said)
+        own.ahead(features[name], look, functools.partial(_say_done, say, said, number))
+    say("writing the page")
+
+
+def _say_done(say: Status, said: str, number: int, done: int) -> None:
+    say(f"{said}: {done} of {number}")
 
 
 def store_of(
@@ -148,17 +152,6 @@ def store_of(
         if not overwrite:
             raise
         return collect_features(what, overwrite=True, **options)
-
-
-def is_store(what: object) -> bool:
-    """Whether ``what`` is a feature store, or the folder of one."""
-    from saekit.features.manifest import MANIFEST
-    from saekit.features.store import FeatureStore
-
-    if not isinstance(what, (str, Path)):
-        return isinstance(what, FeatureStore)
-    place = as_path(what)
-    return (place / MANIFEST).is_file() and (place / "vocabulary.json").exists()
 
 
 def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
@@ -212,9 +205,12 @@ def names_of(store: FeatureStore, name: str | None) -> list[str]:
     return [name]
 
 
-def _check_names(features: object, names: Sequence[str]) -> None:
+def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[str, list[Feature]]:
+    """The features of each SAE that a page shows."""
+    features = choice.features
     if isinstance(features, Mapping) and (unknown := [name for name in features if name not in names]):
         raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+    return {name: chosen(store.saes[name], choice) for name in names}
 
 
 def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:

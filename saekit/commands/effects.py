@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, SaekitError
+from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 
 if TYPE_CHECKING:
@@ -14,32 +16,42 @@ if TYPE_CHECKING:
     from saekit.features.store import FeatureStore
     from saekit.status import Status
 
-__all__ = ["effects_of"]
+__all__ = ["effects_of", "is_store"]
 
 _WITHOUT = "Without it: loss_effects=None (--no-loss-effects)"
 
 
+def is_store(what: object) -> bool:
+    """Whether ``what`` is a feature store, or the folder of one."""
+    from saekit.features.manifest import MANIFEST
+    from saekit.features.store import FeatureStore
+
+    if not isinstance(what, (str, Path)):
+        return isinstance(what, FeatureStore)
+    place = as_path(what)
+    return (place / MANIFEST).is_file() and (place / "vocabulary.json").exists()
+
+
 def effects_of(
-    what: object | None,
+    what: object,
     store: FeatureStore,
     names: Sequence[str],
     kind: str | None,
-    *,
-    model: object | None = None,
-    device: str | None = None,
+    collecting: Mapping[str, Any],
     plugins: PluginManager,
     say: Status,
 ) -> dict[str, PageEffects]:
     """For the SAEs ``names`` of ``store`` what removing their features does.
 
-    ``what`` are the SAEs, as :func:`saekit.collect_features` takes them; None: only the store is known, and of that
-    ``"auto"`` tells nothing.  The model is the one that each SAE says, or ``model``.
+    ``what`` are the SAEs, as :func:`saekit.collect_features` takes them, or a store, of which ``"auto"`` tells nothing.
+    The model is the one that each SAE says, or ``model`` of ``collecting``, on ``device``.
     """
     if kind is None:
         return {}
-    if what is None and kind == "auto":
+    alone = is_store(what)
+    if alone and kind == "auto":
         return {}
-    if what is None:
+    if alone:
         raise ConfigError(
             f"loss_effects={kind!r} needs the SAE, and a feature store does not have it: give the SAE or its run, and "
             f"the store as folder={str(store.folder)!r}. {_WITHOUT}"
@@ -49,9 +61,10 @@ def effects_of(
     from saekit.dashboards.effects import PageEffects
     from saekit.devices import resolve_device
 
-    found = subjects_of(what, plugins, device=resolve_device(device or "auto", "device"))
+    device = collecting.get("device") or "auto"
+    found = subjects_of(what, plugins, device=resolve_device(device, "device"))
     way: Literal["exact", "direct"] = "direct" if kind == "direct" else "exact"
-    material = Material(plugins, Text(), model=model, device=device or "auto", say=say)
+    material = Material(plugins, Text(), model=collecting.get("model"), device=device, say=say)
     effects = {}
     try:
         for name in names:

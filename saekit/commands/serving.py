@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import is_store, labels_of, names_of, store_of
+from saekit.commands.dashboards import labels_of, names_of, store_of
 from saekit.commands.effects import effects_of
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.serving import HOST, PORT, address_of, check_serving, is_loopback, opened_port, serve
@@ -14,6 +15,9 @@ from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager
 
 if TYPE_CHECKING:
+    import socket
+
+    from saekit.dashboards.server import Served
     from saekit.features.windows import Width
 
 __all__ = ["serve_dashboard"]
@@ -43,18 +47,14 @@ def serve_dashboard(
     """Serve a dashboard of all features of a store, until Ctrl-C; each is made when somebody looks at it.
 
     It is at ``http://127.0.0.1:8000/``, which only this machine reaches.  Another ``host``, such as ``0.0.0.0``, lets
-    others in, who can then read the texts and look at every feature: there is no password.  ``port`` 0 is any that is
-    free.  Requests that call the server by a name of the web are refused, as a page elsewhere could make them;
-    ``allowed_hosts`` are names by which it may be called, beside ``localhost`` and addresses.
+    others in, without a password; ``port`` 0 is any that is free.  Requests that call the server by a name of the web
+    are refused; ``allowed_hosts`` are names by which it may be called, beside ``localhost`` and addresses.
 
     ``loss_effects`` (``"exact"`` or ``"direct"``) loads the model, and tells of the loss as features are looked at.
     Everything else is as for :func:`saekit.dashboard`.  :class:`saekit.errors.PlaceError` for a port that is in use,
     :class:`saekit.errors.MissingPackageError` where the web server is not installed (``pip install 'saekit[serve]'``).
     """
-    check_serving(host, port)
-    check_asked(loss_effects)
-    if isinstance(allowed_hosts, str) or not all(isinstance(name, str) and name for name in allowed_hosts):
-        raise ConfigError([("allowed_hosts", f"must be a list of names, found {allowed_hosts!r}")])
+    _check(host, port, allowed_hosts, loss_effects)
     plugins = plugins or default_manager()
     with opened_port(host, port) as opened:  # before anything long
         from saekit.dashboards.data import Look
@@ -66,24 +66,27 @@ def serve_dashboard(
         names = names_of(store, sae)
         known = labels_of(labels, names)
         with Status(verbose=verbose) as say:
-            saes, model, device = None if is_store(what) else what, collecting.get("model"), collecting.get("device")
-            effects = effects_of(saes, store, names, loss_effects, model=model, device=device, plugins=plugins, say=say)
-            served = Served(store=store, names=names, look=look, effects=effects, labels=known, title=title)
+            effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
             say("making the list of features")
-            number = sum(len(one) for one in served.saes)
-            served.tag  # noqa: B018 - the page is made before anybody waits for it
-            say.rest()
-        where = address_of(host, opened)
-
-        def ready() -> None:
-            if not verbose:
-                return
-            print(f"{number:,} features are shown at {where}  (Ctrl-C ends it)", flush=True)
-            if not is_loopback(opened):
-                print(
-                    f"Whoever reaches port {opened.getsockname()[1]} of this machine can read these texts: there is no "
-                    "password",
-                    flush=True,
-                )
-
+            served = Served(store=store, names=names, look=look, effects=effects, labels=known, title=title)
+            served.prepare()
+        ready = functools.partial(_tell, served, host, opened) if verbose else lambda: None
         serve(served, opened, names=allowed_hosts, ready=ready)
+
+
+def _check(host: object, port: object, names: object, loss_effects: object) -> None:
+    """What can be seen to be wrong without torch."""
+    check_serving(host, port)
+    check_asked(loss_effects)
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not all(isinstance(name, str) and name for name in names):  # type: ignore[attr-defined]
+        raise ConfigError([("allowed_hosts", f"must be a list of names, found {names!r}")])
+
+
+def _tell(served: Served, host: str, opened: socket.socket) -> None:
+    """Say where it is."""
+    number = sum(len(one) for one in served.saes)
+    print(f"{number:,} features are shown at {address_of(host, opened)}  (Ctrl-C ends it)", flush=True)
+    if not is_loopback(opened):
+        port = opened.getsockname()[1]
+        print(f"Whoever reaches port {port} of this machine can read these texts: there is no password", flush=True)

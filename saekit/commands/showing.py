@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import is_store, names_of, store_of
+from saekit.commands.dashboards import names_of, store_of
 from saekit.commands.effects import effects_of
 from saekit.dashboards.effects import check_asked
 from saekit.errors import ConfigError
@@ -62,6 +62,5 @@ def show_feature(
     (name,) = names
     feature = store.saes[name].feature(index)
     with Status(verbose=verbose) as say:
-        saes, model, device = None if is_store(what) else what, collecting.get("model"), collecting.get("device")
-        effects = effects_of(saes, store, names, loss_effects, model=model, device=device, plugins=plugins, say=say)
+        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
     return shown_feature(store, store.saes[name], feature, look, effects=effects.get(name), label=label, height=height)

@@ -109,6 +109,10 @@ class Served:
                 self._features.popitem(last=False)
         return found
 
+    def prepare(self) -> None:
+        """Make the page and its tag before anybody waits for them."""
+        self.tag  # noqa: B018 - it is kept
+
     @cached_property
     def tag(self) -> str:
         """What changes whenever anything that is served does."""

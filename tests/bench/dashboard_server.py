@@ -2,8 +2,7 @@
 
     python tests/bench/dashboard_server.py [--features 24576] [--tokens 500000] [--vocabulary 50257]
 
-It makes a store of that size with drawn numbers, serves it on this machine from a process of its own, opens it in
-headless Chromium, and prints seconds.  Prints figures; it judges nothing.
+It makes a store of that size with drawn numbers, serves it on this machine, opens it in headless Chromium, and prints seconds.  Prints figures; it judges nothing.
 """
 
 from __future__ import annotations
@@ -91,8 +90,8 @@ def make(folder: Path, n: int, contexts: int, vocabulary: int) -> None:
                         "starts": np.concatenate([[0], counts.cumsum()])},
         "sae-0/kept": {"kept": np.ones((contexts, SIZE), np.bool_)},
         "sae-0/together": together,
-        "sae-0/weights": {"alignment_index": numbers(WIDTH, n, k), "alignment_value": down, "alignment_share": down / 99,
-                          "neighbor_index": numbers(n, n, k), "neighbor_cos": down / 9},
+        "sae-0/weights": {"alignment_index": numbers(WIDTH, n, k), "alignment_value": down,
+                          "alignment_share": down / 99, "neighbor_index": numbers(n, n, k), "neighbor_cos": down / 9},
         "sae-0/logits": {"top": down, "bottom": -down, "top_ids": numbers(vocabulary, n, k),
                          "bottom_ids": numbers(vocabulary, n, k), "histogram": numbers(1000, n, 50), "high": down[:, 0],
                          "low": -down[:, 0], "mean": table(n), "std": np.abs(table(n))},
@@ -109,8 +108,9 @@ def make(folder: Path, n: int, contexts: int, vocabulary: int) -> None:
     (folder / "vocabulary.json").write_text(text)
     about["vocabulary.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     sae = AboutSAE(name="made", folder="sae-0", checksum="0", architecture="saekit:topk", d_in=WIDTH, d_sae=n,
-                   d_out=WIDTH, dtype="float32", inputs=["blocks.8.hook_resid_pre"], targets=["blocks.8.hook_resid_pre"],
-                   tokens={}, metadata={}, tokens_counted=contexts * SIZE)  # fmt: skip
+                   d_out=WIDTH, dtype="float32", inputs=["blocks.8.hook_resid_pre"],
+                   targets=["blocks.8.hook_resid_pre"], tokens={}, metadata={},
+                   tokens_counted=contexts * SIZE)  # fmt: skip
     StoreManifest(model={"name": "made", "fingerprint": None}, dataset={}, contexts=contexts, context_size=SIZE,
                   digest="0", options={"top_kept": 200}, saes=[sae], files=about).save(folder)  # fmt: skip
 
@@ -132,7 +132,6 @@ def measure(url: str, n: int) -> None:
             while not driver.execute_script("return document.querySelectorAll('#list a').length"):
                 time.sleep(0.005)
             timing = driver.execute_script("return performance.getEntriesByType('navigation')[0].toJSON()")
-            print({k: round(v) for k, v in timing.items() if isinstance(v, (int, float))})
             lists.append(timing["domContentLoadedEventStart"] / 1000)
         for number in random.Random(1).sample(range(n), 20):
             found = driver.execute_async_script(_SHOWN, number)
@@ -154,7 +153,8 @@ location.hash = `#${number}`;
   const there = document.getElementById("name")?.textContent === `Feature ${number}`;
   if (there && first === null) first = performance.now() - began;
   const plots = [...document.querySelectorAll(".plot")];
-  if (there && plots.length && plots.every((one) => one.querySelector(".main-svg"))) done([first, performance.now() - began]);
+  const drawn = there && plots.length && plots.every((one) => one.querySelector(".main-svg"));
+  if (drawn) done([first, performance.now() - began]);
   else setTimeout(look, 2);
 })();
 """

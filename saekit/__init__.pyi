@@ -13,6 +13,8 @@ from .commands.jobs import train as train
 from .commands.looking import load_model as load_model
 from .commands.looking import top_texts as top_texts
 from .commands.pushing import push_to_hub as push_to_hub
+from .commands.serving import serve_dashboard as serve_dashboard
+from .commands.showing import show_feature as show_feature
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig

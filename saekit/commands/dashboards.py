@@ -5,14 +5,17 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.commands.effects import effects_of, is_store
 from saekit.commands.features import beside, collect_features
 from saekit.commands.subjects import subjects_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
+from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
 from saekit.errors import ConfigError, DataError
 from saekit.files.paths import as_path
@@ -20,11 +23,15 @@ from saekit.files.storage import check_file, read_json
 from saekit.plugins.manager import PluginManager, default_manager
 
 if TYPE_CHECKING:
+    from saekit.dashboards.data import Look
+    from saekit.dashboards.effects import PageEffects
+    from saekit.features.feature import Feature
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
     from saekit.features.windows import Width
+    from saekit.status import Status
 
-__all__ = ["dashboard", "labels_in", "store_of"]
+__all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
 
 _PAGE = "dashboard.html"
 
@@ -45,6 +52,7 @@ def dashboard(
     labels: Mapping[int, str] | Mapping[str, Mapping[int, str]] | None = None,
     title: str | None = None,
     seed: int = 0,
+    loss_effects: str | None = "auto",
     overwrite: bool = False,
     folder: str | Path | None = None,
     verbose: bool = True,
@@ -53,43 +61,66 @@ def dashboard(
 ) -> Path:
     """Write a page of features, one HTML file that needs no network, and return its path.
 
-    ``what`` is a feature store, or its folder, of which everything is read; or what :func:`saekit.collect_features`
-    takes.  Then the store is ``folder``, or beside the SAE: it is opened where it is there, and else collected first,
-    with ``collecting``, which are options of that function (``model``, ``dataset``, ``n_contexts``, ...).  Where
-    some are given, a store that was made otherwise is refused.
+    ``what`` is a feature store, or its folder; or what :func:`saekit.collect_features` takes.  Then the store is
+    ``folder``, or beside the SAE: it is opened where it is there, and else collected first, with ``collecting``, which
+    are options of that function (``model``, ``n_contexts``, ...); one that was made with others is refused.
 
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
-    (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  Of a store with several
-    SAEs the page has all, with a chooser, or the one that ``sae`` names.
+    (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
+    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
-    ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
-
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and so is a store that was made of something else.  :class:`saekit.errors.SaekitError` for
-    what cannot be found, does not fit, or has no room.
+    ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
+    cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
+    exact, and nothing where ``what`` is a store, which has no SAE.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file or
+    store only with ``overwrite``.  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
-    check_choice(choice)
-    place = None if out is None else page_in(as_path(out))
-    if place is not None:
-        check_page(place, overwrite=overwrite)
+    place = _checked(choice, loss_effects, out, overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
+    from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
     store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
-    names = _names(store, sae)
-    _check_names(features, names)
-    shown = {name: chosen(store.saes[name], choice) for name in names}
-    data = page_data(store, shown, look, labels=_labels(labels, names), title=title)
-    write_page(place, page_html(data))
+    names = names_of(store, sae)
+    shown, known = _chosen(store, names, choice), labels_of(labels, names)
+    with Status(verbose=verbose) as say:
+        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
+        _tell_ahead(effects, shown, look, say)
+        write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
     return place
+
+
+def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
+    """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
+    check_choice(choice)
+    check_asked(loss_effects)
+    place = None if out is None else page_in(as_path(out))
+    if place is not None:
+        check_page(place, overwrite=overwrite)
+    return place
+
+
+def _tell_ahead(
+    effects: Mapping[str, PageEffects], features: Mapping[str, Sequence[Feature]], look: Look, say: Status
+) -> None:
+    """Compute the effects of all features of a page, many at once."""
+    for name, own in effects.items():
+        said, number = f"computing what removing features of {name} does to the loss", len(features[name])
+        say(said)
+        own.ahead(features[name], look, functools.partial(_say_done, say, said, number))
+    say("writing the page")
+
+
+def _say_done(say: Status, said: str, number: int, done: int) -> None:
+    say(f"{said}: {done} of {number}")
 
 
 def store_of(
@@ -110,8 +141,8 @@ def store_of(
 
     if isinstance(what, FeatureStore):
         return _only(what, asked, folder)
-    if isinstance(what, (str, Path)) and _is_store(place := as_path(what)):
-        return _only(FeatureStore.open(place), asked, folder)
+    if isinstance(what, (str, Path)) and is_store(what):
+        return _only(FeatureStore.open(what), asked, folder)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
     if not asked and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
         return found
@@ -121,12 +152,6 @@ def store_of(
         if not overwrite:
             raise
         return collect_features(what, overwrite=True, **options)
-
-
-def _is_store(place: Path) -> bool:
-    from saekit.features.manifest import MANIFEST
-
-    return (place / MANIFEST).is_file() and (place / "vocabulary.json").exists()
 
 
 def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
@@ -171,7 +196,8 @@ def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
     return next((name for name, one in saes.items() if checksum(one) not in known), None)
 
 
-def _names(store: FeatureStore, name: str | None) -> list[str]:
+def names_of(store: FeatureStore, name: str | None) -> list[str]:
+    """The SAEs of a store that are shown: all, or the one of that name."""
     if name is None:
         return [*store.saes]
     if name not in store.saes:
@@ -179,12 +205,15 @@ def _names(store: FeatureStore, name: str | None) -> list[str]:
     return [name]
 
 
-def _check_names(features: object, names: Sequence[str]) -> None:
+def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[str, list[Feature]]:
+    """The features of each SAE that a page shows."""
+    features = choice.features
     if isinstance(features, Mapping) and (unknown := [name for name in features if name not in names]):
         raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+    return {name: chosen(store.saes[name], choice) for name in names}
 
 
-def _labels(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
+def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
     """By SAE and number."""
     if labels is None:
         return {}

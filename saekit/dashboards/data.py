@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from saekit.errors import ConfigError
 from saekit.features.feature import Feature, Histogram, Logits, Partner
 from saekit.features.tables import SAETables
-from saekit.features.windows import Width, Window, check_width
+from saekit.features.windows import Quantile, Width, Window, check_width
 
-__all__ = ["EffectKind", "Effects", "Look", "feature_data", "index_data", "sae_data"]
+__all__ = ["EffectKind", "Effects", "Look", "feature_data", "index_data", "sae_data", "shown_windows"]
 
 EffectKind = Literal["exact", "direct path"]
 _TOKENS_OF_INDEX = 10
@@ -31,7 +31,7 @@ class Effects(Protocol):
 
     def __call__(self, feature: Feature, windows: Sequence[Window]) -> Sequence[Sequence[float | None]]:
         """For each window and each of its tokens: the change, in nats, of the loss at the *next* token of the context
-        when the feature is removed from the token; None where it is not known."""
+        when the feature is removed from the context; None where it is not known."""
 
 
 @attrs.frozen(kw_only=True)
@@ -77,12 +77,11 @@ def feature_data(
 
     A window has ``context``, ``start`` (the position of its first token in it), ``at`` (which token it is about),
     ``ids``, ``tokens`` (texts), ``values`` (activations), ``counted`` (1 where a token counts), and ``loss_effects``:
-    the change, in nats, of the loss at the next token when the feature is removed from this one, or None; without
+    the change, in nats, of the loss at the next token when the feature is removed from the context, or None; without
     ``effects``, it has none.  Numbers have 4 to 6 digits; one that is not finite is None.
     """
     look = look or Look()
-    top = feature.top(look.top if feature.complete else min(look.top, feature.sae.top_kept), look.window)
-    drawn = feature.quantiles(look.quantiles, look.per_quantile, look.seed, look.window)
+    top, drawn = shown_windows(feature, look)
     windows = [*top, *(window for quantile in drawn for window in quantile.windows)]
     found: Sequence[Sequence[float | None] | None] = [None] * len(windows)
     if effects is not None and windows:
@@ -119,6 +118,12 @@ def feature_data(
         "neighbors": _rows(feature.neighbors(look.rows)),
         "loss_effect_kind": None if effects is None else effects.kind,
     }
+
+
+def shown_windows(feature: Feature, look: Look) -> tuple[list[Window], list[Quantile]]:
+    """The windows around its largest activations, and those that are drawn from intervals of them."""
+    top = feature.top(look.top if feature.complete else min(look.top, feature.sae.top_kept), look.window)
+    return top, feature.quantiles(look.quantiles, look.per_quantile, look.seed, look.window)
 
 
 def index_data(

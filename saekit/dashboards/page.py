@@ -16,9 +16,11 @@ from saekit.dashboards.place import GENERATOR
 from saekit.features.feature import Feature
 from saekit.features.store import FeatureStore
 
-__all__ = ["as_json", "page_data", "page_html", "plotly_packed"]
+__all__ = ["as_json", "one_html", "page_data", "page_html", "plotly_gzipped", "plotly_packed"]
 
 _SCRIPTS = ("tokens.js", "source.js", "tips.js", "plots.js", "feature.js", "list.js", "page.js")
+_SCRIPTS_OF_ONE = ("tokens.js", "source.js", "tips.js", "bars.js", "feature.js", "one.js")
+_SERVED = "served.js"  # comes first
 
 
 def page_data(
@@ -60,19 +62,43 @@ def page_data(
     }
 
 
-def page_html(data: Mapping[str, Any]) -> str:
-    """The page of what :func:`page_data` gives."""
+def page_html(data: Mapping[str, Any], *, plotly_at: str | None = None) -> str:
+    """The page of what :func:`page_data` gives.
+
+    ``plotly_at`` is the path of plotly.js for a page that is served; without it the page has all in itself.
+    """
+    scripts = _SCRIPTS if plotly_at is None else (_SERVED, *_SCRIPTS)
+    plotly = plotly_packed() if plotly_at is None else ""
+    return _rendered("page.html", data, ("page.css",), scripts, plotly=plotly, plotly_at=plotly_at)
+
+
+def one_html(data: Mapping[str, Any], place: int, index: int, where: str) -> str:
+    """A small page of one feature, of the SAE at ``place``, whose pictures need no plotly; ``where`` is its first line.
+
+    ``data`` is what :func:`page_data` gives, in which it must be.
+    """
+    sae = data["saes"][place]
+    found = {"about": sae["about"], "index": [], "features": {str(index): sae["features"][str(index)]}, "shown": index}
+    return _rendered("one.html", {**data, "saes": [found]}, ("page.css", "one.css"), _SCRIPTS_OF_ONE, where=where)
+
+
+def _rendered(
+    template: str, data: Mapping[str, Any], styles: Sequence[str], scripts: Sequence[str], **others: Any
+) -> str:
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_resource("page.html"))
-    return template.render(
-        title=data["title"],
-        generator=GENERATOR,
-        version=__version__,
-        css=_resource("page.css"),
-        js="\n".join(map(_resource, _SCRIPTS)),
-        data=as_json(data),
-        plotly=plotly_packed(),
+    return (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(_resource(template))
+        .render(
+            title=data["title"],
+            generator=GENERATOR,
+            version=__version__,
+            css="\n".join(map(_resource, styles)),
+            js="\n".join(map(_resource, scripts)),
+            data=as_json(data),
+            **others,
+        )
     )
 
 
@@ -83,11 +109,17 @@ def as_json(data: Any) -> str:
 
 
 @cache
-def plotly_packed() -> str:
-    """plotly.js, gzipped, as base64: 2 MB instead of 5, which the page unpacks when it draws its first picture."""
+def plotly_gzipped() -> bytes:
+    """plotly.js, 2 MB instead of 5."""
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
+
+
+@cache
+def plotly_packed() -> str:
+    """The same as base64, which the page unpacks when it draws its first picture."""
+    return base64.b64encode(plotly_gzipped()).decode()
 
 
 def _resource(name: str) -> str:

@@ -146,7 +146,7 @@ def test_a_folder_where_nobody_may_write(store: saekit.FeatureStore, tmp_path: P
 def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_path: Path) -> None:
     sae = several_saes()["topk"]
     asked = {"model": OddBackend(), "contexts": contexts, "device": "cpu"}
-    place = {"folder": tmp_path / "store", "verbose": False, "features": [1]}
+    place = {"folder": tmp_path / "store", "verbose": False, "features": [1], "loss_effects": None}
     page = saekit.dashboard(sae, **asked, **place)
     assert page == tmp_path / "dashboard.html"
     first = page.read_bytes()

@@ -15,11 +15,6 @@ import saekit
 from saekit.dashboards import Look, page_data, page_html
 from saekit.features import Feature, Window
 
-pytest.importorskip("selenium")
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM.exists() and DRIVER.exists()), reason="no Chromium with its driver is here"
-)
 SHOWN = [5, 3, 0, 1, 2, 4]
 
 
@@ -42,21 +37,6 @@ def page(store: saekit.FeatureStore, tmp_path_factory: pytest.TempPathFactory) -
     place = tmp_path_factory.mktemp("page") / "page.html"
     place.write_text(page_html(data), encoding="utf-8")
     return place
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
 
 
 class Looked:

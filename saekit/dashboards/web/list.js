@@ -61,7 +61,7 @@ function item(entry) {
   return el("li", {}, el("a", { href: hashOf(entry.index), "data-index": entry.index },
     el("span", { class: "number" }, String(entry.index)),
     el("span", { class: "amount" }, shownValue),
-    el("span", { class: "words" }, entry.label ?? (words.length ? "" : "never fires"),
+    el("span", { class: "words" }, entry.label ?? (words.length || entry.firing_fraction ? "" : "never fires"),
       ...(entry.label ? [] : words.map((token) => el("span", { class: hits.includes(token) ? "chip hit" : "chip" }, alone(token)))))));
 }
 

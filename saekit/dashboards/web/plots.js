@@ -5,10 +5,7 @@ const ON_PAPER = 300; // pixels, which fit a column of a printed page
 let printing = false;
 
 function loadPlotly() {
-  plotly ??= source.plotly().then((text) => {
-    document.head.append(el("script", {}, text));
-    return window.Plotly;
-  });
+  plotly ??= source.plotly();
   return plotly;
 }
 

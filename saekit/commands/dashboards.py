@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
 
 _PAGE = "dashboard.html"
+_NO_MATTER = {"device", "batch_size"}
+"""Options of collecting that do not decide what is found."""
 
 
 def dashboard(
@@ -134,7 +136,8 @@ def store_of(
 ) -> FeatureStore:
     """The store that ``what`` is, or that is kept of it; collected where there is none.
 
-    Where ``collecting`` has options, a store must be made with them; ``overwrite`` replaces one that was not.
+    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
+    replaces one that was not.
     """
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     from saekit.features.store import FeatureStore
@@ -144,7 +147,8 @@ def store_of(
     if isinstance(what, (str, Path)) and is_store(what):
         return _only(FeatureStore.open(what), asked, folder)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
-    if not asked and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
+    decides = asked.keys() - _NO_MATTER
+    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
         return found
     try:
         return collect_features(what, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,8 +22,6 @@ from saekit.plugins.manager import PluginManager, default_manager
 from saekit.status import Status
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from saekit.analysis.feature_texts import TopTexts
     from saekit.config import TrainConfig
     from saekit.runs.results import TrainResult
@@ -106,8 +106,10 @@ def _features(result: TrainResult, config: TrainConfig) -> TopTexts:
 
 
 def _dashboard(result: TrainResult, features: Sequence[int], verbose: bool) -> Path:
-    """A page of ``features``, in this order, in the run's folder."""
-    with Status(verbose=verbose) as say:
+    """A page of ``features``, in this order, in the run's folder.  What is collected of these alone does not stay."""
+    with Status(verbose=verbose) as say, TemporaryDirectory(ignore_cleanup_errors=True) as place:
         say("writing a dashboard of them")
-        store = collect_features(result, features=features, n_contexts=_CONTEXTS_SHOWN, verbose=False)
-        return write_dashboard(store, features=features, title=f"Features of {result.folder.name}")
+        options: dict[str, Any] = {"n_contexts": _CONTEXTS_SHOWN, "folder": Path(place) / "features", "verbose": False}
+        store = collect_features(result, features=features, **options)
+        title = f"Features of {result.folder.name}"
+        return write_dashboard(store, features=features, out=result.folder / "dashboard.html", title=title)

@@ -153,7 +153,7 @@ def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_p
     assert len(data_of(page)["saes"][0]["index"]) == 1
     assert len(saekit.FeatureStore.open(tmp_path / "store").sae) == 16, "for the next page all are there"
     page.unlink()
-    assert saekit.dashboard(sae, **place).read_bytes() == first, "without a model"
+    assert saekit.dashboard(sae, device="cpu", **place).read_bytes() == first, "without a model"
     assert saekit.dashboard(tmp_path / "store", features=[1]).read_bytes() == first
 
     with torch.no_grad():

@@ -168,6 +168,15 @@ def test_keys_lead_from_feature_to_feature(looked: Looked) -> None:
     assert looked.run("document.querySelector('#list [aria-current]').dataset.index") == "1"
     looked.browser.back()
     looked.named("0")
+    looked.run("document.querySelector('[data-step=\"1\"]').focus()")
+    for name in ("1", "2"):
+        looked.press("\ue007")
+        looked.named(name)
+    looked.run("document.querySelector('.skip').click()")
+    looked.wait("location.hash", "#feature")
+    looked.named("2")
+    looked.run("location.hash = '#0/0'")
+    looked.named("0")
     looked.press("?")
     assert looked.run("document.getElementById('keys').open")
     looked.press("j\ue00c")
@@ -196,6 +205,7 @@ def test_features_are_found_by_token_and_by_number(looked: Looked) -> None:
     looked.press("\ue003no such token")
     assert looked.listed() == []
     assert looked.texts("#found") == ["No feature has it among its tokens"]
+    assert looked.texts(".title .quiet") == ["not in the list"]
     looked.press("\ue00c")  # Escape
     assert looked.listed() == SHOWN
 

@@ -14,31 +14,38 @@ function draw(data) {
   hideTip();
   shown = data;
   const about = sae().about;
+  const held = document.activeElement?.dataset.step; // a button that is used again and again stays in focus
   main.replaceChildren(
     headOf(data, about),
     el("div", { class: "columns" },
       el("div", { class: "writes" }, logitsOf(data, about)),
       el("section", { class: `texts ${aligned ? "aligned" : "whole"}`, "aria-label": "Texts" }, ...textsOf(data)),
       el("div", { class: "company" }, ...histogramsOf(data), ...tablesOf(data, about))));
+  if (held) main.querySelector(`[data-step="${held}"]`).focus();
   drawPlots();
 }
 
-function headOf(data, about) {
+// Its number, where it is in the list, and the ways to its neighbors there.
+function titleOf(data) {
   const at = filtered.findIndex((one) => one.index === data.index);
   const step = (by, sign, words) => el("button", {
-    type: "button", class: "plain step", title: words, "aria-label": words, disabled: at < 0 || !filtered[at + by],
+    type: "button", class: "plain step", "data-step": by, title: words, "aria-label": words, disabled: at < 0 || !filtered[at + by],
     on: { click: () => go(by) },
   }, sign);
+  return el("div", { class: "title" },
+    step(-1, "‹", "The feature before (k)"),
+    el("h2", { id: "name" }, `Feature ${data.index}`),
+    step(1, "›", "The next feature (j)"),
+    el("span", { class: "quiet" }, at < 0 ? "not in the list" : `${whole(at + 1)} of ${whole(filtered.length)}`));
+}
+
+function headOf(data, about) {
   const tiles = [["fires on", percent(data.firing_fraction), `${whole(data.fired)} of ${whole(about.tokens_counted)} tokens`]];
   if (!data.dead) tiles.push(["largest activation", number(data.maximum, 4), ""], ["least above zero", number(data.minimum, 3), ""]);
   if (data.logits) tiles.push(["largest logit", signed(data.logits.top[0]?.[2] ?? data.logits.histogram.high), data.logits.top[0] ? alone(data.logits.top[0][1]) : ""]);
   if (data.minimum < 0) tiles[2][0] = "least activation";
   return el("header", { class: "head" },
-    el("div", { class: "title" },
-      step(-1, "‹", "The feature before (k)"),
-      el("h2", { id: "name" }, `Feature ${data.index}`),
-      step(1, "›", "The next feature (j)"),
-      el("span", { class: "quiet" }, at < 0 ? "not in the list" : `${whole(at + 1)} of ${whole(filtered.length)}`)),
+    titleOf(data),
     data.label ? el("p", { class: "label" }, data.label) : null,
     el("dl", { class: "tiles" }, ...tiles.map(([name, value, more]) =>
       el("div", {}, el("dt", {}, name), el("dd", {}, value, more ? el("small", {}, ` ${more}`) : null)))),

@@ -13,14 +13,20 @@ function entriesOf() {
   if (logits.disabled && sort.value === "max_logit") sort.value = "given";
 }
 
-// Those with a token, or a label, that has the text in it, or with that number, which comes first.
-function found(text) {
-  const wanted = text.replaceAll("\\n", "\n").replaceAll("\\t", "\t").replaceAll("⏎", "\n").replaceAll("⇥", "\t");
-  if (!wanted) return [...sae().index];
-  const exact = wanted !== wanted.toLowerCase(); // capitals are meant when they are typed
-  const has = (token) => (exact ? token : token.toLowerCase()).includes(wanted);
+// Whether a token has the text in it that is searched for, as a function; null for none.  Capitals are meant when typed.
+function searched() {
+  const wanted = search.value.replaceAll("\\n", "\n").replaceAll("\\t", "\t").replaceAll("⏎", "\n").replaceAll("⇥", "\t");
+  if (!wanted) return null;
+  const exact = wanted !== wanted.toLowerCase();
+  return (token) => (exact ? token : token.toLowerCase()).includes(wanted);
+}
+
+// Those with such a token, or label, or with that number.
+function found() {
+  const has = searched();
+  if (!has) return [...sae().index];
   return sae().index.filter((entry) =>
-    String(entry.index) === wanted.trim() || entry.fires_on.some(has) || entry.raises.some(has) || (entry.label && has(entry.label)));
+    String(entry.index) === search.value.trim() || entry.fires_on.some(has) || entry.raises.some(has) || (entry.label && has(entry.label)));
 }
 
 function sorted(entries) {
@@ -30,7 +36,7 @@ function sorted(entries) {
 }
 
 function relist() {
-  filtered = sorted(found(search.value));
+  filtered = sorted(found());
   const wanted = Number(search.value.trim());
   const at = search.value.trim() ? filtered.findIndex((entry) => entry.index === wanted) : -1;
   if (at > 0) filtered.unshift(...filtered.splice(at, 1));
@@ -39,6 +45,7 @@ function relist() {
   const all = sae().index.length;
   document.getElementById("found").textContent =
     filtered.length === all ? `${whole(all)} features` : filtered.length ? `${whole(filtered.length)} of ${whole(all)} features` : "No feature has it among its tokens";
+  if (shown) main.querySelector(".title")?.replaceWith(titleOf(shown));
 }
 
 function more() {
@@ -48,8 +55,8 @@ function more() {
 
 function item(entry) {
   const shownValue = { maximum: number(entry.maximum), max_logit: number(entry.max_logit) }[sort.value] ?? percent(entry.firing_fraction);
-  const text = search.value.toLowerCase();
-  const hits = text ? [...entry.fires_on, ...entry.raises].filter((token) => token.toLowerCase().includes(text)) : [];
+  const has = searched();
+  const hits = has ? [...entry.fires_on, ...entry.raises].filter(has) : [];
   const words = [...new Set([...hits, ...entry.fires_on])].slice(0, 4);
   return el("li", {}, el("a", { href: hashOf(entry.index), "data-index": entry.index },
     el("span", { class: "number" }, String(entry.index)),

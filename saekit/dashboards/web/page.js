@@ -124,6 +124,7 @@ function chooseSAE(next) {
 function follow() {
   const [, other, index] = /^#(?:(\d+)\/)?(\d+)$/.exec(location.hash) ?? [];
   if (other !== undefined && Number(other) !== place && page.saes[Number(other)]) chooseSAE(Number(other));
+  if (index === undefined && current !== null) return; // it leads to a place on the page
   const wanted = index === undefined || !byNumber.has(Number(index)) ? filtered[0]?.index : Number(index);
   if (wanted === undefined) return;
   if (wanted !== current) show(wanted);

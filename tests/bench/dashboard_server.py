@@ -2,7 +2,8 @@
 
     python tests/bench/dashboard_server.py [--features 24576] [--tokens 500000] [--vocabulary 50257]
 
-It makes a store of that size with drawn numbers, serves it on this machine, opens it in headless Chromium, and prints seconds.  Prints figures; it judges nothing.
+It makes a store of that size with drawn numbers, serves it on this machine, opens it in headless Chromium, and prints
+seconds; it judges nothing.
 """
 
 from __future__ import annotations

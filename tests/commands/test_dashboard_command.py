@@ -43,6 +43,7 @@ def test_the_command_collects_once_and_says_how_to_open_the_page(folder: Path, t
     )
     assert is_dashboard(page)
     assert '"label":"the second"' in page.read_text()
+    assert '"loss_effect_kind":"exact"' in page.read_text(), "the model is the one that the SAE names"
     store = saekit.FeatureStore.open(folder / "features")
     assert (store.n_contexts, len(store.sae)) == (6, 64)
     run(folder / "features", "--out", tmp_path / "other.html", "--random", 3)

@@ -59,7 +59,7 @@ _WHAT = (
 )
 _CONTEXTS = 384  # to look for features in, more than the evals need
 _TOLD, _SHOWN = 5, 24  # features in the terminal, and in the dashboard
-_CONTEXTS_SHOWN = 192  # to collect what these do: seconds
+_CONTEXTS_SHOWN = 64  # to collect what these do, in two seconds
 
 
 def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | None = None) -> TrainResult:

@@ -2,6 +2,7 @@ from ._version import __version__ as __version__
 from .commands.analyzing import feature_statistics as feature_statistics
 from .commands.analyzing import token_set_enrichment as token_set_enrichment
 from .commands.comparing import compare as compare
+from .commands.dashboards import dashboard as dashboard
 from .commands.evaluating import evaluate as evaluate
 from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations
@@ -12,6 +13,8 @@ from .commands.jobs import train as train
 from .commands.looking import load_model as load_model
 from .commands.looking import top_texts as top_texts
 from .commands.pushing import push_to_hub as push_to_hub
+from .commands.serving import serve_dashboard as serve_dashboard
+from .commands.showing import show_feature as show_feature
 from .commands.splicing import splice as splice
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig

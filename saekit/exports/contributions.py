@@ -1,0 +1,132 @@
+"""What a feature does to the logits at each token of a window, by the direct path, as sae_vis has it.
+
+At a token whose last residual stream is ``r``, of which the feature wrote ``f d``, it is
+``log softmax(r W_U / std(r)) - log softmax((r - f d) W_U / std(r - f d))``: the last normalization without its weights
+and its mean, and nothing of what later layers make of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.abilities import KnowsResidualStream, StartsInside
+from saekit.ambient import ambient
+from saekit.analysis.directions import LogitPath, feature_directions, logit_path
+from saekit.errors import DataError, ModelError
+from saekit.exports.schemas import Effect
+from saekit.features.feature import Feature
+from saekit.features.subject import checksum
+from saekit.features.tables import SAETables
+from saekit.features.windows import Window
+from saekit.protocols import ModelBackend
+from saekit.sae.module import SAEModule
+from saekit.site import Site, Sites
+from saekit.splicing.fits import fitting_sites
+
+__all__ = ["Contributions"]
+
+_SHOWN = 5  # tokens that are raised, and lowered, at each, as sae_vis shows
+_CONTEXTS = 32  # in a forward
+_KEPT = 1024  # contexts whose streams are held
+_ROWS = 256  # tokens whose logits are held at once
+
+
+@attrs.define(eq=False)
+class Contributions:
+    """What features of ``sae`` do at tokens of the store's contexts; called with a feature and some of its windows."""
+
+    features: SAETables
+    sae: SAEModule
+    backend: ModelBackend
+    _last: str
+    """The last residual stream."""
+    _path: LogitPath
+    _streams: dict[int, Tensor] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, features: SAETables, sae: SAEModule, backend: ModelBackend) -> Contributions:
+        """:class:`DataError` for another SAE or model than the store's, :class:`ModelError` without a direct path."""
+        made_with, own = features.store.manifest.model, backend.fingerprint()
+        known = made_with.get("fingerprint")
+        if made_with.get("name") != backend.name if known is None or own is None else known != own:
+            raise DataError(
+                f"the features were collected with the model {made_with.get('name')!r}, and {backend.name!r} is "
+                "another: give that one (model)"
+            )
+        if checksum(sae) != features.about.checksum:
+            raise DataError(f"the SAE is not the one whose features were collected as {features.name}: give that one")
+        path = logit_path(sae, backend, _sites(features, sae, backend))
+        if isinstance(path, str):
+            raise ModelError(f"nothing can be said of what features do at each token: {path}. Leave the model out")
+        last = backend.entry_of(()) if isinstance(backend, StartsInside) else None
+        if last is None or not isinstance(backend, KnowsResidualStream) or not backend.in_residual_stream(last):
+            raise ModelError(
+                f"the backend of {backend.name!r} does not say which hook holds the last residual stream, so nothing "
+                "can be said of what features do at each token. Leave the model out"
+            )
+        return cls(features, sae, backend, last, path)
+
+    @ambient()
+    @torch.no_grad()
+    def __call__(self, feature: Feature, windows: Sequence[Window]) -> list[Effect]:
+        """The effects in each window."""
+        self._read({one.context for one in windows})
+        number = torch.tensor([feature.index], device=self.sae.device)
+        direction = self._path.in_residual_stream(feature_directions(self.sae, number))[0]
+        return [self._of_window(direction, window) for window in windows]
+
+    def _of_window(self, direction: Tensor, window: Window) -> Effect:
+        """One window; a token is told of by what the model makes of the one before it."""
+        values, size = np.array(window.values), len(window.ids)
+        loss = [0.0] * size
+        raised: list[list[tuple[int, float]]] = [[] for _ in range(size)]
+        lowered: list[list[tuple[int, float]]] = [[] for _ in range(size)]
+        active = np.flatnonzero(values)
+        for part in np.array_split(active, -(-len(active) // _ROWS) or 1):
+            if not len(part):
+                continue
+            stream = self._streams[window.context][window.start + part].to(self._path.unembedding)
+            amount = torch.from_numpy(values[part]).to(stream)[:, None]
+            change = self._log_likely(stream) - self._log_likely(stream - amount * direction.to(stream))
+            for ends, signed in ((raised, change), (lowered, -change)):
+                best = signed.topk(min(_SHOWN, signed.shape[1]))
+                sign = 1 if ends is raised else -1
+                for place, ids, numbers in zip(part, best.indices.tolist(), best.values.tolist(), strict=True):
+                    ends[place] = [(one, sign * number) for one, number in zip(ids, numbers, strict=True)]
+            for row, place in enumerate(part.tolist()):
+                if place + 1 < size:
+                    loss[place + 1] = -float(change[row, window.ids[place + 1]])
+        return Effect(loss, raised, lowered)
+
+    def _log_likely(self, stream: Tensor) -> Tensor:
+        """``[n, d_vocab]`` of last residual streams ``[n, d_model]``."""
+        logits = (stream / stream.std(-1, correction=0, keepdim=True)) @ self._path.unembedding
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _read(self, contexts: set[int]) -> None:
+        """Have the streams of these contexts, and of some that were read before."""
+        missing = sorted(contexts - self._streams.keys())
+        while self._streams and len(self._streams) + len(missing) > _KEPT:
+            gone = next((one for one in self._streams if one not in contexts), None)
+            if gone is None:
+                break
+            del self._streams[gone]
+        for start in range(0, len(missing), _CONTEXTS):
+            some = missing[start : start + _CONTEXTS]
+            tokens = torch.from_numpy(self.features.store.contexts[some].astype(np.int64))
+            held = self.backend.run(tokens, read={self._last}).held[self._last]
+            self._streams |= dict(zip(some, held.cpu(), strict=True))
+
+
+def _sites(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sites:
+    """Where the SAE reads and writes, by the names of this backend."""
+    about, heads = features.about, sae.info.sites
+    if heads is not None and [one.name for one in heads.inputs] == [*about.inputs]:
+        return fitting_sites(sae, backend, None)
+    inputs, targets = (tuple(Site(hook_name=name) for name in names) for names in (about.inputs, about.targets))
+    return Sites(inputs, targets)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.abilities import KnowsResidualStream, StartsInside
@@ -78,30 +79,34 @@ class Contributions:
         self._read({one.context for one in windows})
         number = torch.tensor([feature.index], device=self.sae.device)
         direction = self._path.in_residual_stream(feature_directions(self.sae, number))[0]
-        return [self._of_window(direction, window) for window in windows]
+        return [self._of_window(direction, feature, window) for window in windows]
 
-    def _of_window(self, direction: Tensor, window: Window) -> Effect:
-        """One window; a token is told of by what the model makes of the one before it."""
-        values, size = np.array(window.values), len(window.ids)
+    def _of_window(self, direction: Tensor, feature: Feature, window: Window) -> Effect:
+        """One window.  The loss of a token is of what the model makes of the one before it, which may lie outside."""
+        size, before = len(window.ids), min(window.start, 1)
+        values = np.array(feature.window(window.context, window.start, (before, size - 1)).values)
         loss = [0.0] * size
         raised: list[list[tuple[int, float]]] = [[] for _ in range(size)]
         lowered: list[list[tuple[int, float]]] = [[] for _ in range(size)]
         active = np.flatnonzero(values)
-        for part in np.array_split(active, -(-len(active) // _ROWS) or 1):
-            if not len(part):
-                continue
-            stream = self._streams[window.context][window.start + part].to(self._path.unembedding)
-            amount = torch.from_numpy(values[part]).to(stream)[:, None]
-            change = self._log_likely(stream) - self._log_likely(stream - amount * direction.to(stream))
-            for ends, signed in ((raised, change), (lowered, -change)):
-                best = signed.topk(min(_SHOWN, signed.shape[1]))
-                sign = 1 if ends is raised else -1
-                for place, ids, numbers in zip(part, best.indices.tolist(), best.values.tolist(), strict=True):
-                    ends[place] = [(one, sign * number) for one, number in zip(ids, numbers, strict=True)]
-            for row, place in enumerate(part.tolist()):
+        for part in np.split(active, range(_ROWS, len(active), _ROWS)) if len(active) else ():
+            change = self._change(window.context, window.start - before + part, values[part], direction)
+            top, bottom = (signed.topk(min(_SHOWN, signed.shape[1])) for signed in (change, -change))
+            for row, place in enumerate((part - before).tolist()):
+                if place >= 0:
+                    raised[place] = [*zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)]
+                    lowered[place] = [*zip(bottom.indices[row].tolist(), (-bottom.values[row]).tolist(), strict=True)]
                 if place + 1 < size:
                     loss[place + 1] = -float(change[row, window.ids[place + 1]])
         return Effect(loss, raised, lowered)
+
+    def _change(
+        self, context: int, places: NDArray[np.int64], values: NDArray[np.float64], direction: Tensor
+    ) -> Tensor:
+        """``[n, d_vocab]``: what activations ``values [n]`` at ``places [n]`` do to the logarithms of likelihoods."""
+        stream = self._streams[context][torch.from_numpy(places)].to(self._path.unembedding)
+        amount = torch.from_numpy(values).to(stream)[:, None]
+        return self._log_likely(stream) - self._log_likely(stream - amount * direction.to(stream))
 
     def _log_likely(self, stream: Tensor) -> Tensor:
         """``[n, d_vocab]`` of last residual streams ``[n, d_model]``."""

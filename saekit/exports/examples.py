@@ -101,18 +101,23 @@ class Texts:
     """The texts of tokens as Neuronpedia shows them."""
 
     def __init__(self, store: StoreFiles) -> None:
-        texts = list(store.vocabulary)
+        stored = list(store.vocabulary)
+        texts = stored.copy()
         while texts and not texts[-1]:  # with which a vocabulary is filled up to a round number
             texts.pop()
         raw = any(text[:1] == "Ġ" for text in texts) and not any(text[:1] == " " for text in texts)
         if raw:  # the strings of a byte-level vocabulary, as they are in its file
             texts = ["".join(_RAW.get(letter, letter) for letter in text) for text in texts]
-        self._texts = texts
+        self._texts, self._as_stored = texts, texts == stored
 
     def of(self, ids: Sequence[int]) -> list[str]:
         """Of token ids; of those beyond the vocabulary ``<|outofrange|>``."""
         known, number = self._texts, len(self._texts)
         return [known[one] if 0 <= one < number else OUT_OF_RANGE for one in ids]
+
+    def of_window(self, window: Window, cut: int = 0) -> list[str]:
+        """Of a window without its first ``cut`` tokens."""
+        return [*window.tokens[cut:]] if self._as_stored else self.of(window.ids[cut:])
 
 
 def rounded(values: object, digits: int) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from saekit.files.storage import locked, read_json, sha256, tidy, write_bytes, w
 __all__ = ["RECORD", "ExportFolder", "check_empty", "exporting"]
 
 RECORD, _FORMAT = "export.json", 1
+_BATCH = re.compile(r"batch-\d+\.(json|jsonl\.gz)")
 
 
 @attrs.define(eq=False)
@@ -36,11 +38,16 @@ class ExportFolder:
     """By path in the folder: ``bytes`` and ``sha256``."""
 
     @classmethod
-    def opened(cls, home: Path, identity: Mapping[str, Any], now: str) -> Self:
-        """What is there of this export; :class:`DataError` for another's, :class:`PlaceError` for other things."""
+    def opened(cls, home: Path, identity: Mapping[str, Any], now: str, *, overwrite: bool = False) -> Self:
+        """What is there of this export; :class:`DataError` for another's, :class:`PlaceError` for other things.
+
+        With ``overwrite``, another's is removed, and what is there beside it stays.
+        """
         identity = json.loads(json.dumps(identity))
+        replaced = overwrite and cls.remove(home)
         if not (home / RECORD).exists():
-            check_empty(home)
+            if not replaced:
+                check_empty(home)
             found = cls(home, identity, now)
             found._save()
             return found
@@ -86,15 +93,15 @@ class ExportFolder:
         write_text(self.home / RECORD, json.dumps(table, indent=1, allow_nan=False) + "\n")
 
     @staticmethod
-    def remove(home: Path) -> None:
-        """Remove what the record in ``home`` names, and it, and nothing else."""
+    def remove(home: Path) -> bool:
+        """Remove the export in ``home``, if there is one: its record, what that names, and batches; whether one was."""
         if not (home / RECORD).exists():
-            return
+            return False
         try:
-            table = read_json(home / RECORD)
-            names = list(table["files"])
-        except (ValueError, LookupError, TypeError):
-            names = []
+            names = set(read_json(home / RECORD)["files"])
+        except (OSError, ValueError, LookupError, TypeError):
+            names = set()
+        names |= {str(path.relative_to(home)) for path in home.rglob("batch-*.json*") if _BATCH.fullmatch(path.name)}
         try:
             (home / RECORD).unlink()
             for name in names:
@@ -103,6 +110,7 @@ class ExportFolder:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot remove the export in {str(home)!r}: {error.strerror or error}") from error
+        return True
 
 
 def check_empty(home: Path) -> None:

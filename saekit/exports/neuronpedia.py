@@ -68,9 +68,7 @@ class NeuronpediaExport:
         texts = Texts(self.sae.store)
         home = self.home(folder)
         with exporting(home):
-            if overwrite:
-                ExportFolder.remove(home)
-            target = ExportFolder.opened(home, self._identity(), now)
+            target = ExportFolder.opened(home, self._identity(), now, overwrite=overwrite)
             schema = _WRITERS[self.settings.schema](self.sae, self.settings, texts, self.effects, target.begun)
             self._warn(shown, skipped)
             for name, data in self._beside(schema, shown, skipped).items():

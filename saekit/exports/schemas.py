@@ -135,7 +135,7 @@ class SAEDashboard(Schema):
             for window in group.windows:
                 cut = max(self.cut - window.start, 0)
                 yield bounds | {
-                    "tokens": self.texts.of(window.ids[cut:]),
+                    "tokens": self.texts.of_window(window, cut),
                     "values": rounded(window.values[cut:], self.digits),
                     "qualifying_token_index": window.at - cut,
                 }
@@ -189,7 +189,7 @@ class RunnerOf3(Schema):
                     "binMax": high,
                     "binContains": share,
                     "logitContributions": self._contributions(None if effects is None else effects[number], window),
-                    "tokens": self.texts.of(window.ids),
+                    "tokens": self.texts.of_window(window),
                     "values": values,
                     "maxValue": max(values),
                     "lossValues": [] if effects is None else rounded(effects[number].loss, self.digits),

@@ -104,7 +104,7 @@ def test_a_record_that_leads_elsewhere_removes_nothing_there(export: Any, tmp_pa
 def test_after_a_full_disk_the_same_call_ends_as_it_would_have(export: Any, tmp_path: Path) -> None:
     whole = contents(export(batch_size=8, top=3, folder=tmp_path / "whole"))
     home, failed = tmp_path / "out", []
-    for operation in range(1, 40, 2):
+    for operation in range(1, 40, 4):
         shutil.rmtree(home, ignore_errors=True)
         try:
             with failing_at(operation, home):
@@ -116,7 +116,7 @@ def test_after_a_full_disk_the_same_call_ends_as_it_would_have(export: Any, tmp_
         export(batch_size=8, top=3)
         found = contents(home)
         assert {**found, "export.json": b""} == {**whole, "export.json": b""}, "and nothing half-written is left"
-    assert len(failed) > 12
+    assert len(failed) > 6
     assert all("No space left on device" in message for message in failed)
 
 

@@ -91,16 +91,8 @@ class Pass:
             for which, found, inputs, place in self._found(tokens, start):
                 one = self.subjects[which]
                 flat = one.tokens.kept(tokens).reshape(-1)[place - start * context_size :][: found.n].cpu()
-                wanted = one.row_of[found.features] >= 0
-                own = SparseFeatures(
-                    found.rows[wanted],
-                    one.row_of[found.features[wanted]],
-                    found.values[wanted],
-                    found.n,
-                    len(one.features),
-                )
-                sums[which].add(found, own, inputs, flat)
-                rows[which].add(found, wanted, place)
+                sums[which].add(found, one.own(found), inputs, flat)
+                rows[which].add(found, one.row_of[found.features] >= 0, place)
             since += tokens.numel()
             last = start + size >= len(self.contexts)
             if last or since >= PART_TOKENS or any(one.entries >= PART_ENTRIES for one in rows):

@@ -18,7 +18,7 @@ __all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", 
 
 UNIT_TOKENS = 4096
 """Tokens whose inputs are held at once."""
-PART_ENTRIES, PART_TOKENS = 1 << 21, 1 << 17
+PART_ENTRIES, PART_TOKENS = 1 << 20, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
 _PAIR, _PRODUCT = (
     60e-9,

@@ -4,7 +4,7 @@
 
 The embedded model and its text, and a TopK SAE that is trained for a moment, so that features fire as they do.  First
 the forwards and ``encode_sparse`` of all contexts, and nothing kept; then ``saekit.collect_features`` of the same, each
-in a process of its own, with the growth of its resident memory beside what it said before it began.  Wall time, and that
+in a process of its own, with the growth of its memory beside what it said before it began.  Wall time, and that
 of all processors.  Prints figures; it judges nothing.
 """
 
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -54,16 +55,31 @@ def contexts_of(backend: Any, tokens: int) -> torch.Tensor:
     return torch.from_numpy(corpus.contexts(backend).take(tokens // corpus.context_size).tokens)
 
 
+class Peak(threading.Thread):
+    """Looks fifty times a second how much memory is the process's own, files that are mapped aside."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = megabytes("RssAnon")
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            self.most = max(self.most, megabytes("RssAnon"))
+
+
 @contextmanager
 def timed(what: str, tokens: int) -> Iterator[None]:
-    """Print wall and processor time, and how far resident memory grew."""
-    before, wall, own = megabytes("VmRSS"), time.perf_counter(), time.process_time()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    """Print wall and processor time, and by how much memory grew at most."""
+    peak = Peak()
+    peak.start()
+    wall, own = time.perf_counter(), time.process_time()
     yield
     wall, own = time.perf_counter() - wall, time.process_time() - own
+    peak.over.set()
     print(
-        f"{what:24} {wall:7.1f} s, {own:7.1f} s of processors, {own / tokens * 1e6:6.1f} µs/token, "
-        f"{megabytes('VmHWM') - before:+7.0f} MB",
+        f"{what:22} {wall:7.1f} s, {own:7.1f} s of processors, {own / tokens * 1e6:6.1f} µs/token, "
+        f"{peak.most - peak.first:+7.0f} MB",
         flush=True,
     )
 

@@ -82,6 +82,8 @@ class StoreManifest:
     context_size: int
     digest: str
     """The sha256 of the contexts' token ids."""
+    mask: str | None = None
+    """The sha256 of the mask that says which tokens count beside what SAEs say; None: there is none."""
     options: Mapping[str, Any]
     saes: Sequence[AboutSAE]
     files: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
@@ -93,7 +95,7 @@ class StoreManifest:
         """What decides what is found, as plain values."""
         table: dict[str, Any] = {
             "model": dict(self.model),
-            "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest},
+            "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest, "mask": self.mask},
             "options": dict(self.options),
             "SAEs": len(self.saes),
             **{f"SAE {number + 1}": one.identity for number, one in enumerate(self.saes)},

@@ -110,7 +110,6 @@ class Collected:
         rows, features, values = (part.cpu() for part in (found.rows, found.features, found.values))
         return SparseFeatures(rows, features, values, found.n, found.d_sae)
 
-
     def own(self, found: SparseFeatures) -> SparseFeatures:
         """Those of ``found`` that are asked for, by their places."""
         if len(self.features) == found.d_sae:

@@ -100,7 +100,10 @@ def whole(sae: Any, backend: Any, contexts: torch.Tensor, features: Any, folder:
         )
     (line,) = re.findall(r"about .* in the end", said.getvalue())[:1]
     size = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
-    print(f"  it said: {line}\n  {float(store.sae.fired.sum()) / contexts.numel():.1f} fire on a token; {size / 1e6:,.0f} MB")
+    print(
+        f"  it said: {line}\n"
+        f"  {float(store.sae.fired.sum()) / contexts.numel():.1f} fire on a token; {size / 1e6:,.0f} MB"
+    )
 
 
 def main() -> None:

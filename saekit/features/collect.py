@@ -17,7 +17,7 @@ from torch import Tensor
 from saekit.analysis.promoting import why_no_logits
 from saekit.errors import DataError
 from saekit.evals.pieces import at_once
-from saekit.features.effects import logit_effects, weight_tables
+from saekit.features.effects import heads_of, logit_effects, statistics_tables, weight_tables
 from saekit.features.estimate import (
     PART_ENTRIES,
     PART_TOKENS,
@@ -228,9 +228,12 @@ def _of_sae(
     tables = together(paths, one.features, sums, options.partners)
     put(f"{folder}/together.safetensors", tables | neuron_partners(sums, one.features, options.partners))
     say(f"looking where the features of {one.name} point")
-    put(f"{folder}/weights.safetensors", weight_tables(one, options.partners))
+    heads = heads_of(one, work.backend, work.contexts)
+    put(f"{folder}/weights.safetensors", weight_tables(one, options.partners, heads))
+    statistics, left_out = statistics_tables(one)
+    put(f"{folder}/statistics.safetensors", statistics)
     why = why_no_logits(one.sae, work.backend, one.sites)
     if why is None:
         say(f"computing what the features of {one.name} do to the logits")
         put(f"{folder}/logits.safetensors", logit_effects(one, work.backend, options.logits))
-    return attrs.evolve(about, tokens_counted=sums.tokens, why_no_logits=why)
+    return attrs.evolve(about, tokens_counted=sums.tokens, why_no_logits=why, left_out=left_out)

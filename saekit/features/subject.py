@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saekit.analysis.feature_statistics import layer_of
 from saekit.errors import ConfigError, DataError
 from saekit.features.manifest import AboutSAE
 from saekit.kernels.sparse import SparseFeatures
@@ -87,6 +88,8 @@ class Collected:
             dtype=str(sae.dtype).removeprefix("torch."),
             inputs=[site.name for site in sites.inputs],
             targets=[site.name for site in sites.targets],
+            hook=sites.name,
+            layer=layer_of(sites),
             tokens=self.tokens.metadata(),
             metadata=json.loads(json.dumps(dict(sae.info.metadata), default=str)),
             features=None if len(self.features) == sae.d_sae else self.features.tolist(),

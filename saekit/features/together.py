@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,10 +19,11 @@ from saekit.features.subject import Sums
 
 __all__ = ["neuron_partners", "strongest", "together"]
 
-_BYTES = 1 << 22  # of the sums of a block of features with all others: few enough for a cache
-_PAIRS = 1 << 21  # that are worked on at once
+_BYTES = 1 << 26  # of one number of each pair of features that is worked on at once
+_MEASURED = 1 << 22  # likewise, where measures are made of sums
 _ROWS = 1024  # likewise, where rows are made dense
-_DENSE = 500  # how many products of a dense matrix take as long as one of a pair that is looked up
+_DENSE = 40  # how many products of dense matrices take as long as one of a pair that is looked up
+_MKL = torch.backends.mkl.is_available()  # whose product of sparse matrices is the fast one
 
 
 def together(
@@ -36,22 +39,39 @@ def together(
     included, from ``Σx``, ``Σx²``, ``Σxy`` and ``n``.
     """
     parts = [PartRows(path) for path in paths]
-    d_sae, size = len(sums.fired), max(_BYTES // (16 * len(sums.fired)), 1)
+    workers = torch.get_num_threads()
+    size = max(min(_BYTES // (8 * workers * len(sums.fired)), -(-len(features) // workers)), 1)
+    blocks = [(first, min(first + size, len(features))) for first in range(0, len(features), size)]
     found: dict[str, list[Tensor]] = {}
-    for first in range(0, len(features), size):
-        last = min(first + size, len(features))
-        own = torch.from_numpy(features[first:last])
-        found_sums = torch.zeros(last - first, d_sae, 2, dtype=torch.float64)
-        for part in parts:
-            _add(part, first, last, found_sums)
-        products, both = found_sums.unbind(-1)
-        measures = _measures(own, products, both, sums)
-        measures["none"] = (both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
+    with ThreadPoolExecutor(workers, "saekit-together") as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that torch may change them
+        for (first, last), tables in zip(
+            blocks, pool.map(partial(_of_block, parts, features, sums, k), blocks), strict=True
+        ):
+            for name, table in tables.items():
+                found.setdefault(name, []).append(table)
+            report(last - first)
+    return {name: torch.cat(tables) for name, tables in found.items()}
+
+
+def _of_block(
+    parts: Sequence[PartRows], features: NDArray[np.int64], sums: Sums, k: int, block: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The tables of the features at the places ``block``."""
+    first, last = block
+    d_sae = len(sums.fired)
+    products, both = (torch.zeros(last - first, d_sae, dtype=torch.float64) for _ in range(2))
+    for part in parts:
+        _add(part, first, last, products, both)
+    found: dict[str, list[Tensor]] = {}
+    step = max(_MEASURED // (8 * d_sae), 1)
+    rows = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
+    for own, some_products, some_both in zip(*rows, strict=True):
+        columns = _measures(own, some_products, some_both, sums)
+        none = (some_both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
         for by in ("pearson", "jaccard"):
-            columns = {name: measures[name] for name in ("pearson", "cos", "jaccard")}
-            for name, table in strongest(by, columns, k, measures["none"]).items():
+            for name, table in strongest(by, columns, k, none).items():
                 found.setdefault(f"features_by_{by}_{name}", []).append(table)
-        report(last - first)
     return {name: torch.cat(tables) for name, tables in found.items()}
 
 
@@ -111,56 +131,82 @@ def strongest(by: str, columns: dict[str, Tensor], k: int, none: Tensor) -> dict
     return found
 
 
-@attrs.frozen(eq=False)
-class _Block:
-    """The entries of a block of features in a part, and the rows that they are in."""
+def _add(part: PartRows, first: int, last: int, products: Tensor, both: Tensor) -> None:
+    """Add ``Σ x_f x_g`` to ``products`` and the number of tokens with both to ``both [b, d_sae]``, for the features
+    ``first`` to ``last``, of one part.
 
-    owners: Tensor
-    rows: Tensor
-    values: Tensor
-
-
-def _add(part: PartRows, first: int, last: int, sums: Tensor) -> None:
-    """Add ``Σ x_f x_g`` and the number of tokens with both to ``sums [b, d_sae, 2]``, for the features ``first`` to
-    ``last``, of one part."""
+    Each sum goes through the part in the order of the text, so it depends neither on blocks nor on threads.
+    """
     entries = part.entries(first, last)
     if not len(entries):
         return
-    block = _Block(part.owners(first, last), part.rows(entries), part.values[entries].double())
-    lengths = part.lengths[block.rows]
-    if int(lengths.sum()) * _DENSE > len(part.places) * sums[..., 0].numel():
-        _add_dense(part, block, sums)
-    else:
-        _add_pairs(part, block, lengths, sums)
+    rows = part.rows(entries)
+    if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
+        _add_dense(part, rows, part.owners(first, last), part.values[entries], products, both)
+        return
+    starts = part.by_feature[first : last + 1] - part.by_feature[first]
+    some, (its_starts, its_features, its_values) = _rows_with(part, rows)
+    places = torch.searchsorted(some, rows)
+    for values, others, out in (
+        (part.values[entries].double(), its_values.double(), products),
+        (torch.ones(len(entries)), torch.ones(len(its_values)), both),
+    ):
+        own = starts, places, values, (last - first, len(some))
+        _add_product(own, (its_starts, its_features, others, (len(some), out.shape[1])), out)
 
 
-def _add_pairs(part: PartRows, block: _Block, lengths: Tensor, sums: Tensor) -> None:
-    """Each entry with each of its row."""
-    ends = lengths.cumsum(0)
-    cuts = torch.searchsorted(ends, torch.arange(0, int(ends[-1]), _PAIRS), right=True).unique().tolist()
-    targets, offsets = sums.view(-1, 2), block.owners * sums.shape[1]
-    first_other = part.starts[block.rows] - (ends - lengths)  # minus the pairs before, which the numbers below count
-    for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True):
-        before, after = int(ends[start] - lengths[start]), int(ends[stop - 1])
-        mine = torch.repeat_interleave(torch.arange(start, stop), lengths[start:stop], output_size=after - before)
-        others = first_other[mine].add_(torch.arange(before, after))
-        terms = torch.ones(after - before, 2, dtype=torch.float64)
-        torch.mul(block.values[mine], part.values[others], out=terms[:, 0])
-        targets.index_add_(0, offsets[mine].add_(part.features[others]), terms)
+_Rows = tuple[Tensor, Tensor, Tensor]
 
 
-def _add_dense(part: PartRows, block: _Block, sums: Tensor) -> None:
+def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, _Rows]:
+    """Which ``rows`` those are, each once, and all that is in them: starts, features and values."""
+    has = torch.zeros(len(part.places), dtype=torch.bool)
+    has[rows] = True
+    some = has.nonzero()[:, 0]
+    if len(some) == len(has):
+        return some, (part.starts, part.features, part.values)
+    lengths = part.lengths[some]
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    total = int(starts[-1])
+    entries = torch.repeat_interleave(part.starts[some] - starts[:-1], lengths, output_size=total)
+    entries += torch.arange(total)
+    return some, (starts, part.features[entries], part.values[entries])
+
+
+_Sparse = tuple[Tensor, Tensor, Tensor, tuple[int, int]]
+"""Starts of rows, columns, values, and the shape."""
+
+
+def _add_product(one: _Sparse, other: _Sparse, out: Tensor) -> None:
+    """``out += one other``."""
+    if _MKL:
+        left, right = (
+            torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape)
+            for starts, columns, values, shape in (one, other)
+        )
+        out += torch.addmm(torch.zeros_like(out, dtype=left.dtype), left, right)
+        return
+    left, right = (
+        torch.sparse_coo_tensor(
+            torch.stack([torch.repeat_interleave(torch.arange(shape[0]), starts.diff()), columns.long()]), values, shape
+        ).coalesce()
+        for starts, columns, values, shape in (one, other)
+    )
+    out += torch.sparse.mm(left, right)
+
+
+def _add_dense(part: PartRows, rows: Tensor, owners: Tensor, values: Tensor, products: Tensor, both: Tensor) -> None:
     """As products of matrices, where most features are active on most tokens."""
-    order = torch.sort(block.rows, stable=True).indices
-    owners, rows, values = block.owners[order], block.rows[order], block.values[order]
+    order = torch.sort(rows, stable=True).indices
+    owners, rows, values = owners[order], rows[order], values[order].double()
     for start in range(0, len(part.places), _ROWS):
         stop = min(start + _ROWS, len(part.places))
         mine = slice(*torch.searchsorted(rows, torch.tensor([start, stop])).tolist())
-        own = torch.zeros(stop - start, len(sums), dtype=torch.float64)
+        own = torch.zeros(stop - start, len(products), dtype=torch.float64)
         own[rows[mine] - start, owners[mine]] = values[mine]
         first, last = int(part.starts[start]), int(part.starts[stop])
         where = torch.repeat_interleave(torch.arange(stop - start), part.lengths[start:stop])
-        everything = torch.zeros(stop - start, sums.shape[1], dtype=torch.float64)
+        everything = torch.zeros(stop - start, products.shape[1], dtype=torch.float64)
         everything[where, part.features[first:last].long()] = part.values[first:last].double()
-        sums[..., 0] += own.T @ everything
-        sums[..., 1] += (own != 0).float().T @ (everything != 0).float()
+        products += own.T @ everything
+        both += (own != 0).float().T @ (everything != 0).float()

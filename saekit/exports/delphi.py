@@ -28,6 +28,7 @@ from saekit.files.tensors import save_tensors
 __all__ = ["DelphiCache", "module_path_of"]
 
 _LEAST = 1e-5  # what delphi takes for zero
+_NARROW = 1 << 16  # numbers below this fit uint16
 _LARGEST = float(np.finfo(np.float16).max)
 _STACKS = re.compile(r"(model\.|transformer\.|gpt_neox\.|language_model\.)+")  # of classes with a head
 _OF_LENS = re.compile(r"blocks\.\d+\..+|hook_\w+|ln_final\.\w+")
@@ -141,7 +142,7 @@ class DelphiCache:
         contexts, positions, own, values = (np.concatenate(one) for one in zip(*columns, strict=True))
         order = np.lexsort((own, positions, contexts))
         locations = np.stack([contexts, positions, own], axis=1)[order]
-        small = locations.max(initial=0) < 1 << 16
+        small = locations.max(initial=0) < _NARROW
         return {
             "locations": torch.from_numpy(locations.astype(np.uint16 if small else np.uint32)),
             "activations": torch.from_numpy(values[order]),

@@ -115,18 +115,13 @@ class SAEDashboard(Schema):
 
     def feature(self, feature: Feature) -> dict[str, Any]:
         """All that is said of a feature."""
-        by_head = self.decoder_by_head(feature)
         return {
             "feature_index": feature.index,
             **self.numbers(feature),
             **self.facts(),
-            "decoder_weights_dist": by_head,
+            "decoder_weights_dist": rounded(feature.head_shares() or [], self.digits),  # of an SAE of heads
             "activations": [*self.activations(feature)],
         }
-
-    def decoder_by_head(self, feature: Feature) -> list[float]:
-        """Each head's share of the norm of its direction, of an SAE of an attention's heads."""
-        return []
 
     def activations(self, feature: Feature) -> Iterator[dict[str, Any]]:
         """The windows, those with the largest activations first."""

@@ -22,6 +22,7 @@ from support.neuronpedia import (
     rows,
     strict,
 )
+from support.saes import at, drawn_sae
 from support.stores import DEAD, HOOK, LastKnown, dense, small_sae, small_store, some_contexts
 
 from saekit.errors import ConfigError, DataError, ModelError
@@ -255,14 +256,14 @@ def _other() -> Any:
 
 
 def test_where_there_is_no_path_to_the_logits_fields_are_empty_and_it_is_said(tmp_path: Path, export: Any) -> None:
-    from support.saes import at, drawn_sae
-
     sae = at(drawn_sae(8), "blocks.0.attn.hook_z", model_name="fake", neuronpedia_id="tiny/0-att-x")
     store = small_store(tmp_path / "features", sae)
     with pytest.warns(UserWarning, match=r"the fields about logits are empty, for .*hook_z"):
         (one, *_) = batches(export(store))[0]["features"]
     assert misfit(one, DASHBOARD["features"][0]) is None  # type: ignore[index]
     assert all(one[name] == [] for name in ("pos_str", "pos_values", "neg_str", "logits_hist_data_bar_values"))
+    rows = sae.W_dec.detach()[one["feature_index"]].unflatten(0, (2, 4)).norm(dim=1)
+    assert np.allclose(one["decoder_weights_dist"], rows / rows.sum(), atol=6e-6), "the share of each of two heads"
     with pytest.raises(ModelError, match=r"nothing can be said of what features do at each token: .* Leave the model"):
         export(store, schema="sae_lens_3", model=LastKnown(), weights=sae, folder=tmp_path / "3")
 

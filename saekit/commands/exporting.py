@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.errors import ConfigError, PlaceError
+from saekit.errors import ConfigError, DataError, PlaceError
 from saekit.exports.naming import NeuronpediaName
 from saekit.exports.settings import SCHEMAS, Choice, Credits, Settings
 from saekit.files.paths import as_path
@@ -41,8 +41,10 @@ def export_neuronpedia(
     per_quantile: int = 5,
     window: tuple[int, int] | None = None,
     seed: int = 0,
+    contributions: bool = False,
     model: object | None = None,
     weights: object | None = None,
+    device: str = "auto",
     about: Mapping[str, str] | None = None,
     overwrite: bool = False,
     verbose: bool = True,
@@ -58,8 +60,8 @@ def export_neuronpedia(
     written, but listed in ``skipped_indexes.json``.  Of others there are the ``top`` windows and ``per_quantile`` from
     each of ``quantiles``, of whole contexts or of ``window`` tokens before and after.
 
-    With a ``model``, the schema of 3.0.0 says what a feature does at each token, by the direct path; ``weights`` is
-    then the SAE, or where it lies, unless ``features`` is that.
+    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path.  That needs
+    the SAE: ``features`` is the run or SAE, or ``weights`` is; and its model, or the one that is given.
 
     Each batch is there whole or not at all.  An export that was interrupted goes on where it stopped when it is asked
     for again; one of something else in ``folder`` is an error, unless ``overwrite``.
@@ -67,8 +69,11 @@ def export_neuronpedia(
     """
     _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
     known = _credits(about or {})
-    if model is not None and schema != "sae_lens_3":
-        raise ConfigError([("model", f"is for the schema 'sae_lens_3': {schema!r} has no place for what it would say")])
+    if contributions and schema != "sae_lens_3":
+        raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
+    if not contributions and (model is not None or weights is not None):
+        given = "weights" if model is None else "model"
+        raise ConfigError([(given, "is for what features do at each token: ask for contributions (--contributions)")])
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
     store = features_of(features)
     one = _one_sae(store, sae)
@@ -81,7 +86,7 @@ def export_neuronpedia(
         choice=Choice(top, quantiles, per_quantile, window, seed),
         credits=known,
     )
-    told = _effects(one, model, features if weights is None else weights)
+    told = _effects(one, contributions, model, features if weights is None else weights, device)
     place = store.folder.with_name(f"{store.folder.name}-neuronpedia") if folder is None else as_path(folder)
     return _written(one, settings, told, place, overwrite, verbose)
 
@@ -243,15 +248,20 @@ def _check(schema: object, batch_size: object, least: object, counts: dict[str, 
         raise ConfigError(problems)
 
 
-def _effects(one: SAEFeatures, model: object | None, weights: object) -> tuple[Any, ...]:
-    """What says what features do at each token, where a model is there to tell."""
-    if model is None:
+def _effects(
+    one: SAEFeatures, contributions: bool, model: object | None, weights: object, device: str
+) -> tuple[Any, ...]:
+    """What says what features do at each token, and of which model, where that is asked for."""
+    if not contributions:
         return ()
-    from saekit.backends.around import as_backend
+    from saekit.commands.material import Material, Text
     from saekit.commands.subjects import subjects_of
+    from saekit.devices import resolve_device
     from saekit.exports.contributions import Contributions
     from saekit.features.store import FeatureStore
+    from saekit.features.subject import checksum
     from saekit.plugins.manager import default_manager
+    from saekit.status import Status
 
     if isinstance(weights, FeatureStore) or (
         isinstance(weights, (str, Path)) and (as_path(weights) / _MANIFEST).is_file()
@@ -260,9 +270,11 @@ def _effects(one: SAEFeatures, model: object | None, weights: object) -> tuple[A
             [("weights", "is missing: what features do at each token is told by the SAE, and a feature store has not "
               "its weights; give it, or where it lies (--weights)")]
         )  # fmt: skip
-    found = subjects_of(weights, default_manager(), device="cpu")
-    if len(found) != 1:
-        raise ConfigError([("weights", f"names several SAEs, {', '.join(found)}: give one")])
-    backend = as_backend(model)
-    (subject,) = found.values()
+    plugins = default_manager()
+    found = subjects_of(weights, plugins, device=resolve_device(device, "device"))
+    subject = next((some for some in found.values() if checksum(some.sae) == one.about.checksum), None)
+    if subject is None:
+        raise DataError(f"{', '.join(found)} is not the SAE whose features were collected as {one.name}: give that one")
+    with Status(verbose=False) as say:
+        backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
     return Contributions.of(one, subject.sae, backend), one.store.manifest.model

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.abilities import KnowsResidualStream, StartsInside
@@ -21,7 +20,6 @@ from saekit.analysis.directions import LogitPath, feature_directions, logit_path
 from saekit.errors import DataError, ModelError
 from saekit.exports.schemas import Effect
 from saekit.features.feature import Feature
-from saekit.features.subject import checksum
 from saekit.features.tables import SAETables
 from saekit.features.windows import Window
 from saekit.protocols import ModelBackend
@@ -37,6 +35,16 @@ _KEPT = 1024  # contexts whose streams are held
 _ROWS = 256  # tokens whose logits are held at once
 
 
+@attrs.frozen
+class _AtToken:
+    """What a feature does at a token on which it is active."""
+
+    loss: float
+    """To the loss of the next one."""
+    raised: Sequence[tuple[int, float]]
+    lowered: Sequence[tuple[int, float]]
+
+
 @attrs.define(eq=False)
 class Contributions:
     """What features of ``sae`` do at tokens of the store's contexts; called with a feature and some of its windows."""
@@ -48,10 +56,16 @@ class Contributions:
     """The last residual stream."""
     _path: LogitPath
     _streams: dict[int, Tensor] = attrs.field(factory=dict)
+    _feature: int = -1
+    _told: dict[tuple[int, int], _AtToken] = attrs.field(factory=dict)
+    """Of that feature, by context and position."""
 
     @classmethod
     def of(cls, features: SAETables, sae: SAEModule, backend: ModelBackend) -> Contributions:
-        """:class:`DataError` for another SAE or model than the store's, :class:`ModelError` without a direct path."""
+        """``sae`` is the very one that the store is of.
+
+        :class:`DataError` for another model than the store's, :class:`ModelError` without a direct path.
+        """
         made_with, own = features.store.manifest.model, backend.fingerprint()
         known = made_with.get("fingerprint")
         if made_with.get("name") != backend.name if known is None or own is None else known != own:
@@ -59,8 +73,6 @@ class Contributions:
                 f"the features were collected with the model {made_with.get('name')!r}, and {backend.name!r} is "
                 "another: give that one (model)"
             )
-        if checksum(sae) != features.about.checksum:
-            raise DataError(f"the SAE is not the one whose features were collected as {features.name}: give that one")
         path = logit_path(sae, backend, _sites(features, sae, backend))
         if isinstance(path, str):
             raise ModelError(f"nothing can be said of what features do at each token: {path}. Leave the model out")
@@ -76,37 +88,58 @@ class Contributions:
     @torch.no_grad()
     def __call__(self, feature: Feature, windows: Sequence[Window]) -> list[Effect]:
         """The effects in each window."""
+        if feature.index != self._feature:
+            self._feature, self._told = feature.index, {}
+        self._tell(feature, windows)
+        return [self._of_window(window) for window in windows]
+
+    def _of_window(self, window: Window) -> Effect:
+        """From what is told of its tokens; the loss of a token is of what the model makes of the one before it."""
+        nothing = _AtToken(0.0, (), ())
+        places = range(window.start, window.start + len(window.ids))
+        told = [self._told.get((window.context, place), nothing) for place in places]
+        before = [self._told.get((window.context, place - 1), nothing) for place in places]
+        return Effect([one.loss for one in before], [one.raised for one in told], [one.lowered for one in told])
+
+    def _tell(self, feature: Feature, windows: Sequence[Window]) -> None:
+        """Of every token of the windows, and the one before each, on which the feature is active: each once."""
         self._read({one.context for one in windows})
+        wanted: dict[tuple[int, int], float] = {}
+        for window in windows:
+            before = min(window.start, 1)
+            values = feature.window(window.context, window.start, (before, len(window.ids) - 1)).values
+            places = range(window.start - before, window.start + len(window.ids))
+            wanted |= {(window.context, n): value for n, value in zip(places, values, strict=True) if value}
+        tokens = [one for one in wanted if one not in self._told]
         number = torch.tensor([feature.index], device=self.sae.device)
         direction = self._path.in_residual_stream(feature_directions(self.sae, number))[0]
-        return [self._of_window(direction, feature, window) for window in windows]
+        for start in range(0, len(tokens), _ROWS):
+            some = tokens[start : start + _ROWS]
+            self._told |= zip(some, self._at(some, [wanted[one] for one in some], direction), strict=True)
 
-    def _of_window(self, direction: Tensor, feature: Feature, window: Window) -> Effect:
-        """One window.  The loss of a token is of what the model makes of the one before it, which may lie outside."""
-        size, before = len(window.ids), min(window.start, 1)
-        values = np.array(feature.window(window.context, window.start, (before, size - 1)).values)
-        loss = [0.0] * size
-        raised: list[list[tuple[int, float]]] = [[] for _ in range(size)]
-        lowered: list[list[tuple[int, float]]] = [[] for _ in range(size)]
-        active = np.flatnonzero(values)
-        for part in np.split(active, range(_ROWS, len(active), _ROWS)) if len(active) else ():
-            change = self._change(window.context, window.start - before + part, values[part], direction)
-            top, bottom = (signed.topk(min(_SHOWN, signed.shape[1])) for signed in (change, -change))
-            for row, place in enumerate((part - before).tolist()):
-                if place >= 0:
-                    raised[place] = [*zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)]
-                    lowered[place] = [*zip(bottom.indices[row].tolist(), (-bottom.values[row]).tolist(), strict=True)]
-                if place + 1 < size:
-                    loss[place + 1] = -float(change[row, window.ids[place + 1]])
-        return Effect(loss, raised, lowered)
-
-    def _change(
-        self, context: int, places: NDArray[np.int64], values: NDArray[np.float64], direction: Tensor
-    ) -> Tensor:
-        """``[n, d_vocab]``: what activations ``values [n]`` at ``places [n]`` do to the logarithms of likelihoods."""
-        stream = self._streams[context][torch.from_numpy(places)].to(self._path.unembedding)
-        amount = torch.from_numpy(values).to(stream)[:, None]
-        return self._log_likely(stream) - self._log_likely(stream - amount * direction.to(stream))
+    def _at(self, tokens: Sequence[tuple[int, int]], values: Sequence[float], direction: Tensor) -> list[_AtToken]:
+        """What is told of ``tokens``, by context and position, on which the feature has ``values``."""
+        weights, size = self._path.unembedding, self.features.store.context_size
+        stream = torch.stack([self._streams[context][place] for context, place in tokens]).to(weights)
+        amount = torch.tensor(values, dtype=torch.float64).to(stream)[:, None]
+        change = self._log_likely(stream) - self._log_likely(stream - amount * direction.to(stream))
+        following = [min(place + 1, size - 1) for _, place in tokens]  # after the last one nobody asks
+        ids = torch.tensor(
+            [self.features.store.contexts[one[0], place] for one, place in zip(tokens, following, strict=True)]
+        )
+        loss = (-change.gather(1, ids.long().to(change.device)[:, None])[:, 0]).tolist()
+        k = min(_SHOWN, change.shape[1])
+        (top, most), (bottom, least) = (
+            (x.indices.tolist(), x.values.tolist()) for x in (change.topk(k), (-change).topk(k))
+        )
+        return [
+            _AtToken(
+                loss[row],
+                [*zip(top[row], most[row], strict=True)],
+                [(token, -value) for token, value in zip(bottom[row], least[row], strict=True)],
+            )
+            for row in range(len(tokens))
+        ]
 
     def _log_likely(self, stream: Tensor) -> Tensor:
         """``[n, d_vocab]`` of last residual streams ``[n, d_model]``."""

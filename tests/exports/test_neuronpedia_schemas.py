@@ -26,6 +26,7 @@ from support.saes import at, drawn_sae
 from support.stores import DEAD, HOOK, LastKnown, dense, small_sae, small_store, some_contexts
 
 from saekit.errors import ConfigError, DataError, ModelError
+from saekit.testing import FakeBackend
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,16 @@ def test_the_bulk_import_has_the_rows_of_its_tables(export: Any, tmp_path: Path)
 
 def test_what_a_feature_does_at_each_token_is_a_difference_of_two_softmaxes(export: Any, tmp_path: Path) -> None:
     sae, backend = small_sae(neuronpedia_id="tiny/3-res-x"), LastKnown()
-    home = export(schema="sae_lens_3", numbers=[2, 7], model=backend, weights=sae, window=(3, 2), top=5, per_quantile=1)
+    home = export(
+        schema="sae_lens_3",
+        numbers=[2, 7],
+        contributions=True,
+        model=backend,
+        weights=sae,
+        window=(3, 2),
+        top=5,
+        per_quantile=1,
+    )
     unembedding, directions = backend.unembedding()[0].double(), sae.W_dec.detach().double()
     contexts = some_contexts()
     texts = ["".join(map(chr, row)) for row in contexts.tolist()]
@@ -236,16 +246,21 @@ def test_without_a_model_nothing_is_said_of_each_token(export: Any, tmp_path: Pa
     assert misfit(told, CONTRIBUTIONS) is None
     assert told == {"pos": [{}] * 12, "neg": [{}] * 12}
     assert window["lossValues"] == []
-    with pytest.raises(ConfigError, match=r"model: is for the schema 'sae_lens_3': 'bulk' has no place"):
-        export(schema="bulk", model=LastKnown())
+    asked: dict[str, Any] = {"schema": "sae_lens_3", "contributions": True, "model": LastKnown()}
+    with pytest.raises(ConfigError, match=r"contributions: are for the schema 'sae_lens_3': 'bulk' has no place"):
+        export(**asked | {"schema": "bulk"})
+    with pytest.raises(ConfigError, match=r"model: is for what features do at each token: ask for contributions"):
+        export(**asked | {"contributions": False})
     with pytest.raises(ConfigError, match=r"weights: is missing: .* a feature store has not its weights"):
-        export(schema="sae_lens_3", model=LastKnown())
-    with pytest.raises(DataError, match=r"the SAE is not the one whose features were collected"):
-        export(schema="sae_lens_3", model=LastKnown(), weights=_other())
+        export(**asked)
+    with pytest.raises(DataError, match=r"is not the SAE whose features were collected as"):
+        export(**asked, weights=_other())
     other = LastKnown()
     other.name = "other"
     with pytest.raises(DataError, match=r"collected with the model 'fake', and 'other' is another"):
-        export(schema="sae_lens_3", model=other, weights=small_sae())
+        export(**asked | {"model": other}, weights=small_sae())
+    with pytest.raises(ModelError, match=r"'fake' does not say which hook holds the last residual stream"):
+        export(**asked | {"model": FakeBackend()}, weights=small_sae())
 
 
 def _other() -> Any:
@@ -265,7 +280,7 @@ def test_where_there_is_no_path_to_the_logits_fields_are_empty_and_it_is_said(tm
     rows = sae.W_dec.detach()[one["feature_index"]].unflatten(0, (2, 4)).norm(dim=1)
     assert np.allclose(one["decoder_weights_dist"], rows / rows.sum(), atol=6e-6), "the share of each of two heads"
     with pytest.raises(ModelError, match=r"nothing can be said of what features do at each token: .* Leave the model"):
-        export(store, schema="sae_lens_3", model=LastKnown(), weights=sae, folder=tmp_path / "3")
+        export(store, schema="sae_lens_3", contributions=True, model=LastKnown(), weights=sae, folder=tmp_path / "3")
 
 
 def test_numbers_that_are_none_are_an_error_and_no_json(tmp_path: Path, export: Any) -> None:

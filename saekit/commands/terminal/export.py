@@ -64,10 +64,12 @@ def neuronpedia(
         str | None, typer.Option(metavar="BEFORE,AFTER", help="Tokens around the one shown; default: its context.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For windows that are drawn.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="The model, for what features do at each token (sae_lens_3).")
-    ] = None,
+    contributions: Annotated[
+        bool, typer.Option("--contributions", help="What features do at each token (sae_lens_3); it takes long.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Another model for that than the SAE's own.")] = None,
     weights: Annotated[str | None, typer.Option(help="The SAE for that, unless FEATURES is its folder.")] = None,
+    device: Annotated[str, typer.Option(help="Where they run.")] = "auto",
     creator: Annotated[str, typer.Option(help="Whose the SAE is (bulk).")] = "",
     release: Annotated[str, typer.Option(help="What its release is called (bulk).")] = "",
     description: Annotated[str, typer.Option(help="What it is (bulk).")] = "",
@@ -82,7 +84,8 @@ def neuronpedia(
         features, folder=folder, neuronpedia_id=neuronpedia_id, schema=schema, sae=sae,
         numbers=feature_numbers(numbers), batch_size=batch_size, min_log_fraction=min_log_fraction, top=top,
         quantiles=quantiles, per_quantile=per_quantile, window=None if window is None else _window(window), seed=seed,
-        model=model, weights=weights, overwrite=overwrite,
+        contributions=contributions, model=model,
+        weights=weights, device=device, overwrite=overwrite,
         about={"creator_name": creator, "release": release, "description": description, "url": url},
     )  # fmt: skip
     typer.echo(home)

@@ -69,11 +69,7 @@ def export_neuronpedia(
     """
     _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
     known = _credits(about or {})
-    if contributions and schema != "sae_lens_3":
-        raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
-    if not contributions and (model is not None or weights is not None):
-        given = "weights" if model is None else "model"
-        raise ConfigError([(given, "is for what features do at each token: ask for contributions (--contributions)")])
+    _check_told(contributions, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
     store = features_of(features)
     one = _one_sae(store, sae)
@@ -231,6 +227,13 @@ def _credits(about: Mapping[str, str]) -> Credits:
                 [("about", f"may have {', '.join(sorted(known))}, each a text; found {name!r}: {value!r}")]
             )
     return Credits(**about)
+
+
+def _check_told(contributions: bool, schema: str, **told: object) -> None:
+    if contributions and schema != "sae_lens_3":
+        raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
+    if not contributions and (given := next((name for name, value in told.items() if value is not None), None)):
+        raise ConfigError([(given, "is for what features do at each token: ask for contributions (--contributions)")])
 
 
 def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:

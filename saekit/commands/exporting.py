@@ -17,6 +17,7 @@ from saekit.exports.naming import NeuronpediaName
 from saekit.exports.settings import SCHEMAS, Choice, Credits, Settings
 from saekit.files.paths import as_path
 from saekit.plugins.text import short
+from saekit.pretrained.catalog import Catalog, find_sae
 
 if TYPE_CHECKING:
     from saekit.features.store import FeatureStore, SAEFeatures
@@ -191,10 +192,16 @@ def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
 
 
 def name_of(sae: str) -> NeuronpediaName:
-    """A name at Neuronpedia as it is written, or that of the SAE of a feature store or a run."""
-    if not as_path(sae).exists():
+    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release."""
+    if as_path(sae).exists():
+        return neuronpedia_name(_one_sae(features_of(sae), None))
+    release, colon, sae_id = sae.rpartition(":")
+    if not colon or "/" in release:
         return NeuronpediaName.of(sae)
-    return neuronpedia_name(_one_sae(features_of(sae), None))
+    found = find_sae(Catalog(()).find(release), sae_id)
+    if found.neuronpedia is None:
+        raise ConfigError([("neuronpedia_id", f"is not known of {sae}: nobody has said that Neuronpedia has it")])
+    return NeuronpediaName.of(found.neuronpedia)
 
 
 def _one_sae(store: FeatureStore, name: str | None) -> SAEFeatures:

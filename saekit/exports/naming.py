@@ -15,7 +15,7 @@ from saekit.errors import ConfigError
 __all__ = ["ADDRESS", "NeuronpediaName", "quick_list_url"]
 
 ADDRESS = "https://neuronpedia.org"
-_ID = re.compile(r"(?P<model>[\w.-]+)/(?P<layer>[^\W_]+)-(?P<set>[\w.-]*?[\w.-])(?:__(?P<suffix>[\w.-]+))?")
+_ID = re.compile(r"(?P<model>\w[\w.-]*)/(?P<layer>[^\W_]+)-(?P<set>[\w.-]+?)(?:__(?P<suffix>[\w.-]+))?")
 
 
 @attrs.frozen

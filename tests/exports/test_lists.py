@@ -97,7 +97,8 @@ def test_every_published_name_is_taken_apart_and_put_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "gpt2-small", "gpt2-small/8", "a/b/8-x", "gpt2-small/8-", "a b/8-x", "a/../8-x", 3, None]
+    "bad",
+    ["", "gpt2-small", "gpt2-small/8", "a/b/8-x", "gpt2-small/8-", "a b/8-x", "a/../8-x", "../8-x", "a/8-x\n", 3, None],
 )
 def test_what_is_no_name_is_refused(bad: Any) -> None:
     with pytest.raises(ConfigError, match=r"neuronpedia_id: must be MODEL/LAYER-SET, such as gpt2-small/8-res-jb"):
@@ -238,5 +239,7 @@ def test_the_command_shows_an_address(store: Any) -> None:
     done = CliRunner().invoke(app, ["export", "list", str(store.folder), "--features", "1,3-4", "--name", "A b"])
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == quick_list_url("tiny/3-res-x", [1, 3, 4], "A b")
+    released = ["export", "list", "gpt2-small-res-jb:blocks.8.hook_resid_pre", "--features", "1"]
+    assert CliRunner().invoke(app, released).stdout.strip() == quick_list_url("gpt2-small/8-res-jb", [1])
     done = CliRunner().invoke(app, ["export", "list", "tiny/3-res-x", "--features", "all"])
     assert "must be numbers, such as 1,2,5-20, for a list of all is none" in str(done.exception)

@@ -17,6 +17,7 @@ from support.neuronpedia import (
     SKIPPED,
     SKIPPED_OF_3,
     SOURCE_ROW,
+    TABLES,
     batches,
     misfit,
     rows,
@@ -26,6 +27,7 @@ from support.saes import at, drawn_sae
 from support.stores import DEAD, HOOK, LastKnown, dense, small_sae, small_store, some_contexts
 
 from saekit.errors import ConfigError, DataError, ModelError
+from saekit.exports.examples import Texts
 from saekit.testing import FakeBackend
 
 
@@ -290,3 +292,29 @@ def test_numbers_that_are_none_are_an_error_and_no_json(tmp_path: Path, export: 
     with pytest.raises(DataError, match=r"feature 0 of \w+.* cannot be written: it holds a number that is not finite"):
         export(store)
     assert not [*(tmp_path / "out").glob("batch*")]
+
+
+def test_a_feature_with_a_sample_of_its_activations_shows_what_is_kept(tmp_path: Path, export: Any, store: Any) -> None:
+    sample = small_store(tmp_path / "sample", max_per_feature=20, top_kept=4)
+    often = int(sample.sae.indices[sample.sae.fired.argmax()])
+    (one,) = batches(export(sample, numbers=[often]))[0]["features"]
+    (whole,) = batches(export(numbers=[often], folder=tmp_path / "whole"))[0]["features"]
+    top = [window for window in one["activations"] if window["bin_min"] == -1]
+    assert 0 < len(top) <= 4
+    assert [max(window["values"]) for window in top] == [max(w["values"]) for w in whole["activations"][: len(top)]]
+    assert {name: one[name] for name in TABLES} == {name: whole[name] for name in TABLES}, "numbers are those of all"
+
+
+class Vocabulary:
+    """The part of a store that has texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self.vocabulary = texts
+
+
+def test_tokens_are_shown_as_neuronpedia_shows_them() -> None:
+    raw: Any = Vocabulary("Ġthe", "Ċ", "ĉx", "é", "", "a", "", "")
+    assert Texts(raw).of([0, 1, 2, 3, 4, 5]) == [" the", "\n", "\tx", "é", "", "a"]
+    assert Texts(raw).of([6, 7, 8, -1]) == ["<|outofrange|>"] * 4, "what fills a vocabulary up is no token"
+    plain: Any = Vocabulary(" the", "Ġ", "<script>")
+    assert Texts(plain).of([0, 1, 2]) == [" the", "Ġ", "<script>"], "a letter of Maltese, where texts are decoded"

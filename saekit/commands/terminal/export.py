@@ -19,7 +19,7 @@ _DELPHI = """
 """
 _LIST = """
     saekit export list gpt2-small/8-res-jb --features 1,2,5-20 --name "What I looked at"
-    saekit export list runs/RUN --features 1,2 --make
+    saekit export list gpt2-small-res-jb:blocks.8.hook_resid_pre --features 1,2 --make
 """
 EXAMPLES = f"{_NEURONPEDIA.rstrip()}{_DELPHI.rstrip()}{_LIST}"
 
@@ -121,7 +121,9 @@ def delphi(
 def quick_list(
     sae: Annotated[
         str,
-        typer.Argument(metavar="ID_OR_FEATURES", help="MODEL/LAYER-SET, or a feature store or run whose SAE says it."),
+        typer.Argument(
+            metavar="ID_OR_SAE", help="MODEL/LAYER-SET, RELEASE:ID, or a feature store or run whose SAE says it."
+        ),
     ],
     numbers: Annotated[str, typer.Option("--features", metavar="NUMBERS", help="Such as 1,2,5-20.")],
     name: Annotated[str, typer.Option(help="What the list is called.")] = "features",

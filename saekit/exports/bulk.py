@@ -51,7 +51,7 @@ class Bulk(SAEDashboard):
 
     def _row(self, table: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name = self.settings.name
-        own = ("feature_index", "activations", "n_prompts_total", "n_tokens_in_prompt", "dataset")
+        own = ("feature_index", "activations", "vector", "n_prompts_total", "n_tokens_in_prompt", "dataset")
         return {
             "modelId": name.model,
             "layer": name.source,
@@ -63,7 +63,7 @@ class Bulk(SAEDashboard):
             "vector": [],
             "vectorLabel": None,
             "vectorDefaultSteerStrength": 10.0,
-            "hookName": None,
+            "hookName": ", ".join(self.sae.about.inputs),
             "topkCosSimIndices": [],
             "topkCosSimValues": [],
             **{key: value for key, value in table.items() if key not in own},

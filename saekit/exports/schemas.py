@@ -120,6 +120,7 @@ class SAEDashboard(Schema):
             **self.numbers(feature),
             **self.facts(),
             "decoder_weights_dist": rounded(feature.head_shares() or [], self.digits),  # of an SAE of heads
+            "vector": [],  # of features that are vectors of somebody's alone
             "activations": [*self.activations(feature)],
         }
 

@@ -185,6 +185,7 @@ def test_the_bulk_import_has_the_rows_of_its_tables(export: Any, tmp_path: Path)
         assert {key: row[key] for key in row if key in one} == {key: one[key] for key in one if key in row}
         mine = [act for act in activations if act["index"] == row["index"]]
         assert [act["values"] for act in mine] == [act["values"] for act in one["activations"]]
+        assert row["hookName"] == HOOK
         assert row["maxActApprox"] == max(act["maxValue"] for act in mine)
     tables = {
         name: strict((home / f"{name}.jsonl").read_bytes()) for name in ("release", "model", "sourceset", "source")

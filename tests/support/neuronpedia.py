@@ -21,7 +21,7 @@ DASHBOARD = {
     "model_id": TEXT, "layer": INT, "sae_set": TEXT, "sae_id_suffix": (TEXT, None),
     "features": [{
         "feature_index": INT, **TABLES, "n_prompts_total": INT, "n_tokens_in_prompt": INT, "dataset": TEXT,
-        "decoder_weights_dist": FLOATS,
+        "decoder_weights_dist": FLOATS, "vector": FLOATS,
         "activations": [{
             "bin_min": FLOAT, "bin_max": FLOAT, "bin_contains": FLOAT, "tokens": TEXTS, "values": FLOATS,
             "qualifying_token_index": INT,

@@ -60,30 +60,36 @@ def _of_block(
     """The tables of the features at the places ``block``."""
     first, last = block
     d_sae = len(sums.fired)
-    products, both = (torch.zeros(last - first, d_sae, dtype=torch.float64) for _ in range(2))
+    exact = torch.float32 if sums.tokens < 1 << 24 else torch.float64  # numbers of tokens are
+    products, both = (torch.zeros(last - first, d_sae, dtype=dtype) for dtype in (torch.float64, exact))
     for part in parts:
         _add(part, first, last, products, both)
     found: dict[str, list[Tensor]] = {}
     step = max(_MEASURED // (8 * d_sae), 1)
-    rows = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
-    for own, some_products, some_both in zip(*rows, strict=True):
-        columns = _measures(own, some_products, some_both, sums)
-        none = (some_both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
+    split = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
+    for own, some_products, some_both in zip(*split, strict=True):
+        some_both[torch.arange(len(own)), own] = 0
+        rows, numbers = some_both.nonzero(as_tuple=True)
+        columns = _measures(own[rows], numbers, some_products[rows, numbers], some_both[rows, numbers], sums)
         for by in ("pearson", "jaccard"):
-            for name, table in strongest(by, columns, k, none).items():
+            values = torch.full(some_products.shape, -torch.inf, dtype=torch.float64)
+            values[rows, numbers] = columns[by]
+            high = columns[by] >= _least(values, k)[rows]
+            some = {name: column[high] for name, column in columns.items()}
+            for name, table in _picked(by, rows[high], numbers[high], some, k, values.shape).items():
                 found.setdefault(f"features_by_{by}_{name}", []).append(table)
     return {name: torch.cat(tables) for name, tables in found.items()}
 
 
-def _measures(own: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
-    """``[b, d_sae]`` each; numbers that are none, of what never varies, are 0."""
-    n = max(sums.tokens, 1)
+def _measures(own: Tensor, others: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
+    """``[pairs]`` each; numbers that are none, of what never varies, are 0."""
+    n, both = max(sums.tokens, 1), both.double()
     fired = sums.fired.double()
-    covariance = products - sums.total[own][:, None] * (sums.total / n)
+    covariance = products - sums.total[own] * (sums.total / n)[others]
     variance = (sums.squares - sums.total.square() / n).clamp_min(0)
-    pearson = covariance / (variance[own][:, None] * variance).sqrt()
-    cosine = products / (sums.squares[own][:, None] * sums.squares).sqrt()
-    jaccard = both / (fired[own][:, None] + fired - both)
+    pearson = covariance / (variance[own] * variance[others]).sqrt()
+    cosine = products / (sums.squares[own] * sums.squares[others]).sqrt()
+    jaccard = both / (fired[own] + fired[others] - both)
     named = {"pearson": pearson, "cos": cosine, "jaccard": jaccard}
     return {name: value.nan_to_num_(0, 0, 0).clamp_(-1, 1) for name, value in named.items()}
 
@@ -113,21 +119,35 @@ def strongest(by: str, columns: dict[str, Tensor], k: int, none: Tensor) -> dict
     filled with -1 and zeros.
     """
     values = columns[by].masked_fill(none, -torch.inf)
+    rows, numbers = ((values >= _least(values, k)[:, None]) & (values > -torch.inf)).nonzero(as_tuple=True)
+    some = {name: column[rows, numbers] for name, column in columns.items()}
+    return _picked(by, rows, numbers, some, k, values.shape)
+
+
+def _least(values: Tensor, k: int) -> Tensor:
+    """``[b]``: the least of the ``k`` largest of each row of ``values [b, n]``."""
     k = min(k, values.shape[1])
-    least = values.topk(k, dim=1).values[:, -1:] if k else values.new_full((len(values), 1), torch.inf)
-    rows, numbers = ((values >= least) & (values > -torch.inf)).nonzero(as_tuple=True)
-    order = np.lexsort((numbers.numpy(), -values[rows, numbers].numpy(), rows.numpy()))
+    return values.topk(k, dim=1).values[:, -1] if k else values.new_full((len(values),), torch.inf)
+
+
+def _picked(
+    by: str, rows: Tensor, numbers: Tensor, columns: dict[str, Tensor], k: int, shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tables of :func:`strongest`, of numbers ``[entries]`` in a matrix of this shape, the ``k`` largest of each
+    row among them."""
+    length, k = shape[0], min(k, shape[1])
+    order = torch.from_numpy(np.lexsort((numbers.numpy(), -columns[by].numpy(), rows.numpy())))
     rows, numbers = rows[order], numbers[order]
-    starts = torch.searchsorted(rows, torch.arange(len(values)))
+    starts = torch.searchsorted(rows, torch.arange(length))
     place = torch.arange(len(rows)) - starts[rows]
     kept = place < k
-    rows, numbers, place = rows[kept], numbers[kept], place[kept]
-    index = torch.full((len(values), k), -1, dtype=torch.int32)
+    rows, numbers, place, order = rows[kept], numbers[kept], place[kept], order[kept]
+    index = torch.full((length, k), -1, dtype=torch.int32)
     index[rows, place] = numbers.int()
     found = {"index": index}
     for name, column in columns.items():
-        found[name] = torch.zeros(len(values), k, dtype=torch.float32)
-        found[name][rows, place] = column[rows, numbers].float()
+        found[name] = torch.zeros(length, k, dtype=torch.float32)
+        found[name][rows, place] = column[order].float()
     return found
 
 
@@ -149,7 +169,7 @@ def _add(part: PartRows, first: int, last: int, products: Tensor, both: Tensor) 
     places = torch.searchsorted(some, rows)
     for values, others, out in (
         (part.values[entries].double(), its_values.double(), products),
-        (torch.ones(len(entries)), torch.ones(len(its_values)), both),
+        (both.new_ones(len(entries)), both.new_ones(len(its_values)), both),
     ):
         own = starts, places, values, (last - first, len(some))
         _add_product(own, (its_starts, its_features, others, (len(some), out.shape[1])), out)
@@ -184,7 +204,7 @@ def _add_product(one: _Sparse, other: _Sparse, out: Tensor) -> None:
             torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape)
             for starts, columns, values, shape in (one, other)
         )
-        out += torch.addmm(torch.zeros_like(out, dtype=left.dtype), left, right)
+        torch.addmm(out, left, right, out=out)
         return
     left, right = (
         torch.sparse_coo_tensor(

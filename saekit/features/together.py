@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.features.merging import PartRows
-from saekit.features.subject import Sums
+from saekit.features.subject import Sums, by_number
 
 __all__ = ["neuron_partners", "strongest", "together"]
 
@@ -23,6 +25,7 @@ _BYTES = 1 << 26  # of one number of each pair of features that is worked on at 
 _MEASURED = 1 << 22  # likewise, where measures are made of sums
 _ROWS = 1024  # likewise, where rows are made dense
 _DENSE = 40  # how many products of dense matrices take as long as one of a pair that is looked up
+_WIDTH = 4096  # of an SAE, for which sums are gone through once for every part: of a wider one, for several parts
 _MKL = torch.backends.mkl.is_available()  # whose product of sparse matrices is the fast one
 
 
@@ -62,8 +65,9 @@ def _of_block(
     d_sae = len(sums.fired)
     exact = torch.float32 if sums.tokens < 1 << 24 else torch.float64  # numbers of tokens are
     products, both = (torch.zeros(last - first, d_sae, dtype=dtype) for dtype in (torch.float64, exact))
-    for part in parts:
-        _add(part, first, last, products, both)
+    together = max(d_sae // _WIDTH, 1)  # of the parts: it hangs on no block, so that sums do not, either
+    for start in range(0, len(parts), together):
+        _add(parts[start : start + together], first, last, products, both)
     found: dict[str, list[Tensor]] = {}
     step = max(_MEASURED // (8 * d_sae), 1)
     split = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
@@ -151,46 +155,78 @@ def _picked(
     return found
 
 
-def _add(part: PartRows, first: int, last: int, products: Tensor, both: Tensor) -> None:
+@attrs.frozen(eq=False)
+class _Block:
+    """The entries of a block of features in a part, and all entries of the rows that they are in."""
+
+    owners: Tensor
+    places: Tensor
+    """Which of the rows each is in."""
+    values: Tensor
+    lengths: Tensor
+    """Of the rows."""
+    features: Tensor
+    others: Tensor
+    """Values of all entries of the rows."""
+
+
+def _add(parts: Sequence[PartRows], first: int, last: int, products: Tensor, both: Tensor) -> None:
     """Add ``Σ x_f x_g`` to ``products`` and the number of tokens with both to ``both [b, d_sae]``, for the features
-    ``first`` to ``last``, of one part.
+    ``first`` to ``last``, of some parts.
 
-    Each sum goes through the part in the order of the text, so it depends neither on blocks nor on threads.
+    Each sum goes through them in the order of the text.
     """
-    entries = part.entries(first, last)
-    if not len(entries):
-        return
-    rows = part.rows(entries)
-    if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
-        _add_dense(part, rows, part.owners(first, last), part.values[entries], products, both)
-        return
-    starts = part.by_feature[first : last + 1] - part.by_feature[first]
-    some, (its_starts, its_features, its_values) = _rows_with(part, rows)
-    places = torch.searchsorted(some, rows)
-    for values, others, out in (
-        (part.values[entries].double(), its_values.double(), products),
-        (both.new_ones(len(entries)), both.new_ones(len(its_values)), both),
-    ):
-        own = starts, places, values, (last - first, len(some))
-        _add_product(own, (its_starts, its_features, others, (len(some), out.shape[1])), out)
+    blocks = []
+    for part in parts:
+        entries = part.entries(first, last)
+        if not len(entries):
+            continue
+        owners, rows, values = part.owners(first, last), part.rows(entries), part.values[entries]
+        if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
+            _add_dense(part, rows, owners, values, products, both)
+        else:
+            some, lengths, inside = _rows_with(part, rows)
+            places = torch.searchsorted(some, rows)
+            blocks.append(_Block(owners, places, values, lengths, part.features[inside], part.values[inside]))
+    if blocks:
+        _add_sparse(blocks, products, both)
 
 
-_Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, _Rows]:
-    """Which ``rows`` those are, each once, and all that is in them: starts, features and values."""
+def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """Which ``rows`` those are, each once, their lengths, and the entries that are in them."""
     has = torch.zeros(len(part.places), dtype=torch.bool)
     has[rows] = True
     some = has.nonzero()[:, 0]
-    if len(some) == len(has):
-        return some, (part.starts, part.features, part.values)
     lengths = part.lengths[some]
-    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    total = int(starts[-1])
-    entries = torch.repeat_interleave(part.starts[some] - starts[:-1], lengths, output_size=total)
-    entries += torch.arange(total)
-    return some, (starts, part.features[entries], part.values[entries])
+    if len(some) == len(has):
+        return some, lengths, slice(None)
+    total = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    inside = torch.repeat_interleave(part.starts[some] - before, lengths, output_size=total)
+    return some, lengths, inside.add_(torch.arange(total))
+
+
+def _add_sparse(blocks: Sequence[_Block], products: Tensor, both: Tensor) -> None:
+    owners, values, features, others, lengths = (
+        torch.cat([getattr(one, name) for one in blocks])
+        for name in ("owners", "values", "features", "others", "lengths")
+    )
+    firsts = [0, *itertools.accumulate(len(one.lengths) for one in blocks)]
+    places = torch.cat([one.places + begin for one, begin in zip(blocks, firsts, strict=False)])
+    if len(blocks) > 1:
+        order = by_number(owners, len(products))
+        owners, values, places = owners[order], values[order], places[order]
+    starts, other_starts = (_starts(x) for x in (torch.bincount(owners, minlength=len(products)), lengths))
+    shapes = (len(products), len(lengths)), (len(lengths), products.shape[1])
+    for own, all_of_them, out in (
+        (values.double(), others.double(), products),
+        (both.new_ones(len(values)), both.new_ones(len(others)), both),
+    ):
+        _add_product((starts, places, own, shapes[0]), (other_starts, features, all_of_them, shapes[1]), out)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 _Sparse = tuple[Tensor, Tensor, Tensor, tuple[int, int]]

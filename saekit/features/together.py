@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.features.merging import PartRows
-from saekit.features.subject import Sums
+from saekit.features.subject import Sums, by_number
 
 __all__ = ["neuron_partners", "strongest", "together"]
 
@@ -23,6 +25,7 @@ _BYTES = 1 << 26  # of one number of each pair of features that is worked on at 
 _MEASURED = 1 << 22  # likewise, where measures are made of sums
 _ROWS = 1024  # likewise, where rows are made dense
 _DENSE = 40  # how many products of dense matrices take as long as one of a pair that is looked up
+_WIDTH = 4096  # of an SAE, for which sums are gone through once for every part: of a wider one, for several parts
 _MKL = torch.backends.mkl.is_available()  # whose product of sparse matrices is the fast one
 
 
@@ -60,30 +63,37 @@ def _of_block(
     """The tables of the features at the places ``block``."""
     first, last = block
     d_sae = len(sums.fired)
-    products, both = (torch.zeros(last - first, d_sae, dtype=torch.float64) for _ in range(2))
-    for part in parts:
-        _add(part, first, last, products, both)
+    exact = torch.float32 if sums.tokens < 1 << 24 else torch.float64  # numbers of tokens are
+    products, both = (torch.zeros(last - first, d_sae, dtype=dtype) for dtype in (torch.float64, exact))
+    together = max(d_sae // _WIDTH, 1)  # of the parts: it hangs on no block, so that sums do not, either
+    for start in range(0, len(parts), together):
+        _add(parts[start : start + together], first, last, products, both)
     found: dict[str, list[Tensor]] = {}
     step = max(_MEASURED // (8 * d_sae), 1)
-    rows = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
-    for own, some_products, some_both in zip(*rows, strict=True):
-        columns = _measures(own, some_products, some_both, sums)
-        none = (some_both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
+    split = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
+    for own, some_products, some_both in zip(*split, strict=True):
+        some_both[torch.arange(len(own)), own] = 0
+        rows, numbers = some_both.nonzero(as_tuple=True)
+        columns = _measures(own[rows], numbers, some_products[rows, numbers], some_both[rows, numbers], sums)
         for by in ("pearson", "jaccard"):
-            for name, table in strongest(by, columns, k, none).items():
+            values = torch.full(some_products.shape, -torch.inf, dtype=torch.float64)
+            values[rows, numbers] = columns[by]
+            high = columns[by] >= _least(values, k)[rows]
+            some = {name: column[high] for name, column in columns.items()}
+            for name, table in _picked(by, rows[high], numbers[high], some, k, values.shape).items():
                 found.setdefault(f"features_by_{by}_{name}", []).append(table)
     return {name: torch.cat(tables) for name, tables in found.items()}
 
 
-def _measures(own: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
-    """``[b, d_sae]`` each; numbers that are none, of what never varies, are 0."""
-    n = max(sums.tokens, 1)
+def _measures(own: Tensor, others: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
+    """``[pairs]`` each; numbers that are none, of what never varies, are 0."""
+    n, both = max(sums.tokens, 1), both.double()
     fired = sums.fired.double()
-    covariance = products - sums.total[own][:, None] * (sums.total / n)
+    covariance = products - sums.total[own] * (sums.total / n)[others]
     variance = (sums.squares - sums.total.square() / n).clamp_min(0)
-    pearson = covariance / (variance[own][:, None] * variance).sqrt()
-    cosine = products / (sums.squares[own][:, None] * sums.squares).sqrt()
-    jaccard = both / (fired[own][:, None] + fired - both)
+    pearson = covariance / (variance[own] * variance[others]).sqrt()
+    cosine = products / (sums.squares[own] * sums.squares[others]).sqrt()
+    jaccard = both / (fired[own] + fired[others] - both)
     named = {"pearson": pearson, "cos": cosine, "jaccard": jaccard}
     return {name: value.nan_to_num_(0, 0, 0).clamp_(-1, 1) for name, value in named.items()}
 
@@ -113,64 +123,110 @@ def strongest(by: str, columns: dict[str, Tensor], k: int, none: Tensor) -> dict
     filled with -1 and zeros.
     """
     values = columns[by].masked_fill(none, -torch.inf)
+    rows, numbers = ((values >= _least(values, k)[:, None]) & (values > -torch.inf)).nonzero(as_tuple=True)
+    some = {name: column[rows, numbers] for name, column in columns.items()}
+    return _picked(by, rows, numbers, some, k, values.shape)
+
+
+def _least(values: Tensor, k: int) -> Tensor:
+    """``[b]``: the least of the ``k`` largest of each row of ``values [b, n]``."""
     k = min(k, values.shape[1])
-    least = values.topk(k, dim=1).values[:, -1:] if k else values.new_full((len(values), 1), torch.inf)
-    rows, numbers = ((values >= least) & (values > -torch.inf)).nonzero(as_tuple=True)
-    order = np.lexsort((numbers.numpy(), -values[rows, numbers].numpy(), rows.numpy()))
+    return values.topk(k, dim=1).values[:, -1] if k else values.new_full((len(values),), torch.inf)
+
+
+def _picked(
+    by: str, rows: Tensor, numbers: Tensor, columns: dict[str, Tensor], k: int, shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tables of :func:`strongest`, of numbers ``[entries]`` in a matrix of this shape, the ``k`` largest of each
+    row among them."""
+    length, k = shape[0], min(k, shape[1])
+    order = torch.from_numpy(np.lexsort((numbers.numpy(), -columns[by].numpy(), rows.numpy())))
     rows, numbers = rows[order], numbers[order]
-    starts = torch.searchsorted(rows, torch.arange(len(values)))
+    starts = torch.searchsorted(rows, torch.arange(length))
     place = torch.arange(len(rows)) - starts[rows]
     kept = place < k
-    rows, numbers, place = rows[kept], numbers[kept], place[kept]
-    index = torch.full((len(values), k), -1, dtype=torch.int32)
+    rows, numbers, place, order = rows[kept], numbers[kept], place[kept], order[kept]
+    index = torch.full((length, k), -1, dtype=torch.int32)
     index[rows, place] = numbers.int()
     found = {"index": index}
     for name, column in columns.items():
-        found[name] = torch.zeros(len(values), k, dtype=torch.float32)
-        found[name][rows, place] = column[rows, numbers].float()
+        found[name] = torch.zeros(length, k, dtype=torch.float32)
+        found[name][rows, place] = column[order].float()
     return found
 
 
-def _add(part: PartRows, first: int, last: int, products: Tensor, both: Tensor) -> None:
+@attrs.frozen(eq=False)
+class _Block:
+    """The entries of a block of features in a part, and all entries of the rows that they are in."""
+
+    owners: Tensor
+    places: Tensor
+    """Which of the rows each is in."""
+    values: Tensor
+    lengths: Tensor
+    """Of the rows."""
+    features: Tensor
+    others: Tensor
+    """Values of all entries of the rows."""
+
+
+def _add(parts: Sequence[PartRows], first: int, last: int, products: Tensor, both: Tensor) -> None:
     """Add ``Σ x_f x_g`` to ``products`` and the number of tokens with both to ``both [b, d_sae]``, for the features
-    ``first`` to ``last``, of one part.
+    ``first`` to ``last``, of some parts.
 
-    Each sum goes through the part in the order of the text, so it depends neither on blocks nor on threads.
+    Each sum goes through them in the order of the text.
     """
-    entries = part.entries(first, last)
-    if not len(entries):
-        return
-    rows = part.rows(entries)
-    if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
-        _add_dense(part, rows, part.owners(first, last), part.values[entries], products, both)
-        return
-    starts = part.by_feature[first : last + 1] - part.by_feature[first]
-    some, (its_starts, its_features, its_values) = _rows_with(part, rows)
-    places = torch.searchsorted(some, rows)
-    for values, others, out in (
-        (part.values[entries].double(), its_values.double(), products),
-        (torch.ones(len(entries)), torch.ones(len(its_values)), both),
-    ):
-        own = starts, places, values, (last - first, len(some))
-        _add_product(own, (its_starts, its_features, others, (len(some), out.shape[1])), out)
+    blocks = []
+    for part in parts:
+        entries = part.entries(first, last)
+        if not len(entries):
+            continue
+        owners, rows, values = part.owners(first, last), part.rows(entries), part.values[entries]
+        if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
+            _add_dense(part, rows, owners, values, products, both)
+        else:
+            some, lengths, inside = _rows_with(part, rows)
+            places = torch.searchsorted(some, rows)
+            blocks.append(_Block(owners, places, values, lengths, part.features[inside], part.values[inside]))
+    if blocks:
+        _add_sparse(blocks, products, both)
 
 
-_Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, _Rows]:
-    """Which ``rows`` those are, each once, and all that is in them: starts, features and values."""
+def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """Which ``rows`` those are, each once, their lengths, and the entries that are in them."""
     has = torch.zeros(len(part.places), dtype=torch.bool)
     has[rows] = True
     some = has.nonzero()[:, 0]
-    if len(some) == len(has):
-        return some, (part.starts, part.features, part.values)
     lengths = part.lengths[some]
-    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    total = int(starts[-1])
-    entries = torch.repeat_interleave(part.starts[some] - starts[:-1], lengths, output_size=total)
-    entries += torch.arange(total)
-    return some, (starts, part.features[entries], part.values[entries])
+    if len(some) == len(has):
+        return some, lengths, slice(None)
+    total = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    inside = torch.repeat_interleave(part.starts[some] - before, lengths, output_size=total)
+    return some, lengths, inside.add_(torch.arange(total))
+
+
+def _add_sparse(blocks: Sequence[_Block], products: Tensor, both: Tensor) -> None:
+    owners, values, features, others, lengths = (
+        torch.cat([getattr(one, name) for one in blocks])
+        for name in ("owners", "values", "features", "others", "lengths")
+    )
+    firsts = [0, *itertools.accumulate(len(one.lengths) for one in blocks)]
+    places = torch.cat([one.places + begin for one, begin in zip(blocks, firsts, strict=False)])
+    if len(blocks) > 1:
+        order = by_number(owners, len(products))
+        owners, values, places = owners[order], values[order], places[order]
+    starts, other_starts = (_starts(x) for x in (torch.bincount(owners, minlength=len(products)), lengths))
+    shapes = (len(products), len(lengths)), (len(lengths), products.shape[1])
+    for own, all_of_them, out in (
+        (values.double(), others.double(), products),
+        (both.new_ones(len(values)), both.new_ones(len(others)), both),
+    ):
+        _add_product((starts, places, own, shapes[0]), (other_starts, features, all_of_them, shapes[1]), out)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 _Sparse = tuple[Tensor, Tensor, Tensor, tuple[int, int]]
@@ -184,7 +240,7 @@ def _add_product(one: _Sparse, other: _Sparse, out: Tensor) -> None:
             torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape)
             for starts, columns, values, shape in (one, other)
         )
-        out += torch.addmm(torch.zeros_like(out, dtype=left.dtype), left, right)
+        torch.addmm(out, left, right, out=out)
         return
     left, right = (
         torch.sparse_coo_tensor(

@@ -48,7 +48,7 @@ def test_how_often_features_fire_may_be_a_stores(store: Any, saes: Any, collect:
     found = saekit.feature_statistics({"other name": saes["two"]}, fractions=store, logits=False, verbose=False)
     with np.errstate(divide="ignore"):
         assert found["log_feature_sparsity"].tolist() == np.log10(store.saes["two"].firing_fraction).tolist()
-    with pytest.raises(ConfigError, match=r"fractions: are of a feature store of other SAEs: .* has one, two, and none"):
+    with pytest.raises(ConfigError, match=r"fractions: are of a feature store of other SAEs: .* has one, two, and no"):
         saekit.feature_statistics({"x": drawn_sae(8, d_sae=24)}, fractions=store, logits=False, verbose=False)
     some = collect(saes["one"], tmp_path / "some", features=[3, 20])
     with pytest.raises(ConfigError, match=r"fractions: are of 2 of the 24 features of one, which are in .*collect all"):

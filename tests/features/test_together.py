@@ -12,6 +12,7 @@ from support.saes import at, drawn_sae
 from support.tiny import hooked_transformer
 
 import saekit
+from saekit.features import collect as collecting
 from saekit.features import together as firing
 from saekit.testing import FakeBackend
 
@@ -76,19 +77,22 @@ def test_sums_by_any_blocks_products_and_threads_are_the_same(
 
     usual = partners(store.saes["one"])
     calls: list[str] = []
+    monkeypatch.setattr(firing, "_DENSE", 0)
+    monkeypatch.setattr(collecting, "UNIT_TOKENS", 60)
+    monkeypatch.setattr(collecting, "PART_TOKENS", 120)
     ways = {
-        "_add_product": ({"_BYTES": 1, "_DENSE": 0}, {"_DENSE": 0, "_MEASURED": 1}, {"_DENSE": 0, "_MKL": False}),
+        "_add_product": ({"_BYTES": 1, "_WIDTH": 1}, {"_MEASURED": 1}, {"_MKL": False}),
         "_add_dense": ({"_DENSE": 1 << 40, "_ROWS": 17}, {"_DENSE": 1 << 40, "_BYTES": 1}),
     }
     for way, options in ways.items():
         for number, changed in enumerate(options):
             calls.clear()
-            for name, value in changed.items():
-                monkeypatch.setattr(firing, name, value)
-            for name in ways:
-                monkeypatch.setattr(firing, name, counting(getattr(firing, name), calls))
-            other = collect(saes["one"], tmp_path / f"{way}-{number}")
-            monkeypatch.undo()
+            with monkeypatch.context() as patch:
+                for name, value in changed.items():
+                    patch.setattr(firing, name, value)
+                for name in ways:
+                    patch.setattr(firing, name, counting(getattr(firing, name), calls))
+                other = collect(saes["one"], tmp_path / f"{way}-{number}")
             assert partners(other.sae) == usual
             assert set(calls) == {way}
 
@@ -97,6 +101,9 @@ def test_blocks_and_threads_change_no_byte(
     saes: Any, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(firing, "_DENSE", 0)
+    monkeypatch.setattr(firing, "_WIDTH", 8)  # then sums of three parts are made together
+    for name, tokens in (("UNIT_TOKENS", 60), ("PART_TOKENS", 120)):
+        monkeypatch.setattr(collecting, name, tokens)
     folders = []
     for size, threads in ((1 << 26, 1), (1, 1), (1500, 3)):
         monkeypatch.setattr(firing, "_BYTES", size)

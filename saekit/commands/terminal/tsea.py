@@ -49,6 +49,9 @@ def tsea(
     skewed: Annotated[
         int | None, typer.Option("--skewed", metavar="N", help="So many whose logits are skewed most to the right.")
     ] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="A feature store, by which features are taken that fire.")
+    ] = None,
     permutations: Annotated[
         int, typer.Option(help="Random orders of tokens that scores are compared with; 0: none.")
     ] = 1000,
@@ -60,13 +63,13 @@ def tsea(
     """Find which sets of tokens features promote or suppress, and draw it (token set enrichment analysis)."""
     from pathlib import Path
 
-    from saekit.commands.analyzing import token_set_enrichment
+    from saekit.commands.analyzing import opened_store, token_set_enrichment
     from saekit.commands.asked import asked_features, lines_of, named_patterns
     from saekit.plugins.text import printable
 
     how, k = asked_features(features, random, skewed)
     found = token_set_enrichment(
-        sae, sets, model=model, features=how, k=k, regex=named_patterns(regex or []),
+        sae, sets, model=model, features=how, k=k, fractions=opened_store(store), regex=named_patterns(regex or []),
         names=None if names is None else lines_of(names), permutations=permutations, seed=seed, out=out, device=device,
     )  # fmt: skip
     by = ["p", "score"] if permutations else ["score"]

@@ -15,6 +15,7 @@ from .commands.looking import top_texts as top_texts
 from .commands.pushing import push_to_hub as push_to_hub
 from .commands.serving import serve_dashboard as serve_dashboard
 from .commands.showing import show_feature as show_feature
+from .commands.splicing import splice as splice
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig
@@ -38,7 +39,6 @@ from .saved import PretrainedSAE as PretrainedSAE
 from .saved import SAEFiles as SAEFiles
 from .site import Site as Site
 from .site import Sites as Sites
-from .splicing.context import splice as splice
 from .values import Batch as Batch
 from .values import Forward as Forward
 from .values import Ports as Ports

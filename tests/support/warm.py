@@ -34,11 +34,18 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 HEAVY = ("torch", "transformers", "datasets", "transformer_lens")
+"""What takes seconds, and no command needs that finds a mistake."""
 LIGHT = (
     "saekit.cli", "saekit.commands.preflight", "saekit.config", "saekit.plugins.listing", "saekit.plugins.manager",
     "yaml",
 )  # fmt: skip
 """What the command line itself and mistakes on it import."""
+JOBS = (
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "rich.progress", "rich.table", "saekit.commands.jobs",
+    "saekit.commands.outcome", "saekit.evals.engine", "saekit.kernels.step", "saekit.pretrained.load",
+    "saekit.reports.curves", "saekit.runs.supervised",
+)  # fmt: skip
+"""What training and evaluating import."""
 
 
 class Server:
@@ -70,7 +77,7 @@ class Server:
 @functools.cache
 def server(heavy: bool) -> Server:
     """The one of this process; the light one has not imported torch, nor what takes as long."""
-    return Server(LIGHT + HEAVY if heavy else LIGHT)
+    return Server(LIGHT + HEAVY + JOBS if heavy else LIGHT)
 
 
 def python(

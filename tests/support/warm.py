@@ -137,8 +137,11 @@ def _serve(connection: socket.socket) -> tuple[Any, list[int]]:
 
 
 def _stream(number: int, environment: Mapping[str, str], errors: str, buffering: int) -> TextIO:
+    assert sys.__stdin__ is not None
     encoding, _, named = environment.get("PYTHONIOENCODING", "").partition(":")
-    return open(number, "w", buffering, encoding=encoding or None, errors=named or errors, closefd=False)
+    return open(
+        number, "w", buffering, encoding=encoding or sys.__stdin__.encoding, errors=named or errors, closefd=False
+    )
 
 
 def _filter(options: Iterable[str], n_own: int) -> None:

@@ -43,7 +43,7 @@ def statistics(sae: SAETables, *, logits: bool = True) -> DataFrame:
 
 
 def fractions_of(stored: Sequence[SAETables], sae: SAEModule, name: str) -> Tensor:
-    """``[d_sae]``: on which fraction of the tokens of a store, whose SAEs ``stored`` are, each feature of ``sae`` fires.
+    """``[d_sae]``: on which fraction of the tokens of a store with the SAEs ``stored`` each feature of ``sae`` fires.
 
     :class:`ConfigError` for an SAE that is not in the store, by its weights, or not with all its features.
     """

@@ -55,9 +55,9 @@ def fractions_of(stored: Sequence[SAETables], sae: SAEModule, name: str) -> Tens
             [("fractions", f"are of a feature store of other SAEs: {where} has {names}, and none with "
               f"the weights of {name}")]
         )  # fmt: skip
-    if len(found) < sae.d_sae:
+    if len(found.indices) < sae.d_sae:
         raise ConfigError(
-            [("fractions", f"are of {len(found):,} of the {sae.d_sae:,} features of {name}, which are in {where}; "
+            [("fractions", f"are of {len(found.indices):,} of the {sae.d_sae:,} features of {name}, which are in {where}; "
               "collect all of them, or take the statistics of the store itself")]
         )  # fmt: skip
     return torch.from_numpy(found.firing_fraction)

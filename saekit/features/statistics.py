@@ -57,7 +57,7 @@ def fractions_of(stored: Sequence[SAETables], sae: SAEModule, name: str) -> Tens
         )  # fmt: skip
     if len(found.indices) < sae.d_sae:
         raise ConfigError(
-            [("fractions", f"are of {len(found.indices):,} of the {sae.d_sae:,} features of {name}, which are in {where}; "
-              "collect all of them, or take the statistics of the store itself")]
+            [("fractions", f"are of {len(found.indices):,} of the {sae.d_sae:,} features of {name}, which are in "
+              f"{where}; collect all of them, or take the statistics of the store itself")]
         )  # fmt: skip
     return torch.from_numpy(found.firing_fraction)

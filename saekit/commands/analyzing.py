@@ -160,7 +160,7 @@ def _by_name(fractions: Any, subjects: Mapping[str, Subject]) -> dict[str, Any]:
     if isinstance(fractions, FeatureStore):
         from saekit.features.statistics import fractions_of
 
-        return {name: fractions_of(fractions, one.sae, name) for name, one in subjects.items()}
+        return {name: fractions_of([*fractions.saes.values()], one.sae, name) for name, one in subjects.items()}
     if not isinstance(fractions, Mapping):
         if len(subjects) > 1:
             told = f"must be a mapping of the names {', '.join(subjects)}, where there are several SAEs"

@@ -65,21 +65,17 @@ def collect_features(
 
     ``saes``, ``model``, ``dataset``, ``contexts``, ``n_contexts``, ``context_size``, ``site``, ``device``,
     ``exclude_special_tokens``, ``seqpos_slice`` and ``mask`` are as for :func:`saekit.evaluate`; all SAEs must be of
-    one model and read the same contexts.  Of a text whose mask an SAE was trained with, those tokens count that it
-    leaves.
-
-    ``features`` are the numbers of those that are wanted, for every SAE or, as a mapping,
-    by the SAEs' names; activations are those that the SAE gives of all its features together.
+    one model and read the same contexts.  ``features`` are the numbers of those that are wanted, for every SAE or, as a
+    mapping, by the SAEs' names; activations are those that the SAE gives of all its features together.
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
     neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
-    the model's forwards.
+    forwards.  What all this needs is said before it begins.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
-    stopped, when it is asked for again; a store that is there already is opened.  One of something else is an error,
-    unless ``overwrite``.  What it needs is said before it begins.  :class:`saekit.errors.SaekitError` for what cannot
-    be found, does not fit or has no room.
+    stopped, when it is asked for again; a store that is there is opened; one of something else is an error, unless
+    ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
@@ -95,9 +91,8 @@ def collect_features(
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
         _check_place(place := beside(found) if folder is None else as_path(folder))
-        text = Text(
-            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
-        )
+        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
+                    mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,6 @@ from saekit.sae.module import SAEModule
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from saekit.features.store import FeatureStore
 
 __all__ = ["fractions_of", "statistics"]
 
@@ -43,22 +42,22 @@ def statistics(sae: SAETables, *, logits: bool = True) -> DataFrame:
     )
 
 
-def fractions_of(store: FeatureStore, sae: SAEModule, name: str) -> Tensor:
-    """``[d_sae]``: on which fraction of the store's tokens each feature of ``sae`` fires.
+def fractions_of(stored: Sequence[SAETables], sae: SAEModule, name: str) -> Tensor:
+    """``[d_sae]``: on which fraction of the tokens of a store with the SAEs ``stored`` each feature of ``sae`` fires.
 
     :class:`ConfigError` for an SAE that is not in the store, by its weights, or not with all its features.
     """
     own = checksum(sae)
-    found = next((one for one in store.saes.values() if one.about.checksum == own), None)
-    where = repr(str(store.folder))
+    found = next((one for one in stored if one.about.checksum == own), None)
+    where, names = repr(str(stored[0].store.folder)), ", ".join(one.name for one in stored)
     if found is None:
         raise ConfigError(
-            [("fractions", f"are of a feature store of other SAEs: {where} has {', '.join(store.saes)}, and none with "
+            [("fractions", f"are of a feature store of other SAEs: {where} has {names}, and none with "
               f"the weights of {name}")]
         )  # fmt: skip
-    if len(found) < sae.d_sae:
+    if len(found.indices) < sae.d_sae:
         raise ConfigError(
-            [("fractions", f"are of {len(found):,} of the {sae.d_sae:,} features of {name}, which are in {where}; "
-              "collect all of them, or take the statistics of the store itself")]
+            [("fractions", f"are of {len(found.indices):,} of the {sae.d_sae:,} features of {name}, which are in "
+              f"{where}; collect all of them, or take the statistics of the store itself")]
         )  # fmt: skip
     return torch.from_numpy(found.firing_fraction)

@@ -4,7 +4,7 @@
 
 Every command and block of ``walk.md`` is run as it stands, in a folder without a run, or in one where an earlier call
 has left one: then what trains is not run again.  What a block prints goes below it, as text.  Pictures are taken by
-Chromium, and go to ``images``.  ``gallery.json.gz`` is the data of a dashboard, which ``conf.py`` makes a page of.
+Chromium, and go to ``images``.  ``gallery.json.gz`` is the data of a dashboard; ``gallery_page.py`` makes a page of it.
 
 The names of :data:`GALLERY` are of the features of one run.  Where another torch made others, read them anew.
 """
@@ -30,13 +30,13 @@ import saekit
 
 DOCS = Path(__file__).parent
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-COLORS = 128  # of a picture
+MOST = 120_000  # bytes of a picture
 GALLERY = {
     595: "the name of an exception comes next",
     149: "after may, will, should: be",
     488: "which, that, this: what it does comes next",
     241: "= of an argument: its value comes next",
-    391: "a value of an argument has ended",
+    391: "the value of an argument: a comma or ) comes next",
     852: "is and isinstance in a condition",
     171: "import: a module comes next",
     27: "a call with a text comes next",
@@ -45,17 +45,21 @@ GALLERY = {
     558: "used, returned, defined: by, as, from come next",
     47: "len: a parenthesis comes next",
 }
+FIND = """
+const search = document.getElementById('search');
+search.value = 'None';
+search.dispatchEvent(new Event('input', {bubbles: true}));
+document.getElementById('theme').click();
+"""
+LOWER = "document.querySelectorAll('#feature .group')[1].scrollIntoView()"
+TOKEN = "document.querySelectorAll('#feature .group .token.peak')[3].focus()"
 PARTS = [
-    ("gallery-partners.png", "[...document.querySelectorAll('#feature .card')].at(-3).scrollIntoView()", "#488"),
-    ("gallery-quantiles.png", "document.querySelectorAll('#feature .group')[1].scrollIntoView()", "#595"),
-    (
-        "gallery-search.png",
-        "const s = document.getElementById('search'); s.value = 'None';"
-        " s.dispatchEvent(new Event('input', {bubbles: true})); document.getElementById('theme').click()",
-        "#852",
-    ),
+    ("gallery-texts.png", LOWER, "#595", (1180, 600)),
+    ("gallery-token.png", TOKEN, "#595", (1180, 480)),
+    ("gallery-phone.png", "", "#149", (420, 760)),
+    ("gallery-search.png", FIND, "#852", (1180, 480)),
 ]
-"""Pictures of the gallery: what is done before each, and the feature."""
+"""Pictures of the gallery: what is done before each, the feature, and the size."""
 
 
 def followed(page: Path, folder: Path) -> dict[str, Any]:
@@ -112,9 +116,11 @@ def pictured(driver: Any, page: Path, target: str, *, size: tuple[int, int], at:
 
 
 def kept(image: Image.Image, target: str) -> None:
-    """A picture of few colors, which is small."""
+    """A picture in ``images``; of fewer colors, if it is large."""
     place = DOCS / "images" / target
-    image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(place, optimize=True)
+    (image := image.convert("RGB")).save(place, optimize=True)
+    if place.stat().st_size > MOST:
+        image.quantize(256, dither=Image.Dither.NONE).save(place, optimize=True)
     print(f"{place.name}: {place.stat().st_size / 1000:,.0f} kB")
 
 
@@ -134,9 +140,11 @@ def gallery(folder: Path) -> Path:
 def pictures(names: dict[str, Any], folder: Path) -> None:
     """All of both pages."""
     curves = Image.open(folder / "runs" / "walk" / "curves.png")
-    kept(curves, "walk-curves.png")
+    kept(curves.crop((0, 0, curves.width, int(0.4 * curves.height))), "walk-curves.png")
     sets = folder / "sets.html"
-    names["found"].overlay(names["feature"].index).write_html(sets, include_plotlyjs=True)
+    names["found"].overlay(names["feature"].index).write_html(
+        sets, include_plotlyjs=True, config={"displayModeBar": False}
+    )
     shown, every = gallery(folder), folder / "runs" / "walk" / "dashboard.html"
     one = f"#{names['feature'].index}"
     with browser() as driver:
@@ -144,8 +152,8 @@ def pictures(names: dict[str, Any], folder: Path) -> None:
         pictured(driver, folder / "named.html", "walk-named.png", size=(1180, 800), at=one)
         pictured(driver, sets, "walk-sets.png", size=(900, 420))
         pictured(driver, shown, "gallery.png", size=(1180, 760), at="#149")
-        for target, part, at in PARTS:
-            pictured(driver, shown, target, size=(1180, 560), at=at, do=part)
+        for target, part, at, size in PARTS:
+            pictured(driver, shown, target, size=size, at=at, do=part)
 
 
 def main() -> None:

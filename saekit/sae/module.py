@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
+from saekit.distributed.share import WHOLE, Share
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
@@ -56,6 +57,9 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     scaling_factor: nn.Parameter | None
     reads_sequences: ClassVar[bool] = False
     """Whether features depend on the positions before theirs: then it takes ``[batch, position, d_in]`` alone."""
+    share: Share = WHOLE
+    """What this process has of a training step, of the rows and of the features: all of both, unless there are several
+    processes.  See :class:`saekit.distributed.Share`."""
     why_no_training: ClassVar[str | None] = None
     """Of an architecture that is for inference alone: why, in words.  None: it defines :meth:`losses`."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
 from saekit.protocols import ModelBackend
@@ -55,6 +56,8 @@ class SAETrainer:
     tokens: int = 0
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
+    world: World = ALONE
+    """The processes that train it together."""
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)

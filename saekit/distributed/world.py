@@ -1,0 +1,108 @@
+"""All processes of a run: which this one is, and in what groups they work.
+
+``torchrun`` starts them and tells each its number in its environment; the only place that makes process groups is
+:func:`open_world`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import attrs
+
+from saekit.config.distributed import DistributedConfig
+from saekit.distributed.group import Group, JoinedGroup
+from saekit.distributed.launched import Launched, check_mesh
+from saekit.distributed.share import WHOLE, Share
+
+__all__ = ["ALONE", "World", "open_world"]
+
+
+@attrs.frozen(eq=False)
+class World:
+    """The processes of a run, ``data × features``: process ``d · features + f`` has rows ``d``, features ``f``."""
+
+    all: Group = attrs.field(factory=Group)
+    """Every process."""
+    data: Group = attrs.field(factory=Group)
+    """Those with the same features, among which batches are split."""
+    features: Group = attrs.field(factory=Group)
+    """Those with the same rows, among which features are split."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self.all.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.all.size
+
+    @property
+    def main(self) -> bool:
+        """Whether it is this process that writes, logs and shows."""
+        return self.all.rank == 0
+
+    def share(self, rows: int, counts: tuple[int, ...] | None, d_sae: int) -> Share:
+        """This process's part of a step on ``rows``, where ``counts`` are those of every data group.
+
+        None: every group has the same rows, which are the whole batch.  ``d_sae`` are its own features.
+        """
+        if self.size == 1:
+            return WHOLE
+        split = counts is not None and self.data.size > 1
+        return Share(
+            self.data if split else Group(),
+            self.features,
+            first_row=sum(counts[: self.data.rank]) if split and counts is not None else 0,
+            of_rows=sum(counts) if split and counts is not None else None,
+            first_feature=self.features.rank * d_sae,
+            of_features=self.features.size * d_sae,
+        )
+
+
+ALONE = World()
+"""One process."""
+
+
+@contextlib.contextmanager
+def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[World]:
+    """The processes that ``torchrun`` has started, as ``config`` arranges them; one process is :data:`ALONE`.
+
+    Where some other code has made the process group, that is used, and stays.  :class:`saekit.errors.ConfigError` for
+    numbers that do not fit.
+    """
+    launched = Launched.here(os.environ)
+    data, features = check_mesh(config, launched)
+    if launched.size == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    ours = not dist.is_initialized()
+    if cuda:
+        torch.cuda.set_device(launched.local_rank)
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    try:
+        order = torch.arange(launched.size).view(data, features)
+        groups = {}
+        for name, lines in (("data", order.T), ("features", order)):
+            made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
+            place = next(number for number, line in enumerate(lines) if launched.rank in line)
+            groups[name] = made[place]
+        mesh = DeviceMesh.from_group(
+            [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
+        )
+        every = dist.new_group(timeout=timeout)
+        yield World(JoinedGroup(every), JoinedGroup(mesh.get_group("data")), JoinedGroup(mesh.get_group("features")))
+    finally:
+        if ours:
+            dist.destroy_process_group()

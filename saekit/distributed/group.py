@@ -43,6 +43,10 @@ class Group:
         """The plain objects of every process, in their order."""
         return [value]
 
+    def __deepcopy__(self, memo: object) -> Group:
+        """There is one of each."""
+        return self
+
     def once(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, which the first process does for all; what it raises is raised in all."""
         return work()

@@ -53,88 +53,110 @@ class Share:
 
     rows: Group = attrs.field(factory=Group)
     features: Group = attrs.field(factory=Group)
-    first_row: int = 0
-    """The number of this process's first row in the batch."""
-    of_rows: int | None = None
-    """Rows of the whole batch; None: this process has all of them."""
-    first_feature: int = 0
-    """The number of this process's first feature."""
-    of_features: int | None = None
-    """Features of the whole SAE; None: this process has all of them."""
-
-    # ---- of all rows
-
-    def row_sum(self, values: Tensor) -> Tensor:
-        """``Σ`` over the rows of the whole batch of ``values [n, ...]``.  No gradient flows where there are several."""
-        return values.sum(0) if self.rows.size == 1 else self.rows.sum(values.sum(0))
-
-    def row_mean(self, values: Tensor) -> Tensor:
-        """The mean over the rows of the whole batch, likewise."""
-        if self.rows.size == 1:
-            return values.mean(0)
-        assert self.of_rows is not None
-        return self.rows.sum(values.sum(0)) / self.of_rows
-
-    def total(self, value: Tensor) -> Tensor:
-        """The sum over the row groups of a ``value`` that is a sum over own rows; no gradient."""
-        return self.rows.sum(value)
-
-    def n(self, rows: int) -> int:
-        """Rows of the whole batch, of which this process has ``rows``."""
-        return rows if self.of_rows is None else self.of_rows
-
-    # ---- of all features
-
-    def sum(self, part: Tensor) -> Tensor:
-        """The sum over all features, of which ``part`` is that over own ones, with its gradient."""
-        return part if self.features.size == 1 else _Summed.apply(part, self.features)  # type: ignore[no-untyped-call]
-
-    def alike(self, value: Tensor) -> Tensor:
-        """``value``, which all processes have alike, where it meets own features alone: its gradient is that of all."""
-        return value if self.features.size == 1 else _Alike.apply(value, self.features)  # type: ignore[no-untyped-call]
-
-    def count(self, own: Tensor) -> Tensor:
-        """How many of all features are, of which ``own [d_sae]`` says so of own ones: a scalar."""
-        return self.features.sum(own.sum())
-
-    def any(self, own: Tensor) -> bool:
-        """Whether any feature is; the device is waited for."""
-        return bool(self.count(own) > 0)
-
-    def largest(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Of each row of ``values [..., d_sae]``, those of own features that are among the ``k`` largest of all.
-
-        Their places, ``[..., m]``, and whether each of these is one, ``[..., m]`` bool; of one process all are.
-        """
-        found = values.topk(min(k, values.shape[-1]), dim=-1, sorted=False)
-        if self.features.size == 1:
-            return found.indices, torch.ones_like(found.indices, dtype=torch.bool)
-        return found.indices, self.among_largest(found.values, k)
-
-    def among_largest(self, values: Tensor, k: int) -> Tensor:
-        """Which of ``values [..., m]``, candidates of own features, are among the ``k`` largest of all candidates."""
-        everywhere = torch.cat(self.features.gather(values), dim=-1)
-        best = everywhere.topk(min(k, everywhere.shape[-1]), dim=-1, sorted=False).indices
-        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(-1, best, True)
-        first = self.features.rank * values.shape[-1]
-        return chosen[..., first : first + values.shape[-1]]
-
-    # ---- of both
+    counts: tuple[int, ...] = ()
+    """Rows of each process of ``rows``; empty: this process has all of them."""
 
     @property
     def split(self) -> bool:
         """Whether other processes have other rows or features."""
         return self.rows.size > 1 or self.features.size > 1
 
+    # ---- of all rows
+
+    def n(self, rows: int) -> int:
+        """Rows of the whole batch, of which this process has ``rows``."""
+        return rows if self.rows.size == 1 else sum(self.counts)
+
+    def row_mean(self, values: Tensor) -> Tensor:
+        """The mean ``[...]`` of ``values [n, ...]`` over the rows of the whole batch; without a gradient if that is
+        split."""
+        if self.rows.size == 1:
+            return values.mean(0)
+        return self.rows.sum(values.sum(0)) / self.n(len(values))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The same of ``values [n]``: a scalar."""
+        return values.mean() if self.rows.size == 1 else self.row_mean(values)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the whole batch, of which ``value`` is that over own rows; without a gradient if it is split."""
+        return self.rows.sum(value)
+
+    def all_rows(self, values: Tensor) -> Tensor:
+        """``values [n, ...]`` of all rows of the whole batch, in their order."""
+        return values if self.rows.size == 1 else torch.cat(self.rows.gather_rows(values, self.counts))
+
+    # ---- of all features
+
+    @property
+    def parts(self) -> int:
+        """In how many parts features are split."""
+        return self.features.size
+
+    def first_feature(self, own: int) -> int:
+        """The number of this process's first feature, of which it has ``own``."""
+        return self.features.rank * own
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum over all features, of which ``part`` is that over own ones, with its gradient."""
+        return part if self.parts == 1 else _Summed.apply(part, self.features)  # type: ignore[no-untyped-call]
+
+    def alike(self, value: Tensor) -> Tensor:
+        """``value``, which all processes have alike, where it meets own features alone: its gradient is that of all."""
+        return value if self.parts == 1 else _Alike.apply(value, self.features)  # type: ignore[no-untyped-call]
+
+    def count(self, own: int, like: Tensor) -> int:
+        """How many of all features are something, of which ``own`` of this process are; where others are asked, the
+        device of ``like`` is waited for."""
+        if self.parts == 1:
+            return own
+        return int(self.features.sum(torch.tensor(own, device=like.device)))
+
+    def all_features(self, values: Tensor) -> Tensor:
+        """``values [d_sae]`` of all features, in their order."""
+        return values if self.parts == 1 else torch.cat(self.features.gather(values))
+
+    def largest(self, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of each row of ``values [..., d_sae]``, of own features, what is among the ``k`` largest of all features.
+
+        Values and places, ``[..., m]``, in no order, and which of them are, ``[..., m]`` bool; None: all.
+        """
+        found = values.topk(min(k, values.shape[-1]), dim=-1, sorted=False)
+        if self.parts == 1:
+            return found.values, found.indices, None
+        return found.values, found.indices, self.among_largest(found.values, k)
+
+    def among_largest(self, values: Tensor, k: int) -> Tensor:
+        """Which of ``values [..., m]``, own candidates, are among the ``k`` largest of the candidates of all."""
+        everywhere = torch.cat(self.features.gather(values), dim=-1)
+        best = everywhere.topk(min(k, everywhere.shape[-1]), dim=-1, sorted=False).indices
+        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(-1, best, True)
+        return chosen.narrow(-1, self.features.rank * values.shape[-1], values.shape[-1])
+
+    # ---- of both
+
     def everybody(self, own: Tensor) -> list[Tensor]:
-        """``own`` of every process of the step, in the order of features within that of rows; one shape for all."""
-        return [one for part in self.features.gather(own) for one in self.rows.gather(part)] if self.split else [own]
+        """``own`` of every process of the step, by rows and then by features; of one shape."""
+        parts = torch.stack(self.features.gather(own))
+        return [part for of_rows in self.rows.gather(parts) for part in of_rows]
+
+    def largest_of_all(self, values: Tensor, wanted: int) -> Tensor:
+        """Which of ``values [m]``, own candidates, are among the ``wanted`` largest of those of all processes."""
+        lengths = [int(length) for length in self.everybody(torch.tensor(len(values), device=values.device))]
+        padded = values.new_full((max(lengths),), -torch.inf)
+        padded[: len(values)] = values.detach()
+        everywhere = torch.cat([own[:length] for own, length in zip(self.everybody(padded), lengths, strict=True)])
+        best = everywhere.topk(min(wanted, len(everywhere)), sorted=False).indices
+        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(0, best, True)
+        first = sum(lengths[: self.rows.rank * self.parts + self.features.rank])
+        return chosen[first : first + len(values)]
 
     def noise(self, rows: int, features: int, generator: torch.Generator) -> Tensor:
         """``[rows, features]``: this process's part of normal numbers that are drawn for all rows and all features."""
-        whole = (self.n(rows), features if self.of_features is None else self.of_features)
+        whole = self.n(rows), features * self.parts
         drawn = torch.randn(*whole, generator=generator, device=generator.device)
-        return drawn[self.first_row : self.first_row + rows, self.first_feature : self.first_feature + features]
+        row, feature = sum(self.counts[: self.rows.rank]), self.first_feature(features)
+        return drawn[row : row + rows, feature : feature + features]
 
 
 WHOLE = Share()

@@ -47,22 +47,14 @@ class World:
         """Whether it is this process that writes, logs and shows."""
         return self.all.rank == 0
 
-    def share(self, rows: int, counts: tuple[int, ...] | None, d_sae: int) -> Share:
-        """This process's part of a step on ``rows``, where ``counts`` are those of every data group.
+    def share(self, counts: tuple[int, ...] = ()) -> Share:
+        """This process's part of a step whose batch has so many rows in each data group.
 
-        None: every group has the same rows, which are the whole batch.  ``d_sae`` are its own features.
+        Empty: every group has the same rows, which are the whole batch.
         """
         if self.size == 1:
             return WHOLE
-        split = counts is not None and self.data.size > 1
-        return Share(
-            self.data if split else Group(),
-            self.features,
-            first_row=sum(counts[: self.data.rank]) if split and counts is not None else 0,
-            of_rows=sum(counts) if split and counts is not None else None,
-            first_feature=self.features.rank * d_sae,
-            of_features=self.features.size * d_sae,
-        )
+        return Share(self.data if counts else Group(), self.features, counts if self.data.size > 1 else ())
 
 
 ALONE = World()
@@ -102,7 +94,8 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
             [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
         )
         every = dist.new_group(timeout=timeout)
-        yield World(JoinedGroup(every), JoinedGroup(mesh.get_group("data")), JoinedGroup(mesh.get_group("features")))
+        parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
+        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts))
     finally:
         if ours:
             dist.destroy_process_group()

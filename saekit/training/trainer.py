@@ -26,6 +26,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
+from saekit.training.together import of_whole_batch
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -132,13 +133,16 @@ class SAETrainer:
         target = x if y is None else y  # in the units of activations
         if self.maps is not None:
             x, y = self._mapped(x, y)
+        share = self.world.share(() if batch is None else batch.counts)
+        self.sae.share = share
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
+        result = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
-        self.tokens += len(x)
+        self.tokens += (n := share.n(len(x)))
 
         metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
@@ -146,7 +150,7 @@ class SAETrainer:
             self._check_finite(result.loss, grad_norm, x)
         with self.watched("after_update"):
             self.sae.after_update()
-        window_ended = self.firing.update(result.fired, len(x))
+        window_ended = self.firing.update(result.fired, n)
         if log:
             if self.maps is not None:
                 result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
@@ -159,9 +163,10 @@ class SAETrainer:
                 grad_norm=grad_norm,
                 tokens=self.tokens,
                 ports=self.sae.ports,
+                share=share,
             )
         if window_ended and self.firing.last_fractions is not None:
-            metrics |= window_metrics(self.firing.last_fractions)
+            metrics |= window_metrics(share.all_features(self.firing.last_fractions))
         return metrics
 
     def _mapped(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+    "Elementwise",
     "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",
@@ -42,6 +43,7 @@ __all__ = [
     "Pauses",
     "Remarks",
     "RunsUndisturbed",
+    "SharesRows",
     "SparseActivation",
     "StartsInside",
     "StatesProcessing",
@@ -270,6 +272,14 @@ class GuardedOptimizer(Optimizer, Protocol):
 
 
 @runtime_checkable
+class Elementwise(Protocol):
+    """An optimizer that updates each number by its own past alone, so that parameters may be split over processes."""
+
+    elementwise: bool
+    """True."""
+
+
+@runtime_checkable
 class HasMoments(Protocol):
     """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
 
@@ -299,6 +309,19 @@ class StatesRows(Protocol):
     @property
     def rows(self) -> int:
         """Those of one reading."""
+
+
+@runtime_checkable
+class SharesRows(Protocol):
+    """An activation source that gives each of several processes other rows, so that together they see all of them.
+
+    It goes by ``process`` and ``processes`` of its :class:`saekit.data.StreamContext`, whose ``batch_size`` is what
+    this process is to give.  One without this ability is opened alike by all, for whole batches, of which each takes
+    its part: that is right for a source that depends on its seed alone, and each process does the work of all.
+    """
+
+    shares_rows: bool
+    """True."""
 
 
 @runtime_checkable

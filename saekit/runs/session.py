@@ -175,7 +175,15 @@ class Session:
     ) -> Member:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
-            config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
+            config,
+            self.plugins,
+            self.backend,
+            self.corpus,
+            prepared.options,
+            ports,
+            prepared.schedule,
+            name,
+            self.world,
         )
         info = trainer.sae.info
         trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})

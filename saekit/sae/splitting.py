@@ -50,8 +50,8 @@ def check_spread(sae: SAEModule, data: int, features: int) -> None:
     odd += [name for name, _ in sae.named_parameters() if name not in known]
     if odd:
         raise ConfigError(
-            [("distributed.features", f"is {features}, and nobody says how {', '.join(odd)} of {kind.__name__} would be "
-              "split along features; set it to 1")]
+            [("distributed.features", f"is {features}, and nobody says how {', '.join(odd)} would be split along the "
+              f"features of {kind.__name__}; set it to 1")]
         )  # fmt: skip
 
 

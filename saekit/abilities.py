@@ -315,9 +315,10 @@ class StatesRows(Protocol):
 class SharesRows(Protocol):
     """An activation source that gives each of several processes other rows, so that together they see all of them.
 
-    It goes by ``process`` and ``processes`` of its :class:`saekit.data.StreamContext`, whose ``batch_size`` is what
-    this process is to give.  One without this ability is opened alike by all, for whole batches, of which each takes
-    its part: that is right for a source that depends on its seed alone, and each process does the work of all.
+    It works with :attr:`saekit.data.StreamContext.own`, whose batches and contexts are this process's part; a part of
+    a batch may have fewer rows where the data ends.  One without this ability is opened alike by all, for whole
+    batches, of which each takes its part: that is right where rows depend on the seed alone, and each does all the
+    work.
     """
 
     shares_rows: bool

@@ -157,8 +157,10 @@ def launch(size: int, command: Sequence[str], timeout: float = 300, **environmen
         subprocess.Popen(
             [sys.executable, *command],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(size)
     ]
     try:

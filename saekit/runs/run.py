@@ -161,8 +161,7 @@ def _run(
             raise
         finally:
             SHARED.release()
-    if session.world.main:
-        _warn_of_saes(session)
+    _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
 
 
@@ -241,7 +240,8 @@ def _warn_of_saes(session: Session) -> None:
         for remark in member.remarks:
             warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
         for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
-            warn_of(text)
+            if session.world.main:
+                warn_of(text)
 
 
 def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:

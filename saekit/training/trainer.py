@@ -81,6 +81,11 @@ class SAETrainer:
         return self.tokens >= self.training.total_tokens or self.diverged is not None
 
     @property
+    def d_sae(self) -> int:
+        """Features of the whole SAE, those of other processes included."""
+        return self.sae.d_sae * self.sae.share.parts
+
+    @property
     def as_saved(self) -> bool:
         """Whether the SAE that trains is the one that is saved: its activations are not scaled, and its dtype is that.
 

@@ -5,6 +5,7 @@ A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the wi
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -49,6 +50,9 @@ class Case:
     dtype: str = "float64"
     uneven: bool = False
     """Whether processes have different numbers of rows."""
+    rows: int = ROWS
+    d_sae: int = D_SAE
+    steps: int = STEPS
 
     @property
     def sites(self) -> list[Site]:
@@ -65,11 +69,11 @@ class Case:
             "model": {"backend": "none"},
             "evals": {"run": [], "held_out_every": 0},
             "activations": {"source": {"name": "toy"}},
-            "sae": {"d_sae": D_SAE, "dtype": self.dtype, "b_dec_init_method": "zeros", **self.sae},
+            "sae": {"d_sae": self.d_sae, "dtype": self.dtype, "b_dec_init_method": "zeros", **self.sae},
             "optimizer": dict(self.optimizer),
             "training": {
-                "training_tokens": ROWS * STEPS, "train_batch_size_tokens": ROWS, "lr": 3e-3, "device": "cpu",
-                "verbose": False, "kernels": "reference", "log_frequency": 1, "dead_feature_window": 2,
+                "training_tokens": self.rows * self.steps, "train_batch_size_tokens": self.rows, "lr": 3e-3,
+                "device": "cpu", "verbose": False, "kernels": "reference", "log_frequency": 1, "dead_feature_window": 2,
                 "feature_sampling_window": 10, **self.training,
             },
         }  # fmt: skip
@@ -79,8 +83,8 @@ class Case:
         """The very same rows for everybody."""
         generator = torch.Generator().manual_seed(3)
         mixing = torch.randn(sum(self.widths), sum(self.widths), generator=generator, dtype=torch.float64)
-        for _ in range(STEPS):
-            rows = torch.randn(ROWS, sum(self.widths), generator=generator, dtype=torch.float64).abs() @ mixing
+        for _ in range(self.steps):
+            rows = torch.randn(self.rows, sum(self.widths), generator=generator, dtype=torch.float64).abs() @ mixing
             parts = rows.to(getattr(torch, self.dtype)).split(self.widths, dim=1)
             yield Batch({site: part.clone() for site, part in zip(self.sites, parts, strict=True)})
 
@@ -136,14 +140,35 @@ def part_of(batch: Batch, case: Case, world: World) -> Batch:
     return attrs.evolve(own, counts=tuple(counts) if parts > 1 else ())
 
 
-def together(
-    cases: Mapping[str, Case], meshes: Sequence[tuple[int, int]], folder: Path, script: str = __file__
-) -> dict[tuple[int, int], dict[str, Found]]:
-    """What all processes of each mesh, ``(data, features)`` of one size, make of ``cases``; started once for all."""
-    size = meshes[0][0] * meshes[0][1]
-    torch.save({"cases": dict(cases), "meshes": list(meshes)}, folder / "asked.pt")
-    launch(size, [script, str(folder)])
-    return torch.load(folder / "found.pt", weights_only=False)  # type: ignore[no-any-return]
+@attrs.frozen
+class Call:
+    """What every process does, in a world of its own arrangement: ``function`` is ``module:name``, and takes the world
+    and then ``given``."""
+
+    function: str
+    data: int = 1
+    features: int = 1
+    given: tuple[Any, ...] = ()
+
+    def done(self) -> Any:
+        module, name = self.function.split(":")
+        config = DistributedConfig(data=self.data, features=self.features, timeout_s=60)
+        with open_world(config) as world:
+            return getattr(importlib.import_module(module), name)(world, *self.given)
+
+
+def steps(world: World, case: Case) -> Found:
+    """For :class:`Call`."""
+    return trained(case, world)
+
+
+def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, list[Any]]:
+    """What each of ``size`` processes, which are started once, makes of each of ``calls``."""
+    folder.mkdir(exist_ok=True)
+    torch.save(dict(calls), folder / "asked.pt")
+    launch(size, [__file__, str(folder)])
+    found = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
+    return {name: [one[name] for one in found] for name in calls}
 
 
 def launch(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[str]:
@@ -177,18 +202,13 @@ def main(folder: Path) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    asked = torch.load(folder / "asked.pt", weights_only=False)
     dist.init_process_group("gloo")
-    found: dict[tuple[int, int], dict[str, Found]] = {}
-    for data, features in asked["meshes"]:
-        with open_world(DistributedConfig(data=data, features=features, timeout_s=60)) as world:
-            found[data, features] = {name: trained(case, world) for name, case in asked["cases"].items()}
-    if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
+    calls = torch.load(folder / "asked.pt", weights_only=False)
+    torch.save({name: call.done() for name, call in calls.items()}, folder / f"found-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    from support import processes  # pickles name this module so
+    from support import processes  # pickles name it so
 
     processes.main(Path(sys.argv[1]))

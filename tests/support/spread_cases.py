@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import attrs
 from support.processes import Case
 
-__all__ = ["CASES", "FAST"]
+__all__ = ["CASES", "CHOSEN", "FAST", "MESHES", "SIZE", "label"]
 
 
 def _standard() -> dict[str, Case]:
@@ -88,12 +90,42 @@ CASES: dict[str, Case] = {**_standard(), **_largest(), **_others()}
 
 def _fast() -> dict[str, Case]:
     """Those that have fast kernels, by these, where they take every step."""
-    import attrs
-
     without = ("groupmax", "abstopk", "ghosts")
     chosen = {name: case for name, case in CASES.items() if not any(word in name for word in without)}
     return {f"{name}_fast": attrs.evolve(case, fast=True) for name, case in chosen.items()}
 
 
-FAST: dict[str, Case] = _fast()
-"""By the fast kernels where there are any for features that are split, in float64."""
+def _large() -> dict[str, Case]:
+    """Of several chunks of rows, as runs are: sparse products, and a first look in bfloat16 where there is one."""
+    size: dict[str, Any] = {"rows": 1400, "d_sae": 2048, "steps": 3, "widths": (16,), "fast": True}
+    size["training"] = {"finetuning_tokens": 0}
+    found = {
+        "large_topk": Case({"name": "topk", "k": 8}, **size),
+        "large_batchtopk": Case({"name": "batchtopk", "k": 8.0}, uneven=True, **size),
+        "large_standard": Case({"name": "standard", "l1_coefficient": 1.0}, **size),
+        "large_jumprelu": Case({"name": "jumprelu", "initial_threshold": 2.0, "bandwidth": 0.5}, **size),
+    }
+    return found | {f"{name}_float32": attrs.evolve(case, dtype="float32") for name, case in found.items()}
+
+
+FAST: dict[str, Case] = {**_fast(), **_large()}
+"""By the fast kernels where there are any for features that are split, in float64; some in float32."""
+
+OF_EVERY_CHANGE = (
+    "standard_ghosts", "standard_noise", "standard_finetuned_scale", "standard_lp_half", "topk_uneven", "batchtopk",
+    "groupmax_in_units", "matryoshka_uneven_fast", "jumprelu_target_l0", "gated_as_sae_lens", "batchtopk_crosscoder",
+    "topk_transcoder_in_units_fast", "jumprelu_fast", "large_batchtopk", "large_topk_float32",
+)  # fmt: skip
+"""The cases that two processes of every change are compared on."""
+
+EVERY = os.environ.get("SAEKIT_PROCESSES")
+"""``2`` or ``4``: so many processes, and every case; else two, and those of every change."""
+SIZE = int(EVERY or 2)
+MESHES = [(2, 1), (1, 2)] if SIZE == 2 else [(2, 2), (4, 1), (1, 4)]
+"""Processes along data, and along features."""
+CHOSEN: dict[str, Case] = {name: case for name, case in {**CASES, **FAST}.items() if EVERY or name in OF_EVERY_CHANGE}
+
+
+def label(name: str, data: int, features: int) -> str:
+    """Of a case on a mesh."""
+    return f"{name} {data}x{features}"

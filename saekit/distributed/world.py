@@ -17,9 +17,8 @@ from saekit.config import DistributedConfig, TrainConfig
 from saekit.distributed.group import Group, JoinedGroup
 from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
-from saekit.errors import ConfigError
 
-__all__ = ["ALONE", "World", "open_world", "refuse_several", "trains_on_cuda"]
+__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
 
 
 @attrs.frozen(eq=False)
@@ -68,12 +67,6 @@ def trains_on_cuda(config: TrainConfig) -> bool:
 
     device = config.training.device
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-
-
-def refuse_several() -> None:
-    """:class:`saekit.errors.ConfigError` in one of several processes, for what one alone can do."""
-    if (size := Launched.here(os.environ).size) > 1:
-        raise ConfigError(f"a run of {size} processes cannot be gone on with yet")
 
 
 @contextlib.contextmanager

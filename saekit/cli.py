@@ -19,6 +19,7 @@ from saekit.commands.terminal import (
     compare,
     config,
     convert_config,
+    dashboard,
     demo,
     evals,
     features,
@@ -75,6 +76,7 @@ app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
 app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("features", epilog=examples(features.EXAMPLES))(features.features)
+app.command("dashboard", epilog=examples(dashboard.EXAMPLES))(dashboard.dashboard)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
 app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saekit.features.store import FeatureStore
     from saekit.status import Status
 
-__all__ = ["collect_features", "numbers_of"]
+__all__ = ["beside", "collect_features", "numbers_of"]
 
 STORE = "features"
 """The name of a store's folder where none is given."""
@@ -89,7 +89,7 @@ def collect_features(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        _check_place(place := _beside(found) if folder is None else as_path(folder))
+        _check_place(place := beside(found) if folder is None else as_path(folder))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
@@ -108,7 +108,7 @@ def _check_counts(counts: Mapping[str, Any], least: int) -> None:
             raise ConfigError([(name, f"must be a whole number of {least} or more, found {value!r}")])
 
 
-def _beside(subjects: Mapping[str, Subject]) -> Path:
+def beside(subjects: Mapping[str, Subject]) -> Path:
     files = [one.file for one in subjects.values()]
     if len(files) == 1 and files[0] is not None:
         own = files[0].parent

@@ -14,6 +14,7 @@ from support.tiny import RUN
 
 import saekit
 from saekit.config.files import dump_config
+from saekit.dashboards.place import is_dashboard
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_demo(tmp_path: Path) -> None:
     assert found.stdout.count("Feature ") == 5
     assert "tokens/s" in found.stderr
     for what in ("importing torch", "loading the model saekit/tiny-python", "measuring on held-out text",
-                 "looking for features that are easy to read"):  # fmt: skip
+                 "looking for features that are easy to read", "writing a dashboard of them"):  # fmt: skip
         assert f"{what} ...\n" in found.stderr
     (picture,) = tmp_path.glob("out/*/curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -163,3 +164,6 @@ def test_demo(tmp_path: Path) -> None:
     assert [line for line in printed if line in wanted] == wanted
     (folder,) = tmp_path.glob("out/*/sae")
     assert saekit.SAE.load(folder).d_sae == 1024
+    (dashboard,) = tmp_path.glob("out/*/dashboard.html")
+    assert re.search(rf"^open it in a browser +{re.escape(dashboard.as_uri())}$", found.stdout, re.MULTILINE)
+    assert is_dashboard(dashboard)

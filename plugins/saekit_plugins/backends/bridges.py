@@ -6,8 +6,8 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from saekit.backends import Hooks
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.hook_names import layout_of
 from saekit_plugins.backends.layered import LayeredBackend, causal_mask, checked_kwargs
-from saekit_plugins.backends.lens_hooks import exposed
+from saekit_plugins.backends.lens_hooks import exposed, hooked_by_name
 from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 
 if TYPE_CHECKING:
@@ -175,9 +175,12 @@ class BridgeBackend(LayeredBackend):
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
 
-    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, ExposedPoint]]:
         """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
-        return exposed(names, self.model._hook_registry)
+        points = self.model._hook_registry
+        with exposed(names, points) as found, hooked_by_name(self.model, points):
+            yield found
 
     def _hooked_module(self, name: str) -> Any:
         return self._points.get(name)

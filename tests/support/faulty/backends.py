@@ -225,6 +225,104 @@ class Mindful(FakeBackend):
             yield
 
 
+class Point:
+    """A hook point of a library that has a dictionary of them."""
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+
+    @property
+    def is_hooked(self) -> bool:
+        return bool(self.functions)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for function in self.functions:
+            value = function(value, self)
+        return value
+
+
+class Library:
+    def __init__(self) -> None:
+        self.points: dict[str, Point] = {}
+
+    def add_hook(self, name: str, function: Any) -> None:
+        self.points[name].functions.append(function)
+
+    def reset_hooks(self) -> None:
+        for point in self.points.values():
+            point.functions.clear()
+
+
+class Exposing(FakeBackend):
+    """Without a fault, so that faulty ones differ from it by theirs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Library()
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        points, before = self.model.points, dict(self.model.points)
+        points.update({name: Point() for name in names})
+        try:
+            yield {name: points[name] for name in names}
+        finally:
+            points.clear()
+            points.update(before)
+
+
+class Forgetful(Exposing):
+    """After an exception its points stay."""
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        before = dict(self.model.points)
+        self.model.points.update({name: Point() for name in names})
+        yield {name: self.model.points[name] for name in names}
+        self.model.points = before
+
+
+class Unheard(Exposing):
+    """Its points are not those that the library hooks."""
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        with super().exposed(names):
+            yield {name: Point() for name in names}
+
+
+class Processed(FakeBackend):
+    """Without a fault, likewise."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        known = (
+            {"fold_ln": True, "center_writing_weights": False} if about is None else about.get("model_processing", {})
+        )
+        return known if hook_name is None else {name: done for name, done in known.items() if name == "fold_ln"}
+
+
+class Presuming(Processed):
+    """Knows of every SAE how its model was loaded."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        return super().processing(hook_name, None if about == {} else about)
+
+
+class Contrary(Processed):
+    """Says something else of a hook than of the model."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        found = dict(super().processing(hook_name, about))
+        return found if hook_name is None else found | {"fold_ln": False}
+
+
+class Blind(Processed):
+    """Does not read what SAEs say."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        return {} if about is not None else super().processing(hook_name)
+
+
 CASES = cases(
     "model_backends",
     {
@@ -252,6 +350,11 @@ CASES = cases(
         "starts_inside": ("the loss with .* replaced, from|does not go on with the value that is given", of(Frozen)),
         "translates_hooks": (r"hook_like\('no.such.hook'\) is not None", of(Renaming)),
         "attaches_hooks": ("logits after the inner of two was taken away: off by", of(Clinging)),
+        "exposes_hooks": ("of the model, after something was raised, .*points: found", of(Forgetful)),
+        "states_processing": (
+            r"of metadata that says nothing, processing\(\) says .*; exp",
+            of(Presuming),
+        ),
     },
 )
 CASES += cases(

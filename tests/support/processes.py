@@ -171,7 +171,7 @@ def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, li
     return {name: [one[name] for one in found] for name in calls}
 
 
-def launch(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[str]:
+def launch(size: int, command: Sequence[str], timeout: float = 3600, **environment: str) -> list[str]:
     """Start ``size`` processes of Python as torchrun does; what each has written; an error of any is one here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,6 +4,8 @@ from .commands.analyzing import token_set_enrichment as token_set_enrichment
 from .commands.comparing import compare as compare
 from .commands.dashboards import dashboard as dashboard
 from .commands.evaluating import evaluate as evaluate
+from .commands.exporting import export_delphi as export_delphi
+from .commands.exporting import export_neuronpedia as export_neuronpedia
 from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations
 from .commands.jobs import plan as plan

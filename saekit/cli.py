@@ -22,6 +22,7 @@ from saekit.commands.terminal import (
     dashboard,
     demo,
     evals,
+    export,
     features,
     plan,
     plugins,
@@ -83,6 +84,7 @@ app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
+app.add_typer(export.app, name="export", epilog=examples(export.EXAMPLES))
 app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))
 
 

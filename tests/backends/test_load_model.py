@@ -54,8 +54,9 @@ def test_around_models_that_are_there() -> None:
     other: Any = saekit.load_model(hf)
     assert other.model is hf
     assert "transformer.h.1.mlp" in other.hook_names()
-    layers = {name for name in other.hook_names() if other.in_residual_stream(name)}
-    assert layers == {f"transformer.h.{n}{end}" for n in range(3) for end in ("", ".input")}
+    residual = {name for name in other.hook_names() if other.in_residual_stream(name)}
+    ends = ("", ".input", ".attn", ".mlp", ".ln_2.input")
+    assert residual == {f"transformer.h.{n}{end}" for n in range(3) for end in ends} | {"transformer.wte"}
     options = {"name": "HookedTransformer", "forward_kwargs": {"prepend_bos": False}}
     assert saekit.load_model(lens, backend=options)._forward_kwargs == {"prepend_bos": False}  # type: ignore[attr-defined]
 

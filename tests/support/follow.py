@@ -45,6 +45,8 @@ SHORT = [
     "training.training_tokens=6000", "training.train_batch_size_tokens=512", "training.verbose=false",
     "evals.n_contexts=4", "training.lr_warm_up_steps=1", "training.lr_decay_steps=1",
 ]  # fmt: skip
+SMALL = "activations.source.n_batches_in_buffer=8"
+"""16,384 tokens instead of 65,536: what a run of :data:`SHORT` length would forward, and then throw away."""
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
@@ -100,6 +102,8 @@ def run_command(line: str) -> None:
         words += longer(words[words.index("--resume") + 1])
     else:
         words += SHORTER.get(" ".join(words[:2]), SHORTER.get(words[0], []))
+        if words[0] in ("train", "demo") and "activations.source=" not in line:
+            words.append(SMALL)
     words += ["--port", "0"] if "--serve" in words else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_looked_at_once())

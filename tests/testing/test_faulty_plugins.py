@@ -12,6 +12,7 @@ import pytest
 import saekit_plugins.schedules.cosine
 from support.faulty import CASES, EVERY_KIND, backends
 from support.faulty.activations import summed
+from support.faulty.backends import Norming, Pointing, of
 from support.faulty.schedules import Falling, Lost
 
 import saekit
@@ -57,6 +58,18 @@ def test_every_check_has_a_fault_that_it_finds() -> None:
         own = importlib.import_module(f"saekit.testing.checks.{kind}").CHECKS
         checks |= {(kind, check.name) for check in own}
     assert set(CASES) == checks
+
+
+def test_weights_that_lead_to_the_residual_stream_are_those_that_the_model_multiplies_by() -> None:
+    check = "leads_to_residual_stream"
+    says = {"gives, and not by a multiple of it": Norming, None: Pointing}
+    for expected, made in says.items():
+        report = plugin_report(fake_plugin("model_backends", build=of(made)), only=[check])
+        if expected is None:
+            (outcome,) = report.outcomes
+            assert outcome.fault is outcome.not_tried is None
+        else:
+            assert expected in str(report.faults[0].fault)
 
 
 # ---- importing

@@ -150,7 +150,7 @@ function tokenIn(window, at, scale) {
   const styles = [];
   const ground = shade(value, scale.most);
   if (ground) kinds.push("fires"), styles.push(`background-color:${ground}`);
-  if (effect && Math.abs(effect) >= 0.02 * scale.effect) {
+  if (effect && Math.abs(effect) >= 0.05 * scale.effect) {
     kinds.push(effect > 0 ? "helps" : "harms");
     styles.push(`--weight:${Math.round(30 + 70 * Math.abs(effect) / scale.effect)}%`);
   }

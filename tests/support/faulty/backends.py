@@ -120,6 +120,28 @@ class Boasting(FakeBackend):
         return None if out is None else out + narrow.sum(-1, keepdim=True)
 
 
+class Pointing(FakeBackend):
+    """Its heads are added as they are."""
+
+    def __init__(self, factor: float = 1) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        return self.factor * torch.eye(8) if hook_name == "blocks.0.attn.hook_z" else None
+
+
+class Norming(Pointing):
+    """They are normalized before."""
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        residual = hooks("hook_embed", self._embedding()[tokens])
+        heads = hooks("blocks.0.attn.hook_z", residual.unflatten(-1, (2, 4)))
+        normed = heads.flatten(-2) / heads.flatten(-2).norm(dim=-1, keepdim=True)
+        residual = hooks("blocks.1.hook_resid_post", hooks("blocks.0.hook_resid_post", residual + normed))
+        return None if hooks.done else residual @ self._embedding().T
+
+
 class Restless(FakeBackend):
     def fingerprint(self) -> str:
         return f"model {next(COUNT)}"
@@ -346,6 +368,10 @@ CASES = cases(
         "special_tokens": ("the special token eos is 3, and the tokenizer's 4", of(Misled)),
         "unembedding": (r"its weights have the shape \[128, 8\], expected \[d_model, 128\]", of(Turned)),
         "residual_stream": ("it says yes of .*'narrow': 4.*, and the unembedding reads 8", of(Boasting)),
+        "leads_to_residual_stream": (
+            "coordinate 0 of blocks.0.attn.hook_z changes blocks.0.hook_resid_post, .* gives$",
+            of(lambda: Pointing(2)),
+        ),
         "fingerprint": ("it is 'model .*', and of the same weights 'model", of(Restless)),
         "starts_inside": ("the loss with .* replaced, from|does not go on with the value that is given", of(Frozen)),
         "translates_hooks": (r"hook_like\('no.such.hook'\) is not None", of(Renaming)),

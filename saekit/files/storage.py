@@ -25,6 +25,7 @@ __all__ = [
     "locked",
     "new_files",
     "new_folder",
+    "nothing",
     "parse_json",
     "read_json",
     "remove_folder",
@@ -38,6 +39,10 @@ __all__ = [
 
 _PATIENCE = 2.0  # seconds; on Windows a virus scanner may hold what was just written
 _NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
+
+
+def nothing() -> None:
+    """For what is called from time to time and may end a piece of work by raising: this lets it go on."""
 
 
 @contextmanager

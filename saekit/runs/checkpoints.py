@@ -21,11 +21,12 @@ import attrs
 
 from saekit.errors import PlaceError, SaekitError, StorageError
 from saekit.files.names import SAE_FILES, SAE_WEIGHTS, half_written
-from saekit.files.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
+from saekit.files.storage import leads_out, new_folder, nothing, read_json, remove_folder, sha256, write_text
 from saekit.runs.facts import check_facts, check_stream, check_training
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAEModule
+    from saekit.runs.state_files import StateFiles
+    from saekit.sae.folder import Contents
 
 __all__ = [
     "MANIFEST",
@@ -128,40 +129,40 @@ class Checkpoint:
             raise StorageError(f"{what} in {self.folder} is damaged: {error}") from error
 
 
-def write_saes(folder: Path, saes: Mapping[str, SAEModule]) -> None:
-    """Write ``folder`` as one to look at: an SAE folder for each name."""
-    from saekit.sae.folder import write_sae
+def write_saes(folder: Path, saes: Mapping[str, Contents], go_on: Callable[[], None] = nothing) -> None:
+    """Write ``folder`` as one to look at: an SAE folder for each name.
 
+    ``go_on`` is called from time to time; what it raises ends this, and nothing is there then.
+    """
     _check_place(folder)
     with new_folder(folder) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
-            write_sae(sae, temporary / name)
+            sae.write(temporary / name, go_on)
         _carry_over(folder, temporary)
 
 
 def write_checkpoint(
     folder: Path,
-    saes: Mapping[str, SAEModule],
-    states: Mapping[str, Mapping[str, Any]],
-    stream: Mapping[str, Any],
+    saes: Mapping[str, Contents],
+    states: Mapping[str, StateFiles],
+    stream: StateFiles,
     facts: Mapping[str, Any],
+    go_on: Callable[[], None] = nothing,
 ) -> None:
     """Write ``folder``: the ``saes`` by name, every training state, the ``stream`` state, and the ``facts``.
 
-    A training state without weights has those of the SAE as it is saved.
+    A training state without weights has those of the SAE as it is saved.  ``go_on`` is called from time to time; what
+    it raises ends this, and what was there before is there still.
     """
-    from saekit.runs.state_files import write_state
-    from saekit.sae.folder import write_sae
-
     _check_place(folder)
     with new_folder(folder) as temporary:
-        sums = write_state(temporary, STREAM, stream)
+        sums = stream.write(temporary, go_on)
         for name, state in states.items():
             (temporary / name).mkdir()
-            written = write_state(temporary / name, TRAINING, state)
+            written = state.write(temporary / name, go_on)
             if (sae := saes.get(name)) is not None:
-                written |= write_sae(sae, temporary / name)
+                written |= sae.write(temporary / name, go_on)
             sums |= {f"{name}/{file}": summed for file, summed in written.items()}
         manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
         _carry_over(folder, temporary)

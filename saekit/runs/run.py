@@ -136,6 +136,7 @@ def _run(
             _save_after(error, session, record, saving, interruption)
             raise
         finally:
+            saving.end()
             SHARED.release()
     _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
@@ -177,6 +178,7 @@ def _finish(
         except DivergedError as error:
             member.trainer.diverged = str(error)
     session.say("saving")
+    saving.settle()
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
         save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")

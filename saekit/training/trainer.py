@@ -237,7 +237,8 @@ class SAETrainer:
     def check_weights(self) -> None:
         """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
         for name, value in self.sae.named_parameters():
-            if not bool(value.isfinite().all()):
+            # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
+            if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"

@@ -38,6 +38,8 @@ class LiveConfig:
 class LiveSource:
     """Shuffled batches from the model itself."""
 
+    copies_state = True  # the buffer gathers its rows for each, and all else is numbers
+
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch
 

@@ -69,6 +69,9 @@ class Batch:
     """``[n]`` positions of the tokens' documents in the dataset."""
     positions: Tensor | None = None
     """``[n]`` positions in the context."""
+    counts: tuple[int, ...] = attrs.field(default=(), kw_only=True)
+    """Of several processes that split a batch, whose part this is: how many rows each has, in their order.  Empty: this
+    is the whole batch."""
 
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))

@@ -48,6 +48,8 @@ class StreamContext:
         doubt: Callable[[str], None] = lambda text: None,
         choice: TokenChoice | None = None,
         masked: bool = False,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         self.backend = backend
         self.choice = choice or TokenChoice()
@@ -57,7 +59,10 @@ class StreamContext:
         self.sites = tuple(sites)
         """The sites to read: all inputs and targets of every dictionary that trains on these batches."""
         self.batch_size = batch_size
-        """Rows in a batch."""
+        """Rows in a batch: of several processes, this one's part."""
+        self.process, self.processes = process, processes
+        """The number of this process, from 0, and how many share the batches: see
+        :class:`saekit.abilities.SharesRows`."""
         self.seed = seed
         """For the source's own generators."""
         self.repeat = repeat

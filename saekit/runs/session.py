@@ -16,6 +16,7 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
+from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
@@ -96,9 +97,10 @@ class Session:
         dataset: object | None = None,
         sizes: Mapping[str, int] | None = None,
         say: Status | None = None,
+        world: World = ALONE,
     ) -> None:
         """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
-        self.plugins = plugins
+        self.plugins, self.world = plugins, world
         self.status = say or Status(verbose=False)
         self.say: Say = self.status
         """Is told what is being done; while a bar is shown, that shows it."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
+from saekit.distributed.share import WHOLE, Share
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
@@ -56,6 +57,13 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     scaling_factor: nn.Parameter | None
     reads_sequences: ClassVar[bool] = False
     """Whether features depend on the positions before theirs: then it takes ``[batch, position, d_in]`` alone."""
+    share: Share = WHOLE
+    """What this process has of a training step, of the rows and of the features: all of both, unless there are several
+    processes.  See :class:`saekit.distributed.Share`."""
+    spreads_over: ClassVar[frozenset[str]] = frozenset()
+    """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
+    asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
+    changes the mathematics says so anew."""
     why_no_training: ClassVar[str | None] = None
     """Of an architecture that is for inference alone: why, in words.  None: it defines :meth:`losses`."""
 
@@ -247,7 +255,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     def centered(self, x: Tensor) -> Tensor:
         """``x̄``, the encoder's input: ``[..., d_in]``."""
         check_width(x, self.d_in, "d_in", "inputs")
-        return x - self.b_dec if self.config.apply_b_dec_to_input else x
+        return x - self.share.alike(self.b_dec) if self.config.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
@@ -289,7 +297,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_out]``, without the hooks of :meth:`decode`."""
         check_width(features, self.d_sae, "d_sae", "features")
         scale = self.decoder_scale()
-        return (features if scale is None else features * scale) @ self.W_dec + self.b_dec
+        return self.share.sum((features if scale is None else features * scale) @ self.W_dec) + self.b_dec
 
     def decoder_scale(self) -> Tensor | None:
         """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""
@@ -332,6 +340,10 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
             result = self.losses(x, step)
             result.loss.backward()
         return result
+
+    def why_not_split(self, parts: int) -> str | None:
+        """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""
+        return None
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.

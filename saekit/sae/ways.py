@@ -13,7 +13,7 @@ from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
 from saekit.sae.casting import Castable
 
-__all__ = ["Ways", "not_compiled"]
+__all__ = ["Ways", "not_compiled", "overridden"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -55,6 +55,8 @@ class Ways(Castable):
     keeps the kernels."""
     memory: Workspaces = SHARED
     """Where kernels work."""
+    spread: frozenset[str] = frozenset()
+    """What is split over processes in training: ``data``, ``features``."""
 
     losses: Any
     _compile_mode: str | None = None
@@ -109,9 +111,10 @@ class Ways(Castable):
             autocast=torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type),
             compiled=compiled,
             learning=learning,
+            spread=self.spread if training else frozenset(),
         )
         kernel, reasons = choose(self.step_kernels, self, use)
-        if kernel is not None and (changed := _changed(type(self))) is not None:
+        if kernel is not None and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
 
@@ -124,7 +127,7 @@ class Ways(Castable):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        for name in ("losses", "table"):  # either is made again
+        for name in ("losses", "table", "share", "spread"):  # made again; or of the processes that train it
             state.pop(name, None)
         return state
 
@@ -134,18 +137,19 @@ class Ways(Castable):
             self.compile_losses(self._compile_mode)
 
 
-def _changed(kind: type) -> str | None:
-    """Why the kernels that ``kind`` inherits are not its own: it changes the mathematics.  None: it does not.
+def overridden(kind: type, stated: str) -> str | None:
+    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes the mathematics.
+    None: it does not.
 
-    The class that lists ``step_kernels`` answers for the mathematics that it has and inherits.
+    The class that states it answers for the mathematics that it has and inherits.
     """
-    owner = next(one for one in kind.__mro__ if "step_kernels" in vars(one))
+    owner = next(one for one in kind.__mro__ if stated in vars(one))
     if owner is kind:
         return None
     mathematics = {*_MATHEMATICS, *_helpers(owner)}
     for changing in kind.__mro__[: kind.__mro__.index(owner)]:
         if found := [name for name in vars(changing) if name in mathematics]:
-            return f"{changing.__name__} overrides {found[0]}, and not step_kernels"
+            return f"{changing.__name__} overrides {found[0]}, and not {stated}"
     return None
 
 

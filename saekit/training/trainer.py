@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
 from saekit.protocols import ModelBackend
@@ -25,6 +26,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
+from saekit.training.together import of_whole_batch
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -55,6 +57,8 @@ class SAETrainer:
     tokens: int = 0
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
+    world: World = ALONE
+    """The processes that train it together."""
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
@@ -129,13 +133,16 @@ class SAETrainer:
         target = x if y is None else y  # in the units of activations
         if self.maps is not None:
             x, y = self._mapped(x, y)
+        share = self.world.share(() if batch is None else batch.counts)
+        self.sae.share = share
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
+        result = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
-        self.tokens += len(x)
+        self.tokens += (n := share.n(len(x)))
 
         metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
@@ -143,7 +150,7 @@ class SAETrainer:
             self._check_finite(result.loss, grad_norm, x)
         with self.watched("after_update"):
             self.sae.after_update()
-        window_ended = self.firing.update(result.fired, len(x))
+        window_ended = self.firing.update(result.fired, n)
         if log:
             if self.maps is not None:
                 result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
@@ -156,9 +163,10 @@ class SAETrainer:
                 grad_norm=grad_norm,
                 tokens=self.tokens,
                 ports=self.sae.ports,
+                share=share,
             )
         if window_ended and self.firing.last_fractions is not None:
-            metrics |= window_metrics(self.firing.last_fractions)
+            metrics |= window_metrics(share.all_features(self.firing.last_fractions))
         return metrics
 
     def _mapped(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

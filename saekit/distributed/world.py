@@ -1,0 +1,101 @@
+"""All processes of a run: which this one is, and in what groups they work.
+
+``torchrun`` starts them and tells each its number in its environment; the only place that makes process groups is
+:func:`open_world`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import attrs
+
+from saekit.config.distributed import DistributedConfig
+from saekit.distributed.group import Group, JoinedGroup
+from saekit.distributed.launched import Launched, check_mesh
+from saekit.distributed.share import WHOLE, Share
+
+__all__ = ["ALONE", "World", "open_world"]
+
+
+@attrs.frozen(eq=False)
+class World:
+    """The processes of a run, ``data × features``: process ``d · features + f`` has rows ``d``, features ``f``."""
+
+    all: Group = attrs.field(factory=Group)
+    """Every process."""
+    data: Group = attrs.field(factory=Group)
+    """Those with the same features, among which batches are split."""
+    features: Group = attrs.field(factory=Group)
+    """Those with the same rows, among which features are split."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self.all.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.all.size
+
+    @property
+    def main(self) -> bool:
+        """Whether it is this process that writes, logs and shows."""
+        return self.all.rank == 0
+
+    def share(self, counts: tuple[int, ...] = ()) -> Share:
+        """This process's part of a step whose batch has so many rows in each data group.
+
+        Empty: every group has the same rows, which are the whole batch.
+        """
+        if self.size == 1:
+            return WHOLE
+        return Share(self.data if counts else Group(), self.features, counts if self.data.size > 1 else ())
+
+
+ALONE = World()
+"""One process."""
+
+
+@contextlib.contextmanager
+def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[World]:
+    """The processes that ``torchrun`` has started, as ``config`` arranges them; one process is :data:`ALONE`.
+
+    Where some other code has made the process group, that is used, and stays.  :class:`saekit.errors.ConfigError` for
+    numbers that do not fit.
+    """
+    launched = Launched.here(os.environ)
+    data, features = check_mesh(config, launched)
+    if launched.size == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    ours = not dist.is_initialized()
+    if cuda:
+        torch.cuda.set_device(launched.local_rank)
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    try:
+        order = torch.arange(launched.size).view(data, features)
+        groups = {}
+        for name, lines in (("data", order.T), ("features", order)):
+            made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
+            place = next(number for number, line in enumerate(lines) if launched.rank in line)
+            groups[name] = made[place]
+        mesh = DeviceMesh.from_group(
+            [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
+        )
+        every = dist.new_group(timeout=timeout)
+        parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
+        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts))
+    finally:
+        if ours:
+            dist.destroy_process_group()

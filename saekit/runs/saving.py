@@ -253,7 +253,10 @@ class Saving:
         def work(writing: Writing) -> None:
             arrived()
             self.check_folder()
-            write(writing.go_on)
+            try:
+                write(writing.go_on)
+            finally:
+                self.check_folder()  # if it is lost, that is what is wrong
             if resumable:
                 self._note_checkpoint(folder)
             self._last_good.update(dict.fromkeys(saes, path))

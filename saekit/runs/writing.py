@@ -32,10 +32,9 @@ class Writing:
         self._begun = True  # a Ctrl-C may come while the thread starts
         try:
             self._thread.start()
-        except RuntimeError:  # the system has no more threads
-            self._begun = False
+        except RuntimeError as error:  # the system has no more threads
+            self._begun, self.error = False, error
             self._close()
-            raise
 
     @property
     def done(self) -> bool:
@@ -45,15 +44,15 @@ class Writing:
     def wait(self) -> None:
         """Wait for its end."""
         self._ended.wait()
-        self._thread.join()
+        if self._begun:
+            self._thread.join()
 
     def give_up(self) -> None:
         """Nobody wants it any more: wait until nothing is left of what is half written."""
         self._given_up = True
-        if self._begun:
-            self.wait()
-        else:
+        if not self._begun:
             self._close()
+        self.wait()
 
     def there(self) -> bool:
         """Wait until it is known, and say, whether what was to be written is there."""

@@ -46,10 +46,11 @@ def nothing() -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = True, go_on: Callable[[], None] = nothing) -> Iterator[Path]:
     """A temporary folder to write into, which becomes ``path`` when all went well.
 
-    It replaces what was there, or with ``replace`` off leaves that alone and raises.
+    It replaces what was there, or with ``replace`` off leaves that alone and raises.  ``go_on`` is called before each
+    file is synced, and before the rename; what it raises ends this.
 
     Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
     which for the instant between two renames has a hidden name beside it, from which :func:`tidy` brings it back.
@@ -61,8 +62,10 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         yield temporary
         for item in temporary.rglob("*"):
             if not item.is_symlink():
+                go_on()
                 _sync(item)
         _sync(temporary)
+        go_on()
         if not replace:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))

@@ -135,7 +135,7 @@ def write_saes(folder: Path, saes: Mapping[str, Contents], go_on: Callable[[], N
     ``go_on`` is called from time to time; what it raises ends this, and nothing is there then.
     """
     _check_place(folder)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, go_on=go_on) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
             sae.write(temporary / name, go_on)
@@ -156,7 +156,7 @@ def write_checkpoint(
     it raises ends this, and what was there before is there still.
     """
     _check_place(folder)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, go_on=go_on) as temporary:
         sums = stream.write(temporary, go_on)
         for name, state in states.items():
             (temporary / name).mkdir()

@@ -27,7 +27,11 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+<<<<<<< HEAD
     "CopiesState",
+=======
+    "Elementwise",
+>>>>>>> d1
     "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",
@@ -43,6 +47,7 @@ __all__ = [
     "Pauses",
     "Remarks",
     "RunsUndisturbed",
+    "SharesRows",
     "SparseActivation",
     "StartsInside",
     "StatesProcessing",
@@ -271,6 +276,14 @@ class GuardedOptimizer(Optimizer, Protocol):
 
 
 @runtime_checkable
+class Elementwise(Protocol):
+    """An optimizer that updates each number by its own past alone, so that parameters may be split over processes."""
+
+    elementwise: bool
+    """True."""
+
+
+@runtime_checkable
 class HasMoments(Protocol):
     """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
 
@@ -300,6 +313,20 @@ class StatesRows(Protocol):
     @property
     def rows(self) -> int:
         """Those of one reading."""
+
+
+@runtime_checkable
+class SharesRows(Protocol):
+    """An activation source that gives each of several processes other rows, so that together they see all of them.
+
+    It works with :attr:`saekit.data.StreamContext.own`, whose batches and contexts are this process's part; a part of
+    a batch may have fewer rows where the data ends.  One without this ability is opened alike by all, for whole
+    batches, of which each takes its part: that is right where rows depend on the seed alone, and each does all the
+    work.
+    """
+
+    shares_rows: bool
+    """True."""
 
 
 @runtime_checkable

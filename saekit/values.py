@@ -76,6 +76,11 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
 
+    @property
+    def whole(self) -> int:
+        """Rows of the whole batch, those of other processes included."""
+        return sum(self.counts) if self.counts else len(self)
+
     def rows_at(self, sites: Sequence[Site]) -> Tensor:
         """The rows ``[n, d]`` at ``sites``, side by side; of one site the very tensor that is there."""
         if len(sites) == 1:

@@ -6,6 +6,7 @@ what does the work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -15,6 +16,7 @@ import attrs
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
+from saekit.distributed.launched import Launched
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -200,6 +202,7 @@ def _status(configs: Sequence[TrainConfig]) -> Status:
     """Says what is being done, as far as one of ``configs`` wants it said; at first torch is imported."""
     from saekit.status import Status
 
-    status = Status(verbose=any(config.training.verbose for config in configs))
+    shown = any(config.training.verbose for config in configs)
+    status = Status(verbose=shown and Launched.here(os.environ).rank == 0)
     status.importing("torch")
     return status

@@ -47,6 +47,7 @@ class Documents:
         owners: Owners | None = None,
         form: Form | None = None,
     ) -> None:
+        self._part: tuple[int, int] | None = None
         self._records = records
         self._form = form or Form()
         self._keep, self._owners = keep, owners
@@ -103,12 +104,29 @@ class Documents:
         """How many records there are, held-out ones included, if the dataset knows."""
         return len(self._records) if isinstance(self._records, Sized) else None
 
+    def part(self, number: int, parts: int) -> Documents:
+        """Of those that are chosen every ``parts``-th, from ``number`` on; together, ``parts`` such have each once.
+
+        :class:`DataError` where there are fewer documents than parts.
+        """
+        if parts == 1:
+            return self
+        found = sum(1 for _ in itertools.islice(self.read(), parts))
+        if found < parts:
+            raise DataError(
+                f"{self._where} has {found} documents to train on, and {parts} processes share them; give it as more "
+                "and smaller documents, or start fewer processes"
+            )
+        own = copy.copy(self)
+        own._part = (number, parts)
+        return own
+
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(
             records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners,
-            form=self._form,
+            form=self._form, part=self._part,
         )  # fmt: skip
 
 
@@ -125,7 +143,9 @@ class DocumentReader:
         where: str = "the dataset",
         owners: Owners | None = None,
         form: Form | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
+        self._part, self._met = part, 0  # of those that are chosen, how many were met
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
         self._where, self._owners, self._form = where, owners, form or Form()
         self._next = 0
@@ -146,12 +166,20 @@ class DocumentReader:
             document = record if self._column is None else _field(record, self._column, index, self._where)
             if document is None:
                 continue  # a missing value is no text
+            if self._part is not None and not self._is_own():
+                continue
             if isinstance(document, (int, float, dict)) and not self._form.chat:
                 raise DataError(
                     f"document {index} has {type(document).__name__} {document!r} in column {self._column!r}, expected "
                     "a text or a list of token ids"
                 )
             return index, self._form.made(document, record, index, self._where)
+
+    def _is_own(self) -> bool:
+        assert self._part is not None
+        number, parts = self._part
+        own, self._met = self._met % parts == number, self._met + 1
+        return own
 
     def _chosen(self, record: Any, index: int) -> bool:
         assert self._owners is not None
@@ -181,12 +209,14 @@ class DocumentReader:
     def state_dict(self) -> dict[str, Any]:
         """The position of the next document."""
         position = self._loaded if self._iterator is None else self._records.state_dict() if self._seekable else None
-        return {"next": self._next} | ({} if position is None else {"records": position})
+        met = {} if self._part is None else {"met": self._met}
+        return {"next": self._next, **met} | ({} if position is None else {"records": position})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
-        check_counts(state, "next")
+        check_counts(state, "next", *(() if self._part is None else ("met",)))
         self._next, self._iterator = state["next"], None
+        self._met = 0 if self._part is None else state["met"]
         self._loaded = state.get("records") if self._seekable else None
         if self._loaded is not None:
             self._records.load_state_dict(self._loaded)

@@ -74,11 +74,11 @@ class JoinedGroup(Group):
         return value
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        value = value.detach().contiguous()
-        bits = value.to(torch.uint8) if value.dtype == torch.bool else value
-        found = [torch.empty_like(bits) for _ in range(self.size)]
-        self._dist.all_gather(found, bits, group=self._group)
-        return [one.to(value.dtype) for one in found]
+        # As bytes: not every engine has every type.
+        own = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        self._dist.all_gather(found, own, group=self._group)
+        return [one.view(value.dtype).view(value.shape) for one in found]
 
     def gather_rows(self, value: Tensor, counts: Sequence[int]) -> list[Tensor]:
         most = max(counts)

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 
 import attrs
 
-from saekit.config.distributed import DistributedConfig
+from saekit.config import DistributedConfig, TrainConfig
 from saekit.distributed.group import Group, JoinedGroup
 from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
+from saekit.errors import ConfigError
 
-__all__ = ["ALONE", "World", "open_world"]
+__all__ = ["ALONE", "World", "open_world", "refuse_several", "trains_on_cuda"]
 
 
 @attrs.frozen(eq=False)
@@ -59,6 +60,20 @@ class World:
 
 ALONE = World()
 """One process."""
+
+
+def trains_on_cuda(config: TrainConfig) -> bool:
+    """Whether its SAEs train on GPUs of NVIDIA's."""
+    import torch
+
+    device = config.training.device
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def refuse_several() -> None:
+    """:class:`saekit.errors.ConfigError` in one of several processes, for what one alone can do."""
+    if (size := Launched.here(os.environ).size) > 1:
+        raise ConfigError(f"a run of {size} processes cannot be gone on with yet")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
+from saekit.distributed.world import World, open_world, refuse_several, trains_on_cuda
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
@@ -58,24 +59,40 @@ def begin(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
+    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world:
+        return _begin(configs, plugins, model, dataset, world, alone=alone, say=say)
+
+
+def _begin(
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    world: World,
+    *,
+    alone: bool,
+    say: Status | None,
+) -> TrainResult | SweepResult:
     if alone:
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
         (name, names), home = member_names(configs, plugins), None
-    check_run_folder(configs[0], name)
+    world.all.once(lambda: check_run_folder(configs[0], name))
     given_in = here()
     opened = dict(zip(names, configs, strict=True))
     with (
         ambient(),
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
-        contextlib.closing(Session(opened, plugins, model, dataset, say=say)) as session,
+        contextlib.closing(Session(opened, plugins, model, dataset, say=say, world=world)) as session,
     ):
         session.give_weights()
-        folder = run_folder(configs[0], name, None if home else "sweep", given_in)
+        folder = world.all.once(lambda: run_folder(configs[0], name, None if home else "sweep", given_in))
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
         used = dict(item for each in session.used for item in each.metadata.items())
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name, used=used)
+        if not world.main:
+            return _run(session, record)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
         with alone_in(folder):
             return _run(session, record)
@@ -89,6 +106,7 @@ def go_on(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
+    refuse_several()
     with (
         ambient(),
         seeded(next(iter(resumption.configs.values())).training.seed),
@@ -105,9 +123,12 @@ def _run(
 ) -> TrainResult | SweepResult:
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
-        standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
+        main = session.world.main
+        folders = [record.folder, *(record.home(name) for name in record.saes)] if main else []
+        standing = stack.enter_context(Standing(folders))
         ending = Ending(session, record, standing)
-        stack.push(ending)
+        if main:
+            stack.push(ending)
         trackers: dict[str, Trackers] = {}
 
         def close(kind: object, error: BaseException | None, trace: object) -> None:
@@ -115,6 +136,9 @@ def _run(
 
         stack.push(close)
         for name, member in session.members.items():
+            if not main:
+                trackers[name] = Trackers({})
+                continue
             trackers[name] = start_trackers(
                 member.config,
                 session.plugins,
@@ -181,7 +205,9 @@ def _finish(
     saving.settle()
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
-        save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
+        sae = member.trainer.raw_sae()
+        if session.world.main:
+            save_sae(sae, record.home(member.name) / "sae")
     due = [member for member in _healthy(session) if not _just_measured(member)]
     for name, final in evaluate(session, due).items():
         trackers[name].log(final, session.members[name].trainer.step)
@@ -191,7 +217,8 @@ def _finish(
     summary: Sequence[Mapping[str, Any]] = []
     if not _alone(record):
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
-        summary = write_summary(record.folder, list(session.members.values()), changed)
+        if session.world.main:
+            summary = write_summary(record.folder, list(session.members.values()), changed)
     saving.save_if_possible(finished=True)
     if _close_trackers(
         session, trackers, None
@@ -215,7 +242,8 @@ def _warn_of_saes(session: Session) -> None:
         for remark in member.remarks:
             warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
         for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
-            warn_of(text)
+            if session.world.main:
+                warn_of(text)
 
 
 def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
@@ -273,6 +301,8 @@ def _save_after(
     saved, problem = None, None
     if saving.broken_off:
         problem = _INTERRUPTED_TOO
+    elif session.world.size > 1:
+        problem = "a run of several processes does not write checkpoints yet"
     elif session.batches:
         try:
             saved, record = _saved(session, record, saving)

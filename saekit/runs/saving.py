@@ -303,7 +303,7 @@ class Saving:
                 "step": member.trainer.step,
                 "tokens": member.trainer.tokens,
                 "diverged": member.trainer.diverged,
-                "d_sae": member.trainer.sae.d_sae,
+                "d_sae": member.trainer.d_sae,
                 "config": self._config(member.config),
             }
             for name, member in self._session.members.items()

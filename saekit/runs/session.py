@@ -16,6 +16,7 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
+from saekit.distributed.batches import SpreadSource, shares_rows
 from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES
@@ -39,6 +40,7 @@ from saekit.runs.opening import (
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import give_weights, make_trainer, sae_options
+from saekit.runs.spreading import check_spreads
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
@@ -105,6 +107,7 @@ class Session:
         self.say: Say = self.status
         """Is told what is being done; while a bar is shown, that shows it."""
         check_together(list(configs.values()), plugins)
+        check_spreads(list(configs.values()), world)
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
@@ -142,7 +145,8 @@ class Session:
         members: dict[str, Member] = {}
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
             source = open_source(configs[names[0]], self.plugins, stream, self.backend)
-            lane = Lane(source, [], release=functools.partial(end_lane, source, release))
+            served = source if self.world.size == 1 else SpreadSource(source, self.world, shares=shares_rows(source))
+            lane = Lane(served, [], release=functools.partial(end_lane, served, release))
             self.lanes.append(lane)
             widths = widths_of(source, stream)
             used = Used.of(configs[names[0]], self.corpus, self.backend, stream)
@@ -168,7 +172,9 @@ class Session:
         sites = list(dict.fromkeys(site for config in configs for site in config.sites.all))
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
         beside = next(iter(self._streams), None)
-        stream = open_stream(configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside)
+        stream = open_stream(
+            configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside, world=self.world
+        )
         self._streams.append(stream)
         if reader is None:
             return lambda: None
@@ -180,7 +186,15 @@ class Session:
     ) -> Member:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
-            config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
+            config,
+            self.plugins,
+            self.backend,
+            self.corpus,
+            prepared.options,
+            ports,
+            prepared.schedule,
+            name,
+            self.world,
         )
         info = trainer.sae.info
         trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})

@@ -8,7 +8,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+<<<<<<< HEAD
 from saekit.abilities import CopiesState, HasMemory, Pauses, StatesRows, StatesWidths
+=======
+from saekit.abilities import HasMemory, Pauses, SharesRows, StatesRows, StatesWidths
+>>>>>>> d1
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
@@ -28,7 +32,11 @@ class SupervisedSource:
     rows: int
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
+<<<<<<< HEAD
     copies_state: bool
+=======
+    shares_rows: bool
+>>>>>>> d1
 
     def __init__(
         self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]
@@ -48,6 +56,9 @@ class SupervisedSource:
                 self.copies_state = source.copies_state is True
         if isinstance(source, Pauses):
             self.pause = self._watched("pause", source.pause)
+        with self._blamed("shares_rows"):
+            if isinstance(source, SharesRows):
+                self.shares_rows = bool(source.shares_rows)
         if isinstance(source, HasMemory):
             self.memory_bytes = self._watched("memory_bytes", source.memory_bytes)
 

@@ -50,8 +50,8 @@ def check_spread(sae: SAEModule, data: int, features: int) -> None:
     odd += [name for name, _ in sae.named_parameters() if name not in known]
     if odd:
         raise ConfigError(
-            [("distributed.features", f"is {features}, and nobody says how {', '.join(odd)} of {kind.__name__} would be "
-              "split along features; set it to 1")]
+            [("distributed.features", f"is {features}, and nobody says how {', '.join(odd)} would be split along the "
+              f"features of {kind.__name__}; set it to 1")]
         )  # fmt: skip
 
 
@@ -70,12 +70,14 @@ def keep_part(sae: SAEModule, features: Group) -> None:
 
 
 def whole_like(sae: SAEModule) -> SAEModule:
-    """One with all features, of whose parameters those that are split are zeros on the CPU."""
+    """One with all features, on the CPU, of whose parameters those that are split are still to come."""
     share, whole = sae.share, copy.deepcopy(sae)
     vars(whole).pop("losses", None)
     _resize(whole, sae.d_sae * share.parts, WHOLE)
     for entry, value in _split(whole):
         made = entry.memory(entry.shape(whole.table.sizes), value.dtype)
+        if entry.optional:  # as they begin, and nobody gives them starting values
+            made.data.fill_(1)
         setattr(whole, entry.name, made.requires_grad_(value.requires_grad))
     for name, value in whole.named_parameters():
         if not any(entry.name == name for entry, _ in _split(whole)):

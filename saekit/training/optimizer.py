@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from saekit.abilities import GuardedOptimizer, HasMoments
+from saekit.abilities import Elementwise, GuardedOptimizer, HasMoments
 from saekit.distributed.group import Group
-from saekit.errors import PluginFailedError, StorageError
+from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
 from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
@@ -62,6 +62,12 @@ class ScheduledOptimizer:
         factors = {id(shown): group["lr_factor"] for group in groups for shown in group["params"]}
         self._inner = build(groups=groups, lr=schedule(0))
         self._check(factors)
+        if self._features.size > 1 and not (isinstance(self._inner, Elementwise) and self._inner.elementwise):
+            raise ConfigError(
+                [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
+                  "itself (elementwise), so the parameters cannot be split over processes; set distributed.features "
+                  "to 1")]
+            )  # fmt: skip
         self._first = [self._settings(group) for group in self._inner.param_groups]
         self._guarded = self._inner if isinstance(self._inner, GuardedOptimizer) else None
         self.looks = device.type == "cpu" or self._guarded is None

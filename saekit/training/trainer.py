@@ -21,6 +21,7 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.sae.probe import MOST_ROWS
+from saekit.sae.splitting import gathered
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
@@ -78,6 +79,11 @@ class SAETrainer:
     def finished(self) -> bool:
         """Whether it has seen all the tokens that it is to see, or diverged."""
         return self.tokens >= self.training.total_tokens or self.diverged is not None
+
+    @property
+    def d_sae(self) -> int:
+        """Features of the whole SAE, those of other processes included."""
+        return self.sae.d_sae * self.sae.share.parts
 
     @property
     def as_saved(self) -> bool:
@@ -150,6 +156,7 @@ class SAETrainer:
             self._check_finite(result.loss, grad_norm, x)
         with self.watched("after_update"):
             self.sae.after_update()
+        self.sae.share = self.world.share()  # until the next step, nothing depends on a batch
         window_ended = self.firing.update(result.fired, n)
         if log:
             if self.maps is not None:
@@ -245,8 +252,10 @@ class SAETrainer:
     def check_weights(self) -> None:
         """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
         for name, value in self.sae.named_parameters():
-            # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
-            if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+            finite = value.sum().isfinite()  # only if all its numbers are; only if it is not, each is looked at
+            if not bool(finite):
+                finite = value.isfinite().all()
+            if not bool(torch.stack(self.sae.share.features.gather(finite)).all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
@@ -261,12 +270,16 @@ class SAETrainer:
     def raw_sae(self) -> SAEModule:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
 
-        It is the SAE itself, or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
+        Of one whose features are split, every process of the group must ask, and has it whole.  It is the SAE itself,
+        or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
         """
         sae = self.sae
-        if not self.as_saved:
+        if sae.share.parts > 1:
+            sae = gathered(sae)
+        elif not self.as_saved:
             sae = copy.deepcopy(sae)
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
+        if sae is not self.sae:
             if self.scaled:
                 sae.fold_activation_scale(*self.factors)
             if self.maps is not None:
@@ -274,7 +287,7 @@ class SAETrainer:
             sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
-        sae.log_sparsity = self.firing.log_sparsity().cpu()
+        sae.log_sparsity = self.sae.share.all_features(self.firing.log_sparsity()).cpu()
         sae.probe_rows = self._recent
         return sae
 

@@ -77,10 +77,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         saving = Saving(session, folder, {"sae": Trackers({})}, Interruption())
-        steps, behind, saves, copies, writes, sizes = [], [], [], [], [], []
+        behind, saves, copies, writes, sizes = [], [], [], [], []
+        batch = next(lane.source).activations[site]
+        steps = [timed(lambda: trainer.train_on(batch))]
         for number in range(options.rounds):
-            batch = next(lane.source).activations[site]
-            steps.append(timed(lambda rows=batch: trainer.train_on(rows)))
             lane.batches = 2 * number + 1
             behind.append(timed(saving.save_if_possible))
             saving.settle()

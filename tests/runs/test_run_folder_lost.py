@@ -155,7 +155,7 @@ def test_nothing_can_be_saved_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_stands_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that come and go make no other folder of it, nor does a drive that does not answer for once."""
-    with Standing(tmp_path) as standing:
+    with Standing([tmp_path]) as standing:
         (tmp_path / "x").mkdir()
         (tmp_path / "x").rmdir()
         standing.check()
@@ -171,7 +171,7 @@ def test_what_stands_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     with monkeypatch.context() as patch:  # as on Windows, which opens no folders
         patch.setattr("os.open", lambda *_: exec("raise PermissionError(13, 'Permission denied')"))
-        with Standing(folder) as standing:
+        with Standing([folder]) as standing:
             standing.check()
             renamed(folder)
             with pytest.raises(RunFolderLostError):

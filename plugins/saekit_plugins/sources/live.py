@@ -38,13 +38,18 @@ class LiveConfig:
 class LiveSource:
     """Shuffled batches from the model itself."""
 
+<<<<<<< HEAD
     copies_state = True  # the buffer gathers its rows for each, and all else is numbers
+=======
+    shares_rows = True
+>>>>>>> d1
 
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch
 
         from saekit.data import ActivationStream, Prefetched
 
+        stream = stream.own
         self._stream, self._config = stream, config
         context_size = stream.contexts.policy.context_size  # opens the text, before the model runs
         rows = stream.rows_per_context(context_size)

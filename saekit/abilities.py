@@ -27,11 +27,8 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
-<<<<<<< HEAD
     "CopiesState",
-=======
     "Elementwise",
->>>>>>> d1
     "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",

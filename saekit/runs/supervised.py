@@ -8,11 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-<<<<<<< HEAD
-from saekit.abilities import CopiesState, HasMemory, Pauses, StatesRows, StatesWidths
-=======
-from saekit.abilities import HasMemory, Pauses, SharesRows, StatesRows, StatesWidths
->>>>>>> d1
+from saekit.abilities import CopiesState, HasMemory, Pauses, SharesRows, StatesRows, StatesWidths
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
@@ -32,11 +28,8 @@ class SupervisedSource:
     rows: int
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
-<<<<<<< HEAD
     copies_state: bool
-=======
     shares_rows: bool
->>>>>>> d1
 
     def __init__(
         self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]

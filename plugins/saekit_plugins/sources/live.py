@@ -38,11 +38,8 @@ class LiveConfig:
 class LiveSource:
     """Shuffled batches from the model itself."""
 
-<<<<<<< HEAD
     copies_state = True  # the buffer gathers its rows for each, and all else is numbers
-=======
     shares_rows = True
->>>>>>> d1
 
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch

@@ -16,7 +16,7 @@ import attrs
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
-from saekit.distributed.launched import Launched
+from saekit.distributed.launched import Launched, check_mesh, refuse_several
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -75,6 +75,7 @@ def train(
     configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
+    check_mesh(configs[0].distributed, Launched.here(os.environ))
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
     with _status(configs) as say:
         from saekit.runs.run import begin
@@ -105,6 +106,7 @@ def resume(
     from saekit.runs.record import RunRecord
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
+    refuse_several("going on with a run")
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
     record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
@@ -168,6 +170,7 @@ def cache_activations(
     call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
     early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
     """
+    refuse_several("writing a cache of activations")
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     preflight.of_cache(config, plugins, model, dataset).raise_any()
@@ -190,6 +193,7 @@ def pretokenize(
     made, so that ``dataset.path`` alone makes training read them.  ``model`` and ``dataset`` are as for
     :func:`saekit.train`.
     """
+    refuse_several("pretokenizing")
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
     preflight.of_pretokenize(config, plugins, model, dataset).raise_any()

@@ -62,7 +62,10 @@ class JoinedGroup(Group):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def sum(self, value: Tensor) -> Tensor:
-        return self.sum_(value.detach().clone(memory_format=torch.contiguous_format))
+        # In float32 at least: not every engine adds shorter numbers, and sums of them would lose digits.
+        wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        own = value.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        return self.sum_(own).to(value.dtype)
 
     def sum_(self, value: Tensor) -> Tensor:
         if value.is_contiguous():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import attrs
@@ -9,7 +10,7 @@ import attrs
 from saekit.config.distributed import DistributedConfig
 from saekit.errors import ConfigError
 
-__all__ = ["Launched", "check_mesh"]
+__all__ = ["Launched", "check_mesh", "refuse_several"]
 
 
 @attrs.frozen
@@ -36,6 +37,15 @@ class Launched:
                 )
             numbers[name] = int(text)
         return cls(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"])
+
+
+def refuse_several(doing: str) -> None:
+    """:class:`ConfigError` in one of several processes, for what one does alone."""
+    if (size := Launched.here(os.environ).size) > 1:
+        raise ConfigError(
+            f"{size} processes were started (torchrun), and {doing} is for one; start it without torchrun, or unset "
+            "RANK and WORLD_SIZE"
+        )
 
 
 def check_mesh(config: DistributedConfig, launched: Launched) -> tuple[int, int]:

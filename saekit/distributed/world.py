@@ -17,9 +17,8 @@ from saekit.config import DistributedConfig, TrainConfig
 from saekit.distributed.group import Group, JoinedGroup
 from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
-from saekit.errors import ConfigError
 
-__all__ = ["ALONE", "World", "open_world", "refuse_several", "trains_on_cuda"]
+__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
 
 
 @attrs.frozen(eq=False)
@@ -32,6 +31,8 @@ class World:
     """Those with the same features, among which batches are split."""
     features: Group = attrs.field(factory=Group)
     """Those with the same rows, among which features are split."""
+    behind: Group = attrs.field(factory=Group)
+    """Every process, for what threads tell each other while the loops speak in the other groups."""
 
     @property
     def rank(self) -> int:
@@ -70,12 +71,6 @@ def trains_on_cuda(config: TrainConfig) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def refuse_several() -> None:
-    """:class:`saekit.errors.ConfigError` in one of several processes, for what one alone can do."""
-    if (size := Launched.here(os.environ).size) > 1:
-        raise ConfigError(f"a run of {size} processes cannot be gone on with yet")
-
-
 @contextlib.contextmanager
 def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[World]:
     """The processes that ``torchrun`` has started, as ``config`` arranges them; one process is :data:`ALONE`.
@@ -109,8 +104,9 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
             [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
         )
         every = dist.new_group(timeout=timeout)
+        behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
         parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
-        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts))
+        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts), behind)
     finally:
         if ours:
             dist.destroy_process_group()

@@ -12,7 +12,7 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
-from saekit.distributed.world import World, open_world, refuse_several, trains_on_cuda
+from saekit.distributed.world import World, open_world, trains_on_cuda
 from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
@@ -106,7 +106,6 @@ def go_on(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
-    refuse_several()
     with (
         ambient(),
         seeded(next(iter(resumption.configs.values())).training.seed),

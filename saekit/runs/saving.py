@@ -12,8 +12,6 @@ from typing import TypeVar
 
 import attrs
 
-from saekit.config import TrainConfig
-from saekit.config.files import plain_config
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
 from saekit.runs.checkpoints import (
@@ -21,7 +19,6 @@ from saekit.runs.checkpoints import (
     all_checkpoints,
     keep_saes,
     mark_finished,
-    versions,
     write_checkpoint,
     write_saes,
 )
@@ -29,7 +26,7 @@ from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
-from saekit.runs.staging import Staging
+from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
 from saekit.runs.writing import Writing
@@ -242,7 +239,7 @@ class Saving:
             spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
             states = {name: staging.training(member.trainer) for name, member in session.members.items()}
             stream = staging.stream(self._stream(path, saes, staging))
-            files = saes, states, stream, self._facts(spaced)
+            files = saes, states, stream, facts_of(session, spaced=spaced)
             write = functools.partial(write_checkpoint, path.absolute(), *files)
         else:
             write = functools.partial(write_saes, path.absolute(), saes)
@@ -296,33 +293,6 @@ class Saving:
             except DivergedError as error:
                 member.trainer.diverged = str(error)
         return worth
-
-    def _facts(self, spaced: bool) -> dict[str, object]:
-        about = {
-            name: {
-                "step": member.trainer.step,
-                "tokens": member.trainer.tokens,
-                "diverged": member.trainer.diverged,
-                "d_sae": member.trainer.d_sae,
-                "config": self._config(member.config),
-            }
-            for name, member in self._session.members.items()
-        }
-        return {
-            "batches": self._session.batches,
-            "finished": False,
-            "spaced": spaced,
-            "saes": about,
-            "identity": dict(self._session.identity),
-            "versions": versions(),
-        }
-
-    def _config(self, config: TrainConfig) -> dict[str, object]:
-        """The configuration as plain data, without where the run lies: it may be moved."""
-        table = plain_config(config, self._session.plugins)
-        for option in ("folder", "name"):
-            table["checkpoints"].pop(option)
-        return table
 
     def _remove_old(self, folder: Path, diverged: Collection[str], warn: Callable[[str], None]) -> None:
         """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays.

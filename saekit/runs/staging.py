@@ -9,12 +9,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.runs.checkpoints import STREAM, TRAINING
+from saekit.config import TrainConfig
+from saekit.config.files import plain_config
+from saekit.runs.checkpoints import STREAM, TRAINING, versions
+from saekit.runs.session import Session
 from saekit.runs.state_files import StateFiles
 from saekit.sae.folder import Contents, contents_of
 from saekit.training.trainer import SAETrainer
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "facts_of"]
 
 
 class Staging:
@@ -33,19 +36,20 @@ class Staging:
             return contents
         return attrs.evolve(contents, tensors=self.held(contents.tensors))
 
-    def training(self, trainer: SAETrainer) -> StateFiles:
+    def training(self, trainer: SAETrainer, part: str = "") -> StateFiles:
         """The training state, without the weights where the SAE as it is saved has the very same.
 
-        :class:`StorageError` for what cannot be saved.
+        Of a process that has a part of the features, that ``part``.  :class:`StorageError` for what cannot be saved.
         """
         state = trainer.state_dict()
-        if trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
+        whole = trainer.sae.share.parts == 1
+        if whole and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
             state.pop("weights", None)
-        return StateFiles.of(TRAINING, self.held(state))
+        return StateFiles.of(f"{TRAINING}{part}", self.held(state))
 
-    def stream(self, state: Mapping[str, Any]) -> StateFiles:
-        """The ``state`` of the batches, whose tensors are copies already."""
-        return StateFiles.of(STREAM, state)
+    def stream(self, state: Mapping[str, Any], part: str = "") -> StateFiles:
+        """The ``state`` of the batches, of this ``part`` of the processes; its tensors are copies already."""
+        return StateFiles.of(f"{STREAM}{part}", state)
 
     def held(self, state: Any) -> Any:
         """``state`` with copies of its tensors; whatever cannot be saved stays what it is, and is refused later."""
@@ -84,3 +88,36 @@ class Staging:
                 event.synchronize()
 
         return wait
+
+
+def facts_of(session: Session, *, spaced: bool) -> dict[str, object]:
+    """What the manifest of a checkpoint says of ``session`` as it is now."""
+    about = {
+        name: {
+            "step": member.trainer.step,
+            "tokens": member.trainer.tokens,
+            "diverged": member.trainer.diverged,
+            "d_sae": member.trainer.d_sae,
+            "config": _config(member.config, session),
+        }
+        for name, member in session.members.items()
+    }
+    world = session.world
+    mesh = {"mesh": [world.data.size, world.features.size]} if world.size > 1 else {}
+    return {
+        "batches": session.batches,
+        "finished": False,
+        "spaced": spaced,
+        **mesh,
+        "saes": about,
+        "identity": dict(session.identity),
+        "versions": versions(),
+    }
+
+
+def _config(config: TrainConfig, session: Session) -> dict[str, object]:
+    """The configuration as plain data, without where the run lies: it may be moved."""
+    table = plain_config(config, session.plugins)
+    for option in ("folder", "name"):
+        table["checkpoints"].pop(option)
+    return table

@@ -106,7 +106,8 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
         every = dist.new_group(timeout=timeout)
         behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
         parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
-        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts), behind)
+        data_group, features_group = (part if part.size > 1 else Group() for part in parts)
+        yield World(JoinedGroup(every), data_group, features_group, behind)
     finally:
         if ours:
             dist.destroy_process_group()

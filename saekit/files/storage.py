@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "remove_folder",
     "replace_files",
     "sha256",
+    "sync_files",
     "tidy",
     "why_no_folder_in",
     "write_bytes",
@@ -348,6 +349,12 @@ def sha256(path: Path) -> str:
     check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until the disk has files that another process will move.  Raises :class:`OSError`."""
+    for path in paths:
+        _sync(path)
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -35,6 +35,7 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
+from saekit.runs.spreading import check_alike
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
@@ -77,6 +78,7 @@ def _begin(
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
         (name, names), home = member_names(configs, plugins), None
+    check_alike(world, configs, plugins)
     world.all.once(lambda: check_run_folder(configs[0], name))
     given_in = here()
     opened = dict(zip(names, configs, strict=True))
@@ -106,14 +108,19 @@ def go_on(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
+    configs = resumption.configs
+    first = next(iter(configs.values()))
     with (
+        open_world(first.distributed, cuda=trains_on_cuda(first)) as world,
         ambient(),
-        seeded(next(iter(resumption.configs.values())).training.seed),
-        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes, say)) as session,
+        seeded(first.training.seed),
+        contextlib.closing(Session(configs, plugins, model, dataset, resumption.sizes, say, world)) as session,
     ):
+        check_alike(world, list(configs.values()), plugins, resumption.place)
         session.say("reading the checkpoint")
         untracked = resumption.load_into(session)
-        resumption.record.write(resumption.configs, plugins)
+        if world.main:
+            resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)
 
 
@@ -150,7 +157,8 @@ def _run(
         try:
             with interruption:
                 _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
-                interruption.act_at_once()  # there are no more steps to wait for
+                if session.world.size == 1:
+                    interruption.act_at_once()  # there are no more steps to wait for
                 summary = _finish(session, record, trackers, saving)
                 standing.check()
         except DivergedError:
@@ -300,8 +308,8 @@ def _save_after(
     saved, problem = None, None
     if saving.broken_off:
         problem = _INTERRUPTED_TOO
-    elif session.world.size > 1:
-        problem = "a run of several processes does not write checkpoints yet"
+    elif not saving.together:
+        problem = "the other processes of the run need not be at the same step"
     elif session.batches:
         try:
             saved, record = _saved(session, record, saving)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import attrs
+import torch
 
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
@@ -26,6 +27,7 @@ from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
+from saekit.runs.spread_checkpoints import write_together
 from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
@@ -83,6 +85,8 @@ class Saving:
         self._resumable = self._noted = self._told_of_lag = False
         self.broken_off = False
         """A save was interrupted."""
+        self.together = session.world.size == 1
+        """Whether all processes of the run are at the same place, so that they can save."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
         for path in reversed(list(all_checkpoints(folder))):
             self._last_good.update(dict.fromkeys(_healthy(path), path))
@@ -101,9 +105,21 @@ class Saving:
         tokens = self._session.told
         spaced = self._marks(tokens) > self._marks(before) and tokens < self._session.total_tokens
         minutes = (time.monotonic() - self._saved_at) / 60
-        if spaced or (self._options.keep_last and 0 < self._options.every_minutes <= minutes):
+        if self._agreed(spaced or (self._options.keep_last > 0 and 0 < self._options.every_minutes <= minutes)):
             self.save_if_possible(spaced=spaced)
         self._interruption.raise_if_asked()
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether the first process finds that it is time to save; a signal that came to one has come to all."""
+        world = self._session.world
+        if world.size == 1:
+            return due
+        mine = torch.tensor([int(due and world.main), self._interruption.asked])
+        agreed, signal = (int(most) for most in torch.stack(world.all.gather(mine)).amax(0))
+        if signal:
+            self._interruption.hand_on(signal)
+            self.together = True
+        return bool(agreed)
 
     def _marks(self, tokens: int) -> int:
         """How many of the evenly spaced marks lie at or before ``tokens``."""
@@ -158,6 +174,8 @@ class Saving:
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     def _tell(self, error: BaseException, batches: int, *, finished: bool) -> None:
+        if not self._session.world.main:  # the first process says it
+            return
         kept = next(all_checkpoints(self._folder), None)
         warnings.warn(
             f"there is no checkpoint after {batches:,} steps: {error}. "
@@ -181,7 +199,7 @@ class Saving:
     def finish(self) -> None:
         """Say in the last checkpoint that the run is finished; from then on it is not gone on with."""
         self.settle()
-        if self._saved is None or not self._resumable:
+        if not self._session.world.main or self._saved is None or not self._resumable:
             return
         self.check_folder()
         try:
@@ -228,35 +246,40 @@ class Saving:
         path = self._folder / "checkpoints" / f"step-{session.batches}"
         resumable = session.between_steps and self._options.keep_last > 0
         worth = self._worth_saving()
-        if not worth or (path.exists() and not resumable):
-            return path if path.exists() else None
+        there, was_spaced = session.world.all.once(lambda: _seen(path))
+        if not worth or (there and not resumable):
+            return path if there else None
         if self._saved is not None and path.name == self._saved.name and not finished:  # just now, for another reason
             return path
         staging = Staging()
-        saes = {name: staging.sae(trainer) for name, trainer in worth.items()}
+        saes = staging.saes(worth, session.world)
         if resumable:
-            before = _opened(path) if path.exists() else None
-            spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
-            states = {name: staging.training(member.trainer) for name, member in session.members.items()}
-            stream = staging.stream(self._stream(path, saes, staging))
-            files = saes, states, stream, facts_of(session, spaced=spaced)
+            files = (
+                *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), session.world)),
+                facts_of(session, spaced=spaced or was_spaced),  # for another reason, perhaps both
+            )
             write = functools.partial(write_checkpoint, path.absolute(), *files)
+            if session.world.size > 1:
+                write = functools.partial(write_together, session.world.behind, path.absolute(), *files)
         else:
             write = functools.partial(write_saes, path.absolute(), saes)
         diverged = self._diverged()
         warned: list[str] = []
-        arrived, folder = staging.arrived(), self._folder.absolute()
+        arrived, folder, main = staging.arrived(), self._folder.absolute(), session.world.main
 
         def work(writing: Writing) -> None:
             arrived()
             self.check_folder()
             try:
-                write(writing.go_on)
+                if saes or resumable:
+                    write(writing.go_on)
             finally:
                 self.check_folder()  # if it is lost, that is what is wrong
+            self._last_good.update(dict.fromkeys(worth, path))
+            if not main:
+                return
             if resumable:
                 self._note_checkpoint(folder)
-            self._last_good.update(dict.fromkeys(saes, path))
             writing.is_there()
             self._remove_old(folder, diverged, warned.append)
 
@@ -338,6 +361,12 @@ class Saving:
         self.settle()
         path = self._last_good.get(name)
         return None if path is None else self._folder / "checkpoints" / path.name / name
+
+
+def _seen(path: Path) -> tuple[bool, bool]:
+    """Whether a checkpoint is there, and at an even distance."""
+    checkpoint = _opened(path) if path.exists() else None
+    return path.exists(), checkpoint is not None and bool(checkpoint.facts["spaced"])
 
 
 def _opened(path: Path) -> Checkpoint | None:

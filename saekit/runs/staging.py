@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
+from saekit.distributed.world import World
 from saekit.runs.checkpoints import STREAM, TRAINING, versions
 from saekit.runs.session import Session
 from saekit.runs.state_files import StateFiles
@@ -29,27 +30,44 @@ class Staging:
     def __init__(self) -> None:
         self._devices: set[torch.device] = set()
 
-    def sae(self, trainer: SAETrainer) -> Contents:
-        """What the folder of the SAE will hold; :class:`SAEFormatError` for one that could not be loaded again."""
-        contents = contents_of(trainer.raw_sae())
-        if not trainer.as_saved or torch.device(trainer.device).type != "cpu":  # a copy already
-            return contents
-        return attrs.evolve(contents, tensors=self.held(contents.tensors))
+    def saes(self, worth: Mapping[str, SAETrainer], world: World) -> dict[str, Contents]:
+        """What the folders of these SAEs will hold, which the first process writes and all put together.
 
-    def training(self, trainer: SAETrainer, part: str = "") -> StateFiles:
-        """The training state, without the weights where the SAE as it is saved has the very same.
-
-        Of a process that has a part of the features, that ``part``.  :class:`StorageError` for what cannot be saved.
+        :class:`SAEFormatError` for one that could not be loaded again.
         """
-        state = trainer.state_dict()
-        whole = trainer.sae.share.parts == 1
-        if whole and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
-            state.pop("weights", None)
-        return StateFiles.of(f"{TRAINING}{part}", self.held(state))
+        found = {}
+        for name, trainer in worth.items():
+            sae = trainer.raw_sae()
+            if not world.main:
+                continue
+            contents = contents_of(sae)
+            if sae is trainer.sae and torch.device(trainer.device).type == "cpu":  # else it is a copy already
+                contents = attrs.evolve(contents, tensors=self.held(contents.tensors))
+            found[name] = contents
+        return found
 
-    def stream(self, state: Mapping[str, Any], part: str = "") -> StateFiles:
-        """The ``state`` of the batches, of this ``part`` of the processes; its tensors are copies already."""
-        return StateFiles.of(f"{STREAM}{part}", state)
+    def trainings(self, session: Session) -> dict[str, StateFiles]:
+        """Of each SAE the training state, as far as it is for this process to write.
+
+        It is without the weights where the SAE as it is saved has the very same.  :class:`StorageError` for what cannot
+        be saved.
+        """
+        world = session.world
+        if world.data.rank:  # another has the same features
+            return {}
+        stem = TRAINING if world.size == 1 else f"{TRAINING}-{world.features.rank}"
+        found = {}
+        for name, member in session.members.items():
+            trainer = member.trainer
+            state = trainer.state_dict()
+            if world.size == 1 and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
+                state.pop("weights", None)
+            found[name] = StateFiles.of(stem, self.held(state))
+        return found
+
+    def stream(self, state: Mapping[str, Any], world: World) -> StateFiles:
+        """The ``state`` of this process's batches, whose tensors are copies already."""
+        return StateFiles.of(STREAM if world.size == 1 else f"{STREAM}-{world.rank}", state)
 
     def held(self, state: Any) -> Any:
         """``state`` with copies of its tensors; whatever cannot be saved stays what it is, and is refused later."""

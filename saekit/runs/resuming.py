@@ -201,8 +201,8 @@ def _check_processes(checkpoint: Checkpoint, size: int) -> None:
         wrote = "one process" if data * features == 1 else f"{data * features} processes"
         start = "without torchrun" if data * features == 1 else f"torchrun --nproc-per-node {data * features} ..."
         raise ConfigError(
-            f"{checkpoint.folder} was written by {wrote}, and {size} would go on from it. Each reads its own part of the "
-            f"text, so there must be as many ({start})"
+            f"{checkpoint.folder} was written by {wrote}, and {size} would go on from it. Each reads its own part of "
+            f"the text, so there must be as many ({start})"
         )
 
 

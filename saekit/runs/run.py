@@ -13,7 +13,13 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.distributed.world import World, open_world, trains_on_cuda
-from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.errors import (
+    DataError,
+    DivergedError,
+    StorageError,
+    TrainingInterrupted,
+    resume_command,
+)
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
@@ -156,10 +162,12 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
+                with session.world.accounted():
+                    _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
                 if session.world.size == 1:
                     interruption.act_at_once()  # there are no more steps to wait for
-                summary = _finish(session, record, trackers, saving)
+                with session.world.accounted():
+                    summary = _finish(session, record, trackers, saving)
                 standing.check()
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
@@ -324,9 +332,16 @@ def _save_after(
     if isinstance(error, KeyboardInterrupt):
         signal, run = interruption.signal, record.folder
         raise TrainingInterrupted(
-            session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
+            session.batches,
+            session.tokens,
+            saved,
+            run,
+            signal=signal,
+            problem=problem,
+            newest=newest,
+            processes=session.world.size,
         ) from error
-    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    command = resume_command(record.folder, session.world.size)
     on = f"{command} goes on from" if newest else "there is no checkpoint to go on from"
     if saved is not None and saved == newest:
         error.add_note(f"the run as it was before is in {saved}; {on} it")

@@ -79,15 +79,15 @@ def _agreed(group: Group, work: Callable[[], _T]) -> list[_T]:
         found = work()
     except Exception as error:
         failure = error
+    if isinstance(failure, OSError):
+        failure = StorageError(f"cannot write a checkpoint: {failure.strerror}. What was there before is kept")
     problem = None if failure is None else str(failure) or type(failure).__name__
     told = group.objects((found, problem))
     if failure is not None:
-        if isinstance(failure, OSError):
-            raise StorageError(f"cannot write a checkpoint: {failure.strerror or failure}") from failure
         raise failure
     for number, (_, theirs) in enumerate(told):
         if theirs is not None:
-            raise StorageError(f"process {number} could not write its part: {theirs}")
+            raise StorageError(f"of process {number}: {theirs}")
     return [one for one, _ in told]  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that two processes write together: runs that are stopped, and go on, on the same processes or otherwise."""
+"""Checkpoints that two processes write together: runs that are stopped, and go on, on the same mesh or another."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_one_process_does_not_go_on_from_the_parts_of_two(found: dict[str, list[
 def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict[str, list[Any]], folder: Path) -> None:
     for text in found["unlike"]:
         assert text == (
-            "the processes of a run must be alike, and process 1 has another option than process 0: lr_schedule.name is "
-            "'saekit:cosine', not 'saekit:constant'. Start all by the same command, in the same environment"
+            "the processes of a run must be alike, and process 1 has another option than process 0: lr_schedule.name "
+            "is 'saekit:cosine', not 'saekit:constant'. Start all by the same command, in the same environment"
         )
     assert not (folder / "unlike").exists()
 
@@ -110,7 +110,8 @@ def test_a_full_disk_of_one_keeps_the_checkpoint_before(found: dict[str, list[An
     first, second = found["full"]
     (text,) = first["told"]
     assert text.startswith(
-        "there is no checkpoint after 4 steps: process 1 could not write its part: [Errno 28] No space"
+        "there is no checkpoint after 3 steps: of process 1: cannot write a checkpoint: No space left on device. What "
+        "was there before is kept. Training goes on"
     )
     assert text.endswith("Training goes on; the last checkpoint is " + first["folder"] + "/checkpoints/step-2")
     assert second["told"] == []

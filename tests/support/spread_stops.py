@@ -1,9 +1,15 @@
-"""What the processes of :mod:`support.processes` do that is about checkpoints: runs that are stopped, and go on."""
+"""What the processes of :mod:`support.processes` do that is about checkpoints: runs that are stopped, and go on.
+
+Run as a script (``FOLDER HOW RANK STEP``), it is one process of a run in which that of number ``RANK`` ends in the middle
+of a step: ``killed`` by SIGKILL, or ``fails``.  Run by torchrun with ``resumed``, it goes on with that run.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -104,3 +110,39 @@ def unlike(world: World, folder: str) -> str:
     except SaekitError as error:
         return str(error)
     return "nothing"
+
+
+def ends_at(rank: int, step: int, end: Any) -> Any:
+    """Have process ``rank`` come to its ``end`` in the middle of a step."""
+    work = SAETrainer.train_on
+
+    def train_on(trainer: SAETrainer, *rest: Any) -> Any:
+        if trainer.step + 1 == step and int(os.environ["RANK"]) == rank:
+            end()
+        return work(trainer, *rest)
+
+    SAETrainer.train_on = train_on  # type: ignore[method-assign]
+
+
+def fails() -> None:
+    raise ValueError("a fault of an architecture")
+
+
+def main(folder: str, how: str, rank: str, step: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    ends = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "fails": fails}
+    if how in ends:
+        ends_at(int(rank), int(step), ends[how])
+    begun = time.monotonic()
+    try:
+        config = options(Path(folder), **CHANGES)
+        quietly(lambda: saekit.train(config, plugins=manager(), dataset=DOCUMENTS))
+    except Exception as error:
+        print(error, *getattr(error, "__notes__", ()), f"{time.monotonic() - begun:.0f} s", sep="\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """What the processes of :mod:`support.processes` do that is about checkpoints: runs that are stopped, and go on.
 
-Run as a script (``FOLDER HOW RANK STEP``), it is one process of a run in which that of number ``RANK`` ends in the middle
-of a step: ``killed`` by SIGKILL, or ``fails``.  Run by torchrun with ``resumed``, it goes on with that run.
+Run as a script (``FOLDER HOW RANK STEP``), it is one process of a run in which that of number ``RANK`` ends in the
+middle of a step: ``killed`` by SIGKILL, or ``fails``.
 """
 
 from __future__ import annotations

@@ -70,15 +70,14 @@ class Batch:
     positions: Tensor | None = None
     """``[n]`` positions in the context."""
     counts: tuple[int, ...] = attrs.field(default=(), kw_only=True)
-    """Of several processes that split a batch, whose part this is: how many rows each has, in their order.  Empty: this
-    is the whole batch."""
+    """Of processes that split a batch, whose part this is: the rows of each.  Empty: this is the whole batch."""
 
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
 
     @property
     def whole(self) -> int:
-        """Rows of the whole batch, those of other processes included."""
+        """Rows of the whole batch."""
         return sum(self.counts) if self.counts else len(self)
 
     def rows_at(self, sites: Sequence[Site]) -> Tensor:

@@ -143,9 +143,7 @@ def _shared_out(whole: Batch, world: World) -> Batch:
 
 def thinned(batch: Batch, n: int, world: World) -> Batch:
     """:meth:`saekit.Batch.thinned` of the whole batch, of which ``batch`` is the part of this process."""
-    if not batch.counts:
-        return batch.thinned(n)
-    whole = sum(batch.counts)
+    whole = batch.whole
     if n >= whole:
         return batch
     kept, ends = [row * whole // n for row in range(n)], list(accumulate(batch.counts))

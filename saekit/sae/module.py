@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import SAEConfig
-from saekit.distributed.share import WHOLE, Share
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
@@ -57,13 +56,6 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     scaling_factor: nn.Parameter | None
     reads_sequences: ClassVar[bool] = False
     """Whether features depend on the positions before theirs: then it takes ``[batch, position, d_in]`` alone."""
-    share: Share = WHOLE
-    """What this process has of a training step, of the rows and of the features: all of both, unless there are several
-    processes.  See :class:`saekit.distributed.Share`."""
-    spreads_over: ClassVar[frozenset[str]] = frozenset()
-    """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
-    asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
-    changes the mathematics says so anew."""
     why_no_training: ClassVar[str | None] = None
     """Of an architecture that is for inference alone: why, in words.  None: it defines :meth:`losses`."""
 
@@ -340,10 +332,6 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
             result = self.losses(x, step)
             result.loss.backward()
         return result
-
-    def why_not_split(self, parts: int) -> str | None:
-        """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""
-        return None
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.

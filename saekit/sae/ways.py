@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.kernel import StepKernel, Use, choose
 from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
@@ -55,6 +56,13 @@ class Ways(Castable):
     keeps the kernels."""
     memory: Workspaces = SHARED
     """Where kernels work."""
+    share: Share = WHOLE
+    """What this process has of a training step, of the rows and of the features: all of both, unless there are several
+    processes.  See :class:`saekit.distributed.Share`."""
+    spreads_over: ClassVar[frozenset[str]] = frozenset()
+    """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
+    asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
+    changes the mathematics says so anew."""
     spread: frozenset[str] = frozenset()
     """What is split over processes in training: ``data``, ``features``."""
 
@@ -117,6 +125,10 @@ class Ways(Castable):
         if kernel is not None and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
+
+    def why_not_split(self, parts: int) -> str | None:
+        """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""
+        return None
 
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""

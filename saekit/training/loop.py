@@ -98,7 +98,8 @@ def _tell(lane: Lane, observers: Sequence[Observer]) -> None:
 
 
 def _step(trainer: SAETrainer, batch: Batch) -> dict[str, float | Histogram]:
-    batch = thinned(batch, trainer.training.total_tokens - trainer.tokens, trainer.world)
+    left = trainer.training.total_tokens - trainer.tokens
+    batch = thinned(batch, left, trainer.world) if batch.counts else batch.thinned(left)
     try:
         metrics = trainer.train_on(*trainer.rows_of(batch), batch)
     except DivergedError as error:

@@ -50,7 +50,8 @@ class World:
         try:
             yield
         except LostProcessError as error:
-            error.add_note(self._ends())
+            if not getattr(error, "__notes__", ()):  # which has been found out by now
+                error.add_note(self._ends())
             raise
         except BaseException as error:
             if self.store is not None:

@@ -66,7 +66,7 @@ def begin(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
-    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world:
+    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world, world.accounted():
         return _begin(configs, plugins, model, dataset, world, alone=alone, say=say)
 
 
@@ -118,6 +118,7 @@ def go_on(
     first = next(iter(configs.values()))
     with (
         open_world(first.distributed, cuda=trains_on_cuda(first)) as world,
+        world.accounted(),
         ambient(),
         seeded(first.training.seed),
         contextlib.closing(Session(configs, plugins, model, dataset, resumption.sizes, say, world)) as session,

@@ -246,10 +246,12 @@ class Saving:
         path = self._folder / "checkpoints" / f"step-{session.batches}"
         resumable = session.between_steps and self._options.keep_last > 0
         worth = self._worth_saving()
-        there, was_spaced = session.world.all.once(lambda: _seen(path))
+        just_now = self._saved is not None and path.name == self._saved.name and not finished  # for another reason
+        # Of several processes, the first decides: the others may see the disk later, or not know what failed.
+        there, was_spaced, just_now = session.world.all.once(lambda: (*_seen(path), just_now))
         if not worth or (there and not resumable):
             return path if there else None
-        if self._saved is not None and path.name == self._saved.name and not finished:  # just now, for another reason
+        if just_now:
             return path
         staging = Staging()
         saes = staging.saes(worth, session.world)

@@ -1,4 +1,4 @@
-"""A process of a run that is killed, or fails: the others end soon and say which it was; the last checkpoint is good."""
+"""A process of a run that is killed, or fails: the others end soon and say which; the last checkpoint is good."""
 
 from __future__ import annotations
 

@@ -53,6 +53,10 @@ class Interruption:
         """A signal has come to another process of the run, which is as if it had come here."""
         self.signal, self._asked = signal.Signals(number), True
 
+    def forget(self) -> None:
+        """There is nothing left that a signal could stop."""
+        self._asked = False
+
     def act_at_once(self) -> None:
         """From now on, keep no signal back; :class:`KeyboardInterrupt`, if one has come."""
         self._at_once = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from saekit.distributed.world import World, open_world, trains_on_cuda
 from saekit.errors import (
     DataError,
     DivergedError,
+    LostProcessError,
     StorageError,
     TrainingInterrupted,
     resume_command,
@@ -137,6 +139,7 @@ def _run(
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         main = session.world.main
+        stack.push(functools.partial(_end_together, session.world))
         folders = [record.folder, *(record.home(name) for name in record.saes)] if main else []
         standing = stack.enter_context(Standing(folders))
         ending = Ending(session, record, standing)
@@ -170,6 +173,8 @@ def _run(
                 with session.world.accounted():
                     summary = _finish(session, record, trackers, saving)
                 standing.check()
+                if session.world.size > 1:
+                    interruption.forget()  # all is done, in every process
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
@@ -180,6 +185,16 @@ def _run(
             SHARED.release()
     _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
+
+
+def _end_together(world: World, kind: object, error: BaseException | None, trace: object) -> None:
+    """Of processes that a signal has ended, none is gone before the first has closed what it has open.
+
+    Whoever started them may end the others as soon as one is gone.
+    """
+    if isinstance(error, TrainingInterrupted) and error.checkpoint is not None and world.size > 1:
+        with contextlib.suppress(LostProcessError):
+            world.all.objects(None)
 
 
 def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:

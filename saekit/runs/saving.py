@@ -107,7 +107,8 @@ class Saving:
         minutes = (time.monotonic() - self._saved_at) / 60
         if self._agreed(spaced or (self._options.keep_last > 0 and 0 < self._options.every_minutes <= minutes)):
             self.save_if_possible(spaced=spaced)
-        self._interruption.raise_if_asked()
+        if self.together:  # else one that has come since all were asked counts after the next step
+            self._interruption.raise_if_asked()
 
     def _agreed(self, due: bool) -> bool:
         """Whether the first process finds that it is time to save; a signal that came to one has come to all."""

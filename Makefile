@@ -12,7 +12,7 @@ NEWEST ?= .venv-newest
 TL4 ?= .venv-tl4
 TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_conformance.py tests/data/test_live_source.py \
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
-EXTRAS := [mamba,tagger,wandb,test,docs]
+EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
 .PHONY: demo test test-processes test-newest test-peers test-tl4 lint docs bench clean
 

@@ -110,6 +110,9 @@ def pages() -> dict[str, str]:
         "api-reports.generated.md": authors(
             "saekit.reports", "Run folders as tables and pictures ([what they show](../training.md#pictures))."
         ),
+        "api-exports.generated.md": authors(
+            "saekit.exports", "Names, addresses and lists at Neuronpedia ([how](../exporting.md))."
+        ),
         "api-toy.generated.md": authors("saekit.toy", "Features that are known ([how](../toy-models.md))."),
         "api-testing.generated.md": authors("saekit.testing", "What plugins are tested with."),
         "api-kernels.generated.md": authors(

@@ -2,7 +2,10 @@ from ._version import __version__ as __version__
 from .commands.analyzing import feature_statistics as feature_statistics
 from .commands.analyzing import token_set_enrichment as token_set_enrichment
 from .commands.comparing import compare as compare
+from .commands.dashboards import dashboard as dashboard
 from .commands.evaluating import evaluate as evaluate
+from .commands.exporting import export_delphi as export_delphi
+from .commands.exporting import export_neuronpedia as export_neuronpedia
 from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations
 from .commands.jobs import plan as plan
@@ -12,6 +15,9 @@ from .commands.jobs import train as train
 from .commands.looking import load_model as load_model
 from .commands.looking import top_texts as top_texts
 from .commands.pushing import push_to_hub as push_to_hub
+from .commands.serving import serve_dashboard as serve_dashboard
+from .commands.showing import show_feature as show_feature
+from .commands.splicing import splice as splice
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig
@@ -35,7 +41,6 @@ from .saved import PretrainedSAE as PretrainedSAE
 from .saved import SAEFiles as SAEFiles
 from .site import Site as Site
 from .site import Sites as Sites
-from .splicing.context import splice as splice
 from .values import Batch as Batch
 from .values import Forward as Forward
 from .values import Ports as Ports

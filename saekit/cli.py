@@ -19,8 +19,10 @@ from saekit.commands.terminal import (
     compare,
     config,
     convert_config,
+    dashboard,
     demo,
     evals,
+    export,
     features,
     plan,
     plugins,
@@ -75,12 +77,14 @@ app.command("show", epilog=examples(show.EXAMPLES))(show.show)
 app.command("compare", epilog=examples(compare.EXAMPLES))(compare.compare)
 app.command("eval", epilog=examples(evals.EXAMPLES))(evals.evaluate)
 app.command("features", epilog=examples(features.EXAMPLES))(features.features)
+app.command("dashboard", epilog=examples(dashboard.EXAMPLES))(dashboard.dashboard)
 app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
 app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
 app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
+app.add_typer(export.app, name="export", epilog=examples(export.EXAMPLES))
 app.add_typer(saes.app, name="saes", epilog=examples(saes.EXAMPLES))
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Mask", "TokenChoice", "asked_tokens", "ids_of", "special_ids", "token_choice"]
 
 _ANY_SIZE = 1 << 30
+_AS_SLICE = "one to three numbers, as slice takes them"
 
 Mask: TypeAlias = "Tensor | Callable[[Tensor], Tensor]"
 """Which positions count, of those that a :class:`TokenChoice` leaves: bool ``[b, t]``, or what makes it of the token
@@ -46,16 +47,37 @@ def special_ids(backend: ModelBackend) -> frozenset[int]:
 
 
 def _ids(tokens: Iterable[int]) -> frozenset[int]:
-    return frozenset(tokens)
+    return frozenset(_one_list(tokens, "exclude", "a list of token ids"))
+
+
+def _places(places: Any) -> Any:
+    return _one_list(places, "seqpos_slice", _AS_SLICE)
+
+
+def _one_list(value: object, option: str, expected: str) -> Any:
+    problems: list[tuple[str, str]] = []
+    found = _listed(value, option, expected, problems)
+    if problems:
+        raise ConfigError(problems, "the choice of tokens")
+    return found
+
+
+def _check_ids(choice: object, attribute: Any, value: frozenset[Any]) -> None:
+    if odd := [token for token in value if type(token) is not int or token < 0]:
+        raise ConfigError([(attribute.name, f"must be token ids from 0, found {odd[0]!r} among them")])
+
+
+def _check_places(choice: object, attribute: Any, value: tuple[Any, ...]) -> None:
+    TokensConfig(seqpos_slice=value)  # what is no slice there is none here
 
 
 @attrs.frozen(kw_only=True)
 class TokenChoice:
     """Those that count of contexts ``[b, t]``; by default all."""
 
-    exclude: frozenset[int] = attrs.field(default=frozenset(), converter=_ids)
+    exclude: frozenset[int] = attrs.field(default=frozenset(), converter=_ids, validator=_check_ids)
     """Ids that do not count, wherever they stand."""
-    seqpos_slice: tuple[int | None, ...] = (None,)
+    seqpos_slice: tuple[int | None, ...] = attrs.field(default=(None,), converter=_places, validator=_check_places)
     """The positions of a context that count, as :class:`slice` takes them: ``(1,)`` is the first alone, ``(1, None)``
     all but that."""
 
@@ -135,7 +157,7 @@ def asked_tokens(exclude: object = None, places: object = None) -> TokensConfig:
     if exclude is not None and not isinstance(exclude, bool):
         exclude = _listed(exclude, "exclude_special_tokens", "true, false or a list of token ids", problems)
     if places is not None:
-        places = _listed(places, "seqpos_slice", "one to three numbers, as slice takes them", problems)
+        places = _listed(places, "seqpos_slice", _AS_SLICE, problems)
     if problems:
         raise ConfigError(problems)
     found = TokensConfig(

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,23 @@ pytest.register_assert_rewrite("support")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than processors (``-n auto``): a test that waits for a process that it started does nothing itself."""
     return (os.cpu_count() or 1) + 1
+
+
+_OF_SHORT_RUNS = (
+    "ignore:.*wrong site, scale or model:RuntimeWarning",  # what runs of a few steps may well be asked
+    "ignore:.*the model's own loss is .*hardly better than guessing",  # as random models do
+)
+_NOT_OF_RUNS = {"analysis", "config", "evals", "plugins", "splicing", "testing"}
+"""Folders whose tests say themselves where they expect these."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that train for a few steps are not asked whether the SAE is of this model."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in _NOT_OF_RUNS:
+            for line in _OF_SHORT_RUNS:
+                item.add_marker(pytest.mark.filterwarnings(line))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -131,6 +131,7 @@ NEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "saekit.splicing",
             "saekit.evals",
             "saekit.analysis",
+            "saekit.exports",
             "saekit.reports",
             "saekit.pretrained",
         ),

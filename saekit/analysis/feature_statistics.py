@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,16 @@ from saekit.site import Sites
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["COLUMNS", "firing_fractions", "layer_of", "statistics_table"]
+__all__ = [
+    "COLUMNS", "LOGIT_COLUMNS", "checked_fractions", "firing_fractions", "layer_of", "statistics_table", "table_of",
+    "weight_columns",
+]  # fmt: skip
 
 COLUMNS = (
     "sae", "layer", "hook", "feature", "log_feature_sparsity", "dead", "encoder_decoder_cosine", "b_enc",
     "b_dec_projection", "logit_mean", "logit_std", "logit_skewness", "logit_kurtosis",
 )  # fmt: skip
+LOGIT_COLUMNS = COLUMNS[-4:]
 _EPSILON = 1e-10
 """What is added to fractions before their logarithm is saved: see :attr:`saekit.SAE.log_sparsity`."""
 _BLOCK = 4096
@@ -46,37 +50,50 @@ def statistics_table(
     ``fractions [d_sae]`` are those of tokens on which each fired; left out, those that the SAE was saved with.  What
     cannot be said is NaN (:data:`pandas.NA` of ``dead``), and ``attrs["left_out"]`` of the table says why, by column.
     """
+    fired = firing_fractions(sae) if fractions is None else checked_fractions(fractions, sae, name)
+    columns: dict[str, Tensor | str] = {**weight_columns(sae), **_of_logits(sae, path, report)}
+    return table_of(
+        columns, fired, name=name, layer=layer_of(sites), hook="" if sites is None else sites.name,
+        features=range(sae.d_sae),
+    )  # fmt: skip
+
+
+def table_of(
+    columns: Mapping[str, Tensor | str],
+    fired: Tensor | None,
+    *,
+    name: str,
+    layer: int | None,
+    hook: str,
+    features: Sequence[int],
+) -> DataFrame:
+    """The table of ``features``, with ``columns [n]``, or why there is none, and the fractions ``fired [n]``."""
     import pandas as pd
 
-    left_out: dict[str, str] = {}
-    fired = firing_fractions(sae) if fractions is None else _checked(fractions, sae, name)
+    n, left_out = len(features), dict[str, str]()
     values: dict[str, Any] = {
-        "sae": pd.Categorical([name] * sae.d_sae),
-        "layer": pd.array([layer_of(sites)] * sae.d_sae, dtype="Int64"),
-        "hook": pd.Categorical(["" if sites is None else sites.name] * sae.d_sae),
-        "feature": range(sae.d_sae),
+        "sae": pd.Categorical([name] * n),
+        "layer": pd.array([layer] * n, dtype="Int64"),
+        "hook": pd.Categorical([hook] * n),
+        "feature": features,
     }
     if fired is None:
         left_out["log_feature_sparsity"] = left_out["dead"] = "the SAE does not say how often its features fire"
-        values |= {"log_feature_sparsity": _nothing(sae), "dead": pd.array([None] * sae.d_sae, dtype="boolean")}
+        values |= {"log_feature_sparsity": _nothing(n), "dead": pd.array([None] * n, dtype="boolean")}
     else:
         values["log_feature_sparsity"] = fired.double().log10().numpy()
         values["dead"] = pd.array((fired == 0).numpy(), dtype="boolean")
-    for column, found in _of_weights(sae).items():
+    for column, found in columns.items():
         if isinstance(found, str):
             left_out[column] = found
-        values[column] = _nothing(sae) if isinstance(found, str) else found.double().cpu().numpy()
-    for column, found in _of_logits(sae, path, report).items():
-        if isinstance(found, str):
-            left_out[column] = found
-        values[column] = _nothing(sae) if isinstance(found, str) else found.numpy()
+        values[column] = _nothing(n) if isinstance(found, str) else found.double().cpu().numpy()
     table = pd.DataFrame(values)[list(COLUMNS)]
     table.attrs["left_out"] = left_out
     return table
 
 
-def _nothing(sae: SAEModule) -> Any:
-    return torch.full((sae.d_sae,), torch.nan, dtype=torch.float64).numpy()
+def _nothing(n: int) -> Any:
+    return torch.full((n,), torch.nan, dtype=torch.float64).numpy()
 
 
 def firing_fractions(sae: SAEModule) -> Tensor | None:
@@ -90,7 +107,8 @@ def firing_fractions(sae: SAEModule) -> Tensor | None:
     return (10.0**saved - _EPSILON).where(saved > -9.9999, 0.0).clamp(0, 1)
 
 
-def _checked(fractions: Tensor, sae: SAEModule, name: str) -> Tensor:
+def checked_fractions(fractions: Tensor, sae: SAEModule, name: str) -> Tensor:
+    """``fractions [d_sae]`` as they are used; :class:`ConfigError` for what is none."""
     found = torch.as_tensor(fractions).detach().double().cpu()
     if found.shape != (sae.d_sae,) or not bool(((found >= 0) & (found <= 1)).all()):
         shown = (
@@ -116,8 +134,13 @@ def _layer(hook: str) -> int | None:
     return int(found[1]) + (hook.endswith("hook_resid_post") or found.end() == len(hook))
 
 
-def _of_weights(sae: SAEModule) -> dict[str, Tensor | str]:
-    """The cosine of each feature's column of ``W_enc`` and row of ``W_dec``, and what its biases are."""
+@ambient()
+@torch.no_grad()
+def weight_columns(sae: SAEModule) -> dict[str, Tensor | str]:
+    """``[d_sae]``: the cosine of each feature's column of ``W_enc`` and row of ``W_dec``, and what its biases are.
+
+    Or why there is none.
+    """
     found: dict[str, Tensor | str] = {}
     encoder = getattr(sae, "W_enc", None)
     b_enc, b_dec = getattr(sae, "b_enc", None), getattr(sae, "b_dec", None)
@@ -142,12 +165,11 @@ def _of_weights(sae: SAEModule) -> dict[str, Tensor | str]:
 
 
 def _of_logits(sae: SAEModule, path: LogitPath | str, report: Callable[[int], None] | None) -> dict[str, Tensor | str]:
-    columns = ("logit_mean", "logit_std", "logit_skewness", "logit_kurtosis")
     if isinstance(path, str):
-        return dict.fromkeys(columns, path)
+        return dict.fromkeys(LOGIT_COLUMNS, path)
 
     def rows(part: slice) -> Tensor:
         return path.in_residual_stream(feature_directions(sae, part).to(path.unembedding.device))
 
     found = row_moments(rows, sae.d_sae, path.unembedding, report=report)
-    return dict(zip(columns, (found.mean, found.std, found.skewness, found.kurtosis), strict=True))
+    return dict(zip(LOGIT_COLUMNS, (found.mean, found.std, found.skewness, found.kurtosis), strict=True))

@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saekit.ambient import ambient
 from saekit.analysis.directions import LogitPath, feature_directions, logit_path
@@ -21,6 +22,7 @@ from saekit.analysis.enrichment import (
     running_sum,
     why_no_score,
 )
+from saekit.analysis.feature_statistics import checked_fractions, firing_fractions
 from saekit.analysis.moments import row_moments
 from saekit.analysis.scored import Scored, q_values
 from saekit.analysis.token_set_files import read_token_sets
@@ -77,6 +79,7 @@ def enrich(
     sites: Sites | Site | None = None,
     features: Sequence[int] | str = "skewed",
     k: int = 100,
+    fractions: Tensor | None = None,
     permutations: int = 1000,
     seed: int = 0,
     name: str = "the SAE",
@@ -86,8 +89,8 @@ def enrich(
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"`` are those whose logits are skewed most to the
     right, which promote a few tokens much; ``"random"`` are drawn by ``seed``, and either are such as fire, if the SAE
-    says which do.  ``permutations`` random orders of the tokens, by ``seed``, say how often chance gives such a score;
-    0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises
+    says which do, or ``fractions [d_sae]``.  ``permutations`` random orders of the tokens, by ``seed``, say how often
+    chance gives such a score; 0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises
     :class:`saekit.errors.ModelError` where nothing leads from what the SAE writes to the logits.
     """
     where = sae.info.sites if sites is None else sites
@@ -97,7 +100,8 @@ def enrich(
     if isinstance(path, str):
         raise ModelError(f"no token set can be enriched: {path}")
     known = checked_sets(sets, path.unembedding.shape[1])
-    numbers = _chosen(sae, path, features, k, seed, report)
+    fired = firing_fractions(sae) if fractions is None else checked_fractions(fractions, sae, name)
+    numbers = _chosen(sae, path, features, k, seed, fired, report)
     how = features if isinstance(features, str) else "by number"
     about = {"model": backend.name, "site": where.name, "features": how, "seed": seed}
 
@@ -157,10 +161,14 @@ def enrichment_of(
 
 
 def _chosen(
-    sae: SAEModule, path: LogitPath, features: Sequence[int] | str, k: int, seed: int, report: Report | None = None
+    sae: SAEModule,
+    path: LogitPath,
+    features: Sequence[int] | str,
+    k: int,
+    seed: int,
+    fired: Tensor | None,
+    report: Report | None = None,
 ) -> list[int]:
-    from saekit.analysis.feature_statistics import firing_fractions
-
     if not isinstance(features, str):
         numbers = [int(number) for number in features]
         if wrong := [number for number in numbers if not 0 <= number < sae.d_sae]:
@@ -175,7 +183,6 @@ def _chosen(
         return [*range(sae.d_sae)]
     if type(k) is not int or k < 1:
         raise ConfigError([("k", f"must be a whole number of 1 or more, found {k!r}")])
-    fired = firing_fractions(sae)
     live = torch.arange(sae.d_sae) if fired is None else fired.nonzero()[:, 0]
     if features == "random":
         order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, get_args
 
-from saekit.abilities import OnTokens
+from saekit.abilities import OnTokens, TranslatesHooks
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
 from saekit.errors import ModelError
@@ -24,13 +24,18 @@ __all__ = ["Backend", "no_hook"]
 
 
 def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError:
-    """The error for a hook ``name`` that the model of ``backend`` does not have, with those that are spelled alike.
+    """The error for a hook ``name`` that the model of ``backend`` does not have, with the one of that place, where
+    another library's name for it is known (:class:`saekit.abilities.TranslatesHooks`), or those that are spelled alike.
 
     ``option`` is where the name is from, if a configuration says it.
     """
     names = backend.hook_names()
     where = f" ({option})" if option else ""
-    hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
+    like = backend.hook_like(name) if isinstance(backend, TranslatesHooks) else None
+    if like is not None:
+        hint = f". Did you mean {like!r}? It is what this model calls that place"
+    else:
+        hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
     return ModelError(f"the model {backend.name!r} has no hook {name!r}{where}{hint}")
 
 

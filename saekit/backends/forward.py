@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from saekit.backends.replacing import Replacing, replacements_of
 from saekit.errors import ModelError
 from saekit.values import Replacement, Want
 
@@ -24,7 +25,7 @@ class Hooks:
     def __init__(
         self,
         read: Collection[str],
-        replace: Mapping[str, Replacement],
+        replace: Mapping[str, Replacing],
         *,
         tokens: Tensor,
         want: Want = "held",
@@ -38,7 +39,7 @@ class Hooks:
         """The hook where the forward begins; None: at the tokens."""
         self._value = None if start is None else start[1]
         self._begun = False
-        self.read, self.replace = frozenset(read), dict(replace)
+        self.read, self.replace = frozenset(read), replacements_of(replace)
         self.want: Want = want
         self.held: dict[str, Tensor] = {}
         """What was read so far."""
@@ -106,7 +107,8 @@ def put(name: str, value: Tensor, replacement: Replacement) -> Tensor:
         new = replacement(value)
     if not isinstance(new, torch.Tensor) or new.shape != value.shape:
         found = list(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
-        raise ModelError(f"what replaces {name!r} must be a tensor of shape {list(value.shape)}, found {found}")
+        hint = "" if new is not None else ": the function must return what the model goes on with"
+        raise ModelError(f"what replaces {name!r} must be a tensor of shape {list(value.shape)}, found {found}{hint}")
     return new.to(value)
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from saekit.analysis.directions import LogitPath
     from saekit.analysis.tsea import Enrichment
+    from saekit.features.store import FeatureStore
 
-__all__ = ["feature_statistics", "token_set_enrichment", "write_table"]
+__all__ = ["feature_statistics", "opened_store", "token_set_enrichment", "write_table"]
 
 
 def feature_statistics(
@@ -41,7 +42,7 @@ def feature_statistics(
     - ``sae``, ``hook``, ``feature``, and ``layer``: how many blocks come before what the SAE reads;
     - ``log_feature_sparsity``: log10 of the fraction of tokens on which it fires, -inf if on none; ``dead``: whether
       that is so.  They are of the last window of training, unless ``fractions [d_sae]`` are given, of several SAEs by
-      name;
+      name, or a :class:`saekit.FeatureStore` of them, whose text they are of then;
     - ``encoder_decoder_cosine``: of its column of ``W_enc`` and its row of ``W_dec``; ``b_enc``; ``b_dec_projection``:
       ``b_dec`` times its row of ``W_dec``;
     - ``logit_mean``, ``logit_std``, ``logit_skewness``, ``logit_kurtosis``: over the vocabulary, of what it adds to the
@@ -50,9 +51,14 @@ def feature_statistics(
 
     What cannot be said is NaN, and ``attrs["left_out"]`` of the table says why, by SAE and column.  ``model`` is a
     name, a loaded model, or what :func:`saekit.load_model` returned; left out, that of each SAE.  Memory does not grow
-    with features times vocabulary.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
+    with features times vocabulary.  A :class:`saekit.FeatureStore`, or its folder, in the place of ``saes`` is read
+    alone: no SAE and no model is needed, and the table is of the features in it.  Raises
+    :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins = plugins or default_manager()
+    if (store := _store_of(saes)) is not None:
+        _only_of_saes({"model": model, "site": site, "fractions": fractions})
+        return _joined({name: one.statistics(logits=logits) for name, one in store.saes.items()})
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -74,24 +80,52 @@ def _tables(
     verbose: bool,
 ) -> DataFrame:
     """The tables of all, one below the other."""
-    import pandas as pd
-
     from saekit.analysis.feature_statistics import statistics_table
 
-    tables, left_out = list[Any](), dict[str, dict[str, str]]()
+    tables = dict[str, Any]()
     with _Rows(sum(one.sae.d_sae for one in subjects.values()), "looking at features", "features", verbose) as rows:
         for name, one in subjects.items():
-            own = statistics_table(
+            tables[name] = statistics_table(
                 one.sae, name=name, sites=sites[name], path=paths[name], fractions=fractions.get(name), report=rows.add
             )
-            if why := own.attrs.pop("left_out"):
-                left_out[name] = why
-            tables.append(own)
-    whole = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
+    return _joined(tables)
+
+
+def _joined(tables: Mapping[str, DataFrame]) -> DataFrame:
+    """One below the other."""
+    import pandas as pd
+
+    left_out = {name: why for name, own in tables.items() if (why := own.attrs.pop("left_out"))}
+    every = [*tables.values()]
+    whole = pd.concat(every, ignore_index=True) if len(every) > 1 else every[0]
     for column in ("sae", "hook"):
         whole[column] = whole[column].astype("category")
     whole.attrs["left_out"] = left_out
     return whole
+
+
+def _store_of(saes: Any) -> FeatureStore | None:
+    """The feature store that ``saes`` is, or whose folder it names; None: it is something else."""
+    if isinstance(saes, (list, tuple)) and len(saes) == 1:
+        (saes,) = saes
+    from saekit.features.store import FeatureStore
+
+    if isinstance(saes, (str, Path)) and FeatureStore.is_at(saes):
+        return FeatureStore.open(saes)
+    return saes if isinstance(saes, FeatureStore) else None
+
+
+def opened_store(folder: str | None) -> FeatureStore | None:
+    """The feature store that a command line names; None: none is named."""
+    from saekit.features.store import FeatureStore
+
+    return None if folder is None else FeatureStore.open(folder)
+
+
+def _only_of_saes(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError([(name, "is for SAEs: a feature store has the numbers of its own model and text")])
 
 
 class _Rows:
@@ -119,8 +153,14 @@ class _Rows:
 
 
 def _by_name(fractions: Any, subjects: Mapping[str, Subject]) -> dict[str, Any]:
+    from saekit.features.store import FeatureStore
+
     if fractions is None:
         return {}
+    if isinstance(fractions, FeatureStore):
+        from saekit.features.statistics import fractions_of
+
+        return {name: fractions_of([*fractions.saes.values()], one.sae, name) for name, one in subjects.items()}
     if not isinstance(fractions, Mapping):
         if len(subjects) > 1:
             told = f"must be a mapping of the names {', '.join(subjects)}, where there are several SAEs"
@@ -181,6 +221,7 @@ def token_set_enrichment(
     model: object | None = None,
     features: Sequence[int] | str = "skewed",
     k: int = 100,
+    fractions: Any | None = None,
     regex: Mapping[str, str] | None = None,
     names: Iterable[str] | None = None,
     tagger: Any | None = None,
@@ -201,8 +242,9 @@ def token_set_enrichment(
     ship, ``tagger`` has ``tag([word])`` in the place of nltk's.
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
-    ``"random"``.  For ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a
-    page and tables.
+    ``"random"``, both of those that fire: in the last window of training, or by ``fractions [d_sae]``, or a
+    :class:`saekit.FeatureStore` that has the SAE.  For ``permutations`` and ``seed`` see
+    :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
 
     What is returned has ``table()``, ``scores`` and ``signed_scores``, ``manhattan()``, ``overlay(feature)`` and
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
@@ -217,6 +259,7 @@ def token_set_enrichment(
         if len(subjects) > 1:
             raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}")])
         ((name, subject),) = subjects.items()
+        fired = _by_name(fractions, subjects).get(name)
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
@@ -225,7 +268,7 @@ def token_set_enrichment(
     with _Rows(rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose) as rows:
         found = enrich(
             subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
-            permutations=permutations, seed=seed, name=name, report=rows.add,
+            fractions=fired, permutations=permutations, seed=seed, name=name, report=rows.add,
         )  # fmt: skip
     if out is not None:
         found.write(out)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from rich.console import Console
 
+from saekit.commands.dashboards import dashboard as write_dashboard
+from saekit.commands.features import collect_features
 from saekit.commands.jobs import train
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_ARCHITECTURE, DEFAULT_EVALS, DEFAULT_SCHEDULE
@@ -54,10 +58,12 @@ _WHAT = (
     "model comes with saekit, the text with Python: nothing is downloaded."
 )
 _CONTEXTS = 384  # to look for features in, more than the evals need
+_TOLD, _SHOWN = 5, 24  # features in the terminal, and in the dashboard
+_CONTEXTS_SHOWN = 64  # to collect what these do, in two seconds
 
 
 def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | None = None) -> TrainResult:
-    """Train, and show what came out: numbers, pictures, and five features with their text."""
+    """Train, and show what came out: numbers, pictures, five features with their text, and a dashboard of more."""
     plugins = plugins or default_manager()
     console = Console()
     config = load_config({**DEMO_CONFIG, "checkpoints": {"folder": folder}}, overrides, plugins=plugins)
@@ -69,7 +75,8 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     from saekit.commands.outcome import show_files, show_table  # when something has been said
 
     show_table(result, console)
-    found = _features(result, config)
+    best = _features(result, config)
+    found = attrs.evolve(best, features=best.features[:_TOLD])
     from saekit.analysis.feature_texts import as_page, as_text
 
     for feature in found:
@@ -78,12 +85,16 @@ def demo(folder: str, overrides: Sequence[str] = (), plugins: PluginManager | No
     text, page = result.folder / "features.txt", result.folder / "features.html"  # `saekit show` finds them there
     write_text(text, f"{found!r}\n")
     write_text(page, as_page(found.features, f"Features of {result.folder.name}"))
-    show_files(result, console, (("features", text), ("features", page)))
+    files: list[tuple[str, str | Path]] = [("features", text), ("features", page)]
+    if best:
+        dashboard = _dashboard(result, [one.feature for one in best], config.training.verbose)
+        files += [("dashboard", dashboard), ("open it in a browser", dashboard.absolute().as_uri())]
+    show_files(result, console, files)
     return result
 
 
 def _features(result: TrainResult, config: TrainConfig) -> TopTexts:
-    """Five striking features on more text than the evals need."""
+    """Striking features on more text than the evals need, the most striking first."""
     with Status(verbose=config.training.verbose) as say:
         say("looking for features that are easy to read")
         from saekit.analysis.top_texts import find_top_texts
@@ -91,4 +102,14 @@ def _features(result: TrainResult, config: TrainConfig) -> TopTexts:
         wide = attrs.evolve(result.corpus, evals=attrs.evolve(config.evals, n_contexts=_CONTEXTS))
         contexts = wide.held_out(result.backend, config.training.seed)
         sae, backend, sites = result.sae, result.backend, config.sites
-        return find_top_texts(sae, backend=backend, sites=sites, contexts=contexts, diverse=True)
+        return find_top_texts(sae, backend=backend, sites=sites, contexts=contexts, k=_SHOWN, diverse=True)
+
+
+def _dashboard(result: TrainResult, features: Sequence[int], verbose: bool) -> Path:
+    """A page of ``features``, in this order, in the run's folder.  What is collected of these alone does not stay."""
+    with Status(verbose=verbose) as say, TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        say("writing a dashboard of them")
+        options: dict[str, Any] = {"n_contexts": _CONTEXTS_SHOWN, "folder": Path(place) / "features", "verbose": False}
+        store = collect_features(result, features=features, **options)
+        title = f"Features of {result.folder.name}"
+        return write_dashboard(store, features=features, out=result.folder / "dashboard.html", title=title)

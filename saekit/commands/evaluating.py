@@ -114,9 +114,7 @@ def check_arguments(
         raise ConfigError([("n_contexts", f"must be a whole number of {least} or more, found {n_contexts!r}{why}")])
     if contexts is None and mask is not None and not callable(mask):
         raise ConfigError([("mask", "must be a function of tokens, where the contexts are not given (contexts=...)")])
-    from saekit.tokens import asked_tokens
-
-    return ChosenTokens(asked_tokens(exclude, places), exclude is not None, places is not None)
+    return ChosenTokens.asked_for(exclude, places)
 
 
 def checked_data(contexts: Any, mask: Any) -> tuple[Tensor | None, Mask | None]:
@@ -139,15 +137,26 @@ class ChosenTokens:
     by_place: bool = False
     """Likewise positions."""
 
-    def of(self, sae: Any, backend: ModelBackend, contexts: Tensor) -> TokenChoice:
-        """The choice for ``sae``; :class:`ConfigError` for one that the model has no tokens for, or leaves none."""
+    @classmethod
+    def asked_for(cls, exclude: object, places: object) -> ChosenTokens:
+        """What ``exclude_special_tokens`` and ``seqpos_slice`` say; :class:`ConfigError` for what means nothing."""
+        from saekit.tokens import asked_tokens
+
+        return cls(asked_tokens(exclude, places), exclude is not None, places is not None)
+
+    def asked_of(self, sae: Any, backend: ModelBackend) -> TokenChoice:
+        """The choice for ``sae``; :class:`ConfigError` for one that the model has no tokens for."""
         from saekit.tokens import TokenChoice, special_ids, token_choice
 
-        asked, size = token_choice(self.asked, backend, section=""), contexts.shape[1]
-        self.asked.positions(size, section="", size="{} tokens")
+        asked = token_choice(self.asked, backend, section="")
         choice = TokenChoice.of_metadata(sae.info.metadata, special_ids(backend))
         choice = attrs.evolve(choice, exclude=asked.exclude) if self.by_id else choice
-        choice = attrs.evolve(choice, seqpos_slice=asked.seqpos_slice) if self.by_place else choice
+        return attrs.evolve(choice, seqpos_slice=asked.seqpos_slice) if self.by_place else choice
+
+    def of(self, sae: Any, backend: ModelBackend, contexts: Tensor) -> TokenChoice:
+        """As :meth:`asked_of`, and a :class:`ConfigError` for one that leaves none of ``contexts [n, t]``."""
+        choice = self.asked_of(sae, backend)
+        self.asked.positions(contexts.shape[1], section="", size="{} tokens")
         if not bool(choice.kept(contexts).any()):
             place = "the SAE" if sae.info.sites is None else f"the SAE at {sae.info.sites.name}"
             raise ConfigError(

@@ -6,14 +6,13 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit._version import __version__
-from saekit.commands.evaluating import ChosenTokens, check_arguments
+from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
     from saekit.status import Status
+    from saekit.tokens import Mask
 
-__all__ = ["collect_features", "numbers_of"]
+__all__ = ["beside", "collect_features", "numbers_of"]
 
 STORE = "features"
 """The name of a store's folder where none is given."""
@@ -54,6 +54,7 @@ def collect_features(
     site: Site | Sites | str | None = None,
     exclude_special_tokens: bool | Sequence[int] | None = None,
     seqpos_slice: Sequence[int | None] | None = None,
+    mask: Mask | None = None,
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
@@ -63,22 +64,22 @@ def collect_features(
     """What features of SAEs do on text: one pass of the model over it, for all of them, kept in ``folder``.
 
     ``saes``, ``model``, ``dataset``, ``contexts``, ``n_contexts``, ``context_size``, ``site``, ``device``,
-    ``exclude_special_tokens`` and ``seqpos_slice`` are as for :func:`saekit.evaluate`; all SAEs must be of one model
-    and read the same contexts.  ``features`` are the numbers of those that are wanted, for every SAE or, as a mapping,
-    by the SAEs' names; activations are those that the SAE gives of all its features together.
+    ``exclude_special_tokens``, ``seqpos_slice`` and ``mask`` are as for :func:`saekit.evaluate`; all SAEs must be of
+    one model and read the same contexts.  ``features`` are the numbers of those that are wanted, for every SAE or, as a
+    mapping, by the SAEs' names; activations are those that the SAE gives of all its features together.
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
     neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
-    the model's forwards.
+    forwards.  What all this needs is said before it begins.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
-    stopped, when it is asked for again; a store that is there already is opened.  One of something else is an error,
-    unless ``overwrite``.  What it needs is said before it begins.  :class:`saekit.errors.SaekitError` for what cannot
-    be found, does not fit or has no room.
+    stopped, when it is asked for again; a store that is there is opened; one of something else is an error, unless
+    ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
-    tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, None)
+    tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
+    contexts, mask = checked_data(contexts, mask)
     _check_counts({"max_per_feature": max_per_feature, "batch_size": batch_size}, 1)
     _check_counts({"top_kept": top_kept, "partners": partners, "logits": logits}, 0)
     from saekit.devices import resolve_device
@@ -89,8 +90,9 @@ def collect_features(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
-        _check_place(place := _beside(found) if folder is None else as_path(folder))
-        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed)
+        _check_place(place := beside(found) if folder is None else as_path(folder))
+        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
+                    mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
@@ -108,7 +110,7 @@ def _check_counts(counts: Mapping[str, Any], least: int) -> None:
             raise ConfigError([(name, f"must be a whole number of {least} or more, found {value!r}")])
 
 
-def _beside(subjects: Mapping[str, Subject]) -> Path:
+def beside(subjects: Mapping[str, Subject]) -> Path:
     files = [one.file for one in subjects.values()]
     if len(files) == 1 and files[0] is not None:
         own = files[0].parent
@@ -121,6 +123,7 @@ def _of_one_model(
     found: Mapping[str, Subject], material: Material, tokens: ChosenTokens, features: object, site: Any, batch_size: int
 ) -> tuple[Pass, dict[str, Any]]:
     """The pass of the SAEs in their order over the contexts that they share, and what is known of the text."""
+    from saekit.evals.measured import allowed_in
     from saekit.features.collect import Pass
     from saekit.features.subject import Collected
 
@@ -133,13 +136,6 @@ def _of_one_model(
             "name one model and one text (model, dataset, context_size)"
         )
     (group,) = groups
-    if group.mask is not None:
-        warnings.warn(
-            f"{', '.join(group.names)}: trained on tokens that a mask of the text chose; features are collected on all "
-            "that count besides",
-            UserWarning,
-            stacklevel=3,
-        )
     if isinstance(features, Mapping) and (unknown := [name for name in features if name not in found]):
         raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(found)}")])
     subjects = [
@@ -154,7 +150,8 @@ def _of_one_model(
     ]
     first = group.about[group.names[0]]
     facts = {key: value for key, value in first.items() if key in ("dataset", "held_out", "seed")}
-    return Pass(subjects, group.backend, group.contexts, batch_size), facts
+    allowed = allowed_in(group.mask, group.contexts, slice(None))
+    return Pass(subjects, group.backend, group.contexts, batch_size, None if allowed is None else allowed.cpu()), facts
 
 
 def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreManifest:
@@ -167,11 +164,16 @@ def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreMa
         dataset=facts,
         contexts=len(work.contexts),
         context_size=work.contexts.shape[1],
-        digest=hashlib.sha256(work.contexts.int().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        digest=_digest(work.contexts.int()),
+        mask=None if work.mask is None else _digest(work.mask),
         options=attrs.asdict(options),
         saes=[one.about(number) for number, one in enumerate(work.subjects)],
         saekit_version=__version__,
     )
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _collected(

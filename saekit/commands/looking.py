@@ -215,11 +215,11 @@ def _contexts(
     with ambient():
         if result is not None and dataset is None and result.held_out is not None:
             corpus = result.corpus
-            sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
+            sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos, masked=None)
             evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
             return sites, attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
         corpus = corpus_of(sae, backend, dataset, plugins)
-        sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos)
+        sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos, masked=None)
         check_context_size(backend, corpus.context_size)
         found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
     check_contexts(len(found), corpus.context_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,9 @@ def show_table(result: TrainResult | SweepResult, console: Console) -> None:
     console.print(run_table(result.folder, console))
 
 
-def show_files(result: TrainResult | SweepResult, console: Console, others: tuple[tuple[str, Path], ...] = ()) -> None:
+def show_files(
+    result: TrainResult | SweepResult, console: Console, others: Sequence[tuple[str, str | Path]] = ()
+) -> None:
     """Where everything lies: pictures, ``others``, and the folder, which is the last line."""
     several = hasattr(result, "results")
     lines = [("pictures" if several else "training curves", str(path)) for path in result.pictures]

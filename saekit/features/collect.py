@@ -17,7 +17,7 @@ from torch import Tensor
 from saekit.analysis.promoting import why_no_logits
 from saekit.errors import DataError
 from saekit.evals.pieces import at_once
-from saekit.features.effects import logit_effects, weight_tables
+from saekit.features.effects import heads_of, logit_effects, statistics_tables, weight_tables
 from saekit.features.estimate import (
     PART_ENTRIES,
     PART_TOKENS,
@@ -53,12 +53,19 @@ class Pass:
     contexts: Tensor
     batch_size: int
     """Contexts in a forward of the model; results do not depend on it, as far as those of the model do not."""
+    mask: Tensor | None = None
+    """``[n, t]`` bool: which tokens count, of those that each SAE takes; None: all of these."""
+
+    def kept(self, one: Collected, which: Tensor | slice = slice(None)) -> Tensor:
+        """``[b, t]`` bool: the tokens that count for an SAE, of some contexts."""
+        found = one.tokens.kept(self.contexts[which])
+        return found if self.mask is None else found & self.mask[which].to(found.device)
 
     def estimate(self, options: Options) -> Estimate:
         """What it needs, from a few contexts that are spread over all."""
         number = min(_PROBED, len(self.contexts))
-        some = self.contexts[torch.linspace(0, len(self.contexts) - 1, number).long().unique()]
-        next(self._batches(some[:1]))  # what runs first may be slow
+        some = torch.linspace(0, len(self.contexts) - 1, number).long().unique()
+        next(self._batches(self.contexts[some[:1]]))  # what runs first may be slow
         began = time.perf_counter()
         seen = [[0, 0, 0, 0] for _ in self.subjects]  # tokens, rows, entries, pairs
         fired = [torch.zeros(len(one.features), dtype=torch.int64) for one in self.subjects]
@@ -73,7 +80,7 @@ class Pass:
             tally[2] += int(has[found.rows].sum())
             own, everything = (torch.bincount(rows, minlength=found.n) for rows in (found.rows[wanted], found.rows))
             tally[3] += int((own * everything).sum())
-        seconds = (time.perf_counter() - began) / some.numel()
+        seconds = (time.perf_counter() - began) / self.contexts[some].numel()
         tallies = [
             Seen(tokens, rows, entries, pairs, counts)
             for (tokens, rows, entries, pairs), counts in zip(seen, fired, strict=True)
@@ -87,26 +94,18 @@ class Pass:
         rows = [Rows() for _ in self.subjects]
         since, done = 0, parts.contexts
         for start in range(done, len(self.contexts), size):
-            tokens = self.contexts[start : start + size]
-            for which, found, inputs, place in self._found(tokens, start):
+            some = torch.arange(start, min(start + size, len(self.contexts)))
+            for which, found, inputs, place in self._found(some):
                 one = self.subjects[which]
-                flat = one.tokens.kept(tokens).reshape(-1)[place - start * context_size :][: found.n].cpu()
-                wanted = one.row_of[found.features] >= 0
-                own = SparseFeatures(
-                    found.rows[wanted],
-                    one.row_of[found.features[wanted]],
-                    found.values[wanted],
-                    found.n,
-                    len(one.features),
-                )
-                sums[which].add(found, own, inputs, flat)
-                rows[which].add(found, wanted, place)
-            since += tokens.numel()
+                flat = self.kept(one, some).reshape(-1)[place - start * context_size :][: found.n].cpu()
+                sums[which].add(found, one.own(found), inputs, flat)
+                rows[which].add(found, one.row_of[found.features] >= 0, place)
+            since += (tokens := len(some) * context_size)
             last = start + size >= len(self.contexts)
             if last or since >= PART_TOKENS or any(one.entries >= PART_ENTRIES for one in rows):
-                self._save(parts, rows, sums, start + len(tokens))
+                self._save(parts, rows, sums, start + len(some))
                 rows, since = [Rows() for _ in self.subjects], 0
-            report(tokens.numel())
+            report(tokens)
         return sums
 
     def _sums(self, parts: Parts) -> list[Sums]:
@@ -133,26 +132,26 @@ class Pass:
         for batch in tokens.split(self.batch_size):
             yield self.backend.run(batch, read=read).held
 
-    def _found(self, tokens: Tensor, first: int = 0) -> Iterator[tuple[int, SparseFeatures, Tensor, int]]:
+    def _found(self, contexts: Tensor) -> Iterator[tuple[int, SparseFeatures, Tensor, int]]:
         """Which SAE, what is active, on which inputs ``[n, d_in]``, and the place of the first of these.
 
-        An SAE sees as many contexts at once, and the same, whatever the size of the model's batches.
+        Of the ``contexts [b]`` of these numbers; places are right where they follow each other.  An SAE sees as many
+        contexts at once, and the same, whatever the size of the model's batches.
         """
-        for start in range(0, len(tokens), self._unit):
-            some = tokens[start : start + self._unit]
+        context_size = self.contexts.shape[1]
+        for some in contexts.split(self._unit):
             held: dict[str, list[Tensor]] = {}
-            for batch in self._batches(some):
+            for batch in self._batches(self.contexts[some]):
                 for name, value in batch.items():
                     held.setdefault(name, []).append(value)
             joined = {name: torch.cat(values) for name, values in held.items()}
             for which, one in enumerate(self.subjects):
-                inputs, kept = one.sites.input_of(joined), one.tokens.kept(some)
-                step = at_once(one.sae, tokens.shape[1])
+                inputs, kept = one.sites.input_of(joined), self.kept(one, some)
+                step = at_once(one.sae, context_size)
                 for begin in range(0, len(some), step):
                     part = inputs[begin : begin + step]
                     found = one.active(part, kept[begin : begin + step])
-                    place = (first + start + begin) * tokens.shape[1]
-                    yield which, found, part.reshape(-1, part.shape[-1]), place
+                    yield which, found, part.reshape(-1, part.shape[-1]), int(some[begin]) * context_size
 
 
 def finish(
@@ -224,14 +223,17 @@ def _of_sae(
     )
     files[f"{folder}/{target.name}"] = {"bytes": target.stat().st_size, "sha256": digest}
     put(f"{folder}/index.safetensors", {"features": own, "fired": sums.fired[own], **found.tensors()})
-    put(f"{folder}/kept.safetensors", {"kept": one.tokens.kept(work.contexts).cpu()})
+    put(f"{folder}/kept.safetensors", {"kept": work.kept(one).cpu()})
     say(f"looking for what fires together with the features of {one.name}")
     tables = together(paths, one.features, sums, options.partners)
     put(f"{folder}/together.safetensors", tables | neuron_partners(sums, one.features, options.partners))
     say(f"looking where the features of {one.name} point")
-    put(f"{folder}/weights.safetensors", weight_tables(one, options.partners))
+    heads = heads_of(one, work.backend, work.contexts)
+    put(f"{folder}/weights.safetensors", weight_tables(one, options.partners, heads))
+    statistics, left_out = statistics_tables(one)
+    put(f"{folder}/statistics.safetensors", statistics)
     why = why_no_logits(one.sae, work.backend, one.sites)
     if why is None:
         say(f"computing what the features of {one.name} do to the logits")
         put(f"{folder}/logits.safetensors", logit_effects(one, work.backend, options.logits))
-    return attrs.evolve(about, tokens_counted=sums.tokens, why_no_logits=why)
+    return attrs.evolve(about, tokens_counted=sums.tokens, why_no_logits=why, left_out=left_out)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 import numpy as np
+import torch
 from torch import Tensor
 
 from saekit.errors import PlaceError
@@ -18,13 +19,10 @@ __all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", 
 
 UNIT_TOKENS = 4096
 """Tokens whose inputs are held at once."""
-PART_ENTRIES, PART_TOKENS = 1 << 21, 1 << 17
+PART_ENTRIES, PART_TOKENS = 1 << 20, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
-_PAIR, _PRODUCT = (
-    60e-9,
-    1e-10,
-)  # seconds of a core for what fires together: for pairs that are looked up, or as matrices
-_MERGING = 1 << 28  # bytes, for what is put in order at once
+_PAIR, _PRODUCT = 9e-9, 1e-10  # seconds of a core for what fires together: of sparse matrices, or of dense ones
+_MERGING = 1 << 28  # bytes, for what is put in order at once, and for sums of what fires together
 
 
 @attrs.frozen(kw_only=True)
@@ -89,7 +87,8 @@ def estimated(
     for one, found in zip(subjects, seen, strict=True):
         share = tokens / max(found.tokens, 1)
         n, item = len(one.features), one.dtype.itemsize
-        seconds += min(found.pairs * _PAIR / max(found.tokens, 1), n * one.sae.d_sae * _PRODUCT)
+        together = min(found.pairs * _PAIR / max(found.tokens, 1), n * one.sae.d_sae * _PRODUCT)
+        seconds += together / torch.get_num_threads()
         sums = 8 * (n * one.sae.d_in + 3 * one.sae.d_sae + 2 * one.sae.d_in)
         counts = found.wanted.double().numpy() * share
         entries = float(counts.sum())

@@ -263,6 +263,14 @@ class Feature:
         numbers, cosines = self.sae.table("weights", "neighbor_index"), self.sae.table("weights", "neighbor_cos")
         return [*zip(numbers[self._row].tolist(), cosines[self._row].tolist(), strict=True)][:n]
 
+    def head_shares(self) -> list[float] | None:
+        """Of the norms of its decoder direction at each head, which add up to 1; None where no heads lie side by side.
+
+        A feature whose direction is zero has zeros.
+        """
+        tables = self.sae.tables("weights")
+        return tables["head_shares"][self._row].tolist() if "head_shares" in tables else None
+
     @property
     def logits(self) -> Logits | None:
         """What it does to the logits; None where nothing can be said of that (``sae.why_no_logits``)."""

@@ -11,6 +11,7 @@ A store is a folder::
         kept.safetensors          kept [n, context_size] bool: the tokens that count
         together.safetensors      features and neurons that are active together with each
         weights.safetensors       alignment and neighbors of decoder directions
+        statistics.safetensors    cosines and biases of each
         logits.safetensors        what each does to the logits, where something can be said of that
     sae-1/ ...
 
@@ -30,7 +31,7 @@ import attrs
 from saekit.errors import DataError, PlaceError
 from saekit.files.storage import read_json, sha256, write_text
 
-__all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences"]
+__all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences", "is_store"]
 
 MANIFEST, FORMAT = "manifest.json", 1
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
@@ -54,6 +55,10 @@ class AboutSAE:
     """The sites that it reads, by name."""
     targets: Sequence[str]
     """Those that it writes."""
+    hook: str
+    """Both as one word, as statistics have it."""
+    layer: int | None
+    """How many blocks come before what it reads, where that can be told."""
     tokens: Mapping[str, Any]
     """Which tokens count, as :meth:`saekit.tokens.TokenChoice.metadata` says it."""
     metadata: Mapping[str, Any]
@@ -62,6 +67,8 @@ class AboutSAE:
     """The features that are in the store; None: all."""
     tokens_counted: int = 0
     why_no_logits: str | None = None
+    left_out: Mapping[str, str] = attrs.field(factory=dict)
+    """Why there is no such column of statistics, by column."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -82,6 +89,8 @@ class StoreManifest:
     context_size: int
     digest: str
     """The sha256 of the contexts' token ids."""
+    mask: str | None = None
+    """The sha256 of the mask that says which tokens count beside what SAEs say; None: there is none."""
     options: Mapping[str, Any]
     saes: Sequence[AboutSAE]
     files: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
@@ -93,7 +102,7 @@ class StoreManifest:
         """What decides what is found, as plain values."""
         table: dict[str, Any] = {
             "model": dict(self.model),
-            "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest},
+            "contexts": {"number": self.contexts, "size": self.context_size, "digest": self.digest, "mask": self.mask},
             "options": dict(self.options),
             "SAEs": len(self.saes),
             **{f"SAE {number + 1}": one.identity for number, one in enumerate(self.saes)},
@@ -145,6 +154,15 @@ class StoreManifest:
                     f"the feature store {str(folder)!r} is damaged: {name} is not what was written (its checksum "
                     "differs). Collect again"
                 )
+
+
+def is_store(folder: Path) -> bool:
+    """Whether what lies in ``folder`` says that it is a store."""
+    try:
+        table = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 
 def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:

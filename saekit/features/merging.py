@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.features.feature import BINS, binned
+from saekit.features.subject import by_number
 from saekit.files.mapped import mapped_tensors
 from saekit.files.tensors import SummedFile, header
 
@@ -21,6 +22,7 @@ __all__ = ["Bound", "ByFeature", "PartRows", "merge"]
 
 _ENTRIES = 1 << 22  # that are put in order at once, if no single feature has more
 _PIECE = 1 << 23
+_SOUGHT = 16  # entries of a part, of which one is sought as fast as the rows of all are listed
 
 
 @attrs.frozen
@@ -49,7 +51,9 @@ class PartRows:
 
     def rows(self, entries: Tensor) -> Tensor:
         """The rows that entries are in."""
-        return torch.searchsorted(self.starts, entries, right=True) - 1
+        if len(entries) * _SOUGHT < len(self.features):
+            return torch.searchsorted(self.starts, entries, right=True) - 1
+        return torch.repeat_interleave(self.lengths, output_size=len(self.features))[entries]
 
     def owners(self, first: int, last: int) -> Tensor:
         """Which of the features ``first`` to ``last`` each of :meth:`entries` is of, from 0."""
@@ -148,7 +152,7 @@ def _of_block(parts: Sequence[PartRows], first: int, last: int) -> Iterator[tupl
     if not parts:
         return
     whose = torch.cat(owners)
-    order = torch.sort(whose, stable=True).indices
+    order = by_number(whose, last - first)
     ordered = torch.cat(places)[order], torch.cat(values)[order]
     counts = torch.bincount(whose, minlength=last - first).tolist()
     for row, (at, value) in enumerate(zip(*(one.split(counts) for one in ordered), strict=True)):
@@ -163,18 +167,19 @@ def _taken(
     if not len(values):
         return everything, everything
     contexts = (places // context_size).numpy()
+    begins = np.diff(contexts, prepend=-1) != 0  # they rise
     exact = values.double().numpy()
     low, high = float(exact.min()), float(exact.max())
     found.minimum[row], found.maximum[row] = low, high
     found.total[row], found.squares[row] = exact.sum(), np.square(exact).sum()
     found.histogram[row] = binned(exact, np.linspace(low, high, BINS + 1))
-    numbers, which, counts = np.unique(contexts, return_inverse=True, return_counts=True)
-    found.fired_contexts[row] = len(numbers)
+    found.fired_contexts[row] = n_contexts = int(begins.sum())
     if len(values) <= bound.per_feature:
         return everything, everything
-    order = np.random.default_rng([bound.seed, feature]).permutation(len(numbers))
-    n_sampled = max(int(np.searchsorted(counts[order].cumsum(), bound.per_feature, side="right")), 1)
-    in_sample = np.zeros(len(numbers), np.bool_)
+    which = begins.cumsum() - 1
+    order = np.random.default_rng([bound.seed, feature]).permutation(n_contexts)
+    n_sampled = max(int(np.searchsorted(np.bincount(which)[order].cumsum(), bound.per_feature, side="right")), 1)
+    in_sample = np.zeros(n_contexts, np.bool_)
     in_sample[order[:n_sampled]] = True
     strongest = np.argsort(-exact, kind="stable")[: bound.top]
     with_top = in_sample.copy()

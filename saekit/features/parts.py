@@ -11,6 +11,7 @@ They lie in the store's folder, in ``collecting``::
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,6 +184,11 @@ def storing(store: Path) -> Iterator[None]:
     except (OSError, StorageError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = getattr(cause, "strerror", None) or error
+        if getattr(cause, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PlaceError(
+                f"nothing can be written into {str(store)!r}: {reason}. Name another folder, or ask for the right to "
+                "write there"
+            ) from error
         raise StorageError(
             f"cannot write the feature store {str(store)!r}: {reason}. What was collected so far is kept; when "
             "there is room, the same call goes on after it"

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import attrs
 import numpy as np
 
 from saekit.errors import ConfigError
 from saekit.features.feature import Feature
-from saekit.features.manifest import StoreManifest
+from saekit.features.manifest import StoreManifest, is_store
 from saekit.features.tables import SAETables, StoreFiles
 from saekit.files.paths import as_path
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["FeatureStore", "SAEFeatures"]
 
@@ -36,6 +39,11 @@ class FeatureStore(StoreFiles):
         manifest = StoreManifest.load(place)
         manifest.check_files(place, whole=verify)
         return cls(place, manifest)
+
+    @staticmethod
+    def is_at(folder: str | Path) -> bool:
+        """Whether ``folder`` says that it is a store, which may be damaged."""
+        return is_store(as_path(folder))
 
     @cached_property
     def saes(self) -> dict[str, SAEFeatures]:
@@ -63,6 +71,13 @@ class SAEFeatures(SAETables):
 
     def __iter__(self) -> Iterator[Feature]:
         return (Feature(self, int(index), row) for row, index in enumerate(self.indices))
+
+    def statistics(self, *, logits: bool = True) -> DataFrame:
+        """The table of :func:`saekit.feature_statistics` of the features in the store: how often each fires is of its
+        text.  ``attrs["left_out"]`` says why there is no such column, by column."""
+        from saekit.features.statistics import statistics
+
+        return statistics(self, logits=logits)
 
     def feature(self, index: int) -> Feature:
         """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""

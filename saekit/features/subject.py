@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saekit.analysis.feature_statistics import layer_of
 from saekit.errors import ConfigError, DataError
 from saekit.features.manifest import AboutSAE
 from saekit.kernels.sparse import SparseFeatures
@@ -20,7 +21,7 @@ from saekit.sae.module import SAEModule
 from saekit.site import Sites
 from saekit.tokens import TokenChoice
 
-__all__ = ["Collected", "Rows", "Sums", "checksum", "chosen_features"]
+__all__ = ["Collected", "Rows", "Sums", "by_number", "checksum", "chosen_features"]
 
 
 def checksum(sae: SAEModule) -> str:
@@ -87,6 +88,8 @@ class Collected:
             dtype=str(sae.dtype).removeprefix("torch."),
             inputs=[site.name for site in sites.inputs],
             targets=[site.name for site in sites.targets],
+            hook=sites.name,
+            layer=layer_of(sites),
             tokens=self.tokens.metadata(),
             metadata=json.loads(json.dumps(dict(sae.info.metadata), default=str)),
             features=None if len(self.features) == sae.d_sae else self.features.tolist(),
@@ -100,7 +103,8 @@ class Collected:
         """
         found = self.sae.encode_sparse(inputs.to(self.sae.device))
         counts = kept.reshape(-1).to(found.rows.device)
-        found = found.kept(counts[found.rows] & (found.values != 0))
+        mask = counts[found.rows] & (found.values != 0)
+        found = found if bool(mask.all()) else found.kept(mask)
         if not bool(found.values.isfinite().all()):
             raise DataError(
                 f"{self.name} gives activations that are no finite numbers: its weights or its inputs are damaged, or "
@@ -108,6 +112,14 @@ class Collected:
             )
         rows, features, values = (part.cpu() for part in (found.rows, found.features, found.values))
         return SparseFeatures(rows, features, values, found.n, found.d_sae)
+
+    def own(self, found: SparseFeatures) -> SparseFeatures:
+        """Those of ``found`` that are asked for, by their places."""
+        if len(self.features) == found.d_sae:
+            return found
+        places = self.row_of[found.features]
+        own = attrs.evolve(found, features=places, d_sae=len(self.features))
+        return own.kept(places >= 0)
 
 
 @attrs.define(eq=False)
@@ -164,6 +176,12 @@ class Sums:
         return cls(tokens=int(own.pop("tokens")), **own)
 
 
+def by_number(numbers: Tensor, n: int) -> Tensor:
+    """The order of ``numbers``, which are below ``n``; equal ones stay as they are."""
+    keys = numbers.numpy()
+    return torch.from_numpy(np.argsort(keys.astype(np.uint16) if n <= 1 << 16 else keys, kind="stable"))  # by digits
+
+
 @attrs.define(eq=False)
 class Rows:
     """The activations of all features on those tokens on which one that is asked for fires; token by token."""
@@ -194,13 +212,13 @@ class Rows:
         counts = torch.cat(self.counts) if self.counts else torch.empty(0, dtype=torch.int64)
         of = row_of[features.long()]
         wanted = (of >= 0).nonzero()[:, 0]
-        keys = of[wanted].numpy()
-        order = np.argsort(keys.astype(np.uint16) if n_features <= 1 << 16 else keys, kind="stable")
+        keys = of[wanted]
+        order = by_number(keys, n_features)
         return {
             "places": torch.cat(self.places) if self.places else counts,
             "starts": torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
             "features": features,
             "values": torch.cat(self.values) if self.values else torch.empty(0, dtype=dtype),
-            "order": wanted[torch.from_numpy(order)].int(),
-            "by_feature": torch.cat([counts.new_zeros(1), torch.bincount(of[wanted], minlength=n_features).cumsum(0)]),
+            "order": wanted[order].int(),
+            "by_feature": torch.cat([counts.new_zeros(1), torch.bincount(keys, minlength=n_features).cumsum(0)]),
         }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.features.merging import PartRows
-from saekit.features.subject import Sums
+from saekit.features.subject import Sums, by_number
 
 __all__ = ["neuron_partners", "strongest", "together"]
 
-_BYTES = 1 << 22  # of the sums of a block of features with all others: few enough for a cache
-_PAIRS = 1 << 21  # that are worked on at once
+_BYTES = 1 << 26  # of one number of each pair of features that is worked on at once
+_MEASURED = 1 << 22  # likewise, where measures are made of sums
 _ROWS = 1024  # likewise, where rows are made dense
-_DENSE = 500  # how many products of a dense matrix take as long as one of a pair that is looked up
+_DENSE = 40  # how many products of dense matrices take as long as one of a pair that is looked up
+_WIDTH = 4096  # of an SAE, for which sums are gone through once for every part: of a wider one, for several parts
+_MKL = torch.backends.mkl.is_available()  # whose product of sparse matrices is the fast one
 
 
 def together(
@@ -36,34 +42,58 @@ def together(
     included, from ``Σx``, ``Σx²``, ``Σxy`` and ``n``.
     """
     parts = [PartRows(path) for path in paths]
-    d_sae, size = len(sums.fired), max(_BYTES // (16 * len(sums.fired)), 1)
+    workers = torch.get_num_threads()
+    size = max(min(_BYTES // (8 * workers * len(sums.fired)), -(-len(features) // workers)), 1)
+    blocks = [(first, min(first + size, len(features))) for first in range(0, len(features), size)]
     found: dict[str, list[Tensor]] = {}
-    for first in range(0, len(features), size):
-        last = min(first + size, len(features))
-        own = torch.from_numpy(features[first:last])
-        found_sums = torch.zeros(last - first, d_sae, 2, dtype=torch.float64)
-        for part in parts:
-            _add(part, first, last, found_sums)
-        products, both = found_sums.unbind(-1)
-        measures = _measures(own, products, both, sums)
-        measures["none"] = (both == 0).index_put((torch.arange(len(own)), own), torch.tensor(True))
-        for by in ("pearson", "jaccard"):
-            columns = {name: measures[name] for name in ("pearson", "cos", "jaccard")}
-            for name, table in strongest(by, columns, k, measures["none"]).items():
-                found.setdefault(f"features_by_{by}_{name}", []).append(table)
-        report(last - first)
+    with ThreadPoolExecutor(workers, "saekit-together") as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # that torch may change them
+        for (first, last), tables in zip(
+            blocks, pool.map(partial(_of_block, parts, features, sums, k), blocks), strict=True
+        ):
+            for name, table in tables.items():
+                found.setdefault(name, []).append(table)
+            report(last - first)
     return {name: torch.cat(tables) for name, tables in found.items()}
 
 
-def _measures(own: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
-    """``[b, d_sae]`` each; numbers that are none, of what never varies, are 0."""
-    n = max(sums.tokens, 1)
+def _of_block(
+    parts: Sequence[PartRows], features: NDArray[np.int64], sums: Sums, k: int, block: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The tables of the features at the places ``block``."""
+    first, last = block
+    d_sae = len(sums.fired)
+    exact = torch.float32 if sums.tokens < 1 << 24 else torch.float64  # numbers of tokens are
+    products, both = (torch.zeros(last - first, d_sae, dtype=dtype) for dtype in (torch.float64, exact))
+    together = max(d_sae // _WIDTH, 1)  # of the parts: it hangs on no block, so that sums do not, either
+    for start in range(0, len(parts), together):
+        _add(parts[start : start + together], first, last, products, both)
+    found: dict[str, list[Tensor]] = {}
+    step = max(_MEASURED // (8 * d_sae), 1)
+    split = (x.split(step) for x in (torch.from_numpy(features[first:last]), products, both))
+    for own, some_products, some_both in zip(*split, strict=True):
+        some_both[torch.arange(len(own)), own] = 0
+        rows, numbers = some_both.nonzero(as_tuple=True)
+        columns = _measures(own[rows], numbers, some_products[rows, numbers], some_both[rows, numbers], sums)
+        for by in ("pearson", "jaccard"):
+            values = torch.full(some_products.shape, -torch.inf, dtype=torch.float64)
+            values[rows, numbers] = columns[by]
+            high = columns[by] >= _least(values, k)[rows]
+            some = {name: column[high] for name, column in columns.items()}
+            for name, table in _picked(by, rows[high], numbers[high], some, k, values.shape).items():
+                found.setdefault(f"features_by_{by}_{name}", []).append(table)
+    return {name: torch.cat(tables) for name, tables in found.items()}
+
+
+def _measures(own: Tensor, others: Tensor, products: Tensor, both: Tensor, sums: Sums) -> dict[str, Tensor]:
+    """``[pairs]`` each; numbers that are none, of what never varies, are 0."""
+    n, both = max(sums.tokens, 1), both.double()
     fired = sums.fired.double()
-    covariance = products - sums.total[own][:, None] * (sums.total / n)
+    covariance = products - sums.total[own] * (sums.total / n)[others]
     variance = (sums.squares - sums.total.square() / n).clamp_min(0)
-    pearson = covariance / (variance[own][:, None] * variance).sqrt()
-    cosine = products / (sums.squares[own][:, None] * sums.squares).sqrt()
-    jaccard = both / (fired[own][:, None] + fired - both)
+    pearson = covariance / (variance[own] * variance[others]).sqrt()
+    cosine = products / (sums.squares[own] * sums.squares[others]).sqrt()
+    jaccard = both / (fired[own] + fired[others] - both)
     named = {"pearson": pearson, "cos": cosine, "jaccard": jaccard}
     return {name: value.nan_to_num_(0, 0, 0).clamp_(-1, 1) for name, value in named.items()}
 
@@ -93,74 +123,146 @@ def strongest(by: str, columns: dict[str, Tensor], k: int, none: Tensor) -> dict
     filled with -1 and zeros.
     """
     values = columns[by].masked_fill(none, -torch.inf)
+    rows, numbers = ((values >= _least(values, k)[:, None]) & (values > -torch.inf)).nonzero(as_tuple=True)
+    some = {name: column[rows, numbers] for name, column in columns.items()}
+    return _picked(by, rows, numbers, some, k, values.shape)
+
+
+def _least(values: Tensor, k: int) -> Tensor:
+    """``[b]``: the least of the ``k`` largest of each row of ``values [b, n]``."""
     k = min(k, values.shape[1])
-    least = values.topk(k, dim=1).values[:, -1:] if k else values.new_full((len(values), 1), torch.inf)
-    rows, numbers = ((values >= least) & (values > -torch.inf)).nonzero(as_tuple=True)
-    order = np.lexsort((numbers.numpy(), -values[rows, numbers].numpy(), rows.numpy()))
+    return values.topk(k, dim=1).values[:, -1] if k else values.new_full((len(values),), torch.inf)
+
+
+def _picked(
+    by: str, rows: Tensor, numbers: Tensor, columns: dict[str, Tensor], k: int, shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tables of :func:`strongest`, of numbers ``[entries]`` in a matrix of this shape, the ``k`` largest of each
+    row among them."""
+    length, k = shape[0], min(k, shape[1])
+    order = torch.from_numpy(np.lexsort((numbers.numpy(), -columns[by].numpy(), rows.numpy())))
     rows, numbers = rows[order], numbers[order]
-    starts = torch.searchsorted(rows, torch.arange(len(values)))
+    starts = torch.searchsorted(rows, torch.arange(length))
     place = torch.arange(len(rows)) - starts[rows]
     kept = place < k
-    rows, numbers, place = rows[kept], numbers[kept], place[kept]
-    index = torch.full((len(values), k), -1, dtype=torch.int32)
+    rows, numbers, place, order = rows[kept], numbers[kept], place[kept], order[kept]
+    index = torch.full((length, k), -1, dtype=torch.int32)
     index[rows, place] = numbers.int()
     found = {"index": index}
     for name, column in columns.items():
-        found[name] = torch.zeros(len(values), k, dtype=torch.float32)
-        found[name][rows, place] = column[rows, numbers].float()
+        found[name] = torch.zeros(length, k, dtype=torch.float32)
+        found[name][rows, place] = column[order].float()
     return found
 
 
 @attrs.frozen(eq=False)
 class _Block:
-    """The entries of a block of features in a part, and the rows that they are in."""
+    """The entries of a block of features in a part, and all entries of the rows that they are in."""
 
     owners: Tensor
-    rows: Tensor
+    places: Tensor
+    """Which of the rows each is in."""
     values: Tensor
+    lengths: Tensor
+    """Of the rows."""
+    features: Tensor
+    others: Tensor
+    """Values of all entries of the rows."""
 
 
-def _add(part: PartRows, first: int, last: int, sums: Tensor) -> None:
-    """Add ``Σ x_f x_g`` and the number of tokens with both to ``sums [b, d_sae, 2]``, for the features ``first`` to
-    ``last``, of one part."""
-    entries = part.entries(first, last)
-    if not len(entries):
+def _add(parts: Sequence[PartRows], first: int, last: int, products: Tensor, both: Tensor) -> None:
+    """Add ``Σ x_f x_g`` to ``products`` and the number of tokens with both to ``both [b, d_sae]``, for the features
+    ``first`` to ``last``, of some parts.
+
+    Each sum goes through them in the order of the text.
+    """
+    blocks = []
+    for part in parts:
+        entries = part.entries(first, last)
+        if not len(entries):
+            continue
+        owners, rows, values = part.owners(first, last), part.rows(entries), part.values[entries]
+        if int(part.lengths[rows].sum()) * _DENSE > len(part.places) * products.numel():
+            _add_dense(part, rows, owners, values, products, both)
+        else:
+            some, lengths, inside = _rows_with(part, rows)
+            places = torch.searchsorted(some, rows)
+            blocks.append(_Block(owners, places, values, lengths, part.features[inside], part.values[inside]))
+    if blocks:
+        _add_sparse(blocks, products, both)
+
+
+def _rows_with(part: PartRows, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """Which ``rows`` those are, each once, their lengths, and the entries that are in them."""
+    has = torch.zeros(len(part.places), dtype=torch.bool)
+    has[rows] = True
+    some = has.nonzero()[:, 0]
+    lengths = part.lengths[some]
+    if len(some) == len(has):
+        return some, lengths, slice(None)
+    total = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    inside = torch.repeat_interleave(part.starts[some] - before, lengths, output_size=total)
+    return some, lengths, inside.add_(torch.arange(total))
+
+
+def _add_sparse(blocks: Sequence[_Block], products: Tensor, both: Tensor) -> None:
+    owners, values, features, others, lengths = (
+        torch.cat([getattr(one, name) for one in blocks])
+        for name in ("owners", "values", "features", "others", "lengths")
+    )
+    firsts = [0, *itertools.accumulate(len(one.lengths) for one in blocks)]
+    places = torch.cat([one.places + begin for one, begin in zip(blocks, firsts, strict=False)])
+    if len(blocks) > 1:
+        order = by_number(owners, len(products))
+        owners, values, places = owners[order], values[order], places[order]
+    starts, other_starts = (_starts(x) for x in (torch.bincount(owners, minlength=len(products)), lengths))
+    shapes = (len(products), len(lengths)), (len(lengths), products.shape[1])
+    for own, all_of_them, out in (
+        (values.double(), others.double(), products),
+        (both.new_ones(len(values)), both.new_ones(len(others)), both),
+    ):
+        _add_product((starts, places, own, shapes[0]), (other_starts, features, all_of_them, shapes[1]), out)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+_Sparse = tuple[Tensor, Tensor, Tensor, tuple[int, int]]
+"""Starts of rows, columns, values, and the shape."""
+
+
+def _add_product(one: _Sparse, other: _Sparse, out: Tensor) -> None:
+    """``out += one other``."""
+    if _MKL:
+        left, right = (
+            torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape)
+            for starts, columns, values, shape in (one, other)
+        )
+        torch.addmm(out, left, right, out=out)
         return
-    block = _Block(part.owners(first, last), part.rows(entries), part.values[entries].double())
-    lengths = part.lengths[block.rows]
-    if int(lengths.sum()) * _DENSE > len(part.places) * sums[..., 0].numel():
-        _add_dense(part, block, sums)
-    else:
-        _add_pairs(part, block, lengths, sums)
+    left, right = (
+        torch.sparse_coo_tensor(
+            torch.stack([torch.repeat_interleave(torch.arange(shape[0]), starts.diff()), columns.long()]), values, shape
+        ).coalesce()
+        for starts, columns, values, shape in (one, other)
+    )
+    out += torch.sparse.mm(left, right)
 
 
-def _add_pairs(part: PartRows, block: _Block, lengths: Tensor, sums: Tensor) -> None:
-    """Each entry with each of its row."""
-    ends = lengths.cumsum(0)
-    cuts = torch.searchsorted(ends, torch.arange(0, int(ends[-1]), _PAIRS), right=True).unique().tolist()
-    targets, offsets = sums.view(-1, 2), block.owners * sums.shape[1]
-    first_other = part.starts[block.rows] - (ends - lengths)  # minus the pairs before, which the numbers below count
-    for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True):
-        before, after = int(ends[start] - lengths[start]), int(ends[stop - 1])
-        mine = torch.repeat_interleave(torch.arange(start, stop), lengths[start:stop], output_size=after - before)
-        others = first_other[mine].add_(torch.arange(before, after))
-        terms = torch.ones(after - before, 2, dtype=torch.float64)
-        torch.mul(block.values[mine], part.values[others], out=terms[:, 0])
-        targets.index_add_(0, offsets[mine].add_(part.features[others]), terms)
-
-
-def _add_dense(part: PartRows, block: _Block, sums: Tensor) -> None:
+def _add_dense(part: PartRows, rows: Tensor, owners: Tensor, values: Tensor, products: Tensor, both: Tensor) -> None:
     """As products of matrices, where most features are active on most tokens."""
-    order = torch.sort(block.rows, stable=True).indices
-    owners, rows, values = block.owners[order], block.rows[order], block.values[order]
+    order = torch.sort(rows, stable=True).indices
+    owners, rows, values = owners[order], rows[order], values[order].double()
     for start in range(0, len(part.places), _ROWS):
         stop = min(start + _ROWS, len(part.places))
         mine = slice(*torch.searchsorted(rows, torch.tensor([start, stop])).tolist())
-        own = torch.zeros(stop - start, len(sums), dtype=torch.float64)
+        own = torch.zeros(stop - start, len(products), dtype=torch.float64)
         own[rows[mine] - start, owners[mine]] = values[mine]
         first, last = int(part.starts[start]), int(part.starts[stop])
         where = torch.repeat_interleave(torch.arange(stop - start), part.lengths[start:stop])
-        everything = torch.zeros(stop - start, sums.shape[1], dtype=torch.float64)
+        everything = torch.zeros(stop - start, products.shape[1], dtype=torch.float64)
         everything[where, part.features[first:last].long()] = part.values[first:last].double()
-        sums[..., 0] += own.T @ everything
-        sums[..., 1] += (own != 0).float().T @ (everything != 0).float()
+        products += own.T @ everything
+        both += (own != 0).float().T @ (everything != 0).float()

@@ -33,7 +33,9 @@ SAE_EVALS = "evals.json"
 """What was measured of it, beside them."""
 SWEEP_FILES = frozenset({"checkpoints", "run.json", "summary.csv", "summary.png", "summary.html"})
 """What the folder of a sweep holds beside those of its SAEs."""
-RUN_FILES = SWEEP_FILES | {"config.toml", "sae", "curves.png", "curves.html", "features.txt", "features.html"}
+RUN_FILES = SWEEP_FILES | {
+    "config.toml", "sae", "curves.png", "curves.html", "features.txt", "features.html", "dashboard.html",
+}  # fmt: skip
 """What saekit itself writes into a run folder; nothing else in it may have such a name."""
 _HALF_WRITTEN = re.compile(r"\.(.+)\.(?=[0-9]*[a-f])[0-9a-f]{8}\.(tmp|old)", re.DOTALL)  # not a date
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}

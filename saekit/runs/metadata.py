@@ -31,7 +31,7 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
         "model_class_name": backend_choice.item.entry.name,
         # sae-lens knows one of them by this name, too: model_from_pretrained_kwargs
         **{f"model_{name}": json.loads(json.dumps(value, default=str)) for name, value in model_options.items()},
-        **_processing(backend),
+        **_weights(backend),
         "model_autocast": config.model.autocast,
         "dataset_path": dataset.path if corpus.dataset is None else None,  # data in memory has no path to name
         "context_size": dataset.context_size,
@@ -46,10 +46,13 @@ def metadata_of(config: TrainConfig, backend: ModelBackend, corpus: Corpus, plug
     }
 
 
-def _processing(backend: ModelBackend) -> dict[str, Any]:
-    """What was done to the model's weights as it was loaded, which its options do not always say."""
-    known = dict(backend.processing()) if isinstance(backend, StatesProcessing) else {}
-    return {"model_processing": known} if known else {}
+def _weights(backend: ModelBackend) -> dict[str, Any]:
+    """What was done to the model's weights as it was loaded, which its options do not always say, and which they are,
+    whatever the model is called elsewhere."""
+    # What is empty is saved, too: that nothing was known is not what another backend may presume of the name.
+    known = dict(backend.processing()) if isinstance(backend, StatesProcessing) else None
+    found = {"model_processing": known, "model_fingerprint": backend.fingerprint()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _chosen(config: TrainConfig, backend: ModelBackend, corpus: Corpus) -> dict[str, Any]:

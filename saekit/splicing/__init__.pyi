@@ -1,6 +1,5 @@
 from .attachment import Attachment as Attachment
 from .attachment import attachments as attachments
-from .context import splice as splice
 from .doubts import doubts_of_fit as doubts_of_fit
 from .doubts import model_name_of as model_name_of
 from .fits import check_fits as check_fits

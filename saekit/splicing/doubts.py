@@ -11,6 +11,7 @@ from saekit.errors import ConfigError
 from saekit.plugins.building import origin_of
 from saekit.protocols import ModelBackend
 from saekit.site import Sites
+from saekit.splicing.places import hold_the_same, own_site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "kind_of", "model_name_of"]
 
+_OLDER = "model_autocast"  # all SAEs that saekit has trained say it, and those of others do not
+
 
 def doubts_of_fit(
     sae: SAEModule,
@@ -26,30 +29,59 @@ def doubts_of_fit(
     *,
     sites: Sites | None = None,
     prepend_bos: bool | None = None,
-    masked: bool = False,
+    masked: bool | None = False,
 ) -> list[str]:
     """What looks wrong with ``sae`` in this model, in words.
 
-    That it was trained on another, on one whose weights were processed in another way as it was loaded, so that the
-    hooks of ``sites`` (None: its own) held something else, with another BOS, or, unless a mask is there now
-    (``masked``), on tokens that one chose.
+    That it was trained on another, at another site than one of ``sites`` (None: its own) that holds something else, on
+    a model whose weights were processed in another way as it was loaded, so that these sites held something else, with
+    another BOS, or, unless a mask is there now (``masked``; None: none can be given), on tokens that one chose.
     """
-    about, found = sae.info.metadata, []
-    trained_on, place = _named(about), _place(sae)
-    if trained_on is not None and not _are_same(trained_on, backend):
-        found.append(
-            f"{place} was trained on activations of {trained_on!r}, and this model is {backend.name!r}; of another "
-            "model its features mean nothing"
-        )
+    about, place = sae.info.metadata, _place(sae)
+    found = _of_model(sae, backend) or _of_sites(sae, backend, sites)
     found += _of_processing(sae, backend, sites or sae.info.sites)
     if prepend_bos is not None and (said := doubt_of_bos(sae, prepend_bos)) is not None:
         found.append(said)
     if (column := about.get("mask_column")) and not masked:
         found.append(
             f"{place} was trained on tokens that the column {column!r} of its data chose, and none is read here: all "
-            "that its other choices keep count. Give a mask (mask=) to leave out others"
+            f"that its other choices keep count{'' if masked is None else '. Give a mask (mask=) to leave out others'}"
         )
     return found
+
+
+def _of_model(sae: SAEModule, backend: ModelBackend) -> list[str]:
+    """That it was trained on another model, as names and weights say."""
+    about = sae.info.metadata
+    trained_on, weights = _named(about), about.get("model_fingerprint")
+    if trained_on is None or _are_same(trained_on, backend):
+        return []
+    if isinstance(weights, str) and weights == backend.fingerprint():
+        return []
+    said = f"{_place(sae)} was trained on activations of {trained_on!r}, and this model is {backend.name!r}"
+    if weights is None and (_is_path(trained_on) or _is_path(backend.name)):
+        return [f"{said}, which may be another name of it: if they are two models, features mean nothing here"]
+    return [f"{said}; of another model its features mean nothing"]
+
+
+def _of_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[str]:
+    """That it stands where the model holds something else than where it was trained."""
+    own = sae.info.sites
+    if own is None or sites is None or own == sites or not sae.info.metadata:  # of what was made, nothing was learned
+        return []
+    moved = []
+    both = (zip(own.inputs, sites.inputs, strict=False), zip(own.targets, sites.targets, strict=False))
+    for then, now in dict.fromkeys(pair for pairs in both for pair in pairs):
+        there = own_site(then, backend)  # None: the model has no such place, or nobody knows it
+        if there is not None and not hold_the_same(there, now, backend):
+            moved.append((then.name, now.name))
+    if not moved:
+        return []
+    then_named, now_named = (" and ".join(names) for names in zip(*moved, strict=True))
+    return [
+        f"an SAE that was trained at {then_named} is put at {now_named}, where {backend.name!r} holds something else; "
+        "its features may mean nothing there: leave the site out, or take an SAE that was trained at this one"
+    ]
 
 
 def doubt_of_bos(sae: SAEModule, begins: bool) -> str | None:
@@ -116,12 +148,17 @@ def _of_processing(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -
             then |= {name: there[name] for name in other}
     if not hooks:
         return []
-    kind = about.get("model_class_name")
+    kind, at = about.get("model_class_name"), " and ".join(map(repr, hooks))
     trained = "a model" if not isinstance(kind, str) else f"a model loaded as {kind}"
+    this = f"this one, as {kind_of(backend)} has it, is with {_all_said(now)}"
+    if _OLDER in about and "model_processing" not in about:
+        return [
+            f"{_place(sae)} was trained on {trained}, by default with {_all_said(then)}; it is of an older saekit, and "
+            f"does not say whether it was so. As {this}, {at} may hold something else than what it has learned"
+        ]
     return [
-        f"{_place(sae)} was trained on {trained}, with {_all_said(then)}, and this one, as {kind_of(backend)} has it, "
-        f"is with {_all_said(now)}: {' and '.join(map(repr, hooks))} holds something else than what the SAE has "
-        "learned. Load the model as in training: by the backend and with the options that the SAE names"
+        f"{_place(sae)} was trained on {trained}, with {_all_said(then)}, and {this}: {at} holds something else than "
+        "what the SAE has learned. Load the model as in training: by the backend and with the options that it names"
     ]
 
 
@@ -152,6 +189,11 @@ def _are_same(name: str, backend: ModelBackend) -> bool:
         return True
     others = backend.other_names() if isinstance(backend, HasOtherNames) else ()
     return wanted in map(_plain, others)
+
+
+def _is_path(name: str) -> bool:
+    """Whether it is a place on a disk, and no name of the Hub's, which is ``model`` or ``owner/model``."""
+    return "\\" in name or name.count("/") > 1 or name[:1] in ".~/"
 
 
 def _plain(name: str) -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import attrs
 import torch
 
-from saekit.abilities import HasModel, RunsUndisturbed, TranslatesHooks
+from saekit.abilities import HasModel
 from saekit.backends.base import no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
 from saekit.site import Site, Sites
 from saekit.splicing.doubts import doubts_of_fit
+from saekit.splicing.places import own_hook, undisturbed
 from saekit.weights import check_tensors
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def check_fits(
     sites: Sites | Site | str | None = None,
     *,
     prepend_bos: bool | None = None,
-    masked: bool = False,
+    masked: bool | None = False,
 ) -> Sites:
     """The sites of the model at which ``sae`` reads and writes: those that it names, unless there are others.
 
     Where the model lacks a hook of that name, its backend is asked for the one that means the same
     (:class:`saekit.abilities.TranslatesHooks`).  ``prepend_bos`` is whether contexts begin with BOS now; None: that is
-    not known.  ``masked`` is whether a mask says which tokens count.  The first time that a site is asked for, the
-    model runs on a few tokens, which no hook of others sees.
+    not known.  ``masked`` is whether a mask says which tokens count; None: none can be given.  The first time that a
+    site is asked for, the model runs on a few tokens, which no hook of others sees.
 
     Raises :class:`saekit.errors.ModelError` for a hook that the model lacks, :class:`saekit.errors.ConfigError` for
     sites that are not those of ``sae`` by number, heads or width, and :class:`saekit.errors.SAEFormatError` for weights
@@ -112,7 +112,7 @@ def _of_model(sites: Sites, backend: ModelBackend) -> Sites:
     own: dict[str, str] = {}
     lacking = []
     for hook in dict.fromkeys(site.hook_name for site in sites.all):
-        found = hook if hook in names else backend.hook_like(hook) if isinstance(backend, TranslatesHooks) else None
+        found = own_hook(hook, backend, names)
         if found is None:
             lacking.append(str(no_hook(backend, hook)))
         else:
@@ -154,19 +154,14 @@ def _widths(sites: Sites, backend: ModelBackend) -> Mapping[Site, int]:
     except TypeError:  # an object that cannot be a key
         known = {}
     if unknown := [site for site in sites.all if site not in known]:
-        with _undisturbed(backend):
+        with undisturbed(backend):
             known.update((site, width) for site, (width, _) in probe(backend, unknown).items())
     return known
 
 
-def _undisturbed(backend: ModelBackend) -> AbstractContextManager[None]:
-    """Hooks that others have put into the model are not for a forward that only looks."""
-    return backend.undisturbed() if isinstance(backend, RunsUndisturbed) else nullcontext()
-
-
 def _instead(site: Site, width: int, backend: ModelBackend) -> str:
     """Where the model has vectors of that width, as a sentence; nothing where it has none nearby."""
-    with _undisturbed(backend):
+    with undisturbed(backend):
         shapes = dict(_shapes(backend, _like(site.hook_name, backend)))
     here = shapes.pop(site.hook_name, [])
     if len(here) == 2 and width == here[1] and site.hook_head_index is None:

@@ -7,14 +7,16 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks
+from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks, HasModel
 from saekit.backends.base import no_hook
 from saekit.backends.forward import put
+from saekit.backends.replacing import Replacing, replacement_of, replacements_of
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.reasons import alike
@@ -88,6 +90,13 @@ class Spliced:
     def __deepcopy__(self, memo: object) -> Spliced:
         raise ModelError("a splice cannot be copied, since it is of one model: copy the model, and splice the copy")
 
+    if not TYPE_CHECKING:  # for which there is nothing else
+
+        def __getattr__(self, name: str) -> object:
+            model = self.backend.model if isinstance(vars(self).get("backend"), HasModel) else None
+            hint = f". It is the model's own: call {name} of the model, inside the with block" * hasattr(model, name)
+            raise AttributeError(f"a splice has no {name!r}{hint}")
+
     @property
     def names(self) -> list[str]:
         """Every inner point that runs, SAE by SAE."""
@@ -130,15 +139,16 @@ class Spliced:
         self._interventions.clear()
         self._now = threading.local()
 
-    def hook(self, name: str, function: Replacement) -> Intervention:
+    def hook(self, name: str, function: Replacing) -> Intervention:
         """From now on the model goes on with what ``function`` returns at the inner point ``name``.
 
         That holds in every forward, until the splice ends or ``.remove()`` is called on what is returned.  Of several
-        at one point, each takes what the one before has left.
+        at one point, each takes what the one before has left.  A tensor of the point's shape stands for itself, and a
+        function ``(value, hook)``, as transformer_lens has them, is told the point's name: ``hook.name``.
         """
         self._check_open()
         self._check_runs(name)
-        made = Intervention(name, function, self._interventions)
+        made = Intervention(name, replacement_of(name, function), self._interventions)
         self._interventions.append(made)
         return made
 
@@ -147,29 +157,32 @@ class Spliced:
         tokens: Tensor,
         *,
         read: Collection[str] = (),
-        replace: Mapping[str, Replacement] | None = None,
+        replace: Mapping[str, Replacing] | None = None,
         want: Want = "held",
         grad: bool = False,
     ) -> Forward:
         """As :meth:`saekit.protocols.ModelBackend.run`, with the SAEs in the model and their inner points as hooks.
 
-        A hook of the model's own holds what the SAEs there have left.  With ``grad``, loss and logits are
-        differentiable by what was read, at inner points, too: ``torch.autograd.grad`` finds it, and ``backward``
-        leaves it in ``.grad``.
+        A hook of the model's own holds what the SAEs there have left.  What is put at hooks is as for :meth:`hook`.
+
+        With ``grad``, loss and logits are differentiable by what was read, at inner points, too:
+        ``torch.autograd.grad`` finds it, and ``backward`` leaves it in ``.grad``.  That is so where gradients are off
+        (``torch.set_grad_enabled(False)``), too; what is computed of loss and logits there, such as
+        ``logits[0, -1, 5]``, needs ``with torch.enable_grad():``.
         """
         self._check_open()
-        read, replace = [read] if isinstance(read, str) else list(read), dict(replace or {})
-        inner = {name for name in (*read, *replace) if self._is_inner(name)}
+        read, put_there = [read] if isinstance(read, str) else list(read), replacements_of(replace)
+        inner = {name for name in (*read, *put_there) if self._is_inner(name)}
         for name in inner:
             self._check_runs(name)
-        asked = _Asked(frozenset(inner) & {*read}, {name: replace.pop(name) for name in inner & {*replace}}, grad)
+        asked = _Asked(frozenset(inner) & {*read}, {name: put_there.pop(name) for name in inner & {*put_there}}, grad)
         # The forward goes as far as where the points are.
         outer = {name for name in read if name not in inner} | {self._of[name].written_at[0] for name in asked.read}
         with self._asking(asked):
             if isinstance(self.backend, AttachesHooks):
-                forward = self.backend.run(tokens, read=outer, replace=replace, want=want, grad=grad)
+                forward = self.backend.run(tokens, read=outer, replace=put_there, want=want, grad=grad)
             else:
-                forward = self._composed(tokens, outer, replace, want, grad)
+                forward = self._composed(tokens, outer, put_there, want, grad)
         held = {**forward.held, **asked.held}
         return attrs.evolve(forward, held={name: held[name] for name in dict.fromkeys(read)})
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.causal_lms import make_causal_lm
+from support.causal_lms import TOKENS, causal_lm_folder, make_causal_lm
 from support.tiny import hooked_transformer
 
 import saekit
@@ -133,6 +133,25 @@ def test_transformers_models_have_the_same_ways(kind: str) -> None:
     gate = backend.hook_like("blocks.1.mlp.hook_pre")
     assert (backend.to_residual_stream(gate) is None) == (kind != "gpt2"), "a gate is multiplied with what is behind it"
     assert backend.to_residual_stream("nowhere") is None
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox", "gemma2"])
+def test_bridges_have_the_same_ways(kind: str, compatible: bool) -> None:
+    options = {"name": "TransformerBridge", "compatibility_mode": compatible}
+    backend = saekit.load_model(causal_lm_folder(kind), backend=options, device="cpu")
+    for inside, added in (("attn.hook_z", "hook_attn_out"), ("mlp.hook_post", "hook_mlp_out")):
+        inside, added = f"blocks.1.{inside}", f"blocks.1.{added}"
+        weights = backend.to_residual_stream(inside)
+        if kind == "gemma2":  # which normalizes what it adds
+            assert weights is None
+            continue
+        held = backend.run(TOKENS, read=[inside, added]).held
+        twice = backend.run(TOKENS, read=[added], replace={inside: lambda x: 2 * x}).held[added]
+        torch.testing.assert_close(twice - held[added], held[inside].flatten(2) @ weights, rtol=1e-4, atol=1e-4)
+    assert (backend.to_residual_stream("blocks.1.mlp.hook_pre") is not None) == (kind in ("gpt2", "neox"))
+    for nowhere in ("blocks.1.attn.hook_q", "blocks.1.hook_resid_mid", "nowhere"):
+        assert backend.to_residual_stream(nowhere) is None
 
 
 def test_gated_mlps_of_transformer_lens_have_no_way_from_before_the_gate() -> None:

@@ -195,6 +195,7 @@ def test_they_show_themselves() -> None:
     assert "&lt;" in found._repr_html_() or "<" not in "".join(map(repr, found))
 
 
+@pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")  # it was trained for a few steps
 def test_sizes_numbers_and_places_of_saes_and_results(tmp_path: Path) -> None:
     result = saekit.train(run_config(tmp_path, checkpoints={"folder": str(tmp_path), "name": "x"}))
     shown = repr(result.sae)
@@ -243,6 +244,7 @@ def test_it_is_checked_whether_the_sae_fits_before_the_text_is_read() -> None:
     texts = " ".join(str(one.message) for one in said)
     assert "was trained on activations of 'gpt2', and this model is 'fake'" in texts
     assert "trained on tokens that the column 'mask' of its data chose, and none is read here" in texts
+    assert "mask=" not in texts, "there is no such argument"
     with torch.no_grad():
         sae.W_dec[0, 0] = torch.nan
     sae.info = saekit.SAEInfo(sites=sae.info.sites, metadata={"context_size": 16})
@@ -250,6 +252,7 @@ def test_it_is_checked_whether_the_sae_fits_before_the_text_is_read() -> None:
         saekit.top_texts(sae, **how | {"dataset": {"path": "./nowhere"}})
 
 
+@pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")  # it was trained for a few steps
 def test_of_a_saved_sae_alone(tmp_path: Path) -> None:
     """It says which model and which text it is of."""
     result = saekit.train(run_config(tmp_path))

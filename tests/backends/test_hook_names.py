@@ -11,8 +11,10 @@ from support.causal_lms import BLOCKS, KINDS, LAYERS, TOKENS, causal_lm_folder, 
 from support.tiny import hooked_mamba, hooked_transformer
 
 import saekit
+from saekit import ModelError
 from saekit.abilities import TranslatesHooks
 from saekit.config import ModelConfig
+from saekit.runs.opening import check_hooks
 
 UNPROCESSED = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
 
@@ -120,3 +122,27 @@ def test_a_name_of_its_own_is_itself_and_others_are_none() -> None:
                  "hook_pos_embed", "blocks.1.attn.hook_q", "blocks.7.hook_resid_post"):  # fmt: skip
         assert found.hook_like(name) is None
     assert built("HookedTransformer", hooked_transformer()).hook_like("transformer.h.1") is None, "of no known family"
+
+
+def test_an_unknown_name_that_another_library_has_for_a_place_is_answered_with_the_models_own() -> None:
+    found, lens = both("llama")
+    places = {"hook_resid_pre": ".input", "hook_resid_post": "", "hook_mlp_out": ".mlp"}
+    for name, own in {f"blocks.1.{name}": f"model.layers.1{place}" for name, place in places.items()}.items():
+        said = rf"has no hook '{name}'. Did you mean '{own}'\? It is what this model calls that place$"
+        with pytest.raises(ModelError, match=said):
+            found.run(TOKENS, read=[name])
+        with pytest.raises(ModelError, match=said), found.attached({name: lambda held: held}):
+            pass
+        with pytest.raises(ModelError, match=rf"has no hook '{own}'. Did you mean '{name}'\? It is what this model"):
+            lens.run(TOKENS, read=[own])
+    with pytest.raises(ModelError, match=r"no hook 'blocks.9.hook_resid_pre'(\. It has|$)"):
+        found.run(TOKENS, read=["blocks.9.hook_resid_pre"])
+    bridge = built("TransformerBridge", name=str(causal_lm_folder("llama")))
+    with pytest.raises(ModelError, match=r"no hook 'model.layers.1'. Did you mean 'blocks.1.hook_resid_post'\?"):
+        bridge.run(TOKENS, read=["model.layers.1"])
+
+
+def test_a_configuration_that_names_another_librarys_hook_is_told_the_models_own() -> None:
+    found, _ = both("llama")
+    with pytest.raises(ModelError, match=r"'blocks.1.hook_resid_pre' \(site\). Did you mean 'model.layers.1.input'\?"):
+        check_hooks(found, [saekit.Site(hook_name="blocks.1.hook_resid_pre")], "site")

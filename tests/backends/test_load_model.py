@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.backends.lens_versions import has_hooked_transformer
+from saekit_plugins.backends.quiet_loading import without_bars
+from support.causal_lms import causal_lm_folder
 from support.tiny import TOKENIZER, hooked_transformer, tokenizer
 
 import saekit
@@ -47,8 +54,9 @@ def test_around_models_that_are_there() -> None:
     other: Any = saekit.load_model(hf)
     assert other.model is hf
     assert "transformer.h.1.mlp" in other.hook_names()
-    layers = {name for name in other.hook_names() if other.in_residual_stream(name)}
-    assert layers == {f"transformer.h.{n}{end}" for n in range(3) for end in ("", ".input")}
+    residual = {name for name in other.hook_names() if other.in_residual_stream(name)}
+    ends = ("", ".input", ".attn", ".mlp", ".ln_2.input")
+    assert residual == {f"transformer.h.{n}{end}" for n in range(3) for end in ends} | {"transformer.wte"}
     options = {"name": "HookedTransformer", "forward_kwargs": {"prepend_bos": False}}
     assert saekit.load_model(lens, backend=options)._forward_kwargs == {"prepend_bos": False}  # type: ignore[attr-defined]
 
@@ -87,3 +95,63 @@ def test_a_model_that_several_backends_take() -> None:
     with pytest.raises(ModelError, match="several backends take a dict: test:alias, test:two. Name one: backend=..."):
         saekit.load_model({}, plugins=plugins)
     assert saekit.load_model({}, backend="two", plugins=plugins).name == "fake"
+
+
+# ---- what is shown meanwhile
+
+
+def test_transformers_shows_no_bars_of_what_saekit_loads_and_those_of_others_stay(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder, kinds = causal_lm_folder("gpt2"), ["AutoModelForCausalLM", "TransformerBridge"]
+    for kind in kinds + ["HookedTransformer"] * has_hooked_transformer():
+        saekit.load_model(folder, backend=kind)
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        saekit.load_model(broken, backend="AutoModelForCausalLM")
+    assert "Loading weights" not in "".join(capfd.readouterr())
+    seen: list[Any] = []
+
+    def own(factory: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(kwargs.get("desc"))
+        return factory(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(own)
+    try:
+        saekit.load_model(folder, backend="AutoModelForCausalLM")
+        assert seen == []
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert seen == ["Loading weights"], "the user's own hook is there again"
+    finally:
+        logging.set_tqdm_hook(before)
+    assert before is None, "nothing of ours is left"
+    capfd.readouterr()
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in "".join(capfd.readouterr())
+
+
+def test_several_threads_that_load_leave_bars_as_they_were() -> None:
+    from transformers.utils import logging
+
+    entered, ends = threading.Barrier(2, timeout=20), threading.Event()
+
+    def loads() -> None:
+        with without_bars():
+            entered.wait()
+            ends.wait(20)
+
+    thread = threading.Thread(target=loads)
+    thread.start()
+    with without_bars():
+        entered.wait()
+        assert logging.tqdm(range(1), file=io.StringIO()).disable
+    shown = logging.tqdm(range(1), file=io.StringIO())
+    assert not shown.disable, "another thread loads, and this one does not"
+    shown.close()
+    ends.set()
+    thread.join()
+    assert logging.set_tqdm_hook(None) is None

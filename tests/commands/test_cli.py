@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.command import cli
 from support.tiny import RUN
 
 import saekit
 from saekit.config.files import dump_config
+from saekit.dashboards.place import is_dashboard
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ print(json.dumps(list(commands(typer.main.get_command(app), []))))
 
 
 def test_help_explains_every_command_argument_and_option() -> None:
-    listed = subprocess.run([sys.executable, "-c", PARAMETERS], capture_output=True, text=True, check=True)
+    listed = warm.python("-c", PARAMETERS, watch=True)
+    assert listed.returncode == 0, listed.stderr
     commands = json.loads(listed.stdout)
     assert ["cache", "write"] in [path for path, *_ in commands]
     assert {"config", "overrides", "axes", "run", "allow"} <= set(commands[1][1]), commands[1]
@@ -60,7 +61,7 @@ def test_a_suggestion_is_made_once() -> None:
 
 
 def test_version() -> None:
-    assert cli("--version", watch=True).stdout == f"saekit {saekit.__version__}\n"
+    assert cli("--version", watch=True, cold=True).stdout == f"saekit {saekit.__version__}\n"
 
 
 def test_config_prints_what_train_reads(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_train(tmp_path: Path) -> None:
     config = saekit.load_config({name: dict(section) for name, section in RUN.items()})
     (tmp_path / "run.yaml").write_text(dump_config(config, "yaml"))
     options = ["sae.l1_coefficient=2", "checkpoints.name=x", "training.verbose=true"]
-    found = cli("train", "run.yaml", *options, cwd=tmp_path)
+    found = cli("train", "run.yaml", *options, cwd=tmp_path, cold=True)  # which says what it imports
     assert "run folder: runs/x" in found.stdout
     assert "CE recovered" in found.stdout
     assert re.search(r"^see it again +saekit show runs/x$", found.stdout, re.M)
@@ -150,7 +151,7 @@ def test_demo(tmp_path: Path) -> None:
     assert found.stdout.count("Feature ") == 5
     assert "tokens/s" in found.stderr
     for what in ("importing torch", "loading the model saekit/tiny-python", "measuring on held-out text",
-                 "looking for features that are easy to read"):  # fmt: skip
+                 "looking for features that are easy to read", "writing a dashboard of them"):  # fmt: skip
         assert f"{what} ...\n" in found.stderr
     (picture,) = tmp_path.glob("out/*/curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -163,3 +164,6 @@ def test_demo(tmp_path: Path) -> None:
     assert [line for line in printed if line in wanted] == wanted
     (folder,) = tmp_path.glob("out/*/sae")
     assert saekit.SAE.load(folder).d_sae == 1024
+    (dashboard,) = tmp_path.glob("out/*/dashboard.html")
+    assert re.search(rf"^open it in a browser +{re.escape(dashboard.as_uri())}$", found.stdout, re.MULTILINE)
+    assert is_dashboard(dashboard)

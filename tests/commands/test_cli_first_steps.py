@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 import pytest
 import yaml
+from support import warm
 from support.command import cli
 from support.every_config import config_of, manager
 
@@ -67,7 +68,7 @@ def test_config_of_every_job_in_every_format(tmp_path: Path, of: str, form: str)
 
 
 def test_config_explains_the_options_of_what_was_chosen() -> None:
-    shown = cli("config", "sae.name=topk", "sae.k=7", "lr_schedule=cosine").stdout
+    shown = cli("config", "sae.name=topk", "sae.k=7", "lr_schedule=cosine", watch=True).stdout
     assert 'name = "saekit:topk"\n' in shown
     assert re.search(r"^# .+\nk = 7$", shown, re.M), "with its explanation"
     assert '[lr_schedule]\nname = "saekit:cosine"\n' in shown
@@ -79,7 +80,7 @@ def test_config_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[sae]\nname = 'topk'\n")
     shown = cli("config", "run.toml", "sae.k=9", cwd=tmp_path, watch=True).stdout
     assert tomllib.loads(shown)["sae"]["k"] == 9
-    where = cli("config", "hub_repo_id=a/b", "--of", "pretokenize", "--format", "json").stdout
+    where = cli("config", "hub_repo_id=a/b", "--of", "pretokenize", "--format", "json", watch=True).stdout
     assert json.loads(where)["folder"] is None, "nothing is written that nobody asked for"
 
 
@@ -118,8 +119,9 @@ def test_commented_toml_says_none_where_that_is_not_the_default(tmp_path: Path) 
 def test_plugins_by_their_keys() -> None:
     bare = cli("plugins", "topk", watch=True).stdout
     assert bare.startswith("saekit:topk: ")
-    assert bare == cli("plugins", "saekit:topk").stdout == cli("plugins", "sae_architectures:topk").stdout
-    assert json.loads(cli("plugins", "topk", "--json").stdout)["key"] == "saekit:topk"
+    assert bare == cli("plugins", "saekit:topk", watch=True).stdout
+    assert bare == cli("plugins", "sae_architectures:topk", watch=True).stdout
+    assert json.loads(cli("plugins", "topk", "--json", watch=True).stdout)["key"] == "saekit:topk"
     of_a_kind = cli("plugins", "lr-schedule", watch=True).stdout
     assert of_a_kind.startswith("lr_schedules\n")
     assert "saekit:cosine " in of_a_kind
@@ -159,10 +161,7 @@ def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
     code = "import sys; sys.argv[0] = 'saekit'; from saekit.cli import main; main()"
     environment = os.environ | {"_SAEKIT_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": f"saekit {words}",
                                 "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], env=environment, cwd=cwd, capture_output=True, text=True
-    )
-    assert not re.search(r"\| +(torch|datasets|transformer_lens)$", done.stderr, re.M)
+    done = warm.python("-c", code, env=environment, cwd=cwd, watch=True)
     if shell == "zsh":
         return re.findall(r'^(?:_arguments \'\*: :\(\()?"(.*?)"', done.stdout.replace(r"\\:", ":"), re.M)
     return [line.partition("\t")[0] for line in done.stdout.splitlines() if line]

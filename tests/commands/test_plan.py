@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import warm
 from support.command import cli
 from support.tiny import hooked_transformer, run_config
 
@@ -150,9 +149,7 @@ def test_a_cache_that_could_not_be_written_is_no_problem_of_training(tmp_path: P
 
 
 def plan_in_shell(*arguments: object, cwd: Path, code: int) -> str:
-    found = subprocess.run(
-        [sys.executable, "-m", "saekit.cli", "plan", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
+    found = warm.python("-m", "saekit.cli", "plan", *arguments, cwd=cwd)
     assert found.returncode == code, found.stderr
     return found.stdout
 

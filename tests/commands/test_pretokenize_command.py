@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
+from support import warm
 from support.fake_hub import FakeHub, Refusal, fake_hub
 from support.tiny import TOKENIZER, run_config
 
@@ -38,8 +39,10 @@ def text(tmp_path: Path) -> Path:
 
 
 def cli(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "saekit.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    if env is not None:  # the Hub's, which are read while its library is imported
+        command = [sys.executable, "-m", "saekit.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    return warm.python("-m", "saekit.cli", *arguments, cwd=cwd)
 
 
 @pytest.mark.slow

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import warm
 from support.command import cli
 
 import saekit
@@ -142,9 +141,7 @@ def test_names_are_completed(tmp_path: Path) -> None:
     ):
         environment = os.environ | {"_SAEKIT_COMPLETE": "complete_fish", "_TYPER_COMPLETE_ARGS": f"saekit {words}",
                                     "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
+        done = warm.python("-c", code, env=environment, cwd=tmp_path, light=True)
         assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == expected
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.caches import SITE, hashes, rows_of, source, write
 
 from saekit.errors import DataError
@@ -205,10 +204,7 @@ def test_a_run_whose_cache_shrinks_ends_with_a_checkpoint_and_goes_on_to_the_sam
 ) -> None:
     """In a process of its own, which SIGBUS would end."""
     places = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
-    found = subprocess.run(
-        [sys.executable, "-c", RUN, tmp_path, prefetch], text=True, capture_output=True, check=False,
-        env=os.environ | {"PYTHONPATH": places},
-    )  # fmt: skip
+    found = warm.python("-c", RUN, tmp_path, prefetch, env=os.environ | {"PYTHONPATH": places})
     assert found.returncode == 0, found.stderr
     assert found.stdout.endswith("well\n")
     assert hashes(tmp_path / "cache")

@@ -22,7 +22,6 @@ from saekit.evals.engine import measure
 from saekit.evals.measured import Measured
 from saekit.runs.opening import seed_for
 from saekit.site import Sites
-from saekit.splicing import splice
 from saekit.testing import FakeBackend
 from saekit.tokens import asked_tokens, token_choice
 
@@ -32,6 +31,7 @@ QUICK: dict[str, Any] = {"n_bootstrap": 0, "verbose": False, "save": False}
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+    pytest.mark.filterwarnings("ignore:.*hardly better than guessing"),  # a fake model does
 ]
 
 
@@ -106,25 +106,25 @@ def test_contexts_that_are_given_are_looked_at_for_bos() -> None:
 def test_a_splice_looks_once_at_how_its_first_forward_begins() -> None:
     backend = FakeBackend()
     begun = torch.cat([torch.zeros(4, 1, dtype=torch.long), CONTEXTS], 1)
-    with splice(backend, sae_of(prepend_bos=True)) as spliced:
+    with saekit.splice(backend, sae_of(prepend_bos=True)) as spliced:
         with pytest.warns(UserWarning, match="trained on contexts that begin with BOS .* and here they do not") as said:
             spliced.run(CONTEXTS, want="loss")
         assert len(said) == 1
         spliced.run(CONTEXTS, want="loss")
-    with splice(backend, sae_of(prepend_bos=True)) as spliced:
+    with saekit.splice(backend, sae_of(prepend_bos=True)) as spliced:
         spliced.run(begun, want="loss")
     backend.special_tokens = {"bos": 0, "pad": 127}
     padded = torch.cat([torch.full((4, 1), 127), CONTEXTS], 1)
-    with splice(backend, sae_of(prepend_bos=True)) as spliced:
+    with saekit.splice(backend, sae_of(prepend_bos=True)) as spliced:
         spliced.run(padded, want="loss")  # where padding comes first, nobody knows
 
 
 def test_that_a_mask_is_lacking_is_said_in_a_splice_too() -> None:
     sae = sae_of(mask_column="answer")
     unread = "tokens that the column 'answer' of its data chose, and none is read here"
-    with pytest.warns(UserWarning, match=unread), splice(FakeBackend(), sae):
+    with pytest.warns(UserWarning, match=unread), saekit.splice(FakeBackend(), sae):
         pass
-    with splice(FakeBackend(), sae, mask=lambda tokens: tokens > 3):
+    with saekit.splice(FakeBackend(), sae, mask=lambda tokens: tokens > 3):
         pass
     with pytest.warns(UserWarning, match="the column 'answer'"):
         saekit.evaluate(sae, model=FakeBackend(), contexts=CONTEXTS, **QUICK)

@@ -12,6 +12,7 @@ from support.saes import at, drawn_sae
 from support.tiny import hooked_transformer
 
 import saekit
+from saekit.features import collect as collecting
 from saekit.features import together as firing
 from saekit.testing import FakeBackend
 
@@ -57,7 +58,15 @@ def test_neurons_are_the_coordinates_of_the_hook(store: Any, dense: Any, context
         assert all(one.jaccard is None for one in found)
 
 
-def test_sums_in_small_blocks_and_by_dense_products_are_the_same(
+def counting(function: Any, calls: list[str]) -> Any:
+    def called(*arguments: Any) -> None:
+        calls.append(function.__name__)
+        function(*arguments)
+
+    return called
+
+
+def test_sums_by_any_blocks_products_and_threads_are_the_same(
     store: Any, saes: Any, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def partners(found: Any) -> Any:
@@ -67,24 +76,40 @@ def test_sums_in_small_blocks_and_by_dense_products_are_the_same(
         return one.index, round(one.pearson, 5), round(one.cosine, 5), round(one.jaccard, 5)
 
     usual = partners(store.saes["one"])
-    calls = []
-    for changed in ({"_BYTES": 1}, {"_PAIRS": 50, "_DENSE": 0}, {"_DENSE": 1 << 40, "_ROWS": 17}):
-        for name, value in changed.items():
-            monkeypatch.setattr(firing, name, value)
-        for name in ("_add_pairs", "_add_dense"):
-            monkeypatch.setattr(firing, name, counting(getattr(firing, name), calls))
-        other = collect(saes["one"], tmp_path / str(len(calls)))
-        monkeypatch.undo()
-        assert partners(other.sae) == usual
-    assert {"_add_pairs", "_add_dense"} <= set(calls)
+    calls: list[str] = []
+    monkeypatch.setattr(firing, "_DENSE", 0)
+    monkeypatch.setattr(collecting, "UNIT_TOKENS", 60)
+    monkeypatch.setattr(collecting, "PART_TOKENS", 120)
+    ways = {
+        "_add_product": ({"_BYTES": 1, "_WIDTH": 1}, {"_MEASURED": 1}, {"_MKL": False}),
+        "_add_dense": ({"_DENSE": 1 << 40, "_ROWS": 17}, {"_DENSE": 1 << 40, "_BYTES": 1}),
+    }
+    for way, options in ways.items():
+        for number, changed in enumerate(options):
+            calls.clear()
+            with monkeypatch.context() as patch:
+                for name, value in changed.items():
+                    patch.setattr(firing, name, value)
+                for name in ways:
+                    patch.setattr(firing, name, counting(getattr(firing, name), calls))
+                other = collect(saes["one"], tmp_path / f"{way}-{number}")
+            assert partners(other.sae) == usual
+            assert set(calls) == {way}
 
 
-def counting(function: Any, calls: list[str]) -> Any:
-    def called(*arguments: Any) -> None:
-        calls.append(function.__name__)
-        function(*arguments)
-
-    return called
+def test_blocks_and_threads_change_no_byte(
+    saes: Any, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(firing, "_DENSE", 0)
+    monkeypatch.setattr(firing, "_WIDTH", 8)  # then sums of three parts are made together
+    for name, tokens in (("UNIT_TOKENS", 60), ("PART_TOKENS", 120)):
+        monkeypatch.setattr(collecting, name, tokens)
+    folders = []
+    for size, threads in ((1 << 26, 1), (1, 1), (1500, 3)):
+        monkeypatch.setattr(firing, "_BYTES", size)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        folders.append(collect(saes["one"], tmp_path / f"{size}-{threads}").folder)
+    assert len({(folder / "sae-0" / "together.safetensors").read_bytes() for folder in folders}) == 1
 
 
 def test_ties_go_to_the_lowest_numbers_and_rows_may_be_short() -> None:

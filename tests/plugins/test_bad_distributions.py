@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.installed import install, project
 
 pytestmark = pytest.mark.slow
@@ -70,8 +71,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def saekit_cli(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-m", "saekit.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return warm.python("-m", "saekit.cli", *arguments, env=environment, light=True)
 
 
 @pytest.mark.parametrize("name", REASONS)

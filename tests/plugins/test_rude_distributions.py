@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 from support.installed import install, project
 from support.rude_plugins import HELPERS, LEFT_OUT, MODULES, QUIET, TOLD, good
 
@@ -72,7 +73,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | more
-    return subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", env=environment)
+    return warm.python(*arguments, env=environment, light=True)
 
 
 def cli(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.runs import contents, fake_config, manager, poison, resume, stopped, train, without
 from support.written import records, write_run, write_sweep
 
@@ -197,7 +196,7 @@ def test_a_kill_in_the_middle_of_a_picture(tmp_path: Path, where: str) -> None:
     run = tmp_path / "run"
     (run / "curves.png").write_bytes(b"the one before")
     before = contents(tmp_path)
-    found = subprocess.run([sys.executable, "-c", KILLED, where, run], capture_output=True, text=True)
+    found = warm.python("-c", KILLED, where, run)
     assert found.returncode == -signal.SIGKILL, found.stderr
     assert (run / "curves.png").read_bytes() == b"the one before"
     (left,) = [path for path in run.iterdir() if half_written(path.name)]

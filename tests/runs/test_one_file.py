@@ -6,13 +6,12 @@ import ast
 import hashlib
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from support import warm
 from support.tiny import run_config
 
 import saekit
@@ -107,7 +106,6 @@ def test_it_ends_with_the_text_and_with_a_loss_that_is_no_number(
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(tomli_w.dumps(run_config(tmp_path)))
-    command = [sys.executable, EXAMPLE, tmp_path / "run.toml", tmp_path / "sae"]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = warm.python(EXAMPLE, tmp_path / "run.toml", tmp_path / "sae")
     assert found.returncode == 0, found.stderr
     assert saekit.SAE.load(tmp_path / "sae").d_sae == 64

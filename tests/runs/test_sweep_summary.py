@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from rich.console import Console
+from support import warm
 from support.summaries import DIVERGED, GRID, row
 from support.sweeps import as_csv, fake, manager, train
 from support.tiny import run_config
@@ -115,9 +115,7 @@ def test_the_table_of_many_options_in_a_narrow_terminal() -> None:
 
 
 def cli(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "saekit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
+    return warm.python("-m", "saekit.cli", *arguments, cwd=cwd)
 
 
 @pytest.mark.slow

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from saekit_plugins.trackers.wandb import WandbConfig, WandbTracker
+from support import warm
 from support.runs import HOOKS, fake_config, manager, poison, resume, stopped, train
 from support.trackers import Recorder, raises
 from support.wandb_runs import fake_wandb
@@ -117,11 +116,7 @@ t.train(t.config(Path(sys.argv[2])), plugins=t.plugins())
 
 
 def test_a_run_that_is_killed_tells_nothing_until_it_goes_on(tmp_path: Path) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1]), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOLD_DIES_AT": "8"},
-        check=False,
-    )
+    killed = warm.python("-c", PROGRAM, Path(__file__).parents[1], tmp_path, env=os.environ | {"TOLD_DIES_AT": "8"})
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "run/told.txt").exists()
     resume(tmp_path / "run", plugins=plugins())

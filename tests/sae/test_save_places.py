@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import warm
 from support.saved import FOREIGN, OWN, make, names, other, thesis
 
 import saekit
@@ -212,8 +211,7 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize("kind", ["alone", "among others"])
 def test_a_kill_at_any_moment_leaves_no_mixture(tmp_path: Path, kind: str) -> None:
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), str(tmp_path), kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.python("-c", KILLED, Path(__file__).parents[1], tmp_path, kind)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert len(seen) > 6

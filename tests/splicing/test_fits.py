@@ -246,6 +246,68 @@ def test_another_model_is_a_warning_that_names_both() -> None:
     assert Path(found[0].filename).name != "fits.py", "who called is told"
 
 
+def test_another_site_is_a_warning_that_names_both() -> None:
+    sae, backend = sae_at(model_name="fake"), FakeBackend()
+    said = (
+        "an SAE that was trained at blocks.1.hook_resid_post is put at hook_embed, where 'fake' holds something else; "
+        "its features may mean nothing there: leave the site out, or take an SAE that was trained at this one"
+    )
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        check_fits(sae, backend, "hook_embed")
+    with pytest.warns(UserWarning, match=re.escape(said)), saekit.splice(backend, sae, sites="hook_embed"):
+        pass
+    head = Site(hook_name=HEADS, hook_head_index=0)
+    with pytest.warns(UserWarning, match=r"trained at blocks.0.attn.hook_z.head1 is put at blocks.0.attn.hook_z.head0"):
+        check_fits(sae_at(HEADS, d_in=4, head=1, model_name="fake"), backend, head)
+    check_fits(sae, backend, RESID)
+    check_fits(sae_at("hook_embed", model_name="fake"), backend, "hook_embed")
+    check_fits(sae_at("layers.7", model_name="fake"), Translating(), RESID)  # of which nothing is known
+    check_fits(sae_at("layers.1", model_name="fake"), Translating(), RESID)
+    with pytest.warns(UserWarning, match=r"was trained at layers.1 is put at hook_embed"):
+        check_fits(sae_at("layers.1", model_name="fake"), Translating(), "hook_embed")
+
+
+def test_two_names_of_what_is_the_same_are_one_site() -> None:
+    backend = saekit.load_model(make_causal_lm("gpt2"))
+    for trained_at in ("transformer.h.0", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"):
+        for here in ("transformer.h.0", "transformer.h.1.input"):
+            check_fits(sae_at(trained_at, d_in=WIDTH, model_name="custom"), backend, here)
+        with pytest.warns(UserWarning, match=rf"trained at {trained_at} is put at transformer.h.1, where"):
+            check_fits(sae_at(trained_at, d_in=WIDTH, model_name="custom"), backend, "transformer.h.1")
+
+
+def test_all_sites_of_a_transcoder_are_compared() -> None:
+    own = Sites((Site(hook_name="hook_embed"),), (Site(hook_name=RESID),))
+    other = Sites((Site(hook_name="hook_embed"),), (Site(hook_name="blocks.0.hook_resid_post"),))
+    sae = mapping({"a": 8}, {"b": 8}, own)
+    sae.info = attrs.evolve(sae.info, metadata={"model_name": "fake"})
+    check_fits(sae, FakeBackend())
+    with pytest.warns(UserWarning, match=r"trained at blocks.1.hook_resid_post is put at blocks.0.hook_resid_post, w"):
+        check_fits(sae, FakeBackend(), other)
+
+
+def test_a_model_of_another_name_and_the_same_weights_is_the_same() -> None:
+    class Weighed(Renamed):
+        def fingerprint(self) -> str:
+            return "0.1 0.2"
+
+    for trained_on, here in (("owner/one", "/models/two"), ("/models/two", "one"), ("one", "two")):
+        assert doubts_of_fit(sae_at(model_name=trained_on, model_fingerprint="0.1 0.2"), Weighed(here)) == []
+        (said,) = doubts_of_fit(sae_at(model_name=trained_on, model_fingerprint="0.3"), Weighed(here))
+        assert said.endswith(
+            f"of {trained_on!r}, and this model is {here!r}; of another model its features mean nothing"
+        )
+
+
+def test_a_folder_may_be_another_name_of_the_model() -> None:
+    for trained_on, here in (("owner/one", "/models/two"), ("./two", "one"), (r"C:\models\a", "one")):
+        (said,) = doubts_of_fit(sae_at(model_name=trained_on), Renamed(here))
+        assert said.endswith(f"is {here!r}, which may be another name of it: if they are two models, features mean "
+                             "nothing here"), said  # fmt: skip
+    (said,) = doubts_of_fit(sae_at(model_name="owner/one"), Renamed("other/two"))
+    assert said.endswith("of another model its features mean nothing")
+
+
 SAME = [
     ("gpt2", "gpt2"), ("GPT2", "openai-community/gpt2"), ("google/gemma-2-2b", "/models/gemma-2-2b/"),
     ("C:\\models\\gpt2", "gpt2"), ("custom", "gpt2"), ("gpt2", "custom"), ("", "gpt2"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.follow import blocks_of
 from support.saes import at, drawn_sae
 from support.spliced import KINDS, TOKENS, place
 from torch import Tensor
@@ -68,6 +70,20 @@ def test_attribution_patching_is_exact_where_the_model_is_linear_in_features() -
         off = spliced.run(TOKENS, replace={name: torch.zeros_like}, want="logits").logits[:, -1, 7].sum()
     effect = -(gradient * forward.held[name]).sum()
     torch.testing.assert_close(effect.detach(), off - metric.detach(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["gradients", "no gradients"])
+def test_attribution_patching_as_the_docs_have_it_runs_where_gradients_are_off(
+    on: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "splicing.md"
+    (code,) = [block.text for block in blocks_of(page) if block.language == "python" and ".backward()" in block.text]
+    there = place("HookedTransformer")
+    sae = at(drawn_sae(16), there.early)
+    with torch.set_grad_enabled(on):
+        exec(code, {"torch": torch, "saekit": saekit, "model": there.backend, "sae": sae, "hook": there.early,
+                    "tokens": TOKENS[:1]})  # fmt: skip
+    assert "estimated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -123,6 +123,16 @@ def test_the_model_is_as_it_was_after_nested_repeated_and_raising_uses() -> None
     assert lens.acts_to_saes == {}
 
 
+def test_it_is_made_of_what_load_model_returned() -> None:
+    lens = model()
+    made = HookedSAETransformer.from_model(saekit.load_model(lens))
+    assert made.hook_dict is lens.hook_dict
+    assert torch.equal(made.run_with_saes(calls.TOKENS, saes=named("a")), lens.run_with_saes(
+        calls.TOKENS, saes=named("a")))  # fmt: skip
+    with pytest.raises(ModelError, match="from_model takes a HookedTransformer, found a FakeBackend"):
+        HookedSAETransformer.from_model(saekit.testing.FakeBackend())
+
+
 @torch.no_grad()
 def test_what_was_attached_before_keeps_its_place_among_the_hooks() -> None:
     lens = hooked(model())

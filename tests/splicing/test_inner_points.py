@@ -113,11 +113,13 @@ def test_names_are_short_where_they_are_unique() -> None:
         assert spliced.run(TOKENS, read="yours.hook_sae_acts_post").held["yours.hook_sae_acts_post"].shape == (2, 7, 24)
 
 
-def test_points_are_in_the_library_s_own_cache_and_can_be_hooked_there() -> None:
-    there = place("HookedTransformer")
+@pytest.mark.parametrize("kind", ["HookedTransformer", "HookedMamba", "TransformerBridge"])
+def test_points_are_in_the_library_s_own_cache_and_can_be_hooked_there(kind: str) -> None:
+    there = place(kind)
+    there.model.run_with_cache(TOKENS)  # of a bridge, transformers adds hooks of its own the first time
     model, before = there.model, state(there.model)
     name = f"{there.early}.hook_sae_acts_post"
-    with saekit.splice(model, at(drawn_sae(16), there.early), use_error_term=True) as spliced:
+    with saekit.splice(model, at(drawn_sae(there.width), there.early), use_error_term=True) as spliced:
         expected = spliced.run(TOKENS, read=spliced.names).held
         logits, cache = model.run_with_cache(TOKENS)
         assert {key for key in cache if "hook_sae" in key} == {*spliced.names}
@@ -130,7 +132,7 @@ def test_points_are_in_the_library_s_own_cache_and_can_be_hooked_there() -> None
         torch.testing.assert_close(model(TOKENS), zeroed)
         model.reset_hooks()
         torch.testing.assert_close(model(TOKENS), logits, msg="SAEs stay where hooks are reset")
-        with saekit.splice(model, at(drawn_sae(16, seed=3, d_sae=9), there.early)):
+        with saekit.splice(model, at(drawn_sae(there.width, seed=3, d_sae=9), there.early)):
             assert model.run_with_cache(TOKENS)[1][name].shape[-1] == 9, "the inner splice's own"
         assert model.run_with_cache(TOKENS)[1][name].shape[-1] == 24
     assert state(model) == before

@@ -9,11 +9,15 @@ import attrs
 import pytest
 from support.causal_lms import KINDS, TOKENS, WIDTH, causal_lm_folder
 from support.saved import make
+from support.sweeps import manager
 from support.tiny import hooked_transformer, needs_transformer_lens_3
 
 import saekit
 from saekit import ConfigError
+from saekit.data import Corpus
+from saekit.runs import metadata_of
 from saekit.splicing import check_fits, doubts_of_fit
+from saekit.testing import FakeBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RESID = "blocks.1.hook_resid_post"
@@ -83,6 +87,32 @@ def test_what_was_seen_in_training_counts_more_than_what_a_name_promises() -> No
     assert seen == {"fold_ln": False, "center_writing_weights": False}
     assert doubts_of_fit(sae_of(LENS | {"model_processing": seen}), plain) == []
     assert doubts_of_fit(sae_of({"model_name": "custom"} | LENS), plain) == [], "nobody knows"
+
+
+def test_what_an_sae_does_not_say_is_a_doubt_or_nothing() -> None:
+    here, older = loaded("gpt2"), LENS | {"model_autocast": False}
+    (said,) = doubts_of_fit(sae_of(older), here, sites=saekit.Sites.one(saekit.Site(hook_name="transformer.h.1")))
+    assert "was trained on a model loaded as HookedTransformer, by default with center_writing_weights = true" in said
+    assert (
+        "it is of an older saekit, and does not say whether it was so. As this one, as AutoModelForCausalLM has" in said
+    )
+    assert said.endswith("'transformer.h.1' may hold something else than what it has learned")
+    assert doubts_of_fit(sae_of(older | {"model_processing": {}}), here) == [], "nothing was known"
+    (strong,) = doubts_of_fit(sae_of(older | {"model_processing": {"center_writing_weights": True}}), here)
+    assert "'blocks.1.hook_resid_post' holds something else" in strong
+    assert doubts_of_fit(sae_of(older | {"model_name": "./a/folder/elsewhere/tiny-gpt2"}), here) == [], "of any kind"
+
+
+def test_that_nothing_is_known_of_the_weights_is_saved() -> None:
+    class Unknown(FakeBackend):
+        def processing(self, hook_name: str | None = None, about: Any = None) -> dict[str, bool]:
+            return {}
+
+    plugins = manager(Unknown())
+    config = saekit.load_config({"model": {"backend": "fake"}, "site": {"hook_name": RESID}}, plugins=plugins)
+    corpus: Any = Corpus.of(config.dataset, config.evals, None)
+    assert metadata_of(config, Unknown(), corpus, plugins)["model_processing"] == {}
+    assert "model_processing" not in metadata_of(config, FakeBackend(), corpus, plugins)
 
 
 def test_a_name_is_loaded_as_the_sae_says_unless_a_backend_is_named() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saekit
 from saekit.abilities import AttachesHooks
-from saekit.errors import ConfigError, ModelError
+from saekit.errors import ConfigError, ModelError, SAEFormatError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,7 +154,7 @@ def test_bad_arguments_say_what_was_found(there: Place) -> None:
         (sae, {"sites": [there.early, there.late]}, ConfigError, "are 2, and there are 1 SAEs"),
         (sae, {"sites": {"a": there.early}}, ConfigError, "give saes as a mapping"),
         ({"a": sae}, {"sites": {"b": there.early}}, ConfigError, "none is called 'b'"),
-        ("sae.safetensors", {"sites": there.early}, ConfigError, "must be SAEs, found 's'. saekit.SAE.load reads one"),
+        ("nowhere", {"sites": there.early}, SAEFormatError, "there is no file or folder nowhere, and no release"),
         (sae, {"sites": 3}, ConfigError, "must be a hook's name, a Site or Sites, found 3"),
         (sae, {"sites": there.early, "mask": torch.ones(2, 7)}, ConfigError, "mask: must be a bool tensor"),
         (sae, {"sites": there.early, "read": ["y"]}, ModelError, "no SAE of this splice has the point 'y'"),

@@ -13,11 +13,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
+import threading
 import time
 import tomllib
+import urllib.request
 import warnings
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,8 @@ SHORT = [
     "training.training_tokens=6000", "training.train_batch_size_tokens=512", "training.verbose=false",
     "evals.n_contexts=4", "training.lr_warm_up_steps=1", "training.lr_decay_steps=1",
 ]  # fmt: skip
+SMALL = "activations.source.n_batches_in_buffer=8"
+"""16,384 tokens instead of 65,536: what a run of :data:`SHORT` length would forward, and then throw away."""
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
@@ -96,13 +102,40 @@ def run_command(line: str) -> None:
         words += longer(words[words.index("--resume") + 1])
     else:
         words += SHORTER.get(" ".join(words[:2]), SHORTER.get(words[0], []))
+        if words[0] in ("train", "demo") and "activations.source=" not in line:
+            words.append(SMALL)
+    words += ["--port", "0"] if "--serve" in words else []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_looked_at_once())
         if target is not None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(target.open("w"))))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # it is made short
         code = app(words, standalone_mode=False)
     assert not code, f"{line}: exit code {code}"
+
+
+@contextlib.contextmanager
+def _looked_at_once() -> Iterator[None]:
+    """Dashboards that are served are looked at, and then somebody presses Ctrl-C."""
+    from saekit.commands import serving
+
+    real = serving.serve
+
+    def serve(served: Any, opened: socket.socket, **options: Any) -> None:
+        def look() -> None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{opened.getsockname()[1]}/sae/0/feature/0.json") as answer:
+                assert json.load(answer)["index"] == 0
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=look).start()
+        real(served, opened, **options)
+
+    serving.serve = serve
+    try:
+        yield
+    finally:
+        serving.serve = real
 
 
 def prepare(folder: Path) -> None:

@@ -338,6 +338,7 @@ SILENT = {
     "no training": "it reads SAEs that other libraries have trained",
     "entry": "it begins every forward at the tokens",
     "passed on": "it has no options that are passed on",
+    "paths": "it knows no weights that lead to the residual stream of this model",  # such as a Mamba
     "types": "give models= a model or a saekit.config.ModelConfig",
     "outline": "an outline is of a model that is named: give models= a saekit.config.ModelConfig",
 }

@@ -10,8 +10,9 @@ from pathlib import Path
 import attrs
 import pytest
 import saekit_plugins.schedules.cosine
-from support.faulty import CASES, EVERY_KIND
+from support.faulty import CASES, EVERY_KIND, backends
 from support.faulty.activations import summed
+from support.faulty.backends import Norming, Pointing, of
 from support.faulty.schedules import Falling, Lost
 
 import saekit
@@ -32,12 +33,43 @@ def test_each_check_finds_its_fault(kind: str, check: str, tmp_path: Path, monke
     assert re.search(case.says, str(report.faults[0].fault)), report
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("backend", "check", "says"),
+    [
+        (backends.Exposing, "exposes_hooks", None),
+        (backends.Processed, "states_processing", None),
+        (backends.Unheard, "exposes_hooks", "what the model's add_hook put at '.*' is not at the point there"),
+        (backends.Contrary, "states_processing", r"processing\('hook_embed'\) says \['fold_ln'\] otherwise than"),
+        (backends.Blind, "states_processing", r"of an SAE of this very model, processing\(\) lacks \['center_wr"),
+    ],
+)
+def test_abilities_that_are_kept_pass_and_others_do_not(backend: type, check: str, says: str | None) -> None:
+    report = plugin_report(fake_plugin("model_backends", build=backends.of(backend)), only=[check])
+    assert not report.not_tried, report
+    assert [outcome.check for outcome in report.outcomes] == [check]
+    assert len(report.faults) == bool(says), report
+    assert all(re.search(str(says), str(fault.fault)) for fault in report.faults), report
+
+
 def test_every_check_has_a_fault_that_it_finds() -> None:
     checks = {(EVERY_KIND, check.name) for check in OF_EVERY_KIND}
     for kind in KINDS:
         own = importlib.import_module(f"saekit.testing.checks.{kind}").CHECKS
         checks |= {(kind, check.name) for check in own}
     assert set(CASES) == checks
+
+
+def test_weights_that_lead_to_the_residual_stream_are_those_that_the_model_multiplies_by() -> None:
+    check = "leads_to_residual_stream"
+    says = {"gives, and not by a multiple of it": Norming, None: Pointing}
+    for expected, made in says.items():
+        report = plugin_report(fake_plugin("model_backends", build=of(made)), only=[check])
+        if expected is None:
+            (outcome,) = report.outcomes
+            assert outcome.fault is outcome.not_tried is None
+        else:
+            assert expected in str(report.faults[0].fault)
 
 
 # ---- importing

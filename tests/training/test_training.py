@@ -89,6 +89,7 @@ def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
         assert result.sae.info.site == saekit.Site(hook_name="blocks.0.attn.hook_z")
         assert result.sae.info.metadata["dataset_path"] is None
         assert result.sae.info.metadata["model_class_name"] == "HookedTransformer"
+        assert result.sae.info.metadata["model_fingerprint"] == result.backend.fingerprint()
     config["site"]["hook_head_index"] = 1
     assert saekit.train(config, model=hooked_transformer(), dataset=documents).sae.d_in == 8
     tokenized = [{"tokens": list(range(1, 200))} for _ in range(40)]

@@ -6,8 +6,8 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ import attrs
 from saekit import ModelError
 from saekit.backends import Hooks
 from saekit_plugins.backends.aliases import also_called
-from saekit_plugins.backends.hook_names import layout_of
-from saekit_plugins.backends.layered import LayeredBackend, causal_mask, checked_kwargs
-from saekit_plugins.backends.lens_hooks import exposed
+from saekit_plugins.backends.hook_names import RESIDUAL, Layout, layout_of
+from saekit_plugins.backends.layered import LayeredBackend, causal_mask, checked_kwargs, output_weights
+from saekit_plugins.backends.lens_hooks import exposed, hooked_by_name
 from saekit_plugins.backends.processing import NOTHING, at_hooks, of_metadata
 
 if TYPE_CHECKING:
@@ -27,13 +27,8 @@ if TYPE_CHECKING:
     from saekit.abilities import ExposedPoint, OnTokens
     from saekit_plugins.backends.layer_order import LayerOrder
 
-__all__ = ["RESIDUAL", "BridgeBackend"]
+__all__ = ["BridgeBackend"]
 
-RESIDUAL = re.compile(
-    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
-    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
-)
-"""The hooks of transformer_lens that hold the residual stream, or what is added to it as it is."""
 _NORMS = ("hook_scale", "hook_normalized")
 _OURS = {"input", "input_ids", "return_type", "loss_per_token", "labels", "start_at_layer", "stop_at_layer", "kwargs"}
 """What a forward of saekit's decides itself."""
@@ -86,13 +81,36 @@ class BridgeBackend(LayeredBackend):
         """A hook of its own, or the one where transformers' module of that path has its place."""
         if name in self._points:
             return name
-        config = self.model.original_model.config.get_text_config()
-        known = layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
-        found = None if known is None else known.lens_hook(name)
+        found = None if self._layout is None else self._layout.lens_hook(name)
         return found if found in self._points else None
 
     def in_residual_stream(self, hook_name: str) -> bool:
         return hook_name in self._residual
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        """Those of the component that attention or an MLP ends with; none where a norm lies behind it, or a gate.
+
+        Of families that are known; others may multiply what is added.
+        """
+        found = re.match(r"blocks\.(\d+)\.", hook_name)
+        point, points = self._points.get(hook_name), self._points
+        if point is None or found is None or self._layout is None:
+            return None
+        block = f"blocks.{found[1]}"
+        for part, last in (("attn", "o"), ("mlp", "out")):
+            before = [points.get(f"{block}.{part}.{last}.hook_in")]
+            if part == "mlp" and f"{block}.mlp.gate.hook_out" not in points:
+                before.append(points.get(f"{block}.mlp.in.hook_out"))
+            added = points.get(f"{block}.{part}.hook_out")
+            if any(point is one for one in before) and added is points.get(f"{block}.hook_{part}_out"):
+                component = getattr(getattr(self.model.blocks[int(found[1])], part), last, None)
+                return output_weights(getattr(component, "original_component", None))
+        return None
+
+    @cached_property
+    def _layout(self) -> Layout | None:
+        config = self.model.original_model.config.get_text_config()
+        return layout_of(config.model_type, parallel=getattr(config, "use_parallel_residual", False))
 
     def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
         """See :class:`saekit.abilities.StatesProcessing`; of a bridge in compatibility mode that was passed from code,
@@ -175,9 +193,12 @@ class BridgeBackend(LayeredBackend):
     def begins(self, tell: OnTokens) -> AbstractContextManager[None]:
         return self._begins(tell, self.model.original_model)  # which the bridge calls, and which generates
 
-    def exposed(self, names: Collection[str]) -> AbstractContextManager[Mapping[str, ExposedPoint]]:
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, ExposedPoint]]:
         """See :class:`saekit.abilities.ExposesHooks`: `run_with_cache`, `run_with_hooks` and `add_hook` know them."""
-        return exposed(names, self.model._hook_registry)
+        points = self.model._hook_registry
+        with exposed(names, points) as found, hooked_by_name(self.model, points):
+            yield found
 
     def _hooked_module(self, name: str) -> Any:
         return self._points.get(name)

@@ -11,8 +11,13 @@ from collections.abc import Mapping
 
 import attrs
 
-__all__ = ["Layout", "layout_of", "layout_of_architecture"]
+__all__ = ["RESIDUAL", "Layout", "layout_of", "layout_of_architecture"]
 
+RESIDUAL = re.compile(
+    r"hook_embed|hook_pos_embed|blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)"
+    r"|blocks\.\d+\.hook_(layer_input|out_proj)"  # a Mamba's
+)
+"""The hooks of transformer_lens that hold the residual stream, or what is added to it as it is."""
 _RESIDUAL = {"hook_resid_pre": ".input", "hook_resid_post": ""}
 
 

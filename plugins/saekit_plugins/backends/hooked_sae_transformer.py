@@ -14,8 +14,10 @@ from typing import Any, Self, TypeAlias
 import attrs
 
 from saekit import SAE, ModelError, Site, Sites, load_model
+from saekit.abilities import HasModel
 from saekit.backends import Backend
 from saekit.errors import MissingPackageError
+from saekit.protocols import ModelBackend
 from saekit.splicing import Spliced, attachments, check_fits
 from saekit.tokens import TokenChoice, asked_tokens, special_ids, token_choice
 
@@ -84,8 +86,10 @@ class HookedSAETransformer(HookedTransformer):
     _attached: tuple[_Attached, ...] = ()
 
     @classmethod
-    def from_model(cls, model: HookedTransformer) -> Self:
-        """The HookedTransformer ``model`` with these methods.  It shares all weights and hook points with ``model``."""
+    def from_model(cls, model: HookedTransformer | ModelBackend) -> Self:
+        """The HookedTransformer ``model`` with these methods.  It shares all weights and hook points with ``model``,
+        which may be what :func:`saekit.load_model` returned."""
+        model = model.model if isinstance(model, HasModel) and isinstance(model, Backend) else model
         if not isinstance(model, HookedTransformer):
             raise ModelError(f"from_model takes a HookedTransformer, found a {type(model).__name__}")
         made = cls.__new__(cls)

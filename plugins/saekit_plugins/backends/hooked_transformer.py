@@ -16,9 +16,9 @@ from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
-from saekit_plugins.backends.bridges import RESIDUAL, BridgeBackend
+from saekit_plugins.backends.bridges import BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
-from saekit_plugins.backends.hook_names import layout_of_architecture
+from saekit_plugins.backends.hook_names import RESIDUAL, layout_of_architecture
 from saekit_plugins.backends.layered import checked_kwargs
 from saekit_plugins.backends.lens_hooks import begins, exposed
 from saekit_plugins.backends.lens_versions import has_hooked_transformer, lens_version

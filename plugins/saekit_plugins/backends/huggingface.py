@@ -13,8 +13,8 @@ from saekit import ConfigError, Entry, hookimpl
 from saekit.backends import Hooks
 from saekit.config import path_field
 from saekit_plugins.backends.aliases import also_called
-from saekit_plugins.backends.hook_names import Layout, layout_of
-from saekit_plugins.backends.layered import LayeredBackend, causal_mask
+from saekit_plugins.backends.hook_names import RESIDUAL, Layout, layout_of
+from saekit_plugins.backends.layered import LayeredBackend, causal_mask, output_weights
 from saekit_plugins.backends.model_folders import check_causal_lm, load_causal_lm, load_tokenizer
 from saekit_plugins.backends.outlines import causal_lm_outline
 from saekit_plugins.backends.passed import check_not_for_passed, check_passed
@@ -112,20 +112,21 @@ class HuggingFaceBackend(LayeredBackend):
         added, path = known.module_hook(f"{block}.hook_{part}_out"), known.module_hook(f"{block}.{last}")
         if added is None or path is None or not path.startswith(f"{added}."):  # what is added is not what is projected
             return None
-        module = self.model.get_submodule(path.removesuffix(".input"))
-        weights = getattr(module, "weight", None)
-        if weights is None or weights.ndim != 2 or not weights.is_floating_point():
-            return None
-        found: Tensor = weights if hasattr(module, "nf") else weights.T  # transformers' Conv1D lies the other way
-        return found
+        return output_weights(self.model.get_submodule(path.removesuffix(".input")))
 
     @cached_property
     def _hooks(self) -> frozenset[str]:
         return frozenset(self.hook_names())
 
     def in_residual_stream(self, hook_name: str) -> bool:
-        """The layers' inputs and outputs; what is inside a layer may be normalized before it is added."""
-        return hook_name.removesuffix(".input") in self._layers
+        """The layers' inputs and outputs, and what is known to be added, or to lie between.
+
+        What is inside a layer may be normalized before it is added.
+        """
+        if hook_name.removesuffix(".input") in self._layers:
+            return True
+        lens = None if self._layout is None or hook_name not in self._hooks else self._layout.lens_hook(hook_name)
+        return lens is not None and RESIDUAL.fullmatch(lens) is not None
 
     @cached_property
     def _layers(self) -> frozenset[str]:

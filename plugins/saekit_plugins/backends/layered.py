@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from saekit_plugins.backends.layer_order import LayerOrder
 
-__all__ = ["LayeredBackend", "causal_mask", "checked_kwargs"]
+__all__ = ["LayeredBackend", "causal_mask", "checked_kwargs", "output_weights"]
 
 
 class LayeredBackend(ModuleBackend, InsideBackend):
@@ -82,3 +82,15 @@ def checked_kwargs(backend: ModuleBackend, given: Mapping[str, Any], accepted: C
             f"{sorted(accepted)}"
         )
     return given
+
+
+def output_weights(module: Any) -> Tensor | None:
+    """``[d, d_out]``, by which a module of transformers multiplies; None for one that does something else."""
+    from torch import nn
+
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":  # others may be quantized, or add to it
+        return None
+    weights: Tensor = module.weight
+    if weights.ndim != 2 or not weights.is_floating_point():
+        return None
+    return weights.T if isinstance(module, nn.Linear) else weights  # transformers' Conv1D lies the other way

@@ -18,7 +18,7 @@ from saekit.tokens import ids_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["begins", "exposed"]
+__all__ = ["begins", "exposed", "hooked_by_name"]
 
 
 @contextmanager
@@ -170,6 +170,42 @@ def exposed(names: Collection[str], *places: dict[str, Any]) -> Iterator[Mapping
     finally:
         for name, point in made.items():
             _take_out(places, name, point)
+
+
+@contextmanager
+def hooked_by_name(model: Any, points: Mapping[str, Any]) -> Iterator[None]:
+    """While the context is open, ``model.add_hook(name, ...)`` finds the points that ``exposed`` has added.
+
+    That of a bridge looks for a name among its modules, where these are not.
+    """
+    before = vars(model).get("add_hook")
+    ours = before if isinstance(before, _ByName) else _ByName(model.add_hook, points, before)
+    vars(model)["add_hook"] = ours
+    ours.contexts += 1
+    try:
+        yield
+    finally:
+        ours.contexts -= 1
+        if not ours.contexts and vars(model).get("add_hook") is ours:
+            del vars(model)["add_hook"]
+            if ours.before is not None:
+                vars(model)["add_hook"] = ours.before
+
+
+@attrs.define(eq=False)
+class _ByName:
+    """``add_hook`` of a model for a while."""
+
+    _add: Callable[..., Any]
+    _points: Mapping[str, Any]
+    before: Any
+    contexts: int = 0
+
+    def __call__(self, name: Any, *args: Any, **kwargs: Any) -> Any:
+        point = self._points.get(name) if isinstance(name, str) else None
+        if point is None or "below" not in vars(point):  # which is not one of ours
+            return self._add(name, *args, **kwargs)
+        return point.add_hook(*args, **kwargs)
 
 
 def _take_out(places: Sequence[dict[str, Any]], name: str, point: Any) -> None:

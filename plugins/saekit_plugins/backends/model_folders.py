@@ -14,6 +14,7 @@ from saekit.devices import resolve_device
 from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 from saekit_plugins.backends.lens_versions import is_known, near_names
+from saekit_plugins.backends.quiet_loading import without_bars
 
 if TYPE_CHECKING:
     from saekit.config import ModelConfig, PretokenizeConfig, TrainConfig
@@ -34,7 +35,7 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         return _load_hf_folder(folder, model.dtype, device, kwargs)
     from transformer_lens import HookedTransformer
 
-    with within_reach():
+    with within_reach(), without_bars():
         try:
             loaded = HookedTransformer.from_pretrained(model.name, dtype=model.dtype, device=device, **kwargs)
         except Exception as error:  # of the library, of those below it, of the network, or of a damaged file
@@ -139,9 +140,10 @@ def hf_model(place: str | Path, dtype: Any, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-    )
+    with without_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
     model, info = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(fault) or ())):

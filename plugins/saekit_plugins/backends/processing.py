@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from saekit.hub import is_path
 from saekit_plugins.backends.model_folders import EMBEDDED, NATIVE_CONFIG, PROCESSING
 
 __all__ = ["NOTHING", "at_hooks", "of_metadata", "seen_in"]
@@ -62,7 +63,10 @@ def _apply_to(model: Any) -> set[str]:
 
 
 def of_metadata(about: Mapping[str, Any]) -> dict[str, bool]:
-    """As an SAE's metadata says that its model was loaded; empty where it does not say it."""
+    """As an SAE's metadata says that its model was loaded; empty where it does not say it.
+
+    Of a folder that is not here, nobody knows of which kind it was.
+    """
     saved = about.get("model_processing")
     if isinstance(saved, Mapping):
         return {name: bool(done) for name, done in saved.items()}
@@ -76,6 +80,8 @@ def of_metadata(about: Mapping[str, Any]) -> dict[str, bool]:
     options = about.get("model_from_pretrained_kwargs")
     lens = kind == "HookedTransformer" or (kind is None and isinstance(options, Mapping))
     if not lens or not isinstance(name, str) or name in ("", "custom") or _is_native(name):
+        return {}
+    if is_path(name) and not Path(name).is_dir():
         return {}
     given = options if isinstance(options, Mapping) else {}
     return {one: bool(given.get(one, done)) for one, done in _BY_DEFAULT.items()}

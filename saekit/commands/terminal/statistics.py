@@ -11,6 +11,7 @@ __all__ = ["EXAMPLES", "statistics"]
 EXAMPLES = """
     saekit statistics runs/RUN
     saekit statistics runs/SWEEP --out statistics.parquet
+    saekit statistics runs/RUN/features
     saekit statistics gpt2-small-res-jb:blocks.8.hook_resid_pre --no-logits
 """
 
@@ -19,7 +20,8 @@ def statistics(
     saes: Annotated[
         list[str],
         typer.Argument(
-            help="Run folders, sweeps', those of SAEs of any format, or RELEASE:ID.", metavar="SAE_OR_RUN..."
+            help="Run folders, sweeps', those of SAEs of any format, or RELEASE:ID; or a feature store.",
+            metavar="SAE_OR_RUN...",
         ),
     ],
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table there, as .parquet or .csv.")] = None,
@@ -27,13 +29,17 @@ def statistics(
     logits: Annotated[
         bool, typer.Option("--logits/--no-logits", help="Tell how logits are distributed, which needs the model.")
     ] = True,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="A feature store, by whose text it is told how often each fires."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model and the SAEs are.")] = "auto",
 ) -> None:
     """Tell of every feature how often it fires, how its weights lie, and how its logits are distributed."""
-    from saekit.commands.analyzing import feature_statistics, write_table
+    from saekit.commands.analyzing import feature_statistics, opened_store, write_table
     from saekit.plugins.text import printable
 
-    found = feature_statistics(saes, model=model, logits=logits, device=device)
+    found = feature_statistics(saes, model=model, fractions=opened_store(store), logits=logits, device=device)
     if out is not None:
         typer.echo(f"{len(found):,} features are in {write_table(found, out)}")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,6 +50,7 @@ def tsea(
     skewed: Annotated[
         int | None, typer.Option("--skewed", metavar="N", help="So many whose logits are skewed most to the right.")
     ] = None,
+    store: Annotated[str | None, typer.Option(metavar="FOLDER", help="A feature store: which features fire.")] = None,
     permutations: Annotated[
         int, typer.Option(help="Random orders of tokens that scores are compared with; 0: none.")
     ] = 1000,
@@ -58,15 +60,13 @@ def tsea(
     device: Annotated[str, typer.Option(help="Where the model and the SAE are.")] = "auto",
 ) -> None:
     """Find which sets of tokens features promote or suppress, and draw it (token set enrichment analysis)."""
-    from pathlib import Path
-
-    from saekit.commands.analyzing import token_set_enrichment
+    from saekit.commands.analyzing import opened_store, token_set_enrichment
     from saekit.commands.asked import asked_features, lines_of, named_patterns
     from saekit.plugins.text import printable
 
     how, k = asked_features(features, random, skewed)
     found = token_set_enrichment(
-        sae, sets, model=model, features=how, k=k, regex=named_patterns(regex or []),
+        sae, sets, model=model, features=how, k=k, fractions=opened_store(store), regex=named_patterns(regex or []),
         names=None if names is None else lines_of(names), permutations=permutations, seed=seed, out=out, device=device,
     )  # fmt: skip
     by = ["p", "score"] if permutations else ["score"]

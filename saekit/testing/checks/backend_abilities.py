@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import AttachesHooks, HasModel, StartsInside, TranslatesHooks
+from saekit.abilities import AttachesHooks, ExposesHooks, HasModel, StartsInside, StatesProcessing, TranslatesHooks
 from saekit.errors import ModelError
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal
@@ -14,6 +14,8 @@ from saekit.testing.checks.tried_models import Tried, counted, state_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saekit.abilities import ExposedPoint
 
 CHECKS = Checks()
 _CLOSE = 1e-5
@@ -150,3 +152,83 @@ def attaches_hooks(subject: Subject) -> None:
     except ModelError:
         return
     raise Fault("a hook that is not there is attached to, expected a ModelError")
+
+
+@CHECKS.add
+def exposes_hooks(subject: Subject) -> None:
+    """While names are ``exposed``, if they can be, each has a hook point, which leaves what passes as it is until
+    something is hooked to it; of two contexts with one name the inner one ends first; afterwards the model has none,
+    also when something was raised."""
+    import torch
+
+    tried = Tried.of(subject)
+    if not isinstance(backend := tried.backend, ExposesHooks):
+        raise NotTried("its library is told of no hook points")
+    model: Any = backend.model if isinstance(backend, HasModel) else None
+    names, value = [f"{tried.hooks[0]}.hook_sae_input", f"{tried.hooks[-1]}.hook_sae_acts_post"], torch.ones(2, 3, 5)
+    clean = tried.logits()  # a library may add hooks of its own in the first forward
+    before = _names_in(model), state_of(model)
+    with backend.exposed(names) as points:
+        must({*points} == {*names}, f"of {', '.join(names)} there are the points {', '.join(points) or 'none'}")
+        for name in names:
+            must(not points[name].is_hooked, f"the point {name!r} is hooked, and nobody has hooked anything to it")
+            must_be_equal(f"what passes the point {name!r}", points[name](value), value)
+        _is_met(model, names[0], points)
+        inside = _names_in(model)
+        with backend.exposed(names[:1]) as inner:
+            must(not inner[names[0]].is_hooked, f"of two points {names[0]!r} the inner one has the outer one's hooks")
+        must_be_equal("the hook points of the model, after the inner of two contexts", _names_in(model), inside)
+        must_agree("logits with hook points exposed", tried.logits(), clean, _CLOSE)
+    must_be_equal("of the model, afterwards", (_names_in(model), state_of(model)), before)
+    try:
+        with backend.exposed(names):
+            raise _Deliberate
+    except _Deliberate:
+        pass
+    must_be_equal("of the model, after something was raised", (_names_in(model), state_of(model)), before)
+
+
+def _is_met(model: Any, name: str, points: Mapping[str, ExposedPoint]) -> None:
+    """What the library's own ``add_hook``, if it has one, adds is met at the point, while it is there."""
+    import torch
+
+    add, reset, value = getattr(model, "add_hook", None), getattr(model, "reset_hooks", None), torch.ones(2, 3, 5)
+    if add is None or reset is None:
+        return
+    add(name, lambda held, hook: 2 * held)
+    must(points[name].is_hooked, f"what the model's add_hook put at {name!r} is not at the point there")
+    must_be_equal(f"what passes the point {name!r}, hooked by the model's add_hook,", points[name](value), 2 * value)
+    reset()
+    must(not points[name].is_hooked, f"after the model's reset_hooks the point {name!r} is hooked")
+
+
+def _names_in(model: Any) -> dict[str, list[str]]:
+    """What the dictionaries of a model have, in which its library looks for hook points."""
+    own = getattr(model, "__dict__", {})
+    return {name: sorted(map(str, value)) for name, value in own.items() if isinstance(value, dict)}
+
+
+@CHECKS.add
+def states_processing(subject: Subject) -> None:
+    """``processing``, if there, says yes or no by names, of a hook no more than of the model and the same; of metadata
+    that says nothing, nothing; and of what was saved with an SAE of this model, the same."""
+    tried = Tried.of(subject)
+    if not isinstance(backend := tried.backend, StatesProcessing):
+        raise NotTried("it does not say what was done to the weights")
+    whole = backend.processing()
+    odd = [name for name, done in whole.items() if type(name) is not str or type(done) is not bool]
+    must(not odd, f"processing() has {', '.join(f'{name!r}: {whole[name]!r}' for name in odd)}; expected true or false")
+    saved: dict[str, Any] = {"model_name": tried.backend.name, "model_processing": dict(whole)}
+    for hook in (None, *tried.hooks):
+        asked = "" if hook is None else repr(hook)
+        here = backend.processing(hook)
+        wrong = [name for name, done in here.items() if name not in whole or whole[name] != done]
+        must(not wrong, f"processing({asked}) says {wrong} otherwise than processing()")
+        unknown = backend.processing(hook, {})
+        must(not unknown, f"of metadata that says nothing, processing({asked}) says {dict(unknown)}; expected nothing")
+        there = backend.processing(hook, saved)
+        differing = [name for name in here if name in there and here[name] != there[name]]
+        must(not differing, f"of an SAE of this very model, processing({asked}) says {differing} otherwise")
+        must(
+            {*here} <= {*there}, f"of an SAE of this very model, processing({asked}) lacks {sorted({*here} - {*there})}"
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.errors import ModelError
 from saekit.reasons import error_text
-from saekit.testing.checks import backend_abilities, backend_values
+from saekit.testing.checks import backend_abilities, backend_paths, backend_values
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.testing.checks.tried_models import Tried, backend_of, counted, state_of
@@ -339,3 +339,4 @@ def types(subject: Subject) -> None:
 
 CHECKS.extend(backend_values.CHECKS)
 CHECKS.extend(backend_abilities.CHECKS)
+CHECKS.extend(backend_paths.CHECKS)

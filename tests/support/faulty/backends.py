@@ -120,6 +120,28 @@ class Boasting(FakeBackend):
         return None if out is None else out + narrow.sum(-1, keepdim=True)
 
 
+class Pointing(FakeBackend):
+    """Its heads are added as they are."""
+
+    def __init__(self, factor: float = 1) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def to_residual_stream(self, hook_name: str) -> Tensor | None:
+        return self.factor * torch.eye(8) if hook_name == "blocks.0.attn.hook_z" else None
+
+
+class Norming(Pointing):
+    """They are normalized before."""
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        residual = hooks("hook_embed", self._embedding()[tokens])
+        heads = hooks("blocks.0.attn.hook_z", residual.unflatten(-1, (2, 4)))
+        normed = heads.flatten(-2) / heads.flatten(-2).norm(dim=-1, keepdim=True)
+        residual = hooks("blocks.1.hook_resid_post", hooks("blocks.0.hook_resid_post", residual + normed))
+        return None if hooks.done else residual @ self._embedding().T
+
+
 class Restless(FakeBackend):
     def fingerprint(self) -> str:
         return f"model {next(COUNT)}"
@@ -225,6 +247,104 @@ class Mindful(FakeBackend):
             yield
 
 
+class Point:
+    """A hook point of a library that has a dictionary of them."""
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+
+    @property
+    def is_hooked(self) -> bool:
+        return bool(self.functions)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for function in self.functions:
+            value = function(value, self)
+        return value
+
+
+class Library:
+    def __init__(self) -> None:
+        self.points: dict[str, Point] = {}
+
+    def add_hook(self, name: str, function: Any) -> None:
+        self.points[name].functions.append(function)
+
+    def reset_hooks(self) -> None:
+        for point in self.points.values():
+            point.functions.clear()
+
+
+class Exposing(FakeBackend):
+    """Without a fault, so that faulty ones differ from it by theirs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Library()
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        points, before = self.model.points, dict(self.model.points)
+        points.update({name: Point() for name in names})
+        try:
+            yield {name: points[name] for name in names}
+        finally:
+            points.clear()
+            points.update(before)
+
+
+class Forgetful(Exposing):
+    """After an exception its points stay."""
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        before = dict(self.model.points)
+        self.model.points.update({name: Point() for name in names})
+        yield {name: self.model.points[name] for name in names}
+        self.model.points = before
+
+
+class Unheard(Exposing):
+    """Its points are not those that the library hooks."""
+
+    @contextmanager
+    def exposed(self, names: Collection[str]) -> Iterator[Mapping[str, Any]]:
+        with super().exposed(names):
+            yield {name: Point() for name in names}
+
+
+class Processed(FakeBackend):
+    """Without a fault, likewise."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        known = (
+            {"fold_ln": True, "center_writing_weights": False} if about is None else about.get("model_processing", {})
+        )
+        return known if hook_name is None else {name: done for name, done in known.items() if name == "fold_ln"}
+
+
+class Presuming(Processed):
+    """Knows of every SAE how its model was loaded."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        return super().processing(hook_name, None if about == {} else about)
+
+
+class Contrary(Processed):
+    """Says something else of a hook than of the model."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        found = dict(super().processing(hook_name, about))
+        return found if hook_name is None else found | {"fold_ln": False}
+
+
+class Blind(Processed):
+    """Does not read what SAEs say."""
+
+    def processing(self, hook_name: str | None = None, about: Mapping[str, Any] | None = None) -> Mapping[str, bool]:
+        return {} if about is not None else super().processing(hook_name)
+
+
 CASES = cases(
     "model_backends",
     {
@@ -248,10 +368,19 @@ CASES = cases(
         "special_tokens": ("the special token eos is 3, and the tokenizer's 4", of(Misled)),
         "unembedding": (r"its weights have the shape \[128, 8\], expected \[d_model, 128\]", of(Turned)),
         "residual_stream": ("it says yes of .*'narrow': 4.*, and the unembedding reads 8", of(Boasting)),
+        "leads_to_residual_stream": (
+            "coordinate 0 of blocks.0.attn.hook_z changes blocks.0.hook_resid_post, .* gives$",
+            of(lambda: Pointing(2)),
+        ),
         "fingerprint": ("it is 'model .*', and of the same weights 'model", of(Restless)),
         "starts_inside": ("the loss with .* replaced, from|does not go on with the value that is given", of(Frozen)),
         "translates_hooks": (r"hook_like\('no.such.hook'\) is not None", of(Renaming)),
         "attaches_hooks": ("logits after the inner of two was taken away: off by", of(Clinging)),
+        "exposes_hooks": ("of the model, after something was raised, .*points: found", of(Forgetful)),
+        "states_processing": (
+            r"of metadata that says nothing, processing\(\) says .*; exp",
+            of(Presuming),
+        ),
     },
 )
 CASES += cases(

@@ -1,0 +1,252 @@
+"""``saekit.dashboard``: a page of features that opens from disk.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.commands.effects import effects_of, is_store
+from saekit.commands.features import beside, collect_features
+from saekit.commands.subjects import subjects_of
+from saekit.dashboards.choosing import Choice, check_choice, chosen
+from saekit.dashboards.effects import check_asked
+from saekit.dashboards.place import check_page, page_in, write_page
+from saekit.errors import ConfigError, DataError
+from saekit.files.paths import as_path
+from saekit.files.storage import check_file, read_json
+from saekit.plugins.manager import PluginManager, default_manager
+
+if TYPE_CHECKING:
+    from saekit.dashboards.data import Look
+    from saekit.dashboards.effects import PageEffects
+    from saekit.features.feature import Feature
+    from saekit.features.manifest import StoreManifest
+    from saekit.features.store import FeatureStore
+    from saekit.features.windows import Width
+    from saekit.status import Status
+
+__all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
+
+_PAGE = "dashboard.html"
+_NO_MATTER = {"device", "batch_size"}
+"""Options of collecting that do not decide what is found."""
+
+
+def dashboard(
+    what: object,
+    *,
+    features: Sequence[int] | Mapping[str, Sequence[int]] | str | None = None,
+    random: int | None = None,
+    top_by: str | None = None,
+    count: int | None = None,
+    sae: str | None = None,
+    out: str | Path | None = None,
+    window: Width = (10, 10),
+    top: int = 20,
+    quantiles: int = 5,
+    per_quantile: int = 5,
+    labels: Mapping[int, str] | Mapping[str, Mapping[int, str]] | None = None,
+    title: str | None = None,
+    seed: int = 0,
+    loss_effects: str | None = "auto",
+    overwrite: bool = False,
+    folder: str | Path | None = None,
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+    **collecting: Any,
+) -> Path:
+    """Write a page of features, one HTML file that needs no network, and return its path.
+
+    ``what`` is a feature store, or its folder; or what :func:`saekit.collect_features` takes.  Then the store is
+    ``folder``, or beside the SAE: it is opened where it is there, and else collected first, with ``collecting``, which
+    are options of that function (``model``, ``n_contexts``, ...); one that was made with others is refused.
+
+    ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
+    draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
+    (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
+    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
+
+    Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
+    intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
+    ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
+    cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
+    exact, and nothing where ``what`` is a store, which has no SAE.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file or
+    store only with ``overwrite``.  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    """
+    plugins = plugins or default_manager()
+    choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
+    place = _checked(choice, loss_effects, out, overwrite)
+    from saekit.dashboards.data import Look
+    from saekit.dashboards.page import page_data, page_html
+    from saekit.status import Status
+
+    look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
+    store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
+    if place is None:
+        check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
+    names = names_of(store, sae)
+    shown, known = _chosen(store, names, choice), labels_of(labels, names)
+    with Status(verbose=verbose) as say:
+        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
+        _tell_ahead(effects, shown, look, say)
+        write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
+    return place
+
+
+def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
+    """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
+    check_choice(choice)
+    check_asked(loss_effects)
+    place = None if out is None else page_in(as_path(out))
+    if place is not None:
+        check_page(place, overwrite=overwrite)
+    return place
+
+
+def _tell_ahead(
+    effects: Mapping[str, PageEffects], features: Mapping[str, Sequence[Feature]], look: Look, say: Status
+) -> None:
+    """Compute the effects of all features of a page, many at once."""
+    for name, own in effects.items():
+        said, number = f"computing what removing features of {name} does to the loss", len(features[name])
+        say(said)
+        own.ahead(features[name], look, functools.partial(_say_done, say, said, number))
+    say("writing the page")
+
+
+def _say_done(say: Status, said: str, number: int, done: int) -> None:
+    say(f"{said}: {done} of {number}")
+
+
+def store_of(
+    what: object,
+    folder: str | Path | None = None,
+    collecting: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> FeatureStore:
+    """The store that ``what`` is, or that is kept of it; collected where there is none.
+
+    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
+    replaces one that was not.
+    """
+    asked = {name: value for name, value in (collecting or {}).items() if value is not None}
+    from saekit.features.store import FeatureStore
+
+    if isinstance(what, FeatureStore):
+        return _only(what, asked, folder)
+    if isinstance(what, (str, Path)) and is_store(what):
+        return _only(FeatureStore.open(what), asked, folder)
+    options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
+    decides = asked.keys() - _NO_MATTER
+    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
+        return found
+    try:
+        return collect_features(what, **options)
+    except DataError:
+        if not overwrite:
+            raise
+        return collect_features(what, overwrite=True, **options)
+
+
+def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
+    """A store that is given, and needs nothing else."""
+    others = [*asked, *([] if folder is None else ["folder"])]
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: nothing is collected, as {str(store.folder)!r} is a feature store already; leave "
+            "that out, or give the SAE instead"
+        )
+    return store
+
+
+def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
+    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
+    from saekit.features.manifest import MANIFEST, StoreManifest
+    from saekit.features.store import FeatureStore
+
+    if folder is not None and not (as_path(folder) / MANIFEST).is_file():
+        return None
+    subjects = subjects_of(what, plugins, device="cpu")
+    place = beside(subjects) if folder is None else as_path(folder)
+    if not (place / MANIFEST).is_file():
+        return None
+    manifest = StoreManifest.load(place)
+    if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
+        if overwrite:
+            return None
+        known = ", ".join(one.name for one in manifest.saes)
+        raise DataError(
+            f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
+            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
+        )
+    return FeatureStore.open(place)
+
+
+def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
+    """The first of ``saes`` that is not in the store."""
+    from saekit.features.subject import checksum
+
+    known = {one.checksum for one in manifest.saes}
+    return next((name for name, one in saes.items() if checksum(one) not in known), None)
+
+
+def names_of(store: FeatureStore, name: str | None) -> list[str]:
+    """The SAEs of a store that are shown: all, or the one of that name."""
+    if name is None:
+        return [*store.saes]
+    if name not in store.saes:
+        raise ConfigError([("sae", f"must be one of the store's, {', '.join(store.saes)}; found {name!r}")])
+    return [name]
+
+
+def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[str, list[Feature]]:
+    """The features of each SAE that a page shows."""
+    features = choice.features
+    if isinstance(features, Mapping) and (unknown := [name for name in features if name not in names]):
+        raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+    return {name: chosen(store.saes[name], choice) for name in names}
+
+
+def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """By SAE and number."""
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
+    if any(isinstance(one, Mapping) for one in labels.values()):
+        if unknown := [name for name in labels if name not in names]:
+            raise ConfigError([("labels", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+        by_name = labels
+    elif len(names) == 1 or not labels:
+        by_name = dict.fromkeys(names, labels)
+    else:
+        raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
+    return {name: dict(_label(one) for one in own.items()) for name, own in by_name.items()}
+
+
+def _label(entry: tuple[Any, Any]) -> tuple[int, str]:
+    number, text = entry
+    if not str(number).isdecimal() or not isinstance(text, str):
+        wrong = json.dumps({str(number): text}, default=str)
+        raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
+    return int(number), text
+
+
+def labels_in(path: str) -> Any:
+    """What a JSON file of labels says."""
+    place = as_path(path)
+    try:
+        check_file(place)
+        return read_json(place)
+    except (OSError, ValueError) as error:
+        raise ConfigError([("labels", f"{path!r} cannot be read as JSON: {error}")]) from error

@@ -1,0 +1,290 @@
+"""``saekit export``: a feature store as files that others read.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.errors import ConfigError, DataError, PlaceError
+from saekit.exports.naming import NeuronpediaName
+from saekit.exports.settings import SCHEMAS, Choice, Credits, Settings
+from saekit.files.paths import as_path
+from saekit.plugins.text import short
+from saekit.pretrained.catalog import Catalog, find_sae
+
+if TYPE_CHECKING:
+    from saekit.features.store import FeatureStore, SAEFeatures
+
+__all__ = ["export_delphi", "export_neuronpedia", "features_of", "name_of", "neuronpedia_name"]
+
+_STORE, _MANIFEST = "features", "manifest.json"
+
+
+def export_neuronpedia(
+    features: object,
+    *,
+    folder: str | Path | None = None,
+    neuronpedia_id: str | None = None,
+    schema: str = "saedashboard",
+    sae: str | None = None,
+    numbers: Sequence[int] | str = "all",
+    batch_size: int = 128,
+    min_log_fraction: float | None = None,
+    top: int = 20,
+    quantiles: int = 5,
+    per_quantile: int = 5,
+    window: tuple[int, int] | None = None,
+    seed: int = 0,
+    contributions: bool = False,
+    model: object | None = None,
+    weights: object | None = None,
+    device: str = "auto",
+    about: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> Path:
+    """Write features for Neuronpedia, in batches; the folder in which they are.
+
+    ``features`` is a feature store, its folder, or the run or SAE beside which it lies; ``sae`` names one of several.
+    ``schema`` is that of SAEDashboard today, ``"sae_lens_3"`` that of the runner of 3.0.0, ``"bulk"`` that which
+    Neuronpedia imports, for which ``about`` says whose the SAE is (:class:`saekit.exports.settings.Credits`).
+    ``neuronpedia_id``, such as ``gpt2-small/8-res-jb``, gives model, layer and set; left out, it is what the SAE says.
+
+    Features that fire on a fraction of ``10 ** min_log_fraction`` of the tokens or less (-6; of 3.0.0: -5) are not
+    written, but listed in ``skipped_indexes.json``.  Of others there are the ``top`` windows and ``per_quantile`` from
+    each of ``quantiles``, of whole contexts or of ``window`` tokens before and after.
+
+    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path.  That needs
+    the SAE: ``features`` is the run or SAE, or ``weights`` is; and its model, or the one that is given.
+
+    Each batch is there whole or not at all.  An export that was interrupted goes on where it stopped when it is asked
+    for again; one of something else in ``folder`` is an error, unless ``overwrite``.
+    :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    """
+    _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
+    known = _credits(about or {})
+    _check_told(contributions, schema, model=model, weights=weights)
+    name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
+    store = features_of(features)
+    one = _one_sae(store, sae)
+    settings = Settings(
+        schema=schema,
+        name=neuronpedia_name(one) if name is None else name,
+        features=_numbers(numbers),
+        batch_size=batch_size,
+        min_log_fraction=min_log_fraction,
+        choice=Choice(top, quantiles, per_quantile, window, seed),
+        credits=known,
+    )
+    told = _effects(one, contributions, model, features if weights is None else weights, device)
+    place = store.folder.with_name(f"{store.folder.name}-neuronpedia") if folder is None else as_path(folder)
+    return _written(one, settings, told, place, overwrite, verbose)
+
+
+def _written(
+    one: SAEFeatures, settings: Settings, told: tuple[Any, ...], place: Path, overwrite: bool, verbose: bool
+) -> Path:
+    from saekit.exports.neuronpedia import NeuronpediaExport
+    from saekit.features.windows import check_width
+
+    check_width(settings.choice.window)
+    if settings.schema == "saedashboard":
+        _ = settings.name.layer_number
+    export = NeuronpediaExport(one, settings, *told)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    number = len(export.shown_and_skipped()[0])
+    return _counted(number, verbose, lambda report: export.write(place, now, report, overwrite=overwrite))
+
+
+def _counted(features: int, verbose: bool, write: Callable[[Callable[[int], Any]], Path]) -> Path:
+    """What ``write`` gives, which is told how to tell that some more features are done."""
+    from saekit.progress import ProgressDisplay
+
+    done = 0
+    with ProgressDisplay(features, doing="exporting", unit="features", verbose=verbose) as progress:
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(done)
+
+        return write(report)
+
+
+def export_delphi(
+    features: object,
+    *,
+    folder: str | Path | None = None,
+    module_path: str | None = None,
+    model: object | None = None,
+    sae: str | None = None,
+    n_splits: int = 5,
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> Path:
+    """Write a feature store as delphi's cache, ``folder/MODULE/{first}_{last}.safetensors``; the module's folder.
+
+    ``features`` and ``sae`` as for :func:`saekit.export_neuronpedia`.  The store must have every activation of every
+    feature.  ``module_path`` is the module's path in transformers, such as ``layers.5``; left out, it is made of the
+    hook's name, for which a ``model`` of transformers is needed where that is one of transformer_lens.
+    :class:`saekit.errors.SaekitError` for what does not fit.
+    """
+    if isinstance(n_splits, bool) or not isinstance(n_splits, int) or n_splits < 1:
+        raise ConfigError([("n_splits", f"must be a whole number of 1 or more, found {n_splits!r}")])
+    store = features_of(features)
+    one = _one_sae(store, sae)
+    from saekit.backends.around import as_backend
+    from saekit.exports.delphi import DelphiCache, module_path_of
+    from saekit.exports.folder import exporting
+
+    if module_path is None:
+        if len(one.about.inputs) != 1:
+            raise ConfigError([("module_path", f"is missing: {one.name} reads several places, and has no one module")])
+        module_path = module_path_of(one.about.inputs[0], None if model is None else as_backend(model))
+    cache = DelphiCache(one, module_path, n_splits)
+    place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
+    with exporting(place):
+        return _counted(one.about.d_sae, verbose, lambda report: cache.write(place, report, overwrite=overwrite))
+
+
+def features_of(where: object) -> FeatureStore:
+    """The feature store that is meant: one that is open, its folder, or a run or an SAE with one beside it."""
+    from saekit.features.store import FeatureStore
+
+    if isinstance(where, FeatureStore):
+        return where
+    where = getattr(where, "folder", where)  # of a result
+    if not isinstance(where, (str, Path)):
+        raise ConfigError(
+            [("features", f"must be a feature store, its folder, a run or an SAE's, found {short(where)}")]
+        )
+    place = as_path(where)
+    beside = [place / _STORE, *([place.parent / _STORE] if place.name == "sae" else [])]
+    found = next((one for one in (place, *beside) if (one / _MANIFEST).is_file()), None)
+    if found is not None:
+        return FeatureStore.open(found)
+    if not place.exists():
+        published = ":" in str(where) and "/" not in str(where).partition(":")[0]
+        how = "Collect the features into a folder (saekit features ... --folder FOLDER), and name that"
+        raise PlaceError(f"there is no folder {str(place)!r}. {how if published else 'Name a feature store, or a run'}")
+    raise PlaceError(
+        f"there are no features of {str(place)!r} yet: collect them first (saekit features {place}), or name the "
+        "folder in which they are"
+    )
+
+
+def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
+    """What the SAE says that Neuronpedia calls it; :class:`ConfigError` where it does not."""
+    known = sae.about.metadata.get("neuronpedia_id")
+    if not known:
+        raise ConfigError(
+            [("neuronpedia_id", f"is missing: {sae.name} does not say what Neuronpedia calls it; give it, such as "
+              "neuronpedia_id='gpt2-small/8-res-jb' (--id)")]
+        )  # fmt: skip
+    return NeuronpediaName.of(known)
+
+
+def name_of(sae: str) -> NeuronpediaName:
+    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release."""
+    if as_path(sae).exists():
+        return neuronpedia_name(_one_sae(features_of(sae), None))
+    release, colon, sae_id = sae.rpartition(":")
+    if not colon or "/" in release:
+        return NeuronpediaName.of(sae)
+    found = find_sae(Catalog(()).find(release), sae_id)
+    if found.neuronpedia is None:
+        raise ConfigError([("neuronpedia_id", f"is not known of {sae}: nobody has said that Neuronpedia has it")])
+    return NeuronpediaName.of(found.neuronpedia)
+
+
+def _one_sae(store: FeatureStore, name: str | None) -> SAEFeatures:
+    if name is None:
+        if len(store.saes) > 1:
+            raise ConfigError([("sae", f"is missing: the store has {', '.join(store.saes)}; name one (--sae)")])
+        return store.sae
+    if name not in store.saes:
+        raise ConfigError([("sae", f"{name!r} is not in the store, which has {', '.join(store.saes)}")])
+    return store.saes[name]
+
+
+def _numbers(numbers: Sequence[int] | str) -> list[int] | None:
+    if isinstance(numbers, str):
+        if numbers != "all":
+            raise ConfigError([("numbers", f'must be numbers of features or "all", found {numbers!r}')])
+        return None
+    found = [*numbers]
+    odd = [one for one in found if isinstance(one, bool) or not hasattr(one, "__index__")]
+    if odd or not found:
+        raise ConfigError([("numbers", f"must be whole numbers, found {odd[0]!r}" if odd else "names none")])
+    return sorted({one.__index__() for one in found})
+
+
+def _credits(about: Mapping[str, str]) -> Credits:
+    known = {field.name for field in attrs.fields(Credits)}
+    for name, value in about.items():
+        if name not in known or not isinstance(value, str):
+            raise ConfigError(
+                [("about", f"may have {', '.join(sorted(known))}, each a text; found {name!r}: {value!r}")]
+            )
+    return Credits(**about)
+
+
+def _check_told(contributions: bool, schema: str, **told: object) -> None:
+    if contributions and schema != "sae_lens_3":
+        raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
+    if not contributions and (given := next((name for name, value in told.items() if value is not None), None)):
+        raise ConfigError([(given, "is for what features do at each token: ask for contributions (--contributions)")])
+
+
+def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
+    problems = []
+    if schema not in SCHEMAS:
+        problems.append(("schema", f"must be one of {', '.join(SCHEMAS)}, found {schema!r}"))
+    for name, value, low in (("batch_size", batch_size, 1), *((name, value, 0) for name, value in counts.items())):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            problems.append((name, f"must be a whole number of {low} or more, found {value!r}"))
+    if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float)) or not least <= 0):
+        problems.append(
+            ("min_log_fraction", f"must be the logarithm of a fraction, so 0 or less, such as -6; found {least!r}")
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _effects(
+    one: SAEFeatures, contributions: bool, model: object | None, weights: object, device: str
+) -> tuple[Any, ...]:
+    """What says what features do at each token, and of which model, where that is asked for."""
+    if not contributions:
+        return ()
+    from saekit.commands.material import Material, Text
+    from saekit.commands.subjects import subjects_of
+    from saekit.devices import resolve_device
+    from saekit.exports.contributions import Contributions
+    from saekit.features.store import FeatureStore
+    from saekit.features.subject import checksum
+    from saekit.plugins.manager import default_manager
+    from saekit.status import Status
+
+    if isinstance(weights, FeatureStore) or (
+        isinstance(weights, (str, Path)) and (as_path(weights) / _MANIFEST).is_file()
+    ):
+        raise ConfigError(
+            [("weights", "is missing: what features do at each token is told by the SAE, and a feature store has not "
+              "its weights; give it, or where it lies (--weights)")]
+        )  # fmt: skip
+    plugins = default_manager()
+    found = subjects_of(weights, plugins, device=resolve_device(device, "device"))
+    subject = next((some for some in found.values() if checksum(some.sae) == one.about.checksum), None)
+    if subject is None:
+        raise DataError(f"{', '.join(found)} is not the SAE whose features were collected as {one.name}: give that one")
+    with Status(verbose=False) as say:
+        backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
+    return Contributions.of(one, subject.sae, backend), one.store.manifest.model

@@ -1,0 +1,90 @@
+"""The list of all features of a large SAE, as columns: a number for each in one list, and every text once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saekit.features.tables import SAETables
+
+__all__ = ["fires_on_columns", "index_columns"]
+
+_TEXTS = 10
+"""Of each feature as many are searched as :func:`saekit.dashboards.data.index_data` gives."""
+_LOOKED_AT = 4 * _TEXTS  # activations of each, at first
+
+
+def index_columns(sae: SAETables, labels: Mapping[int, str] | None = None) -> dict[str, Any]:
+    """What :func:`saekit.dashboards.data.index_data` says of all features, but for the tokens that they fire on.
+
+    ``index``, ``firing_fraction``, ``maximum`` and ``max_logit`` (None: nothing is known of logits) are lists with a
+    number for each; ``labels`` are by number; ``texts`` are texts of tokens, and ``raises`` has the places of some in
+    it for each feature.
+    """
+    logits = None if sae.why_no_logits is not None else sae.tables("logits")
+    ids: Iterable[Sequence[int]] = [()] * len(sae.indices)
+    if logits is not None:
+        ids = logits["top_ids"][:, :_TEXTS].tolist()
+    texts, raises = _by_place(sae, ids)
+    return {
+        "index": sae.indices.tolist(),
+        "firing_fraction": _few_digits(sae.firing_fraction),
+        "maximum": _few_digits(sae.maximum),
+        "max_logit": None if logits is None else _few_digits(logits["high"]),
+        "labels": {str(number): label for number, label in (labels or {}).items()},
+        "texts": texts,
+        "raises": raises,
+    }
+
+
+def fires_on_columns(sae: SAETables) -> dict[str, Any]:
+    """``texts`` of tokens, and ``fires_on``: for each feature the places of those that it fires on most.
+
+    It reads the activations of all features, which takes seconds where there are many.
+    """
+    contexts, vocabulary = sae.store.contexts, sae.store.vocabulary
+    starts, tables = sae.table("index", "starts").tolist(), sae.tables("activations")
+    places, positions, values = (tables[name] for name in ("contexts", "positions", "values"))
+    found: list[list[int]] = []
+    for first, last in itertools.pairwise(starts):
+        for most in (_LOOKED_AT, last - first):  # more are looked at where few tokens come again and again
+            order = first + _largest(values[first:last], most)
+            ids = contexts[places[order], positions[order]].tolist()
+            if most >= last - first or len({vocabulary[number] for number in ids}) >= _TEXTS:
+                break
+        found.append(ids)
+    texts, fires_on = _by_place(sae, found)
+    return {"texts": texts, "fires_on": fires_on}
+
+
+def _largest(values: NDArray[Any], most: int) -> NDArray[np.int64]:
+    """The places of the ``most`` largest of ``values`` above zero, in falling order; of equal ones the first first."""
+    places: NDArray[np.int64] = np.arange(len(values))
+    if len(values) > 4 * most:
+        least = np.partition(values, len(values) - most)[len(values) - most]
+        places = np.flatnonzero(values >= least)
+    some = values[places]
+    order = np.argsort(-some, kind="stable")[:most]
+    return places[order[some[order] > 0]]
+
+
+def _by_place(sae: SAETables, ids: Iterable[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
+    """The texts of all ``ids``, each once, and for each feature the places of its first ones, each once."""
+    vocabulary, places = sae.store.vocabulary, dict[str, int]()
+    of_id: dict[int, int] = {}
+    found = []
+    for own in ids:
+        for number in own:
+            if number not in of_id:
+                of_id[number] = places.setdefault(vocabulary[number], len(places))
+        found.append([*dict.fromkeys(of_id[number] for number in own)][:_TEXTS])
+    return [*places], found
+
+
+def _few_digits(values: NDArray[Any]) -> list[float | None]:
+    """Four digits, which is what can be seen; None for what is no finite number."""
+    return [float(f"{x:.4g}") or 0 if x - x == 0 else None for x in values.tolist()]

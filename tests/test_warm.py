@@ -1,0 +1,78 @@
+"""Forks of a process that has imported much end as new interpreters do, and know nothing of each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import warm
+
+PROGRAMS = {
+    "streams": "import sys; print('out'); print('said', file=sys.stderr); print(repr(sys.stdin.read()))",
+    "code": "import sys; sys.exit(7)",
+    "text": "import sys; sys.exit('a message')",
+    "kill": "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+    "atexit": "import atexit; atexit.register(print, 'at the end'); print('first')",
+    "thread": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()",
+    "arguments": "import sys; print(sys.argv, sys.path[0], __name__)",
+    "folder": "import os; print(os.getcwd(), os.environ.get('ONLY_HERE'), os.environ.get('NOT_HERE'))",
+    "import": "import beside; print(beside.VALUE)",
+    "encoding": "import sys; print('\\u2713', sys.stdout.encoding, sys.stdout.isatty())",
+    "processes": "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p: print(p.map(abs, [-1, -2, 3]))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_it_is_as_a_new_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("NOT_HERE", "x")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/beside.py").write_text("VALUE = 5")
+    environment = {key: value for key, value in os.environ.items() if key != "NOT_HERE"} | {"ONLY_HERE": "y"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "beside"), environment.get("PYTHONPATH", "")])
+    words = ["-c", PROGRAMS[name], "one", "two"]
+    found = warm.python(*words, cwd=tmp_path, env=environment, light=True)
+    expected = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (expected.returncode, expected.stdout, expected.stderr)
+    assert name != "kill" or found.returncode == -signal.SIGKILL
+
+
+def test_errors_and_warnings() -> None:
+    warns = "import warnings; warnings.warn('careful', UserWarning); print('on')"
+    assert warm.python("-c", warns, light=True).stdout == "on\n"
+    found = warm.python("-W", "error::UserWarning", "-c", warns, light=True)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.endswith("UserWarning: careful\n")
+    ignored = warm.python("-c", warns, env=os.environ | {"PYTHONWARNINGS": "ignore:careful"}, light=True)
+    assert (ignored.stdout, ignored.stderr) == ("on\n", "")
+
+
+def test_one_leaves_nothing_to_the_next() -> None:
+    changes = (
+        "import builtins, os, random, sys, warnings\nprint(random.random())\nbuiltins.left = os.environ['LEFT'] = '1'\n"
+    )
+    changes += "os.chdir('/')\nsys.path.append('/left')\nwarnings.simplefilter('error')"
+    first = warm.python("-c", changes, light=True)
+    look = "import builtins, json, os, random, sys, warnings\nprint(random.random())\nprint(json.dumps([os.getcwd(), "
+    look += "hasattr(builtins, 'left'), 'LEFT' in os.environ, '/left' in sys.path, warnings.filters[0][0] == 'error']))"
+    random, found = warm.python("-c", look, light=True).stdout.splitlines()
+    assert json.loads(found) == [str(Path.cwd()), False, False, False, False]
+    assert random != first.stdout.strip(), "each draws other random numbers"
+
+
+def test_what_is_imported_is_seen() -> None:
+    assert warm.python("-c", "print(1)", watch=True).stdout == "1\n"
+    with pytest.raises(AssertionError, match=r'imported: \["torch"\]'):
+        warm.python("-c", "import sys, types; sys.modules['torch'] = types.ModuleType('torch')", watch=True)

@@ -27,6 +27,7 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+    "CopiesState",
     "Elementwise",
     "ExposedPoint",
     "ExposesHooks",
@@ -334,6 +335,17 @@ class Pauses(Protocol):
 
         A next batch may be asked for all the same, and is the one that it would have been.
         """
+
+
+@runtime_checkable
+class CopiesState(Protocol):
+    """An activation source whose states need no copy, although they are written while it works on.
+
+    Of any other, a checkpoint copies the tensors first: those may be what the source works with.
+    """
+
+    copies_state: bool
+    """Whether the tensors of each ``state_dict()`` are written to by nobody from then on."""
 
 
 @runtime_checkable

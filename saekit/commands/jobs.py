@@ -6,6 +6,7 @@ what does the work.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,11 +107,11 @@ def resume(
     from saekit.runs.record import RunRecord
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
-    refuse_several("going on with a run")
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
     record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
-    with alone_in(run):
+    launched = Launched.here(os.environ)
+    with contextlib.nullcontext() if launched.rank else alone_in(run):
         while True:
             resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
@@ -122,6 +123,8 @@ def resume(
                 try:
                     return go_on(resumption, plugins, model, dataset, say)
                 except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
+                    if launched.size > 1:
+                        raise
                     unusable[error.checkpoint] = str(error)
 
 

@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import Pauses, SharesRows
+from saekit.abilities import CopiesState, Pauses, SharesRows
 from saekit.distributed.group import Group
 from saekit.distributed.world import World
 from saekit.errors import DataError
@@ -37,6 +37,7 @@ class SpreadSource:
         """``shares``: each process's ``source`` gives rows of its own; else all give the same whole batches."""
         self._source, self._world, self._shares = source, world, shares
         self._form: _Form | None = None
+        self.copies_state = isinstance(source, CopiesState) and source.copies_state
         if isinstance(source, Pauses):
             self.pause = source.pause
 

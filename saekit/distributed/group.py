@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from saekit.errors import SaekitError
+from saekit.errors import LostProcessError, SaekitError
 
 __all__ = ["Group", "JoinedGroup"]
 
@@ -52,6 +53,17 @@ class Group:
         return work()
 
 
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """:class:`LostProcessError` where the others do not take part."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(
+            f"another process of the run has gone, or does not answer: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
 class JoinedGroup(Group):
     """A group of several processes, around one of torch's."""
 
@@ -69,9 +81,11 @@ class JoinedGroup(Group):
 
     def sum_(self, value: Tensor) -> Tensor:
         if value.is_contiguous():
-            self._dist.all_reduce(value, group=self._group)
+            with _answered():
+                self._dist.all_reduce(value, group=self._group)
         elif value.ndim == 2 and value.T.is_contiguous():
-            self._dist.all_reduce(value.T, group=self._group)
+            with _answered():
+                self._dist.all_reduce(value.T, group=self._group)
         else:
             value.copy_(self.sum(value))
         return value
@@ -80,7 +94,8 @@ class JoinedGroup(Group):
         # As bytes: not every engine has every type.
         own = value.detach().contiguous().reshape(-1).view(torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.size)]
-        self._dist.all_gather(found, own, group=self._group)
+        with _answered():
+            self._dist.all_gather(found, own, group=self._group)
         return [one.view(value.dtype).view(value.shape) for one in found]
 
     def gather_rows(self, value: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -91,7 +106,8 @@ class JoinedGroup(Group):
 
     def objects(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
-        self._dist.all_gather_object(found, value, group=self._group)
+        with _answered():
+            self._dist.all_gather_object(found, value, group=self._group)
         return found
 
     def once(self, work: Callable[[], T]) -> T:
@@ -102,7 +118,8 @@ class JoinedGroup(Group):
                 told = [(work(), None)]
             except Exception as error:
                 failure, told = error, [(None, f"{type(error).__name__}: {error}")]
-        self._dist.broadcast_object_list(told, group=self._group, group_src=0)
+        with _answered():
+            self._dist.broadcast_object_list(told, group=self._group, group_src=0)
         if failure is not None:
             raise failure
         found, problem = told[0]

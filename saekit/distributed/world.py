@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import attrs
 
@@ -17,6 +19,11 @@ from saekit.config import DistributedConfig, TrainConfig
 from saekit.distributed.group import Group, JoinedGroup
 from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
+from saekit.errors import LostProcessError
+from saekit.reasons import error_text
+
+_PATIENCE = 3.0
+"""Seconds in which a process that is still there says so."""
 
 __all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
 
@@ -31,6 +38,55 @@ class World:
     """Those with the same features, among which batches are split."""
     features: Group = attrs.field(factory=Group)
     """Those with the same rows, among which features are split."""
+    behind: Group = attrs.field(factory=Group)
+    """Every process, for what threads tell each other while the loops speak in the other groups."""
+
+    store: Any = None
+    """What all processes can write to and read, although some of them have gone: torch's store; None: there is none."""
+
+    @contextlib.contextmanager
+    def accounted(self) -> Iterator[None]:
+        """What ends this process is told to the others, and where it is that another has gone, which one and why."""
+        try:
+            yield
+        except LostProcessError as error:
+            if not getattr(error, "__notes__", ()):  # which has been found out by now
+                error.add_note(self._ends())
+            raise
+        except BaseException as error:
+            if self.store is not None:
+                with contextlib.suppress(RuntimeError):
+                    self.store.set(f"ended/{self.rank}", error_text(error))
+            raise
+
+    def _ends(self) -> str:
+        """What became of the other processes, in words."""
+        if self.store is None:
+            return "which process it is, is not known"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        deadline, told = time.monotonic() + _PATIENCE, dict[int, str | None]()
+        try:
+            self.store.set(f"there/{self.rank}", "")
+            while time.monotonic() < deadline:
+                told = {rank: self._told(rank) for rank in others}
+                if None not in told.values():
+                    break
+                time.sleep(0.05)
+        except RuntimeError:  # it was the process that has the store
+            return "process 0 has gone: it was killed, or its machine is not there any more"
+        ends = [f"process {rank} ended: {text}" for rank, text in told.items() if text]
+        gone = [
+            f"process {rank} has gone: it was killed, or its machine is not there any more"
+            for rank, text in told.items()
+            if text is None
+        ]
+        return "; ".join([*ends, *gone]) or "all processes are still there"
+
+    def _told(self, rank: int) -> str | None:
+        """What ended a process; nothing, where it is there; None: it does not say."""
+        if self.store.check([f"ended/{rank}"]):
+            return str(self.store.get(f"ended/{rank}").decode())
+        return "" if self.store.check([f"there/{rank}"]) else None
 
     @property
     def rank(self) -> int:
@@ -89,8 +145,18 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
     ours = not dist.is_initialized()
     if cuda:
         torch.cuda.set_device(launched.local_rank)
+    store = None
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+        engine: Any = dist  # of which not all is typed
+        store, _, _ = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timeout,
+            store=engine.PrefixStore("torch", store),
+            rank=launched.rank,
+            world_size=launched.size,
+        )
+        store = engine.PrefixStore("saekit", store)
     try:
         order = torch.arange(launched.size).view(data, features)
         groups = {}
@@ -102,8 +168,10 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
             [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
         )
         every = dist.new_group(timeout=timeout)
+        behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
         parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
-        yield World(JoinedGroup(every), *(part if part.size > 1 else Group() for part in parts))
+        data_group, features_group = (part if part.size > 1 else Group() for part in parts)
+        yield World(JoinedGroup(every), data_group, features_group, behind, store)
     finally:
         if ours:
             dist.destroy_process_group()

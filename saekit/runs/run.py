@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,14 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.distributed.world import World, open_world, trains_on_cuda
-from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.errors import (
+    DataError,
+    DivergedError,
+    LostProcessError,
+    StorageError,
+    TrainingInterrupted,
+    resume_command,
+)
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
@@ -35,6 +43,7 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
+from saekit.runs.spreading import check_alike
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
@@ -59,7 +68,7 @@ def begin(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
-    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world:
+    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world, world.accounted():
         return _begin(configs, plugins, model, dataset, world, alone=alone, say=say)
 
 
@@ -77,6 +86,7 @@ def _begin(
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
         (name, names), home = member_names(configs, plugins), None
+    check_alike(world, configs, plugins)
     world.all.once(lambda: check_run_folder(configs[0], name))
     given_in = here()
     opened = dict(zip(names, configs, strict=True))
@@ -106,14 +116,20 @@ def go_on(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
+    configs = resumption.configs
+    first = next(iter(configs.values()))
     with (
+        open_world(first.distributed, cuda=trains_on_cuda(first)) as world,
+        world.accounted(),
         ambient(),
-        seeded(next(iter(resumption.configs.values())).training.seed),
-        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes, say)) as session,
+        seeded(first.training.seed),
+        contextlib.closing(Session(configs, plugins, model, dataset, resumption.sizes, say, world)) as session,
     ):
+        check_alike(world, list(configs.values()), plugins, resumption.place)
         session.say("reading the checkpoint")
         untracked = resumption.load_into(session)
-        resumption.record.write(resumption.configs, plugins)
+        if world.main:
+            resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)
 
 
@@ -123,6 +139,7 @@ def _run(
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
         main = session.world.main
+        stack.push(functools.partial(_end_together, session.world))
         folders = [record.folder, *(record.home(name) for name in record.saes)] if main else []
         standing = stack.enter_context(Standing(folders))
         ending = Ending(session, record, standing)
@@ -149,19 +166,35 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
-                interruption.act_at_once()  # there are no more steps to wait for
-                summary = _finish(session, record, trackers, saving)
+                with session.world.accounted():
+                    _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
+                if session.world.size == 1:
+                    interruption.act_at_once()  # there are no more steps to wait for
+                with session.world.accounted():
+                    summary = _finish(session, record, trackers, saving)
                 standing.check()
+                if session.world.size > 1:
+                    interruption.forget()  # all is done, in every process
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
             _save_after(error, session, record, saving, interruption)
             raise
         finally:
+            saving.end()
             SHARED.release()
     _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
+
+
+def _end_together(world: World, kind: object, error: BaseException | None, trace: object) -> None:
+    """Of processes that a signal has ended, none is gone before the first has closed what it has open.
+
+    Whoever started them may end the others as soon as one is gone.
+    """
+    if isinstance(error, TrainingInterrupted) and error.checkpoint is not None and world.size > 1:
+        with contextlib.suppress(LostProcessError):
+            world.all.objects(None)
 
 
 def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:
@@ -200,6 +233,7 @@ def _finish(
         except DivergedError as error:
             member.trainer.diverged = str(error)
     session.say("saving")
+    saving.settle()
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
         sae = member.trainer.raw_sae()
@@ -298,8 +332,8 @@ def _save_after(
     saved, problem = None, None
     if saving.broken_off:
         problem = _INTERRUPTED_TOO
-    elif session.world.size > 1:
-        problem = "a run of several processes does not write checkpoints yet"
+    elif not saving.together:
+        problem = "the other processes of the run need not be at the same step"
     elif session.batches:
         try:
             saved, record = _saved(session, record, saving)
@@ -314,9 +348,16 @@ def _save_after(
     if isinstance(error, KeyboardInterrupt):
         signal, run = interruption.signal, record.folder
         raise TrainingInterrupted(
-            session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
+            session.batches,
+            session.tokens,
+            saved,
+            run,
+            signal=signal,
+            problem=problem,
+            newest=newest,
+            processes=session.world.size,
         ) from error
-    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    command = resume_command(record.folder, session.world.size)
     on = f"{command} goes on from" if newest else "there is no checkpoint to go on from"
     if saved is not None and saved == newest:
         error.add_note(f"the run as it was before is in {saved}; {on} it")

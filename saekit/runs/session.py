@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import Pauses
+from saekit.abilities import CopiesState, Pauses
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
@@ -81,6 +81,11 @@ def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
     if isinstance(source, Pauses):
         source.pause()
     release()
+
+
+def _source_state(source: ActivationSource, hold: Callable[[Any], Any]) -> Any:
+    state = source.state_dict()
+    return state if isinstance(source, CopiesState) and source.copies_state else hold(state)
 
 
 class Session:
@@ -277,12 +282,15 @@ class Session:
         """Whether every SAE has seen the same batches as the others of its lane."""
         return not any(lane.stepping for lane in self.lanes)
 
-    def stream_state(self) -> dict[str, Any]:
-        """The state of the batches, and of the process's random numbers."""
+    def stream_state(self, hold: Callable[[Any], Any] = lambda state: state) -> dict[str, Any]:
+        """The state of the batches, and of the process's random numbers.
+
+        What a source may work with as soon as it goes on is passed through ``hold``, which may copy it.
+        """
         return {
             "lanes": [
                 {
-                    "source": lane.source.state_dict(),
+                    "source": _source_state(lane.source, hold),
                     "tokens": lane.tokens,
                     "batches": lane.batches,
                     "ended": lane.ended,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from saekit.config import TrainConfig
+from saekit.config.files import plain_config
 from saekit.distributed.world import World
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager
+from saekit.runs.checkpoints import versions
+from saekit.runs.record import flat
 from saekit.sae.module import SAEModule
 from saekit.sae.splitting import check_spread, keep_part, spread_of
 
-__all__ = ["check_spreads", "spread"]
+__all__ = ["check_alike", "check_spreads", "spread"]
 
 
 def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
@@ -24,12 +28,33 @@ def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
                 [("training.train_batch_size_tokens", f"is {rows:,}, which {world.size} processes cannot share "
                   "evenly; choose a multiple of their number")]
             )  # fmt: skip
-        for name in ("keep_last", "n_checkpoints"):
-            if getattr(config.checkpoints, name):
-                raise ConfigError(
-                    [(f"checkpoints.{name}", f"is {getattr(config.checkpoints, name)}, and a run of several processes "
-                      "does not write checkpoints yet; set it to 0")]
-                )  # fmt: skip
+
+
+def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginManager, place: str = "") -> None:
+    """:class:`ConfigError` in every process of a run, where one has another configuration, version or plugin.
+
+    ``place`` is the checkpoint that it goes on from.
+    """
+    if world.size == 1:
+        return
+    options = [flat(plain_config(config, plugins)) for config in configs]
+    known = (item for registry in plugins.registries.values() for item in registry.items)
+    told: dict[str, dict[Any, Any]] = {
+        "option": options[0] if len(options) == 1 else dict(enumerate(options)),
+        "version": versions(),
+        "plugin": {f"{item.kind.name} {item.key}": item.version for item in known},
+        "checkpoint": {"to go on from": place},
+    }
+    every = world.all.objects(told)
+    for what, number in ((what, number) for what in told for number in range(world.size)):
+        first, other = every[0][what], every[number][what]
+        odd = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if odd:
+            values = ", ".join(f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in odd[:3])
+            raise ConfigError(
+                f"the processes of a run must be alike, and process {number} has another {what} than process 0: "
+                f"{values}. Start all by the same command, in the same environment"
+            )
 
 
 def spread(sae: SAEModule, world: World, config: TrainConfig, plugins: PluginManager) -> None:

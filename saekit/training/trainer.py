@@ -252,7 +252,9 @@ class SAETrainer:
     def check_weights(self) -> None:
         """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
         for name, value in self.sae.named_parameters():
-            finite = value.isfinite().all()
+            finite = value.sum().isfinite()  # only if all its numbers are; only if it is not, each is looked at
+            if not bool(finite):
+                finite = value.isfinite().all()
             if not bool(torch.stack(self.sae.share.features.gather(finite)).all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "

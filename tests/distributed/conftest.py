@@ -35,6 +35,5 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 RUNS: dict[str, dict[str, Any]] = {
     "topk run": {"sae": {"name": "topk", "k": 3, "d_sae": 12}, "evals": {"every_n_steps": 4}},
     "odd batches": {"training": {"train_batch_size_tokens": 201}},
-    "checkpoints": {"checkpoints": {"keep_last": 2}},
     "compiled": {"training": {"compile": True}},
 }

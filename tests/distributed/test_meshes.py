@@ -71,8 +71,6 @@ def test_a_process_knows_its_number_from_the_environment(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"2 processes were started \(torchrun\), and pretokenizing is for one"):
         refuse_several("pretokenizing")
-    with pytest.raises(ConfigError, match="going on with a run is for one"):
-        saekit.resume("runs/none")
     with pytest.raises(ConfigError, match="writing a cache of activations is for one"):
         saekit.cache_activations({})
 

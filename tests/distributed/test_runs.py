@@ -109,7 +109,6 @@ def test_a_run_leaves_one_folder(mesh: Mesh, found: Results) -> None:
     ("name", "said"),
     [
         ("odd batches", "training.train_batch_size_tokens: is 201, which 2 processes cannot share evenly"),
-        ("checkpoints", "checkpoints.keep_last: is 2, and a run of several processes does not write checkpoints yet"),
         ("compiled", "training.compile: is true, and a step of 2 processes is not compiled"),
     ],
 )

@@ -173,6 +173,14 @@ def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, li
 
 def launch(size: int, command: Sequence[str], timeout: float = 3600, **environment: str) -> list[str]:
     """Start ``size`` processes of Python as torchrun does; what each has written; an error of any is one here."""
+    ends = ended(size, command, timeout, **environment)
+    for code, text in ends:
+        assert code == 0, text[-3000:]
+    return [text for _, text in ends]
+
+
+def ended(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[tuple[int, str]]:
+    """The same, with the exit code of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -193,9 +201,7 @@ def launch(size: int, command: Sequence[str], timeout: float = 3600, **environme
     finally:
         for process in started:
             process.kill()
-    for process, text in zip(started, written, strict=True):
-        assert process.returncode == 0, text[-3000:]
-    return written
+    return [(process.returncode, text) for process, text in zip(started, written, strict=True)]
 
 
 def main(folder: Path) -> None:

@@ -38,6 +38,7 @@ class LiveConfig:
 class LiveSource:
     """Shuffled batches from the model itself."""
 
+    copies_state = True  # the buffer gathers its rows for each, and all else is numbers
     shares_rows = True
 
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:

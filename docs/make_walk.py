@@ -70,7 +70,7 @@ def followed(page: Path, folder: Path) -> dict[str, Any]:
     def run(block: re.Match[str]) -> str:
         language, code = block[1], block[2]
         if language == "console":
-            for line in code.splitlines():
+            for line in code.replace("\\\n", " ").splitlines():
                 there = folder / "runs" / "walk" / {"train": "sae", "features": "features"}.get(line.split()[1], "none")
                 if not there.exists():
                     subprocess.run(shlex.split(line), check=True)

@@ -58,10 +58,12 @@ def checked_sets(sets: Mapping[str, Any], d_vocab: int) -> dict[str, Ids]:
     return found
 
 
-def why_no_score(ids: Ids, d_vocab: int) -> str | None:
+def why_no_score(ids: Ids, d_vocab: int, min_size: int = 1) -> str | None:
     """Why a set has no score, in words; None: it has one."""
     if not len(ids):
         return "no token of the vocabulary is in it"
+    if len(ids) < min_size:
+        return f"its size is {len(ids)}, and sets of fewer than {min_size} tokens are not scored (min_size)"
     return "every token of the vocabulary is in it" if len(ids) == d_vocab else None
 
 

@@ -5,20 +5,39 @@ from __future__ import annotations
 import json
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saekit.analysis.token_sets import TokenSets, token_sets, tokens_of, vocabulary_of
+from saekit.analysis.token_sets import KINDS, TokenSets, compiled_pattern, token_sets, tokens_of, vocabulary_of
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, parse_json
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
 
-__all__ = ["read_token_sets"]
+__all__ = ["MIN_SIZE", "check_asked", "check_numbers", "read_token_sets"]
+
+MIN_SIZE = 5
+"""A set of fewer tokens is not scored unless that is asked for: one token alone has a score near 1 in many features."""
 
 _SHOWN = 5
+
+
+def check_asked(sets: Iterable[str], regex: Mapping[str, str] | None) -> None:
+    """:class:`ConfigError` for what is neither a kind of sets nor a file, and for what is no pattern."""
+    for one in sets:
+        if one not in KINDS and not as_path(one).exists():
+            raise ConfigError([("sets", f"{one!r} is neither a file nor one of {', '.join(KINDS)}")])
+    for name, pattern in (regex or {}).items():
+        compiled_pattern(name, pattern)
+
+
+def check_numbers(permutations: object, min_size: object) -> None:
+    """:class:`ConfigError` for what are no numbers of random orders and of tokens."""
+    for name, value, least in (("permutations", permutations, 0), ("min_size", min_size, 1)):
+        if type(value) is not int or value < least:
+            raise ConfigError([(name, f"must be a whole number of {least} or more, found {value!r}")])
 
 
 def read_token_sets(path: str | Path, model: ModelBackend | Sequence[str]) -> TokenSets:

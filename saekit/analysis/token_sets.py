@@ -70,12 +70,17 @@ def token_sets(
         else:
             raise ConfigError([("sets", f"knows no kind {kind!r}; there are {', '.join(KINDS)}")])
     for name, pattern in (regex or {}).items():
-        try:
-            compiled = re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError([("regex", f"{name!r} is no regular expression: {pattern!r}: {error}")]) from error
+        compiled = compiled_pattern(name, pattern)
         found[name] = _ids(number for number, text in enumerate(texts) if compiled.match(text))
     return found
+
+
+def compiled_pattern(name: str, pattern: str) -> re.Pattern[str]:
+    """The ``pattern`` of a set; :class:`ConfigError` for what is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError([("regex", f"{name!r} is no regular expression: {pattern!r}: {error}")]) from error
 
 
 def tokens_of(texts: Sequence[str], wanted: Iterable[str | int]) -> tuple[NDArray[np.int64], list[str]]:

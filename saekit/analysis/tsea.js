@@ -44,10 +44,25 @@ function turned({ data, layout }) {
   layout.yaxis.automargin = true;
 }
 
-function dressed(figure, kind) {
+// Labels above their points and not over each other, as wide as the picture is now.
+function apart({ layout }, width) {
+  const across = (width - 90) / layout.xaxis.range[1], up = 300 / layout.yaxis.range[1], taken = [];
+  const notes = (layout.annotations || []).filter((one) => one.name === "feature").sort((one, other) => one.y - other.y);
+  for (const note of notes) {
+    const x = note.x * across, at = note.y * up, half = 3 * note.text.length + 2;
+    let y = at + 10;
+    for (const other of taken.filter((one) => Math.abs(one.x - x) < one.half + half).sort((one, two) => one.y - two.y)) {
+      if (Math.abs(other.y - y) < 12) y = other.y + 12;
+    }
+    note.yshift = y - at;
+    taken.push({ x, y, half });
+  }
+}
+
+function dressed(figure, kind, width) {
   const made = copy(figure);
   const { data, layout } = made;
-  if (kind === "manhattan" && narrow.matches) turned(made);
+  if (kind === "manhattan") narrow.matches ? turned(made) : apart(made, width);
   for (const trace of data) {
     const color = trace.meta[dark.matches ? "dark" : "light"];
     if (trace.marker) trace.marker.color = color;
@@ -73,7 +88,7 @@ function dressed(figure, kind) {
 function draw() {
   for (const place of document.querySelectorAll(".plot")) {
     const kind = place.dataset.kind;
-    const { data, layout } = dressed(figures[Number(place.dataset.figure)], kind);
+    const { data, layout } = dressed(figures[Number(place.dataset.figure)], kind, place.clientWidth);
     if (kind === "manhattan") {
       const sets = figures[0].layout.xaxis.tickvals.length;
       place.style.height = narrow.matches ? `${110 + 26 * sets}px` : "440px";

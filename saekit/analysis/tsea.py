@@ -25,7 +25,7 @@ from saekit.analysis.enrichment import (
 from saekit.analysis.feature_statistics import checked_fractions, firing_fractions
 from saekit.analysis.moments import row_moments
 from saekit.analysis.scored import Scored, q_values
-from saekit.analysis.token_set_files import read_token_sets
+from saekit.analysis.token_set_files import MIN_SIZE, check_asked, check_numbers, read_token_sets
 from saekit.analysis.token_sets import DEFAULT_KINDS, KINDS, token_sets
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = [
-    "DEFAULT_KINDS", "KINDS", "Enrichment", "enrich", "enrichment_of", "enrichment_scores", "q_values",
+    "DEFAULT_KINDS", "KINDS", "MIN_SIZE", "Enrichment", "enrich", "enrichment_of", "enrichment_scores", "q_values",
     "read_token_sets", "running_sum", "token_sets",
 ]  # fmt: skip
 
@@ -81,6 +81,7 @@ def enrich(
     k: int = 100,
     fractions: Tensor | None = None,
     permutations: int = 1000,
+    min_size: int = MIN_SIZE,
     seed: int = 0,
     name: str = "the SAE",
     report: Report | None = None,
@@ -90,7 +91,7 @@ def enrich(
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"`` are those whose logits are skewed most to the
     right, which promote a few tokens much; ``"random"`` are drawn by ``seed``, and either are such as fire, if the SAE
     says which do, or ``fractions [d_sae]``.  ``permutations`` random orders of the tokens, by ``seed``, say how often
-    chance gives such a score; 0: none.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises
+    chance gives such a score; 0: none.  Sets of fewer than ``min_size`` tokens get no score.  ``report`` is told of rows that are done, see :func:`rows_of_work`.  Raises
     :class:`saekit.errors.ModelError` where nothing leads from what the SAE writes to the logits.
     """
     where = sae.info.sites if sites is None else sites
@@ -110,8 +111,8 @@ def enrich(
         return path.logits(directions.to(path.unembedding.device)).float().cpu().numpy()
 
     return enrichment_of(
-        rows, numbers, known, d_vocab=path.unembedding.shape[1], permutations=permutations, seed=seed, name=name,
-        about=about, report=report,
+        rows, numbers, known, d_vocab=path.unembedding.shape[1], permutations=permutations, min_size=min_size,
+        seed=seed, name=name, about=about, report=report,
     )  # fmt: skip
 
 
@@ -122,23 +123,24 @@ def enrichment_of(
     *,
     d_vocab: int,
     permutations: int = 1000,
+    min_size: int = MIN_SIZE,
     seed: int = 0,
     name: str = "",
     about: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> Enrichment:
     """The same of any numbers that features have of tokens: ``rows`` gives ``[n, d_vocab]`` of some of ``features``."""
-    if type(permutations) is not int or permutations < 0:
-        raise ConfigError([("permutations", f"must be a whole number of 0 or more, found {permutations!r}")])
+    check_numbers(permutations, min_size)
     known = checked_sets(sets, d_vocab)
-    left_out = {name: why for name, ids in known.items() if (why := why_no_score(ids, d_vocab)) is not None}
+    left_out = {name: why for name, ids in known.items() if (why := why_no_score(ids, d_vocab, min_size)) is not None}
     if len(left_out) == len(known):
         told = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ConfigError([("sets", f"has none that can be scored ({told})")])
+    looked = {name: ids[: 0 if name in left_out else None] for name, ids in known.items()}  # what is empty has no score
     signed = np.empty((len(known), len(features)))
     for begin in range(0, len(features), _AT_ONCE):
         some = features[begin : begin + _AT_ONCE]
-        signed[:, begin : begin + len(some)] = enrichment_scores(rows(some), known).signed
+        signed[:, begin : begin + len(some)] = enrichment_scores(rows(some), looked).signed
         if report is not None:
             report(len(some))
     flat = np.isnan(signed).all(0)
@@ -148,7 +150,7 @@ def enrichment_of(
     if permutations:
         p = p_values(
             scores.unsigned,
-            [*known.values()],
+            [*looked.values()],
             d_vocab,
             permutations=permutations,
             seed=seed,
@@ -169,20 +171,11 @@ def _chosen(
     fired: Tensor | None,
     report: Report | None = None,
 ) -> list[int]:
+    check_features(features, k, sae.d_sae)
     if not isinstance(features, str):
-        numbers = [int(number) for number in features]
-        if wrong := [number for number in numbers if not 0 <= number < sae.d_sae]:
-            raise ConfigError([("features", f"are 0 to {sae.d_sae - 1:,} of this SAE, found {wrong[0]}")])
-        if not numbers:
-            raise ConfigError([("features", "names none; give numbers of features, 'skewed', 'random' or 'all'")])
-        return list(dict.fromkeys(numbers))
-    if features not in ("all", "skewed", "random"):
-        told = f"must be numbers of features, 'skewed', 'random' or 'all', found {features!r}"
-        raise ConfigError([("features", told)])
+        return list(dict.fromkeys(int(number) for number in features))
     if features == "all":
         return [*range(sae.d_sae)]
-    if type(k) is not int or k < 1:
-        raise ConfigError([("k", f"must be a whole number of 1 or more, found {k!r}")])
     live = torch.arange(sae.d_sae) if fired is None else fired.nonzero()[:, 0]
     if features == "random":
         order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
@@ -192,6 +185,21 @@ def _chosen(
         path.unembedding, report=report,
     ).skewness.nan_to_num(-torch.inf)  # fmt: skip
     return live[skewness[live].argsort(descending=True, stable=True)[:k]].tolist()
+
+
+def check_features(features: Sequence[int] | str, k: int, d_sae: int) -> None:
+    """:class:`ConfigError` for what names no features of an SAE of so many."""
+    if not isinstance(features, str):
+        numbers = [int(number) for number in features]
+        if wrong := [number for number in numbers if not 0 <= number < d_sae]:
+            raise ConfigError([("features", f"are 0 to {d_sae - 1:,} of this SAE, found {wrong[0]}")])
+        if not numbers:
+            raise ConfigError([("features", "names none; give numbers of features, 'skewed', 'random' or 'all'")])
+    elif features not in ("all", "skewed", "random"):
+        told = f"must be numbers of features, 'skewed', 'random' or 'all', found {features!r}"
+        raise ConfigError([("features", told)])
+    elif features != "all" and (type(k) is not int or k < 1):
+        raise ConfigError([("k", f"must be a whole number of 1 or more, found {k!r}")])
 
 
 def rows_of_work(sae: SAEModule, features: Sequence[int] | str, k: int, permutations: int) -> int:
@@ -212,8 +220,7 @@ def chosen_sets(
     kinds = None if asked is None else [one for one in asked if one in KINDS]
     files = [] if asked is None else [one for one in asked if one not in KINDS]
     found = token_sets(texts, kinds, regex=regex, names=names, tagger=tagger)
+    check_asked(files, None)
     for file in files:
-        if not Path(file).expanduser().exists():
-            raise ConfigError([("sets", f"{file!r} is neither a file nor one of {', '.join(KINDS)}")])
         found |= read_token_sets(file, texts)
     return found

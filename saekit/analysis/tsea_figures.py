@@ -31,8 +31,8 @@ LABELED, LABELED_ABOVE = 3, 1.0
 """So many features of each set are named, where ``−ln(1 − score)`` is above that: a score of 0.63."""
 UNLIKELY = 0.05
 """What chance gives more often than that is drawn pale."""
-_HEIGHT, _LINE = 300, 12
-"""Pixels: about so many has the picture, and a label."""
+_HEIGHT, _WIDTH, _LINE = 300, 1000, 12
+"""Pixels: about so many has the picture, and the height of a label."""
 _MOST_POINTS = 6000
 """Of more, the highest of each set are drawn."""
 _MOST_CORNERS = 800
@@ -71,15 +71,26 @@ def _highest(found: Scored) -> NDArray[np.bool_]:
 
 
 def lifts(found: Scored, top: float) -> list[int]:
-    """By how many pixels each label is above its point, so that those of one set are not over each other."""
-    heights, found_lifts = found.heights(), dict[tuple[int, int], int]()
-    free: dict[int, float] = {}
-    for row, column in reversed(labeled(found)):  # the lowest of a set first
-        at = heights[row, column] / top * _HEIGHT
-        place = max(at + 10, free.get(row, 0.0))
+    """By how many pixels each label is above its point, so that no two are over each other.
+
+    The picture is taken to be :data:`_WIDTH` pixels wide; the page puts them anew where it is not.
+    """
+    heights, x, chosen = found.heights(), places_of(found) * _WIDTH / len(found.sets), labeled(found)
+    found_lifts, taken = dict[tuple[int, int], int](), list[tuple[float, float, float]]()
+    for row, column in sorted(chosen, key=lambda one: (heights[one], one)):  # the lowest first
+        at, half = heights[row, column] / top * _HEIGHT, _half(found.features[column])
+        place = at + 10
+        for bottom in sorted(y for other, y, width in taken if abs(other - x[row, column]) < half + width):
+            if abs(bottom - place) < _LINE:
+                place = bottom + _LINE
         found_lifts[row, column] = round(place - at)
-        free[row] = place + _LINE
-    return [found_lifts[one] for one in labeled(found)]
+        taken.append((x[row, column], place, half))
+    return [found_lifts[one] for one in chosen]
+
+
+def _half(feature: int) -> float:
+    """Pixels: half of what the label is wide, with some room."""
+    return 3 * len(str(feature)) + 2
 
 
 def manhattan(found: Scored) -> Figure:
@@ -114,6 +125,8 @@ def manhattan(found: Scored) -> Figure:
         )  # fmt: skip
     top = float(np.nanmax(y)) if np.isfinite(y).any() else 1.0
     top = max(top * 1.12, 0.2)
+    tall = [y[one] / top * _HEIGHT + lift for one, lift in zip(labeled(found), lifts(found, top), strict=True)]
+    top *= max([1.0, *((pixels + _LINE) / _HEIGHT for pixels in tall)])  # the highest label is in the picture, too
     for (row, column), lift in zip(labeled(found), lifts(found, top), strict=True):
         figure.add_annotation(
             x=x[row, column], y=y[row, column], text=str(found.features[column]), showarrow=False, yshift=lift,

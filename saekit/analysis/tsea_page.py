@@ -107,6 +107,8 @@ def _rules(found: Scored) -> list[str]:
             f"{compared:,} comparisons are made here, so some small p are chance: q is the share of false findings "
             "among those with a p no larger (Benjamini and Hochberg 1995)."
         )
+        if (least := found.at_the_floor()) is not None:
+            rules.append(f"{least} They may be smaller in truth: more orders (permutations) tell them apart.")
     return rules
 
 

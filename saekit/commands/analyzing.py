@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saekit.commands.material import Material, Text
+from saekit.commands.preflight import check_writable
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, ModelError, PlaceError, SaekitError
 from saekit.files.paths import as_path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from saekit.analysis.tsea import Enrichment
     from saekit.features.store import FeatureStore
 
-__all__ = ["feature_statistics", "opened_store", "token_set_enrichment", "write_table"]
+__all__ = ["feature_statistics", "opened_store", "table_place", "token_set_enrichment", "write_table"]
 
 
 def feature_statistics(
@@ -180,6 +181,7 @@ def _sites(subject: Subject, site: Site | Sites | str | None) -> Sites | None:
 def _path(subject: Subject, material: Material, site: Site | Sites | str | None, logits: bool) -> LogitPath | str:
     """The way to the logits; or why there is none: of a model that is not known, that too."""
     from saekit.analysis.directions import logit_path
+    from saekit.splicing.fits import fitting_sites
 
     if not logits:
         return "not asked for"
@@ -187,12 +189,26 @@ def _path(subject: Subject, material: Material, site: Site | Sites | str | None,
     if sites is None:
         return "the SAE does not say where in the model it belongs"
     if material.model is not None:
-        return logit_path(subject.sae, material.model_of(subject), sites)
+        fitting_sites(subject.sae, backend := material.model_of(subject), sites)
+        return logit_path(subject.sae, backend, sites)
     try:
         backend = material.model_of(subject)
     except SaekitError as error:
         raise ModelError(f"{error}. logits=False (--no-logits) looks at the weights alone") from error
+    fitting_sites(subject.sae, backend, sites)
     return logit_path(subject.sae, backend, sites)
+
+
+def table_place(path: str | Path) -> Path:
+    """Where a table goes; :class:`PlaceError` for a name that is neither ``.csv`` nor ``.parquet``, and for a folder
+    in which nothing can be written."""
+    place = as_path(path)
+    if place.suffix not in (".csv", ".parquet"):
+        raise PlaceError(f"a table is written as .csv or .parquet, found {str(place)!r}")
+    if place.is_dir():
+        raise PlaceError(f"{str(place)!r} is a folder: name a file for the table")
+    check_writable(str(place.parent), f"cannot write the table {str(place)!r}: {{}}")
+    return place
 
 
 def write_table(table: DataFrame, path: str | Path) -> Path:
@@ -201,9 +217,7 @@ def write_table(table: DataFrame, path: str | Path) -> Path:
 
     from saekit.files.storage import write_bytes
 
-    place = as_path(path)
-    if place.suffix not in (".csv", ".parquet"):
-        raise PlaceError(f"a table is written as .csv or .parquet, found {str(place)!r}")
+    place = table_place(path)
     if place.suffix == ".csv":
         data = table.to_csv(index=False).encode()
     else:
@@ -226,6 +240,7 @@ def token_set_enrichment(
     names: Iterable[str] | None = None,
     tagger: Any | None = None,
     permutations: int = 1000,
+    min_size: int = 5,
     seed: int = 0,
     site: Site | Sites | str | None = None,
     out: str | Path | None = None,
@@ -243,13 +258,15 @@ def token_set_enrichment(
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
     ``"random"``, both of those that fire: in the last window of training, or by ``fractions [d_sae]``, or a
-    :class:`saekit.FeatureStore` that has the SAE.  For ``permutations`` and ``seed`` see
+    :class:`saekit.FeatureStore` that has the SAE.  Sets of fewer than ``min_size`` tokens get no score.  For ``permutations`` and ``seed`` see
     :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
 
     What is returned has ``table()``, ``scores`` and ``signed_scores``, ``manhattan()``, ``overlay(feature)`` and
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins = plugins or default_manager()
+    _check_enrichment(sets, regex, permutations, min_size, out)
+    from saekit.analysis.tsea import check_features, enrich, rows_of_work
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -259,20 +276,32 @@ def token_set_enrichment(
         if len(subjects) > 1:
             raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}")])
         ((name, subject),) = subjects.items()
+        check_features(features, k, subject.sae.d_sae)
         fired = _by_name(fractions, subjects).get(name)
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
-    from saekit.analysis.tsea import enrich, rows_of_work
-
     with _Rows(rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose) as rows:
         found = enrich(
             subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
-            fractions=fired, permutations=permutations, seed=seed, name=name, report=rows.add,
+            fractions=fired, permutations=permutations, min_size=min_size, seed=seed, name=name, report=rows.add,
         )  # fmt: skip
     if out is not None:
         found.write(out)
     return found
+
+
+def _check_enrichment(
+    sets: Any, regex: Mapping[str, str] | None, permutations: int, min_size: int, out: str | Path | None
+) -> None:
+    """What can be seen to be wrong before an SAE or a model is read."""
+    from saekit.analysis.token_set_files import check_asked, check_numbers
+
+    check_numbers(permutations, min_size)
+    named = [] if sets is None or isinstance(sets, Mapping) else [sets] if isinstance(sets, str) else [*sets]
+    check_asked(named, regex)
+    if out is not None:
+        check_writable(str(as_path(out)), f"cannot write token set enrichment into {str(out)!r}: {{}}")
 
 
 def _sets(

@@ -35,7 +35,7 @@ from saekit.runs.checks import (
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
-__all__ = ["Faults", "of_cache", "of_model", "of_pretokenize", "of_resume", "of_training"]
+__all__ = ["Faults", "check_writable", "of_cache", "of_model", "of_pretokenize", "of_resume", "of_training"]
 
 Check: TypeAlias = Callable[[], object]
 
@@ -100,7 +100,7 @@ def of_training(
         _inputs(configs, plugins, model, dataset),
         [
             partial(_check_names, configs, plugins, alone),
-            partial(_check_writable, folder, f"cannot make a run folder in {folder}: {{}} (checkpoints.folder)"),
+            partial(check_writable, folder, f"cannot make a run folder in {folder}: {{}} (checkpoints.folder)"),
             *([] if alone else [partial(check_together, configs, plugins)]),
             *_held_out(configs, dataset),
             *_members(configs, plugins),
@@ -138,7 +138,7 @@ def of_cache(
     return Faults.of(
         [*_text(config, dataset), *_model(config, plugins, model)],
         [
-            partial(_check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
+            partial(check_writable, folder, f"cannot write the activation cache {folder!r}: {{}}"),
             partial(check_target, Path(folder)),
             partial(check_model_runs, config, plugins),
         ],
@@ -160,7 +160,7 @@ def of_pretokenize(
     ids = [partial(targets.check_tokenizer, named)] if named is not None else _model(config, plugins, model)
     others: list[Check] = [partial(targets.check_target, config)]
     if config.folder is not None and not Path(config.folder).exists():
-        others.append(partial(_check_writable, config.folder, f"cannot write the contexts to {config.folder!r}: {{}}"))
+        others.append(partial(check_writable, config.folder, f"cannot write the contexts to {config.folder!r}: {{}}"))
     return Faults.of([*_text(config, dataset), *ids], others)
 
 
@@ -247,7 +247,7 @@ def _check_names(configs: Sequence[TrainConfig], plugins: PluginManager, alone: 
     check_run_folder(configs[0], configs[0].checkpoints.name if alone else member_names(configs, plugins)[0])
 
 
-def _check_writable(folder: str, message: str) -> None:
+def check_writable(folder: str, message: str) -> None:
     """:class:`StorageError` when ``folder`` cannot be made, or no folder in it."""
     place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path))
     if (fault := why_no_folder_in(place)) is not None:

@@ -248,16 +248,73 @@ def test_the_highest_three_of_each_set_are_named(found: tsea.Enrichment) -> None
     assert shown
     points = sum(len(trace.x) for trace in figure.data)
     assert points == int((~np.isnan(found.values.signed)).sum())
-    tops: dict[int, list[float]] = {}
-    for (row, column), lift in zip(labeled(found), lifts(found, 2.0), strict=True):
-        tops.setdefault(row, []).append(heights[row, column] / 2 * 300 + lift)
-    assert all(np.abs(np.diff(own)).min() > 10 for own in tops.values() if len(own) > 1), "not over each other"
+
+
+def test_no_label_is_over_another_of_any_set() -> None:
+    logits = np.random.default_rng(1).standard_normal((30, 60)).astype(np.float32)
+    sets = {f"{number}": range(number, number + 6) for number in range(40)}
+    many = tsea.enrichment_of(
+        lambda some: logits[np.array(some) - 12_000], range(12_000, 12_030), sets, d_vocab=60, permutations=0
+    )
+    top = many.manhattan().layout.yaxis.range[1]
+    placed = [
+        ((row + (column + 0.5) / 30 * 0.84 + 0.08) * 25, many.heights()[row, column] / top * 300 + lift)
+        for (row, column), lift in zip(labeled(many), lifts(many, top), strict=True)
+    ]
+    assert len(placed) > 40
+    assert all(
+        abs(x - other) > 30 or abs(y - below) > 10.5
+        for number, (x, y) in enumerate(placed) for other, below in placed[:number]
+    )  # fmt: skip
+    assert max(y for _, y in placed) < 300
+
+
+def test_small_sets_have_no_score_unless_they_are_asked_for() -> None:
+    sets = {"one": [7], "four": range(4), "five": range(20, 25)}
+    how: Any = {"d_vocab": V, "permutations": 9}
+    found = tsea.enrichment_of(lambda some: LOGITS[list(some)], [0, 1], sets, **how)
+    assert found.left_out == {
+        "one": "its size is 1, and sets of fewer than 5 tokens are not scored (min_size)",
+        "four": "its size is 4, and sets of fewer than 5 tokens are not scored (min_size)",
+    }
+    assert found.scores.loc[["one", "four"]].isna().all(axis=None)
+    assert np.isnan(found.p[:2]).all()  # type: ignore[index]
+    every = tsea.enrichment_of(lambda some: LOGITS[list(some)], [0, 1], sets, min_size=1, **how)
+    assert not every.left_out
+    assert every.scores.loc["five"].equals(found.scores.loc["five"])
+    with pytest.raises(saekit.ConfigError, match="min_size: must be a whole number of 1 or more, found 0"):
+        tsea.enrichment_of(lambda some: LOGITS[list(some)], [0], sets, min_size=0, **how)
+
+
+def test_that_p_can_be_no_smaller_is_said() -> None:
+    logits = np.stack([np.arange(V), np.random.default_rng(0).permutation(V)]).astype(np.float32)
+    found = tsea.enrichment_of(
+        lambda some: logits[list(some)], [0, 1], {"last": range(V - 9, V)}, d_vocab=V, permutations=19
+    )
+    assert found.at_the_floor() == "1 p are 0.05, the least that 19 orders can give."
+    assert "more orders (permutations) tell them apart" in page(found)
+
+
+def test_what_can_be_seen_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def never(*given: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("saekit.commands.material.load_model", never)
+    (tmp_path / "file").touch()
+    for options, told in (
+        ({"sets": ["nope"]}, "'nope' is neither a file nor one of first_letter"), ({"regex": {"a": "("}}, "'a' is no reg"),
+        ({"features": [5000]}, "are 0 to 39 of this SAE, found 5000"), ({"permutations": -1}, "permutations: must be"),
+        ({"min_size": 0}, "min_size: must be"), ({"out": tmp_path / "file" / "x"}, "cannot write token set enrichment"),
+    ):  # fmt: skip
+        with pytest.raises(saekit.SaekitError, match=told):
+            saekit.token_set_enrichment(made(), model="nothere", verbose=False, **options)
 
 
 def test_of_very_many_points_the_highest_of_each_set_are_drawn() -> None:
     logits = np.random.default_rng(0).standard_normal((3100, 40)).astype(np.float32)
     many = tsea.enrichment_of(
-        lambda some: logits[list(some)], range(3100), {"a": range(9), "b": [3, 20]}, d_vocab=40, permutations=0
+        lambda some: logits[list(some)], range(3100), {"a": range(9), "b": [3, 20]}, d_vocab=40, permutations=0,
+        min_size=2,
     )
     drawn = [height for trace in many.manhattan().data for height in trace.y]
     assert len(drawn) == 6000

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.saes import at, drawn_sae
@@ -14,7 +15,9 @@ from support.tiny import hooked_transformer
 import saekit
 from saekit.analysis.feature_statistics import COLUMNS
 from saekit.cli import app
-from saekit.errors import ConfigError
+from saekit.commands.summaries import summary_of
+from saekit.errors import ConfigError, PlaceError
+from saekit.splicing.fits import check_fits
 from saekit.testing import FakeBackend
 
 
@@ -76,6 +79,37 @@ def test_commands_take_a_store(store: Any, tmp_path: Path, capsys: pytest.Captur
         app(["statistics", str(store.folder), "--out", str(tmp_path / "table.csv")])
     assert done.value.code in (0, None)
     assert "40 features are in" in capsys.readouterr().out
+
+
+def test_a_summary_is_of_the_features_that_fire_and_of_columns_that_are_there() -> None:
+    table = pd.DataFrame({
+        "sae": pd.Categorical(["one"] * 3), "hook": pd.Categorical(["h"] * 3), "feature": range(3), "layer": [1] * 3,
+        "dead": pd.array([False, False, True], dtype="boolean"), "log_feature_sparsity": [-1.0, -3.0, -np.inf],
+        "b_enc": [-1e-9] * 3, "logit_std": [np.nan] * 3,
+    })  # fmt: skip
+    head, numbers, counts = summary_of(table)
+    assert head == "one  h"
+    row = next(line.split() for line in numbers.splitlines() if line.startswith("log_feature_sparsity"))
+    assert row[1:4] == ["2.0", "-2.0", "1.4142"]  # of the two that fire
+    assert "logit_std" not in numbers and "-0.0" not in numbers
+    assert counts == "3 features, 1 dead (log_feature_sparsity is of the others)"
+    table["dead"] = pd.array([None] * 3, dtype="boolean")
+    assert [*summary_of(table)][-1] == "3 features, unknown how many are dead"
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, told in (("foo.xlsx", "written as .csv or .parquet"), ("file/foo.csv", "cannot write the table")):
+        with pytest.raises(PlaceError, match=told):
+            app(["statistics", str(tmp_path / "nothere"), "--out", str(tmp_path / out)])
+
+
+def test_a_width_that_is_not_the_models_is_told_as_elsewhere() -> None:
+    with pytest.raises(ConfigError, match="d_in") as refused:
+        saekit.feature_statistics(at(drawn_sae(16), "blocks.0.hook_resid_post"), model=FakeBackend(), verbose=False)
+    with pytest.raises(ConfigError) as elsewhere:
+        check_fits(at(drawn_sae(16), "blocks.0.hook_resid_post"), FakeBackend())
+    assert str(refused.value) == str(elsewhere.value)
 
 
 def test_shares_of_heads_add_up(collect: Any, tmp_path: Path, store: Any) -> None:

@@ -36,17 +36,19 @@ def statistics(
     device: Annotated[str, typer.Option(help="Where the model and the SAEs are.")] = "auto",
 ) -> None:
     """Tell of every feature how often it fires, how its weights lie, and how its logits are distributed."""
-    from saekit.commands.analyzing import feature_statistics, opened_store, write_table
+    from saekit.commands.analyzing import feature_statistics, opened_store, table_place, write_table
+    from saekit.commands.summaries import summary_of
     from saekit.plugins.text import printable
 
+    if out is not None:
+        table_place(out)
     found = feature_statistics(saes, model=model, fractions=opened_store(store), logits=logits, device=device)
     if out is not None:
         typer.echo(f"{len(found):,} features are in {write_table(found, out)}")
     else:
-        numbers = found.drop(columns=["feature", "layer", "dead"]).groupby(["sae", "hook"], observed=True)
-        typer.echo(printable(numbers.describe().stack(0, future_stack=True).round(4).to_string(), keep="\n"))
-        dead = found["dead"].sum()
-        typer.echo(f"{len(found):,} features, {int(dead):,} dead. --out statistics.parquet writes a row for each")
+        for line in summary_of(found):
+            typer.echo(printable(line, keep="\n"))
+        typer.echo("--out statistics.parquet writes a row for each")
     for name, why in found.attrs["left_out"].items():
         for reason in dict.fromkeys(why.values()):
             columns = ", ".join(column for column in why if why[column] == reason)

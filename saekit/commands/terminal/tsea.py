@@ -54,6 +54,9 @@ def tsea(
     permutations: Annotated[
         int, typer.Option(help="Random orders of tokens that scores are compared with; 0: none.")
     ] = 1000,
+    min_size: Annotated[
+        int, typer.Option("--min-size", metavar="N", help="Sets of fewer tokens get no score.")
+    ] = 5,
     seed: Annotated[int, typer.Option(help="For random features and random orders.")] = 0,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the page and the tables go.")] = "tsea",
     model: Annotated[str | None, typer.Option(help="Another model than the SAE's own: a name or a folder.")] = None,
@@ -67,11 +70,14 @@ def tsea(
     how, k = asked_features(features, random, skewed)
     found = token_set_enrichment(
         sae, sets, model=model, features=how, k=k, fractions=opened_store(store), regex=named_patterns(regex or []),
-        names=None if names is None else lines_of(names), permutations=permutations, seed=seed, out=out, device=device,
+        names=None if names is None else lines_of(names), permutations=permutations, min_size=min_size, seed=seed,
+        out=out, device=device,
     )  # fmt: skip
     by = ["p", "score"] if permutations else ["score"]
     table = found.table().dropna(subset=["score"]).sort_values(by, ascending=[name == "p" for name in by]).head(10)
     typer.echo(printable(table.round(4).to_string(index=False), keep="\n"))
     for name, why in found.left_out.items():
         typer.echo(printable(f"no score: {name}: {why}"))
+    if (least := found.at_the_floor()) is not None:
+        typer.echo(f"{least} More orders (--permutations) tell them apart")
     typer.echo(f"The page is {Path(out) / 'tsea.html'}, and the tables are beside it")

@@ -18,6 +18,7 @@ import saekit
 from saekit.analysis import tsea
 from saekit.analysis.enrichment import checked_sets, p_values, stable_order
 from saekit.analysis.tsea_figures import corners, labeled, lifts
+from saekit.analysis.tsea_page import page
 from saekit.testing import FakeBackend
 
 V = 240
@@ -52,7 +53,7 @@ def made(d_sae: int = 40) -> saekit.SAE:
 @pytest.fixture(scope="module")
 def found() -> tsea.Enrichment:
     backend = FakeBackend()
-    return tsea.enrich(made(), tsea.token_sets(backend), backend=backend, k=12, permutations=99)
+    return tsea.enrich(made(), tsea.token_sets(backend), backend=backend, k=12, permutations=99, min_size=1)
 
 
 # ---- scores
@@ -85,7 +86,7 @@ def test_what_is_given_is_not_changed() -> None:
     logits = LOGITS.copy()
     logits.setflags(write=False)
     sets["b"].setflags(write=False)
-    tsea.enrichment_of(lambda some: logits[list(some)], [0, 1], sets, d_vocab=V, permutations=5)
+    tsea.enrichment_of(lambda some: logits[list(some)], [0, 1], sets, d_vocab=V, permutations=5, min_size=1)
     tsea.enrichment_scores(logits, sets)
     assert sets["a"] == [5, 3, 3]
     assert sets["b"].tolist() == [9, 2]
@@ -252,9 +253,10 @@ def test_the_highest_three_of_each_set_are_named(found: tsea.Enrichment) -> None
 
 def test_no_label_is_over_another_of_any_set() -> None:
     logits = np.random.default_rng(1).standard_normal((30, 60)).astype(np.float32)
-    sets = {f"{number}": range(number, number + 6) for number in range(40)}
+    sets = {f"{number}": range(number, number + 2) for number in range(40)}
     many = tsea.enrichment_of(
-        lambda some: logits[np.array(some) - 12_000], range(12_000, 12_030), sets, d_vocab=60, permutations=0
+        lambda some: logits[np.array(some) - 12_000], range(12_000, 12_030), sets, d_vocab=60, permutations=0,
+        min_size=2,
     )
     top = many.manhattan().layout.yaxis.range[1]
     placed = [

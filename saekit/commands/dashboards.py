@@ -180,7 +180,12 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager, over
     place = beside(subjects) if folder is None else as_path(folder)
     if not (place / MANIFEST).is_file():
         return None
-    manifest = StoreManifest.load(place)
+    try:
+        manifest = StoreManifest.load(place)
+    except DataError:
+        if overwrite:
+            return None
+        raise
     if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
         if overwrite:
             return None

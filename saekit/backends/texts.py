@@ -16,8 +16,8 @@ def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
     Alone, a token of a tokenizer like SentencePiece's loses the space that it begins with (``▁the``), since a text does
     not begin with one.  So joined, these are the decoded text, with such a space before its first token, and but for
-    characters of several tokens, each of which is ``�`` for every byte, or every token, of its own.  Special tokens and others
-    that were added are what they are called.
+    characters that are made of several tokens, each of which is ``�``.  Special tokens and others that were added are
+    what they are called.
     """
     added = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     before = next(filter(None, (_stands_before(tokenizer, text) for text in _BEFORE)), None)

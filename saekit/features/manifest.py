@@ -36,6 +36,7 @@ from saekit.plugins.text import short
 __all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences", "is_store"]
 
 MANIFEST, FORMAT = "manifest.json", 2
+_VOCABULARY = "vocabulary.json"
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
 
 
@@ -129,9 +130,9 @@ class StoreManifest:
             raise DataError(f"{folder / MANIFEST} is not the manifest of a feature store")
         if table["format"] != FORMAT:
             raise DataError(
-                f"the feature store {str(folder)!r} is of format {short(table['format'])}, and this version of saekit reads "
-                f"{FORMAT}: collect the features again (overwrite=True, --overwrite), or read it with the saekit that "
-                f"wrote it ({table.get('saekit_version') or 'its version is not known'})"
+                f"the feature store {str(folder)!r} is of format {short(table['format'])}, and this version of saekit "
+                f"reads {FORMAT}: collect the features again (overwrite=True, --overwrite), or read it with the saekit "
+                f"that wrote it ({table.get('saekit_version') or 'its version is not known'})"
             )
         seal = table.pop("seal", None)
         if seal != _seal(table):
@@ -163,11 +164,11 @@ class StoreManifest:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether what lies in ``folder`` says that it is a store."""
+    """Whether what lies in ``folder`` says that it is a store, which may be damaged."""
     try:
         table = read_json(folder / MANIFEST)
     except (OSError, ValueError):
-        return False
+        return (folder / MANIFEST).is_file() and (folder / _VOCABULARY).is_file()
     return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 

@@ -67,13 +67,11 @@ def test_leading_spaces_and_bytes_of_pieces_are_kept(make: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["AutoModelForCausalLM", "TransformerBridge", "HookedTransformer"])
 def test_every_backend_shows_them(backend: str) -> None:
-    found = llama()
     model: Any = hooked_transformer() if backend == "HookedTransformer" else make_causal_lm("gpt2", n_layer=1)
-    if backend == "TransformerBridge":
-        model = bridge()
-    model.tokenizer = found
+    loaded: Any = saekit.load_model(bridge() if backend == "TransformerBridge" else model, backend=backend)
+    loaded.tokenizer = found = llama()
     ids = found("the cat", add_special_tokens=False)["input_ids"]
-    assert saekit.load_model(model, backend=backend).token_texts([1, *ids]) == ["<s>", " the", " cat"]
+    assert loaded.token_texts([1, *ids]) == ["<s>", " the", " cat"]
 
 
 def test_a_tokenizer_of_bytes_says_what_it_decodes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Literal, Self, TypeAlias
 
 import attrs
@@ -159,7 +160,7 @@ class LossEffects:
         for batch, part, which, changes in self._parts(pairs):
             asked = torch.from_numpy(np.stack([pairs[pair] for pair in part]))
             effects = (
-                self._exact(batch, which, changes, _last(asked) + 2)
+                self._exact(batch, which, changes, _last(asked) + 2 if self._may_be_cut else None)
                 if self._path is None
                 else self._directly(batch, which, changes, asked)
             )
@@ -181,6 +182,16 @@ class LossEffects:
                 which = torch.tensor([places[context] for context, _ in part])
                 yield batch, part, which, batch.changes(which, [feature for _, feature in part])
 
+    @cached_property
+    def _may_be_cut(self) -> bool:
+        """Whether what comes later in a context changes nothing before it, as it is in a causal model: that is tried."""
+        tokens = torch.from_numpy(self.features.store.contexts[:1].astype(np.int64))
+        half = tokens.shape[1] // 2
+        if half < 2:
+            return False
+        whole, cut = (self.backend.run(some, want="loss").loss for some in (tokens, tokens[:, :half]))
+        return torch.allclose(whole[:, : half - 1], cut, rtol=1e-2, atol=1e-2)
+
     def _batch(self, contexts: Sequence[int]) -> _Batch:
         """The model as it is on some contexts of the store, and what the SAE finds there."""
         tokens = torch.from_numpy(self.features.store.contexts[contexts].astype(np.int64))
@@ -199,10 +210,10 @@ class LossEffects:
         counts = self.tokens.kept(tokens).reshape(-1).to(found.rows.device)
         return _Batch(self.sae, forwards, inputs, found, counts)
 
-    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int) -> Tensor:
+    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int | None) -> Tensor:
         """``[b, length - 1]``, of the contexts ``which [b]`` of a batch, with ``changes [b, t, d_out]``.
 
-        What comes after the first ``length`` tokens changes nothing before it: it is left out.
+        What comes after the first ``length`` tokens, if that is given, changes nothing before it: it is left out.
         """
         forwards, names = batch.forwards, [site.name for site in self.sites.targets]
         held = {name: x[which.to(x.device), :length] for name, x in forwards.held.items()}

@@ -30,7 +30,7 @@ class LogitPath:
     """
 
     unembedding: Tensor = attrs.field(converter=_at_least_float32)
-    """``[d_model, d_vocab]``, in float32 where the model's is narrower: 8 bits of a product do not tell logits apart."""
+    """``[d_model, d_vocab]``, in float32 where the model's is narrower: 8 bits do not tell logits apart."""
     output_weights: Tensor | None = None
     """``[d, d_model]``, of what is not in the residual stream itself."""
 

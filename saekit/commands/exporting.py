@@ -5,6 +5,8 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +68,9 @@ def export_neuronpedia(
     for again; one of something else in ``folder`` is an error, unless ``overwrite``.
     :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
     """
-    _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
+    _check(schema, batch_size, min_log_fraction, {
+        "top": top, "quantiles": quantiles, "per_quantile": per_quantile, "seed": seed
+    })  # fmt: skip
     known = _credits(about or {})
     _check_told(contributions, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
@@ -148,7 +152,7 @@ def export_delphi(
         module_path = module_path_of(one.about.inputs[0], None if model is None else as_backend(model))
     cache = DelphiCache(one, module_path, n_splits)
     place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
-    with exporting(place):
+    with exporting(place, whole=True):
         return _counted(one.about.d_sae, verbose, lambda report: cache.write(place, report, overwrite=overwrite))
 
 
@@ -192,10 +196,18 @@ def _numbers(numbers: Sequence[int] | str) -> list[int] | None:
             raise ConfigError([("numbers", f'must be numbers of features or "all", found {numbers!r}')])
         return None
     found = [*numbers]
-    odd = [one for one in found if isinstance(one, bool) or not hasattr(one, "__index__")]
+    odd = [one for one in found if not _is_whole(one)]
     if odd or not found:
         raise ConfigError([("numbers", f"must be whole numbers, found {odd[0]!r}" if odd else "names none")])
     return sorted({one.__index__() for one in found})
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number, of whatever library."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) is not None  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def _credits(about: Mapping[str, str]) -> Credits:
@@ -222,7 +234,9 @@ def _check(schema: object, batch_size: object, least: object, counts: dict[str, 
     for name, value, low in (("batch_size", batch_size, 1), *((name, value, 0) for name, value in counts.items())):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             problems.append((name, f"must be a whole number of {low} or more, found {value!r}"))
-    if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float)) or not least <= 0):
+    if least is not None and (
+        isinstance(least, bool) or not isinstance(least, (int, float)) or not -math.inf < least <= 0
+    ):
         problems.append(
             ("min_log_fraction", f"must be the logarithm of a fraction, so 0 or less, such as -6; found {least!r}")
         )

@@ -160,7 +160,11 @@ def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreMa
     from saekit.features.manifest import StoreManifest
 
     return StoreManifest(
-        model={"name": work.backend.name, "fingerprint": work.backend.fingerprint()},
+        model={
+            "name": work.backend.name,
+            "fingerprint": work.backend.fingerprint(),
+            "bos": work.backend.special_tokens.get("bos"),
+        },
         dataset=facts,
         contexts=len(work.contexts),
         context_size=work.contexts.shape[1],

@@ -12,7 +12,7 @@ import attrs
 from saekit.exports.examples import (
     Group,
     Texts,
-    begins_with_one_token,
+    begins_with_bos,
     groups,
     numbers_of_feature,
     rounded,
@@ -51,7 +51,7 @@ class Schema(ABC):
 
     def __init__(self, sae: SAEFeatures, settings: Settings, texts: Texts, effects: Effects | None, now: str) -> None:
         self.sae, self.settings, self.texts, self.effects, self.now = sae, settings, texts, effects, now
-        self.cut = int(begins_with_one_token(sae.store))
+        self.cut = int(begins_with_bos(sae))
         """Tokens that are left out at the beginning of a context: BOS."""
 
     def files(self, number: int) -> list[str]:

@@ -85,7 +85,7 @@ class StoreManifest:
     """What is in a store, and what it was made of."""
 
     model: Mapping[str, Any]
-    """``name`` and ``fingerprint`` of the weights."""
+    """``name``, ``fingerprint`` of the weights, and ``bos``, the id of the token that begins texts, or None."""
     dataset: Mapping[str, Any]
     """What is known of the text: ``dataset``, ``held_out``, ``seed``."""
     contexts: int

@@ -60,18 +60,16 @@ def export_neuronpedia(
     written, but listed in ``skipped_indexes.json``.  Of others there are the ``top`` windows and ``per_quantile`` from
     each of ``quantiles``, of whole contexts or of ``window`` tokens before and after.
 
-    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path.  With
-    ``attribution``, the others say from which tokens of a window an attention brings what makes a feature active where
-    the SAE reads heads (DFA: see :mod:`saekit.analysis.attribution`).  Both need the SAE: ``features`` is the run or
-    SAE, or ``weights`` is; and its model, or the one that is given.
+    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path; with
+    ``attribution``, the others from which tokens an attention brings what makes it active (DFA).  Both need the SAE:
+    ``features`` is the run or SAE, or ``weights`` is; and its model, or the one that is given.
 
-    Each batch is there whole or not at all.  An export that was interrupted goes on where it stopped when it is asked
-    for again; one of something else in ``folder`` is an error, unless ``overwrite``.
-    :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    Each batch is there whole or not at all; asked for again, an export goes on where it stopped.  Another one in
+    ``folder`` is an error, unless ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found or fit.
     """
     _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
     known = _credits(about or {})
-    _check_told(contributions, attribution, schema, model=model, weights=weights)
+    asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
     store = store_beside(features)
     one = _one_sae(store, sae)
@@ -84,9 +82,7 @@ def export_neuronpedia(
         choice=Choice(top, quantiles, per_quantile, window, seed),
         credits=known,
     )
-    told = {}
-    if contributions or attribution:
-        told = _told(one, contributions, model, features if weights is None else weights, device)
+    told = _told(one, asked, model, features if weights is None else weights, device)
     place = store.folder.with_name(f"{store.folder.name}-neuronpedia") if folder is None else as_path(folder)
     return _written(one, settings, told, place, overwrite, verbose)
 
@@ -213,7 +209,8 @@ def _credits(about: Mapping[str, str]) -> Credits:
     return Credits(**about)
 
 
-def _check_told(contributions: bool, attribution: bool, schema: str, **told: object) -> None:
+def _asked(contributions: bool, attribution: bool, schema: str, **told: object) -> str | None:
+    """What the model is asked for: ``effects``, ``sources`` or nothing; :class:`ConfigError` for what does not fit."""
     if contributions and schema != "sae_lens_3":
         raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
     if attribution and schema == "sae_lens_3":
@@ -224,6 +221,7 @@ def _check_told(contributions: bool, attribution: bool, schema: str, **told: obj
             [(given, "is for what features do at each token, and where that comes from: ask for contributions "
               "(--contributions) or attribution (--attribution)")]
         )  # fmt: skip
+    return "effects" if contributions else "sources" if attribution else None
 
 
 def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
@@ -241,8 +239,10 @@ def _check(schema: object, batch_size: object, least: object, counts: dict[str, 
         raise ConfigError(problems)
 
 
-def _told(one: SAEFeatures, contributions: bool, model: object | None, weights: object, device: str) -> dict[str, Any]:
+def _told(one: SAEFeatures, what: str | None, model: object | None, weights: object, device: str) -> dict[str, Any]:
     """What says what features do at each token, or where that comes from, and of which model."""
+    if what is None:
+        return {}
     from saekit.commands.material import Material, Text
     from saekit.commands.subjects import subjects_of
     from saekit.devices import resolve_device
@@ -264,6 +264,6 @@ def _told(one: SAEFeatures, contributions: bool, model: object | None, weights: 
     with Status(verbose=False) as say:
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
     known = {"model": one.store.manifest.model}
-    if contributions:
+    if what == "effects":
         return known | {"effects": Contributions.made_of(one, subject.sae, backend)}
     return known | {"sources": sources_of(one, subject.sae, backend)}

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.errors import ConfigError, DataError, PlaceError
+from saekit.commands.stores import is_store, store_beside
+from saekit.errors import ConfigError, DataError
 from saekit.exports.naming import NeuronpediaName
 from saekit.exports.settings import SCHEMAS, Choice, Credits, Settings
 from saekit.files.paths import as_path
-from saekit.plugins.text import short
 from saekit.pretrained.catalog import Catalog, find_sae
 
 if TYPE_CHECKING:
     from saekit.features.store import FeatureStore, SAEFeatures
 
-__all__ = ["export_delphi", "export_neuronpedia", "features_of", "name_of", "neuronpedia_name"]
-
-_STORE, _MANIFEST = "features", "manifest.json"
+__all__ = ["export_delphi", "export_neuronpedia", "name_of", "neuronpedia_name"]
 
 
 def export_neuronpedia(
@@ -72,7 +70,7 @@ def export_neuronpedia(
     known = _credits(about or {})
     _check_told(contributions, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
-    store = features_of(features)
+    store = store_beside(features)
     one = _one_sae(store, sae)
     settings = Settings(
         schema=schema,
@@ -138,7 +136,7 @@ def export_delphi(
     """
     if isinstance(n_splits, bool) or not isinstance(n_splits, int) or n_splits < 1:
         raise ConfigError([("n_splits", f"must be a whole number of 1 or more, found {n_splits!r}")])
-    store = features_of(features)
+    store = store_beside(features)
     one = _one_sae(store, sae)
     from saekit.backends.around import as_backend
     from saekit.exports.delphi import DelphiCache, module_path_of
@@ -152,32 +150,6 @@ def export_delphi(
     place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
     with exporting(place):
         return _counted(one.about.d_sae, verbose, lambda report: cache.write(place, report, overwrite=overwrite))
-
-
-def features_of(where: object) -> FeatureStore:
-    """The feature store that is meant: one that is open, its folder, or a run or an SAE with one beside it."""
-    from saekit.features.store import FeatureStore
-
-    if isinstance(where, FeatureStore):
-        return where
-    where = getattr(where, "folder", where)  # of a result
-    if not isinstance(where, (str, Path)):
-        raise ConfigError(
-            [("features", f"must be a feature store, its folder, a run or an SAE's, found {short(where)}")]
-        )
-    place = as_path(where)
-    beside = [place / _STORE, *([place.parent / _STORE] if place.name == "sae" else [])]
-    found = next((one for one in (place, *beside) if (one / _MANIFEST).is_file()), None)
-    if found is not None:
-        return FeatureStore.open(found)
-    if not place.exists():
-        published = ":" in str(where) and "/" not in str(where).partition(":")[0]
-        how = "Collect the features into a folder (saekit features ... --folder FOLDER), and name that"
-        raise PlaceError(f"there is no folder {str(place)!r}. {how if published else 'Name a feature store, or a run'}")
-    raise PlaceError(
-        f"there are no features of {str(place)!r} yet: collect them first (saekit features {place}), or name the "
-        "folder in which they are"
-    )
 
 
 def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
@@ -194,7 +166,7 @@ def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
 def name_of(sae: str) -> NeuronpediaName:
     """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release."""
     if as_path(sae).exists():
-        return neuronpedia_name(_one_sae(features_of(sae), None))
+        return neuronpedia_name(_one_sae(store_beside(sae), None))
     release, colon, sae_id = sae.rpartition(":")
     if not colon or "/" in release:
         return NeuronpediaName.of(sae)
@@ -268,14 +240,11 @@ def _effects(
     from saekit.commands.subjects import subjects_of
     from saekit.devices import resolve_device
     from saekit.exports.contributions import Contributions
-    from saekit.features.store import FeatureStore
     from saekit.features.subject import checksum
     from saekit.plugins.manager import default_manager
     from saekit.status import Status
 
-    if isinstance(weights, FeatureStore) or (
-        isinstance(weights, (str, Path)) and (as_path(weights) / _MANIFEST).is_file()
-    ):
+    if is_store(weights):
         raise ConfigError(
             [("weights", "is missing: what features do at each token is told by the SAE, and a feature store has not "
               "its weights; give it, or where it lies (--weights)")]
@@ -287,4 +256,4 @@ def _effects(
         raise DataError(f"{', '.join(found)} is not the SAE whose features were collected as {one.name}: give that one")
     with Status(verbose=False) as say:
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
-    return Contributions.of(one, subject.sae, backend), one.store.manifest.model
+    return Contributions.made_of(one, subject.sae, backend), one.store.manifest.model

@@ -162,7 +162,7 @@ def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_p
         DataError, match=r"is of .*, and not of .* as it is now \(the checksums of the weights differ\)"
     ):
         saekit.dashboard(sae, **place)
-    saekit.dashboard(sae, overwrite=True, **asked, **place)
+    saekit.collect_features(sae, overwrite=True, model=OddBackend(), contexts=contexts, device="cpu", **place)
     assert saekit.dashboard(sae, **place).read_bytes() != first
 
 

@@ -6,17 +6,17 @@ the seal of its manifest or of a pass that has begun; of one that is damaged, by
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from saekit.errors import DataError, PlaceError, StorageError
+from saekit.errors import DataError, PlaceError
 from saekit.features.manifest import ANEW, MANIFEST, StoreManifest, differences, is_sealed, is_store
-from saekit.files.storage import locked, read_json
+from saekit.files.storage import read_json
+from saekit.files.writers import one_writer
 
 __all__ = [
     "COLLECTING",
@@ -139,31 +139,7 @@ def _remove_files(store: Path) -> None:
                 folder.rmdir()
 
 
-@contextmanager
-def storing(store: Path) -> Iterator[None]:
-    """For one writer at a time; what the disk refuses is a :class:`StorageError` that says how to go on."""
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaceError(
-            f"no feature store can be made in {str(store)!r}: {error.strerror or error}. Name another folder"
-        ) from error
-    try:
-        with locked(store):
-            yield
-    except BlockingIOError as error:
-        raise DataError(f"another process is collecting features into {str(store)!r}") from error
-    except PlaceError:
-        raise
-    except (OSError, StorageError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        reason = getattr(cause, "strerror", None) or error
-        if getattr(cause, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PlaceError(
-                f"nothing can be written into {str(store)!r}: {reason}. Name another folder, or ask for the right to "
-                "write there"
-            ) from error
-        raise StorageError(
-            f"cannot write the feature store {str(store)!r}: {reason}. What was collected so far is kept; when "
-            "there is room, the same call goes on after it"
-        ) from error
+def storing(store: Path) -> AbstractContextManager[None]:
+    """For one writer at a time; what the disk refuses is told with how to go on."""
+    then = "What was collected so far is kept; when there is room, the same call goes on after it"
+    return one_writer(store, "feature store", "collecting features into", then)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["check_title", "dashboard", "labels_in", "labels_of", "names_of"]
+__all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
 
@@ -75,12 +75,14 @@ def dashboard(
     ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file only
-    with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
+    only with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).
+    :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
-    place = _checked(choice, loss_effects, title, out, overwrite)
+    check_said(title, labels, sae)
+    place = _checked(choice, loss_effects, out, overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
@@ -98,23 +100,36 @@ def dashboard(
     return place
 
 
-def _checked(
-    choice: Choice, loss_effects: object, title: object, out: str | Path | None, overwrite: bool
-) -> Path | None:
+def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
     """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
     check_choice(choice)
     check_asked(loss_effects)
-    check_title(title)
     place = None if out is None else page_in(as_path(out))
     if place is not None:
         check_page(place, overwrite=overwrite)
     return place
 
 
-def check_title(title: object) -> None:
-    """:class:`ConfigError` for what no page can be called."""
+def check_said(title: object, labels: object, sae: object) -> None:
+    """:class:`ConfigError` for what cannot be a title, labels, or the name of an SAE, whatever the store has."""
     if title is not None and not _is_text(title):
         raise ConfigError([("title", f"must be a text that is valid Unicode, found {short(title)}")])
+    if sae is not None and not (isinstance(sae, str) and sae):
+        raise ConfigError([("sae", f"must be the name of an SAE, found {short(sae)}")])
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
+    by_name = _are_by_name(labels)
+    if by_name and (odd := [name for name, one in labels.items() if not isinstance(one, Mapping)]):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts for {odd[0]!r}, as for others")])
+    for own in labels.values() if by_name else [labels]:
+        for entry in own.items():
+            _label(entry)
+
+
+def _are_by_name(labels: Mapping[Any, Any]) -> bool:
+    return any(isinstance(one, Mapping) for one in labels.values())
 
 
 def _is_text(value: object) -> bool:
@@ -158,32 +173,34 @@ def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[st
     """By SAE and number, of the SAEs ``names`` of a store."""
     if labels is None:
         return {}
-    if not isinstance(labels, Mapping):
-        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
-    if any(isinstance(one, Mapping) for one in labels.values()):
+    if _are_by_name(labels):
         if unknown := [name for name in labels if name not in names]:
             raise ConfigError([("labels", f"names {short(unknown[0])}, and the SAEs are {', '.join(names)}")])
-        if odd := [name for name, one in labels.items() if not isinstance(one, Mapping)]:
-            raise ConfigError([("labels", f"must be a mapping of numbers to texts for {odd[0]!r}, as for others")])
         by_name = labels
     elif len(names) == 1 or not labels:
         by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
     return {
-        name: dict(_label(one, name, store.saes[name].about.d_sae) for one in own.items())
+        name: dict(_label_in(one, name, store.saes[name].about.d_sae) for one in own.items())
         for name, own in by_name.items()
     }
 
 
-def _label(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
+def _label(entry: tuple[Any, Any]) -> tuple[str, str]:
+    """The digits of a number, and what people call the feature."""
     number, text = entry
     digits = str(number) if isinstance(number, str) or type(number) is int else ""
     if not (digits.isascii() and digits.isdecimal() and _is_text(text)):
         wrong = f"{{{json.dumps(str(number))[:40]}: {short(text)}}}"
         raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
+    return digits, text
+
+
+def _label_in(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
+    digits, text = _label(entry)
     if len(digits) > len(str(d_sae)) or int(digits) >= d_sae:
-        raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(number)}")])
+        raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(entry[0])}")])
     return int(digits), text
 
 

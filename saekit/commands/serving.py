@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import check_title, labels_of, names_of
+from saekit.commands.dashboards import check_said, labels_of, names_of
 from saekit.commands.effects import effects_of
 from saekit.commands.stores import store_of
 from saekit.dashboards.effects import check_asked
@@ -55,7 +55,7 @@ def serve_dashboard(
     :class:`saekit.errors.MissingPackageError` where the web server is not installed (``pip install 'saekit[serve]'``).
     """
     _check(host, port, allowed_hosts, loss_effects)
-    check_title(title)
+    check_said(title, labels, sae)
     plugins = plugins or default_manager()
     with opened_port(host, port) as opened:  # before anything long
         from saekit.dashboards.data import Look

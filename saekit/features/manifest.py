@@ -48,7 +48,7 @@ __all__ = [
 
 MANIFEST, FORMAT = "manifest.json", 2
 ANEW = "Collect the features again (overwrite=True of saekit.collect_features, saekit features --overwrite)"
-_VOCABULARY = "vocabulary.json"
+_BESIDE = ("contexts.safetensors", "vocabulary.json")
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
 
 
@@ -184,7 +184,8 @@ def is_store(folder: Path) -> bool:
     try:
         table = read_json(folder / MANIFEST)
     except (OSError, ValueError):
-        return (folder / MANIFEST).is_file() and (folder / _VOCABULARY).is_file()
+        beside = [(folder / name).is_file() for name in _BESIDE]
+        return any(beside) if (folder / MANIFEST).is_file() else all(beside)
     return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -31,6 +32,21 @@ pytest.register_assert_rewrite("support")
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than processors (``-n auto``): a test that waits for a process that it started does nothing itself."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Hypothesis, which is imported for the summary at the latest, looks for who holds random numbers."""
+    gc.unfreeze()
 
 
 _OF_SHORT_RUNS = (

@@ -104,9 +104,17 @@ class Command:
 
 
 @functools.cache
-def server(heavy: bool) -> Server:
-    """The one of this process; the light one has not imported torch, nor what takes as long."""
-    return Server(LIGHT + HEAVY + JOBS if heavy else LIGHT)
+def server(imports: tuple[str, ...]) -> Server:
+    """The one of this process that has imported these."""
+    return Server(imports)
+
+
+@functools.cache
+def _imports(light: bool) -> tuple[str, ...]:
+    """The light ones are neither torch nor what takes as long."""
+    points = importlib.metadata.entry_points(group="saekit")
+    own = (point.value for point in points if point.dist is not None and point.dist.name == "saekit")
+    return LIGHT + (() if light else HEAVY + JOBS) + tuple(own)
 
 
 def python(
@@ -115,16 +123,19 @@ def python(
     env: Mapping[str, str] | None = None,
     light: bool = False,
     watch: bool = False,
+    imports: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     """As ``subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=env)``.
 
     ``arguments`` are those of Python: ``-W`` and what it shall do, then ``-c CODE``, ``-m MODULE`` or a file, and
-    what follows is ``sys.argv``.  ``light``: begin without torch and the like; ``watch``: and fail if any is imported.
+    what follows is ``sys.argv``.  ``light``: begin without torch and the like; ``watch``: and fail if any is imported;
+    ``imports``: begin with these alone.
     """
     words = [str(word) for word in arguments]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as loaded:
         files = (out, said, loaded)
-        code = server(not light and not watch).start(words, cwd, env, *(file.fileno() for file in files)).close()
+        warm = server(imports or _imports(light or watch))
+        code = warm.start(words, cwd, env, *(file.fileno() for file in files)).close()
         texts = []
         for file in files:
             file.seek(0)
@@ -147,7 +158,7 @@ class Popen:
         self.stdout, self.stderr = (os.fdopen(number, encoding="utf-8") for number in (out, said))
         self.args = [sys.executable, *map(str, arguments)]
         try:
-            self._command = server(not light).start(self.args[1:], cwd, env, their_out, their_said)
+            self._command = server(_imports(light)).start(self.args[1:], cwd, env, their_out, their_said)
         finally:
             os.close(their_out)
             os.close(their_said)
@@ -335,9 +346,6 @@ def main(number: int, imports: list[str]) -> NoReturn:
     del sys.path[0]
     for name in imports:
         importlib.import_module(name)
-    for point in importlib.metadata.entry_points(group="saekit"):
-        if point.dist is not None and point.dist.name == "saekit":
-            point.load()
     assert threading.active_count() == 1, threading.enumerate()
     gc.freeze()  # a fork would copy all of it to look through it
     job, (reply, out, said, *loaded) = _serve(socket.socket(fileno=number))

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later."""
+    # While it is imported it looks through all that there is, for who holds random numbers; it always is, at the end.
+    import hypothesis  # noqa: F401
+
     gc.disable()
     yield
     gc.freeze()
     gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish() -> None:
-    """Hypothesis, which is imported for the summary at the latest, looks for who holds random numbers."""
-    gc.unfreeze()
 
 
 _OF_SHORT_RUNS = (
@@ -60,10 +58,16 @@ _NOT_OF_RUNS = {"analysis", "config", "evals", "plugins", "splicing", "testing"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that train for a few steps are not asked whether the SAE is of this model."""
     here = Path(__file__).parent
+    marks = [pytest.mark.filterwarnings(line) for line in _OF_SHORT_RUNS]
+
+    @cache
+    def of_runs(path: Path) -> bool:
+        return path.is_relative_to(here) and path.relative_to(here).parts[0] not in _NOT_OF_RUNS
+
     for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in _NOT_OF_RUNS:
-            for line in _OF_SHORT_RUNS:
-                item.add_marker(pytest.mark.filterwarnings(line))
+        if of_runs(item.path):
+            for mark in marks:
+                item.add_marker(mark)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

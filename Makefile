@@ -14,13 +14,18 @@ TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_confor
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
 EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
-.PHONY: demo test test-newest test-peers test-tl4 lint docs bench clean
+.PHONY: demo test test-processes test-newest test-peers test-tl4 lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Steps of 2 and of 4 processes against those of one: every architecture that trains, with every mix of options.
+test-processes: $(STAMP)
+	SAEKIT_PROCESSES=2 $(BIN)/python -m pytest -n 0 tests/distributed/test_equal_steps.py
+	SAEKIT_PROCESSES=4 $(BIN)/python -m pytest -n 0 tests/distributed/test_equal_steps.py
 
 # The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
 # reason below.

@@ -27,6 +27,8 @@ __all__ = [
     "AttachesHooks",
     "Concludes",
     "ConvertsConfigs",
+    "CopiesState",
+    "Elementwise",
     "ExposedPoint",
     "ExposesHooks",
     "GuardedOptimizer",
@@ -42,6 +44,7 @@ __all__ = [
     "Pauses",
     "Remarks",
     "RunsUndisturbed",
+    "SharesRows",
     "SparseActivation",
     "StartsInside",
     "StatesProcessing",
@@ -270,6 +273,14 @@ class GuardedOptimizer(Optimizer, Protocol):
 
 
 @runtime_checkable
+class Elementwise(Protocol):
+    """An optimizer that updates each number by its own past alone, so that parameters may be split over processes."""
+
+    elementwise: bool
+    """True."""
+
+
+@runtime_checkable
 class HasMoments(Protocol):
     """An optimizer that says what it keeps of every parameter, so that what was saved can be checked."""
 
@@ -302,6 +313,20 @@ class StatesRows(Protocol):
 
 
 @runtime_checkable
+class SharesRows(Protocol):
+    """An activation source that gives each of several processes other rows, so that together they see all of them.
+
+    It works with :attr:`saekit.data.StreamContext.own`, whose batches and contexts are this process's part; a part of
+    a batch may have fewer rows where the data ends.  One without this ability is opened alike by all, for whole
+    batches, of which each takes its part: that is right where rows depend on the seed alone, and each does all the
+    work.
+    """
+
+    shares_rows: bool
+    """True."""
+
+
+@runtime_checkable
 class Pauses(Protocol):
     """An activation source that works ahead of the batches that it is asked for, and can be told not to."""
 
@@ -310,6 +335,17 @@ class Pauses(Protocol):
 
         A next batch may be asked for all the same, and is the one that it would have been.
         """
+
+
+@runtime_checkable
+class CopiesState(Protocol):
+    """An activation source whose states need no copy, although they are written while it works on.
+
+    Of any other, a checkpoint copies the tensors first: those may be what the source works with.
+    """
+
+    copies_state: bool
+    """Whether the tensors of each ``state_dict()`` are written to by nobody from then on."""
 
 
 @runtime_checkable

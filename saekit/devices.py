@@ -25,15 +25,25 @@ def resolve_device(device: str, option: str, dtype: str | None = None) -> str:
 
     if device == "auto":
         if torch.cuda.is_available():
-            return "cuda"
+            return _this_gpu()
         return "mps" if torch.backends.mps.is_available() and dtype != "float64" else "cpu"
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise ConfigError([(option, f"{device!r} cannot be used: {str(error).splitlines()[0]}")]) from error
+    if device == "cuda":
+        return _this_gpu()
     if kind == "mps" and dtype == "float64":
         raise ConfigError([(option, f"{device!r} has no float64, which was asked for; use 'cpu', or float32")])
     return device
+
+
+def _this_gpu() -> str:
+    """The GPU of this process, of several on a machine: by its number, since to other threads ``cuda`` is the first."""
+    import torch
+
+    number = torch.cuda.current_device()
+    return f"cuda:{number}" if number else "cuda"
 
 
 def widest(device: torch.device) -> torch.dtype:

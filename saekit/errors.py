@@ -106,6 +106,18 @@ class DivergedError(SaekitError):
     exit_code = 1
 
 
+def resume_command(run: Path, processes: int = 1) -> str:
+    """What goes on with ``run``, which so many processes trained."""
+    start = "" if processes == 1 else f"torchrun --nproc-per-node {processes} --no-python "
+    return f"{start}saekit train --resume {shlex.quote(str(run))}"
+
+
+class LostProcessError(SaekitError):
+    """Another process of a run has gone, or does not answer."""
+
+    exit_code = 1
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was interrupted; what it needs to go on is saved at ``checkpoint`` in the run folder ``run``."""
 
@@ -119,9 +131,10 @@ class TrainingInterrupted(KeyboardInterrupt):
         signal: int = 2,
         problem: str | None = None,
         newest: Path | None = None,
+        processes: int = 1,
     ) -> None:
         """``newest`` is the checkpoint to go on from, if there is one, and ``problem`` why it is not of this step."""
-        command = f"saekit train --resume {shlex.quote(str(run))}"
+        command = resume_command(run, processes)
         on = f"go on from {newest} with: {command}" if newest else "there is none to go on from"
         if checkpoint is not None and checkpoint == newest:
             where = f"saved in {checkpoint}. Go on with: {command}"

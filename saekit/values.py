@@ -69,9 +69,16 @@ class Batch:
     """``[n]`` positions of the tokens' documents in the dataset."""
     positions: Tensor | None = None
     """``[n]`` positions in the context."""
+    counts: tuple[int, ...] = attrs.field(default=(), kw_only=True)
+    """Of processes that split a batch, whose part this is: the rows of each.  Empty: this is the whole batch."""
 
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
+
+    @property
+    def whole(self) -> int:
+        """Rows of the whole batch."""
+        return sum(self.counts) if self.counts else len(self)
 
     def rows_at(self, sites: Sequence[Site]) -> Tensor:
         """The rows ``[n, d]`` at ``sites``, side by side; of one site the very tensor that is there."""

@@ -6,6 +6,8 @@ what does the work.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -15,6 +17,7 @@ import attrs
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
+from saekit.distributed.launched import Launched, check_mesh, refuse_several
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -73,6 +76,7 @@ def train(
     configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
+    check_mesh(configs[0].distributed, Launched.here(os.environ))
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
     with _status(configs) as say:
         from saekit.runs.run import begin
@@ -106,7 +110,8 @@ def resume(
     plugins = plugins or default_manager()
     run, unusable = as_path(run), dict[Path, str]()
     record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
-    with alone_in(run):
+    launched = Launched.here(os.environ)
+    with contextlib.nullcontext() if launched.rank else alone_in(run):
         while True:
             resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
@@ -118,6 +123,8 @@ def resume(
                 try:
                     return go_on(resumption, plugins, model, dataset, say)
                 except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
+                    if launched.size > 1:
+                        raise
                     unusable[error.checkpoint] = str(error)
 
 
@@ -166,6 +173,7 @@ def cache_activations(
     call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
     early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
     """
+    refuse_several("writing a cache of activations")
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     preflight.of_cache(config, plugins, model, dataset).raise_any()
@@ -188,6 +196,7 @@ def pretokenize(
     made, so that ``dataset.path`` alone makes training read them.  ``model`` and ``dataset`` are as for
     :func:`saekit.train`.
     """
+    refuse_several("pretokenizing")
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
     preflight.of_pretokenize(config, plugins, model, dataset).raise_any()
@@ -200,6 +209,7 @@ def _status(configs: Sequence[TrainConfig]) -> Status:
     """Says what is being done, as far as one of ``configs`` wants it said; at first torch is imported."""
     from saekit.status import Status
 
-    status = Status(verbose=any(config.training.verbose for config in configs))
+    shown = any(config.training.verbose for config in configs)
+    status = Status(verbose=shown and Launched.here(os.environ).rank == 0)
     status.importing("torch")
     return status

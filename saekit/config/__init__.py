@@ -10,6 +10,7 @@ from __future__ import annotations
 from saekit.config.activations import ActivationsConfig, CacheConfig
 from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
+from saekit.config.distributed import DistributedConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import (
     CHOOSES_START,
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointsConfig",
     "CompileMode",
     "DatasetConfig",
+    "DistributedConfig",
     "Dtype",
     "EvalsConfig",
     "ModelConfig",

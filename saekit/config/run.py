@@ -7,6 +7,7 @@ import attrs
 from saekit.config.activations import ActivationsConfig
 from saekit.config.checkpoints import CheckpointsConfig
 from saekit.config.dataset import DatasetConfig
+from saekit.config.distributed import DistributedConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import INSTEAD_OF, PluginChoice, plugin_field
 from saekit.config.model import ModelConfig
@@ -57,6 +58,8 @@ class TrainConfig:
     """Where the run is kept."""
     reports: ReportsConfig = attrs.field(factory=ReportsConfig)
     """What the run leaves behind to be looked at."""
+    distributed: DistributedConfig = attrs.field(factory=DistributedConfig)
+    """How the run is spread over processes."""
 
     __repr__ = changed_repr
 

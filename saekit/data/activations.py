@@ -100,7 +100,7 @@ class ActivationStream:
         rows = {
             site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site] for site in parts[0]
         }
-        origins = {
+        origins: dict[str, Any] = {
             "tokens": tokens.flatten(),
             "documents": torch.from_numpy(contexts.documents).flatten(),
             "positions": torch.arange(tokens.shape[1]).repeat(len(tokens)),

@@ -148,7 +148,9 @@ class ShuffleBuffer:
 
 def _gathered(block: Tensor, slots: Tensor) -> Tensor:
     """The rows ``slots`` of ``block`` on the CPU; in pieces, since a GPU need not have room for all of them twice."""
-    rows = torch.empty(len(slots), *block.shape[1:], dtype=block.dtype)
+    if block.device.type == "cpu":
+        return block.index_select(0, slots)
+    rows = torch.empty(len(slots), *block.shape[1:], dtype=block.dtype, pin_memory=block.device.type == "cuda")
     for part, target in zip(slots.split(65_536), rows.split(65_536), strict=True):
         target.copy_(block.index_select(0, part.to(block.device)))
     return rows

@@ -36,6 +36,8 @@ class Corpus:
     """How pretokenized contexts were made; else None."""
     mask: str | None = None
     """The column that says which tokens count (``tokens.mask_column``)."""
+    part: tuple[int, int] = (0, 1)
+    """Of the documents that are trained on, every so many-th, from which on: those of this process, and of how many."""
 
     @classmethod
     def of(cls, config: DatasetConfig, evals: EvalsConfig, dataset: Any = None, mask: str | None = None) -> Corpus:
@@ -117,7 +119,10 @@ class Corpus:
         return self._stream(backend, self.training_documents(), repeat=self.config.on_exhausted == "repeat")
 
     def training_documents(self) -> Documents:
-        """What is trained on: all documents, or all that are not held out."""
+        """What is trained on: all documents, or all that are not held out; of several processes, this one's part."""
+        return self._trained_on().part(*self.part)
+
+    def _trained_on(self) -> Documents:
         every = self.evals.held_out_every if self.evals.split is None else 0
         if not every:
             return self.documents()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -48,6 +49,9 @@ class StreamContext:
         doubt: Callable[[str], None] = lambda text: None,
         choice: TokenChoice | None = None,
         masked: bool = False,
+        process: int = 0,
+        processes: int = 1,
+        open_own: Callable[[], ContextStream] | None = None,
     ) -> None:
         self.backend = backend
         self.choice = choice or TokenChoice()
@@ -58,6 +62,8 @@ class StreamContext:
         """The sites to read: all inputs and targets of every dictionary that trains on these batches."""
         self.batch_size = batch_size
         """Rows in a batch."""
+        self.process, self.processes = process, processes
+        """The number of this process, from 0, and how many train together.  Each opens a source: see :attr:`own`."""
         self.seed = seed
         """For the source's own generators."""
         self.repeat = repeat
@@ -69,12 +75,26 @@ class StreamContext:
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
         self.doubt = doubt
         """To be told, in words, of what looks wrong but would run."""
-        self._open_contexts, self._find_identity = open_contexts, find_identity
+        self._open_contexts, self._find_identity, self._open_own = open_contexts, find_identity, open_own
 
     @cached_property
     def contexts(self) -> ContextStream:
         """The packed contexts of the training text."""
         return self._open_contexts()
+
+    @cached_property
+    def own(self) -> StreamContext:
+        """What this process has of it: a part of each batch, and the contexts of a part of the documents.
+
+        For sources that share rows (:class:`saekit.abilities.SharesRows`).  One process has all of it.
+        """
+        if self.processes == 1:
+            return self
+        own = copy.copy(self)
+        vars(own).pop("contexts", None)
+        own.batch_size = self.batch_size // self.processes
+        own._open_contexts = self._open_own or self._open_contexts
+        return own
 
     def rows_per_context(self, context_size: int) -> int:
         """Tokens of a context that may count, at most."""
@@ -83,7 +103,7 @@ class StreamContext:
     @property
     def position(self) -> int | None:
         """Contexts that were taken from the text so far; None: nobody has opened it."""
-        contexts: ContextStream | None = vars(self).get("contexts")
+        contexts: ContextStream | None = vars(vars(self).get("own", self)).get("contexts")
         return None if contexts is None else contexts.contexts_served
 
     @cached_property

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from saekit.config import DatasetConfig
 from saekit.data.documents import CONVERSATIONS, Document, Form, messages_of
-from saekit.data.faults import check_counts
 from saekit.data.in_memory import in_memory_records, may_be_on_hub
+from saekit.data.reader import DocumentReader, Owners, is_int
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
 from saekit.hub import within_reach
@@ -20,8 +20,6 @@ from saekit.reasons import reason
 __all__ = ["DocumentReader", "Documents", "check_place"]
 
 STDLIB = "saekit/python-stdlib"
-Owners: TypeAlias = tuple[str, Callable[[Sequence[int]], bool]]
-"""A column that has the documents a record is from, and which of them choose the record."""
 _FORMATS = {
     **dict.fromkeys((".txt", ".text", ".md", ".py"), "text"),
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
@@ -47,6 +45,7 @@ class Documents:
         owners: Owners | None = None,
         form: Form | None = None,
     ) -> None:
+        self._part: tuple[int, int] | None = None
         self._records = records
         self._form = form or Form()
         self._keep, self._owners = keep, owners
@@ -103,93 +102,30 @@ class Documents:
         """How many records there are, held-out ones included, if the dataset knows."""
         return len(self._records) if isinstance(self._records, Sized) else None
 
+    def part(self, number: int, parts: int) -> Documents:
+        """Of those that are chosen every ``parts``-th, from ``number`` on; together, ``parts`` such have each once.
+
+        :class:`DataError` where there are fewer documents than parts.
+        """
+        if parts == 1:
+            return self
+        found = sum(1 for _ in itertools.islice(self.read(), parts))
+        if found < parts:
+            raise DataError(
+                f"{self._where} has {found} documents to train on, and {parts} processes share them; give it as more "
+                "and smaller documents, or start fewer processes"
+            )
+        own = copy.copy(self)
+        own._part = (number, parts)
+        return own
+
     def read(self) -> DocumentReader:
         """The documents from the first, with a position that can be saved."""
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(
             records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners,
-            form=self._form,
+            form=self._form, part=self._part,
         )  # fmt: skip
-
-
-class DocumentReader:
-    """An iterator of ``(position in the dataset, document)`` whose position can be saved."""
-
-    def __init__(
-        self,
-        records: Any,
-        column: str | None,
-        keep: Callable[[int], bool] | None,
-        *,
-        seekable: bool = False,
-        where: str = "the dataset",
-        owners: Owners | None = None,
-        form: Form | None = None,
-    ) -> None:
-        self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
-        self._where, self._owners, self._form = where, owners, form or Form()
-        self._next = 0
-        self._iterator: Iterator[Any] | None = None
-        self._loaded: Any = None  # the position to begin at, of records that know theirs
-
-    def __iter__(self) -> Iterator[tuple[int, Document]]:
-        return self
-
-    def __next__(self) -> tuple[int, Document]:
-        while True:
-            record = self._record()
-            index, self._next = self._next, self._next + 1
-            if self._keep is not None and not self._keep(index):
-                continue
-            if self._owners is not None and not self._chosen(record, index):
-                continue
-            document = record if self._column is None else _field(record, self._column, index, self._where)
-            if document is None:
-                continue  # a missing value is no text
-            if isinstance(document, (int, float, dict)) and not self._form.chat:
-                raise DataError(
-                    f"document {index} has {type(document).__name__} {document!r} in column {self._column!r}, expected "
-                    "a text or a list of token ids"
-                )
-            return index, self._form.made(document, record, index, self._where)
-
-    def _chosen(self, record: Any, index: int) -> bool:
-        assert self._owners is not None
-        column, chosen = self._owners
-        ids = _field(record, column, index, self._where)
-        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or not all(_is_int(number) for number in ids):
-            raise DataError(
-                f"document {index} of {self._where} has {ids!r:.80} in column {column!r}, expected a list of documents"
-            )
-        return chosen([int(number) for number in ids])
-
-    def _record(self) -> Any:
-        try:
-            if self._iterator is None:
-                self._iterator = self._begin()
-            return next(self._iterator)
-        except (StopIteration, DataError):
-            raise
-        except Exception as error:  # a file that is damaged later on, a connection that ended: any type at all
-            raise DataError(f"document {self._next} of {self._where} cannot be read: {reason(error)}") from error
-
-    def _begin(self) -> Iterator[Any]:
-        if not self._seekable:
-            return _from(self._records, self._next)
-        return itertools.islice(iter(self._records), 0 if self._loaded is not None else self._next, None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position of the next document."""
-        position = self._loaded if self._iterator is None else self._records.state_dict() if self._seekable else None
-        return {"next": self._next} | ({} if position is None else {"records": position})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the very next document."""
-        check_counts(state, "next")
-        self._next, self._iterator = state["next"], None
-        self._loaded = state.get("records") if self._seekable else None
-        if self._loaded is not None:
-            self._records.load_state_dict(self._loaded)
 
 
 def _copied(records: Any) -> Any:
@@ -201,24 +137,6 @@ def _copied(records: Any) -> Any:
 
     table = getattr(HfFileSystem, "_cache", None)
     return copy.deepcopy(records, {id(table): table})
-
-
-def _from(records: Any, position: int) -> Iterator[Any]:
-    """``records`` from ``position`` on; a HF dataset and a list need not read what comes before."""
-    if isinstance(records, Sequence):
-        return (records[index] for index in range(position, len(records)))
-    if position and hasattr(records, "skip"):
-        at_end = hasattr(records, "__len__") and position >= len(records)  # a Dataset refuses to skip all of itself
-        return iter(()) if at_end else iter(records.skip(position))
-    return itertools.islice(iter(records), position, None)
-
-
-def _field(record: Any, column: str, index: int, where: str) -> Any:
-    try:
-        return record[column]
-    except (KeyError, TypeError) as error:
-        found = f"it has {', '.join(map(repr, record))}" if isinstance(record, Mapping) else f"it is {record!r}"
-        raise DataError(f"document {index} of {where} has no column {column!r}; {found}") from error
 
 
 def _first(records: Any, where: str) -> Any:
@@ -249,7 +167,7 @@ def _column(record: Any, wanted: str | None, where: str, form: Form) -> str:
     value = record[column]
     if value is None or form.chat:
         return column
-    if not isinstance(value, str) and not (hasattr(value, "__len__") and all(_is_int(item) for item in value)):
+    if not isinstance(value, str) and not (hasattr(value, "__len__") and all(is_int(item) for item in value)):
         raise DataError(
             f"column {column!r} of {where} holds {type(value).__name__}, expected texts or lists of token ids{chats}"
         )
@@ -261,10 +179,6 @@ def _of_chats(record: Mapping[str, Any], wanted: str | None) -> str:
     names = CONVERSATIONS if wanted is None else (wanted,)
     there = [name for name in names if name in record and messages_of(record[name])]
     return f". Conversations, as in {there[0]!r}, become text with dataset.chat_template = true" if there else ""
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:

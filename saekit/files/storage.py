@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ __all__ = [
     "locked",
     "new_files",
     "new_folder",
+    "nothing",
     "parse_json",
     "read_json",
     "remove_folder",
     "replace_files",
     "sha256",
+    "sync_files",
     "tidy",
     "why_no_folder_in",
     "write_bytes",
@@ -40,11 +42,16 @@ _PATIENCE = 2.0  # seconds; on Windows a virus scanner may hold what was just wr
 _NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
+def nothing() -> None:
+    """For what is called from time to time and may end a piece of work by raising: this lets it go on."""
+
+
 @contextmanager
-def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = True, go_on: Callable[[], None] = nothing) -> Iterator[Path]:
     """A temporary folder to write into, which becomes ``path`` when all went well.
 
-    It replaces what was there, or with ``replace`` off leaves that alone and raises.
+    It replaces what was there, or with ``replace`` off leaves that alone and raises.  ``go_on`` is called before each
+    file is synced, and before the rename; what it raises ends this.
 
     Everything is synced before the rename, so a crash never leaves a mixture: it leaves the new folder or the old one,
     which for the instant between two renames has a hidden name beside it, from which :func:`tidy` brings it back.
@@ -56,8 +63,10 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         yield temporary
         for item in temporary.rglob("*"):
             if not item.is_symlink():
+                go_on()
                 _sync(item)
         _sync(temporary)
+        go_on()
         if not replace:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "it has come to be there meanwhile", str(path))
@@ -340,6 +349,12 @@ def sha256(path: Path) -> str:
     check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until the disk has files that another process will move.  Raises :class:`OSError`."""
+    for path in paths:
+        _sync(path)
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,8 @@ from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
+
+from saekit.files.storage import nothing
 
 __all__ = ["DTYPE_NAMES", "SummedFile", "header", "save_tensors"]
 
@@ -27,13 +29,16 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }  # fmt: skip
 """The types that a file can hold, by their names in it."""
 _PIECE = 1 << 23
+_AT_ONCE = 1 << 26  # bytes that are written and summed before anybody is asked whether to go on
 
 
 class SummedFile:
     """A new file whose sha256 is computed beside the disk, by ``hasher``.  A context manager."""
 
-    def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, hasher: ThreadPoolExecutor, go_on: Callable[[], None] = nothing) -> None:
+        """``go_on`` is called from time to time while tensors are written; what it raises ends that."""
         self.path = path
+        self._go_on = go_on
         self._hasher, self._digest = hasher, hashlib.sha256()
         self._file: BinaryIO = path.open("xb", buffering=0)
 
@@ -65,7 +70,9 @@ class SummedFile:
             values = torch.view_as_real(values)
         if values.numel():
             flat = values.as_strided((values.numel(),), (1,))  # one of a single element may have any strides
-            self.put(flat.view(torch.uint8).numpy().data)
+            for piece in flat.view(torch.uint8).split(_AT_ONCE):
+                self._go_on()
+                self.put(piece.numpy().data)
 
     def rewrite_start(self, data: bytes) -> None:
         """Replace the first bytes, after which :meth:`sha256` is that of another file."""
@@ -99,13 +106,20 @@ def header(
     return len(text).to_bytes(8, "little") + text
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    go_on: Callable[[], None] = nothing,
+) -> str:
     """Write ``tensors`` (on the CPU), and ``metadata`` in its header, to the new file ``path``; returns its sha256.
 
-    Those with the largest elements come first, so that each is aligned.
+    Those with the largest elements come first, so that each is aligned.  ``go_on`` is called from time to time; what it
+    raises ends this.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as hasher, SummedFile(path, hasher) as file:
+    with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as hasher, SummedFile(path, hasher, go_on) as file:
         file.put(header({name: (value.dtype, value.shape) for name, value in ordered.items()}, metadata=metadata))
         for value in ordered.values():
             file.put_tensor(value)

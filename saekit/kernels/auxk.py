@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.encoder import CHUNK, Encoder, dense_above
 from saekit.kernels.features import Features, values_of
-from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
+from saekit.kernels.gradients import FeatureGradient, Gradients, decoded_by_all
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.step import FastStep
 
@@ -26,6 +27,7 @@ def add_auxk(
     trains_encoder: bool = True,
     above_zero: bool = False,
     output: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> Tensor:
     """The loss times ``coefficient``, with its gradients added to those of ``fast``, which has seen all rows.
 
@@ -33,10 +35,11 @@ def add_auxk(
     default those of ``fast``.
 
     An autoencoder of the dead features alone, whose numbers are ``dead``, with the residual for a target.  Where it
-    does not train the encoder, features are pre-activations after ReLU.
+    does not train the encoder, features are pre-activations after ReLU.  ``share`` says how features are split.
     """
     whole = fast.gradients
-    weight = coefficient * (min(len(dead) / k, 1.0) if shrink else 1.0)
+    whole_dead = share.count(len(dead), dead)
+    weight = coefficient * (min(whole_dead / k, 1.0) if shrink else 1.0)
     part = Gradients(
         whole.encoder[dead],
         whole.decoder[dead],
@@ -51,9 +54,12 @@ def add_auxk(
         rows = slice(start, min(start + CHUNK, len(target)))
         pre = encoder.pre_activations(fast.centered[rows])
         pre = pre.relu_() if above_zero or not trains_encoder else pre
-        features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder))
+        if share.parts == 1:
+            features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder))
+        else:
+            features, to_pre = _chosen_of_all(pre, k, scale, whole_dead, share)
         to_pre = _where_above_zero if above_zero else to_pre  # what was not chosen is zero, too
-        error = decoded(features, part.decoder).sub_(target[rows]).add_(output[rows])
+        error = decoded_by_all(features, part.decoder, None, share).sub_(target[rows]).add_(output[rows])
         total += error.pow(2).sum(1).sum()
         part.add(features, fast.centered[rows], error.mul_(2 * weight / len(target)), to_pre, rows)
     whole.b_enc[dead] += part.b_enc
@@ -75,12 +81,31 @@ def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Fe
         rows = torch.arange(n, device=pre.device).repeat_interleave(k)
         return SparseFeatures(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere
     mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, columns, True)
+    return pre.mul_(mask), _where(mask)
 
+
+def _chosen_of_all(
+    pre: Tensor, k: int, scale: Tensor | None, whole_dead: int, share: Share
+) -> tuple[Features, FeatureGradient]:
+    """The same where other processes have other features: own ones that are among the ``k`` largest of all."""
+    if whole_dead <= k:
+        return pre, _everywhere
+    n, dead = pre.shape
+    compared = pre if scale is None else pre * scale
+    found = compared.topk(min(k, dead), dim=1, sorted=False)
+    values = pre.new_full((n, k), -torch.inf)
+    values[:, : found.values.shape[1]] = found.values
+    among = share.among_largest(values, k)[:, : found.values.shape[1]]
+    mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, found.indices, among)
+    return pre.mul_(mask), _where(mask)
+
+
+def _where(mask: Tensor) -> FeatureGradient:
     def where_chosen(gradient: Tensor, features: Features, rows: slice) -> Tensor:
         first = rows.start % CHUNK
         return gradient.mul_(mask[first : first + len(gradient)])
 
-    return pre.mul_(mask), where_chosen
+    return where_chosen
 
 
 def _everywhere(gradient: Tensor, features: Features, rows: slice) -> Tensor:

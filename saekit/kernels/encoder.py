@@ -61,6 +61,8 @@ class Encoder:
     """``[d_sae]``."""
     workspace: Workspace = attrs.field(factory=Workspace)
     """The memory of its products."""
+    by_chunk: bool = False
+    """Have the rows of each chunk in a group of their own: other processes, with other features, work on the same."""
 
     @property
     def d_sae(self) -> int:
@@ -131,6 +133,8 @@ class Pending:
         if not self.chunks:
             self.start = start
         self.chunks.append(found)
+        if self.encoder.by_chunk:
+            yield from self.flush()
 
     def flush(self) -> Iterator[tuple[int, SparseFeatures]]:
         if self.chunks:

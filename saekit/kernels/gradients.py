@@ -17,12 +17,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import Share
 from saekit.kernels.encoder import CHUNK
 from saekit.kernels.features import Features
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
 
-__all__ = ["FeatureGradient", "Gradients", "decoded"]
+__all__ = ["FeatureGradient", "Gradients", "decoded", "decoded_by_all"]
 
 
 class FeatureGradient(Protocol):
@@ -38,6 +39,14 @@ def decoded(features: Features, decoder: Tensor, bias: Tensor | None = None) -> 
         product = features.decoded(decoder)
         return product if bias is None else product.add_(bias)
     return features @ decoder if bias is None else torch.addmm(bias, features, decoder)
+
+
+def decoded_by_all(features: Features, decoder: Tensor, bias: Tensor | None, share: Share) -> Tensor:
+    """The same of the features of all processes, of which ``features`` and ``decoder`` are this one's."""
+    if share.parts == 1:
+        return decoded(features, decoder, bias)
+    product = share.features.sum_(decoded(features, decoder))
+    return product if bias is None else product.add_(bias)
 
 
 @attrs.define(eq=False)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where
 from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
 from saekit.kernels.screen import Screen
@@ -20,12 +21,18 @@ __all__ = ["batch_top", "top_entries", "top_groups"]
 
 
 def top_groups(
-    encoder: Encoder, rows: Tensor, k: int, *, scale: Tensor | None = None, screen: Screen | None = None
+    encoder: Encoder,
+    rows: Tensor,
+    k: int,
+    *,
+    scale: Tensor | None = None,
+    screen: Screen | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[tuple[int, SparseFeatures]]:
     """The pre-activations of ``rows [n, d_in]`` that are above zero and among their row's ``k`` largest, in groups.
 
     ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
-    ``screen`` is one for the same scale.
+    ``screen`` is one for the same scale.  Where features are split, ``share`` says how; of all, own ones are given.
     """
     pending = Pending(encoder)
     for start in range(0, len(rows), CHUNK):
@@ -34,18 +41,38 @@ def top_groups(
         if found is None:
             screen = None  # it would refuse the others, too
             found = top_entries(encoder.pre_activations(part, scale), k, encoder.workspace)
-        yield from pending.add(start, _unscaled(found, scale))
+        yield from pending.add(start, _unscaled(_among_all(found, k, share), scale))
     yield from pending.flush()
 
 
+def _among_all(found: SparseFeatures, k: int, share: Share) -> SparseFeatures:
+    """Of own entries, the largest of each row, those that are among the ``k`` largest of all features."""
+    if share.parts == 1:
+        return found
+    values, numbers = found.padded(k)
+    keep = torch.zeros(len(found), dtype=torch.bool, device=values.device)
+    keep[numbers[share.among_largest(values, k) & (values > -torch.inf)]] = True
+    return found.kept(keep)
+
+
 def batch_top(
-    encoder: Encoder, rows: Tensor, wanted: int, *, scale: Tensor | None = None, screen: Screen | None = None
+    encoder: Encoder,
+    rows: Tensor,
+    wanted: int,
+    *,
+    scale: Tensor | None = None,
+    screen: Screen | None = None,
+    share: Share = WHOLE,
 ) -> SparseFeatures:
     """The ``wanted`` largest pre-activations of all ``rows [n, d_in]`` together that are above zero.
 
     ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
-    ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.
+    ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.  Where rows or features are
+    split, ``share`` says how, and ``wanted`` are those of all; own ones are given.
     """
+    if share.split:
+        found = batch_top(encoder, rows, min(wanted, len(rows) * encoder.d_sae), scale=scale, screen=screen)
+        return found.kept(share.largest_of_all(found.scaled(scale).values, wanted))
     if rows.device.type != "cpu":
         return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
     probe = rows[:PROBE]

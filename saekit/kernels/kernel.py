@@ -43,12 +43,17 @@ class Use:
     """The loss is compiled, or what is done is traced."""
     learning: frozenset[str] = frozenset()
     """The parameters that want a gradient."""
+    spread: frozenset[str] = frozenset()
+    """What is split over processes: ``data``, ``features``."""
 
 
 class StepKernel(Generic[S]):
     """For dictionaries of the class ``S``.  It has no state: one object serves all."""
 
     name: ClassVar[str] = "fast kernels"
+    spreads_over: ClassVar[frozenset[str]] = frozenset()
+    """What may be split over processes, and its steps are still those of one process: ``data``, ``features``.  Each
+    class says so for itself."""
 
     def refuses(self, sae: S, use: Use) -> str | None:
         """Why it cannot serve this architecture with its options, this device, type and so on; None: it can."""
@@ -111,7 +116,7 @@ class SparseKernel(StepKernel[S]):
 
     def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
         """``x̄ W_enc + b_enc`` by chunks, in the memory of ``workspace``."""
-        return Encoder(sae.W_enc.detach(), sae.b_enc.detach(), workspace)
+        return Encoder(sae.W_enc.detach(), sae.b_enc.detach(), workspace, by_chunk=sae.share.parts > 1)
 
     def decoder(self, sae: Any) -> Decoder:
         return Decoder(sae.W_dec, sae.b_dec, sae.decoder_scale())
@@ -132,7 +137,10 @@ def choose(kernels: Sequence[StepKernel[S]], sae: S, use: Use) -> tuple[StepKern
     """The first of ``kernels`` that does not refuse, and in words why none of those before it, or none at all, is."""
     reasons: list[str] = []
     for kernel in kernels:
-        if (reason := kernel.refuses(sae, use)) is None:
+        reason = kernel.refuses(sae, use)
+        if reason is None and (over := use.spread - vars(type(kernel)).get("spreads_over", frozenset())):
+            reason = f"the kernels do not work where {' and '.join(sorted(over))} are split over processes"
+        if reason is None:
             return kernel, "; ".join(reasons)
         reasons.append(reason if len(kernels) == 1 else f"{kernel.name}: {reason}")
     return None, "; ".join(reasons) or "the architecture has no fast path"

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from saekit.distributed.share import Share
 from saekit.kernels.features import Features
-from saekit.kernels.gradients import FeatureGradient, Gradients, decoded
+from saekit.kernels.gradients import FeatureGradient, Gradients, decoded_by_all
 from saekit.kernels.workspace import Workspace, uninitialized
 from saekit.values import StepOutput
 
@@ -26,6 +27,7 @@ class Layer(Protocol):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     scaling_factor: nn.Parameter | None
+    share: Share
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All of them; their gradients are left in ``grad``."""
@@ -95,7 +97,7 @@ class FastStep:
         """
         rows = slice(start, start + features.shape[0])
         target = self.target[rows]
-        output = decoded(features, self.gradients.decoder, self._sae.b_dec.detach())
+        output = decoded_by_all(features, self.gradients.decoder, self._sae.b_dec.detach(), self._sae.share)
         if len(target) == len(self.target):
             self.output = output
         else:
@@ -155,7 +157,7 @@ class FastStep:
         if found.W_enc is not None:
             gradients["W_enc"] = found.W_enc.T
             if self._centers:
-                self._b_dec -= sae.W_enc.detach() @ found.b_enc
+                self._b_dec -= sae.share.features.sum_(sae.W_enc.detach() @ found.b_enc)
         W_dec, factor = found.W_dec, sae.scaling_factor
         if factor is not None and W_dec is not None:
             gradients["scaling_factor"] = torch.linalg.vecdot(W_dec, sae.W_dec.detach())

@@ -29,6 +29,7 @@ def banner(session: Session, folder: Path) -> list[str]:
         ("model", f"on {session.backend.device} in {_model_type(config)}" if with_model else "none"),
         ("SAE", _each(f"on {m.trainer.device} in {m.trainer.sae.config.dtype}" for m in members)),
         ("step", _each(m.trainer.step_path() for m in members)),
+        *_processes(session),
         ("folder", str(folder)),
     ]
     width = max(len(name) for name, _ in facts)
@@ -45,7 +46,16 @@ def _headline(session: Session, members: Sequence[Member], with_model: bool) -> 
     if len(members) > 1:
         return f"Training {len(members)} SAEs on {on}"
     kind = session.plugins.find(SAE_ARCHITECTURES, members[0].config.sae).entry.name
-    return f"Training an SAE of {sae.d_sae:,} features ({kind}) on {on}"
+    return f"Training an SAE of {members[0].trainer.d_sae:,} features ({kind}) on {on}"
+
+
+def _processes(session: Session) -> list[tuple[str, str]]:
+    world = session.world
+    if world.size == 1:
+        return []
+    parts = [f"batches in {world.data.size} parts"] if world.data.size > 1 else []
+    parts += [f"features in {world.features.size} parts"] if world.features.size > 1 else []
+    return [("together", f"{world.size} processes: {', '.join(parts)}")]
 
 
 def _text(session: Session, config: TrainConfig, with_model: bool) -> str:

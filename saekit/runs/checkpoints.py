@@ -21,16 +21,19 @@ import attrs
 
 from saekit.errors import PlaceError, SaekitError, StorageError
 from saekit.files.names import SAE_FILES, SAE_WEIGHTS, half_written
-from saekit.files.storage import leads_out, new_folder, read_json, remove_folder, sha256, write_text
+from saekit.files.storage import leads_out, new_folder, nothing, read_json, remove_folder, sha256, write_text
 from saekit.runs.facts import check_facts, check_stream, check_training
 
 if TYPE_CHECKING:
-    from saekit.sae.module import SAEModule
+    from saekit.runs.state_files import StateFiles
+    from saekit.sae.folder import Contents
 
 __all__ = [
     "MANIFEST",
     "Checkpoint",
     "all_checkpoints",
+    "check_place",
+    "finish_checkpoint",
     "is_checkpoint_name",
     "keep_saes",
     "mark_finished",
@@ -43,8 +46,8 @@ __all__ = [
 
 MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
 FORMAT = 1
-_OWN = {MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"}
-_OWN_OF_SAE = {f"{TRAINING}.json", f"{TRAINING}.safetensors", *SAE_FILES}
+_OWN = re.compile(rf"{re.escape(MANIFEST)}|{STREAM}(-\d+)?\.(json|safetensors)", re.ASCII)
+_OWN_OF_SAE = re.compile(rf"{TRAINING}(-\d+)?\.(json|safetensors)|{'|'.join(map(re.escape, SAE_FILES))}", re.ASCII)
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
@@ -92,14 +95,25 @@ class Checkpoint:
             if found != expected:
                 raise StorageError(f"{path} is damaged: its sha256 is {found[:12]}..., expected {expected[:12]}...")
 
-    def stream(self) -> dict[str, Any]:
-        """The state of the batches and of the process."""
-        state = self._read(self.folder, STREAM)
-        self._checked(STREAM, lambda: check_stream(state, self.facts))
+    @property
+    def mesh(self) -> tuple[int, int]:
+        """Over how many processes batches and features were split when it was written."""
+        data, features = self.facts.get("mesh", (1, 1))
+        return data, features
+
+    def stream(self, process: int = 0) -> dict[str, Any]:
+        """The state of the batches and of the process of this number."""
+        stem = STREAM if self.mesh == (1, 1) else f"{STREAM}-{process}"
+        state = self._read(self.folder, stem)
+        self._checked(stem, lambda: check_stream(state, self.facts))
         return state
 
-    def training(self, name: str) -> dict[str, Any]:
-        """The training state of one SAE."""
+    def training(self, name: str, part: int | None = None) -> dict[str, Any]:
+        """The training state of one SAE; of several processes, of this ``part`` of its features."""
+        if part is not None:
+            state = self._read(self.folder / name, f"{TRAINING}-{part}")
+            self._checked(f"{name}/{TRAINING}", lambda: check_training(state, self.facts["saes"][name], name))
+            return state
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -128,47 +142,52 @@ class Checkpoint:
             raise StorageError(f"{what} in {self.folder} is damaged: {error}") from error
 
 
-def write_saes(folder: Path, saes: Mapping[str, SAEModule]) -> None:
-    """Write ``folder`` as one to look at: an SAE folder for each name."""
-    from saekit.sae.folder import write_sae
+def write_saes(folder: Path, saes: Mapping[str, Contents], go_on: Callable[[], None] = nothing) -> None:
+    """Write ``folder`` as one to look at: an SAE folder for each name.
 
-    _check_place(folder)
-    with new_folder(folder) as temporary:
+    ``go_on`` is called from time to time; what it raises ends this, and nothing is there then.
+    """
+    check_place(folder)
+    with new_folder(folder, go_on=go_on) as temporary:
         for name, sae in saes.items():
             (temporary / name).mkdir()
-            write_sae(sae, temporary / name)
+            sae.write(temporary / name, go_on)
         _carry_over(folder, temporary)
 
 
 def write_checkpoint(
     folder: Path,
-    saes: Mapping[str, SAEModule],
-    states: Mapping[str, Mapping[str, Any]],
-    stream: Mapping[str, Any],
+    saes: Mapping[str, Contents],
+    states: Mapping[str, StateFiles],
+    stream: StateFiles,
     facts: Mapping[str, Any],
+    go_on: Callable[[], None] = nothing,
 ) -> None:
     """Write ``folder``: the ``saes`` by name, every training state, the ``stream`` state, and the ``facts``.
 
-    A training state without weights has those of the SAE as it is saved.
+    A training state without weights has those of the SAE as it is saved.  ``go_on`` is called from time to time; what
+    it raises ends this, and what was there before is there still.
     """
-    from saekit.runs.state_files import write_state
-    from saekit.sae.folder import write_sae
-
-    _check_place(folder)
-    with new_folder(folder) as temporary:
-        sums = write_state(temporary, STREAM, stream)
+    check_place(folder)
+    with new_folder(folder, go_on=go_on) as temporary:
+        sums = stream.write(temporary, go_on)
         for name, state in states.items():
             (temporary / name).mkdir()
-            written = write_state(temporary / name, TRAINING, state)
+            written = state.write(temporary / name, go_on)
             if (sae := saes.get(name)) is not None:
-                written |= write_sae(sae, temporary / name)
+                written |= sae.write(temporary / name, go_on)
             sums |= {f"{name}/{file}": summed for file, summed in written.items()}
-        manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
-        _carry_over(folder, temporary)
-        (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+        finish_checkpoint(folder, temporary, facts, sums)
 
 
-def _check_place(folder: Path) -> None:
+def finish_checkpoint(folder: Path, temporary: Path, facts: Mapping[str, Any], sums: Mapping[str, str]) -> None:
+    """Write the manifest of the checkpoint ``folder`` into ``temporary``, which has its files and becomes it."""
+    manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
+    _carry_over(folder, temporary)
+    (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
+
+
+def check_place(folder: Path) -> None:
     """:class:`StorageError` when something lies where a checkpoint is to be that is no folder, so not saekit's."""
     for place in (folder.parent, folder):
         if os.path.lexists(place) and (not place.is_dir() or (place == folder and place.is_symlink())):
@@ -204,7 +223,7 @@ def all_checkpoints(run: Path) -> Iterator[Path]:
         (int(match.group(1)), path)
         for path in (run / "checkpoints").glob("step-*")
         if (match := re.fullmatch(r"step-(\d{1,18})", path.name, re.ASCII))
-        and any((path / name).exists() for name in (MANIFEST, f"{STREAM}.json", f"{STREAM}.safetensors"))
+        and any(_OWN.fullmatch(file.name) for file in path.glob("*"))
     ]
     return (path for _, path in sorted(found, reverse=True))
 
@@ -270,7 +289,7 @@ def _strangers(folder: Path) -> list[Path]:
     for path in folder.rglob("*"):
         depth = len(path.relative_to(folder).parts)
         name, _ = half_written(path.name) or (path.name, "")
-        own = name in (_OWN if depth == 1 else _OWN_OF_SAE) and depth <= 2
+        own = depth <= 2 and (_OWN if depth == 1 else _OWN_OF_SAE).fullmatch(name) is not None
         litter = path.name in _LITTER or path.name.startswith(".nfs")
         if not (own or litter or (path.is_dir() and not path.is_symlink())):
             found.append(path)

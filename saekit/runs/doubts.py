@@ -100,8 +100,8 @@ def doubts_of_features(config: TrainConfig, trainer: SAETrainer, l0: float) -> l
 
     ``l0`` is how many were active on average.  Of a window so short that chance leaves many out, nothing is said.
     """
-    d_sae, window = trainer.sae.d_sae, min(trainer.training.dead_after, trainer.step - 1)
-    dead = int((trainer.firing.since_fired > window).sum())
+    d_sae, window = trainer.d_sae, min(trainer.training.dead_after, trainer.step - 1)
+    dead = trainer.sae.share.count(int((own := trainer.firing.since_fired > window).sum()), own)
     batch = trainer.training.train_batch_size_tokens
     firings = window * batch * max(l0, 1.0) / d_sae
     if dead <= d_sae / 2 or firings < _FIRINGS:

@@ -21,6 +21,8 @@ def check_facts(facts: Mapping[str, Any]) -> None:
     _check(facts, "spaced", _is_bool)
     for key in ("identity", "versions", "files", "saes"):
         _check(facts, key, _is_table)
+    mesh = facts.get("mesh", [1, 1])  # of one process, it is not said
+    _require(isinstance(mesh, list) and len(mesh) == 2 and all(_is_count(n) and n > 0 for n in mesh), "mesh")
     for name, about in facts["saes"].items():
         _require(is_plain_name(name), f"the name {name!r} of an SAE")
         _require(_is_table(about), f"saes.{name}")

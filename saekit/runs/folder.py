@@ -92,9 +92,9 @@ def _numbered(parent: Path, stem: str) -> Path:
 class Standing:
     """Sees whether the folders of a run are the ones that they were when this began.  A context manager."""
 
-    def __init__(self, folder: Path, homes: Collection[Path] = ()) -> None:
-        """``homes`` lie in ``folder``, or are it."""
-        self._folders = list(dict.fromkeys([folder, *homes]))
+    def __init__(self, folders: Collection[Path]) -> None:
+        """Of none, it sees that all is well."""
+        self._folders = list(dict.fromkeys(folders))
         self._handles: dict[Path, int] = {}
         self._known: dict[Path, os.stat_result] = {}
         self._given_in = here()

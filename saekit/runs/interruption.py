@@ -44,6 +44,19 @@ class Interruption:
             raise KeyboardInterrupt
         self._asked = True
 
+    @property
+    def asked(self) -> int:
+        """The number of the signal that has come and waits to take effect; 0: none has."""
+        return int(self.signal) if self._asked else 0
+
+    def hand_on(self, number: int) -> None:
+        """A signal has come to another process of the run, which is as if it had come here."""
+        self.signal, self._asked = signal.Signals(number), True
+
+    def forget(self) -> None:
+        """There is nothing left that a signal could stop."""
+        self._asked = False
+
     def act_at_once(self) -> None:
         """From now on, keep no signal back; :class:`KeyboardInterrupt`, if one has come."""
         self._at_once = True

@@ -32,6 +32,8 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
     found: dict[str, dict[str, float | Histogram]] = {member.name: {} for member in members}
     for held_out, mask, group in groups.values():
         asked = [_asked(session, member) for member in group]
+        if not session.world.main:  # which has taken part in putting them together
+            continue
         for member, one, told in zip(group, asked, _told(session, group, asked, held_out, mask), strict=True):
             numbers: dict[str, float] = {}
             for key, value in told.found.items():

@@ -19,6 +19,7 @@ from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
 from saekit.data.stream import StreamContext
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
@@ -130,6 +131,7 @@ def open_stream(
     sites: Sequence[Site],
     *,
     beside: StreamContext | None = None,
+    world: World = ALONE,
     doubt: Callable[[str], None] = warn_of,
 ) -> StreamContext:
     """What activations are made from; ``beside`` is another stream that runs the same model.
@@ -142,15 +144,15 @@ def open_stream(
     if there:
         config.tokens.positions(corpus.context_size)
 
-    def open_contexts() -> ContextStream:
-        contexts = corpus.contexts(backend)
+    def open_contexts(part: tuple[int, int] = (0, 1)) -> ContextStream:
+        contexts = attrs.evolve(corpus, part=part).contexts(backend)
         for text in corpus.doubts(backend):
             doubt(text)
         wanted, size = config.training.total_tokens, corpus.context_size
         used = config.tokens.positions(size)
 
         def on_repeat(tokens: int) -> None:
-            if (text := repeated(tokens * used // size, wanted)) is not None:
+            if (text := repeated(part[1] * tokens * used // size, wanted)) is not None:
                 doubt(text)
 
         contexts.on_repeat = on_repeat
@@ -169,6 +171,9 @@ def open_stream(
         doubt=doubt,
         choice=token_choice(config.tokens, backend) if there else None,
         masked=corpus.mask is not None,
+        process=world.rank,
+        processes=world.size,
+        open_own=partial(open_contexts, (world.rank, world.size)),
     )
 
 

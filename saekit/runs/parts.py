@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.config import OptimizerConfig, TrainConfig
+from saekit.distributed.group import Group
 from saekit.errors import PluginFailedError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed
@@ -39,8 +40,12 @@ def make_optimizer(
     sae: SAEModule,
     schedule: Callable[[int], float],
     parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
+    features: Group | None = None,
 ) -> ScheduledOptimizer:
-    """The chosen one, with what is left to the architecture; of ``parameters``, or by default those of ``sae``."""
+    """The chosen one, with what is left to the architecture; of ``parameters``, or by default those of ``sae``.
+
+    ``features`` are the processes over which its features are split.
+    """
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
     if not isinstance(chosen.options, OptimizerConfig):
         raise PluginFailedError(
@@ -52,7 +57,7 @@ def make_optimizer(
     clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
         of = sae.named_parameters() if parameters is None else parameters
-        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=sae.table)
+        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=sae.table, features=features)
 
 
 def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule) -> int | None:

@@ -69,7 +69,8 @@ class Memory:
 
     held: Sequence[Need]
     turns: Sequence[Sequence[Need]]
-    """What is needed at one time beside what is held: for steps, for evals, for a checkpoint that is written."""
+    """What is needed at one time beside what is held: for steps, for evals; beside each, the copy of what is being
+    written as a checkpoint."""
 
     @property
     def devices(self) -> list[str]:

@@ -71,6 +71,8 @@ class Sizes:
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)
         checkpoint = self._checkpoints(saved, weights + (kept or 0) + buffer)
+        if not checkpoint and self.config.checkpoints.n_checkpoints:
+            checkpoint = saved  # to look at
         self._memory(sae, trained, buffer, checkpoint)
         if self.stream.has_model:
             try:
@@ -144,11 +146,11 @@ class Sizes:
         if self.stream.has_model:
             forward, evaluated = self._known_forwards() or self._forwards()
             self.numbers |= {"forward_bytes": forward, "eval_forward_bytes": evaluated}
+        written = Need(Of.CHECKPOINT, "cpu", checkpoint)  # a copy, while whatever else is at work
         turns = [
-            [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step)],
-            [Need(Of.EVALS, model, evaluated)],
-            [Need(Of.EVALS, training, features)],
-            [Need(Of.CHECKPOINT, "cpu", checkpoint)],
+            [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step), written],
+            [Need(Of.EVALS, model, evaluated), written],
+            [Need(Of.EVALS, training, features), written],
         ]
         self.memory = Memory(held, turns)
         self.numbers |= {"step_bytes": step, "eval_features_bytes": features}

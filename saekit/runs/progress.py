@@ -30,7 +30,7 @@ class TrainingProgress(ProgressDisplay):
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
-        verbose = any(member.config.training.verbose for member in session.members.values())
+        verbose = session.world.main and any(member.config.training.verbose for member in session.members.values())
         number = len(session.members)
         doing = "training" if number == 1 else f"training {number} SAEs"
         super().__init__(session.total_tokens, doing=doing, verbose=verbose, steady=True)

@@ -15,6 +15,7 @@ from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
 from saekit.config.reports import ReportsConfig
+from saekit.distributed.launched import Launched
 from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
@@ -72,9 +73,11 @@ class Resumption:
         ``unusable`` names checkpoints that look whole and are not, and why.
         """
         record = RunRecord.read(folder)  # from here on, nothing leads out of it
-        for place in {folder, *(record.home(name) for name in record.saes)}:
-            tidy(place, RUN_FILES.__contains__)
-        tidy(folder / "checkpoints", is_checkpoint_name)
+        launched = Launched.here(os.environ)
+        if not launched.rank:  # of several processes, the first
+            for place in {folder, *(record.home(name) for name in record.saes)}:
+                tidy(place, RUN_FILES.__contains__)
+            tidy(folder / "checkpoints", is_checkpoint_name)
         _check_beginning(record)
         if (fault := record.way_out()) is not None:
             raise PlaceError(f"{folder} cannot be gone on with: {fault}")
@@ -109,7 +112,13 @@ class Resumption:
             )
         else:
             _check_left(checkpoint, old, new, folder)
+            _check_processes(checkpoint, launched.size)
         return cls(record, new, checkpoint, frozenset(allow), frozenset(changed))
+
+    @property
+    def place(self) -> str:
+        """The name of the checkpoint."""
+        return "" if self.checkpoint is None else self.checkpoint.folder.name
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -148,7 +157,7 @@ class Resumption:
                     stacklevel=3,
                 )
         try:
-            stream = checkpoint.stream()
+            stream = checkpoint.stream(session.world.rank)
             untracked = {
                 name: waiting_of(state, checkpoint.folder.absolute().parent)
                 for name, state in stream.get("trackers", {}).items()
@@ -170,15 +179,31 @@ class Resumption:
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
                 "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
             )
-        set_aside(self.record.folder, checkpoint)
+        if session.world.main:
+            set_aside(self.record.folder, checkpoint)
         return untracked
 
     def _training(self, checkpoint: Checkpoint, session: Session, name: str) -> Mapping[str, Any]:
         """The training state of an SAE, whose parts that are always of one shape are so."""
-        state, own = checkpoint.training(name), session.members[name].trainer.state_dict()
+        from saekit.runs.spread_checkpoints import training_of
+
+        trainer = session.members[name].trainer
+        state, own = training_of(checkpoint, name, trainer.sae), trainer.state_dict()
         if not self.changed:
             check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
         return state
+
+
+def _check_processes(checkpoint: Checkpoint, size: int) -> None:
+    """:class:`ConfigError` where other processes wrote a checkpoint than are to go on from it."""
+    data, features = checkpoint.mesh
+    if data * features != size:
+        wrote = "one process" if data * features == 1 else f"{data * features} processes"
+        start = "without torchrun" if data * features == 1 else f"torchrun --nproc-per-node {data * features} ..."
+        raise ConfigError(
+            f"{checkpoint.folder} was written by {wrote}, and {size} would go on from it. Each reads its own part of "
+            f"the text, so there must be as many ({start})"
+        )
 
 
 def _changed(

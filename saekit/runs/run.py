@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,15 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
-from saekit.errors import DataError, DivergedError, StorageError, TrainingInterrupted
+from saekit.distributed.world import World, open_world, trains_on_cuda
+from saekit.errors import (
+    DataError,
+    DivergedError,
+    LostProcessError,
+    StorageError,
+    TrainingInterrupted,
+    resume_command,
+)
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
@@ -34,6 +43,7 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
+from saekit.runs.spreading import check_alike
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
@@ -58,24 +68,41 @@ def begin(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train a new run of ``configs``, which :mod:`saekit.commands.preflight` has seen: one ``alone``, or a sweep."""
+    with open_world(configs[0].distributed, cuda=trains_on_cuda(configs[0])) as world, world.accounted():
+        return _begin(configs, plugins, model, dataset, world, alone=alone, say=say)
+
+
+def _begin(
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    world: World,
+    *,
+    alone: bool,
+    say: Status | None,
+) -> TrainResult | SweepResult:
     if alone:
         name, names, home = configs[0].checkpoints.name, ["sae"], "."
     else:
         (name, names), home = member_names(configs, plugins), None
-    check_run_folder(configs[0], name)
+    check_alike(world, configs, plugins)
+    world.all.once(lambda: check_run_folder(configs[0], name))
     given_in = here()
     opened = dict(zip(names, configs, strict=True))
     with (
         ambient(),
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
-        contextlib.closing(Session(opened, plugins, model, dataset, say=say)) as session,
+        contextlib.closing(Session(opened, plugins, model, dataset, say=say, world=world)) as session,
     ):
         session.give_weights()
-        folder = run_folder(configs[0], name, None if home else "sweep", given_in)
+        folder = world.all.once(lambda: run_folder(configs[0], name, None if home else "sweep", given_in))
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
         used = dict(item for each in session.used for item in each.metadata.items())
         record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name, used=used)
+        if not world.main:
+            return _run(session, record)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
         with alone_in(folder):
             return _run(session, record)
@@ -89,14 +116,20 @@ def go_on(
     say: Status | None = None,
 ) -> TrainResult | SweepResult:
     """Train what is left of a run; the caller is :func:`saekit.runs.checks.alone_in` its folder."""
+    configs = resumption.configs
+    first = next(iter(configs.values()))
     with (
+        open_world(first.distributed, cuda=trains_on_cuda(first)) as world,
+        world.accounted(),
         ambient(),
-        seeded(next(iter(resumption.configs.values())).training.seed),
-        contextlib.closing(Session(resumption.configs, plugins, model, dataset, resumption.sizes, say)) as session,
+        seeded(first.training.seed),
+        contextlib.closing(Session(configs, plugins, model, dataset, resumption.sizes, say, world)) as session,
     ):
+        check_alike(world, list(configs.values()), plugins, resumption.place)
         session.say("reading the checkpoint")
         untracked = resumption.load_into(session)
-        resumption.record.write(resumption.configs, plugins)
+        if world.main:
+            resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)
 
 
@@ -105,9 +138,13 @@ def _run(
 ) -> TrainResult | SweepResult:
     """Train what is left, save, evaluate; whatever ends it early leaves a checkpoint."""
     with contextlib.ExitStack() as stack:
-        standing = stack.enter_context(Standing(record.folder, [record.home(name) for name in record.saes]))
+        main = session.world.main
+        stack.push(functools.partial(_end_together, session.world))
+        folders = [record.folder, *(record.home(name) for name in record.saes)] if main else []
+        standing = stack.enter_context(Standing(folders))
         ending = Ending(session, record, standing)
-        stack.push(ending)
+        if main:
+            stack.push(ending)
         trackers: dict[str, Trackers] = {}
 
         def close(kind: object, error: BaseException | None, trace: object) -> None:
@@ -115,6 +152,9 @@ def _run(
 
         stack.push(close)
         for name, member in session.members.items():
+            if not main:
+                trackers[name] = Trackers({})
+                continue
             trackers[name] = start_trackers(
                 member.config,
                 session.plugins,
@@ -126,19 +166,35 @@ def _run(
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
-                _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
-                interruption.act_at_once()  # there are no more steps to wait for
-                summary = _finish(session, record, trackers, saving)
+                with session.world.accounted():
+                    _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
+                if session.world.size == 1:
+                    interruption.act_at_once()  # there are no more steps to wait for
+                with session.world.accounted():
+                    summary = _finish(session, record, trackers, saving)
                 standing.check()
+                if session.world.size > 1:
+                    interruption.forget()  # all is done, in every process
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
             _save_after(error, session, record, saving, interruption)
             raise
         finally:
+            saving.end()
             SHARED.release()
     _warn_of_saes(session)
     return _result(session, record, summary, ending.pictures)
+
+
+def _end_together(world: World, kind: object, error: BaseException | None, trace: object) -> None:
+    """Of processes that a signal has ended, none is gone before the first has closed what it has open.
+
+    Whoever started them may end the others as soon as one is gone.
+    """
+    if isinstance(error, TrainingInterrupted) and error.checkpoint is not None and world.size > 1:
+        with contextlib.suppress(LostProcessError):
+            world.all.objects(None)
 
 
 def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:
@@ -177,9 +233,12 @@ def _finish(
         except DivergedError as error:
             member.trainer.diverged = str(error)
     session.say("saving")
+    saving.settle()
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
-        save_sae(member.trainer.raw_sae(), record.home(member.name) / "sae")
+        sae = member.trainer.raw_sae()
+        if session.world.main:
+            save_sae(sae, record.home(member.name) / "sae")
     due = [member for member in _healthy(session) if not _just_measured(member)]
     for name, final in evaluate(session, due).items():
         trackers[name].log(final, session.members[name].trainer.step)
@@ -189,7 +248,8 @@ def _finish(
     summary: Sequence[Mapping[str, Any]] = []
     if not _alone(record):
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
-        summary = write_summary(record.folder, list(session.members.values()), changed)
+        if session.world.main:
+            summary = write_summary(record.folder, list(session.members.values()), changed)
     saving.save_if_possible(finished=True)
     if _close_trackers(
         session, trackers, None
@@ -213,7 +273,8 @@ def _warn_of_saes(session: Session) -> None:
         for remark in member.remarks:
             warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
         for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
-            warn_of(text)
+            if session.world.main:
+                warn_of(text)
 
 
 def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
@@ -271,6 +332,8 @@ def _save_after(
     saved, problem = None, None
     if saving.broken_off:
         problem = _INTERRUPTED_TOO
+    elif not saving.together:
+        problem = "the other processes of the run need not be at the same step"
     elif session.batches:
         try:
             saved, record = _saved(session, record, saving)
@@ -285,9 +348,16 @@ def _save_after(
     if isinstance(error, KeyboardInterrupt):
         signal, run = interruption.signal, record.folder
         raise TrainingInterrupted(
-            session.batches, session.tokens, saved, run, signal=signal, problem=problem, newest=newest
+            session.batches,
+            session.tokens,
+            saved,
+            run,
+            signal=signal,
+            problem=problem,
+            newest=newest,
+            processes=session.world.size,
         ) from error
-    command = f"saekit train --resume {shlex.quote(str(record.folder))}"
+    command = resume_command(record.folder, session.world.size)
     on = f"{command} goes on from" if newest else "there is no checkpoint to go on from"
     if saved is not None and saved == newest:
         error.add_note(f"the run as it was before is in {saved}; {on} it")

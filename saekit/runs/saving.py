@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from saekit.config import TrainConfig
-from saekit.config.files import plain_config
+import attrs
+import torch
+
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
 from saekit.runs.checkpoints import (
@@ -17,7 +20,6 @@ from saekit.runs.checkpoints import (
     all_checkpoints,
     keep_saes,
     mark_finished,
-    versions,
     write_checkpoint,
     write_saes,
 )
@@ -25,9 +27,11 @@ from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
+from saekit.runs.spread_checkpoints import write_together
+from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
-from saekit.sae.module import SAEModule
+from saekit.runs.writing import Writing
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
 
@@ -38,10 +42,28 @@ _KEPT_FOR_TRACKERS = 8
 _SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 
 
+_NOT_NOW = (StorageError, RuntimeError, MemoryError)  # a full disk, or a full memory
+_T = TypeVar("_T")
+
+
+@attrs.frozen
+class _Now:
+    """What is being written."""
+
+    path: Path
+    resumable: bool
+    batches: int
+    finished: bool
+    warnings: list[str]
+    """What is to be said when it is done."""
+    writing: Writing
+
+
 class Saving:
     """Saves the session at even distances, by the clock, and when it is asked to; an observer of the loop.
 
-    It is also where a signal that came during a step takes effect.
+    What is saved is copied in the loop and written by a thread, behind it; the loop waits only where something is being
+    written already.  It is also where a signal that came during a step takes effect.
     """
 
     def __init__(
@@ -58,10 +80,13 @@ class Saving:
         self._interruption, self._standing = interruption, standing
         self._options = next(iter(session.members.values())).config.checkpoints
         self._saved_at = time.monotonic()
+        self._now: _Now | None = None  # what is being written
         self._saved: Path | None = None
         self._resumable = self._noted = self._told_of_lag = False
         self.broken_off = False
         """A save was interrupted."""
+        self.together = session.world.size == 1
+        """Whether all processes of the run are at the same place, so that they can save."""
         self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
         for path in reversed(list(all_checkpoints(folder))):
             self._last_good.update(dict.fromkeys(_healthy(path), path))
@@ -75,40 +100,107 @@ class Saving:
         pass
 
     def after_batch(self) -> None:
+        self._look(wait=False)
         before, self._session.told = self._session.told, self._session.tokens
         tokens = self._session.told
         spaced = self._marks(tokens) > self._marks(before) and tokens < self._session.total_tokens
         minutes = (time.monotonic() - self._saved_at) / 60
-        if spaced or (self._options.keep_last and 0 < self._options.every_minutes <= minutes):
+        if self._agreed(spaced or (self._options.keep_last > 0 and 0 < self._options.every_minutes <= minutes)):
             self.save_if_possible(spaced=spaced)
-        self._interruption.raise_if_asked()
+        if self.together:  # else one that has come since all were asked counts after the next step
+            self._interruption.raise_if_asked()
+
+    def _agreed(self, due: bool) -> bool:
+        """Whether the first process finds that it is time to save; a signal that came to one has come to all."""
+        world = self._session.world
+        if world.size == 1:
+            return due
+        mine = torch.tensor([int(due and world.main), self._interruption.asked])
+        agreed, signal = (int(most) for most in torch.stack(world.all.gather(mine)).amax(0))
+        if signal:
+            self._interruption.hand_on(signal)
+            self.together = True
+        return bool(agreed)
 
     def _marks(self, tokens: int) -> int:
         """How many of the evenly spaced marks lie at or before ``tokens``."""
         return tokens * (self._options.n_checkpoints + 1) // self._session.total_tokens
 
     def save_if_possible(self, *, spaced: bool = False, finished: bool = False) -> None:
-        """:meth:`save`, or a warning that it was not possible; what was saved before is still there then."""
+        """Begin to save, or warn that it is not possible; what was saved before is still there then.
+
+        What is said of a warning comes with the next batch, or with whatever else is asked of this, if it is only found
+        out while writing.  When all is ``finished``, nothing is left to be written when this returns.
+        """
+        self.settle()
         if finished and not self._options.keep_last:
             return  # the SAEs are where they belong by now
+        self._saved_at = time.monotonic()
+        batches = self._session.batches
         try:
-            self.save(spaced=spaced, finished=finished)
+            self._noticed(lambda: self._begin(spaced, finished))
         except RunFolderLostError:
             raise  # from here on, everything would be lost
-        except (StorageError, RuntimeError, MemoryError) as error:  # a full disk, or a full memory
-            kept = next(all_checkpoints(self._folder), None)
-            warnings.warn(
-                f"there is no checkpoint after {self._session.batches:,} steps: {error}. "
-                f"{'The SAEs are saved all the same' if finished else 'Training goes on'}; the last checkpoint is "
-                f"{kept or 'still to come'}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._saved_at = time.monotonic()
+        except _NOT_NOW as error:
+            self._tell(error, batches, finished=finished)
+        if finished:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until nothing is being written any more, and say what became of it."""
+        self._look(wait=True)
+
+    def end(self) -> None:
+        """Wait until nothing is being written any more, whatever became of it."""
+        if self._now is not None:
+            self._now.writing.wait()
+
+    def _look(self, *, wait: bool) -> None:
+        """Say what became of what was being written, if it has ended; RunFolderLostError is raised."""
+        now = self._now
+        if now is None or not (wait or now.writing.done):
+            return
+        self._noticed(now.writing.wait)
+        self._now = None
+        self._warn(now)
+        if isinstance(now.writing.error, _NOT_NOW) and not isinstance(now.writing.error, RunFolderLostError):
+            self._tell(now.writing.error, now.batches, finished=now.finished)
+        elif now.writing.error is not None:
+            raise now.writing.error
+        else:
+            self._saved, self._resumable = now.path, now.resumable
+
+    def _warn(self, now: _Now) -> None:
+        for text in now.warnings:
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+    def _tell(self, error: BaseException, batches: int, *, finished: bool) -> None:
+        if not self._session.world.main:  # the first process says it
+            return
+        kept = next(all_checkpoints(self._folder), None)
+        warnings.warn(
+            f"there is no checkpoint after {batches:,} steps: {error}. "
+            f"{'The SAEs are saved all the same' if finished else 'Training goes on'}; the last checkpoint is "
+            f"{kept or 'still to come'}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+    def _noticed(self, work: Callable[[], _T]) -> _T:
+        """A Ctrl-C while ``work`` lasts breaks a save off, and nothing is being written when it is raised."""
+        try:
+            return work()
+        except KeyboardInterrupt:
+            self.broken_off = True
+            now, self._now = self._now, None
+            if now is not None:
+                now.writing.give_up()
+            raise
 
     def finish(self) -> None:
         """Say in the last checkpoint that the run is finished; from then on it is not gone on with."""
-        if self._saved is None or not self._resumable:
+        self.settle()
+        if not self._session.world.main or self._saved is None or not self._resumable:
             return
         self.check_folder()
         try:
@@ -116,16 +208,22 @@ class Saving:
         except StorageError as error:
             warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
 
-    def save(self, *, spaced: bool = False, finished: bool = False) -> Path | None:
+    def save(self) -> Path | None:
         """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.
 
         In the middle of a step, or with ``checkpoints.keep_last = 0``, the SAEs alone are saved.  None: all diverged.
+        What cannot be written is raised.
         """
-        try:
-            return self._save(spaced, finished)
-        except KeyboardInterrupt:
-            self.broken_off = True
-            raise
+        self.settle()
+        path = self._noticed(lambda: self._begin(spaced=False, finished=False))
+        if (now := self._now) is not None:
+            self._noticed(now.writing.wait)
+            self._now = None
+            self._warn(now)
+            if now.writing.error is not None:
+                raise now.writing.error
+            self._saved, self._resumable = now.path, now.resumable
+        return path
 
     def check_folder(self) -> None:
         """:class:`RunFolderLostError` when the run folder is not the one any more that it was."""
@@ -138,92 +236,99 @@ class Saving:
         self._saved, self._noted = None, False
         return self.save()
 
-    def _save(self, spaced: bool, finished: bool) -> Path | None:
+    def _begin(self, spaced: bool, finished: bool) -> Path | None:
+        """Copy what is to be saved, and begin to write it; nothing else is being written.
+
+        Returns where it is, or will be.
+        """
         self.check_folder()
         session = self._session
         settle_all(self._trackers.values(), _SECONDS_FOR_TRACKERS)
         path = self._folder / "checkpoints" / f"step-{session.batches}"
         resumable = session.between_steps and self._options.keep_last > 0
-        saes = self._worth_saving()
-        if not saes or (path.exists() and not resumable):
-            return path if path.exists() else None
-        if self._saved is not None and path.name == self._saved.name and not finished:  # just now, for another reason
+        worth = self._worth_saving()
+        just_now = self._saved is not None and path.name == self._saved.name and not finished  # for another reason
+        # Of several processes, the first decides: the others may see the disk later, or not know what failed.
+        there, was_spaced, just_now = session.world.all.once(lambda: (*_seen(path), just_now))
+        if not worth or (there and not resumable):
+            return path if there else None
+        if just_now:
             return path
+        staging = Staging()
+        saes = staging.saes(worth, session.world)
         if resumable:
-            before = _opened(path) if path.exists() else None
-            spaced = spaced or (before is not None and before.facts["spaced"])  # for another reason, perhaps both
-            states = {name: _state(member.trainer) for name, member in session.members.items()}
-            write_checkpoint(path, saes, states, self._stream(path, saes), self._facts(spaced))
-            self._note_checkpoint()
+            files = (
+                *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), session.world)),
+                facts_of(session, spaced=spaced or was_spaced),  # for another reason, perhaps both
+            )
+            write = functools.partial(write_checkpoint, path.absolute(), *files)
+            if session.world.size > 1:
+                write = functools.partial(write_together, session.world.behind, path.absolute(), *files)
         else:
-            write_saes(path, saes)
-        self._saved, self._resumable = path, resumable
-        self._last_good.update(dict.fromkeys(saes, path))
+            write = functools.partial(write_saes, path.absolute(), saes)
+        diverged = self._diverged()
+        warned: list[str] = []
+        arrived, folder, main = staging.arrived(), self._folder.absolute(), session.world.main
+
+        def work(writing: Writing) -> None:
+            arrived()
+            self.check_folder()
+            try:
+                if saes or resumable:
+                    write(writing.go_on)
+            finally:
+                self.check_folder()  # if it is lost, that is what is wrong
+            self._last_good.update(dict.fromkeys(worth, path))
+            if not main:
+                return
+            if resumable:
+                self._note_checkpoint(folder)
+            writing.is_there()
+            self._remove_old(folder, diverged, warned.append)
+
+        self._now = now = _Now(path, resumable, session.batches, finished, warned, Writing(work))
+        now.writing.begin()
         for name in saes:
-            self._trackers[name].log_checkpoint(path.absolute() / name, session.members[name].trainer.step)
-        self._remove_old()
+            step = session.members[name].trainer.step
+            self._trackers[name].log_checkpoint(path.absolute() / name, step, now.writing.there)
         return path
 
-    def _note_checkpoint(self) -> None:
+    def _note_checkpoint(self, folder: Path) -> None:
         """Once there is one, a run without any is not one that was stopped early."""
         if not self._noted:
             with contextlib.suppress(StorageError):  # the checkpoint is there, which is what counts
-                RunRecord.note_checkpoint(self._folder)
+                RunRecord.note_checkpoint(folder)
             self._noted = True
 
-    def _stream(self, path: Path, saes: Collection[str]) -> dict[str, object]:
+    def _stream(self, path: Path, saes: Collection[str], staging: Staging) -> dict[str, object]:
         """The state of the batches, and what the trackers have not taken; of the checkpoint itself, none has."""
         waiting = {}
         for name, trackers in self._trackers.items():
             place, step = path.absolute(), self._session.members[name].trainer.step
             saved = Record(step, folder=place / name) if name in saes else None
             waiting[name] = waiting_state(trackers.waiting(saved), place.parent)
-        return {**self._session.stream_state(), "trackers": waiting}
+        return {**self._session.stream_state(staging.held), "trackers": waiting}
 
-    def _worth_saving(self) -> dict[str, SAEModule]:
-        saes = {}
+    def _worth_saving(self) -> dict[str, SAETrainer]:
+        worth = {}
         for name, member in self._session.members.items():
             try:
                 if member.trainer.diverged is None:
                     member.trainer.check_weights()
-                    saes[name] = member.trainer.raw_sae()
+                    worth[name] = member.trainer
             except DivergedError as error:
                 member.trainer.diverged = str(error)
-        return saes
+        return worth
 
-    def _facts(self, spaced: bool) -> dict[str, object]:
-        about = {
-            name: {
-                "step": member.trainer.step,
-                "tokens": member.trainer.tokens,
-                "diverged": member.trainer.diverged,
-                "d_sae": member.trainer.sae.d_sae,
-                "config": self._config(member.config),
-            }
-            for name, member in self._session.members.items()
-        }
-        return {
-            "batches": self._session.batches,
-            "finished": False,
-            "spaced": spaced,
-            "saes": about,
-            "identity": dict(self._session.identity),
-            "versions": versions(),
-        }
+    def _remove_old(self, folder: Path, diverged: Collection[str], warn: Callable[[str], None]) -> None:
+        """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays.
 
-    def _config(self, config: TrainConfig) -> dict[str, object]:
-        """The configuration as plain data, without where the run lies: it may be moved."""
-        table = plain_config(config, self._session.plugins)
-        for option in ("folder", "name"):
-            table["checkpoints"].pop(option)
-        return table
-
-    def _remove_old(self) -> None:
-        """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays."""
-        old = list(all_checkpoints(self._folder))[self._options.keep_last :]
+        This is done where checkpoints are written, so ``warn`` keeps its words for the loop.
+        """
+        old = list(all_checkpoints(folder))[self._options.keep_last :]
         in_use = [path for path in old if self._in_use(path)]
         for path in in_use[_KEPT_FOR_TRACKERS:]:
-            self._forget(path)
+            self._forget(path, warn)
         for path in old:
             if self._in_use(path):
                 continue  # until the next time
@@ -231,26 +336,24 @@ class Saving:
             if checkpoint is not None and checkpoint.facts["spaced"]:
                 names = checkpoint.healthy
             else:
-                names = [name for name in self._diverged() if self._last_good.get(name, Path()).name == path.name]
+                names = [name for name in diverged if self._last_good.get(name, Path()).name == path.name]
             try:
                 keep_saes(path, names)
             except StorageError as error:
-                warnings.warn(f"an old checkpoint stays: {error}", RuntimeWarning, stacklevel=5)
+                warn(f"an old checkpoint stays: {error}")
 
     def _in_use(self, path: Path) -> bool:
         return any(trackers.in_use(path.absolute()) for trackers in self._trackers.values())
 
-    def _forget(self, path: Path) -> None:
+    def _forget(self, path: Path, warn: Callable[[str], None]) -> None:
         """Trackers that are far behind, or hang, are not told of ``path`` any more."""
         for trackers in self._trackers.values():
             trackers.forget(path.absolute())
         if not self._told_of_lag:
             self._told_of_lag = True
-            warnings.warn(
+            warn(
                 f"trackers are more than {_KEPT_FOR_TRACKERS} checkpoints behind: they are not told of {path} and "
-                "others that are too old, which go",
-                RuntimeWarning,
-                stacklevel=6,
+                "others that are too old, which go"
             )
 
     def _diverged(self) -> list[str]:
@@ -258,16 +361,15 @@ class Saving:
 
     def last_good(self, name: str) -> Path | None:
         """The newest folder of an SAE that was saved before it diverged."""
+        self.settle()
         path = self._last_good.get(name)
         return None if path is None else self._folder / "checkpoints" / path.name / name
 
 
-def _state(trainer: SAETrainer) -> dict[str, object]:
-    """The training state, without the weights where the SAE as it is saved has the very same."""
-    state = trainer.state_dict()
-    if trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
-        state.pop("weights", None)
-    return state
+def _seen(path: Path) -> tuple[bool, bool]:
+    """Whether a checkpoint is there, and at an even distance."""
+    checkpoint = _opened(path) if path.exists() else None
+    return path.exists(), checkpoint is not None and bool(checkpoint.facts["spaced"])
 
 
 def _opened(path: Path) -> Checkpoint | None:

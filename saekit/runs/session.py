@@ -11,11 +11,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import Pauses
+from saekit.abilities import CopiesState, Pauses
 from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
+from saekit.distributed.batches import SpreadSource, shares_rows
+from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
@@ -38,6 +40,7 @@ from saekit.runs.opening import (
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import give_weights, make_trainer, sae_options
+from saekit.runs.spreading import check_spreads
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
@@ -80,6 +83,11 @@ def end_lane(source: ActivationSource, release: Callable[[], None]) -> None:
     release()
 
 
+def _source_state(source: ActivationSource, hold: Callable[[Any], Any]) -> Any:
+    state = source.state_dict()
+    return state if isinstance(source, CopiesState) and source.copies_state else hold(state)
+
+
 class Session:
     """Everything that trains, opened and checked, and its state."""
 
@@ -91,13 +99,15 @@ class Session:
         dataset: object | None = None,
         sizes: Mapping[str, int] | None = None,
         say: Status | None = None,
+        world: World = ALONE,
     ) -> None:
         """Open what ``configs``, by the names of the SAEs, ask for; cheap checks come first."""
-        self.plugins = plugins
+        self.plugins, self.world = plugins, world
         self.status = say or Status(verbose=False)
         self.say: Say = self.status
         """Is told what is being done; while a bar is shown, that shows it."""
         check_together(list(configs.values()), plugins)
+        check_spreads(list(configs.values()), world)
         sizes = sizes or {}
         prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
         first = next(iter(configs.values()))
@@ -135,7 +145,8 @@ class Session:
         members: dict[str, Member] = {}
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
             source = open_source(configs[names[0]], self.plugins, stream, self.backend)
-            lane = Lane(source, [], release=functools.partial(end_lane, source, release))
+            served = source if self.world.size == 1 else SpreadSource(source, self.world, shares=shares_rows(source))
+            lane = Lane(served, [], release=functools.partial(end_lane, served, release))
             self.lanes.append(lane)
             widths = widths_of(source, stream)
             used = Used.of(configs[names[0]], self.corpus, self.backend, stream)
@@ -161,7 +172,9 @@ class Session:
         sites = list(dict.fromkeys(site for config in configs for site in config.sites.all))
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
         beside = next(iter(self._streams), None)
-        stream = open_stream(configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside)
+        stream = open_stream(
+            configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside, world=self.world
+        )
         self._streams.append(stream)
         if reader is None:
             return lambda: None
@@ -173,7 +186,15 @@ class Session:
     ) -> Member:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
         trainer = make_trainer(
-            config, self.plugins, self.backend, self.corpus, prepared.options, ports, prepared.schedule, name
+            config,
+            self.plugins,
+            self.backend,
+            self.corpus,
+            prepared.options,
+            ports,
+            prepared.schedule,
+            name,
+            self.world,
         )
         info = trainer.sae.info
         trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})
@@ -261,12 +282,15 @@ class Session:
         """Whether every SAE has seen the same batches as the others of its lane."""
         return not any(lane.stepping for lane in self.lanes)
 
-    def stream_state(self) -> dict[str, Any]:
-        """The state of the batches, and of the process's random numbers."""
+    def stream_state(self, hold: Callable[[Any], Any] = lambda state: state) -> dict[str, Any]:
+        """The state of the batches, and of the process's random numbers.
+
+        What a source may work with as soon as it goes on is passed through ``hold``, which may copy it.
+        """
         return {
             "lanes": [
                 {
-                    "source": lane.source.state_dict(),
+                    "source": _source_state(lane.source, hold),
                     "tokens": lane.tokens,
                     "batches": lane.batches,
                     "ended": lane.ended,

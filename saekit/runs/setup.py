@@ -16,6 +16,7 @@ from saekit.config.files import plain_config
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.devices import resolve_device
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError
 from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, SAE_ARCHITECTURES
 from saekit.plugins.building import Part, blamed
@@ -27,10 +28,12 @@ from saekit.runs.metadata import metadata_of
 from saekit.runs.opening import seed_for
 from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
+from saekit.runs.spreading import spread
 from saekit.runs.transforms import estimator_of, give_chosen, refuse_maps, starting_rows, transform_problems
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of, tensors_of
+from saekit.sae.splitting import give_part, whole_like
 from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.schedule import ComposedSchedule
@@ -210,6 +213,7 @@ def make_trainer(
     ports: Ports,
     schedule: ComposedSchedule,
     name: str = "sae",
+    world: World = ALONE,
 ) -> SAETrainer:
     """An SAE with everything that trains it; its weights are still to come."""
     device = resolve_device(config.training.device, "training.device", options.dtype)
@@ -223,6 +227,7 @@ def make_trainer(
         _check_something_is_tuned(config.training.finetuning_method, sae)
     if options.dtype == "bfloat16":
         sae.cast_weights(torch.float32)  # until it is saved
+    spread(sae, world, config, plugins)
     sae.to(device)
     sae.kernels = config.training.kernels
     if config.training.compile:
@@ -233,7 +238,7 @@ def make_trainer(
         name=name,
         sae=sae,
         sites=config.sites,
-        optimizer=make_optimizer(config, plugins, sae, schedule),
+        optimizer=make_optimizer(config, plugins, sae, schedule, features=world.features),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_after,
@@ -244,6 +249,7 @@ def make_trainer(
         device=device,
         training=training,
         backend=backend if has_model(config, plugins) else None,
+        world=world,
         watched=_watching(config, plugins, sae),
     )
     if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
@@ -303,12 +309,22 @@ def give_weights(
             scale = 1.0  # its weights are for scaled activations as they are
         if problems := _decoder_problems(config, options, start, scale):
             raise ConfigError(problems)
-        _copy_weights(start, trainer, scale, _start_of(config))
+        _in_whole(trainer, lambda sae: _copy_weights(start, trainer, sae, scale, _start_of(config)))
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     read, written = trainer.factors
     x, target = _starting_rows(sample, trainer) if sample is not None else (None, None)
-    initialize(trainer.sae, generator, x, read, target=target, target_scale=written)
+    _in_whole(trainer, lambda sae: initialize(sae, generator, x, read, target=target, target_scale=written))
+
+
+def _in_whole(trainer: SAETrainer, give: Callable[[SAEModule], None]) -> None:
+    """Have ``give`` fill the SAE: of one whose features are split, each process draws the whole and takes its part."""
+    if trainer.world.features.size == 1:
+        give(trainer.sae)
+        return
+    whole = whole_like(trainer.sae)
+    give(whole)
+    give_part(trainer.sae, whole)
 
 
 def _sample(peeked: Mapping[Site, Tensor], sites: Sites, corpus: Corpus) -> dict[Site, Tensor]:
@@ -330,14 +346,14 @@ def _starting_rows(sample: Mapping[Site, Tensor], trainer: SAETrainer) -> tuple[
 
 
 @torch.no_grad()
-def _copy_weights(start: SAEModule, trainer: SAETrainer, scale: Scale, where: str) -> None:
+def _copy_weights(start: SAEModule, trainer: SAETrainer, into: SAEModule, scale: Scale, where: str) -> None:
     """Those of an SAE for raw activations, for activations times ``scale``; ``where`` it is from."""
     sae = _scaled(start, scale, trainer.sites)
     if problems := list(_meaning_problems(trainer.sae.config, start, sae, where)):
         raise ConfigError(problems)
     # The weights as they are in training: what an architecture makes of them when it saves is not there yet.
-    SAEModule.load_public_tensors(trainer.sae, _tensors_for(trainer.training.finetuning_method, sae))
-    trainer.sae.after_update()  # rows that are to have norm 1 have it from the first step on
+    SAEModule.load_public_tensors(into, _tensors_for(trainer.training.finetuning_method, sae))
+    into.after_update()  # rows that are to have norm 1 have it from the first step on
 
 
 def _scaled(start: SAEModule, scale: Scale, sites: Sites) -> SAEModule:

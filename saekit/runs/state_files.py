@@ -4,21 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
 
 from saekit.errors import StorageError
-from saekit.files.storage import read_json
+from saekit.files.storage import nothing, read_json
 from saekit.files.tensors import DTYPE_NAMES, save_tensors
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["StateFiles", "read_state", "write_state"]
 
 _TENSOR = "$tensor"
+
+
+@attrs.frozen(eq=False)
+class StateFiles:
+    """A state as its two files will have it."""
+
+    stem: str
+    text: bytes
+    """Of ``stem.json``: all plain values, as they were when this was made."""
+    tensors: Mapping[str, Tensor]
+    """Of ``stem.safetensors``: those of the state, not copies."""
+
+    @classmethod
+    def of(cls, stem: str, state: Mapping[str, Any]) -> StateFiles:
+        """See :func:`write_state`, which raises what this raises."""
+        tensors: dict[str, Tensor] = {}
+        plain = _take_out(state, stem, tensors)
+        return cls(stem, (json.dumps(plain) + "\n").encode(), tensors)
+
+    def write(self, folder: Path, go_on: Callable[[], None] = nothing) -> dict[str, str]:
+        """Write both files into ``folder``; returns their checksums by name.
+
+        ``go_on`` is called from time to time; what it raises ends this.
+        """
+        (folder / f"{self.stem}.json").write_bytes(self.text)
+        whole = {name: value.detach().cpu().resolve_conj().resolve_neg() for name, value in self.tensors.items()}
+        summed = save_tensors(folder / f"{self.stem}.safetensors", whole, go_on=go_on)
+        return {
+            f"{self.stem}.json": hashlib.sha256(self.text).hexdigest(),
+            f"{self.stem}.safetensors": summed,
+        }
 
 
 def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, str]:
@@ -27,13 +59,7 @@ def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, 
     It may hold mappings by text, lists, numbers, texts, None and tensors; :class:`StorageError` names the place of a
     value that is none of these.
     """
-    tensors: dict[str, Tensor] = {}
-    plain = _take_out(state, stem, tensors)
-    text = (json.dumps(plain) + "\n").encode()
-    (folder / f"{stem}.json").write_bytes(text)
-    whole = {name: value.detach().cpu().resolve_conj().resolve_neg() for name, value in tensors.items()}
-    summed = save_tensors(folder / f"{stem}.safetensors", whole)
-    return {f"{stem}.json": hashlib.sha256(text).hexdigest(), f"{stem}.safetensors": summed}
+    return StateFiles.of(stem, state).write(folder)
 
 
 def read_state(folder: Path, stem: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from saekit.abilities import HasMemory, Pauses, StatesRows, StatesWidths
+from saekit.abilities import CopiesState, HasMemory, Pauses, SharesRows, StatesRows, StatesWidths
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
@@ -28,6 +28,8 @@ class SupervisedSource:
     rows: int
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
+    copies_state: bool
+    shares_rows: bool
 
     def __init__(
         self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]
@@ -42,8 +44,14 @@ class SupervisedSource:
         with self._blamed("rows"):
             if isinstance(source, StatesRows):
                 self.rows = self._count(source.rows)
+        with self._blamed("copies_state"):
+            if isinstance(source, CopiesState):
+                self.copies_state = source.copies_state is True
         if isinstance(source, Pauses):
             self.pause = self._watched("pause", source.pause)
+        with self._blamed("shares_rows"):
+            if isinstance(source, SharesRows):
+                self.shares_rows = bool(source.shares_rows)
         if isinstance(source, HasMemory):
             self.memory_bytes = self._watched("memory_bytes", source.memory_bytes)
 

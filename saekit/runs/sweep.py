@@ -31,7 +31,7 @@ __all__ = [
     "value_text",
 ]
 
-_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.", "reports.")
+_COMMON = ("model.", "dataset.", "evals.split", "evals.held_out_every", "checkpoints.", "reports.", "distributed.")
 """What SAEs that train together cannot differ in."""
 _LONGEST_NAME = 100
 

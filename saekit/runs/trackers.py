@@ -59,11 +59,14 @@ class Trackers:
             owed.append(record)
         self._report()
 
-    def log_checkpoint(self, folder: Path, step: int) -> None:
-        """Tell the trackers that care of a saved SAE; this never waits, so see :meth:`in_use`."""
+    def log_checkpoint(self, folder: Path, step: int, there: Callable[[], bool] | None = None) -> None:
+        """Tell the trackers that care of a saved SAE; this never waits, so see :meth:`in_use`.
+
+        One that is still being written they are told of when it is ``there``, in its turn, or never.
+        """
         for worker in self._workers:
             if worker.cares_of_saes:
-                worker.hand_over(Record(step, folder=folder))
+                worker.hand_over(Record(step, folder=folder, there=there))
         self._report()
 
     def waiting(self, saved: Record | None = None) -> TrackersState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,12 +23,14 @@ class Record:
     step: int
     metrics: Metrics = attrs.field(factory=dict)
     folder: Path | None = None
+    there: Callable[[], bool] | None = attrs.field(default=None, eq=False, repr=False)
+    """Of a folder that is being written: waits for it, and says whether it is there."""
 
     def give(self, tracker: Tracker) -> None:
         """Make the call; a tracker that does not care of saved SAEs is not told of them."""
         if self.folder is None:
             tracker.log(dict(self.metrics), self.step)  # a copy: it goes on with its own, and so may others
-        elif isinstance(tracker, TakesCheckpoints):
+        elif isinstance(tracker, TakesCheckpoints) and (self.there is None or self.there()):
             tracker.log_checkpoint(self.folder, self.step)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.checksums import seal
 from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
-from saekit.files.storage import new_files, new_folder, read_json, replace_files, tidy
+from saekit.files.storage import new_files, new_folder, nothing, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import save_tensors
 from saekit.sae.probe import Probe, probe_of
@@ -40,6 +40,8 @@ __all__ = [
     "SPARSITY",
     "TRANSFORMED",
     "WEIGHTS",
+    "Contents",
+    "contents_of",
     "part_of_run",
     "save_sae",
     "weights_dtype",
@@ -69,14 +71,14 @@ def save_sae(sae: SAEModule, path: Path) -> Path:
     """
     if "\0" in str(path):
         raise PlaceError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
-    contents = _contents(sae)
+    contents = contents_of(sae)
     try:
         target = Path(os.path.realpath(path))  # a link to a folder stays one
         _refuse(target, path)
         tidy(target.parent, target.name.__eq__)  # what a process that was killed in between has left
         if _is_ours_alone(target):
             with new_folder(target) as folder:
-                _write(contents, folder)
+                contents.write(folder)
         else:
             _write_into(target, contents)
     except (OSError, UnicodeEncodeError) as error:
@@ -151,10 +153,10 @@ def _works_in(folder: Path) -> bool:
         return False
 
 
-def _write_into(target: Path, contents: _Contents) -> None:
+def _write_into(target: Path, contents: Contents) -> None:
     tidy(target, _HALF.__eq__)
     with new_files(target / _HALF) as home:
-        written = _write(contents, home)
+        written = contents.write(home)
         gone = [SAE_EVALS] if (target / CONFIG).is_file() and _is_measured(target / SAE_EVALS) else []
         new = {file: home / file if file in written else None for file in (*gone, *SAE_FILES)}
         replace_files(target, new, last=CONFIG)
@@ -162,11 +164,11 @@ def _write_into(target: Path, contents: _Contents) -> None:
 
 def write_sae(sae: SAEModule, folder: Path) -> dict[str, str]:
     """Write the files of ``sae`` into ``folder``, which is there; returns their checksums."""
-    return _write(_contents(sae), folder)
+    return contents_of(sae).write(folder)
 
 
-@attrs.frozen
-class _Contents:
+@attrs.frozen(eq=False)
+class Contents:
     """What is to be written, checked as if it were read again."""
 
     config: dict[str, Any]
@@ -175,9 +177,26 @@ class _Contents:
     sparsity: Tensor | None
     probe: Probe | None
 
+    def write(self, folder: Path, go_on: Callable[[], None] = nothing) -> dict[str, str]:
+        """Write the files into ``folder``, which is there; returns their checksums.
 
-def _contents(sae: SAEModule) -> _Contents:
-    """:class:`SAEFormatError` says what of ``sae`` could not be loaded again."""
+        ``go_on`` is called from time to time; what it raises ends this.
+        """
+        sums = {WEIGHTS: save_tensors(folder / WEIGHTS, self.tensors, go_on=go_on)}
+        if self.sparsity is not None:
+            sums[SPARSITY] = save_tensors(folder / SPARSITY, {"sparsity": self.sparsity})
+        if self.probe is not None:
+            sums[PROBE] = save_tensors(folder / PROBE, self.probe.tensors, self.probe.facts)
+        text = _text(self.config, sums)
+        (folder / CONFIG).write_bytes(text)
+        return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
+
+
+def contents_of(sae: SAEModule) -> Contents:
+    """What the folder of ``sae`` holds; its tensors may be the SAE's own.
+
+    :class:`SAEFormatError` says what of ``sae`` could not be loaded again.
+    """
     tensors, where = sae.public_tensors(), "the SAE that is to be saved"
     check_tensors(tensors, where)
     for name in (entry.name for entry in sae.table):
@@ -190,23 +209,12 @@ def _contents(sae: SAEModule) -> _Contents:
         sparsity = sae.log_sparsity.detach().cpu().float().contiguous()
     config = folder_config(sae, tensors)
     parse_object(_text(config, dict.fromkeys((WEIGHTS, SPARSITY), "0" * 64)), f"{CONFIG} of {where}")
-    return _Contents(config, tensors, sparsity, probe_of(sae, tensors))
+    return Contents(config, tensors, sparsity, probe_of(sae, tensors))
 
 
 def _check_shape(value: Tensor, shape: list[int], name: str, where: str) -> None:
     if list(value.shape) != shape:
         raise SAEFormatError(f"{name} of {where} has shape {list(value.shape)}, expected {shape}")
-
-
-def _write(contents: _Contents, folder: Path) -> dict[str, str]:
-    sums = {WEIGHTS: save_tensors(folder / WEIGHTS, contents.tensors)}
-    if contents.sparsity is not None:
-        sums[SPARSITY] = save_tensors(folder / SPARSITY, {"sparsity": contents.sparsity})
-    if contents.probe is not None:
-        sums[PROBE] = save_tensors(folder / PROBE, contents.probe.tensors, contents.probe.facts)
-    text = _text(contents.config, sums)
-    (folder / CONFIG).write_bytes(text)
-    return sums | {CONFIG: hashlib.sha256(text).hexdigest()}
 
 
 def _text(config: Mapping[str, Any], sums: Mapping[str, str]) -> bytes:

@@ -247,7 +247,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
     def centered(self, x: Tensor) -> Tensor:
         """``x̄``, the encoder's input: ``[..., d_in]``."""
         check_width(x, self.d_in, "d_in", "inputs")
-        return x - self.b_dec if self.config.apply_b_dec_to_input else x
+        return x - self.share.alike(self.b_dec) if self.config.apply_b_dec_to_input else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """``x̄ W_enc + b_enc``: ``[..., d_in]`` to ``[..., d_sae]``."""
@@ -289,7 +289,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         """``(f ⊙ scale) W_dec + b_dec``: ``[..., d_sae]`` to ``[..., d_out]``, without the hooks of :meth:`decode`."""
         check_width(features, self.d_sae, "d_sae", "features")
         scale = self.decoder_scale()
-        return (features if scale is None else features * scale) @ self.W_dec + self.b_dec
+        return self.share.sum((features if scale is None else features * scale) @ self.W_dec) + self.b_dec
 
     def decoder_scale(self) -> Tensor | None:
         """``[d_sae]``: what features are multiplied by before they are decoded; None: nothing."""

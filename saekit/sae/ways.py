@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.kernel import StepKernel, Use, choose
 from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
 from saekit.sae.casting import Castable
 
-__all__ = ["Ways", "not_compiled"]
+__all__ = ["Ways", "not_compiled", "overridden"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -55,6 +56,15 @@ class Ways(Castable):
     keeps the kernels."""
     memory: Workspaces = SHARED
     """Where kernels work."""
+    share: Share = WHOLE
+    """What this process has of a training step, of the rows and of the features: all of both, unless there are several
+    processes.  See :class:`saekit.distributed.Share`."""
+    spreads_over: ClassVar[frozenset[str]] = frozenset()
+    """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
+    asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
+    changes the mathematics says so anew."""
+    spread: frozenset[str] = frozenset()
+    """What is split over processes in training: ``data``, ``features``."""
 
     losses: Any
     _compile_mode: str | None = None
@@ -109,11 +119,16 @@ class Ways(Castable):
             autocast=torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type),
             compiled=compiled,
             learning=learning,
+            spread=self.spread if training else frozenset(),
         )
         kernel, reasons = choose(self.step_kernels, self, use)
-        if kernel is not None and (changed := _changed(type(self))) is not None:
+        if kernel is not None and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
+
+    def why_not_split(self, parts: int) -> str | None:
+        """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""
+        return None
 
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""
@@ -124,7 +139,7 @@ class Ways(Castable):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles.  A compiled :meth:`losses` works on this SAE's own weights: a copy gets its own."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        for name in ("losses", "table"):  # either is made again
+        for name in ("losses", "table", "share", "spread"):  # made again; or of the processes that train it
             state.pop(name, None)
         return state
 
@@ -134,18 +149,19 @@ class Ways(Castable):
             self.compile_losses(self._compile_mode)
 
 
-def _changed(kind: type) -> str | None:
-    """Why the kernels that ``kind`` inherits are not its own: it changes the mathematics.  None: it does not.
+def overridden(kind: type, stated: str) -> str | None:
+    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes the mathematics.
+    None: it does not.
 
-    The class that lists ``step_kernels`` answers for the mathematics that it has and inherits.
+    The class that states it answers for the mathematics that it has and inherits.
     """
-    owner = next(one for one in kind.__mro__ if "step_kernels" in vars(one))
+    owner = next(one for one in kind.__mro__ if stated in vars(one))
     if owner is kind:
         return None
     mathematics = {*_MATHEMATICS, *_helpers(owner)}
     for changing in kind.__mro__[: kind.__mro__.index(owner)]:
         if found := [name for name in vars(changing) if name in mathematics]:
-            return f"{changing.__name__} overrides {found[0]}, and not step_kernels"
+            return f"{changing.__name__} overrides {found[0]}, and not {stated}"
     return None
 
 

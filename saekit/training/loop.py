@@ -7,6 +7,7 @@ from typing import Protocol
 
 import attrs
 
+from saekit.distributed.batches import thinned
 from saekit.errors import DivergedError
 from saekit.protocols import ActivationSource
 from saekit.training.trainer import SAETrainer
@@ -64,7 +65,7 @@ def fit(lanes: Sequence[Lane], observers: Sequence[Observer] = ()) -> None:
             lane.ended = True
             lane.release()
             continue
-        lane.tokens += len(batch)
+        lane.tokens += batch.whole
         lane.untold = [(trainer, _step(trainer, batch)) for trainer in lane.training]
         lane.batches += 1
         lane.stepping = False
@@ -97,12 +98,14 @@ def _tell(lane: Lane, observers: Sequence[Observer]) -> None:
 
 
 def _step(trainer: SAETrainer, batch: Batch) -> dict[str, float | Histogram]:
-    batch = batch.thinned(trainer.training.total_tokens - trainer.tokens)
+    left = trainer.training.total_tokens - trainer.tokens
+    batch = thinned(batch, left, trainer.world) if batch.counts else batch.thinned(left)
     try:
         metrics = trainer.train_on(*trainer.rows_of(batch), batch)
     except DivergedError as error:
         trainer.diverged = str(error)
         return {}
     if metrics and batch.documents is not None:
-        metrics["details/distinct_documents"] = len(batch.documents.unique())  # how well the batch is mixed
+        documents = trainer.world.share(batch.counts).all_rows(batch.documents)
+        metrics["details/distinct_documents"] = len(documents.unique())  # how well the batch is mixed
     return metrics

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.distributed.share import WHOLE, Share
 from saekit.errors import PluginFailedError
 from saekit.sae.module import SAEModule
 from saekit.values import Histogram, Ports, StepOutput
@@ -26,21 +27,25 @@ def step_metrics(
     grad_norm: Tensor,
     tokens: int,
     ports: Ports,
+    share: Share = WHOLE,
 ) -> dict[str, float]:
-    """The metrics of a step towards ``target [n, d_out]``; reading them is the one place that waits for the device."""
+    """The metrics of a step towards ``target [n, d_out]``, of which and of the features ``share`` is this process's.
+
+    ``result`` has the numbers and counts of the whole batch.  Reading them is the one place that waits for the device.
+    """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    squares, variances = _squares(target, result.output)
+    squares, variances = _squares(target, result.output, share)
     values: dict[str, Tensor] = {f"losses/{name}": value for name, value in result.losses.items()}
     values |= {
         "losses/overall_loss": result.loss,
         "metrics/explained_variance": 1 - squares.sum() / variances.sum(),
         "metrics/explained_variance_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
-        "metrics/l0": result.fired.sum() / len(target),
-        "sparsity/mean_passes_since_fired": since_fired.to(dtype).mean(),
-        "sparsity/dead_features": dead.sum(),
+        "metrics/l0": share.features.sum(result.fired.sum()) / share.n(len(target)),
+        "sparsity/mean_passes_since_fired": share.all_features(since_fired).to(dtype).mean(),
+        "sparsity/dead_features": share.features.sum(dead.sum()),
         "details/grad_norm": grad_norm,
     }
-    values |= _of_each_target(target, result.output, ports)
+    values |= _of_each_target(target, result.output, ports, share)
     values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True)) | {
@@ -50,17 +55,18 @@ def step_metrics(
     }
 
 
-def _squares(target: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row ``‖y − ŷ‖²`` and ``‖y − ȳ‖²``: ``[n]`` both."""
-    return (target - output).pow(2).sum(-1), (target - target.mean(0)).pow(2).sum(-1)
+def _squares(target: Tensor, output: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Of each row of the whole batch ``‖y − ŷ‖²`` and ``‖y − ȳ‖²``: ``[n]`` both."""
+    squares, variances = (target - output).pow(2).sum(-1), (target - share.row_mean(target)).pow(2).sum(-1)
+    return share.all_rows(squares), share.all_rows(variances)
 
 
-def _of_each_target(target: Tensor, output: Tensor, ports: Ports) -> dict[str, Tensor]:
+def _of_each_target(target: Tensor, output: Tensor, ports: Ports, share: Share) -> dict[str, Tensor]:
     """The explained variance of each of several targets."""
     if len(ports.targets) == 1:
         return {}
     pairs = zip(ports.split_target(target).items(), ports.split_target(output).values(), strict=True)
-    found = {name: _squares(wanted, given) for (name, wanted), given in pairs}
+    found = {name: _squares(wanted, given, share) for (name, wanted), given in pairs}
     return {
         f"metrics/explained_variance/{name}": 1 - squares.sum() / variances.sum()
         for name, (squares, variances) in found.items()

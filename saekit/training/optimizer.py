@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from saekit.abilities import GuardedOptimizer, HasMoments
-from saekit.errors import PluginFailedError, StorageError
+from saekit.abilities import Elementwise, GuardedOptimizer, HasMoments
+from saekit.distributed.group import Group
+from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
 from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
@@ -39,8 +40,12 @@ class ScheduledOptimizer:
         *,
         clip: float = 1.0,
         table: ParameterTable | None = None,
+        features: Group | None = None,
     ) -> None:
-        """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them."""
+        """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them.
+
+        ``features`` are the processes over which those are split of which the table says so; None: this one has all.
+        """
         self._names, self._parameters = zip(*parameters, strict=True)
         # Fused kernels copy what is not contiguous.  A matrix whose transpose is shows the optimizer that instead.
         self._turned = [p.dim() == 2 and p.T.is_contiguous() and not p.is_contiguous() for p in self._parameters]
@@ -48,13 +53,21 @@ class ScheduledOptimizer:
             nn.Parameter(p.detach().T) if turned else p
             for p, turned in zip(self._parameters, self._turned, strict=True)
         ]
-        self._clip = clip
+        self._clip, self._features = clip, features or Group()
+        split = {entry.name for entry in table or () if entry.split is not None}
+        self._split = [name in split for name in self._names]
         self._schedule = schedule
         device = self._parameters[0].device
         groups = self._groups(table)
         factors = {id(shown): group["lr_factor"] for group in groups for shown in group["params"]}
         self._inner = build(groups=groups, lr=schedule(0))
         self._check(factors)
+        if self._features.size > 1 and not (isinstance(self._inner, Elementwise) and self._inner.elementwise):
+            raise ConfigError(
+                [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
+                  "itself (elementwise), so the parameters cannot be split over processes; set distributed.features "
+                  "to 1")]
+            )  # fmt: skip
         self._first = [self._settings(group) for group in self._inner.param_groups]
         self._guarded = self._inner if isinstance(self._inner, GuardedOptimizer) else None
         self.looks = device.type == "cpu" or self._guarded is None
@@ -80,7 +93,7 @@ class ScheduledOptimizer:
         self.lr = self._schedule(step)
         self._show_gradients()
         gradients = [p.grad for p in self._shown if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self._total_norm(gradients)
         sound = norm if loss is None else loss.detach() + norm
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
@@ -89,6 +102,17 @@ class ScheduledOptimizer:
             shown.grad = None
         SHARED.recycle(gradients)
         return norm
+
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Of all parameters, those of other processes included."""
+        if self._features.size == 1:
+            return nn.utils.get_total_norm(gradients)
+        parts: list[list[Tensor]] = [[], []]
+        for shown, split in zip(self._shown, self._split, strict=True):
+            if shown.grad is not None:
+                parts[split].append(shown.grad)
+        alike, own = (nn.utils.get_total_norm(some).to(self._failed.device).square() for some in parts)
+        return (alike + self._features.sum(own)).sqrt()
 
     def _update(self, norm: Tensor) -> None:
         if self._clip and self._guarded is not None:

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from saekit.config import TrainingConfig
 from saekit.devices import rows_on
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.sae.probe import MOST_ROWS
+from saekit.sae.splitting import gathered
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
+from saekit.training.together import of_whole_batch
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -55,6 +58,8 @@ class SAETrainer:
     tokens: int = 0
     diverged: str | None = None
     """Why it was stopped, if its loss is no longer a number."""
+    world: World = ALONE
+    """The processes that train it together."""
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
@@ -74,6 +79,11 @@ class SAETrainer:
     def finished(self) -> bool:
         """Whether it has seen all the tokens that it is to see, or diverged."""
         return self.tokens >= self.training.total_tokens or self.diverged is not None
+
+    @property
+    def d_sae(self) -> int:
+        """Features of the whole SAE, those of other processes included."""
+        return self.sae.d_sae * self.sae.share.parts
 
     @property
     def as_saved(self) -> bool:
@@ -129,13 +139,16 @@ class SAETrainer:
         target = x if y is None else y  # in the units of activations
         if self.maps is not None:
             x, y = self._mapped(x, y)
+        share = self.world.share(() if batch is None else batch.counts)
+        self.sae.share = share
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
+        result = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss)
         self.step += 1
-        self.tokens += len(x)
+        self.tokens += (n := share.n(len(x)))
 
         metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
@@ -143,7 +156,8 @@ class SAETrainer:
             self._check_finite(result.loss, grad_norm, x)
         with self.watched("after_update"):
             self.sae.after_update()
-        window_ended = self.firing.update(result.fired, len(x))
+        self.sae.share = self.world.share()  # until the next step, nothing depends on a batch
+        window_ended = self.firing.update(result.fired, n)
         if log:
             if self.maps is not None:
                 result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
@@ -156,9 +170,10 @@ class SAETrainer:
                 grad_norm=grad_norm,
                 tokens=self.tokens,
                 ports=self.sae.ports,
+                share=share,
             )
         if window_ended and self.firing.last_fractions is not None:
-            metrics |= window_metrics(self.firing.last_fractions)
+            metrics |= window_metrics(share.all_features(self.firing.last_fractions))
         return metrics
 
     def _mapped(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -237,7 +252,10 @@ class SAETrainer:
     def check_weights(self) -> None:
         """:class:`DivergedError` when a weight is not finite, or a step was left out: this is not worth saving."""
         for name, value in self.sae.named_parameters():
-            if not bool(value.isfinite().all()):
+            finite = value.sum().isfinite()  # only if all its numbers are; only if it is not, each is looked at
+            if not bool(finite):
+                finite = value.isfinite().all()
+            if not bool(torch.stack(self.sae.share.features.gather(finite)).all()):
                 raise DivergedError(
                     f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"
@@ -252,12 +270,16 @@ class SAETrainer:
     def raw_sae(self) -> SAEModule:
         """The SAE for raw activations, with its firing fractions: to measure and to save.
 
-        It is the SAE itself, or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
+        Of one whose features are split, every process of the group must ask, and has it whole.  It is the SAE itself,
+        or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
         """
         sae = self.sae
-        if not self.as_saved:
+        if sae.share.parts > 1:
+            sae = gathered(sae)
+        elif not self.as_saved:
             sae = copy.deepcopy(sae)
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
+        if sae is not self.sae:
             if self.scaled:
                 sae.fold_activation_scale(*self.factors)
             if self.maps is not None:
@@ -265,7 +287,7 @@ class SAETrainer:
             sae.cast_weights(getattr(torch, sae.config.dtype))
         seen = {"training_tokens": self.tokens, "activation_scale": self.scale}
         sae.info = attrs.evolve(sae.info, metadata={**sae.info.metadata, **seen})
-        sae.log_sparsity = self.firing.log_sparsity().cpu()
+        sae.log_sparsity = self.sae.share.all_features(self.firing.log_sparsity()).cpu()
         sae.probe_rows = self._recent
         return sae
 

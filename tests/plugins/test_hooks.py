@@ -116,6 +116,7 @@ PUBLIC_MODULES = [
     "data.cache",
     "data.vocabulary",
     "devices",
+    "distributed",
     "errors",
     "evals",
     "files",

@@ -37,9 +37,9 @@ def session_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made: dict[str, Any] = {}
     write = write_checkpoint
 
-    def keep(path: Path, saes: Any, states: Any, stream: Any, facts: Any) -> None:
+    def keep(path: Path, saes: Any, states: Any, stream: Any, facts: Any, go_on: Any) -> None:
         made.update(saes=saes, states=states, stream=stream, facts=facts)
-        write(path, saes, states, stream, facts)
+        write(path, saes, states, stream, facts, go_on)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "write_checkpoint", keep)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from torch import Tensor
 import saekit
 from saekit.errors import TrainingInterrupted
 from saekit.runs.checkpoints import all_checkpoints, newest_checkpoint
+from saekit.runs.state_files import StateFiles
 from saekit.testing import fake_plugin
 from saekit.training.trainer import SAETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+MARKS = {"name": "run", "n_checkpoints": 5}  # after steps 2 and 4, and so on
 
 
 def test_a_second_ctrl_c_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,40 +59,77 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         assert ours[path] == theirs[path]
 
 
-@pytest.mark.parametrize("pressed_before", [True, False], ids=["saving after one", "by the clock"])
 def test_a_second_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pressed_before: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of step 2 is whole, and what goes on from it ends as if nobody had pressed anything."""
-    from saekit.runs import state_files
+    config = fake_config(tmp_path, checkpoints=MARKS)
+    write, seen = StateFiles.write, [0]
 
-    marks = {"name": "run", "n_checkpoints": 5}  # after steps 2 and 4, and so on
-    config = fake_config(tmp_path, checkpoints=marks)
-    write, stop, seen = state_files.write_state, 3 if pressed_before else 4, [0]
-
-    def pressed(folder: Path, stem: str, state: Any) -> Any:
-        found = write(folder, stem, state)
-        if f"step-{stop}." in str(folder) and stem == "training":
+    def pressed(files: StateFiles, folder: Path, go_on: Any) -> Any:
+        found = write(files, folder, go_on)
+        if "step-3." in str(folder) and files.stem == "training":
             seen[0] += 1
-            for _ in range(1 if pressed_before else 2):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
         return found
 
     with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
-        patch.setattr(state_files, "write_state", pressed)
-        with pressing(3) if pressed_before else contextlib.nullcontext():
+        patch.setattr(StateFiles, "write", pressed)
+        with pressing(3):
             train(config)
     run = tmp_path / "run"
     assert seen == [1]
     assert str(caught.value) == (
-        f"interrupted after {stop} steps ({256 * stop:,} tokens); and a checkpoint could not be saved: that was "
+        "interrupted after 3 steps (768 tokens); and a checkpoint could not be saved: that was "
         f"interrupted, too; go on from {run}/checkpoints/step-2 with: saekit train --resume {run}"
     )
     newest_checkpoint(run).verify()
     assert [path.name for path in all_checkpoints(run)] == ["step-2"]
+    assert not list(run.rglob(".*")), "nothing half written is left"
+    goes_on_as_if_nothing_had_been(run, config)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_ctrl_c_waits_for_a_checkpoint_that_is_written_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    """Of step 4, in the middle of step 5, which is made to its end after one Ctrl-C and not after two."""
+    config = fake_config(tmp_path, checkpoints=MARKS)
+    write, work, held = StateFiles.write, SAETrainer.train_on, threading.Event()
+
+    def slow(files: StateFiles, folder: Path, go_on: Any) -> Any:
+        if "step-4." in str(folder) and files.stem == "training":
+            assert held.wait(20)
+            time.sleep(0.1)
+        return write(files, folder, go_on)
+
+    def hangs(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
+        if trainer.step == 4:
+            assert not (tmp_path / "run/checkpoints/step-4").exists()
+            held.set()
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        return work(trainer, rows, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(StateFiles, "write", slow)
+        patch.setattr(SAETrainer, "train_on", hangs)
+        train(config)
+    run, step = tmp_path / "run", 6 - presses
+    assert str(caught.value) == (
+        f"interrupted after {step} steps ({256 * step:,} tokens); saved in {run}/checkpoints/step-{step}. Go on with: "
+        f"saekit train --resume {run}"
+    )
+    newest_checkpoint(run).verify()
+    assert [path.name for path in all_checkpoints(run)][:2] == [["step-5", "step-4"], ["step-4", "step-2"]][presses - 1]
+    goes_on_as_if_nothing_had_been(run, config)
+
+
+def goes_on_as_if_nothing_had_been(run: Path, config: dict[str, Any]) -> None:
     resume(run)
-    whole = train(config | {"checkpoints": {"folder": str(tmp_path / "other"), **marks}})
+    whole = train(config | {"checkpoints": {"folder": str(run.parent / "other"), **MARKS}})
     for path in ("metrics.jsonl", "sae/sae_weights.safetensors"):
         assert contents(run)[path] == contents(whole.folder)[path]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import saekit
 from saekit.errors import StorageError, TrainingInterrupted
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.saving import Saving
+from saekit.runs.state_files import StateFiles
 from saekit.training.trainer import SAETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +45,9 @@ def at_step(step: int, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
     def train_then(trainer: SAETrainer, rows: Tensor, *rest: Any) -> Any:
         if trainer.step == step and not done:
             done.append(step)
+            for thread in threading.enumerate():
+                if thread.name == "saekit-checkpoint":  # else it is lost while something is written into it
+                    thread.join()
             work()
         return train_on(trainer, rows, *rest)
 
@@ -75,6 +80,27 @@ def test_a_lost_folder_is_an_error_and_the_run_is_saved_elsewhere(
     weights = "sae/sae_weights.safetensors"
     assert (rescued / weights).read_bytes() == (whole.folder / weights).read_bytes()
     assert result.metrics == whole.metrics
+
+
+def test_lost_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the error learns why nothing can be written, not only what."""
+    write = StateFiles.write
+
+    def lost(files: StateFiles, folder: Path, go_on: Any) -> Any:
+        if "step-5." in str(folder) and files.stem == "training":
+            renamed(tmp_path / "run")
+        return write(files, folder, go_on)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match="was removed, renamed or replaced") as caught,
+    ):
+        patch.setattr(StateFiles, "write", lost)
+        train(fake_config(tmp_path, checkpoints={"name": "run", "n_checkpoints": 4}))
+    rescued = tmp_path / "run-rescued-1"
+    assert f"--resume {rescued} goes on from it" in caught.value.__notes__[0]
+    assert not list((tmp_path / "elsewhere/checkpoints").glob("step-5"))
+    resume(rescued)
 
 
 def test_interrupted_when_the_folder_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +155,7 @@ def test_nothing_can_be_saved_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_stands_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that come and go make no other folder of it, nor does a drive that does not answer for once."""
-    with Standing(tmp_path) as standing:
+    with Standing([tmp_path]) as standing:
         (tmp_path / "x").mkdir()
         (tmp_path / "x").rmdir()
         standing.check()
@@ -145,7 +171,7 @@ def test_what_stands_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     with monkeypatch.context() as patch:  # as on Windows, which opens no folders
         patch.setattr("os.open", lambda *_: exec("raise PermissionError(13, 'Permission denied')"))
-        with Standing(folder) as standing:
+        with Standing([folder]) as standing:
             standing.check()
             renamed(folder)
             with pytest.raises(RunFolderLostError):

@@ -55,7 +55,7 @@ class RevivingSAE(SAE):
     def aux_weight(self, target: Tensor, output: Tensor) -> float | Tensor:
         """What AuxK is multiplied by, for ``target`` and its reconstructions ``output``, ``[n, d_out]`` both."""
         # Where next to nothing is left over, its units are so small that AuxK would crowd out the reconstruction.
-        return (self.aux_coefficient * variance_ratio(target, output)).clamp_max(1)
+        return (self.aux_coefficient * variance_ratio(target, output, self.share)).clamp_max(1)
 
     def aux_loss(self, pre: Tensor, target: Tensor, output: Tensor, dead: Tensor | None) -> Tensor:
         """AuxK with its weight, for autograd: a scalar."""
@@ -63,7 +63,7 @@ class RevivingSAE(SAE):
             return pre.new_zeros(())
         loss = auxk_loss(
             self._as_auxk_sees(pre), target, output, self.scaled_decoder(), dead, self.k_aux, self.feature_norms(),
-            shrink=self.aux_shrinks, by_size=self.aux_by_size, above_zero=self.aux_above_zero,
+            shrink=self.aux_shrinks, by_size=self.aux_by_size, above_zero=self.aux_above_zero, share=self.share,
         )  # fmt: skip
         return loss * self.aux_weight(target, output)
 
@@ -75,7 +75,7 @@ class RevivingSAE(SAE):
     @not_compiled
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
-        return dead.device.type != "cpu" or bool(dead.any())
+        return dead.device.type != "cpu" or bool(self.share.count(int(dead.sum()), dead))
 
     def add_aux_loss(
         self, fast: FastStep, encoder: Encoder, dead: Tensor, unit: Tensor | None = None, output: Tensor | None = None
@@ -84,7 +84,7 @@ class RevivingSAE(SAE):
 
         ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``.
         """
-        if not self.aux_coefficient or not len(dead):
+        if not self.aux_coefficient or not self.share.count(len(dead), dead):
             return fast.target.new_zeros(())
         output = fast.output if output is None else output
         weight, norms = self.aux_weight(fast.target, output), self.feature_norms()
@@ -92,7 +92,7 @@ class RevivingSAE(SAE):
             weight = weight / unit
         return add_auxk(
             fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks, above_zero=self.aux_above_zero,
-            trains_encoder=self.aux_trains_encoder, output=output,
+            trains_encoder=self.aux_trains_encoder, output=output, share=self.share,
         )  # fmt: skip
 
     def revives(self, step: StepInput) -> bool:

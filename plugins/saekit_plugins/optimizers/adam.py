@@ -42,7 +42,7 @@ def _build(config: AdamConfig, *, groups: list[dict[str, Any]], lr: float) -> Op
     fused = all(p.device.type in KERNEL_DEVICES and p.dtype != torch.float64 for p in parameters)
     betas = (config.beta1 or 0.0, config.beta2)
     adam: Any = torch.optim.Adam(groups, lr=lr, betas=betas, eps=config.eps, fused=fused)
-    adam.moments = _MOMENTS
+    adam.moments, adam.elementwise = _MOMENTS, True
     if fused:  # its kernel looks at both, on the device
         adam.grad_scale = adam.found_inf = None
     made: Optimizer = adam

@@ -41,6 +41,8 @@ _SAMPLE_BYTES = 100_000_000  # for what is estimated on activations before train
 class CachedSource:
     """Shuffled batches from disk."""
 
+    shares_rows = True
+
     def __init__(self, config: CachedConfig, stream: StreamContext) -> None:
         from saekit.data import Prefetched
         from saekit.data.cache import CachedActivations, CachedBatches, Manifest, verify_cache
@@ -56,7 +58,12 @@ class CachedSource:
         self._cache = CachedActivations(folder, manifest, stream.sites)
         self._cache.advise(single_rows=config.block_rows == 1)
         self._reader = CachedBatches(
-            self._cache, stream.batch_size, seed=stream.seed, repeat=stream.repeat, block=config.block_rows
+            self._cache,
+            stream.batch_size,
+            seed=stream.seed,
+            repeat=stream.repeat,
+            block=config.block_rows,
+            part=(stream.process, stream.processes),
         )
         self._prefetched = Prefetched(self._reader, depth=2) if config.prefetch else None
         self._batches: Any = self._prefetched or self._reader

@@ -38,11 +38,15 @@ class LiveConfig:
 class LiveSource:
     """Shuffled batches from the model itself."""
 
+    copies_state = True  # the buffer gathers its rows for each, and all else is numbers
+    shares_rows = True
+
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch
 
         from saekit.data import ActivationStream, Prefetched
 
+        stream = stream.own
         self._stream, self._config = stream, config
         context_size = stream.contexts.policy.context_size  # opens the text, before the model runs
         rows = stream.rows_per_context(context_size)

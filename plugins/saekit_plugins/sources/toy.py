@@ -59,11 +59,13 @@ class ToySourceConfig(ToyConfig):
 class ToySource:
     """Batches of hidden activations, each row drawn anew, without an end."""
 
+    shares_rows = True
+
     def __init__(self, config: ToySourceConfig, stream: StreamContext) -> None:
         import torch
 
         self._site = _only(stream.sites)
-        self._batch_size = stream.batch_size
+        self._batch_size, self._part = stream.batch_size, (stream.process, stream.processes)
         self.model = _model(config)
         """The toy model, with the true directions."""
         self._generator = torch.Generator().manual_seed(stream.seed)
@@ -77,7 +79,9 @@ class ToySource:
         return self
 
     def __next__(self) -> Batch:
-        return Batch({self._site: self._rows(self._batch_size)})
+        number, parts = self._part  # all draw all rows, which cost little, so that they are those of one process
+        own = self._batch_size // parts
+        return Batch({self._site: self._rows(self._batch_size)[number * own : (number + 1) * own]})
 
     def peek(self) -> Mapping[Site, Tensor]:
         state = self._generator.get_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
 from saekit.commands.terminal.ending import complain, interruptible
+from saekit.distributed.launched import Launched
 from saekit.errors import ConfigError
 
 __all__ = ["EXAMPLES", "train"]
@@ -69,7 +71,8 @@ def train(
 
     with interruptible():
         result = jobs.train(wanted) if run is None else jobs.resume(run, source or None, given, allow=allow or ())
-        _show(result)
+        if Launched.here(os.environ).rank == 0:
+            _show(result)
 
 
 def _show(result: Any) -> None:

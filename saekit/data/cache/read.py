@@ -131,10 +131,20 @@ class CachedBatches:
     Inside a batch the rows rise: their order means nothing to a training step, and neighbors are read together.
     """
 
-    def __init__(self, cache: CachedActivations, batch_size: int, *, seed: int, repeat: bool, block: int = 1) -> None:
+    def __init__(
+        self,
+        cache: CachedActivations,
+        batch_size: int,
+        *,
+        seed: int,
+        repeat: bool,
+        block: int = 1,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        """``part``: of each batch that of one process, and of how many."""
         self._cache, self._batch_size = cache, batch_size
         self._seed, self._repeat, self._block = seed, repeat, block
-        self._rows = len(cache)
+        self._part, self._rows = part, len(cache)
         self._digest = cache.digest(self._rows)
         self._epoch = self._position = 0
         self._order = self._order_of(0)
@@ -168,9 +178,11 @@ class CachedBatches:
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
         rows = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-        if not len(rows):
+        number, of = self._part
+        own = np.sort(rows)[number * len(rows) // of : (number + 1) * len(rows) // of]
+        if not len(own):
             raise StopIteration
-        return self._cache.take(np.sort(rows))
+        return self._cache.take(own)
 
     def peek(self, n: int) -> Mapping[Site, Tensor]:
         """The next ``n`` rows, or those that are left in this reading, without using them up."""

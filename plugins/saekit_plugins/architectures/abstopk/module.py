@@ -23,6 +23,7 @@ class AbsTopKSAE(TopKSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
+    spreads_over = frozenset({"data", "features"})
     config: AbsTopKConfig
     _name: ClassVar[str] = "abstopk"
     aux_by_size = True
@@ -31,8 +32,9 @@ class AbsTopKSAE(TopKSAE):
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
         compared = pre if norms is None else pre * norms
-        features = compared.abs().topk(k, dim=-1, sorted=False).indices
-        return torch.zeros_like(pre).scatter(-1, features, compared.gather(-1, features))
+        _, features, among = self.share.largest(compared.abs(), k)
+        values = compared.gather(-1, features)
+        return torch.zeros_like(pre).scatter(-1, features, values if among is None else values.where(among, 0))
 
     def public_config(self) -> dict[str, Any]:
         return super().public_config() | {"architecture": "abstopk"}

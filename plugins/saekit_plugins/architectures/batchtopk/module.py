@@ -31,10 +31,13 @@ def _decimal(k: float) -> Fraction:
 class BatchTopKKernel(TopKKernel):
     """As :class:`TopKKernel`, but for which features are active."""
 
+    spreads_over = frozenset({"data", "features"})
+
     def chosen(
         self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int
     ) -> Iterator[tuple[int, SparseFeatures]]:
-        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen_for(encoder))
+        screen = screen_for(encoder)
+        yield 0, batch_top(encoder, centered, wanted, scale=norms, screen=screen, share=sae.share)
 
     def groups(self, sae: Any, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
@@ -51,6 +54,7 @@ class BatchTopKSAE(TopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKKernel(),)
+    spreads_over = frozenset({"data", "features"})
     beside_mathematics = frozenset({"trained_as"})
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"
@@ -85,7 +89,10 @@ class BatchTopKSAE(TopKSAE):
         """``wanted`` of the whole batch, by default ``⌊k n⌋``."""
         norms = self.feature_norms()
         features = (pre if norms is None else pre * norms).relu().flatten()
-        values, places = features.topk(self.wanted(len(pre)) if wanted is None else wanted, sorted=False)
+        whole = self.wanted(self.share.n(len(pre))) if wanted is None else wanted
+        values, places = features.topk(min(whole, len(features)), sorted=False)
+        if self.share.split:
+            values = values.where(self.share.largest_of_all(values, whole), 0)
         return torch.zeros_like(features).scatter(0, places, values).reshape(pre.shape)
 
     def wanted(self, rows: int) -> int:
@@ -111,6 +118,7 @@ class BatchTopKSAE(TopKSAE):
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
         values = values_of(features)
         least = values.masked_fill(values <= 0, torch.inf).amin() if values.numel() else values.new_tensor(torch.inf)
+        least = torch.stack(self.share.everybody(least)).amin() if self.share.split else least
         there, lr = least < torch.inf, self.config.threshold_lr
         average = (1 - lr) * self.threshold_average + lr * least.to(self.threshold_average.dtype)
         self.threshold_average.copy_(average.where(there, self.threshold_average))

@@ -50,7 +50,11 @@ class _SeveralSites(SAE):
         """For each site its part of the sum of a feature's decoder norms, as a mean over the features that have any."""
         norms = {name: norm.detach() for name, norm in self.decoder_norms_by_site().items()}
         total = torch.stack([*norms.values()]).sum(0)
-        return {f"crosscoder/share_of_{name}": (norm / total).nanmean() for name, norm in norms.items()}
+        return {f"crosscoder/share_of_{name}": self._mean_of_all(norm / total) for name, norm in norms.items()}
+
+    def _mean_of_all(self, values: Tensor) -> Tensor:
+        """Over all features, but for those whose ``values [d_sae]`` are no numbers."""
+        return self.share.all_features(values).nanmean()
 
     def _parts(self, matrix: Tensor) -> dict[str, Tensor]:
         return self.ports.split_target(matrix)
@@ -62,6 +66,8 @@ class _SeveralSites(SAE):
 
 class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
     """Products of the active features alone, where few are."""
+
+    spreads_over = frozenset({"data", "features"})
 
     def refuses_options(self, sae: CrosscoderSAE, *, training: bool) -> str | None:
         if isinstance(sae.activation, SparseActivation):
@@ -86,7 +92,7 @@ class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
             penalty.count(features)
             fast.add(start, features, to_pre)
         result = fast.finish(
-            {"mse_loss": fast.mse, "l1_loss": penalty.value},
+            {"mse_loss": fast.mse, "l1_loss": sae.share.features.sum(penalty.value)},
             weights=(1, coefficient),
             coefficients={"l1_coefficient": coefficient},
             metrics=sae.shares(),
@@ -101,6 +107,7 @@ class CrosscoderSAE(_SeveralSites):
     """See the module."""
 
     step_kernels = (CrosscoderKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: CrosscoderConfig
     activation: Any
 
@@ -121,7 +128,10 @@ class CrosscoderSAE(_SeveralSites):
         features = self.activation(self.pre_activations(x))
         output = self.reconstruction(features)
         mse = squared_errors(output, step.target_for(x)).sum(-1).mean()
-        penalty, coefficient = sparsity_penalty(features, weights=self.penalty_weights()), self.config.l1_at(step)
+        penalty, coefficient = (
+            sparsity_penalty(features, weights=self.penalty_weights(), share=self.share),
+            self.config.l1_at(step),
+        )
         return StepOutput(
             loss=mse + coefficient * penalty,
             losses={"mse_loss": mse.detach(), "l1_loss": penalty.detach()},
@@ -135,6 +145,8 @@ class CrosscoderSAE(_SeveralSites):
 class BatchTopKCrosscoderKernel(BatchTopKKernel):
     """That of ``batchtopk``, by other norms."""
 
+    spreads_over = frozenset({"data", "features"})
+
     def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         return super().step(sae, x, step, workspace)._replace(metrics=sae.shares())
 
@@ -143,6 +155,7 @@ class BatchTopKCrosscoderSAE(_SeveralSites, BatchTopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKCrosscoderKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: BatchTopKCrosscoderConfig
     _name: ClassVar[str] = "batchtopk_crosscoder"
 

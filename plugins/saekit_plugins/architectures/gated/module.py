@@ -133,6 +133,8 @@ def _with_values(features: Features, values: Tensor) -> Features:
 class GatedKernel(SparseKernel["GatedSAE"]):
     """Of open gates alone, where few are."""
 
+    spreads_over = frozenset({"data"})  # groups of rows depend on how many gates are open
+
     gradients = (*(name for name in SparseKernel.gradients if name != "b_enc"), *_OWN)
 
     def refuses_options(self, sae: GatedSAE, *, training: bool) -> str | None:
@@ -190,6 +192,7 @@ class GatedSAE(SAE):
     """
 
     step_kernels = (GatedKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: GatedConfig
     activation: Any
     b_gate: nn.Parameter
@@ -229,7 +232,7 @@ class GatedSAE(SAE):
         output = self.reconstruction(features)
         mse = squared_errors(output, target).sum(-1).mean()
         weights = self.decoder_norms() if self.config.scale_sparsity_penalty_by_decoder_norm else None
-        l1 = sparsity_penalty(gates, weights=weights)
+        l1 = sparsity_penalty(gates, weights=weights, share=self.share)
         aux = squared_errors(self._by_gates(gates), target).sum(-1).mean()
         return StepOutput(
             loss=mse + coefficient * l1 + aux,
@@ -248,7 +251,7 @@ class GatedSAE(SAE):
         decoder, bias = self.scaled_decoder(), self.b_dec
         if not self.config.aux_loss_trains_decoder:
             decoder, bias = decoder.detach(), bias.detach()  # type: ignore[assignment]
-        return gates @ decoder + bias
+        return self.share.sum(gates @ decoder) + bias
 
     # ---- saving
 

@@ -26,6 +26,7 @@ class GroupMaxSAE(TopKSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
+    spreads_over = frozenset({"data", "features"})
     config: GroupMaxConfig
     _name: ClassVar[str] = "groupmax"
 
@@ -40,10 +41,14 @@ class GroupMaxSAE(TopKSAE):
     def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
-        compared = (pre if norms is None else pre * norms).relu()
-        values, places = compared.unflatten(-1, (k, -1)).max(dim=-1)
-        first = torch.arange(0, self.d_sae, self.d_sae // k, device=pre.device)
+        compared, own = (pre if norms is None else pre * norms).relu(), k // self.share.parts
+        values, places = compared.unflatten(-1, (own, -1)).max(dim=-1)
+        first = torch.arange(0, self.d_sae, self.d_sae // own, device=pre.device)
         return torch.zeros_like(pre).scatter(-1, places + first, values)
+
+    def why_not_split(self, parts: int) -> str | None:
+        k = self.config.k
+        return f"its {k} groups of features (sae.k) are not as many in each part" if k % parts else None
 
     def public_config(self) -> dict[str, Any]:
         return {"architecture": self.info.architecture}

@@ -165,9 +165,13 @@ class _Jumps:
 class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
     """Of active features, and those near their thresholds, alone."""
 
+    spreads_over = frozenset({"data", "features"})
+
     gradients = (*SparseKernel.gradients, "threshold")
 
     def refuses_options(self, sae: JumpReLUSAE, *, training: bool) -> str | None:
+        if training and "features" in sae.spread and sae.config.sparsity_loss == "target_l0":
+            return "the l0 of all features, which are split over processes, has no fast path"
         if isinstance(sae.activation, SparseActivation):
             return None
         return "the activation function declares no sparse support"
@@ -196,8 +200,8 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         return fast.finish(
             {
                 "mse_loss": fast.mse,
-                "sparsity_loss": jumps.total / len(x),
-                "pre_act_loss": pre_act,
+                "sparsity_loss": sae.share.features.sum(jumps.total / len(x)),
+                "pre_act_loss": sae.share.features.sum(pre_act),
                 "auxiliary_reconstruction_loss": aux,
             },
             weights=(1, coefficient, config.pre_act_loss_coefficient, 1),
@@ -211,6 +215,7 @@ class JumpReLUSAE(RevivingSAE):
     """See the module.  :class:`ConfigError` when the activation is not ReLU."""
 
     step_kernels = (JumpReLUKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: JumpReLUConfig
     activation: Any
     _name: ClassVar[str] = "jumprelu"
@@ -271,8 +276,8 @@ class JumpReLUSAE(RevivingSAE):
     def _sparsity(self, features: Tensor, gate: Tensor) -> Tensor:
         config = self.config
         if config.sparsity_loss == "tanh":
-            return (config.tanh_scale * features * self.decoder_norms()).tanh().sum(-1).mean()
-        l0 = gate.sum(-1)
+            return self.share.sum((config.tanh_scale * features * self.decoder_norms()).tanh().sum(-1)).mean()
+        l0 = self.share.sum(gate.sum(-1))
         if config.target_l0 is None:
             return l0.mean()
         return (2 / config.target_l0 * (l0 - config.target_l0).square()).mean()
@@ -280,7 +285,7 @@ class JumpReLUSAE(RevivingSAE):
     def _pre_act_loss(self, pre: Tensor, dead: Tensor | None) -> Tensor:
         if dead is None or not self.config.pre_act_loss_coefficient:
             return pre.new_zeros(())
-        return ((self.threshold - pre).relu() * dead * self.decoder_norms()).sum(-1).mean()
+        return self.share.sum(((self.threshold - pre).relu() * dead * self.decoder_norms()).sum(-1)).mean()
 
     def revives(self, step: StepInput) -> bool:
         return super().revives(step) or (step.dead is not None and bool(self.config.pre_act_loss_coefficient))

@@ -27,6 +27,8 @@ __all__ = ["MatryoshkaSAE"]
 class MatryoshkaKernel(BatchTopKKernel):
     """As :class:`BatchTopKKernel`, with a loss for each level."""
 
+    spreads_over = frozenset({"data", "features"})
+
     def beside(self, sae: Any, rows: int) -> int:
         kept: int = sae.config.aux_loss_levels == "each"
         return (1 + kept) * len(sae.ends) * rows * int(sae.d_out)
@@ -34,7 +36,7 @@ class MatryoshkaKernel(BatchTopKKernel):
     def step_in(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace, unit: Tensor | None) -> StepOutput:
         encoder, each = self.encoder(sae, workspace), sae.config.aux_loss_levels == "each"
         fast = NestedStep(
-            sae, x, workspace, target=step.target, ends=sae.ends, weights=sae.factors,
+            sae, x, workspace, target=step.target, ends=sae.own_ends, weights=sae.factors,
             keep=each and step.dead is not None, row_weights=None if unit is None else (1 / unit).expand(len(x), 1),
         )  # fmt: skip
 
@@ -42,7 +44,7 @@ class MatryoshkaKernel(BatchTopKKernel):
             found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
             return found
 
-        norms, wanted = sae.feature_norms(), sae.wanted_at(step, len(x))
+        norms, wanted = sae.feature_norms(), sae.wanted_at(step, sae.share.n(len(x)))
         ((start, features),) = self.chosen(sae, encoder, fast.centered, norms, wanted)
         logged = sae.logged_k(step) | sae.after_features(features.scaled(norms))
         fast.add(start, features, to_pre)
@@ -58,7 +60,7 @@ class MatryoshkaKernel(BatchTopKKernel):
             aux: Tensor = sae.add_aux_loss(fast, encoder, dead.nonzero().squeeze(1), unit)
             return aux
         found = fast.target.new_zeros(())
-        for (begin, end), output in zip(pairwise((0, *sae.ends)), fast.outputs, strict=True):
+        for (begin, end), output in zip(pairwise((0, *sae.own_ends)), fast.outputs, strict=True):
             own = dead[begin:end].nonzero().squeeze(1) + begin
             found = found + sae.add_aux_loss(fast, encoder, own, unit, output)
         return found
@@ -68,6 +70,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     """See the module.  :class:`ConfigError` also for levels that do not rise, or weights of another number."""
 
     step_kernels = (MatryoshkaKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: MatryoshkaConfig
     _name: ClassVar[str] = "matryoshka"
 
@@ -79,10 +82,19 @@ class MatryoshkaSAE(BatchTopKSAE):
         """What each level's mean squared error is multiplied by."""
         super().__init__(config, ports=ports, activation=activation)
 
+    @property
+    def own_ends(self) -> tuple[int, ...]:
+        """:attr:`ends` among the features that this process has: all of them, unless they are split."""
+        first = self.share.first_feature(self.d_sae)
+        return tuple(min(max(end - first, 0), self.d_sae) for end in self.ends)
+
     # ---- training
 
     def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
-        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)  # before what a compiler follows
+        wanted, logged = (
+            self.wanted_at(step, self.share.n(len(x))),
+            self.logged_k(step),
+        )  # before what a compiler follows
         target, pre = step.target_for(x), self.pre_activations(x)
         features = self.training_features(pre, wanted)
         outputs = self.level_outputs(features)
@@ -108,8 +120,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         """The reconstructions ``[..., d_out]`` of ``features [..., d_sae]``, level by level; the last is the SAE's."""
         scale, outputs = self.decoder_scale(), [self.b_dec.expand(*features.shape[:-1], -1)]
         scaled = features if scale is None else features * scale
-        for begin, end in pairwise((0, *self.ends)):
-            outputs.append(outputs[-1] + scaled[..., begin:end] @ self.W_dec[begin:end])
+        for begin, end in pairwise((0, *self.own_ends)):
+            outputs.append(outputs[-1] + self.share.sum(scaled[..., begin:end] @ self.W_dec[begin:end]))
         return outputs[1:]
 
     def inner(self, errors: Sequence[Tensor]) -> Tensor:
@@ -125,7 +137,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         if dead is None or self.config.aux_loss_levels == "whole":
             return self.aux_loss(pre, target, outputs[-1], dead)
         features, found = torch.arange(self.d_sae, device=dead.device), pre.new_zeros(())
-        for (begin, end), output in zip(pairwise((0, *self.ends)), outputs, strict=True):
+        for (begin, end), output in zip(pairwise((0, *self.own_ends)), outputs, strict=True):
             here = dead & (features >= begin) & (features < end)
             found = found + self.aux_loss(pre, target, output, here)
         return found

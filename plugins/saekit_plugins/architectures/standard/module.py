@@ -11,6 +11,7 @@ from torch import Tensor
 from saekit import SAE
 from saekit.abilities import SparseActivation
 from saekit.kernels import (
+    CHUNK,
     FastStep,
     Features,
     SparseKernel,
@@ -30,11 +31,15 @@ __all__ = ["StandardSAE"]
 class StandardKernel(SparseKernel["StandardSAE"]):
     """Products of the active features alone, where few are."""
 
+    spreads_over = frozenset({"data", "features"})
+
     def refuses_options(self, sae: StandardSAE, *, training: bool) -> str | None:
         if not isinstance(sae.activation, SparseActivation):
             return "the activation function declares no sparse support"
         if training and sae.config.lp_norm == float("inf"):
             return "an infinite lp_norm has no fast path"
+        if training and "features" in sae.spread and sae.config.lp_norm != 1:
+            return "the norm of all features, which are split over processes, has no fast path for an lp_norm but 1"
         return "use_ghost_grads has no fast path" if training and sae.config.use_ghost_grads else None
 
     def why_no_screen(self, sae: StandardSAE) -> str | None:
@@ -53,7 +58,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
     def step(self, sae: StandardSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l1_at(step)
         target = step.target_for(x)
-        weights = None if config.mse_loss_normalization == "none" else 1 / spread(target)
+        weights = None if config.mse_loss_normalization == "none" else 1 / spread(target, sae.share)
         fast = FastStep(sae, x, workspace, target=target, row_weights=weights)
         norms = sae.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
         penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=sae.W_dec.requires_grad)
@@ -62,11 +67,15 @@ class StandardKernel(SparseKernel["StandardSAE"]):
             found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values_of(features))
             return found
 
-        noise = self._noise(sae, step) if config.noise_scale else None
+        noise = self._noise(sae, step, len(x)) if config.noise_scale else None
         for start, features in self._groups(sae, fast.centered, workspace, noise):
             penalty.count(features)
             fast.add(start, features, to_pre)
-        losses = {"mse_loss": fast.mse, "l1_loss": penalty.value, "ghost_grad_loss": x.new_zeros(())}
+        losses = {
+            "mse_loss": fast.mse,
+            "l1_loss": sae.share.features.sum(penalty.value),
+            "ghost_grad_loss": x.new_zeros(()),
+        }
         return fast.finish(
             losses,
             weights=(1, coefficient, 1),
@@ -74,7 +83,11 @@ class StandardKernel(SparseKernel["StandardSAE"]):
             to_decoder_norms=penalty.to_norms,
         )
 
-    def _noise(self, sae: StandardSAE, step: StepInput) -> Any:
+    def _noise(self, sae: StandardSAE, step: StepInput, n: int) -> Any:
+        if sae.share.split:  # drawn for all rows and features
+            parts = iter(sae.share.noise(n, sae.d_sae, step.generator).split(CHUNK))
+            return lambda rows: next(parts).to(sae.W_enc).mul(sae.config.noise_scale)
+
         def draw(rows: int) -> Tensor:
             generator = step.generator
             noise = torch.randn(rows, sae.d_sae, generator=generator, device=generator.device)
@@ -87,6 +100,7 @@ class StandardSAE(SAE):
     """See the module."""
 
     step_kernels = (StandardKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: StandardConfig
     activation: Any
 
@@ -97,14 +111,14 @@ class StandardSAE(SAE):
         features = self.activation(pre if noise is None else pre + config.noise_scale * noise.to(pre))
         output = self.reconstruction(features)
         target = step.target_for(x)
-        mse = squared_errors(output, target, config.mse_loss_normalization).sum(-1).mean()
+        mse = squared_errors(output, target, config.mse_loss_normalization, self.share).sum(-1).mean()
         weights = self.W_dec.norm(dim=1) if config.scale_sparsity_penalty_by_decoder_norm else None
-        penalty = sparsity_penalty(features, config.lp_norm, weights)
+        penalty = sparsity_penalty(features, config.lp_norm, weights, self.share)
         coefficient = config.l1_at(step)
         loss = mse + coefficient * penalty
         ghost = loss.new_zeros(())
         if dead is not None:
-            ghost = ghost_loss(pre, target, output, self.W_dec, dead, config.mse_loss_normalization)
+            ghost = ghost_loss(pre, target, output, self.W_dec, dead, config.mse_loss_normalization, self.share)
             loss = loss + ghost
         losses = {"mse_loss": mse, "l1_loss": penalty, "ghost_grad_loss": ghost}
         return StepOutput(
@@ -124,7 +138,7 @@ class StandardSAE(SAE):
         config, generator = self.config, step.generator
         noise = dead = None
         if config.noise_scale:
-            noise = torch.randn(len(x), self.d_sae, generator=generator, device=generator.device)
+            noise = self.share.noise(len(x), self.d_sae, generator)
         if config.use_ghost_grads and step.dead is not None:
             dead = step.dead.nonzero().squeeze(1)
         return noise, dead

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saekit import Ports
 from saekit.abilities import SparseActivation
+from saekit.distributed import WHOLE, Share
 from saekit.errors import ConfigError
 from saekit.kernels import (
     Encoder,
@@ -59,11 +60,11 @@ def from_zero(thresholds: Tensor) -> Tensor:
     return thresholds.clamp_min(0)
 
 
-def share_of_variance(target: Tensor, output: Tensor) -> Tensor:
+def share_of_variance(target: Tensor, output: Tensor, share: Share = WHOLE) -> Tensor:
     """What turns a mean squared error of explaining ``target − output``, ``[n, d_out]`` both, into a share of its
     variance: a scalar, detached; 0 if nothing is left over."""
     residual = (target - output).detach()
-    variance = (residual - residual.mean(0)).pow(2).sum(-1).mean()
+    variance = share.mean((residual - share.row_mean(residual)).pow(2).sum(-1))
     return variance.reciprocal().nan_to_num(posinf=0)
 
 
@@ -75,6 +76,8 @@ def folded(tensors: Mapping[str, Tensor], norms: Tensor) -> dict[str, Tensor]:
 
 class TopKKernel(SparseKernel["TopKSAE"]):
     """Of the active features alone, in every product but the encoder's."""
+
+    spreads_over = frozenset({"data", "features"})
 
     def refuses_options(self, sae: TopKSAE, *, training: bool) -> str | None:
         if sae.config.k > dense_above(sae.W_dec) * sae.d_sae:
@@ -98,7 +101,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
         weights = None if unit is None else (1 / unit).expand(len(x), 1)
         fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights)
-        logged, wanted = sae.logged_k(step), sae.wanted_at(step, len(x))
+        logged, wanted = sae.logged_k(step), sae.wanted_at(step, sae.share.n(len(x)))
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
@@ -118,7 +121,8 @@ class TopKKernel(SparseKernel["TopKSAE"]):
     ) -> Iterator[tuple[int, SparseFeatures]]:
         """The pre-activations of active features in training, group by group with its first row; ``wanted`` is what
         :meth:`TopKSAE.wanted_at` says."""
-        return top_groups(encoder, centered, wanted, scale=norms, screen=screen_for(encoder, norms))
+        screen = screen_for(encoder, norms)
+        return top_groups(encoder, centered, wanted, scale=norms, screen=screen, share=sae.share)
 
     def groups(self, sae: TopKSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         norms = sae.feature_norms()
@@ -133,6 +137,7 @@ class TopKSAE(RevivingSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = (TopKKernel(),)
+    spreads_over = frozenset({"data", "features"})
     config: TopKConfig
     _name: ClassVar[str] = "topk"
 
@@ -168,7 +173,8 @@ class TopKSAE(RevivingSAE):
     def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")
         norms = self.feature_norms()
-        values, features = (pre if norms is None else pre * norms).topk(k, dim=-1, sorted=False)
+        values, features, among = self.share.largest(pre if norms is None else pre * norms, k)
+        values = values if among is None else values.where(among, 0)
         return torch.zeros_like(pre).scatter(-1, features, values.relu())
 
     # ---- training
@@ -178,7 +184,10 @@ class TopKSAE(RevivingSAE):
 
     def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:
         """:meth:`losses`, counted in ``unit``, a scalar."""
-        wanted, logged = self.wanted_at(step, len(x)), self.logged_k(step)  # before what a compiler follows
+        wanted, logged = (
+            self.wanted_at(step, self.share.n(len(x))),
+            self.logged_k(step),
+        )  # before what a compiler follows
         pre = self.pre_activations(x)
         features = self.training_features(pre, wanted)
         output = self.reconstruction(features)
@@ -227,7 +236,8 @@ class TopKSAE(RevivingSAE):
         where there is none.  None: nothing."""
         if self.config.mse_loss_normalization == "none":
             return None
-        variance = (target - target.mean(0)).pow(2).sum() / len(target)
+        squares = (target - self.share.row_mean(target)).pow(2).sum()
+        variance = self.share.total(squares) / self.share.n(len(target))
         return variance.where(variance > 0, 1)
 
     def after_features(self, features: Features) -> dict[str, float | Tensor]:
@@ -242,7 +252,7 @@ class TopKSAE(RevivingSAE):
         if self.config.aux_loss_normalization == "none":
             return self.aux_coefficient
         if self.config.aux_loss_normalization == "share":
-            return self.aux_coefficient * share_of_variance(target, output)
+            return self.aux_coefficient * share_of_variance(target, output, self.share)
         return super().aux_weight(target, output)
 
     @property

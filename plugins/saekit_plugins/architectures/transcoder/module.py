@@ -105,17 +105,23 @@ class _SkippingKernel(SparseKernel[Any]):
 class TranscoderKernel(_SkippingKernel, StandardKernel):
     """That of ``standard``, and the skip connection's part."""
 
+    spreads_over = frozenset({"data", "features"})
+
     gradients = (*StandardKernel.gradients, "W_skip")
 
 
 class JumpReLUTranscoderKernel(_SkippingKernel, JumpReLUKernel):
     """That of ``jumprelu``, and the skip connection's part."""
 
+    spreads_over = frozenset({"data", "features"})
+
     gradients = (*JumpReLUKernel.gradients, "W_skip")
 
 
 class TopKTranscoderKernel(_SkippingKernel, TopKKernel):
     """That of ``topk``, and the skip connection's part."""
+
+    spreads_over = frozenset({"data", "features"})
 
     gradients = (*TopKKernel.gradients, "W_skip")
 
@@ -129,6 +135,7 @@ class TranscoderSAE(_Skips, StandardSAE):
     """See the module."""
 
     step_kernels = (TranscoderKernel(),)
+    spreads_over = frozenset({"data", "features"})
 
     def public_config(self) -> dict[str, Any]:
         own = super().public_config()
@@ -139,6 +146,7 @@ class JumpReLUTranscoderSAE(_Skips, JumpReLUSAE):
     """See the module."""
 
     step_kernels = (JumpReLUTranscoderKernel(),)
+    spreads_over = frozenset({"data", "features"})
     _name = "jumprelu_transcoder"
 
     def public_config(self) -> dict[str, Any]:
@@ -159,6 +167,7 @@ class TopKTranscoderSAE(_SkipsInUnits):
     """See the module."""
 
     step_kernels = (TopKTranscoderKernel(),)
+    spreads_over = frozenset({"data", "features"})
     _name = "topk_transcoder"
 
     def public_config(self) -> dict[str, Any]:
@@ -169,3 +178,4 @@ class GroupMaxTranscoderSAE(_SkipsInUnits, GroupMaxSAE):
     """See the module."""
 
     _name = "groupmax_transcoder"
+    spreads_over = frozenset({"data", "features"})

@@ -13,6 +13,7 @@ class Signum(torch.optim.Optimizer):
     """``m = β m + (1 − β) g``, from 0; then ``w −= lr (sign m + λ w)`` (algorithm 2 of the paper)."""
 
     moments = ("momentum",)
+    elementwise = True
 
     def __init__(self, config: SignumConfig, *, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, {"lr": lr})

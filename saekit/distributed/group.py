@@ -1,0 +1,128 @@
+"""Processes that work together on something, and what they tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from saekit.errors import LostProcessError, SaekitError
+
+__all__ = ["Group", "JoinedGroup"]
+
+T = TypeVar("T")
+
+
+class Group:
+    """A group of one: it has nobody to ask, so nothing here costs anything, and no tensor is copied."""
+
+    rank: int = 0
+    """The number of this process among those of the group."""
+    size: int = 1
+    """How many there are."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes of their ``value``, which are of one shape; without a gradient."""
+        return value
+
+    def sum_(self, value: Tensor) -> Tensor:
+        """The same, in the memory of ``value``."""
+        return value
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """The ``value`` of every process, in their order; of one shape and type."""
+        return [value]
+
+    def gather_rows(self, value: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """The ``value [n, ...]`` of every process, in their order, where ``counts`` are the ``n`` of all."""
+        return [value]
+
+    def objects(self, value: T) -> list[T]:
+        """The plain objects of every process, in their order."""
+        return [value]
+
+    def __deepcopy__(self, memo: object) -> Group:
+        """There is one of each."""
+        return self
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, which the first process does for all; what it raises is raised in all."""
+        return work()
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """:class:`LostProcessError` where the others do not take part."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(
+            f"another process of the run has gone, or does not answer: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+class JoinedGroup(Group):
+    """A group of several processes, around one of torch's."""
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        self._dist, self._group = dist, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        # In float32 at least: not every engine adds shorter numbers, and sums of them would lose digits.
+        wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        own = value.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        return self.sum_(own).to(value.dtype)
+
+    def sum_(self, value: Tensor) -> Tensor:
+        if value.is_contiguous():
+            with _answered():
+                self._dist.all_reduce(value, group=self._group)
+        elif value.ndim == 2 and value.T.is_contiguous():
+            with _answered():
+                self._dist.all_reduce(value.T, group=self._group)
+        else:
+            value.copy_(self.sum(value))
+        return value
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        # As bytes: not every engine has every type.
+        own = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with _answered():
+            self._dist.all_gather(found, own, group=self._group)
+        return [one.view(value.dtype).view(value.shape) for one in found]
+
+    def gather_rows(self, value: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        most = max(counts)
+        padded = value.new_zeros(most, *value.shape[1:])
+        padded[: len(value)] = value
+        return [one[:n] for one, n in zip(self.gather(padded), counts, strict=True)]
+
+    def objects(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with _answered():
+            self._dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def once(self, work: Callable[[], T]) -> T:
+        told: list[Any] = [None]
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                told = [(work(), None)]
+            except Exception as error:
+                failure, told = error, [(None, f"{type(error).__name__}: {error}")]
+        with _answered():
+            self._dist.broadcast_object_list(told, group=self._group, group_src=0)
+        if failure is not None:
+            raise failure
+        found, problem = told[0]
+        if problem is not None:
+            raise SaekitError(f"the first process failed: {problem}")
+        return found  # type: ignore[no-any-return]

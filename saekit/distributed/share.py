@@ -1,0 +1,163 @@
+"""What one process has of a training step: some rows of the batch, some features of the SAE.
+
+What an architecture asks of a whole batch, or of all features, it asks here.  With one process every answer is the
+plain one, by the very operations that would stand in its place.
+
+A loss is the same number on every process of a feature group, so the gradient of a sum over features passes to each
+part as it is; and what all have alike, such as ``b_dec``, gets from each process the part of its own features, which
+:meth:`Share.alike` adds up (Shoeybi et al. 2019, "Megatron-LM", section 3).  Gradients of the rows of several processes
+are averaged by the trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.distributed.group import Group
+
+__all__ = ["WHOLE", "Share"]
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over a group, whose gradient passes to each part as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        return group.sum(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Alike(torch.autograd.Function):
+    """The value itself, whose gradient is the sum of those of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.sum(gradient), None
+
+
+@attrs.frozen(eq=False)
+class Share:
+    """Of a step: ``rows`` are the processes among which the batch is split, ``features`` those that split the SAE."""
+
+    rows: Group = attrs.field(factory=Group)
+    features: Group = attrs.field(factory=Group)
+    counts: tuple[int, ...] = ()
+    """Rows of each process of ``rows``; empty: this process has all of them."""
+
+    @property
+    def split(self) -> bool:
+        """Whether other processes have other rows or features."""
+        return self.rows.size > 1 or self.features.size > 1
+
+    # ---- of all rows
+
+    def n(self, rows: int) -> int:
+        """Rows of the whole batch, of which this process has ``rows``."""
+        return rows if self.rows.size == 1 else sum(self.counts)
+
+    def row_mean(self, values: Tensor) -> Tensor:
+        """The mean ``[...]`` of ``values [n, ...]`` over the rows of the whole batch; without a gradient if that is
+        split."""
+        if self.rows.size == 1:
+            return values.mean(0)
+        return self.rows.sum(values.sum(0)) / self.n(len(values))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The same of ``values [n]``: a scalar."""
+        return values.mean() if self.rows.size == 1 else self.row_mean(values)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the whole batch, of which ``value`` is that over own rows; without a gradient if it is split."""
+        return self.rows.sum(value)
+
+    def all_rows(self, values: Tensor) -> Tensor:
+        """``values [n, ...]`` of all rows of the whole batch, in their order."""
+        return values if self.rows.size == 1 else torch.cat(self.rows.gather_rows(values, self.counts))
+
+    # ---- of all features
+
+    @property
+    def parts(self) -> int:
+        """In how many parts features are split."""
+        return self.features.size
+
+    def first_feature(self, own: int) -> int:
+        """The number of this process's first feature, of which it has ``own``."""
+        return self.features.rank * own
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum over all features, of which ``part`` is that over own ones, with its gradient."""
+        return part if self.parts == 1 else _Summed.apply(part, self.features)  # type: ignore[no-untyped-call]
+
+    def alike(self, value: Tensor) -> Tensor:
+        """``value``, which all processes have alike, where it meets own features alone: its gradient is that of all."""
+        return value if self.parts == 1 else _Alike.apply(value, self.features)  # type: ignore[no-untyped-call]
+
+    def count(self, own: int, like: Tensor) -> int:
+        """How many of all features are something, of which ``own`` of this process are; where others are asked, the
+        device of ``like`` is waited for."""
+        if self.parts == 1:
+            return own
+        return int(self.features.sum(torch.tensor(own, device=like.device)))
+
+    def all_features(self, values: Tensor) -> Tensor:
+        """``values [d_sae]`` of all features, in their order."""
+        return values if self.parts == 1 else torch.cat(self.features.gather(values))
+
+    def largest(self, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of each row of ``values [..., d_sae]``, of own features, what is among the ``k`` largest of all features.
+
+        Values and places, ``[..., m]``, in no order, and which of them are, ``[..., m]`` bool; None: all.
+        """
+        found = values.topk(min(k, values.shape[-1]), dim=-1, sorted=False)
+        if self.parts == 1:
+            return found.values, found.indices, None
+        return found.values, found.indices, self.among_largest(found.values, k)
+
+    def among_largest(self, values: Tensor, k: int) -> Tensor:
+        """Which of ``values [..., m]``, own candidates, are among the ``k`` largest of the candidates of all."""
+        everywhere = torch.cat(self.features.gather(values), dim=-1)
+        best = everywhere.topk(min(k, everywhere.shape[-1]), dim=-1, sorted=False).indices
+        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(-1, best, True)
+        return chosen.narrow(-1, self.features.rank * values.shape[-1], values.shape[-1])
+
+    # ---- of both
+
+    def everybody(self, own: Tensor) -> list[Tensor]:
+        """``own`` of every process of the step, by rows and then by features; of one shape."""
+        parts = torch.stack(self.features.gather(own))
+        return [part for of_rows in self.rows.gather(parts) for part in of_rows]
+
+    def largest_of_all(self, values: Tensor, wanted: int) -> Tensor:
+        """Which of ``values [m]``, own candidates, are among the ``wanted`` largest of those of all processes."""
+        lengths = [int(length) for length in self.everybody(torch.tensor(len(values), device=values.device))]
+        padded = values.new_full((max(lengths),), -torch.inf)
+        padded[: len(values)] = values.detach()
+        everywhere = torch.cat([own[:length] for own, length in zip(self.everybody(padded), lengths, strict=True)])
+        best = everywhere.topk(min(wanted, len(everywhere)), sorted=False).indices
+        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(0, best, True)
+        first = sum(lengths[: self.rows.rank * self.parts + self.features.rank])
+        return chosen[first : first + len(values)]
+
+    def noise(self, rows: int, features: int, generator: torch.Generator) -> Tensor:
+        """``[rows, features]``: this process's part of normal numbers that are drawn for all rows and all features."""
+        whole = self.n(rows), features * self.parts
+        drawn = torch.randn(*whole, generator=generator, device=generator.device)
+        row, feature = sum(self.counts[: self.rows.rank]), self.first_feature(features)
+        return drawn[row : row + rows, feature : feature + features]
+
+
+WHOLE = Share()
+"""Of one process: all rows and all features."""

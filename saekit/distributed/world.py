@@ -1,0 +1,177 @@
+"""All processes of a run: which this one is, and in what groups they work.
+
+``torchrun`` starts them and tells each its number in its environment; the only place that makes process groups is
+:func:`open_world`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from saekit.config import DistributedConfig, TrainConfig
+from saekit.distributed.group import Group, JoinedGroup
+from saekit.distributed.launched import Launched, check_mesh
+from saekit.distributed.share import WHOLE, Share
+from saekit.errors import LostProcessError
+from saekit.reasons import error_text
+
+_PATIENCE = 3.0
+"""Seconds in which a process that is still there says so."""
+
+__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
+
+
+@attrs.frozen(eq=False)
+class World:
+    """The processes of a run, ``data × features``: process ``d · features + f`` has rows ``d``, features ``f``."""
+
+    all: Group = attrs.field(factory=Group)
+    """Every process."""
+    data: Group = attrs.field(factory=Group)
+    """Those with the same features, among which batches are split."""
+    features: Group = attrs.field(factory=Group)
+    """Those with the same rows, among which features are split."""
+    behind: Group = attrs.field(factory=Group)
+    """Every process, for what threads tell each other while the loops speak in the other groups."""
+
+    store: Any = None
+    """What all processes can write to and read, although some of them have gone: torch's store; None: there is none."""
+
+    @contextlib.contextmanager
+    def accounted(self) -> Iterator[None]:
+        """What ends this process is told to the others, and where it is that another has gone, which one and why."""
+        try:
+            yield
+        except LostProcessError as error:
+            if not getattr(error, "__notes__", ()):  # which has been found out by now
+                error.add_note(self._ends())
+            raise
+        except BaseException as error:
+            if self.store is not None:
+                with contextlib.suppress(RuntimeError):
+                    self.store.set(f"ended/{self.rank}", error_text(error))
+            raise
+
+    def _ends(self) -> str:
+        """What became of the other processes, in words."""
+        if self.store is None:
+            return "which process it is, is not known"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        deadline, told = time.monotonic() + _PATIENCE, dict[int, str | None]()
+        try:
+            self.store.set(f"there/{self.rank}", "")
+            while time.monotonic() < deadline:
+                told = {rank: self._told(rank) for rank in others}
+                if None not in told.values():
+                    break
+                time.sleep(0.05)
+        except RuntimeError:  # it was the process that has the store
+            return "process 0 has gone: it was killed, or its machine is not there any more"
+        ends = [f"process {rank} ended: {text}" for rank, text in told.items() if text]
+        gone = [
+            f"process {rank} has gone: it was killed, or its machine is not there any more"
+            for rank, text in told.items()
+            if text is None
+        ]
+        return "; ".join([*ends, *gone]) or "all processes are still there"
+
+    def _told(self, rank: int) -> str | None:
+        """What ended a process; nothing, where it is there; None: it does not say."""
+        if self.store.check([f"ended/{rank}"]):
+            return str(self.store.get(f"ended/{rank}").decode())
+        return "" if self.store.check([f"there/{rank}"]) else None
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self.all.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.all.size
+
+    @property
+    def main(self) -> bool:
+        """Whether it is this process that writes, logs and shows."""
+        return self.all.rank == 0
+
+    def share(self, counts: tuple[int, ...] = ()) -> Share:
+        """This process's part of a step whose batch has so many rows in each data group.
+
+        Empty: every group has the same rows, which are the whole batch.
+        """
+        if self.size == 1:
+            return WHOLE
+        return Share(self.data if counts else Group(), self.features, counts if self.data.size > 1 else ())
+
+
+ALONE = World()
+"""One process."""
+
+
+def trains_on_cuda(config: TrainConfig) -> bool:
+    """Whether its SAEs train on GPUs of NVIDIA's."""
+    import torch
+
+    device = config.training.device
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[World]:
+    """The processes that ``torchrun`` has started, as ``config`` arranges them; one process is :data:`ALONE`.
+
+    Where some other code has made the process group, that is used, and stays.  :class:`saekit.errors.ConfigError` for
+    numbers that do not fit.
+    """
+    launched = Launched.here(os.environ)
+    data, features = check_mesh(config, launched)
+    if launched.size == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    ours = not dist.is_initialized()
+    if cuda:
+        torch.cuda.set_device(launched.local_rank)
+    store = None
+    if ours:
+        engine: Any = dist  # of which not all is typed
+        store, _, _ = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timeout,
+            store=engine.PrefixStore("torch", store),
+            rank=launched.rank,
+            world_size=launched.size,
+        )
+        store = engine.PrefixStore("saekit", store)
+    try:
+        order = torch.arange(launched.size).view(data, features)
+        groups = {}
+        for name, lines in (("data", order.T), ("features", order)):
+            made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
+            place = next(number for number, line in enumerate(lines) if launched.rank in line)
+            groups[name] = made[place]
+        mesh = DeviceMesh.from_group(
+            [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
+        )
+        every = dist.new_group(timeout=timeout)
+        behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
+        parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
+        data_group, features_group = (part if part.size > 1 else Group() for part in parts)
+        yield World(JoinedGroup(every), data_group, features_group, behind, store)
+    finally:
+        if ours:
+            dist.destroy_process_group()

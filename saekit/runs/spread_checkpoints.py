@@ -1,0 +1,152 @@
+"""Checkpoints that several processes write together, each its part, and the state of an SAE made of such parts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from saekit.distributed.group import Group
+from saekit.errors import StorageError
+from saekit.files.storage import new_folder, nothing, sync_files
+from saekit.runs.checkpoints import Checkpoint, check_place, finish_checkpoint
+from saekit.runs.state_files import StateFiles
+from saekit.sae.folder import Contents
+from saekit.sae.module import SAEModule
+from saekit.sae.parameters import ParameterTable
+
+__all__ = ["joined_training", "part_of_training", "training_of", "write_together"]
+
+_T = TypeVar("_T")
+
+
+def write_together(
+    group: Group,
+    folder: Path,
+    saes: Mapping[str, Contents],
+    states: Mapping[str, StateFiles],
+    stream: StateFiles,
+    facts: Mapping[str, Any],
+    go_on: Callable[[], None] = nothing,
+) -> None:
+    """Write what this process has of the checkpoint ``folder``, which all of ``group`` write at the same time.
+
+    The first process makes the folder, and writes the manifest when the others' files are on the disk.  Where one
+    fails, all do, by :class:`StorageError`, and what was there before is there still.
+    """
+    first = group.rank == 0
+    with contextlib.ExitStack() as stack:
+
+        def make() -> Path | None:
+            if not first:
+                return None
+            check_place(folder)
+            return stack.enter_context(new_folder(folder, go_on=go_on))
+
+        temporary = _agreed(group, make)[0]
+        assert temporary is not None
+
+        def write() -> dict[str, str]:
+            sums = stream.write(temporary, go_on)
+            for name in {*saes, *states}:
+                (temporary / name).mkdir(exist_ok=True)
+            for name, state in states.items():
+                sums |= {f"{name}/{file}": summed for file, summed in state.write(temporary / name, go_on).items()}
+            for name, sae in saes.items():
+                sums |= {f"{name}/{file}": summed for file, summed in sae.write(temporary / name, go_on).items()}
+            sync_files([temporary / file for file in sums])
+            return sums
+
+        sums = {file: summed for part in _agreed(group, write) for file, summed in part.items()}
+
+        def finish() -> None:
+            if first:
+                finish_checkpoint(folder, temporary, facts, sums)
+                stack.close()
+
+        _agreed(group, finish)
+
+
+def _agreed(group: Group, work: Callable[[], _T]) -> list[_T]:
+    """What ``work`` returns in each process; where it fails in one, :class:`StorageError` in all others."""
+    found: _T | None = None
+    failure: BaseException | None = None
+    try:
+        found = work()
+    except Exception as error:
+        failure = error
+    if isinstance(failure, OSError):
+        failure = StorageError(f"cannot write a checkpoint: {failure.strerror}. What was there before is kept")
+    problem = None if failure is None else str(failure) or type(failure).__name__
+    told = group.objects((found, problem))
+    if failure is not None:
+        raise failure
+    for number, (_, theirs) in enumerate(told):
+        if theirs is not None:
+            raise StorageError(f"of process {number}: {theirs}")
+    return [one for one, _ in told]  # type: ignore[misc]
+
+
+# ---- one SAE's state, of which each process has some features
+
+
+def training_of(checkpoint: Checkpoint, name: str, sae: SAEModule) -> dict[str, Any]:
+    """The training state of an SAE, or of that part of its features which ``sae`` has, whatever parts were written."""
+    share, (data, features) = sae.share, checkpoint.mesh
+    if data * features == 1:
+        return checkpoint.training(name)
+    if features == share.parts:
+        return checkpoint.training(name, share.features.rank)
+    parts = [checkpoint.training(name, part) for part in range(features)]
+    whole = parts[0] if features == 1 else joined_training(parts, sae.table)
+    return part_of_training(whole, sae.table, share.features.rank, share.parts)
+
+
+def joined_training(parts: Sequence[Mapping[str, Any]], table: ParameterTable) -> dict[str, Any]:
+    """The training state of a whole SAE, of the states of all parts of its features, in their order."""
+    return {**parts[0], **_each(parts, table, _joined)}
+
+
+def part_of_training(state: Mapping[str, Any], table: ParameterTable, number: int, of: int) -> dict[str, Any]:
+    """What ``state``, of a whole SAE, has of part ``number`` of its features, which are split into ``of``."""
+
+    def cut(values: Sequence[Tensor], axis: int) -> Tensor:
+        own = values[0].shape[axis] // of
+        return values[0].narrow(axis, number * own, own)
+
+    return {**state, **_each([state], table, cut)}
+
+
+def _joined(values: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.cat(list(values), dim=axis)
+
+
+def _each(
+    states: Sequence[Mapping[str, Any]], table: ParameterTable, made: Callable[[Sequence[Tensor], int], Tensor]
+) -> dict[str, Any]:
+    """What is split of training states: weights, moments of their shape, and what is counted of each feature."""
+    if states[0]["diverged"] is not None:
+        return {}
+    axes = {entry.name: entry.dims.index("d_sae") for entry in table if entry.split == "d_sae"}
+    weights = {
+        name: made([state["weights"][name] for state in states], axes[name]) if name in axes else value
+        for name, value in states[0]["weights"].items()
+    }
+    firing = {
+        name: made([state["firing"][name] for state in states], 0) if isinstance(value, Tensor) else value
+        for name, value in states[0]["firing"].items()
+    }
+    optimizer = {}
+    for name, kept in states[0]["optimizer"].items():
+        shape = None if name not in axes else states[0]["weights"][name].shape
+        optimizer[name] = {
+            key: made([state["optimizer"][name][key] for state in states], axes[name])
+            if isinstance(value, Tensor) and value.shape == shape and value.ndim
+            else value
+            for key, value in kept.items()
+        }
+    return {"weights": weights, "firing": firing, "optimizer": optimizer}

@@ -1,0 +1,74 @@
+"""What of a run is spread over processes, and what does not work so: it is said before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from saekit.config import TrainConfig
+from saekit.config.files import plain_config
+from saekit.distributed.world import World
+from saekit.errors import ConfigError
+from saekit.plugins.manager import PluginManager
+from saekit.runs.checkpoints import versions
+from saekit.runs.record import flat
+from saekit.sae.module import SAEModule
+from saekit.sae.splitting import check_spread, keep_part, spread_of
+
+__all__ = ["check_alike", "check_spreads", "spread"]
+
+
+def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
+    """:class:`ConfigError` for what a run of several processes cannot do."""
+    if world.size == 1:
+        return
+    for config in configs:
+        if (rows := config.training.train_batch_size_tokens) % world.size:
+            raise ConfigError(
+                [("training.train_batch_size_tokens", f"is {rows:,}, which {world.size} processes cannot share "
+                  "evenly; choose a multiple of their number")]
+            )  # fmt: skip
+
+
+def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginManager, place: str = "") -> None:
+    """:class:`ConfigError` in every process of a run, where one has another configuration, version or plugin.
+
+    ``place`` is the checkpoint that it goes on from.
+    """
+    if world.size == 1:
+        return
+    options = [flat(plain_config(config, plugins)) for config in configs]
+    known = (item for registry in plugins.registries.values() for item in registry.items)
+    told: dict[str, dict[Any, Any]] = {
+        "option": options[0] if len(options) == 1 else dict(enumerate(options)),
+        "version": versions(),
+        "plugin": {f"{item.kind.name} {item.key}": item.version for item in known},
+        "checkpoint": {"to go on from": place},
+    }
+    every = world.all.objects(told)
+    for what, number in ((what, number) for what in told for number in range(world.size)):
+        first, other = every[0][what], every[number][what]
+        odd = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if odd:
+            values = ", ".join(f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in odd[:3])
+            raise ConfigError(
+                f"the processes of a run must be alike, and process {number} has another {what} than process 0: "
+                f"{values}. Start all by the same command, in the same environment"
+            )
+
+
+def spread(sae: SAEModule, world: World, config: TrainConfig, plugins: PluginManager) -> None:
+    """Have ``sae`` train on the processes of ``world``, with this one's part of its features.
+
+    :class:`ConfigError` for an architecture, or an option, that does not work so.
+    """
+    if world.size == 1:
+        return
+    check_spread(sae, world.data.size, world.features.size)
+    if config.training.compile:
+        raise ConfigError(
+            [("training.compile", f"is true, and a step of {world.size} processes is not compiled; set it to false")]
+        )
+    sae.spread = spread_of(world.data.size, world.features.size)
+    if world.features.size > 1:
+        keep_part(sae, world.features)

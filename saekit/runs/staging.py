@@ -1,0 +1,141 @@
+"""A checkpoint as it waits for the disk: a copy of all that changes, so that training goes on while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from saekit.config import TrainConfig
+from saekit.config.files import plain_config
+from saekit.distributed.world import World
+from saekit.runs.checkpoints import STREAM, TRAINING, versions
+from saekit.runs.session import Session
+from saekit.runs.state_files import StateFiles
+from saekit.sae.folder import Contents, contents_of
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["Staging", "facts_of"]
+
+
+class Staging:
+    """Copies states into memory of the CPU that nobody else writes to.
+
+    From a GPU they come by pinned memory and without waiting: :meth:`arrived` waits for them, before they are read.
+    """
+
+    def __init__(self) -> None:
+        self._devices: set[torch.device] = set()
+
+    def saes(self, worth: Mapping[str, SAETrainer], world: World) -> dict[str, Contents]:
+        """What the folders of these SAEs will hold, which the first process writes and all put together.
+
+        :class:`SAEFormatError` for one that could not be loaded again.
+        """
+        found = {}
+        for name, trainer in worth.items():
+            sae = trainer.raw_sae()
+            if not world.main:
+                continue
+            contents = contents_of(sae)
+            if sae is trainer.sae and torch.device(trainer.device).type == "cpu":  # else it is a copy already
+                contents = attrs.evolve(contents, tensors=self.held(contents.tensors))
+            found[name] = contents
+        return found
+
+    def trainings(self, session: Session) -> dict[str, StateFiles]:
+        """Of each SAE the training state, as far as it is for this process to write.
+
+        It is without the weights where the SAE as it is saved has the very same.  :class:`StorageError` for what cannot
+        be saved.
+        """
+        world = session.world
+        if world.data.rank:  # another has the same features
+            return {}
+        stem = TRAINING if world.size == 1 else f"{TRAINING}-{world.features.rank}"
+        found = {}
+        for name, member in session.members.items():
+            trainer = member.trainer
+            state = trainer.state_dict()
+            if world.size == 1 and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
+                state.pop("weights", None)
+            found[name] = StateFiles.of(stem, self.held(state))
+        return found
+
+    def stream(self, state: Mapping[str, Any], world: World) -> StateFiles:
+        """The ``state`` of this process's batches, whose tensors are copies already."""
+        return StateFiles.of(STREAM if world.size == 1 else f"{STREAM}-{world.rank}", state)
+
+    def held(self, state: Any) -> Any:
+        """``state`` with copies of its tensors; whatever cannot be saved stays what it is, and is refused later."""
+        if isinstance(state, Tensor):
+            return self._copy(state)
+        if isinstance(state, Mapping):
+            return {key: self.held(value) for key, value in state.items()}
+        if isinstance(state, (list, tuple)):
+            return [self.held(value) for value in state]
+        return state
+
+    def _copy(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        if value.is_meta or value.layout != torch.strided:
+            return value
+        value = value.resolve_conj().resolve_neg()
+        if value.device.type == "cpu":
+            return value.clone()
+        if value.device.type != "cuda":
+            return value.cpu()
+        self._devices.add(value.device)
+        # In the order of memory that it has there, so that nothing is turned on the way.
+        target = torch.empty_like(value, device="cpu", pin_memory=True)
+        return target.copy_(value, non_blocking=True)
+
+    def arrived(self) -> Callable[[], None]:
+        """All that is copied from here on comes too late; what is returned waits until the copies are there."""
+        events = []
+        for device in self._devices:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
+
+
+def facts_of(session: Session, *, spaced: bool) -> dict[str, object]:
+    """What the manifest of a checkpoint says of ``session`` as it is now."""
+    about = {
+        name: {
+            "step": member.trainer.step,
+            "tokens": member.trainer.tokens,
+            "diverged": member.trainer.diverged,
+            "d_sae": member.trainer.d_sae,
+            "config": _config(member.config, session),
+        }
+        for name, member in session.members.items()
+    }
+    world = session.world
+    mesh = {"mesh": [world.data.size, world.features.size]} if world.size > 1 else {}
+    return {
+        "batches": session.batches,
+        "finished": False,
+        "spaced": spaced,
+        **mesh,
+        "saes": about,
+        "identity": dict(session.identity),
+        "versions": versions(),
+    }
+
+
+def _config(config: TrainConfig, session: Session) -> dict[str, object]:
+    """The configuration as plain data, without where the run lies: it may be moved."""
+    table = plain_config(config, session.plugins)
+    for option in ("folder", "name"):
+        table["checkpoints"].pop(option)
+    return table

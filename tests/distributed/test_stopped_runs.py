@@ -1,0 +1,142 @@
+"""Checkpoints that two processes write together: runs that are stopped, and go on, on the same mesh or another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.processes import Call, together
+from support.runs import contents
+from support.spread_stops import DOCUMENTS, manager
+
+import saekit
+from saekit.errors import ConfigError
+from saekit.runs.checkpoints import newest_checkpoint
+from saekit.runs.spread_checkpoints import joined_training, part_of_training
+
+STOPS = "support.spread_stops"
+MESHES = ((2, 1), (1, 2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stops")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, list[Any]]:
+    """What both processes made of each."""
+    calls = {}
+    for data, features in MESHES:
+        name = f"{data}x{features}"
+        calls[f"whole {name}"] = Call(f"{STOPS}:whole", data, features, (str(folder / f"whole-{name}"),))
+        for kind in ("same", "other"):
+            place = str(folder / f"{kind}-{name}")
+            calls[f"stopped {kind} {name}"] = Call(f"{STOPS}:stopped", data, features, (place, 1, 5))
+        calls[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
+        allow = (str(folder / f"other-{name}/run"), "distributed.features")
+        calls[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
+    calls["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
+    calls["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
+    return together(calls, 2, folder / "calls")
+
+
+def names(data: int, features: int) -> str:
+    return f"{data}x{features}"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_signal_to_one_ends_all_at_one_step(found: dict[str, list[Any]], folder: Path, mesh: tuple[int, int]) -> None:
+    for one in found[f"stopped same {names(*mesh)}"]:
+        assert one["signal"] == 15
+        assert one["text"].startswith("interrupted after 5 steps")
+        assert f"saved in {folder}/same-{names(*mesh)}/run/checkpoints/step-5." in one["text"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_it_goes_on_as_if_it_had_never_stopped(
+    found: dict[str, list[Any]], folder: Path, mesh: tuple[int, int]
+) -> None:
+    ours, wanted = found[f"same {names(*mesh)}"], found[f"whole {names(*mesh)}"]
+    for one, other in zip(ours, wanted, strict=True):
+        for name, value in one["weights"].items():
+            assert torch.equal(value, other["weights"][name])
+    resumed = contents(folder / f"same-{names(*mesh)}/run")
+    whole = contents(folder / f"whole-{names(*mesh)}/run")
+    for path in whole:
+        if not path.startswith(("checkpoints/", "config.toml", "curves.html")):
+            assert resumed[path] == whole[path], path
+    last, again = (newest_checkpoint(folder / f"{kind}-{names(*mesh)}/run").facts for kind in ("whole", "same"))
+    assert last["files"] == again["files"], "all states are the same, to the last bit"
+    assert (last["mesh"], last["finished"]) == (list(mesh), True)
+    parts = {f"sae/training-{part}.{kind}" for part in range(mesh[1]) for kind in ("json", "safetensors")}
+    assert {file for file in last["files"] if "training" in file} == parts
+    assert {f"stream-{process}.safetensors" for process in range(2)} <= set(last["files"])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_it_goes_on_where_features_are_split_otherwise(found: dict[str, list[Any]], mesh: tuple[int, int]) -> None:
+    for one, other in zip(found[f"other {names(*mesh)}"], found[f"whole {names(*mesh)}"], strict=True):
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(value, other["weights"][name], rtol=0, atol=1e-10)
+
+
+def test_one_process_does_not_go_on_from_the_parts_of_two(found: dict[str, list[Any]], folder: Path) -> None:
+    """Each has read its own part of the text."""
+    with pytest.raises(ConfigError, match=r"step-\d+ was written by 2 processes, and 1 would go on from it.*"
+                       r"as many \(torchrun --nproc-per-node 2 \.\.\.\)"):  # fmt: skip
+        saekit.resume(
+            folder / "whole-2x1/run",
+            overrides=["training.training_tokens=4000"],
+            allow=["training.training_tokens"],
+            plugins=manager(),
+            dataset=DOCUMENTS,
+        )
+
+
+def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict[str, list[Any]], folder: Path) -> None:
+    for text in found["unlike"]:
+        assert text == (
+            "the processes of a run must be alike, and process 1 has another option than process 0: lr_schedule.name "
+            "is 'saekit:cosine', not 'saekit:constant'. Start all by the same command, in the same environment"
+        )
+    assert not (folder / "unlike").exists()
+
+
+def test_a_full_disk_of_one_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:
+    """The first process says whose disk it is; training goes on, and ends as it would have."""
+    first, second = found["full"]
+    (text,) = first["told"]
+    assert text.startswith(
+        "there is no checkpoint after 3 steps: of process 1: cannot write a checkpoint: No space left on device. What "
+        "was there before is kept. Training goes on"
+    )
+    assert text.endswith("Training goes on; the last checkpoint is " + first["folder"] + "/checkpoints/step-2")
+    assert second["told"] == []
+    for name, value in first["weights"].items():
+        assert torch.equal(value, found["whole 2x1"][0]["weights"][name])
+
+
+@pytest.mark.parametrize("name", ["topk", "standard", "gated"])
+def test_a_state_is_that_of_its_parts(name: str) -> None:
+    """Weights, moments and counts of features are split; what all processes have alike stays what it is."""
+    given = {"topk": {"k": 2}, "standard": {"l1_coefficient": 1.0}, "gated": {"l1_coefficient": 1.0}}[name]
+    sae = saekit.SAE.from_dict({"name": name, "d_in": 3, "d_sae": 8, **given})
+    weights = {key: torch.rand_like(value) for key, value in sae.named_parameters()}
+    moments = {key: {"step": torch.tensor(4.0), "exp_avg": torch.rand_like(value)} for key, value in weights.items()}
+    firing = {"fired": torch.arange(8), "since_fired": torch.arange(8), "rows": 3, "last_fractions": None}
+    state = {"diverged": None, "step": 4, "weights": weights, "optimizer": moments, "firing": firing}
+    parts = [part_of_training(state, sae.table, number, 4) for number in range(4)]
+    assert [part["firing"]["fired"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for key, value in parts[2]["weights"].items():
+        axes = [axis for axis, size in enumerate(weights[key].shape) if size == 8]
+        assert torch.equal(value, weights[key].narrow(axes[0], 4, 2) if axes else weights[key])
+        assert value.shape == parts[2]["optimizer"][key]["exp_avg"].shape
+    again = joined_training(parts, sae.table)
+    assert (again["step"], again["firing"]["rows"], again["firing"]["last_fractions"]) == (4, 3, None)
+    for key, value in weights.items():
+        assert torch.equal(again["weights"][key], value)
+        assert torch.equal(again["optimizer"][key]["exp_avg"], moments[key]["exp_avg"])
+    assert part_of_training({"diverged": "nan"}, sae.table, 0, 2) == {"diverged": "nan"}

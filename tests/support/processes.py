@@ -1,0 +1,220 @@
+"""The same steps by one process and by several, which share batches and features; run as a script, it is one of them.
+
+A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the widths of its sites.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+import saekit
+from saekit.config import DistributedConfig, TrainConfig
+from saekit.config.files import load_config
+from saekit.data import Corpus
+from saekit.distributed import ALONE, World, open_world
+from saekit.runs.opening import open_backend
+from saekit.runs.parts import make_schedule
+from saekit.runs.setup import give_weights, make_trainer
+from saekit.sae.splitting import gathered
+from saekit.site import Site
+from saekit.training import SAETrainer
+from saekit.values import Batch, Ports
+
+ROWS, D_SAE, STEPS = 24, 32, 30
+
+
+@attrs.frozen
+class Case:
+    """One SAE and how it trains."""
+
+    sae: Mapping[str, Any]
+    training: Mapping[str, Any] = attrs.field(factory=dict)
+    optimizer: Mapping[str, Any] = attrs.field(factory=lambda: {"name": "adam"})
+    widths: tuple[int, ...] = (6,)
+    """Of the sites."""
+    reads: int | None = None
+    """How many of the sites are inputs, where the others are targets; None: all are both."""
+    fast: bool = False
+    """By the fast kernels, where they do not refuse."""
+    dtype: str = "float64"
+    uneven: bool = False
+    """Whether processes have different numbers of rows."""
+    rows: int = ROWS
+    d_sae: int = D_SAE
+    steps: int = STEPS
+
+    @property
+    def sites(self) -> list[Site]:
+        return [Site(hook_name=f"site_{number}") for number in range(len(self.widths))]
+
+    @property
+    def config(self) -> TrainConfig:
+        sites: dict[str, Any] = {"site": {"hook_name": "site_0"}}
+        if len(self.widths) > 1:
+            names = [{"hook_name": site.hook_name} for site in self.sites]
+            sites = {"inputs": names[: self.reads], **({} if self.reads is None else {"targets": names[self.reads :]})}
+        table = {
+            **sites,
+            "model": {"backend": "none"},
+            "evals": {"run": [], "held_out_every": 0},
+            "activations": {"source": {"name": "toy"}},
+            "sae": {"d_sae": self.d_sae, "dtype": self.dtype, "b_dec_init_method": "zeros", **self.sae},
+            "optimizer": dict(self.optimizer),
+            "training": {
+                "training_tokens": self.rows * self.steps, "train_batch_size_tokens": self.rows, "lr": 3e-3,
+                "device": "cpu", "verbose": False, "kernels": "reference", "log_frequency": 1, "dead_feature_window": 2,
+                "feature_sampling_window": 10, **self.training,
+            },
+        }  # fmt: skip
+        return load_config(table)
+
+    def batches(self) -> Iterator[Batch]:
+        """The very same rows for everybody."""
+        generator = torch.Generator().manual_seed(3)
+        mixing = torch.randn(sum(self.widths), sum(self.widths), generator=generator, dtype=torch.float64)
+        for _ in range(self.steps):
+            rows = torch.randn(self.rows, sum(self.widths), generator=generator, dtype=torch.float64).abs() @ mixing
+            parts = rows.to(getattr(torch, self.dtype)).split(self.widths, dim=1)
+            yield Batch({site: part.clone() for site, part in zip(self.sites, parts, strict=True)})
+
+    def trainer(self, world: World) -> SAETrainer:
+        """As a run makes it."""
+        config, plugins = self.config, saekit.default_manager()
+        corpus = Corpus.of(config.dataset, config.evals)
+        backend = open_backend(config, corpus, plugins, None, {})
+        ports = Ports.of(config.sites, dict(zip(self.sites, self.widths, strict=True)))
+        options = plugins.options("sae_architectures", config.sae)
+        trainer = make_trainer(
+            config, plugins, backend, corpus, options, ports, make_schedule(config, plugins), world=world
+        )
+        give_weights(trainer, config, corpus, dict)
+        if self.fast:
+            trainer.sae.kernels = "fast"
+        return trainer
+
+
+@attrs.frozen
+class Found:
+    """What came of a case."""
+
+    weights: dict[str, Tensor]
+    metrics: list[dict[str, float]]
+    fractions: Tensor
+    """The last firing fractions of all features."""
+
+
+def trained(case: Case, world: World = ALONE) -> Found:
+    """The whole SAE after all steps, on the processes of ``world``."""
+    trainer, metrics = case.trainer(world), []
+    for batch in case.batches():
+        found = trainer.train_on(*_rows(trainer, part := part_of(batch, case, world)), part)
+        metrics.append({name: value for name, value in found.items() if isinstance(value, float)})
+    sae = trainer.sae if world.features.size == 1 else gathered(trainer.sae)
+    weights = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    return Found(weights, metrics, world.share().all_features(trainer.firing.fractions()))
+
+
+def _rows(trainer: SAETrainer, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    return trainer.rows_of(batch)
+
+
+def part_of(batch: Batch, case: Case, world: World) -> Batch:
+    """The rows of this process: as many as the others', or one more and one fewer."""
+    parts, n = world.data.size, len(batch)
+    counts = [n // parts] * parts
+    if case.uneven and parts > 1:
+        counts[0], counts[-1] = counts[0] + 1, counts[-1] - 1
+    first = sum(counts[: world.data.rank])
+    own = batch.at(list(range(first, first + counts[world.data.rank])))
+    return attrs.evolve(own, counts=tuple(counts) if parts > 1 else ())
+
+
+@attrs.frozen
+class Call:
+    """What every process does, in a world of its own arrangement: ``function`` is ``module:name``, and takes the world
+    and then ``given``."""
+
+    function: str
+    data: int = 1
+    features: int = 1
+    given: tuple[Any, ...] = ()
+
+    def done(self) -> Any:
+        module, name = self.function.split(":")
+        config = DistributedConfig(data=self.data, features=self.features, timeout_s=60)
+        with open_world(config) as world:
+            return getattr(importlib.import_module(module), name)(world, *self.given)
+
+
+def steps(world: World, case: Case) -> Found:
+    """For :class:`Call`."""
+    return trained(case, world)
+
+
+def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, list[Any]]:
+    """What each of ``size`` processes, which are started once, makes of each of ``calls``."""
+    folder.mkdir(exist_ok=True)
+    torch.save(dict(calls), folder / "asked.pt")
+    launch(size, [__file__, str(folder)])
+    found = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
+    return {name: [one[name] for one in found] for name in calls}
+
+
+def launch(size: int, command: Sequence[str], timeout: float = 3600, **environment: str) -> list[str]:
+    """Start ``size`` processes of Python as torchrun does; what each has written; an error of any is one here."""
+    ends = ended(size, command, timeout, **environment)
+    for code, text in ends:
+        assert code == 0, text[-3000:]
+    return [text for _, text in ends]
+
+
+def ended(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[tuple[int, str]]:
+    """The same, with the exit code of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        written = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, written, strict=True)]
+
+
+def main(folder: Path) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    calls = torch.load(folder / "asked.pt", weights_only=False)
+    torch.save({name: call.done() for name, call in calls.items()}, folder / f"found-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from support import processes  # pickles name it so
+
+    processes.main(Path(sys.argv[1]))

@@ -1,0 +1,148 @@
+"""What the processes of :mod:`support.processes` do that is about checkpoints: runs that are stopped, and go on.
+
+Run as a script (``FOLDER HOW RANK STEP``), it is one process of a run in which that of number ``RANK`` ends in the
+middle of a step: ``killed`` by SIGKILL, or ``fails``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.spread_runs import manager, options
+from support.sweeps import DOCUMENTS
+
+import saekit
+from saekit import SaekitError
+from saekit.distributed import World
+from saekit.errors import TrainingInterrupted
+from saekit.runs.state_files import StateFiles
+from saekit.training.trainer import SAETrainer
+
+CHANGES: dict[str, Any] = {
+    "sae": {"name": "topk", "k": 3, "d_sae": 12, "dtype": "float64"},
+    "training": {"dead_feature_window": 2, "feature_sampling_window": 3, "lr_warm_up_steps": 3},
+    "checkpoints": {"name": "run", "keep_last": 2, "n_checkpoints": 4},
+}
+
+
+def settings(world: World, folder: str, **sections: Any) -> dict[str, Any]:
+    sections = {**CHANGES, **sections, "distributed": {"features": world.features.size}}
+    return options(Path(folder), **sections)
+
+
+def quietly(work: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return work()
+
+
+def weights(result: Any) -> dict[str, Any]:
+    found = {name: value.detach().clone() for name, value in result.sae.state_dict().items()}
+    return {"folder": str(result.folder), "weights": found, "metrics": dict(result.metrics)}
+
+
+def whole(world: World, folder: str) -> dict[str, Any]:
+    """A run that nobody stops."""
+    return weights(quietly(lambda: saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS)))
+
+
+def stopped(world: World, folder: str, rank: int, at: int) -> dict[str, Any]:
+    """A run whose process ``rank`` gets a SIGTERM in the middle of step ``at``; what each says of its end."""
+    work = SAETrainer.train_on
+
+    def train_on(trainer: SAETrainer, *rest: Any) -> Any:
+        if trainer.step + 1 == at and world.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(SAETrainer, "train_on", train_on)
+        quietly(lambda: saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS))
+    return {"text": str(caught.value), "signal": int(caught.value.signal), "run": str(caught.value.run)}
+
+
+def resumed(world: World, run: str, *allow: str) -> dict[str, Any]:
+    """The same run, gone on with on this arrangement of processes."""
+    override = [f"distributed.features={world.features.size}"] if allow else []
+    try:
+        return weights(
+            quietly(lambda: saekit.resume(run, overrides=override, allow=allow, plugins=manager(), dataset=DOCUMENTS))
+        )
+    except SaekitError as error:
+        return {"error": str(error)}
+
+
+def full(world: World, folder: str) -> dict[str, Any]:
+    """A run for whose second process the disk is full at its second checkpoint."""
+    write, seen = StateFiles.write, [0]
+
+    def no_space(files: StateFiles, *rest: Any) -> Any:
+        if world.rank == 1 and files.stem.startswith("stream"):
+            seen[0] += 1
+            if seen[0] == 2:
+                raise OSError(28, "No space left on device")
+        return write(files, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(StateFiles, "write", no_space)
+        found = weights(saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS))
+    return found | {"told": [str(one.message) for one in caught if "no checkpoint" in str(one.message)]}
+
+
+def unlike(world: World, folder: str) -> str:
+    """What is said where processes have other configurations."""
+    try:
+        quietly(
+            lambda: saekit.train(
+                settings(world, folder, lr_schedule={"name": "cosine" if world.rank else "constant"}),
+                plugins=manager(),
+                dataset=DOCUMENTS,
+            )
+        )
+    except SaekitError as error:
+        return str(error)
+    return "nothing"
+
+
+def ends_at(rank: int, step: int, end: Any) -> Any:
+    """Have process ``rank`` come to its ``end`` in the middle of a step."""
+    work = SAETrainer.train_on
+
+    def train_on(trainer: SAETrainer, *rest: Any) -> Any:
+        if trainer.step + 1 == step and int(os.environ["RANK"]) == rank:
+            end()
+        return work(trainer, *rest)
+
+    SAETrainer.train_on = train_on  # type: ignore[method-assign]
+
+
+def fails() -> None:
+    raise ValueError("a fault of an architecture")
+
+
+def main(folder: str, how: str, rank: str, step: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    ends = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "fails": fails}
+    if how in ends:
+        ends_at(int(rank), int(step), ends[how])
+    begun = time.monotonic()
+    try:
+        config = options(Path(folder), **CHANGES)
+        quietly(lambda: saekit.train(config, plugins=manager(), dataset=DOCUMENTS))
+    except Exception as error:
+        print(error, *getattr(error, "__notes__", ()), f"{time.monotonic() - begun:.0f} s", sep="\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

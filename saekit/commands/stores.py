@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.commands.features import STORE, beside, collect_features
-from saekit.commands.subjects import subjects_of
+from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, DataError, PlaceError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -60,8 +60,9 @@ def store_beside(where: object) -> FeatureStore:
         )
     place = as_path(where)
     near = [place / STORE, *([place.parent / STORE] if place.name == "sae" else [])]
-    found = next((one for one in map(store_given, (place, *near)) if one is not None), None)
+    found = next((one for one in map(store_given, near) if one is not None), None)
     if found is not None:
+        _check_of(found.manifest, found.folder, subjects_of(place, default_manager(), device="cpu"))
         return found
     if not place.exists():
         published = ":" in str(where) and "/" not in str(where).partition(":")[0]
@@ -121,13 +122,18 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager) -> F
     if not (place / MANIFEST).is_file():
         return None
     manifest = StoreManifest.load(place)
+    _check_of(manifest, place, subjects)
+    return FeatureStore.open(place)
+
+
+def _check_of(manifest: StoreManifest, place: Path, subjects: Mapping[str, Subject]) -> None:
+    """:class:`DataError` unless the store in ``place`` has all of these SAEs, as they are now."""
     if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
         known = ", ".join(one.name for one in manifest.saes)
         raise DataError(
             f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
             f"weights differ). Choose another folder. {_REPLACE}"
         )
-    return FeatureStore.open(place)
 
 
 def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:

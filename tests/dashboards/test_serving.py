@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import runpy
 import signal
 import socket
 import threading
@@ -270,6 +271,16 @@ def test_what_is_said_of_a_fault_has_the_same_headers(
     assert (answer.status, body) == (500, b"Internal Server Error")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_store_that_is_measured_is_one(tmp_path: Path) -> None:
+    """The benchmark's own, with few features."""
+    make = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "dashboard_server.py"))["make"]
+    make(tmp_path, 8, 4, 50)
+    served = Served(store=saekit.FeatureStore.open(tmp_path, verify=True))
+    assert b"made" in served.page
+    assert json.loads(served.feature(0, 7))["index"] == 7
+    assert len(json.loads(served.fires_on(0))["fires_on"]) == 8
 
 
 # ---- where

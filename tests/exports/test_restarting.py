@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.failing_disk import failing_at
 from support.neuronpedia import batches, strict
 from support.stores import small_sae, small_store
@@ -289,12 +290,22 @@ def test_where_features_are(export: Any, store: Any, tmp_path: Path) -> None:
         export(tmp_path)
     with pytest.raises(ConfigError, match=r"features: must be a feature store, its folder, a run or an SAE's, found 3"):
         export(3)
-    assert store.folder.name == "features"
-    home = export(store.folder.parent, folder=None)  # as beside a run
-    assert home == store.folder.with_name("features-neuronpedia")
-    (store.folder.parent / "sae").mkdir(exist_ok=True)
-    assert export(store.folder.parent / "sae", folder=None) == home
-    shutil.rmtree(home)
+    run, sae = tmp_path / "run", small_sae(neuronpedia_id="tiny/3-res-x")
+    shutil.copytree(store.folder, run / "features")
+    sae.save(run / "sae")
+    for place in (run, run / "sae"):
+        assert export(place, folder=None) == run / "features-neuronpedia"
+    with torch.no_grad():
+        sae.b_enc.add_(1)  # as after more training
+    sae.save(run / "sae")
+    for options in ({"folder": None}, {"folder": tmp_path / "other"}):
+        with pytest.raises(
+            DataError, match=r"is of .*, and not of .* as it is now \(the checksums of the weights differ"
+        ):
+            export(run, **options)
+    with pytest.raises(DataError, match=r"the checksums of the weights differ"):
+        saekit.export_delphi(run, module_path="layers.1", folder=tmp_path / "delphi", verbose=False)
+    assert export(run / "features", folder=tmp_path / "stored").exists(), "what is stored can still be asked for"
 
 
 def test_features_that_are_not_in_the_store_are_said_to_be(tmp_path: Path, export: Any) -> None:

@@ -11,31 +11,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.effects import effects_of, is_store
-from saekit.commands.features import beside, collect_features
-from saekit.commands.subjects import subjects_of
+from saekit.commands.effects import effects_of
+from saekit.commands.stores import store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import short
 
 if TYPE_CHECKING:
     from saekit.dashboards.data import Look
     from saekit.dashboards.effects import PageEffects
     from saekit.features.feature import Feature
-    from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
+__all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
-_NO_MATTER = {"device", "batch_size"}
-"""Options of collecting that do not decide what is found."""
 
 
 def dashboard(
@@ -70,29 +67,32 @@ def dashboard(
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
     (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
-    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
+    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers; those of
+    features that are not shown are left out.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
     ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file or
-    store only with ``overwrite``.  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
+    only with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).
+    :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
+    check_said(title, labels, sae)
     place = _checked(choice, loss_effects, out, overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
+    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
     names = names_of(store, sae)
-    shown, known = _chosen(store, names, choice), labels_of(labels, names)
+    shown, known = _chosen(store, names, choice), labels_of(labels, store, names)
     with Status(verbose=verbose) as say:
         effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
         _tell_ahead(effects, shown, look, say)
@@ -110,6 +110,33 @@ def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overw
     return place
 
 
+def check_said(title: object, labels: object, sae: object) -> None:
+    """:class:`ConfigError` for what cannot be a title, labels, or the name of an SAE, whatever the store has."""
+    if title is not None and not _is_text(title):
+        raise ConfigError([("title", f"must be a text that is valid Unicode, found {short(title)}")])
+    if sae is not None and not (isinstance(sae, str) and sae):
+        raise ConfigError([("sae", f"must be the name of an SAE, found {short(sae)}")])
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
+    by_name = _are_by_name(labels)
+    if by_name and (odd := [name for name, one in labels.items() if not isinstance(one, Mapping)]):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts for {odd[0]!r}, as for others")])
+    for own in labels.values() if by_name else [labels]:
+        for entry in own.items():
+            _label(entry)
+
+
+def _are_by_name(labels: Mapping[Any, Any]) -> bool:
+    return any(isinstance(one, Mapping) for one in labels.values())
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that can be written: one with half of a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _tell_ahead(
     effects: Mapping[str, PageEffects], features: Mapping[str, Sequence[Feature]], look: Look, say: Status
 ) -> None:
@@ -123,81 +150,6 @@ def _tell_ahead(
 
 def _say_done(say: Status, said: str, number: int, done: int) -> None:
     say(f"{said}: {done} of {number}")
-
-
-def store_of(
-    what: object,
-    folder: str | Path | None = None,
-    collecting: Mapping[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-    verbose: bool = True,
-    plugins: PluginManager | None = None,
-) -> FeatureStore:
-    """The store that ``what`` is, or that is kept of it; collected where there is none.
-
-    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
-    replaces one that was not.
-    """
-    asked = {name: value for name, value in (collecting or {}).items() if value is not None}
-    from saekit.features.store import FeatureStore
-
-    if isinstance(what, FeatureStore):
-        return _only(what, asked, folder)
-    if isinstance(what, (str, Path)) and is_store(what):
-        return _only(FeatureStore.open(what), asked, folder)
-    options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
-    decides = asked.keys() - _NO_MATTER
-    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
-        return found
-    try:
-        return collect_features(what, **options)
-    except DataError:
-        if not overwrite:
-            raise
-        return collect_features(what, overwrite=True, **options)
-
-
-def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
-    """A store that is given, and needs nothing else."""
-    others = [*asked, *([] if folder is None else ["folder"])]
-    if others:
-        raise ConfigError(
-            f"{', '.join(others)}: nothing is collected, as {str(store.folder)!r} is a feature store already; leave "
-            "that out, or give the SAE instead"
-        )
-    return store
-
-
-def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
-    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
-    from saekit.features.manifest import MANIFEST, StoreManifest
-    from saekit.features.store import FeatureStore
-
-    if folder is not None and not (as_path(folder) / MANIFEST).is_file():
-        return None
-    subjects = subjects_of(what, plugins, device="cpu")
-    place = beside(subjects) if folder is None else as_path(folder)
-    if not (place / MANIFEST).is_file():
-        return None
-    manifest = StoreManifest.load(place)
-    if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
-        if overwrite:
-            return None
-        known = ", ".join(one.name for one in manifest.saes)
-        raise DataError(
-            f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
-            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
-        )
-    return FeatureStore.open(place)
-
-
-def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
-    """The first of ``saes`` that is not in the store."""
-    from saekit.features.subject import checksum
-
-    known = {one.checksum for one in manifest.saes}
-    return next((name for name, one in saes.items() if checksum(one) not in known), None)
 
 
 def names_of(store: FeatureStore, name: str | None) -> list[str]:
@@ -217,29 +169,39 @@ def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[s
     return {name: chosen(store.saes[name], choice) for name in names}
 
 
-def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
-    """By SAE and number."""
+def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """By SAE and number, of the SAEs ``names`` of a store."""
     if labels is None:
         return {}
-    if not isinstance(labels, Mapping):
-        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
-    if any(isinstance(one, Mapping) for one in labels.values()):
+    if _are_by_name(labels):
         if unknown := [name for name in labels if name not in names]:
-            raise ConfigError([("labels", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+            raise ConfigError([("labels", f"names {short(unknown[0])}, and the SAEs are {', '.join(names)}")])
         by_name = labels
     elif len(names) == 1 or not labels:
         by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
-    return {name: dict(_label(one) for one in own.items()) for name, own in by_name.items()}
+    return {
+        name: dict(_label_in(one, name, store.saes[name].about.d_sae) for one in own.items())
+        for name, own in by_name.items()
+    }
 
 
-def _label(entry: tuple[Any, Any]) -> tuple[int, str]:
+def _label(entry: tuple[Any, Any]) -> tuple[str, str]:
+    """The digits of a number, and what people call the feature."""
     number, text = entry
-    if not str(number).isdecimal() or not isinstance(text, str):
-        wrong = json.dumps({str(number): text}, default=str)
+    digits = str(number) if isinstance(number, str) or type(number) is int else ""
+    if not (digits.isascii() and digits.isdecimal() and _is_text(text)):
+        wrong = f"{{{json.dumps(str(number))[:40]}: {short(text)}}}"
         raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
-    return int(number), text
+    return digits, text
+
+
+def _label_in(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
+    digits, text = _label(entry)
+    if len(digits) > len(str(d_sae)) or int(digits) >= d_sae:
+        raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(entry[0])}")])
+    return int(digits), text
 
 
 def labels_in(path: str) -> Any:

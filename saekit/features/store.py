@@ -14,7 +14,9 @@ from saekit.errors import ConfigError
 from saekit.features.feature import Feature
 from saekit.features.manifest import StoreManifest, is_store
 from saekit.features.tables import SAETables, StoreFiles
+from saekit.features.windows import check_count
 from saekit.files.paths import as_path
+from saekit.plugins.text import short
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -81,11 +83,13 @@ class SAEFeatures(SAETables):
 
     def feature(self, index: int) -> Feature:
         """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
-        row = int(np.searchsorted(self.indices, index))
+        check_count("feature", index)
+        row = int(np.searchsorted(self.indices, index)) if index < self.about.d_sae else len(self)
         if row < len(self) and self.indices[row] == index:
             return Feature(self, int(index), row)
-        if not 0 <= index < self.about.d_sae:
-            raise ConfigError([("feature", f"must be 0 to {self.about.d_sae - 1:,} for {self.name}, found {index}")])
+        if index >= self.about.d_sae:
+            last = self.about.d_sae - 1
+            raise ConfigError([("feature", f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
         raise ConfigError(
             [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]

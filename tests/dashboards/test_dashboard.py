@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.failing_disk import failing_at
 from support.odd_tokens import ODD, OddBackend, several_saes
 
 import saekit
+from saekit.commands import dashboards, serving
 from saekit.dashboards.place import is_dashboard
 from saekit.errors import ConfigError, DataError, PlaceError, SaekitError, StorageError
 
@@ -162,7 +164,7 @@ def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_p
         DataError, match=r"is of .*, and not of .* as it is now \(the checksums of the weights differ\)"
     ):
         saekit.dashboard(sae, **place)
-    saekit.dashboard(sae, overwrite=True, **asked, **place)
+    saekit.collect_features(sae, overwrite=True, model=OddBackend(), contexts=contexts, device="cpu", **place)
     assert saekit.dashboard(sae, **place).read_bytes() != first
 
 
@@ -175,3 +177,52 @@ def test_there_is_nothing_to_choose_among_features_that_never_fire(contexts: tor
     with pytest.raises(ConfigError, match=r"feature: 4 of .* is not in the store, which has 1 of its 16"):
         saekit.dashboard(store, features=[4])
     assert saekit.dashboard(store, features=[3]).is_file()
+
+
+@pytest.mark.parametrize("page", [saekit.dashboard, saekit.serve_dashboard])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": [1]}, "labels: must be a mapping of numbers to texts, found list"),
+        ({"labels": {"topk": {1: "a"}, 2: "b"}}, "labels: must be a mapping of numbers to texts for 2, as for others"),
+        ({"labels": {"topk": {1: 2}}}, r"labels: must be texts by the numbers of features, found \{\"1\": 2\}"),
+        ({"labels": {1: "half \ud800"}}, "labels: must be texts by the numbers of features"),
+        ({"sae": 3}, "sae: must be the name of an SAE, found 3"),
+        ({"title": "half \ud800"}, "title: must be a text that is valid Unicode"),
+    ],
+)
+def test_what_is_said_is_looked_at_before_anything_long(
+    page: Any, options: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def long(*_: Any, **__: Any) -> Any:
+        raise AssertionError("features are collected")
+
+    for module in (dashboards, serving):
+        monkeypatch.setattr(module, "store_of", long)
+    with pytest.raises(ConfigError, match=message):
+        page("runs/x", **options)
+
+
+def test_a_damaged_store_is_told_as_one(store: saekit.FeatureStore, tmp_path: Path) -> None:
+    """And not as an SAE that nobody can read."""
+    home = Path(shutil.copytree(store.folder, tmp_path / "store"))
+
+    def lose_the_manifest(path: Path) -> None:
+        shutil.copy(store.folder / "vocabulary.json", home)
+        path.unlink()
+
+    for name, damage, told in (
+        ("vocabulary.json", lambda path: path.write_text("["), r"is damaged: vocabulary\.json has 1 bytes instead of"),
+        ("vocabulary.json", Path.unlink, r"is damaged: vocabulary\.json is missing"),
+        ("manifest.json", lambda path: path.write_text(""), r"manifest\.json cannot be read"),
+        (
+            "manifest.json",
+            lose_the_manifest,
+            r"is not a feature store, or one that was not finished: it has no manifest",
+        ),
+    ):
+        damage(home / name)
+        with pytest.raises((DataError, PlaceError), match=told):
+            saekit.dashboard(home, out=tmp_path / "page.html")
+        with pytest.raises((DataError, PlaceError), match=told):
+            saekit.export_neuronpedia(home, neuronpedia_id="a/1-b", folder=tmp_path / "out")

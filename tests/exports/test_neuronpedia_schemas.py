@@ -152,6 +152,34 @@ def test_short_windows_are_cut_only_where_they_hold_bos(export: Any) -> None:
     assert all(window["qualifying_token_index"] in (0, 1, 2) for window in found)
 
 
+@pytest.mark.parametrize(
+    ("contexts", "prepend_bos", "cut"),
+    [
+        (some_contexts(), True, 1),
+        (some_contexts(), None, 1),
+        (some_contexts(1), True, 1),
+        (some_contexts(), False, 0),
+        (some_contexts().index_fill(1, torch.tensor([0]), 7), True, 0),
+        (torch.cat([some_contexts(3), some_contexts(1) + 1]), True, 0),
+    ],
+    ids=["BOS", "nothing said", "one context", "a BOS of the text", "an ordinary token", "not all"],
+)
+def test_bos_is_left_out_where_it_was_put_before_every_context(
+    contexts: torch.Tensor, prepend_bos: bool | None, cut: int, export: Any, tmp_path: Path
+) -> None:
+    sae = small_sae(neuronpedia_id="tiny/3-res-x")
+    with torch.no_grad():
+        sae.b_enc.fill_(9)  # all fire everywhere
+    store = small_store(tmp_path / "store", sae, contexts=contexts)
+    store.sae.about.metadata["prepend_bos"] = prepend_bos  # type: ignore[index]
+    (batch,) = batches(export(store, quantiles=0, top=2, numbers=[1, 2]))
+    shown = [window["tokens"] for one in batch["features"] for window in one["activations"]]
+    assert {len(tokens) for tokens in shown} == {12 - cut}
+    firsts = {texts[0] for texts in shown}
+    stored = {store.vocabulary[int(one)] for one in contexts[:, cut]}
+    assert firsts <= stored
+
+
 def test_rare_features_are_skipped_by_the_logarithm_of_their_fraction(export: Any, store: Any, tmp_path: Path) -> None:
     least = float(np.log10(np.median(store.sae.firing_fraction)))
     home = export(min_log_fraction=least)
@@ -252,7 +280,7 @@ def test_without_a_model_nothing_is_said_of_each_token(export: Any, tmp_path: Pa
     asked: dict[str, Any] = {"schema": "sae_lens_3", "contributions": True, "model": LastKnown()}
     with pytest.raises(ConfigError, match=r"contributions: are for the schema 'sae_lens_3': 'bulk' has no place"):
         export(**asked | {"schema": "bulk"})
-    with pytest.raises(ConfigError, match=r"model: is for what features do at each token: ask for contributions"):
+    with pytest.raises(ConfigError, match=r"model: is for what features do at each token, .*: ask for contributions"):
         export(**asked | {"contributions": False})
     with pytest.raises(ConfigError, match=r"weights: is missing: .* a feature store has not its weights"):
         export(**asked)
@@ -260,7 +288,7 @@ def test_without_a_model_nothing_is_said_of_each_token(export: Any, tmp_path: Pa
         export(**asked, weights=_other())
     other = LastKnown()
     other.name = "other"
-    with pytest.raises(DataError, match=r"collected with the model 'fake', and 'other' is another"):
+    with pytest.raises(DataError, match=r"were collected with 'fake', and it is called 'other'"):
         export(**asked | {"model": other}, weights=small_sae())
     with pytest.raises(ModelError, match=r"'fake' does not say which hook holds the last residual stream"):
         export(**asked | {"model": FakeBackend()}, weights=small_sae())

@@ -88,7 +88,9 @@ class Scored:
         """How many ``p`` are the least that so many random orders can give, in words; None: none is."""
         floor = 1 / (1 + self.permutations)
         number = 0 if self.p is None else int((self.p <= floor * (1 + 1e-9)).sum())
-        return f"{number:,} p are {floor:.2g}, the least that {self.permutations:,} orders can give." if number else None
+        return (
+            f"{number:,} p are {floor:.2g}, the least that {self.permutations:,} orders can give." if number else None
+        )
 
     def strongest(self, n: int = 10) -> tuple[int, ...]:
         """The ``n`` features with the least likely score in some set; of those alike, or without ``p``, the highest."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from saekit.commands.beforehand import check_named
 from saekit.commands.material import Material, Text
 from saekit.commands.preflight import check_writable
 from saekit.commands.stores import store_given
@@ -62,6 +63,7 @@ def feature_statistics(
     if (store := store_given(alone)) is not None:
         _only_of_saes({"model": model, "site": site, "fractions": fractions})
         return _joined({name: one.statistics(logits=logits) for name, one in store.saes.items()})
+    check_named(saes)
     from saekit.devices import resolve_device
     from saekit.status import Status
 
@@ -256,6 +258,7 @@ def token_set_enrichment(
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins = plugins or default_manager()
+    check_named(sae)
     _check_enrichment(sets, regex, permutations, min_size, out)
     from saekit.analysis.tsea import check_features, enrich, rows_of_work
     from saekit.devices import resolve_device

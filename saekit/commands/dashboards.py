@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.commands.beforehand import check_collecting
 from saekit.commands.effects import effects_of
 from saekit.commands.stores import store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
@@ -83,6 +84,7 @@ def dashboard(
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
     check_said(title, labels, sae)
     place = _checked(choice, loss_effects, out, overwrite)
+    check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status

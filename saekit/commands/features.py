@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit._version import __version__
+from saekit.commands.beforehand import check_named, check_store
 from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
@@ -83,6 +84,11 @@ def collect_features(
     contexts, mask = checked_data(contexts, mask)
     _check_counts({"max_per_feature": max_per_feature, "batch_size": batch_size}, 1)
     _check_counts({"top_kept": top_kept, "partners": partners, "logits": logits}, 0)
+    check_named(saes, dataset if contexts is None else None)
+    if not overwrite and contexts is None:
+        sizes = {"n_contexts": n_contexts, "context_size": context_size, "max_per_feature": max_per_feature}
+        kept = {"top_kept": top_kept, "partners": partners, "logits": logits, "seed": seed}
+        check_store(saes, folder, sizes | kept)
     from saekit.devices import resolve_device
     from saekit.features.estimate import Options
     from saekit.status import Status

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.commands.beforehand import check_collecting
 from saekit.commands.dashboards import check_said, labels_of, names_of
 from saekit.commands.effects import effects_of
 from saekit.commands.stores import store_of
@@ -57,6 +58,7 @@ def serve_dashboard(
     _check(host, port, allowed_hosts, loss_effects)
     check_said(title, labels, sae)
     plugins = plugins or default_manager()
+    check_collecting(what, folder, collecting)
     with opened_port(host, port) as opened:  # before anything long
         from saekit.dashboards.data import Look
         from saekit.dashboards.server import Served

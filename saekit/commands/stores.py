@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.commands.beforehand import check_named
 from saekit.commands.features import STORE, beside, collect_features
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, DataError, PlaceError
@@ -92,6 +93,7 @@ def store_of(
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     if (given := store_given(what)) is not None:
         return _only(given, asked, folder)
+    check_named(what)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
     decides = asked.keys() - _NO_MATTER
     if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:

@@ -255,7 +255,11 @@ def test_no_label_is_over_another_of_any_set() -> None:
     logits = np.random.default_rng(1).standard_normal((30, 60)).astype(np.float32)
     sets = {f"{number}": range(number, number + 2) for number in range(40)}
     many = tsea.enrichment_of(
-        lambda some: logits[np.array(some) - 12_000], range(12_000, 12_030), sets, d_vocab=60, permutations=0,
+        lambda some: logits[np.array(some) - 12_000],
+        range(12_000, 12_030),
+        sets,
+        d_vocab=60,
+        permutations=0,
         min_size=2,
     )
     top = many.manhattan().layout.yaxis.range[1]
@@ -297,7 +301,9 @@ def test_that_p_can_be_no_smaller_is_said() -> None:
     assert "more orders (permutations) tell them apart" in page(found)
 
 
-def test_what_can_be_seen_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_can_be_seen_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def never(*given: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
@@ -315,7 +321,11 @@ def test_what_can_be_seen_is_refused_before_the_model_is_loaded(monkeypatch: pyt
 def test_of_very_many_points_the_highest_of_each_set_are_drawn() -> None:
     logits = np.random.default_rng(0).standard_normal((3100, 40)).astype(np.float32)
     many = tsea.enrichment_of(
-        lambda some: logits[list(some)], range(3100), {"a": range(9), "b": [3, 20]}, d_vocab=40, permutations=0,
+        lambda some: logits[list(some)],
+        range(3100),
+        {"a": range(9), "b": [3, 20]},
+        d_vocab=40,
+        permutations=0,
         min_size=2,
     )
     drawn = [height for trace in many.manhattan().data for height in trace.y]

@@ -54,9 +54,7 @@ def tsea(
     permutations: Annotated[
         int, typer.Option(help="Random orders of tokens that scores are compared with; 0: none.")
     ] = 1000,
-    min_size: Annotated[
-        int, typer.Option("--min-size", metavar="N", help="Sets of fewer tokens get no score.")
-    ] = 5,
+    min_size: Annotated[int, typer.Option("--min-size", metavar="N", help="Sets of fewer tokens get no score.")] = 5,
     seed: Annotated[int, typer.Option(help="For random features and random orders.")] = 0,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the page and the tables go.")] = "tsea",
     model: Annotated[str | None, typer.Option(help="Another model than the SAE's own: a name or a folder.")] = None,

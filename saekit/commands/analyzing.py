@@ -251,8 +251,8 @@ def token_set_enrichment(
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
     ``"random"``, both of those that fire: in the last window of training, or by ``fractions [d_sae]``, or a
-    :class:`saekit.FeatureStore` that has the SAE.  Sets of fewer than ``min_size`` tokens get no score.  For ``permutations`` and ``seed`` see
-    :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
+    :class:`saekit.FeatureStore` that has the SAE.  Sets of fewer than ``min_size`` tokens get no score.
+    For ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
 
     What is returned has ``table()``, ``scores`` and ``signed_scores``, ``manhattan()``, ``overlay(feature)`` and
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.

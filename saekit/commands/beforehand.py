@@ -30,7 +30,7 @@ def check_named(saes: object, dataset: object = None) -> None:
     for one in _paths(saes):
         published(str(one), ())
     named = isinstance(dataset, str) and is_name(dataset)
-    given = dataset if isinstance(dataset, Mapping) else {"path": dataset} if named else {}
+    given: Mapping[str, Any] = dataset if isinstance(dataset, Mapping) else {"path": dataset} if named else {}
     if isinstance(dataset, os.PathLike):
         given = {"path": dataset}
     if isinstance(path := given.get("path"), (str, os.PathLike)):

@@ -92,7 +92,8 @@ class Pass:
             Seen(tokens, rows, entries, pairs, counts)
             for (tokens, rows, entries, pairs), counts in zip(seen, fired, strict=True)
         ]
-        return estimated(self.subjects, tallies, tuple(self.contexts.shape), options, seconds)  # type: ignore[arg-type]
+        d_vocab = self.backend.d_vocab if options.logits else 0
+        return estimated(self.subjects, tallies, tuple(self.contexts.shape), options, seconds, d_vocab)  # type: ignore[arg-type]
 
     def run(self, parts: Parts, report: Report) -> list[Sums]:
         """Go on after ``parts``, and add to them; the sums of each SAE in the end.  ``report`` is told of tokens."""

@@ -24,6 +24,8 @@ PART_ENTRIES, PART_TOKENS = 1 << 20, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
 _PAIR, _PRODUCT = 9e-9, 1e-10  # seconds of a core for what fires together: of sparse matrices, or of dense ones
 _OLD = ". The store that is there stays until the new one is whole; to make room, remove it yourself"
+_ENTRY, _PRODUCED = 4e-7, 1e-9  # seconds of a core for an activation to be put in order, and times a neuron
+_LOOKED = 6e-8  # seconds of a core for a feature and another, or a token, in what weights tell
 _MERGING = 1 << 28  # bytes, for what is put in order at once, and for sums of what fires together
 
 
@@ -69,7 +71,7 @@ class Estimate:
     stored: int
     """Bytes on the disk in the end."""
     seconds: float
-    """For the model and the SAEs, and for what fires together."""
+    """For the model and the SAEs, for what fires together, for putting activations in order, and for the weights."""
 
     def __str__(self) -> str:
         minutes = f"{self.seconds / 60:,.0f} min" if self.seconds >= 90 else f"{self.seconds:,.0f} s"
@@ -80,12 +82,17 @@ class Estimate:
 
 
 def estimated(
-    subjects: Sequence[Collected], seen: Sequence[Seen], shape: tuple[int, int], options: Options, seconds: float
+    subjects: Sequence[Collected],
+    seen: Sequence[Seen],
+    shape: tuple[int, int],
+    options: Options,
+    seconds: float,
+    d_vocab: int = 0,
 ) -> Estimate:
-    """For ``shape``, contexts and their size, of which a few took ``seconds`` a token."""
+    """For ``shape``, contexts and their size, of which a few took ``seconds`` a token, and so many tokens' logits."""
     contexts, size = shape
     tokens, memory, working = contexts * size, 0, 0
-    stored = 4 * tokens
+    stored, after, weights = 4 * tokens, 0.0, 0
     for one, found in zip(subjects, seen, strict=True):
         share = tokens / max(found.tokens, 1)
         n, item = len(one.features), one.dtype.itemsize
@@ -104,11 +111,13 @@ def estimated(
         working += round(columns / 2)
         memory += sums + (PART_ENTRIES + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (4 * item + 24)
         memory += UNIT_TOKENS * one.sae.d_in * (8 + item)
+        after += found.entries * share * (_ENTRY + one.sae.d_in * _PRODUCED) + n * (one.sae.d_sae + d_vocab) * _LOOKED
+        weights = max(weights, 3 * 4 * one.sae.d_sae * one.sae.d_out)  # directions, and those of unit length
     return Estimate(
-        memory=memory + _MERGING,
+        memory=memory + weights + _MERGING,
         working=working + stored,
         stored=stored,
-        seconds=seconds * tokens,
+        seconds=seconds * tokens + after,
     )
 
 

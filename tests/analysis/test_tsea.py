@@ -310,7 +310,8 @@ def test_what_can_be_seen_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("saekit.commands.material.load_model", never)
     (tmp_path / "file").touch()
     for options, told in (
-        ({"sets": ["nope"]}, "'nope' is neither a file nor one of first_letter"), ({"regex": {"a": "("}}, "'a' is no reg"),
+        ({"sets": ["nope"]}, "'nope' is neither a file nor one of first_letter"),
+        ({"regex": {"a": "("}}, "'a' is no reg"),
         ({"features": [5000]}, "are 0 to 39 of this SAE, found 5000"), ({"permutations": -1}, "permutations: must be"),
         ({"min_size": 0}, "min_size: must be"), ({"out": tmp_path / "file" / "x"}, "cannot write token set enrichment"),
     ):  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from saekit.status import Beat, InPlace, Lines, Status
 
-__all__ = ["ProgressDisplay"]
+__all__ = ["Counted", "ProgressDisplay"]
 
 _SECONDS_BETWEEN_PICTURES = 0.5  # of a notebook's, each of which goes through a socket
 
@@ -109,9 +109,42 @@ class ProgressDisplay:
         else:
             self._status(text)
 
+    def begins(self, text: str) -> None:
+        """A line that says so, where there is no bar."""
+        if self._bar is None and self._picture is None:
+            self._lines.say(f"{text} ...")
+
     def say(self, text: str) -> None:
         """A line of its own."""
         self._lines.say(text)
+
+
+class Counted:
+    """A bar of ``total`` things, which is told how many more are done; when the work is, it is full.
+
+    A context manager that gives that function.  Where there is no bar, a line says what begins.
+    """
+
+    def __init__(self, total: int, doing: str, unit: str, *, verbose: bool = True) -> None:
+        self._display = ProgressDisplay(total, doing=doing, unit=unit, verbose=verbose)
+        self._total, self._done, self._doing = total, 0, doing
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._display.__enter__()
+        self._display.begins(self._doing)
+        return self.add
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._done < self._total:
+            self._display.update(self._total)
+        self._display.__exit__(kind, error, trace)
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._done = min(self._done + count, self._total)
+        self._display.update(self._done)
 
 
 class _BarAboveText(Progress):

@@ -100,6 +100,16 @@ class Status:
             start, lines = time.monotonic(), Lines(self._console)
             self._beat = Beat(lambda: lines.offer(f"  still {text} ({time.monotonic() - start:.0f} s)"))
 
+    @property
+    def verbose(self) -> bool:
+        """Whether it shows anything."""
+        return self._verbose
+
+    def line(self, text: str) -> None:
+        """A line of its own, which stays."""
+        if self._verbose:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def importing(self, module: str) -> None:
         """``module`` is imported, unless that has been done."""
         if module not in sys.modules:

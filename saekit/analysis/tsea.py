@@ -91,8 +91,9 @@ def enrich(
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"`` are those whose logits are skewed most to the
     right, which promote a few tokens much; ``"random"`` are drawn by ``seed``, and either are such as fire, if the SAE
     says which do, or ``fractions [d_sae]``.  ``permutations`` random orders of the tokens, by ``seed``, say how often
-    chance gives such a score; 0: none.  Sets of fewer than ``min_size`` tokens get no score.  ``report`` is told of rows
-    that are done, see :func:`rows_of_work`.  Raises :class:`saekit.errors.ModelError` where nothing leads from what the SAE writes to the logits.
+    chance gives such a score; 0: none.  Sets of fewer than ``min_size`` tokens get no score.  ``report`` is told of
+    rows that are done, see :func:`rows_of_work`.  Raises :class:`saekit.errors.ModelError` where nothing leads from
+    what the SAE writes to the logits.
     """
     where = sae.info.sites if sites is None else sites
     if where is None:

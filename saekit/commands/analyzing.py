@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from saekit.commands.beforehand import check_named
 from saekit.commands.material import Material, Text
@@ -86,12 +86,14 @@ def _tables(
 ) -> DataFrame:
     """The tables of all, one below the other."""
     from saekit.analysis.feature_statistics import statistics_table
+    from saekit.progress import Counted
 
     tables = dict[str, Any]()
-    with _Rows(sum(one.sae.d_sae for one in subjects.values()), "looking at features", "features", verbose) as rows:
+    total = sum(one.sae.d_sae for one in subjects.values())
+    with Counted(total, "looking at features", "features", verbose=verbose) as report:
         for name, one in subjects.items():
             tables[name] = statistics_table(
-                one.sae, name=name, sites=sites[name], path=paths[name], fractions=fractions.get(name), report=rows.add
+                one.sae, name=name, sites=sites[name], path=paths[name], fractions=fractions.get(name), report=report
             )
     return _joined(tables)
 
@@ -120,30 +122,6 @@ def _only_of_saes(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
             raise ConfigError([(name, "is for SAEs: a feature store has the numbers of its own model and text")])
-
-
-class _Rows:
-    """A bar of rows that are done; when all are, it is full."""
-
-    def __init__(self, total: int, doing: str, unit: str, verbose: bool) -> None:
-        from saekit.progress import ProgressDisplay
-
-        self._display = ProgressDisplay(total, doing=doing, unit=unit, verbose=verbose)
-        self._total, self._done = total, 0
-
-    def __enter__(self) -> Self:
-        self._display.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._display.update(self._total)
-        self._display.__exit__(*error)
-
-    def add(self, count: int) -> None:
-        """So many more."""
-        self._done = min(self._done + count, self._total)
-        self._display.update(self._done)
 
 
 def _by_name(fractions: Any, subjects: Mapping[str, Subject]) -> dict[str, Any]:
@@ -251,8 +229,8 @@ def token_set_enrichment(
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
     ``"random"``, both of those that fire: in the last window of training, or by ``fractions [d_sae]``, or a
-    :class:`saekit.FeatureStore` that has the SAE.  Sets of fewer than ``min_size`` tokens get no score.
-    For ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
+    :class:`saekit.FeatureStore` that has the SAE.  Sets of fewer than ``min_size`` tokens get no score.  For
+    ``permutations`` and ``seed`` see :func:`saekit.analysis.tsea.enrich`.  ``out`` is a folder for a page and tables.
 
     What is returned has ``table()``, ``scores`` and ``signed_scores``, ``manhattan()``, ``overlay(feature)`` and
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
@@ -262,6 +240,7 @@ def token_set_enrichment(
     _check_enrichment(sets, regex, permutations, min_size, out)
     from saekit.analysis.tsea import check_features, enrich, rows_of_work
     from saekit.devices import resolve_device
+    from saekit.progress import Counted
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
@@ -275,10 +254,11 @@ def token_set_enrichment(
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
-    with _Rows(rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose) as rows:
+    work = rows_of_work(subject.sae, features, k, permutations)
+    with Counted(work, "ordering tokens", "rows", verbose=verbose) as report:
         found = enrich(
             subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
-            fractions=fired, permutations=permutations, min_size=min_size, seed=seed, name=name, report=rows.add,
+            fractions=fired, permutations=permutations, min_size=min_size, seed=seed, name=name, report=report,
         )  # fmt: skip
     if out is not None:
         found.write(out)

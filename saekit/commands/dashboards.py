@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
+_LONG = 10.0  # seconds
 
 
 def dashboard(
@@ -143,15 +144,24 @@ def _tell_ahead(
     effects: Mapping[str, PageEffects], features: Mapping[str, Sequence[Feature]], look: Look, say: Status
 ) -> None:
     """Compute the effects of all features of a page, many at once."""
+    from saekit.progress import Counted
+
     for name, own in effects.items():
         said, number = f"computing what removing features of {name} does to the loss", len(features[name])
-        say(said)
-        own.ahead(features[name], look, functools.partial(_say_done, say, said, number))
+        say.rest()
+        with Counted(number, said, "features", verbose=say.verbose) as report:
+            own.ahead(features[name], look, report, functools.partial(_tell_how_long, say, own.of.kind))
     say("writing the page")
 
 
-def _say_done(say: Status, said: str, number: int, done: int) -> None:
-    say(f"{said}: {done} of {number}")
+def _tell_how_long(say: Status, kind: str, seconds: float) -> None:
+    """Where it takes long, what is quicker."""
+    if seconds < _LONG:
+        return
+    quicker = "--no-loss-effects leaves that out (loss_effects=None)"
+    if kind == "exact":
+        quicker = f"--loss-effects direct is quicker (loss_effects='direct'), and {quicker}"
+    say.line(f"what removing features does to the loss takes about {seconds / 60:,.1f} min more: {quicker}")
 
 
 def names_of(store: FeatureStore, name: str | None) -> list[str]:

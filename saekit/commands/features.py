@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,7 @@ def _collected(
     from saekit.features.parts import Parts
     from saekit.features.place import check_place, opened_for, storing
     from saekit.features.store import FeatureStore
-    from saekit.progress import ProgressDisplay
+    from saekit.progress import Counted, ProgressDisplay
 
     work.check_text()
     with storing(place), ambient(), torch.no_grad(), ExitStack() as stack:
@@ -231,7 +232,7 @@ def _collected(
                 progress.update(done, before=before)
 
             sums = work.run(parts, report)
-        finish(place, parts, sums, work, wanted, options, say)
+        finish(place, parts, sums, work, wanted, options, partial(Counted, verbose=verbose))
         stack.pop_all()
     return FeatureStore.open(place)
 

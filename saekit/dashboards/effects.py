@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ __all__ = ["PageEffects", "check_asked"]
 
 _ASKED = ("auto", "exact", "direct", None)
 _AT_ONCE = 16  # features, whose windows fill batches of forwards
+_FIRST = 2  # those that tell how long the others take
 
 
 def check_asked(kind: object) -> None:
@@ -54,18 +57,32 @@ class PageEffects:
             return self.of.of_windows([(feature.index, window) for window in windows])
         return [self._known[key] for key in keys]
 
-    def ahead(self, features: Sequence[Feature], look: Look, report: Callable[[int], Any] = lambda done: None) -> None:
-        """Find those of all windows that a page shows of ``features``; ``report`` is told how many are done."""
+    def ahead(
+        self,
+        features: Sequence[Feature],
+        look: Look,
+        report: Callable[[int], Any] = lambda count: None,
+        takes: Callable[[float], Any] = lambda seconds: None,
+    ) -> None:
+        """Find those of all windows that a page shows of ``features``.
+
+        ``report`` is told how many more are done, and ``takes`` once, after the first, how many seconds the others take
+        about.
+        """
         from saekit.dashboards.data import shown_windows
 
-        for start in range(0, len(features), _AT_ONCE):
+        began = time.perf_counter()
+        bounds = [0, *range(_FIRST, len(features), _AT_ONCE), len(features)]
+        for start, stop in itertools.pairwise(bounds):
             pairs = []
-            for feature in features[start : start + _AT_ONCE]:
+            for feature in features[start:stop]:
                 top, drawn = shown_windows(feature, look)
                 pairs += [(feature, one) for one in (*top, *(one for quantile in drawn for one in quantile.windows))]
             found = self.of.of_windows([(feature.index, window) for feature, window in pairs])
             self._known.update({_key(*pair): effects for pair, effects in zip(pairs, found, strict=True)})
-            report(min(start + _AT_ONCE, len(features)))
+            report(stop - start)
+            if not start and stop < len(features):
+                takes((time.perf_counter() - began) / stop * (len(features) - stop))
 
 
 def _key(feature: Feature, window: Window) -> tuple[int, int, int, int]:

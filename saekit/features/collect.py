@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from saekit.features.estimate import (
     Options,
     Seen,
     estimated,
+    part_scale,
 )
 from saekit.features.manifest import AboutSAE, StoreManifest
 from saekit.features.merging import Bound, merge
@@ -43,6 +44,8 @@ __all__ = ["Pass", "finish"]
 
 _PROBED = 32  # contexts that an estimate is made from
 Report = Callable[[int], Any]
+Shown = Callable[[int, str, str], AbstractContextManager[Report]]
+"""Begins something: how much of it there is, what is done, and what of; gives what is told of that."""
 
 
 @attrs.define(eq=False)
@@ -92,8 +95,8 @@ class Pass:
             Seen(tokens, rows, entries, pairs, counts)
             for (tokens, rows, entries, pairs), counts in zip(seen, fired, strict=True)
         ]
-        d_vocab = self.backend.d_vocab if options.logits else 0
-        return estimated(self.subjects, tallies, tuple(self.contexts.shape), options, seconds, d_vocab)  # type: ignore[arg-type]
+        n, size = self.contexts.shape
+        return estimated(self.subjects, tallies, (n, size), options, seconds, self.backend.d_vocab)
 
     def run(self, parts: Parts, report: Report) -> list[Sums]:
         """Go on after ``parts``, and add to them; the sums of each SAE in the end.  ``report`` is told of tokens."""
@@ -101,6 +104,7 @@ class Pass:
         size, context_size = self._unit, self.contexts.shape[1]
         rows = [Rows() for _ in self.subjects]
         since, done = 0, parts.contexts
+        scale = part_scale(self.subjects, PART_ENTRIES)
         for start in range(done, len(self.contexts), size):
             some = torch.arange(start, min(start + size, len(self.contexts)))
             for which, found, inputs, place in self._found(some):
@@ -110,7 +114,7 @@ class Pass:
                 rows[which].add(found, one.row_of[found.features] >= 0, place)
             since += (tokens := len(some) * context_size)
             last = start + size >= len(self.contexts)
-            if last or since >= PART_TOKENS or any(one.entries >= PART_ENTRIES for one in rows):
+            if last or since >= PART_TOKENS * scale or any(one.entries >= PART_ENTRIES * scale for one in rows):
                 self._save(parts, rows, sums, start + len(some))
                 rows, since = [Rows() for _ in self.subjects], 0
             report(tokens)
@@ -169,11 +173,12 @@ def finish(
     work: Pass,
     manifest: StoreManifest,
     options: Options,
-    say: Callable[[str], Any],
+    shown: Shown,
 ) -> None:
     """Make the store of what ``parts`` have, in ``store``, where it is whole when the manifest is there.
 
-    One that is there is replaced when the new one is complete.
+    One that is there is replaced when the new one is complete.  ``shown`` is told of each thing that
+    is done, how much of it there is, and what is done of that.
     """
     whole = parts.folder / "whole"
     files: dict[str, dict[str, Any]] = {}
@@ -194,7 +199,7 @@ def finish(
         for which, (about, total) in enumerate(zip(manifest.saes, sums, strict=True)):
             (home / about.folder).mkdir()
             paths = parts.rows_of(which)
-            saes.append(_of_sae(home, about, work, which, paths, total, options, put, files, say))
+            saes.append(_of_sae(home, about, work, which, paths, total, options, put, files, shown))
     put_files(store, whole)
     attrs.evolve(manifest, saes=saes, files=files).save(store)
     with suppress(OSError, StorageError):  # the next call does that
@@ -211,35 +216,38 @@ def _of_sae(
     options: Options,
     put: Callable[[str, Mapping[str, Tensor]], None],
     files: dict[str, dict[str, Any]],
-    say: Callable[[str], Any],
+    shown: Shown,
 ) -> AboutSAE:
     """The files of one SAE."""
     one, folder = work.subjects[which], about.folder
     own = torch.from_numpy(one.features)
-    say(f"putting the activations of {one.name} in order")
-    target = home / folder / "activations.safetensors"
-    found, digest = merge(
-        paths,
-        target,
-        fired=sums.fired[own].numpy(),
-        features=one.features,
-        context_size=work.contexts.shape[1],
-        dtype=one.dtype,
-        bound=Bound(options.max_per_feature, options.top_kept, options.seed),
-    )
+    target, n = home / folder / "activations.safetensors", len(own)
+    with shown(int(sums.fired[own].sum()), f"putting the activations of {one.name} in order", "activations") as report:
+        found, digest = merge(
+            paths,
+            target,
+            fired=sums.fired[own].numpy(),
+            features=one.features,
+            context_size=work.contexts.shape[1],
+            dtype=one.dtype,
+            bound=Bound(options.max_per_feature, options.top_kept, options.seed),
+            report=report,
+        )
     files[f"{folder}/{target.name}"] = {"bytes": target.stat().st_size, "sha256": digest}
     put(f"{folder}/index.safetensors", {"features": own, "fired": sums.fired[own], **found.tensors()})
     put(f"{folder}/kept.safetensors", {"kept": work.kept(one).cpu()})
-    say(f"looking for what fires together with the features of {one.name}")
-    tables = together(paths, one.features, sums, options.partners)
+    with shown(n, f"looking for what fires together with the features of {one.name}", "features") as report:
+        tables = together(paths, one.features, sums, options.partners, report)
     put(f"{folder}/together.safetensors", tables | neuron_partners(sums, one.features, options.partners))
-    say(f"looking where the features of {one.name} point")
     heads = heads_of(one, work.backend, work.contexts)
-    put(f"{folder}/weights.safetensors", weight_tables(one, options.partners, heads))
+    with shown(n, f"looking where the features of {one.name} point", "features") as report:
+        tables = weight_tables(one, options.partners, heads, report)
+    put(f"{folder}/weights.safetensors", tables)
     statistics, left_out = statistics_tables(one)
     put(f"{folder}/statistics.safetensors", statistics)
     why = why_no_logits(one.sae, work.backend, one.sites)
     if why is None:
-        say(f"computing what the features of {one.name} do to the logits")
-        put(f"{folder}/logits.safetensors", logit_effects(one, work.backend, options.logits))
+        with shown(n, f"computing what the features of {one.name} do to the logits", "features") as report:
+            tables = logit_effects(one, work.backend, options.logits, report)
+        put(f"{folder}/logits.safetensors", tables)
     return attrs.evolve(about, tokens_counted=sums.tokens, why_no_logits=why, left_out=left_out)

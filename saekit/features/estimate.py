@@ -16,12 +16,13 @@ from saekit.features.feature import BINS
 from saekit.features.manifest import MANIFEST
 from saekit.features.subject import Collected
 
-__all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", "Seen", "check_space", "estimated"]
+__all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", "Seen", "check_space", "estimated", "part_scale"]
 
 UNIT_TOKENS = 4096
 """Tokens whose inputs are held at once."""
 PART_ENTRIES, PART_TOKENS = 1 << 20, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
+_ENTRY_BYTES = 40  # of memory, for an activation of a part
 _PAIR, _PRODUCT = 9e-9, 1e-10  # seconds of a core for what fires together: of sparse matrices, or of dense ones
 _OLD = ". The store that is there stays until the new one is whole; to make room, remove it yourself"
 _ENTRY, _PRODUCED = 4e-7, 1e-9  # seconds of a core for an activation to be put in order, and times a neuron
@@ -81,6 +82,17 @@ class Estimate:
         )
 
 
+def sums_bytes(one: Collected) -> int:
+    """Of what is summed over the text."""
+    return 8 * (len(one.features) * one.sae.d_in + 3 * one.sae.d_sae + 2 * one.sae.d_in)
+
+
+def part_scale(subjects: Sequence[Collected], entries: int) -> float:
+    """How many times larger than ``entries`` a part is: with each part the sums are written anew, so that where they
+    are large, parts are as well, up to the same memory."""
+    return max(sum(map(sums_bytes, subjects)) / (_ENTRY_BYTES * entries * len(subjects)), 1.0)
+
+
 def estimated(
     subjects: Sequence[Collected],
     seen: Sequence[Seen],
@@ -91,6 +103,7 @@ def estimated(
 ) -> Estimate:
     """For ``shape``, contexts and their size, of which a few took ``seconds`` a token, and so many tokens' logits."""
     contexts, size = shape
+    scale = part_scale(subjects, PART_ENTRIES)
     tokens, memory, working = contexts * size, 0, 0
     stored, after, weights = 4 * tokens, 0.0, 0
     for one, found in zip(subjects, seen, strict=True):
@@ -98,10 +111,10 @@ def estimated(
         n, item = len(one.features), one.dtype.itemsize
         together = min(found.pairs * _PAIR / max(found.tokens, 1), n * one.sae.d_sae * _PRODUCT)
         seconds += together / torch.get_num_threads()
-        sums = 8 * (n * one.sae.d_in + 3 * one.sae.d_sae + 2 * one.sae.d_in)
+        sums = sums_bytes(one)
         counts = found.wanted.double().numpy() * share
         entries = float(counts.sum())
-        parts = max(found.entries * share / PART_ENTRIES, tokens / PART_TOKENS, 1)
+        parts = max(found.entries * share / PART_ENTRIES / scale, tokens / PART_TOKENS / scale, 1)
         working += (
             round(share * (found.entries * (4 + item) + found.rows * 16) + 4 * entries + parts * 8 * n) + 2 * sums
         )
@@ -109,7 +122,7 @@ def estimated(
         columns = kept * (4 + item + (2 if size <= 1 << 15 else 4) + bool((counts > options.max_per_feature).any()))
         stored += round(columns) + tokens + n * _row_bytes(one, options)
         working += round(columns / 2)
-        memory += sums + (PART_ENTRIES + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (4 * item + 24)
+        memory += sums + (round(PART_ENTRIES * scale) + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (4 * item + 24)
         memory += UNIT_TOKENS * one.sae.d_in * (8 + item)
         after += found.entries * share * (_ENTRY + one.sae.d_in * _PRODUCED) + n * (one.sae.d_sae + d_vocab) * _LOOKED
         weights = max(weights, 3 * 4 * one.sae.d_sae * one.sae.d_out)  # directions, and those of unit length

@@ -67,10 +67,25 @@ def test_what_was_found_ahead_is_not_computed_again(
     effects = PageEffects(LossEffects.of(own, saes["topk"], OddBackend()))
     look, done = saekit.dashboards.Look(top=3, per_quantile=1), list[int]()
     alone = [saekit.dashboards.feature_data(own.feature(index), look, effects=effects) for index in SHOWN]
-    effects.ahead([own.feature(index) for index in SHOWN], look, done.append)
-    assert done == [3]
+    takes = list[float]()
+    effects.ahead([own.feature(index) for index in SHOWN], look, done.append, takes.append)
+    assert done == [2, 1]
+    assert len(takes) == 1
+    assert takes[0] > 0
     monkeypatch.setattr(LossEffects, "of_windows", None)
     assert [saekit.dashboards.feature_data(own.feature(index), look, effects=effects) for index in SHOWN] == alone
+
+
+def test_what_takes_long_says_so_and_what_is_quicker(capsys: pytest.CaptureFixture[str]) -> None:
+    with Status() as say:
+        _tell_how_long(say, "exact", 3.0)
+        assert not capsys.readouterr().err
+        _tell_how_long(say, "exact", 90.0)
+        told = capsys.readouterr().err
+        _tell_how_long(say, "direct", 90.0)
+    assert told.startswith("what removing features does to the loss takes about 1.5 min more: --loss-effects direct")
+    assert "--no-loss-effects" in told
+    assert "--loss-effects direct" not in capsys.readouterr().err
 
 
 def test_a_store_alone_says_nothing_of_the_loss(some: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

@@ -212,6 +212,34 @@ def test_memory_does_not_grow_with_the_text_and_is_what_was_said(
     assert peaks[1] < 3e8
 
 
+def test_no_more_memory_is_needed_than_was_said(
+    contexts: torch.Tensor, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wide SAE, so that copies of its decoder are most of it; what is constant is left out, and made small."""
+    estimates = list[Any]()
+
+    def noted(*given: Any) -> Any:
+        estimates.append(estimate.estimated(*given))
+        return estimates[-1]
+
+    monkeypatch.setattr(collecting, "estimated", noted)
+    for module in (collecting, estimate):
+        monkeypatch.setattr(module, "PART_ENTRIES", 1 << 8)
+        monkeypatch.setattr(module, "UNIT_TOKENS", 1 << 6)
+    monkeypatch.setattr(estimate, "_MERGING", 0)
+    wide = saekit.SAE.from_dict({"name": "topk", "k": 2, "d_sae": 1 << 15, "d_in": 8})
+    at(wide, HOOK, model_name="fake")
+    peak = peak_bytes(partial(collect, wide, tmp_path / "store", contexts=contexts[:8], features=[1, 2]))
+    assert 0.3 * estimates[0].memory < peak < estimates[0].memory
+
+
+def test_parts_grow_with_the_sums_that_are_written_with_each(saes: Any) -> None:
+    one = SimpleNamespace(features=np.arange(1000), sae=SimpleNamespace(d_in=100, d_sae=1000))
+    sums = 8 * (1000 * 100 + 3 * 1000 + 2 * 100)
+    assert estimate.part_scale([one], 1000) == pytest.approx(sums / 40_000)  # type: ignore[list-item]
+    assert estimate.part_scale([one], 1 << 20) == 1  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [

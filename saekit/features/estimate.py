@@ -16,7 +16,17 @@ from saekit.features.feature import BINS
 from saekit.features.manifest import MANIFEST
 from saekit.features.subject import Collected
 
-__all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", "Seen", "check_space", "estimated", "part_scale"]
+__all__ = [
+    "PART_ENTRIES",
+    "PART_TOKENS",
+    "UNIT_TOKENS",
+    "Estimate",
+    "Options",
+    "Seen",
+    "check_space",
+    "estimated",
+    "part_scale",
+]
 
 UNIT_TOKENS = 4096
 """Tokens whose inputs are held at once."""
@@ -122,7 +132,9 @@ def estimated(
         columns = kept * (4 + item + (2 if size <= 1 << 15 else 4) + bool((counts > options.max_per_feature).any()))
         stored += round(columns) + tokens + n * _row_bytes(one, options)
         working += round(columns / 2)
-        memory += sums + (round(PART_ENTRIES * scale) + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (4 * item + 24)
+        memory += sums + (round(PART_ENTRIES * scale) + round(found.entries / max(found.tokens, 1) * UNIT_TOKENS)) * (
+            4 * item + 24
+        )
         memory += UNIT_TOKENS * one.sae.d_in * (8 + item)
         after += found.entries * share * (_ENTRY + one.sae.d_in * _PRODUCED) + n * (one.sae.d_sae + d_vocab) * _LOOKED
         weights = max(weights, 3 * 4 * one.sae.d_sae * one.sae.d_out)  # directions, and those of unit length

@@ -13,8 +13,10 @@ from support.saes import at
 
 import saekit
 from saekit.analysis.loss_effects import LossEffects
+from saekit.commands.dashboards import _tell_how_long
 from saekit.dashboards.effects import PageEffects
 from saekit.errors import ConfigError, SaekitError
+from saekit.status import Status
 
 SHOWN = [5, 7, 3]
 NAMES = ["topk", "transcoder", "crosscoder"]

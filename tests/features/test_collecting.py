@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from support.saes import at, drawn_sae
 import saekit
 from saekit.errors import ConfigError, DataError
 from saekit.features import collect as collecting
-from saekit.features import merging
+from saekit.features import estimate, merging
+from saekit.features.effects import statistics_tables, weight_tables
 from saekit.runs.working_memory import peak_bytes
 from saekit.testing import FakeBackend
 
@@ -185,6 +187,25 @@ def test_of_a_busy_feature_a_fair_sample_and_the_largest_are_kept(
     assert bounded.feature(rarest.index).complete
 
 
+def test_shares_and_draws_of_a_sample_stand_for_all(saes: Any, collect: Any, store: Any, tmp_path: Path) -> None:
+    bounded = collect(saes["one"], tmp_path / "store", max_per_feature=40, top_kept=12)
+    busiest = int(store.saes["one"].fired.argmax())
+    whole, some = store.saes["one"].feature(busiest), bounded.feature(busiest)
+    assert some.quantiles(1, 1)[0].share == pytest.approx(1), "all tokens are in the one interval"
+    high, *low = some.quantiles(8, 10_000, zeros=False)
+    exact = whole.quantiles(8, 0, zeros=False)
+    assert high.share == exact[0].share, "of the largest all are stored"
+    assert sum(one.share for one in low) == pytest.approx(sum(one.share for one in exact[1:]), rel=0.1)
+    places = [*zip(some.contexts.tolist(), some.positions.tolist(), some.values, some.sampled, strict=True)]
+    others = 0
+    for quantile in low[-3:]:
+        inside = [one for one in places if quantile.low <= float(one[2]) <= quantile.high]
+        drawn = {(one.context, one.position) for one in quantile.windows}
+        assert drawn == {(context, position) for context, position, _, sampled in inside if sampled}
+        others += sum(not sampled for *_, sampled in inside)
+    assert others, "there are some in contexts that are stored for their largest, which no draw may prefer"
+
+
 def test_what_it_takes_is_said_before_and_is_so(
     saes: Any, tmp_path: Path, collect: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,25 +233,19 @@ def test_memory_does_not_grow_with_the_text_and_is_what_was_said(
     assert peaks[1] < 3e8
 
 
-def test_no_more_memory_is_needed_than_was_said(
-    contexts: torch.Tensor, collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a wide SAE, so that copies of its decoder are most of it; what is constant is left out, and made small."""
-    estimates = list[Any]()
-
-    def noted(*given: Any) -> Any:
-        estimates.append(estimate.estimated(*given))
-        return estimates[-1]
-
-    monkeypatch.setattr(collecting, "estimated", noted)
-    for module in (collecting, estimate):
-        monkeypatch.setattr(module, "PART_ENTRIES", 1 << 8)
-        monkeypatch.setattr(module, "UNIT_TOKENS", 1 << 6)
+def test_copies_of_the_decoder_are_in_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wide SAE and few features, where they are most of it; what is constant is left out."""
+    monkeypatch.setattr(estimate, "PART_ENTRIES", 1 << 8)
+    monkeypatch.setattr(estimate, "UNIT_TOKENS", 1 << 6)
     monkeypatch.setattr(estimate, "_MERGING", 0)
-    wide = saekit.SAE.from_dict({"name": "topk", "k": 2, "d_sae": 1 << 15, "d_in": 8})
-    at(wide, HOOK, model_name="fake")
-    peak = peak_bytes(partial(collect, wide, tmp_path / "store", contexts=contexts[:8], features=[1, 2]))
-    assert 0.3 * estimates[0].memory < peak < estimates[0].memory
+    wide = saekit.SAE.from_dict({"name": "topk", "k": 2, "d_sae": 1 << 14, "d_in": 64})
+    one: Any = SimpleNamespace(sae=wide, features=np.array([1, 2]), dtype=torch.float32)
+    seen = estimate.Seen(64, 0, 0, 0, torch.zeros(2))
+    told = estimate.estimated([one], [seen], (1, 64), estimate.Options(), 0.0)
+    peak = max(peak_bytes(lambda: weight_tables(one, 20)), peak_bytes(lambda: statistics_tables(one)))
+    assert 0.5 * told.memory < peak < told.memory
+    more = estimate.estimated([one], [seen], (1, 64), estimate.Options(), 0.0, 50_000)
+    assert more.seconds > told.seconds > 0, "logits take time, too"
 
 
 def test_parts_grow_with_the_sums_that_are_written_with_each(saes: Any) -> None:

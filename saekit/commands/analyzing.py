@@ -257,7 +257,7 @@ def token_set_enrichment(
         say("reading the SAE")
         subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
         if len(subjects) > 1:
-            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}")])
+            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
         ((name, subject),) = subjects.items()
         fired = _by_name(fractions, subjects).get(name)
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.commands.effects import effects_of, is_store
 from saekit.commands.features import beside, collect_features
-from saekit.commands.subjects import subjects_of
+from saekit.commands.subjects import at_home, subjects_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
@@ -176,7 +176,7 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager, over
 
     if folder is not None and not (as_path(folder) / MANIFEST).is_file():
         return None
-    subjects = subjects_of(what, plugins, device="cpu")
+    subjects = at_home(subjects_of(what, plugins, device="cpu"), plugins)
     place = beside(subjects) if folder is None else as_path(folder)
     if not (place / MANIFEST).is_file():
         return None

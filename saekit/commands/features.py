@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from saekit._version import __version__
 from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
 from saekit.commands.material import Material, Text
-from saekit.commands.subjects import Subject, subjects_of
+from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.runs.place import RECORD
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["beside", "collect_features", "numbers_of"]
 
+_SAVED = "checkpoints"
 STORE = "features"
 """The name of a store's folder where none is given."""
 
@@ -89,7 +91,7 @@ def collect_features(
     options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
-        found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+        found = at_home(subjects_of(saes, plugins, device=resolve_device(device, "device")), plugins)
         _check_place(place := beside(found) if folder is None else as_path(folder))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
@@ -111,12 +113,33 @@ def _check_counts(counts: Mapping[str, Any], least: int) -> None:
 
 
 def beside(subjects: Mapping[str, Subject]) -> Path:
+    """The folder of the store of ``subjects``: in their run or sweep, or beside the SAE."""
     files = [one.file for one in subjects.values()]
-    if len(files) == 1 and files[0] is not None:
-        own = files[0].parent
-        return (own.parent if own.name == "sae" else own) / STORE
-    what = "several SAEs have no folder in common" if len(files) > 1 else "the SAE is in no folder of its own"
-    raise ConfigError([("folder", f"is missing: {what}; say where the features are to be kept")])
+    homes = [_home(file) for file in files if file is not None]
+    if len(homes) < len(files):
+        what = "the SAE is in no folder of its own" if len(files) == 1 else "not all SAEs are in folders of their own"
+        how = "pass the path of its run, such as 'runs/first', in the place of the object, or folder='features'"
+        raise ConfigError([("folder", f"is missing: {what}; {how} (--folder)")])
+    parents = {home.absolute().parent for home in homes}
+    if len(homes) > 1 and len(parents) == 1 and (homes[0].parent / RECORD).is_file():
+        return homes[0].parent / STORE  # of a sweep
+    if len(homes) > 1:
+        told = f"several SAEs have no folder in common ({', '.join(subjects)})"
+        raise ConfigError([("folder", f"is missing: {told}; say where their features go, such as folder='features' "
+                            "(--folder features), or name one of them")])  # fmt: skip
+    (home,) = homes
+    run = next((up.parent for up in (home.absolute().parent, home.absolute().parent.parent) if up.name == _SAVED), None)
+    if run is not None and (run / RECORD).is_file():
+        aside = home.name if home.parent.name == _SAVED else f"{home.parent.name}-{home.name}"
+        raise ConfigError([("folder", f"is missing: {str(home)!r} is in a checkpoint, which goes when newer ones come; "
+                            f"say where its features go, such as --folder {run.name}-{aside}")])  # fmt: skip
+    return home / STORE
+
+
+def _home(file: Path) -> Path:
+    """The run, or the SAE's folder, of which ``file`` is."""
+    own = file.parent
+    return own.parent if own.name == "sae" else own
 
 
 def _of_one_model(

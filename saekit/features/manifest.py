@@ -191,6 +191,10 @@ def _seal(table: Mapping[str, Any]) -> str:
 def _why_none(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no feature store {str(folder)!r}: collect features first (saekit features SAE)"
+    if is_store(folder / "features"):
+        return f"{str(folder)!r} is not a feature store, but there is one in it: name {str(folder / 'features')!r}"
+    if is_store(folder.parent):
+        return f"{str(folder)!r} is a part of the feature store {str(folder.parent)!r}: name that"
     return (
         f"{str(folder)!r} is not a feature store, or one that was not finished: it has no {MANIFEST}. Collect features "
         "into it first (saekit features SAE), which goes on where it stopped"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import saekit
 from saekit.cli import app
 from saekit.commands.features import numbers_of
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError, DataError, PlaceError
 
 SITE = "blocks.0.hook_resid_post"
 
@@ -83,3 +83,43 @@ def test_numbers_are_listed_or_ranges(text: str, numbers: object) -> None:
 def test_what_is_no_list_of_numbers_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="features: must be numbers such as 1,2,5-20, or all; found"):
         numbers_of(text)
+
+
+def test_an_sae_that_was_read_knows_where_its_features_go(tmp_path: Path) -> None:
+    sae = saekit.SAE.load(saved(tmp_path / "one"))
+    how = {"n_contexts": 3, "features": [1, 2], "device": "cpu", "verbose": False}
+    store = saekit.collect_features(sae, **how)
+    assert store.folder == tmp_path / "one" / "features"
+    assert [*store.saes] == [SITE], "it is called by its place in the model"
+    assert saekit.show_feature(sae, 2, verbose=False).data["index"] == 2
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    with pytest.raises(DataError, match="as it is now"):
+        saekit.show_feature(sae, 2, verbose=False)
+    sae.read_from = None
+    with pytest.raises(ConfigError, match=r"in no folder of its own; pass the path of its run, such as 'runs/first'"):
+        saekit.collect_features(sae, **how)
+
+
+def test_a_sweep_has_one_store_and_a_checkpoint_none(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        saved(tmp_path / "sweep" / name / "sae")
+    saved(tmp_path / "sweep" / "checkpoints" / "step-8" / "a")
+    (tmp_path / "sweep" / "run.json").write_text("{}")
+    how = {"n_contexts": 2, "features": [1], "device": "cpu", "verbose": False}
+    store = saekit.collect_features(tmp_path / "sweep", **how)
+    assert store.folder == tmp_path / "sweep" / "features"
+    assert [Path(name).name for name in store.saes] == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"is in a checkpoint, .* such as --folder sweep-step-8-a"):
+        saekit.collect_features(tmp_path / "sweep" / "checkpoints" / "step-8" / "a", **how)
+    for wrong, told in (
+        (store.folder, "is a feature store, and here the SAE is needed, whose weights are not in it"),
+        (store.folder / "sae-0", "is a part of the feature store "),
+        (tmp_path / "sweep" / "checkpoints", "is no SAE but a part of the run "),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            saekit.collect_features(wrong, **how)
+    with pytest.raises(PlaceError, match="but there is one in it: name "):
+        saekit.FeatureStore.open(tmp_path / "sweep")
+    with pytest.raises(PlaceError, match="is a part of the feature store "):
+        saekit.FeatureStore.open(store.folder / "sae-1")

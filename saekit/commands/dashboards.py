@@ -5,7 +5,9 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
 
 _PAGE = "dashboard.html"
+_LABELS = 'it would say {"3": "quotes", "17": "ends of lines"}, or that by the names of SAEs'
 _NO_MATTER = {"device", "batch_size"}
 """Options of collecting that do not decide what is found."""
 
@@ -139,6 +142,7 @@ def store_of(
     Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
     replaces one that was not.
     """
+    _check_names(collecting or {})
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     from saekit.features.store import FeatureStore
 
@@ -156,6 +160,16 @@ def store_of(
         if not overwrite:
             raise
         return collect_features(what, overwrite=True, **options)
+
+
+def _check_names(collecting: Mapping[str, Any]) -> None:
+    """:class:`ConfigError` for options that :func:`saekit.collect_features` has not."""
+    known = [*inspect.signature(collect_features).parameters][1:]
+    for name in collecting:
+        if name not in known:
+            like = " or ".join(difflib.get_close_matches(name, known, n=2))
+            hint = f"; did you mean {like}?" if like else ", nor of saekit.collect_features"
+            raise ConfigError([(name, f"is not an option of this{hint}")])
 
 
 def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
@@ -248,5 +262,7 @@ def labels_in(path: str) -> Any:
     try:
         check_file(place)
         return read_json(place)
+    except FileNotFoundError:
+        raise ConfigError([("labels", f"there is no file {path!r}; {_LABELS}")]) from None
     except (OSError, ValueError) as error:
-        raise ConfigError([("labels", f"{path!r} cannot be read as JSON: {error}")]) from error
+        raise ConfigError([("labels", f"{path!r} cannot be read as JSON: {error}; {_LABELS}")]) from error

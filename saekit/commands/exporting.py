@@ -99,16 +99,20 @@ def _written(
         _ = settings.name.layer_number
     export = NeuronpediaExport(one, settings, *told)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    number = len(export.shown_and_skipped()[0])
-    return _counted(number, verbose, lambda report: export.write(place, now, report, overwrite=overwrite))
+    shown, skipped = export.shown_and_skipped()
+    told = f"exporting {len(shown):,} features of {one.name}"
+    if skipped:
+        told += f"; {len(skipped):,} are skipped, which fire on 10^{settings.least:g} of the tokens or fewer"
+    return _counted(len(shown), verbose, told, lambda report: export.write(place, now, report, overwrite=overwrite))
 
 
-def _counted(features: int, verbose: bool, write: Callable[[Callable[[int], Any]], Path]) -> Path:
+def _counted(features: int, verbose: bool, told: str, write: Callable[[Callable[[int], Any]], Path]) -> Path:
     """What ``write`` gives, which is told how to tell that some more features are done."""
     from saekit.progress import ProgressDisplay
 
     done = 0
     with ProgressDisplay(features, doing="exporting", unit="features", verbose=verbose) as progress:
+        progress.say(told)
 
         def report(count: int) -> None:
             nonlocal done
@@ -151,7 +155,9 @@ def export_delphi(
     cache = DelphiCache(one, module_path, n_splits)
     place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
     with exporting(place):
-        return _counted(one.about.d_sae, verbose, lambda report: cache.write(place, report, overwrite=overwrite))
+        told = f"exporting {len(one):,} features of {one.name}, {len(one.dead):,} of which never fire"
+        number = one.about.d_sae
+        return _counted(number, verbose, told, lambda report: cache.write(place, report, overwrite=overwrite))
 
 
 def features_of(where: object) -> FeatureStore:
@@ -191,10 +197,16 @@ def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
     return NeuronpediaName.of(known)
 
 
-def name_of(sae: str) -> NeuronpediaName:
-    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release."""
+def name_of(sae: str, which: str | None = None, known: str | None = None) -> NeuronpediaName:
+    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release.
+
+    Of a store, ``which`` names one of several SAEs, and ``known`` is what Neuronpedia calls it.
+    """
     if as_path(sae).exists():
-        return neuronpedia_name(_one_sae(features_of(sae), None))
+        one = _one_sae(features_of(sae), which)
+        return neuronpedia_name(one) if known is None else NeuronpediaName.of(known)
+    if which is not None or known is not None:
+        raise ConfigError(f"--sae and --id are for a feature store or a run, and {sae!r} is none: leave them out")
     release, colon, sae_id = sae.rpartition(":")
     if not colon or "/" in release:
         return NeuronpediaName.of(sae)

@@ -162,7 +162,7 @@ def at_home(found: Mapping[str, Subject], plugins: PluginManager) -> dict[str, S
         place = one.sae.read_from if one.file is None else None
         if place is not None and place.is_dir():
             run = place.parent if place.name == "sae" else place
-            one = attrs.evolve(one, file=place / SAE_EVALS, **_config(run, plugins))  # noqa: PLW2901
+            one = attrs.evolve(one, file=place / SAE_EVALS, **_config(run, plugins))
         sites = one.sae.info.sites
         own = sites.name if sites is not None and name == one.sae.get_name() else name
         known[own if own not in known else name] = one

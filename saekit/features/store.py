@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureStore", "SAEFeatures"]
 
 
-@attrs.frozen(eq=False, slots=False)
+@attrs.frozen(eq=False, slots=False, repr=False)
 class FeatureStore(StoreFiles):
     """What features of one or several SAEs of a model do on the same contexts; :func:`saekit.collect_features` makes
     it."""
@@ -61,13 +61,21 @@ class FeatureStore(StoreFiles):
         """A feature of the only SAE."""
         return self.sae.feature(index)
 
+    def __repr__(self) -> str:
+        number, tokens = sum(len(one) for one in self.saes.values()), self.n_contexts * self.context_size
+        saes = f"{len(self.saes)} SAE{'s' if len(self.saes) > 1 else ''}"
+        return f"FeatureStore({str(self.folder)!r}: {number:,} features of {saes} on {tokens:,} tokens)"
 
-@attrs.frozen(eq=False, slots=False)
+
+@attrs.frozen(eq=False, slots=False, repr=False)
 class SAEFeatures(SAETables):
     """What a store has of one SAE.  It has a length, the features' number, and yields them one by one."""
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"SAEFeatures({self.name!r}: {len(self):,} features on {self.tokens_counted:,} tokens)"
 
     def __iter__(self) -> Iterator[Feature]:
         return (Feature(self, int(index), row) for row, index in enumerate(self.indices))

@@ -175,3 +175,10 @@ def test_there_is_nothing_to_choose_among_features_that_never_fire(contexts: tor
     with pytest.raises(ConfigError, match=r"feature: 4 of .* is not in the store, which has 1 of its 16"):
         saekit.dashboard(store, features=[4])
     assert saekit.dashboard(store, features=[3]).is_file()
+
+
+def test_an_option_that_is_none_is_told_with_its_like(store: saekit.FeatureStore) -> None:
+    with pytest.raises(ConfigError, match="n_context: is not an option of this; did you mean n_contexts"):
+        saekit.dashboard(store, n_context=4)
+    with pytest.raises(ConfigError, match=r"index: must be the number of one feature, found \[3, 4\]"):
+        saekit.show_feature(store, [3, 4])  # type: ignore[arg-type]

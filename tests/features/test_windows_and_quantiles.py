@@ -94,7 +94,28 @@ def test_no_example_is_about_a_special_token_that_does_not_count(store: Any, con
             assert all(not window.values[place] for place, token in enumerate(window.ids) if token == 0)
 
 
-@pytest.mark.parametrize("window", [5, (1,), (-1, 2), (1.5, 2), "all"])
+@pytest.mark.parametrize("window", [-5, (1,), (-1, 2), (1.5, 2), "all"])
 def test_what_is_no_window_is_refused(store: Any, window: Any) -> None:
     with pytest.raises(ConfigError, match="window: must be two whole numbers of 0 or more"):
         store.saes["one"].feature(0).top(1, window)
+
+
+def test_one_number_is_both_sides_of_a_window(store: Any) -> None:
+    feature = next(one for one in store.saes["one"] if not one.dead)
+    assert feature.top(3, 2) == feature.top(3, (2, 2))
+
+
+def test_what_is_in_a_store_is_told_in_a_line(store: Any) -> None:
+    sae = store.saes["one"]
+    feature = next(one for one in sae if not one.dead)
+    assert repr(store) == f"FeatureStore({str(store.folder)!r}: 40 features of 2 SAEs on 720 tokens)"
+    assert repr(sae) == "SAEFeatures('one': 24 features on 720 tokens)"
+    assert repr(feature).startswith(f"Feature({feature.index} of 'one': fires on ")
+    assert repr(sae.feature(4)) == "Feature(4 of 'one': fires on no token)"
+    (window,) = feature.top(1)
+    assert repr(window).startswith(f"Window({window.value:.4g} at {window.context}:{window.position}: ")
+    assert f"⟦{window.token}⟧" in repr(window)
+    assert "\n" not in "".join(map(repr, feature.quantiles()))
+    assert f"Feature {feature.index} of one" in feature._repr_html_()
+    with pytest.raises(ConfigError, match="found 'cosine'; each of them has its cosine"):
+        feature.partners("cosine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -73,3 +74,4 @@ def features(
         dead = len(one.dead)
         typer.echo(f"{one.name}: {len(one):,} features on {one.tokens_counted:,} tokens, {dead:,} of which never fire")
     typer.echo(f"kept in {store.folder}")
+    typer.echo(f"next: saekit dashboard {shlex.quote(str(store.folder))}")

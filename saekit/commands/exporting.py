@@ -100,10 +100,10 @@ def _written(
     export = NeuronpediaExport(one, settings, *told)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     shown, skipped = export.shown_and_skipped()
-    told = f"exporting {len(shown):,} features of {one.name}"
+    line = f"exporting {len(shown):,} features of {one.name}"
     if skipped:
-        told += f"; {len(skipped):,} are skipped, which fire on 10^{settings.least:g} of the tokens or fewer"
-    return _counted(len(shown), verbose, told, lambda report: export.write(place, now, report, overwrite=overwrite))
+        line += f"; {len(skipped):,} are skipped, which fire on 10^{settings.least:g} of the tokens or fewer"
+    return _counted(len(shown), verbose, line, lambda report: export.write(place, now, report, overwrite=overwrite))
 
 
 def _counted(features: int, verbose: bool, told: str, write: Callable[[Callable[[int], Any]], Path]) -> Path:

@@ -18,6 +18,7 @@ from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.runs.checks import has_model
 from saekit.runs.place import RECORD
 from saekit.site import Site, Sites
 
@@ -92,12 +93,21 @@ def collect_features(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = at_home(subjects_of(saes, plugins, device=resolve_device(device, "device")), plugins)
+        _check_models(found, model, plugins)
         _check_place(place := beside(found) if folder is None else as_path(folder))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
+
+
+def _check_models(found: Mapping[str, Subject], model: object, plugins: PluginManager) -> None:
+    """:class:`ConfigError` for an SAE of a run that has no model, and so no text."""
+    for name, one in found.items():
+        if model is None and one.config is not None and not has_model(one.config, plugins):
+            raise ConfigError([("model", f"is missing: {name} is of a run that has no language model, so there is no "
+                                "text on which its features could be looked at")])  # fmt: skip
 
 
 def _check_place(place: Path) -> None:

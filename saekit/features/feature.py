@@ -259,7 +259,11 @@ class Feature:
         Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made.
         """
         if by not in ("pearson", "jaccard"):
-            how = "; each of them has its cosine, and neighbors() are by that of directions" if by == "cosine" else ""
+            how = (
+                "; each of them has its cosine, and neighbors() are by that of directions"
+                if str(by) == "cosine"
+                else ""
+            )
             raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}{how}")])
         return self._partners(f"features_by_{by}")[:n]
 

@@ -35,7 +35,8 @@ def test_the_command_keeps_the_features_beside_the_sae(folder: Path) -> None:
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert f"{folder}: 18 features on 192 tokens, " in done.stdout
-    assert done.stdout.splitlines()[-1] == f"kept in {folder / 'features'}"
+    store = folder / "features"
+    assert done.stdout.splitlines()[-2:] == [f"kept in {store}", f"next: saekit dashboard {store}"]
     store = saekit.FeatureStore.open(folder / "features")
     assert store.sae.indices.tolist() == [1, 2, *range(5, 21)]
     assert store.model_name == "saekit/tiny-python"
@@ -123,3 +124,17 @@ def test_a_sweep_has_one_store_and_a_checkpoint_none(tmp_path: Path) -> None:
         saekit.FeatureStore.open(tmp_path / "sweep")
     with pytest.raises(PlaceError, match="is a part of the feature store "):
         saekit.FeatureStore.open(store.folder / "sae-1")
+
+
+def test_an_sae_without_a_language_model_has_no_features_on_text(tmp_path: Path) -> None:
+    place = tmp_path / "toy"
+    saved(place / "sae")
+    source = {"name": "toy", "n_features": 5, "n_hidden": 2, "directions": "random"}
+    config = saekit.load_config({
+        "model": {"backend": "none"}, "site": {"hook_name": "hidden"}, "activations": {"source": source},
+        "sae": {"name": "topk", "d_sae": 8, "k": 1}, "training": {"training_tokens": 2048},
+        "evals": {"run": [], "held_out_every": 0},
+    })  # fmt: skip
+    (place / "config.toml").write_text(saekit.dump_config(config))
+    with pytest.raises(ConfigError, match="is of a run that has no language model, so there is no text"):
+        saekit.collect_features(place, device="cpu", verbose=False)

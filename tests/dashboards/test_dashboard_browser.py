@@ -209,7 +209,7 @@ def test_features_are_found_by_token_and_by_number(looked: Looked) -> None:
     looked.press("\ue00c")  # Escape
     assert looked.listed() == SHOWN
     plain = looked.run(
-        "sae().features[5].top.flatMap((window) => window.tokens.slice(1).map((token, at) => window.tokens[at] + token))"
+        "sae().features[5].top.flatMap((one) => one.tokens.slice(1).map((token, at) => one.tokens[at] + token))"
         ".find((text) => /^[ a-z0-9]+$/.test(text))"
     )
     looked.run(f"(search.value = {json.dumps(plain)}, relist())")

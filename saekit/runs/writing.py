@@ -29,12 +29,11 @@ class Writing:
         self._thread = threading.Thread(target=self._work, name="saekit-checkpoint")
 
     def begin(self) -> None:
-        """Start the thread."""
+        """Start the thread; where the system has no more of them, this writes, and returns when it is done."""
         try:
             self._thread.start()
-        except (RuntimeError, MemoryError) as error:  # the system has no more threads
-            self.error = error
-            self.give_up()
+        except (RuntimeError, MemoryError):
+            self._work()
 
     @property
     def done(self) -> bool:
@@ -44,7 +43,7 @@ class Writing:
     def wait(self) -> None:
         """Wait for its end."""
         self._ended.wait()
-        if self._runs:
+        if self._thread.is_alive():
             self._thread.join()
 
     def give_up(self) -> None:

@@ -63,15 +63,19 @@ def test_what_is_given_up_before_it_runs_writes_nothing() -> None:
     assert not begun.is_set()
 
 
-def test_without_another_thread_it_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    writing = Writing(lambda writing: None)
+def test_without_another_thread_it_writes_where_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else of several processes one would not write, and the others would wait for it."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    writing, fails = Writing(Writing.is_there), Writing(lambda writing: exec("raise OSError('full')"))
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         writing.begin()
-    in_time(lambda: writing.wait() or True)
-    assert str(writing.error) == "can't start new thread"
-    assert not in_time(lambda: [writing.there()])[0]
+        fails.begin()
+    assert writing.done
+    assert writing.error is None
+    assert in_time(writing.there)
+    in_time(lambda: fails.wait() or True)
+    assert str(fails.error) == "full"

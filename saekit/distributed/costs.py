@@ -36,7 +36,7 @@ class Message:
 
     what: str
     over: str
-    """``data``, ``features`` or ``all``: the group."""
+    """``data`` or ``features``: the group."""
     gathers: bool
     """Whether each hears what every other has; else each hears the sum."""
     size: float
@@ -111,6 +111,10 @@ class Job:
         )
         return _FLOAT * (features + 4 * rows * (self.d_in + self.d_out) + exchanged)
 
+    def bytes(self, mesh: Mesh) -> float:
+        """Of one process, for the SAE and its steps."""
+        return self.state_bytes(mesh) + self.step_bytes(mesh)
+
     def messages(self, mesh: Mesh) -> list[Message]:
         """Those of one step, the few numbers of losses and metrics left out."""
         found, rows = [], self.rows / mesh.data
@@ -124,14 +128,17 @@ class Job:
         if mesh.data > 1:
             found.append(Message("gradients", "data", False, _FLOAT * self.parameters(mesh)))
             found.append(Message("firing counts", "data", False, _LONG * self.d_sae / mesh.features))
-        if mesh.size > 1 and self._competing == "all":  # any process may have all that are active
-            most = min(self.rows * self.k, rows * self.d_sae / mesh.features)
-            found.append(Message("largest features", "all", True, _FLOAT * most))
+        if self._competing == "all":  # any process may have all that are active, padded to as many
+            most = _FLOAT * min(self.rows * self.k, rows * self.d_sae / mesh.features)
+            if mesh.features > 1:
+                found.append(Message("largest features", "features", True, most))
+            if mesh.data > 1:  # by then each knows those of its feature group
+                found.append(Message("largest features", "data", True, mesh.features * most))
         return found
 
     @staticmethod
     def _processes(message: Message, mesh: Mesh) -> int:
-        return {"data": mesh.data, "features": mesh.features, "all": mesh.size}[message.over]
+        return mesh.data if message.over == "data" else mesh.features
 
     def sent_bytes(self, mesh: Mesh) -> float:
         """What each process sends in a step."""
@@ -155,10 +162,11 @@ def meshes(size: int) -> list[Mesh]:
     return [Mesh(size // features, features) for features in range(1, size + 1) if size % features == 0]
 
 
-def advised(size: int, possible: Callable[[Mesh], bool], needed: Callable[[Mesh], float], free: float) -> Mesh | None:
-    """Of ``size`` processes the mesh that splits features least of those on which each fits into ``free`` bytes.
+def advised(job: Job, size: int, possible: Callable[[Mesh], bool], free: float) -> Mesh | None:
+    """Of ``size`` processes the ``possible`` mesh on which each sends least, where each fits into ``free`` bytes.
 
-    Data split needs no more messages than gradients, and works for every architecture; features split is what makes
-    the SAE of each process smaller.  None: on no ``possible`` mesh does it fit.
+    Products are shared out alike on all of them, so what differs is what is sent; where two send as much, that with
+    fewer parts of features.  None: on no mesh does it fit.
     """
-    return next((mesh for mesh in meshes(size) if possible(mesh) and needed(mesh) <= free), None)
+    fitting = [mesh for mesh in meshes(size) if possible(mesh) and job.bytes(mesh) <= free]
+    return min(fitting, key=job.sent_bytes, default=None)

@@ -93,9 +93,6 @@ def facts_of_mesh(job: Job, mesh: Mesh) -> dict[str, str]:
 def advice(sae: SAEModule, job: Job, mesh: Mesh, free: float | None, device: str) -> str:
     """Which mesh is best for a whole ``sae`` where ``device`` of each process has so many bytes ``free``, and why."""
 
-    def needed(one: Mesh) -> float:
-        return job.state_bytes(one) + job.step_bytes(one)
-
     def possible(one: Mesh) -> bool:
         try:
             check_spread(sae, one.data, one.features)
@@ -105,33 +102,27 @@ def advice(sae: SAEModule, job: Job, mesh: Mesh, free: float | None, device: str
 
     if free is None:
         return ""
-    best = advised(mesh.size, possible, needed, free)
+    best = advised(job, mesh.size, possible, free)
     if best is None:
-        return _larger(mesh, possible, needed, free, device)
+        return _larger(job, possible, free, device)
     if mesh.size == 1:
         return ""
     start = f"torchrun --nproc-per-node {mesh.size} ... distributed.features={best.features}"
-    if best.features == 1:
-        other = Mesh(1, mesh.size)
-        why = f"all features fit on {device} of each process, so split batches"
-        if possible(other) and job.sent_bytes(other) < job.sent_bytes(best):
-            less, more = bytes_text(job.sent_bytes(other)), bytes_text(job.sent_bytes(best))
-            why += f". Features split send {less} in each step, and not {more}: try it where links are slow"
-    else:
-        why = f"with fewer parts of features, {bytes_text(free)} on {device} of each process are too few"
+    why = f"of all grids that fit, each process sends least on it, {bytes_text(job.sent_bytes(best))} in each step"
+    if best != mesh:
+        fits = job.bytes(mesh) <= free
+        why += f", and {bytes_text(job.sent_bytes(mesh))} as it is" if fits else "; as it is, it does not fit"
     return f"{mesh_text(best)}{', as it is' if best == mesh else f': {start}'}; {why}"
 
 
-def _larger(
-    mesh: Mesh, possible: Callable[[Mesh], bool], needed: Callable[[Mesh], float], free: float, device: str
-) -> str:
+def _larger(job: Job, possible: Callable[[Mesh], bool], free: float, device: str) -> str:
     """With how many processes it would fit."""
     parts = 1
     while parts <= _MANY:
         parts *= 2
         one = Mesh(1, parts)
-        if possible(one) and needed(one) <= free:
-            size = bytes_text(needed(one))
+        if possible(one) and job.bytes(one) <= free:
+            size = bytes_text(job.bytes(one))
             return (
                 f"{parts} processes that split features: each needs {size} on {device} for the SAE, of "
                 f"{bytes_text(free)}; torchrun --nproc-per-node {parts} ... distributed.features={parts}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import attrs
 import pytest
 from support.tiny import run_config
 
@@ -73,30 +73,38 @@ def test_a_process_has_its_part() -> None:
     assert job.sent_bytes(Mesh(1, 2)) == 4 * 20 * 8 + 4 * 40 * 3 + sums * (4 * 40 * 8 + 4 * 8)
 
 
-def test_the_mesh_that_fits_with_the_fewest_parts_is_advised() -> None:
+def test_of_grids_that_fit_that_which_sends_least_is_advised() -> None:
     assert meshes(6) == [Mesh(6, 1), Mesh(3, 2), Mesh(2, 3), Mesh(1, 6)]
-    needed: Any = lambda mesh: 12 / mesh.features  # noqa: E731
-    assert advised(6, lambda mesh: True, needed, 12) == Mesh(6, 1)
-    assert advised(6, lambda mesh: True, needed, 11) == Mesh(3, 2)
-    assert advised(6, lambda mesh: mesh.features != 2, needed, 11) == Mesh(2, 3)
-    assert advised(6, lambda mesh: True, needed, 1) is None
+    wide, narrow = Job.topk(8, 6000, 60, 3), Job.topk(8, 60, 6000, 3)
+    for job in (wide, narrow):
+        free = max(map(job.bytes, meshes(6)))
+        found = advised(job, 6, lambda mesh: True, free)
+        assert found is not None
+        assert job.sent_bytes(found) == min(map(job.sent_bytes, meshes(6)))
+    assert advised(wide, 6, lambda mesh: True, 1e9) == Mesh(1, 6), "gradients are larger than a batch"
+    assert advised(narrow, 6, lambda mesh: True, 1e9) == Mesh(6, 1), "a batch is larger than gradients"
+    assert advised(wide, 6, lambda mesh: mesh.features < 6, 1e9) == Mesh(2, 3)
+    assert advised(wide, 6, lambda mesh: True, wide.bytes(Mesh(1, 6)) - 1) in (None, *meshes(6)[:3])
+    assert advised(wide, 6, lambda mesh: True, 1) is None
+
+
+def test_what_compete_over_a_batch_are_told_to_all() -> None:
+    job = attrs.evolve(Job.topk(8, 1000, 40, 3), competes="all")
+    told = [(message.over, message.size) for message in job.messages(Mesh(2, 2)) if message.what == "largest features"]
+    assert told == [("features", 4 * 40 * 3), ("data", 2 * 4 * 40 * 3)]
 
 
 def test_advice_says_why() -> None:
     sae: SAEModule = saekit.SAE.from_dict({"name": "topk", "d_in": 8, "d_sae": 1024, "k": 3})
     job = Job.topk(8, 1024, 64, 3)
+    least = job.bytes(Mesh(1, 8))
 
-    def told(mesh: Mesh, part: float) -> str:
-        """Where as much is free as a mesh with so many parts of features needs."""
-        one = Mesh(1, int(part))
-        return advice(sae, job, mesh, job.state_bytes(one) + job.step_bytes(one), "cuda")
-
-    assert advice(sae, job, Mesh(), None, "cuda") == told(Mesh(), 1) == ""
-    assert told(Mesh(4), 1).startswith(
-        "4 × 1 (data × features), as it is; all features fit on cuda of each process, so"
+    assert advice(sae, job, Mesh(), None, "cuda") == advice(sae, job, Mesh(), 1e9, "cuda") == ""
+    assert advice(sae, job, Mesh(1, 2), 1e9, "cuda").startswith(
+        "1 × 2 (data × features), as it is; of all grids that fit, each process sends least on it, "
     )
-    assert told(Mesh(4), 2).startswith(
-        "2 × 2 (data × features): torchrun --nproc-per-node 4 ... distributed.features=2;"
-    )
-    assert told(Mesh(), 8).startswith("8 processes that split features: each needs ")
+    other = advice(sae, job, Mesh(2, 1), 1e9, "cuda")
+    assert other.startswith("1 × 2 (data × features): torchrun --nproc-per-node 2 ... distributed.features=2; of all")
+    assert " as it is" in other
+    assert advice(sae, job, Mesh(), least, "cuda").startswith("8 processes that split features: each needs ")
     assert advice(sae, job, Mesh(), 1.0, "cuda").startswith("none: on no number of processes up to 512 does it fit")

@@ -80,6 +80,9 @@ class Job:
     together, as in BatchTopK; None: nowhere."""
     moments: float = 2
     """Numbers that the optimizer keeps of each parameter."""
+    screened: bool = False
+    """Whether a first look in bfloat16 finds what is active, as on CPUs: then a chunk's features and a copy of the
+    encoder are there in half as many bytes, and no chunk of features in float32."""
     gathers_rows: bool = True
     """Whether each process has rows of its own, which a feature group gathers."""
 
@@ -103,7 +106,9 @@ class Job:
     def step_bytes(self, mesh: Mesh) -> float:
         """What a fast step takes beside that: features of a chunk of rows, and inputs, outputs and their gradients."""
         rows = self.rows / mesh.data
-        features = 1.5 * min(rows, _CHUNK) * self.d_sae / mesh.features
+        own = self.d_sae / mesh.features
+        features = (0.5 if self.screened else 1.5) * min(rows, _CHUNK) * own
+        features += 0.5 * self.d_in * own if self.screened else 0
         exchanged = sum(
             message.size / _FLOAT * (self._processes(message, mesh) + 1)
             for message in self.messages(mesh)

@@ -67,7 +67,8 @@ def job_of(sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_row
     rows = config.training.train_batch_size_tokens
     moments = (kept or 0) / (numbers * torch.float32.itemsize)
     k = int(k) if competes else 0
-    return Job(split, numbers - split, sae.d_in, sae.d_out, sae.d_sae, rows, k, competes, moments, gathers_rows)
+    sizes = sae.d_in, sae.d_out, sae.d_sae, rows
+    return Job(split, numbers - split, *sizes, k, competes, moments, gathers_rows=gathers_rows)
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -145,16 +145,17 @@ def peak() -> float:
 
 def memory(world: World, of: Case) -> float:
     """Bytes that training has taken at most, after all that is drawn for the whole SAE is gone."""
-    warm = attrs.evolve(of, d_sae=64 * world.features.size)
+    warm = attrs.evolve(of, d_sae=2048 * world.features.size)
     for trainer, made in [(warm.trainer(world), warm)]:
         for batch in made.batches():
             part = part_of(batch, made, world)
             trainer.train_on(*trainer.rows_of(part), part)
+    parts = [part_of(batch, of, world) for batch in of.batches()]
     before = _held()
     trainer = of.trainer(world)
+    _held()
     Path("/proc/self/clear_refs").write_text("5")
-    for batch in of.batches():
-        part = part_of(batch, of, world)
+    for part in parts:
         trainer.train_on(*trainer.rows_of(part), part)
     return peak() - before
 
@@ -177,7 +178,7 @@ def memory_all(sizes: list[int], d: int = 768, d_sae: int = 24576) -> None:
             call = Call(f"{Path(__file__).stem}:memory", mesh.data, mesh.features, (of,))
             with tempfile.TemporaryDirectory() as folder:
                 found = max(together({"": call}, size, Path(folder))[""])
-            model = job("topk", d, d_sae)
+            model = attrs.evolve(job("topk", d, d_sae), screened=True)
             said = model.bytes(mesh)
             print(f"{mesh.data} × {mesh.features}  planned {said / 1e6:8.1f} MB  measured {found / 1e6:8.1f} MB  "
                   f"{said / found - 1:+6.1%}", flush=True)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Literal, Self, TypeAlias
 
 import attrs
@@ -12,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saekit.abilities import KnowsResidualStream, StartsInside
+from saekit.abilities import StartsInside
 from saekit.ambient import ambient
-from saekit.analysis.directions import LogitPath, logit_path
+from saekit.analysis.direct_path import DirectPath
 from saekit.errors import ConfigError, DataError, ModelError
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.pieces import at_once
@@ -29,7 +30,7 @@ from saekit.site import Site, Sites
 from saekit.splicing.fits import fitting_sites
 from saekit.tokens import TokenChoice
 
-__all__ = ["Kind", "LossEffects", "WindowEffects", "check_kind"]
+__all__ = ["Kind", "LossEffects", "TokenEffect", "WindowEffects", "check_kind", "check_same", "sites_in_store"]
 
 Kind: TypeAlias = Literal["exact", "direct"]
 WindowEffects: TypeAlias = "tuple[float | None, ...]"
@@ -41,6 +42,18 @@ _LOGIT_BYTES = 1 << 26
 _HEAD = re.compile(r"(.+)\.head(\d+)")
 _Pairs: TypeAlias = "dict[tuple[int, int], NDArray[np.bool_]]"
 """Contexts with features, and of which of the context's positions ``[t]`` something is asked."""
+
+
+@attrs.frozen
+class TokenEffect:
+    """What a feature does, by the direct path, at a token on which it is active."""
+
+    loss: float | None
+    """By how many nats removing it raises the loss of the token after it; None: none comes after it."""
+    raised: Sequence[tuple[int, float]]
+    """The tokens whose log probability it raises most, with by how much, the most first."""
+    lowered: Sequence[tuple[int, float]]
+    """Those whose log probability it lowers most, likewise."""
 
 
 def check_kind(kind: object) -> None:
@@ -70,8 +83,8 @@ class LossEffects:
     tokens: TokenChoice
     kind: Kind
     _entry: str | None
-    """Exact: where forwards begin.  Direct: the last residual stream."""
-    _path: LogitPath | None = None
+    """Exact: where forwards begin."""
+    _path: DirectPath | None = None
 
     @classmethod
     def of(cls, features: SAETables, sae: SAEModule, backend: ModelBackend, kind: Kind = "exact") -> Self:
@@ -81,11 +94,11 @@ class LossEffects:
         path is known that leads from what the SAE writes to the logits.
         """
         check_kind(kind)
-        _check_same(features, sae, backend)
-        sites = _sites_of(features, sae, backend)
+        check_same(features, sae, backend)
+        sites = sites_in_store(features, sae, backend)
         tokens = TokenChoice.of_metadata(features.about.tokens, ())
         if kind == "direct":
-            return cls(features, sae, backend, sites, tokens, kind, *_direct(sae, backend, sites))
+            return cls(features, sae, backend, sites, tokens, kind, None, _direct(sae, backend, sites))
         targets = {site.hook_name for site in sites.targets}
         entry = backend.entry_of(targets) if isinstance(backend, StartsInside) else None
         return cls(features, sae, backend, sites, tokens, kind, entry)
@@ -95,11 +108,7 @@ class LossEffects:
     def of_windows(self, windows: Sequence[tuple[int, Window]]) -> list[WindowEffects]:
         """For each of ``windows``, which come with the number of a feature, the effects at its tokens."""
         size = self.features.store.context_size
-        pairs: _Pairs = {}
-        for feature, window in windows:
-            asked = pairs.setdefault((window.context, feature), np.zeros(size, np.bool_))
-            asked[window.start : window.start + len(window.ids)] = True
-        found = dict(self._of_pairs(pairs))
+        found = dict(self._of_pairs(self._asked(windows)))
         return [
             tuple(
                 float(found[window.context, feature][place]) if place < size - 1 else None
@@ -108,8 +117,58 @@ class LossEffects:
             for feature, window in windows
         ]
 
+    def _asked(self, windows: Sequence[tuple[int, Window]]) -> _Pairs:
+        pairs: _Pairs = {}
+        for feature, window in windows:
+            size = self.features.store.context_size
+            asked = pairs.setdefault((window.context, feature), np.zeros(size, np.bool_))
+            asked[window.start : window.start + len(window.ids)] = True
+        return pairs
+
+    @ambient()
+    @torch.no_grad()
+    def of_tokens(self, feature: int, windows: Sequence[Window], k: int) -> dict[tuple[int, int], TokenEffect]:
+        """What a feature does at those tokens of ``windows`` on which it is active, by context and position, with the
+        ``k`` tokens that it raises and lowers most.  Of effects by the direct path."""
+        found: dict[tuple[int, int], TokenEffect] = {}
+        pairs = self._asked([(feature, window) for window in windows])
+        for batch, part, which, changes in self._parts(pairs):
+            there = torch.from_numpy(np.stack([pairs[pair] for pair in part])).to(changes.device)
+            there &= (changes != 0).any(-1)
+            for row, place, change in self._log_changes(batch, which, changes, there):
+                contexts = [part[one][0] for one in row.tolist()]
+                at = [*zip(contexts, place.tolist(), strict=True)]
+                losses = (-_at_next(batch, which[row], place, change)).tolist()
+                found |= zip(at, self._told(at, losses, -change, k), strict=True)
+        return found
+
+    def _told(
+        self, at: Sequence[tuple[int, int]], losses: Sequence[float], change: Tensor, k: int
+    ) -> Iterator[TokenEffect]:
+        """Of tokens, with by how much each of all tokens becomes likelier ``change [n, d_vocab]``."""
+        k, last = min(k, change.shape[1]), self.features.store.context_size - 1
+        most, least = change.topk(k), (-change).topk(k)
+        raised, lowered = (
+            [[*zip(ids, values, strict=True)] for ids, values in zip(indices.tolist(), sizes.tolist(), strict=True)]
+            for indices, sizes in ((most.indices, most.values), (least.indices, -least.values))
+        )
+        for row, (_, place) in enumerate(at):
+            yield TokenEffect(losses[row] if place < last else None, raised[row], lowered[row])
+
     def _of_pairs(self, pairs: _Pairs) -> Iterator[tuple[tuple[int, int], NDArray[np.float64]]]:
         """Of each the effects ``[t - 1]``; those after the last position that is asked about are left out."""
+        for batch, part, which, changes in self._parts(pairs):
+            asked = torch.from_numpy(np.stack([pairs[pair] for pair in part]))
+            effects = (
+                self._exact(batch, which, changes, _last(asked) + 2 if self._may_be_cut else None)
+                if self._path is None
+                else self._directly(batch, which, changes, asked)
+            )
+            yield from zip(part, effects.double().cpu().numpy(), strict=True)
+
+    def _parts(self, pairs: _Pairs) -> Iterator[tuple[_Batch, list[tuple[int, int]], Tensor, Tensor]]:
+        """A batch of contexts, some of ``pairs`` that are of it, which of its contexts each is of ``[b]``, and by how
+        much what the SAE writes changes without the feature ``[b, t, d_out]``."""
         contexts = sorted({context for context, _ in pairs})
         last = {pair: int(asked.nonzero()[0][-1]) for pair, asked in pairs.items()}
         size = min(logit_contexts(self.backend, self.features.store.context_size), _MOST_CONTEXTS)
@@ -121,14 +180,17 @@ class LossEffects:
             for begin in range(0, len(mine), size):
                 part = mine[begin : begin + size]
                 which = torch.tensor([places[context] for context, _ in part])
-                changes = batch.changes(which, [feature for _, feature in part])
-                asked = torch.from_numpy(np.stack([pairs[pair] for pair in part]))
-                effects = (
-                    self._exact(batch, which, changes, last[part[-1]] + 2)
-                    if self._path is None
-                    else self._directly(batch, which, changes, asked)
-                )
-                yield from zip(part, effects.double().cpu().numpy(), strict=True)
+                yield batch, part, which, batch.changes(which, [feature for _, feature in part])
+
+    @cached_property
+    def _may_be_cut(self) -> bool:
+        """Whether what comes later in a context changes nothing before it, as in causal models: that is tried."""
+        tokens = torch.from_numpy(self.features.store.contexts[:1].astype(np.int64))
+        half = tokens.shape[1] // 2
+        if half < 2:
+            return False
+        whole, cut = (self.backend.run(some, want="loss").loss for some in (tokens, tokens[:, :half]))
+        return torch.allclose(whole[:, : half - 1], cut, rtol=1e-2, atol=1e-2)
 
     def _batch(self, contexts: Sequence[int]) -> _Batch:
         """The model as it is on some contexts of the store, and what the SAE finds there."""
@@ -138,8 +200,8 @@ class LossEffects:
             self.backend,
             tokens,
             Needs(spliced=not direct),
-            read=read | ({self._entry} if direct and self._entry is not None else set()),
-            entries={self.sites: None if direct else self._entry},
+            read=read | (set() if self._path is None else {self._path.last}),
+            entries={self.sites: self._entry},
         )
         inputs = self.sites.input_of(forwards.held)
         inputs = inputs.to(device=self.sae.device, dtype=torch.promote_types(inputs.dtype, self.sae.dtype))
@@ -148,10 +210,10 @@ class LossEffects:
         counts = self.tokens.kept(tokens).reshape(-1).to(found.rows.device)
         return _Batch(self.sae, forwards, inputs, found, counts)
 
-    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int) -> Tensor:
+    def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int | None) -> Tensor:
         """``[b, length - 1]``, of the contexts ``which [b]`` of a batch, with ``changes [b, t, d_out]``.
 
-        What comes after the first ``length`` tokens changes nothing before it: it is left out.
+        What comes after the first ``length`` tokens, if that is given, changes nothing before it: it is left out.
         """
         forwards, names = batch.forwards, [site.name for site in self.sites.targets]
         held = {name: x[which.to(x.device), :length] for name, x in forwards.held.items()}
@@ -167,30 +229,38 @@ class LossEffects:
 
     def _directly(self, batch: _Batch, which: Tensor, changes: Tensor, asked: Tensor) -> Tensor:
         """``[b, t - 1]``: the same by the direct path, where ``asked [b, t]``."""
-        assert self._path is not None
-        assert self._entry is not None
-        residual, tokens = batch.forwards.held[self._entry], batch.forwards.tokens
-        effects = torch.zeros(len(which), tokens.shape[1] - 1, dtype=torch.float64)
+        effects = torch.zeros(len(which), batch.forwards.tokens.shape[1] - 1, dtype=torch.float64)
         there = asked.to(changes.device) & (changes != 0).any(-1)
-        rows, places = there[:, :-1].nonzero(as_tuple=True)
-        weights = self._path.unembedding
-        size = max(_LOGIT_BYTES // (4 * weights.shape[1]), 1)
-        for part in torch.arange(len(rows)).split(size) if len(rows) else ():
-            row, place = rows[part].cpu(), places[part].cpu()
-            stream = residual[which[row], place].to(weights)
-            change = self._path.in_residual_stream(changes[rows[part], places[part]])
-            following = tokens[which[row], place + 1].to(weights.device)
-            after, before = (_likelihood(x, weights, following) for x in (stream + change, stream))
-            effects[row, place] = (before - after).double().cpu()
+        there[:, -1] = False  # nothing comes after it
+        for row, place, change in self._log_changes(batch, which, changes, there):
+            effects[row, place] = -_at_next(batch, which[row], place, change)
         return effects
 
+    def _log_changes(
+        self, batch: _Batch, which: Tensor, changes: Tensor, there: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For some of the tokens at a time where ``there [b, t]``: rows ``[n]``, places ``[n]``, and by how much log
+        probabilities change without the feature ``[n, d_vocab]``."""
+        assert self._path is not None
+        residual = batch.forwards.held[self._path.last]
+        rows, places = there.nonzero(as_tuple=True)
+        size = max(_LOGIT_BYTES // (4 * self.backend.d_vocab), 1)
+        for part in torch.arange(len(rows)).split(size) if len(rows) else ():
+            row, place = rows[part].cpu(), places[part].cpu()
+            written = changes[rows[part], places[part]]
+            yield row, place, self._path.log_changes(residual[which[row], place], written)
 
-def _likelihood(stream: Tensor, weights: Tensor, following: Tensor) -> Tensor:
-    """``[n]``: the logarithm of the probability of the tokens ``following [n]``, of a last residual stream."""
-    scale = stream.std(-1, correction=0, keepdim=True)  # as a normalization has it
-    logits = (stream / scale) @ weights
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, following[:, None])[:, 0]
+
+def _last(asked: Tensor) -> int:
+    """The last position that is asked about in any row of ``asked [b, t]``."""
+    return int(asked.any(0).nonzero().max())
+
+
+def _at_next(batch: _Batch, which: Tensor, places: Tensor, change: Tensor) -> Tensor:
+    """``[n]`` of ``change [n, d_vocab]``: that of the token after each, or of itself where there is none."""
+    tokens = batch.forwards.tokens
+    following = tokens[which, (places + 1).clamp(max=tokens.shape[1] - 1)].to(change.device)
+    return change.gather(-1, following[:, None])[:, 0].double().cpu()
 
 
 @attrs.frozen(eq=False)
@@ -244,7 +314,7 @@ class _Batch:
 # ---- what is compared, and where it is
 
 
-def _check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> None:
+def check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> None:
     """:class:`DataError` unless the store was made with this SAE and this model."""
     made_with, own = features.store.manifest.model, backend.fingerprint()
     known = made_with.get("fingerprint")
@@ -262,7 +332,7 @@ def _check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> N
         )
 
 
-def _sites_of(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sites:
+def sites_in_store(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sites:
     """Where the store says that it reads and writes, by the names of this backend."""
     inputs, targets = (tuple(map(_site, names)) for names in (features.about.inputs, features.about.targets))
     hooks = {site.hook_name for site in (*inputs, *targets)}
@@ -275,15 +345,10 @@ def _site(name: str) -> Site:
     return Site(hook_name=name) if found is None else Site(hook_name=found[1], hook_head_index=int(found[2]))
 
 
-def _direct(sae: SAEModule, backend: ModelBackend, sites: Sites) -> tuple[str, LogitPath]:
-    """The last residual stream, and the path there."""
-    path = logit_path(sae, backend, sites)
-    if isinstance(path, str):
-        raise ModelError(f"there is no direct path to the loss: {path}. Ask for loss_effects='exact', which needs none")
-    last = backend.entry_of(()) if isinstance(backend, StartsInside) else None
-    if last is None or not isinstance(backend, KnowsResidualStream) or not backend.in_residual_stream(last):
+def _direct(sae: SAEModule, backend: ModelBackend, sites: Sites) -> DirectPath:
+    try:
+        return DirectPath.of(sae, backend, sites)
+    except ModelError as error:
         raise ModelError(
-            f"there is no direct path to the loss: the backend of {backend.name!r} does not say which hook holds the "
-            "last residual stream. Ask for loss_effects='exact', which needs none"
-        )
-    return last, path
+            f"there is no direct path to the loss: {error}. Ask for loss_effects='exact', which needs none"
+        ) from error

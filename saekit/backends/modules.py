@@ -15,6 +15,7 @@ from saekit.backends.begun import Begun, Running
 from saekit.backends.forward import Hooks, by_position, put
 from saekit.backends.loading import attached_to, check_not_compiled
 from saekit.backends.special import special_tokens
+from saekit.backends.texts import texts_of
 from saekit.errors import ModelError
 from saekit.tokens import ids_of
 from saekit.values import Replacement
@@ -182,8 +183,7 @@ class ModuleBackend(Backend):
         return ids
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
-        tokenizer = self._read_by()
-        return [tokenizer.decode([token]) for token in tokens]
+        return texts_of(self._read_by(), tokens)
 
     def _read_by(self) -> Any:
         if self.tokenizer is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from saekit.commands.material import Material, Text
+from saekit.commands.stores import store_given
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, ModelError, PlaceError, SaekitError
 from saekit.files.paths import as_path
@@ -56,7 +57,8 @@ def feature_statistics(
     :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins = plugins or default_manager()
-    if (store := _store_of(saes)) is not None:
+    (alone,) = saes if isinstance(saes, (list, tuple)) and len(saes) == 1 else (saes,)
+    if (store := store_given(alone)) is not None:
         _only_of_saes({"model": model, "site": site, "fractions": fractions})
         return _joined({name: one.statistics(logits=logits) for name, one in store.saes.items()})
     from saekit.devices import resolve_device
@@ -102,17 +104,6 @@ def _joined(tables: Mapping[str, DataFrame]) -> DataFrame:
         whole[column] = whole[column].astype("category")
     whole.attrs["left_out"] = left_out
     return whole
-
-
-def _store_of(saes: Any) -> FeatureStore | None:
-    """The feature store that ``saes`` is, or whose folder it names; None: it is something else."""
-    if isinstance(saes, (list, tuple)) and len(saes) == 1:
-        (saes,) = saes
-    from saekit.features.store import FeatureStore
-
-    if isinstance(saes, (str, Path)) and FeatureStore.is_at(saes):
-        return FeatureStore.open(saes)
-    return saes if isinstance(saes, FeatureStore) else None
 
 
 def opened_store(folder: str | None) -> FeatureStore | None:

@@ -5,21 +5,18 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.effects import effects_of, is_store
-from saekit.commands.features import beside, collect_features
-from saekit.commands.subjects import at_home, subjects_of
+from saekit.commands.effects import effects_of
+from saekit.commands.stores import store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
 from saekit.plugins.manager import PluginManager, default_manager
@@ -28,17 +25,14 @@ if TYPE_CHECKING:
     from saekit.dashboards.data import Look
     from saekit.dashboards.effects import PageEffects
     from saekit.features.feature import Feature
-    from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["dashboard", "labels_in", "labels_of", "names_of", "store_of"]
+__all__ = ["dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
 _LABELS = 'it would say {"3": "quotes", "17": "ends of lines"}, or that by the names of SAEs'
-_NO_MATTER = {"device", "batch_size"}
-"""Options of collecting that do not decide what is found."""
 
 
 def dashboard(
@@ -126,92 +120,6 @@ def _tell_ahead(
 
 def _say_done(say: Status, said: str, number: int, done: int) -> None:
     say(f"{said}: {done} of {number}")
-
-
-def store_of(
-    what: object,
-    folder: str | Path | None = None,
-    collecting: Mapping[str, Any] | None = None,
-    *,
-    overwrite: bool = False,
-    verbose: bool = True,
-    plugins: PluginManager | None = None,
-) -> FeatureStore:
-    """The store that ``what`` is, or that is kept of it; collected where there is none.
-
-    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
-    replaces one that was not.
-    """
-    _check_names(collecting or {})
-    asked = {name: value for name, value in (collecting or {}).items() if value is not None}
-    from saekit.features.store import FeatureStore
-
-    if isinstance(what, FeatureStore):
-        return _only(what, asked, folder)
-    if isinstance(what, (str, Path)) and is_store(what):
-        return _only(FeatureStore.open(what), asked, folder)
-    options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
-    decides = asked.keys() - _NO_MATTER
-    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
-        return found
-    try:
-        return collect_features(what, **options)
-    except DataError:
-        if not overwrite:
-            raise
-        return collect_features(what, overwrite=True, **options)
-
-
-def _check_names(collecting: Mapping[str, Any]) -> None:
-    """:class:`ConfigError` for options that :func:`saekit.collect_features` has not."""
-    known = [*inspect.signature(collect_features).parameters][1:]
-    for name in collecting:
-        if name not in known:
-            like = " or ".join(difflib.get_close_matches(name, known, n=2))
-            hint = f"; did you mean {like}?" if like else ", nor of saekit.collect_features"
-            raise ConfigError([(name, f"is not an option of this{hint}")])
-
-
-def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
-    """A store that is given, and needs nothing else."""
-    others = [*asked, *([] if folder is None else ["folder"])]
-    if others:
-        raise ConfigError(
-            f"{', '.join(others)}: nothing is collected, as {str(store.folder)!r} is a feature store already; leave "
-            "that out, or give the SAE instead"
-        )
-    return store
-
-
-def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
-    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
-    from saekit.features.manifest import MANIFEST, StoreManifest
-    from saekit.features.store import FeatureStore
-
-    if folder is not None and not (as_path(folder) / MANIFEST).is_file():
-        return None
-    subjects = at_home(subjects_of(what, plugins, device="cpu"), plugins)
-    place = beside(subjects) if folder is None else as_path(folder)
-    if not (place / MANIFEST).is_file():
-        return None
-    manifest = StoreManifest.load(place)
-    if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
-        if overwrite:
-            return None
-        known = ", ".join(one.name for one in manifest.saes)
-        raise DataError(
-            f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
-            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
-        )
-    return FeatureStore.open(place)
-
-
-def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
-    """The first of ``saes`` that is not in the store."""
-    from saekit.features.subject import checksum
-
-    known = {one.checksum for one in manifest.saes}
-    return next((name for name, one in saes.items() if checksum(one) not in known), None)
 
 
 def names_of(store: FeatureStore, name: str | None) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saekit.commands.stores import is_store
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.errors import ConfigError, SaekitError
-from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 
 if TYPE_CHECKING:
@@ -16,20 +15,9 @@ if TYPE_CHECKING:
     from saekit.features.store import FeatureStore
     from saekit.status import Status
 
-__all__ = ["effects_of", "is_store"]
+__all__ = ["effects_of"]
 
 _WITHOUT = "Without it: loss_effects=None (--no-loss-effects)"
-
-
-def is_store(what: object) -> bool:
-    """Whether ``what`` is a feature store, or the folder of one."""
-    from saekit.features.manifest import MANIFEST
-    from saekit.features.store import FeatureStore
-
-    if not isinstance(what, (str, Path)):
-        return isinstance(what, FeatureStore)
-    place = as_path(what)
-    return (place / MANIFEST).is_file() and (place / "vocabulary.json").exists()
 
 
 def effects_of(

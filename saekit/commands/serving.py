@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import labels_of, names_of, store_of
+from saekit.commands.dashboards import labels_of, names_of
 from saekit.commands.effects import effects_of
+from saekit.commands.stores import store_of
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.serving import HOST, PORT, address_of, check_serving, is_loopback, opened_port, serve
 from saekit.errors import ConfigError

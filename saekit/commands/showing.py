@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import names_of, store_of
+from saekit.commands.dashboards import names_of
 from saekit.commands.effects import effects_of
+from saekit.commands.stores import store_of
 from saekit.dashboards.effects import check_asked
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager

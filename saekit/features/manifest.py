@@ -24,16 +24,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import attrs
 
+from saekit.config.structuring import ProblemsError, Structurer
 from saekit.errors import DataError, PlaceError
 from saekit.files.storage import read_json, sha256, write_text
+from saekit.plugins.text import short
 
 __all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences", "is_store"]
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
+_VOCABULARY = "vocabulary.json"
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
 
 
@@ -127,15 +130,19 @@ class StoreManifest:
             raise DataError(f"{folder / MANIFEST} is not the manifest of a feature store")
         if table["format"] != FORMAT:
             raise DataError(
-                f"the feature store {str(folder)!r} is of format {table['format']!r}, and this version of saekit reads "
-                f"{FORMAT}: read it with the version that wrote it ({table.get('saekit_version')}), or collect again"
+                f"the feature store {str(folder)!r} is of format {short(table['format'])}, and this version of saekit "
+                f"reads {FORMAT}: collect the features again (overwrite=True, --overwrite), or read it with the saekit "
+                f"that wrote it ({table.get('saekit_version') or 'its version is not known'})"
             )
         seal = table.pop("seal", None)
         if seal != _seal(table):
             raise DataError(f"{folder / MANIFEST} was changed after it was written. Collect the features again")
         del table["format"]
-        saes = [AboutSAE(**one) for one in table.pop("saes")]
-        return cls(saes=saes, **table)
+        try:
+            return cast("Self", Structurer().structured(table, cls))
+        except ProblemsError as problems:
+            said = "; ".join(f"{path}: {text}" if path else text for path, text in problems.items)
+            raise DataError(f"{folder / MANIFEST} does not say what a store's says: {said}. Collect again") from None
 
     def check_files(self, folder: Path, *, whole: bool | None = None) -> None:
         """:class:`DataError` for a file that is missing or damaged.
@@ -157,11 +164,11 @@ class StoreManifest:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether what lies in ``folder`` says that it is a store."""
+    """Whether what lies in ``folder`` says that it is a store, which may be damaged."""
     try:
         table = read_json(folder / MANIFEST)
     except (OSError, ValueError):
-        return False
+        return (folder / MANIFEST).is_file() and (folder / _VOCABULARY).is_file()
     return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 

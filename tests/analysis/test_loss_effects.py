@@ -33,6 +33,16 @@ class DoubleFake(FakeBackend):
         return super()._embedding().double() / 4
 
 
+class BothWays(DoubleFake):
+    """One that looks ahead: a custom model need not be causal."""
+
+    def forward(self, tokens: Tensor, hooks: Any) -> Tensor | None:
+        self.forwards.append(tuple(tokens.shape))
+        residual = hooks("blocks.0.hook_resid_post", self._embedding()[tokens])
+        residual = hooks(LAST, residual + residual.flip(1).cumsum(1).flip(1) / 4)
+        return None if hooks.done else residual @ self._embedding().T
+
+
 @pytest.fixture(scope="module")
 def lens() -> Any:
     return saekit.load_model(hooked_transformer().double())
@@ -165,6 +175,16 @@ def test_exact_effects_are_those_of_a_forward_without_the_feature(which: str, le
     found = LossEffects.of(store.sae, sae, model).of_windows(windows)
     wanted = [shown(slowly(sae, model, feature, window.context), window) for feature, window in windows]
     assert max(map(assert_like, found, wanted)) > 1e-3
+
+
+def test_a_model_that_looks_ahead_is_given_whole_contexts(tmp_path: Path) -> None:
+    sae, model = at(double(8), RESID), BothWays()
+    store = collected(sae, model, tmp_path / "store")
+    windows = [(feature, one) for feature, one in some_windows(store) if len(one.ids) < 9]
+    found = [LossEffects.of(store.sae, sae, model).of_windows([one])[0] for one in windows]
+    wanted = [shown(slowly(sae, model, feature, window.context), window) for feature, window in windows]
+    assert max(map(assert_like, found, wanted)) > 1e-3
+    assert (1, 9) in model.forwards[-2:]
 
 
 def test_effects_do_not_depend_on_what_else_is_asked(

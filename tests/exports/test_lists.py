@@ -245,7 +245,7 @@ def test_the_command_shows_an_address(store: Any) -> None:
     assert "must be numbers, such as 1,2,5-20, for a list of all is none" in str(done.exception)
 
 
-def test_a_store_is_called_as_asked(store: saekit.FeatureStore) -> None:
+def test_a_store_is_called_as_asked(store: Any) -> None:
     from saekit.commands.exporting import name_of
 
     assert str(name_of(str(store.folder), next(iter(store.saes)), "gpt2-small/8-res-jb")) == "gpt2-small/8-res-jb"

@@ -252,7 +252,7 @@ def test_without_a_model_nothing_is_said_of_each_token(export: Any, tmp_path: Pa
     asked: dict[str, Any] = {"schema": "sae_lens_3", "contributions": True, "model": LastKnown()}
     with pytest.raises(ConfigError, match=r"contributions: are for the schema 'sae_lens_3': 'bulk' has no place"):
         export(**asked | {"schema": "bulk"})
-    with pytest.raises(ConfigError, match=r"model: is for what features do at each token: ask for contributions"):
+    with pytest.raises(ConfigError, match=r"model: is for what features do at each token, .*: ask for contributions"):
         export(**asked | {"contributions": False})
     with pytest.raises(ConfigError, match=r"weights: is missing: .* a feature store has not its weights"):
         export(**asked)
@@ -260,7 +260,7 @@ def test_without_a_model_nothing_is_said_of_each_token(export: Any, tmp_path: Pa
         export(**asked, weights=_other())
     other = LastKnown()
     other.name = "other"
-    with pytest.raises(DataError, match=r"collected with the model 'fake', and 'other' is another"):
+    with pytest.raises(DataError, match=r"were collected with 'fake', and it is called 'other'"):
         export(**asked | {"model": other}, weights=small_sae())
     with pytest.raises(ModelError, match=r"'fake' does not say which hook holds the last residual stream"):
         export(**asked | {"model": FakeBackend()}, weights=small_sae())

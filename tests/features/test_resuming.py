@@ -16,6 +16,7 @@ import saekit
 from saekit.backends import Hooks
 from saekit.errors import DataError, PlaceError, StorageError
 from saekit.features import collect as collecting
+from saekit.features import manifest
 from saekit.testing import FakeBackend
 
 HOOK = "blocks.1.hook_resid_post"
@@ -194,7 +195,7 @@ def test_a_damaged_store_is_not_read(whole: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "is of format 2, and this version of saekit reads 1"),
+        ({"format": 1}, r"is of format 1, and this version of saekit reads 2: collect the features again \(overwrite"),
         ({"contexts": 3}, "was changed after it was written"),
         (None, "cannot be read: Expecting value"),
     ],
@@ -205,6 +206,37 @@ def test_a_manifest_that_is_none_is_refused(whole: Any, change: Any, message: st
     file.write_text(json.dumps(table | change) if change else "no JSON")
     with pytest.raises(DataError, match=message):
         saekit.FeatureStore.open(whole.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table["saes"][0].pop("hook"), r"saes\[0\]\.hook: is required"),
+        (lambda table: table["saes"][0].update(d_sae="many"), r"saes\[0\]\.d_sae: expected .*'many'"),
+        (lambda table: table.update(files=3), "files: expected a table, found 3"),
+        (lambda table: table.update(more=1), "more: is not an option"),
+        (lambda table: table.pop("context_size"), "context_size: is required"),
+    ],
+)
+def test_a_sealed_manifest_of_other_fields_says_which(whole: Any, change: Any, message: str) -> None:
+    file = whole.folder / "manifest.json"
+    table = json.loads(file.read_text())
+    del table["seal"]
+    change(table)
+    file.write_text(json.dumps(table | {"seal": manifest._seal(table)}))
+    with pytest.raises(DataError, match=rf"does not say what a store's says: {message}.*Collect again"):
+        saekit.FeatureStore.open(whole.folder)
+
+
+def test_a_store_of_an_older_format_is_replaced_when_asked(sae: Any, collect: Any, whole: Any) -> None:
+    file = whole.folder / "manifest.json"
+    table = json.loads(file.read_text())
+    del table["saes"][0]["left_out"], table["seal"]
+    table["format"] = 1
+    file.write_text(json.dumps(table | {"seal": manifest._seal(table)}))
+    with pytest.raises(DataError, match="is of format 1"):
+        collect(sae, whole.folder)
+    assert collect(sae, whole.folder, overwrite=True).n_contexts == 60
 
 
 def test_folders_that_are_no_stores_are_refused(sae: Any, collect: Any, tmp_path: Path) -> None:

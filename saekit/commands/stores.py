@@ -1,0 +1,157 @@
+"""Which feature store is meant: one that is given, or that lies beside an SAE, or that is made.
+
+As in :mod:`saekit.commands.jobs`, what does the work is imported when what can be seen to be wrong has been looked at.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.commands.features import STORE, beside, collect_features
+from saekit.commands.subjects import at_home, subjects_of
+from saekit.errors import ConfigError, DataError, PlaceError
+from saekit.files.paths import as_path
+from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import short
+
+if TYPE_CHECKING:
+    from saekit.features.manifest import StoreManifest
+    from saekit.features.store import FeatureStore
+
+__all__ = ["is_store", "store_beside", "store_given", "store_of"]
+
+_NO_MATTER = {"device", "batch_size"}
+"""Options of collecting that do not decide what is found."""
+
+
+def is_store(what: object) -> bool:
+    """Whether ``what`` is a feature store, or the folder of one, which may be damaged."""
+    from saekit.features.store import FeatureStore
+
+    if not isinstance(what, (str, Path)):
+        return isinstance(what, FeatureStore)
+    return FeatureStore.is_at(what)
+
+
+def store_given(what: object) -> FeatureStore | None:
+    """The feature store that ``what`` is, or whose folder it names; None: it is something else."""
+    from saekit.features.store import FeatureStore
+
+    if isinstance(what, FeatureStore):
+        return what
+    return FeatureStore.open(what) if isinstance(what, (str, Path)) and is_store(what) else None
+
+
+def store_beside(where: object) -> FeatureStore:
+    """The feature store that is meant: one that is open, its folder, or a run or an SAE with one beside it."""
+    if (given := store_given(where)) is not None:
+        return given
+    where = getattr(where, "folder", where)  # of a result
+    if not isinstance(where, (str, Path)):
+        raise ConfigError(
+            [("features", f"must be a feature store, its folder, a run or an SAE's, found {short(where)}")]
+        )
+    place = as_path(where)
+    near = [place / STORE, *([place.parent / STORE] if place.name == "sae" else [])]
+    found = next((one for one in map(store_given, (place, *near)) if one is not None), None)
+    if found is not None:
+        return found
+    if not place.exists():
+        published = ":" in str(where) and "/" not in str(where).partition(":")[0]
+        how = "Collect the features into a folder (saekit features ... --folder FOLDER), and name that"
+        raise PlaceError(f"there is no folder {str(place)!r}. {how if published else 'Name a feature store, or a run'}")
+    raise PlaceError(
+        f"there are no features of {str(place)!r} yet: collect them first (saekit features {place}), or name the "
+        "folder in which they are"
+    )
+
+
+def store_of(
+    what: object,
+    folder: str | Path | None = None,
+    collecting: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    verbose: bool = True,
+    plugins: PluginManager | None = None,
+) -> FeatureStore:
+    """The store that ``what`` is, or that is kept of it; collected where there is none.
+
+    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
+    replaces one that was not.
+    """
+    _check_names(collecting or {})
+    asked = {name: value for name, value in (collecting or {}).items() if value is not None}
+    if (given := store_given(what)) is not None:
+        return _only(given, asked, folder)
+    options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
+    decides = asked.keys() - _NO_MATTER
+    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
+        return found
+    try:
+        return collect_features(what, **options)
+    except DataError:
+        if not overwrite:
+            raise
+        return collect_features(what, overwrite=True, **options)
+
+
+def _check_names(collecting: Mapping[str, Any]) -> None:
+    """:class:`ConfigError` for options that :func:`saekit.collect_features` has not."""
+    known = [*inspect.signature(collect_features).parameters][1:]
+    for name in collecting:
+        if name not in known:
+            like = " or ".join(difflib.get_close_matches(name, known, n=2))
+            hint = f"; did you mean {like}?" if like else ", nor of saekit.collect_features"
+            raise ConfigError([(name, f"is not an option of this{hint}")])
+
+
+def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
+    """A store that is given, and needs nothing else."""
+    others = [*asked, *([] if folder is None else ["folder"])]
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)}: nothing is collected, as {str(store.folder)!r} is a feature store already; leave "
+            "that out, or give the SAE instead"
+        )
+    return store
+
+
+def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
+    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
+    from saekit.features.manifest import MANIFEST, StoreManifest
+    from saekit.features.store import FeatureStore
+
+    if folder is not None and not (as_path(folder) / MANIFEST).is_file():
+        return None
+    subjects = at_home(subjects_of(what, plugins, device="cpu"), plugins)
+    place = beside(subjects) if folder is None else as_path(folder)
+    if not (place / MANIFEST).is_file():
+        return None
+    try:
+        manifest = StoreManifest.load(place)
+    except DataError:
+        if overwrite:
+            return None
+        raise
+    if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
+        if overwrite:
+            return None
+        known = ", ".join(one.name for one in manifest.saes)
+        raise DataError(
+            f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
+            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
+        )
+    return FeatureStore.open(place)
+
+
+def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:
+    """The first of ``saes`` that is not in the store."""
+    from saekit.features.subject import checksum
+
+    known = {one.checksum for one in manifest.saes}
+    return next((name for name, one in saes.items() if checksum(one) not in known), None)

@@ -92,8 +92,7 @@ def collect_features(
     options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
-        found = at_home(subjects_of(saes, plugins, device=resolve_device(device, "device")), plugins)
-        _check_models(found, model, plugins)
+        found = _found(saes, model, plugins, resolve_device(device, "device"))
         _check_place(place := beside(found) if folder is None else as_path(folder))
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
@@ -102,12 +101,14 @@ def collect_features(
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
 
 
-def _check_models(found: Mapping[str, Subject], model: object, plugins: PluginManager) -> None:
-    """:class:`ConfigError` for an SAE of a run that has no model, and so no text."""
+def _found(saes: object, model: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
+    """The SAEs by name; :class:`ConfigError` for one of a run that has no model, and so no text."""
+    found = at_home(subjects_of(saes, plugins, device=device), plugins)
     for name, one in found.items():
         if model is None and one.config is not None and not has_model(one.config, plugins):
             raise ConfigError([("model", f"is missing: {name} is of a run that has no language model, so there is no "
                                 "text on which its features could be looked at")])  # fmt: skip
+    return found
 
 
 def _check_place(place: Path) -> None:

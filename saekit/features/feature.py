@@ -259,12 +259,8 @@ class Feature:
         Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made.
         """
         if by not in ("pearson", "jaccard"):
-            how = (
-                "; each of them has its cosine, and neighbors() are by that of directions"
-                if str(by) == "cosine"
-                else ""
-            )
-            raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}{how}")])
+            raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}; each of them has its "
+              "cosine, and neighbors() are by that of directions")])  # fmt: skip
         return self._partners(f"features_by_{by}")[:n]
 
     def neurons(self, n: int | None = None) -> list[Partner]:

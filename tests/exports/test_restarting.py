@@ -182,7 +182,7 @@ def test_mistakes_are_told_together_and_before_anything_is_written(export: Any, 
         ({"numbers": "some"}, r'numbers: must be numbers of features or "all", found \'some\''),
         ({"numbers": []}, r"numbers: names none"),
         ({"numbers": [1.5]}, r"numbers: must be whole numbers, found 1.5"),
-        ({"window": 5}, r"window: must be two whole numbers of 0 or more"),
+        ({"window": -5}, r"window: must be two whole numbers of 0 or more"),
         ({"about": {"owner": "me"}}, r"about: may have creator_id, creator_name, .*; found 'owner': 'me'"),
         ({"sae": "other"}, r"sae: 'other' is not in the store, which has"),
     ):

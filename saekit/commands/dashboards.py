@@ -6,7 +6,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 from __future__ import annotations
 
 import functools
-import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["check_title", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
+_DIGITS = 18  # of a number that is looked at
+_MORE = 10**_DIGITS
 
 
 def dashboard(
@@ -75,8 +77,9 @@ def dashboard(
     ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file only
-    with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
+    only with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).
+    :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
@@ -178,13 +181,22 @@ def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[st
 
 def _label(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
     number, text = entry
-    digits = str(number) if isinstance(number, str) or type(number) is int else ""
-    if not (digits.isascii() and digits.isdecimal() and _is_text(text)):
-        wrong = f"{{{json.dumps(str(number))[:40]}: {short(text)}}}"
-        raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
-    if len(digits) > len(str(d_sae)) or int(digits) >= d_sae:
+    index = _index(number)
+    if index is None or not _is_text(text):
+        raise ConfigError(
+            [("labels", f"must be texts by the numbers of features, found {{{short(number)}: {short(text)}}}")]
+        )
+    if not 0 <= index < d_sae:
         raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(number)}")])
-    return int(digits), text
+    return index, text
+
+
+def _index(number: Any) -> int | None:
+    """The number that a key of JSON, or a whole number of any kind, is."""
+    if isinstance(number, str):
+        fits = number.isascii() and number.isdecimal()
+        return int(number[-_DIGITS:]) if fits and not number[:-_DIGITS].strip("0") else _MORE if fits else None
+    return operator.index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else None
 
 
 def labels_in(path: str) -> Any:

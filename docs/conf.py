@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gallery_page
 import generate_api
 import generate_cli
 import generate_reference
@@ -40,5 +41,12 @@ def without_markers(app, what, name, obj, options, signature, returned):  # type
     return (signature and signature.replace("= NOTHING", "= ..."), returned)
 
 
+def with_gallery(app, exception):  # type: ignore[no-untyped-def]
+    """The dashboard that the gallery links to is beside its page."""
+    if exception is None and app.builder.format == "html":
+        gallery_page.write(Path(app.outdir))
+
+
 def setup(app):  # type: ignore[no-untyped-def]
     app.connect("autodoc-process-signature", without_markers)
+    app.connect("build-finished", with_gallery)

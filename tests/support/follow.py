@@ -50,7 +50,7 @@ SMALL = "activations.source.n_batches_in_buffer=8"
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
-    "pretokenize": ["max_contexts=400"],
+    "pretokenize": ["max_contexts=400"], "features": ["--n-contexts", "24"],
     "bench-synthetic": ["--steps", "3", "--l0", "1", "--correlated", "0", "--superposition", "2"],
 }  # fmt: skip
 

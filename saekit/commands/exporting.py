@@ -69,9 +69,7 @@ def export_neuronpedia(
     Each batch is there whole or not at all; asked for again, an export goes on where it stopped.  Another one in
     ``folder`` is an error, unless ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found or fit.
     """
-    _check(schema, batch_size, min_log_fraction, {
-        "top": top, "quantiles": quantiles, "per_quantile": per_quantile, "seed": seed
-    })  # fmt: skip
+    _check(schema, batch_size, min_log_fraction, choice := Choice(top, quantiles, per_quantile, window, seed))
     known = _credits(about or {})
     asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
@@ -83,7 +81,7 @@ def export_neuronpedia(
         features=_numbers(numbers),
         batch_size=batch_size,
         min_log_fraction=min_log_fraction,
-        choice=Choice(top, quantiles, per_quantile, window, seed),
+        choice=choice,
         credits=known,
     )
     told = _told(one, asked, model, features if weights is None else weights, device)
@@ -236,8 +234,9 @@ def _asked(contributions: bool, attribution: bool, schema: str, **told: object) 
     return "effects" if contributions else "sources" if attribution else None
 
 
-def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
+def _check(schema: object, batch_size: object, least: object, choice: Choice) -> None:
     problems = []
+    counts = {name: value for name, value in attrs.asdict(choice).items() if name != "window"}
     if schema not in SCHEMAS:
         problems.append(("schema", f"must be one of {', '.join(SCHEMAS)}, found {schema!r}"))
     for name, value, low in (("batch_size", batch_size, 1), *((name, value, 0) for name, value in counts.items())):

@@ -158,13 +158,20 @@ class StoreManifest:
     def named_as(self, other: Self) -> Self:
         """The same with the names of SAEs, and what SAEs say of themselves, of ``other``, which has the same SAEs."""
         pairs = zip(self.saes, other.saes, strict=True)
-        return attrs.evolve(self, saes=[attrs.evolve(one, name=new.name, metadata=new.metadata) for one, new in pairs])
+        saes = tuple(attrs.evolve(one, name=new.name, metadata=new.metadata) for one, new in pairs)
+        return attrs.evolve(self, saes=saes)
 
     def check_files(self, folder: Path, *, whole: bool | None = None) -> None:
         """:class:`DataError` for a file that is missing or damaged.
 
         Sizes are compared, and checksums of all files (``whole``), of none (False), or of those that are small.
         """
+        try:
+            self._check_files(folder, whole)
+        except OSError as error:
+            raise DataError(f"the feature store {str(folder)!r} cannot be read: {error.strerror or error}") from error
+
+    def _check_files(self, folder: Path, whole: bool | None) -> None:
         for name, entry in self.files.items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None

@@ -14,7 +14,6 @@ from saekit.errors import ConfigError
 from saekit.features.feature import Feature
 from saekit.features.manifest import StoreManifest, is_store
 from saekit.features.tables import SAETables, StoreFiles
-from saekit.features.windows import check_count
 from saekit.files.paths import as_path
 from saekit.plugins.text import short
 
@@ -83,13 +82,13 @@ class SAEFeatures(SAETables):
 
     def feature(self, index: int) -> Feature:
         """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
-        check_count("feature", index)
-        row = int(np.searchsorted(self.indices, index)) if index < self.about.d_sae else len(self)
-        if row < len(self) and self.indices[row] == index:
-            return Feature(self, int(index), row)
-        if index >= self.about.d_sae:
+        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not whole or not 0 <= index < self.about.d_sae:
             last = self.about.d_sae - 1
             raise ConfigError([("feature", f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
+        row = int(np.searchsorted(self.indices, index))
+        if row < len(self) and self.indices[row] == index:
+            return Feature(self, int(index), row)
         raise ConfigError(
             [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]

@@ -69,8 +69,7 @@ def dashboard(
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
     (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
-    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers; those of
-    features that are not shown are left out.
+    several SAEs.  ``labels`` are what people call features, shown or not, by number, or by SAEs' names and numbers.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
@@ -78,8 +77,7 @@ def dashboard(
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).
-    :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)

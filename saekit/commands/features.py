@@ -75,8 +75,8 @@ def collect_features(
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
     stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of
-    something else is an error, unless ``overwrite``.  Then the old store stays until the new one is whole.  Nothing
-    else is ever replaced.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    something else is an error, unless ``overwrite``: it stays until the new one is whole.  :class:`SaekitError` for
+    what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)

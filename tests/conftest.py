@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later."""
+    # While it is imported it looks through all that there is, for who holds random numbers; it always is, at the end.
+    import hypothesis  # noqa: F401
+
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 _OF_SHORT_RUNS = (
     "ignore:.*wrong site, scale or model:RuntimeWarning",  # what runs of a few steps may well be asked
     "ignore:.*the model's own loss is .*hardly better than guessing",  # as random models do
@@ -44,10 +58,16 @@ _NOT_OF_RUNS = {"analysis", "config", "evals", "plugins", "splicing", "testing"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that train for a few steps are not asked whether the SAE is of this model."""
     here = Path(__file__).parent
+    marks = [pytest.mark.filterwarnings(line) for line in _OF_SHORT_RUNS]
+
+    @cache
+    def of_runs(path: Path) -> bool:
+        return path.is_relative_to(here) and path.relative_to(here).parts[0] not in _NOT_OF_RUNS
+
     for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).parts[0] not in _NOT_OF_RUNS:
-            for line in _OF_SHORT_RUNS:
-                item.add_marker(pytest.mark.filterwarnings(line))
+        if of_runs(item.path):
+            for mark in marks:
+                item.add_marker(mark)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

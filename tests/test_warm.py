@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from support import warm
@@ -76,3 +80,91 @@ def test_what_is_imported_is_seen() -> None:
     assert warm.python("-c", "print(1)", watch=True).stdout == "1\n"
     with pytest.raises(AssertionError, match=r'imported: \["torch"\]'):
         warm.python("-c", "import sys, types; sys.modules['torch'] = types.ModuleType('torch')", watch=True)
+
+
+WAITING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+try:
+    print("waiting", flush=True)
+    time.sleep(100)
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 9, ""), (signal.SIGKILL, -signal.SIGKILL, "")],
+)
+def test_a_process_that_is_sent_signals(tmp_path: Path, number: int, code: int, said: str) -> None:
+    """Several at once, and each is one of its own."""
+    other = warm.Popen("-c", "print('x' * 200_000)", light=True)
+    process = warm.Popen("-c", WAITING, cwd=tmp_path, light=True)
+    assert process.stdout.readline() == "waiting\n"
+    assert process.poll() is None
+    assert len({process.pid, other.pid, os.getpid()}) == 3
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", said)
+    assert process.poll() == process.wait() == process.returncode == code
+    assert other.communicate(timeout=60) == ("x" * 200_000 + "\n", "")
+    assert other.returncode == 0
+
+
+def test_a_process_that_takes_too_long_is_killed() -> None:
+    process = warm.Popen("-c", WAITING, light=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=0.2)
+    assert process.wait(60) == -signal.SIGKILL
+
+
+HOLDING = """
+import fcntl, pathlib, sys, time
+file = open("held")
+fcntl.flock(file, fcntl.LOCK_SH)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(1000)
+"""
+ASKING = f"""
+from support import warm
+process = warm.Popen("-c", {HOLDING!r}, "one", light=True)
+warm.python("-c", {HOLDING!r}, "two", light=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_whoever_is_killed_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+    """Neither what forks, which holds the pipe that is read here, nor its forks, which hold a lock."""
+    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with (
+        (tmp_path / "held").open("w") as file,
+        subprocess.Popen(
+            [sys.executable, "-c", ASKING], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": places}, start_new_session=True,
+        ) as asking,
+    ):  # fmt: skip
+        wait_until(lambda: (tmp_path / "one").exists() and (tmp_path / "two").exists())
+        assert not free(file)
+        if number == signal.SIGINT:  # as a terminal does
+            os.killpg(asking.pid, number)
+        else:
+            asking.send_signal(number)
+        _, said = asking.communicate(timeout=60)
+        assert asking.returncode == -number, said
+        wait_until(lambda: free(file))
+
+
+def free(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.01)

@@ -30,7 +30,7 @@ from saekit.site import Site, Sites
 from saekit.splicing.fits import fitting_sites
 from saekit.tokens import TokenChoice
 
-__all__ = ["Kind", "LossEffects", "TokenEffect", "WindowEffects", "check_kind"]
+__all__ = ["Kind", "LossEffects", "TokenEffect", "WindowEffects", "check_kind", "check_same", "sites_in_store"]
 
 Kind: TypeAlias = Literal["exact", "direct"]
 WindowEffects: TypeAlias = "tuple[float | None, ...]"
@@ -94,8 +94,8 @@ class LossEffects:
         path is known that leads from what the SAE writes to the logits.
         """
         check_kind(kind)
-        _check_same(features, sae, backend)
-        sites = _sites_of(features, sae, backend)
+        check_same(features, sae, backend)
+        sites = sites_in_store(features, sae, backend)
         tokens = TokenChoice.of_metadata(features.about.tokens, ())
         if kind == "direct":
             return cls(features, sae, backend, sites, tokens, kind, None, _direct(sae, backend, sites))
@@ -184,7 +184,7 @@ class LossEffects:
 
     @cached_property
     def _may_be_cut(self) -> bool:
-        """Whether what comes later in a context changes nothing before it, as it is in a causal model: that is tried."""
+        """Whether what comes later in a context changes nothing before it, as in causal models: that is tried."""
         tokens = torch.from_numpy(self.features.store.contexts[:1].astype(np.int64))
         half = tokens.shape[1] // 2
         if half < 2:
@@ -314,7 +314,7 @@ class _Batch:
 # ---- what is compared, and where it is
 
 
-def _check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> None:
+def check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> None:
     """:class:`DataError` unless the store was made with this SAE and this model."""
     made_with, own = features.store.manifest.model, backend.fingerprint()
     known = made_with.get("fingerprint")
@@ -332,7 +332,7 @@ def _check_same(features: SAETables, sae: SAEModule, backend: ModelBackend) -> N
         )
 
 
-def _sites_of(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sites:
+def sites_in_store(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sites:
     """Where the store says that it reads and writes, by the names of this backend."""
     inputs, targets = (tuple(map(_site, names)) for names in (features.about.inputs, features.about.targets))
     hooks = {site.hook_name for site in (*inputs, *targets)}

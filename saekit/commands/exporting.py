@@ -41,6 +41,7 @@ def export_neuronpedia(
     window: tuple[int, int] | None = None,
     seed: int = 0,
     contributions: bool = False,
+    attribution: bool = False,
     model: object | None = None,
     weights: object | None = None,
     device: str = "auto",
@@ -59,16 +60,16 @@ def export_neuronpedia(
     written, but listed in ``skipped_indexes.json``.  Of others there are the ``top`` windows and ``per_quantile`` from
     each of ``quantiles``, of whole contexts or of ``window`` tokens before and after.
 
-    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path.  That needs
-    the SAE: ``features`` is the run or SAE, or ``weights`` is; and its model, or the one that is given.
+    With ``contributions``, the schema of 3.0.0 says what a feature does at each token, by the direct path; with
+    ``attribution``, the others from which tokens an attention brings what makes it active (DFA).  Both need the SAE:
+    ``features`` is the run or SAE, or ``weights`` is; and its model, or the one that is given.
 
-    Each batch is there whole or not at all.  An export that was interrupted goes on where it stopped when it is asked
-    for again; one of something else in ``folder`` is an error, unless ``overwrite``.
-    :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    Each batch is there whole or not at all; asked for again, an export goes on where it stopped.  Another one in
+    ``folder`` is an error, unless ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found or fit.
     """
     _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
     known = _credits(about or {})
-    _check_told(contributions, schema, model=model, weights=weights)
+    asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
     store = store_beside(features)
     one = _one_sae(store, sae)
@@ -81,13 +82,13 @@ def export_neuronpedia(
         choice=Choice(top, quantiles, per_quantile, window, seed),
         credits=known,
     )
-    told = _effects(one, contributions, model, features if weights is None else weights, device)
+    told = _told(one, asked, model, features if weights is None else weights, device)
     place = store.folder.with_name(f"{store.folder.name}-neuronpedia") if folder is None else as_path(folder)
     return _written(one, settings, told, place, overwrite, verbose)
 
 
 def _written(
-    one: SAEFeatures, settings: Settings, told: tuple[Any, ...], place: Path, overwrite: bool, verbose: bool
+    one: SAEFeatures, settings: Settings, told: Mapping[str, Any], place: Path, overwrite: bool, verbose: bool
 ) -> Path:
     from saekit.exports.neuronpedia import NeuronpediaExport
     from saekit.features.windows import check_width
@@ -95,7 +96,7 @@ def _written(
     check_width(settings.choice.window)
     if settings.schema == "saedashboard":
         _ = settings.name.layer_number
-    export = NeuronpediaExport(one, settings, *told)
+    export = NeuronpediaExport(one, settings, **told)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     number = len(export.shown_and_skipped()[0])
     return _counted(number, verbose, lambda report: export.write(place, now, report, overwrite=overwrite))
@@ -208,11 +209,19 @@ def _credits(about: Mapping[str, str]) -> Credits:
     return Credits(**about)
 
 
-def _check_told(contributions: bool, schema: str, **told: object) -> None:
+def _asked(contributions: bool, attribution: bool, schema: str, **told: object) -> str | None:
+    """What the model is asked for: ``effects``, ``sources`` or nothing; :class:`ConfigError` for what does not fit."""
     if contributions and schema != "sae_lens_3":
         raise ConfigError([("contributions", f"are for the schema 'sae_lens_3': {schema!r} has no place for them")])
-    if not contributions and (given := next((name for name, value in told.items() if value is not None), None)):
-        raise ConfigError([(given, "is for what features do at each token: ask for contributions (--contributions)")])
+    if attribution and schema == "sae_lens_3":
+        raise ConfigError([("attribution", f"is for 'saedashboard' and 'bulk': {schema!r} has no place for it")])
+    given = next((name for name, value in told.items() if value is not None), None)
+    if given is not None and not contributions and not attribution:
+        raise ConfigError(
+            [(given, "is for what features do at each token, and where that comes from: ask for contributions "
+              "(--contributions) or attribution (--attribution)")]
+        )  # fmt: skip
+    return "effects" if contributions else "sources" if attribution else None
 
 
 def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
@@ -230,16 +239,14 @@ def _check(schema: object, batch_size: object, least: object, counts: dict[str, 
         raise ConfigError(problems)
 
 
-def _effects(
-    one: SAEFeatures, contributions: bool, model: object | None, weights: object, device: str
-) -> tuple[Any, ...]:
-    """What says what features do at each token, and of which model, where that is asked for."""
-    if not contributions:
-        return ()
+def _told(one: SAEFeatures, what: str | None, model: object | None, weights: object, device: str) -> dict[str, Any]:
+    """What says what features do at each token, or where that comes from, and of which model."""
+    if what is None:
+        return {}
     from saekit.commands.material import Material, Text
     from saekit.commands.subjects import subjects_of
     from saekit.devices import resolve_device
-    from saekit.exports.contributions import Contributions
+    from saekit.exports.contributions import Contributions, sources_of
     from saekit.features.subject import checksum
     from saekit.plugins.manager import default_manager
     from saekit.status import Status
@@ -256,4 +263,7 @@ def _effects(
         raise DataError(f"{', '.join(found)} is not the SAE whose features were collected as {one.name}: give that one")
     with Status(verbose=False) as say:
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
-    return Contributions.made_of(one, subject.sae, backend), one.store.manifest.model
+    known = {"model": one.store.manifest.model}
+    if what == "effects":
+        return known | {"effects": Contributions.made_of(one, subject.sae, backend)}
+    return known | {"sources": sources_of(one, subject.sae, backend)}

@@ -15,7 +15,7 @@ __all__ = ["fires_on_columns", "index_columns"]
 
 _TEXTS = 10
 """Of each feature as many are searched as :func:`saekit.dashboards.data.index_data` gives."""
-_LOOKED_AT = 4 * _TEXTS  # activations of each, at first
+_LOOKED_AT = (16, 64)  # activations of each, at first
 
 
 def index_columns(sae: SAETables, labels: Mapping[int, str] | None = None) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def index_columns(sae: SAETables, labels: Mapping[int, str] | None = None) -> di
     ids: Iterable[Sequence[int]] = [()] * len(sae.indices)
     if logits is not None:
         ids = logits["top_ids"][:, :_TEXTS].tolist()
-    texts, raises = _by_place(sae, ids)
+    vocabulary = sae.store.vocabulary
+    texts, raises = _by_place(dict.fromkeys([vocabulary[number] for number in own]) for own in ids)
     return {
         "index": sae.indices.tolist(),
         "firing_fraction": _few_digits(sae.firing_fraction),
@@ -49,16 +50,17 @@ def fires_on_columns(sae: SAETables) -> dict[str, Any]:
     contexts, vocabulary = sae.store.contexts, sae.store.vocabulary
     starts, tables = sae.table("index", "starts").tolist(), sae.tables("activations")
     places, positions, values = (tables[name] for name in ("contexts", "positions", "values"))
-    found: list[list[int]] = []
+    found: list[dict[str, None]] = []
     for first, last in itertools.pairwise(starts):
-        for most in (_LOOKED_AT, last - first):  # more are looked at where few tokens come again and again
+        for most in (*_LOOKED_AT, last - first):  # more are looked at where few tokens come again and again
             order = first + _largest(values[first:last], most)
             ids = contexts[places[order], positions[order]].tolist()
-            if most >= last - first or len({vocabulary[number] for number in ids}) >= _TEXTS:
+            texts = dict.fromkeys([vocabulary[number] for number in ids])
+            if most >= last - first or len(texts) >= _TEXTS:
                 break
-        found.append(ids)
-    texts, fires_on = _by_place(sae, found)
-    return {"texts": texts, "fires_on": fires_on}
+        found.append(texts)
+    every, fires_on = _by_place(found)
+    return {"texts": every, "fires_on": fires_on}
 
 
 def _largest(values: NDArray[Any], most: int) -> NDArray[np.int64]:
@@ -72,16 +74,10 @@ def _largest(values: NDArray[Any], most: int) -> NDArray[np.int64]:
     return places[order[some[order] > 0]]
 
 
-def _by_place(sae: SAETables, ids: Iterable[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
-    """The texts of all ``ids``, each once, and for each feature the places of its first ones, each once."""
-    vocabulary, places = sae.store.vocabulary, dict[str, int]()
-    of_id: dict[int, int] = {}
-    found = []
-    for own in ids:
-        for number in own:
-            if number not in of_id:
-                of_id[number] = places.setdefault(vocabulary[number], len(places))
-        found.append([*dict.fromkeys(of_id[number] for number in own)][:_TEXTS])
+def _by_place(texts: Iterable[Iterable[str]]) -> tuple[list[str], list[list[int]]]:
+    """All that are needed of ``texts``, each once, and for each feature the places of its first ones."""
+    places = dict[str, int]()
+    found = [[places.setdefault(text, len(places)) for text in itertools.islice(own, _TEXTS)] for own in texts]
     return [*places], found
 
 

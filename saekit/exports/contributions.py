@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import attrs
 
+from saekit.analysis.attribution import AttentionSources
 from saekit.analysis.loss_effects import LossEffects, TokenEffect
 from saekit.errors import ModelError
-from saekit.exports.schemas import Effect
+from saekit.exports.schemas import Effect, Sources
 from saekit.features.feature import Feature
 from saekit.features.tables import SAETables
 from saekit.features.windows import Window
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 
-__all__ = ["Contributions"]
+__all__ = ["Contributions", "sources_of"]
 
 _SHOWN = 5  # tokens that are raised, and lowered, at each, as sae_vis shows
 _NOTHING = TokenEffect(0.0, (), ())
@@ -58,6 +59,12 @@ class Contributions:
         before = [self._told.get((context, place - 1), _NOTHING) for context, place in _places(window)]
         raised, lowered = [one.raised for one in told], [one.lowered for one in told]
         return Effect([-(one.loss or 0.0) for one in before], raised, lowered)
+
+
+def sources_of(features: SAETables, sae: SAEModule, backend: ModelBackend) -> Sources:
+    """From which tokens an attention brings what makes features active; errors as of :class:`AttentionSources`."""
+    sources = AttentionSources.of_store(features, sae, backend)
+    return lambda feature, windows: sources.of_windows(features, feature.index, windows)
 
 
 def _with_the_one_before(feature: Feature, window: Window) -> Window:

@@ -26,7 +26,7 @@ from saekit._version import __version__
 from saekit.exports.bulk import Bulk
 from saekit.exports.examples import Texts, strict_json
 from saekit.exports.folder import ExportFolder, exporting
-from saekit.exports.schemas import Effects, RunnerOf3, SAEDashboard, Schema
+from saekit.exports.schemas import Effects, RunnerOf3, SAEDashboard, Schema, Sources
 from saekit.exports.settings import Settings
 from saekit.features.store import SAEFeatures
 
@@ -43,6 +43,8 @@ class NeuronpediaExport:
     settings: Settings
     effects: Effects | None = None
     """What says what features do at each token, for the schema of 3.0.0; None: nothing is said of that."""
+    sources: Sources | None = None
+    """What says from which tokens an attention brings what makes features active, for the others; likewise."""
     model: Mapping[str, Any] | None = None
     """Of that model, what tells it apart."""
 
@@ -69,7 +71,8 @@ class NeuronpediaExport:
         home = self.home(folder)
         with exporting(home):
             target = ExportFolder.opened(home, self._identity(), now, overwrite=overwrite)
-            schema = _WRITERS[self.settings.schema](self.sae, self.settings, texts, self.effects, target.begun)
+            writer = _WRITERS[self.settings.schema]
+            schema = writer(self.sae, self.settings, texts, target.begun, self.effects, self.sources)
             self._warn(shown, skipped)
             for name, data in self._beside(schema, shown, skipped).items():
                 if not target.has(name):
@@ -121,6 +124,7 @@ class NeuronpediaExport:
             "window": settings.choice.window,
             "seed": settings.choice.seed,
             "logit_contributions": self.effects is not None,
+            "dfa": self.sources is not None,
             "saekit_version": __version__,
         }
 
@@ -141,6 +145,7 @@ class NeuronpediaExport:
             "SAE": about.identity,
             "features": sums,
             "effects": None if self.effects is None else dict(self.model or {}),
+            "sources": None if self.sources is None else dict(self.model or {}),
         }
 
     def _warn(self, shown: Sequence[int], skipped: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ from saekit.features.feature import Feature
 from saekit.features.store import SAEFeatures
 from saekit.features.windows import Window
 
-__all__ = ["Effect", "Effects", "RunnerOf3", "SAEDashboard", "Schema"]
+__all__ = ["Effect", "Effects", "RunnerOf3", "SAEDashboard", "Schema", "Sources"]
 
 _TABLE_ROWS, _LOGITS = 3, 10  # as both runners write them
 
@@ -43,14 +43,27 @@ Effects: TypeAlias = Callable[[Feature, Sequence[Window]], Sequence[Effect]]
 """What features do on the direct path, window by window."""
 
 
+Sources: TypeAlias = Callable[[Feature, Sequence[Window]], Sequence[Sequence[float]]]
+"""For each window what comes from each of its tokens to the one that it is about, through an attention."""
+
+
 class Schema(ABC):
     """One way in which features are written."""
 
     first_batch: ClassVar[int] = 0
     digits: ClassVar[int] = 5
 
-    def __init__(self, sae: SAEFeatures, settings: Settings, texts: Texts, effects: Effects | None, now: str) -> None:
-        self.sae, self.settings, self.texts, self.effects, self.now = sae, settings, texts, effects, now
+    def __init__(
+        self,
+        sae: SAEFeatures,
+        settings: Settings,
+        texts: Texts,
+        now: str,
+        effects: Effects | None = None,
+        sources: Sources | None = None,
+    ) -> None:
+        self.sae, self.settings, self.texts, self.now = sae, settings, texts, now
+        self.effects, self.sources = effects, sources
         self.cut = int(begins_with_one_token(sae.store))
         """Tokens that are left out at the beginning of a context: BOS."""
 
@@ -128,13 +141,21 @@ class SAEDashboard(Schema):
         """The windows, those with the largest activations first."""
         for group in groups(feature, self.settings.choice, from_position=self.cut):
             bounds = self.bounds(group)
-            for window in group.windows:
+            sources = None if self.sources is None else self.sources(feature, group.windows)
+            for number, window in enumerate(group.windows):
                 cut = max(self.cut - window.start, 0)
-                yield bounds | {
+                yield {
+                    **bounds,
                     "tokens": self.texts.of_window(window, cut),
                     "values": rounded(window.values[cut:], self.digits),
                     "qualifying_token_index": window.at - cut,
+                    **({} if sources is None else self._sources(sources[number][cut:], window.at - cut)),
                 }
+
+    def _sources(self, values: Sequence[float], target: int) -> dict[str, Any]:
+        """What comes from each token to the one at ``target``."""
+        found = rounded(values, self.digits)
+        return {"dfa_values": found, "dfa_maxValue": max(found), "dfa_targetIndex": target}
 
     def bounds(self, group: Group) -> dict[str, Any]:
         """Of the interval."""

@@ -110,7 +110,7 @@ def make(folder: Path, n: int, contexts: int, vocabulary: int) -> None:
     about["vocabulary.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     sae = AboutSAE(name="made", folder="sae-0", checksum="0", architecture="saekit:topk", d_in=WIDTH, d_sae=n,
                    d_out=WIDTH, dtype="float32", inputs=["blocks.8.hook_resid_pre"],
-                   targets=["blocks.8.hook_resid_pre"], tokens={}, metadata={},
+                   targets=["blocks.8.hook_resid_pre"], hook="blocks.8.hook_resid_pre", layer=8, tokens={}, metadata={},
                    tokens_counted=contexts * SIZE)  # fmt: skip
     StoreManifest(model={"name": "made", "fingerprint": None}, dataset={}, contexts=contexts, context_size=SIZE,
                   digest="0", options={"top_kept": 200}, saes=[sae], files=about).save(folder)  # fmt: skip
@@ -126,7 +126,7 @@ def measure(url: str, n: int) -> None:
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
     try:
-        lists, features, drawn = [], [], []
+        lists, tokens, features, drawn = [], [], [], []
         for _ in range(5):
             driver.get("about:blank")
             driver.get(url)
@@ -134,11 +134,13 @@ def measure(url: str, n: int) -> None:
                 time.sleep(0.005)
             timing = driver.execute_script("return performance.getEntriesByType('navigation')[0].toJSON()")
             lists.append(timing["domContentLoadedEventStart"] / 1000)
+            tokens.append(driver.execute_async_script(_TOKENS) / 1000)
         for number in random.Random(1).sample(range(n), 20):
             found = driver.execute_async_script(_SHOWN, number)
             features.append(found[0] / 1000)
             drawn.append(found[1] / 1000)
         print(f"the list can be used after {_told(lists)} s")
+        print(f"what features fire on is there after {tokens[0]:.3f} s at first, then {_told(tokens[1:])} s")
         print(f"a feature is shown after {_told(features)} s, with its pictures after {_told(drawn)} s")
         waited = driver.execute_async_script(_SEARCHED)
         print(f"a search is answered after {waited / 1000:.3f} s")
@@ -157,6 +159,13 @@ location.hash = `#${number}`;
   const drawn = there && plots.length && plots.every((one) => one.querySelector(".main-svg"));
   if (drawn) done([first, performance.now() - began]);
   else setTimeout(look, 2);
+})();
+"""
+_TOKENS = """
+const [done] = arguments;
+(function look() {
+  if (page.saes.every((one) => one.index.some((entry) => entry.fires_on.length))) done(performance.now());
+  else setTimeout(look, 5);
 })();
 """
 _SEARCHED = """

@@ -82,23 +82,14 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: int, code: int, 
     """On text that comes so slowly that every process waits."""
     (tmp_path / "tmp").mkdir()
     options = [f"tokenizer={TOKENIZER}", f"num_proc={num_proc}", "folder=some/new/contexts", "verbose=false"]
-    # Ctrl-C reaches a whole group; and a shell's background job has SIGINT ignored, which its children would inherit.
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_TEXT, "pretokenize", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    places = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    process = warm.Popen("-c", SLOW_TEXT, "pretokenize", *options, cwd=tmp_path, env=places)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (tmp_path / "tmp/waiting").exists():
         time.sleep(0.05)
     assert list(tmp_path.glob("some/new/.saekit-*"))
     time.sleep(0.5)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # as Ctrl-C reaches a whole group
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "", "interrupted; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]

@@ -93,7 +93,7 @@ def test_tokens_that_come_again_and_again_do_not_hide_others(
 
     sae = store.saes["jumprelu"]
     whole = fires_on_columns(sae)
-    monkeypatch.setattr(columns, "_LOOKED_AT", 2)
+    monkeypatch.setattr(columns, "_LOOKED_AT", (2, 3))
     assert fires_on_columns(sae) == whole
     assert max(map(len, whole["fires_on"])) == 10
 

@@ -9,13 +9,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.caches import (
     cache,
     config,
@@ -123,10 +122,9 @@ for number in range(1, 10**6):
 def test_a_kill_between_any_two_steps_loses_no_finished_shard(tmp_path: Path) -> None:
     """SIGKILL before the first operation on the folder, before the second one, and so on to the last."""
     wanted = reference(tmp_path / "whole")
-    subprocess.run(
-        [sys.executable, "-W", "error", "-c", KILLED_AT_EVERY_STEP, tmp_path / "killed"],
-        check=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+    places = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = warm.python("-W", "error", "-c", KILLED_AT_EVERY_STEP, tmp_path / "killed", env=places)
+    assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "killed").iterdir(), key=lambda path: int(path.name))
     assert len(folders) > 60
     assert hashes(folders[-1]) == wanted, "the last one was not killed"
@@ -144,9 +142,9 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     run = run_config(Path("runs"), activations={"cache": options}, dataset={"context_size": 128})
     (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run)))
 
-    def start(folder: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "saekit.cli", "cache", "run.toml", f"activations.cache.folder={folder}"]
-        return subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def start(folder: str) -> warm.Popen:
+        command = ["-m", "saekit.cli", "cache", "run.toml", f"activations.cache.folder={folder}"]
+        return warm.Popen(*command, cwd=tmp_path)
 
     whole = start("whole")
     told = whole.communicate(timeout=300)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.runs import EVERYTHING, contents, fake_config, manager, on_cache, resume, train, without
 from support.tiny import run_config
 
@@ -134,10 +134,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     config = run_config(Path("runs"), **sections, checkpoints={"name": "run"})
     Path("run.toml").write_text(saekit.dump_config(saekit.load_config(config)))
     assert command(monkeypatch, "run.toml", "checkpoints.name=whole", "training.training_tokens=20000") == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saekit.cli", "train", "run.toml", "training.training_tokens=20000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = warm.Popen("-m", "saekit.cli", "train", "run.toml", "training.training_tokens=20000")
     metrics, deadline = Path("runs/run/metrics.jsonl"), time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count("\n") >= 5:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import caches
+from support import caches, warm
 from support.runs import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 from support.tiny import run_config
 
@@ -262,7 +262,10 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run.toml").write_text(text)
 
-    def start(folder: str, *command: str) -> subprocess.Popen[str]:
+    def start(folder: str, *command: str, cold: bool = True) -> subprocess.Popen[str] | warm.Popen:
+        """A cold one has a seed of hashes of its own, so that each begins with another than the one before."""
+        if not cold:
+            return warm.Popen("-m", "saekit.cli", "train", *command, cwd=tmp_path / folder, env=os.environ | SERVER)
         return subprocess.Popen(
             [sys.executable, "-m", "saekit.cli", "train", *command], cwd=tmp_path / folder, text=True,
             env=os.environ | SERVER, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -271,7 +274,7 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
     whole, chance, at = start("whole", "run.toml"), random.Random(7), list[int]()
     command, run = ["run.toml"], tmp_path / "killed/runs/run"
     for kill in range(3):
-        process = start("killed", *command)
+        process = start("killed", *command, cold=kill == 1)
         deadline, goal = time.monotonic() + 60, 7 * kill + chance.randint(1, 6)
         while time.monotonic() < deadline and process.poll() is None and newest(run) < goal:
             time.sleep(0.002)

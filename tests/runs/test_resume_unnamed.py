@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from support import caches
+from support import caches, warm
 from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
 
 import saekit
@@ -191,13 +189,11 @@ TINY = [
 ]  # fmt: skip
 
 
-def _started(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "saekit.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def _started(arguments: list[str]) -> warm.Popen:
+    return warm.Popen("-m", "saekit.cli", *arguments)
 
 
-def _stopped(process: subprocess.Popen[str], number: int, steps: int) -> str:
+def _stopped(process: warm.Popen, number: int, steps: int) -> str:
     """What it says when it is stopped after so many more steps."""
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:

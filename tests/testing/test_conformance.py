@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -36,7 +39,7 @@ from saekit_plugins.sources.cached import CachedConfig
 from saekit_plugins.sources.live import LiveConfig
 from saekit_plugins.sources.toy import ToySourceConfig
 from saekit_plugins.trackers.wandb import WandbConfig
-from support import caches, foreign, formats, gated
+from support import caches, foreign, formats, gated, warm
 from support.causal_lms import KINDS as FAMILIES
 from support.causal_lms import causal_lm_folder
 from support.tiny import hooked_mamba, hooked_transformer, tokenizer
@@ -44,6 +47,8 @@ from support.tiny import hooked_mamba, hooked_transformer, tokenizer
 from saekit.config import ModelConfig
 from saekit.kinds import KINDS
 from saekit.testing import FakeBackend, check_plugin, fake_plugin
+from saekit.testing.checks import every_kind
+from saekit.testing.checks.check import Fault
 
 AS_SPARSIFY: dict[str, Any] = {
     "decoder_heuristic_init": False,
@@ -334,6 +339,7 @@ SILENT = {
     "map": "it takes no map: no matrix can be folded into W_dec [d_sae, d_out], which does not change with d_out as a "
     "matrix of one layer does",
     "row-wise": "it is not row-wise",
+    "hook points": "its library is told of no hook points",
     "not row-wise": "it is row-wise",
     "no training": "it reads SAEs that other libraries have trained",
     "entry": "it begins every forward at the tokens",
@@ -345,7 +351,43 @@ SILENT = {
 """Why a check may say nothing of a built-in."""
 
 
-@pytest.mark.usefixtures("one_thread")
+IMPORTED = (
+    "attrs", "numpy", "saekit", "saekit.config", "saekit.errors", "saekit.plugins.manager", "saekit.protocols",
+    "saekit.site", "saekit.values",
+)  # fmt: skip
+"""What a plugin may count on when its import is checked."""
+
+
+@pytest.fixture(scope="module")
+def imported_in_forks() -> Iterator[None]:
+    """Modules are imported alone in forks of a process that has imported only what the check itself imports before."""
+
+    def run(command: list[str], *, env: dict[str, str], **options: bool) -> subprocess.CompletedProcess[str]:
+        assert (command[0], options) == (sys.executable, {"capture_output": True, "text": True})
+        return warm.python(*command[1:], env=env, imports=IMPORTED)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(every_kind, "subprocess", SimpleNamespace(run=run))
+        yield
+
+
+def test_a_fork_tells_of_an_import(tmp_path: Path, imported_in_forks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it imports, that it fails, and what it changes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text, said in (
+        ("imports_torch", "import sys; sys.modules['torch'] = sys", "importing imports_torch imports torch"),
+        ("not_there", "import nowhere_to_be_found", "importing not_there alone fails: ModuleNotFoundError"),
+        ("built_in", "import sys; assert not [x for x in sys.modules if x.startswith('saekit_plugins')]; print(5)",
+         "importing built_in prints '5'"),
+        ("changing", "import os; os.environ['X_OF_THIS'] = '1'", "importing changing changes the environment"),
+        ("slow", "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass", "takes 0.7 s"),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(Fault, match=said):
+            every_kind.check_import(name, tmp_path)
+
+
+@pytest.mark.usefixtures("one_thread", "imported_in_forks")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "wandb")) for name in BUILT_IN]
 )
@@ -365,7 +407,9 @@ def test_backends_of_folders_keep_their_promises(family: str) -> None:
     for name, key in (("huggingface", "AutoModelForCausalLM"), ("hooked_transformer", "HookedTransformer")):
         if name == "huggingface" or family == "neox":  # of transformer_lens, one with parallel blocks is enough
             report = check_plugin(importlib.import_module(BUILT_IN[name]), models={key: model}, only=checks)
-            assert [str(outcome) for outcome in report.not_tried] == []
+            silent = [str(outcome) for outcome in report.not_tried]
+            assert [reason for reason in silent if not reason.endswith(SILENT["hook points"])] == []
+            assert len(silent) == (name == "huggingface"), "transformers has no hook points of its own"
 
 
 @pytest.mark.usefixtures("one_thread")

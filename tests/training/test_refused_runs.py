@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import attrs
 import pytest
+from support import warm
 from support.tiny import run_config
 
 import saekit
@@ -91,15 +90,7 @@ def test_an_architecture_that_needs_a_package_says_so(tmp_path: Path) -> None:
 )
 def test_a_signal_saves_the_sae_and_says_so(tmp_path: Path, command: list[str], number: int, code: int) -> None:
     (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run_config(Path("runs")))))
-    # A shell's background job, such as CI may be, has SIGINT ignored, and its children would inherit that.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saekit.cli", *command],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = warm.Popen("-m", "saekit.cli", *command, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         written = list(tmp_path.glob("runs/*/metrics.jsonl"))

@@ -67,8 +67,11 @@ def neuronpedia(
     contributions: Annotated[
         bool, typer.Option("--contributions", help="What features do at each token (sae_lens_3); it takes long.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Another model for that than the SAE's own.")] = None,
-    weights: Annotated[str | None, typer.Option(help="The SAE for that, unless FEATURES is its folder.")] = None,
+    attribution: Annotated[
+        bool, typer.Option("--attribution", help="Of SAEs of an attention's heads: from which tokens it comes (DFA).")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Another model for these than the SAE's own.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The SAE for these, unless FEATURES is its folder.")] = None,
     device: Annotated[str, typer.Option(help="Where they run.")] = "auto",
     creator: Annotated[str, typer.Option(help="Whose the SAE is (bulk).")] = "",
     release: Annotated[str, typer.Option(help="What its release is called (bulk).")] = "",
@@ -84,8 +87,8 @@ def neuronpedia(
         features, folder=folder, neuronpedia_id=neuronpedia_id, schema=schema, sae=sae,
         numbers=feature_numbers(numbers), batch_size=batch_size, min_log_fraction=min_log_fraction, top=top,
         quantiles=quantiles, per_quantile=per_quantile, window=None if window is None else _window(window), seed=seed,
-        contributions=contributions, model=model,
-        weights=weights, device=device, overwrite=overwrite,
+        contributions=contributions, attribution=attribution, model=model, weights=weights, device=device,
+        overwrite=overwrite,
         about={"creator_name": creator, "release": release, "description": description, "url": url},
     )  # fmt: skip
     typer.echo(home)

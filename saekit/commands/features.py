@@ -70,7 +70,7 @@ def collect_features(
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
-    neurons that are active with each, and of the tokens whose logits it raises and lowers.  What it needs is said first.
+    neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
     stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of

@@ -70,13 +70,12 @@ def collect_features(
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
-    neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
-    forwards.  What all this needs is said before it begins.
+    neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
     stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of
-    something else is an error, unless ``overwrite``.  Then the old store stays until the new one is whole.  Nothing
-    else is ever replaced.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    something else is an error, unless ``overwrite``: it stays until the new one is whole.  :class:`SaekitError` for
+    what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)

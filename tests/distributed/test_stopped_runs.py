@@ -105,16 +105,19 @@ def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict
     assert not (folder / "unlike").exists()
 
 
-def test_a_full_disk_of_one_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:
-    """The first process says whose disk it is; training goes on, and ends as it would have."""
+def test_what_one_cannot_save_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:
+    """Its disk is full, or its state odd: the first process says whose; training goes on, and ends as it would have."""
     first, second = found["full"]
-    (text,) = first["told"]
-    assert text.startswith(
+    kept = f"Training goes on; the last checkpoint is {first['folder']}/checkpoints/step-2"
+    assert first["told"] == [
         "there is no checkpoint after 3 steps: of process 1: cannot write a checkpoint: No space left on device. What "
-        "was there before is kept. Training goes on"
-    )
-    assert text.endswith("Training goes on; the last checkpoint is " + first["folder"] + "/checkpoints/step-2")
+        f"was there before is kept. {kept}",
+        "there is no checkpoint after 5 steps: of process 1: the state at stream-1/odd holds a object, which cannot be "
+        f"saved. A state_dict may hold mappings, lists, numbers, texts, None and tensors. {kept}",
+    ]
     assert second["told"] == []
+    last = newest_checkpoint(Path(first["folder"]))
+    assert last.stream(1)["lanes"][0]["batches"] == last.facts["batches"] > 5
     for name, value in first["weights"].items():
         assert torch.equal(value, found["whole 2x1"][0]["weights"][name])
 

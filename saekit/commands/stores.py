@@ -25,6 +25,11 @@ __all__ = ["is_store", "store_beside", "store_given", "store_of"]
 _NO_MATTER = {"device", "batch_size"}
 """Options of collecting that do not decide what is found."""
 
+_REPLACE = (
+    "A store is replaced by collecting it anew: saekit.collect_features(..., overwrite=True), "
+    "saekit features --overwrite"
+)
+
 
 def is_store(what: object) -> bool:
     """Whether ``what`` is a feature store, or the folder of one, which may be damaged."""
@@ -73,28 +78,24 @@ def store_of(
     folder: str | Path | None = None,
     collecting: Mapping[str, Any] | None = None,
     *,
-    overwrite: bool = False,
     verbose: bool = True,
     plugins: PluginManager | None = None,
 ) -> FeatureStore:
     """The store that ``what`` is, or that is kept of it; collected where there is none.
 
-    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
-    replaces one that was not.
+    Where ``collecting`` has options that decide what is found, a store must have been made with them.  None is ever
+    replaced: :class:`DataError` for one that was made with others.
     """
+    if "overwrite" in (collecting or {}):
+        raise ConfigError([("overwrite", f"replaces no feature store here. {_REPLACE}")])
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     if (given := store_given(what)) is not None:
         return _only(given, asked, folder)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
     decides = asked.keys() - _NO_MATTER
-    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
+    if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:
         return found
-    try:
-        return collect_features(what, **options)
-    except DataError:
-        if not overwrite:
-            raise
-        return collect_features(what, overwrite=True, **options)
+    return collect_features(what, **options)
 
 
 def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
@@ -108,8 +109,8 @@ def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | No
     return store
 
 
-def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
-    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
+def _there(what: object, folder: str | Path | None, plugins: PluginManager) -> FeatureStore | None:
+    """The finished store of the SAEs in its place; None where there is none."""
     from saekit.features.manifest import MANIFEST, StoreManifest
     from saekit.features.store import FeatureStore
 
@@ -119,19 +120,12 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager, over
     place = beside(subjects) if folder is None else as_path(folder)
     if not (place / MANIFEST).is_file():
         return None
-    try:
-        manifest = StoreManifest.load(place)
-    except DataError:
-        if overwrite:
-            return None
-        raise
+    manifest = StoreManifest.load(place)
     if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
-        if overwrite:
-            return None
         known = ", ".join(one.name for one in manifest.saes)
         raise DataError(
             f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
-            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
+            f"weights differ). Choose another folder. {_REPLACE}"
         )
     return FeatureStore.open(place)
 

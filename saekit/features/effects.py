@@ -61,7 +61,8 @@ def weight_tables(
         shares = mine.abs() / mine.abs().sum(1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
         alignment = strongest("value", {"value": mine, "share": shares}, k, (mine == 0).all(1, keepdim=True))
         cosines = (unit[own] @ unit.T).clamp_(-1, 1)
-        none = (lengths[:, 0] == 0).expand_as(cosines).index_put((torch.arange(len(own)), own), torch.tensor(True))
+        none = (lengths[:, 0] == 0) | (lengths[own] == 0)
+        none = none.index_put((torch.arange(len(own)), own), torch.tensor(True))
         neighbors = strongest("cos", {"cos": cosines}, k, none)
         for prefix, tables in (("alignment", alignment), ("neighbor", neighbors)):
             for name, table in tables.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import signal
 import threading
@@ -28,6 +29,10 @@ __all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
 
 _PATIENCE = 3.0
 """Seconds in which a process that is still there says so."""
+_STORES: dict[tuple[str | None, ...], Any] = {}
+"""What the processes of this one's launch write to, by how it was launched; opened once, for all worlds."""
+_OPENED = itertools.count()
+"""So that a world reads nothing of one that was before it."""
 
 
 @attrs.frozen(eq=False)
@@ -162,15 +167,20 @@ def _joined(launched: Launched, data: int, features: int, timeout: datetime.time
     store = None
     if not dist.is_initialized():
         engine: Any = dist  # of which not all is typed
-        store, _, _ = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+        if known not in _STORES:
+            found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+            _STORES[known] = found[0]
+        number = next(_OPENED)
+        store = _STORES[known]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=timeout,
-            store=engine.PrefixStore("torch", store),
+            store=engine.PrefixStore(f"torch-{number}", store),
             rank=launched.rank,
             world_size=launched.size,
         )
-        store = engine.PrefixStore("saekit", store)
+        store = engine.PrefixStore(f"saekit-{number}", store)
     order = torch.arange(launched.size).view(data, features)
     groups = {}
     for name, lines in (("data", order.T), ("features", order)):

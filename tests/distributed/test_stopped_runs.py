@@ -38,6 +38,8 @@ def found(folder: Path) -> dict[str, list[Any]]:
         calls[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
         allow = (str(folder / f"other-{name}/run"), "distributed.features")
         calls[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
+    calls["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
+    calls["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
     calls["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
     calls["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
     return together(calls, 2, folder / "calls")
@@ -81,6 +83,15 @@ def test_it_goes_on_where_features_are_split_otherwise(found: dict[str, list[Any
     for one, other in zip(found[f"other {names(*mesh)}"], found[f"whole {names(*mesh)}"], strict=True):
         for name, value in one["weights"].items():
             torch.testing.assert_close(value, other["weights"][name], rtol=0, atol=1e-10)
+
+
+def test_all_fall_back_where_one_cannot_use_its_part(found: dict[str, list[Any]], folder: Path) -> None:
+    """And train the steps since then again."""
+    for one, other in zip(found["back"], found["whole 2x1"], strict=True):
+        assert any("step-5 does not fit the run as it is now: ValueError: not what it wrote" in text
+                   for text in one["told"])  # fmt: skip
+        for name, value in one["weights"].items():
+            assert torch.equal(value, other["weights"][name])
 
 
 def test_one_process_does_not_go_on_from_the_parts_of_two(found: dict[str, list[Any]], folder: Path) -> None:

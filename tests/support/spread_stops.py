@@ -80,6 +80,22 @@ def resumed(world: World, run: str, *allow: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def falls_back(world: World, run: str) -> dict[str, Any]:
+    """The same run, gone on with, where the second process cannot use its part of the newest checkpoint."""
+    work, newest = SAETrainer.load_state_dict, 5
+
+    def load(trainer: SAETrainer, state: Any) -> None:
+        if world.rank == 1 and state["step"] == newest:
+            raise ValueError("not what it wrote")
+        work(trainer, state)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(SAETrainer, "load_state_dict", load)
+        found = weights(saekit.resume(run, plugins=manager(), dataset=DOCUMENTS))
+    return found | {"told": [str(one.message) for one in caught]}
+
+
 def full(world: World, folder: str) -> dict[str, Any]:
     """A run for whose second process the disk is full at its second checkpoint, and whose state at the third is odd."""
     write, made, seen = StateFiles.write, StateFiles.of, Counter[str]()

@@ -133,6 +133,13 @@ warm.python("-c", {HOLDING!r}, "two", light=True)
 """
 
 
+def test_what_hangs_is_killed_and_the_next_command_runs(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        warm.python("-c", "import time; print('so far', flush=True); time.sleep(1000)", light=True, timeout=0.5)
+    assert late.value.output == "so far\n"
+    assert warm.python("-c", "print('next')", light=True).stdout == "next\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_whoever_is_killed_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
     """Neither what forks, which holds the pipe that is read here, nor its forks, which hold a lock."""

@@ -18,6 +18,10 @@ __all__ = ["LogitPath", "feature_directions", "logit_path", "path_from"]
 _TRIED = 8
 
 
+def _at_least_float32(weights: Tensor) -> Tensor:
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+
+
 @attrs.frozen(eq=False)
 class LogitPath:
     """From what an SAE writes to the logits, past all that lies between: ``W_U``, after ``W_O`` or ``W_out``.
@@ -25,8 +29,8 @@ class LogitPath:
     The last normalization and the bias are left out (the "logit lens" of a direction: nostalgebraist 2020).
     """
 
-    unembedding: Tensor
-    """``[d_model, d_vocab]``."""
+    unembedding: Tensor = attrs.field(converter=_at_least_float32)
+    """``[d_model, d_vocab]``, in float32 where the model's is narrower: 8 bits do not tell logits apart."""
     output_weights: Tensor | None = None
     """``[d, d_model]``, of what is not in the residual stream itself."""
 

@@ -28,7 +28,6 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 from saekit.splicing.fits import fitting_sites
-from saekit.tokens import TokenChoice
 
 __all__ = ["Kind", "LossEffects", "TokenEffect", "WindowEffects", "check_kind", "check_same", "sites_in_store"]
 
@@ -80,7 +79,6 @@ class LossEffects:
     sae: SAEModule
     backend: ModelBackend
     sites: Sites
-    tokens: TokenChoice
     kind: Kind
     _entry: str | None
     """Exact: where forwards begin."""
@@ -96,12 +94,11 @@ class LossEffects:
         check_kind(kind)
         check_same(features, sae, backend)
         sites = sites_in_store(features, sae, backend)
-        tokens = TokenChoice.of_metadata(features.about.tokens, ())
         if kind == "direct":
-            return cls(features, sae, backend, sites, tokens, kind, None, _direct(sae, backend, sites))
+            return cls(features, sae, backend, sites, kind, None, _direct(sae, backend, sites))
         targets = {site.hook_name for site in sites.targets}
         entry = backend.entry_of(targets) if isinstance(backend, StartsInside) else None
-        return cls(features, sae, backend, sites, tokens, kind, entry)
+        return cls(features, sae, backend, sites, kind, entry)
 
     @ambient()
     @torch.no_grad()
@@ -207,7 +204,7 @@ class LossEffects:
         inputs = inputs.to(device=self.sae.device, dtype=torch.promote_types(inputs.dtype, self.sae.dtype))
         step = at_once(self.sae, inputs.shape[1])
         found = SparseFeatures.joined([self.sae.encode_sparse(part) for part in inputs.split(step)])
-        counts = self.tokens.kept(tokens).reshape(-1).to(found.rows.device)
+        counts = torch.from_numpy(self.features.kept[contexts]).reshape(-1).to(found.rows.device)
         return _Batch(self.sae, forwards, inputs, found, counts)
 
     def _exact(self, batch: _Batch, which: Tensor, changes: Tensor, length: int | None) -> Tensor:

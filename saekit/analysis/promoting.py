@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
-from saekit.analysis.directions import LogitPath, feature_directions, logit_path, path_from
+from saekit.analysis.directions import LogitPath, feature_directions, logit_path
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
 
-__all__ = ["output_directions", "output_logits", "residual_directions", "why_no_logits"]
+__all__ = ["output_directions", "output_logits", "why_no_logits"]
 
 
 def why_no_logits(sae: SAEModule, backend: ModelBackend, sites: Sites | Site) -> str | None:
@@ -27,20 +27,6 @@ def output_directions(sae: SAEModule, features: Sequence[int]) -> Tensor:
     """``[features, d_out]``: what an activation of 1 adds to the outputs, see
     :func:`saekit.analysis.directions.feature_directions`."""
     return feature_directions(sae, torch.tensor([*features], dtype=torch.long, device=sae.device))
-
-
-@ambient()
-@torch.no_grad()
-def residual_directions(directions: Tensor, backend: ModelBackend, sites: Sites | Site) -> Tensor:
-    """``[features, d_model]``: what ``directions [features, d_out]`` add to the residual stream.
-
-    :class:`saekit.errors.ModelError` where they do not come there.
-    """
-    target = sites if isinstance(sites, Site) else sites.targets[0]
-    path = path_from(target, directions.shape[1], backend)
-    if isinstance(path, str):
-        raise ModelError(path)
-    return path.in_residual_stream(directions)
 
 
 @ambient()

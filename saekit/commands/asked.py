@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file
+from saekit.plugins.text import short
 
 __all__ = ["asked_features", "feature_numbers", "lines_of", "named_patterns"]
+
+_MOST, _DIGITS = 1 << 24, 12  # numbers, and digits of one, that are listed
 
 
 def feature_numbers(text: str) -> list[int] | str:
@@ -18,13 +21,24 @@ def feature_numbers(text: str) -> list[int] | str:
         return "all"
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if match is None:
+            raise _no_numbers(part.strip() or text)
+        if max(map(len, match.groups(""))) > _DIGITS:
+            raise ConfigError([("features", f"has a number that is larger than any SAE: {short(part.strip())}")])
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise _no_numbers(part.strip())
+        if len(found) + last - first >= _MOST:
             raise ConfigError(
-                [("features", f"must be numbers such as 1,2,5-20, or all, found {part.strip() or text!r}")]
+                [("features", f"{short(part.strip())} are more than {_MOST:,} numbers; did you mean all?")]
             )
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        found += range(first, last + 1)
     return found
+
+
+def _no_numbers(text: str) -> ConfigError:
+    return ConfigError([("features", f"must be numbers such as 1,2,5-20, or all, found {short(text)}")])
 
 
 def asked_features(numbers: str | None, random: int | None, skewed: int | None) -> tuple[list[int] | str, int]:

@@ -6,7 +6,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 from __future__ import annotations
 
 import functools
-import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, read_json
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.plugins.text import short
 
 if TYPE_CHECKING:
     from saekit.dashboards.data import Look
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["dashboard", "labels_in", "labels_of", "names_of"]
+__all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
 _LABELS = 'it would say {"3": "quotes", "17": "ends of lines"}, or that by the names of SAEs'
+_DIGITS = 18  # of a number that is looked at
+_MORE = 10**_DIGITS
 
 
 def dashboard(
@@ -67,29 +70,29 @@ def dashboard(
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
     (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
-    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers.
+    several SAEs.  ``labels`` are what people call features, shown or not, by number, or by SAEs' names and numbers.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
     ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file or
-    store only with ``overwrite``.  :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
+    only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
-    place = _checked(choice, loss_effects, out, overwrite)
+    place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
+    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
     names = names_of(store, sae)
-    shown, known = _chosen(store, names, choice), labels_of(labels, names)
+    shown, known = _chosen(store, names, choice), labels_of(labels, store, names)
     with Status(verbose=verbose) as say:
         effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
         _tell_ahead(effects, shown, look, say)
@@ -97,14 +100,44 @@ def dashboard(
     return place
 
 
-def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
+def _checked(
+    choice: Choice, loss_effects: object, said: tuple[object, object, object], out: str | Path | None, overwrite: bool
+) -> Path | None:
     """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
     check_choice(choice)
     check_asked(loss_effects)
+    check_said(*said)
     place = None if out is None else page_in(as_path(out))
     if place is not None:
         check_page(place, overwrite=overwrite)
     return place
+
+
+def check_said(title: object, labels: object, sae: object) -> None:
+    """:class:`ConfigError` for what cannot be a title, labels, or the name of an SAE, whatever the store has."""
+    if title is not None and not _is_text(title):
+        raise ConfigError([("title", f"must be a text that is valid Unicode, found {short(title)}")])
+    if sae is not None and not (isinstance(sae, str) and sae):
+        raise ConfigError([("sae", f"must be the name of an SAE, found {short(sae)}")])
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
+    by_name = _are_by_name(labels)
+    if by_name and (odd := [name for name, one in labels.items() if not isinstance(one, Mapping)]):
+        raise ConfigError([("labels", f"must be a mapping of numbers to texts for {odd[0]!r}, as for others")])
+    for own in labels.values() if by_name else [labels]:
+        for entry in own.items():
+            _label(entry)
+
+
+def _are_by_name(labels: Mapping[Any, Any]) -> bool:
+    return any(isinstance(one, Mapping) for one in labels.values())
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that can be written: one with half of a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _tell_ahead(
@@ -139,29 +172,48 @@ def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[s
     return {name: chosen(store.saes[name], choice) for name in names}
 
 
-def labels_of(labels: Any, names: Sequence[str]) -> dict[str, dict[int, str]]:
-    """By SAE and number."""
+def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """By SAE and number, of the SAEs ``names`` of a store."""
     if labels is None:
         return {}
-    if not isinstance(labels, Mapping):
-        raise ConfigError([("labels", f"must be a mapping of numbers to texts, found {type(labels).__name__}")])
-    if any(isinstance(one, Mapping) for one in labels.values()):
+    if _are_by_name(labels):
         if unknown := [name for name in labels if name not in names]:
-            raise ConfigError([("labels", f"names {unknown[0]!r}, and the SAEs are {', '.join(names)}")])
+            raise ConfigError([("labels", f"names {short(unknown[0])}, and the SAEs are {', '.join(names)}")])
         by_name = labels
     elif len(names) == 1 or not labels:
         by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
-    return {name: dict(_label(one) for one in own.items()) for name, own in by_name.items()}
+    return {
+        name: dict(_label_in(one, name, store.saes[name].about.d_sae) for one in own.items())
+        for name, own in by_name.items()
+    }
 
 
 def _label(entry: tuple[Any, Any]) -> tuple[int, str]:
+    """A number, and what people call the feature."""
     number, text = entry
-    if not str(number).isdecimal() or not isinstance(text, str):
-        wrong = json.dumps({str(number): text}, default=str)
-        raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
-    return int(number), text
+    index = _index(number)
+    if index is None or not _is_text(text):
+        raise ConfigError(
+            [("labels", f"must be texts by the numbers of features, found {{{short(number)}: {short(text)}}}")]
+        )
+    return index, text
+
+
+def _label_in(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
+    index, text = _label(entry)
+    if not 0 <= index < d_sae:
+        raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(entry[0])}")])
+    return index, text
+
+
+def _index(number: Any) -> int | None:
+    """The number that a key of JSON, or a whole number of any kind, is."""
+    if isinstance(number, str):
+        fits = number.isascii() and number.isdecimal()
+        return int(number[-_DIGITS:]) if fits and not number[:-_DIGITS].strip("0") else _MORE if fits else None
+    return operator.index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else None
 
 
 def labels_in(path: str) -> Any:

@@ -5,6 +5,8 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +69,7 @@ def export_neuronpedia(
     Each batch is there whole or not at all; asked for again, an export goes on where it stopped.  Another one in
     ``folder`` is an error, unless ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found or fit.
     """
-    _check(schema, batch_size, min_log_fraction, {"top": top, "quantiles": quantiles, "per_quantile": per_quantile})
+    _check(schema, batch_size, min_log_fraction, choice := Choice(top, quantiles, per_quantile, window, seed))
     known = _credits(about or {})
     asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
@@ -79,7 +81,7 @@ def export_neuronpedia(
         features=_numbers(numbers),
         batch_size=batch_size,
         min_log_fraction=min_log_fraction,
-        choice=Choice(top, quantiles, per_quantile, window, seed),
+        choice=choice,
         credits=known,
     )
     told = _told(one, asked, model, features if weights is None else weights, device)
@@ -153,7 +155,7 @@ def export_delphi(
         module_path = module_path_of(one.about.inputs[0], None if model is None else as_backend(model))
     cache = DelphiCache(one, module_path, n_splits)
     place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
-    with exporting(place):
+    with exporting(place, whole=True):
         told = f"exporting {len(one):,} features of {one.name}, {len(one.dead):,} of which never fire"
         number = one.about.d_sae
         return _counted(number, verbose, told, lambda report: cache.write(place, report, overwrite=overwrite))
@@ -205,10 +207,18 @@ def _numbers(numbers: Sequence[int] | str) -> list[int] | None:
             raise ConfigError([("numbers", f'must be numbers of features or "all", found {numbers!r}')])
         return None
     found = [*numbers]
-    odd = [one for one in found if isinstance(one, bool) or not hasattr(one, "__index__")]
+    odd = [one for one in found if not _is_whole(one)]
     if odd or not found:
         raise ConfigError([("numbers", f"must be whole numbers, found {odd[0]!r}" if odd else "names none")])
     return sorted({one.__index__() for one in found})
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number, of whatever library."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) is not None  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def _credits(about: Mapping[str, str]) -> Credits:
@@ -236,14 +246,17 @@ def _asked(contributions: bool, attribution: bool, schema: str, **told: object) 
     return "effects" if contributions else "sources" if attribution else None
 
 
-def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
+def _check(schema: object, batch_size: object, least: object, choice: Choice) -> None:
     problems = []
+    counts = {name: value for name, value in attrs.asdict(choice).items() if name != "window"}
     if schema not in SCHEMAS:
         problems.append(("schema", f"must be one of {', '.join(SCHEMAS)}, found {schema!r}"))
     for name, value, low in (("batch_size", batch_size, 1), *((name, value, 0) for name, value in counts.items())):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             problems.append((name, f"must be a whole number of {low} or more, found {value!r}"))
-    if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float)) or not least <= 0):
+    if least is not None and (
+        isinstance(least, bool) or not isinstance(least, (int, float)) or not -math.inf < least <= 0
+    ):
         problems.append(
             ("min_log_fraction", f"must be the logarithm of a fraction, so 0 or less, such as -6; found {least!r}")
         )

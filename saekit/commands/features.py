@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from saekit._version import __version__
 from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, at_home, subjects_of
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, StorageError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import has_model
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import Mask
 
-__all__ = ["beside", "collect_features", "numbers_of"]
+__all__ = ["beside", "collect_features"]
 
 _SAVED = "checkpoints"
 STORE = "features"
@@ -73,12 +73,12 @@ def collect_features(
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
-    neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
-    forwards.  What all this needs is said before it begins.
+    neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
-    stopped, when it is asked for again; a store that is there is opened; one of something else is an error, unless
-    ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of
+    something else is an error, unless ``overwrite``: it stays until the new one is whole.  :class:`SaekitError` for
+    what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
@@ -93,7 +93,7 @@ def collect_features(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _found(saes, model, plugins, resolve_device(device, "device"))
-        _check_place(place := beside(found) if folder is None else as_path(folder))
+        _check_place(place := beside(found) if folder is None else as_path(folder), overwrite)
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
@@ -111,10 +111,10 @@ def _found(saes: object, model: object, plugins: PluginManager, device: str) -> 
     return found
 
 
-def _check_place(place: Path) -> None:
-    from saekit.features.parts import check_place
+def _check_place(place: Path, overwrite: bool) -> None:
+    from saekit.features.place import check_place
 
-    check_place(place)
+    check_place(place, overwrite=overwrite)
 
 
 def _check_counts(counts: Mapping[str, Any], least: int) -> None:
@@ -194,7 +194,11 @@ def _manifest(work: Pass, facts: Mapping[str, Any], options: Options) -> StoreMa
     from saekit.features.manifest import StoreManifest
 
     return StoreManifest(
-        model={"name": work.backend.name, "fingerprint": work.backend.fingerprint()},
+        model={
+            "name": work.backend.name,
+            "fingerprint": work.backend.fingerprint(),
+            "bos": work.backend.special_tokens.get("bos"),
+        },
         dataset=facts,
         contexts=len(work.contexts),
         context_size=work.contexts.shape[1],
@@ -225,16 +229,18 @@ def _collected(
     from saekit.ambient import ambient
     from saekit.features.collect import finish
     from saekit.features.estimate import check_space
-    from saekit.features.parts import Parts, opened_for, remove_store, storing
+    from saekit.features.parts import Parts
+    from saekit.features.place import check_place, opened_for, storing
     from saekit.features.store import FeatureStore
     from saekit.progress import ProgressDisplay
 
+    work.check_text()
     with storing(place), ambient(), torch.no_grad(), ExitStack() as stack:
-        if overwrite:
-            remove_store(place)
-        elif opened_for(place, wanted):
-            return FeatureStore.open(place)
-        parts = Parts.opened(place, wanted.identity)
+        check_place(place, overwrite=overwrite)
+        if not overwrite and (there := opened_for(place, wanted)) is not None:
+            Parts.forget(place, wanted.identity)
+            return _renamed(FeatureStore.open(place), there.named_as(wanted))
+        parts = Parts.opened(place, wanted.identity, overwrite=overwrite)
         stack.callback(parts.remove_if_empty)
         say("estimating what it takes")
         estimate = work.estimate(options)
@@ -257,14 +263,12 @@ def _collected(
     return FeatureStore.open(place)
 
 
-def numbers_of(text: str) -> str | list[int]:
-    """What ``1,2,5-20`` means; ``all`` is itself.  :class:`ConfigError` for anything else."""
-    if text.strip() == "all":
-        return "all"
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ConfigError([("features", f"must be numbers such as 1,2,5-20, or all; found {part.strip()!r}")])
-        found += range(int(first), int(last or first) + 1)
-    return found
+def _renamed(store: FeatureStore, manifest: StoreManifest) -> FeatureStore:
+    """The store with what its SAEs are called now, which is kept where that can be written."""
+    import attrs
+
+    if manifest == store.manifest:
+        return store
+    with suppress(StorageError):
+        manifest.save(store.folder)
+    return attrs.evolve(store, manifest=manifest)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.commands.dashboards import labels_of, names_of
+from saekit.commands.dashboards import check_said, labels_of, names_of
 from saekit.commands.effects import effects_of
 from saekit.commands.stores import store_of
 from saekit.dashboards.effects import check_asked
@@ -39,7 +39,6 @@ def serve_dashboard(
     title: str | None = None,
     seed: int = 0,
     loss_effects: str | None = None,
-    overwrite: bool = False,
     folder: str | Path | None = None,
     verbose: bool = True,
     plugins: PluginManager | None = None,
@@ -56,6 +55,7 @@ def serve_dashboard(
     :class:`saekit.errors.MissingPackageError` where the web server is not installed (``pip install 'saekit[serve]'``).
     """
     _check(host, port, allowed_hosts, loss_effects)
+    check_said(title, labels, sae)
     plugins = plugins or default_manager()
     with opened_port(host, port) as opened:  # before anything long
         from saekit.dashboards.data import Look
@@ -63,9 +63,9 @@ def serve_dashboard(
         from saekit.status import Status
 
         look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-        store = store_of(what, folder, collecting, overwrite=overwrite, verbose=verbose, plugins=plugins)
+        store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
         names = names_of(store, sae)
-        known = labels_of(labels, names)
+        known = labels_of(labels, store, names)
         with Status(verbose=verbose) as say:
             effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
             say("making the list of features")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.commands.features import STORE, beside, collect_features
-from saekit.commands.subjects import at_home, subjects_of
+from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError, DataError, PlaceError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -26,6 +26,11 @@ __all__ = ["is_store", "store_beside", "store_given", "store_of"]
 
 _NO_MATTER = {"device", "batch_size"}
 """Options of collecting that do not decide what is found."""
+
+_REPLACE = (
+    "A store is replaced by collecting it anew: saekit.collect_features(..., overwrite=True), "
+    "saekit features --overwrite"
+)
 
 
 def is_store(what: object) -> bool:
@@ -57,8 +62,9 @@ def store_beside(where: object) -> FeatureStore:
         )
     place = as_path(where)
     near = [place / STORE, *([place.parent / STORE] if place.name == "sae" else [])]
-    found = next((one for one in map(store_given, (place, *near)) if one is not None), None)
+    found = next((one for one in map(store_given, near) if one is not None), None)
     if found is not None:
+        _check_of(found.manifest, found.folder, subjects_of(place, default_manager(), device="cpu"))
         return found
     if not place.exists():
         published = ":" in str(where) and "/" not in str(where).partition(":")[0]
@@ -75,29 +81,25 @@ def store_of(
     folder: str | Path | None = None,
     collecting: Mapping[str, Any] | None = None,
     *,
-    overwrite: bool = False,
     verbose: bool = True,
     plugins: PluginManager | None = None,
 ) -> FeatureStore:
     """The store that ``what`` is, or that is kept of it; collected where there is none.
 
-    Where ``collecting`` has options that decide what is found, a store must have been made with them; ``overwrite``
-    replaces one that was not.
+    Where ``collecting`` has options that decide what is found, a store must have been made with them.  None is ever
+    replaced: :class:`DataError` for one that was made with others.
     """
+    if "overwrite" in (collecting or {}):
+        raise ConfigError([("overwrite", f"replaces no feature store here. {_REPLACE}")])
     _check_names(collecting or {})
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     if (given := store_given(what)) is not None:
         return _only(given, asked, folder)
     options = {"folder": folder, "verbose": verbose, "plugins": plugins, **asked}
     decides = asked.keys() - _NO_MATTER
-    if not decides and (found := _there(what, folder, plugins or default_manager(), overwrite)) is not None:
+    if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:
         return found
-    try:
-        return collect_features(what, **options)
-    except DataError:
-        if not overwrite:
-            raise
-        return collect_features(what, overwrite=True, **options)
+    return collect_features(what, **options)
 
 
 def _check_names(collecting: Mapping[str, Any]) -> None:
@@ -121,8 +123,8 @@ def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | No
     return store
 
 
-def _there(what: object, folder: str | Path | None, plugins: PluginManager, overwrite: bool) -> FeatureStore | None:
-    """The finished store of the SAEs in its place; None where there is none, or ``overwrite`` replaces another's."""
+def _there(what: object, folder: str | Path | None, plugins: PluginManager) -> FeatureStore | None:
+    """The finished store of the SAEs in its place; None where there is none."""
     from saekit.features.manifest import MANIFEST, StoreManifest
     from saekit.features.store import FeatureStore
 
@@ -132,21 +134,19 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager, over
     place = beside(subjects) if folder is None else as_path(folder)
     if not (place / MANIFEST).is_file():
         return None
-    try:
-        manifest = StoreManifest.load(place)
-    except DataError:
-        if overwrite:
-            return None
-        raise
+    manifest = StoreManifest.load(place)
+    _check_of(manifest, place, subjects)
+    return FeatureStore.open(place)
+
+
+def _check_of(manifest: StoreManifest, place: Path, subjects: Mapping[str, Subject]) -> None:
+    """:class:`DataError` unless the store in ``place`` has all of these SAEs, as they are now."""
     if unlike := _unlike(manifest, {name: one.sae for name, one in subjects.items()}):
-        if overwrite:
-            return None
         known = ", ".join(one.name for one in manifest.saes)
         raise DataError(
             f"the feature store {str(place)!r} is of {known}, and not of {unlike} as it is now (the checksums of the "
-            "weights differ). Choose another folder, or replace it with overwrite=True (--overwrite)"
+            f"weights differ). Choose another folder. {_REPLACE}"
         )
-    return FeatureStore.open(place)
 
 
 def _unlike(manifest: StoreManifest, saes: Mapping[str, Any]) -> str | None:

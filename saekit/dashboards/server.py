@@ -9,13 +9,13 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import attrs
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -27,10 +27,12 @@ from saekit.dashboards.data import Effects, Look, feature_data, sae_data
 from saekit.dashboards.page import page_data, page_html, plotly_gzipped
 from saekit.errors import ConfigError, SaekitError
 from saekit.features.store import FeatureStore, SAEFeatures
+from saekit.plugins.text import short
 
 __all__ = ["Served", "app_of"]
 
 _KEPT = 256  # features that are kept as they were sent
+_DIGITS = 9  # of numbers of features
 _PLOTLY = "plotly.js"
 _POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
@@ -60,8 +62,13 @@ class Served:
     labels: Mapping[str, Mapping[int, str]] = attrs.field(factory=dict)
     title: str | None = None
     _features: OrderedDict[tuple[int, int], bytes] = attrs.field(factory=OrderedDict, init=False)
-    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False)
-    """Of what is kept, and of the model, which runs once at a time."""
+    _fires_on: dict[int, bytes] = attrs.field(factory=dict, init=False)
+    _kept: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    """Of ``_features``.  Nobody holds it for long: what is kept is sent whatever else is being made."""
+    _model: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    """The model runs once at a time."""
+    _lists: threading.Lock = attrs.field(factory=threading.Lock, init=False)
+    """Of ``_fires_on``, where nothing is made twice."""
 
     @cached_property
     def saes(self) -> Sequence[SAEFeatures]:
@@ -79,31 +86,34 @@ class Served:
         ]
         return page_html(data, plotly_at=f"{_PLOTLY}?{__version__}").encode()
 
-    @cached_property
-    def _fires_on(self) -> dict[int, bytes]:
-        return {}
-
     def fires_on(self, place: int) -> bytes:
         """The tokens that the features of an SAE fire on."""
-        if place not in self._fires_on:
-            self._fires_on[place] = _as_bytes(fires_on_columns(self.saes[place]))
-        return self._fires_on[place]
+        with self._lists:
+            if place not in self._fires_on:
+                self._fires_on[place] = _as_bytes(fires_on_columns(self.saes[place]))
+            return self._fires_on[place]
 
     def feature(self, place: int, number: int) -> bytes:
         """What a page says of a feature; :class:`ConfigError` for one that is not there."""
-        with self._lock:
-            if (place, number) in self._features:
-                self._features.move_to_end((place, number))
-                return self._features[place, number]
+        if (kept := self._sent_before(place, number)) is not None:
+            return kept
         sae = self.saes[place]
         feature, effects = sae.feature(number), self.effects.get(sae.name)
         label = self.labels.get(sae.name, {}).get(number)
-        if effects is None:
-            found = _as_bytes(feature_data(feature, self.look, label=label))
-        else:
-            with self._lock:
-                found = _as_bytes(feature_data(feature, self.look, effects=effects, label=label))
-        with self._lock:
+        with nullcontext() if effects is None else self._model:
+            if (kept := self._sent_before(place, number)) is not None:  # another made it meanwhile
+                return kept
+            found = _as_bytes(feature_data(feature, self.look, effects=effects, label=label))
+            return self._keep(place, number, found)
+
+    def _sent_before(self, place: int, number: int) -> bytes | None:
+        with self._kept:
+            if (place, number) in self._features:
+                self._features.move_to_end((place, number))
+            return self._features.get((place, number))
+
+    def _keep(self, place: int, number: int, found: bytes) -> bytes:
+        with self._kept:
             self._features[place, number] = found
             if len(self._features) > _KEPT:
                 self._features.popitem(last=False)
@@ -128,7 +138,7 @@ class Served:
         return f'"{found.hexdigest()[:32]}"'
 
 
-def app_of(served: Served, *, names: Sequence[str] = (), anywhere: bool = False) -> Starlette:
+def app_of(served: Served, *, names: Sequence[str] = (), anywhere: bool = False) -> ASGIApp:
     """The application.
 
     It answers to whoever calls it ``localhost`` or by an address of this machine alone, so that no page of the web
@@ -138,11 +148,11 @@ def app_of(served: Served, *, names: Sequence[str] = (), anywhere: bool = False)
     routes = [
         Route("/", _cached(served, lambda request: Response(served.page, media_type="text/html"))),
         Route(f"/{_PLOTLY}", _cached(served, _plotly)),
-        Route("/sae/{place:int}/fires-on.json", _cached(served, _of(served, lambda place, _: served.fires_on(place)))),
-        Route("/sae/{place:int}/feature/{number:int}.json", _cached(served, _of(served, served.feature))),
+        Route("/sae/{sae}/fires-on.json", _cached(served, _of(served, lambda place, _: served.fires_on(place)))),
+        Route("/sae/{sae}/feature/{feature}.json", _cached(served, _of(served, served.feature))),
     ]
-    guard = Middleware(_Guard, names=frozenset(map(str.lower, names)), anywhere=anywhere)
-    return Starlette(routes=routes, middleware=[guard])
+    # Around all of it: what is said of a fault of the server has the same headers.
+    return _Guard(Starlette(routes=routes), frozenset(map(str.lower, names)), anywhere)
 
 
 def _cached(served: Served, answer: Callable[[Request], Response]) -> Callable[[Request], Response]:
@@ -160,8 +170,8 @@ def _cached(served: Served, answer: Callable[[Request], Response]) -> Callable[[
 
 def _of(served: Served, found: Callable[[int, int], bytes]) -> Callable[[Request], Response]:
     def answer(request: Request) -> Response:
-        place, number = request.path_params["place"], request.path_params.get("number", 0)
         try:
+            place, number = (_number(request.path_params, name) for name in ("sae", "feature"))
             if place >= len(served.saes):
                 raise ConfigError([("sae", f"must be 0 to {len(served.saes) - 1}, found {place}")])
             return Response(found(place, number), media_type="application/json")
@@ -171,6 +181,14 @@ def _of(served: Served, found: Callable[[int, int], bytes]) -> Callable[[Request
             return JSONResponse({"error": str(error)}, 500)
 
     return answer
+
+
+def _number(found: Mapping[str, str], name: str) -> int:
+    """That in an address; :class:`ConfigError` for what is none, or has more digits than any that is there."""
+    text = found.get(name, "0")
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        raise ConfigError([(name, f"must be a number of at most {_DIGITS} digits, found {short(text)}")])
+    return int(text)
 
 
 def _plotly(request: Request) -> Response:

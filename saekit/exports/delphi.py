@@ -22,7 +22,7 @@ from saekit.abilities import TranslatesHooks
 from saekit.errors import ConfigError, DataError, PlaceError
 from saekit.features.store import SAEFeatures
 from saekit.files.names import fault_of_name
-from saekit.files.storage import new_folder, write_text
+from saekit.files.storage import new_folder, read_json, write_text
 from saekit.files.tensors import save_tensors
 
 __all__ = ["DelphiCache", "module_path_of"]
@@ -123,9 +123,15 @@ class DelphiCache:
 
     @staticmethod
     def _is_cache(home: Path) -> bool:
-        return home.is_dir() and all(
-            path.name == "config.json" or re.fullmatch(r"\d+_\d+\.safetensors", path.name) for path in home.iterdir()
-        )
+        if not home.is_dir() or home.is_symlink():
+            return False
+        names = {path.name for path in home.iterdir()}
+        try:
+            config = read_json(home / "config.json") if "config.json" in names else {}
+        except (OSError, ValueError):
+            return False
+        ours = isinstance(config, dict) and (not config or {"n_splits", "cache_ctx_len"} <= config.keys())
+        return ours and all(re.fullmatch(r"\d+_\d+\.safetensors", name) for name in names - {"config.json"})
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         bounds = np.linspace(0, self.sae.about.d_sae, self.n_splits + 1).astype(np.int64).tolist()

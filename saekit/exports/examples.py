@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from saekit.errors import DataError
 from saekit.exports.settings import Choice
 from saekit.features.feature import Feature
-from saekit.features.tables import StoreFiles
+from saekit.features.tables import SAETables, StoreFiles
 from saekit.features.windows import Window
 
 __all__ = [
     "OUT_OF_RANGE",
     "Group",
     "Texts",
-    "begins_with_one_token",
+    "begins_with_bos",
     "groups",
     "numbers_of_feature",
     "rounded",
@@ -44,10 +44,14 @@ class Group:
     windows: Sequence[Window]
 
 
-def begins_with_one_token(store: StoreFiles) -> bool:
-    """Whether every context begins with the same token, so with BOS."""
-    first = store.contexts[:, 0]
-    return len(first) > 1 and bool((first == first[0]).all())
+def begins_with_bos(sae: SAETables) -> bool:
+    """Whether every context begins with the model's BOS, put there as the SAE wants it.
+
+    An SAE that says that no BOS is put before its contexts (``prepend_bos``) takes one for a token of the text.
+    """
+    bos = sae.store.manifest.model.get("bos")
+    wanted = sae.about.metadata.get("prepend_bos") is not False
+    return wanted and bos is not None and bool((sae.store.contexts[:, 0] == bos).all())
 
 
 def groups(feature: Feature, choice: Choice, *, from_position: int = 0) -> list[Group]:

@@ -6,11 +6,12 @@ know, or that is not what it says, is written again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,12 +19,19 @@ import attrs
 
 from saekit.errors import DataError, PlaceError, StorageError
 from saekit.features.manifest import differences
-from saekit.files.storage import locked, read_json, sha256, tidy, write_bytes, write_text
+from saekit.files.storage import read_json, sha256, tidy, write_bytes, write_text
+from saekit.files.writers import one_writer
 
 __all__ = ["RECORD", "ExportFolder", "check_empty", "exporting"]
 
 RECORD, _FORMAT = "export.json", 1
-_BATCH = re.compile(r"batch-\d+\.(json|jsonl\.gz)")
+_SETTINGS = "run_settings.json"
+_FOLDERS = ("", "features", "activations")
+_BATCH = r"batch-\d+\.json|(features|activations)/batch-\d+\.jsonl\.gz"
+_OWN = re.compile(
+    rf"{_BATCH}|skipped_indexes\.json|{re.escape(_SETTINGS)}|tokens_\d+\.pt|(release|model|sourceset|source)\.jsonl"
+)
+"""What an export writes: nothing else is removed, whatever a record names."""
 
 
 @attrs.define(eq=False)
@@ -52,22 +60,28 @@ class ExportFolder:
             found._save()
             return found
         try:
-            table = read_json(home / RECORD)
-            there, begun, files = dict(table["identity"]), str(table["begun"]), dict(table["files"])
-            fits = table["format"] == _FORMAT
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            table = _record(home)
+        except (OSError, ValueError) as error:
+            _check_ours(home)
             raise DataError(
                 f"{home / RECORD} cannot be read ({error}): begin anew with overwrite=True (--overwrite)"
             ) from error
-        lines = [*differences(there, identity)] if fits else [f"format: there {table['format']}, wanted {_FORMAT}"]
+        fits = table["format"] == _FORMAT
+        lines = (
+            [*differences(table["identity"], identity)]
+            if fits
+            else [f"format: there {table['format']}, wanted {_FORMAT}"]
+        )
         if lines:
             listed = "\n".join(f"  - {line}" for line in lines[:12])
             raise DataError(
                 f"{str(home)!r} holds another export:\n{listed}\n"
                 "Choose another folder, or replace it with overwrite=True (--overwrite)"
             )
-        tidy(home, lambda name: True)
-        return cls(home, identity, begun, files)
+        for name in _FOLDERS:
+            if (home / name).is_dir():
+                tidy(home / name, functools.partial(_is_own, name))
+        return cls(home, identity, table["begun"], table["files"])
 
     def has(self, *names: str) -> bool:
         """Whether all of these are there, as they were written."""
@@ -77,7 +91,7 @@ class ExportFolder:
         entry, path = self.files.get(name), self.home / name
         if entry is None or not path.is_file():
             return False
-        return path.stat().st_size == entry.get("bytes") and sha256(path) == entry.get("sha256")
+        return (path.stat().st_size, sha256(path)) == (entry["bytes"], entry["sha256"])
 
     def put(self, files: Mapping[str, bytes]) -> None:
         """Write files, and the record of them when they are whole."""
@@ -94,59 +108,87 @@ class ExportFolder:
 
     @staticmethod
     def remove(home: Path) -> bool:
-        """Remove the export in ``home``, if there is one: its record, what that names, and batches; whether one was."""
+        """Remove the export in ``home``, if there is one: what its record names, batches, and the record in the end;
+        whether one was.  :class:`PlaceError` where that is the record of something else."""
         if not (home / RECORD).exists():
             return False
+        _check_ours(home)
         try:
-            names = set(read_json(home / RECORD)["files"])
-        except (OSError, ValueError, LookupError, TypeError):
-            names = set()
-        names |= {str(path.relative_to(home)) for path in home.rglob("batch-*.json*") if _BATCH.fullmatch(path.name)}
+            names = {*_record(home)["files"]}
+        except (OSError, ValueError):
+            names = {_SETTINGS}
+        folders = _FOLDERS[1:] if _schema_in(home) == "bulk" else _FOLDERS[:1]
+        names |= {str(path.relative_to(home)) for one in folders for path in (home / one).glob("batch-*")}
         try:
-            (home / RECORD).unlink()
-            for name in names:
+            for name in sorted(name for name in names if _is_own("", name)):
                 path = home / name
                 if path.resolve().is_relative_to(home.resolve()):
                     path.unlink(missing_ok=True)
+            (home / RECORD).unlink()
         except OSError as error:
             raise StorageError(f"cannot remove the export in {str(home)!r}: {error.strerror or error}") from error
         return True
 
 
+def _is_own(folder: str, name: str) -> bool:
+    return name == RECORD or _OWN.fullmatch(f"{folder}/{name}" if folder else name) is not None
+
+
+def _record(home: Path) -> Mapping[str, Any]:
+    """What the record says; :class:`OSError` or :class:`ValueError` for one that is damaged, or none of an export."""
+    table = read_json(home / RECORD)
+    if not _is_record(table):
+        raise ValueError("it is not what an export's record is")
+    for name, entry in table["files"].items():
+        if not isinstance(entry, dict) or [type(entry.get(one)) for one in ("bytes", "sha256")] != [int, str]:
+            raise ValueError(f"of {name!r} it does not say bytes and sha256")
+    return table  # type: ignore[no-any-return]
+
+
+def _is_record(table: object) -> bool:
+    kinds = {"format": int, "identity": dict, "begun": str, "files": dict}
+    if not isinstance(table, dict) or any(type(table.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    return {"neuronpedia_id", "options", "contexts", "SAE"} <= {*table["identity"]}
+
+
+def _schema_in(home: Path) -> object:
+    """The schema of the export in ``home``, by its record, or by its settings where that cannot be read; None: none."""
+    with suppress(OSError, ValueError):
+        table = read_json(home / RECORD)
+        if _is_record(table) and isinstance(options := table["identity"]["options"], dict):
+            return options.get("schema")
+    with suppress(OSError, ValueError):
+        table = read_json(home / _SETTINGS)
+        if isinstance(table, dict) and {"schema", "saekit_version"} <= table.keys():
+            return table["schema"]
+    return None
+
+
+def _check_ours(home: Path) -> None:
+    """:class:`PlaceError` where what is called as the record of an export is something else."""
+    if _schema_in(home) is None:
+        raise PlaceError(_something_else(home, [RECORD]))
+
+
 def check_empty(home: Path) -> None:
     """:class:`PlaceError` for a folder in which other things are."""
     if others := sorted(path.name for path in home.iterdir() if not path.name.startswith(".")):
-        raise PlaceError(
-            f"{str(home)!r} holds something else ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): an "
-            "export needs a folder of its own; name a new one (folder)"
-        )
+        raise PlaceError(_something_else(home, others))
 
 
-@contextmanager
-def exporting(home: Path) -> Iterator[None]:
-    """For one writer at a time; what the disk refuses is a :class:`StorageError` that says how to go on."""
-    made = [one for one in (home, *home.parents) if not one.exists()]
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaceError(
-            f"no export can be made in {str(home)!r}: {error.strerror or error}. Name another folder"
-        ) from error
-    try:
-        with locked(home):
-            yield
-    except BlockingIOError as error:
-        raise DataError(f"another process is exporting into {str(home)!r}") from error
-    except PlaceError:
-        raise
-    except (OSError, StorageError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        why = getattr(cause, "strerror", None) or error
-        raise StorageError(
-            f"cannot write the export {str(home)!r}: {why}. What is finished is kept; when there is room, the same "
-            "call goes on after it"
-        ) from error
-    finally:
-        with suppress(OSError):
-            for one in made:
-                one.rmdir()  # as far as there is nothing in it
+def _something_else(home: Path, names: Sequence[str]) -> str:
+    return (
+        f"{str(home)!r} holds something else ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): an "
+        "export needs a folder of its own; name a new one (folder)"
+    )
+
+
+def exporting(home: Path, *, whole: bool = False) -> AbstractContextManager[None]:
+    """For one writer at a time; what the disk refuses is told with how to go on.
+
+    ``whole``: nothing of an export is kept until all of it is there.
+    """
+    go_on = "What is finished is kept; when there is room, the same call goes on after it"
+    anew = "Nothing of it is kept, and what was there before is; when there is room, the same call makes it"
+    return one_writer(home, "export", "exporting into", anew if whole else go_on)

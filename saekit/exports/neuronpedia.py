@@ -32,6 +32,8 @@ from saekit.features.store import SAEFeatures
 
 __all__ = ["NeuronpediaExport"]
 
+_LAYOUT = 1
+"""Rises whenever the same store is written otherwise: what was begun before is not gone on with then."""
 _WRITERS: Mapping[str, type[Schema]] = {"saedashboard": SAEDashboard, "sae_lens_3": RunnerOf3, "bulk": Bulk}
 
 
@@ -138,6 +140,7 @@ class NeuronpediaExport:
         }
         options = attrs.asdict(self.settings) | {"min_log_fraction": self.settings.least}
         return {
+            "layout": _LAYOUT,
             "neuronpedia_id": str(self.settings.name),
             "options": options,
             "model": dict(manifest.model),

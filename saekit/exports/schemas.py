@@ -12,7 +12,7 @@ import attrs
 from saekit.exports.examples import (
     Group,
     Texts,
-    begins_with_one_token,
+    begins_with_bos,
     groups,
     numbers_of_feature,
     rounded,
@@ -64,7 +64,7 @@ class Schema(ABC):
     ) -> None:
         self.sae, self.settings, self.texts, self.now = sae, settings, texts, now
         self.effects, self.sources = effects, sources
-        self.cut = int(begins_with_one_token(sae.store))
+        self.cut = int(begins_with_bos(sae))
         """Tokens that are left out at the beginning of a context: BOS."""
 
     def files(self, number: int) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saekit.analysis.promoting import why_no_logits
-from saekit.errors import DataError
+from saekit.errors import DataError, StorageError
 from saekit.evals.pieces import at_once
 from saekit.features.effects import heads_of, logit_effects, statistics_tables, weight_tables
 from saekit.features.estimate import (
@@ -30,6 +30,7 @@ from saekit.features.estimate import (
 from saekit.features.manifest import AboutSAE, StoreManifest
 from saekit.features.merging import Bound, merge
 from saekit.features.parts import Parts
+from saekit.features.place import put_files
 from saekit.features.subject import Collected, Rows, Sums
 from saekit.features.together import neuron_partners, together
 from saekit.files.mapped import mapped_tensors
@@ -60,6 +61,12 @@ class Pass:
         """``[b, t]`` bool: the tokens that count for an SAE, of some contexts."""
         found = one.tokens.kept(self.contexts[which])
         return found if self.mask is None else found & self.mask[which].to(found.device)
+
+    def check_text(self) -> None:
+        """:class:`DataError` for an SAE for which no token counts."""
+        for one in self.subjects:
+            if not bool(self.kept(one).any()):
+                raise DataError(f"no token of the contexts counts for {one.name}: nothing can be collected")
 
     def estimate(self, options: Options) -> Estimate:
         """What it needs, from a few contexts that are spread over all."""
@@ -163,7 +170,10 @@ def finish(
     options: Options,
     say: Callable[[str], Any],
 ) -> None:
-    """Make the store of what ``parts`` have, in ``store``, where it is whole when the manifest is there."""
+    """Make the store of what ``parts`` have, in ``store``, where it is whole when the manifest is there.
+
+    One that is there is replaced when the new one is complete.
+    """
     whole = parts.folder / "whole"
     files: dict[str, dict[str, Any]] = {}
     if whole.exists():
@@ -184,13 +194,10 @@ def finish(
             (home / about.folder).mkdir()
             paths = parts.rows_of(which)
             saes.append(_of_sae(home, about, work, which, paths, total, options, put, files, say))
-    for name in ["contexts.safetensors", "vocabulary.json", *(about.folder for about in saes)]:
-        target = store / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(whole / name, target)  # noqa: PTH105 - over a file that is there, on Windows, too
+    put_files(store, whole)
     attrs.evolve(manifest, saes=saes, files=files).save(store)
-    shutil.rmtree(parts.folder, ignore_errors=True)
+    with suppress(OSError, StorageError):  # the next call does that
+        parts.remove()
 
 
 def _of_sae(
@@ -207,8 +214,6 @@ def _of_sae(
 ) -> AboutSAE:
     """The files of one SAE."""
     one, folder = work.subjects[which], about.folder
-    if not sums.tokens:
-        raise DataError(f"no token of the contexts counts for {one.name}: nothing can be collected")
     own = torch.from_numpy(one.features)
     say(f"putting the activations of {one.name} in order")
     target = home / folder / "activations.safetensors"

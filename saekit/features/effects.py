@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
+from saekit.analysis.directions import logit_path
 from saekit.analysis.feature_statistics import weight_columns
-from saekit.analysis.promoting import output_directions, residual_directions
+from saekit.analysis.promoting import output_directions
+from saekit.errors import ModelError
 from saekit.features.feature import BINS
 from saekit.features.subject import Collected
 from saekit.features.together import strongest
@@ -61,7 +63,8 @@ def weight_tables(
         shares = mine.abs() / mine.abs().sum(1, keepdim=True).clamp_min(torch.finfo(mine.dtype).tiny)
         alignment = strongest("value", {"value": mine, "share": shares}, k, (mine == 0).all(1, keepdim=True))
         cosines = (unit[own] @ unit.T).clamp_(-1, 1)
-        none = (lengths[:, 0] == 0).expand_as(cosines).index_put((torch.arange(len(own)), own), torch.tensor(True))
+        none = (lengths[:, 0] == 0) | (lengths[own] == 0)
+        none = none.index_put((torch.arange(len(own)), own), torch.tensor(True))
         neighbors = strongest("cos", {"cos": cosines}, k, none)
         for prefix, tables in (("alignment", alignment), ("neighbor", neighbors)):
             for name, table in tables.items():
@@ -102,13 +105,16 @@ def logit_effects(
     """What each feature does to the logits, as tables: the ``k`` highest and lowest, a histogram, and four moments.
 
     ``d W_U`` of its direction in the residual stream, past the last normalization, and not centered.
+    :class:`saekit.errors.ModelError` where they do not come there.
     """
-    weights = backend.unembedding()[0].detach()[:, : backend.d_vocab]
+    path = logit_path(one.sae, backend, one.sites)
+    if isinstance(path, str):
+        raise ModelError(path)
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(one.features), _AT_ONCE):
         features = one.features[start : start + _AT_ONCE].tolist()
         directions = directions_of(one.sae, features).to(one.sae.device)
-        logits = (residual_directions(directions, backend, one.sites).to(weights) @ weights).float().cpu()
+        logits = path.logits(directions).float().cpu()
         none = torch.zeros(1, 1, dtype=torch.bool).expand_as(logits)
         for end, signed in (("top", logits), ("bottom", -logits)):
             named = strongest("value", {"value": signed}, k, none)

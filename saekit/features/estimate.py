@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saekit.errors import PlaceError
 from saekit.features.feature import BINS
+from saekit.features.manifest import MANIFEST
 from saekit.features.subject import Collected
 
 __all__ = ["PART_ENTRIES", "PART_TOKENS", "UNIT_TOKENS", "Estimate", "Options", "Seen", "check_space", "estimated"]
@@ -22,6 +23,7 @@ UNIT_TOKENS = 4096
 PART_ENTRIES, PART_TOKENS = 1 << 20, 1 << 17
 """Activations, and tokens, after which a part goes to the disk."""
 _PAIR, _PRODUCT = 9e-9, 1e-10  # seconds of a core for what fires together: of sparse matrices, or of dense ones
+_OLD = ". The store that is there stays until the new one is whole; to make room, remove it yourself"
 _MERGING = 1 << 28  # bytes, for what is put in order at once, and for sums of what fires together
 
 
@@ -126,7 +128,7 @@ def check_space(folder: Path, estimate: Estimate, there: int = 0) -> None:
         raise PlaceError(
             f"the feature store {str(folder)!r} needs about {_size(needed)} while it is made, and the disk has "
             f"{_size(free)} free. Ask for fewer features (features) or contexts (n_contexts), or name a folder on "
-            "another disk (folder)"
+            f"another disk (folder){_OLD if (folder / MANIFEST).exists() else ''}"
         )
 
 

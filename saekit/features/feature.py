@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
 from saekit.features.tables import SAETables
-from saekit.features.windows import Quantile, Width, Window, check_width, distinct, intervals, span
+from saekit.features.windows import Quantile, Width, Window, check_count, check_width, distinct, first, intervals, span
 from saekit.plugins.text import printable
 from saekit.tables import facts_html
 
@@ -123,6 +123,7 @@ class Feature:
 
         With other than 50 bins, it is made of the activations that are stored, which must be all.
         """
+        check_count("bins", bins, 1)
         edges = np.linspace(self.minimum, self.maximum, bins + 1)
         if bins == BINS:
             return Histogram(edges, self.sae.table("index", "histogram")[self._row].astype(np.int64))
@@ -162,8 +163,20 @@ class Feature:
         return self._entries[3]
 
     def window(self, context: int, position: int, window: Width = (5, 5)) -> Window:
-        """The text around a token, with the activations."""
+        """The text around a token, with the activations.
+
+        :class:`ConfigError` for a place that the text has not, and where a sample is stored that has not this context.
+        """
         check_width(window)
+        store = self.sae.store
+        check_count("context", context, 0, store.n_contexts - 1)
+        check_count("position", position, 0, store.context_size - 1)
+        if not self.complete and context not in self.contexts:
+            raise ConfigError(
+                [("context", f"{context} is not in the sample that is stored of feature {self.index}, which fires on "
+                  f"{self.fired:,} tokens: feature.contexts lists those that are; all are stored with a larger "
+                  "max_per_feature")]
+            )  # fmt: skip
         return self._window(context, position, window)
 
     def top(self, n: int = 20, window: Width = (5, 5), *, distinct_contexts: bool = False) -> list[Window]:
@@ -172,6 +185,7 @@ class Feature:
         Of equal ones the first in the text come first.  ``distinct_contexts`` takes the largest of each context only.
         """
         check_width(window)
+        check_count("n", n)
         if not self.complete and n > self.sae.top_kept:
             raise ConfigError(
                 [("n", f"must be {self.sae.top_kept} or less for feature {self.index}, which fires on {self.fired:,} "
@@ -192,6 +206,8 @@ class Feature:
         one, unless ``zeros`` is off.  Nothing for a feature that is never above zero.
         """
         check_width(window)
+        check_count("n", n, 1)
+        check_count("per", per)
         if self.maximum <= 0:
             return []
         found = []
@@ -261,22 +277,29 @@ class Feature:
         if by not in ("pearson", "jaccard"):
             raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}; each of them has its "
               "cosine, and neighbors() are by that of directions")])  # fmt: skip
-        return self._partners(f"features_by_{by}")[:n]
+        return self._partners(f"features_by_{by}")[: first(n)]
 
     def neurons(self, n: int | None = None) -> list[Partner]:
         """The coordinates of the SAE's input that correlate most with it, the strongest first."""
-        return self._partners("neurons")[:n]
+        return self._partners("neurons")[: first(n)]
 
     def alignment(self, n: int | None = None) -> list[tuple[int, float, float]]:
-        """The largest coordinates of its decoder direction: number, value, and share of the direction's L1 norm."""
+        """The largest coordinates of its decoder direction: number, value, and share of the direction's L1 norm.
+
+        None of a direction that is zero.
+        """
         numbers, values, shares = (self.sae.table("weights", f"alignment_{x}") for x in ("index", "value", "share"))
         row = zip(numbers[self._row].tolist(), values[self._row].tolist(), shares[self._row].tolist(), strict=True)
-        return [*row][:n]
+        return [one for one in row if one[0] >= 0][: first(n)]
 
     def neighbors(self, n: int | None = None) -> list[tuple[int, float]]:
-        """The features whose decoder directions are most like its own, with the cosine, the most alike first."""
+        """The features whose decoder directions are most like its own, with the cosine, the most alike first.
+
+        None of a direction that is zero.
+        """
         numbers, cosines = self.sae.table("weights", "neighbor_index"), self.sae.table("weights", "neighbor_cos")
-        return [*zip(numbers[self._row].tolist(), cosines[self._row].tolist(), strict=True)][:n]
+        row = zip(numbers[self._row].tolist(), cosines[self._row].tolist(), strict=True)
+        return [one for one in row if one[0] >= 0][: first(n)]
 
     def head_shares(self) -> list[float] | None:
         """Of the norms of its decoder direction at each head, which add up to 1; None where no heads lie side by side.

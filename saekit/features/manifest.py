@@ -33,10 +33,22 @@ from saekit.errors import DataError, PlaceError
 from saekit.files.storage import read_json, sha256, write_text
 from saekit.plugins.text import short
 
-__all__ = ["FORMAT", "MANIFEST", "AboutSAE", "StoreManifest", "differences", "is_store"]
+__all__ = [
+    "ANEW",
+    "FORMAT",
+    "MANIFEST",
+    "AboutSAE",
+    "StoreManifest",
+    "differences",
+    "files_listed",
+    "is_sealed",
+    "is_store",
+    "sealed",
+]
 
 MANIFEST, FORMAT = "manifest.json", 2
-_VOCABULARY = "vocabulary.json"
+ANEW = "Collect the features again (overwrite=True of saekit.collect_features, saekit features --overwrite)"
+_BESIDE = ("contexts.safetensors", "vocabulary.json")
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
 
 
@@ -85,7 +97,7 @@ class StoreManifest:
     """What is in a store, and what it was made of."""
 
     model: Mapping[str, Any]
-    """``name`` and ``fingerprint`` of the weights."""
+    """``name``, ``fingerprint`` of the weights, and ``bos``, the id of the token that begins texts, or None."""
     dataset: Mapping[str, Any]
     """What is known of the text: ``dataset``, ``held_out``, ``seed``."""
     contexts: int
@@ -115,7 +127,7 @@ class StoreManifest:
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""
         table = {"format": FORMAT, **json.loads(json.dumps(attrs.asdict(self)))}
-        write_text(folder / MANIFEST, json.dumps({**table, "seal": _seal(table)}, indent=1, allow_nan=False) + "\n")
+        write_text(folder / MANIFEST, json.dumps(sealed(table), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -125,41 +137,52 @@ class StoreManifest:
         except FileNotFoundError:
             raise PlaceError(_why_none(folder)) from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder / MANIFEST} cannot be read: {error}. Collect the features again") from error
+            raise DataError(f"{folder / MANIFEST} cannot be read: {error}. {ANEW}") from error
         if not isinstance(table, dict) or "format" not in table:
-            raise DataError(f"{folder / MANIFEST} is not the manifest of a feature store")
+            raise DataError(f"{folder / MANIFEST} is not the manifest of a feature store. {ANEW}")
         if table["format"] != FORMAT:
             raise DataError(
                 f"the feature store {str(folder)!r} is of format {short(table['format'])}, and this version of saekit "
-                f"reads {FORMAT}: collect the features again (overwrite=True, --overwrite), or read it with the saekit "
-                f"that wrote it ({table.get('saekit_version') or 'its version is not known'})"
+                f"reads {FORMAT}: {ANEW[0].lower()}{ANEW[1:]}, or read it with the saekit that wrote it "
+                f"({table.get('saekit_version') or 'its version is not known'})"
             )
-        seal = table.pop("seal", None)
-        if seal != _seal(table):
-            raise DataError(f"{folder / MANIFEST} was changed after it was written. Collect the features again")
-        del table["format"]
+        if not is_sealed(table):
+            raise DataError(f"{folder / MANIFEST} was changed after it was written. {ANEW}")
+        del table["seal"], table["format"]
         try:
             return cast("Self", Structurer().structured(table, cls))
         except ProblemsError as problems:
             said = "; ".join(f"{path}: {text}" if path else text for path, text in problems.items)
-            raise DataError(f"{folder / MANIFEST} does not say what a store's says: {said}. Collect again") from None
+            raise DataError(f"{folder / MANIFEST} does not say what a store's says: {said}. {ANEW}") from None
+
+    def named_as(self, other: Self) -> Self:
+        """The same with the names of SAEs, and what SAEs say of themselves, of ``other``, which has the same SAEs."""
+        pairs = zip(self.saes, other.saes, strict=True)
+        saes = tuple(attrs.evolve(one, name=new.name, metadata=new.metadata) for one, new in pairs)
+        return attrs.evolve(self, saes=saes)
 
     def check_files(self, folder: Path, *, whole: bool | None = None) -> None:
         """:class:`DataError` for a file that is missing or damaged.
 
         Sizes are compared, and checksums of all files (``whole``), of none (False), or of those that are small.
         """
+        try:
+            self._check_files(folder, whole)
+        except OSError as error:
+            raise DataError(f"the feature store {str(folder)!r} cannot be read: {error.strerror or error}") from error
+
+    def _check_files(self, folder: Path, whole: bool | None) -> None:
         for name, entry in self.files.items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != entry["bytes"]:
                 what = "is missing" if found is None else f"has {found:,} bytes instead of {entry['bytes']:,}"
-                raise DataError(f"the feature store {str(folder)!r} is damaged: {name} {what}. Collect again")
+                raise DataError(f"the feature store {str(folder)!r} is damaged: {name} {what}. {ANEW}")
             asked = entry["bytes"] <= _SMALL if whole is None else whole
             if asked and sha256(path) != entry["sha256"]:
                 raise DataError(
                     f"the feature store {str(folder)!r} is damaged: {name} is not what was written (its checksum "
-                    "differs). Collect again"
+                    f"differs). {ANEW}"
                 )
 
 
@@ -168,7 +191,8 @@ def is_store(folder: Path) -> bool:
     try:
         table = read_json(folder / MANIFEST)
     except (OSError, ValueError):
-        return (folder / MANIFEST).is_file() and (folder / _VOCABULARY).is_file()
+        beside = [(folder / name).is_file() for name in _BESIDE]
+        return any(beside) if (folder / MANIFEST).is_file() else all(beside)
     return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 
@@ -189,6 +213,27 @@ def _shown(value: Any) -> str:
         value = value.get("checksum", value)
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def files_listed(folder: Path) -> Any:
+    """What the manifest that is in ``folder`` now says of files; None: there is none that can be read."""
+    try:
+        table = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    return table.get("files") if isinstance(table, dict) else None
+
+
+def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """``table`` with a checksum of itself."""
+    return {**table, "seal": _seal(table)}
+
+
+def is_sealed(table: object) -> bool:
+    """Whether a table is as :func:`sealed` made it."""
+    if not isinstance(table, dict) or "seal" not in table:
+        return False
+    return bool(table["seal"] == _seal({name: value for name, value in table.items() if name != "seal"}))
 
 
 def _seal(table: Mapping[str, Any]) -> str:

@@ -11,25 +11,26 @@ They lie in the store's folder, in ``collecting``::
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import attrs
 from torch import Tensor
 
-from saekit.errors import DataError, PlaceError, StorageError
-from saekit.features.manifest import MANIFEST, StoreManifest, differences
-from saekit.files.storage import locked, new_folder, parse_json, read_json, sha256, write_text
+from saekit.errors import DataError, StorageError
+from saekit.features.manifest import FORMAT, differences, sealed
+from saekit.features.place import COLLECTING, PROGRESS, another, is_part, sealed_table
+from saekit.files.storage import new_folder, sha256, tidy, write_text
 from saekit.files.tensors import save_tensors
 
-__all__ = ["COLLECTING", "Parts", "check_place", "opened_for", "remove_store", "storing"]
+__all__ = ["Parts"]
 
-COLLECTING, PROGRESS, SUMS = "collecting", "progress.json", "sums.safetensors"
+SUMS = "sums.safetensors"
+_BEGIN = "Begin anew with overwrite=True (saekit features --overwrite)"
 
 
 @attrs.define(eq=False)
@@ -44,45 +45,83 @@ class Parts:
     files: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     @classmethod
-    def opened(cls, store: Path, identity: Mapping[str, Any]) -> Self:
-        """Those that are there, or none yet; :class:`DataError` for those of something else, and for damaged ones."""
+    def opened(cls, store: Path, identity: Mapping[str, Any], *, overwrite: bool = False) -> Self:
+        """Those that are there, or none yet.
+
+        :class:`DataError` for those of something else, and for damaged ones, in whose place ``overwrite`` begins anew.
+        """
         folder = store / COLLECTING
-        parts = cls(folder, identity)
-        if not (folder / PROGRESS).exists():
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-            parts._save()
-            return parts
         try:
-            table = read_json(folder / PROGRESS)
-            lines = [*differences(table["identity"], identity)]
-            found = cls(folder, identity, list(table["parts"]), int(table["contexts"]), dict(table["files"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = cls._there(store, identity)
+        except DataError:
+            if not overwrite:
+                raise
+            found = None
+        if found is None:
+            found = cls(folder, identity)
+            found.remove()
+            folder.mkdir(parents=True, exist_ok=True)
+            found._save()
+        return found
+
+    @classmethod
+    def _there(cls, store: Path, identity: Mapping[str, Any]) -> Self | None:
+        folder = store / COLLECTING
+        if not (folder / PROGRESS).exists():
+            return None
+        table = sealed_table(folder / PROGRESS)
+        if table is None or table.get("format") != FORMAT:
             raise DataError(
-                f"{folder / PROGRESS} cannot be read ({error}): begin anew with overwrite=True (--overwrite)"
-            ) from error
-        if lines:
-            raise DataError(_another(store, "the beginning of another feature store", lines))
+                f"{folder / PROGRESS} is damaged, was changed after it was written, or is of another version of "
+                f"saekit. {_BEGIN}"
+            )
+        if lines := [*differences(table["identity"], identity)]:
+            raise DataError(another(store, "the beginning of another feature store", lines))
+        found = cls(folder, identity, list(table["parts"]), int(table["contexts"]), dict(table["files"]))
         found._check()
         return found
 
+    @classmethod
+    def forget(cls, store: Path, identity: Mapping[str, Any]) -> None:
+        """Remove what a pass of ``identity``, which was ended after it had finished its store, has left."""
+        table = sealed_table(store / COLLECTING / PROGRESS)
+        if table is not None and table.get("identity") == identity:
+            with suppress(OSError, StorageError):
+                cls(store / COLLECTING, identity).remove()
+        elif table is None:
+            with suppress(OSError):  # where there is more than nothing
+                (store / COLLECTING).rmdir()
+
     def _check(self) -> None:
+        """Whether all parts are there as they were written; what was not finished goes."""
+        listed = {name.partition("/")[0] for name in self.files}
+        in_order = self.names == [_part(number) for number in range(len(self.names))]
+        if not in_order or listed != set(self.names) or bool(self.names) != (self.contexts > 0):
+            raise DataError(f"{self.folder / PROGRESS} names parts that are not those of its contexts. {_BEGIN}")
         for name, entry in self.files.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 what = "is not what was written" if path.exists() else "is missing"
-                raise DataError(
-                    f"what was collected so far cannot be gone on with: {path} {what}. Begin anew with overwrite=True "
-                    "(--overwrite)"
-                )
-        for left in self.folder.iterdir():  # of a part that was not finished
-            if left.is_dir() and left.name not in self.names:
-                shutil.rmtree(left)
+                raise DataError(f"what was collected so far cannot be gone on with: {path} {what}. {_BEGIN}")
+        self._remove_parts(self.names)
+
+    def _remove_parts(self, but: Sequence[str] = ()) -> None:
+        for path in [path for path in self.folder.iterdir() if is_part(path.name) and path.name not in but]:
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+        tidy(self.folder, lambda name: name == PROGRESS or is_part(name))
+
+    def remove(self) -> None:
+        """Remove all that a pass writes here, and nothing else.  Raises :class:`OSError`."""
+        if not self.folder.is_dir():
+            return
+        self._remove_parts()
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        with suppress(OSError):  # where somebody has put something else into it
+            self.folder.rmdir()
 
     def add(self, rows: Sequence[Mapping[str, Tensor]], sums: Mapping[str, Tensor], contexts: int) -> None:
         """A further part, after which ``contexts`` are done."""
-        name = f"part-{len(self.names):05d}"
+        name = _part(len(self.names))
         new: dict[str, dict[str, Any]] = {}
         with new_folder(self.folder / name) as home:
             every: dict[str, Mapping[str, Tensor]] = {f"{i}.safetensors": one for i, one in enumerate(rows)}
@@ -99,14 +138,14 @@ class Parts:
             (self.folder / before).unlink(missing_ok=True)
 
     def _save(self) -> None:
-        table = {"identity": self.identity, "parts": self.names, "contexts": self.contexts, "files": self.files}
-        write_text(self.folder / PROGRESS, json.dumps(table, indent=1) + "\n")
+        table = {"format": FORMAT, "identity": self.identity, "parts": self.names, "contexts": self.contexts}
+        write_text(self.folder / PROGRESS, json.dumps(sealed({**table, "files": self.files}), indent=1) + "\n")
 
     def remove_if_empty(self) -> None:
         """Leave nothing of what never began."""
         if not self.names:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):
+            with suppress(OSError, StorageError):
+                self.remove()
                 self.folder.parent.rmdir()
 
     def rows_of(self, number: int) -> list[Path]:
@@ -119,77 +158,5 @@ class Parts:
         return self.folder / self.names[-1] / SUMS if self.names else None
 
 
-def check_place(store: Path) -> None:
-    """:class:`PlaceError` for a folder that holds something else than a store or the beginning of one."""
-    if store.exists() and not store.is_dir():
-        raise PlaceError(f"{str(store)!r} is a file: a feature store is a folder; name another one (folder)")
-    if not store.is_dir() or any((store / name).exists() for name in (MANIFEST, COLLECTING)):
-        return
-    if others := sorted(path.name for path in store.iterdir() if not path.name.startswith(".")):
-        raise PlaceError(
-            f"{str(store)!r} holds something else ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): a "
-            "feature store needs a folder of its own; name a new one (folder)"
-        )
-
-
-def opened_for(store: Path, wanted: StoreManifest) -> bool:
-    """Whether the very store that is ``wanted`` is there, finished; :class:`DataError` names what another has."""
-    if not (store / MANIFEST).exists():
-        return False
-    found = StoreManifest.load(store)
-    if lines := [*differences(found.identity, wanted.identity)]:
-        raise DataError(_another(store, "another feature store", lines))
-    return True
-
-
-def _another(store: Path, what: str, lines: Sequence[str]) -> str:
-    listed = "\n".join(f"  - {line}" for line in lines[:12])
-    how = "Choose another folder, or replace it with overwrite=True (--overwrite)"
-    return f"{str(store)!r} holds {what}:\n{listed}\n{how}"
-
-
-def remove_store(store: Path) -> None:
-    """Remove a store, finished or not, and nothing else."""
-    try:
-        names = ["contexts.safetensors", "vocabulary.json"]
-        if (store / MANIFEST).exists():
-            table = parse_json((store / MANIFEST).read_text(encoding="utf-8"))
-            names += list(table.get("files", {})) if isinstance(table, dict) else []
-        (store / MANIFEST).unlink(missing_ok=True)
-        for name in names:
-            path = store / name
-            if path.resolve().is_relative_to(store.resolve()):
-                path.unlink(missing_ok=True)
-        shutil.rmtree(store / COLLECTING, ignore_errors=True)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot remove the feature store {str(store)!r}: {error}") from error
-
-
-@contextmanager
-def storing(store: Path) -> Iterator[None]:
-    """For one writer at a time; what the disk refuses is a :class:`StorageError` that says how to go on."""
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaceError(
-            f"no feature store can be made in {str(store)!r}: {error.strerror or error}. Name another folder"
-        ) from error
-    try:
-        with locked(store):
-            yield
-    except BlockingIOError as error:
-        raise DataError(f"another process is collecting features into {str(store)!r}") from error
-    except PlaceError:
-        raise
-    except (OSError, StorageError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        reason = getattr(cause, "strerror", None) or error
-        if getattr(cause, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PlaceError(
-                f"nothing can be written into {str(store)!r}: {reason}. Name another folder, or ask for the right to "
-                "write there"
-            ) from error
-        raise StorageError(
-            f"cannot write the feature store {str(store)!r}: {reason}. What was collected so far is kept; when "
-            "there is room, the same call goes on after it"
-        ) from error
+def _part(number: int) -> str:
+    return f"part-{number:05d}"

@@ -15,6 +15,7 @@ from saekit.features.feature import Feature
 from saekit.features.manifest import StoreManifest, is_store
 from saekit.features.tables import SAETables, StoreFiles
 from saekit.files.paths import as_path
+from saekit.plugins.text import short
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -89,11 +90,13 @@ class SAEFeatures(SAETables):
 
     def feature(self, index: int) -> Feature:
         """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
+        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not whole or not 0 <= index < self.about.d_sae:
+            last = self.about.d_sae - 1
+            raise ConfigError([("feature", f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
         row = int(np.searchsorted(self.indices, index))
         if row < len(self) and self.indices[row] == index:
             return Feature(self, int(index), row)
-        if not 0 <= index < self.about.d_sae:
-            raise ConfigError([("feature", f"must be 0 to {self.about.d_sae - 1:,} for {self.name}, found {index}")])
         raise ConfigError(
             [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]

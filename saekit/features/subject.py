@@ -17,6 +17,7 @@ from saekit.analysis.feature_statistics import layer_of
 from saekit.errors import ConfigError, DataError
 from saekit.features.manifest import AboutSAE
 from saekit.kernels.sparse import SparseFeatures
+from saekit.plugins.text import short
 from saekit.sae.module import SAEModule
 from saekit.site import Sites
 from saekit.tokens import TokenChoice
@@ -36,14 +37,16 @@ def checksum(sae: SAEModule) -> str:
 
 def chosen_features(features: object, d_sae: int, name: str) -> NDArray[np.int64]:
     """The numbers that ``features`` are for an SAE, rising and each once; :class:`ConfigError` for those it has not."""
-    if features is None or features == "all":
+    if features is None or (isinstance(features, str) and features == "all"):
         return np.arange(d_sae)
     if isinstance(features, (str, bytes)) or not isinstance(features, (Sequence, np.ndarray, range, Tensor)):
         raise ConfigError([("features", f'must be numbers of features or "all", found {features!r}')])
-    numbers = [int(one) if isinstance(one, (np.integer, Tensor)) else one for one in features]
+    if isinstance(features, (np.ndarray, Tensor)):
+        features = features.tolist() if features.ndim else [features.item()]
+    numbers = [one.item() if isinstance(one, (np.integer, Tensor)) and one.ndim == 0 else one for one in features]
     odd = [one for one in numbers if type(one) is not int or not 0 <= one < d_sae]
     if odd or not numbers:
-        found = "none" if not numbers else ", ".join(map(repr, odd[:5])) + (" ..." if len(odd) > 5 else "")
+        found = "none" if not numbers else ", ".join(map(short, odd[:5])) + (" ..." if len(odd) > 5 else "")
         raise ConfigError([("features", f"must be numbers from 0 to {d_sae - 1:,} for {name}, found {found}")])
     return np.unique(np.array(numbers, np.int64))
 

@@ -12,7 +12,8 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.features.manifest import AboutSAE, StoreManifest
+from saekit.errors import DataError
+from saekit.features.manifest import AboutSAE, StoreManifest, files_listed
 
 __all__ = ["SAETables", "StoreFiles"]
 
@@ -42,12 +43,34 @@ class StoreFiles:
     @cached_property
     def contexts(self) -> NDArray[np.int32]:
         """``[n_contexts, context_size]``: token ids."""
-        return _arrays(self.folder / "contexts.safetensors")["contexts"]
+        return self.arrays("contexts.safetensors")["contexts"]
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """The text of every token id."""
-        return tuple(json.loads((self.folder / "vocabulary.json").read_text(encoding="utf-8")))
+        found = (self.folder / "vocabulary.json").read_text(encoding="utf-8")
+        self._check_same()
+        return tuple(json.loads(found))
+
+    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The tables of one of the store's files, in memory that is the file's.
+
+        :class:`DataError` where another store has come into the folder since this one was opened.
+        """
+        try:
+            found = _arrays(self.folder / name)
+        except FileNotFoundError:
+            self._check_same()
+            raise
+        self._check_same()
+        return found
+
+    def _check_same(self) -> None:
+        """What was opened just now is of this store, if the manifest, which goes first, is as it was."""
+        if files_listed(self.folder) != {name: dict(entry) for name, entry in self.manifest.files.items()}:
+            raise DataError(
+                f"the feature store {str(self.folder)!r} was removed or replaced since it was opened: open it again"
+            )
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The texts of token ids."""
@@ -147,7 +170,7 @@ class SAETables:
     def tables(self, file: str) -> dict[str, NDArray[Any]]:
         """The tables of one of its files, by name."""
         if file not in self._opened:
-            self._opened[file] = _arrays(self.store.folder / self.about.folder / f"{file}.safetensors")
+            self._opened[file] = self.store.arrays(f"{self.about.folder}/{file}.safetensors")
         return self._opened[file]
 
     @cached_property

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
-from saekit.plugins.text import printable
+from saekit.plugins.text import printable, short
 
-__all__ = ["Quantile", "Width", "Window", "check_width", "intervals", "span"]
+__all__ = ["Quantile", "Width", "Window", "check_count", "check_width", "first", "intervals", "span"]
 
 Width: TypeAlias = tuple[int, int] | int | None
 """How many tokens before and after the one in the middle; a whole number: both; None: the whole context."""
@@ -99,6 +99,22 @@ def check_width(window: object) -> None:
             [("window", f"must be two whole numbers of 0 or more, tokens before and after, one for both, or None for "
               f"the whole context; found {window!r}")]
         )  # fmt: skip
+
+
+def check_count(name: str, value: object, least: int = 0, most: int | None = None) -> None:
+    """:class:`ConfigError` for what is no whole number from ``least`` to ``most``."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if whole and value >= least and (most is None or value <= most):  # type: ignore[operator]
+        return
+    bounds = f"of {least} or more" if most is None else f"from {least} to {most:,}"
+    raise ConfigError([(name, f"must be a whole number {bounds}, found {short(value)}")])
+
+
+def first(n: int | None) -> int | None:
+    """How many are taken; None: all."""
+    if n is not None:
+        check_count("n", n)
+    return n
 
 
 def span(position: int, length: int, window: Width) -> tuple[int, int]:

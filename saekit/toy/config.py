@@ -16,6 +16,10 @@ from saekit.kinds import LR_SCHEDULES
 
 __all__ = ["ToyConfig"]
 
+_COUNTS = (
+    "n_features", "n_hidden", "n_correlated_pairs", "n_anticorrelated_pairs", "steps", "batch_size",
+    "lr_warm_up_steps", "lr_decay_steps", "seed",
+)  # fmt: skip
 _SUM = 1 + 1e-9  # of two probabilities that are 1 together but for rounding
 
 
@@ -62,6 +66,7 @@ class ToyConfig:
 
     def __attrs_post_init__(self) -> None:
         problems = [
+            *self._faults_of_counts(),
             *self._faults_of_each("feature_probability", "above 0, at most 1", lambda value: 0 < value <= 1),
             *self._faults_of_each("importance", "0 or more, and finite", lambda value: 0 <= value < float("inf")),
         ]
@@ -107,13 +112,25 @@ class ToyConfig:
     def _of_each(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
         return tuple(map(float, value)) if isinstance(value, (tuple, list)) else (float(value),) * self.n_features
 
+    def _faults_of_counts(self) -> list[tuple[str, str]]:
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return [
+            (name, f"must be a whole number, found {value!r}")
+            for name, value in counts.items()
+            if type(value) is not int
+        ]
+
     def _faults_of_each(self, name: str, expected: str, fine: Callable[[float], bool]) -> list[tuple[str, str]]:
         value = getattr(self, name)
         several = isinstance(value, (tuple, list))
         if several and len(value) != self.n_features:
             return [(name, f"has {len(value)} numbers for {self.n_features} features; give one, or one for each")]
         numbers = value if several else (value,)
-        wrong = [number for number in numbers if not (isinstance(number, (int, float)) and fine(number))]
+        wrong = [
+            number
+            for number in numbers
+            if isinstance(number, bool) or not (isinstance(number, (int, float)) and fine(number))
+        ]
         return [(name, f"must be {expected}, found {wrong[0]!r}")] if wrong else []
 
     def _faults_of_pairs(self) -> list[tuple[str, str]]:

@@ -119,6 +119,8 @@ class ToyModel(nn.Module):
         found = {name: (list(value.shape), value.dtype) for name, value in tensors.items()}
         if found != expected:
             raise SAEFormatError(f"{path} holds {_shapes(found)}, and its configuration asks for {_shapes(expected)}")
+        if odd := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+            raise SAEFormatError(f"{path} is damaged: {odd[0]} has values that are no finite numbers")
         model.load_state_dict(tensors)
         return model
 

@@ -227,6 +227,64 @@ def test_direct_effects_are_those_of_the_last_residual_stream_alone(which: str, 
     assert largest > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["exact", "direct"])
+def test_a_feature_is_removed_where_the_mask_lets_tokens_count_alone(kind: Any, lens: Any, tmp_path: Path) -> None:
+    sae, mask = IN_LENS["the residual stream"](), torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) > 0.4
+    store = saekit.collect_features(
+        sae, model=lens, contexts=CONTEXTS, mask=mask, folder=tmp_path / "store", verbose=False, device="cpu"
+    )
+    feature = store.feature(int(store.sae.fired.argmax()))
+    windows = [(feature.index, one) for one in feature.top(3, window=None)]
+    held = lens.run(CONTEXTS, read=[LAST, RESID]).held
+    change = changes(sae, held[RESID], feature.index, CONTEXTS) * mask[..., None]
+
+    def losses(logits: Tensor) -> Tensor:
+        return cross_entropy(logits[:, :-1].flatten(0, 1), CONTEXTS[:, 1:].flatten(), reduction="none").view(5, 8)
+
+    def likely(stream: Tensor) -> Tensor:
+        scaled = stream / stream.var(-1, correction=0, keepdim=True).sqrt()
+        return scaled @ lens.model.W_U.detach()
+
+    with torch.no_grad():
+        without = lens.run(CONTEXTS, replace={RESID: lambda x: x + change}, want="logits").logits
+        logits = lens.run(CONTEXTS, want="logits").logits
+    before, after = (logits, without) if kind == "exact" else (likely(held[LAST]), likely(held[LAST] + change))
+    wanted = losses(after) - losses(before)
+    found = LossEffects.of(store.sae, sae, lens, kind).of_windows(windows)
+    for (_, window), effects in zip(windows, found, strict=True):
+        assert assert_like(effects, [*wanted[window.context].tolist(), None]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_narrow_model_are_multiplied_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = hooked_transformer().to(dtype)
+    with torch.no_grad():
+        model.unembed.W_U.mul_(20)
+    lens, sae = saekit.load_model(model), at(drawn_sae(16, d_sae=24), RESID, model_name="tiny")
+    store = saekit.collect_features(
+        sae, model=lens, contexts=CONTEXTS, folder=tmp_path / "store", verbose=False, device="cpu"
+    )
+    unembedding = model.unembed.W_U.detach()
+    ranked = (sae.W_dec.detach() @ unembedding.float()).topk(10)
+    for feature in store.sae:
+        assert feature.logits is not None
+        told = feature.logits.top[:10]
+        assert [token for token, _, _ in told] == ranked.indices[feature.index].tolist()
+        assert [value for _, _, value in told] == pytest.approx(ranked.values[feature.index].tolist(), rel=1e-5)
+    feature = store.feature(int(store.sae.fired.argmax()))
+    windows = [(feature.index, one) for one in feature.top(3, window=None)]
+    held = {name: x.double() for name, x in lens.run(CONTEXTS, read=[LAST, RESID]).held.items()}
+    change = changes(sae, held[RESID].float(), feature.index, CONTEXTS).double()
+    before, after = (
+        ((x / x.std(-1, correction=0, keepdim=True)) @ unembedding.double()).log_softmax(-1)
+        for x in (held[LAST], held[LAST] + change)
+    )
+    wanted = (before - after)[:, :-1].gather(-1, CONTEXTS[:, 1:, None])[..., 0]
+    found = LossEffects.of(store.sae, sae, lens, "direct").of_windows(windows)
+    for (_, window), effects in zip(windows, found, strict=True):
+        assert effects[:-1] == pytest.approx(wanted[window.context].tolist(), abs=1e-4)
+
+
 def test_another_model_and_another_sae_are_refused(tmp_path: Path) -> None:
     sae, model = IN_FAKE["all heads"](), DoubleFake()
     store = collected(sae, model, tmp_path / "store")

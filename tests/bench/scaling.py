@@ -325,7 +325,7 @@ def picture(path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms in a step")
-    axes[0].legend(title="features", fontsize=8)
+    axes[-1].legend(loc="lower left", title="features", fontsize=8)
     figure.savefig(path, dpi=100)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import saekit
 from saekit.cli import app
-from saekit.commands.features import numbers_of
+from saekit.commands.asked import feature_numbers
 from saekit.errors import ConfigError, DataError, PlaceError
 
 SITE = "blocks.0.hook_resid_post"
@@ -77,13 +77,27 @@ def test_a_text_that_is_short_is_told(folder: Path, tmp_path: Path) -> None:
     ("text", "numbers"), [("all", "all"), ("3", [3]), ("1,2,5-7", [1, 2, 5, 6, 7]), (" 1 , 4 - 5", [1, 4, 5])]
 )
 def test_numbers_are_listed_or_ranges(text: str, numbers: object) -> None:
-    assert numbers_of(text) == numbers
+    assert feature_numbers(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "1,,2", "a", "5-", "7-5", "-3", "1.5"])
 def test_what_is_no_list_of_numbers_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="features: must be numbers such as 1,2,5-20, or all; found"):
-        numbers_of(text)
+    with pytest.raises(ConfigError, match="features: must be numbers such as 1,2,5-20, or all, found"):
+        feature_numbers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-999999999", "'0-999999999' are more than 16,777,216 numbers; did you mean all"),
+        ("0-9999999,0-9999999", "more than 16,777,216 numbers"),
+        ("9" * 5000, "has a number that is larger than any SAE: '99999"),
+    ],
+)
+def test_numbers_that_no_sae_has_are_not_listed(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        feature_numbers(text)
+    assert len(str(error.value)) < 200
 
 
 def test_an_sae_that_was_read_knows_where_its_features_go(tmp_path: Path) -> None:

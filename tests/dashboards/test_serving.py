@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import runpy
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +146,23 @@ def test_nothing_is_changed_and_no_other_page_reads_it(port: int) -> None:
         ("/sae/0/feature/16.json", "feature: must be 0 to 15 for topk, found 16"),
         ("/sae/2/feature/1.json", "sae: must be 0 to 1, found 2"),
         ("/sae/2/fires-on.json", "sae: must be 0 to 1, found 2"),
+        (f"/sae/0/feature/{'9' * 20}.json", f"feature: must be a number of at most 9 digits, found '{'9' * 20}'"),
+        ("/sae/0/feature/-1.json", "feature: must be a number of at most 9 digits, found '-1'"),
     ],
 )
 def test_what_is_not_there(port: int, path: str, told: str) -> None:
     answer, body = ask(port, path)
     assert (answer.status, json.loads(body)) == (404, {"error": told})
     assert ask(port, "/../../etc/passwd")[0].status == 404
+
+
+def test_a_number_of_thousands_of_digits_is_not_there_either(port: int) -> None:
+    for path in (f"/sae/0/feature/{'9' * 5000}.json", f"/sae/{'9' * 5000}/fires-on.json"):
+        answer, body = ask(port, path)
+        assert answer.status == 404
+        assert b"must be a number of at most 9 digits, found '999" in body
+        assert len(body) < 300
+        assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_plotly_comes_as_the_browser_takes_it(port: int) -> None:
@@ -190,6 +203,84 @@ def test_effects_are_computed_when_a_feature_is_looked_at(
     assert found["loss_effect_kind"] == "exact"
     assert any(found["top"][0]["loss_effects"])
     assert served.tag != Served(store=store, names=["topk"], look=LOOK).tag
+
+
+def test_what_is_kept_is_sent_while_the_model_is_at_work(store: saekit.FeatureStore) -> None:
+    """And what two ask for at once is made once."""
+    begun, go_on, made = threading.Event(), threading.Event(), list[int]()
+
+    class Slow:
+        kind = "exact"
+
+        def __call__(self, feature: Any, windows: Any) -> Any:
+            made.append(feature.index)
+            if feature.index == 5:
+                begun.set()
+                assert go_on.wait(20)
+            return [[None] * len(window.ids) for window in windows]
+
+    served = Served(store=store, names=["topk"], look=LOOK, effects={"topk": Slow()})
+    kept = served.feature(0, 1)
+    del made[:]
+    threads = [threading.Thread(target=served.feature, args=(0, 5)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(20)
+    found: list[bytes] = []
+    other = threading.Thread(target=lambda: found.append(served.feature(0, 1)), daemon=True)
+    other.start()
+    other.join(5)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert found == [kept]
+    assert made == [5]
+
+
+def test_two_who_ask_for_the_list_wait_for_one(store: saekit.FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from saekit.dashboards import server
+
+    both, made = threading.Barrier(2), list[str]()
+
+    def counted(sae: Any) -> Any:
+        made.append(sae.name)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # until another makes it, too
+        return {}
+
+    monkeypatch.setattr(server, "fires_on_columns", counted)
+    served = Served(store=store, look=LOOK)
+    threads = [threading.Thread(target=served.fires_on, args=(0,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(made) == 1
+
+
+def test_what_is_said_of_a_fault_has_the_same_headers(
+    store: saekit.FeatureStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(self: Any, place: int, number: int) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Served, "feature", wrong)
+    opened = opened_port("127.0.0.1", 0)
+    with serving(Served(store=store, look=LOOK), opened):
+        answer, body = ask(opened.getsockname()[1], "/sae/0/feature/1.json")
+    assert (answer.status, body) == (500, b"Internal Server Error")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_store_that_is_measured_is_one(tmp_path: Path) -> None:
+    """The benchmark's own, with few features."""
+    make = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "dashboard_server.py"))["make"]
+    make(tmp_path, 8, 4, 50)
+    served = Served(store=saekit.FeatureStore.open(tmp_path, verify=True))
+    assert b"made" in served.page
+    assert json.loads(served.feature(0, 7))["index"] == 7
+    assert len(json.loads(served.fires_on(0))["fires_on"]) == 8
 
 
 # ---- where
@@ -279,6 +370,7 @@ def test_the_command_serves(
     ("asked", "told"),
     [
         (["--serve", "--features", "1"], "--features: --serve shows all features, and writes nothing"),
+        (["--serve", "--overwrite"], "--overwrite: --serve shows all features, and writes nothing"),
         (["--serve", "--out", "x.html"], "--out: --serve shows all"),
         (["--port", "8000"], "--port: that is for --serve"),
         (["--loss-effects", "exact", "--no-loss-effects"], "contradict each other"),

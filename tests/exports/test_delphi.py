@@ -141,7 +141,12 @@ def test_the_module_is_named_by_a_model(store: Any, export: Any, tmp_path: Path)
 
 
 def test_all_of_it_is_there_or_nothing(export: Any, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"No space left on device"), failing_at(5, tmp_path / "out"):
+    with (
+        pytest.raises(
+            StorageError, match=r"No space left on device\. Nothing of it is kept, .* the same call makes it$"
+        ),
+        failing_at(5, tmp_path / "out"),
+    ):
         export()
     assert not (tmp_path / "out").exists()
     home = export()
@@ -154,6 +159,17 @@ def test_all_of_it_is_there_or_nothing(export: Any, tmp_path: Path) -> None:
     (home / "mine.txt").write_text("")
     with pytest.raises(PlaceError, match=r"holds something else than delphi's cache: name another folder"):
         export(overwrite=True)
+
+
+def test_the_config_of_a_model_is_no_cache(export: Any, tmp_path: Path) -> None:
+    home = export()
+    for path in home.iterdir():
+        path.unlink()
+    for text in ('{"hidden_size": 8}', "{"):
+        (home / "config.json").write_text(text)
+        with pytest.raises(PlaceError, match=r"holds something else than delphi's cache: name another folder"):
+            export(overwrite=True)
+        assert (home / "config.json").read_text() == text
 
 
 def test_both_commands(store: Any, tmp_path: Path) -> None:

@@ -152,6 +152,34 @@ def test_short_windows_are_cut_only_where_they_hold_bos(export: Any) -> None:
     assert all(window["qualifying_token_index"] in (0, 1, 2) for window in found)
 
 
+@pytest.mark.parametrize(
+    ("contexts", "prepend_bos", "cut"),
+    [
+        (some_contexts(), True, 1),
+        (some_contexts(), None, 1),
+        (some_contexts(1), True, 1),
+        (some_contexts(), False, 0),
+        (some_contexts().index_fill(1, torch.tensor([0]), 7), True, 0),
+        (torch.cat([some_contexts(3), some_contexts(1) + 1]), True, 0),
+    ],
+    ids=["BOS", "nothing said", "one context", "a BOS of the text", "an ordinary token", "not all"],
+)
+def test_bos_is_left_out_where_it_was_put_before_every_context(
+    contexts: torch.Tensor, prepend_bos: bool | None, cut: int, export: Any, tmp_path: Path
+) -> None:
+    sae = small_sae(neuronpedia_id="tiny/3-res-x")
+    with torch.no_grad():
+        sae.b_enc.fill_(9)  # all fire everywhere
+    store = small_store(tmp_path / "store", sae, contexts=contexts)
+    store.sae.about.metadata["prepend_bos"] = prepend_bos  # type: ignore[index]
+    (batch,) = batches(export(store, quantiles=0, top=2, numbers=[1, 2]))
+    shown = [window["tokens"] for one in batch["features"] for window in one["activations"]]
+    assert {len(tokens) for tokens in shown} == {12 - cut}
+    firsts = {texts[0] for texts in shown}
+    stored = {store.vocabulary[int(one)] for one in contexts[:, cut]}
+    assert firsts <= stored
+
+
 def test_rare_features_are_skipped_by_the_logarithm_of_their_fraction(export: Any, store: Any, tmp_path: Path) -> None:
     least = float(np.log10(np.median(store.sae.firing_fraction)))
     home = export(min_log_fraction=least)

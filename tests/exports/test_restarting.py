@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.failing_disk import failing_at
 from support.neuronpedia import batches, strict
 from support.stores import small_sae, small_store
 
 import saekit
-from saekit.errors import ConfigError, DataError, PlaceError, StorageError
+from saekit.errors import ConfigError, DataError, PlaceError, SaekitError, StorageError
+from saekit.exports import neuronpedia
 from saekit.exports.folder import ExportFolder
 from saekit.files.storage import locked
 
@@ -101,6 +106,54 @@ def test_a_record_that_leads_elsewhere_removes_nothing_there(export: Any, tmp_pa
     assert victim.exists()
 
 
+FOREIGN = ('{"files": {"batch-1.json": {}, "thesis.txt": {}}}', "[1]", '{"format": 1}', "mine")
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_record_of_something_else_is_left_alone(text: str, export: Any, tmp_path: Path) -> None:
+    home = tmp_path / "out"
+    (home / "sub").mkdir(parents=True)
+    for name in ("thesis.txt", "batch-1.json", "sub/batch-2.json"):
+        (home / name).write_text("mine")
+    (home / "export.json").write_text(text)
+    before = contents(home)
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(
+            PlaceError, match=r"holds something else \(export.json\): an export needs a folder of its own"
+        ):
+            export(**options)
+    assert contents(home) == before
+
+
+def test_overwriting_removes_what_an_export_writes_alone(export: Any, tmp_path: Path) -> None:
+    home = export(batch_size=6)
+    (home / "features").mkdir()
+    for name in ("thesis.txt", "features/batch-7.json", ".notes.json.0a1b2c3d.tmp"):
+        (home / name).write_text("mine")
+    table = json.loads((home / "export.json").read_text())
+    table["files"]["thesis.txt"] = {"bytes": 4, "sha256": ""}
+    (home / "export.json").write_text(json.dumps(table))
+    export(batch_size=6)
+    export(batch_size=12, overwrite=True)
+    for name in ("thesis.txt", "features/batch-7.json", ".notes.json.0a1b2c3d.tmp"):
+        assert (home / name).read_text() == "mine"
+    bulk = export(schema="bulk", batch_size=6, folder=tmp_path / "bulk")
+    (bulk / "batch-7.json").write_text("mine")
+    export(schema="bulk", batch_size=12, folder=tmp_path / "bulk", overwrite=True)
+    assert (bulk / "batch-7.json").read_text() == "mine"
+    assert sorted(path.name for path in (bulk / "features").iterdir()) == ["batch-0.jsonl.gz", "batch-1.jsonl.gz"]
+
+
+def test_an_export_that_was_begun_in_another_layout_is_not_gone_on_with(
+    export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    monkeypatch.setattr(neuronpedia, "_LAYOUT", neuronpedia._LAYOUT + 1)
+    with pytest.raises(DataError, match=r"layout: there 1, wanted 2"):
+        export()
+    export(overwrite=True)
+
+
 def test_after_a_full_disk_the_same_call_ends_as_it_would_have(export: Any, tmp_path: Path) -> None:
     whole = contents(export(batch_size=8, top=3, folder=tmp_path / "whole"))
     home, failed = tmp_path / "out", []
@@ -130,6 +183,16 @@ def test_a_killed_process_leaves_nothing_half_written(export: Any) -> None:
     assert contents(home) == whole
 
 
+def test_a_killed_process_leaves_nothing_in_the_folders_of_the_bulk_import(export: Any) -> None:
+    home = export(schema="bulk", batch_size=8)
+    whole = contents(home)
+    for name in ("activations/.batch-1.jsonl.gz.0a1b2c3d.tmp", "features/.batch-1.jsonl.gz.0a1b2c3d.tmp"):
+        (home / name).write_text("half")
+    (home / "activations/batch-1.jsonl.gz").unlink()
+    export(schema="bulk", batch_size=8)
+    assert contents(home) == whole
+
+
 def test_bulk_rows_are_the_same_after_going_on(export: Any) -> None:
     home = export(schema="bulk", batch_size=8)
     whole = contents(home)
@@ -138,11 +201,26 @@ def test_bulk_rows_are_the_same_after_going_on(export: Any) -> None:
     assert contents(home) == whole, "createdAt is that of the beginning"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_where_nobody_may_write(export: Any, tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(PlaceError, match=r"no export can be made in .*: Permission denied. Name another folder"):
-        export(folder=tmp_path / "closed" / "out")
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_where_nobody_may_write(code: int, export: Any, tmp_path: Path) -> None:
+    """Whatever is refused first: no room would help."""
+    home, refused = tmp_path / "closed" / "out", []
+    for there in (False, True):
+        if there:
+            home.mkdir(parents=True)
+        for operation in range(1, 5):
+            with failing_at(operation, home.parent, lambda: OSError(code, os.strerror(code))), suppress(SaekitError):
+                try:
+                    export(folder=home)
+                except SaekitError as error:
+                    refused.append(error)
+                    raise
+            shutil.rmtree(home.parent if not there else home, ignore_errors=True)
+            home.mkdir(parents=True) if there else None
+    assert len(refused) > 4
+    for error in refused:
+        assert isinstance(error, PlaceError), error
+        assert f"{os.strerror(code)}. Name another folder" in str(error)
 
 
 def test_a_place_that_cannot_be_one(export: Any, tmp_path: Path) -> None:
@@ -163,6 +241,14 @@ def test_a_damaged_record_is_named(export: Any) -> None:
         export()
     ExportFolder.remove(home)
     assert not (home / "export.json").exists()
+    shutil.rmtree(home)
+    export()
+    table = json.loads((home / "export.json").read_text())
+    table["files"]["batch-0.json"] = 3
+    (home / "export.json").write_text(json.dumps(table))
+    with pytest.raises(DataError, match=r"of 'batch-0.json' it does not say bytes and sha256\): begin anew"):
+        export()
+    export(overwrite=True)
 
 
 def test_mistakes_are_told_together_and_before_anything_is_written(export: Any, store: Any, tmp_path: Path) -> None:
@@ -182,6 +268,10 @@ def test_mistakes_are_told_together_and_before_anything_is_written(export: Any, 
         ({"numbers": "some"}, r'numbers: must be numbers of features or "all", found \'some\''),
         ({"numbers": []}, r"numbers: names none"),
         ({"numbers": [1.5]}, r"numbers: must be whole numbers, found 1.5"),
+        ({"numbers": np.array([[1, 2]])}, r"numbers: must be whole numbers, found array\(\[1, 2\]\)"),
+        ({"min_log_fraction": -np.inf}, r"min_log_fraction: must be the logarithm of a fraction, .*; found -inf"),
+        ({"seed": -1}, r"seed: must be a whole number of 0 or more, found -1"),
+        ({"seed": "x"}, r"seed: must be a whole number of 0 or more, found 'x'"),
         ({"window": -5}, r"window: must be two whole numbers of 0 or more"),
         ({"about": {"owner": "me"}}, r"about: may have creator_id, creator_name, .*; found 'owner': 'me'"),
         ({"sae": "other"}, r"sae: 'other' is not in the store, which has"),
@@ -200,12 +290,22 @@ def test_where_features_are(export: Any, store: Any, tmp_path: Path) -> None:
         export(tmp_path)
     with pytest.raises(ConfigError, match=r"features: must be a feature store, its folder, a run or an SAE's, found 3"):
         export(3)
-    assert store.folder.name == "features"
-    home = export(store.folder.parent, folder=None)  # as beside a run
-    assert home == store.folder.with_name("features-neuronpedia")
-    (store.folder.parent / "sae").mkdir(exist_ok=True)
-    assert export(store.folder.parent / "sae", folder=None) == home
-    shutil.rmtree(home)
+    run, sae = tmp_path / "run", small_sae(neuronpedia_id="tiny/3-res-x")
+    shutil.copytree(store.folder, run / "features")
+    sae.save(run / "sae")
+    for place in (run, run / "sae"):
+        assert export(place, folder=None) == run / "features-neuronpedia"
+    with torch.no_grad():
+        sae.b_enc.add_(1)  # as after more training
+    sae.save(run / "sae")
+    for options in ({"folder": None}, {"folder": tmp_path / "other"}):
+        with pytest.raises(
+            DataError, match=r"is of .*, and not of .* as it is now \(the checksums of the weights differ"
+        ):
+            export(run, **options)
+    with pytest.raises(DataError, match=r"the checksums of the weights differ"):
+        saekit.export_delphi(run, module_path="layers.1", folder=tmp_path / "delphi", verbose=False)
+    assert export(run / "features", folder=tmp_path / "stored").exists(), "what is stored can still be asked for"
 
 
 def test_features_that_are_not_in_the_store_are_said_to_be(tmp_path: Path, export: Any) -> None:

@@ -11,7 +11,7 @@ from support.saes import at, drawn_sae
 
 from saekit.commands import material
 from saekit.errors import DataError, PlaceError
-from saekit.features import parts
+from saekit.files import writers
 from saekit.testing import FakeBackend
 
 HOOK = "blocks.1.hook_resid_post"
@@ -60,10 +60,10 @@ def test_fewer_contexts_than_were_asked_for_are_said(collect: Any, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_named(
     collect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(place: Path) -> Any:
-        raise PermissionError(13, "Permission denied", str(place))
+    def refused(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(parts, "locked", refused)
+    monkeypatch.setattr(writers, "locked", refused)
     (tmp_path / "store").mkdir()
     sae = at(drawn_sae(8, d_sae=4), HOOK, model_name="fake")
     with pytest.raises(

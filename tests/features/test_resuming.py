@@ -224,7 +224,7 @@ def test_a_sealed_manifest_of_other_fields_says_which(whole: Any, change: Any, m
     del table["seal"]
     change(table)
     file.write_text(json.dumps(table | {"seal": manifest._seal(table)}))
-    with pytest.raises(DataError, match=rf"does not say what a store's says: {message}.*Collect again"):
+    with pytest.raises(DataError, match=rf"does not say what a store's says: {message}.*Collect the features again"):
         saekit.FeatureStore.open(whole.folder)
 
 

@@ -54,6 +54,9 @@ JOBS = (
 )  # fmt: skip
 """What training and evaluating import."""
 
+LONGEST = 300.0
+"""Seconds after which a command hangs, however busy the machine is."""
+
 
 class Server:
     """A process that forks for each command; ``imports`` names what it has imported by then."""
@@ -124,22 +127,29 @@ def python(
     light: bool = False,
     watch: bool = False,
     imports: tuple[str, ...] = (),
+    timeout: float = LONGEST,
 ) -> subprocess.CompletedProcess[str]:
     """As ``subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=env)``.
 
     ``arguments`` are those of Python: ``-W`` and what it shall do, then ``-c CODE``, ``-m MODULE`` or a file, and
     what follows is ``sys.argv``.  ``light``: begin without torch and the like; ``watch``: and fail if any is imported;
-    ``imports``: begin with these alone.
+    ``imports``: begin with these alone.  What has not ended after ``timeout`` seconds is killed, with what it started:
+    :class:`subprocess.TimeoutExpired`, with what it said so far.
     """
     words = [str(word) for word in arguments]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as loaded:
         files = (out, said, loaded)
         warm = server(imports or _imports(light or watch))
-        code = warm.start(words, cwd, env, *(file.fileno() for file in files)).close()
+        command = warm.start(words, cwd, env, *(file.fileno() for file in files))
+        if late := not command.ended(timeout):
+            os.killpg(command.pid, signal.SIGKILL)
+        code = command.close()
         texts = []
         for file in files:
             file.seek(0)
             texts.append(file.read().decode().replace("\r\n", "\n"))
+    if late:
+        raise subprocess.TimeoutExpired([sys.executable, *words], timeout, *texts[:2])
     if watch:
         assert json.loads(texts[2] or "null") == [], f"imported: {texts[2] or 'it was killed'}"
     return subprocess.CompletedProcess([sys.executable, *words], code, *texts[:2])

@@ -69,7 +69,10 @@ _NoLossEffects = Annotated[
     bool, typer.Option("--no-loss-effects", help="Say nothing of the loss, which needs no model.")
 ]
 _Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a file that is no dashboard, and a store of something else.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace a file that is no dashboard.  Stores stay: see saekit features --overwrite."
+    ),
 ]
 _Serve = Annotated[
     bool, typer.Option("--serve", help="Write no page, and show all features in a browser until Ctrl-C.")
@@ -114,12 +117,13 @@ def dashboard(
     from saekit.commands.dashboards import labels_in
 
     chosen = {"features": features, "random": random, "top-by": top_by, "count": count, "out": out}
+    page = chosen | {"overwrite": overwrite or None}
     places = {"host": host, "port": port, "allowed-host": allowed_host or None}
     way = _way(loss_effects, no_loss_effects)
-    _check_together(serve, chosen, places)
+    _check_together(serve, page, places)
     shared: dict[str, Any] = {
         "sae": sae, "window": _window(window), "labels": None if labels is None else labels_in(labels), "seed": seed,
-        "overwrite": overwrite, "folder": folder, "model": model,
+        "folder": folder, "model": model,
         "dataset": None if dataset is None else {"path": dataset}, "n_contexts": n_contexts,
         "context_size": context_size, "exclude_special_tokens": exclude_special_tokens,
         "device": None if device == "auto" else device,
@@ -127,7 +131,7 @@ def dashboard(
     if serve:
         _serve(what, places, way, shared)
     else:
-        _write(what, chosen, way, shared)
+        _write(what, chosen, way, shared | {"overwrite": overwrite})
 
 
 def _write(what: str, chosen: dict[str, Any], way: str | None, shared: dict[str, Any]) -> None:

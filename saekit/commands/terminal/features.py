@@ -15,6 +15,9 @@ EXAMPLES = """
     saekit features gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset OWNER/NAME --folder gpt2-features
 """
 
+_Contexts = Annotated[int, typer.Option("--n-contexts", help="Contexts to look at.")]
+_Size = Annotated[int | None, typer.Option("--context-size", help="Tokens in each; default: the SAE's.")]
+
 
 def features(
     saes: Annotated[
@@ -33,10 +36,8 @@ def features(
     dataset: Annotated[
         str | None, typer.Option(help="Another text than what was held out from training: a path or OWNER/NAME.")
     ] = None,
-    n_contexts: Annotated[int, typer.Option("--n-contexts", help="Contexts to look at.")] = 1024,
-    context_size: Annotated[
-        int | None, typer.Option("--context-size", help="Tokens in each; default: the SAE's.")
-    ] = None,
+    n_contexts: _Contexts = 1024,
+    context_size: _Size = None,
     max_per_feature: Annotated[
         int,
         typer.Option(
@@ -59,13 +60,16 @@ def features(
     ] = None,
     seed: Annotated[int, typer.Option(help="For the choice among held-out contexts, and for samples.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model and the SAEs run.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is kept in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the features that are kept in the folder.")
+    ] = False,
 ) -> None:
     """Collect what features do on text, in one pass, for pages, tables and exports; given again, it goes on."""
-    from saekit.commands.features import collect_features, numbers_of
+    from saekit.commands.asked import feature_numbers
+    from saekit.commands.features import collect_features
 
     store = collect_features(
-        saes, model=model, dataset=None if dataset is None else {"path": dataset}, features=numbers_of(numbers),
+        saes, model=model, dataset=None if dataset is None else {"path": dataset}, features=feature_numbers(numbers),
         n_contexts=n_contexts, context_size=context_size, folder=folder, max_per_feature=max_per_feature,
         partners=partners, batch_size=batch_size, exclude_special_tokens=exclude_special_tokens, seed=seed,
         device=device, overwrite=overwrite,

@@ -46,9 +46,13 @@ Report = Callable[[int], None]
 """Told how many more rows of the vocabulary's length are done, of features or of random orders."""
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, repr=False)
 class Enrichment(Scored):
     """The scores of sets of tokens in features of an SAE, with tables and pictures of them."""
+
+    def __repr__(self) -> str:
+        what = f"{len(self.sets):,} sets of tokens in {len(self.features):,} features"
+        return f"Enrichment({self.name!r}: {what}, {self.permutations:,} permutations)"
 
     def manhattan(self) -> Figure:
         """All scores, set by set: see :func:`saekit.analysis.tsea_figures.manhattan`."""

@@ -247,7 +247,7 @@ def token_set_enrichment(
         say("reading the SAE")
         subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
         if len(subjects) > 1:
-            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}")])
+            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
         ((name, subject),) = subjects.items()
         check_features(features, k, subject.sae.d_sae)
         fired = _by_name(fractions, subjects).get(name)

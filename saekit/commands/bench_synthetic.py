@@ -19,6 +19,7 @@ from saekit.config import TrainConfig
 from saekit.config.files import load_config, plain_config
 from saekit.defaults import NO_MODEL, TOY_SOURCE
 from saekit.errors import ConfigError, SaekitError, TrainingInterrupted
+from saekit.files.paths import as_path
 from saekit.files.storage import write_bytes, write_text
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager, default_manager
@@ -77,11 +78,12 @@ def bench_synthetic(
     architecture that was named and cannot be tried.
     """
     bench, plugins = bench or SyntheticBench(), plugins or default_manager()
-    if folder is not None:
-        _make(Path(folder))
+    home = None if folder is None else as_path(folder)
     with tempfile.TemporaryDirectory(prefix="saekit-synthetic-") as place, contextlib.ExitStack() as stack:
         work = _Work(bench, plugins, Path(place))
         tried, left_out = work.architectures()
+        if home is not None:
+            _make(home)
         settings = bench.settings()
         progress = stack.enter_context(
             ProgressDisplay(len(settings) * bench.seeds * len(tried), doing="Training", unit="SAEs", verbose=verbose)
@@ -91,7 +93,7 @@ def bench_synthetic(
             for setting, axes in settings.items():
                 rows += [{**row, "axes": axes} for row in work.rows(setting, seed, tried)]
                 progress.update(len(rows))
-    files = _write(Path(folder), bench, rows, left_out) if folder is not None else []
+    files = [] if home is None else _write(home, bench, rows, left_out)
     return BenchResult(rows, left_out, files)
 
 
@@ -228,8 +230,8 @@ def show_bench(result: BenchResult, console: Console) -> None:
     whole = [row for row in result.rows if "problem" not in row]
     means, names = list(averaged(whole)), short_names(result.rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("true L0", "in pairs", "per dim.", "architecture", *MEASURES.values()):
-        table.add_column(head, justify="left" if head == "architecture" else "right")
+    for head in ("L0 of data", "In pairs", "Per dim.", "Architecture", *MEASURES.values()):
+        table.add_column(head, justify="left" if head == "Architecture" else "right")
     before = None
     for row in sorted(means, key=lambda row: [row["setting"][axis] for axis in AXES]):
         kind = [f"{row['setting'][axis]:g}" for axis in AXES]

@@ -6,7 +6,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 from __future__ import annotations
 
 import functools
-import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,9 @@ __all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
 
 _PAGE = "dashboard.html"
 _LONG = 10.0  # seconds
+_LABELS = 'it would say {"3": "quotes", "17": "ends of lines"}, or that by the names of SAEs'
+_DIGITS = 18  # of a number that is looked at
+_MORE = 10**_DIGITS
 
 
 def dashboard(
@@ -69,8 +72,7 @@ def dashboard(
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
     (``"activation"``), or raise a logit most (``"logit"``).  Left out, it is 50 at random.  ``sae`` names one of
-    several SAEs.  ``labels`` are what people call features, by number, or by the names of SAEs and numbers; those of
-    features that are not shown are left out.
+    several SAEs.  ``labels`` are what people call features, shown or not, by number, or by SAEs' names and numbers.
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
@@ -78,13 +80,11 @@ def dashboard(
     cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
     exact, and nothing where ``what`` is a store, which has no SAE.
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and a store never (:func:`saekit.collect_features` does that).
-    :class:`saekit.errors.SaekitError` for what does not fit, or has no room.
+    only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
     plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
-    check_said(title, labels, sae)
-    place = _checked(choice, loss_effects, out, overwrite)
+    place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
     check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
@@ -103,10 +103,13 @@ def dashboard(
     return place
 
 
-def _checked(choice: Choice, loss_effects: object, out: str | Path | None, overwrite: bool) -> Path | None:
+def _checked(
+    choice: Choice, loss_effects: object, said: tuple[object, object, object], out: str | Path | None, overwrite: bool
+) -> Path | None:
     """Where the page goes, if that is said, after what can be seen to be wrong without torch."""
     check_choice(choice)
     check_asked(loss_effects)
+    check_said(*said)
     place = None if out is None else page_in(as_path(out))
     if place is not None:
         check_page(place, overwrite=overwrite)
@@ -199,21 +202,30 @@ def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[st
     }
 
 
-def _label(entry: tuple[Any, Any]) -> tuple[str, str]:
-    """The digits of a number, and what people call the feature."""
+def _label(entry: tuple[Any, Any]) -> tuple[int, str]:
+    """A number, and what people call the feature."""
     number, text = entry
-    digits = str(number) if isinstance(number, str) or type(number) is int else ""
-    if not (digits.isascii() and digits.isdecimal() and _is_text(text)):
-        wrong = f"{{{json.dumps(str(number))[:40]}: {short(text)}}}"
-        raise ConfigError([("labels", f"must be texts by the numbers of features, found {wrong}")])
-    return digits, text
+    index = _index(number)
+    if index is None or not _is_text(text):
+        raise ConfigError(
+            [("labels", f"must be texts by the numbers of features, found {{{short(number)}: {short(text)}}}")]
+        )
+    return index, text
 
 
 def _label_in(entry: tuple[Any, Any], name: str, d_sae: int) -> tuple[int, str]:
-    digits, text = _label(entry)
-    if len(digits) > len(str(d_sae)) or int(digits) >= d_sae:
+    index, text = _label(entry)
+    if not 0 <= index < d_sae:
         raise ConfigError([("labels", f"are of features 0 to {d_sae - 1:,} of {name}, found {short(entry[0])}")])
-    return int(digits), text
+    return index, text
+
+
+def _index(number: Any) -> int | None:
+    """The number that a key of JSON, or a whole number of any kind, is."""
+    if isinstance(number, str):
+        fits = number.isascii() and number.isdecimal()
+        return int(number[-_DIGITS:]) if fits and not number[:-_DIGITS].strip("0") else _MORE if fits else None
+    return operator.index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else None
 
 
 def labels_in(path: str) -> Any:
@@ -222,5 +234,7 @@ def labels_in(path: str) -> Any:
     try:
         check_file(place)
         return read_json(place)
+    except FileNotFoundError:
+        raise ConfigError([("labels", f"there is no file {path!r}; {_LABELS}")]) from None
     except (OSError, ValueError) as error:
-        raise ConfigError([("labels", f"{path!r} cannot be read as JSON: {error}")]) from error
+        raise ConfigError([("labels", f"{path!r} cannot be read as JSON: {error}; {_LABELS}")]) from error

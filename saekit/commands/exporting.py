@@ -69,9 +69,7 @@ def export_neuronpedia(
     Each batch is there whole or not at all; asked for again, an export goes on where it stopped.  Another one in
     ``folder`` is an error, unless ``overwrite``.  :class:`saekit.errors.SaekitError` for what cannot be found or fit.
     """
-    _check(schema, batch_size, min_log_fraction, {
-        "top": top, "quantiles": quantiles, "per_quantile": per_quantile, "seed": seed
-    })  # fmt: skip
+    _check(schema, batch_size, min_log_fraction, choice := Choice(top, quantiles, per_quantile, window, seed))
     known = _credits(about or {})
     asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
@@ -83,7 +81,7 @@ def export_neuronpedia(
         features=_numbers(numbers),
         batch_size=batch_size,
         min_log_fraction=min_log_fraction,
-        choice=Choice(top, quantiles, per_quantile, window, seed),
+        choice=choice,
         credits=known,
     )
     told = _told(one, asked, model, features if weights is None else weights, device)
@@ -102,16 +100,20 @@ def _written(
         _ = settings.name.layer_number
     export = NeuronpediaExport(one, settings, **told)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    number = len(export.shown_and_skipped()[0])
-    return _counted(number, verbose, lambda report: export.write(place, now, report, overwrite=overwrite))
+    shown, skipped = export.shown_and_skipped()
+    line = f"exporting {len(shown):,} features of {one.name}"
+    if skipped:
+        line += f"; {len(skipped):,} are skipped, which fire on 10^{settings.least:g} of the tokens or fewer"
+    return _counted(len(shown), verbose, line, lambda report: export.write(place, now, report, overwrite=overwrite))
 
 
-def _counted(features: int, verbose: bool, write: Callable[[Callable[[int], Any]], Path]) -> Path:
+def _counted(features: int, verbose: bool, told: str, write: Callable[[Callable[[int], Any]], Path]) -> Path:
     """What ``write`` gives, which is told how to tell that some more features are done."""
     from saekit.progress import ProgressDisplay
 
     done = 0
     with ProgressDisplay(features, doing="exporting", unit="features", verbose=verbose) as progress:
+        progress.say(told)
 
         def report(count: int) -> None:
             nonlocal done
@@ -154,7 +156,9 @@ def export_delphi(
     cache = DelphiCache(one, module_path, n_splits)
     place = store.folder.with_name(f"{store.folder.name}-delphi") if folder is None else as_path(folder)
     with exporting(place, whole=True):
-        return _counted(one.about.d_sae, verbose, lambda report: cache.write(place, report, overwrite=overwrite))
+        told = f"exporting {len(one):,} features of {one.name}, {len(one.dead):,} of which never fire"
+        number = one.about.d_sae
+        return _counted(number, verbose, told, lambda report: cache.write(place, report, overwrite=overwrite))
 
 
 def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
@@ -168,10 +172,16 @@ def neuronpedia_name(sae: SAEFeatures) -> NeuronpediaName:
     return NeuronpediaName.of(known)
 
 
-def name_of(sae: str) -> NeuronpediaName:
-    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release."""
+def name_of(sae: str, which: str | None = None, known: str | None = None) -> NeuronpediaName:
+    """A name at Neuronpedia as it is written, or that of the SAE of a feature store, a run, or a release.
+
+    Of a store, ``which`` names one of several SAEs, and ``known`` is what Neuronpedia calls it.
+    """
     if as_path(sae).exists():
-        return neuronpedia_name(_one_sae(store_beside(sae), None))
+        one = _one_sae(store_beside(sae), which)
+        return neuronpedia_name(one) if known is None else NeuronpediaName.of(known)
+    if which is not None or known is not None:
+        raise ConfigError(f"--sae and --id are for a feature store or a run, and {sae!r} is none: leave them out")
     release, colon, sae_id = sae.rpartition(":")
     if not colon or "/" in release:
         return NeuronpediaName.of(sae)
@@ -236,8 +246,9 @@ def _asked(contributions: bool, attribution: bool, schema: str, **told: object) 
     return "effects" if contributions else "sources" if attribution else None
 
 
-def _check(schema: object, batch_size: object, least: object, counts: dict[str, object]) -> None:
+def _check(schema: object, batch_size: object, least: object, choice: Choice) -> None:
     problems = []
+    counts = {name: value for name, value in attrs.asdict(choice).items() if name != "window"}
     if schema not in SCHEMAS:
         problems.append(("schema", f"must be one of {', '.join(SCHEMAS)}, found {schema!r}"))
     for name, value, low in (("batch_size", batch_size, 1), *((name, value, 0) for name, value in counts.items())):

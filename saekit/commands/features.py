@@ -16,10 +16,12 @@ from saekit._version import __version__
 from saekit.commands.beforehand import check_named, check_store
 from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
 from saekit.commands.material import Material, Text
-from saekit.commands.subjects import Subject, subjects_of
+from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError, StorageError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
+from saekit.runs.checks import has_model
+from saekit.runs.place import RECORD
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["beside", "collect_features"]
 
+_SAVED = "checkpoints"
 STORE = "features"
 """The name of a store's folder where none is given."""
 
@@ -72,13 +75,12 @@ def collect_features(
 
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
-    neurons that are active with each, and of the tokens whose logits it raises and lowers.  ``batch_size`` is that of
-    forwards.  What all this needs is said before it begins.
+    neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
 
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
     stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of
-    something else is an error, unless ``overwrite``.  Then the old store stays until the new one is whole.  Nothing
-    else is ever replaced.  :class:`saekit.errors.SaekitError` for what cannot be found, does not fit or has no room.
+    something else is an error, unless ``overwrite``: it stays until the new one is whole.  :class:`SaekitError` for
+    what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
@@ -97,13 +99,23 @@ def collect_features(
     options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
-        found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+        found = _found(saes, model, plugins, resolve_device(device, "device"))
         _check_place(place := beside(found) if folder is None else as_path(folder), overwrite)
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
+
+
+def _found(saes: object, model: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
+    """The SAEs by name; :class:`ConfigError` for one of a run that has no model, and so no text."""
+    found = at_home(subjects_of(saes, plugins, device=device), plugins)
+    for name, one in found.items():
+        if model is None and one.config is not None and not has_model(one.config, plugins):
+            raise ConfigError([("model", f"is missing: {name} is of a run that has no language model, so there is no "
+                                "text on which its features could be looked at")])  # fmt: skip
+    return found
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
@@ -119,12 +131,33 @@ def _check_counts(counts: Mapping[str, Any], least: int) -> None:
 
 
 def beside(subjects: Mapping[str, Subject]) -> Path:
+    """The folder of the store of ``subjects``: in their run or sweep, or beside the SAE."""
     files = [one.file for one in subjects.values()]
-    if len(files) == 1 and files[0] is not None:
-        own = files[0].parent
-        return (own.parent if own.name == "sae" else own) / STORE
-    what = "several SAEs have no folder in common" if len(files) > 1 else "the SAE is in no folder of its own"
-    raise ConfigError([("folder", f"is missing: {what}; say where the features are to be kept")])
+    homes = [_home(file) for file in files if file is not None]
+    if len(homes) < len(files):
+        what = "the SAE is in no folder of its own" if len(files) == 1 else "not all SAEs are in folders of their own"
+        how = "pass the path of its run, such as 'runs/first', in the place of the object, or folder='features'"
+        raise ConfigError([("folder", f"is missing: {what}; {how} (--folder)")])
+    parents = {home.absolute().parent for home in homes}
+    if len(homes) > 1 and len(parents) == 1 and (homes[0].parent / RECORD).is_file():
+        return homes[0].parent / STORE  # of a sweep
+    if len(homes) > 1:
+        told = f"several SAEs have no folder in common ({', '.join(subjects)})"
+        raise ConfigError([("folder", f"is missing: {told}; say where their features go, such as folder='features' "
+                            "(--folder features), or name one of them")])  # fmt: skip
+    (home,) = homes
+    run = next((up.parent for up in (home.absolute().parent, home.absolute().parent.parent) if up.name == _SAVED), None)
+    if run is not None and (run / RECORD).is_file():
+        aside = home.name if home.parent.name == _SAVED else f"{home.parent.name}-{home.name}"
+        raise ConfigError([("folder", f"is missing: {str(home)!r} is in a checkpoint, which goes when newer ones come; "
+                            f"say where its features go, such as --folder {run.name}-{aside}")])  # fmt: skip
+    return home / STORE
+
+
+def _home(file: Path) -> Path:
+    """The run, or the SAE's folder, of which ``file`` is."""
+    own = file.parent
+    return own.parent if own.name == "sae" else own
 
 
 def _of_one_model(

@@ -123,8 +123,6 @@ def resume(
                 try:
                     return go_on(resumption, plugins, model, dataset, say)
                 except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
-                    if launched.size > 1:
-                        raise
                     unusable[error.checkpoint] = str(error)
 
 

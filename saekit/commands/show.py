@@ -33,6 +33,7 @@ _ENOUGH = 4 << 20
 """Bytes at the end of metrics that the newest numbers are in."""
 _FIRST = {"explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0"}
 """What is told of those that were measured."""
+_STORE = "manifest.json"
 _MOST_RUNS = 40
 _MOST_LINES = 60
 
@@ -107,12 +108,17 @@ def _no_pictures(run: RunFolder) -> str:
 
 def _features(run: RunFolder) -> Iterator[str]:
     """What was written of features, or how to find them."""
+    store, page = run.folder / "features", run.folder / "dashboard.html"
+    if (store / _STORE).is_file():
+        yield f"collected in {store}"
+    if page.is_file():
+        yield f"a dashboard: {page}"
     try:
         check_file(run.folder / "features.txt")
         lines = (run.folder / "features.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        sae = next(iter(run.saes.values())).home / "sae"
-        yield f"none were collected; in Python: saekit.top_texts(saekit.SAE.load({str(sae)!r}))"
+        if not (store / _STORE).is_file() and not page.is_file():
+            yield f"none were collected; saekit features {_quoted(run.folder)} does"
         return
     yield from lines[:_MOST_LINES]
     if len(lines) > _MOST_LINES:
@@ -128,6 +134,10 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "watch it", f"saekit watch {folder}"
     elif run.state.kind != "finished" and (run.folder / RECORD).exists():
         yield "go on with it", f"saekit train --resume {folder}"
+    if any(sae.saved for sae in run.saes.values()):
+        if not (run.folder / "features" / _STORE).is_file():
+            yield "features", f"saekit features {folder}"
+        yield "dashboard", f"saekit dashboard {folder}"
     if run.sweep:
         if (best := _best(run)) is not None:
             yield "the best of it", f"saekit show {_quoted(best.home)}"

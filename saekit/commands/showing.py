@@ -52,6 +52,9 @@ def show_feature(
     from saekit.status import Status
 
     check_asked(loss_effects)
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise ConfigError([("index", f"must be the number of one feature, found {index!r}; saekit.dashboard(..., "
+                            "features=[3, 4]) shows several")])  # fmt: skip
     plugins = plugins or default_manager()
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
     if isinstance(what, SAEFeatures):

@@ -5,13 +5,15 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.commands.beforehand import check_named
 from saekit.commands.features import STORE, beside, collect_features
-from saekit.commands.subjects import Subject, subjects_of
+from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError, DataError, PlaceError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -90,6 +92,7 @@ def store_of(
     """
     if "overwrite" in (collecting or {}):
         raise ConfigError([("overwrite", f"replaces no feature store here. {_REPLACE}")])
+    _check_names(collecting or {})
     asked = {name: value for name, value in (collecting or {}).items() if value is not None}
     if (given := store_given(what)) is not None:
         return _only(given, asked, folder)
@@ -99,6 +102,16 @@ def store_of(
     if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:
         return found
     return collect_features(what, **options)
+
+
+def _check_names(collecting: Mapping[str, Any]) -> None:
+    """:class:`ConfigError` for options that :func:`saekit.collect_features` has not."""
+    known = [*inspect.signature(collect_features).parameters][1:]
+    for name in collecting:
+        if name not in known:
+            like = " or ".join(difflib.get_close_matches(name, known, n=2))
+            hint = f"; did you mean {like}?" if like else ", nor of saekit.collect_features"
+            raise ConfigError([(name, f"is not an option of this{hint}")])
 
 
 def _only(store: FeatureStore, asked: Mapping[str, Any], folder: str | Path | None) -> FeatureStore:
@@ -119,7 +132,7 @@ def _there(what: object, folder: str | Path | None, plugins: PluginManager) -> F
 
     if folder is not None and not (as_path(folder) / MANIFEST).is_file():
         return None
-    subjects = subjects_of(what, plugins, device="cpu")
+    subjects = at_home(subjects_of(what, plugins, device="cpu"), plugins)
     place = beside(subjects) if folder is None else as_path(folder)
     if not (place / MANIFEST).is_file():
         return None

@@ -17,12 +17,13 @@ from saekit.files.names import SAE_CONFIG, SAE_EVALS
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
+from saekit.runs.place import RECORD
 
 if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.sae.module import SAEModule
 
-__all__ = ["Subject", "subjects_of"]
+__all__ = ["Subject", "at_home", "subjects_of"]
 
 _CONFIG = "config.toml"
 
@@ -119,7 +120,10 @@ def _of_path(
     place = as_path(path)
     homes = [place]
     if place.is_dir() and not any((place / part).exists() for part in (SAE_CONFIG, "sae")):
-        homes = sorted(home for home in place.iterdir() if (home / "sae" / SAE_CONFIG).is_file()) or [place]
+        homes = sorted(home for home in place.iterdir() if (home / "sae" / SAE_CONFIG).is_file())
+        if not homes:
+            _check_no_store(place)
+        homes = homes or [place]
     for home in homes:
         sae = SAE.load(home, loader=loader, device=device, plugins=plugins)
         own = home / "sae" if (home / "sae" / SAE_CONFIG).is_file() and not (home / SAE_CONFIG).exists() else home
@@ -127,6 +131,42 @@ def _of_path(
         run = own.resolve().parent if own.name == "sae" else own
         label = str(home) if name is None else name if len(homes) == 1 else f"{name}/{home.name}"
         yield Subject(name=label, sae=sae, file=file, **_config(run, plugins))
+
+
+def _check_no_store(place: Path) -> None:
+    """:class:`ConfigError` says what a folder is that lies in a run, or in a feature store, and is no SAE."""
+    from saekit.features.manifest import is_store
+
+    if is_store(place):
+        run = place.parent
+        its = f", such as {str(run)!r}" if (run / "sae" / SAE_CONFIG).is_file() or (run / SAE_CONFIG).is_file() else ""
+        told = f"{str(place)!r} is a feature store, and here the SAE is needed, whose weights are not in it"
+        raise ConfigError([("saes", f"{told}: name its run or its folder{its}")])
+    if is_store(place.parent):
+        told = f"{str(place)!r} is a part of the feature store {str(place.parent)!r}"
+        raise ConfigError([("saes", f"{told}: name that, where a store is taken (one of its SAEs by sae=NAME, --sae "
+                            "NAME), or the run or folder of the SAE")])  # fmt: skip
+    if (place.parent / RECORD).is_file():
+        told = f"{str(place)!r} is no SAE but a part of the run {str(place.parent)!r}"
+        raise ConfigError([("saes", f"{told}: name that, or the folder of an SAE in it")])
+
+
+def at_home(found: Mapping[str, Subject], plugins: PluginManager) -> dict[str, Subject]:
+    """``found``, of which those that are objects read from a folder know it, and its run.
+
+    An object without a name of its own is called by its place in the model.  Its weights may have changed since they
+    were read, so that numbers of them do not belong beside the files: this is for what compares checksums.
+    """
+    known: dict[str, Subject] = {}
+    for name, one in found.items():
+        place = one.sae.read_from if one.file is None else None
+        if place is not None and place.is_dir():
+            run = place.parent if place.name == "sae" else place
+            one = attrs.evolve(one, file=place / SAE_EVALS, **_config(run, plugins))
+        sites = one.sae.info.sites
+        own = sites.name if sites is not None and name == one.sae.get_name() else name
+        known[own if own not in known else name] = one
+    return {name: attrs.evolve(one, name=name) for name, one in known.items()}
 
 
 def _config(folder: Path, plugins: PluginManager) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,10 +25,14 @@ from saekit.distributed.share import WHOLE, Share
 from saekit.errors import LostProcessError
 from saekit.reasons import error_text
 
+__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
+
 _PATIENCE = 3.0
 """Seconds in which a process that is still there says so."""
-
-__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
+_STORES: dict[tuple[str | None, ...], Any] = {}
+"""What the processes of this one's launch write to, by how it was launched; opened once, for all worlds."""
+_OPENED = itertools.count()
+"""So that a world reads nothing of one that was before it."""
 
 
 @attrs.frozen(eq=False)
@@ -137,41 +144,74 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
     if launched.size == 1:
         yield ALONE
         return
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    try:
+        with _ended_by_signals():
+            world = _joined(launched, data, features, datetime.timedelta(seconds=config.timeout_s), cuda=cuda)
+        yield world
+    finally:
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _joined(launched: Launched, data: int, features: int, timeout: datetime.timedelta, *, cuda: bool) -> World:
+    """Meet the other processes, and make all groups; each step waits for all of them."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    timeout = datetime.timedelta(seconds=config.timeout_s)
-    ours = not dist.is_initialized()
     if cuda:
         torch.cuda.set_device(launched.local_rank)
     store = None
-    if ours:
+    if not dist.is_initialized():
         engine: Any = dist  # of which not all is typed
-        store, _, _ = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+        if known not in _STORES:
+            found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+            _STORES[known] = found[0]
+        number = next(_OPENED)
+        store = _STORES[known]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=timeout,
-            store=engine.PrefixStore("torch", store),
+            store=engine.PrefixStore(f"torch-{number}", store),
             rank=launched.rank,
             world_size=launched.size,
         )
-        store = engine.PrefixStore("saekit", store)
+        store = engine.PrefixStore(f"saekit-{number}", store)
+    order = torch.arange(launched.size).view(data, features)
+    groups = {}
+    for name, lines in (("data", order.T), ("features", order)):
+        made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
+        place = next(number for number, line in enumerate(lines) if launched.rank in line)
+        groups[name] = made[place]
+    mesh = DeviceMesh.from_group(
+        [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
+    )
+    every = dist.new_group(timeout=timeout)
+    behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
+    parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
+    data_group, features_group = (part if part.size > 1 else Group() for part in parts)
+    return World(JoinedGroup(every), data_group, features_group, behind, store)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process where they come, as if nobody handled them; what is ignored stays so.
+
+    Python handles a signal when torch returns, and to make a group torch waits for the others: for one that has gone,
+    until the timeout.  Nothing has been written by then.
+    """
+    previous: dict[signal.Signals, Any] = {}
     try:
-        order = torch.arange(launched.size).view(data, features)
-        groups = {}
-        for name, lines in (("data", order.T), ("features", order)):
-            made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
-            place = next(number for number, line in enumerate(lines) if launched.rank in line)
-            groups[name] = made[place]
-        mesh = DeviceMesh.from_group(
-            [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
-        )
-        every = dist.new_group(timeout=timeout)
-        behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
-        parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
-        data_group, features_group = (part if part.size > 1 else Group() for part in parts)
-        yield World(JoinedGroup(every), data_group, features_group, behind, store)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(handler := signal.getsignal(number)):
+                    previous[number] = handler
+                    signal.signal(number, signal.SIG_DFL)
+        yield
     finally:
-        if ours:
-            dist.destroy_process_group()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from saekit.errors import ConfigError
 from saekit.features.tables import SAETables
 from saekit.features.windows import Quantile, Width, Window, check_count, check_width, distinct, first, intervals, span
+from saekit.plugins.text import printable
+from saekit.tables import facts_html
 
 __all__ = ["BINS", "Feature", "Histogram", "Logits", "Partner"]
 
@@ -62,7 +64,7 @@ class Logits:
     std: float
 
 
-@attrs.frozen(eq=False, slots=False)
+@attrs.frozen(eq=False, slots=False, repr=False)
 class Feature:
     """A feature of an SAE in a store.  Everything is read when it is asked for."""
 
@@ -71,6 +73,18 @@ class Feature:
     """Its number in the SAE."""
     _row: int = attrs.field(repr=False)
     """Its place in the tables of the store."""
+
+    def __repr__(self) -> str:
+        often = f"fires on {self.firing_fraction:.3%} of tokens, at most {self.maximum:.4g}"
+        return f"Feature({self.index} of {self.sae.name!r}: {'fires on no token' if self.dead else often})"
+
+    def _repr_html_(self) -> str:
+        facts = [("fires on", f"{self.firing_fraction:.3%} of tokens"), ("at most", f"{self.maximum:.4g}")]
+        if (logits := self.logits) is not None:
+            facts += [(how, " ".join(repr(text) for _, text, _ in some[:8]))
+                      for how, some in (("raises", logits.top), ("lowers", logits.bottom))]  # fmt: skip
+        facts += [("text", repr(window)) for window in self.top(min(3, max(self.sae.top_kept, 1)))]
+        return facts_html(f"Feature {self.index} of {self.sae.name}", [(name, printable(text)) for name, text in facts])
 
     # ---- numbers
 
@@ -261,7 +275,8 @@ class Feature:
         Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made.
         """
         if by not in ("pearson", "jaccard"):
-            raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}")])
+            raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}; each of them has its "
+              "cosine, and neighbors() are by that of directions")])  # fmt: skip
         return self._partners(f"features_by_{by}")[: first(n)]
 
     def neurons(self, n: int | None = None) -> list[Partner]:

@@ -158,13 +158,20 @@ class StoreManifest:
     def named_as(self, other: Self) -> Self:
         """The same with the names of SAEs, and what SAEs say of themselves, of ``other``, which has the same SAEs."""
         pairs = zip(self.saes, other.saes, strict=True)
-        return attrs.evolve(self, saes=[attrs.evolve(one, name=new.name, metadata=new.metadata) for one, new in pairs])
+        saes = tuple(attrs.evolve(one, name=new.name, metadata=new.metadata) for one, new in pairs)
+        return attrs.evolve(self, saes=saes)
 
     def check_files(self, folder: Path, *, whole: bool | None = None) -> None:
         """:class:`DataError` for a file that is missing or damaged.
 
         Sizes are compared, and checksums of all files (``whole``), of none (False), or of those that are small.
         """
+        try:
+            self._check_files(folder, whole)
+        except OSError as error:
+            raise DataError(f"the feature store {str(folder)!r} cannot be read: {error.strerror or error}") from error
+
+    def _check_files(self, folder: Path, whole: bool | None) -> None:
         for name, entry in self.files.items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -236,6 +243,10 @@ def _seal(table: Mapping[str, Any]) -> str:
 def _why_none(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no feature store {str(folder)!r}: collect features first (saekit features SAE)"
+    if is_store(folder / "features"):
+        return f"{str(folder)!r} is not a feature store, but there is one in it: name {str(folder / 'features')!r}"
+    if is_store(folder.parent):
+        return f"{str(folder)!r} is a part of the feature store {str(folder.parent)!r}: name that"
     return (
         f"{str(folder)!r} is not a feature store, or one that was not finished: it has no {MANIFEST}. Collect features "
         "into it first (saekit features SAE), which goes on where it stopped"

@@ -88,6 +88,9 @@ class Parts:
         if table is not None and table.get("identity") == identity:
             with suppress(OSError, StorageError):
                 cls(store / COLLECTING, identity).remove()
+        elif table is None:
+            with suppress(OSError):  # where there is more than nothing
+                (store / COLLECTING).rmdir()
 
     def _check(self) -> None:
         """Whether all parts are there as they were written; what was not finished goes."""

@@ -55,7 +55,7 @@ def check_place(store: Path, *, overwrite: bool = False) -> None:
     """:class:`PlaceError` for a folder that holds something else than a store or the beginning of one."""
     if store.exists() and not store.is_dir():
         raise PlaceError(f"{str(store)!r} is a file: a feature store is a folder; name another one (folder)")
-    names = _visible(store) if store.is_dir() else []
+    names = _found(store) if store.is_dir() else []
     if not names or _is_ours(store) or (is_store(store) and not overwrite):  # then loading it says what is wrong
         return
     others = [*_others(store)] or names
@@ -88,6 +88,15 @@ def _others(store: Path) -> Iterator[str]:
             yield name
 
 
+def _found(store: Path) -> list[str]:
+    """What is in a folder, without the empty folders that one who was ended at once, or could not go on, has left."""
+    ours = [
+        name for name in _visible(store) if (name == COLLECTING or _SAE.fullmatch(name)) and (store / name).is_dir()
+    ]
+    empty = {name for name in ours if not _visible(store / name)}
+    return [name for name in _visible(store) if name not in empty]
+
+
 def _visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -98,7 +107,7 @@ def opened_for(store: Path, wanted: StoreManifest) -> StoreManifest | None:
     None where there is none; :class:`DataError` names what another has.
     """
     if not (store / MANIFEST).exists():
-        if _visible(store) and not (store / COLLECTING / PROGRESS).exists():
+        if _found(store) and not (store / COLLECTING / PROGRESS).exists():
             raise DataError(f"the feature store {str(store)!r} is damaged: {MANIFEST} is missing. {ANEW}")
         return None
     found = StoreManifest.load(store)

@@ -14,7 +14,6 @@ from saekit.errors import ConfigError
 from saekit.features.feature import Feature
 from saekit.features.manifest import StoreManifest, is_store
 from saekit.features.tables import SAETables, StoreFiles
-from saekit.features.windows import check_count
 from saekit.files.paths import as_path
 from saekit.plugins.text import short
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureStore", "SAEFeatures"]
 
 
-@attrs.frozen(eq=False, slots=False)
+@attrs.frozen(eq=False, slots=False, repr=False)
 class FeatureStore(StoreFiles):
     """What features of one or several SAEs of a model do on the same contexts; :func:`saekit.collect_features` makes
     it."""
@@ -63,13 +62,21 @@ class FeatureStore(StoreFiles):
         """A feature of the only SAE."""
         return self.sae.feature(index)
 
+    def __repr__(self) -> str:
+        number, tokens = sum(len(one) for one in self.saes.values()), self.n_contexts * self.context_size
+        saes = f"{len(self.saes)} SAE{'s' if len(self.saes) > 1 else ''}"
+        return f"FeatureStore({str(self.folder)!r}: {number:,} features of {saes} on {tokens:,} tokens)"
 
-@attrs.frozen(eq=False, slots=False)
+
+@attrs.frozen(eq=False, slots=False, repr=False)
 class SAEFeatures(SAETables):
     """What a store has of one SAE.  It has a length, the features' number, and yields them one by one."""
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"SAEFeatures({self.name!r}: {len(self):,} features on {self.tokens_counted:,} tokens)"
 
     def __iter__(self) -> Iterator[Feature]:
         return (Feature(self, int(index), row) for row, index in enumerate(self.indices))
@@ -83,13 +90,13 @@ class SAEFeatures(SAETables):
 
     def feature(self, index: int) -> Feature:
         """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
-        check_count("feature", index)
-        row = int(np.searchsorted(self.indices, index)) if index < self.about.d_sae else len(self)
-        if row < len(self) and self.indices[row] == index:
-            return Feature(self, int(index), row)
-        if index >= self.about.d_sae:
+        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not whole or not 0 <= index < self.about.d_sae:
             last = self.about.d_sae - 1
             raise ConfigError([("feature", f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
+        row = int(np.searchsorted(self.indices, index))
+        if row < len(self) and self.indices[row] == index:
+            return Feature(self, int(index), row)
         raise ConfigError(
             [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]

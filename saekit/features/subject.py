@@ -37,7 +37,7 @@ def checksum(sae: SAEModule) -> str:
 
 def chosen_features(features: object, d_sae: int, name: str) -> NDArray[np.int64]:
     """The numbers that ``features`` are for an SAE, rising and each once; :class:`ConfigError` for those it has not."""
-    if features is None or features == "all":
+    if features is None or (isinstance(features, str) and features == "all"):
         return np.arange(d_sae)
     if isinstance(features, (str, bytes)) or not isinstance(features, (Sequence, np.ndarray, range, Tensor)):
         raise ConfigError([("features", f'must be numbers of features or "all", found {features!r}')])

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
-from saekit.plugins.text import short
+from saekit.plugins.text import printable, short
 
 __all__ = ["Quantile", "Width", "Window", "check_count", "check_width", "first", "intervals", "span"]
 
-Width: TypeAlias = tuple[int, int] | None
-"""How many tokens before and after the one in the middle; None: the whole context."""
+Width: TypeAlias = tuple[int, int] | int | None
+"""How many tokens before and after the one in the middle; a whole number: both; None: the whole context."""
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Window:
     """A stretch of a context around one token; at its ends the window is shorter, and nothing is filled in."""
 
@@ -58,8 +58,13 @@ class Window:
         """All of it."""
         return "".join(self.tokens)
 
+    def __repr__(self) -> str:
+        before, after = ("".join(part) for part in (self.tokens[: self.at], self.tokens[self.at + 1 :]))
+        marked = f"{before}⟦{self.token}⟧{after}".replace("\n", "⏎")
+        return printable(f"Window({self.value:.4g} at {self.context}:{self.position}: {marked})")
 
-@attrs.frozen
+
+@attrs.frozen(repr=False)
 class Quantile:
     """An interval of activations, and windows drawn from it."""
 
@@ -73,6 +78,10 @@ class Quantile:
     """The fraction of all tokens that count, those with an activation of 0 among them, that are in it."""
     windows: Sequence[Window]
 
+    def __repr__(self) -> str:
+        what = f"{self.low:.4g} to {self.high:.4g}: {self.share:.2%} of tokens"
+        return f"Quantile({self.number}, {what}, {len(self.windows)} windows)"
+
 
 def intervals(maximum: float, n: int) -> list[tuple[float, float]]:
     """``n`` intervals of one width from 0 to ``maximum``, the lowest first; a bound belongs to both (sae_vis)."""
@@ -82,13 +91,13 @@ def intervals(maximum: float, n: int) -> list[tuple[float, float]]:
 
 def check_width(window: object) -> None:
     """:class:`ConfigError` for what is no :data:`Width`."""
-    if window is None:
+    if window is None or (type(window) is int and window >= 0):
         return
     fits = isinstance(window, (tuple, list)) and len(window) == 2
     if not fits or any(type(n) is not int or n < 0 for n in window):  # type: ignore[attr-defined]
         raise ConfigError(
-            [("window", f"must be two whole numbers of 0 or more, tokens before and after, or None for the whole "
-              f"context; found {window!r}")]
+            [("window", f"must be two whole numbers of 0 or more, tokens before and after, one for both, or None for "
+              f"the whole context; found {window!r}")]
         )  # fmt: skip
 
 
@@ -112,7 +121,8 @@ def span(position: int, length: int, window: Width) -> tuple[int, int]:
     """The first position of the window around ``position`` in a context of ``length`` tokens, and the one after it."""
     if window is None:
         return 0, length
-    return max(position - window[0], 0), min(position + window[1] + 1, length)
+    before, after = (window, window) if isinstance(window, int) else window
+    return max(position - before, 0), min(position + after + 1, length)
 
 
 def distinct(order: NDArray[np.int64], contexts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import torch
 
 from saekit.config import PluginChoice
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.files.names import SAE_CONFIG
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
@@ -80,7 +81,7 @@ class SAE(SAEModule):
         before it goes to ``dtype``: :class:`saekit.errors.SAEFormatError` says what does not fit.
         """
         how = {"loader": loader, "device": device, "dtype": dtype, "plugins": plugins}
-        return _as(cls, _loaded(SAEFiles.at(path), verify, **how))
+        return _as(cls, _local(path, verify, **how))
 
     @classmethod
     def from_dict(
@@ -168,10 +169,9 @@ class SAE(SAEModule):
         if asked.path is not None and revision is not None:
             raise ConfigError(f"{asked.path} is a path on this machine, and revision is of repositories: leave it out")
         with asked.hinting():
-            if asked.path is None:
-                files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
-            else:
-                files = SAEFiles.at(asked.path)
+            if asked.path is not None:
+                return _as(cls, _local(asked.path, verify, **how))
+            files = SAEFiles.on_hub(asked.repo_id or "", asked.folder, revision=revision, token=token)
             return _as(cls, _loaded(files, verify, **how))
 
     def push_to_hub(
@@ -232,6 +232,14 @@ class SAE(SAEModule):
 
 def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
     return load_sae(files, checked=check if verify else None, **how)
+
+
+def _local(path: str | Path, verify: bool, **how: Any) -> SAEModule:
+    """The SAE at ``path``, which knows where it was read from."""
+    sae, place = _loaded(SAEFiles.at(path), verify, **how), as_path(path)
+    own = place / "sae"
+    sae.read_from = (own if not (place / SAE_CONFIG).exists() and (own / SAE_CONFIG).is_file() else place).absolute()
+    return sae
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

@@ -40,6 +40,7 @@ from saekit.runs.other_backends import told_of_others
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
+from saekit.runs.planned_mesh import in_step, planned_world
 from saekit.runs.planned_sizes import Sizes, devices_of
 from saekit.runs.planned_text import look_at_text
 from saekit.runs.setup import (
@@ -47,6 +48,7 @@ from saekit.runs.setup import (
     make_trainer,
     sae_options,
 )
+from saekit.runs.spreading import check_spreads
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.timing import duration_text as _duration
 from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
@@ -107,6 +109,11 @@ def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:
     return attrs.evolve(config, tokens=attrs.evolve(config.tokens, exclude_special_tokens=(0,)))
 
 
+def _reads(stream: StreamContext) -> bool:
+    """Whether a source has opened the text."""
+    return "contexts" in vars(stream) or "contexts" in vars(stream.own)
+
+
 def _counted_unread(config: TrainConfig, corpus: Corpus, stream: StreamContext) -> str:
     """How many tokens count, as far as positions say it."""
     counted = Counted(stream.rows_per_context(corpus.context_size), corpus.context_size)
@@ -118,6 +125,7 @@ class _Planner:
     def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
         self.config, self.plugins = config, plugins
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
+        self.world = planned_world(config)
         self.start: SAEModule | None = None
         self.refused = self.passed = False
         self.facts: dict[str, str] = {}
@@ -146,7 +154,7 @@ class _Planner:
         found = Verdict("")
         if self.counted is not None:
             place = free_disk(self.config.checkpoints.folder)
-            found = verdict(self.counted.memory, self.counted.disk, self.free, place)
+            found = verdict(self.counted.memory, self.counted.disk, self.free, place, self.world.size)
             self.facts |= self.counted.memory.facts(self.free)
         warnings = [*self.warnings, *found.warnings]
         text = cannot_run(self.problems) or found.text
@@ -173,13 +181,15 @@ class _Planner:
         measured = functools.partial(corpus.held_out, backend, seed=0)
         self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu"))
         fits, there = self.fitting(backend, corpus)
-        stream = self.attempt(lambda: open_stream(config, corpus, plugins, backend, config.sites.all, doubt=self.doubt))
+        stream = self.attempt(
+            lambda: open_stream(config, corpus, plugins, backend, config.sites.all, world=self.world, doubt=self.doubt)
+        )
         if stream is None:
             return
         source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
-            reads = source is None or "contexts" in vars(stream)
+            reads = source is None or _reads(stream)
             if stream.has_model and (reads or config.evals.reads_text):
                 self.text(corpus, backend, stream, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
@@ -203,6 +213,7 @@ class _Planner:
         if load:  # else it may be planned for another machine
             device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: check_without_model(config, plugins))
+        self.attempt(lambda: check_spreads([config], self.world))
         self.attempt(lambda: chosen_trackers(config, plugins))
         found = self.attempt(lambda: sae_options(config, plugins))
         self.refused = found is None
@@ -265,7 +276,17 @@ class _Planner:
         config: TrainConfig | None = None,
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        counted = Sizes(config or self.config, self.plugins, self.options, stream, corpus, ports, known=self.numbers)
+        counted = Sizes(
+            config or self.config,
+            self.plugins,
+            self.options,
+            stream,
+            corpus,
+            ports,
+            self.world,
+            self.free,
+            self.numbers,
+        )
         if self.attempt(lambda: counted.count(source)) is None:
             return None
         self.numbers |= counted.numbers
@@ -297,12 +318,14 @@ class _Planner:
         if not there:
             return
         config = _of_outline(self.config, outline)
-        stream = self.attempt(lambda: open_stream(config, corpus, self.plugins, outline, config.sites.all))
+        stream = self.attempt(
+            lambda: open_stream(config, corpus, self.plugins, outline, config.sites.all, world=self.world)
+        )
         if stream is None:
             return
         if told and stream.has_model and not stream.counts_all:
             self.facts["tokens"] = _counted_unread(config, corpus, stream)
-        stream.contexts = _no_contexts(outline, corpus)
+        stream.contexts = stream.own.contexts = _no_contexts(outline, corpus)
         source = None
         if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
             with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
@@ -342,7 +365,7 @@ class _Planner:
         schedule: Any,
     ) -> None:
         """Seconds, from a few forwards (or reads) and steps."""
-        if source is None or "contexts" in vars(stream):  # the source has opened the text, so it runs the model
+        if source is None or _reads(stream):  # the source has opened the text, so it runs the model
             per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
             what = "the model"
             if not self.passed:
@@ -350,19 +373,20 @@ class _Planner:
         else:
             per_token, rows = timed(lambda: next(source, None), stream.sites)
             what = "reading activations"
-        training = self.config.training
+        training, config, world = self.config.training, in_step(self.config, self.world), self.world
         if self.options.d_in in (None, ports.d_in):
-            trainer = make_trainer(self.config, self.plugins, backend, corpus, self.options, ports, schedule)
-            give_weights(trainer, self.config, corpus, lambda: rows.activations, self.start)
+            trainer = make_trainer(config, self.plugins, backend, corpus, self.options, ports, schedule, world=world)
+            give_weights(trainer, config, corpus, lambda: rows.activations, self.start)
             self.facts["SAE step"] = trainer.step_path()
-            self.first_step(trainer, rows)
+            if world.features.size == 1:  # of a part, nothing is known of the whole
+                self.first_step(trainer, rows)
             per_step = timed_steps(trainer, rows)
         else:
             per_step = 0.0
-        forward = per_token * training.total_tokens
+        forward = per_token * training.total_tokens / world.size
         steps = per_step * training.steps
         self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
         self.facts["duration"] = (
             f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
-            "overlaps; evals not counted"
+            f"overlaps; {'' if world.size == 1 else 'messages and '}evals not counted"
         )

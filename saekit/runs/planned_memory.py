@@ -32,6 +32,7 @@ class Of(StrEnum):
     STEP = "a training step"
     EVALS = "evals"
     CHECKPOINT = "writing a checkpoint"
+    WHOLE = "the whole SAE, to draw its weights"
 
 
 _LESS = {
@@ -42,6 +43,7 @@ _LESS = {
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",
     Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
+    Of.WHOLE: "choose fewer features (sae.d_sae)",
 }
 """What to do where something takes too much."""
 
@@ -181,8 +183,8 @@ class Verdict:
     warnings: Sequence[str] = ()
 
 
-def verdict(memory: Memory, disk: float, free: Mapping[str, float], free_on_disk: float) -> Verdict:
-    """For a run that needs ``memory`` and ``disk``, where so much is ``free``."""
+def verdict(memory: Memory, disk: float, free: Mapping[str, float], free_on_disk: float, processes: int = 1) -> Verdict:
+    """For a run that needs ``memory`` in each of its ``processes``, and ``disk``, where so much is ``free``."""
     needed, warnings = memory.needed(), []
     for device in (lacking := memory.lacking(free)):
         warnings.append(
@@ -199,6 +201,8 @@ def verdict(memory: Memory, disk: float, free: Mapping[str, float], free_on_disk
         for number, (device, size) in enumerate(needed.items())
     ]
     needs = f"about {', '.join(parts)} and {bytes_text(disk)} of disk ({_of(free_on_disk)})"
+    if processes > 1:
+        needs += f", each of {processes} processes; those that share a device need so many times as much of it"
     if warnings:
         where = [f"on {device}" for device in lacking] + (["on disk"] if disk > free_on_disk else [])
         return Verdict(f"It does not fit {' and '.join(where)}: it needs {needs}.", False, warnings)

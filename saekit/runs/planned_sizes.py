@@ -11,6 +11,9 @@ from saekit.abilities import HasMemory
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
+from saekit.distributed.batches import shares_rows
+from saekit.distributed.costs import Mesh
+from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, SaekitError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
@@ -21,6 +24,8 @@ from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
+from saekit.runs.planned_mesh import advice, facts_of_mesh, in_step, job_of
+from saekit.runs.spreading import spread
 from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
 from saekit.sae.build import build_module
@@ -42,6 +47,10 @@ class Sizes:
     stream: StreamContext
     corpus: Corpus
     ports: Ports
+    world: World = ALONE
+    """The processes that it is for; what is counted is of one of them."""
+    free: Mapping[str, float] = attrs.field(factory=dict)
+    """Bytes on each device, for advice."""
     known: Mapping[str, float] = attrs.field(factory=dict)
     """Numbers of the same run, counted from the model's outline."""
     facts: dict[str, str] = attrs.field(factory=dict)
@@ -63,17 +72,25 @@ class Sizes:
         # Memory is taken as it is written to, so this takes none.
         sae = build_module(item, self.options, self.ports, self.plugins)
         weights, saved = self._sae(sae)
+        whole = weights if self.world.features.size > 1 else 0
         kept = moment_bytes(self.config, self.plugins, sae)
         if kept is None:
             self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
-        else:
+        self._arrange(sae, kept, source)
+        if self.world.size > 1:  # from here on, what one process has
+            sae.to("meta")
+            spread(sae, self.world, self.config, self.plugins)
+            weights, kept = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
+        if kept is not None:
             self.numbers["optimizer_bytes"] = kept
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)
-        checkpoint = self._checkpoints(saved, weights + (kept or 0) + buffer)
+        trained_state, world = weights + (kept or 0), self.world
+        written = world.features.size * trained_state + world.size * buffer
+        checkpoint = self._checkpoints(saved, trained_state + buffer, written)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
             checkpoint = saved  # to look at
-        self._memory(sae, trained, buffer, checkpoint)
+        self._memory(sae, trained, buffer, checkpoint, whole)
         if self.stream.has_model:
             try:
                 self._cache()
@@ -83,16 +100,32 @@ class Sizes:
 
     def _sae(self, sae: SAEModule) -> tuple[int, int]:
         """The bytes of its weights, in training and as they are saved."""
-        d_sae, ports, dtype = sae.d_sae, self.ports, getattr(torch, self.options.dtype)
-        parameters = sae.table.count()
-        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
-        weights = max(saved, parameters * torch.float32.itemsize)  # bfloat16 trains in float32
+        d_sae, ports, parameters = sae.d_sae, self.ports, sae.table.count()
+        weights, saved = self._weights(sae)
         self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae}
         self._sites()
         self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
         if d_sae < ports.d_in:
             self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({ports.d_in})")
         return weights, saved + 4 * d_sae
+
+    def _weights(self, sae: SAEModule) -> tuple[int, int]:
+        """The bytes of the weights of ``sae``, in training and as they are saved."""
+        dtype = getattr(torch, self.options.dtype)
+        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
+        return max(saved, sae.table.count() * torch.float32.itemsize), saved  # bfloat16 trains in float32
+
+    def _arrange(self, sae: SAEModule, kept: int | None, source: ActivationSource | None) -> None:
+        """How processes are arranged, what each of them sends, and which arrangement is best."""
+        mesh = Mesh(self.world.data.size, self.world.features.size)
+        shares = source is not None and shares_rows(source)
+        job = job_of(sae, self.config, kept, gathers_rows=shares)
+        device = _device(self.config.training.device, self.options.dtype)
+        self.facts |= facts_of_mesh(job, mesh)
+        if mesh.size > 1:
+            self.numbers |= {"processes": mesh.size, "sent_bytes": job.sent_bytes(mesh)}
+        if told := advice(sae, job, mesh, self.free.get(device), device):
+            self.facts["advised processes"] = told
 
     def _sites(self) -> None:
         """What is read and written, and how wide it is."""
@@ -114,8 +147,11 @@ class Sizes:
             self.numbers["buffer_bytes"] = size
         return size
 
-    def _checkpoints(self, saved: int, state: int) -> int:
-        """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer."""
+    def _checkpoints(self, saved: int, state: int, written: int) -> int:
+        """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer.
+
+        ``state`` is what this process has of that, and is returned; ``written`` is what all write.
+        """
         options = self.config.checkpoints
         saes = options.n_checkpoints + 1
         self.disk = saes * saved
@@ -123,17 +159,17 @@ class Sizes:
         if not options.keep_last:
             self.facts["disk"] += "; no checkpoint that the run could go on from (checkpoints.keep_last = 0)"
             return 0
-        self.numbers["checkpoint_bytes"] = state
-        self.disk += (options.keep_last + 1) * state
+        self.numbers["checkpoint_bytes"] = written
+        self.disk += (options.keep_last + 1) * written
         self.facts["disk"] += (
-            f", and up to {bytes_text(state)} for each of {options.keep_last} checkpoints and one more that is being "
+            f", and up to {bytes_text(written)} for each of {options.keep_last} checkpoints and one more that is being "
             "written"
         )
         return state
 
     # ---- memory
 
-    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int) -> None:
+    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, whole: int) -> None:
         model = _device(self.config.model.device, self.config.model.dtype)
         training = _device(self.config.training.device, self.options.dtype)
         held = [
@@ -141,7 +177,7 @@ class Sizes:
             Need(Of.SAE, training, trained),
             Need(Of.BUFFER, self._buffer_device(model), buffer),
         ]
-        step, forward, evaluated = step_bytes(sae, self.config.training, training), 0, 0
+        step, forward, evaluated = step_bytes(sae, in_step(self.config, self.world).training, training), 0, 0
         features = eval_bytes(sae, self._eval_prompts() * self.corpus.context_size)
         if self.stream.has_model:
             forward, evaluated = self._known_forwards() or self._forwards()
@@ -150,7 +186,8 @@ class Sizes:
         turns = [
             [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step), written],
             [Need(Of.EVALS, model, evaluated), written],
-            [Need(Of.EVALS, training, features), written],
+            [Need(Of.EVALS, training, features + whole), written],
+            [Need(Of.WHOLE, "cpu", whole)],  # before any step
         ]
         self.memory = Memory(held, turns)
         self.numbers |= {"step_bytes": step, "eval_features_bytes": features}

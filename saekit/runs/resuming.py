@@ -16,7 +16,15 @@ from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
 from saekit.config.reports import ReportsConfig
 from saekit.distributed.launched import Launched
-from saekit.errors import ConfigError, DataError, ModelError, PlaceError, PluginFailedError, StorageError
+from saekit.errors import (
+    ConfigError,
+    DataError,
+    LostProcessError,
+    ModelError,
+    PlaceError,
+    PluginFailedError,
+    StorageError,
+)
 from saekit.files.names import RUN_FILES
 from saekit.files.storage import tidy
 from saekit.plugins.manager import PluginManager
@@ -126,6 +134,36 @@ class Resumption:
         saes = {} if self.checkpoint is None else self.checkpoint.facts["saes"]
         return {name: about["d_sae"] for name, about in saes.items()}
 
+    def load_together(self, session: Session) -> Mapping[str, TrackersState]:
+        """:meth:`load_into` in each process; where it fails in one, all fail alike, and may all try the one before.
+
+        The error of another process is :class:`UnusableCheckpointError` where those of all are, else
+        :class:`StorageError`.
+        """
+        world = session.world
+        if world.size == 1 or self.checkpoint is None:
+            return self.load_into(session)
+        found: Mapping[str, TrackersState] = {}
+        failure: Exception | None = None
+        try:
+            found = self.load_into(session)
+        except LostProcessError:
+            raise
+        except Exception as error:
+            failure = error
+        told = None if failure is None else (isinstance(failure, UnusableCheckpointError), str(failure))
+        every = [(number, *one) for number, one in enumerate(world.all.objects(told)) if one is not None]
+        if not every:
+            if world.main:
+                set_aside(self.record.folder, self.checkpoint)
+            return found
+        number, _, text = next((one for one in every if not one[1]), every[0])
+        if all(unusable for _, unusable, _ in every):
+            raise UnusableCheckpointError(self.checkpoint.folder, f"of process {number}: {text}") from failure
+        if failure is not None and not isinstance(failure, UnusableCheckpointError):
+            raise failure
+        raise StorageError(f"of process {number}: {text}") from failure
+
     def load_into(self, session: Session) -> Mapping[str, TrackersState]:
         """Put back what the checkpoint holds, or give the first weights where there is none.
 
@@ -179,7 +217,7 @@ class Resumption:
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
                 "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
             )
-        if session.world.main:
+        if session.world.size == 1:
             set_aside(self.record.folder, checkpoint)
         return untracked
 

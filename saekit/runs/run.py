@@ -127,7 +127,7 @@ def go_on(
     ):
         check_alike(world, list(configs.values()), plugins, resumption.place)
         session.say("reading the checkpoint")
-        untracked = resumption.load_into(session)
+        untracked = resumption.load_together(session)
         if world.main:
             resumption.record.write(resumption.configs, plugins)
         return _run(session, resumption.record, resumed=True, untracked=untracked)

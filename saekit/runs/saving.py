@@ -27,7 +27,7 @@ from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
-from saekit.runs.spread_checkpoints import write_together
+from saekit.runs.spread_checkpoints import done_by_all, write_together
 from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
@@ -151,9 +151,9 @@ class Saving:
         self._look(wait=True)
 
     def end(self) -> None:
-        """Wait until nothing is being written any more, whatever became of it."""
+        """Wait until nothing is being written any more, whatever became of it; a Ctrl-C ends that."""
         if self._now is not None:
-            self._now.writing.wait()
+            self._noticed(self._now.writing.wait)
 
     def _look(self, *, wait: bool) -> None:
         """Say what became of what was being written, if it has ended; RunFolderLostError is raised."""
@@ -254,28 +254,18 @@ class Saving:
             return path if there else None
         if just_now:
             return path
-        staging = Staging()
-        saes = staging.saes(worth, session.world)
-        if resumable:
-            files = (
-                *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), session.world)),
-                facts_of(session, spaced=spaced or was_spaced),  # for another reason, perhaps both
-            )
-            write = functools.partial(write_checkpoint, path.absolute(), *files)
-            if session.world.size > 1:
-                write = functools.partial(write_together, session.world.behind, path.absolute(), *files)
-        else:
-            write = functools.partial(write_saes, path.absolute(), saes)
+        write, arrived, saes = done_by_all(
+            session.world.all, lambda: self._staged(path, worth, resumable=resumable, spaced=spaced or was_spaced)
+        )
         diverged = self._diverged()
         warned: list[str] = []
-        arrived, folder, main = staging.arrived(), self._folder.absolute(), session.world.main
+        folder, main = self._folder.absolute(), session.world.main
 
         def work(writing: Writing) -> None:
             arrived()
             self.check_folder()
             try:
-                if saes or resumable:
-                    write(writing.go_on)
+                write(writing.go_on)
             finally:
                 self.check_folder()  # if it is lost, that is what is wrong
             self._last_good.update(dict.fromkeys(worth, path))
@@ -292,6 +282,27 @@ class Saving:
             step = session.members[name].trainer.step
             self._trackers[name].log_checkpoint(path.absolute() / name, step, now.writing.there)
         return path
+
+    def _staged(
+        self, path: Path, worth: Mapping[str, SAETrainer], *, resumable: bool, spaced: bool
+    ) -> tuple[Callable[[Callable[[], None]], None], Callable[[], None], list[str]]:
+        """Copy what is to be saved: what writes it, what waits for the copies, and the SAEs that this process writes.
+
+        ``spaced``: for that reason, perhaps beside another.
+        """
+        session, staging, place = self._session, Staging(), path.absolute()
+        world = session.world
+        saes = staging.saes(worth, world)
+        if not resumable:
+            write = functools.partial(write_saes, place, saes) if saes else _nothing_to_write
+            return write, staging.arrived(), list(saes)
+        files = (
+            *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), world)),
+            facts_of(session, spaced=spaced),
+        )
+        if world.size > 1:
+            return functools.partial(write_together, world.behind, place, *files), staging.arrived(), list(saes)
+        return functools.partial(write_checkpoint, place, *files), staging.arrived(), list(saes)
 
     def _note_checkpoint(self, folder: Path) -> None:
         """Once there is one, a run without any is not one that was stopped early."""
@@ -364,6 +375,10 @@ class Saving:
         self.settle()
         path = self._last_good.get(name)
         return None if path is None else self._folder / "checkpoints" / path.name / name
+
+
+def _nothing_to_write(go_on: Callable[[], None]) -> None:
+    """Another process writes it."""
 
 
 def _seen(path: Path) -> tuple[bool, bool]:

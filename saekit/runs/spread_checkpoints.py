@@ -19,7 +19,7 @@ from saekit.sae.folder import Contents
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import ParameterTable
 
-__all__ = ["joined_training", "part_of_training", "training_of", "write_together"]
+__all__ = ["done_by_all", "joined_training", "part_of_training", "training_of", "write_together"]
 
 _T = TypeVar("_T")
 
@@ -69,6 +69,18 @@ def write_together(
                 stack.close()
 
         _agreed(group, finish)
+
+
+def done_by_all(group: Group, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns in this process; where it fails in one of ``group``, :class:`StorageError` in all others.
+
+    Else they would wait for its part of what comes next, and be handed its part of what comes after that.
+    """
+    if group.size == 1:
+        return work()
+    found: list[_T] = []
+    _agreed(group, lambda: found.append(work()))
+    return found[0]
 
 
 def _agreed(group: Group, work: Callable[[], _T]) -> list[_T]:

@@ -35,15 +35,21 @@ class Staging:
 
         :class:`SAEFormatError` for one that could not be loaded again.
         """
-        found = {}
+        found: dict[str, Contents] = {}
+        failure: Exception | None = None
         for name, trainer in worth.items():
             sae = trainer.raw_sae()
-            if not world.main:
+            if not world.main or failure is not None:
                 continue
-            contents = contents_of(sae)
-            if sae is trainer.sae and torch.device(trainer.device).type == "cpu":  # else it is a copy already
-                contents = attrs.evolve(contents, tensors=self.held(contents.tensors))
-            found[name] = contents
+            try:
+                contents = contents_of(sae)
+                if sae is trainer.sae and torch.device(trainer.device).type == "cpu":  # else it is a copy already
+                    contents = attrs.evolve(contents, tensors=self.held(contents.tensors))
+                found[name] = contents
+            except Exception as error:  # told when the others need no more of this process
+                failure = error
+        if failure is not None:
+            raise failure
         return found
 
     def trainings(self, session: Session) -> dict[str, StateFiles]:

@@ -22,19 +22,18 @@ class Writing:
         """``write`` is called in the thread; it asks :meth:`go_on` from time to time, and says :meth:`is_there`."""
         self.error: BaseException | None = None
         """What ended it before it was done; known when it is :attr:`done`."""
-        self._there = self._given_up = self._begun = False
+        self._there = self._given_up = self._runs = False
         self._known, self._ended = threading.Event(), threading.Event()
+        self._deciding = threading.Lock()  # whether it runs, or is given up before that
         self._write = write
         self._thread = threading.Thread(target=self._work, name="saekit-checkpoint")
 
     def begin(self) -> None:
-        """Start the thread."""
-        self._begun = True  # a Ctrl-C may come while the thread starts
+        """Start the thread; where the system has no more of them, this writes, and returns when it is done."""
         try:
             self._thread.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._begun, self.error = False, error
-            self._close()
+        except (RuntimeError, MemoryError):
+            self._work()
 
     @property
     def done(self) -> bool:
@@ -44,14 +43,18 @@ class Writing:
     def wait(self) -> None:
         """Wait for its end."""
         self._ended.wait()
-        if self._begun:
+        if self._thread.is_alive():
             self._thread.join()
 
     def give_up(self) -> None:
-        """Nobody wants it any more: wait until nothing is left of what is half written."""
-        self._given_up = True
-        if not self._begun:
-            self._close()
+        """Nobody wants it any more: wait until nothing is left of what is half written.
+
+        The thread may never have come to run, for a Ctrl-C can come while it starts.
+        """
+        with self._deciding:
+            self._given_up = True
+            if not self._runs:
+                self._close()
         self.wait()
 
     def there(self) -> bool:
@@ -77,6 +80,10 @@ class Writing:
         self._known.set()
 
     def _work(self) -> None:
+        with self._deciding:
+            if self._given_up:
+                return
+            self._runs = True
         try:
             self._write(self)
         except BaseException as error:  # whatever it is, it belongs to the loop

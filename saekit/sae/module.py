@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,8 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         self.d_in, self.d_out, self.d_sae = ports.d_in, ports.d_out, config.features(ports.d_in)
         self.activation = activation
         self.info = SAEInfo()
+        self.read_from: Path | None = None
+        """The folder that it was read from, if it was; its weights may have changed since."""
         self.log_sparsity: Tensor | None = None
         """``[d_sae]``: log10 of the fraction of tokens on which each feature fired, if known."""
         self.probe_rows: Tensor | None = None

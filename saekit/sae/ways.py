@@ -63,6 +63,9 @@ class Ways(Castable):
     """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
     asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
     changes the mathematics says so anew."""
+    competes_over: ClassVar[str | None] = None
+    """Where entries of a step compete with those of other processes, which tell each other their largest: ``features``
+    (``k`` of each row), ``all`` (those of the whole batch); None: nowhere.  For `saekit plan`."""
     spread: frozenset[str] = frozenset()
     """What is split over processes in training: ``data``, ``features``."""
 

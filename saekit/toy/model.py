@@ -50,6 +50,10 @@ class ToyModel(nn.Module):
         self.register_buffer("importance", torch.tensor(importance, dtype=self._draws.dtype), persistent=False)
         self.importance: Tensor
 
+    def __repr__(self) -> str:
+        about = self.config
+        return f"ToyModel({about.n_features} features in {about.n_hidden} dimensions, loss {about.loss})"
+
     @classmethod
     def random(cls, config: ToyConfig) -> Self:
         """One that is not trained: each direction is a unit vector, drawn evenly from all by the seed."""

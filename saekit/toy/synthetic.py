@@ -24,7 +24,7 @@ AXES: Mapping[str, str] = {
 }
 """What changes, by option, in words."""
 MEASURES: Mapping[str, str] = {
-    "mmcs": "MMCS", "precision": "Precision", "recall": "Recall", "f1": "F1", "l0": "L0", "true_l0": "true L0",
+    "mmcs": "MMCS", "precision": "Precision", "recall": "Recall", "f1": "F1", "l0": "L0", "true_l0": "True L0",
 }  # fmt: skip
 """What is told of each SAE, by the names of :class:`saekit.toy.Recovery`."""
 _COEFFICIENTS, _FACTORS = ("l1_coefficient", "l0_coefficient"), (0.3, 1.0, 3.0)

@@ -59,7 +59,7 @@ def test_the_command_collects_once_and_says_how_to_open_the_page(folder: Path, t
         ("--features 1-", "features: must be numbers such as 1,2,5-20, or all, found"),
         ("--top-by size", "top_by: must be firing, activation or logit, found 'size'"),
         ("--window x", "window: must be tokens before and after, such as 10 or 20,5, or all; found 'x'"),
-        ("--labels none.json", "labels: 'none.json' cannot be read as JSON"),
+        ("--labels none.json", "labels: there is no file 'none.json'; it would say"),
         ("--out page", "a dashboard is one file NAME.html, or goes into a folder that is there; found 'page'"),
     ],
 )

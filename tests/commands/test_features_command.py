@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import saekit
 from saekit.cli import app
 from saekit.commands.asked import feature_numbers
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError, DataError, PlaceError
 
 SITE = "blocks.0.hook_resid_post"
 
@@ -35,7 +35,8 @@ def test_the_command_keeps_the_features_beside_the_sae(folder: Path) -> None:
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert f"{folder}: 18 features on 192 tokens, " in done.stdout
-    assert done.stdout.splitlines()[-1] == f"kept in {folder / 'features'}"
+    store = folder / "features"
+    assert done.stdout.splitlines()[-2:] == [f"kept in {store}", f"next: saekit dashboard {store}"]
     store = saekit.FeatureStore.open(folder / "features")
     assert store.sae.indices.tolist() == [1, 2, *range(5, 21)]
     assert store.model_name == "saekit/tiny-python"
@@ -97,3 +98,57 @@ def test_numbers_that_no_sae_has_are_not_listed(text: str, message: str) -> None
     with pytest.raises(ConfigError, match=message) as error:
         feature_numbers(text)
     assert len(str(error.value)) < 200
+
+
+def test_an_sae_that_was_read_knows_where_its_features_go(tmp_path: Path) -> None:
+    sae = saekit.SAE.load(saved(tmp_path / "one"))
+    how = {"n_contexts": 3, "features": [1, 2], "device": "cpu", "verbose": False}
+    store = saekit.collect_features(sae, **how)
+    assert store.folder == tmp_path / "one" / "features"
+    assert [*store.saes] == [SITE], "it is called by its place in the model"
+    assert saekit.show_feature(sae, 2, verbose=False).data["index"] == 2
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+    with pytest.raises(DataError, match="as it is now"):
+        saekit.show_feature(sae, 2, verbose=False)
+    sae.read_from = None
+    with pytest.raises(ConfigError, match=r"in no folder of its own; pass the path of its run, such as 'runs/first'"):
+        saekit.collect_features(sae, **how)
+
+
+def test_a_sweep_has_one_store_and_a_checkpoint_none(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        saved(tmp_path / "sweep" / name / "sae")
+    saved(tmp_path / "sweep" / "checkpoints" / "step-8" / "a")
+    (tmp_path / "sweep" / "run.json").write_text("{}")
+    how = {"n_contexts": 2, "features": [1], "device": "cpu", "verbose": False}
+    store = saekit.collect_features(tmp_path / "sweep", **how)
+    assert store.folder == tmp_path / "sweep" / "features"
+    assert [Path(name).name for name in store.saes] == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"is in a checkpoint, .* such as --folder sweep-step-8-a"):
+        saekit.collect_features(tmp_path / "sweep" / "checkpoints" / "step-8" / "a", **how)
+    for wrong, told in (
+        (store.folder, "is a feature store, and here the SAE is needed, whose weights are not in it"),
+        (store.folder / "sae-0", "is a part of the feature store "),
+        (tmp_path / "sweep" / "checkpoints", "is no SAE but a part of the run "),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            saekit.collect_features(wrong, **how)
+    with pytest.raises(PlaceError, match="but there is one in it: name "):
+        saekit.FeatureStore.open(tmp_path / "sweep")
+    with pytest.raises(PlaceError, match="is a part of the feature store "):
+        saekit.FeatureStore.open(store.folder / "sae-1")
+
+
+def test_an_sae_without_a_language_model_has_no_features_on_text(tmp_path: Path) -> None:
+    place = tmp_path / "toy"
+    saved(place / "sae")
+    source = {"name": "toy", "n_features": 5, "n_hidden": 2, "directions": "random"}
+    config = saekit.load_config({
+        "model": {"backend": "none"}, "site": {"hook_name": "hidden"}, "activations": {"source": source},
+        "sae": {"name": "topk", "d_sae": 8, "k": 1}, "training": {"training_tokens": 2048},
+        "evals": {"run": [], "held_out_every": 0},
+    })  # fmt: skip
+    (place / "config.toml").write_text(saekit.dump_config(config))
+    with pytest.raises(ConfigError, match="is of a run that has no language model, so there is no text"):
+        saekit.collect_features(place, device="cpu", verbose=False)

@@ -43,8 +43,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert text.startswith(f"{folder}: finished\n")
     assert "standard, 1,024 features on blocks.1.hook_resid_post of saekit/tiny-python\n" in text
     assert rest(text, "pictures") == [f"none; saekit show {folder} --draw makes them of the metrics as they are now"]
-    assert rest(text, "features")[0].startswith("none were collected; ")
+    assert rest(text, "features") == [f"none were collected; saekit features {folder} does"]
     assert rest(text, "next") == [
+        f"features       saekit features {folder}",
+        f"dashboard      saekit dashboard {folder}",
         f"in Python      sae = saekit.SAE.load('{folder}/sae')",
         f"train longer   saekit train --resume {folder} training.training_tokens=200000 "
         "--allow training.training_tokens",
@@ -52,6 +54,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ]
     assert not list(folder.glob("curves*"))
     assert rest(shown(folder, draw=True), "pictures")[0].startswith(f"{folder}/curves.png (")
+    (folder / "features").mkdir()
+    (folder / "features" / "manifest.json").write_text("{}")
+    (folder / "dashboard.html").write_text("")
+    assert rest(shown(folder), "features") == [
+        f"collected in {folder}/features",
+        f"a dashboard: {folder}/dashboard.html",
+    ]
+    assert f"features       saekit features {folder}" not in rest(shown(folder), "next")
+    (folder / "dashboard.html").unlink()
+    (folder / "features" / "manifest.json").unlink()
     (folder / "features.txt").write_text("feature 3: «def»\n\x1b[31mred\n" + "more\n" * 90)
     features = rest(shown(folder), "features")
     assert features[:2] == ["feature 3: «def»", "\\x1b[31mred"]
@@ -110,14 +122,14 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert [path.partition(" (")[0] for path in rest(text, "pictures")] == [
         f"{folder}/summary.png", f"{folder}/summary.html"
     ]  # fmt: skip
-    assert rest(text, "next") == [f"the best of it saekit show {folder}/0_l1=1"]
+    assert rest(text, "next")[-1] == f"the best of it saekit show {folder}/0_l1=1"
     assert "l1_coefficient" in text
     assert shown(folder / "0_l1=1").startswith(f"{folder}/0_l1=1: finished\n")
     metrics = folder / "0_l1=1" / "metrics.jsonl"
     worse = [json.loads(line) for line in metrics.read_text().splitlines()]
     worse[-1]["evals/ce_recovered"] = -1.0
     metrics.write_text("".join(json.dumps(record) + "\n" for record in worse))
-    assert rest(shown(folder), "next") == [f"the best of it saekit show {folder}/1_l1=9"]
+    assert rest(shown(folder), "next")[-1] == f"the best of it saekit show {folder}/1_l1=9"
 
 
 def test_a_saved_sae(tmp_path: Path) -> None:

@@ -87,7 +87,14 @@ MISTAKES: list[tuple[dict[str, Any], type[SaekitError], str]] = [
     ({"count": 3}, ConfigError, "count: says how many features top_by takes, and that is not given"),
     ({"sae": "heads", "top_by": "logit"}, ConfigError, "top_by: cannot be 'logit' for heads: .* no weights"),
     ({"sae": "none"}, ConfigError, "sae: must be one of the store's, topk, .*; found 'none'"),
-    ({"labels": {"x": "y"}}, ConfigError, r'labels: must be texts by the numbers of features, found \{"x": "y"\}'),
+    ({"labels": {"x": "y"}}, ConfigError, r"labels: must be texts by the numbers of features, found \{'x': 'y'\}"),
+    ({"labels": {1: "\ud800"}}, ConfigError, r"labels: must be texts by the numbers of features, found \{1: "),
+    ({"labels": {True: "y"}}, ConfigError, r"labels: must be texts by the numbers of features, found \{True: "),
+    ({"labels": {"16": "y"}}, ConfigError, "labels: are of features 0 to 15 of topk, found '16'"),
+    ({"labels": {"9" * 5000: "y"}}, ConfigError, "labels: are of features 0 to 15 of topk, found '9999"),
+    ({"labels": {"topk": {1: "y"}, "heads": "y"}}, ConfigError, "labels: names 'heads'|labels: must be a mapping of"),
+    ({"title": "\ud800"}, ConfigError, "title: must be a text that is valid Unicode"),
+    ({"title": 3}, ConfigError, "title: must be a text that is valid Unicode, found 3"),
     ({"labels": [1]}, ConfigError, "labels: must be a mapping of numbers to texts, found list"),
     ({"n_contexts": 3}, ConfigError, "n_contexts: nothing is collected, as .* is a feature store already"),
     ({"out": "page.txt"}, PlaceError, "a dashboard is one file NAME.html"),
@@ -158,13 +165,17 @@ def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_p
     assert saekit.dashboard(sae, device="cpu", **place).read_bytes() == first, "without a model"
     assert saekit.dashboard(tmp_path / "store", features=[1]).read_bytes() == first
 
+    with pytest.raises(DataError, match=r"contexts\.number: (.*\n)*.*saekit features --overwrite"):
+        saekit.dashboard(sae, overwrite=True, **asked | {"contexts": contexts[:1]}, **place)
+    with pytest.raises(ConfigError, match="overwrite: replaces no feature store here"):
+        saekit.show_feature(sae, 1, overwrite=True, folder=tmp_path / "store", verbose=False)
     with torch.no_grad():
         sae.b_enc[5] += 1
     with pytest.raises(
         DataError, match=r"is of .*, and not of .* as it is now \(the checksums of the weights differ\)"
     ):
         saekit.dashboard(sae, **place)
-    saekit.collect_features(sae, overwrite=True, model=OddBackend(), contexts=contexts, device="cpu", **place)
+    saekit.collect_features(sae, overwrite=True, folder=tmp_path / "store", verbose=False, **asked)
     assert saekit.dashboard(sae, **place).read_bytes() != first
 
 
@@ -179,13 +190,20 @@ def test_there_is_nothing_to_choose_among_features_that_never_fire(contexts: tor
     assert saekit.dashboard(store, features=[3]).is_file()
 
 
+def test_an_option_that_is_none_is_told_with_its_like(store: saekit.FeatureStore) -> None:
+    with pytest.raises(ConfigError, match="n_context: is not an option of this; did you mean n_contexts"):
+        saekit.dashboard(store, n_context=4)
+    with pytest.raises(ConfigError, match=r"index: must be the number of one feature, found \[3, 4\]"):
+        saekit.show_feature(store, [3, 4])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("page", [saekit.dashboard, saekit.serve_dashboard])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"labels": [1]}, "labels: must be a mapping of numbers to texts, found list"),
         ({"labels": {"topk": {1: "a"}, 2: "b"}}, "labels: must be a mapping of numbers to texts for 2, as for others"),
-        ({"labels": {"topk": {1: 2}}}, r"labels: must be texts by the numbers of features, found \{\"1\": 2\}"),
+        ({"labels": {"topk": {1: 2}}}, r"labels: must be texts by the numbers of features, found \{1: 2\}"),
         ({"labels": {1: "half \ud800"}}, "labels: must be texts by the numbers of features"),
         ({"sae": 3}, "sae: must be the name of an SAE, found 3"),
         ({"title": "half \ud800"}, "title: must be a text that is valid Unicode"),

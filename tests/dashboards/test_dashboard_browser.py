@@ -204,10 +204,17 @@ def test_features_are_found_by_token_and_by_number(looked: Looked) -> None:
     assert looked.listed()[0] == 4, "the feature of that number comes first"
     looked.press("\ue003no such token")
     assert looked.listed() == []
-    assert looked.texts("#found") == ["No feature has it among its tokens"]
+    assert looked.texts("#found") == ["No feature has it among its tokens, nor in a text"]
     assert looked.texts(".title .quiet") == ["not in the list"]
     looked.press("\ue00c")  # Escape
     assert looked.listed() == SHOWN
+    plain = looked.run(
+        "sae().features[5].top.flatMap((one) => one.tokens.slice(1).map((token, at) => one.tokens[at] + token))"
+        ".find((text) => /^[ a-z0-9]+$/.test(text))"
+    )
+    looked.run(f"(search.value = {json.dumps(plain)}, relist())")
+    assert 5 in looked.listed(), "a text of several tokens is found where no token has it"
+    looked.run("(search.value = '', relist())")
 
 
 def test_the_list_is_sorted(looked: Looked, store: saekit.FeatureStore) -> None:

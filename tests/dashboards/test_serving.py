@@ -370,6 +370,7 @@ def test_the_command_serves(
     ("asked", "told"),
     [
         (["--serve", "--features", "1"], "--features: --serve shows all features, and writes nothing"),
+        (["--serve", "--overwrite"], "--overwrite: --serve shows all features, and writes nothing"),
         (["--serve", "--out", "x.html"], "--out: --serve shows all"),
         (["--port", "8000"], "--port: that is for --serve"),
         (["--loss-effects", "exact", "--no-loss-effects"], "contradict each other"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,7 @@ import saekit
 from saekit import ConfigError, DataError
 from saekit.config import DistributedConfig, OptimizerConfig
 from saekit.data.text import Documents
-from saekit.distributed import ALONE, WHOLE, open_world
+from saekit.distributed import ALONE, WHOLE, World, open_world
 from saekit.distributed.batches import thinned
 from saekit.distributed.group import Group
 from saekit.distributed.launched import Launched, check_mesh, refuse_several
@@ -209,3 +210,31 @@ def test_an_optimizer_must_work_number_by_number() -> None:
     build(Group())
     with pytest.raises(ConfigError, match="optimizer: is Whole, which does not say that it updates each number by"):
         build(Part(0, 2))
+
+
+def test_signals_are_not_handled_while_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one would end, for a signal, only when torch returns: where another has gone, at the timeout."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = (signal.SIGINT, signal.SIGTERM)
+    seen: list[list[Any]] = []
+
+    def joined(*rest: Any, **more: Any) -> World:
+        seen.append([signal.getsignal(number) for number in both])
+        if len(seen) == 3:
+            raise RuntimeError("nobody answers")
+        return ALONE
+
+    monkeypatch.setattr(saekit.distributed.world, "_joined", joined)
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_IGN)]
+    try:
+        with open_world(DistributedConfig()):
+            seen.append([signal.getsignal(number) for number in both])
+        with pytest.raises(RuntimeError, match="nobody answers"), open_world(DistributedConfig()):
+            pass
+        seen.append([signal.getsignal(number) for number in both])
+    finally:
+        for number, handler in zip(both, before, strict=True):
+            signal.signal(number, handler)
+    outside, inside = [signal.default_int_handler, signal.SIG_IGN], [signal.SIG_DFL, signal.SIG_IGN]
+    assert seen == [inside, outside, inside, outside]

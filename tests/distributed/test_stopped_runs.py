@@ -38,6 +38,8 @@ def found(folder: Path) -> dict[str, list[Any]]:
         calls[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
         allow = (str(folder / f"other-{name}/run"), "distributed.features")
         calls[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
+    calls["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
+    calls["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
     calls["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
     calls["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
     return together(calls, 2, folder / "calls")
@@ -83,6 +85,15 @@ def test_it_goes_on_where_features_are_split_otherwise(found: dict[str, list[Any
             torch.testing.assert_close(value, other["weights"][name], rtol=0, atol=1e-10)
 
 
+def test_all_fall_back_where_one_cannot_use_its_part(found: dict[str, list[Any]], folder: Path) -> None:
+    """And train the steps since then again."""
+    for one, other in zip(found["back"], found["whole 2x1"], strict=True):
+        assert any("step-5 does not fit the run as it is now: ValueError: not what it wrote" in text
+                   for text in one["told"])  # fmt: skip
+        for name, value in one["weights"].items():
+            assert torch.equal(value, other["weights"][name])
+
+
 def test_one_process_does_not_go_on_from_the_parts_of_two(found: dict[str, list[Any]], folder: Path) -> None:
     """Each has read its own part of the text."""
     with pytest.raises(ConfigError, match=r"step-\d+ was written by 2 processes, and 1 would go on from it.*"
@@ -105,16 +116,19 @@ def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict
     assert not (folder / "unlike").exists()
 
 
-def test_a_full_disk_of_one_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:
-    """The first process says whose disk it is; training goes on, and ends as it would have."""
+def test_what_one_cannot_save_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:
+    """Its disk is full, or its state odd: the first process says whose; training goes on, and ends as it would have."""
     first, second = found["full"]
-    (text,) = first["told"]
-    assert text.startswith(
+    kept = f"Training goes on; the last checkpoint is {first['folder']}/checkpoints/step-2"
+    assert first["told"] == [
         "there is no checkpoint after 3 steps: of process 1: cannot write a checkpoint: No space left on device. What "
-        "was there before is kept. Training goes on"
-    )
-    assert text.endswith("Training goes on; the last checkpoint is " + first["folder"] + "/checkpoints/step-2")
+        f"was there before is kept. {kept}",
+        "there is no checkpoint after 5 steps: of process 1: the state at stream-1/odd holds a object, which cannot be "
+        f"saved. A state_dict may hold mappings, lists, numbers, texts, None and tensors. {kept}",
+    ]
     assert second["told"] == []
+    last = newest_checkpoint(Path(first["folder"]))
+    assert last.stream(1)["lanes"][0]["batches"] == last.facts["batches"] > 5
     for name, value in first["weights"].items():
         assert torch.equal(value, found["whole 2x1"][0]["weights"][name])
 

@@ -243,3 +243,11 @@ def test_the_command_shows_an_address(store: Any) -> None:
     assert CliRunner().invoke(app, released).stdout.strip() == quick_list_url("gpt2-small/8-res-jb", [1])
     done = CliRunner().invoke(app, ["export", "list", "tiny/3-res-x", "--features", "all"])
     assert "must be numbers, such as 1,2,5-20, for a list of all is none" in str(done.exception)
+
+
+def test_a_store_is_called_as_asked(store: Any) -> None:
+    from saekit.commands.exporting import name_of
+
+    assert str(name_of(str(store.folder), next(iter(store.saes)), "gpt2-small/8-res-jb")) == "gpt2-small/8-res-jb"
+    with pytest.raises(ConfigError, match="--sae and --id are for a feature store or a run"):
+        name_of("gpt2-small/8-res-jb", None, "gpt2-small/8-res-jb")

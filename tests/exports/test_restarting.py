@@ -272,7 +272,7 @@ def test_mistakes_are_told_together_and_before_anything_is_written(export: Any, 
         ({"min_log_fraction": -np.inf}, r"min_log_fraction: must be the logarithm of a fraction, .*; found -inf"),
         ({"seed": -1}, r"seed: must be a whole number of 0 or more, found -1"),
         ({"seed": "x"}, r"seed: must be a whole number of 0 or more, found 'x'"),
-        ({"window": 5}, r"window: must be two whole numbers of 0 or more"),
+        ({"window": -5}, r"window: must be two whole numbers of 0 or more"),
         ({"about": {"owner": "me"}}, r"about: may have creator_id, creator_name, .*; found 'owner': 'me'"),
         ({"sae": "other"}, r"sae: 'other' is not in the store, which has"),
     ):

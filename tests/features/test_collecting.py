@@ -137,7 +137,7 @@ def test_transcoders_and_several_sites_have_stores(collect: Any, tmp_path: Path,
     with torch.no_grad():
         expected = transcoder.encode(FakeBackend().run(contexts, read=["hook_embed"]).held["hook_embed"])
     assert torch.equal(column(store.feature(1), (60, 12)), expected[..., 1])
-    assert store.sae.about.targets == [HOOK]
+    assert [*store.sae.about.targets] == [HOOK]
     assert store.feature(1).logits is not None
 
     ports = saekit.Ports({EMBED.name: 8, LATE.name: 8})

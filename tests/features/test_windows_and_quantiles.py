@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.saes import at, drawn_sae
+from support.stores import HOOK, small_store
 
+import saekit
 from saekit.errors import ConfigError
+from saekit.features.subject import chosen_features
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 widths = st.one_of(st.none(), st.tuples(st.integers(0, 14), st.integers(0, 14)))
@@ -94,7 +100,84 @@ def test_no_example_is_about_a_special_token_that_does_not_count(store: Any, con
             assert all(not window.values[place] for place, token in enumerate(window.ids) if token == 0)
 
 
-@pytest.mark.parametrize("window", [5, (1,), (-1, 2), (1.5, 2), "all"])
+@pytest.mark.parametrize("window", [-5, (1,), (-1, 2), (1.5, 2), "all"])
 def test_what_is_no_window_is_refused(store: Any, window: Any) -> None:
     with pytest.raises(ConfigError, match="window: must be two whole numbers of 0 or more"):
         store.saes["one"].feature(0).top(1, window)
+
+
+def test_one_number_is_both_sides_of_a_window(store: Any) -> None:
+    feature = next(one for one in store.saes["one"] if not one.dead)
+    assert feature.top(3, 2) == feature.top(3, (2, 2))
+
+
+def test_what_is_in_a_store_is_told_in_a_line(store: Any) -> None:
+    sae = store.saes["one"]
+    feature = next(one for one in sae if not one.dead)
+    assert repr(store) == f"FeatureStore({str(store.folder)!r}: 40 features of 2 SAEs on 720 tokens)"
+    assert repr(sae) == "SAEFeatures('one': 24 features on 720 tokens)"
+    assert repr(feature).startswith(f"Feature({feature.index} of 'one': fires on ")
+    assert repr(sae.feature(4)) == "Feature(4 of 'one': fires on no token)"
+    (window,) = feature.top(1)
+    assert repr(window).startswith(f"Window({window.value:.4g} at {window.context}:{window.position}: ")
+    assert f"⟦{window.token}⟧" in repr(window)
+    assert "\n" not in "".join(map(repr, feature.quantiles()))
+    assert f"Feature {feature.index} of one" in feature._repr_html_()
+    with pytest.raises(ConfigError, match="found 'cosine'; each of them has its cosine"):
+        feature.partners("cosine")
+
+
+def test_what_no_store_has_is_refused_by_name(store: saekit.FeatureStore) -> None:
+    sae = store.saes["one"]
+    feature = sae.feature(int(sae.fired.argmax()))
+    asked = {
+        r"context: must be a whole number from 0 to 59, found -1": lambda: feature.window(-1, 0),
+        r"context: .*found 60": lambda: feature.window(60, 0),
+        r"position: must be a whole number from 0 to 11, found -1": lambda: feature.window(0, -1),
+        r"position: .*found 12": lambda: feature.window(0, 12),
+        r"n: must be a whole number of 1 or more, found 0": lambda: feature.quantiles(0),
+        r"n: .*found -1": lambda: feature.quantiles(-1),
+        r"per: must be a whole number of 0 or more, found -1": lambda: feature.quantiles(2, -1),
+        r"n: must be a whole number of 0 or more, found -2": lambda: feature.top(-2),
+        r"n: .*found -3": lambda: feature.partners(n=-3),
+        r"n: .*found -4": lambda: feature.neighbors(-4),
+        r"bins: must be a whole number of 1 or more, found 2\.5": lambda: feature.histogram(2.5),  # type: ignore[arg-type]
+        r"feature: must be 0 to 23 for one, found '3'": lambda: sae.feature("3"),  # type: ignore[arg-type]
+        r"feature: .*found None": lambda: sae.feature(None),  # type: ignore[arg-type]
+        r"feature: must be 0 to 23 for one, found 1000": lambda: sae.feature(10**30),
+    }
+    for message, call in asked.items():
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_window_of_a_context_that_is_not_stored_is_no_zeros(tmp_path: Path) -> None:
+    feature = max(small_store(tmp_path / "store", max_per_feature=10, top_kept=3).sae, key=lambda one: one.fired)
+    lost = next(number for number in range(40) if number not in feature.contexts)
+    with pytest.raises(ConfigError, match=rf"context: {lost} is not in the sample that is stored of feature"):
+        feature.window(lost, 0)
+    at = int(feature.contexts[0]), int(feature.positions[0])
+    assert feature.window(*at).value == feature.values[0]
+
+
+def test_neighbors_are_features_of_the_sae(tmp_path: Path) -> None:
+    sae = at(drawn_sae(8, d_sae=5), HOOK, model_name="fake")
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    store = small_store(tmp_path / "store", sae)
+    assert {number for number, _ in store.feature(0).neighbors()} == {1, 2, 4}
+    assert len(store.feature(0).alignment()) == 8
+    assert (store.feature(3).neighbors(), store.feature(3).alignment()) == ([], [])
+
+
+@pytest.mark.parametrize("features", [np.array([[1, 2]]), torch.tensor([1.5]), [True], "1,2"])
+def test_what_are_no_numbers_of_features_is_refused(features: Any) -> None:
+    with pytest.raises(ConfigError, match="features: must be numbers"):
+        chosen_features(features, 8, "one")
+
+
+@pytest.mark.parametrize(
+    "features", [np.array([3, 1]), torch.tensor([1, 3]), [torch.tensor(1), np.int32(3)], (1, 3, 3)]
+)
+def test_numbers_of_features_are_of_any_kind(features: Any) -> None:
+    assert chosen_features(features, 8, "one").tolist() == [1, 3]

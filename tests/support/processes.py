@@ -6,16 +6,21 @@ A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the wi
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import runpy
+import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+from support import warm
 from torch import Tensor
 
 import saekit
@@ -180,28 +185,43 @@ def launch(size: int, command: Sequence[str], timeout: float = 3600, **environme
 
 
 def ended(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[tuple[int, str]]:
-    """The same, with the exit code of each."""
+    """The same, with the exit code of each; all are forks of one that has imported torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        written = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(started, written, strict=True)]
+    shared |= {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    with tempfile.TemporaryDirectory() as folder:
+        found = warm.python(__file__, "fork", folder, size, timeout, *command, env=shared)
+        assert found.returncode == 0, found.stderr
+        codes = json.loads(found.stdout)
+        return [(code, (Path(folder) / f"{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+
+
+def fork(folder: Path, size: int, timeout: float, command: list[str]) -> None:
+    """Have ``size`` forks of this process run ``command``; tells the exit codes.  What takes longer is killed."""
+    children = []
+    for rank in range(size):
+        if not (child := os.fork()):
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            written = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+            os.dup2(written, 1)
+            os.dup2(written, 2)
+            torch.set_num_threads(1)
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+            sys.exit()
+        children.append(child)
+    codes, deadline = dict[int, int](), time.monotonic() + timeout
+    while left := [child for child in children if child not in codes]:
+        for child in left:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    print(json.dumps([codes[child] for child in children]))
 
 
 def main(folder: Path) -> None:
@@ -217,4 +237,8 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     from support import processes  # pickles name it so
 
-    processes.main(Path(sys.argv[1]))
+    if sys.argv[1] == "fork":
+        folder, size, timeout, *command = sys.argv[2:]
+        processes.fork(Path(folder), int(size), float(timeout), command)
+    else:
+        processes.main(Path(sys.argv[1]))

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,44 @@ def resumed(world: World, run: str, *allow: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def falls_back(world: World, run: str) -> dict[str, Any]:
+    """The same run, gone on with, where the second process cannot use its part of the newest checkpoint."""
+    work, newest = SAETrainer.load_state_dict, 5
+
+    def load(trainer: SAETrainer, state: Any) -> None:
+        if world.rank == 1 and state["step"] == newest:
+            raise ValueError("not what it wrote")
+        work(trainer, state)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(SAETrainer, "load_state_dict", load)
+        found = weights(saekit.resume(run, plugins=manager(), dataset=DOCUMENTS))
+    return found | {"told": [str(one.message) for one in caught]}
+
+
 def full(world: World, folder: str) -> dict[str, Any]:
-    """A run for whose second process the disk is full at its second checkpoint."""
-    write, seen = StateFiles.write, [0]
+    """A run for whose second process the disk is full at its second checkpoint, and whose state at the third is odd."""
+    write, made, seen = StateFiles.write, StateFiles.of, Counter[str]()
+
+    def comes(doing: str, stem: str, number: int) -> bool:
+        if world.rank == 1 and stem.startswith("stream"):
+            seen[doing] += 1
+            return seen[doing] == number
+        return False
 
     def no_space(files: StateFiles, *rest: Any) -> Any:
-        if world.rank == 1 and files.stem.startswith("stream"):
-            seen[0] += 1
-            if seen[0] == 2:
-                raise OSError(28, "No space left on device")
+        if comes("written", files.stem, 2):
+            raise OSError(28, "No space left on device")
         return write(files, *rest)
+
+    def odd(stem: str, state: Any) -> StateFiles:
+        return made(stem, {"odd": object()} if comes("made", stem, 3) else state)
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         patch.setattr(StateFiles, "write", no_space)
+        patch.setattr(StateFiles, "of", odd)
         found = weights(saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS))
     return found | {"told": [str(one.message) for one in caught if "no checkpoint" in str(one.message)]}
 

@@ -91,6 +91,9 @@ def test_the_same_seed_draws_the_same() -> None:
         ({"importance": (1, 1, 1, 1, -2)}, "importance: must be 0 or more, and finite, found -2"),
         ({"n_features": 0}, "n_features: must be 1 or more, found 0"),
         ({"steps": 5, "lr_decay_steps": 6}, r"warm-up \(0\) and decay \(6\) take more than the 5 steps"),
+        ({"n_hidden": 1.5}, r"n_hidden: must be a whole number, found 1\.5"),
+        ({"seed": True}, "seed: must be a whole number, found True"),
+        ({"feature_probability": True}, "feature_probability: must be above 0, at most 1, found True"),
         ({"beta1": 1}, "beta1: must be at least 0 and below 1, found 1"),
     ],
 )  # fmt: skip

@@ -204,3 +204,10 @@ def test_pictures_say_what_they_cannot_show(tmp_path: Path) -> None:
         animate_directions(deep, "a.png")
     with pytest.raises(ValueError, match="frames must be 2 or more"):
         train_toy_model(ToyConfig(steps=2), frames=1)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = ToyModel(ToyConfig())
+    model.W.data[0, 0] = math.nan
+    with pytest.raises(SAEFormatError, match="is damaged: W has values that are no finite numbers"):
+        ToyModel.load(model.save(tmp_path / "toy.safetensors"))

@@ -142,7 +142,8 @@ def _write(what: str, chosen: dict[str, Any], way: str | None, shared: dict[str,
     own = {name.replace("-", "_"): value for name, value in chosen.items()} | {"features": numbers}
     place = written(what, loss_effects=way, **own, **shared)
     size = place.stat().st_size / 1e6
-    typer.echo(f"The dashboard is {place} ({size:.1f} MB). Open it in a browser: {place.absolute().as_uri()}")
+    address = place.resolve().as_uri()
+    typer.echo(f"The dashboard is {place} ({size:.1f} MB). Open it in a browser: {address}")
 
 
 def _serve(what: str, places: dict[str, Any], way: str | None, shared: dict[str, Any]) -> None:

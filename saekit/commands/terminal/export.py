@@ -129,6 +129,10 @@ def quick_list(
         ),
     ],
     numbers: Annotated[str, typer.Option("--features", metavar="NUMBERS", help="Such as 1,2,5-20.")],
+    neuronpedia_id: Annotated[
+        str | None, typer.Option("--id", metavar="MODEL/LAYER-SET", help="What Neuronpedia calls the SAE of a store.")
+    ] = None,
+    which: _Sae = None,
     name: Annotated[str, typer.Option(help="What the list is called.")] = "features",
     make: Annotated[
         bool, typer.Option("--make", help="Have Neuronpedia keep it, by the API key in NEURONPEDIA_API_KEY.")
@@ -145,7 +149,7 @@ def quick_list(
     found = feature_numbers(numbers)
     if isinstance(found, str):
         raise ConfigError([("features", "must be numbers, such as 1,2,5-20, for a list of all is none")])
-    one = name_of(sae)
+    one = name_of(sae, which, neuronpedia_id)
     typer.echo(make_list(one, found, name, description=description) if make else quick_list_url(one, found, name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -13,6 +14,9 @@ EXAMPLES = """
     saekit features runs/A runs/B --features 1,2,5-20 --folder both
     saekit features gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset OWNER/NAME --folder gpt2-features
 """
+
+_Contexts = Annotated[int, typer.Option("--n-contexts", help="Contexts to look at.")]
+_Size = Annotated[int | None, typer.Option("--context-size", help="Tokens in each; default: the SAE's.")]
 
 
 def features(
@@ -32,10 +36,8 @@ def features(
     dataset: Annotated[
         str | None, typer.Option(help="Another text than what was held out from training: a path or OWNER/NAME.")
     ] = None,
-    n_contexts: Annotated[int, typer.Option("--n-contexts", help="Contexts to look at.")] = 1024,
-    context_size: Annotated[
-        int | None, typer.Option("--context-size", help="Tokens in each; default: the SAE's.")
-    ] = None,
+    n_contexts: _Contexts = 1024,
+    context_size: _Size = None,
     max_per_feature: Annotated[
         int,
         typer.Option(
@@ -76,3 +78,4 @@ def features(
         dead = len(one.dead)
         typer.echo(f"{one.name}: {len(one):,} features on {one.tokens_counted:,} tokens, {dead:,} of which never fire")
     typer.echo(f"kept in {store.folder}")
+    typer.echo(f"next: saekit dashboard {shlex.quote(str(store.folder))}")

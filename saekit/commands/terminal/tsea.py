@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +62,7 @@ def tsea(
     """Find which sets of tokens features promote or suppress, and draw it (token set enrichment analysis)."""
     from saekit.commands.analyzing import opened_store, token_set_enrichment
     from saekit.commands.asked import asked_features, lines_of, named_patterns
+    from saekit.files.paths import as_path
     from saekit.plugins.text import printable
 
     how, k = asked_features(features, random, skewed)
@@ -78,4 +78,4 @@ def tsea(
         typer.echo(printable(f"no score: {name}: {why}"))
     if (least := found.at_the_floor()) is not None:
         typer.echo(f"{least} More orders (--permutations) tell them apart")
-    typer.echo(f"The page is {Path(out) / 'tsea.html'}, and the tables are beside it")
+    typer.echo(f"The page is {as_path(out) / 'tsea.html'}, and the tables are beside it")

@@ -119,7 +119,8 @@ function textsOf(data) {
   return [
     el("div", { class: "legend" }, ...legend(scale), columns),
     group("Top activations", data.top.length ? "" : "none above zero", data.top),
-    ...data.quantiles.map((one) => group(`${number(one.low)} to ${number(one.high)}`, `${percent(one.share)} of tokens`, one.windows)),
+    ...data.quantiles.map((one) => group(`${number(one.low)} to ${number(one.high)}`, `${percent(one.share)} of tokens`,
+      [...one.windows].sort((here, there) => there.values[there.at] - here.values[here.at]))),
   ];
 }
 
@@ -175,7 +176,7 @@ function toggleColumns() {
 // ---- tables
 
 function link(index) {
-  if (!byNumber.has(index)) return el("span", { title: "not on this page" }, String(index));
+  if (!byNumber.has(index)) return el("span", { class: "absent", title: "not on this page: --features chooses which are" }, String(index));
   return el("a", { href: hashOf(index) }, String(index));
 }
 

@@ -21,12 +21,22 @@ function searched() {
   return (token) => (exact ? token : token.toLowerCase()).includes(wanted);
 }
 
-// Those with such a token, or label, or with that number.
+// Whether a text of the feature on the page has what is searched for: it may be of several tokens.
+const joined = new WeakMap();
+function inTexts(entry, has) {
+  const own = window.saekitSource ? null : sae().features[entry.index];
+  if (!own) return false;
+  if (!joined.has(own)) joined.set(own, [...own.top, ...own.quantiles.flatMap((one) => one.windows)].map((one) => one.tokens.join("")));
+  return joined.get(own).some(has);
+}
+
+// Those with such a token or label, or with that number; where there are none, those with it in a text.
 function found() {
   const has = searched();
   if (!has) return [...sae().index];
-  return sae().index.filter((entry) =>
+  const hits = sae().index.filter((entry) =>
     String(entry.index) === search.value.trim() || entry.fires_on.some(has) || entry.raises.some(has) || (entry.label && has(entry.label)));
+  return hits.length ? hits : sae().index.filter((entry) => inTexts(entry, has));
 }
 
 function sorted(entries) {
@@ -44,7 +54,8 @@ function relist() {
   more();
   const all = sae().index.length;
   document.getElementById("found").textContent =
-    filtered.length === all ? `${whole(all)} features` : filtered.length ? `${whole(filtered.length)} of ${whole(all)} features` : "No feature has it among its tokens";
+    filtered.length === all ? `${whole(all)} feature${all === 1 ? "" : "s"}` : filtered.length ? `${whole(filtered.length)} of ${whole(all)} features`
+      : `No feature has it among its tokens${window.saekitSource ? " (single tokens are searched, not texts)" : ", nor in a text"}`;
   if (shown) main.querySelector(".title")?.replaceWith(titleOf(shown));
 }
 

@@ -14,6 +14,7 @@ window.saekitSource = {
 
 // The tokens that features fire on come after the list, which need not wait for them.
 document.addEventListener("DOMContentLoaded", async () => {
+  sort.querySelector("[value=given]").textContent = "as in the store"; // nothing was chosen
   for (let which = 0; which < page.saes.length; which++) {
     try {
       const answer = await fetch(`sae/${which}/fires-on.json`);

@@ -55,6 +55,7 @@ class BatchTopKSAE(TopKSAE):
 
     step_kernels = (BatchTopKKernel(),)
     spreads_over = frozenset({"data", "features"})
+    competes_over = "all"
     beside_mathematics = frozenset({"trained_as"})
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"

@@ -27,6 +27,7 @@ class GroupMaxSAE(TopKSAE):
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     spreads_over = frozenset({"data", "features"})
+    competes_over = None
     config: GroupMaxConfig
     _name: ClassVar[str] = "groupmax"
 

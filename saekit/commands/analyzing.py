@@ -236,41 +236,52 @@ def token_set_enrichment(
     ``write(folder)``.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins = plugins or default_manager()
-    check_named(sae)
-    _check_enrichment(sets, regex, permutations, min_size, out)
+    _check_enrichment(sae, sets, regex, permutations, min_size, out)
     from saekit.analysis.tsea import check_features, enrich, rows_of_work
-    from saekit.devices import resolve_device
     from saekit.progress import Counted
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
         say("reading the SAE")
-        subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
-        if len(subjects) > 1:
-            raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
+        subjects = _the_one(sae, plugins, device)
         ((name, subject),) = subjects.items()
         check_features(features, k, subject.sae.d_sae)
         fired = _by_name(fractions, subjects).get(name)
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
-    work = rows_of_work(subject.sae, features, k, permutations)
-    with Counted(work, "ordering tokens", "rows", verbose=verbose) as report:
+    with Counted(
+        rows_of_work(subject.sae, features, k, permutations), "ordering tokens", "rows", verbose=verbose
+    ) as report:
         found = enrich(
             subject.sae, chosen, backend=backend, sites=_sites(subject, site), features=features, k=k,
             fractions=fired, permutations=permutations, min_size=min_size, seed=seed, name=name, report=report,
         )  # fmt: skip
+    return _written(found, out)
+
+
+def _written(found: Enrichment, out: str | Path | None) -> Enrichment:
     if out is not None:
         found.write(out)
     return found
 
 
+def _the_one(sae: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
+    from saekit.devices import resolve_device
+
+    subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
+    if len(subjects) > 1:
+        raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
+    return subjects
+
+
 def _check_enrichment(
-    sets: Any, regex: Mapping[str, str] | None, permutations: int, min_size: int, out: str | Path | None
+    sae: object, sets: Any, regex: Mapping[str, str] | None, permutations: int, min_size: int, out: str | Path | None
 ) -> None:
     """What can be seen to be wrong before an SAE or a model is read."""
     from saekit.analysis.token_set_files import check_asked, check_numbers
 
+    check_named(sae)
     check_numbers(permutations, min_size)
     named = [] if sets is None or isinstance(sets, Mapping) else [sets] if isinstance(sets, str) else [*sets]
     check_asked(named, regex)

@@ -82,7 +82,6 @@ def dashboard(
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
     only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
-    plugins = plugins or default_manager()
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
     place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
     check_collecting(what, folder, collecting)
@@ -97,7 +96,7 @@ def dashboard(
     names = names_of(store, sae)
     shown, known = _chosen(store, names, choice), labels_of(labels, store, names)
     with Status(verbose=verbose) as say:
-        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
+        effects = effects_of(what, store, names, loss_effects, collecting, plugins or default_manager(), say)
         _tell_ahead(effects, shown, look, say)
         write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
     return place

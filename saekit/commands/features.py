@@ -85,18 +85,15 @@ def collect_features(
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
     contexts, mask = checked_data(contexts, mask)
-    _check_counts({"max_per_feature": max_per_feature, "batch_size": batch_size}, 1)
-    _check_counts({"top_kept": top_kept, "partners": partners, "logits": logits}, 0)
-    check_named(saes, dataset if contexts is None else None)
-    if not overwrite and contexts is None:
-        sizes = {"n_contexts": n_contexts, "context_size": context_size, "max_per_feature": max_per_feature}
-        kept = {"top_kept": top_kept, "partners": partners, "logits": logits, "seed": seed}
-        check_store(saes, folder, sizes | kept)
+    kept = {"max_per_feature": max_per_feature, "top_kept": top_kept, "partners": partners, "logits": logits}
+    _check_kept(kept, batch_size)
+    sizes = {"n_contexts": n_contexts, "context_size": context_size, "seed": seed}
+    _check_named(saes, folder, dataset, contexts, None if overwrite else kept | sizes)
     from saekit.devices import resolve_device
     from saekit.features.estimate import Options
     from saekit.status import Status
 
-    options = Options(max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits, seed=seed)
+    options = Options(seed=seed, **kept)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _found(saes, model, plugins, resolve_device(device, "device"))
@@ -122,6 +119,18 @@ def _check_place(place: Path, overwrite: bool) -> None:
     from saekit.features.place import check_place
 
     check_place(place, overwrite=overwrite)
+
+
+def _check_kept(kept: Mapping[str, Any], batch_size: object) -> None:
+    _check_counts({"max_per_feature": kept["max_per_feature"], "batch_size": batch_size}, 1)
+    _check_counts(kept, 0)
+
+
+def _check_named(saes: object, folder: Any, dataset: object, contexts: object, asked: Any) -> None:
+    """What names and manifests alone show; nothing of a store is ``asked`` where one is replaced."""
+    check_named(saes, dataset if contexts is None else None)
+    if asked is not None and contexts is None:
+        check_store(saes, folder, asked)
 
 
 def _check_counts(counts: Mapping[str, Any], least: int) -> None:

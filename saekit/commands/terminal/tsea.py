@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,6 @@ def tsea(
     """Find which sets of tokens features promote or suppress, and draw it (token set enrichment analysis)."""
     from saekit.commands.analyzing import opened_store, token_set_enrichment
     from saekit.commands.asked import asked_features, lines_of, named_patterns
-    from saekit.files.paths import as_path
     from saekit.plugins.text import printable
 
     how, k = asked_features(features, random, skewed)
@@ -74,6 +73,14 @@ def tsea(
     by = ["p", "score"] if permutations else ["score"]
     table = found.table().dropna(subset=["score"]).sort_values(by, ascending=[name == "p" for name in by]).head(10)
     typer.echo(printable(table.round(4).to_string(index=False), keep="\n"))
+    _tell_end(found, out)
+
+
+def _tell_end(found: Any, out: str) -> None:
+    """What has no score, what more random orders would tell, and where the page is."""
+    from saekit.files.paths import as_path
+    from saekit.plugins.text import printable
+
     for name, why in found.left_out.items():
         typer.echo(printable(f"no score: {name}: {why}"))
     if (least := found.at_the_floor()) is not None:

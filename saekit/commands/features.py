@@ -77,16 +77,14 @@ def collect_features(
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
     neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
 
-    Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on where it
-    stopped, when it is asked for again; a store that is there is opened, with the names that SAEs have now; one of
-    something else is an error, unless ``overwrite``: it stays until the new one is whole.  :class:`SaekitError` for
-    what cannot be found, does not fit or has no room.
+    Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on; a store
+    that is there is opened, with the names that SAEs have now; one of something else is an error, unless ``overwrite``:
+    it stays until the new one is whole.  :class:`SaekitError` for what cannot be found, does not fit or has no room.
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
     contexts, mask = checked_data(contexts, mask)
-    kept = {"max_per_feature": max_per_feature, "top_kept": top_kept, "partners": partners, "logits": logits}
-    _check_kept(kept, batch_size)
+    kept = _kept(batch_size, max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits)
     sizes = {"n_contexts": n_contexts, "context_size": context_size, "seed": seed}
     _check_named(saes, folder, dataset, contexts, None if overwrite else kept | sizes)
     from saekit.devices import resolve_device
@@ -121,9 +119,10 @@ def _check_place(place: Path, overwrite: bool) -> None:
     check_place(place, overwrite=overwrite)
 
 
-def _check_kept(kept: Mapping[str, Any], batch_size: object) -> None:
+def _kept(batch_size: object, **kept: Any) -> dict[str, Any]:
     _check_counts({"max_per_feature": kept["max_per_feature"], "batch_size": batch_size}, 1)
     _check_counts(kept, 0)
+    return kept
 
 
 def _check_named(saes: object, folder: Any, dataset: object, contexts: object, asked: Any) -> None:

@@ -91,7 +91,7 @@ def test_batches_are_hidden_activations_of_the_saved_model(tmp_path: Path) -> No
     seen = {}
 
     class Stream:
-        sites, batch_size, seed = (saekit.Site(hook_name="hidden"),), 100, 5
+        sites, batch_size, seed, process, processes = (saekit.Site(hook_name="hidden"),), 100, 5, 0, 1
 
     source = saekit.default_manager().build("activation_sources", ToySourceConfig(path=str(path)), stream=Stream())
     seen = next(source).activations[Stream.sites[0]]

@@ -10,7 +10,6 @@ import typer
 
 from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
 from saekit.commands.terminal.ending import complain, interruptible
-from saekit.distributed.launched import Launched
 from saekit.errors import ConfigError
 
 __all__ = ["EXAMPLES", "train"]
@@ -68,6 +67,7 @@ def train(
 
         wanted = grid(wanted, parse_grid(axes))
     from saekit.commands import jobs
+    from saekit.distributed.launched import Launched
 
     with interruptible():
         result = jobs.train(wanted) if run is None else jobs.resume(run, source or None, given, allow=allow or ())

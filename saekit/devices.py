@@ -42,7 +42,7 @@ def _this_gpu() -> str:
     """The GPU of this process, of several on a machine: by its number, since to other threads ``cuda`` is the first."""
     import torch
 
-    number = torch.cuda.current_device()
+    number = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # which stays asleep where nobody chose
     return f"cuda:{number}" if number else "cuda"
 
 

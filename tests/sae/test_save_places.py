@@ -149,7 +149,7 @@ def test_the_sae_of_a_run_may_be_saved_again(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_sae_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make().save(thesis(tmp_path / "work"))
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("saekit.sae.folder.save_tensors", full)

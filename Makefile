@@ -73,6 +73,9 @@ bench: $(STAMP)
 	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
 	for name in startup gaps shuffle backends live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
+	done; \
+	for name in features tsea dashboard_server; do \
+		echo "== $$name"; $(BIN)/python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 
 # $(call SAYING,what,command): runs the command, and says every three seconds that it is still at work, since pip is silent

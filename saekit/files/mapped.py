@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,10 @@ __all__ = ["give_back", "mapped_tensors", "pieces"]
 
 _PIECE = 1 << 22  # bytes that are worked on together; a few such are in memory beside an SAE that is loaded
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_mappings: dict[int, tuple[int, weakref.ref[mmap.mmap]]] = {}  # by their first address: the one after the last
+# Where files are mapped: the first address, the one after the last, and the mapping.  A tuple that is replaced, never
+# changed: other threads and the collection of garbage may come between any two steps of whoever reads it.
+_mappings: tuple[tuple[int, int, weakref.ref[mmap.mmap]], ...] = ()
+_replacing = threading.Lock()
 
 
 def mapped_tensors(path: Path) -> dict[str, Tensor]:
@@ -57,9 +61,11 @@ def _tensor(memory: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
 
 
 def _remember(memory: mmap.mmap) -> None:
+    global _mappings
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    _mappings[start] = start + len(memory), weakref.ref(memory)
-    weakref.finalize(memory, _mappings.pop, start, None)
+    new = start, start + len(memory), weakref.ref(memory)
+    with _replacing:
+        _mappings = (*(known for known in _mappings if known[2]() is not None), new)
 
 
 def pieces(values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -84,7 +90,7 @@ def give_back(values: Tensor) -> None:
         return
     first = values.data_ptr()
     last = first + values.itemsize * (1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True)))
-    for start, (end, reference) in list(_mappings.items()):
+    for start, end, reference in _mappings:
         memory = reference()
         if memory is not None and start <= first and last <= end:
             page = mmap.PAGESIZE

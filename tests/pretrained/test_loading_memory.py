@@ -100,7 +100,28 @@ def test_the_file_may_be_written_to_or_cut_off(tmp_path: Path) -> None:
         file.truncate(0)
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
     gc.collect()
-    assert not mapped._mappings, "nothing keeps the file open"
+    assert all(memory() is None for *_, memory in mapped._mappings), "nothing keeps the file open"
+
+
+def test_files_end_while_others_are_looked_for(tmp_path: Path) -> None:
+    """The collection of garbage ends the mapping of one file between any two steps of another's reader."""
+    save_file({"a": torch.ones(3, 1024)}, tmp_path / "file.safetensors")
+    kept = [mapped.mapped_tensors(tmp_path / "file.safetensors")["a"] for _ in range(4)]
+    lost = [[mapped.mapped_tensors(tmp_path / "file.safetensors")["a"]] for _ in range(50)]
+    for cycle in lost:
+        cycle.append(cycle)  # type: ignore[arg-type]
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(1)
+    try:
+        del cycle, lost
+        mapped.give_back(kept[-1])
+    finally:
+        gc.set_threshold(*before)
+    assert all(bool((values == 1).all()) for values in kept)
+    gc.collect()
+    mapped.mapped_tensors(tmp_path / "file.safetensors")
+    assert len(mapped._mappings) == 5, "what has ended is forgotten"
 
 
 def test_what_is_not_the_modules_own_is_not_kept(tmp_path: Path) -> None:

@@ -23,37 +23,12 @@ if TYPE_CHECKING:
     from saekit.site import Site, Sites
 
 __all__ = [
-    "Accumulates",
-    "AttachesHooks",
-    "Concludes",
-    "ConvertsConfigs",
-    "CopiesState",
-    "Elementwise",
-    "ExposedPoint",
-    "ExposesHooks",
-    "GuardedOptimizer",
-    "HasMemory",
-    "HasModel",
-    "HasMoments",
-    "HasOtherNames",
-    "HasTokenizer",
-    "KnowsResidualStream",
-    "LeadsToResidualStream",
-    "LocatesFiles",
-    "OnTokens",
-    "Pauses",
-    "Remarks",
-    "RunsUndisturbed",
-    "SharesRows",
-    "SparseActivation",
-    "StartsInside",
-    "StatesProcessing",
-    "StatesRows",
-    "StatesWidths",
-    "TakesCheckpoints",
-    "TranslatesHooks",
-    "WritesSAEs",
-]
+    "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
+    "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
+    "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
+    "RunsUndisturbed", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing", "StatesRows",
+    "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
+]  # fmt: skip
 
 
 OnTokens: TypeAlias = "Callable[[Tensor | None, int], Callable[[], None] | None]"
@@ -346,6 +321,18 @@ class CopiesState(Protocol):
 
     copies_state: bool
     """Whether the tensors of each ``state_dict()`` are written to by nobody from then on."""
+
+
+@runtime_checkable
+class KeepsRecipe(Protocol):
+    """An activation source whose states need hold no rows.
+
+    Where ``stream.keeps_recipe`` asks for that, they hold how the rows that wait can be computed again, to the last
+    bit; one whose states hold no rows anyway has nothing to change.
+    """
+
+    def recipe_size(self) -> tuple[int, int]:
+        """About how many bytes that takes, and how many forwards of the model it is to go on from it."""
 
 
 @runtime_checkable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 
 from saekit.config.fields import at_least_0, not_empty, path_field
@@ -25,5 +27,9 @@ class CheckpointsConfig:
     keep_last: int = attrs.field(default=2, validator=at_least_0)
     """Checkpoints that a run can go on from are kept up to this number, the newest ones; 0: no checkpoints, and a run
     that ends early cannot be resumed."""
+
+    buffer: Literal["rows", "recipe"] = "rows"
+    """What a checkpoint has of activations that were mixed and not yet trained on: the `rows` themselves, or a
+    `recipe`: the tokens that they are of, many times smaller.  A run that goes on then runs the model on them again."""
 
     __repr__ = changed_repr

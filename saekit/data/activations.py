@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from saekit.data.contexts import Contexts
 from saekit.data.faults import check_counts
+from saekit.data.recipe import ForwardInput, MadeBatch, row_sums
 from saekit.data.stream import StreamContext, check_by_token, kept_of
 from saekit.devices import free_memory
 from saekit.errors import DataError, ModelError
+from saekit.site import Site
 from saekit.values import Batch
 
 __all__ = ["ActivationStream", "check_contexts"]
@@ -82,34 +84,59 @@ class ActivationStream:
         """The activations of ``contexts``, of the positions that count."""
         tokens = torch.from_numpy(contexts.tokens)
         kept = None if self._stream.counts_all else kept_of(self._stream.choice, contexts)
-        parts: list[dict[Any, Tensor]] = []
-        done = 0
-        while done < len(tokens):
+        rows, sizes = self._in_parts(tokens, kept)
+        documents = torch.from_numpy(contexts.documents)
+        origins: dict[str, Any] = {
+            "tokens": tokens.flatten(),
+            "documents": documents.flatten(),
+            "positions": torch.arange(tokens.shape[1]).repeat(len(tokens)),
+        }
+        if kept is not None:
+            origins = {name: values[kept.flatten()] for name, values in origins.items()}
+        if not self._stream.keeps_recipe:
+            return Batch(rows, **origins)
+        places = torch.arange(tokens.numel()) if kept is None else kept.flatten().nonzero()[:, 0]
+        forward = ForwardInput(tokens.to(torch.int32), documents, sizes)
+        return MadeBatch(rows, **origins, forward=forward, places=places, sums=row_sums(rows))
+
+    def again(self, forward: ForwardInput, kept: Tensor) -> dict[Site, Tensor]:
+        """The rows of the tokens that ``kept [n, context_size]`` chooses, as they came out when they were first made.
+
+        Where the model runs out of memory, in halves, as ever.
+        """
+        if not _are_ids(forward.tokens, self._stream.backend.d_vocab):
+            raise ValueError("the tokens of the saved buffer are not of the model's vocabulary")
+        rows, _ = self._in_parts(forward.tokens.long(), kept, forward.sizes)
+        return rows
+
+    def _in_parts(
+        self, tokens: Tensor, kept: Tensor | None, sizes: Sequence[int] = ()
+    ) -> tuple[dict[Site, Tensor], tuple[int, ...]]:
+        """The rows of ``tokens [n, context_size]`` that are ``kept``, and how many contexts the model took at once each
+        time; ``sizes`` of them, as long as they fit into memory."""
+        parts: list[dict[Site, Tensor]] = []
+        made: list[int] = []
+        while (done := sum(made)) < len(tokens):
             failure: BaseException | None = None
+            size = sizes[len(made)] if len(made) < len(sizes) else self._at_once
+            now = slice(done, done + size)
             try:
-                now = slice(done, done + self._at_once)
                 parts.append(self._forward(tokens[now], None if kept is None else kept[now]))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
                 failure = error.with_traceback(None)  # its frames hold the tensors of the forward
             if failure is not None:
-                self._halve(len(tokens), failure)
+                self._halve(min(size, len(tokens)), failure)
+                sizes = ()
             else:
-                done += self._at_once
+                made.append(len(tokens[now]))
         rows = {
             site: torch.cat([part[site] for part in parts]) if len(parts) > 1 else parts[0][site] for site in parts[0]
         }
-        origins: dict[str, Any] = {
-            "tokens": tokens.flatten(),
-            "documents": torch.from_numpy(contexts.documents).flatten(),
-            "positions": torch.arange(tokens.shape[1]).repeat(len(tokens)),
-        }
-        if kept is not None:
-            origins = {name: values[kept.flatten()] for name, values in origins.items()}
-        return Batch(rows, **origins)
+        return rows, tuple(made)
 
-    def _forward(self, tokens: Tensor, kept: Tensor | None) -> dict[Any, Tensor]:
+    def _forward(self, tokens: Tensor, kept: Tensor | None) -> dict[Site, Tensor]:
         sites = self._stream.sites
         with self._stream.model_lock:
             held = self._stream.backend.run(tokens, read={site.hook_name for site in sites}).held
@@ -130,8 +157,8 @@ class ActivationStream:
             )
         return kept.clone() if kept.is_inference() else kept
 
-    def _halve(self, contexts: int, error: BaseException) -> None:
-        at_once = min(self._at_once, contexts)
+    def _halve(self, at_once: int, error: BaseException) -> None:
+        """After a forward of so many contexts."""
         if at_once == 1:
             raise ModelError(
                 f"the model {self._stream.backend.name!r} runs out of memory on one context of "
@@ -157,6 +184,10 @@ class ActivationStream:
         check_counts(state, "at_once")
         self._contexts.load_state_dict(state["contexts"])
         self._at_once = max(min(state["at_once"], self._batch_size), 1)
+
+
+def _are_ids(tokens: Tensor, d_vocab: int) -> bool:
+    return not tokens.numel() or (int(tokens.min()) >= 0 and int(tokens.max()) < d_vocab)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.data.faults import check_counts
+from saekit.data.recipe import RowRecipes
 from saekit.errors import DataError
 from saekit.site import Site
 from saekit.values import Batch
@@ -32,7 +33,10 @@ class ShuffleBuffer:
         generator: torch.Generator,
         dtypes: Mapping[Site, torch.dtype],
         device: str,
+        recipes: bool = False,
     ) -> None:
+        """``recipes``: of rows of which it is known, states have how they can be computed again, not the rows."""
+        self._recipes = RowRecipes(capacity) if recipes else None
         self.capacity = capacity
         self._generator = generator
         self._rows = {site: torch.empty(capacity, d, dtype=dtypes[site], device=device) for site, d in widths.items()}
@@ -72,6 +76,8 @@ class ShuffleBuffer:
         for column, origin in enumerate((batch.tokens, batch.documents, batch.positions)):
             if origin is not None:
                 self._origins[slots, column] = origin.to("cpu", torch.long)
+        if self._recipes is not None:
+            self._recipes.note(slots, batch)
 
     def _free_slots(self, start: int, end: int) -> Tensor:
         """Free slots ``start`` to ``end`` in the order in which they came free."""
@@ -87,6 +93,8 @@ class ShuffleBuffer:
         filled = torch.cat([left, added])
         self._order = filled[torch.randperm(len(filled), generator=self._generator)]
         self._used = self._served = 0
+        if self._recipes is not None:
+            self._recipes.forget_all_but(self._order)
 
     def take(self, n: int) -> Batch:
         """The next ``n`` rows (fewer if fewer are filled); their slots become free."""
@@ -111,20 +119,27 @@ class ShuffleBuffer:
     def state_dict(self, *, waiting: bool = True) -> dict[str, Any]:
         """The rows that are there, on the CPU, in the order in which they are served and then in which they came.
 
-        With ``waiting`` off, without the rows that were added since the last :meth:`shuffle`.
+        With ``waiting`` off, without the rows that were added since the last :meth:`shuffle`.  With recipes, rows that
+        can be computed again are left out: :func:`saekit.data.recipe.with_rows` puts them back.
         """
         left, added = self._order[self._served :], self._free_slots(0, self._used if waiting else 0)
         slots = torch.cat([left, added])
+        recipe: dict[str, Any] = {}
+        held = slots
+        if self._recipes is not None:
+            recipe = {"recipe": self._recipes.state_dict(slots)}
+            held = slots[~self._recipes.known(slots)]
         return {
-            "rows": {site.name: _gathered(block, slots) for site, block in self._rows.items()},
-            "origins": self._origins[slots],
+            "rows": {site.name: _gathered(block, held) for site, block in self._rows.items()},
+            "origins": self._origins[held],
+            **recipe,
             "waiting": len(added),
             "capacity": self.capacity,
             "generator": self._generator.get_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the very next row.  Which slots hold the rows makes no difference."""
+    def check_fits(self, state: Mapping[str, Any]) -> None:
+        """:class:`DataError` for the ``state`` of a buffer of another size, or of other sites."""
         check_counts(state, "capacity", "waiting")
         if state["capacity"] != self.capacity or set(state["rows"]) != {site.name for site in self._rows}:
             raise DataError(
@@ -132,11 +147,22 @@ class ShuffleBuffer:
                 f"{self.capacity:,} of {', '.join(site.name for site in self._rows)}: go on with the options it was "
                 "saved with"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the very next row.  Which slots hold the rows makes no difference."""
+        self.check_fits(state)
         rows = len(state["origins"])
         if not state["waiting"] <= rows <= self.capacity or tuple(state["origins"].shape) != (rows, 3):
             raise ValueError(
                 f"the saved buffer has {rows:,} rows, {state['waiting']:,} of them waiting, which cannot be"
             )
+        recipe = state.get("recipe")
+        if recipe is not None and len(recipe["contexts"]) != rows:
+            raise ValueError(
+                "the saved buffer has a recipe in the place of rows: saekit.data.recipe.with_rows makes them"
+            )
+        if self._recipes is not None:
+            self._recipes.load_state_dict(recipe)
         for site, block in self._rows.items():
             block[:rows] = state["rows"][site.name].to(block.device)
         self._origins[:rows] = state["origins"]

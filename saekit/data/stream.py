@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 from saekit.site import Site
 from saekit.tokens import TokenChoice
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
     from saekit.data.contexts import Contexts, ContextStream
 
-__all__ = ["PROBED", "StreamContext", "check_by_token", "kept_of", "probe"]
+__all__ = ["PROBED", "StreamContext", "check_by_token", "kept_of", "probe", "refuse_other_rows"]
 
 PROBED = 2, 7
 """Contexts and positions of the tokens that a model is looked at with.  So many positions are unlike any usual number
 of heads, so that [batch, head, ...] is not taken for them; and what is made once for all contexts is seen to be."""
+
+
+def refuse_other_rows(text: str) -> None:
+    """:class:`DataError` with ``text``."""
+    raise DataError(text)
 
 
 class StreamContext:
@@ -47,6 +52,9 @@ class StreamContext:
         model_lock: threading.RLock | None = None,
         has_model: bool = True,
         doubt: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], object] = lambda text: None,
+        keeps_recipe: bool = False,
+        differs: Callable[[str], None] = refuse_other_rows,
         choice: TokenChoice | None = None,
         masked: bool = False,
         process: int = 0,
@@ -75,6 +83,13 @@ class StreamContext:
         """Held while the model runs; a source that runs it in a thread of its own must hold it for each forward."""
         self.doubt = doubt
         """To be told, in words, of what looks wrong but would run."""
+        self.say = say
+        """To be told, in words, what is being done where that takes long."""
+        self.keeps_recipe = keeps_recipe
+        """Whether states are to hold how rows can be computed again, in the place of those that wait to be served."""
+        self.differs = differs
+        """To be told, in words, where rows that were computed again are not those that were saved; the caller goes on
+        with the new ones when this returns."""
         self._open_contexts, self._find_identity, self._open_own = open_contexts, find_identity, open_own
 
     @cached_property

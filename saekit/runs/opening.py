@@ -11,14 +11,14 @@ from typing import TypeAlias
 
 import attrs
 
-from saekit.abilities import HasModel, StatesRows, StatesWidths
+from saekit.abilities import HasModel, KeepsRecipe, StatesRows, StatesWidths
 from saekit.backends.base import no_hook
 from saekit.backends.loading import check_nothing_attached
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
 from saekit.data.faults import check_all
-from saekit.data.stream import StreamContext
+from saekit.data.stream import StreamContext, refuse_other_rows
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
@@ -29,6 +29,7 @@ from saekit.runs.identity import run_identity
 from saekit.runs.supervised import SupervisedSource
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites
+from saekit.status import Say
 from saekit.tokens import token_choice
 from saekit.values import Ports
 
@@ -133,10 +134,13 @@ def open_stream(
     beside: StreamContext | None = None,
     world: World = ALONE,
     doubt: Callable[[str], None] = warn_of,
+    say: Say = lambda text: None,
+    differs: Callable[[str], None] = refuse_other_rows,
 ) -> StreamContext:
     """What activations are made from; ``beside`` is another stream that runs the same model.
 
-    ``doubt`` is told, in words, what looks wrong with the text.
+    ``doubt`` is told, in words, what looks wrong with the text, ``say`` what takes long, and ``differs`` where rows of
+    a checkpoint do not come out as they did.
     """
 
     there = has_model(config, plugins)
@@ -169,6 +173,9 @@ def open_stream(
         has_model=there,
         model_lock=beside.model_lock if beside is not None else None,
         doubt=doubt,
+        say=say,
+        keeps_recipe=config.checkpoints.buffer == "recipe",
+        differs=differs,
         choice=token_choice(config.tokens, backend) if there else None,
         masked=corpus.mask is not None,
         process=world.rank,
@@ -186,6 +193,7 @@ def open_source(
     item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
     try:
         found = SupervisedSource(source, item, stream.sites, [model])
+        _check_recipe(found, stream)
     except BaseException:
         with contextlib.suppress(Exception):
             source.close()
@@ -194,6 +202,15 @@ def open_source(
     if rows and (text := repeated(rows, config.training.total_tokens, what="the activations are of")):
         stream.doubt(text)
     return found
+
+
+def _check_recipe(source: SupervisedSource, stream: StreamContext) -> None:
+    """:class:`ConfigError` where states are to do without rows, and those of ``source`` may not."""
+    if stream.keeps_recipe and not isinstance(source, KeepsRecipe):
+        raise ConfigError(
+            [("checkpoints.buffer", f"is 'recipe', and the activation source {source.key!r} does not say that it can "
+              "compute its rows again (saekit.abilities.KeepsRecipe). Leave it out: checkpoints hold the rows then")]
+        )  # fmt: skip
 
 
 def sites_option(config: TrainConfig) -> str:

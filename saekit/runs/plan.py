@@ -84,7 +84,7 @@ def look(
 def _in_order(facts: dict[str, str]) -> dict[str, str]:
     """As people read them: what it is, what it reads, what it takes."""
     first = ("training", "site", "sites", "inputs", "targets", "SAE")
-    last = ("SAE step", "silent at start", "memory", "disk", "activation cache", "duration")
+    last = ("SAE step", "silent at start", "memory", "disk", "buffer in checkpoints", "activation cache", "duration")
 
     def place(name: str) -> int:
         known = "memory" if name.startswith("memory on ") else name
@@ -386,6 +386,9 @@ class _Planner:
         forward = per_token * training.total_tokens / world.size
         steps = per_step * training.steps
         self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
+        if self.counted is not None and what == "the model":
+            self.counted.time_recipe(per_token)
+            self.numbers, self.facts = self.numbers | self.counted.numbers, self.facts | self.counted.facts
         self.facts["duration"] = (
             f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
             f"overlaps; {'' if world.size == 1 else 'messages and '}evals not counted"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import torch
 
-from saekit.abilities import HasMemory
+from saekit.abilities import HasMemory, KeepsRecipe
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
@@ -26,7 +26,7 @@ from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows,
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
 from saekit.runs.planned_mesh import advice, facts_of_mesh, in_step, job_of
 from saekit.runs.spreading import spread
-from saekit.runs.timing import bytes_text
+from saekit.runs.timing import bytes_text, duration_text
 from saekit.runs.working_memory import peak_bytes
 from saekit.sae.build import build_module
 from saekit.sae.module import SAEModule
@@ -85,9 +85,9 @@ class Sizes:
             self.numbers["optimizer_bytes"] = kept
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)
-        trained_state, world = weights + (kept or 0), self.world
-        written = world.features.size * trained_state + world.size * buffer
-        checkpoint = self._checkpoints(saved, trained_state + buffer, written)
+        trained_state, world, waiting = weights + (kept or 0), self.world, self._waiting(source, buffer)
+        written = world.features.size * trained_state + world.size * waiting
+        checkpoint = self._checkpoints(saved, trained_state + waiting, written)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
             checkpoint = saved  # to look at
         self._memory(sae, trained, buffer, checkpoint, whole)
@@ -146,6 +146,28 @@ class Sizes:
         if size:
             self.numbers["buffer_bytes"] = size
         return size
+
+    def _waiting(self, source: ActivationSource | None, rows: int) -> int:
+        """What a checkpoint has of the buffer, which is ``rows`` in bytes: those, or a recipe."""
+        recipe, forwards = source.recipe_size() if isinstance(source, KeepsRecipe) else (0, 0)
+        if not forwards or not self.config.checkpoints.keep_last:
+            return rows
+        self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
+        chosen = self.config.checkpoints.buffer == "recipe"
+        choice = "as it is" if chosen else 'with checkpoints.buffer = "recipe"'
+        each = " of each process" if self.world.size > 1 else ""
+        self.facts["buffer in checkpoints"] = (
+            f"{bytes_text(rows)}{each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), and about "
+            f"{forwards:,} forwards to go on from it"
+        )
+        return recipe if chosen else rows
+
+    def time_recipe(self, seconds: float) -> None:
+        """Say how long it takes to go on from a recipe, where a row that the model makes takes so many ``seconds``."""
+        if (forwards := int(self.numbers.get("recipe_forwards", 0))) and self.stream.has_model:
+            rows = self._prompts() * self.stream.rows_per_context(self.corpus.context_size)
+            self.numbers["recipe_seconds"] = seconds * rows * forwards
+            self.facts["buffer in checkpoints"] += f", {duration_text(seconds * rows * forwards)}"
 
     def _checkpoints(self, saved: int, state: int, written: int) -> int:
         """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer.
@@ -207,12 +229,17 @@ class Sizes:
         """The working memory of a forward in training, and of the largest in evals."""
         read = {site.hook_name for site in self.stream.sites}
         source = self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source)
-        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        prompts = getattr(options, "store_batch_size_prompts", _PROMPTS) if source.entry.needs_text else 0
-        training = self._peak(prompts, lambda tokens: self.backend.run(tokens, read=read))
+        training = self._peak(
+            self._prompts() if source.entry.needs_text else 0, lambda tokens: self.backend.run(tokens, read=read)
+        )
         prompts = self._eval_prompts()
         evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
         return training, evaluated + (self._compared_logits(prompts) if evaluated else 0)
+
+    def _prompts(self) -> int:
+        """Contexts in one forward of the source."""
+        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
+        return int(getattr(options, "store_batch_size_prompts", _PROMPTS))
 
     def _compared_logits(self, prompts: int) -> int:
         """What logits take that are compared with those of the clean forward: both, in float32."""

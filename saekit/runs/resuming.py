@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Resumption", "UnusableCheckpointError"]
 
 _FREE = "reports."
+_ROWS = "model.activations"
+"""What is allowed where rows of a checkpoint that are computed again may be others than they were."""
 _FREE_PATHS = {"reports", *(f"{_FREE}{field.name}" for field in attrs.fields(ReportsConfig))}
 """Options that are no part of what a run is: they may change from one part of it to the next."""
 
@@ -111,7 +113,7 @@ class Resumption:
         allow = [path for path in allow if path not in _FREE_PATHS]
         refuse(changed, frozenset(allow))
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
-        _refuse_unused(allow, [*changed, *identity])
+        _refuse_unused(allow, [*changed, *identity, *_recomputed(checkpoint)])
         if checkpoint is None:
             warnings.warn(
                 f"the run in {folder} was stopped before its first checkpoint; it begins anew",
@@ -184,7 +186,7 @@ class Resumption:
             if value is not None and now.get(path) is not None and value != now[path]
         }
         refuse(changed, self.allow | self.changed)
-        _refuse_unused(self.allow, [*changed, *self.changed])
+        _refuse_unused(self.allow, [*changed, *self.changed, *_recomputed(checkpoint)])
         for package, version in versions().items():
             if saved["versions"].get(package) != version:
                 warnings.warn(
@@ -212,6 +214,7 @@ class Resumption:
             if self.allow or self.changed or passing:
                 raise StorageError(message) from error
             raise UnusableCheckpointError(checkpoint.folder, message) from error
+        self._refuse_other_rows(session.other_rows, checkpoint)
         if saved["finished"] and not any(lane.training for lane in session.lanes):
             raise ConfigError(
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
@@ -220,6 +223,19 @@ class Resumption:
         if session.world.size == 1:
             set_aside(self.record.folder, checkpoint)
         return untracked
+
+    def _refuse_other_rows(self, texts: Sequence[str], checkpoint: Checkpoint) -> None:
+        """:class:`ConfigError` where rows did not come out as they were saved; a warning, where that is allowed."""
+        # Whoever allows another model expects others.
+        of_model = any(name.partition(".")[0] == "model" for name in self.allow)
+        if texts and not of_model and not is_named("activations.source.dtype", self.allow):
+            way_on = (
+                f"Go on where {checkpoint.folder} was written, so that the run ends as it would have; or train on what "
+                f"is computed here, which differs in the last digits if nothing else is wrong: --allow {_ROWS}"
+            )
+            raise ConfigError([(_ROWS, f"{text}. {way_on}") for text in dict.fromkeys(texts)], "the resumed run")
+        for text in dict.fromkeys(texts):
+            warnings.warn(f"{text}. The run goes on with what is computed here", RuntimeWarning, stacklevel=4)
 
     def _training(self, checkpoint: Checkpoint, session: Session, name: str) -> Mapping[str, Any]:
         """The training state of an SAE, whose parts that are always of one shape are so."""
@@ -230,6 +246,13 @@ class Resumption:
         if not self.changed:
             check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
         return state
+
+
+def _recomputed(checkpoint: Checkpoint | None) -> list[str]:
+    """What may be allowed of a checkpoint whose rows are computed again."""
+    saes = {} if checkpoint is None else checkpoint.facts["saes"]
+    by_recipe = any(about["config"]["checkpoints"].get("buffer") == "recipe" for about in saes.values())
+    return [_ROWS] if by_recipe else []
 
 
 def _check_processes(checkpoint: Checkpoint, size: int) -> None:

@@ -122,6 +122,8 @@ class Session:
         for config in configs.values():
             self.held_out(config)
         self._streams: list[StreamContext] = []
+        self.other_rows: list[str] = []
+        """What is to be said of rows that did not come out as in the checkpoint, since the last state was loaded."""
         self.used: list[Used] = []
         """What each lane uses of the text."""
         self.lanes: list[Lane] = []
@@ -173,7 +175,15 @@ class Session:
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
         beside = next(iter(self._streams), None)
         stream = open_stream(
-            configs[0], self.corpus, self.plugins, reader or self.backend, sites, beside=beside, world=self.world
+            configs[0],
+            self.corpus,
+            self.plugins,
+            reader or self.backend,
+            sites,
+            beside=beside,
+            world=self.world,
+            say=lambda text: self.say(text),
+            differs=self.other_rows.append,
         )
         self._streams.append(stream)
         if reader is None:
@@ -305,7 +315,11 @@ class Session:
         }
 
     def load_state(self, stream: Mapping[str, Any], training: Callable[[str], Mapping[str, Any]]) -> None:
-        """Go on where ``stream`` and each SAE's ``training`` state were taken."""
+        """Go on where ``stream`` and each SAE's ``training`` state were taken.
+
+        Where rows were computed again and are others, :attr:`other_rows` says so, and they are trained on.
+        """
+        self.other_rows.clear()
         for lane, saved in zip(self.lanes, stream["lanes"], strict=True):
             lane.source.load_state_dict(saved["source"])
             lane.tokens, lane.batches = saved["tokens"], saved["batches"]

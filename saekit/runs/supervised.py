@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from saekit.abilities import CopiesState, HasMemory, Pauses, SharesRows, StatesRows, StatesWidths
+from saekit.abilities import CopiesState, HasMemory, KeepsRecipe, Pauses, SharesRows, StatesRows, StatesWidths
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
@@ -28,6 +28,7 @@ class SupervisedSource:
     rows: int
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
+    recipe_size: Callable[[], tuple[int, int]]
     copies_state: bool
     shares_rows: bool
 
@@ -54,6 +55,8 @@ class SupervisedSource:
                 self.shares_rows = bool(source.shares_rows)
         if isinstance(source, HasMemory):
             self.memory_bytes = self._watched("memory_bytes", source.memory_bytes)
+        if isinstance(source, KeepsRecipe):
+            self.recipe_size = self._watched("recipe_size", source.recipe_size)
 
     @property
     def key(self) -> str:

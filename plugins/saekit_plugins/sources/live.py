@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +68,15 @@ class LiveSource:
         )
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         self._dtypes = {site: dtype or held for site, held in stream.dtypes.items()}
-        forwards = ActivationStream(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
+        self._model = ActivationStream(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
         # Ahead by as much as a batch uses, so that the thread need not wait while an SAE trains on one.
         depth = -(-stream.batch_size // self._rows_per_forward)
-        self._prefetched = Prefetched(forwards, depth) if config.prefetch else None
+        self._prefetched = Prefetched(self._model, depth) if config.prefetch else None
         self._rows_ahead = depth * self._rows_per_forward if config.prefetch else 0
-        self._forwards: Any = self._prefetched or forwards
+        self._forwards: Any = self._prefetched or self._model
         self._made: ShuffleBuffer | None = None
         self._ended = False
-        self._shuffled: Any = (forwards.state_dict(), False)  # how far the text was read at the last shuffle
+        self._shuffled: Any = (self._model.state_dict(), False)  # how far the text was read at the last shuffle
 
     @property
     def _buffer(self) -> ShuffleBuffer:
@@ -88,7 +89,12 @@ class LiveSource:
             generator = torch.Generator().manual_seed(self._stream.seed)
             try:
                 self._made = ShuffleBuffer(
-                    self._stream.widths, self._capacity, generator=generator, dtypes=self._dtypes, device=self._device
+                    self._stream.widths,
+                    self._capacity,
+                    generator=generator,
+                    dtypes=self._dtypes,
+                    device=self._device,
+                    recipes=self._stream.keeps_recipe,
                 )
             except RuntimeError as error:  # torch has no type of its own for this on every device
                 raise ConfigError(
@@ -102,6 +108,24 @@ class LiveSource:
         """Those of the buffer, when it is there, and of the forwards that are made ahead."""
         row = sum(width * self._dtypes[site].itemsize for site, width in self._stream.widths.items())
         return (self._capacity + self._rows_ahead) * row
+
+    def recipe_size(self) -> tuple[int, int]:
+        """After the buffer was filled up many times.
+
+        Of what is in it then, about half is left when it is filled up again, so the last of a forward's rows is served
+        long after most of them.
+        """
+        rows, size, capacity = self._rows_per_forward, self._stream.contexts.policy.context_size, self._capacity
+        batch = self._stream.batch_size
+        served = batch * ((capacity - max(batch, capacity // 2)) // batch + 1)
+        left, added = capacity - served, served // rows
+        forwards = self._config.n_batches_in_buffer
+        if left > 0 and added > 0:
+            # Of n rows, a part p of which is left each time, the last goes after H_n / -log(p) + 1/2 times, about.
+            harmonic = math.log(rows) + 0.5772 + 1 / (2 * rows)
+            forwards = math.ceil(added * (harmonic / -math.log(left / capacity) + 0.5))
+        contexts = forwards * self._config.store_batch_size_prompts
+        return capacity * (4 + 2) + contexts * (4 * size + 16) + 8 * forwards, forwards
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -140,13 +164,29 @@ class LiveSource:
     def state_dict(self) -> dict[str, Any]:
         # How many rows wait by now is a matter of time; they are made again, so that the same step has the same state.
         contexts, ended = self._shuffled
-        return {"buffer": self._buffer.state_dict(waiting=False), "contexts": contexts, "ended": ended}
+        from saekit.data.recipe import computed_by
+
+        made_with = {"made_with": computed_by(self._stream.backend.device)} if self._stream.keeps_recipe else {}
+        buffer = self._buffer.state_dict(waiting=False)
+        return {"buffer": buffer, "contexts": contexts, "ended": ended, **made_with}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._buffer.load_state_dict(state["buffer"])
+        self._buffer.load_state_dict(self._with_rows(state))
         self._forwards.load_state_dict(state["contexts"])
         self._ended = state["ended"] and not self._stream.repeat  # which may be allowed by now
         self._shuffled = (state["contexts"], state["ended"])
+
+    def _with_rows(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of the buffer, where that has a recipe with the rows that the model makes by it."""
+        from saekit.data.recipe import told_of_others, with_rows
+
+        self.pause()
+        self._buffer.check_fits(state["buffer"])
+        found, differing = with_rows(state["buffer"], self._model.again, self._stream.say)
+        if differing:
+            now, rows = self._stream.backend.device, len(found["origins"])
+            self._stream.differs(told_of_others(differing, rows, state["made_with"], now))
+        return found
 
     def pause(self) -> None:
         """End the background thread; the next batch starts it again, where it would have gone on."""

@@ -105,6 +105,10 @@ class ToySource:
         self.model.W.data.copy_(state["W"])
         self._generator.set_state(state["generator"])
 
+    def recipe_size(self) -> tuple[int, int]:
+        """Rows are drawn."""
+        return 0, 0
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -152,6 +152,11 @@ class Sizes:
         recipe, forwards = source.recipe_size() if isinstance(source, KeepsRecipe) else (0, 0)
         if not forwards or not self.config.checkpoints.keep_last:
             return rows
+        # A short run does not come to as many.
+        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
+        trained = self.config.training.total_tokens // self.world.size // self._rows_per_forward()
+        made = max(trained + getattr(options, "n_batches_in_buffer", 0), 1)
+        recipe, forwards = recipe * min(made, forwards) // forwards, min(made, forwards)
         self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
         chosen = self.config.checkpoints.buffer == "recipe"
         choice = "as it is" if chosen else 'with checkpoints.buffer = "recipe"'
@@ -165,9 +170,8 @@ class Sizes:
     def time_recipe(self, seconds: float) -> None:
         """Say how long it takes to go on from a recipe, where a row that the model makes takes so many ``seconds``."""
         if (forwards := int(self.numbers.get("recipe_forwards", 0))) and self.stream.has_model:
-            rows = self._prompts() * self.stream.rows_per_context(self.corpus.context_size)
-            self.numbers["recipe_seconds"] = seconds * rows * forwards
-            self.facts["buffer in checkpoints"] += f", {duration_text(seconds * rows * forwards)}"
+            self.numbers["recipe_seconds"] = took = seconds * self._rows_per_forward() * forwards
+            self.facts["buffer in checkpoints"] += f", {duration_text(took)}"
 
     def _checkpoints(self, saved: int, state: int, written: int) -> int:
         """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer.
@@ -240,6 +244,9 @@ class Sizes:
         """Contexts in one forward of the source."""
         options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         return int(getattr(options, "store_batch_size_prompts", _PROMPTS))
+
+    def _rows_per_forward(self) -> int:
+        return self._prompts() * self.stream.rows_per_context(self.corpus.context_size)
 
     def _compared_logits(self, prompts: int) -> int:
         """What logits take that are compared with those of the clean forward: both, in float32."""

@@ -38,6 +38,7 @@ def found(folder: Path) -> dict[str, list[Any]]:
         calls[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
         allow = (str(folder / f"other-{name}/run"), "distributed.features")
         calls[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
+    calls["recipe"] = Call(f"{STOPS}:by_recipe", 2, 1, (str(folder / "recipe"),))
     calls["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
     calls["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
     calls["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
@@ -76,6 +77,22 @@ def test_it_goes_on_as_if_it_had_never_stopped(
     parts = {f"sae/training-{part}.{kind}" for part in range(mesh[1]) for kind in ("json", "safetensors")}
     assert {file for file in last["files"] if "training" in file} == parts
     assert {f"stream-{process}.safetensors" for process in range(2)} <= set(last["files"])
+
+
+def test_each_computes_its_own_rows_again(found: dict[str, list[Any]], folder: Path) -> None:
+    """By the recipes of its checkpoint; where one process finds others, all are told, and nothing is changed."""
+    for one, other in zip(found["recipe"], found["whole 2x1"], strict=True):
+        for name, value in one["weights"].items():
+            assert torch.equal(value, other["weights"][name])
+    kept = newest_checkpoint(folder / "recipe/run")
+    for process in range(2):
+        buffer = kept.stream(process)["lanes"][0]["source"]["buffer"]
+        assert not len(buffer["origins"])
+        assert len(buffer["recipe"]["contexts"])
+    first, second = (one["told"] for one in found["recipe"])
+    assert "forwards that do not come out as they did, bit for bit" in second
+    assert first.startswith("of process 1: ")
+    assert second in first
 
 
 @pytest.mark.parametrize("mesh", MESHES)

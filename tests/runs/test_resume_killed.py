@@ -47,6 +47,8 @@ def setup(name: str, cache: str) -> Any:
         "cached, always": (SOURCES["cached, ahead"], ALWAYS),
         "cached, seldom": (SOURCES["cached"], SELDOM),
         "unnamed, always": (SOURCES["live, ahead"], ALWAYS),
+        "recipe, always": (SOURCES["live, ahead"], ALWAYS | {"buffer": "recipe"}),
+        "recipe sweep, seldom": (SOURCES["live, ahead"], SELDOM | {"buffer": "recipe"}),
         "sweep, always": (SOURCES["live, ahead"], ALWAYS),
         "sweep, seldom": (SOURCES["live, ahead"], SELDOM),
         "warm-up sweep": (SOURCES["live"], SELDOM),
@@ -191,6 +193,8 @@ SETUPS = [
     "cached, always",
     "cached, seldom",
     "unnamed, always",
+    "recipe, always",
+    "recipe sweep, seldom",
     "sweep, always",
     "sweep, seldom",
 ]

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import sweeps
+from support.recipes import Mixing
 from support.spread_runs import manager, options
 from support.sweeps import DOCUMENTS
 
@@ -54,8 +56,9 @@ def whole(world: World, folder: str) -> dict[str, Any]:
     return weights(quietly(lambda: saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS)))
 
 
-def stopped(world: World, folder: str, rank: int, at: int) -> dict[str, Any]:
+def stopped(world: World, folder: str, rank: int, at: int, **checkpoints: Any) -> dict[str, Any]:
     """A run whose process ``rank`` gets a SIGTERM in the middle of step ``at``; what each says of its end."""
+    own = {"checkpoints": {**CHANGES["checkpoints"], **checkpoints}}
     work = SAETrainer.train_on
 
     def train_on(trainer: SAETrainer, *rest: Any) -> Any:
@@ -65,8 +68,21 @@ def stopped(world: World, folder: str, rank: int, at: int) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
         patch.setattr(SAETrainer, "train_on", train_on)
-        quietly(lambda: saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS))
+        quietly(lambda: saekit.train(settings(world, folder, **own), plugins=manager(), dataset=DOCUMENTS))
     return {"text": str(caught.value), "signal": int(caught.value.signal), "run": str(caught.value.run)}
+
+
+def by_recipe(world: World, folder: str) -> dict[str, Any]:
+    """A run whose checkpoints hold a recipe, stopped and gone on with; then with another model on one process."""
+    stopped(world, folder, 1, 5, buffer="recipe")
+    run, own = f"{folder}/run", world.rank
+    other = sweeps.manager(Mixing(factor=own))
+    try:
+        quietly(lambda: saekit.resume(run, plugins=other, dataset=DOCUMENTS))
+        told = ""
+    except SaekitError as error:
+        told = str(error)
+    return resumed(world, run) | {"told": told}
 
 
 def resumed(world: World, run: str, *allow: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import HasMemory, Pauses, StatesRows, StatesWidths
+from saekit.abilities import HasMemory, KeepsRecipe, Pauses, StatesRows, StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend
@@ -134,16 +134,34 @@ def peek(subject: Subject) -> None:
 @CHECKS.add
 def state(subject: Subject) -> None:
     """A state is plain values and tensors; where it was taken, a fresh source goes on with the very next batch."""
+    _goes_on(subject, "a state")
+
+
+@CHECKS.add
+def recipe(subject: Subject) -> None:
+    """One that says so (``KeepsRecipe``) goes on from a recipe with the very next batch."""
+    with _opened(subject) as source:
+        if not isinstance(source, KeepsRecipe):
+            raise NotTried("it does not say that its states may hold recipes")
+        size = source.recipe_size()
+    must(
+        isinstance(size, tuple) and len(size) == 2 and all(type(n) is int and n >= 0 for n in size),
+        f"recipe_size() is {size!r}, expected bytes and forwards",
+    )
+    _goes_on(subject, "a state with a recipe", keeps_recipe=True)
+
+
+def _goes_on(subject: Subject, what: str, **options: Any) -> None:
     for taken_after in (0, 1, 7):
-        with _opened(subject) as source:
+        with _opened(subject, **options) as source:
             _batches(source, taken_after)
             saved = _through_files(source.state_dict(), subject.place)
             expected = _batches(source, 6)
-        with _opened(subject) as fresh:
+        with _opened(subject, **options) as fresh:
             fresh.load_state_dict(saved)
-            must_be_equal(f"batches from a state after {taken_after}", _batches(fresh, 6), expected)
+            must_be_equal(f"batches from {what} after {taken_after}", _batches(fresh, 6), expected)
             again = _through_files(fresh.state_dict(), subject.place)
-        with _opened(subject) as third:
+        with _opened(subject, **options) as third:
             third.load_state_dict(again)
             _batches(third, 1)
 

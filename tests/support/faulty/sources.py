@@ -118,6 +118,16 @@ class Large(Numbers):
         return "much"
 
 
+class Forgetful(Numbers):
+    """Its recipe is of another batch."""
+
+    def recipe_size(self) -> tuple[int, int]:
+        return 8, 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at + self.stream.keeps_recipe}
+
+
 def broken(config: Any, *, stream: Any) -> Any:
     raise KeyError("rows")
 
@@ -130,6 +140,7 @@ CASES = cases(
         "seeds": ("batches of the same seed, 0, .*: other numbers", Unseeded),
         "peek": (r"batches after peek\(\), 0, .*: other numbers", Eager),
         "state": ("batches from a state after 1, 0, .*: other numbers", Behind),
+        "recipe": ("batches from a state with a recipe after 0, 0, .*: other numbers", Forgetful),
         "state_stays": ("a state, after the source went on,, at: found 6, expected 2", Alive),
         "exhaustion": ("it reads the text, which is read once, and has given 300 batches of 24 and no end", Reading),
         "model_lock": (r"its thread \['mine'\] runs the model without stream.model_lock", Unlocked),

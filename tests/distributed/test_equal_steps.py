@@ -6,15 +6,26 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.processes import Found, trained
-from support.spread_cases import CASES, CHOSEN, MESHES, label
+from support.processes import Call, Found, trained
+from support.spread_cases import CASES, CHOSEN, MESHES, SIZE, label
 
 import saekit
 from saekit.kinds import SAE_ARCHITECTURES
+
+__all__ = ["SIZE"]
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    return {
+        label(name, data, features): Call("support.processes:steps", data, features, (case,))
+        for data, features in MESHES
+        for name, case in CHOSEN.items()
+    }
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from support.processes import Call, Results
 from support.spread_cases import label
 from support.spread_runs import FEW, SeededSource, manager, options, run
 
@@ -22,7 +23,26 @@ from saekit.testing import FakeBackend
 
 BOTH = pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["data", "features"])
 Mesh = tuple[int, int]
-Results = dict[str, list[Any]]
+RUNS: dict[str, dict[str, Any]] = {
+    "topk run": {"sae": {"name": "topk", "k": 3, "d_sae": 12}, "evals": {"every_n_steps": 4}},
+    "odd batches": {"training": {"train_batch_size_tokens": 201}},
+    "compiled": {"training": {"compile": True}},
+}
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    runs, made = "support.spread_runs", {}
+    for data, features in ((2, 1), (1, 2)):
+        made |= {
+            label("text", data, features): Call(f"{runs}:text", data, features),
+            label("seeded", data, features): Call(f"{runs}:of_stranger", data, features, ("seeded",)),
+            label("moody", data, features): Call(f"{runs}:of_stranger", data, features, ("moody",)),
+            label("gain", data, features): Call(f"{runs}:of_strangers_architecture", data, features, (str(folder),)),
+        }
+        for name, changes in RUNS.items():
+            place = str(folder / f"{name}-{data}x{features}")
+            made[label(name, data, features)] = Call(f"{runs}:run", data, features, (place, changes))
+    return made
 
 
 def expected_tokens() -> Counter[tuple[int, int]]:

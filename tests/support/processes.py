@@ -5,6 +5,7 @@ A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the wi
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,31 @@ def steps(world: World, case: Case) -> Found:
     return trained(case, world)
 
 
-def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, list[Any]]:
+Results = dict[str, list[Any]]
+"""By the labels of calls, what each process made of them."""
+
+
+def together(calls: Mapping[str, Call], size: int, folder: Path) -> Results:
     """What each of ``size`` processes, which are started once, makes of each of ``calls``."""
     folder.mkdir(exist_ok=True)
     torch.save(dict(calls), folder / "asked.pt")
     launch(size, [__file__, str(folder)])
     found = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
     return {name: [one[name] for one in found] for name in calls}
+
+
+def once(folder: Path, calls: Callable[[Path], Mapping[str, Call]], size: int = 2) -> Results:
+    """The same for all who name ``folder``, in whatever process: the first does it, the others wait and read.
+
+    ``calls`` is given that folder.
+    """
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder / "results.pt").exists():
+            torch.save(together(calls(folder), size, folder / "calls"), done)
+        found: Results = torch.load(done, weights_only=False)
+    return found
 
 
 def launch(size: int, command: Sequence[str], timeout: float = 3600, **environment: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,24 @@ def found(request: pytest.FixtureRequest, folder: Path) -> Results:
     There are two of them, or as many as the file's ``SIZE`` says.
     """
     return once(folder, request.module.calls, getattr(request.module, "SIZE", 2))
+
+
+_WORST: dict[tuple[tuple[int, int], str], tuple[float, str]] = {}
+"""By mesh and by what is compared, the largest deviation from one process, and of what it is."""
+
+
+@pytest.fixture
+def worst() -> Callable[[tuple[int, int], str, float, str], None]:
+    """Takes note of a deviation; the largest are told at the end."""
+
+    def note(mesh: tuple[int, int], kind: str, off: float, of: str) -> None:
+        if not off <= _WORST.get((mesh, kind), (-1.0, ""))[0]:
+            _WORST[mesh, kind] = off, of
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The largest deviations, where all was compared in this process."""
+    for ((data, features), kind), (off, of) in sorted(_WORST.items()):
+        terminalreporter.write_line(f"data {data} features {features}: {kind} off by {off:.1e} at most, {of}")

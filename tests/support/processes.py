@@ -21,7 +21,7 @@ from typing import Any
 
 import attrs
 import torch
-from support import warm
+from support import golden, warm
 from torch import Tensor
 
 import saekit
@@ -32,7 +32,7 @@ from saekit.distributed import ALONE, World, open_world
 from saekit.runs.opening import open_backend
 from saekit.runs.parts import make_schedule
 from saekit.runs.setup import give_weights, make_trainer
-from saekit.sae.splitting import gathered
+from saekit.sae.splitting import gathered, give_part, whole_like
 from saekit.site import Site
 from saekit.training import SAETrainer
 from saekit.values import Batch, Ports
@@ -47,6 +47,7 @@ class Case:
     sae: Mapping[str, Any]
     training: Mapping[str, Any] = attrs.field(factory=dict)
     optimizer: Mapping[str, Any] = attrs.field(factory=lambda: {"name": "adam"})
+    lr_schedule: Any = "constant"
     widths: tuple[int, ...] = (6,)
     """Of the sites."""
     reads: int | None = None
@@ -56,6 +57,10 @@ class Case:
     dtype: str = "float64"
     uneven: bool = False
     """Whether processes have different numbers of rows."""
+    golden: str | None = None
+    """The file of ``tests/golden`` that has its options, its starting weights and its batches."""
+    lopsided: bool = False
+    """Whether features of the first half are active nearly always."""
     rows: int = ROWS
     d_sae: int = D_SAE
     steps: int = STEPS
@@ -66,6 +71,7 @@ class Case:
 
     @property
     def config(self) -> TrainConfig:
+        """Of a run."""
         sites: dict[str, Any] = {"site": {"hook_name": "site_0"}}
         if len(self.widths) > 1:
             names = [{"hook_name": site.hook_name} for site in self.sites]
@@ -77,6 +83,7 @@ class Case:
             "activations": {"source": {"name": "toy"}},
             "sae": {"d_sae": self.d_sae, "dtype": self.dtype, "b_dec_init_method": "zeros", **self.sae},
             "optimizer": dict(self.optimizer),
+            "lr_schedule": self.lr_schedule,
             "training": {
                 "training_tokens": self.rows * self.steps, "train_batch_size_tokens": self.rows, "lr": 3e-3,
                 "device": "cpu", "verbose": False, "kernels": "reference", "log_frequency": 1, "dead_feature_window": 2,
@@ -87,6 +94,10 @@ class Case:
 
     def batches(self) -> Iterator[Batch]:
         """The very same rows for everybody."""
+        if self.golden is not None:
+            file = golden.read(golden.FILES[self.golden])
+            yield from (Batch({self.sites[0]: rows * file.activation_scale}) for rows in file.tensors["batches"])
+            return
         generator = torch.Generator().manual_seed(3)
         mixing = torch.randn(sum(self.widths), sum(self.widths), generator=generator, dtype=torch.float64)
         for _ in range(self.steps):
@@ -105,6 +116,15 @@ class Case:
             config, plugins, backend, corpus, options, ports, make_schedule(config, plugins), world=world
         )
         give_weights(trainer, config, corpus, dict)
+        if self.golden is not None:
+            whole = whole_like(trainer.sae)
+            whole.load_public_tensors(golden.read(golden.FILES[self.golden]).part("init."))
+            give_part(trainer.sae, whole)
+        if self.lopsided:
+            sae: Any = trainer.sae
+            bias, first = getattr(sae, "b_gate", None), sae.share.first_feature(sae.d_sae)
+            bias = sae.b_enc if bias is None else bias
+            bias.data[: max(self.d_sae // 2 - first, 0)] += 10
         if self.fast:
             trainer.sae.kernels = "fast"
         return trainer
@@ -120,9 +140,17 @@ class Found:
     """The last firing fractions of all features."""
 
 
-def trained(case: Case, world: World = ALONE) -> Found:
-    """The whole SAE after all steps, on the processes of ``world``."""
+def trained(case: Case, world: World = ALONE, rounded: int | None = None) -> Found:
+    """The whole SAE after all steps, on the processes of ``world``.
+
+    With a seed ``rounded``, starting weights are changed by their rounding.
+    """
     trainer, metrics = case.trainer(world), []
+    if rounded is not None:
+        generator = torch.Generator().manual_seed(rounded)
+        for weights in trainer.sae.parameters():
+            noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+            weights.data.mul_(1 + torch.finfo(weights.dtype).eps * noise)
     for batch in case.batches():
         found = trainer.train_on(*_rows(trainer, part := part_of(batch, case, world)), part)
         metrics.append({name: value for name, value in found.items() if isinstance(value, float)})
@@ -211,7 +239,8 @@ def ended(size: int, command: Sequence[str], timeout: float = 300, **environment
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     shared |= {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
     with tempfile.TemporaryDirectory() as folder:
-        found = warm.python(__file__, "fork", folder, size, timeout, *command, env=shared)
+        late = timeout + 60  # for those that it kills itself
+        found = warm.python(__file__, "fork", folder, size, timeout, *command, env=shared, timeout=late)
         assert found.returncode == 0, found.stderr
         codes = json.loads(found.stdout)
         return [(code, (Path(folder) / f"{rank}.txt").read_text()) for rank, code in enumerate(codes)]

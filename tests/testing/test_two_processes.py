@@ -30,7 +30,7 @@ ONLY = ["two_processes"]
         ),
         (
             architectures.Uneven,
-            "process . of two ended with -6, .*distributed collective mismatch|waits for what the other does not tell",
+            "ended with -6, .*distributed collective mismatch|waits for what the other does not tell",
         ),
     ],
 )

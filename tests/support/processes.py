@@ -227,7 +227,7 @@ def launch(size: int, command: Sequence[str], timeout: float = 3600, **environme
     """Start ``size`` processes of Python as torchrun does; what each has written; an error of any is one here."""
     ends = ended(size, command, timeout, **environment)
     for code, text in ends:
-        assert code == 0, text[-3000:]
+        assert code == 0, f"it ended with {code}: {text[-3000:]}"
     return [text for _, text in ends]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.testing.checks.check import Checks, NotTried, Subject
-from saekit.testing.checks.dictionaries import copied, made, must_be_one_step, rows, step_input, takes
+from saekit.testing.checks.dictionaries import copied, made, must_be_one_step, rows, step_input, takes, uninitialized
 from saekit.testing.checks.two_processes import DATA, FEATURES, Mesh, on_two
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _NAMES: dict[str, Mesh] = {"data": DATA, "features": FEATURES}
 def two_processes(subject: Subject) -> None:
     """What it says that may be split (``spreads_over``, its kernels too): steps of two processes are those of one, in
     reports, gradients and state, to 1e-9 in float64."""
+    step_input(uninitialized(subject))  # what is for inference alone says so
     works, saes, refused = {}, {}, []
     for name, mesh in _NAMES.items():
         cases, reasons = [], []

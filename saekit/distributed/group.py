@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from saekit.compiling import not_compiled
 from saekit.errors import LostProcessError, SaekitError
 
 __all__ = ["Group", "JoinedGroup"]
@@ -73,12 +74,14 @@ class JoinedGroup(Group):
         self._dist, self._group = dist, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    @not_compiled
     def sum(self, value: Tensor) -> Tensor:
         # In float32 at least: not every engine adds shorter numbers, and sums of them would lose digits.
         wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype
         own = value.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
         return self.sum_(own).to(value.dtype)
 
+    @not_compiled
     def sum_(self, value: Tensor) -> Tensor:
         if value.is_contiguous():
             with _answered():
@@ -90,6 +93,7 @@ class JoinedGroup(Group):
             value.copy_(self.sum(value))
         return value
 
+    @not_compiled
     def gather(self, value: Tensor) -> list[Tensor]:
         # As bytes: not every engine has every type.
         own = value.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -98,18 +102,21 @@ class JoinedGroup(Group):
             self._dist.all_gather(found, own, group=self._group)
         return [one.view(value.dtype).view(value.shape) for one in found]
 
+    @not_compiled
     def gather_rows(self, value: Tensor, counts: Sequence[int]) -> list[Tensor]:
         most = max(counts)
         padded = value.new_zeros(most, *value.shape[1:])
         padded[: len(value)] = value
         return [one[:n] for one, n in zip(self.gather(padded), counts, strict=True)]
 
+    @not_compiled
     def objects(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
         with _answered():
             self._dist.all_gather_object(found, value, group=self._group)
         return found
 
+    @not_compiled
     def once(self, work: Callable[[], T]) -> T:
         told: list[Any] = [None]
         failure: BaseException | None = None

@@ -13,6 +13,7 @@ from .features import values_of as values_of
 from .gradients import FeatureGradient as FeatureGradient
 from .gradients import Gradients as Gradients
 from .gradients import decoded as decoded
+from .gradients import decoded_by_all as decoded_by_all
 from .groups import batch_top as batch_top
 from .groups import top_groups as top_groups
 from .inference import Decoder as Decoder

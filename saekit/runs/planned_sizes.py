@@ -79,7 +79,7 @@ class Sizes:
         self._arrange(sae, kept, source)
         if self.world.size > 1:  # from here on, what one process has
             sae.to("meta")
-            spread(sae, self.world, self.config, self.plugins)
+            spread(sae, self.world)
             weights, kept = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
         if kept is not None:
             self.numbers["optimizer_bytes"] = kept

@@ -227,7 +227,7 @@ def make_trainer(
         _check_something_is_tuned(config.training.finetuning_method, sae)
     if options.dtype == "bfloat16":
         sae.cast_weights(torch.float32)  # until it is saved
-    spread(sae, world, config, plugins)
+    spread(sae, world)
     sae.to(device)
     sae.kernels = config.training.kernels
     if config.training.compile:

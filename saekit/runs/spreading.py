@@ -57,18 +57,14 @@ def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginMan
             )
 
 
-def spread(sae: SAEModule, world: World, config: TrainConfig, plugins: PluginManager) -> None:
+def spread(sae: SAEModule, world: World) -> None:
     """Have ``sae`` train on the processes of ``world``, with this one's part of its features.
 
-    :class:`ConfigError` for an architecture, or an option, that does not work so.
+    :class:`ConfigError` for an architecture that does not work so.
     """
     if world.size == 1:
         return
     check_spread(sae, world.data.size, world.features.size)
-    if config.training.compile:
-        raise ConfigError(
-            [("training.compile", f"is true, and a step of {world.size} processes is not compiled; set it to false")]
-        )
     sae.spread = spread_of(world.data.size, world.features.size)
     if world.features.size > 1:
         keep_part(sae, world.features)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from saekit.compiling import leave_out, not_compiled
+from saekit.distributed.group import JoinedGroup
 from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.kernel import StepKernel, Use, choose
 from saekit.kernels.private_torch import is_followed
@@ -16,31 +18,10 @@ from saekit.sae.casting import Castable
 
 __all__ = ["Ways", "not_compiled", "overridden"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_and_bypass",
     "features_from", "features_of", "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
-
-
-def not_compiled(function: _F) -> _F:
-    """A method that is left as it is where :meth:`Ways.compile_losses` compiles what calls it.
-
-    ``torch.compiler.disable`` does that then: it imports the compiler, which takes a second and 85 MB.
-    """
-    function.__dict__["left_as_it_is"] = True
-    return function
-
-
-def _leave_out(kind: type) -> None:
-    """Have the compiler pass over what is marked in a class and those that it derives from."""
-    for base in kind.__mro__:
-        for name, function in list(vars(base).items()):
-            if getattr(function, "left_as_it_is", False):
-                passed_over = torch.compiler.disable(function)
-                passed_over.__dict__["left_as_it_is"] = False
-                setattr(base, name, passed_over)
 
 
 class Ways(Castable):
@@ -136,7 +117,8 @@ class Ways(Castable):
     def compile_losses(self, mode: str = "default") -> None:
         """From now on train with :meth:`losses` compiled by ``torch.compile``."""
         self._compile_mode = mode
-        _leave_out(type(self))
+        leave_out(type(self))
+        leave_out(JoinedGroup)  # what processes tell each other is between what is compiled
         self.losses = torch.compile(self.losses, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,39 +1,48 @@
-"""Two processes, started once for all tests in this folder."""
+"""Processes that are started once for all tests of a file, whoever of pytest's workers runs them."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from support.processes import Call, together
-from support.spread_cases import CHOSEN, MESHES, SIZE, label
+from support.processes import Results, once
 
 
-@pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """By their labels, what each process made of every call."""
-    folder = tmp_path_factory.mktemp("processes")
-    calls = {
-        label(name, data, features): Call("support.processes:steps", data, features, (case,))
-        for data, features in MESHES
-        for name, case in CHOSEN.items()
-    }
-    runs = "support.spread_runs"
-    for data, features in MESHES if SIZE == 2 else []:
-        calls |= {
-            label("text", data, features): Call(f"{runs}:text", data, features),
-            label("seeded", data, features): Call(f"{runs}:of_stranger", data, features, ("seeded",)),
-            label("moody", data, features): Call(f"{runs}:of_stranger", data, features, ("moody",)),
-            label("gain", data, features): Call(f"{runs}:of_strangers_architecture", data, features, (str(folder),)),
-        }
-        for name, changes in RUNS.items():
-            place = str(folder / f"{name}-{data}x{features}")
-            calls[label(name, data, features)] = Call(f"{runs}:run", data, features, (place, changes))
-    return together(calls, SIZE, folder / "calls")
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the calls of this file leave what they write; pytest's workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return base / request.module.__name__.rpartition(".")[-1]
 
 
-RUNS: dict[str, dict[str, Any]] = {
-    "topk run": {"sae": {"name": "topk", "k": 3, "d_sae": 12}, "evals": {"every_n_steps": 4}},
-    "odd batches": {"training": {"train_batch_size_tokens": 201}},
-    "compiled": {"training": {"compile": True}},
-}
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, folder: Path) -> Results:
+    """What each process made of the calls that the file's ``calls(folder)`` names, by their labels.
+
+    There are two of them, or as many as the file's ``SIZE`` says.
+    """
+    return once(folder, request.module.calls, getattr(request.module, "SIZE", 2))
+
+
+_WORST: dict[tuple[tuple[int, int], str], tuple[float, str]] = {}
+"""By mesh and by what is compared, the largest deviation from one process, and of what it is."""
+
+
+@pytest.fixture
+def worst() -> Callable[[tuple[int, int], str, float, str], None]:
+    """Takes note of a deviation; the largest are told at the end."""
+
+    def note(mesh: tuple[int, int], kind: str, off: float, of: str) -> None:
+        if not off <= _WORST.get((mesh, kind), (-1.0, ""))[0]:
+            _WORST[mesh, kind] = off, of
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The largest deviations, where all was compared in this process."""
+    for ((data, features), kind), (off, of) in sorted(_WORST.items()):
+        terminalreporter.write_line(f"data {data} features {features}: {kind} off by {off:.1e} at most, {of}")

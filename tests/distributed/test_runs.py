@@ -11,7 +11,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from support.spread_cases import label
+from support.processes import Call, Results, trained
+from support.spread_cases import CASES, label
 from support.spread_runs import FEW, SeededSource, manager, options, run
 
 import saekit
@@ -22,7 +23,27 @@ from saekit.testing import FakeBackend
 
 BOTH = pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["data", "features"])
 Mesh = tuple[int, int]
-Results = dict[str, list[Any]]
+COMPILED = {"gated": attrs.evolve(CASES["gated"], steps=4)}
+RUNS: dict[str, dict[str, Any]] = {
+    "topk run": {"sae": {"name": "topk", "k": 3, "d_sae": 12}, "evals": {"every_n_steps": 4}},
+    "odd batches": {"training": {"train_batch_size_tokens": 201}},
+}
+
+
+def calls(folder: Path) -> dict[str, Call]:
+    runs, made = "support.spread_runs", {}
+    for data, features in ((2, 1), (1, 2)):
+        made |= {
+            label("text", data, features): Call(f"{runs}:text", data, features),
+            label("seeded", data, features): Call(f"{runs}:of_stranger", data, features, ("seeded",)),
+            label("moody", data, features): Call(f"{runs}:of_stranger", data, features, ("moody",)),
+            label("gain", data, features): Call(f"{runs}:of_strangers_architecture", data, features, (str(folder),)),
+        }
+        for name, changes in RUNS.items():
+            place = str(folder / f"{name}-{data}x{features}")
+            made[label(name, data, features)] = Call(f"{runs}:run", data, features, (place, changes))
+    made["compiled"] = Call(f"{runs}:compiled", 1, 2, (COMPILED,))  # where they tell each other most
+    return made
 
 
 def expected_tokens() -> Counter[tuple[int, int]]:
@@ -109,13 +130,23 @@ def test_a_run_leaves_one_folder(mesh: Mesh, found: Results) -> None:
     ("name", "said"),
     [
         ("odd batches", "training.train_batch_size_tokens: is 201, which 2 processes cannot share evenly"),
-        ("compiled", "training.compile: is true, and a step of 2 processes is not compiled"),
     ],
 )
 @BOTH
 def test_what_does_not_work_is_refused(name: str, said: str, mesh: Mesh, found: Results) -> None:
     for result in found[label(name, *mesh)]:
         assert said in result["error"]
+
+
+def test_compiled_steps_are_those_of_one_process(found: Results) -> None:
+    """What processes tell each other is between what is compiled."""
+    for name, case in COMPILED.items():
+        alone = trained(case)
+        for result in found["compiled"]:
+            several, runs = result[name]
+            assert runs >= case.steps
+            for key, value in several.weights.items():
+                torch.testing.assert_close(value, alone.weights[key], rtol=0, atol=1e-10)
 
 
 @BOTH

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import Call, together
+from support.processes import Call
 from support.runs import contents
 from support.spread_stops import DOCUMENTS, manager
 
@@ -20,30 +20,24 @@ STOPS = "support.spread_stops"
 MESHES = ((2, 1), (1, 2))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stops")
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, list[Any]]:
-    """What both processes made of each."""
-    calls = {}
+def calls(folder: Path) -> dict[str, Call]:
+    """What both processes do."""
+    made = {}
     for data, features in MESHES:
         name = f"{data}x{features}"
-        calls[f"whole {name}"] = Call(f"{STOPS}:whole", data, features, (str(folder / f"whole-{name}"),))
+        made[f"whole {name}"] = Call(f"{STOPS}:whole", data, features, (str(folder / f"whole-{name}"),))
         for kind in ("same", "other"):
             place = str(folder / f"{kind}-{name}")
-            calls[f"stopped {kind} {name}"] = Call(f"{STOPS}:stopped", data, features, (place, 1, 5))
-        calls[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
+            made[f"stopped {kind} {name}"] = Call(f"{STOPS}:stopped", data, features, (place, 1, 5))
+        made[f"same {name}"] = Call(f"{STOPS}:resumed", data, features, (str(folder / f"same-{name}/run"),))
         allow = (str(folder / f"other-{name}/run"), "distributed.features")
-        calls[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
-    calls["recipe"] = Call(f"{STOPS}:by_recipe", 2, 1, (str(folder / "recipe"),))
-    calls["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
-    calls["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
-    calls["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
-    calls["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
-    return together(calls, 2, folder / "calls")
+        made[f"other {name}"] = Call(f"{STOPS}:resumed", features, data, allow)
+    made["recipe"] = Call(f"{STOPS}:by_recipe", 2, 1, (str(folder / "recipe"),))
+    made["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
+    made["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
+    made["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
+    made["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
+    return made
 
 
 def names(data: int, features: int) -> str:

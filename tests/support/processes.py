@@ -5,6 +5,7 @@ A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the wi
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -14,13 +15,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from support import warm
+from support import golden, warm
 from torch import Tensor
 
 import saekit
@@ -31,7 +32,7 @@ from saekit.distributed import ALONE, World, open_world
 from saekit.runs.opening import open_backend
 from saekit.runs.parts import make_schedule
 from saekit.runs.setup import give_weights, make_trainer
-from saekit.sae.splitting import gathered
+from saekit.sae.splitting import gathered, give_part, whole_like
 from saekit.site import Site
 from saekit.training import SAETrainer
 from saekit.values import Batch, Ports
@@ -46,6 +47,7 @@ class Case:
     sae: Mapping[str, Any]
     training: Mapping[str, Any] = attrs.field(factory=dict)
     optimizer: Mapping[str, Any] = attrs.field(factory=lambda: {"name": "adam"})
+    lr_schedule: Any = "constant"
     widths: tuple[int, ...] = (6,)
     """Of the sites."""
     reads: int | None = None
@@ -55,6 +57,10 @@ class Case:
     dtype: str = "float64"
     uneven: bool = False
     """Whether processes have different numbers of rows."""
+    golden: str | None = None
+    """The file of ``tests/golden`` that has its options, its starting weights and its batches."""
+    lopsided: bool = False
+    """Whether features of the first half are active nearly always."""
     rows: int = ROWS
     d_sae: int = D_SAE
     steps: int = STEPS
@@ -65,6 +71,7 @@ class Case:
 
     @property
     def config(self) -> TrainConfig:
+        """Of a run."""
         sites: dict[str, Any] = {"site": {"hook_name": "site_0"}}
         if len(self.widths) > 1:
             names = [{"hook_name": site.hook_name} for site in self.sites]
@@ -76,6 +83,7 @@ class Case:
             "activations": {"source": {"name": "toy"}},
             "sae": {"d_sae": self.d_sae, "dtype": self.dtype, "b_dec_init_method": "zeros", **self.sae},
             "optimizer": dict(self.optimizer),
+            "lr_schedule": self.lr_schedule,
             "training": {
                 "training_tokens": self.rows * self.steps, "train_batch_size_tokens": self.rows, "lr": 3e-3,
                 "device": "cpu", "verbose": False, "kernels": "reference", "log_frequency": 1, "dead_feature_window": 2,
@@ -86,6 +94,10 @@ class Case:
 
     def batches(self) -> Iterator[Batch]:
         """The very same rows for everybody."""
+        if self.golden is not None:
+            file = golden.read(golden.FILES[self.golden])
+            yield from (Batch({self.sites[0]: rows * file.activation_scale}) for rows in file.tensors["batches"])
+            return
         generator = torch.Generator().manual_seed(3)
         mixing = torch.randn(sum(self.widths), sum(self.widths), generator=generator, dtype=torch.float64)
         for _ in range(self.steps):
@@ -104,6 +116,15 @@ class Case:
             config, plugins, backend, corpus, options, ports, make_schedule(config, plugins), world=world
         )
         give_weights(trainer, config, corpus, dict)
+        if self.golden is not None:
+            whole = whole_like(trainer.sae)
+            whole.load_public_tensors(golden.read(golden.FILES[self.golden]).part("init."))
+            give_part(trainer.sae, whole)
+        if self.lopsided:
+            sae: Any = trainer.sae
+            bias, first = getattr(sae, "b_gate", None), sae.share.first_feature(sae.d_sae)
+            bias = sae.b_enc if bias is None else bias
+            bias.data[: max(self.d_sae // 2 - first, 0)] += 10
         if self.fast:
             trainer.sae.kernels = "fast"
         return trainer
@@ -119,9 +140,17 @@ class Found:
     """The last firing fractions of all features."""
 
 
-def trained(case: Case, world: World = ALONE) -> Found:
-    """The whole SAE after all steps, on the processes of ``world``."""
+def trained(case: Case, world: World = ALONE, rounded: int | None = None) -> Found:
+    """The whole SAE after all steps, on the processes of ``world``.
+
+    With a seed ``rounded``, starting weights are changed by their rounding.
+    """
     trainer, metrics = case.trainer(world), []
+    if rounded is not None:
+        generator = torch.Generator().manual_seed(rounded)
+        for weights in trainer.sae.parameters():
+            noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+            weights.data.mul_(1 + torch.finfo(weights.dtype).eps * noise)
     for batch in case.batches():
         found = trainer.train_on(*_rows(trainer, part := part_of(batch, case, world)), part)
         metrics.append({name: value for name, value in found.items() if isinstance(value, float)})
@@ -167,7 +196,11 @@ def steps(world: World, case: Case) -> Found:
     return trained(case, world)
 
 
-def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, list[Any]]:
+Results = dict[str, list[Any]]
+"""By the labels of calls, what each process made of them."""
+
+
+def together(calls: Mapping[str, Call], size: int, folder: Path) -> Results:
     """What each of ``size`` processes, which are started once, makes of each of ``calls``."""
     folder.mkdir(exist_ok=True)
     torch.save(dict(calls), folder / "asked.pt")
@@ -176,11 +209,25 @@ def together(calls: Mapping[str, Call], size: int, folder: Path) -> dict[str, li
     return {name: [one[name] for one in found] for name in calls}
 
 
+def once(folder: Path, calls: Callable[[Path], Mapping[str, Call]], size: int = 2) -> Results:
+    """The same for all who name ``folder``, in whatever process: the first does it, the others wait and read.
+
+    ``calls`` is given that folder.
+    """
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder / "results.pt").exists():
+            torch.save(together(calls(folder), size, folder / "calls"), done)
+        found: Results = torch.load(done, weights_only=False)
+    return found
+
+
 def launch(size: int, command: Sequence[str], timeout: float = 3600, **environment: str) -> list[str]:
     """Start ``size`` processes of Python as torchrun does; what each has written; an error of any is one here."""
     ends = ended(size, command, timeout, **environment)
     for code, text in ends:
-        assert code == 0, text[-3000:]
+        assert code == 0, f"it ended with {code}: {text[-3000:]}"
     return [text for _, text in ends]
 
 
@@ -192,7 +239,8 @@ def ended(size: int, command: Sequence[str], timeout: float = 300, **environment
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     shared |= {"PYTHONPATH": os.pathsep.join(sys.path), **environment}
     with tempfile.TemporaryDirectory() as folder:
-        found = warm.python(__file__, "fork", folder, size, timeout, *command, env=shared)
+        late = timeout + 60  # for those that it kills itself
+        found = warm.python(__file__, "fork", folder, size, timeout, *command, env=shared, timeout=late)
         assert found.returncode == 0, found.stderr
         codes = json.loads(found.stdout)
         return [(code, (Path(folder) / f"{rank}.txt").read_text()) for rank, code in enumerate(codes)]

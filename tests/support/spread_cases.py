@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
+from support.golden import FILES, options_of, read
 from support.processes import Case
 
 __all__ = ["CASES", "CHOSEN", "FAST", "MESHES", "SIZE", "label"]
@@ -84,14 +86,32 @@ def _others() -> dict[str, Case]:
     }  # fmt: skip
 
 
-CASES: dict[str, Case] = {**_standard(), **_largest(), **_others()}
+def _golden() -> dict[str, Case]:
+    """The options of every file of ``tests/golden``, and its batches."""
+    found = {}
+    for name, path in FILES.items():
+        file = read(path)
+        options, (steps, rows, _) = options_of(file), file.tensors["batches"].shape
+        found[f"golden_{name}"] = Case(
+            {"name": "standard", **options.sae}, {**options.training, "verbose": False},
+            {"name": "adam", **options.optimizer}, options.lr_schedule,
+            golden=name, widths=(options.d_in,), rows=rows, d_sae=options.sae["d_sae"], steps=steps,
+        )  # fmt: skip
+    return found
+
+
+CASES: dict[str, Case] = {**_standard(), **_largest(), **_others(), **_golden()}
 """By plain torch, in float64."""
 
 
 def _fast() -> dict[str, Case]:
     """Those that have fast kernels, by these, where they take every step."""
-    without = ("groupmax", "abstopk", "ghosts")
-    chosen = {name: case for name, case in CASES.items() if not any(word in name for word in without)}
+    chosen = {
+        name: case
+        for name, case in CASES.items()
+        if not case.sae.get("use_ghost_grads")
+        and case.sae["name"] not in ("groupmax", "groupmax_transcoder", "abstopk")
+    }
     return {f"{name}_fast": attrs.evolve(case, fast=True) for name, case in chosen.items()}
 
 
@@ -104,6 +124,13 @@ def _large() -> dict[str, Case]:
         "large_batchtopk": Case({"name": "batchtopk", "k": 8.0}, uneven=True, **size),
         "large_standard": Case({"name": "standard", "l1_coefficient": 1.0}, **size),
         "large_jumprelu": Case({"name": "jumprelu", "initial_threshold": 2.0, "bandwidth": 0.5}, **size),
+        "large_target_l0": Case(
+            {"name": "jumprelu", "initial_threshold": 3.0, "sparsity_loss": "target_l0", "target_l0": 9.0},
+            lopsided=True,
+            **size,
+        ),
+        "large_lp_two": Case({"name": "standard", "lp_norm": 2.0}, lopsided=True, **size),
+        "large_gated": Case({"name": "gated", "aux_loss_trains_decoder": True}, lopsided=True, **size),
     }
     return found | {f"{name}_float32": attrs.evolve(case, dtype="float32") for name, case in found.items()}
 
@@ -114,7 +141,8 @@ FAST: dict[str, Case] = {**_fast(), **_large()}
 OF_EVERY_CHANGE = (
     "standard_ghosts", "standard_noise", "standard_finetuned_scale", "standard_lp_half", "topk_uneven", "batchtopk",
     "groupmax_in_units", "matryoshka_uneven_fast", "jumprelu_target_l0", "gated_as_sae_lens", "batchtopk_crosscoder",
-    "topk_transcoder_in_units_fast", "jumprelu_fast", "large_batchtopk", "large_topk_float32",
+    "topk_transcoder_in_units_fast", "jumprelu_fast", "large_batchtopk", "large_topk_float32", "large_target_l0",
+    "large_lp_two", "large_gated", "golden_mixed_finetune_unrotated_decoder_ghost",
 )  # fmt: skip
 """The cases that two processes of every change are compared on."""
 
@@ -123,7 +151,18 @@ EVERY = os.environ.get("SAEKIT_PROCESSES")
 SIZE = int(EVERY or 2)
 MESHES = [(2, 1), (1, 2)] if SIZE == 2 else [(2, 2), (4, 1), (1, 4)]
 """Processes along data, and along features."""
-CHOSEN: dict[str, Case] = {name: case for name, case in {**CASES, **FAST}.items() if EVERY or name in OF_EVERY_CHANGE}
+
+
+def _chosen(name: str, case: Case) -> Iterator[tuple[str, Case]]:
+    if EVERY:
+        yield name, case
+    elif name in OF_EVERY_CHANGE:  # in fewer steps, where nothing depends on their number
+        fixed = case.golden is not None or "training_tokens" in case.training
+        yield name, case if fixed else attrs.evolve(case, steps=min(case.steps, 12))
+
+
+CHOSEN = dict(one for name, case in {**CASES, **FAST}.items() for one in _chosen(name, case))
+"""Those that are compared."""
 
 
 def label(name: str, data: int, features: int) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import torch
 from support import sweeps
+from support.compiled import Counted, use
+from support.processes import Case, Found, trained
 from support.sweeps import DOCUMENTS, GainConfig, GainSAE
 from torch import Tensor
 
@@ -121,3 +124,16 @@ def of_strangers_architecture(world: World, folder: str) -> str:
     assert GainSAE.spreads_over == frozenset()
     assert GainConfig().penalty
     return str(run(world, folder, {"sae": {"name": "gain", "d_sae": 12}})["error"])
+
+
+def compiled(world: World, cases: dict[str, Case]) -> dict[str, tuple[Found, int]]:
+    """Steps whose losses ``torch.compile`` traces; what it makes of them runs as it is, and how often is counted."""
+    counted = Counted()
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        use(counted, patch)
+        for name, case in cases.items():
+            before = counted.runs
+            found[name] = trained(attrs.evolve(case, training={**case.training, "compile": True}), world)
+            found[name] = found[name], counted.runs - before
+    return found

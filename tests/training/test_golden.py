@@ -5,7 +5,6 @@ Run with ``-rP`` to see each case's largest deviation.  ``make_golden.py`` made 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import attrs
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
-from saekit_plugins.schedules.cosine import CosineConfig
-from saekit_plugins.schedules.cosine_restarts import CosineRestartsConfig
-from safetensors import safe_open
+from support.golden import FILES, TRACED, Golden, options_of, read
 from support.optimizers import adam_for
 from torch import Tensor
 
@@ -32,7 +29,6 @@ from saekit.training.trainer import SAETrainer
 pytestmark = pytest.mark.usefixtures("way")
 
 TOLERANCE = 1e-9
-FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 ONE_OPTION = {
     "b_dec_geometric_median", "b_dec_mean", "beta1_zero", "dense_batch", "l1_warmup", "lp_half", "lr_cosine_warmup",
     "lr_restarts", "lr_warmup_decay", "no_b_dec_to_input", "orthogonal_init", "plain", "strong_clip", "tanh_relu",
@@ -55,122 +51,25 @@ MIXED = {
     "mixed_tanh_relu_lp_two_dense_batch_restarts",
     "mixed_tanh_relu_no_b_dec_restarts_decay_strong_clip_beta1_zero",
 }
-PATCHES = {
-    "the activations' norm is estimated before b_dec is initialised",
-    "the fine-tuning methods name the scaling factor as the SAE names it",
-    "the ghost loss is summed over d_in like the mse, and is 0 when no feature is dead",
-    "the gradient parallel to the decoder rows is removed before clipping and the step",
-}
-"""What files may have undone in the reference: saekit does these things so."""
-TRACED = {
-    "loss": "losses/overall_loss",
-    "mse_loss": "losses/mse_loss",
-    "l1_loss": "losses/l1_loss",  # times the coefficient
-    "ghost_grad_loss": "losses/ghost_grad_loss",
-    "l0": "metrics/l0",
-    "lr": "details/current_learning_rate",
-    "l1_coefficient": "details/current_l1_coefficient",
-    "grad_norm": "details/grad_norm",
-    "dead_features": "sparsity/dead_features",  # at the step's begin
-    "scaling_factor": "",  # one number, of the activations
-}
-ONLY_THE_START = {"decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose"}
-"""Options whose whole effect is in the file's ``init`` tensors."""
-
-
-@attrs.frozen
-class Golden:
-    config: dict[str, Any]
-    scaled: bool
-    b_dec_from_batches: bool
-    tensors: dict[str, Tensor]
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        found = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
-        return {name.replace("finetuning_scaling_factor", "scaling_factor"): value for name, value in found.items()}
-
-    @property
-    def activation_scale(self) -> float:
-        return self.part("trace.")["scaling_factor"].item()
-
-
-def read(path: Path) -> Golden:
-    with safe_open(path, "pt") as file:
-        metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata.pop("made_with")
-    metadata.pop("own_deviation", None)
-    patched = json.loads(metadata.pop("patched", "[]"))
-    golden = Golden(
-        config=json.loads(metadata.pop("config")),
-        scaled=json.loads(metadata.pop("scale_sparsity_penalty_by_decoder_norm")),
-        b_dec_from_batches=metadata.pop("b_dec_from", None) == "batches",
-        tensors=tensors,
-    )
-    unknown = [*metadata, *(set(patched) - PATCHES)]
-    unknown += [name for name in golden.part("trace.") if name not in TRACED]
-    unknown += [name for name in tensors if name != "batches" and not name.startswith(("init.", "final.", "trace."))]
-    assert not unknown, f"{path.name} has {unknown}, which this test does not understand"
-    return golden
 
 
 def trainer_of(golden: Golden) -> SAETrainer:
-    """Every option is taken out of the config; what is left over is an error."""
-    config = dict(golden.config)
-    plugins = saekit.default_manager()
-    for name in ONLY_THE_START:
-        config.pop(name, None)
-    for name, value in {"noise_scale": 0.0, "hook_head_index": None}.items():  # nothing else can be compared
-        assert config.pop(name) == value, f"{name} is not {value}"
-    config.pop("hook_layer")
-    config.pop("b_dec_init_method")
-    normalized = config.pop("normalize_activations", False)
-    assert normalized or golden.activation_scale == 1
-    options = StandardConfig(
-        d_sae=config.pop("d_sae"),
-        activation=config.pop("activation_fn"),
-        apply_b_dec_to_input=config.pop("apply_b_dec_to_input"),
-        dtype="float64",
-        normalize_sae_decoder=config.pop("normalize_sae_decoder"),
-        l1_coefficient=config.pop("l1_coefficient"),
-        l1_warm_up_steps=config.pop("l1_warm_up_steps"),
-        lp_norm=float(config.pop("lp_norm")),
-        scale_sparsity_penalty_by_decoder_norm=golden.scaled,
-        mse_loss_normalization=config.pop("mse_loss_normalization") or "none",
-        use_ghost_grads=config.pop("use_ghost_grads"),
-    )
-    sae = build_module(plugins.find("sae_architectures", options), options, config.pop("d_in"), plugins)
-    training = TrainingConfig(
-        training_tokens=config.pop("training_tokens"),
-        finetuning_tokens=config.pop("finetuning_tokens", 0),
-        finetuning_method=config.pop("finetuning_method", None),
-        train_batch_size_tokens=config.pop("train_batch_size_tokens"),
-        lr=config.pop("lr"),
-        lr_warm_up_steps=config.pop("lr_warm_up_steps"),
-        lr_decay_steps=config.pop("lr_decay_steps"),
-        dead_feature_window=config.pop("dead_feature_window"),
-        feature_sampling_window=config.pop("feature_sampling_window"),
-        device="cpu",
-        log_frequency=1,
-    )
+    options, plugins = options_of(golden), saekit.default_manager()
+    own = StandardConfig(**options.sae)
+    sae = build_module(plugins.find("sae_architectures", own), own, options.d_in, plugins)
+    training = TrainingConfig(**options.training)
     if training.finetuning_method is not None:
         sae.add_scaling_factor()
     sae.load_public_tensors(golden.part("init."))
-    end, cycles = config.pop("lr_end"), config.pop("n_restart_cycles")
-    main = {
-        "constant": "constant",
-        "cosineannealing": CosineConfig(end=end),
-        "cosineannealingwarmrestarts": CosineRestartsConfig(end=end, n_restart_cycles=cycles),
-    }[config.pop("lr_scheduler_name")]
     schedule = ComposedSchedule(
-        training, lambda steps: plugins.build("lr_schedules", main, lr=training.lr, steps=steps)
+        training,
+        lambda steps: plugins.build("lr_schedules", options.lr_schedule, lr=training.lr, steps=steps),
     )
-    betas = {"beta1": config.pop("adam_beta1"), "beta2": config.pop("adam_beta2")}
-    trainer = SAETrainer(
+    return SAETrainer(
         name="golden",
         sae=sae,
-        sites=Sites.one(Site(hook_name=config.pop("hook_name"))),
-        optimizer=adam_for(sae.named_parameters(), schedule, **betas),
+        sites=Sites.one(Site(hook_name=options.hook_name)),
+        optimizer=adam_for(sae.named_parameters(), schedule, **options.optimizer),
         firing=FiringStatistics(
             sae.d_sae, dead_after=training.dead_feature_window, window=training.feature_sampling_window, device="cpu"
         ),
@@ -179,8 +78,6 @@ def trainer_of(golden: Golden) -> SAETrainer:
         training=training,
         scale=golden.activation_scale,
     )
-    assert not config, f"the file has options that this test does not understand: {config}"
-    return trainer
 
 
 class Deviations:
@@ -219,7 +116,7 @@ def rounding_of_gradient_norms(golden: Golden) -> list[float]:
     return torch.stack([((other - exact) / exact).abs() for other in others]).amax(0).tolist()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES.values(), ids=lambda path: path.stem)
 def test_thirty_steps_equal_the_reference(path: Path) -> None:
     golden = read(path)
     trainer = trainer_of(golden)
@@ -249,12 +146,12 @@ def test_thirty_steps_equal_the_reference(path: Path) -> None:
 
 
 def test_the_known_files_are_there() -> None:
-    assert {path.stem for path in FILES} >= ONE_OPTION | MIXED
+    assert set(FILES) >= ONE_OPTION | MIXED
 
 
 def test_cases_do_what_they_are_named_for() -> None:
     """Dead features, ghost losses and learned factors are there, so that their equality says something."""
-    for path in FILES:
+    for path in FILES.values():
         golden = read(path)
         trace, init, final = golden.part("trace."), golden.part("init."), golden.part("final.")
         if golden.config["use_ghost_grads"]:
@@ -267,7 +164,7 @@ def test_cases_do_what_they_are_named_for() -> None:
 
 
 def test_an_option_that_is_not_understood_is_an_error() -> None:
-    golden = read(FILES[0])
+    golden = read(next(iter(FILES.values())))
     with pytest.raises(AssertionError, match="does not understand: {'jump': 1}"):
         trainer_of(attrs.evolve(golden, config={**golden.config, "jump": 1}))
     with pytest.raises(AssertionError, match=r"noise_scale is not 0\.0"):
@@ -278,7 +175,9 @@ def rows_of(golden: Golden) -> Tensor:
     return golden.tensors["batches"].double().flatten(0, 1)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if read(path).b_dec_from_batches], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES.values() if read(path).b_dec_from_batches], ids=lambda path: path.stem
+)
 def test_initial_b_dec_equals_the_reference(path: Path) -> None:
     golden = read(path)
     method, rows = golden.config["b_dec_init_method"], rows_of(golden)

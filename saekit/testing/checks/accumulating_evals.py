@@ -12,8 +12,10 @@ from saekit.testing.backend import FakeBackend
 from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.measured_saes import ONE, built_for, some_contexts, some_sae
 from saekit.testing.checks.numbers import must_be_equal
+from saekit.testing.checks.two_processes import DATA, on_two
 
 if TYPE_CHECKING:
+    from saekit.distributed import World
     from saekit.sae import SAEModule
 
 CHECKS = Checks()
@@ -74,6 +76,20 @@ def parts_are_the_whole(subject: Subject) -> None:
     one, two, three = (_sums(measure, [sae], part)[0] for part in _PARTS)
     merged = _numbers(measure, measure.merge(one, measure.merge(two, three)))
     _must_be_near("the numbers of parts", merged, _numbers(measure, _sums(measure, [sae])[0]))
+
+
+@CHECKS.add
+def two_processes(subject: Subject) -> None:
+    """Sums can be told to another process: what two make of half of the contexts each is, merged, that of one pass."""
+    measure, sae = _accumulating(subject), some_sae(subject)
+
+    def merged(world: World) -> dict[str, float]:
+        own = _sums(measure, [sae], (slice(0, 4), slice(4, 6))[world.rank])[0]
+        return _numbers(measure, measure.merge(*world.all.objects(own)))
+
+    whole = _numbers(measure, _sums(measure, [sae])[0])
+    for number, found in enumerate(on_two({DATA: merged}, subject.place)[DATA]):
+        _must_be_near(f"the numbers of two processes, in process {number}", found, whole)
 
 
 @CHECKS.add

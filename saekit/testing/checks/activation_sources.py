@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from saekit.site import Site
 from saekit.testing.backend import FakeBackend
 from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_be_equal
+from saekit.testing.checks.spread_sources import must_share
 from saekit.values import Batch
 
 if TYPE_CHECKING:
-    from saekit.data import StreamContext
+    from saekit.data import ContextStream, StreamContext
 
 CHECKS = Checks()
 _SITE = Site(hook_name="blocks.0.hook_resid_post")
@@ -33,13 +35,18 @@ def _no_text(text: str) -> list[int]:
     raise NotImplementedError("documents are token ids here")
 
 
+def _contexts(part: tuple[int, int] = (0, 1), *, repeat: bool = False) -> ContextStream:
+    """A part of the text."""
+    from saekit.data import ContextStream, Documents, TokenPolicy
+
+    documents = Documents(_DOCUMENTS).part(*part)
+    return ContextStream(documents, _no_text, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
+
+
 def _stream(*, repeat: bool = True, sites: tuple[Site, ...] = (_SITE,), seed: int = 3, **options: Any) -> StreamContext:
-    from saekit.data import ContextStream, StreamContext, TokenPolicy
+    from saekit.data import StreamContext
 
-    def contexts() -> ContextStream:
-        return ContextStream(_DOCUMENTS, _no_text, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
-
-    given: dict[str, Any] = {"backend": FakeBackend(), "open_contexts": contexts} | options
+    given: dict[str, Any] = {"backend": FakeBackend(), "open_contexts": lambda: _contexts(repeat=repeat)} | options
     return StreamContext(sites=sites, batch_size=_BATCH, seed=seed, repeat=repeat, **given)
 
 
@@ -207,6 +214,13 @@ def exhaustion(subject: Subject) -> None:
     with _opened(subject, repeat=True) as source:
         more = sum(1 for _ in islice(source, 2 * len(sizes)))
     must(more == 2 * len(sizes), f"where the text is repeated, it ends after {more} batches")
+
+
+@CHECKS.add
+def two_processes(subject: Subject) -> None:
+    """Two processes read what one reads: where it says ``shares_rows``, each a part, and no row is lost or read twice;
+    else all rows alike, of which each gets a part.  It goes on from its state there, too."""
+    must_share(partial(_opened, subject), _stream, _contexts, _plain, subject.place)
 
 
 @CHECKS.add

@@ -7,13 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saekit.abilities import Elementwise
 from saekit.reasons import error_text
 from saekit.runs.state_files import write_state
 from saekit.testing.checks.check import Checks, Fault, Subject, must
-from saekit.testing.checks.numbers import must_be_equal, seeded
+from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
+from saekit.testing.checks.two_processes import DATA, FEATURES, on_two
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from saekit.distributed import World
 
 CHECKS = Checks()
 _LR = 0.05
@@ -25,7 +29,8 @@ _FACTOR = 0.25
 class _Training:
     """Parameters that are drawn to a target, and an optimizer of them."""
 
-    def __init__(self, subject: Subject, dtype: str = "float32") -> None:
+    def __init__(self, subject: Subject, dtype: str = "float32", part: int | None = None) -> None:
+        """``part``: of each parameter that has more than one number, this half alone."""
         import torch
 
         generator, kind = seeded(), getattr(torch, dtype)
@@ -33,8 +38,10 @@ class _Training:
         self.targets = {}
         for name, shape in _SHAPES.items():
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            target = torch.randn(shape, generator=generator, dtype=torch.float64)
+            drawn, target = (value if part is None else _half(value, part) for value in (drawn, target))
             self.parameters[name] = torch.nn.Parameter(drawn.to(kind))
-            self.targets[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+            self.targets[name] = target.to(kind)
         self.groups = [self._group(list(_SHAPES)[:-1], 1.0), self._group(["slower"], _FACTOR)]
         self.optimizer: Any = subject.build(groups=self.groups, lr=_LR)
 
@@ -147,6 +154,41 @@ def state(subject: Subject) -> None:
         other.optimizer.load_state_dict(saved)
         other.step(4)
         must_be_equal(f"weights after a state was loaded, of {taken_after} steps,", other.values(), one.values())
+
+
+@CHECKS.add
+def two_processes(subject: Subject) -> None:
+    """Two processes that are given the same make the same steps; where it says ``elementwise``, each with half of every
+    parameter makes the steps of one with all of it."""
+    import torch
+
+    def alike(world: World) -> dict[str, Any]:
+        training = _Training(subject, "float64")
+        training.step(5)
+        return training.values()
+
+    def halves(world: World) -> dict[str, Any]:
+        training = _Training(subject, "float64", part=world.features.rank)
+        training.step(5)
+        return training.values()
+
+    alone = _Training(subject, "float64")
+    alone.step(5)
+    works = {DATA: alike}
+    if isinstance(alone.optimizer, Elementwise) and alone.optimizer.elementwise:
+        works[FEATURES] = halves
+    found = on_two(works, subject.place)
+    for number, own in enumerate(found[DATA]):
+        must_be_equal(f"weights after steps in process {number} of two", own, alone.values())
+    if FEATURES in found:
+        for name, value in alone.values().items():
+            parts = [own[name] for own in found[FEATURES]]
+            joined = torch.cat(parts) if value.dim() else parts[0]
+            must_agree(f"{name} after steps of two processes with half of it each (elementwise)", joined, value, 1e-12)
+
+
+def _half(value: Any, part: int) -> Any:
+    return value.chunk(2)[part] if value.dim() else value
 
 
 def _must_be_plain(saved: Any, place: Path) -> None:

@@ -23,6 +23,7 @@ from saekit.testing.checks.dictionaries import (
 )
 from saekit.testing.checks.kept_dictionaries import KEPT
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
+from saekit.testing.checks.spread_dictionaries import SPREAD
 from saekit.transforms import Affine
 from saekit.values import Ports, StepOutput
 
@@ -359,4 +360,5 @@ def _must_learn(one: SAE, whole: SAE, names: set[str], where: str) -> None:
     must_be_one_step(again, stepped(again), reference, stepped(reference), where=f" ({where})")
 
 
+CHECKS.extend(SPREAD)
 CHECKS.extend(KEPT)

@@ -9,13 +9,17 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import Concludes, TakesCheckpoints
 from saekit.defaults import ALWAYS_TRACKED, DEFAULT_ARCHITECTURE
 from saekit.reasons import error_text
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
+from saekit.testing.checks.two_processes import DATA, on_two
 from saekit.values import Histogram, Metrics, RunEnd, RunInfo
+
+if TYPE_CHECKING:
+    from saekit.distributed import World
 
 CHECKS = Checks()
 _METRICS: Metrics = {
@@ -117,6 +121,26 @@ def resume(subject: Subject) -> None:
     again = subject.build(run=_run(subject.place, resumed_at=3))
     _in_its_thread(lambda: _logged(again, [3, 3, 4, 5, 6]))
     _in_its_thread(again.close)
+
+
+@CHECKS.add
+def two_processes(subject: Subject) -> None:
+    """In a run of several processes the first alone has it, and it waits for no other: all go on meanwhile."""
+    import torch
+
+    def followed(world: World) -> list[float]:
+        tracker = subject.build(run=_run(subject.place)) if world.main else None
+        told = []
+        for step in (1, 2):
+            if tracker is not None:
+                _in_its_thread(partial(_logged, tracker, [step]))
+            told.append(float(world.all.sum(torch.tensor(float(step)))))
+        if tracker is not None:
+            _in_its_thread(tracker.close)
+        return told
+
+    for number, told in enumerate(on_two({DATA: followed}, subject.place)[DATA]):
+        must(told == [2.0, 4.0], f"what process {number} heard of the other is {told}, expected [2.0, 4.0]")
 
 
 @CHECKS.add

@@ -136,6 +136,63 @@ class Unpicklable(StandardSAE):
         return copy
 
 
+class Partial(StandardSAE):
+    """Says that its features may be split, and sums what is its own."""
+
+    spreads_over = frozenset({"data", "features"})
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        features = self.activation(self.pre_activations(x))
+        output = features @ self.W_dec + self.b_dec
+        mse = (output - step.target_for(x)).square().sum(-1).mean()
+        return StepOutput(mse, {"mse_loss": mse.detach()}, output.detach(), (features.detach() > 0).sum(0))
+
+
+class OfOwnRows(StandardSAE):
+    """Says that batches may be split, and weighs rows by those that it has."""
+
+    spreads_over = frozenset({"data"})
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        found = super().losses(x, step)
+        return found._replace(loss=found.loss * x.detach().mean(0).norm())
+
+
+class OwnKernel(StandardKernel):
+    """Says so too, and forgets to sum its penalty."""
+
+    spreads_over = frozenset({"data", "features"})
+
+    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Any) -> StepOutput:
+        found = super().step(sae, x, step, workspace)
+        own = found.losses["l1_loss"] / sae.share.parts
+        return found._replace(losses={**found.losses, "l1_loss": own})
+
+
+class OfKernel(StandardSAE):
+    spreads_over = frozenset({"data", "features"})
+    step_kernels = (OwnKernel(),)
+
+
+class Uneven(StandardSAE):
+    """Asks the others in one process alone."""
+
+    spreads_over = frozenset({"data"})
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        if self.share.rows.rank:
+            self.share.row_mean(x)
+        return super().losses(x, step)
+
+
+class Silent(StandardSAE):
+    """Another loss, and not a word of many processes."""
+
+    def losses(self, x: Tensor, step: StepInput) -> StepOutput:
+        found = super().losses(x, step)
+        return found._replace(loss=found.loss * 2)
+
+
 CASES = cases(
     "sae_architectures",
     {
@@ -148,6 +205,7 @@ CASES = cases(
         "targets": ("its loss is the same whatever step.target is", Deaf),
         "kernels": (r"the gradient of b_dec \(one site, fast kernels\): off by 0.0001", Wrong),
         "unit_rows": ("norms of rows of W_dec: off by", Growing),
+        "two_processes": (r"the loss \(features split over 2 processes, one site, autograd\): off by", Partial),
         "checkpoint": ("the loss of a step from saved state: off by", Counting),
         "folding": (r"outputs after a scale was folded in \(one site\): off by", Unscaled),
         "mapping": (r"features after a map was folded in \(a target of another width\): off by", Shifted),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,15 @@ class OtherNumbers(Norms):
         return {"norm": -1.0}
 
 
+class Unshared(Norms):
+    """Its sums stay in the process that made them."""
+
+    def start(self, sae: Any, sites: Any) -> Sums:
+        sums = super().start(sae, sites)
+        sums.made_here = threading.Lock()  # type: ignore[attr-defined]
+        return sums
+
+
 CASES = cases(
     "evals",
     {
@@ -130,6 +140,7 @@ CASES = cases(
         ),
         "merge_in_any_order": ("parts in another order, norm: found", lambda config, run: FirstCounts()),
         "parts_are_the_whole": ("the numbers of parts, norm: found", lambda config, run: Forgets()),
+        "two_processes": ("cannot pickle '_thread.lock' object", lambda config, run: Unshared()),
         "several_in_one_pass": ("an SAE beside another, norm: found", lambda config, run: SharesSums()),
         "called_alone": ("the numbers of a call, norm: found -1, expected", lambda config, run: OtherNumbers()),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),

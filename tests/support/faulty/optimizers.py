@@ -53,6 +53,20 @@ class Hidden(Descent):
         return super().step()
 
 
+class ByNorm(Descent):
+    """Steps of one length, whatever the gradient's, which only who sees all of it can make."""
+
+    elementwise = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= parameter.grad.norm().clamp_min(1e-9)
+        return super().step()
+
+
 CASES = cases(
     "optimizers",
     {
@@ -61,6 +75,7 @@ CASES = cases(
         "groups": ("its param_groups lack the parameter slower", Forgetful),
         "rate": ("parameters after steps with lr 0, matrix: other numbers", Steady),
         "no_gradient": ("matrix, which has no gradient,: other numbers", Decaying),
+        "two_processes": (r"matrix after steps of two processes with half of it each \(elementwise\): off by", ByNorm),
         "state": ("weights after a state was loaded, of 0 steps,", Hidden),
     },
 )

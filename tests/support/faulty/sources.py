@@ -132,6 +132,47 @@ def broken(config: Any, *, stream: Any) -> Any:
     raise KeyError("rows")
 
 
+class Halved(Numbers):
+    """Says that it shares rows, and gives the same in each process."""
+
+    shares_rows = True
+
+    def __next__(self) -> Batch:
+        self.at += 1
+        return Batch(self.drawn(self.stream.own.batch_size))
+
+
+class Dropping(Numbers):
+    """Reads its part of the text, and where it is one of several, not to the end."""
+
+    shares_rows = True
+
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        read = stream.own.contexts.take(10**4)
+        left_out = 30 * (stream.processes - 1)
+        self.tokens, self.documents = (
+            torch.from_numpy(of[: of.size - left_out]) for of in (read.tokens.ravel(), read.documents.ravel())
+        )
+
+    def __next__(self) -> Batch:
+        n = self.stream.own.batch_size
+        part = slice(self.at * n, (self.at + 1) * n)
+        if not len(self.tokens[part]):
+            raise StopIteration
+        self.at += 1
+        rows = {site: some + self.stream.process for site, some in self.drawn(len(self.tokens[part])).items()}
+        return Batch(rows, tokens=self.tokens[part], documents=self.documents[part])
+
+
+class Numbered(Numbers):
+    """Knows nothing of other processes, and draws by its own number."""
+
+    def __init__(self, config: Any, *, stream: Any) -> None:
+        super().__init__(config, stream=stream)
+        self.seed += stream.process
+
+
 CASES = cases(
     "activation_sources",
     {
@@ -143,6 +184,7 @@ CASES = cases(
         "recipe": ("batches from a state with a recipe after 0, 0, .*: other numbers", Forgetful),
         "state_stays": ("a state, after the source went on,, at: found 6, expected 2", Alive),
         "exhaustion": ("it reads the text, which is read once, and has given 300 batches of 24 and no end", Reading),
+        "two_processes": ("it says shares_rows, and batch 0 has the same rows in both processes", Halved),
         "model_lock": (r"its thread \['mine'\] runs the model without stream.model_lock", Unlocked),
         "close": (r"after close\(\) there is still the thread mine", Lasting),
         "widths": ("it states the width 100 of blocks.0.hook_resid_post, and gives rows of 8", Boasting),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed
 from support.faulty.case import cases
 
 
@@ -68,6 +71,14 @@ class Optimist(Quiet):
         {"finished": 0, "failed": 1}[end.status]
 
 
+class Meeting(Quiet):
+    """Would meet the other processes, of which none has it."""
+
+    def log(self, metrics: Any, step: int) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.monitored_barrier(timeout=datetime.timedelta(seconds=0.3))
+
+
 class Unending:
     def __init__(self, config: Any, *, run: Any) -> None:
         pass
@@ -83,6 +94,7 @@ CASES = cases(
         "log": ("in the thread of its own it raised TypeError", NumbersOnly),
         "own_files": ("it writes mine.txt in the run folder, and did not ask run.file for it", Intruder),
         "resume": ("FileExistsError", Once),
+        "two_processes": ("in the thread of its own it raised .*", Meeting),
         "several": ("another run is followed", Alone),
         "checkpoints": ("log_checkpoint changes the folder", Mover),
         "end": ("KeyError: 'interrupted'", Optimist),

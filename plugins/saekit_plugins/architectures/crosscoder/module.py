@@ -82,7 +82,9 @@ class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
         coefficient, summed = sae.config.l1_at(step), sae.config.decoder_norm == "l1"
         fast = FastStep(sae, x, workspace, target=step.target)
         weights = sae.penalty_weights()
-        penalty = SparsityPenalty.of(x, len(x), coefficient, 1.0, weights, learns=sae.W_dec.requires_grad)
+        penalty = SparsityPenalty.of(
+            x, len(x), coefficient, 1.0, weights, learns=sae.W_dec.requires_grad, share=sae.share
+        )
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
             found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values_of(features))
@@ -92,7 +94,7 @@ class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
             penalty.count(features)
             fast.add(start, features, to_pre)
         result = fast.finish(
-            {"mse_loss": fast.mse, "l1_loss": sae.share.features.sum(penalty.value)},
+            {"mse_loss": fast.mse, "l1_loss": penalty.value},
             weights=(1, coefficient),
             coefficients={"l1_coefficient": coefficient},
             metrics=sae.shares(),

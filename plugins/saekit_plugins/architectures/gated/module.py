@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saekit import SAE, Ports, SAEConfig
 from saekit.abilities import SparseActivation
 from saekit.kernels import (
+    CHUNK,
     Encoder,
     FastStep,
     Features,
@@ -28,7 +29,7 @@ from saekit.kernels import (
     Workspace,
     active_groups,
     at_features,
-    decoded,
+    decoded_by_all,
     feature_sums,
     screen_for,
     values_of,
@@ -79,7 +80,8 @@ class _Gates:
         fast, n = self.fast, len(self.fast.target)
         bias, decoder = at_features(self.sae.b_gate.detach(), pre), fast.gradients.decoder
         gates = _with_values(pre, (values_of(pre) + bias).relu_())
-        error = decoded(gates, decoder, self.sae.b_dec.detach()).sub_(fast.target[start : start + pre.shape[0]])
+        error = decoded_by_all(gates, decoder, self.sae.b_dec.detach(), self.sae.share)
+        error -= fast.target[start : start + pre.shape[0]]
         self.errors += torch.linalg.vector_norm(error, dim=1).square().sum()
         error *= 2 / n
         self._penalize(gates)
@@ -130,10 +132,15 @@ def _with_values(features: Features, values: Tensor) -> Features:
     return features.with_values(values) if isinstance(features, SparseFeatures) else values
 
 
+def _rows(sae: GatedSAE) -> int:
+    """Of a group whose gates are many; processes with other features, of which fewer may be open, work on the same."""
+    return _ROWS if sae.share.parts == 1 else CHUNK
+
+
 class GatedKernel(SparseKernel["GatedSAE"]):
     """Of open gates alone, where few are."""
 
-    spreads_over = frozenset({"data"})  # groups of rows depend on how many gates are open
+    spreads_over = frozenset({"data", "features"})
 
     gradients = (*(name for name in SparseKernel.gradients if name != "b_enc"), *_OWN)
 
@@ -144,10 +151,11 @@ class GatedKernel(SparseKernel["GatedSAE"]):
 
     def beside(self, sae: GatedSAE, rows: int) -> int:
         # Where many gates are open: features, gates and the gradients to these.
-        return 3 * min(rows, _ROWS) * sae.d_sae
+        return 3 * min(rows, _rows(sae)) * sae.d_sae
 
     def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
-        return Encoder(sae.W_enc.detach(), torch.zeros_like(sae.b_gate), workspace)
+        zeros, split = torch.zeros_like(sae.b_gate), sae.share.parts > 1
+        return Encoder(sae.W_enc.detach(), zeros, workspace, by_chunk=split)
 
     def _open(self, sae: GatedSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         """``x̄ W_enc``, group by group: of what exceeds ``−b_gate``, or of all features and few rows."""
@@ -157,7 +165,8 @@ class GatedKernel(SparseKernel["GatedSAE"]):
             if isinstance(pre, SparseFeatures):
                 yield start, pre
                 continue
-            yield from zip(range(start, start + len(pre), _ROWS), pre.split(_ROWS), strict=True)
+            n = _rows(sae)
+            yield from zip(range(start, start + len(pre), n), pre.split(n), strict=True)
 
     def groups(self, sae: GatedSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         gain = sae.r_mag.detach().exp()
@@ -173,7 +182,7 @@ class GatedKernel(SparseKernel["GatedSAE"]):
             gates.add(start, pre)
         losses = {
             "mse_loss": fast.mse,
-            "l1_loss": gates.l1 / len(x),
+            "l1_loss": sae.share.features.sum(gates.l1 / len(x)),
             "auxiliary_reconstruction_loss": gates.errors / len(x),
         }
         return fast.finish(

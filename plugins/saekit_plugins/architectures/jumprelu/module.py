@@ -66,6 +66,8 @@ class _Jumps:
     _pre: Tensor = attrs.field(init=False)
     """Pre-activations of the group: of all features, or of the entries."""
     _start: int = attrs.field(init=False, default=0)
+    _l0: Tensor = attrs.field(init=False)
+    """``[rows]``: the active features of each row of the group; of all processes, where their number matters."""
 
     def __attrs_post_init__(self) -> None:
         config, self.threshold = self.sae.config, self.sae.threshold.detach()
@@ -96,9 +98,13 @@ class _Jumps:
     def _count(self, features: Features) -> None:
         config = self.sae.config
         if config.sparsity_loss != "tanh":
-            l0 = self._counts(features, self._pre > at_features(self.threshold, features))
-            target = config.target_l0
-            self.total += l0.sum() if target is None else (l0 - target).square().sum() * (2 / target)
+            active = self._pre > at_features(self.threshold, features)
+            l0, target = row_sums(features, active.to(values_of(features).dtype)), config.target_l0
+            if target is None:
+                self.total += l0.sum()
+            else:
+                self._l0 = self.sae.share.features.sum_(l0)
+                self.total += (self._l0 - target).square().sum() * (2 / target)
             return
         assert self.norms is not None
         assert self.to_norms is not None
@@ -123,23 +129,24 @@ class _Jumps:
             gradient += (1 - (norms * values).tanh().square()) * norms * (self.coefficient / self.n)
             jump = near.mul_(threshold * gradient)
         else:
-            jump = near.mul_(threshold * gradient + self._slope(features, active))
+            jump = near.mul_(threshold * gradient + self._slope(features, rows))
         self.to_threshold -= feature_sums(features, jump)
         to_pre = gradient.mul_(active)
         return to_pre.add_(jump) if config.ste_to_input else to_pre
 
-    def _slope(self, features: Features, active: Tensor) -> Tensor | float:
+    @property
+    def loss(self) -> Tensor:
+        """The mean of the rows' sparsity losses; of all features, for which each process asks once."""
+        own = self.total / self.n
+        return own if self.sae.config.sparsity_loss == "target_l0" else self.sae.share.features.sum(own)
+
+    def _slope(self, features: Features, rows: slice) -> Tensor | float:
         """The derivative of the loss by ``H`` of each entry, where it is a loss of their number."""
         target, slope = self.sae.config.target_l0, self.coefficient / self.n
         if target is None:
             return slope
-        off = (self._counts(features, active) - target).mul_(4 / target * slope)
-        return at_rows(off, features)
-
-    @staticmethod
-    def _counts(features: Features, active: Tensor) -> Tensor:
-        """``[rows]``: the active features of each row, in the type of their values."""
-        return row_sums(features, active.to(values_of(features).dtype))
+        l0 = self._l0[rows.start - self._start : rows.stop - self._start]
+        return at_rows((l0 - target).mul_(4 / target * slope), features)
 
     def add_pre_act_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
         """The pre-activation loss of the features whose numbers are ``dead``; its gradients are added to ``fast``'s."""
@@ -170,8 +177,6 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
     gradients = (*SparseKernel.gradients, "threshold")
 
     def refuses_options(self, sae: JumpReLUSAE, *, training: bool) -> str | None:
-        if training and "features" in sae.spread and sae.config.sparsity_loss == "target_l0":
-            return "the l0 of all features, which are split over processes, has no fast path"
         if isinstance(sae.activation, SparseActivation):
             return None
         return "the activation function declares no sparse support"
@@ -200,7 +205,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         return fast.finish(
             {
                 "mse_loss": fast.mse,
-                "sparsity_loss": sae.share.features.sum(jumps.total / len(x)),
+                "sparsity_loss": jumps.loss,
                 "pre_act_loss": sae.share.features.sum(pre_act),
                 "auxiliary_reconstruction_loss": aux,
             },

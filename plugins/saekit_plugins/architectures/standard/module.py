@@ -38,8 +38,6 @@ class StandardKernel(SparseKernel["StandardSAE"]):
             return "the activation function declares no sparse support"
         if training and sae.config.lp_norm == float("inf"):
             return "an infinite lp_norm has no fast path"
-        if training and "features" in sae.spread and sae.config.lp_norm != 1:
-            return "the norm of all features, which are split over processes, has no fast path for an lp_norm but 1"
         return "use_ghost_grads has no fast path" if training and sae.config.use_ghost_grads else None
 
     def why_no_screen(self, sae: StandardSAE) -> str | None:
@@ -61,19 +59,21 @@ class StandardKernel(SparseKernel["StandardSAE"]):
         weights = None if config.mse_loss_normalization == "none" else 1 / spread(target, sae.share)
         fast = FastStep(sae, x, workspace, target=target, row_weights=weights)
         norms = sae.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
-        penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=sae.W_dec.requires_grad)
+        learns = sae.W_dec.requires_grad
+        penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=learns, share=sae.share)
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:
-            found: Tensor = sae.activation.pre_gradient(penalty.add_gradient(gradient, features), values_of(features))
+            gradient = penalty.add_gradient(gradient, features, rows)
+            found: Tensor = sae.activation.pre_gradient(gradient, values_of(features))
             return found
 
         noise = self._noise(sae, step, len(x)) if config.noise_scale else None
         for start, features in self._groups(sae, fast.centered, workspace, noise):
-            penalty.count(features)
+            penalty.count(features, start)
             fast.add(start, features, to_pre)
         losses = {
             "mse_loss": fast.mse,
-            "l1_loss": sae.share.features.sum(penalty.value),
+            "l1_loss": penalty.value,
             "ghost_grad_loss": x.new_zeros(()),
         }
         return fast.finish(

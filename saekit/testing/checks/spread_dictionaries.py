@@ -1,0 +1,150 @@
+"""What an SAE architecture that says ``spreads_over`` promises of two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from saekit.testing.checks.check import Checks, NotTried, Subject
+from saekit.testing.checks.dictionaries import copied, made, must_be_one_step, rows, step_input, takes, uninitialized
+from saekit.testing.checks.two_processes import DATA, FEATURES, Mesh, on_two
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.distributed import World
+    from saekit.pretrained.sae import SAE
+    from saekit.values import StepOutput
+
+__all__ = ["SPREAD"]
+
+SPREAD = Checks()
+_EXACT = 1e-9
+_COUNTS = (14, 10)
+"""Rows of each of two processes."""
+_STEPS = ((0, 0.0), (3, 0.4))
+"""Number and part of the features that is dead."""
+_NAMES: dict[str, Mesh] = {"data": DATA, "features": FEATURES}
+
+
+@SPREAD.add
+def two_processes(subject: Subject) -> None:
+    """What it says that may be split (``spreads_over``, its kernels too): steps of two processes are those of one, in
+    reports, gradients and state, to 1e-9 in float64."""
+    step_input(uninitialized(subject))  # what is for inference alone says so
+    works, saes, refused = {}, {}, []
+    for name, mesh in _NAMES.items():
+        cases, reasons = [], []
+        for where, ports in (*takes(subject),)[:: len((*takes(subject),)) - 1 or 1]:
+            sae = made(subject, ports)
+            if reason := _refused(sae, *mesh):
+                reasons.append(reason)
+            else:
+                cases += [(f"{where}, {way}", one) for way, one in _ways(sae, name)]
+        refused += reasons[:1]
+        if cases:
+            saes[mesh] = cases
+            works[mesh] = partial(_stepped_by_two, [one for _, one in cases])
+    if not works:
+        raise NotTried("; ".join(dict.fromkeys(refused)))
+    for mesh, (found, other) in on_two(works, subject.place).items():
+        split = "batches" if mesh == DATA else "features"
+        for (where, sae), own, theirs in zip(saes[mesh], found, other, strict=True):
+            for told in (own, theirs):
+                for (number, dead), (step, state) in zip(_STEPS, told, strict=True):
+                    _must_be_that_of_one(sae, number, dead, step, state, f" ({split} split over 2 processes, {where})")
+
+
+def _refused(sae: SAE, data: int, features: int) -> str | None:
+    """Why a run would refuse it there."""
+    from saekit.errors import ConfigError
+    from saekit.sae.splitting import check_spread
+
+    try:
+        check_spread(sae, data, features)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _ways(sae: SAE, name: str) -> Iterator[tuple[str, SAE]]:
+    """By autograd, and by each kernel that would take a step of it there."""
+    spread = frozenset({name})
+    plain: Any = copied(sae, "reference")
+    plain.spread = spread
+    yield "autograd", plain
+    for kernel in sae.step_kernels:
+        fast: Any = copied(sae, "fast")
+        fast.step_kernels, fast.spread = (kernel,), spread
+        if fast.why_reference() is None:
+            yield kernel.name, fast
+
+
+def _stepped_by_two(saes: list[SAE], world: World) -> list[list[tuple[StepOutput, dict[str, dict[str, Tensor]]]]]:
+    """Of each, what this process knows of the whole after each step."""
+    return [[_step_of_two(sae, number, dead, world) for number, dead in _STEPS] for sae in saes]
+
+
+def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[StepOutput, dict[str, dict[str, Tensor]]]:
+    from saekit.sae.splitting import keep_part
+    from saekit.training.together import of_whole_batch
+
+    sae: Any = _copied(whole)
+    x, target = rows(whole.ports)
+    step = step_input(whole, step=number, dead=dead, target=target)
+    counts = _COUNTS if world.data.size > 1 else ()
+    first = sum(counts[: world.data.rank])
+    own = slice(first, first + counts[world.data.rank]) if counts else slice(None)
+    if world.features.size > 1:
+        keep_part(sae, world.features)
+    sae.share = share = world.share(counts)
+    part = slice(share.first_feature(sae.d_sae), share.first_feature(sae.d_sae) + sae.d_sae)
+    step = attrs.evolve(
+        step,
+        dead=None if step.dead is None else step.dead[part],
+        target=None if target is None else target[own],
+    )
+    found = of_whole_batch(sae, share, sae.training_step(x[own], step), len(x[own]))
+    found = found._replace(
+        loss=found.loss.detach(), output=share.all_rows(found.output), fired=share.all_features(found.fired)
+    )
+    gradients = {}
+    for entry in sae.table:
+        value = getattr(sae, entry.name)
+        if value is not None and value.grad is not None:
+            dim = None if entry.split is None else entry.dims.index(entry.split)
+            gradients[entry.name] = _gathered(value.grad, dim, world)
+    buffers = {name: buffer.detach().clone() for name, buffer in sae.named_buffers()}
+    return found, {"gradients": gradients, "buffers": buffers}
+
+
+def _copied(whole: SAE) -> SAE:
+    """With the kernels and the split of ``whole``, which are not of its state."""
+    sae: Any = copied(whole)
+    sae.spread = whole.spread
+    return sae  # type: ignore[no-any-return]
+
+
+def _gathered(value: Tensor, dim: int | None, world: World) -> Tensor:
+    import torch
+
+    return value.clone() if dim is None else torch.cat(world.features.gather(value), dim=dim)
+
+
+def _must_be_that_of_one(
+    sae: SAE, number: int, dead: float, found: StepOutput, state: dict[str, dict[str, Tensor]], where: str
+) -> None:
+    import torch
+
+    one, several = copied(sae, "reference"), copied(sae)
+    x, target = rows(sae.ports)
+    expected = one.training_step(x, step_input(one, step=number, dead=dead, target=target))
+    for name, value in several.named_parameters():
+        value.grad = state["gradients"].get(name)
+    with torch.no_grad():
+        for name, buffer in several.named_buffers():
+            buffer.copy_(state["buffers"][name])
+    must_be_one_step(several, found, one, expected, tolerance=_EXACT, where=where)

@@ -36,7 +36,8 @@ from saekit.commands.terminal import (
     watch,
 )  # fmt: skip
 from saekit.commands.terminal.arguments import examples
-from saekit.commands.terminal.ending import complain
+from saekit.commands.terminal.ending import last_words
+from saekit.commands.terminal.warned import Warned
 from saekit.errors import PluginWarning, SaekitError
 
 __all__ = ["app", "main"]
@@ -92,14 +93,15 @@ def main() -> NoReturn:
     """The console script: errors in one paragraph, exit code 2 for the user's mistakes, 1 for saekit's."""
     debug = "--debug" in sys.argv[1:]
     _make_printable()
-    _quiet_warnings()
+    warned = _quiet_warnings()
     try:
         code = app(standalone_mode=False)
+        warned.show_kept()
         _leave(code if isinstance(code, int) else 0)
     except SaekitError as error:
         if debug:
             raise
-        complain("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+        last_words(error, "\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         _leave(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,7 +114,7 @@ def main() -> NoReturn:
         if debug:
             raise
         lines = [f"error: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
-        complain("\n".join([*lines, "This is a fault of saekit or of a plugin; --debug shows where."]))
+        last_words(error, "\n".join([*lines, "This is a fault of saekit or of a plugin; --debug shows where."]))
         _leave(1)
 
 
@@ -126,16 +128,17 @@ def _make_printable() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _quiet_warnings() -> None:
+def _quiet_warnings() -> Warned:
     """Warnings as one line each; a left-out plugin is worth seeing, a library's deprecation is not."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, (PluginWarning, UserWarning, RuntimeWarning)) and not issubclass(
             category, DeprecationWarning
         ):
-            complain(f"warning: {message}")
+            warned.show(str(message))
 
-    warnings.showwarning = show
+    warned, warnings.showwarning = Warned(), show
+    return warned
 
 
 def _leave(code: int) -> NoReturn:

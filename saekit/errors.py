@@ -116,6 +116,8 @@ class LostProcessError(SaekitError):
     """Another process of a run has gone, or does not answer."""
 
     exit_code = 1
+    accounted = False
+    """Whether its notes say which process it is."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):

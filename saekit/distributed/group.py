@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -60,9 +61,9 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError(
-            f"another process of the run has gone, or does not answer: {str(error).strip().splitlines()[0]}"
-        ) from error
+        # Of what the engine says, neither the line of its own code nor whose logs to look at.
+        told = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        raise LostProcessError(f"another process of the run has gone, or does not answer: {told}") from error
 
 
 class JoinedGroup(Group):

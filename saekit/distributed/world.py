@@ -12,7 +12,6 @@ import itertools
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,13 +21,10 @@ from saekit.config import DistributedConfig, TrainConfig
 from saekit.distributed.group import Group, JoinedGroup
 from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
-from saekit.errors import LostProcessError
-from saekit.reasons import error_text
+from saekit.distributed.telling import Telling
 
 __all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
 
-_PATIENCE = 3.0
-"""Seconds in which a process that is still there says so."""
 _STORES: dict[tuple[str | None, ...], Any] = {}
 """What the processes of this one's launch write to, by how it was launched; opened once, for all worlds."""
 _OPENED = itertools.count()
@@ -48,52 +44,17 @@ class World:
     behind: Group = attrs.field(factory=Group)
     """Every process, for what threads tell each other while the loops speak in the other groups."""
 
-    store: Any = None
-    """What all processes can write to and read, although some of them have gone: torch's store; None: there is none."""
+    telling: Telling = attrs.field(factory=Telling)
+    """What they tell each other although some have gone."""
 
     @contextlib.contextmanager
     def accounted(self) -> Iterator[None]:
         """What ends this process is told to the others, and where it is that another has gone, which one and why."""
         try:
             yield
-        except LostProcessError as error:
-            if not getattr(error, "__notes__", ()):  # which has been found out by now
-                error.add_note(self._ends())
-            raise
         except BaseException as error:
-            if self.store is not None:
-                with contextlib.suppress(RuntimeError):
-                    self.store.set(f"ended/{self.rank}", error_text(error))
+            self.telling.account(error)
             raise
-
-    def _ends(self) -> str:
-        """What became of the other processes, in words."""
-        if self.store is None:
-            return "which process it is, is not known"
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        deadline, told = time.monotonic() + _PATIENCE, dict[int, str | None]()
-        try:
-            self.store.set(f"there/{self.rank}", "")
-            while time.monotonic() < deadline:
-                told = {rank: self._told(rank) for rank in others}
-                if None not in told.values():
-                    break
-                time.sleep(0.05)
-        except RuntimeError:  # it was the process that has the store
-            return "process 0 has gone: it was killed, or its machine is not there any more"
-        ends = [f"process {rank} ended: {text}" for rank, text in told.items() if text]
-        gone = [
-            f"process {rank} has gone: it was killed, or its machine is not there any more"
-            for rank, text in told.items()
-            if text is None
-        ]
-        return "; ".join([*ends, *gone]) or "all processes are still there"
-
-    def _told(self, rank: int) -> str | None:
-        """What ended a process; nothing, where it is there; None: it does not say."""
-        if self.store.check([f"ended/{rank}"]):
-            return str(self.store.get(f"ended/{rank}").decode())
-        return "" if self.store.check([f"there/{rank}"]) else None
 
     @property
     def rank(self) -> int:
@@ -150,7 +111,8 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
     try:
         with _ended_by_signals():
             world = _joined(launched, data, features, datetime.timedelta(seconds=config.timeout_s), cuda=cuda)
-        yield world
+        with world.telling.until_the_end():
+            yield world
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
@@ -194,7 +156,8 @@ def _joined(launched: Launched, data: int, features: int, timeout: datetime.time
     behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
     parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
     data_group, features_group = (part if part.size > 1 else Group() for part in parts)
-    return World(JoinedGroup(every), data_group, features_group, behind, store)
+    telling = Telling(store, launched.rank, launched.size)
+    return World(JoinedGroup(every), data_group, features_group, behind, telling)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from saekit.errors import PluginFailedError, SaekitError
+from saekit.errors import LostProcessError, PluginFailedError, SaekitError
 from saekit.kinds import Kind
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
@@ -103,7 +103,7 @@ def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequen
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostProcessError):
         raise
     except (SaekitError, ImportError) as error:
         note = f"In {doing} of the {_who(item)}."

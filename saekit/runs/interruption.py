@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 __all__ = ["Interruption"]
+
+_ECHOES = 5.0
+"""Seconds in which a signal that comes again is the same one."""
 
 
 class Interruption:
@@ -15,9 +19,14 @@ class Interruption:
 
     A second one is raised where it comes, as every one is after :meth:`act_at_once`.  Outside the main thread, which
     alone gets signals, it does nothing.
+
+    Of several ``processes``, whoever started them passes on what it gets, and a cluster may send it to each as well: a
+    second one that comes so soon is the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self._echoes_until = 0.0
+        self._several = processes > 1
         self.signal = signal.SIGINT
         """What was received, if anything was."""
         self._asked = self._at_once = False
@@ -39,7 +48,10 @@ class Interruption:
             self.raise_if_asked()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        now = time.monotonic()
+        if self._several and now < self._echoes_until:
+            return
+        self.signal, self._echoes_until = signal.Signals(number), now + _ECHOES
         if self._asked or self._at_once:
             raise KeyboardInterrupt
         self._asked = True
@@ -52,6 +64,7 @@ class Interruption:
     def hand_on(self, number: int) -> None:
         """A signal has come to another process of the run, which is as if it had come here."""
         self.signal, self._asked = signal.Signals(number), True
+        self._echoes_until = time.monotonic() + _ECHOES
 
     def forget(self) -> None:
         """There is nothing left that a signal could stop."""

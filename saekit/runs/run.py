@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ from saekit.values import RunEnd
 __all__ = ["begin", "go_on"]
 
 _INTERRUPTED_TOO = "that was interrupted, too"
+_SLOW = 5.0
+"""Seconds: whoever interrupts, as a cluster does, does not wait for two checkpoints that each take longer."""
 
 
 def begin(
@@ -162,7 +165,7 @@ def _run(
                 resumed_at=member.trainer.step if resumed else None,
                 waiting=(untracked or {}).get(name, {}),
             )
-        interruption = Interruption()
+        interruption = Interruption(session.world.size)
         saving = Saving(session, record.folder, trackers, interruption, standing)
         try:
             with interruption:
@@ -336,11 +339,9 @@ def _save_after(
         problem = "the other processes of the run need not be at the same step"
     elif session.batches:
         try:
-            saved, record = _saved(session, record, saving)
-        except (
-            Exception,
-            KeyboardInterrupt,
-        ) as failed:  # a full disk, or the device that the first error was about: tell both
+            enough = _SLOW if isinstance(error, KeyboardInterrupt) else math.inf
+            saved, record = _saved(session, record, saving, enough)
+        except (Exception, KeyboardInterrupt) as failed:  # a full disk, or what the first error was about: tell both
             problem = str(failed) if isinstance(failed, StorageError) else f"{type(failed).__name__}: {failed}"
             if isinstance(failed, KeyboardInterrupt):
                 problem = _INTERRUPTED_TOO
@@ -367,10 +368,10 @@ def _save_after(
         error.add_note(f"and the run as it was before could not be saved: {problem}; {on} {newest or ''}".rstrip())
 
 
-def _saved(session: Session, record: RunRecord, saving: Saving) -> tuple[Path | None, RunRecord]:
+def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -> tuple[Path | None, RunRecord]:
     """Save the session, in a new run folder if the run's own is lost; returns the checkpoint, and the run it is of."""
     try:
-        return saving.save(), record
+        return saving.save(enough), record
     except RunFolderLostError:
         rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)

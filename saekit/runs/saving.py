@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -40,8 +41,6 @@ __all__ = ["Saving"]
 _KEPT_FOR_TRACKERS = 8
 """So many old checkpoints are kept for trackers that have still to read them, beside those that are being read."""
 _SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
-
-
 _NOT_NOW = (StorageError, RuntimeError, MemoryError)  # a full disk, or a full memory
 _T = TypeVar("_T")
 
@@ -208,13 +207,18 @@ class Saving:
         except StorageError as error:
             warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
 
-    def save(self) -> Path | None:
+    def save(self, enough: float = math.inf) -> Path | None:
         """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.
 
         In the middle of a step, or with ``checkpoints.keep_last = 0``, the SAEs alone are saved.  None: all diverged.
-        What cannot be written is raised.
+        What cannot be written is raised.  One that is being written will do if that takes ``enough`` more seconds: to
+        train its steps again takes no longer than to write another.
         """
+        before, begun = self._now, time.monotonic()
         self.settle()
+        slow = before is not None and self._saved == before.path and time.monotonic() - begun >= enough
+        if self._session.world.all.once(lambda: slow and self._resumable):
+            return self._saved
         path = self._noticed(lambda: self._begin(spaced=False, finished=False))
         if (now := self._now) is not None:
             self._noticed(now.writing.wait)
@@ -294,7 +298,7 @@ class Saving:
         world = session.world
         saes = staging.saes(worth, world)
         if not resumable:
-            write = functools.partial(write_saes, place, saes) if saes else _nothing_to_write
+            write = functools.partial(write_saes, place, saes) if saes else lambda go_on: None
             return write, staging.arrived(), list(saes)
         files = (
             *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), world)),
@@ -375,10 +379,6 @@ class Saving:
         self.settle()
         path = self._last_good.get(name)
         return None if path is None else self._folder / "checkpoints" / path.name / name
-
-
-def _nothing_to_write(go_on: Callable[[], None]) -> None:
-    """Another process writes it."""
 
 
 def _seen(path: Path) -> tuple[bool, bool]:

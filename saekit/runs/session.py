@@ -184,6 +184,7 @@ class Session:
             world=self.world,
             say=lambda text: self.say(text),
             differs=self.other_rows.append,
+            doubt=warn_of if self.world.main else _pass_over,  # each would count its own part of the text
         )
         self._streams.append(stream)
         if reader is None:
@@ -341,6 +342,10 @@ class Session:
         """End every source."""
         for lane in self.lanes:
             lane.source.close()
+
+
+def _pass_over(text: str) -> None:
+    """The first process has said it."""
 
 
 @attrs.frozen

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from saekit.config import TrainConfig
@@ -42,6 +44,7 @@ def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginMan
     told: dict[str, dict[Any, Any]] = {
         "option": options[0] if len(options) == 1 else dict(enumerate(options)),
         "version": versions(),
+        "code": {"saekit": _code()},
         "plugin": {f"{item.kind.name} {item.key}": item.version for item in known},
         "checkpoint": {"to go on from": place},
     }
@@ -50,11 +53,26 @@ def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginMan
         first, other = every[0][what], every[number][what]
         odd = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if odd:
-            values = ", ".join(f"{name} is {other.get(name)!r}, not {first.get(name)!r}" for name in odd[:3])
+            values = ", ".join(_differing(name, other, first) for name in odd[:3])
             raise ConfigError(
                 f"the processes of a run must be alike, and process {number} has another {what} than process 0: "
                 f"{values}. Start all by the same command, in the same environment"
             )
+
+
+def _differing(name: str, other: Mapping[Any, Any], first: Mapping[Any, Any]) -> str:
+    for which, one, more in (("it", first, other), ("process 0", other, first)):
+        if name in one and name not in more:
+            return f"{which} has no {name}, which is {one[name]!r} in the other"
+    return f"{name} is {other[name]!r}, not {first[name]!r}"
+
+
+def _code() -> str:
+    """A checksum of saekit's own code, which may have been changed without another version."""
+    package, summed = Path(__file__).parents[1], hashlib.blake2b(digest_size=6)
+    for path in sorted(package.rglob("*.py")):
+        summed.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return summed.hexdigest()
 
 
 def spread(sae: SAEModule, world: World) -> None:

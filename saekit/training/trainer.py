@@ -242,10 +242,11 @@ class SAETrainer:
                 f"the loss or gradient of {self.sites.name} was not finite at a step after {self._sound_until} and "
                 f"before {self.step}, and no step was made since"
             )
+        share = self.sae.share  # what follows is of the whole batch, so that every process says the same
+        mean, most = share.mean(x.norm(dim=-1)).item(), max(map(float, share.rows.gather(x.abs().max())))
         raise DivergedError(
-            f"{what} (learning rate {self.optimizer.lr:g}, {len(x)} activations of mean norm "
-            f"{x.norm(dim=-1).mean().item():.4g} and largest value {x.abs().max().item():.4g}, gradient norm "
-            f"{norm:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
+            f"{what} (learning rate {self.optimizer.lr:g}, {share.n(len(x))} activations of mean norm {mean:.4g} and "
+            f"largest value {most:.4g}, gradient norm {norm:.4g}). Lower training.lr, or add training.lr_warm_up_steps"
         )
 
     @torch.no_grad()
@@ -255,7 +256,7 @@ class SAETrainer:
             finite = value.sum().isfinite()  # only if all its numbers are; only if it is not, each is looked at
             if not bool(finite):
                 finite = value.isfinite().all()
-            if not bool(torch.stack(self.sae.share.features.gather(finite)).all()):
+            if not bool(torch.stack(self.world.all.gather(finite)).all()):  # all agree
                 raise DivergedError(
                     f"{name} of the SAE at {self.sites.name} holds numbers that are not finite after step {self.step} "
                     f"(learning rate {self.optimizer.lr:g}). Lower training.lr, or add training.lr_warm_up_steps"

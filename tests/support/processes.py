@@ -232,7 +232,11 @@ def launch(size: int, command: Sequence[str], timeout: float = 3600, **environme
 
 
 def ended(size: int, command: Sequence[str], timeout: float = 300, **environment: str) -> list[tuple[int, str]]:
-    """The same, with the exit code of each; all are forks of one that has imported torch."""
+    """The same, with the exit code of each; all are forks of one that has imported torch.
+
+    ``SENT``, words such as ``1:KILL:2.5``, has process 1 get that signal after so many seconds.  With ``TORCHRUN``, the
+    others get a SIGTERM when one has failed, and half a minute later a SIGKILL, as torchrun does it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -260,14 +264,24 @@ def fork(folder: Path, size: int, timeout: float, command: list[str]) -> None:
             runpy.run_path(command[0], run_name="__main__")
             sys.exit()
         children.append(child)
-    codes, deadline = dict[int, int](), time.monotonic() + timeout
+    begun, codes = time.monotonic(), dict[int, int]()
+    due = [(begun + timeout, child, signal.SIGKILL) for child in children]
+    for rank, name, seconds in (one.split(":") for one in os.environ.get("SENT", "").split()):
+        due.append((begun + float(seconds), children[int(rank)], signal.Signals[f"SIG{name}"]))
+    torchrun = "TORCHRUN" in os.environ
     while left := [child for child in children if child not in codes]:
         for child in left:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 codes[child] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
+        now = time.monotonic()
+        if torchrun and any(codes.values()):
+            torchrun, wait = False, [(0, signal.SIGTERM), (30, signal.SIGKILL)]
+            due += [(now + seconds, child, number) for child in left for seconds, number in wait]
+        for when, child, number in [one for one in due if one[0] <= now]:
+            due.remove((when, child, number))
+            if child not in codes:
+                os.kill(child, number)
         time.sleep(0.02)
     print(json.dumps([codes[child] for child in children]))
 

@@ -1,7 +1,8 @@
 """What the processes of :mod:`support.processes` do that is about checkpoints: runs that are stopped, and go on.
 
 Run as a script (``FOLDER HOW RANK STEP``), it is one process of a run in which that of number ``RANK`` ends in the
-middle of a step: ``killed`` by SIGKILL, or ``fails``.
+middle of a step: ``killed`` by SIGKILL, or ``fails``.  With ``goes on``, it ends as it likes, and a run that is there
+already is gone on with.
 """
 
 from __future__ import annotations
@@ -169,6 +170,21 @@ def fails() -> None:
     raise ValueError("a fault of an architecture")
 
 
+def trains(folder: Path, **sections: Any) -> None:
+    saekit.train(options(folder, **CHANGES, **sections), plugins=manager(), dataset=DOCUMENTS)
+
+
+def goes_on(folder: Path) -> None:
+    """A longer run, as whoever finds it stopped starts it again."""
+    if (folder / "run/run.json").exists():
+        saekit.resume(folder / "run", plugins=manager(), dataset=DOCUMENTS)
+        return
+    many = {"training_tokens": 8000, "dead_feature_window": 2, "feature_sampling_window": 3}
+    changes = {**CHANGES, "training": {**CHANGES["training"], **many}, "distributed": {"timeout_s": 60}}
+    changes["checkpoints"] = {**CHANGES["checkpoints"], "n_checkpoints": 15}
+    saekit.train(options(folder, **changes), plugins=manager(), dataset=DOCUMENTS)
+
+
 def main(folder: str, how: str, rank: str, step: str) -> None:
     import torch
 
@@ -178,8 +194,7 @@ def main(folder: str, how: str, rank: str, step: str) -> None:
         ends_at(int(rank), int(step), ends[how])
     begun = time.monotonic()
     try:
-        config = options(Path(folder), **CHANGES)
-        quietly(lambda: saekit.train(config, plugins=manager(), dataset=DOCUMENTS))
+        quietly(lambda: goes_on(Path(folder)) if how == "goes on" else trains(Path(folder)))
     except Exception as error:
         print(error, *getattr(error, "__notes__", ()), f"{time.monotonic() - begun:.0f} s", sep="\n")
         sys.exit(1)

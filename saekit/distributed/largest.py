@@ -13,12 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["OF_ALL", "OF_ROWS", "counts_sent", "keys_bits", "sorted_keys", "threshold"]
+from saekit.distributed.sizes import digit_ends
 
-OF_ALL = 11
-"""Bits of a digit where one threshold is looked for: few messages."""
-OF_ROWS = 2
-"""Where each of many rows has one: few bytes."""
+__all__ = ["keys_bits", "sorted_keys", "threshold"]
 
 
 def keys_bits(dtype: torch.dtype) -> int:
@@ -26,19 +23,8 @@ def keys_bits(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float64 else 32
 
 
-def _ends(bits: int, digit: int) -> list[int]:
-    """The bits below each digit, the first digit first."""
-    return [*range(bits - digit, 0, -digit), 0]
-
-
-def counts_sent(bits: int, digit: int) -> int:
-    """Numbers that each process tells to find one threshold."""
-    ends = [bits, *_ends(bits, digit)]
-    return sum((1 << (above - below)) - 1 for above, below in zip(ends, ends[1:], strict=False))
-
-
 def sorted_keys(values: Tensor) -> Tensor:
-    """int64 ``[..., m]`` in the order of floating point ``values [..., m]``; what is no number is above all, as in topk."""
+    """int64 ``[..., m]`` in the order of ``values [..., m]``; what is no number is above all, as in topk."""
     bits = keys_bits(values.dtype)
     wide, whole = (torch.float64, torch.int64) if bits == 64 else (torch.float32, torch.int32)
     values = values.to(wide) + 0.0  # zero has two signs
@@ -50,15 +36,16 @@ def sorted_keys(values: Tensor) -> Tensor:
 def threshold(
     keys: Tensor, wanted: int, bits: int, digit: int, sum_of_all: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Of each row of the ``keys [..., m]`` of all processes the ``wanted``-th largest, and how many of those equal to it
-    are wanted: int64 ``[...]`` both.
+    """Of each row of the ``keys [..., m]`` of all processes the ``wanted``-th largest, and how many of those equal to
+    it are wanted: int64 ``[...]`` both.
 
-    Where there are fewer, the least key that there may be.  ``sum_of_all`` adds up what every process gives.
+    Where there are fewer, the least key that there may be.  ``digit`` are the bits of a digit, and ``sum_of_all`` adds
+    up what every process gives.
     """
     left = torch.full(keys.shape[:-1], wanted, dtype=torch.int64, device=keys.device)
     prefix = torch.zeros_like(left)
     above = bits  # of the prefix
-    for below in _ends(bits, digit):
+    for below in digit_ends(bits, digit):
         first, size = above == bits, 1 << (above - below)
         found = (keys >> below) + size // 2 if first else (keys >> below) & (size - 1)  # the first has the sign
         there = torch.ones_like(keys) if first else (keys >> above == prefix.unsqueeze(-1)).to(torch.int64)

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.group import Group
-from saekit.distributed.largest import OF_ALL, OF_ROWS, keys_bits, sorted_keys, threshold
+from saekit.distributed.largest import keys_bits, sorted_keys, threshold
+from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS
 
-__all__ = ["FEW", "WHOLE", "Share"]
-
-FEW = 512
-"""Candidates of a row that one process hears of from the others; where it would be more, counts are told instead."""
+__all__ = ["WHOLE", "Share"]
 
 
 class _Summed(torch.autograd.Function):

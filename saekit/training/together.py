@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.share import Share
+from saekit.distributed.sizes import LARGE
 from saekit.sae.module import SAEModule
 from saekit.values import StepOutput
 
 __all__ = ["of_whole_batch"]
-
-
-_LARGE = 1 << 16
-"""Numbers of a gradient from which on it is a message of its own; smaller ones go together."""
 
 
 @torch.no_grad()
@@ -32,11 +29,11 @@ def of_whole_batch(sae: SAEModule, share: Share, result: StepOutput, rows: int) 
     if len({*share.counts}) == 1 and type(sae).before_update is SAEModule.before_update:  # which is linear
         weight, left = 1.0, weight
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
-    small = [gradient for gradient in gradients if gradient.numel() < _LARGE]
+    small = [gradient for gradient in gradients if gradient.numel() < LARGE]
     for gradient in gradients:
         if weight != 1:
             gradient.mul_(weight)
-        if gradient.numel() >= _LARGE:
+        if gradient.numel() >= LARGE:
             share.rows.sum_(gradient)
     metrics = {name: value for name, value in result.metrics.items() if isinstance(value, Tensor)}
     wide = torch.promote_types(result.loss.dtype, torch.float32)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.group import Group
-from saekit.distributed.largest import OF_ALL, OF_ROWS, counts_sent, sorted_keys
-from saekit.distributed.share import FEW, Share
+from saekit.distributed.largest import sorted_keys
+from saekit.distributed.share import Share
+from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS, counts_sent
 
 DATA, FEATURES = 3, 2
 

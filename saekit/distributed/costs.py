@@ -10,11 +10,19 @@ from collections.abc import Callable
 
 import attrs
 
+from saekit.distributed.sizes import FEW, LARGE, OF_ALL, OF_ROWS, counts_sent
+
 __all__ = ["Job", "Mesh", "Message", "Rates", "advised", "meshes"]
 
 _FLOAT, _LONG = 4, 8
 _CHUNK = 1024
 """Rows at a time of which a fast step holds all features: :data:`saekit.kernels.encoder.CHUNK`."""
+_ENTRIES, _ENTRY = 1 << 18, 64
+"""Entries of a sparse group, and about the bytes that one takes with all that is made of it."""
+_EXCESS = 1.5
+"""Times as many candidates as are wanted where entries compete over the whole batch."""
+_BLOCK = 2048
+"""Features at a time of which CPUs make weight gradients."""
 
 
 @attrs.frozen
@@ -41,6 +49,8 @@ class Message:
     """Whether each hears what every other has; else each hears the sum."""
     size: float
     """Bytes that each process gives."""
+    revives: bool = False
+    """Whether it is AuxK's, and there only while features are dead."""
 
     def sent(self, processes: int) -> float:
         """Bytes that each of so many processes sends where they stand in a ring (Patarasuk and Yuan 2009, "Bandwidth
@@ -82,9 +92,15 @@ class Job:
     """Numbers that the optimizer keeps of each parameter."""
     screened: bool = False
     """Whether a first look in bfloat16 finds what is active, as on CPUs: then a chunk's features and a copy of the
-    encoder are there in half as many bytes, and no chunk of features in float32."""
+    encoder are there in half as many bytes, no chunk of features in float32, and gradients are made block by block."""
     gathers_rows: bool = True
     """Whether each process has rows of its own, which a feature group gathers."""
+    vectors: int = 1
+    """Split parameters that have one number for each feature, such as ``b_enc``."""
+    k_aux: int = 0
+    """Dead features of each row that AuxK trains, counted as if as many were dead; 0: none."""
+    centers: bool = True
+    """Whether ``b_dec`` is subtracted from what the encoder reads."""
 
     @classmethod
     def topk(cls, d: int, d_sae: int, rows: int, k: int) -> Job:
@@ -104,41 +120,103 @@ class Job:
         return self.parameters(mesh) * (2 + self.moments) * _FLOAT + 2 * _LONG * self.d_sae / mesh.features
 
     def step_bytes(self, mesh: Mesh) -> float:
-        """What a fast step takes beside that: features of a chunk of rows, and inputs, outputs and their gradients."""
-        rows = self.rows / mesh.data
-        own = self.d_sae / mesh.features
-        features = (0.5 if self.screened else 1.5) * min(rows, _CHUNK) * own
-        features += 0.5 * self.d_in * own if self.screened else 0
-        exchanged = sum(
-            message.size / _FLOAT * (self._processes(message, mesh) + 1)
-            for message in self.messages(mesh)
-            if message.gathers
+        """What a fast step takes beside that, when it takes most: see :meth:`held`."""
+        return sum(self.held(mesh).values())
+
+    def held(self, mesh: Mesh) -> dict[str, float]:
+        """Bytes of the tensors that a fast step has at one time, by what they are; AuxK's are left out.
+
+        On a CPU memory of products is kept from step to step, so that features, the rounded encoder and masks are there
+        while gradients are made.
+        """
+        rows, own = self.rows / mesh.data, self.d_sae / mesh.features
+        chunk, group = min(rows, _CHUNK), self._group(mesh)
+        found = {"inputs": _FLOAT * rows * self.d_in * (2 if self.centers else 1)}
+        found["errors"] = _FLOAT * group * self.d_out
+        if not self.screened:
+            found["features of a chunk"] = 1.5 * _FLOAT * chunk * own
+            return found | self._in_gradients(mesh)
+        found["features of a chunk"] = chunk * own * (2 + 1)  # bounds in bfloat16, and a mask
+        found["the rounded encoder"] = 2 * own * (self.d_in + 8)
+        # While a chunk is looked at, of every 32 the largest is there in float32, five times.
+        return found | max(
+            {"bounds of a chunk": chunk * own * 5 * _FLOAT / 32},
+            self._in_gradients(mesh),
+            key=lambda one: sum(one.values()),
         )
-        return _FLOAT * (features + 4 * rows * (self.d_in + self.d_out) + exchanged)
+
+    def _in_gradients(self, mesh: Mesh) -> dict[str, float]:
+        """Of :meth:`held`, what is there while gradients are made."""
+        rows, own, group = self.rows / mesh.data, self.d_sae / mesh.features, self._group(mesh)
+        found = {"reconstructions": _FLOAT * rows * self.d_out}
+        if self.k:
+            made = min(own, _BLOCK) if self.screened else own
+            found["gradients of a group"] = _FLOAT * made * max(self.d_in, self.d_out)
+            found["active entries"] = _ENTRY * self._entries(mesh)
+        if mesh.features > 1:  # small groups are kept until there are several
+            several = min(rows, max(_CHUNK, own / 2))
+            found["errors kept"] = _FLOAT * several * (self.d_out if several <= group else 2 * self.d_out + self.d_in)
+        found["what others tell"] = sum(
+            message.size * (self._processes(message, mesh) + (2 if message.what == "largest features" else 1))
+            for message in self.messages(mesh)
+            if message.gathers and not message.revives
+        )
+        return found
+
+    def _entries(self, mesh: Mesh) -> float:
+        """Active entries of a group of rows, those included that compete with others'."""
+        rows, own = self.rows / mesh.data, self.d_sae / mesh.features
+        if self._competing == "all":
+            return _EXCESS * self.k * rows / mesh.features
+        return min(rows * self.k, max(_ENTRIES, _CHUNK * own * _FLOAT / 4 / _ENTRY))
+
+    def _group(self, mesh: Mesh) -> float:
+        """Rows of a group."""
+        rows, own = self.rows / mesh.data, self.d_sae / mesh.features
+        if not self.k:
+            return min(rows, _CHUNK)
+        if self._competing == "all":
+            return rows
+        most = max(_ENTRIES, _CHUNK * own * _FLOAT / 4 / _ENTRY)
+        return min(rows, max(most // (self.k * _CHUNK), 1) * _CHUNK)
 
     def bytes(self, mesh: Mesh) -> float:
         """Of one process, for the SAE and its steps."""
         return self.state_bytes(mesh) + self.step_bytes(mesh)
 
+    def _small(self, mesh: Mesh) -> float:
+        """Numbers of gradients that go together with counts."""
+        own, alike = self.d_sae / mesh.features, self.alike if self.alike < LARGE else 0
+        if own * max(self.d_in, self.d_out) < LARGE:
+            return self.split / mesh.features + alike
+        return (self.vectors * own if own < LARGE else 0) + alike
+
     def messages(self, mesh: Mesh) -> list[Message]:
-        """Those of one step, the few numbers of losses and metrics left out."""
+        """Those of one step, but for a few numbers, such as losses."""
         found, rows = [], self.rows / mesh.data
         if mesh.features > 1:
             if self.gathers_rows:
                 found.append(Message("rows", "features", True, _FLOAT * self.rows / mesh.size * self.d_in))
             if self._competing == "features":
-                found.append(Message("largest features", "features", True, _FLOAT * rows * self.k))
+                found += _of_rows("largest features", rows, self.k, mesh.features)
             found.append(Message("reconstructions", "features", False, _FLOAT * rows * self.d_out))
-            found.append(Message("gradient of b_dec", "features", False, _FLOAT * self.d_in))
+            if self.centers:
+                found.append(Message("gradient of b_dec", "features", False, _FLOAT * self.d_in))
+            if self.k_aux:
+                found += _of_rows("dead features", rows, self.k_aux, mesh.features, revives=True)
+                found.append(Message("reconstructions by AuxK", "features", False, _FLOAT * rows * self.d_out, True))
         if mesh.data > 1:
-            found.append(Message("gradients", "data", False, _FLOAT * self.parameters(mesh)))
-            found.append(Message("firing counts", "data", False, _LONG * self.d_sae / mesh.features))
-        if self._competing == "all":  # any process may have all that are active, padded to as many
-            most = _FLOAT * min(self.rows * self.k, rows * self.d_sae / mesh.features)
-            if mesh.features > 1:
-                found.append(Message("largest features", "features", True, most))
-            if mesh.data > 1:  # by then each knows those of its feature group
-                found.append(Message("largest features", "data", True, mesh.features * most))
+            small = self._small(mesh)
+            found.append(Message("gradients", "data", False, _FLOAT * (self.parameters(mesh) - small)))
+            counts = _LONG * (self.d_sae / mesh.features + small)
+            found.append(Message("firing counts and small gradients", "data", False, counts))
+            if self.k_aux:
+                found.append(Message("means for AuxK", "data", False, 2 * _FLOAT * self.d_out, True))
+        if self._competing == "all":
+            counts = _LONG * counts_sent(32, OF_ALL)
+            for over in ("features", "data"):
+                if getattr(mesh, over) > 1:
+                    found.append(Message("counts of largest features", over, False, counts))
         return found
 
     @staticmethod
@@ -149,17 +227,37 @@ class Job:
         """What each process sends in a step."""
         return sum(message.sent(self._processes(message, mesh)) for message in self.messages(mesh))
 
-    def seconds(self, mesh: Mesh, rates: Rates) -> float:
-        """Of a step: products, the optimizer's way through memory, and messages, one after the other.
-
-        The encoder meets all features, ``2 d_in`` operations for each row and feature; what follows meets ``k`` of
-        each row, or where ``k`` is 0 all, in four more products.
-        """
+    def operations(self, mesh: Mesh) -> float:
+        """Additions and multiplications of a step in products of matrices: the encoder meets all features, ``2 d_in``
+        for each row and feature, and where ``k`` is 0 four more products do, as no feature need be zero."""
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
-        active = self.k / mesh.features if self.k else own
-        operations = 2 * rows * (self.d_in * own + 2 * (self.d_in + self.d_out) * active)
-        moved = self.parameters(mesh) * _FLOAT * (3 + 2 * self.moments)  # weights and moments there and back, gradients
-        return operations / rates.flops + moved / rates.memory + self.sent_bytes(mesh) / rates.links
+        return 2 * rows * own * (self.d_in + (0 if self.k else 2 * (self.d_in + self.d_out)))
+
+    def moved_bytes(self, mesh: Mesh) -> float:
+        """What a step reads and writes besides: weights and moments there and back, gradients made, added to the norm,
+        read and written once more; features of each row, several times; rows of weights that active entries meet."""
+        rows, own = self.rows / mesh.data, self.d_sae / mesh.features
+        moved = self.parameters(mesh) * _FLOAT * (2 + 2 * self.moments + 5)
+        moved += rows * own * (3 * 2 + 3 if self.screened else 3 * _FLOAT)  # written, and looked at twice; and a mask
+        moved += self.d_in * own * (2 * _FLOAT + 2) if self.screened else 0
+        return moved + rows * self.k / mesh.features * _FLOAT * (2 * self.d_in + 3 * self.d_out)
+
+    def seconds(self, mesh: Mesh, rates: Rates) -> float:
+        """Of a step: products, what goes through memory, and messages, one after the other."""
+        done = self.operations(mesh) / rates.flops + self.moved_bytes(mesh) / rates.memory
+        return done + self.sent_bytes(mesh) / rates.links
+
+
+def _of_rows(what: str, rows: float, k: int, parts: int, *, revives: bool = False) -> list[Message]:
+    """How each row's ``k`` largest of so many ``parts`` of features are found: see
+    :meth:`saekit.distributed.Share.among_largest`."""
+    if (parts - 1) * k <= FEW:
+        return [Message(what, "features", True, _FLOAT * rows * k, revives)]
+    counts = _FLOAT * rows * counts_sent(32, OF_ROWS)
+    return [
+        Message(f"counts of {what}", "features", False, counts, revives),
+        Message(f"counts of equal {what}", "features", True, _FLOAT * rows, revives),
+    ]
 
 
 def meshes(size: int) -> list[Mesh]:

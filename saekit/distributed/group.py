@@ -34,6 +34,10 @@ class Group:
         """The same, in the memory of ``value``."""
         return value
 
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`sum` of each of several small ``values``, of whatever types, in one message."""
+        return [*values]
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """The ``value`` of every process, in their order; of one shape and type."""
         return [value]
@@ -93,6 +97,13 @@ class JoinedGroup(Group):
         else:
             value.copy_(self.sum(value))
         return value
+
+    @not_compiled
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        # In float64, which has all digits of float32, and of whole numbers up to 2^53.
+        flat = self.sum_(torch.cat([value.detach().reshape(-1).double() for value in values]))
+        parts = flat.split([value.numel() for value in values])
+        return [part.to(value.dtype).view(value.shape) for part, value in zip(parts, values, strict=True)]
 
     @not_compiled
     def gather(self, value: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ are averaged by the trainer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.group import Group
+from saekit.distributed.largest import keys_bits, sorted_keys, threshold
+from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS
 
 __all__ = ["WHOLE", "Share"]
 
@@ -127,11 +130,30 @@ class Share:
         return found.values, found.indices, self.among_largest(found.values, k)
 
     def among_largest(self, values: Tensor, k: int) -> Tensor:
-        """Which of ``values [..., m]``, own candidates, are among the ``k`` largest of the candidates of all."""
+        """Which of ``values [..., m]``, own candidates, are among the ``k`` largest of the candidates of all.
+
+        Few are told to all others; of many, each row's threshold is found by counts.
+        """
+        if (self.parts - 1) * k > FEW:
+            return self._chosen(values, k, OF_ROWS, self.features.sum, self.features.gather, self.features.rank)
         everywhere = torch.cat(self.features.gather(values), dim=-1)
         best = everywhere.topk(min(k, everywhere.shape[-1]), dim=-1, sorted=False).indices
         chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(-1, best, True)
         return chosen.narrow(-1, self.features.rank * values.shape[-1], values.shape[-1])
+
+    @staticmethod
+    def _chosen(
+        values: Tensor, wanted: int, digit: int, sum_of_all: Callable[[Tensor], Tensor],
+        gather: Callable[[Tensor], list[Tensor]], rank: int,
+    ) -> Tensor:  # fmt: skip
+        """Which of ``values [..., m]`` are among their row's ``wanted`` largest of all processes, of equal ones at the
+        threshold the first by process and then by place."""
+        keys = sorted_keys(values.detach())
+        limit, at_limit = threshold(keys, wanted, keys_bits(values.dtype), digit, sum_of_all)
+        limit = limit.unsqueeze(-1)
+        ties = keys == limit
+        before = torch.stack(gather(ties.sum(-1, dtype=torch.int32))[: rank + 1])[:-1].sum(0)
+        return (keys > limit) | (ties & (ties.cumsum(-1) <= (at_limit - before).unsqueeze(-1)))
 
     # ---- of both
 
@@ -140,16 +162,18 @@ class Share:
         parts = torch.stack(self.features.gather(own))
         return [part for of_rows in self.rows.gather(parts) for part in of_rows]
 
+    def sum_of_all(self, own: Tensor) -> Tensor:
+        """The sum of ``own`` over every process of the step; without a gradient."""
+        return self.rows.sum(self.features.sum(own))
+
     def largest_of_all(self, values: Tensor, wanted: int) -> Tensor:
-        """Which of ``values [m]``, own candidates, are among the ``wanted`` largest of those of all processes."""
-        lengths = [int(length) for length in self.everybody(torch.tensor(len(values), device=values.device))]
-        padded = values.new_full((max(lengths),), -torch.inf)
-        padded[: len(values)] = values.detach()
-        everywhere = torch.cat([own[:length] for own, length in zip(self.everybody(padded), lengths, strict=True)])
-        best = everywhere.topk(min(wanted, len(everywhere)), sorted=False).indices
-        chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter_(0, best, True)
-        first = sum(lengths[: self.rows.rank * self.parts + self.features.rank])
-        return chosen[first : first + len(values)]
+        """Which of ``values [m]``, own candidates, are among the ``wanted`` largest of those of all processes.
+
+        Of equal ones at the threshold the first are taken: by rows, then by features, then by place.  What is sent does
+        not depend on how many candidates there are: see :func:`saekit.distributed.largest.threshold`.
+        """
+        rank = self.rows.rank * self.parts + self.features.rank
+        return self._chosen(values, wanted, OF_ALL, self.sum_of_all, self.everybody, rank)
 
     def noise(self, rows: int, features: int, generator: torch.Generator) -> Tensor:
         """``[rows, features]``: this process's part of normal numbers that are drawn for all rows and all features."""

@@ -69,6 +69,12 @@ class Encoder:
         """The number of features."""
         return len(self.b_enc)
 
+    @property
+    def entries(self) -> int:
+        """Sparse entries of one group, about."""
+        quarter = CHUNK * self.d_sae * self.W_enc.itemsize // 4
+        return max(_ENTRIES, quarter // _ENTRY_BYTES)
+
     def product(self, rows: Tensor) -> Tensor:
         """``x̄ W_enc`` of ``rows [n, d_in]``, in memory that the next call uses again.
 
@@ -127,8 +133,7 @@ class Pending:
     chunks: list[SparseFeatures] = attrs.field(factory=list)
 
     def add(self, start: int, found: SparseFeatures) -> Iterator[tuple[int, SparseFeatures]]:
-        quarter = CHUNK * self.encoder.d_sae * found.values.itemsize // 4
-        if sum(map(len, self.chunks)) + len(found) > max(_ENTRIES, quarter // _ENTRY_BYTES):
+        if sum(map(len, self.chunks)) + len(found) > self.encoder.entries:
             yield from self.flush()
         if not self.chunks:
             self.start = start

@@ -11,6 +11,7 @@ its entries alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import attrs
@@ -49,6 +50,24 @@ def decoded_by_all(features: Features, decoder: Tensor, bias: Tensor | None, sha
     return product if bias is None else product.add_(bias)
 
 
+@attrs.frozen(eq=False)
+class _Outer:
+    """A sparse group's outer products: ``fᵀ output``, and ``preᵀ x`` where the encoder learns."""
+
+    features: SparseFeatures
+    pre: Tensor | None
+    x: Tensor
+    output: Tensor
+
+    @classmethod
+    def joined(cls, groups: Sequence[_Outer]) -> _Outer:
+        if len(groups) == 1:
+            return groups[0]
+        pre = None if groups[0].pre is None else torch.cat([group.pre for group in groups if group.pre is not None])
+        x, output = torch.cat([group.x for group in groups]), torch.cat([group.output for group in groups])
+        return cls(SparseFeatures.joined([group.features for group in groups]), pre, x, output)
+
+
 @attrs.define(eq=False)
 class Gradients:
     """Sums the gradients to an encoder and a decoder.  What need not learn costs nothing."""
@@ -63,10 +82,12 @@ class Gradients:
     """Whether anything of the encoder learns."""
     of_decoder: bool = True
     """Whether ``W_dec`` learns or a factor of its rows."""
-    W_enc: Tensor | None = attrs.field(default=None, init=False)
-    """``[d_sae, d_in]``: the gradient to :attr:`encoder`."""
-    W_dec: Tensor | None = attrs.field(default=None, init=False)
-    """``[d_sae, d_in]``: ``fᵀ g``."""
+    by_several: bool = False
+    """Have the outer products of several sparse groups made at once: for small groups, each a pass over the memory of
+    both gradients."""
+    _W_enc: Tensor | None = attrs.field(default=None, init=False)
+    _W_dec: Tensor | None = attrs.field(default=None, init=False)
+    _later: list[_Outer] = attrs.field(factory=list, init=False)
     b_enc: Tensor = attrs.field(init=False)
     """``[d_sae]``."""
     fired: Tensor = attrs.field(init=False)
@@ -75,6 +96,26 @@ class Gradients:
     def __attrs_post_init__(self) -> None:
         self.b_enc = self.encoder.new_zeros(len(self.encoder))
         self.fired = torch.zeros(len(self.encoder), dtype=torch.int64, device=self.encoder.device)
+
+    @property
+    def W_enc(self) -> Tensor | None:
+        """``[d_sae, d_in]``: the gradient to :attr:`encoder`; None: of no group so far."""
+        self._settle()
+        return self._W_enc
+
+    @W_enc.setter
+    def W_enc(self, value: Tensor | None) -> None:
+        self._W_enc = value
+
+    @property
+    def W_dec(self) -> Tensor | None:
+        """``[d_sae, d_in]``: ``fᵀ g``."""
+        self._settle()
+        return self._W_dec
+
+    @W_dec.setter
+    def W_dec(self, value: Tensor | None) -> None:
+        self._W_dec = value
 
     def add(self, features: Features, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
         """Add those of a group: the encoder's input ``x``, and ``output``, the gradient to its reconstructions.
@@ -88,14 +129,30 @@ class Gradients:
 
     def _add_sparse(self, f: SparseFeatures, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
         self.fired += f.counts()
-        if self.of_decoder:
-            self.W_dec, new = self.made(self.W_dec, self.decoder)
-            f.add_outer_products(f.values, output, self.W_dec, replace=new)
+        pre = None
         if self.of_encoder:
             pre = to_pre(f.inner_products(output, self.decoder), f, rows)
             self.b_enc += f.sums(pre)
-            self.W_enc, new = self.made(self.W_enc, self.encoder)
-            f.add_outer_products(pre, x, self.W_enc, replace=new)
+        if not self.by_several:
+            self._add_outer(_Outer(f, pre, x, output))
+            return
+        if sum(one.features.n for one in self._later) + f.n > max(CHUNK, f.d_sae // 2):
+            self._settle()  # what is kept of rows is half as large as one of the gradients, at most
+        self._later.append(_Outer(f, pre, x, output.clone()))
+
+    def _settle(self) -> None:
+        """Make the outer products that are still to be made."""
+        later, self._later = self._later, []
+        if later:
+            self._add_outer(_Outer.joined(later))
+
+    def _add_outer(self, of: _Outer) -> None:
+        if self.of_decoder:
+            self.W_dec, new = self.made(self._W_dec, self.decoder)
+            of.features.add_outer_products(of.features.values, of.output, self.W_dec, replace=new)
+        if of.pre is not None:
+            self.W_enc, new = self.made(self._W_enc, self.encoder)
+            of.features.add_outer_products(of.pre, of.x, self.W_enc, replace=new)
 
     def _add_dense(self, f: Tensor, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
         self.fired += self._positive(f)

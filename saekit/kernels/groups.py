@@ -6,6 +6,7 @@ As in :mod:`saekit.kernels.encoder`, rows go through in chunks, and without auto
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -34,21 +35,41 @@ def top_groups(
     ``scale [d_sae]``, above zero, multiplies pre-activations before they are compared; the values are without it.
     ``screen`` is one for the same scale.  Where features are split, ``share`` says how; of all, own ones are given.
     """
+    chunks = _top_of_chunks(encoder, rows, k, scale, screen)
+    if share.parts > 1:
+        yield from _top_of_all(chunks, k, encoder.entries // (k * CHUNK) or 1, scale, share)
+        return
     pending = Pending(encoder)
+    for start, found in chunks:
+        yield from pending.add(start, _unscaled(found, scale))
+    yield from pending.flush()
+
+
+def _top_of_chunks(
+    encoder: Encoder, rows: Tensor, k: int, scale: Tensor | None, screen: Screen | None
+) -> Iterator[tuple[int, SparseFeatures]]:
+    """Own ones, scaled, of each chunk with its first row."""
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
         found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
         if found is None:
             screen = None  # it would refuse the others, too
             found = top_entries(encoder.pre_activations(part, scale), k, encoder.workspace)
-        yield from pending.add(start, _unscaled(_among_all(found, k, share), scale))
-    yield from pending.flush()
+        yield start, found
+
+
+def _top_of_all(
+    chunks: Iterator[tuple[int, SparseFeatures]], k: int, together: int, scale: Tensor | None, share: Share
+) -> Iterator[tuple[int, SparseFeatures]]:
+    """The same, of which other processes have other features: so many chunks ``together``, whoever has how many
+    entries, so that all ask each other at the same rows."""
+    while some := [*islice(chunks, together)]:
+        found = SparseFeatures.joined([chunk for _, chunk in some])
+        yield some[0][0], _unscaled(_among_all(found, k, share), scale)
 
 
 def _among_all(found: SparseFeatures, k: int, share: Share) -> SparseFeatures:
     """Of own entries, the largest of each row, those that are among the ``k`` largest of all features."""
-    if share.parts == 1:
-        return found
     values, numbers = found.padded(k)
     keep = torch.zeros(len(found), dtype=torch.bool, device=values.device)
     keep[numbers[share.among_largest(values, k) & (values > -torch.inf)]] = True
@@ -70,18 +91,32 @@ def batch_top(
     ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.  Where rows or features are
     split, ``share`` says how, and ``wanted`` are those of all; own ones are given.
     """
-    if share.split:
-        found = batch_top(encoder, rows, min(wanted, len(rows) * encoder.d_sae), scale=scale, screen=screen)
-        return found.kept(share.largest_of_all(found.scaled(scale).values, wanted))
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" and not share.split:
         return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
-    probe = rows[:PROBE]
-    for excess in (1.5, 6.0, None):  # a cut that leaves too few was too high; the first rows were not like the others
-        cut = 0.0 if excess is None else _cut(encoder, probe, scale, excess * wanted * len(probe) / len(rows))
-        found = _above(encoder, rows, cut if scale is None else cut / scale, screen)
-        if cut == 0 or len(found) >= wanted:
-            break
+    found = _candidates(encoder, rows, wanted, scale, screen, share)
+    if share.split:
+        return found.kept(share.largest_of_all(found.scaled(scale).values, wanted))
     return found if len(found) <= wanted else found.kept(_largest(found.scaled(scale).values, wanted))
+
+
+def _candidates(
+    encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None, screen: Screen | None, share: Share
+) -> SparseFeatures:
+    """Own ones above a cut that is the same for all processes: of all together, some more than are ``wanted``, or all
+    that are above zero."""
+    probe, whole = rows[:PROBE], share.n(len(rows)) * share.parts
+    for excess in (1.5, 6.0, None):  # a cut that leaves too few was too high; the first rows were not like the others
+        cut = 0.0 if excess is None else _cut(encoder, probe, scale, excess * wanted * len(probe) / whole)
+        if share.split and excess is not None:
+            cuts = share.sum_of_all(torch.tensor(cut, dtype=torch.float64, device=rows.device))
+            cut = float(cuts) / (share.rows.size * share.parts)
+        found = _above(encoder, rows, cut if scale is None else cut / scale, screen)
+        there = len(found)
+        if share.split and cut:
+            there = int(share.sum_of_all(torch.tensor(there, device=rows.device)))
+        if cut == 0 or there >= wanted:
+            break
+    return found
 
 
 def _cut(encoder: Encoder, rows: Tensor, scale: Tensor | None, wanted: float) -> float:

@@ -86,6 +86,7 @@ class FastStep:
             workspace,
             of_encoder=bool(learns - _OF_OUTPUTS) or ("b_dec" in learns and self._centers),
             of_decoder=bool(learns & {"W_dec", "scaling_factor"}),
+            by_several=self._sae.share.parts > 1,  # whose groups are single chunks
         )
         self._b_dec = torch.zeros_like(self._sae.b_dec)
 

@@ -57,18 +57,25 @@ def in_step(config: TrainConfig, world: World) -> TrainConfig:
 def job_of(sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_rows: bool) -> Job:
     """What costs depend on of a whole ``sae``, of which the optimizer keeps so many bytes."""
     numbers = sae.table.count()
-    split = sum(
-        getattr(sae, entry.name).numel()
+    parts = [
+        getattr(sae, entry.name)
         for entry in sae.table
         if entry.split == "d_sae" and getattr(sae, entry.name) is not None
+    ]
+    split = sum(part.numel() for part in parts)
+    options: Any = sae.config
+    return Job(
+        split,
+        numbers - split,
+        *(sae.d_in, sae.d_out, sae.d_sae, config.training.train_batch_size_tokens),
+        k=int(getattr(options, "k", 0) or 0) if sae.competes_over else 0,
+        competes=sae.competes_over,
+        moments=(kept or 0) / (numbers * torch.float32.itemsize),
+        gathers_rows=gathers_rows,
+        vectors=sum(part.dim() == 1 for part in parts),
+        k_aux=int(getattr(sae, "k_aux", 0)) if getattr(sae, "aux_coefficient", 0) else 0,
+        centers=options.apply_b_dec_to_input,
     )
-    k: Any = getattr(sae.config, "k", 0) or 0
-    competes = sae.competes_over
-    rows = config.training.train_batch_size_tokens
-    moments = (kept or 0) / (numbers * torch.float32.itemsize)
-    k = int(k) if competes else 0
-    sizes = sae.d_in, sae.d_out, sae.d_sae, rows
-    return Job(split, numbers - split, *sizes, k, competes, moments, gathers_rows=gathers_rows)
 
 
 def mesh_text(mesh: Mesh) -> str:

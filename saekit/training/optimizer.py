@@ -84,8 +84,9 @@ class ScheduledOptimizer:
         return bool(self._failed)
 
     @torch.no_grad()
-    def step(self, step: int, loss: Tensor | None = None) -> Tensor:
-        """One update from the parameters' ``grad``, whose memory is given up; returns the norm before clipping.
+    def step(self, step: int, loss: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """One update from the parameters' ``grad`` times ``factor``, whose memory is given up; returns the norm before
+        clipping.
 
         When the ``loss``, a scalar if it is given, or the norm is not finite, weights and moments stay as they are, in
         this step and in all that follow: see :attr:`failed`.
@@ -93,11 +94,11 @@ class ScheduledOptimizer:
         self.lr = self._schedule(step)
         self._show_gradients()
         gradients = [p.grad for p in self._shown if p.grad is not None]
-        norm = self._total_norm(gradients)
+        norm = self._total_norm(gradients) if factor == 1 else self._total_norm(gradients) * factor
         sound = norm if loss is None else loss.detach() + norm
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
-            self._update(norm)
+            self._update(norm, factor)
         for shown in self._shown:
             shown.grad = None
         SHARED.recycle(gradients)
@@ -114,12 +115,19 @@ class ScheduledOptimizer:
         alike, own = (nn.utils.get_total_norm(some).to(self._failed.device).square() for some in parts)
         return (alike + self._features.sum(own)).sqrt()
 
-    def _update(self, norm: Tensor) -> None:
-        if self._clip and self._guarded is not None:
+    def _update(self, norm: Tensor, factor: float) -> None:
+        if self._guarded is not None:
             # A kernel divides by this as it reads, which saves a pass; the 1e-6 is torch's, in clipping.
-            self._guarded.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1).float()
-        elif self._clip:
-            nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
+            scale = ((norm + 1e-6) / self._clip).clamp_min(1).float() if self._clip else None
+            if factor != 1:
+                scale = (torch.ones_like(self._failed) if scale is None else scale) / factor
+            self._guarded.grad_scale = scale
+        else:
+            for shown in self._shown if factor != 1 else ():
+                if shown.grad is not None:
+                    shown.grad.mul_(factor)
+            if self._clip:
+                nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
         for group in self._inner.param_groups:
             group["lr"] = self.lr * group["lr_factor"]
         self._inner.step()

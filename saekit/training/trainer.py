@@ -143,10 +143,10 @@ class SAETrainer:
         self.sae.share = share
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
-        result = of_whole_batch(self.sae, share, result, len(x))
+        result, factor = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
             self.sae.before_update()
-        grad_norm = self.optimizer.step(self.step, result.loss)
+        grad_norm = self.optimizer.step(self.step, result.loss, factor)
         self.step += 1
         self.tokens += (n := share.n(len(x)))
 

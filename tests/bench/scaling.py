@@ -2,8 +2,9 @@
 
     python tests/bench/scaling.py count [--size 2 4]        bytes that real processes give to each collective (gloo)
     python tests/bench/scaling.py memory [--size 1 2 4]     memory of real processes in training (Linux, CPU)
-    python tests/bench/scaling.py fake [--size 8 64 512]    parts and messages at large sizes, of fake processes
-    python tests/bench/scaling.py rates                     what this machine does in a second
+    python tests/bench/scaling.py fake [--size 8 64 512]    messages and tensors of a step at large sizes, of fake
+                                                            processes; and the state of an SAE on the meta device
+    python tests/bench/scaling.py time [--size 1 2]         steps of real processes, by rates found in the same run
     python tests/bench/scaling.py table | picture FILE      those of docs/scaling.md
 
 The fake processes are private to torch, and used here alone.  Prints figures; it judges nothing.
@@ -16,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +31,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from saekit_plugins.architectures.topk import TopKConfig
 from support.processes import Call, Case, part_of, together
+from torch.utils._python_dispatch import TorchDispatchMode  # private: here alone
+from torch.utils._pytree import tree_leaves
 
 import saekit
 from saekit.distributed import World
 from saekit.distributed.costs import Job, Mesh, Rates, advised, meshes
 from saekit.distributed.group import Group, JoinedGroup
+from saekit.kernels.screen import why_no_screen
+from saekit.kernels.workspace import SHARED
 from saekit.kinds import SAE_ARCHITECTURES
 from saekit.runs.timing import bytes_text
 from saekit.sae.build import build_module
@@ -42,14 +48,16 @@ from saekit.training.firing import FiringStatistics
 
 ROWS = 1024
 KINDS: dict[str, dict[str, Any]] = {"topk": {"name": "topk", "k": 8, "aux_loss_coefficient": 0.0},
+                                    "revived": {"name": "topk", "k": 8},
                                     "batchtopk": {"name": "batchtopk", "k": 8, "aux_loss_coefficient": 0.0},
                                     "standard": {"name": "standard", "l1_coefficient": 1.0}}  # fmt: skip
 
 
 def case(kind: str, d: int, d_sae: int, steps: int, rows: int = ROWS) -> Case:
-    """Metrics only after the first and the last step."""
+    """Metrics only after the first and the last step; features die in the second, where they shall be revived."""
+    window = 1 if kind == "revived" else 1000
     return Case(
-        KINDS[kind], {"log_frequency": 1000, "dead_feature_window": 1000}, widths=(d,), fast=True, dtype="float32",
+        KINDS[kind], {"log_frequency": 1000, "dead_feature_window": window}, widths=(d,), fast=True, dtype="float32",
         rows=rows, d_sae=d_sae, steps=steps,
     )  # fmt: skip
 
@@ -57,8 +65,15 @@ def case(kind: str, d: int, d_sae: int, steps: int, rows: int = ROWS) -> Case:
 def job(kind: str, d: int, d_sae: int, rows: int = ROWS) -> Job:
     """The same, as costs know it."""
     k = KINDS[kind].get("k", 0)
-    competes = {"topk": "features", "batchtopk": "all"}.get(kind)
-    return attrs.evolve(Job.topk(d, d_sae, rows, k), competes=competes, gathers_rows=False)
+    competes = {"standard": None, "batchtopk": "all"}.get(kind, "features")
+    k_aux = d // 2 if kind == "revived" else 0
+    return attrs.evolve(Job.topk(d, d_sae, rows, k), competes=competes, gathers_rows=False, k_aux=k_aux)
+
+
+def on_cpu(of: Job, mesh: Mesh) -> Job:
+    """With a first look in bfloat16 where there is one."""
+    shape = torch.device("cpu"), torch.float32, of.d_sae // mesh.features
+    return attrs.evolve(of, screened=bool(of.k) and why_no_screen(*shape) is None)
 
 
 # ---- what is sent
@@ -88,12 +103,12 @@ def counted(sent: Counter[str]) -> Iterator[None]:
 
 
 def count(world: World, of: Case) -> dict[str, int]:
-    """Bytes that this process gives in the second of three steps, which makes no metrics."""
+    """Bytes that this process gives in the third of four steps, which makes no metrics."""
     trainer, sent = of.trainer(world), Counter[str]()
     for number, batch in enumerate(of.batches()):
         part = part_of(batch, of, world)
         rows = trainer.rows_of(part)
-        if number != 1:
+        if number != 2:
             trainer.train_on(*rows, part)
             continue
         with counted(sent):
@@ -122,7 +137,7 @@ def count_all(sizes: list[int], d: int = 64, d_sae: int = 4096) -> None:
     for size in sizes:
         calls = {
             f"{kind} {mesh.data} {mesh.features}": Call(
-                f"{Path(__file__).stem}:count", mesh.data, mesh.features, (case(kind, d, d_sae, 3),)
+                "bench.scaling:count", mesh.data, mesh.features, (case(kind, d, d_sae, 4),)
             )
             for kind in KINDS
             for mesh in meshes(size)
@@ -170,18 +185,63 @@ def _held() -> float:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def memory_all(sizes: list[int], d: int = 768, d_sae: int = 24576) -> None:
+SHAPES = (("topk", 768, 24576, 1024), ("topk", 512, 16384, 3072), ("batchtopk", 640, 16384, 2048),
+          ("standard", 512, 8192, 1024))  # fmt: skip
+
+
+def memory_all(sizes: list[int]) -> None:
     """In real processes, one kind of mesh after the other."""
-    for size in sizes:
-        for mesh in meshes(size):
-            of = case("topk", d, d_sae, 4)
-            call = Call(f"{Path(__file__).stem}:memory", mesh.data, mesh.features, (of,))
-            with tempfile.TemporaryDirectory() as folder:
-                found = max(together({"": call}, size, Path(folder))[""])
-            model = attrs.evolve(job("topk", d, d_sae), screened=True)
-            said = model.bytes(mesh)
-            print(f"{mesh.data} × {mesh.features}  planned {said / 1e6:8.1f} MB  measured {found / 1e6:8.1f} MB  "
-                  f"{said / found - 1:+6.1%}", flush=True)  # fmt: skip
+    for kind, d, d_sae, rows in SHAPES:
+        for size in sizes:
+            for mesh in meshes(size):
+                call = Call("bench.scaling:memory", mesh.data, mesh.features, (case(kind, d, d_sae, 4, rows),))
+                with tempfile.TemporaryDirectory() as folder:
+                    found = max(together({"": call}, size, Path(folder))[""])
+                of = on_cpu(job(kind, d, d_sae, rows), mesh)
+                told("measured", kind, of, mesh, of.bytes(mesh) - _FLOAT * rows / mesh.data * d, found)
+
+
+def told(how: str, kind: str, of: Job, mesh: Mesh, said: float, found: float) -> None:
+    """Bytes by the model and as they are, in a line."""
+    print(f"{kind:10} {of.d_in:5} → {of.d_sae:7,}, {of.rows:5,} rows, {mesh.data:3} × {mesh.features:<3} planned "
+          f"{said / 1e6:8.1f} MB  {how} {found / 1e6:8.1f} MB  {said / found - 1:+6.1%}", flush=True)  # fmt: skip
+
+
+_FLOAT = 4
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors have held at one time which any operation met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, found)):
+            if isinstance(value, torch.Tensor) and (known := value.untyped_storage())._cdata not in self._sizes:
+                self._sizes[known._cdata] = known.nbytes()
+                self.now += known.nbytes()
+                weakref.finalize(known, self._gone, known._cdata)
+        self.most = max(self.most, self.now)
+        return found
+
+    def _gone(self, number: int) -> None:
+        self.now -= self._sizes.pop(number)
+
+
+def held(world: World, of: Case) -> int:
+    """Bytes of tensors in training, own rows of one batch included."""
+    trainer, parts = of.trainer(world), [part_of(batch, of, world) for batch in of.batches()]
+    with Live() as live:
+        for value in trainer.sae.parameters():
+            value.view_as(value)
+        for part in parts:
+            trainer.train_on(*trainer.rows_of(part), part)
+    # of the other batches, rows are there as well
+    return live.most - sum(rows.nbytes for part in parts[1:] for rows in part.activations.values())
 
 
 # ---- at large sizes
@@ -197,30 +257,32 @@ def fake_world(mesh: Mesh) -> World:
     return World(every, data, features, every)
 
 
-def fake_all(sizes: list[int], d: int = 16) -> None:
-    """By one process of each mesh whose others are torch's fake ones: shapes of its part, and messages of a real step.
+def fake_all(sizes: list[int], d: int = 64, d_sae: int = 2**16, rows: int = 2048) -> None:
+    """By one process of each mesh whose others are torch's fake ones: messages of a real step, and its tensors.
 
     What the others would say is not there, so what is computed is nothing.
     """
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore  # private: here alone
 
-    for size in sizes:
-        for mesh in meshes(size):
-            if mesh.features & (mesh.features - 1):
-                continue
-            of = case("standard", d, 4 * size, 3, rows=4 * size)
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-            try:
-                world = fake_world(mesh)
-                trainer = of.trainer(world)
-                own = sum(value.numel() for value in trainer.sae.parameters())
-                found = count(world, of)
-            finally:
-                dist.destroy_process_group()
-            model = job("standard", d, 4 * size, rows=4 * size)
-            assert own == model.parameters(mesh), (own, model.parameters(mesh))
-            compared(model, mesh, found, "standard")
+    for kind in ("topk", "batchtopk", "standard"):
+        for size in sizes:
+            for mesh in meshes(size):
+                if mesh.features & (mesh.features - 1):
+                    continue
+                of = case(kind, d, d_sae, 4, rows)
+                dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+                try:
+                    world = fake_world(mesh)
+                    found = count(world, of)  # of a batch together, too few are found where the others say nothing
+                    tensors = held(world, of) if kind != "batchtopk" else None
+                finally:
+                    dist.destroy_process_group()
+                SHARED.release()
+                model = on_cpu(job(kind, d, d_sae, rows), mesh)
+                compared(model, mesh, found, kind)
+                if tensors is not None:
+                    told("tensors", kind, model, mesh, model.bytes(mesh), tensors)
 
 
 def meta_all(sizes: list[int]) -> None:
@@ -258,15 +320,48 @@ DEVICES = {
 }
 
 
-def rates() -> Rates:
-    """Of one thread of this machine."""
-    x, y = torch.rand(1024, 768), torch.rand(768, 8192)
-    product = min(_timed(lambda: x @ y) for _ in range(5))
-    values = torch.rand(50_000_000)
-    moved = min(_timed(lambda: values.add_(1)) for _ in range(5))
-    found = Rates(2 * 1024 * 768 * 8192 / product, 2 * values.nbytes / moved, 0)
-    print(f"{found.flops / 1e9:.0f} GFLOP/s, {found.memory / 1e9:.1f} GB/s", flush=True)
-    return found
+def rates_here(world: World, d: int, own: int) -> Rates:
+    """Of one thread of this machine, at the very kinds of work: products in bfloat16, and passes through memory."""
+    x, y = torch.rand(1024, d).bfloat16(), torch.rand(own, d).bfloat16()
+    out = torch.empty(1024, own, dtype=torch.bfloat16)
+    values, more = torch.rand(20_000_000), torch.rand(20_000_000)
+    product = min(_timed(lambda: torch.mm(x, y.T, out=out)) for _ in range(7))
+    moved = min(_timed(lambda: values.add_(more)) for _ in range(7))
+    linked = min(_timed(lambda: world.all.sum_(values)) for _ in range(7)) if world.size > 1 else 1.0
+    sent = 2 * (world.size - 1) / world.size * values.nbytes
+    return Rates(2 * 1024 * d * own / product, 3 * values.nbytes / moved, sent / linked or 1.0)
+
+
+def steps_timed(world: World, of: Case) -> tuple[Rates, float]:
+    """For :class:`Call`: rates before and after, the better of them; and the seconds of the fastest step."""
+    trainer, found = of.trainer(world), list[float]()
+    batch = part_of(next(of.batches()), of, world)
+    rows, own = trainer.rows_of(batch), trainer.sae.d_sae
+    before = rates_here(world, of.widths[0], own)
+    for _ in range(8):
+        world.all.gather(torch.zeros(()))
+        found.append(_timed(lambda: trainer.train_on(*rows, batch)))
+    after = rates_here(world, of.widths[0], own)
+    best = [max(pair) for pair in zip(attrs.astuple(before), attrs.astuple(after), strict=True)]
+    return Rates(*best), min(found)
+
+
+def time_all(sizes: list[int]) -> None:
+    """In real processes of one thread."""
+    for kind, d, d_sae, rows in (("topk", 768, 24576, 4096), ("topk", 512, 16384, 2048)):
+        for size in sizes:
+            for mesh in meshes(size):
+                of = attrs.evolve(case(kind, d, d_sae, 100, rows), steps=100)
+                call = Call("bench.scaling:steps_timed", mesh.data, mesh.features, (of,))
+                with tempfile.TemporaryDirectory() as folder:
+                    each = together({"": call}, size, Path(folder))[""]
+                rates = Rates(*(min(some) for some in zip(*(attrs.astuple(one) for one, _ in each), strict=True)))
+                found = max(seconds for _, seconds in each)
+                said = on_cpu(job(kind, d, d_sae, rows), mesh).seconds(mesh, rates)
+                print(f"{kind:10} {d:5} → {d_sae:7,}, {rows:5,} rows, {mesh.data} × {mesh.features}: planned "
+                      f"{said * 1e3:7.1f} ms, measured {found * 1e3:7.1f} ms, {said / found:.2f} of it; "
+                      f"{rates.flops / 1e9:.0f} GFLOP/s, {rates.memory / 1e9:.1f} GB/s, links {rates.links / 1e9:.2f} "
+                      "GB/s", flush=True)  # fmt: skip
 
 
 def _timed(work: Any) -> float:
@@ -331,7 +426,7 @@ def picture(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["count", "memory", "fake", "rates", "table", "picture"])
+    parser.add_argument("what", choices=["count", "memory", "fake", "time", "table", "picture"])
     parser.add_argument("file", nargs="?", default="scaling.png")
     parser.add_argument("--size", nargs="+", type=int)
     options = parser.parse_args()
@@ -344,8 +439,8 @@ def main() -> None:
     elif options.what == "fake":
         fake_all(options.size or [8, 64, 512])
         meta_all([1, 2, 4, 64, 512])
-    elif options.what == "rates":
-        rates()
+    elif options.what == "time":
+        time_all(options.size or [1, 2])
     elif options.what == "table":
         print(table())
     else:

@@ -1,0 +1,100 @@
+"""What plans say of many processes is what they do; the benches that measure it work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import attrs
+import pytest
+from support import warm
+
+from saekit.distributed.costs import Job, Mesh, Rates, advised, meshes
+from saekit.distributed.sizes import LARGE, counts_sent
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def ran(name: str, *arguments: object) -> str:
+    found = warm.python("-W", "ignore", BENCH / f"{name}.py", *arguments)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+def test_messages_of_two_processes_are_those_of_the_model() -> None:
+    lines = ran("scaling", "count", "--size", 2).splitlines()
+    found = {}
+    for line in lines:
+        kind, data, features, said, there = re.findall(r"[\w,]+", line)[:1] + re.findall(r"[\d,]+", line)[:4]
+        found[kind, int(data), int(features)] = [int(number.replace(",", "")) for number in (said, there)]
+    kinds = ("topk", "revived", "batchtopk", "standard")
+    assert found.keys() == {(kind, *mesh) for kind in kinds for mesh in ((2, 1), (1, 2))}
+    far = {case: both for case, both in found.items() if abs(both[0] - both[1]) > 100}
+    assert not far, "but for losses and a few numbers more"
+
+
+def test_two_processes_are_timed_beside_one() -> None:
+    text = ran("processes", "--rounds", 1, "--rows", 64, "--size", 16, 64, "--only", "topk", "standard", "--where")
+    for kind in ("topk", "standard"):
+        for mesh in ("data", "features"):
+            assert re.search(
+                rf"{kind} +{mesh} +one process +[\d.]+ ms, two +[\d.]+ ms: x [\d.]+ .*x [\d.]+$", text, re.M
+            )
+        assert re.search(rf"{kind} +a world of one: \d+ calls in a step, \d+ µs of [\d.]+ ms: [\d.]+%$", text, re.M)
+    assert len(re.findall(r"process 0: +1 x gather of 4,096 bytes", text)) == 0  # k = 32 of 64 rows: 8,192 bytes
+    assert len(re.findall(r"process 0: +1 x gather of 8,192 bytes", text)) == 1
+
+
+def test_a_process_has_its_part() -> None:
+    job = Job.topk(64, 4096, rows=2048, k=8)
+    assert job.parameters(Mesh()) == 2 * 64 * 4096 + 4096 + 64
+    assert job.parameters(Mesh(2, 4)) == (2 * 64 * 4096 + 4096) / 4 + 64
+    assert job.state_bytes(Mesh(8, 1)) == job.state_bytes(Mesh())
+    assert job.messages(Mesh()) == []
+    assert {mesh.size for mesh in meshes(12)} == {12}
+    assert len(meshes(12)) == 6
+
+
+@pytest.mark.parametrize("k", [8, 64])
+def test_what_is_told_of_largest_features_does_not_grow_with_processes_or_k(k: int) -> None:
+    few, many = (
+        sum(
+            message.size
+            for message in Job.topk(64, 2**16, rows=1024, k=k).messages(Mesh(1, parts))
+            if "largest" in message.what
+        )
+        for parts in (2, 512)
+    )
+    assert few == 4 * 1024 * k
+    assert many == 4 * 1024 * (counts_sent(32, 2) + 1)
+    whole = attrs.evolve(Job.topk(64, 2**16, rows=1024, k=k), competes="all")
+    sizes = {message.size for message in whole.messages(Mesh(16, 16)) if "largest" in message.what}
+    assert sizes == {8 * counts_sent(32, 11)}
+
+
+def test_small_gradients_go_with_counts() -> None:
+    job = Job.topk(64, 2 * LARGE, rows=1024, k=8)
+    sizes = {message.what: message.size for message in job.messages(Mesh(2, 1))}
+    assert sizes["gradients"] == 4 * (2 * 64 + 1) * 2 * LARGE
+    assert sizes["firing counts and small gradients"] == 8 * (2 * LARGE + 64)
+    sizes = {message.what: message.size for message in job.messages(Mesh(2, 4))}
+    assert sizes["gradients"] == 4 * 2 * 64 * LARGE / 2
+    assert sizes["firing counts and small gradients"] == 8 * (LARGE / 2 + LARGE / 2 + 64)
+
+
+def test_a_grid_is_advised_that_fits_and_sends_least() -> None:
+    job = Job.topk(768, 2**20, rows=32_768, k=64)
+    mesh = advised(job, 64, lambda mesh: True, 5e9)
+    assert mesh is not None
+    assert job.bytes(mesh) <= 5e9
+    fitting = [one for one in meshes(64) if job.bytes(one) <= 5e9]
+    assert job.sent_bytes(mesh) == min(map(job.sent_bytes, fitting))
+    assert advised(job, 64, lambda mesh: True, 1e6) is None
+
+
+def test_time_falls_with_processes_and_is_that_of_products_where_all_else_is_free() -> None:
+    job, free = Job.topk(768, 2**14, rows=4096, k=32), Rates(1e12, float("inf"), float("inf"))
+    assert job.seconds(Mesh(), free) == 2 * 4096 * 768 * 2**14 / 1e12
+    assert job.seconds(Mesh(4, 2), free) == pytest.approx(job.seconds(Mesh(), free) / 8)
+    slow = Rates(1e12, 1e11, 1e9)
+    assert job.seconds(Mesh(2, 1), slow) > job.seconds(Mesh(), slow) / 2

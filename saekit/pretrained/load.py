@@ -30,6 +30,7 @@ from saekit.values import Ports, SAEInfo
 if TYPE_CHECKING:
     import torch
 
+    from saekit.distributed.group import Group
     from saekit.sae.module import SAEModule
 
 __all__ = ["build_sae", "load_sae", "loader_of"]
@@ -48,12 +49,14 @@ def load_sae(
     faults: list[str] | None = None,
     origin: Mapping[str, Any] | None = None,
     checked: Callable[[SAEModule, SAEFiles], None] | None = None,
+    features: Group | None = None,
 ) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
 
     Its weights are in ``dtype``, or else in the files' type.  With ``faults``, checksums that do not fit are added to
     them, and what is there is read all the same.  ``origin`` is what its provenance says beside that.  ``checked``
-    is called with the SAE as it lies in the files: in ``dtype`` it is only afterwards.
+    is called with the SAE as it lies in the files: in ``dtype`` it is only afterwards.  ``features`` are processes of
+    which each is given its part of the features, where the architecture knows of parts; all of them must ask.
     """
     from saekit.pretrained.own import read_own
 
@@ -74,7 +77,16 @@ def load_sae(
             read = overridden(read, files, key)
             try:
                 first = dtype if checked is None else None
-                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=first, device=device, spent=True)
+                sae = build_sae(
+                    read,
+                    plugins,
+                    files.place,
+                    own=choice is None,
+                    dtype=first,
+                    device=device,
+                    spent=True,
+                    features=features,
+                )
             except SAEFormatError as error:
                 raise _of_files(error, files) from error
         except SaekitError:
@@ -174,17 +186,19 @@ def build_sae(
     dtype: str | None = None,
     device: str = "cpu",
     spent: bool = False,
+    features: Group | None = None,
 ) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.  ``dtype`` is that of its weights,
     by default the one that they were read in, and ``device`` where they are put.  ``spent``: ``read.tensors`` is a
-    dictionary that may be emptied, so that hardly anything is in memory twice.
+    dictionary that may be emptied, so that hardly anything is in memory twice.  ``features``: see :func:`load_sae`.
     """
     import torch
 
     from saekit.sae.build import build_module
     from saekit.sae.parameters import to_hold
+    from saekit.sae.splitting import is_saved_by_parts, keep_part, parts_of, saved_along
     from saekit.sae.taking import take_over
 
     _check(read, place)
@@ -196,6 +210,10 @@ def build_sae(
             sae = build_module(item, config, ports, plugins, _transform(read, plugins, place))
         _check_sparsity(read, sae.d_sae)
         tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
+        if features is not None and is_saved_by_parts(type(sae)) and not sae.d_sae % features.size:
+            along = saved_along(sae, tensors)
+            keep_part(sae, features)
+            tensors = parts_of(tensors, along, features)
         take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error

@@ -5,29 +5,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from saekit.distributed.agreement import agreed
 from saekit.distributed.group import Group
-from saekit.errors import StorageError
 from saekit.files.storage import new_folder, nothing, sync_files
 from saekit.runs.checkpoints import Checkpoint, check_place, finish_checkpoint
 from saekit.runs.state_files import StateFiles
 from saekit.sae.folder import Contents
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import ParameterTable
+from saekit.sae.part_folder import PartContents, whole_in_first
 
-__all__ = ["done_by_all", "joined_training", "part_of_training", "training_of", "write_together"]
-
-_T = TypeVar("_T")
+__all__ = ["joined_training", "part_of_training", "training_of", "write_together"]
 
 
 def write_together(
     group: Group,
     folder: Path,
-    saes: Mapping[str, Contents],
+    saes: Mapping[str, Contents | PartContents],
     states: Mapping[str, StateFiles],
     stream: StateFiles,
     facts: Mapping[str, Any],
@@ -47,7 +46,7 @@ def write_together(
             check_place(folder)
             return stack.enter_context(new_folder(folder, go_on=go_on))
 
-        temporary = _agreed(group, make)[0]
+        temporary = agreed(group, make)[0]
         assert temporary is not None
 
         def write() -> dict[str, str]:
@@ -56,51 +55,26 @@ def write_together(
                 (temporary / name).mkdir(exist_ok=True)
             for name, state in states.items():
                 sums |= {f"{name}/{file}": summed for file, summed in state.write(temporary / name, go_on).items()}
-            for name, sae in saes.items():
-                sums |= {f"{name}/{file}": summed for file, summed in sae.write(temporary / name, go_on).items()}
             sync_files([temporary / file for file in sums])
             return sums
 
-        sums = {file: summed for part in _agreed(group, write) for file, summed in part.items()}
+        def write_saes() -> dict[str, str]:
+            sums: dict[str, str] = {}
+            with whole_in_first(group, saes, go_on) as whole:
+                for name, sae in whole.items():
+                    sums |= {f"{name}/{file}": summed for file, summed in sae.write(temporary / name, go_on).items()}
+            sync_files([temporary / file for file in sums])
+            return sums
+
+        written = [*agreed(group, write), *agreed(group, write_saes)]  # so that nobody waits for who has failed
+        sums = {file: summed for part in written for file, summed in part.items()}
 
         def finish() -> None:
             if first:
                 finish_checkpoint(folder, temporary, facts, sums)
                 stack.close()
 
-        _agreed(group, finish)
-
-
-def done_by_all(group: Group, work: Callable[[], _T]) -> _T:
-    """What ``work`` returns in this process; where it fails in one of ``group``, :class:`StorageError` in all others.
-
-    Else they would wait for its part of what comes next, and be handed its part of what comes after that.
-    """
-    if group.size == 1:
-        return work()
-    found: list[_T] = []
-    _agreed(group, lambda: found.append(work()))
-    return found[0]
-
-
-def _agreed(group: Group, work: Callable[[], _T]) -> list[_T]:
-    """What ``work`` returns in each process; where it fails in one, :class:`StorageError` in all others."""
-    found: _T | None = None
-    failure: BaseException | None = None
-    try:
-        found = work()
-    except Exception as error:
-        failure = error
-    if isinstance(failure, OSError):
-        failure = StorageError(f"cannot write a checkpoint: {failure.strerror}. What was there before is kept")
-    problem = None if failure is None else str(failure) or type(failure).__name__
-    told = group.objects((found, problem))
-    if failure is not None:
-        raise failure
-    for number, (_, theirs) in enumerate(told):
-        if theirs is not None:
-            raise StorageError(f"of process {number}: {theirs}")
-    return [one for one, _ in told]  # type: ignore[misc]
+        agreed(group, finish)
 
 
 # ---- one SAE's state, of which each process has some features

@@ -1,0 +1,40 @@
+"""Saved SAEs of which each process had a part: the files are those that one process writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support.parted import ways_to_save
+from support.processes import Call, together
+
+import saekit
+from saekit.sae.folder import CONFIG, PROBE, SPARSITY, WEIGHTS
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{} parts".format)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parted")
+    calls = {"saved": Call("support.parted:saved", 1, request.param, (str(folder),))}
+    together(calls, request.param, folder / "calls")
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in ways_to_save()])
+def test_the_files_are_those_of_one_process(name: str, saved: Path) -> None:
+    parts, one = saved / f"{name}-parts", saved / f"{name}-one"
+    assert {path.name for path in parts.iterdir()} == {CONFIG, WEIGHTS, SPARSITY, PROBE}
+    for file in (WEIGHTS, SPARSITY):
+        assert (parts / file).read_bytes() == (one / file).read_bytes(), file
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in (parts, one)]
+    for config in configs:  # outputs of the probe are sums over parts
+        assert config["saekit"]["sha256"].pop(PROBE)
+    assert configs[0] == configs[1]
+    mine, whole = load_file(parts / PROBE), load_file(one / PROBE)
+    assert (mine["l0"] == whole["l0"]).all()
+    assert (mine["x"] == whole["x"]).all()
+    assert mine["output"].allclose(whole["output"], rtol=1e-2, atol=1e-2)
+    sae = saekit.SAE.load(parts)
+    assert sae.d_sae == 32

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saekit.distributed.agreement import agreed
 from saekit.distributed.group import Group
+from saekit.files.mapped import is_mapped
 from saekit.files.storage import new_folder, nothing, sync_files
 from saekit.runs.checkpoints import Checkpoint, check_place, finish_checkpoint
 from saekit.runs.state_files import StateFiles
@@ -19,8 +20,9 @@ from saekit.sae.folder import Contents
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import ParameterTable
 from saekit.sae.part_folder import PartContents, whole_in_first
+from saekit.sae.taking import fill
 
-__all__ = ["joined_training", "part_of_training", "training_of", "write_together"]
+__all__ = ["part_of_training", "training_of", "write_together"]
 
 
 def write_together(
@@ -81,34 +83,47 @@ def write_together(
 
 
 def training_of(checkpoint: Checkpoint, name: str, sae: SAEModule) -> dict[str, Any]:
-    """The training state of an SAE, or of that part of its features which ``sae`` has, whatever parts were written."""
+    """The training state of an SAE, or of that part of its features which ``sae`` has, whatever parts were written.
+
+    Of files of other parts, no more is read than belongs to this one.
+    """
     share, (data, features) = sae.share, checkpoint.mesh
-    if data * features == 1:
-        return checkpoint.training(name)
+    numbers = range(features) if data * features > 1 else [None]
     if features == share.parts:
-        return checkpoint.training(name, share.features.rank)
-    parts = [checkpoint.training(name, part) for part in range(features)]
-    whole = parts[0] if features == 1 else joined_training(parts, sae.table)
-    return part_of_training(whole, sae.table, share.features.rank, share.parts)
+        return checkpoint.training(name, numbers[share.features.rank])
+    states = [checkpoint.training(name, number, mapped=True) for number in numbers]
+    return part_of_training(states, sae.table, share.features.rank, share.parts)
 
 
-def joined_training(parts: Sequence[Mapping[str, Any]], table: ParameterTable) -> dict[str, Any]:
-    """The training state of a whole SAE, of the states of all parts of its features, in their order."""
-    return {**parts[0], **_each(parts, table, _joined)}
+def part_of_training(
+    states: Sequence[Mapping[str, Any]], table: ParameterTable, number: int = 0, of: int = 1
+) -> dict[str, Any]:
+    """Part ``number`` of ``of`` of an SAE's training state, in memory of its own.
 
-
-def part_of_training(state: Mapping[str, Any], table: ParameterTable, number: int, of: int) -> dict[str, Any]:
-    """What ``state``, of a whole SAE, has of part ``number`` of its features, which are split into ``of``."""
+    ``states`` are those of all parts as its features were split before, in their order, or the one of the whole.
+    """
 
     def cut(values: Sequence[Tensor], axis: int) -> Tensor:
-        own = values[0].shape[axis] // of
-        return values[0].narrow(axis, number * own, own)
+        own = sum(value.shape[axis] for value in values) // of
+        shape = [own if dim == axis else n for dim, n in enumerate(values[0].shape)]
+        found, at = torch.empty(shape, dtype=values[0].dtype, device="cpu"), -number * own
+        for value in values:  # ``at`` is where it begins in what is wanted
+            first, last = max(at, 0), min(at + value.shape[axis], own)
+            if first < last:
+                fill(found.narrow(axis, first, last - first), value.narrow(axis, first - at, last - first), alone=True)
+            at += value.shape[axis]
+        return found
 
-    return {**state, **_each([state], table, cut)}
+    return {key: _owned(value) for key, value in {**states[0], **_each(states, table, cut)}.items()}
 
 
-def _joined(values: Sequence[Tensor], axis: int) -> Tensor:
-    return torch.cat(list(values), dim=axis)
+def _owned(state: Any) -> Any:
+    """``state`` without tensors that show a file."""
+    if isinstance(state, Tensor):
+        return state.clone() if is_mapped(state) else state
+    if isinstance(state, Mapping):
+        return {key: _owned(value) for key, value in state.items()}
+    return [_owned(value) for value in state] if isinstance(state, list) else state
 
 
 def _each(

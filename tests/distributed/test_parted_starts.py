@@ -80,9 +80,7 @@ def test_however_they_start(start: str, d_sae: int, piece: int, monkeypatch: pyt
     monkeypatch.setattr(init, "_PIECE", piece)
     if start.startswith("orthogonal") and d_sae == 3:
         d_sae = 6
-    options = {"name": "standard", **STARTS[start], **({} if "norm" in str(STARTS[start]) else {})}
-    case = Case(options, widths=(7,), d_sae=d_sae, dtype="float32")
-    check(case, 3)
+    check(Case({"name": "standard", **STARTS[start]}, widths=(7,), d_sae=d_sae, dtype="float32"), 3)
 
 
 def test_numbers_of_the_whole_are_drawn_in_pieces_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +115,7 @@ def test_a_strangers_start_is_made_whole_and_cut(monkeypatch: pytest.MonkeyPatch
         return start["W_enc"].norm(dim=0).argsort().float()
 
     def parameters_of(config: Any) -> Any:
-        return tuple(
-            attrs.evolve(entry, init=ranked) if entry.name == "b_enc" else entry for entry in stated(config)
-        )
+        return tuple(attrs.evolve(entry, init=ranked) if entry.name == "b_enc" else entry for entry in stated(config))
 
     monkeypatch.setattr(kind, "parameters_of", parameters_of)
     assert not starts_by_parts(case.trainer(ALONE).sae.table)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import torch
 from support.processes import Case, part_of
 from support.spread_cases import CASES
 
+import saekit
 from saekit.distributed import ALONE, World
+from saekit.runs.setup import sae_options
 from saekit.runs.spread_checkpoints import part_of_training
 from saekit.runs.spread_saes import save_trained
 from saekit.sae.folder import save_sae
 from saekit.sae.transforms import SiteMaps
 from saekit.training import SAETrainer
 from saekit.transforms import Affine
+
+_T = TypeVar("_T")
 
 OF_EVERY_ARCHITECTURE = (
     "standard", "standard_finetuned_scale", "topk", "topk_in_units", "batchtopk", "matryoshka", "abstopk", "groupmax",
@@ -42,7 +48,7 @@ def prepared(case: Case, way: str, world: World) -> SAETrainer:
     trainer = alone
     if world.size > 1:
         trainer = case.trainer(world)
-        state = part_of_training(alone.state_dict(), trainer.sae.table, world.features.rank, world.features.size)
+        state = part_of_training([alone.state_dict()], trainer.sae.table, world.features.rank, world.features.size)
         trainer.load_state_dict(state)
     ports = trainer.sae.ports
     widths = {**ports.inputs, **ports.targets}
@@ -65,3 +71,37 @@ def saved(world: World, folder: str) -> None:
         save_trained(prepared(case, way, world), Path(folder) / f"{name}-parts")
         if world.main:
             save_sae(prepared(case, way, ALONE).raw_sae(), Path(folder) / f"{name}-one")
+
+
+LARGE = Case(
+    {"name": "standard"}, widths=(512,), dtype="float32", d_sae=1 << 16,
+    rows=8, steps=1,
+)  # fmt: skip
+"""256 MB of weights."""
+
+
+def peaks(world: World, folder: str) -> dict[str, float]:
+    """How much of the size of the whole each piece of work adds, at its peak, to the memory of this process."""
+    prepared(CASES["standard"], "float32", world)  # what is imported and kept is not of what is measured
+    found: dict[str, float] = {}
+
+    def measured(what: str, work: Callable[[], _T]) -> _T:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # begin to look for the peak anew
+        before, result = _memory("VmRSS"), work()
+        found[what] = (_memory("VmHWM") - before) / (2 * 512 * LARGE.d_sae * 4)
+        return result
+
+    trainer = measured("start", lambda: LARGE.trainer(world))
+    measured("save", lambda: save_trained(trainer, Path(folder) / "saved"))
+    config = LARGE.config
+    training = attrs.evolve(config.training, from_pretrained_path=str(Path(folder) / "saved"))
+    config = attrs.evolve(config, training=training)
+    measured("load", lambda: sae_options(config, saekit.default_manager(), None, world))
+    return found
+
+
+def _memory(kind: str) -> int:
+    """In bytes, of what the system has for this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(kind)).split()[1])

@@ -212,7 +212,7 @@ def build_sae(
         tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
         if features is not None and is_saved_by_parts(type(sae)) and not sae.d_sae % features.size:
             along = saved_along(sae, tensors)
-            keep_part(sae, features)
+            keep_part(sae, features, blank=True)
             tensors = parts_of(tensors, along, features)
         take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:

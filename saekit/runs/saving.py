@@ -17,13 +17,7 @@ import torch
 from saekit.distributed.agreement import done_by_all
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
-from saekit.runs.checkpoints import (
-    Checkpoint,
-    all_checkpoints,
-    keep_saes,
-    mark_finished,
-    write_checkpoint,
-)
+from saekit.runs.checkpoints import Checkpoint, all_checkpoints, keep_saes, mark_finished, write_checkpoint
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord

@@ -337,9 +337,9 @@ class Start:
         """Copy those of all parameters that every SAE of the architecture has into ``module``."""
         there = [entry for entry in self.table if not entry.optional]
         for entry in sorted(there, key=lambda entry: entry.turn):
-            made, own = self[entry.name], getattr(module, entry.name)
-            own.copy_(made)
-            if self.parts > 1 and (own.dtype, own.device) == (made.dtype, made.device):
+            own: Tensor = getattr(module, entry.name)
+            own.copy_(self[entry.name])
+            if self.parts > 1 and own.dtype == self[entry.name].dtype and own.device == _CPU:
                 self._made[entry.name] = own.detach()  # so that it is in memory once
 
 

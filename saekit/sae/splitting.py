@@ -88,13 +88,17 @@ def saved_along(sae: SAEModule, tensors: Iterable[str]) -> dict[str, int]:
     return {name: known[name] for name in tensors if name in known}
 
 
-def keep_part(sae: SAEModule, features: Group) -> None:
-    """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features."""
+def keep_part(sae: SAEModule, features: Group, *, blank: bool = False) -> None:
+    """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features.
+
+    ``blank``: zeros that take no memory, of which somebody makes weights.
+    """
     own = sae.d_sae // features.size
     with torch.no_grad():
         for entry, value in _split(sae):
             part = value.narrow(entry.dims.index("d_sae"), features.rank * own, own)
-            _give(sae, entry, part, value)
+            made = entry.memory(tuple(part.shape), part.dtype) if blank else _copy(entry, part)
+            setattr(sae, entry.name, made.requires_grad_(value.requires_grad))
     _resize(sae, own, Share(features=features))
 
 
@@ -168,10 +172,10 @@ def _split(sae: SAEModule) -> list[tuple[Parameter, nn.Parameter]]:
     return [(entry, value) for entry, value in there if value is not None]
 
 
-def _give(sae: SAEModule, entry: Parameter, part: Tensor, like: nn.Parameter) -> None:
+def _copy(entry: Parameter, part: Tensor) -> nn.Parameter:
     made = entry.unwritten(tuple(part.shape), part.dtype, part.device)
     made.data.copy_(part)
-    setattr(sae, entry.name, made.requires_grad_(like.requires_grad))
+    return made
 
 
 def _resize(sae: SAEModule, d_sae: int, share: Share) -> None:

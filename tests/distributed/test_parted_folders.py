@@ -13,17 +13,25 @@ from support.processes import Call, together
 import saekit
 from saekit.sae.folder import CONFIG, PROBE, SPARSITY, WEIGHTS
 
+MOST = {"start": 0.6, "save": 0.2, "load": 0.4, "resume": 0.6}
+"""Of the whole that a process has beside what it had: of four parts one is 0.25, of two, as in ``resume``, 0.5."""
+
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} parts".format)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parted")
-    calls = {"saved": Call("support.parted:saved", 1, request.param, (str(folder),))}
-    together(calls, request.param, folder / "calls")
+    calls = {"saved": Call("support.parted:saved", 1, request.param, (str(folder), request.param == 2))}
+    if request.param == 4:
+        calls["peaks"] = Call("support.parted:peaks", 1, 4, (str(folder),))
+    found = together(calls, request.param, folder / "calls")
+    (folder / "peaks.json").write_text(json.dumps(found.get("peaks")))
     return folder
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in ways_to_save()])
 def test_the_files_are_those_of_one_process(name: str, saved: Path) -> None:
+    if not (saved / f"{name}-one").exists():
+        pytest.skip("two parts save some of what four do")
     parts, one = saved / f"{name}-parts", saved / f"{name}-one"
     assert {path.name for path in parts.iterdir()} == {CONFIG, WEIGHTS, SPARSITY, PROBE}
     for file in (WEIGHTS, SPARSITY):
@@ -38,3 +46,13 @@ def test_the_files_are_those_of_one_process(name: str, saved: Path) -> None:
     assert mine["output"].allclose(whole["output"], rtol=1e-2, atol=1e-2)
     sae = saekit.SAE.load(parts)
     assert sae.d_sae == 32
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
+def test_no_process_has_the_whole_in_memory(saved: Path) -> None:
+    """Of 256 MB in four parts."""
+    peaks = json.loads((saved / "peaks.json").read_text())
+    for number, found in enumerate(peaks or []):
+        for what, most in MOST.items():
+            allowed = most + 0.3 * (what == "save" and number == 0)  # pieces of the others, as they come
+            assert found[what] < allowed, (number, found)

@@ -6,7 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from saekit.distributed import ALONE, World
 from saekit.runs.setup import sae_options
 from saekit.runs.spread_checkpoints import part_of_training
 from saekit.runs.spread_saes import save_trained
+from saekit.runs.state_files import read_state, write_state
 from saekit.sae.folder import save_sae
 from saekit.sae.transforms import SiteMaps
 from saekit.training import SAETrainer
@@ -65,9 +66,11 @@ def _map(width: int, generator: torch.Generator) -> Affine:
     return Affine(torch.randn(width, generator=generator, dtype=torch.float64), matrix, matrix.inverse())
 
 
-def saved(world: World, folder: str) -> None:
+def saved(world: World, folder: str, few: bool) -> None:
     """Each by its parts, and by one process alone."""
     for name, case, way in ways_to_save():
+        if few and way != "float32, scaled":
+            continue
         save_trained(prepared(case, way, world), Path(folder) / f"{name}-parts")
         if world.main:
             save_sae(prepared(case, way, ALONE).raw_sae(), Path(folder) / f"{name}-one")
@@ -82,7 +85,6 @@ LARGE = Case(
 
 def peaks(world: World, folder: str) -> dict[str, float]:
     """How much of the size of the whole each piece of work adds, at its peak, to the memory of this process."""
-    prepared(CASES["standard"], "float32", world)  # what is imported and kept is not of what is measured
     found: dict[str, float] = {}
 
     def measured(what: str, work: Callable[[], _T]) -> _T:
@@ -92,13 +94,29 @@ def peaks(world: World, folder: str) -> dict[str, float]:
         found[what] = (_memory("VmHWM") - before) / (2 * 512 * LARGE.d_sae * 4)
         return result
 
-    trainer = measured("start", lambda: LARGE.trainer(world))
-    measured("save", lambda: save_trained(trainer, Path(folder) / "saved"))
-    config = LARGE.config
-    training = attrs.evolve(config.training, from_pretrained_path=str(Path(folder) / "saved"))
-    config = attrs.evolve(config, training=training)
-    measured("load", lambda: sae_options(config, saekit.default_manager(), None, world))
+    _worked_on(attrs.evolve(LARGE, d_sae=64), world, Path(folder) / "few", measured)  # imports are not measured
+    _worked_on(LARGE, world, Path(folder) / "many", measured)
     return found
+
+
+def _worked_on(case: Case, world: World, place: Path, measured: Callable[[str, Callable[[], Any]], Any]) -> None:
+    """Start, save, start from what was saved, and read a checkpoint of as many parts, to go on with half as many."""
+    trainer = measured("start", lambda: case.trainer(world))
+    measured("save", lambda: save_trained(trainer, place))
+    training = attrs.evolve(case.config.training, from_pretrained_path=str(place))
+    config = attrs.evolve(case.config, training=training)
+    measured("load", lambda: sae_options(config, saekit.default_manager(), None, world))
+    state = {"weights": trainer.state_dict()["weights"], "diverged": None, "firing": {}, "optimizer": {}}
+    write_state(place.parent, f"{place.name}-{world.rank}", state)
+    world.all.objects(None)
+    table = trainer.sae.table
+    del state
+
+    def resumed() -> Any:
+        states = [read_state(place.parent, f"{place.name}-{one}", mapped=True) for one in range(world.size)]
+        return part_of_training(states, table, world.rank // 2, world.size // 2)
+
+    measured("resume", resumed)
 
 
 def _memory(kind: str) -> int:

@@ -111,8 +111,9 @@ def encoder(start: Start, shape: tuple[int, ...]) -> Tensor:
     values = _kaiming_uniform(start, shape, along=1)
     if not start.config.init_encoder_as_decoder_transpose:
         return values
+    del values  # drawn all the same, for what comes after it
     turned = start["W_dec"].T
-    if turned.shape != values.shape:
+    if tuple(turned.shape) != tuple(shape):
         raise ConfigError(
             [("sae.init_encoder_as_decoder_transpose", f"needs targets as wide as inputs; W_dec.T is "
               f"{list(turned.shape)}, and W_enc {list(shape)}. Set it to false")]

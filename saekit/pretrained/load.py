@@ -29,6 +29,7 @@ from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from saekit.distributed.group import Group
     from saekit.sae.module import SAEModule
@@ -198,7 +199,6 @@ def build_sae(
 
     from saekit.sae.build import build_module
     from saekit.sae.parameters import to_hold
-    from saekit.sae.splitting import is_saved_by_parts, keep_part, parts_of, saved_along
     from saekit.sae.taking import take_over
 
     _check(read, place)
@@ -210,10 +210,7 @@ def build_sae(
             sae = build_module(item, config, ports, plugins, _transform(read, plugins, place))
         _check_sparsity(read, sae.d_sae)
         tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
-        if features is not None and is_saved_by_parts(type(sae)) and not sae.d_sae % features.size:
-            along = saved_along(sae, tensors)
-            keep_part(sae, features, blank=True)
-            tensors = parts_of(tensors, along, features)
+        tensors = _of_part(sae, tensors, features)
         take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
@@ -238,6 +235,17 @@ def build_sae(
             stacklevel=4,
         )
     return sae
+
+
+def _of_part(sae: SAEModule, tensors: dict[str, Tensor], features: Group | None) -> dict[str, Tensor]:
+    """``tensors``; where ``features`` share the SAE, it becomes a part, and of them there is that part."""
+    from saekit.sae.splitting import is_saved_by_parts, keep_part, parts_of, saved_along
+
+    if features is None or not is_saved_by_parts(type(sae)) or sae.d_sae % features.size:
+        return tensors
+    along = saved_along(sae, tensors)
+    keep_part(sae, features, blank=True)
+    return parts_of(tensors, along, features)
 
 
 def _type_while_read(sae: SAEModule, read: PretrainedSAE, wanted: str | None) -> torch.dtype:

@@ -50,7 +50,7 @@ def read_tensors(
     tensors = dict(everything) if only is None else {name: everything[name] for name in only}
     for name, value in tensors.items():
         check_tensor(value, name, where, minus_infinity=minus_infinity)
-        give_back(value)  # until it is copied, piece by piece
+        give_back(value)  # what pieces have left at their ends
     return tensors
 
 
@@ -166,7 +166,7 @@ def check_tensor(value: object, name: str, where: str, *, minus_infinity: bool =
         return
     # A sum is finite only if all its numbers are; only if it is not, each has to be looked at.
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    if all(bool(piece.sum(dtype=wide).isfinite()) for _, _, piece in pieces(value.detach())):
+    if all(_sum_is_finite(piece, wide) for _, _, piece in pieces(value.detach())):
         _remember(value)
         return
     nan, infinite = int(value.isnan().sum()), int((value == torch.inf if minus_infinity else value.isinf()).sum())
@@ -174,6 +174,12 @@ def check_tensor(value: object, name: str, where: str, *, minus_infinity: bool =
         kinds = " and ".join(f"{count} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count)
         expected = "finite ones or -inf" if minus_infinity else "finite ones"
         raise SAEFormatError(f"{name} of {where} holds {kinds} among {value.numel()} numbers, expected {expected}")
+
+
+def _sum_is_finite(piece: Tensor, wide: torch.dtype) -> bool:
+    found = bool(piece.sum(dtype=wide).isfinite())
+    give_back(piece)  # of a file, until it is copied
+    return found
 
 
 def _remember(value: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -49,6 +50,14 @@ class Group:
     def objects(self, value: T) -> list[T]:
         """The plain objects of every process, in their order."""
         return [value]
+
+    def hand(self, value: Tensor, to: int) -> None:
+        """Send ``value``, on the CPU, to the process of this number, which is in :meth:`taken` for it."""
+        raise RuntimeError("there is no other process")
+
+    def taken(self, shape: Sequence[int], dtype: torch.dtype, of: int) -> Tensor:
+        """What the process of this number hands to this one."""
+        raise RuntimeError("there is no other process")
 
     def __deepcopy__(self, memo: object) -> Group:
         """There is one of each."""
@@ -120,6 +129,16 @@ class JoinedGroup(Group):
         padded = value.new_zeros(most, *value.shape[1:])
         padded[: len(value)] = value
         return [one[:n] for one, n in zip(self.gather(padded), counts, strict=True)]
+
+    def hand(self, value: Tensor, to: int) -> None:
+        with _answered():
+            self._dist.send(value.contiguous().reshape(-1).view(torch.uint8), group=self._group, group_dst=to)
+
+    def taken(self, shape: Sequence[int], dtype: torch.dtype, of: int) -> Tensor:
+        found = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        with _answered():
+            self._dist.recv(found, group=self._group, group_src=of)
+        return found.view(dtype).view(*shape)
 
     @not_compiled
     def objects(self, value: T) -> list[T]:

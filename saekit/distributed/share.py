@@ -115,6 +115,10 @@ class Share:
             return own
         return int(self.features.sum(torch.tensor(own, device=like.device)))
 
+    def every(self, holds: Tensor) -> bool:
+        """Whether ``holds [d_sae]`` of all features; where others are asked, the device is waited for."""
+        return self.count(int(not bool(holds.all())), holds) == 0
+
     def all_features(self, values: Tensor) -> Tensor:
         """``values [d_sae]`` of all features, in their order."""
         return values if self.parts == 1 else torch.cat(self.features.gather(values))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saekit.files.tensors import DTYPE_NAMES
 
-__all__ = ["give_back", "mapped_tensors", "pieces"]
+__all__ = ["give_back", "is_mapped", "mapped_tensors", "pieces"]
 
 _PIECE = 1 << 22  # bytes that are worked on together; a few such are in memory beside an SAE that is loaded
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -77,6 +77,14 @@ def pieces(values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     step = max(1, _PIECE * values.shape[along] // max(1, values.numel() * values.itemsize))
     for start in range(0, values.shape[along], step):
         yield along, start, values.narrow(along, start, min(step, values.shape[along] - start))
+
+
+def is_mapped(values: Tensor) -> bool:
+    """Whether ``values`` are in memory that is a file's."""
+    if values.device.type != "cpu" or not values.numel():
+        return False
+    first = values.data_ptr()
+    return any(start <= first < end and known() is not None for start, end, known in _mappings)
 
 
 def give_back(values: Tensor) -> None:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from saekit.files.storage import nothing
 
-__all__ = ["DTYPE_NAMES", "SummedFile", "header", "save_tensors"]
+__all__ = ["DTYPE_NAMES", "InPieces", "SummedFile", "header", "in_order", "save_tensors"]
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -106,9 +106,27 @@ def header(
     return len(text).to_bytes(8, "little") + text
 
 
+class InPieces(Protocol):
+    """A tensor that is made while it is written."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers."""
+        ...
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of all of it."""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Its numbers in their order, a piece at a time."""
+        ...
+
+
 def save_tensors(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | InPieces],
     metadata: Mapping[str, str] | None = None,
     *,
     go_on: Callable[[], None] = nothing,
@@ -118,9 +136,15 @@ def save_tensors(
     Those with the largest elements come first, so that each is aligned.  ``go_on`` is called from time to time; what it
     raises ends this.
     """
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    ordered = {name: tensors[name] for name in in_order(tensors)}
     with ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256") as hasher, SummedFile(path, hasher, go_on) as file:
         file.put(header({name: (value.dtype, value.shape) for name, value in ordered.items()}, metadata=metadata))
         for value in ordered.values():
-            file.put_tensor(value)
+            for piece in (value,) if isinstance(value, Tensor) else value:
+                file.put_tensor(piece)
         return file.sha256()
+
+
+def in_order(tensors: Mapping[str, Tensor | InPieces]) -> list[str]:
+    """The names of ``tensors`` as :func:`save_tensors` writes them."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

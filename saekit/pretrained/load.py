@@ -29,7 +29,9 @@ from saekit.values import Ports, SAEInfo
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from saekit.distributed.group import Group
     from saekit.sae.module import SAEModule
 
 __all__ = ["build_sae", "load_sae", "loader_of"]
@@ -48,12 +50,14 @@ def load_sae(
     faults: list[str] | None = None,
     origin: Mapping[str, Any] | None = None,
     checked: Callable[[SAEModule, SAEFiles], None] | None = None,
+    features: Group | None = None,
 ) -> SAEModule:
     """The SAE in ``files``, read by ``loader``, or by the one loader that recognizes them.
 
     Its weights are in ``dtype``, or else in the files' type.  With ``faults``, checksums that do not fit are added to
     them, and what is there is read all the same.  ``origin`` is what its provenance says beside that.  ``checked``
-    is called with the SAE as it lies in the files: in ``dtype`` it is only afterwards.
+    is called with the SAE as it lies in the files: in ``dtype`` it is only afterwards.  ``features`` are processes of
+    which each is given its part of the features, where the architecture knows of parts; all of them must ask.
     """
     from saekit.pretrained.own import read_own
 
@@ -74,7 +78,16 @@ def load_sae(
             read = overridden(read, files, key)
             try:
                 first = dtype if checked is None else None
-                sae = build_sae(read, plugins, files.place, own=choice is None, dtype=first, device=device, spent=True)
+                sae = build_sae(
+                    read,
+                    plugins,
+                    files.place,
+                    own=choice is None,
+                    dtype=first,
+                    device=device,
+                    spent=True,
+                    features=features,
+                )
             except SAEFormatError as error:
                 raise _of_files(error, files) from error
         except SaekitError:
@@ -174,12 +187,13 @@ def build_sae(
     dtype: str | None = None,
     device: str = "cpu",
     spent: bool = False,
+    features: Group | None = None,
 ) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
     ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.  ``dtype`` is that of its weights,
     by default the one that they were read in, and ``device`` where they are put.  ``spent``: ``read.tensors`` is a
-    dictionary that may be emptied, so that hardly anything is in memory twice.
+    dictionary that may be emptied, so that hardly anything is in memory twice.  ``features``: see :func:`load_sae`.
     """
     import torch
 
@@ -196,6 +210,7 @@ def build_sae(
             sae = build_module(item, config, ports, plugins, _transform(read, plugins, place))
         _check_sparsity(read, sae.d_sae)
         tensors = read.tensors if spent and isinstance(read.tensors, dict) else dict(read.tensors)
+        tensors = _of_part(sae, tensors, features)
         take_over(sae, tensors, _type_while_read(sae, read, dtype), torch.device(device))
     except (ConfigError, SAEFormatError) as error:
         raise SAEFormatError(f"the SAE in {place}: {error}") from error
@@ -220,6 +235,17 @@ def build_sae(
             stacklevel=4,
         )
     return sae
+
+
+def _of_part(sae: SAEModule, tensors: dict[str, Tensor], features: Group | None) -> dict[str, Tensor]:
+    """``tensors``; where ``features`` share the SAE, it becomes a part, and of them there is that part."""
+    from saekit.sae.splitting import is_saved_by_parts, keep_part, parts_of, saved_along
+
+    if features is None or not is_saved_by_parts(type(sae)) or sae.d_sae % features.size:
+        return tensors
+    along = saved_along(sae, tensors)
+    keep_part(sae, features, blank=True)
+    return parts_of(tensors, along, features)
 
 
 def _type_while_read(sae: SAEModule, read: PretrainedSAE, wanted: str | None) -> torch.dtype:

@@ -108,29 +108,29 @@ class Checkpoint:
         self._checked(stem, lambda: check_stream(state, self.facts))
         return state
 
-    def training(self, name: str, part: int | None = None) -> dict[str, Any]:
-        """The training state of one SAE; of several processes, of this ``part`` of its features."""
-        if part is not None:
-            state = self._read(self.folder / name, f"{TRAINING}-{part}")
-            self._checked(f"{name}/{TRAINING}", lambda: check_training(state, self.facts["saes"][name], name))
-            return state
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def training(self, name: str, part: int | None = None, *, mapped: bool = False) -> dict[str, Any]:
+        """The training state of one SAE; of several processes, of this ``part`` of its features.
 
-        state = self._read(self.folder / name, TRAINING)
+        ``mapped``: its tensors show their files.
+        """
+        from safetensors import SafetensorError
+
+        from saekit.runs.state_files import read_tensors
+
+        state = self._read(self.folder / name, TRAINING if part is None else f"{TRAINING}-{part}", mapped=mapped)
         self._checked(f"{name}/{TRAINING}", lambda: check_training(state, self.facts["saes"][name], name))
         if "weights" not in state and state["diverged"] is None:  # they are those of the SAE's own folder
             path = self.folder / name / SAE_WEIGHTS
             try:
-                state["weights"] = load_file(path)
+                state["weights"] = read_tensors(path, mapped=True)
             except (OSError, SafetensorError) as error:
                 raise StorageError(f"{path} cannot be read: {error}") from error
         return state
 
-    def _read(self, folder: Path, stem: str) -> dict[str, Any]:
+    def _read(self, folder: Path, stem: str, *, mapped: bool = False) -> dict[str, Any]:
         from saekit.runs.state_files import read_state
 
-        state = read_state(folder, stem)
+        state = read_state(folder, stem, mapped=mapped)
         if not isinstance(state, dict):
             raise StorageError(f"{stem} in {folder} holds no state")
         return state

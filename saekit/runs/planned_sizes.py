@@ -29,6 +29,7 @@ from saekit.runs.spreading import spread
 from saekit.runs.timing import bytes_text, duration_text
 from saekit.runs.working_memory import peak_bytes
 from saekit.sae.build import build_module
+from saekit.sae.init import starts_by_parts
 from saekit.sae.module import SAEModule
 from saekit.values import Ports
 
@@ -73,6 +74,7 @@ class Sizes:
         sae = build_module(item, self.options, self.ports, self.plugins)
         weights, saved = self._sae(sae)
         whole = weights if self.world.features.size > 1 else 0
+        drawn = whole if self.options.decoder_orthogonal_init or not starts_by_parts(sae.table) else 0
         kept = moment_bytes(self.config, self.plugins, sae)
         if kept is None:
             self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
@@ -90,7 +92,7 @@ class Sizes:
         checkpoint = self._checkpoints(saved, trained_state + waiting, written)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
             checkpoint = saved  # to look at
-        self._memory(sae, trained, buffer, checkpoint, whole)
+        self._memory(sae, trained, buffer, checkpoint, whole, drawn)
         if self.stream.has_model:
             try:
                 self._cache()
@@ -195,7 +197,8 @@ class Sizes:
 
     # ---- memory
 
-    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, whole: int) -> None:
+    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, whole: int, drawn: int) -> None:
+        """``whole``, of an SAE whose features are split, is what evals gather, and ``drawn`` what its start does."""
         model = _device(self.config.model.device, self.config.model.dtype)
         training = _device(self.config.training.device, self.options.dtype)
         held = [
@@ -213,7 +216,7 @@ class Sizes:
             [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step), written],
             [Need(Of.EVALS, model, evaluated), written],
             [Need(Of.EVALS, training, features + whole), written],
-            [Need(Of.WHOLE, "cpu", whole)],  # before any step
+            [Need(Of.WHOLE, "cpu", drawn)],  # before any step
         ]
         self.memory = Memory(held, turns)
         self.numbers |= {"step_bytes": step, "eval_features_bytes": features}

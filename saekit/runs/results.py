@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ __all__ = ["SweepResult", "TrainResult"]
 class TrainResult:
     """What a run leaves behind."""
 
-    sae: SAE
+    _sae: SAE | Callable[[], SAE] = attrs.field(alias="sae")
     folder: Path
     """The run folder: ``config.toml``, ``metrics.jsonl`` and the SAE in ``sae/``."""
     metrics: Mapping[str, float]
@@ -35,6 +36,11 @@ class TrainResult:
     """The text, to go on with."""
     pictures: Sequence[Path] = ()
     """``curves.png`` and ``curves.html``, as far as they were drawn."""
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The trained SAE; where processes had parts of it, it is read from the run folder when first asked for."""
+        return self._sae if isinstance(self._sae, SAE) else self._sae()
 
     def __repr__(self) -> str:
         return f"TrainResult({str(self.folder)!r}: {short_numbers(self.metrics, self.sae.d_sae)}; {self.sae!r})"

@@ -8,7 +8,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
@@ -26,7 +26,6 @@ from saekit.errors import (
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.sae import SAE
 from saekit.reports.pictures import Pictures
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in, has_model
@@ -44,12 +43,12 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
+from saekit.runs.spread_saes import sae_of, save_trained
 from saekit.runs.spreading import check_alike
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
 from saekit.runs.waiting import TrackersState
-from saekit.sae.folder import save_sae
 from saekit.status import Status
 from saekit.training.loop import fit
 from saekit.values import RunEnd
@@ -239,9 +238,7 @@ def _finish(
     saving.settle()
     saving.check_folder()
     for member in _healthy(session):  # all are saved before the last evals, which may fail
-        sae = member.trainer.raw_sae()
-        if session.world.main:
-            save_sae(sae, record.home(member.name) / "sae")
+        save_trained(member.trainer, record.home(member.name) / "sae")
     due = [member for member in _healthy(session) if not _just_measured(member)]
     for name, final in evaluate(session, due).items():
         trackers[name].log(final, session.members[name].trainer.step)
@@ -384,7 +381,7 @@ def _result(
 ) -> TrainResult | SweepResult:
     results = {
         member.name: TrainResult(
-            sae=cast(SAE, member.trainer.raw_sae()),  # architectures derive from it
+            sae=sae_of(member.trainer, record.home(member.name) / "sae"),
             folder=record.home(member.name),
             metrics=member.latest,
             backend=session.backend,

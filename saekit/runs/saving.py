@@ -14,25 +14,21 @@ from typing import TypeVar
 import attrs
 import torch
 
+from saekit.distributed.agreement import done_by_all
 from saekit.errors import DivergedError, StorageError
 from saekit.files.paths import here, steady
-from saekit.runs.checkpoints import (
-    Checkpoint,
-    all_checkpoints,
-    keep_saes,
-    mark_finished,
-    write_checkpoint,
-    write_saes,
-)
+from saekit.runs.checkpoints import Checkpoint, all_checkpoints, keep_saes, mark_finished, write_checkpoint
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
-from saekit.runs.spread_checkpoints import done_by_all, write_together
+from saekit.runs.spread_checkpoints import write_together
+from saekit.runs.spread_saes import write_saes_together
 from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
 from saekit.runs.writing import Writing
+from saekit.sae.folder import Contents
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
 
@@ -296,17 +292,17 @@ class Saving:
         """
         session, staging, place = self._session, Staging(), path.absolute()
         world = session.world
-        saes = staging.saes(worth, world)
+        saes = staging.saes(worth)
+        written = list(saes) if world.main else []
         if not resumable:
-            write = functools.partial(write_saes, place, saes) if saes else lambda go_on: None
-            return write, staging.arrived(), list(saes)
-        files = (
-            *(saes, staging.trainings(session), staging.stream(self._stream(path, saes, staging), world)),
-            facts_of(session, spaced=spaced),
-        )
+            write = functools.partial(write_saes_together, world.behind, place, saes)
+            return write, staging.arrived(), written
+        states, stream = staging.trainings(session), staging.stream(self._stream(path, saes, staging), world)
+        files = (states, stream, facts_of(session, spaced=spaced))
         if world.size > 1:
-            return functools.partial(write_together, world.behind, place, *files), staging.arrived(), list(saes)
-        return functools.partial(write_checkpoint, place, *files), staging.arrived(), list(saes)
+            return functools.partial(write_together, world.behind, place, saes, *files), staging.arrived(), written
+        whole = {name: one for name, one in saes.items() if isinstance(one, Contents)}  # all of them
+        return functools.partial(write_checkpoint, place, whole, *files), staging.arrived(), written
 
     def _note_checkpoint(self, folder: Path) -> None:
         """Once there is one, a run without any is not one that was stopped early."""

@@ -109,7 +109,7 @@ class Session:
         check_together(list(configs.values()), plugins)
         check_spreads(list(configs.values()), world)
         sizes = sizes or {}
-        prepared = {name: _Prepared.of(config, plugins, sizes.get(name)) for name, config in configs.items()}
+        prepared = {name: _Prepared.of(config, plugins, sizes.get(name), world) for name, config in configs.items()}
         first = next(iter(configs.values()))
         self.corpus = Corpus.of(first.dataset, first.evals, dataset, first.tokens.mask_column)
         self.has_model = has_model(first, plugins)
@@ -357,9 +357,9 @@ class _Prepared:
     schedule: Any
 
     @classmethod
-    def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None) -> _Prepared:
+    def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None, world: World) -> _Prepared:
         check_without_model(config, plugins)
-        options, start = sae_options(config, plugins, d_sae)
+        options, start = sae_options(config, plugins, d_sae, world)
         resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)
         return cls(options, start, make_schedule(config, plugins))

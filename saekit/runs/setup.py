@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,9 +30,10 @@ from saekit.runs.randomness import seeded
 from saekit.runs.spreading import spread
 from saekit.runs.transforms import estimator_of, give_chosen, refuse_maps, starting_rows, transform_problems
 from saekit.sae.build import build_module, initialize
+from saekit.sae.init import starts_by_parts
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of, tensors_of
-from saekit.sae.splitting import give_part, whole_like
+from saekit.sae.splitting import copied, give_part, whole_like
 from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.schedule import ComposedSchedule
@@ -48,12 +48,13 @@ __all__ = [
 
 
 def sae_options(
-    config: TrainConfig, plugins: PluginManager, d_sae: int | None = None
+    config: TrainConfig, plugins: PluginManager, d_sae: int | None = None, world: World = ALONE
 ) -> tuple[SAEConfig, SAEModule | None]:
     """The architecture's options, and the saved SAE that training starts from, if there is one.
 
-    ``d_sae`` is given for a run that goes on, which needs no start any more.  :class:`ConfigError` names what does not
-    go together.
+    ``d_sae`` is given for a run that goes on, which needs no start any more.  Of a start, each process of ``world`` has
+    the part that it trains, where the architecture knows of parts.  :class:`ConfigError` names what does not go
+    together.
     """
     options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
     check_finetuning(config, options)
@@ -61,9 +62,10 @@ def sae_options(
         return options, None
     if d_sae is not None:
         return attrs.evolve(options, d_sae=d_sae, expansion_factor=None), None
-    start = load_sae(start_files(config.training.from_pretrained_path), plugins=plugins)
+    split = world.features if world.features.size > 1 else None
+    start = load_sae(start_files(config.training.from_pretrained_path), plugins=plugins, features=split)
     if options.d_sae is None and options.expansion_factor is None:
-        options = attrs.evolve(options, d_sae=start.d_sae)
+        options = attrs.evolve(options, d_sae=start.d_sae * start.share.parts)
     _check_start(config, options, start, plugins)
     return options, start
 
@@ -87,7 +89,7 @@ def _check_start(config: TrainConfig, options: SAEConfig, start: SAEModule, plug
         ("sae.name", architecture, start.info.architecture),
         ("sae.activation", wanted["activation"], plain_config(start.config, plugins)["activation"]),
         ("sae.apply_b_dec_to_input", options.apply_b_dec_to_input, start.config.apply_b_dec_to_input),
-        ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae),
+        ("sae.d_sae", options.d_sae or options.features(start.d_in), start.d_sae * start.share.parts),
         ("sae.d_in", options.d_in or start.d_in, start.d_in),
         *_sites_compared(config.sites, start.ports),
     ):
@@ -174,7 +176,7 @@ def _decoder_problems(
         for name in kept:
             tensors[name] = tensors[name].clone()
             start.table[name].fold(tensors[name], {"d_in": read, "d_out": written})
-    norms = torch.cat([tensors[name].norm(dim=-1).flatten() for name in kept])
+    norms = start.share.all_features(torch.cat([tensors[name].norm(dim=-1).flatten() for name in kept]))
     if not isinstance(scale, Mapping):
         norms = norms / norms.mean() if scale is None else norms * scale
     if bool(((norms - 1).abs() < 1e-3).all()):
@@ -309,17 +311,24 @@ def give_weights(
             scale = 1.0  # its weights are for scaled activations as they are
         if problems := _decoder_problems(config, options, start, scale):
             raise ConfigError(problems)
-        _in_whole(trainer, lambda sae: _copy_weights(start, trainer, sae, scale, _start_of(config)))
+        by_parts = start.share.parts > 1
+        _give(trainer, lambda sae: _copy_weights(start, trainer, sae, scale, _start_of(config)), by_parts=by_parts)
         return
     generator = torch.Generator().manual_seed(seed_for(config.training.seed, "init"))
     read, written = trainer.factors
     x, target = _starting_rows(sample, trainer) if sample is not None else (None, None)
-    _in_whole(trainer, lambda sae: initialize(sae, generator, x, read, target=target, target_scale=written))
+    by_parts = starts_by_parts(trainer.sae.table)
+    _give(
+        trainer,
+        lambda sae: initialize(sae, generator, x, read, target=target, target_scale=written),
+        by_parts=by_parts,
+    )
 
 
-def _in_whole(trainer: SAETrainer, give: Callable[[SAEModule], None]) -> None:
-    """Have ``give`` fill the SAE: of one whose features are split, each process draws the whole and takes its part."""
-    if trainer.world.features.size == 1:
+def _give(trainer: SAETrainer, give: Callable[[SAEModule], None], *, by_parts: bool) -> None:
+    """Have ``give`` fill the SAE; of one whose features are split, it fills the whole unless it works ``by_parts``, and
+    each process keeps its own."""
+    if trainer.world.features.size == 1 or by_parts:
         give(trainer.sae)
         return
     whole = whole_like(trainer.sae)
@@ -358,7 +367,7 @@ def _copy_weights(start: SAEModule, trainer: SAETrainer, into: SAEModule, scale:
 
 def _scaled(start: SAEModule, scale: Scale, sites: Sites) -> SAEModule:
     """That of an SAE for raw activations which does the same on activations times ``scale``, in float64."""
-    sae = copy.deepcopy(start).double()  # once there and back must not cost digits
+    sae = copied(start).double()  # once there and back must not cost digits
     if sae.input_transform is None:
         sae.fold_activation_scale(*_unfolding(scale, _at_sites(start.ports, sites)))
     return sae

@@ -5,29 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from saekit.distributed.agreement import agreed
 from saekit.distributed.group import Group
-from saekit.errors import StorageError
+from saekit.files.mapped import is_mapped
 from saekit.files.storage import new_folder, nothing, sync_files
 from saekit.runs.checkpoints import Checkpoint, check_place, finish_checkpoint
 from saekit.runs.state_files import StateFiles
 from saekit.sae.folder import Contents
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import ParameterTable
+from saekit.sae.part_folder import PartContents, whole_in_first
+from saekit.sae.taking import fill
 
-__all__ = ["done_by_all", "joined_training", "part_of_training", "training_of", "write_together"]
-
-_T = TypeVar("_T")
+__all__ = ["part_of_training", "training_of", "write_together"]
 
 
 def write_together(
     group: Group,
     folder: Path,
-    saes: Mapping[str, Contents],
+    saes: Mapping[str, Contents | PartContents],
     states: Mapping[str, StateFiles],
     stream: StateFiles,
     facts: Mapping[str, Any],
@@ -47,7 +48,7 @@ def write_together(
             check_place(folder)
             return stack.enter_context(new_folder(folder, go_on=go_on))
 
-        temporary = _agreed(group, make)[0]
+        temporary = agreed(group, make)[0]
         assert temporary is not None
 
         def write() -> dict[str, str]:
@@ -56,85 +57,73 @@ def write_together(
                 (temporary / name).mkdir(exist_ok=True)
             for name, state in states.items():
                 sums |= {f"{name}/{file}": summed for file, summed in state.write(temporary / name, go_on).items()}
-            for name, sae in saes.items():
-                sums |= {f"{name}/{file}": summed for file, summed in sae.write(temporary / name, go_on).items()}
             sync_files([temporary / file for file in sums])
             return sums
 
-        sums = {file: summed for part in _agreed(group, write) for file, summed in part.items()}
+        def write_saes() -> dict[str, str]:
+            sums: dict[str, str] = {}
+            with whole_in_first(group, saes, go_on) as whole:
+                for name, sae in whole.items():
+                    sums |= {f"{name}/{file}": summed for file, summed in sae.write(temporary / name, go_on).items()}
+            sync_files([temporary / file for file in sums])
+            return sums
+
+        written = [*agreed(group, write), *agreed(group, write_saes)]  # so that nobody waits for who has failed
+        sums = {file: summed for part in written for file, summed in part.items()}
 
         def finish() -> None:
             if first:
                 finish_checkpoint(folder, temporary, facts, sums)
                 stack.close()
 
-        _agreed(group, finish)
-
-
-def done_by_all(group: Group, work: Callable[[], _T]) -> _T:
-    """What ``work`` returns in this process; where it fails in one of ``group``, :class:`StorageError` in all others.
-
-    Else they would wait for its part of what comes next, and be handed its part of what comes after that.
-    """
-    if group.size == 1:
-        return work()
-    found: list[_T] = []
-    _agreed(group, lambda: found.append(work()))
-    return found[0]
-
-
-def _agreed(group: Group, work: Callable[[], _T]) -> list[_T]:
-    """What ``work`` returns in each process; where it fails in one, :class:`StorageError` in all others."""
-    found: _T | None = None
-    failure: BaseException | None = None
-    try:
-        found = work()
-    except Exception as error:
-        failure = error
-    if isinstance(failure, OSError):
-        failure = StorageError(f"cannot write a checkpoint: {failure.strerror}. What was there before is kept")
-    problem = None if failure is None else str(failure) or type(failure).__name__
-    told = group.objects((found, problem))
-    if failure is not None:
-        raise failure
-    for number, (_, theirs) in enumerate(told):
-        if theirs is not None:
-            raise StorageError(f"of process {number}: {theirs}")
-    return [one for one, _ in told]  # type: ignore[misc]
+        agreed(group, finish)
 
 
 # ---- one SAE's state, of which each process has some features
 
 
 def training_of(checkpoint: Checkpoint, name: str, sae: SAEModule) -> dict[str, Any]:
-    """The training state of an SAE, or of that part of its features which ``sae`` has, whatever parts were written."""
+    """The training state of an SAE, or of that part of its features which ``sae`` has, whatever parts were written.
+
+    Of files of other parts, no more is read than belongs to this one.
+    """
     share, (data, features) = sae.share, checkpoint.mesh
-    if data * features == 1:
-        return checkpoint.training(name)
+    numbers = range(features) if data * features > 1 else [None]
     if features == share.parts:
-        return checkpoint.training(name, share.features.rank)
-    parts = [checkpoint.training(name, part) for part in range(features)]
-    whole = parts[0] if features == 1 else joined_training(parts, sae.table)
-    return part_of_training(whole, sae.table, share.features.rank, share.parts)
+        return checkpoint.training(name, numbers[share.features.rank])
+    states = [checkpoint.training(name, number, mapped=True) for number in numbers]
+    return part_of_training(states, sae.table, share.features.rank, share.parts)
 
 
-def joined_training(parts: Sequence[Mapping[str, Any]], table: ParameterTable) -> dict[str, Any]:
-    """The training state of a whole SAE, of the states of all parts of its features, in their order."""
-    return {**parts[0], **_each(parts, table, _joined)}
+def part_of_training(
+    states: Sequence[Mapping[str, Any]], table: ParameterTable, number: int = 0, of: int = 1
+) -> dict[str, Any]:
+    """Part ``number`` of ``of`` of an SAE's training state, in memory of its own.
 
-
-def part_of_training(state: Mapping[str, Any], table: ParameterTable, number: int, of: int) -> dict[str, Any]:
-    """What ``state``, of a whole SAE, has of part ``number`` of its features, which are split into ``of``."""
+    ``states`` are those of all parts as its features were split before, in their order, or the one of the whole.
+    """
 
     def cut(values: Sequence[Tensor], axis: int) -> Tensor:
-        own = values[0].shape[axis] // of
-        return values[0].narrow(axis, number * own, own)
+        own = sum(value.shape[axis] for value in values) // of
+        shape = [own if dim == axis else n for dim, n in enumerate(values[0].shape)]
+        found, at = torch.empty(shape, dtype=values[0].dtype, device="cpu"), -number * own
+        for value in values:  # ``at`` is where it begins in what is wanted
+            first, last = max(at, 0), min(at + value.shape[axis], own)
+            if first < last:
+                fill(found.narrow(axis, first, last - first), value.narrow(axis, first - at, last - first), alone=True)
+            at += value.shape[axis]
+        return found
 
-    return {**state, **_each([state], table, cut)}
+    return {key: _owned(value) for key, value in {**states[0], **_each(states, table, cut)}.items()}
 
 
-def _joined(values: Sequence[Tensor], axis: int) -> Tensor:
-    return torch.cat(list(values), dim=axis)
+def _owned(state: Any) -> Any:
+    """``state`` without tensors that show a file."""
+    if isinstance(state, Tensor):
+        return state.clone() if is_mapped(state) else state
+    if isinstance(state, Mapping):
+        return {key: _owned(value) for key, value in state.items()}
+    return [_owned(value) for value in state] if isinstance(state, list) else state
 
 
 def _each(

@@ -12,10 +12,13 @@ from torch import Tensor
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.distributed.world import World
+from saekit.errors import LostProcessError
 from saekit.runs.checkpoints import STREAM, TRAINING, versions
 from saekit.runs.session import Session
+from saekit.runs.spread_saes import contents_in
 from saekit.runs.state_files import StateFiles
-from saekit.sae.folder import Contents, contents_of
+from saekit.sae.folder import Contents
+from saekit.sae.part_folder import PartContents
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Staging", "facts_of"]
@@ -30,27 +33,34 @@ class Staging:
     def __init__(self) -> None:
         self._devices: set[torch.device] = set()
 
-    def saes(self, worth: Mapping[str, SAETrainer], world: World) -> dict[str, Contents]:
-        """What the folders of these SAEs will hold, which the first process writes and all put together.
+    def saes(self, worth: Mapping[str, SAETrainer]) -> dict[str, Contents | PartContents]:
+        """What the folders of these SAEs will hold, as far as it is for this process to write or to hand over.
 
         :class:`SAEFormatError` for one that could not be loaded again.
         """
-        found: dict[str, Contents] = {}
+        found: dict[str, Contents | PartContents] = {}
         failure: Exception | None = None
         for name, trainer in worth.items():
-            sae = trainer.raw_sae()
-            if not world.main or failure is not None:
-                continue
             try:
-                contents = contents_of(sae)
-                if sae is trainer.sae and torch.device(trainer.device).type == "cpu":  # else it is a copy already
-                    contents = attrs.evolve(contents, tensors=self.held(contents.tensors))
-                found[name] = contents
+                contents = contents_in(trainer)
+            except LostProcessError:
+                raise
             except Exception as error:  # told when the others need no more of this process
                 failure = error
+                continue
+            if contents is not None:
+                found[name] = self._kept(contents, trainer)
         if failure is not None:
             raise failure
         return found
+
+    def _kept(self, contents: Contents | PartContents, trainer: SAETrainer) -> Contents | PartContents:
+        """``contents`` with copies of what is the trained SAE's own."""
+        by_parts = isinstance(contents, PartContents)
+        copied = not trainer.as_saved or (trainer.sae.share.parts > 1 and not by_parts)
+        if copied or torch.device(trainer.device).type != "cpu":
+            return contents
+        return attrs.evolve(contents, tensors=self.held(contents.tensors))
 
     def trainings(self, session: Session) -> dict[str, StateFiles]:
         """Of each SAE the training state, as far as it is for this process to write.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from saekit.errors import StorageError
+from saekit.files.mapped import mapped_tensors
 from saekit.files.storage import nothing, read_json
 from saekit.files.tensors import DTYPE_NAMES, save_tensors
 
-__all__ = ["StateFiles", "read_state", "write_state"]
+__all__ = ["StateFiles", "read_state", "read_tensors", "write_state"]
 
 _TENSOR = "$tensor"
 
@@ -62,18 +63,32 @@ def write_state(folder: Path, stem: str, state: Mapping[str, Any]) -> dict[str, 
     return StateFiles.of(stem, state).write(folder)
 
 
-def read_state(folder: Path, stem: str) -> dict[str, Any]:
-    """What :func:`write_state` wrote; tensors are on the CPU, and tuples have become lists."""
+def read_state(folder: Path, stem: str, *, mapped: bool = False) -> dict[str, Any]:
+    """What :func:`write_state` wrote; tensors are on the CPU, and tuples have become lists.
+
+    ``mapped``: tensors show the file, so that of large ones only what is looked at is read.
+    """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         # Copies: what is loaded shows the file, which would stay open, and is not aligned as torch's own memory is.
-        tensors = {name: value.clone() for name, value in load_file(folder / f"{stem}.safetensors").items()}
+        tensors = read_tensors(folder / f"{stem}.safetensors", mapped=mapped)
         state: dict[str, Any] = _put_back(read_json(folder / f"{stem}.json"), tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise StorageError(f"{stem} in {folder} cannot be read: {error}") from error
     return state
+
+
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own unless they are to be ``mapped``.
+
+    Raises :class:`OSError` and what the safetensors library does.
+    """
+    from safetensors.torch import load_file
+
+    if mapped:
+        return mapped_tensors(path)
+    return {name: value.clone() for name, value in load_file(path).items()}
 
 
 def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

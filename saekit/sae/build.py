@@ -83,7 +83,8 @@ def initialize(
 
     ``sample [n, d_in]`` are raw activations to come, which may be None for the ``b_dec_init_method`` ``zeros``, and
     ``scale`` is what they will be multiplied by.  ``target [n, d_out]`` and ``target_scale`` likewise, and by default
-    the same.
+    the same.  Of one whose features are split, this process's part is made, where all starting values know how
+    (:func:`saekit.sae.init.by_parts`).
     """
     start = Start(
         sae.config,
@@ -94,6 +95,7 @@ def initialize(
         sample if target is None else target,
         scale,
         scale if target_scale is None else target_scale,
+        sae.share.parts,
+        sae.share.features.rank,
     )
-    for name, value in start.values().items():
-        getattr(sae, name).copy_(value)
+    start.give(sae)

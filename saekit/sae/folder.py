@@ -18,12 +18,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.distributed.agreement import done_by_all
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.checksums import seal
 from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_FILES, SAE_PROBE, SAE_SPARSITY, SAE_WEIGHTS, fault_of_name
 from saekit.files.storage import new_files, new_folder, nothing, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
-from saekit.files.tensors import save_tensors
+from saekit.files.tensors import InPieces, save_tensors
 from saekit.sae.probe import Probe, probe_of
 from saekit.site import Site
 from saekit.transforms import NamedElsewhere
@@ -43,6 +44,7 @@ __all__ = [
     "Contents",
     "contents_of",
     "part_of_run",
+    "save_contents",
     "save_sae",
     "weights_dtype",
     "write_sae",
@@ -69,9 +71,14 @@ def save_sae(sae: SAEModule, path: Path) -> Path:
     Raises :class:`SAEFormatError` for an SAE that could not be loaded again, before anything is touched, and
     :class:`StorageError` for a path that cannot be an SAE's folder, and when the disk fails.
     """
+    save_contents(contents_of(sae), path)
+    return path
+
+
+def save_contents(contents: Contents, path: Path) -> None:
+    """The same for what is to be written of one."""
     if "\0" in str(path):
         raise PlaceError(f"cannot save the SAE in {str(path)!r}: a path cannot hold a null character")
-    contents = contents_of(sae)
     try:
         target = Path(os.path.realpath(path))  # a link to a folder stays one
         _refuse(target, path)
@@ -83,7 +90,6 @@ def save_sae(sae: SAEModule, path: Path) -> Path:
             _write_into(target, contents)
     except (OSError, UnicodeEncodeError) as error:
         raise StorageError(f"cannot save the SAE in {str(path)!r}: {error}") from error
-    return path
 
 
 def _refuse(target: Path, path: Path) -> None:
@@ -173,9 +179,9 @@ class Contents:
 
     config: dict[str, Any]
     """``cfg.json`` without the checksums."""
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | InPieces]
     sparsity: Tensor | None
-    probe: Probe | None
+    probe: Probe | None = None
 
     def write(self, folder: Path, go_on: Callable[[], None] = nothing) -> dict[str, str]:
         """Write the files into ``folder``, which is there; returns their checksums.
@@ -195,8 +201,14 @@ class Contents:
 def contents_of(sae: SAEModule) -> Contents:
     """What the folder of ``sae`` holds; its tensors may be the SAE's own.
 
-    :class:`SAEFormatError` says what of ``sae`` could not be loaded again.
+    :class:`SAEFormatError` says what of ``sae`` could not be loaded again.  Of one whose features are split, the
+    processes of its group must all ask: each is given its part of the tensors, and all else is that of the whole.
     """
+    contents, tensors = done_by_all(sae.share.features, lambda: _without_probe(sae))
+    return attrs.evolve(contents, probe=probe_of(sae, tensors))
+
+
+def _without_probe(sae: SAEModule) -> tuple[Contents, dict[str, Tensor]]:
     tensors, where = sae.public_tensors(), "the SAE that is to be saved"
     check_tensors(tensors, where)
     for name in (entry.name for entry in sae.table):
@@ -205,11 +217,11 @@ def contents_of(sae: SAEModule) -> Contents:
     sparsity = None
     if sae.log_sparsity is not None:
         check_tensor(sae.log_sparsity, "log_sparsity", where, minus_infinity=True)
-        _check_shape(sae.log_sparsity, [sae.d_sae], "log_sparsity", where)
+        _check_shape(sae.log_sparsity, [sae.d_sae * sae.share.parts], "log_sparsity", where)
         sparsity = sae.log_sparsity.detach().cpu().float().contiguous()
     config = folder_config(sae, tensors)
     parse_object(_text(config, dict.fromkeys((WEIGHTS, SPARSITY), "0" * 64)), f"{CONFIG} of {where}")
-    return Contents(config, tensors, sparsity, probe_of(sae, tensors))
+    return Contents(config, tensors, sparsity), tensors
 
 
 def _check_shape(value: Tensor, shape: list[int], name: str, where: str) -> None:
@@ -239,7 +251,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         **public,
         "d_in": sae.d_in,
         **({} if sae.ports.same else {"d_out": sae.d_out}),
-        "d_sae": sae.d_sae,
+        "d_sae": sae.d_sae * sae.share.parts,
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": sae.config.apply_b_dec_to_input,

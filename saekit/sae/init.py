@@ -6,25 +6,89 @@ float32, so that neither the device nor the dtype changes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol, TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.parameters import Start
+from saekit.sae.parameters import ParameterTable, Start
 
 __all__ = [
-    "Constant", "b_dec", "decoder", "encoder", "geometric_median", "initial_b_dec", "ones", "zeros",
+    "Constant", "b_dec", "by_parts", "decoder", "drawn", "encoder", "geometric_median", "initial_b_dec", "ones",
+    "starts_by_parts", "zeros",
 ]  # fmt: skip
 
 
+_PIECE = 1 << 22  # numbers that are drawn together where a part is kept, a multiple of those of normal ones
+_NORMALS = 16  # normal numbers that torch makes together
+
+
+class _Init(Protocol):
+    def __call__(self, start: Start, shape: tuple[int, ...]) -> Tensor: ...
+
+
+_I = TypeVar("_I", bound=_Init)
+
+
+def by_parts(init: _I) -> _I:
+    """Of starting values of which each process may need a part: ``shape`` is that of the part that ``start`` says.
+
+    Numbers must be those of the whole: what is drawn is drawn for all features, as :func:`drawn` does.  Others make the
+    whole, of which a part is kept.
+    """
+    vars(init)["by_parts"] = True
+    return init
+
+
+def starts_by_parts(table: ParameterTable) -> bool:
+    """Whether all starting values of a table can be made of a part alone."""
+    return all(getattr(entry.init, "by_parts", False) for entry in table if not entry.optional)
+
+
+def drawn(
+    start: Start,
+    shape: tuple[int, ...],
+    along: int,
+    draw: Callable[[Tensor], object],
+    like: torch.dtype = torch.float32,
+) -> Tensor:
+    """``[...]`` of ``shape``, of a part that is split ``along`` a dimension, from numbers that are drawn for the whole.
+
+    ``draw`` fills memory in its order, from ``start.generator`` alone.  Where there are several parts it is asked for
+    some of the whole at a time, so that nobody has all of it; torch draws the same numbers so.
+    """
+    if start.parts == 1:
+        values = torch.empty(shape, dtype=like, device="cpu")
+        draw(values)
+        return values
+    outer, own = math.prod(shape[:along]), math.prod(shape[along:])
+    kept = torch.empty(outer, own, dtype=like, device="cpu")
+    row, first, total = own * start.parts, start.part * own, outer * own * start.parts
+    memory = torch.empty(min(total, _PIECE + _NORMALS), dtype=like, device="cpu")
+    at = 0
+    while at < total:
+        end = at + _PIECE if total - at >= _PIECE + _NORMALS else total
+        draw(piece := memory[: end - at])
+        for place in range(at // row, -(-end // row)):
+            mine = place * row + first
+            begin, stop = max(at, mine), min(end, mine + own)
+            if begin < stop:
+                kept[place, begin - mine : stop - mine] = piece[begin - at : stop - at]
+        at = end
+    return kept.view(shape)
+
+
+@by_parts
 def zeros(start: Start, shape: tuple[int, ...]) -> Tensor:
     """Zeros."""
     return torch.zeros(shape, device="cpu")
 
 
+@by_parts
 def ones(start: Start, shape: tuple[int, ...]) -> Tensor:
     """Ones."""
     return torch.ones(shape, device="cpu")
@@ -35,18 +99,21 @@ class Constant:
     """``init.Constant(0.01)``: that number everywhere."""
 
     value: float
+    by_parts: ClassVar[bool] = True
 
     def __call__(self, start: Start, shape: tuple[int, ...]) -> Tensor:
         return torch.full(shape, self.value, dtype=start.dtype, device="cpu")
 
 
+@by_parts
 def encoder(start: Start, shape: tuple[int, ...]) -> Tensor:
     """``W_enc [d_in, d_sae]``: Kaiming-uniform, or ``W_dec.T`` with ``init_encoder_as_decoder_transpose``."""
-    drawn = nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=start.generator)
+    values = _kaiming_uniform(start, shape, along=1)
     if not start.config.init_encoder_as_decoder_transpose:
-        return drawn
+        return values
+    del values  # drawn all the same, for what comes after it
     turned = start["W_dec"].T
-    if turned.shape != drawn.shape:
+    if tuple(turned.shape) != tuple(shape):
         raise ConfigError(
             [("sae.init_encoder_as_decoder_transpose", f"needs targets as wide as inputs; W_dec.T is "
               f"{list(turned.shape)}, and W_enc {list(shape)}. Set it to false")]
@@ -54,23 +121,36 @@ def encoder(start: Start, shape: tuple[int, ...]) -> Tensor:
     return turned
 
 
+@by_parts
 def decoder(start: Start, shape: tuple[int, ...]) -> Tensor:
     """``W_dec [d_sae, d_out]``: Kaiming-uniform, orthogonal or of norm 0.1, as the options say; with rows of norm 1
     where those are kept."""
     config, generator = start.config, start.generator
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    if config.decoder_orthogonal_init:
-        nn.init.orthogonal_(values, generator=generator)
+    if config.decoder_orthogonal_init:  # of which no part can be made alone
+        whole = torch.empty(shape[0] * start.parts, *shape[1:], dtype=torch.float32, device="cpu")
+        values = nn.init.orthogonal_(whole, generator=generator)
+        values = values if start.parts == 1 else values.narrow(0, start.part * shape[0], shape[0]).clone()
     elif config.decoder_heuristic_init:
-        values.normal_(generator=generator)
+        values = drawn(start, shape, 0, lambda memory: memory.normal_(generator=generator))
         values *= 0.1 / values.norm(dim=1, keepdim=True)
     else:
-        nn.init.kaiming_uniform_(values, generator=generator)
+        values = _kaiming_uniform(start, shape, along=0)
     if config.normalize_sae_decoder:
         values /= values.norm(dim=1, keepdim=True)
     return values
 
 
+def _kaiming_uniform(start: Start, shape: tuple[int, ...], along: int) -> Tensor:
+    """As :func:`torch.nn.init.kaiming_uniform_` draws the whole."""
+    if start.parts == 1:
+        memory = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return nn.init.kaiming_uniform_(memory, generator=start.generator)
+    whole = [n * start.parts if dim == along else n for dim, n in enumerate(shape)]
+    bound = math.sqrt(3.0) * (nn.init.calculate_gain("leaky_relu", 0) / math.sqrt(math.prod(whole[1:])))
+    return drawn(start, shape, along, lambda memory: memory.uniform_(-bound, bound, generator=start.generator))
+
+
+@by_parts
 def b_dec(start: Start, shape: tuple[int, ...]) -> Tensor:
     """``b_dec [d_out]``, by ``b_dec_init_method``, of targets as they will be scaled."""
     return initial_b_dec(start.config.b_dec_init_method, start.target, shape[0], start.dtype) * start.target_scale

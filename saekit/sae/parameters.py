@@ -322,6 +322,10 @@ class Start:
     """What inputs will be multiplied by."""
     target_scale: Factor = 1.0
     """What targets will be multiplied by."""
+    parts: int = 1
+    """How many processes have parts of the features; then ``table`` is that of one part."""
+    part: int = 0
+    """The number of that part."""
     _made: dict[str, Tensor] = attrs.field(factory=dict, init=False)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -329,10 +333,14 @@ class Start:
             self._made[name] = self.table[name].init(self, self.table.shape(name))
         return self._made[name]
 
-    def values(self) -> Mapping[str, Tensor]:
-        """Those of all parameters that every SAE of the architecture has."""
+    def give(self, module: nn.Module) -> None:
+        """Copy those of all parameters that every SAE of the architecture has into ``module``."""
         there = [entry for entry in self.table if not entry.optional]
-        return {entry.name: self[entry.name] for entry in sorted(there, key=lambda entry: entry.turn)}
+        for entry in sorted(there, key=lambda entry: entry.turn):
+            own: Tensor = getattr(module, entry.name)
+            own.copy_(self[entry.name])
+            if self.parts > 1 and own.dtype == self[entry.name].dtype and own.device == _CPU:
+                self._made[entry.name] = own.detach()  # so that it is in memory once
 
 
 def factors_of(

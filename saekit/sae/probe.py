@@ -5,13 +5,12 @@ Inputs are numbers of bfloat16, so that their file holds them as they are.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 
 from saekit._version import __version__
+from saekit.distributed.share import Share
 from saekit.files.names import SAE_PROBE
 from saekit.reasons import error_text
+from saekit.sae.splitting import copied, saved_along
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ class Probe:
 def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
     """That of ``sae``, whose public tensors are ``saved``.
 
-    None where its own code cannot tell, with a warning that says why: it is no reason not to save it.
+    None where its own code cannot tell, with a warning that says why: it is no reason not to save it.  Where features
+    are split, all processes of the group ask, and outputs are sums over their parts.
     """
+    share = sae.share
     try:
         sae = _as_loaded(sae)
         with as_it_is(sae):
@@ -66,16 +69,17 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
     except Exception as error:
         _warn(f"what the SAE computes fails with {error_text(error)}")
         return None
-    if not bool(output.isfinite().all()) or not bool(features.isfinite().all()):
+    finite = bool(output.isfinite().all()) and bool(features.isfinite().all())
+    if share.count(int(not finite), output):
         _warn("what the SAE computes is not finite")
         return None
-    largest = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
+    values, largest = _largest(features, share)
     tensors = {
         "x": x.contiguous(),
         "output": output.float().cpu().contiguous(),
-        "values": features.gather(1, largest).float().cpu().contiguous(),
+        "values": values.float().cpu().contiguous(),
         "features": largest.int().cpu().contiguous(),
-        "l0": (features != 0).sum(1).int().cpu(),
+        "l0": share.features.sum((features != 0).sum(1)).int().cpu(),
     }
     facts = {
         "format": "1",
@@ -84,16 +88,37 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
         "dtype": dtype_name(sae.dtype),
         "off": repr(max(_OFF.get(sae.dtype, max(_OFF.values())), off_here(sae))),
         "l0": repr(tensors["l0"].float().mean().item()),
-        "norms": json.dumps(norms_of(saved)),
+        "norms": json.dumps(_norms_of_all(norms_of(saved), saved_along(sae, saved), share)),
     }
     if sae.ports.same and len(x) > 1:
         facts["explained_variance"] = repr(explained(x.float(), tensors["output"]))
     return Probe(tensors, facts)
 
 
+def _largest(features: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Of each row of ``features [n, d_sae]``, of this process, the largest of all: values and numbers, ``[n, m]``."""
+    numbers = features.abs().topk(min(_MOST_FEATURES, features.shape[1]), dim=1).indices
+    values = features.gather(1, numbers)
+    if share.parts == 1:
+        return values, numbers
+    numbers = torch.cat(share.features.gather(numbers + share.first_feature(features.shape[1])), dim=1)
+    values = torch.cat(share.features.gather(values), dim=1)
+    best = values.abs().topk(min(_MOST_FEATURES, values.shape[1]), dim=1).indices
+    return values.gather(1, best), numbers.gather(1, best)
+
+
+def _norms_of_all(norms: dict[str, float], split: Collection[str], share: Share) -> dict[str, float]:
+    """``norms`` of whole tensors, where this process has those of its parts of ``split``."""
+    if share.parts == 1:
+        return norms
+    parts = share.features.objects({name: norms.get(name, math.inf) for name in (*split,)})
+    norms |= {name: math.hypot(*(part[name] for part in parts)) for name in split}
+    return {name: norm for name, norm in norms.items() if math.isfinite(norm)}
+
+
 def _as_loaded(sae: SAEModule) -> SAEModule:
     """As it is when it is loaded again: float16 becomes float32, in which other features may be the largest."""
-    return copy.deepcopy(sae).float() if sae.dtype == torch.float16 else sae
+    return copied(sae).float() if sae.dtype == torch.float16 else sae
 
 
 def _warn(why: str) -> None:
@@ -109,16 +134,19 @@ def as_it_is(sae: SAEModule) -> Iterator[None]:
     A plugin may draw from the process's generators: what a run draws next must not depend on when it was saved.
     """
     before, sae.use_error_term = sae.use_error_term, False
+    kernels = sae.kernels
     drawn = random.getstate(), np.random.get_state()
     devices = [sae.device] if sae.device.type == "cuda" else []
     threads = torch.get_num_threads()
     try:
+        if sae.share.parts > 1:  # of which kernels of inference know nothing
+            sae.kernels = "reference"
         if os.getpid() != _PROCESS:  # forked from the one that has torch's threads: it would wait for them for ever
             torch.set_num_threads(1)
         with torch.no_grad(), sae._without_hooks(), torch.random.fork_rng(devices=devices):
             yield
     finally:
-        sae.use_error_term = before
+        sae.use_error_term, sae.kernels = before, kernels
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
         if torch.get_num_threads() != threads:
@@ -154,11 +182,12 @@ def _made_rows(sae: SAEModule, n: int) -> Tensor:
         None if name is None else getattr(sae, name)
         for name in (sae.table.of_dims(*dims) for dims in (("d_sae", "d_out"), ("d_in", "d_sae"), ("d_out",)))
     )
-    which = torch.randint(sae.d_sae, (n, _DIRECTIONS), generator=generator).to(sae.device)
+    share = sae.share
+    which = torch.randint(sae.d_sae * share.parts, (n, _DIRECTIONS), generator=generator).to(sae.device)
     if sae.ports.same and decoder is not None:
-        rows = decoder[which].float().sum(1).cpu()
+        rows = _of(decoder, which, share).float().sum(1).cpu()
     elif encoder is not None:
-        rows = encoder[:, which.flatten()].T.reshape(n, _DIRECTIONS, -1).float().sum(1).cpu()
+        rows = _of(encoder.T, which, share).float().sum(1).cpu()
     else:
         rows = torch.randn(n, sae.d_in, generator=generator)
     rows = rows * (math.sqrt(sae.d_in) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
@@ -167,9 +196,18 @@ def _made_rows(sae: SAEModule, n: int) -> Tensor:
     for scale in _SCALES:
         x = (scale * rows + (0 if center is None else center.detach().float().cpu())).bfloat16()
         features, _ = results(sae, x)
-        if int((features != 0).any(1).sum()) * 2 >= n:
+        if int((share.features.sum((features != 0).sum(1)) > 0).sum()) * 2 >= n:
             break
     return x
+
+
+def _of(directions: Tensor, which: Tensor, share: Share) -> Tensor:
+    """Rows ``which [n, m]`` of ``directions [d_sae, d]`` of all features, of which this process has its own."""
+    if share.parts == 1:
+        return directions[which]
+    own = which - share.first_feature(len(directions))
+    mine = (own >= 0) & (own < len(directions))
+    return share.features.sum(directions[own.clamp(0, len(directions) - 1)] * mine[..., None])
 
 
 def explained(x: Tensor, output: Tensor) -> float:

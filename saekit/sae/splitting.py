@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from saekit.distributed.group import Group
 from saekit.distributed.share import WHOLE, Share
 from saekit.errors import ConfigError
+from saekit.files.mapped import is_mapped
 from saekit.sae.parameters import Parameter
-from saekit.sae.ways import overridden
+from saekit.sae.ways import Ways, overridden
 
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_spread", "gathered", "give_part", "keep_part", "spread_of", "whole_like"]
+__all__ = [
+    "check_spread", "copied", "gathered", "give_part", "is_saved_by_parts", "keep_part", "parts_of", "saved_along",
+    "spread_of", "whole_like",
+]  # fmt: skip
 
 
 def spread_of(data: int, features: int) -> frozenset[str]:
@@ -59,13 +64,41 @@ def _instead(name: str) -> str:
     return "set it to 1" if name == "features" else "start one process, or as many as distributed.features"
 
 
-def keep_part(sae: SAEModule, features: Group) -> None:
-    """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features."""
+_SAVING = (
+    "cast_weights", "fold_activation_scale", "fold_affine", "load_public_tensors", "public_tensors", "restate",
+    "shift_pre_activations",
+)  # fmt: skip
+
+
+def is_saved_by_parts(kind: type[SAEModule]) -> bool:
+    """Whether what :meth:`SAEModule.public_tensors` makes of a part is that part of what it makes of the whole.
+
+    A class that changes what is saved says so itself: see :attr:`saekit.sae.ways.Ways.saved_by_parts`.
+    """
+    lineage = kind.__mro__
+    stated = next(number for number, one in enumerate(lineage) if "saved_by_parts" in vars(one))
+    every_module = next(number for number, one in enumerate(lineage) if Ways in one.__bases__)
+    return not any(name in vars(one) for one in lineage[: min(stated, every_module)] for name in _SAVING)
+
+
+def saved_along(sae: SAEModule, tensors: Iterable[str]) -> dict[str, int]:
+    """The dimension along which each of ``tensors``, as they are saved, is split; those that are not are left out."""
+    known = {entry.name: entry.dims.index("d_sae") for entry in sae.table if entry.split == "d_sae"}
+    known |= sae.saved_by_parts
+    return {name: known[name] for name in tensors if name in known}
+
+
+def keep_part(sae: SAEModule, features: Group, *, blank: bool = False) -> None:
+    """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features.
+
+    ``blank``: zeros that take no memory, of which somebody makes weights.
+    """
     own = sae.d_sae // features.size
     with torch.no_grad():
         for entry, value in _split(sae):
             part = value.narrow(entry.dims.index("d_sae"), features.rank * own, own)
-            _give(sae, entry, part, value)
+            made = entry.memory(tuple(part.shape), part.dtype) if blank else _copy(entry, part)
+            setattr(sae, entry.name, made.requires_grad_(value.requires_grad))
     _resize(sae, own, Share(features=features))
 
 
@@ -95,6 +128,30 @@ def gathered(sae: SAEModule) -> SAEModule:
     return whole.to(sae.device)
 
 
+def copied(sae: SAEModule) -> SAEModule:
+    """A copy, of the same part of the features: what :func:`copy.deepcopy` makes is for one process."""
+    share, found = sae.share, copy.deepcopy(sae)
+    vars(found).pop("losses", None)  # a compiled one belongs to the SAE that trains
+    found.share = share
+    return found
+
+
+def parts_of(tensors: dict[str, Tensor], along: Mapping[str, int], features: Group) -> dict[str, Tensor]:
+    """Of whole ``tensors``, which are taken out of their dictionary, the part of this process.
+
+    What is the memory of a file stays that; else a part is in memory of its own, so that the whole can go.
+    """
+    found = {}
+    for name in list(tensors):
+        value = tensors.pop(name)
+        if name in along:
+            own = value.shape[along[name]] // features.size
+            part = value.narrow(along[name], features.rank * own, own)
+            value = part if is_mapped(value) else part.clone()
+        found[name] = value
+    return found
+
+
 @torch.no_grad()
 def give_part(sae: SAEModule, whole: SAEModule) -> None:
     """Copy what ``whole`` has of the features of ``sae``, and what all have alike."""
@@ -115,10 +172,10 @@ def _split(sae: SAEModule) -> list[tuple[Parameter, nn.Parameter]]:
     return [(entry, value) for entry, value in there if value is not None]
 
 
-def _give(sae: SAEModule, entry: Parameter, part: Tensor, like: nn.Parameter) -> None:
+def _copy(entry: Parameter, part: Tensor) -> nn.Parameter:
     made = entry.unwritten(tuple(part.shape), part.dtype, part.device)
     made.data.copy_(part)
-    setattr(sae, entry.name, made.requires_grad_(like.requires_grad))
+    return made
 
 
 def _resize(sae: SAEModule, d_sae: int, share: Share) -> None:

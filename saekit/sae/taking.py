@@ -11,7 +11,7 @@ from saekit.files.mapped import give_back, pieces
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import ParameterTable, to_take
 
-__all__ = ["take_over"]
+__all__ = ["fill", "take_over"]
 
 
 @torch.no_grad()
@@ -38,13 +38,13 @@ def _laid_out(
         if tuple(value.shape) == shapes.get(name):
             alone = owners[value.untyped_storage().data_ptr()] == 1
             memory = table[name].unwritten(shapes[name], dtype, device)
-            _fill(memory, value, alone=alone)
+            fill(memory, value, alone=alone)
             value = memory
         found[name] = value
     return found
 
 
-def _fill(memory: Tensor, values: Tensor, *, alone: bool) -> None:
+def fill(memory: Tensor, values: Tensor, *, alone: bool) -> None:
     """Copy ``values`` into ``memory``, which may lie the other way, be of another type and on another device.
 
     In pieces, so that nothing is in memory twice.  ``alone``: nobody else needs ``values``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,6 +47,12 @@ class Ways(Castable):
     competes_over: ClassVar[str | None] = None
     """Where entries of a step compete with those of other processes, which tell each other their largest: ``features``
     (``k`` of each row), ``all`` (those of the whole batch); None: nowhere.  For `saekit plan`."""
+    saved_by_parts: ClassVar[Mapping[str, int]] = {}
+    """Where features are split, an SAE is loaded and saved by parts: what ``public_tensors`` makes of a part is that
+    part of what it makes of the whole, and so with all that changes weights (``load_public_tensors``, ``cast_weights``,
+    ``fold_activation_scale``, ``fold_affine``, ``shift_pre_activations``, ``restate``).  A class that overrides one of
+    these says so anew, or its SAEs are put together to be saved.  Of tensors that are saved and not in the table, by
+    their names, the dimension of features; of those that are not named, all processes have the same."""
     spread: frozenset[str] = frozenset()
     """What is split over processes in training: ``data``, ``features``."""
 

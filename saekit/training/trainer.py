@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,7 @@ from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.sae.probe import MOST_ROWS
-from saekit.sae.splitting import gathered
+from saekit.sae.splitting import copied, gathered
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
@@ -269,17 +268,20 @@ class SAETrainer:
             )
 
     def raw_sae(self) -> SAEModule:
-        """The SAE for raw activations, with its firing fractions: to measure and to save.
+        """The SAE for raw activations, with its firing fractions: to measure, and to go on with.
 
         Of one whose features are split, every process of the group must ask, and has it whole.  It is the SAE itself,
         or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
         """
-        sae = self.sae
-        if sae.share.parts > 1:
-            sae = gathered(sae)
-        elif not self.as_saved:
-            sae = copy.deepcopy(sae)
-            vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
+        return self._raw(gathered(self.sae) if self.sae.share.parts > 1 else self.sae)
+
+    def raw_part(self) -> SAEModule:
+        """The same, with this process's part of the features alone: to save."""
+        return self._raw(self.sae)
+
+    def _raw(self, sae: SAEModule) -> SAEModule:
+        if sae is self.sae and not self.as_saved:
+            sae = copied(sae)
         if sae is not self.sae:
             if self.scaled:
                 sae.fold_activation_scale(*self.factors)

@@ -14,7 +14,7 @@ from support.spread_stops import DOCUMENTS, manager
 import saekit
 from saekit.errors import ConfigError
 from saekit.runs.checkpoints import newest_checkpoint
-from saekit.runs.spread_checkpoints import joined_training, part_of_training
+from saekit.runs.spread_checkpoints import part_of_training
 
 STOPS = "support.spread_stops"
 MESHES = ((2, 1), (1, 2))
@@ -153,15 +153,20 @@ def test_a_state_is_that_of_its_parts(name: str) -> None:
     moments = {key: {"step": torch.tensor(4.0), "exp_avg": torch.rand_like(value)} for key, value in weights.items()}
     firing = {"fired": torch.arange(8), "since_fired": torch.arange(8), "rows": 3, "last_fractions": None}
     state = {"diverged": None, "step": 4, "weights": weights, "optimizer": moments, "firing": firing}
-    parts = [part_of_training(state, sae.table, number, 4) for number in range(4)]
+    parts = [part_of_training([state], sae.table, number, 4) for number in range(4)]
     assert [part["firing"]["fired"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     for key, value in parts[2]["weights"].items():
         axes = [axis for axis, size in enumerate(weights[key].shape) if size == 8]
         assert torch.equal(value, weights[key].narrow(axes[0], 4, 2) if axes else weights[key])
         assert value.shape == parts[2]["optimizer"][key]["exp_avg"].shape
-    again = joined_training(parts, sae.table)
+    for number in range(2):  # of four parts, two
+        half, expected = (part_of_training(states, sae.table, number, 2) for states in (parts, [state]))
+        for key in weights:
+            assert torch.equal(half["weights"][key], expected["weights"][key])
+            assert torch.equal(half["optimizer"][key]["exp_avg"], expected["optimizer"][key]["exp_avg"])
+    again = part_of_training(parts, sae.table)
     assert (again["step"], again["firing"]["rows"], again["firing"]["last_fractions"]) == (4, 3, None)
     for key, value in weights.items():
         assert torch.equal(again["weights"][key], value)
         assert torch.equal(again["optimizer"][key]["exp_avg"], moments[key]["exp_avg"])
-    assert part_of_training({"diverged": "nan"}, sae.table, 0, 2) == {"diverged": "nan"}
+    assert part_of_training([{"diverged": "nan"}], sae.table, 0, 2) == {"diverged": "nan"}

@@ -48,7 +48,8 @@ def quietly(work: Any) -> Any:
 
 
 def weights(result: Any) -> dict[str, Any]:
-    found = {name: value.detach().clone() for name, value in result.sae.state_dict().items()}
+    saved = saekit.SAE.load(result.folder / "sae")
+    found = {name: value.detach().clone() for name, value in saved.state_dict().items()}
     return {"folder": str(result.folder), "weights": found, "metrics": dict(result.metrics)}
 
 

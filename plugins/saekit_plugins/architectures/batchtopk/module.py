@@ -56,6 +56,7 @@ class BatchTopKSAE(TopKSAE):
     step_kernels = (BatchTopKKernel(),)
     spreads_over = frozenset({"data", "features"})
     competes_over = "all"
+    saved_by_parts: ClassVar[Mapping[str, int]] = {"threshold": 0}
     beside_mathematics = frozenset({"trained_as"})
     config: BatchTopKConfig
     _name: ClassVar[str] = "batchtopk"
@@ -143,7 +144,7 @@ class BatchTopKSAE(TopKSAE):
 
     @torch.no_grad()
     def restate(self, option: str, value: Any, *, within: float) -> bool:
-        before, norm = self.config, self.norms_of(self.W_dec).mean()
+        before, norm = self.config, self.share.all_features(self.norms_of(self.W_dec)).mean()
         if not super().restate(option, value, within=within):
             return False
         if self.config.rescale_acts_by_decoder_norm and not before.rescale_acts_by_decoder_norm:
@@ -182,15 +183,16 @@ class BatchTopKSAE(TopKSAE):
     def _one_threshold(self, threshold: Tensor, W_dec: Tensor) -> float:
         """One for all features, from ``threshold [d_sae]`` as it is saved: in bfloat16 divided by the norms."""
         whole = threshold.shape == (self.d_sae,)
+        threshold = self.share.all_features(threshold) if whole else threshold
         if whole and bool((threshold == threshold[0]).all()):
             return threshold[0].item()
         if whole and self.config.rescale_acts_by_decoder_norm and W_dec.dtype == torch.bfloat16:
-            norms = self.norms_of(W_dec).double()
+            norms = self.share.all_features(self.norms_of(W_dec)).double()
             every = (threshold.double() * norms)[norms > 0]
             one = every.median()
             if bool(((every - one).abs() <= one * 2**-7).all()):  # a norm may be rounded otherwise on another machine
                 return float(one.bfloat16())
         raise SAEFormatError(
-            f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae}] of equal numbers; found "
-            f"{list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
+            f"{self.info.architecture} has one threshold, as a tensor [{self.d_sae * self.share.parts}] of equal "
+            f"numbers; found {list(threshold.shape)} with numbers from {threshold.min():.4g} to {threshold.max():.4g}"
         )

@@ -10,8 +10,8 @@ where ``H`` has no derivative, and ``W_dec`` and ``b_dec`` of the last term may 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -202,6 +202,7 @@ class GatedSAE(SAE):
 
     step_kernels = (GatedKernel(),)
     spreads_over = frozenset({"data", "features"})
+    saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: GatedConfig
     activation: Any
     b_gate: nn.Parameter

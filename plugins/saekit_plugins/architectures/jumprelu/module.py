@@ -221,6 +221,7 @@ class JumpReLUSAE(RevivingSAE):
 
     step_kernels = (JumpReLUKernel(),)
     spreads_over = frozenset({"data", "features"})
+    saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: JumpReLUConfig
     activation: Any
     _name: ClassVar[str] = "jumprelu"

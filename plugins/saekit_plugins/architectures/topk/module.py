@@ -139,6 +139,7 @@ class TopKSAE(RevivingSAE):
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = (TopKKernel(),)
     spreads_over = frozenset({"data", "features"})
     competes_over: ClassVar[str | None] = "features"
+    saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: TopKConfig
     _name: ClassVar[str] = "topk"
 
@@ -288,8 +289,8 @@ class TopKSAE(RevivingSAE):
         if norms is not None:
             return tensors
         # Norms that differ from 1 by rounding alone were folded before: again, each save would move the last digits.
-        if (norms := self.feature_norms()) is None or bool(
-            ((norms - 1).abs() <= 4 * torch.finfo(norms.dtype).eps).all()
+        if (norms := self.feature_norms()) is None or self.share.every(
+            (norms - 1).abs() <= 4 * torch.finfo(norms.dtype).eps
         ):
             return tensors
         wide = torch.promote_types(norms.dtype, torch.float32)
@@ -304,7 +305,7 @@ class TopKSAE(RevivingSAE):
         norms = self.feature_norms()
         if norms is None or norms.dtype != torch.bfloat16 or self.scaling_factor is not None:
             return None
-        return None if bool((norms == 1).all()) else norms.detach().cpu()
+        return None if self.share.every(norms == 1) else norms.detach().cpu()
 
     @torch.no_grad()
     def cast_weights(self, dtype: torch.dtype) -> None:
@@ -357,7 +358,7 @@ class TopKSAE(RevivingSAE):
         """
         if option != "rescale_acts_by_decoder_norm":
             return super().restate(option, value, within=within)
-        norms = self.norms_of(self.W_dec)
+        norms = self.share.all_features(self.norms_of(self.W_dec))
         if value and not bool(((norms / norms.mean() - 1).abs() <= within).all()):
             return False
         if not value and (rescaling := self.feature_norms()) is not None:

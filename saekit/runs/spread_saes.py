@@ -1,0 +1,78 @@
+"""SAEs that several processes save together, beside checkpoints: at the end, and those to look at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+from saekit.distributed.agreement import agreed
+from saekit.distributed.group import Group
+from saekit.files.storage import nothing
+from saekit.pretrained.sae import SAE
+from saekit.runs.checkpoints import write_saes
+from saekit.sae.folder import Contents, contents_of, save_contents
+from saekit.sae.part_folder import PartContents, part_contents_of, whole_in_first
+from saekit.sae.splitting import is_saved_by_parts
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["contents_in", "sae_of", "save_trained", "write_saes_together"]
+
+
+def contents_in(trainer: SAETrainer) -> Contents | PartContents | None:
+    """What the folder of the SAE in ``trainer`` will hold, as far as it is for this process to write or to hand over.
+
+    All processes must ask; :class:`SAEFormatError`, in one of them, for an SAE that could not be loaded again.
+    """
+    world = trainer.world
+    if world.features.size > 1 and is_saved_by_parts(type(trainer.sae)):
+        return None if world.data.rank else part_contents_of(trainer.raw_part())
+    sae = trainer.raw_sae()
+    return contents_of(sae) if world.main else None
+
+
+def save_trained(trainer: SAETrainer, path: Path) -> None:
+    """Write the SAE in ``trainer`` to the folder ``path``, as :func:`saekit.sae.folder.save_sae` does.
+
+    All processes must ask.  Where one fails, all do, and what was there is there still.
+    """
+    world, saes = trainer.world, dict[str, Contents | PartContents]()
+
+    def prepare() -> None:
+        if (contents := contents_in(trainer)) is not None:
+            saes[""] = contents
+
+    def save() -> None:
+        with whole_in_first(world.behind, saes) as whole:
+            for contents in whole.values():
+                save_contents(contents, path)
+
+    for work in (prepare, save):
+        agreed(world.all, work, "save the SAE")
+
+
+def sae_of(trainer: SAETrainer, saved: Path) -> SAE | Callable[[], SAE]:
+    """The trained SAE for raw activations; of one whose features are split, what reads it from the folder ``saved``.
+
+    So no process has it whole that does not ask for it.
+    """
+    if trainer.world.features.size > 1:
+        return functools.partial(SAE.load, saved, device=trainer.device)
+    return cast(SAE, trainer.raw_sae())  # architectures derive from it
+
+
+def write_saes_together(
+    group: Group, folder: Path, saes: Mapping[str, Contents | PartContents], go_on: Callable[[], None] = nothing
+) -> None:
+    """:func:`saekit.runs.checkpoints.write_saes`, where each process of ``group`` may have parts of the SAEs.
+
+    Where one fails, all do.
+    """
+
+    def write() -> None:
+        with whole_in_first(group, saes, go_on) as whole:
+            if whole:
+                write_saes(folder, whole, go_on)
+
+    agreed(group, write)

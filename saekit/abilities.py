@@ -26,7 +26,7 @@ __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing", "StatesRows",
+    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing", "StatesRows",
     "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
@@ -204,6 +204,21 @@ class Accumulates(Eval, Protocol):
 
 
 @runtime_checkable
+class SharesContexts(Accumulates, Protocol):
+    """An eval that accumulates, and of whose contexts each of several processes is shown some: it is dealt out.
+
+    Sums travel as pickles to the first process, which merges them and asks for the result.  Where the SAE's features
+    are split over processes, :meth:`start` is given an outline: its options, sites, sizes (``d_sae`` is that of all
+    features) and firing fractions, and weights on torch's ``meta`` device, which have no values.  What is shown are
+    the features and outputs of the whole SAE all the same.  An eval without this ability is run whole by the first
+    process, with the whole SAE.
+    """
+
+    shares_contexts: bool
+    """True."""
+
+
+@runtime_checkable
 class HasMemory(Protocol):
     """A model backend or an activation source that can tell how much memory it needs; `saekit plan` asks."""
 
@@ -292,9 +307,11 @@ class SharesRows(Protocol):
     """An activation source that gives each of several processes other rows, so that together they see all of them.
 
     It works with :attr:`saekit.data.StreamContext.own`, whose batches and contexts are this process's part; a part of
-    a batch may have fewer rows where the data ends.  One without this ability is opened alike by all, for whole
-    batches, of which each takes its part: that is right where rows depend on the seed alone, and each does all the
-    work.
+    a batch may have fewer rows where the data ends.  What it shows before training (``peek``) are rows of its own, of
+    which those of all processes are put together: so many that all are about as many as one process would show.
+
+    One without this ability is opened alike by all, for whole batches, of which each takes its part: that is right
+    where rows depend on the seed alone, and each does all the work.
     """
 
     shares_rows: bool

@@ -17,7 +17,9 @@ from saekit.sae.ways import overridden
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["check_spread", "gathered", "give_part", "keep_part", "spread_of", "whole_like"]
+__all__ = [
+    "check_spread", "gathered", "give_part", "infers_by_parts", "keep_part", "outline_of", "spread_of", "whole_like",
+]  # fmt: skip
 
 
 def spread_of(data: int, features: int) -> frozenset[str]:
@@ -59,6 +61,11 @@ def _instead(name: str) -> str:
     return "set it to 1" if name == "features" else "start one process, or as many as distributed.features"
 
 
+def infers_by_parts(sae: SAEModule) -> bool:
+    """Whether the features of ``sae`` are split, and its parts give together what the whole gives."""
+    return sae.share.parts > 1 and "inference" in sae.spreads_over and overridden(type(sae), "spreads_over") is None
+
+
 def keep_part(sae: SAEModule, features: Group) -> None:
     """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features."""
     own = sae.d_sae // features.size
@@ -83,6 +90,23 @@ def whole_like(sae: SAEModule) -> SAEModule:
         if not any(entry.name == name for entry, _ in _split(whole)):
             value.data = value.data.cpu()
     return whole
+
+
+def outline_of(sae: SAEModule) -> SAEModule:
+    """What is known of the whole without its weights, which are on the ``meta`` device: sizes, options, sites, and how
+    often features fire."""
+    known = {id(value): _outline(value) for value in sae.parameters()}
+    share, outline = sae.share, copy.deepcopy(sae, dict(known))
+    _resize(outline, sae.d_sae * share.parts, WHOLE)
+    for entry, value in _split(outline):
+        setattr(
+            outline, entry.name, nn.Parameter(value.new_empty(entry.shape(outline.table.sizes)), value.requires_grad)
+        )
+    return outline
+
+
+def _outline(value: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
 
 
 @torch.no_grad()

@@ -269,16 +269,21 @@ class SAETrainer:
             )
 
     def raw_sae(self) -> SAEModule:
-        """The SAE for raw activations, with its firing fractions: to measure and to save.
+        """The SAE for raw activations, with its firing fractions: to measure, and to go on with.
 
         Of one whose features are split, every process of the group must ask, and has it whole.  It is the SAE itself,
         or a copy with the scale folded in, in the dtype of its options: see :attr:`as_saved`.
         """
-        sae = self.sae
-        if sae.share.parts > 1:
-            sae = gathered(sae)
-        elif not self.as_saved:
-            sae = copy.deepcopy(sae)
+        return self._raw(gathered(self.sae) if self.sae.share.parts > 1 else self.sae)
+
+    def raw_part(self) -> SAEModule:
+        """The same, with this process's part of the features alone: to save."""
+        return self._raw(self.sae)
+
+    def _raw(self, sae: SAEModule) -> SAEModule:
+        if sae is self.sae and not self.as_saved:
+            share, sae = sae.share, copy.deepcopy(sae)
+            sae.share = share
             vars(sae).pop("losses", None)  # a compiled one belongs to the SAE that trains
         if sae is not self.sae:
             if self.scaled:

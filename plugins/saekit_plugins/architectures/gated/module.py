@@ -201,7 +201,7 @@ class GatedSAE(SAE):
     """
 
     step_kernels = (GatedKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: GatedConfig
     activation: Any
     b_gate: nn.Parameter

@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 import torch
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard.module import StandardSAE
 from support import sweeps
 from support.processes import Case
 from support.spread_runs import options
@@ -73,9 +75,19 @@ class SimpleConfig:
     """A function."""
 
 
+@attrs.frozen(kw_only=True)
+class QuietConfig(StandardConfig):
+    """Trains with features split, and does not say that it can be measured so."""
+
+
+class QuietSAE(StandardSAE):
+    spreads_over = frozenset({"data", "features"})
+
+
 def manager() -> saekit.PluginManager:
     return sweeps.manager(
         None,
+        fake_plugin("sae_architectures", "quiet", build=QuietSAE, config=QuietConfig),
         fake_plugin("evals", "whole", build=WholeEval, config=WholeConfig),
         fake_plugin("evals", "simple", build=simple, config=SimpleConfig),
     )

@@ -5,11 +5,12 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +93,9 @@ def evaluate(
     choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
     contexts, mask = checked_data(contexts, mask)
     from saekit.devices import resolve_device
-    from saekit.distributed.world import open_world, uses_cuda
-    from saekit.status import Status
 
     verbose = verbose and Launched.here(os.environ).rank == 0
-    with (
-        warnings.catch_warnings(),
-        Status(verbose=verbose) as say,
-        open_world(DistributedConfig(), cuda=uses_cuda(device)) as world,
-        world.accounted(),
-    ):
-        if not world.main:
-            warnings.simplefilter("ignore")  # the first process says it
+    with _by_all(device, verbose=verbose) as (world, say):
         say("reading the SAEs")
         found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
         text = Text(
@@ -114,6 +106,23 @@ def evaluate(
         told = _tell_and_save(results, found, save) if world.main else None
         told = next(one for one in world.all.objects(told) if one is not None)
     return told if len(told) > 1 or isinstance(saes, (Mapping, list, tuple)) else next(iter(told.values()))
+
+
+@contextlib.contextmanager
+def _by_all(device: str, *, verbose: bool) -> Iterator[tuple[World, Status]]:
+    """The processes that measure together, of which the first warns, and who says what is being done."""
+    from saekit.distributed.world import open_world, uses_cuda
+    from saekit.status import Status
+
+    with (
+        warnings.catch_warnings(),
+        Status(verbose=verbose) as say,
+        open_world(DistributedConfig(), cuda=uses_cuda(device)) as world,
+        world.accounted(),
+    ):
+        if not world.main:
+            warnings.simplefilter("ignore")
+        yield world, say
 
 
 def check_arguments(

@@ -26,8 +26,8 @@ __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing", "StatesRows",
-    "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
+    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
+    "StatesRows", "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
 

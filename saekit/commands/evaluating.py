@@ -92,19 +92,15 @@ def evaluate(
     chosen = asked_evals(evals, options, plugins)
     choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
     contexts, mask = checked_data(contexts, mask)
-    from saekit.devices import resolve_device
-
     verbose = verbose and Launched.here(os.environ).rank == 0
     with _by_all(device, verbose=verbose) as (world, say):
-        say("reading the SAEs")
-        found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+        found = _read(saes, plugins, device, say)
         text = Text(
             dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
         )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say, world=world)
-        told = _tell_and_save(results, found, save) if world.main else None
-        told = next(one for one in world.all.objects(told) if one is not None)
+        told = _told_to_all(results, found, save, world)
     return told if len(told) > 1 or isinstance(saes, (Mapping, list, tuple)) else next(iter(told.values()))
 
 
@@ -247,12 +243,25 @@ def evaluated(
     return Evaluations({name: found[name] for name in subjects if name in found})
 
 
+def _read(saes: object, plugins: PluginManager, device: str, say: Status) -> dict[str, Subject]:
+    from saekit.devices import resolve_device
+
+    say("reading the SAEs")
+    return subjects_of(saes, plugins, device=resolve_device(device, "device"))
+
+
+def _told_to_all(results: Evaluations, subjects: Mapping[str, Subject], save: bool, world: World) -> Evaluations:
+    """By the first process, which has the results: all get them."""
+    told = _tell_and_save(results, subjects, save) if world.main else None
+    return next(one for one in world.all.objects(told) if one is not None)
+
+
 def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> Evaluations:
     """Remarks as warnings, and the numbers beside the SAEs; gives them with the files."""
     told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=3)
+            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=4)
         file = subjects[name].file
         written = file is not None and save and _save(file, one)
         told[name] = attrs.evolve(one, file=file) if written else one
@@ -266,6 +275,6 @@ def _save(file: Path, found: Evaluation) -> bool:
     try:
         write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
-        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=3)
+        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=4)
         return False
     return True

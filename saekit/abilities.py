@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from saekit.protocols import ActivationFunction, Eval, Optimizer, PretrainedLoader, Tracker
+from saekit.accumulates import Accumulates, SharesContexts
+from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
 from saekit.values import Forward, Replacement, RunEnd, Want
 
 if TYPE_CHECKING:
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.converted import ConvertedConfig
-    from saekit.measuring import Evaluation, Needs, Seen
-    from saekit.site import Site, Sites
+    from saekit.site import Site
 
 __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing", "StatesRows",
-    "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
+    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
+    "StatesRows", "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
 
@@ -179,31 +179,6 @@ class StatesProcessing(Protocol):
 
 
 @runtime_checkable
-class Accumulates(Eval, Protocol):
-    """An eval that sums up what it sees, batch by batch: many of them, of many SAEs, share each forward of the model.
-
-    Its sums may be made in parts, of different contexts, and put together in any order; derive it from
-    :class:`saekit.evals.AccumulatingEval`.
-    """
-
-    @property
-    def needs(self) -> Needs:
-        """What it must be shown."""
-
-    def start(self, sae: Any, sites: Sites) -> Any:
-        """The sums of nothing, for ``sae``, a :class:`saekit.SAE` at ``sites``."""
-
-    def update(self, sums: Any, seen: Seen) -> None:
-        """Take in one batch of contexts."""
-
-    def merge(self, one: Any, other: Any) -> Any:
-        """The sums of both parts, which are of different contexts; either stays as it is."""
-
-    def result(self, sums: Any) -> Evaluation:
-        """What the sums say: the same numbers in whatever order parts were merged."""
-
-
-@runtime_checkable
 class HasMemory(Protocol):
     """A model backend or an activation source that can tell how much memory it needs; `saekit plan` asks."""
 
@@ -292,9 +267,11 @@ class SharesRows(Protocol):
     """An activation source that gives each of several processes other rows, so that together they see all of them.
 
     It works with :attr:`saekit.data.StreamContext.own`, whose batches and contexts are this process's part; a part of
-    a batch may have fewer rows where the data ends.  One without this ability is opened alike by all, for whole
-    batches, of which each takes its part: that is right where rows depend on the seed alone, and each does all the
-    work.
+    a batch may have fewer rows where the data ends.  What it shows before training (``peek``) are rows of its own, of
+    which those of all processes are put together: so many that all are about as many as one process would show.
+
+    One without this ability is opened alike by all, for whole batches, of which each takes its part: that is right
+    where rows depend on the seed alone, and each does all the work.
     """
 
     shares_rows: bool

@@ -177,7 +177,8 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     travels = {"saekit.values", "saekit.site", "saekit.saved", "saekit.released", "saekit.converted"}
     travels |= {"saekit.measuring"}
     assert own(graph()["saekit.protocols"]) <= travels
-    assert own(graph()["saekit.abilities"]) <= travels | {"saekit.protocols"}
+    assert own(graph()["saekit.accumulates"]) <= travels | {"saekit.protocols"}
+    assert own(graph()["saekit.abilities"]) <= travels | {"saekit.protocols", "saekit.accumulates"}
     assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}

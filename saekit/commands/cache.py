@@ -7,18 +7,23 @@ from pathlib import Path
 import attrs
 
 from saekit.ambient import ambient
-from saekit.config import TrainConfig
+from saekit.config import DistributedConfig, TrainConfig
 from saekit.data.activations import ActivationStream, check_contexts
 from saekit.data.cache.manifest import Manifest
+from saekit.data.cache.together import CacheWriterOfMany
 from saekit.data.cache.write import CacheWriter
+from saekit.data.contexts import Contexts
 from saekit.data.corpus import Corpus
-from saekit.data.stream import StreamContext
+from saekit.data.stream import StreamContext, kept_of
+from saekit.distributed.patience import at_work
+from saekit.distributed.world import World, open_world, uses_cuda
 from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.runs.counting import counted_of
-from saekit.runs.opening import open_backend, open_stream, sites_by_option
+from saekit.runs.opening import open_backend, open_stream, sites_by_option, warn_of
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
+from saekit.runs.spreading import check_alike
 from saekit.status import Status
 
 __all__ = ["write_cache"]
@@ -32,8 +37,19 @@ def write_cache(
     dataset: object | None,
     say: Status | None = None,
 ) -> Manifest:
-    """The work of :func:`saekit.cache_activations`; ``say`` is told what is being done."""
-    say = say or Status(verbose=False)
+    """The work of :func:`saekit.cache_activations`; ``say`` is told what is being done.
+
+    Of several processes, each runs the model for a part of the shards.
+    """
+    distributed = DistributedConfig(timeout_s=config.distributed.timeout_s)  # all processes share the shards
+    with open_world(distributed, cuda=uses_cuda(config.model.device)) as world, world.accounted():
+        check_alike(world, [config], plugins)
+        return _written(config, plugins, model, dataset, say or Status(verbose=False), world)
+
+
+def _written(
+    config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None, say: Status, world: World
+) -> Manifest:
     dataset_config = attrs.evolve(config.dataset, on_exhausted="stop")
     corpus = Corpus.of(dataset_config, config.evals, dataset, config.tokens.mask_column)
     sites = cache_sites(config)
@@ -41,7 +57,8 @@ def write_cache(
     named = sites_by_option([config])
     named["activations.cache.sites"] = tuple(site for site in sites if site not in config.sites.all)
     backend = open_backend(config, corpus, plugins, model, named)
-    stream = open_stream(config, corpus, plugins, backend, sites)
+    doubt = warn_of if world.main else _unsaid
+    stream = open_stream(config, corpus, plugins, backend, sites, doubt=doubt)
     say("reading the text")
     contexts = stream.contexts  # opens the text, before the model runs
     said = counted_of(config, corpus, backend, stream)
@@ -49,7 +66,7 @@ def write_cache(
     contexts_asked = cached_contexts(config, most)
     wanted = contexts_asked * most if said is None or not said.contexts else cached_rows(config)
     folder = Path(config.activations.cache.folder)
-    with CacheWriter(folder, plan_cache(config, stream, corpus.context_size)) as writer:
+    with at_work(world), _writer(folder, plan_cache(config, stream, corpus.context_size), world) as writer:
         there = writer.manifest
         if there.ended:
             writer.check_space(there.contexts, there.rows)
@@ -58,7 +75,8 @@ def write_cache(
         if there.position is not None:
             contexts.load_state_dict(there.position)
         say.rest()
-        _write(config, stream, writer, wanted, "" if said is None else f"; {said}")
+        verbose = config.training.verbose and world.main
+        _write(config, stream, writer, wanted, "" if said is None else f"; {said}", verbose=verbose)
         manifest = writer.manifest
     check_contexts(manifest.contexts, corpus.context_size)
     if not manifest.rows:
@@ -74,7 +92,17 @@ def write_cache(
     return manifest
 
 
-def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int, said: str) -> None:
+def _unsaid(text: str) -> None:
+    """The first process says it."""
+
+
+def _writer(folder: Path, plan: Manifest, world: World) -> CacheWriter:
+    return CacheWriter(folder, plan) if world.size == 1 else CacheWriterOfMany(folder, plan, world)
+
+
+def _write(
+    config: TrainConfig, stream: StreamContext, writer: CacheWriter, wanted: int, said: str, *, verbose: bool
+) -> None:
     """Contexts from where the cache ends until there are ``wanted`` rows, or to the end of the data.
 
     No context more than that needs, however many the model takes at once.
@@ -83,15 +111,24 @@ def _write(config: TrainConfig, stream: StreamContext, writer: CacheWriter, want
     most, there = stream.rows_per_context(writer.manifest.context_size), writer.manifest.rows
     done, ended = there, writer.manifest.ended
     needed = writer.manifest.bytes_for(-(-max(wanted, there) // most), max(wanted, there))
-    with ProgressDisplay(wanted, doing="caching", verbose=config.training.verbose) as progress:
+    with ProgressDisplay(wanted, doing="caching", verbose=verbose) as progress:
         progress.say(f"{wanted:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk{said}")
         while done < wanted and not ended:
             asked = min(config.activations.cache.batch_size_prompts, writer.room, -(-(wanted - done) // most))
             contexts = stream.contexts.take(asked)
-            if len(contexts):
+            mine, ended = writer.mine, len(contexts) < asked
+            if len(contexts) and mine:
                 batch = activations.run(contexts)
                 writer.add(batch, stream.contexts.state_dict(), len(contexts))
                 done += len(batch)
-            ended = len(contexts) < asked
-            progress.update(done, before=there)
+            elif len(contexts):
+                writer.pass_over(stream.contexts.state_dict(), len(contexts))
+                done += _rows_of(stream, contexts)
+            if mine or ended or done >= wanted:
+                progress.update(done, before=there)
         writer.finish(ended=ended)
+
+
+def _rows_of(stream: StreamContext, contexts: Contexts) -> int:
+    """How many rows the model would give of ``contexts``."""
+    return contexts.tokens.size if stream.counts_all else int(kept_of(stream.choice, contexts).sum())

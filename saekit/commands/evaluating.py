@@ -5,27 +5,26 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import inspect
+import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit._version import __version__
 from saekit.backends.loading import check_nothing_attached
-from saekit.commands.material import Group, Material, Text
+from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
-from saekit.config import PluginChoice, TokensConfig
+from saekit.config import DistributedConfig, PluginChoice, TokensConfig
 from saekit.config.files import load_config
 from saekit.defaults import DEFAULT_EVALS
+from saekit.distributed.launched import Launched
 from saekit.errors import ConfigError, StorageError
 from saekit.measuring import Evaluation, Evaluations, json_text
-from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.reasons import alike
@@ -35,7 +34,7 @@ from saekit.site import Site, Sites
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saekit.evals.measured import Measured
+    from saekit.distributed.world import World
     from saekit.protocols import Eval, ModelBackend
     from saekit.status import Status
     from saekit.tokens import Mask, TokenChoice
@@ -85,24 +84,41 @@ def evaluate(
 
     What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off.
     What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
+
+    Of several processes (``torchrun``), each measures on a part of the contexts: the numbers are those of one, all get
+    them, and the first warns and writes.
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)
     choice = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
     contexts, mask = checked_data(contexts, mask)
-    from saekit.devices import resolve_device
-    from saekit.status import Status
-
-    with Status(verbose=verbose) as say:
-        say("reading the SAEs")
-        found = subjects_of(saes, plugins, device=resolve_device(device, "device"))
+    verbose = verbose and Launched.here(os.environ).rank == 0
+    with _by_all(device, verbose=verbose) as (world, say):
+        found = _read(saes, plugins, device, say)
         text = Text(
             dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
         )
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
-        results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say)
-    told = _tell_and_save(results, found, save)
+        results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say, world=world)
+        told = _told_to_all(results, found, save, world)
     return told if len(told) > 1 or isinstance(saes, (Mapping, list, tuple)) else next(iter(told.values()))
+
+
+@contextlib.contextmanager
+def _by_all(device: str, *, verbose: bool) -> Iterator[tuple[World, Status]]:
+    """The processes that measure together, of which the first warns, and who says what is being done."""
+    from saekit.distributed.world import open_world, uses_cuda
+    from saekit.status import Status
+
+    with (
+        warnings.catch_warnings(),
+        Status(verbose=verbose) as say,
+        open_world(DistributedConfig(), cuda=uses_cuda(device)) as world,
+        world.accounted(),
+    ):
+        if not world.main:
+            warnings.simplefilter("ignore")
+        yield world, say
 
 
 def check_arguments(
@@ -198,10 +214,17 @@ def evaluated(
     site: Site | Sites | str | None = None,
     verbose: bool = True,
     say: Status | None = None,
+    world: World | None = None,
 ) -> Evaluations:
-    """What ``evals`` find of ``subjects``; those with one model and the same contexts are measured together."""
-    from saekit.ambient import ambient
+    """What ``evals`` find of ``subjects``; those with one model and the same contexts are measured together.
 
+    Contexts are dealt out over the processes of ``world``, all of which must ask; the first is told.
+    """
+    from saekit.ambient import ambient
+    from saekit.commands.dealing import measured_together
+    from saekit.distributed.world import ALONE
+
+    world = world or ALONE
     tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
@@ -216,105 +239,21 @@ def evaluated(
             if say is not None:
                 say.rest()
             chosen = {name: (subjects[name], choices[name]) for name in group.names}
-            found |= _of_group(group, chosen, evals, verbose)
-    return Evaluations({name: found[name] for name in subjects})
+            found |= measured_together(group, chosen, evals, world, verbose=verbose)
+    return Evaluations({name: found[name] for name in subjects if name in found})
 
 
-def _of_group(
-    group: Group,
-    chosen: Mapping[str, tuple[Subject, TokenChoice]],
-    evals: Mapping[str, Choice[Eval]],
-    verbose: bool,
-) -> dict[str, Evaluation]:
-    """SAEs that share a model and contexts."""
-    from saekit.evals.engine import measure
-    from saekit.evals.measured import Measured
-    from saekit.progress import ProgressDisplay
+def _read(saes: object, plugins: PluginManager, device: str, say: Status) -> dict[str, Subject]:
+    from saekit.devices import resolve_device
 
-    def guard(key: str) -> AbstractContextManager[None]:
-        return blamed(evals[key].item, "__call__", at_work=True)
-
-    backend, contexts, about = group.backend, group.contexts, group.about
-    made = {
-        name: _built(evals, name, one, backend, about[name]["sites"], contexts) for name, (one, _) in chosen.items()
-    }
-    measured = [
-        Measured(
-            one.sae,
-            about[name]["sites"],
-            {key: cast("Any", built) for key, built in made[name].items() if _accumulates(built)},
-            choice,
-            guard,
-        )
-        for name, (one, choice) in chosen.items()
-    ]
-    with ProgressDisplay(contexts.numel(), doing="measuring", verbose=verbose) as progress:
-        done = 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.update(done)
-
-        sums = measure(measured, backend=backend, contexts=contexts, mask=group.mask, report=report)
-    digest = hashlib.sha256(contexts.cpu().numpy().tobytes()).hexdigest()
-    found = {}
-    for name, subject, own in zip(chosen, measured, sums, strict=True):
-        parts = [_part(subject, key, built, own, backend, contexts) for key, built in made[name].items()]
-        facts = {key: value for key, value in about[name].items() if key != "sites"}
-        facts |= {
-            "sae": name,
-            **chosen[name][0].weights,
-            "sites": subject.sites.name,
-            "evals": {key: attrs.asdict(choice.options) for key, choice in evals.items()},
-            "tokens": subject.tokens.metadata(),
-            "masked": group.mask is not None,
-            "contexts_digest": digest,
-            "saekit": __version__,
-        }
-        whole = Evaluation.joined([Evaluation(values={}, about=facts), *parts])
-        if whole.about.get("tokens_used") == 0:
-            raise ConfigError(f"no token of the contexts counts for {name}: nothing can be measured")
-        found[name] = attrs.evolve(whole, about={**whole.about, "contexts_used": len(whole.contexts)})
-    return found
+    say("reading the SAEs")
+    return subjects_of(saes, plugins, device=resolve_device(device, "device"))
 
 
-def _accumulates(built: object) -> bool:
-    from saekit.abilities import Accumulates
-
-    return isinstance(built, Accumulates)
-
-
-def _built(
-    evals: Mapping[str, Choice[Eval]], name: str, one: Subject, backend: ModelBackend, sites: Sites, contexts: Tensor
-) -> dict[str, Eval]:
-    from saekit.values import EvalRun
-
-    run = EvalRun(
-        name=name,
-        backend=backend,
-        sites=sites,
-        device=str(one.sae.device),
-        steps=0,
-        seed=0,
-        open_contexts=lambda: contexts,
-    )
-    return {key: choice.build(run=run) for key, choice in evals.items()}
-
-
-def _part(
-    subject: Measured, key: str, built: Any, sums: Mapping[str, Any], backend: ModelBackend, contexts: Tensor
-) -> Evaluation:
-    """What one eval has found: of sums, or by being called."""
-    from saekit.evals.calling import called
-    from saekit.training.metrics import numbers_of
-
-    with subject.guard(key):
-        if key in sums:
-            result: Evaluation = built.result(sums[key])
-            return attrs.evolve(result, sums={key: sums[key]})
-        told = called(built, subject.sae, backend=backend, sites=subject.sites, contexts=contexts)
-    return Evaluation(values=numbers_of(key, told), contexts=tuple(range(len(contexts))))
+def _told_to_all(results: Evaluations, subjects: Mapping[str, Subject], save: bool, world: World) -> Evaluations:
+    """By the first process, which has the results: all get them."""
+    told = _tell_and_save(results, subjects, save) if world.main else None
+    return next(one for one in world.all.objects(told) if one is not None)
 
 
 def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: bool) -> Evaluations:
@@ -322,7 +261,7 @@ def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: 
     told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=3)
+            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=4)
         file = subjects[name].file
         written = file is not None and save and _save(file, one)
         told[name] = attrs.evolve(one, file=file) if written else one
@@ -336,6 +275,6 @@ def _save(file: Path, found: Evaluation) -> bool:
     try:
         write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
-        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=3)
+        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=4)
         return False
     return True

@@ -170,8 +170,9 @@ def cache_activations(
     ``model`` and ``dataset`` are as for :func:`saekit.train`.  Interrupted in any way, it is gone on with by the same
     call, after the last finished shard.  The text is read once, whatever ``dataset.on_exhausted`` says: when it ends
     early, the cache is shorter, or with ``"error"`` a :class:`DataError` is raised after what there is was written.
+
+    Of several processes (``torchrun``), each runs the model for a part of the shards; the cache is that of one.
     """
-    refuse_several("writing a cache of activations")
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     preflight.of_cache(config, plugins, model, dataset).raise_any()

@@ -84,8 +84,18 @@ class SpreadSource:
         return _shared_out(own, self._world)
 
     def peek(self) -> Mapping[Site, Tensor]:
-        """Rows of the first process, so that what is estimated on them is the same for all."""
-        return self._world.all.once(lambda: {site: rows.cpu() for site, rows in self._source.peek().items()})
+        """Rows of all processes, in their order, so that what is estimated on them is the same for all.
+
+        Where each has the same batches, those of the first.
+        """
+        if not self._shares:
+            return self._world.all.once(lambda: {site: rows.cpu() for site, rows in self._source.peek().items()})
+        own = {site: rows.cpu() for site, rows in self._source.peek().items()}
+        counts = self._world.all.objects([len(rows) for rows in own.values()])
+        return {
+            site: torch.cat(self._world.all.gather_rows(rows, [each[number] for each in counts]))
+            for number, (site, rows) in enumerate(own.items())
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()

@@ -14,7 +14,7 @@ from torch import Tensor
 from saekit.compiling import not_compiled
 from saekit.errors import LostProcessError, SaekitError
 
-__all__ = ["Group", "JoinedGroup"]
+__all__ = ["ONE", "Group", "JoinedGroup"]
 
 T = TypeVar("T")
 
@@ -59,6 +59,10 @@ class Group:
         """What the process of this number hands to this one."""
         raise RuntimeError("there is no other process")
 
+    def at_first(self, value: T) -> list[T] | None:
+        """The same in the first process; None in the others."""
+        return [value]
+
     def __deepcopy__(self, memo: object) -> Group:
         """There is one of each."""
         return self
@@ -66,6 +70,10 @@ class Group:
     def once(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, which the first process does for all; what it raises is raised in all."""
         return work()
+
+
+ONE = Group()
+"""Of this process alone."""
 
 
 @contextlib.contextmanager
@@ -145,6 +153,13 @@ class JoinedGroup(Group):
         found: list[Any] = [None] * self.size
         with _answered():
             self._dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    @not_compiled
+    def at_first(self, value: T) -> list[T] | None:
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with _answered():
+            self._dist.gather_object(value, found, group=self._group, group_dst=0)
         return found
 
     @not_compiled

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import math
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from saekit.distributed.launched import Launched, check_mesh
 from saekit.distributed.share import WHOLE, Share
 from saekit.distributed.telling import Telling
 
-__all__ = ["ALONE", "World", "open_world", "trains_on_cuda"]
+__all__ = ["ALONE", "World", "open_world", "trains_on_cuda", "uses_cuda"]
 
 _STORES: dict[tuple[str | None, ...], Any] = {}
 """What the processes of this one's launch write to, by how it was launched; opened once, for all worlds."""
@@ -46,6 +47,12 @@ class World:
 
     telling: Telling = attrs.field(factory=Telling)
     """What they tell each other although some have gone."""
+    store: Any = None
+    """What all processes can write to and read, although some of them have gone: torch's store; None: there is none."""
+    timeout_s: float = math.inf
+    """Seconds in which each must say something, where others wait for it."""
+    turns: Iterator[int] = attrs.field(factory=itertools.count)
+    """Numbers what processes wait for, which all come to in one order."""
 
     @contextlib.contextmanager
     def accounted(self) -> Iterator[None]:
@@ -87,9 +94,13 @@ ALONE = World()
 
 def trains_on_cuda(config: TrainConfig) -> bool:
     """Whether its SAEs train on GPUs of NVIDIA's."""
+    return uses_cuda(config.training.device)
+
+
+def uses_cuda(device: str) -> bool:
+    """Whether ``device``, as options have it, is a GPU of NVIDIA's."""
     import torch
 
-    device = config.training.device
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
@@ -157,7 +168,7 @@ def _joined(launched: Launched, data: int, features: int, timeout: datetime.time
     parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
     data_group, features_group = (part if part.size > 1 else Group() for part in parts)
     telling = Telling(store, launched.rank, launched.size)
-    return World(JoinedGroup(every), data_group, features_group, behind, telling)
+    return World(JoinedGroup(every), data_group, features_group, behind, telling, store, timeout.total_seconds())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from saekit.abilities import Accumulates
 from saekit.ambient import ambient
-from saekit.evals.engine import batch_size_of, measure
+from saekit.distributed.group import ONE, Group
+from saekit.evals.engine import batch_size_of, measure, together
 from saekit.evals.measured import Guard, Measured
 from saekit.protocols import Eval, ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.site import Sites
 from saekit.tokens import TokenChoice, special_ids
 
-__all__ = ["Asked", "Told", "all_called", "called"]
+__all__ = ["Asked", "Told", "all_called", "called", "summed"]
 
 
 @attrs.frozen(eq=False)
@@ -31,6 +32,8 @@ class Asked:
     evals: Mapping[str, Eval]
     guard: Guard = nullcontext
     """``guard(name)`` surrounds what each eval does."""
+    outline: SAEModule | None = None
+    """Where ``sae`` is a part: see :attr:`saekit.evals.measured.Measured.outline`."""
 
 
 @attrs.frozen(eq=False)
@@ -53,17 +56,31 @@ def called(measure: Any, sae: SAEModule, *, backend: ModelBackend, sites: Sites,
         return measure(sae, backend=backend, sites=sites, contexts=contexts)
 
 
+Summed: TypeAlias = Sequence[Mapping[str, Any]]
+"""Of each SAE what its evals that accumulate have summed up, by their names."""
+
+
 def all_called(
-    asked: Sequence[Asked], *, backend: ModelBackend, contexts: Tensor | None, mask: Tensor | None = None
+    asked: Sequence[Asked],
+    *,
+    backend: ModelBackend,
+    contexts: Tensor | None,
+    mask: Tensor | None = None,
+    known: Summed | None = None,
 ) -> list[Told]:
     """What is found of each SAE of ``asked``: the very numbers that it would be measured with alone.
 
     Evals that accumulate share each clean forward of the model, those of all SAEs.  Tokens that do not count for an SAE
-    are left out there, and those where ``mask [n, t]`` is false.
+    are left out there, and those where ``mask [n, t]`` is false.  Of evals that are ``known`` the sums are there.
     """
-    summed = [{}] * len(asked) if contexts is None else _summed(asked, backend, contexts, mask)
+    known = [{}] * len(asked) if known is None else known
+    left = [
+        attrs.evolve(one, evals={name: made for name, made in one.evals.items() if name not in sums})
+        for one, sums in zip(asked, known, strict=True)
+    ]
+    made = [{}] * len(asked) if contexts is None else summed(left, backend=backend, contexts=contexts, mask=mask)
     told = []
-    for one, sums in zip(asked, summed, strict=True):
+    for one, sums in zip(asked, [{**there, **new} for there, new in zip(known, made or [], strict=True)], strict=True):
         found: dict[str, Any] = dict.fromkeys(one.evals)
         remarks: dict[str, None] = {}
         for name, state in sums.items():
@@ -78,21 +95,25 @@ def all_called(
     return told
 
 
-def _summed(
-    asked: Sequence[Asked], backend: ModelBackend, contexts: Tensor, mask: Tensor | None
-) -> list[Mapping[str, Any]]:
-    """What the evals that accumulate have summed up of each."""
+def summed(
+    asked: Sequence[Asked], *, backend: ModelBackend, contexts: Tensor, mask: Tensor | None, among: Group = ONE
+) -> Summed | None:
+    """What the evals that accumulate have summed up of each.
+
+    Contexts are dealt out ``among`` several processes, all of which must ask; None in all but the first.
+    """
     special = special_ids(backend)
     subjects = []
     for one in asked:
         accumulating = {name: made for name, made in one.evals.items() if isinstance(made, Accumulates)}
         choice = TokenChoice.of_metadata(one.sae.info.metadata, special)
-        subjects.append(Measured(one.sae, one.sites, accumulating, choice, one.guard))
+        subjects.append(Measured(one.sae, one.sites, accumulating, choice, one.guard, one.outline))
     found: dict[int, Mapping[str, Any]] = {}
     for numbers in _alike(subjects, backend, contexts.shape[1]):
-        together = [subjects[number] for number in numbers]
-        found |= zip(numbers, measure(together, backend=backend, contexts=contexts, mask=mask), strict=True)
-    return [found.get(number, {}) for number in range(len(asked))]
+        chosen = [subjects[number] for number in numbers]
+        own = measure(chosen, backend=backend, contexts=contexts, mask=mask, among=among)
+        found |= zip(numbers, together(chosen, own, among) or own, strict=True)
+    return None if among.rank else [found.get(number, {}) for number in range(len(asked))]
 
 
 def _alike(subjects: Sequence[Measured], backend: ModelBackend, context_size: int) -> Iterable[list[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saekit.abilities import StartsInside
 from saekit.ambient import ambient
+from saekit.distributed.group import ONE, Group
 from saekit.evals.forwards import Forwards, logit_contexts
 from saekit.evals.means import Means, mean_of, read_means
 from saekit.evals.measured import Measured, allowed_in, checked_mask
@@ -23,7 +24,7 @@ from saekit.protocols import ModelBackend
 from saekit.sae.once import features_and_outputs
 from saekit.tokens import Mask
 
-__all__ = ["batch_size_of", "measure"]
+__all__ = ["batch_size_of", "measure", "together"]
 
 
 def measure(
@@ -35,6 +36,7 @@ def measure(
     first: int = 0,
     means: Means | None = None,
     report: Callable[[int], Any] | None = None,
+    among: Group = ONE,
 ) -> list[dict[str, Any]]:
     """What each eval of each of ``subjects`` has summed up of ``contexts [n, t]``: of each its sums by name.
 
@@ -44,19 +46,41 @@ def measure(
 
     ``first`` is the number of the first context, for parts of a whole; ``means`` are what :func:`read_means` gives, by
     default of the first of ``contexts``; ``report`` is told of every batch how many tokens it had.
+
+    The batches, which are the same, are dealt out ``among`` several processes, all of which must call: what comes back
+    is of this one's alone, and :func:`together` puts the sums together.
     """
     mask = checked_mask(mask, contexts)
     with ambient(), torch.no_grad():
         if means is None:
-            means = read_means(subjects, backend=backend, contexts=contexts, mask=mask)
+            means = read_means(subjects, backend=backend, contexts=contexts, mask=mask, among=among)
         engine = _Engine(subjects, backend, means)
-        for start in range(0, len(contexts), size := batch_size_of(subjects, backend, contexts.shape[1])):
+        size = batch_size_of(subjects, backend, contexts.shape[1])
+        for number, start in enumerate(range(0, len(contexts), size)):
             tokens = contexts[start : start + size]
-            allowed = allowed_in(mask, tokens, slice(start, start + size))
-            engine.take(tokens, allowed, first + start)
+            if number % among.size == among.rank:
+                allowed = allowed_in(mask, tokens, slice(start, start + size))
+                engine.take(tokens, allowed, first + start)
             if report is not None:
                 report(tokens.numel())
         return engine.sums
+
+
+def together(subjects: Sequence[Measured], sums: list[dict[str, Any]], among: Group) -> list[dict[str, Any]] | None:
+    """The ``sums`` of all processes ``among`` which contexts were dealt out, in the first one; None in the others."""
+    if among.size == 1:
+        return sums
+    parts = among.at_first(sums)
+    if parts is None:
+        return None
+    found = []
+    for number, subject in enumerate(subjects):
+        merged = {}
+        for name, part in subject.evals.items():
+            with subject.guard(name):
+                merged[name] = functools.reduce(part.merge, (one[number][name] for one in parts))
+        found.append(merged)
+    return found
 
 
 def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_size: int) -> int:
@@ -86,7 +110,7 @@ class _Engine:
             started = {}
             for name, part in subject.evals.items():
                 with subject.guard(name):
-                    started[name] = part.start(subject.sae, subject.sites)
+                    started[name] = part.start(subject.outline or subject.sae, subject.sites)
             self.sums.append(started)
         self.read = {site.hook_name for subject in subjects if subject.needs.sae for site in subject.sites.all}
         self.entries = {subject.targets: self._entry(subject) for subject in subjects if _puts(subject.needs)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.ambient import ambient
+from saekit.distributed.group import ONE, Group
 from saekit.errors import ConfigError
 from saekit.evals.measured import Measured, allowed_in
 from saekit.protocols import ModelBackend
@@ -27,12 +28,17 @@ def mean_of(means: Means, site: Site, subject: Measured, vectors: Tensor) -> Ten
 
 
 def read_means(
-    subjects: Sequence[Measured], *, backend: ModelBackend, contexts: Tensor, mask: Mask | None = None
+    subjects: Sequence[Measured],
+    *,
+    backend: ModelBackend,
+    contexts: Tensor,
+    mask: Mask | None = None,
+    among: Group = ONE,
 ) -> Means:
     """The mean at each target of SAEs whose evals ask for it, over the first contexts, so many as each says.
 
     Tokens that do not count for the SAE are left out.  :class:`ConfigError` for more contexts than there are, and where
-    no token counts.
+    no token counts.  Contexts are dealt out ``among`` several processes, all of which must ask.
     """
     wanted = {
         (site, subject.tokens, subject.needs.mean): None
@@ -44,17 +50,24 @@ def read_means(
     if most > len(contexts):
         raise ConfigError(f"means are to be read from {most:,} contexts, and there are {len(contexts):,}")
     sums = {key: (torch.zeros((), dtype=torch.float64, device="cpu"), 0) for key in wanted}
+    parts: list[tuple[int, dict[tuple[Site, TokenChoice, int], tuple[Tensor, int]]]] = []
     with ambient(), torch.no_grad():
-        for start in range(0, most, size):
+        for batch, start in enumerate(range(0, most, size)):
+            if batch % among.size != among.rank:
+                continue
             tokens = contexts[start : min(start + size, most)]
             allowed = allowed_in(mask, tokens, slice(start, start + len(tokens)))
             held = backend.run(tokens, read={site.hook_name for site, _, _ in wanted}).held
+            parts.append((batch, found := {}))
             for site, choice, number in wanted:
                 kept = choice.kept(tokens) if allowed is None else choice.kept(tokens) & allowed
                 rows = site.extract(held[site.hook_name]).cpu()[: max(number - start, 0)]
                 picked = rows[kept.cpu()[: len(rows)]].double()
-                total, count = sums[site, choice, number]
-                sums[site, choice, number] = total + picked.sum(0), count + len(picked)
+                found[site, choice, number] = picked.sum(0), len(picked)
+    every = sorted((part for parts in among.objects(parts) for part in parts), key=lambda part: part[0])
+    for _, found in every:  # in the order of one process
+        for key, (total, count) in found.items():
+            sums[key] = sums[key][0] + total, sums[key][1] + count
     if any(not count for _, count in sums.values()):
         raise ConfigError("no token of the contexts that means are read from counts")
     return {key: total / count for key, (total, count) in sums.items()}

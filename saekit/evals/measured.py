@@ -35,6 +35,9 @@ class Measured:
     tokens: TokenChoice = attrs.field(factory=TokenChoice)
     """Those that count."""
     guard: Guard = lambda name: nullcontext()
+    outline: SAEModule | None = None
+    """What evals are started with, where ``sae`` is this process's part of the features: see
+    :class:`saekit.abilities.SharesContexts`."""
 
     @classmethod
     def of(cls, sae: SAEModule, sites: Sites, evals: Mapping[str, Accumulates], backend: ModelBackend) -> Self:

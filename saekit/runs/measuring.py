@@ -6,14 +6,18 @@ import functools
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
+import attrs
 from torch import Tensor
 
-from saekit.evals.calling import Asked, Told, all_called
+from saekit.distributed.patience import by_first
+from saekit.evals.calling import Asked, Told, all_called, summed
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.building import blamed, unless_ours
 from saekit.runs.checks import chosen_evals
 from saekit.runs.session import Member, Session
-from saekit.training.metrics import eval_metrics, numbers_of
+from saekit.runs.spreading import sharing
+from saekit.sae.splitting import infers_by_parts, outline_of
+from saekit.training.metrics import eval_metrics, numbers_of, weight_metrics
 from saekit.values import Histogram
 
 __all__ = ["evaluate"]
@@ -22,7 +26,8 @@ __all__ = ["evaluate"]
 def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[str, float | Histogram]]:
     """Of each of ``members``, by its name, what its evals find, under the names that are logged.
 
-    What looks wrong with it is noted in :attr:`Member.remarks`.
+    What looks wrong with it is noted in :attr:`Member.remarks`.  Of several processes all must ask, and the first is
+    told.
     """
     groups: dict[int, tuple[Tensor | None, Tensor | None, list[Member]]] = {}
     for member in members:
@@ -32,26 +37,30 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
     found: dict[str, dict[str, float | Histogram]] = {member.name: {} for member in members}
     for held_out, mask, group in groups.values():
         asked = [_asked(session, member) for member in group]
-        if not session.world.main:  # which has taken part in putting them together
-            continue
-        for member, one, told in zip(group, asked, _told(session, group, asked, held_out, mask), strict=True):
+        weights = [weight_metrics(one.sae) for one in asked]
+        told = _told(session, group, asked, held_out, mask)
+        for member, histograms, one in zip(group, weights, told or [], strict=told is not None):
             numbers: dict[str, float] = {}
-            for key, value in told.found.items():
+            for key, value in one.found.items():
                 numbers |= numbers_of(key, value)
-            found[member.name] = eval_metrics(one.sae, numbers)
-            member.remarks = told.remarks
+            found[member.name] = eval_metrics(numbers) | histograms
+            member.remarks = one.remarks
     return found
 
 
 def _asked(session: Session, member: Member) -> Asked:
     guard = functools.partial(_guard, session, member)
-    return Asked(member.trainer.raw_sae(), member.config.sites, member.evals, guard)
+    trainer, sites = member.trainer, member.config.sites
+    if not infers_by_parts(trainer.sae):
+        return Asked(trainer.raw_sae(), sites, member.evals, guard)
+    part = trainer.raw_part()
+    return Asked(part, sites, member.evals, guard, outline_of(part))
 
 
 def _told(
     session: Session, group: Sequence[Member], asked: Sequence[Asked], held_out: Tensor | None, mask: Tensor | None
-) -> list[Told]:
-    """Of those that are measured on the same contexts."""
+) -> list[Told] | None:
+    """Of those that are measured on the same contexts; None in all processes but the first."""
     if len(session.members) == 1:
         session.say("measuring the SAE" if held_out is None else "measuring on held-out text")
     else:
@@ -59,11 +68,31 @@ def _told(
     try:
         # No source's thread may run the model while its hooks are in place.
         with session.model_lock, unless_ours(asked[0].guard(next(iter(asked[0].evals)))):
-            return all_called(asked, backend=session.backend, contexts=held_out, mask=mask)
+            return _by_all(session, group, asked, held_out, mask)
     finally:
         for member in group:
             for parameter in member.trainer.sae.parameters():
                 parameter.grad = None
+
+
+def _by_all(
+    session: Session, group: Sequence[Member], asked: Sequence[Asked], held_out: Tensor | None, mask: Tensor | None
+) -> list[Told] | None:
+    """Contexts are dealt out for the evals that say that theirs can be; the first process does all others, and what
+    is left."""
+    world, backend, known = session.world, session.backend, None
+    if world.size > 1 and held_out is not None:
+        # The processes that have the parts of an SAE work on the same contexts.
+        among = world.all if all(one.outline is None for one in asked) else world.data
+        shared = [attrs.evolve(one, evals=sharing(one.evals)) for one in asked]
+        known = summed(shared, backend=backend, contexts=held_out, mask=mask, among=among)
+    whole = [
+        attrs.evolve(one, sae=member.trainer.raw_sae(), outline=None)
+        if one.outline is not None and (held_out is None or len(sharing(one.evals)) < len(one.evals))
+        else one
+        for member, one in zip(group, asked, strict=True)
+    ]
+    return by_first(world, lambda: all_called(whole, backend=backend, contexts=held_out, mask=mask, known=known))
 
 
 def _guard(session: Session, member: Member, key: str) -> AbstractContextManager[None]:

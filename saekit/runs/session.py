@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,7 +41,7 @@ from saekit.runs.opening import (
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import give_weights, make_trainer, sae_options
-from saekit.runs.spreading import check_spreads
+from saekit.runs.spreading import check_spreads, doubts_of_measuring
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
@@ -168,6 +169,10 @@ class Session:
             texts += doubts_of_order(self.backend, sites, self.model_lock)
         for text in dict.fromkeys(texts):
             warn_of(text)
+        if self.world.main:
+            doubts = (doubts_of_measuring(member.trainer.sae, member.evals) for member in members)
+            for text in dict.fromkeys(itertools.chain.from_iterable(doubts)):
+                warn_of(text)
 
     def _open_stream(self, configs: Sequence[TrainConfig], shared: SharedForwards | None) -> Callable[[], None]:
         """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from saekit.abilities import SharesContexts
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.distributed.world import World
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager
+from saekit.protocols import Eval
 from saekit.runs.checkpoints import versions
 from saekit.runs.record import flat
 from saekit.sae.module import SAEModule
-from saekit.sae.splitting import check_spread, keep_part, spread_of
+from saekit.sae.splitting import check_spread, infers_by_parts, keep_part, spread_of
 
-__all__ = ["check_alike", "check_spreads", "spread"]
+__all__ = ["check_alike", "check_spreads", "doubts_of_measuring", "sharing", "spread"]
+
+_Eval = TypeVar("_Eval", bound=Eval)
 
 
 def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
@@ -86,3 +90,25 @@ def spread(sae: SAEModule, world: World) -> None:
     sae.spread = spread_of(world.data.size, world.features.size)
     if world.features.size > 1:
         keep_part(sae, world.features)
+
+
+def sharing(evals: Mapping[str, _Eval]) -> dict[str, _Eval]:
+    """Those of ``evals`` whose contexts are dealt out over processes."""
+    return {name: made for name, made in evals.items() if isinstance(made, SharesContexts) and made.shares_contexts}
+
+
+def doubts_of_measuring(sae: SAEModule, evals: Mapping[str, Eval]) -> Iterator[str]:
+    """Why evals need all features of ``sae`` in one process, where they are split over several; in words."""
+    if sae.share.parts == 1 or not evals:
+        return
+    if not infers_by_parts(sae):
+        yield (
+            f"the SAE is put together in the memory of each process whenever it is measured: {type(sae).__name__} does "
+            "not say that its parts can be (\"inference\" in spreads_over, see 'Writing plugins')"
+        )
+    elif apart := [name for name in evals if name not in sharing(evals)]:
+        yield (
+            f"the SAE is put together in the memory of each process whenever {' and '.join(apart)} measures it, which "
+            "the first process does alone: it does not say that its contexts can be dealt out (shares_contexts, see "
+            "'Writing plugins')"
+        )

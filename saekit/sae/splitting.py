@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
 __all__ = [
-    "check_spread", "copied", "gathered", "give_part", "is_saved_by_parts", "keep_part", "parts_of", "saved_along",
-    "spread_of", "whole_like",
+    "check_spread", "copied", "gathered", "give_part", "infers_by_parts", "is_saved_by_parts", "keep_part",
+    "outline_of", "parts_of", "saved_along", "spread_of", "whole_like",
 ]  # fmt: skip
 
 
@@ -88,6 +88,13 @@ def saved_along(sae: SAEModule, tensors: Iterable[str]) -> dict[str, int]:
     return {name: known[name] for name in tensors if name in known}
 
 
+def infers_by_parts(sae: SAEModule) -> bool:
+    """Whether the features of ``sae`` are split, and its parts give together what the whole gives."""
+    kind = type(sae)
+    says = "inference" in sae.spreads_over and overridden(kind, "spreads_over") is None
+    return sae.share.parts > 1 and says and is_saved_by_parts(kind)
+
+
 def keep_part(sae: SAEModule, features: Group, *, blank: bool = False) -> None:
     """From now on ``sae`` has the part of this process, of ``d_sae`` over the size of ``features`` features.
 
@@ -116,6 +123,23 @@ def whole_like(sae: SAEModule) -> SAEModule:
         if not any(entry.name == name for entry, _ in _split(whole)):
             value.data = value.data.cpu()
     return whole
+
+
+def outline_of(sae: SAEModule) -> SAEModule:
+    """What is known of the whole without its weights, which are on the ``meta`` device: sizes, options, sites, and how
+    often features fire."""
+    known = {id(value): _outline(value) for value in sae.parameters()}
+    share, outline = sae.share, copy.deepcopy(sae, dict(known))
+    _resize(outline, sae.d_sae * share.parts, WHOLE)
+    for entry, value in _split(outline):
+        setattr(
+            outline, entry.name, nn.Parameter(value.new_empty(entry.shape(outline.table.sizes)), value.requires_grad)
+        )
+    return outline
+
+
+def _outline(value: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
 
 
 @torch.no_grad()

@@ -43,7 +43,9 @@ class Ways(Castable):
     spreads_over: ClassVar[frozenset[str]] = frozenset()
     """What may be split over processes in training, and the steps are still those of one process: ``data`` (what a step
     asks of the whole batch it asks :attr:`share`), ``features`` (and what it asks of all features, too).  A class that
-    changes the mathematics says so anew."""
+    changes the mathematics says so anew.  ``inference``: of one whose features are split, features and outputs are
+    those of the whole, too, of :meth:`~saekit.SAE.features_and_bypass` and :meth:`~saekit.SAE.decode`; without it, the
+    SAE is put together in each process to be measured."""
     competes_over: ClassVar[str | None] = None
     """Where entries of a step compete with those of other processes, which tell each other their largest: ``features``
     (``k`` of each row), ``all`` (those of the whole batch); None: nowhere.  For `saekit plan`."""
@@ -94,6 +96,8 @@ class Ways(Castable):
     def _kernel_for(self, x: Tensor) -> StepKernel[Any] | None:
         """That of inference on ``x``; None where somebody wants its gradient, or all refuse."""
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return None
+        if self.share.parts > 1:  # kernels of inference know of no other process
             return None
         return self._chosen(training=False, compiled=is_followed(x), learning=frozenset())[0]
 

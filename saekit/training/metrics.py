@@ -119,12 +119,20 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
     return numbers
 
 
-def eval_metrics(sae: SAEModule, found: Mapping[str, float]) -> dict[str, float | Histogram]:
-    """The numbers that evals have ``found`` of ``sae``, and histograms of its weights."""
+def eval_metrics(found: Mapping[str, float]) -> dict[str, float | Histogram]:
+    """The numbers that evals have ``found``, by the names under which they are logged."""
     named: dict[str, float | Histogram] = {f"evals/{name}": value for name, value in found.items()}
     named |= {f"metrics/{known}": found[name] for name, known in _FAMILIAR.items() if name in found}
+    return named
+
+
+def weight_metrics(sae: SAEModule) -> dict[str, float | Histogram]:
+    """Histograms of its weights; of one whose features are split, all processes of the group must ask."""
+    named: dict[str, float | Histogram] = {}
     for entry in sae.table:
         if entry.histogram is not None and (value := getattr(sae, entry.name)) is not None:
             numbers = value.detach() if value.ndim == 1 else value.detach().norm(dim=-1)
-            named[f"weights/{entry.histogram}"] = histogram(numbers)
+            named[f"weights/{entry.histogram}"] = histogram(
+                sae.share.all_features(numbers.flatten()) if entry.split == "d_sae" else numbers
+            )
     return named

@@ -72,8 +72,8 @@ def test_a_process_knows_its_number_from_the_environment(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"2 processes were started \(torchrun\), and pretokenizing is for one"):
         refuse_several("pretokenizing")
-    with pytest.raises(ConfigError, match="writing a cache of activations is for one"):
-        saekit.cache_activations({})
+    with pytest.raises(ConfigError, match="pretokenizing is for one"):
+        saekit.pretokenize({})
 
 
 def test_one_process_is_a_world_that_asks_nobody() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.training import D_SAE, counts, fake_run, fit, lines, make_trainer, rows, train, weights
 
 from saekit.training.firing import FiringStatistics
-from saekit.training.metrics import eval_metrics
+from saekit.training.metrics import eval_metrics, weight_metrics
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -127,12 +127,14 @@ def test_metrics_come_when_they_are_asked_for() -> None:
 def test_evals_log_what_dashboards_look_for_and_the_weights() -> None:
     sae = make_trainer(normalize_sae_decoder=False).sae
     sae.b_enc.data = torch.linspace(-1, 2, D_SAE).double()
-    found = eval_metrics(sae, {"ce_recovered": 0.5, "l2_norm_out": 3.0, "l0": 2.0})
-    norms, biases = found.pop("weights/W_dec_norms"), found.pop("weights/b_e")
+    found = eval_metrics({"ce_recovered": 0.5, "l2_norm_out": 3.0, "l0": 2.0})
+    weights = weight_metrics(sae)
+    norms, biases = weights.pop("weights/W_dec_norms"), weights.pop("weights/b_e")
     assert counts(norms) == counts(biases) == D_SAE
     actual = sae.W_dec.detach().norm(dim=1)
     assert (norms.edges[0], norms.edges[-1]) == pytest.approx((actual.min().item(), actual.max().item()))
     assert (biases.edges[0], biases.edges[-1]) == pytest.approx((-1, 2))
+    assert not weights
     assert found == {
         "evals/ce_recovered": 0.5, "evals/l2_norm_out": 3.0, "evals/l0": 2.0, "metrics/CE_loss_score": 0.5,
         "metrics/l2_norm": 3.0,

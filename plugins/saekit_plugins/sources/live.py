@@ -143,9 +143,16 @@ class LiveSource:
         return buffer.take(wanted)
 
     def peek(self) -> Mapping[Site, Tensor]:
+        import torch
+
         if not self._buffer.filled:
             self._refill()
-        return self._buffer.peek()
+        rows, n, wanted = self._buffer.peek(), self._buffer.filled, -(-self._capacity // self._stream.processes)
+        if n <= wanted:
+            return rows
+        # Of several processes, which together show as many as one; from the whole buffer, since neighbours are alike.
+        shown = torch.arange(wanted) * n // wanted
+        return {site: values[shown.to(values.device)] for site, values in rows.items()}
 
     def _refill(self) -> None:
         while not self._ended and self._buffer.free >= self._rows_per_forward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import Annotated, Any
 
@@ -50,11 +51,14 @@ def write(
     """
     from saekit.commands import jobs
     from saekit.config.files import load_config
+    from saekit.distributed.launched import Launched
 
     checked = load_config(*source_of(config, overrides))
     folder = checked.activations.cache.folder
     with interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
         manifest = jobs.cache_activations(checked)
+    if Launched.here(os.environ).rank:  # the first of several processes says it
+        return
     typer.echo(f"{manifest.rows:,} activations of {', '.join(s.site.name for s in manifest.sites)} in {folder}")
     source = f'activations.source={{name="cached", folder={json.dumps(folder)}}}'
     typer.echo(f"train on them with: {shlex.quote(source)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -66,6 +67,7 @@ def evaluate(
     from saekit.commands.evaluating import evaluate as evaluated
     from saekit.commands.measured import show_evaluations
     from saekit.defaults import DEFAULT_EVALS
+    from saekit.distributed.launched import Launched
 
     found = evaluated(
         saes, model=model, backend=backend, site=site, seqpos_slice=places_of(seqpos_slice),
@@ -74,4 +76,5 @@ def evaluate(
         kl=kl or None, top1=top1 or None, exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
         save=save,
     )  # fmt: skip
-    show_evaluations(found, as_json=as_json)
+    if Launched.here(os.environ).rank == 0:  # all have found the same
+        show_evaluations(found, as_json=as_json)

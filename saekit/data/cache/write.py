@@ -37,7 +37,7 @@ from saekit.files.storage import new_folder, sha256
 from saekit.files.tensors import SummedFile, header
 from saekit.values import Batch
 
-__all__ = ["CacheWriter"]
+__all__ = ["CacheWriter", "OpenShard", "as_storage_error", "identity_of", "with_shard"]
 
 _AHEAD = 2  # batches that may wait for the disk
 
@@ -53,23 +53,29 @@ class CacheWriter:
         self._folder = folder
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saekit-cache")
         self._pending: deque[Future[None]] = deque()
-        self._shard: _OpenShard | None = None
+        self._shard: OpenShard | None = None
         self._in_shard = 0  # contexts handed over for it
         self._position: Mapping[str, Any] = {}
         self._failure: BaseException | None = None
-        with _as_storage_error(folder), contextlib.ExitStack() as resources:
-            folder.mkdir(parents=True, exist_ok=True)
-            check_target(folder)
+        self._resources = contextlib.ExitStack()
+        self.manifest = self._opened(plan)
+        """What is written and safe."""
+
+    def _opened(self, plan: Manifest) -> Manifest:
+        """Have the folder for this writer alone; what is there already."""
+        with as_storage_error(self._folder), contextlib.ExitStack() as resources:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            check_target(self._folder)
             resources.enter_context(self._locked())
-            self.manifest = self._existing(plan)
-            """What is written and safe."""
+            found = self._existing(plan)
             self._resources = resources.pop_all()
+        return found
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer at a time; the lock goes with the process, however it ends."""
         with (self._folder / LOCK).open("a") as file:  # not "w", which would empty a file that is not the cache's
-            self._identity = _identity(os.fstat(file.fileno()))
+            self._identity = identity_of(os.fstat(file.fileno()))
             try:
                 import fcntl  # POSIX has it
 
@@ -89,7 +95,7 @@ class CacheWriter:
     def _check_there(self) -> None:
         """The folder may have been moved or removed, and what is written then would be the half of a cache."""
         try:
-            found = _identity((self._folder / LOCK).stat())
+            found = identity_of((self._folder / LOCK).stat())
         except FileNotFoundError:
             found = None
         if found != self._identity:
@@ -148,32 +154,53 @@ class CacheWriter:
         """Contexts that the shard being written has room for."""
         return self.manifest.contexts_per_shard - self._in_shard
 
+    @property
+    def mine(self) -> bool:
+        """Whether it is this process that writes the next contexts: of one process, it is."""
+        return True
+
+    def pass_over(self, position: Mapping[str, Any], contexts: int) -> None:
+        """Say that another process writes the next ``contexts``; ``position`` is as for :meth:`add`."""
+        raise ValueError("one process writes all contexts")
+
     def add(self, batch: Batch, position: Mapping[str, Any], contexts: int | None = None) -> None:
         """Append whole contexts, at most :attr:`room`; ``position`` is the state of the text after them.
 
         How many they are, ``contexts``, must be said where rows are left out.
         """
         contexts = len(batch) // self.manifest.context_size if contexts is None else contexts
-        self._in_shard += contexts
         self._submit(self._append, batch, contexts)
+        self._count(position, contexts)
+
+    def _count(self, position: Mapping[str, Any], contexts: int) -> None:
+        self._in_shard += contexts
         if self.room <= 0:
-            self._submit(self._close_shard, position)
-            self._in_shard = 0
+            self._end_shard(position)
         self._position = position
+
+    def _end_shard(self, position: Mapping[str, Any]) -> None:
+        self._submit(self._close_shard, position)
+        self._in_shard = 0
 
     def finish(self, *, ended: bool) -> None:
         """Write what there is as a last shard, which may be a short one, and wait for the disk."""
         if self._in_shard:
-            self._submit(self._close_shard, self._position)
-            self._in_shard = 0
+            self._end_shard(self._position)
+        self._settle()
+        self._save(attrs.evolve(self.manifest, ended=ended))
+
+    def _settle(self) -> None:
+        """Wait for what was handed over to be on the disk."""
         for pending in self._pending:
             pending.result()
         if self._failure is not None:
             raise self._failure
-        self.manifest = attrs.evolve(self.manifest, ended=ended)
-        with _as_storage_error(self._folder):
+
+    def _save(self, manifest: Manifest) -> None:
+        with as_storage_error(self._folder):
             self._check_there()
-            self.manifest.save(self._folder)
+            manifest.save(self._folder)
+        self.manifest = manifest
 
     def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
         while len(self._pending) >= _AHEAD or (self._pending and self._pending[0].done()):
@@ -193,36 +220,44 @@ class CacheWriter:
             raise
 
     def _append(self, batch: Batch, contexts: int) -> None:
-        with _as_storage_error(self._folder):
+        with as_storage_error(self._folder):
             self._check_there()
             if not (self._folder / MANIFEST).exists():
                 self.manifest.save(self._folder)  # from now on whatever else comes to be here is the cache's
             if self._shard is None:
-                self._shard = _OpenShard(self._folder, self.manifest)
+                self._shard = OpenShard(self._folder, self.manifest, self._number)
             self._shard.append(batch, contexts)
+
+    @property
+    def _number(self) -> int:
+        """That of the shard being written."""
+        return len(self.manifest.shards)
 
     def _close_shard(self, position: Mapping[str, Any]) -> None:
         assert self._shard is not None
-        with _as_storage_error(self._folder):
+        with as_storage_error(self._folder):
             shard, self._shard = self._shard.close(), None
-            self._check_there()
-            manifest = attrs.evolve(self.manifest, shards=[*self.manifest.shards, shard], position=position)
-            manifest.save(self._folder)
-            self.manifest = manifest
+        self._save(with_shard(self.manifest, shard, position))
 
 
-class _OpenShard:
+def with_shard(manifest: Manifest, shard: Shard, position: Mapping[str, Any]) -> Manifest:
+    """``manifest`` with one shard more, after which the text is at ``position``."""
+    return attrs.evolve(manifest, shards=[*manifest.shards, shard], position=position)
+
+
+class OpenShard:
     """A shard being written, under a temporary name."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, number: int) -> None:
         self.contexts = self.rows = 0
+        self._complete: Shard | None = None
         self._chosen = manifest.rows_per_context is not None
         contexts, size = manifest.contexts_per_shard, manifest.context_size
         rows = contexts * (manifest.rows_per_context or size)
         origins = [rows] if self._chosen else [contexts, size]
         with contextlib.ExitStack() as stack:
             hasher = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saekit-sha256"))
-            home = stack.enter_context(new_folder(folder / manifest.shard_folder(len(manifest.shards)), replace=False))
+            home = stack.enter_context(new_folder(folder / manifest.shard_folder(number), replace=False))
 
             def opened(file: str, name: str, dtype: torch.dtype, planned: Sequence[int]) -> _TensorFile:
                 return stack.enter_context(contextlib.closing(_TensorFile(home / file, name, dtype, planned, hasher)))
@@ -250,11 +285,22 @@ class _OpenShard:
         self.contexts += contexts
         self.rows += len(batch)
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its files."""
+        return [file.path for file in (*self._origins.values(), *self._rows.values())]
+
+    def complete(self) -> Shard:
+        """Write the last of its files, which the disk has then; they stay under the temporary name."""
+        if self._complete is None:
+            files = {file.path.name: file.finish() for file in (*self._origins.values(), *self._rows.values())}
+            self._complete = Shard(contexts=self.contexts, files=files, rows=self.rows if self._chosen else None)
+        return self._complete
+
     def close(self) -> Shard:
         """Give the shard its name; the disk has it then."""
         with self._stack:  # its end syncs the files and renames their folder
-            files = {file.path.name: file.finish() for file in (*self._origins.values(), *self._rows.values())}
-        return Shard(contexts=self.contexts, files=files, rows=self.rows if self._chosen else None)
+            return self.complete()
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -309,12 +355,12 @@ class _TensorFile:
         self._file.close()
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
+def identity_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
 @contextlib.contextmanager
-def _as_storage_error(folder: Path) -> Iterator[None]:
+def as_storage_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, StorageError) as error:

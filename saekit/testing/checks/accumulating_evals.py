@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import Accumulates
+import attrs
+
+from saekit.abilities import Accumulates, SharesContexts
 from saekit.measuring import Evaluation, Needs
 from saekit.testing.backend import FakeBackend
 from saekit.testing.checks.check import Checks, NotTried, Subject, must
@@ -31,14 +34,16 @@ def _accumulating(subject: Subject) -> Any:
     return measure
 
 
-def _sums(measure: Any, saes: Sequence[SAEModule], part: slice = slice(0, 6)) -> list[Any]:
-    """Of each SAE, over a part of the contexts."""
+def _sums(
+    measure: Any, saes: Sequence[SAEModule], part: slice = slice(0, 6), outline: SAEModule | None = None
+) -> list[Any]:
+    """Of each SAE, over a part of the contexts; begun with ``outline``, if that is given."""
     from saekit.evals.engine import measure as passed
     from saekit.evals.means import read_means
     from saekit.evals.measured import Measured
 
     backend, contexts = FakeBackend(), some_contexts()
-    subjects = [Measured.of(sae, ONE, {"it": measure}, backend) for sae in saes]
+    subjects = [attrs.evolve(Measured.of(sae, ONE, {"it": measure}, backend), outline=outline) for sae in saes]
     means = read_means(subjects, backend=backend, contexts=contexts)
     found = passed(subjects, backend=backend, contexts=contexts[part], first=part.start, means=means)
     return [sums["it"] for sums in found]
@@ -110,3 +115,20 @@ def called_alone(subject: Subject) -> None:
     measure, sae = _accumulating(subject), some_sae(subject)
     alone = called(measure, sae, backend=FakeBackend(), sites=ONE, contexts=some_contexts())
     _must_be_near("the numbers of a call", dict(alone), _numbers(measure, _sums(measure, [sae])[0]))
+
+
+@CHECKS.add
+def dealt_out(subject: Subject) -> None:
+    """Where its contexts are dealt out over processes: sums travel as pickles, and begin without the SAE's weights."""
+    from saekit.sae.splitting import outline_of
+
+    measure, sae = _accumulating(subject), some_sae(subject)
+    if not (isinstance(measure, SharesContexts) and measure.shares_contexts):
+        raise NotTried("it does not say that its contexts can be dealt out")
+    own = [_sums(measure, [sae], part)[0] for part in _PARTS]
+    begun = [_sums(measure, [sae], part, outline_of(sae))[0] for part in _PARTS]
+    first, *others = (pickle.loads(pickle.dumps(sums)) for sums in begun)
+    for other in others:
+        first = measure.merge(first, other)
+    expected = _numbers(measure, measure.merge(measure.merge(own[0], own[1]), own[2]))
+    must_be_equal("the numbers of sums that travelled", _numbers(measure, first), expected)

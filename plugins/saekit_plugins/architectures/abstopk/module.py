@@ -23,7 +23,7 @@ class AbsTopKSAE(TopKSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: AbsTopKConfig
     _name: ClassVar[str] = "abstopk"
     aux_by_size = True

@@ -54,7 +54,7 @@ class BatchTopKSAE(TopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     competes_over = "all"
     saved_by_parts: ClassVar[Mapping[str, int]] = {"threshold": 0}
     beside_mathematics = frozenset({"trained_as"})

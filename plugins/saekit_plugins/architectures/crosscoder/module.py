@@ -109,7 +109,7 @@ class CrosscoderSAE(_SeveralSites):
     """See the module."""
 
     step_kernels = (CrosscoderKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: CrosscoderConfig
     activation: Any
 
@@ -157,7 +157,7 @@ class BatchTopKCrosscoderSAE(_SeveralSites, BatchTopKSAE):
     """See the module."""
 
     step_kernels = (BatchTopKCrosscoderKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: BatchTopKCrosscoderConfig
     _name: ClassVar[str] = "batchtopk_crosscoder"
 

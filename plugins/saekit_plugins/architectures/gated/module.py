@@ -201,7 +201,7 @@ class GatedSAE(SAE):
     """
 
     step_kernels = (GatedKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: GatedConfig
     activation: Any

@@ -26,7 +26,7 @@ class GroupMaxSAE(TopKSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     competes_over = None
     config: GroupMaxConfig
     _name: ClassVar[str] = "groupmax"

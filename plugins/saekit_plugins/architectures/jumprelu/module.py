@@ -220,7 +220,7 @@ class JumpReLUSAE(RevivingSAE):
     """See the module.  :class:`ConfigError` when the activation is not ReLU."""
 
     step_kernels = (JumpReLUKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: JumpReLUConfig
     activation: Any

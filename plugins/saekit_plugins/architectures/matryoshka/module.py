@@ -70,7 +70,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     """See the module.  :class:`ConfigError` also for levels that do not rise, or weights of another number."""
 
     step_kernels = (MatryoshkaKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: MatryoshkaConfig
     _name: ClassVar[str] = "matryoshka"
 

@@ -100,7 +100,7 @@ class StandardSAE(SAE):
     """See the module."""
 
     step_kernels = (StandardKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     config: StandardConfig
     activation: Any
 

@@ -137,7 +137,7 @@ class TopKSAE(RevivingSAE):
     """
 
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = (TopKKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     competes_over: ClassVar[str | None] = "features"
     saved_by_parts: ClassVar[Mapping[str, int]] = {}
     config: TopKConfig

@@ -135,7 +135,7 @@ class TranscoderSAE(_Skips, StandardSAE):
     """See the module."""
 
     step_kernels = (TranscoderKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
 
     def public_config(self) -> dict[str, Any]:
         own = super().public_config()
@@ -146,7 +146,7 @@ class JumpReLUTranscoderSAE(_Skips, JumpReLUSAE):
     """See the module."""
 
     step_kernels = (JumpReLUTranscoderKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     _name = "jumprelu_transcoder"
 
     def public_config(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class TopKTranscoderSAE(_SkipsInUnits):
     """See the module."""
 
     step_kernels = (TopKTranscoderKernel(),)
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})
     _name = "topk_transcoder"
 
     def public_config(self) -> dict[str, Any]:
@@ -178,4 +178,4 @@ class GroupMaxTranscoderSAE(_SkipsInUnits, GroupMaxSAE):
     """See the module."""
 
     _name = "groupmax_transcoder"
-    spreads_over = frozenset({"data", "features"})
+    spreads_over = frozenset({"data", "features", "inference"})

@@ -45,6 +45,7 @@ class DownstreamEval(AccumulatingEval):
     """Losses of the model as it is, with what the SAE gives, with zeros and with the mean."""
 
     measures = _MEASURES
+    shares_contexts = True
 
     def __init__(self, config: DownstreamConfig, *, run: EvalRun | None = None) -> None:
         wanted = config.mean_ablation_contexts

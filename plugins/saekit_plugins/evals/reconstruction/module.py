@@ -26,6 +26,7 @@ class ReconstructionEval(AccumulatingEval):
     """Rows, their reconstructions and their features."""
 
     measures = ROW_MEASURES
+    shares_contexts = True
 
     def __init__(self, config: ReconstructionConfig, *, run: EvalRun | None = None) -> None:
         self.config = config

@@ -1,0 +1,141 @@
+"""Waiting for a process as long as it is at work, however long that takes.
+
+In a collective, processes wait for each other until ``distributed.timeout_s``.  Where one has something to do that
+takes its time, it says from time to time that it is there, in the store that all can read, and the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from saekit.distributed.world import World
+from saekit.errors import LostProcessError
+
+__all__ = ["at_work", "by_first", "met"]
+
+T = TypeVar("T")
+
+_BEAT = 1.0
+"""Seconds after which a process says again that it is there."""
+_SOONEST, _LATEST = 0.01, 0.5
+"""Seconds after which one looks again for what it waits for: later and later."""
+
+
+@contextlib.contextmanager
+def at_work(world: World) -> Iterator[None]:
+    """While the context is open, this process says that it is there: in a thread, whatever it does meanwhile."""
+    if world.store is None:
+        yield
+        return
+    ended = threading.Event()
+    with _asked():
+        world.store.set(f"place/{world.rank}", f"{_machine()} {os.getpid()}")
+
+    def beat() -> None:
+        number = 0
+        with contextlib.suppress(RuntimeError):  # the store has gone, which who asks it next finds out
+            while not ended.is_set():
+                world.store.set(f"beat/{world.rank}", str(number := number + 1))
+                ended.wait(min(_BEAT, world.timeout_s / 4))
+
+    thread = threading.Thread(target=beat, name="saekit-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def by_first(world: World, work: Callable[[], T]) -> T | None:
+    """What ``work`` returns, in the first process; the others wait until it is done, as long as the first is there.
+
+    None in these, in which :class:`LostProcessError` is raised where the first has ended.
+    """
+    number = next(world.turns)
+    if world.size == 1:
+        return work()
+    if world.store is None:
+        found = work() if world.main else None
+        world.all.objects(None)
+        return found
+    if not world.main:
+        _wait_for(world, 0, f"done/{number}")
+        return None
+    with at_work(world):
+        found = work()
+    with _asked():
+        world.store.set(f"done/{number}", "")
+    return found
+
+
+def met(world: World) -> None:
+    """Wait until all processes have come here, as long as those that have not are there and :func:`at_work`."""
+    number = next(world.turns)
+    if world.size == 1 or world.store is None:
+        return
+    with _asked():
+        world.store.set(f"met/{number}/{world.rank}", "")
+    for rank in range(world.size):
+        if rank != world.rank:
+            _wait_for(world, rank, f"met/{number}/{rank}")
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """:class:`LostProcessError` where the store has gone, with the process that had it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(f"another process of the run has gone, or does not answer: {error}") from error
+
+
+def _wait_for(world: World, rank: int, key: str) -> None:
+    """Until the process ``rank`` has set ``key``; :class:`LostProcessError` when it has ended, or says nothing."""
+    heard, at, pause = "", time.monotonic(), _SOONEST
+    with _asked():
+        while not world.store.check([key]):
+            if _told(world, f"ended/{rank}") is not None or _is_gone(_told(world, f"place/{rank}")):
+                raise LostProcessError(f"another process of the run has gone, or does not answer: process {rank}")
+            if (beat := _told(world, f"beat/{rank}") or "") != heard:
+                heard, at = beat, time.monotonic()
+            elif time.monotonic() - at > world.timeout_s:
+                raise LostProcessError(
+                    f"another process of the run has gone, or does not answer: process {rank} has said nothing for "
+                    f"{world.timeout_s:g} s (distributed.timeout_s)"
+                )
+            time.sleep(pause)
+            pause = min(1.3 * pause, _LATEST)
+
+
+def _told(world: World, key: str) -> str | None:
+    return str(world.store.get(key).decode()) if world.store.check([key]) else None
+
+
+def _is_gone(place: str | None) -> bool:
+    """Whether a process of this machine that was at ``place`` is not there any more: it need not be waited for."""
+    machine, _, number = (place or "").rpartition(" ")
+    if machine != _machine():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        pass
+    return False
+
+
+def _machine() -> str:
+    """Where the numbers of processes are the same."""
+    try:
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()

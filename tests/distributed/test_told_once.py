@@ -112,7 +112,7 @@ def test_other_plugins_are_found_at_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("training.lr=0.5", "process 1 has another option than process 0: training.lr is 0.5, not 0.0003"),
+        ("training.lr=0.5", "process 1 has another option than process 0: training.lr is 0.5, not 0.0004"),
         pytest.param("distributed.timeout_s=50", "distributed.timeout_s is 50", marks=pytest.mark.slow),
     ],
 )

@@ -27,6 +27,7 @@ from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
 from saekit.runs.writing import Writing
+from saekit.sae.folder import Contents
 from saekit.training.elsewhere import check_all
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram

@@ -90,7 +90,7 @@ def same(result: dict[str, Any], one: dict[str, Any]) -> None:
 
 
 def same_files(run: Path, one: Path) -> None:
-    """All that lies there, but for the configuration, which says how SAEs are laid out, and the seals of checkpoints."""
+    """All that lies there, but for the configuration, which says how SAEs are laid out, and manifests."""
     ours, theirs = contents(run), contents(one)
     differing = {path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)}
     assert all(path.endswith(("/config.toml", "/checkpoint.json")) for path in differing), differing

@@ -43,6 +43,13 @@ class Threads(Group):
         self._barrier.wait(30)
         return found
 
+    def objects(self, value: T) -> list[T]:
+        self._table[self.rank] = value
+        self._barrier.wait(30)
+        found = list(self._table)
+        self._barrier.wait(30)
+        return found
+
     def gather_rows(self, value: Tensor, counts: Any) -> list[Tensor]:
         assert len(value) == counts[self.rank]
         padded = value.new_zeros(max(counts), *value.shape[1:])
@@ -135,6 +142,21 @@ def test_a_state_is_that_of_one_process(after: int) -> None:
     again = ActivationStream(stream(repeat=True), N)
     again.load_state_dict(ours[0][0])
     same(next(again), expected[0])
+
+
+def test_what_a_recipe_needs_is_that_of_one_process() -> None:
+    def made(kind: Any, group: Group | None = None) -> list[Any]:
+        own = stream(group)
+        own.keeps_recipe = True
+        return list(kind(own, N))
+
+    expected = made(ActivationStream)
+    for batches in by_all(3, lambda group: made(DealtActivations, group)):
+        for batch, other in zip(batches, expected, strict=True):
+            same(batch, other)
+            assert batch.forward.sizes == other.forward.sizes != ()
+            assert torch.equal(batch.forward.tokens, other.forward.tokens)
+            assert torch.equal(batch.places, other.places)
 
 
 def test_text_of_which_nothing_counts_ends() -> None:

@@ -17,7 +17,7 @@ import attrs
 from saekit.commands import preflight
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
-from saekit.distributed.launched import Launched, check_mesh, refuse_several
+from saekit.distributed.launched import Launched, check_layout, check_mesh, refuse_several
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -77,6 +77,7 @@ def train(
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     check_mesh(configs[0].distributed, Launched.here(os.environ))
+    check_layout(configs[0].distributed, len(configs))
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
     with _status(configs) as say:
         from saekit.runs.run import begin

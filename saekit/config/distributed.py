@@ -6,6 +6,7 @@ import attrs
 
 from saekit.config.fields import at_least_1, positive
 from saekit.config.showing import changed_repr
+from saekit.errors import ConfigError
 
 __all__ = ["DistributedConfig"]
 
@@ -17,10 +18,20 @@ class DistributedConfig:
     features: int = attrs.field(default=1, validator=at_least_1)
     """Processes over which the features of the SAE are split: each has its part of the weights.  It must divide
     `sae.d_sae` and the number of processes."""
+    saes: int = attrs.field(default=1, validator=at_least_1)
+    """Processes over which the SAEs of a sweep are laid out: each trains some of them, whole, on the same rows.  It
+    must divide the number of processes, and there must be as many SAEs or more; then `features` is 1."""
     data: int | None = attrs.field(default=None, validator=at_least_1)
     """Groups of so many processes, each of which trains on its part of every batch.  None: all processes over
-    `features`."""
+    `features`, or over `saes`."""
     timeout_s: float = attrs.field(default=600.0, validator=positive)
     """Seconds that a process waits for the others before it gives up."""
 
     __repr__ = changed_repr
+
+    def __attrs_post_init__(self) -> None:
+        if self.features > 1 and self.saes > 1:
+            raise ConfigError(
+                [("saes", f"is {self.saes}, and features is {self.features}: processes with the same rows have SAEs of "
+                  "their own, or split the features of each; set one of the two to 1")]
+            )  # fmt: skip

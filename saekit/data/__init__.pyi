@@ -1,4 +1,5 @@
 from .activations import ActivationStream as ActivationStream
+from .activations import DealtActivations as DealtActivations
 from .buffer import ShuffleBuffer as ShuffleBuffer
 from .contexts import ContextPacker as ContextPacker
 from .contexts import Contexts as Contexts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from saekit.errors import DataError, ModelError
 from saekit.site import Site
 from saekit.values import Batch
 
-__all__ = ["ActivationStream", "check_contexts"]
+__all__ = ["ActivationStream", "DealtActivations", "check_contexts"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What libraries say in errors of other classes."""
@@ -82,10 +83,19 @@ class ActivationStream:
 
     def run(self, contexts: Contexts) -> Batch:
         """The activations of ``contexts``, of the positions that count."""
-        tokens = torch.from_numpy(contexts.tokens)
-        kept = None if self._stream.counts_all else kept_of(self._stream.choice, contexts)
-        rows, sizes = self._in_parts(tokens, kept)
-        documents = torch.from_numpy(contexts.documents)
+        kept = self._kept_of(contexts)
+        rows, sizes = self._in_parts(torch.from_numpy(contexts.tokens), kept)
+        return self._batch(contexts, kept, rows, sizes)
+
+    def _kept_of(self, contexts: Contexts) -> Tensor | None:
+        """``[n, context_size]`` bool: which tokens count; None: all do."""
+        return None if self._stream.counts_all else kept_of(self._stream.choice, contexts)
+
+    def _batch(
+        self, contexts: Contexts, kept: Tensor | None, rows: dict[Site, Tensor], sizes: tuple[int, ...]
+    ) -> Batch:
+        """The ``rows`` of ``contexts``, of which the model took ``sizes`` at once each time, with what they are of."""
+        tokens, documents = torch.from_numpy(contexts.tokens), torch.from_numpy(contexts.documents)
         origins: dict[str, Any] = {
             "tokens": tokens.flatten(),
             "documents": documents.flatten(),
@@ -188,6 +198,79 @@ class ActivationStream:
 
 def _are_ids(tokens: Tensor, d_vocab: int) -> bool:
     return not tokens.numel() or (int(tokens.min()) >= 0 and int(tokens.max()) < d_vocab)
+
+
+class DealtActivations(ActivationStream):
+    """The same batches, on processes that all read the same text (``stream.readers``) and deal its forwards out.
+
+    Each reads the contexts of as many forwards as there are processes, runs the model on its own of them, and has the
+    others' rows from them: so much is sent, and so many batches are held.  All must ask for each batch, in one order.
+    """
+
+    def __init__(
+        self,
+        stream: StreamContext,
+        batch_size_prompts: int,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(stream, batch_size_prompts, device=device, dtype=dtype)
+        self._made: deque[tuple[Batch, dict[str, Any]]] = deque()
+        self._read: dict[str, Any] | None = None  # how far the text was read for what was handed out; None: all is
+
+    def _next(self) -> Batch:
+        if not self._made:
+            self._made.extend(self._round())
+        batch, self._read = self._made.popleft()
+        return batch
+
+    def _round(self) -> list[tuple[Batch, dict[str, Any]]]:
+        """A forward of each process, as far as there is text, and how far it was read for each."""
+        group, before = self._stream.readers, self._contexts.state_dict()
+        turns: list[tuple[Contexts, dict[str, Any]]] = []
+        try:
+            with self._stream.model_lock:
+                while len(turns) < group.size and len(contexts := self._contexts.take(self._batch_size)):
+                    turns.append((contexts, self._contexts.state_dict()))
+            if not turns:
+                raise StopIteration
+            kept = [self._kept_of(contexts) for contexts, _ in turns]
+            counts = [
+                contexts.tokens.size if chosen is None else int(chosen.sum())
+                for (contexts, _), chosen in zip(turns, kept, strict=True)
+            ] + [0] * (group.size - len(turns))
+            own, sizes = self._nothing(), tuple[int, ...]()
+            if group.rank < len(turns):
+                own, sizes = self._in_parts(torch.from_numpy(turns[group.rank][0].tokens), kept[group.rank])
+            found = {site: group.gather_rows(values, counts) for site, values in own.items()} if any(counts) else {}
+            taken = group.objects(sizes) if self._stream.keeps_recipe else [()] * group.size
+        except BaseException:
+            self._contexts.load_state_dict(before)
+            raise
+        made = []
+        for turn, (contexts, read) in enumerate(turns):
+            rows = {site: found[site][turn] if found else own[site][:0] for site in own}
+            made.append((self._batch(contexts, kept[turn], rows, taken[turn]), read))
+        return made
+
+    def _nothing(self) -> dict[Site, Tensor]:
+        """No rows, such as a forward would have given."""
+        stream, device = self._stream, self._device or self._stream.backend.device
+        return {
+            site: torch.empty(0, width, dtype=self._dtype or stream.dtypes[site], device=device)
+            for site, width in stream.widths.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the last batch that was handed out."""
+        state = super().state_dict()
+        return state if self._read is None else {**state, "contexts": self._read}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._made.clear()
+        self._read = None
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saekit.distributed.group import Group
 from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 from saekit.site import Site
@@ -60,6 +61,7 @@ class StreamContext:
         process: int = 0,
         processes: int = 1,
         open_own: Callable[[], ContextStream] | None = None,
+        readers: Group | None = None,
     ) -> None:
         self.backend = backend
         self.choice = choice or TokenChoice()
@@ -72,6 +74,8 @@ class StreamContext:
         """Rows in a batch."""
         self.process, self.processes = process, processes
         """The number of this process, from 0, and how many train together.  Each opens a source: see :attr:`own`."""
+        self.readers = readers or Group()
+        """Processes that read the same text, each for SAEs of its own: they can deal its forwards out among them."""
         self.seed = seed
         """For the source's own generators."""
         self.repeat = repeat

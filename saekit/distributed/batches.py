@@ -34,8 +34,12 @@ class SpreadSource:
     pause: Callable[[], None]
 
     def __init__(self, source: ActivationSource, world: World, *, shares: bool) -> None:
-        """``shares``: each process's ``source`` gives rows of its own; else all give the same whole batches."""
-        self._source, self._world, self._shares = source, world, shares
+        """``shares``: each process's ``source`` gives rows of its own; else all give the same whole batches.
+
+        Where SAEs are laid out over processes, those that have the same rows have the same source.
+        """
+        self._source, self._world, self._shares = source, world.column, shares
+        self._asked = world.column.all if shares else world.all
         self._form: _Form | None = None
         self.copies_state = isinstance(source, CopiesState) and source.copies_state
         if isinstance(source, Pauses):
@@ -55,7 +59,7 @@ class SpreadSource:
 
     def _counts(self, rows: int) -> list[int]:
         """Rows of each process."""
-        return [int(count) for count in self._world.all.gather(torch.tensor(rows))]
+        return [int(count) for count in self._asked.gather(torch.tensor(rows))]
 
     def _gathered(self, own: Batch | None, counts: Sequence[int]) -> Batch:
         """The rows of the feature group; all rows, anew shared out, where one has none left."""
@@ -74,7 +78,7 @@ class SpreadSource:
     def _cut(self, own: Batch | None, counts: Sequence[int]) -> Batch:
         """The part of this process of a batch that all have; :class:`DataError` where they have not."""
         first = None if own is None else next(iter(own.activations.values())).double().sum()
-        sums = self._world.all.gather(torch.zeros((), dtype=torch.float64) if first is None else first.cpu())
+        sums = self._asked.gather(torch.zeros((), dtype=torch.float64) if first is None else first.cpu())
         if own is None or len({*counts}) > 1 or any(not torch.equal(one, sums[0]) for one in sums):
             raise DataError(
                 "the activation source gave other rows in this process than in another: one that does not share rows "

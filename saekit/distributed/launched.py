@@ -10,7 +10,7 @@ import attrs
 from saekit.config.distributed import DistributedConfig
 from saekit.errors import ConfigError
 
-__all__ = ["Launched", "check_mesh", "refuse_several"]
+__all__ = ["Launched", "check_layout", "check_mesh", "refuse_several"]
 
 
 @attrs.frozen
@@ -49,23 +49,37 @@ def refuse_several(doing: str) -> None:
 
 
 def check_mesh(config: DistributedConfig, launched: Launched) -> tuple[int, int]:
-    """Processes along data and along features; :class:`ConfigError` where ``config`` does not fit their number."""
-    size, features = launched.size, config.features
+    """Processes along data, and along features or SAEs; :class:`ConfigError` where ``config`` does not fit their
+    number."""
+    size = launched.size
+    name, width = ("saes", config.saes) if config.saes > 1 else ("features", config.features)
     if size == 1:
-        wanted = features * (config.data or 1)
+        wanted = width * (config.data or 1)
         if wanted > 1:
-            path = "distributed.features" if features > 1 else "distributed.data"
+            path = f"distributed.{name}" if width > 1 else "distributed.data"
             raise ConfigError(
                 [(path, f"asks for {wanted} processes, and this is one: start it with torchrun --nproc-per-node "
                   f"{wanted} --no-python saekit train ...")]
             )  # fmt: skip
         return 1, 1
-    if size % features:
-        raise ConfigError([("distributed.features", f"is {features}, which does not divide the {size} processes")])
-    data = size // features
+    if size % width:
+        raise ConfigError([(f"distributed.{name}", f"is {width}, which does not divide the {size} processes")])
+    data = size // width
     if config.data is not None and config.data != data:
         raise ConfigError(
-            [("distributed.data", f"is {config.data}, and {size} processes with distributed.features = {features} "
-              f"leave {data}; leave it out, or start {config.data * features} processes")]
+            [("distributed.data", f"is {config.data}, and {size} processes with distributed.{name} = {width} "
+              f"leave {data}; leave it out, or start {config.data * width} processes")]
         )  # fmt: skip
-    return data, features
+    return data, width
+
+
+def check_layout(config: DistributedConfig, saes: int) -> None:
+    """:class:`ConfigError` where so many ``saes`` are too few to lay them out as ``config`` says."""
+    if config.saes <= saes:
+        return
+    there = "this run trains one SAE" if saes == 1 else f"the sweep has {saes} SAEs"
+    instead = "leave it out" if saes == 1 else f"choose {saes} at most"
+    raise ConfigError(
+        [("distributed.saes", f"is {config.saes}, and {there}, so some processes would have none; {instead}. To have "
+          "several processes train one SAE, split batches or its features (distributed.features)")]
+    )  # fmt: skip

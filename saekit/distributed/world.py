@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import itertools
 import math
 import os
@@ -34,7 +35,10 @@ _OPENED = itertools.count()
 
 @attrs.frozen(eq=False)
 class World:
-    """The processes of a run, ``data × features``: process ``d · features + f`` has rows ``d``, features ``f``."""
+    """The processes of a run, ``data × features``: process ``d · features + f`` has rows ``d``, features ``f``.
+
+    Or, in a sweep, ``data × saes``: those with the same rows have whole SAEs, each some of them.
+    """
 
     all: Group = attrs.field(factory=Group)
     """Every process."""
@@ -53,6 +57,8 @@ class World:
     """Seconds in which each must say something, where others wait for it."""
     turns: Iterator[int] = attrs.field(factory=itertools.count)
     """Numbers what processes wait for, which all come to in one order."""
+    saes: Group = attrs.field(factory=Group)
+    """Those with the same rows, over which the SAEs of a sweep are laid out."""
 
     @contextlib.contextmanager
     def accounted(self) -> Iterator[None]:
@@ -77,6 +83,11 @@ class World:
     def main(self) -> bool:
         """Whether it is this process that writes, logs and shows."""
         return self.all.rank == 0
+
+    @functools.cached_property
+    def column(self) -> World:
+        """The processes that train the same SAEs as this one: all, but where SAEs are laid out over processes."""
+        return self if self.saes.size == 1 else World(self.data, self.data)
 
     def share(self, counts: tuple[int, ...] = ()) -> Share:
         """This process's part of a step whose batch has so many rows in each data group.
@@ -112,7 +123,7 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
     numbers that do not fit.
     """
     launched = Launched.here(os.environ)
-    data, features = check_mesh(config, launched)
+    data, width = check_mesh(config, launched)
     if launched.size == 1:
         yield ALONE
         return
@@ -121,7 +132,9 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
     ours = not dist.is_initialized()
     try:
         with _ended_by_signals():
-            world = _joined(launched, data, features, datetime.timedelta(seconds=config.timeout_s), cuda=cuda)
+            world = _joined(launched, data, width, datetime.timedelta(seconds=config.timeout_s), cuda=cuda)
+        if config.saes > 1:
+            world = attrs.evolve(world, features=Group(), saes=world.features)
         with world.telling.until_the_end():
             yield world
     finally:

@@ -55,6 +55,7 @@ def _processes(session: Session) -> list[tuple[str, str]]:
         return []
     parts = [f"batches in {world.data.size} parts"] if world.data.size > 1 else []
     parts += [f"features in {world.features.size} parts"] if world.features.size > 1 else []
+    parts += [f"SAEs laid out in {world.saes.size} parts"] if world.saes.size > 1 else []
     return [("together", f"{world.size} processes: {', '.join(parts)}")]
 
 

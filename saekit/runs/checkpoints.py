@@ -32,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "Checkpoint",
     "all_checkpoints",
+    "carry_over",
     "check_place",
     "finish_checkpoint",
     "is_checkpoint_name",
@@ -152,7 +153,7 @@ def write_saes(folder: Path, saes: Mapping[str, Contents], go_on: Callable[[], N
         for name, sae in saes.items():
             (temporary / name).mkdir()
             sae.write(temporary / name, go_on)
-        _carry_over(folder, temporary)
+        carry_over(folder, temporary)
 
 
 def write_checkpoint(
@@ -183,7 +184,7 @@ def write_checkpoint(
 def finish_checkpoint(folder: Path, temporary: Path, facts: Mapping[str, Any], sums: Mapping[str, str]) -> None:
     """Write the manifest of the checkpoint ``folder`` into ``temporary``, which has its files and becomes it."""
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
-    _carry_over(folder, temporary)
+    carry_over(folder, temporary)
     (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
 
 
@@ -280,7 +281,7 @@ def keep_saes(folder: Path, names: Collection[str]) -> None:
             for file in SAE_FILES:
                 if (folder / name / file).exists():
                     _link(folder / name / file, temporary / name / file)
-        _carry_over(folder, temporary)
+        carry_over(folder, temporary)
 
 
 def _strangers(folder: Path) -> list[Path]:
@@ -296,7 +297,7 @@ def _strangers(folder: Path) -> list[Path]:
     return found
 
 
-def _carry_over(folder: Path, to: Path) -> None:
+def carry_over(folder: Path, to: Path) -> None:
     """Files that are not saekit's do not go with a checkpoint that does."""
     for path in _strangers(folder):
         place = to / path.relative_to(folder)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import attrs
 from torch import Tensor
 
-from saekit.distributed.patience import by_first
+from saekit.distributed.patience import at_work, by_first, met
 from saekit.evals.calling import Asked, Told, all_called, summed
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.building import blamed, unless_ours
@@ -31,11 +33,21 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
     """
     groups: dict[int, tuple[Tensor | None, Tensor | None, list[Member]]] = {}
     for member in members:
-        if member.evals:
+        if member.evals and member.here:
             held_out, mask = session.held_out_masked(member.config)
             groups.setdefault(id(held_out), (held_out, mask, []))[2].append(member)
     found: dict[str, dict[str, float | Histogram]] = {member.name: {} for member in members}
-    for held_out, mask, group in groups.values():
+    with at_work(session.world) if session.world.saes.size > 1 else contextlib.nullcontext():
+        _measure(session, groups.values(), found)
+    return _of_all(session, members, found)
+
+
+_Groups: TypeAlias = Collection[tuple[Tensor | None, Tensor | None, list[Member]]]
+"""Those that are measured on the same contexts, with these and their mask."""
+
+
+def _measure(session: Session, groups: _Groups, found: dict[str, dict[str, float | Histogram]]) -> None:
+    for held_out, mask, group in groups:
         asked = [_asked(session, member) for member in group]
         weights = [weight_metrics(one.sae) for one in asked]
         told = _told(session, group, asked, held_out, mask)
@@ -45,7 +57,19 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
                 numbers |= numbers_of(key, value)
             found[member.name] = eval_metrics(numbers) | histograms
             member.remarks = one.remarks
-    return found
+
+
+def _of_all(
+    session: Session, members: Collection[Member], found: Mapping[str, dict[str, float | Histogram]]
+) -> dict[str, dict[str, float | Histogram]]:
+    """``found`` with what other processes have of the SAEs that they train, who are waited for while they measure."""
+    if session.world.saes.size > 1:
+        met(session.world)
+    own = {member.name: (found[member.name], member.remarks) for member in members if member.here}
+    every = {name: told for part in session.world.saes.objects(own) for name, told in part.items()}
+    for member in members:
+        member.remarks = every[member.name][1]
+    return {member.name: every[member.name][0] for member in members}
 
 
 def _asked(session: Session, member: Member) -> Asked:
@@ -80,7 +104,7 @@ def _by_all(
 ) -> list[Told] | None:
     """Contexts are dealt out for the evals that say that theirs can be; the first process does all others, and what
     is left."""
-    world, backend, known = session.world, session.backend, None
+    world, backend, known = session.world.column, session.backend, None
     if world.size > 1 and held_out is not None:
         # The processes that have the parts of an SAE work on the same contexts.
         among = world.all if all(one.outline is None for one in asked) else world.data

@@ -143,7 +143,7 @@ def open_stream(
     a checkpoint do not come out as they did.
     """
 
-    there = has_model(config, plugins)
+    there, column = has_model(config, plugins), world.column
     corpus = attrs.evolve(corpus, mask=config.tokens.mask_column)
     if there:
         config.tokens.positions(corpus.context_size)
@@ -178,9 +178,10 @@ def open_stream(
         differs=differs,
         choice=token_choice(config.tokens, backend) if there else None,
         masked=corpus.mask is not None,
-        process=world.rank,
-        processes=world.size,
-        open_own=partial(open_contexts, (world.rank, world.size)),
+        process=column.rank,
+        processes=column.size,
+        open_own=partial(open_contexts, (column.rank, column.size)),
+        readers=world.saes,
     )
 
 

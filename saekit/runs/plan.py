@@ -213,7 +213,7 @@ class _Planner:
         if load:  # else it may be planned for another machine
             device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
         self.attempt(lambda: check_without_model(config, plugins))
-        self.attempt(lambda: check_spreads([config], self.world))
+        self.attempt(lambda: check_spreads([config], self.world.column))
         self.attempt(lambda: chosen_trackers(config, plugins))
         found = self.attempt(lambda: sae_options(config, plugins))
         self.refused = found is None
@@ -375,7 +375,9 @@ class _Planner:
             what = "reading activations"
         training, config, world = self.config.training, in_step(self.config, self.world), self.world
         if self.options.d_in in (None, ports.d_in):
-            trainer = make_trainer(config, self.plugins, backend, corpus, self.options, ports, schedule, world=world)
+            trainer = make_trainer(
+                config, self.plugins, backend, corpus, self.options, ports, schedule, world=world.column
+            )
             give_weights(trainer, config, corpus, lambda: rows.activations, self.start)
             self.facts["SAE step"] = trainer.step_path()
             if world.features.size == 1:  # of a part, nothing is known of the whole

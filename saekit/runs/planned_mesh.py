@@ -19,7 +19,7 @@ from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 from saekit.sae.splitting import check_spread
 
-__all__ = ["advice", "facts_of_mesh", "in_step", "job_of", "mesh_text", "planned_world"]
+__all__ = ["advice", "facts_of_layout", "facts_of_mesh", "in_step", "job_of", "mesh_text", "planned_world"]
 
 _MANY = 512
 """Parts of features up to which a mesh is looked for."""
@@ -39,11 +39,14 @@ def planned_world(config: TrainConfig) -> World:
     """
     launched = Launched.here(os.environ)
     asked = config.distributed
-    data, features = (asked.data or 1, asked.features) if launched.size == 1 else check_mesh(asked, launched)
-    if data * features == 1:
+    width = max(asked.features, asked.saes)
+    data, width = (asked.data or 1, width) if launched.size == 1 else check_mesh(asked, launched)
+    if data * width == 1:
         return ALONE
-    every, rows, parts = _Absent(data * features), _Absent(data), _Absent(features)
-    return World(every, rows, parts, every)
+    every, rows, others = _Absent(data * width), _Absent(data), _Absent(width)
+    if asked.saes > 1:
+        return World(every, rows, behind=every, saes=others)
+    return World(every, rows, others, every)
 
 
 def in_step(config: TrainConfig, world: World) -> TrainConfig:
@@ -96,6 +99,18 @@ def facts_of_mesh(job: Job, mesh: Mesh) -> dict[str, str]:
         ),
         "messages": f"each sends about {bytes_text(job.sent_bytes(mesh))} in each step, of {told}",
     }
+
+
+def facts_of_layout(job: Job, world: World) -> dict[str, str]:
+    """What there is to know where this is one of several SAEs that are laid out over processes."""
+    parts = world.saes.size
+    if parts == 1:
+        return {}
+    facts = f"{world.size} processes, those with the same rows in {parts} parts: this is what one takes for one SAE"
+    if job.gathers_rows:
+        own = 4 * job.rows * job.d_in / world.size
+        facts += f", and each sends its {bytes_text(own)} of each batch to {parts - 1} more"
+    return {"sweep": facts}
 
 
 def advice(sae: SAEModule, job: Job, mesh: Mesh, free: float | None, device: str) -> str:

@@ -24,7 +24,7 @@ from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
-from saekit.runs.planned_mesh import advice, facts_of_mesh, in_step, job_of
+from saekit.runs.planned_mesh import advice, facts_of_layout, facts_of_mesh, in_step, job_of
 from saekit.runs.spreading import spread
 from saekit.runs.timing import bytes_text, duration_text
 from saekit.runs.working_memory import peak_bytes
@@ -79,15 +79,15 @@ class Sizes:
         if kept is None:
             self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
         self._arrange(sae, kept, source)
-        if self.world.size > 1:  # from here on, what one process has
+        if (world := self.world.column).size > 1:  # from here on, what one process has
             sae.to("meta")
-            spread(sae, self.world)
+            spread(sae, world)
             weights, kept = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
         if kept is not None:
             self.numbers["optimizer_bytes"] = kept
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)
-        trained_state, world, waiting = weights + (kept or 0), self.world, self._waiting(source, buffer)
+        trained_state, waiting = weights + (kept or 0), self._waiting(source, buffer)
         written = world.features.size * trained_state + world.size * waiting
         checkpoint = self._checkpoints(saved, trained_state + waiting, written)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
@@ -123,7 +123,7 @@ class Sizes:
         shares = source is not None and shares_rows(source)
         job = job_of(sae, self.config, kept, gathers_rows=shares)
         device = _device(self.config.training.device, self.options.dtype)
-        self.facts |= facts_of_mesh(job, mesh)
+        self.facts |= facts_of_mesh(job, mesh) | facts_of_layout(job, self.world)
         if mesh.size > 1:
             self.numbers |= {"processes": mesh.size, "sent_bytes": job.sent_bytes(mesh)}
         if told := advice(sae, job, mesh, self.free.get(device), device):

@@ -122,7 +122,8 @@ class Resumption:
             )
         else:
             _check_left(checkpoint, old, new, folder)
-            _check_processes(checkpoint, launched.size)
+            saes = next(iter(new.values())).distributed.saes
+            _check_processes(checkpoint, launched.size // saes, saes)
         return cls(record, new, checkpoint, frozenset(allow), frozenset(changed))
 
     @property
@@ -197,7 +198,7 @@ class Resumption:
                     stacklevel=3,
                 )
         try:
-            stream = checkpoint.stream(session.world.rank)
+            stream = checkpoint.stream(session.world.column.rank)
             untracked = {
                 name: waiting_of(state, checkpoint.folder.absolute().parent)
                 for name, state in stream.get("trackers", {}).items()
@@ -242,6 +243,8 @@ class Resumption:
         from saekit.runs.spread_checkpoints import training_of
 
         trainer = session.members[name].trainer
+        if not session.members[name].here:
+            return dict(checkpoint.facts["saes"][name])
         state, own = training_of(checkpoint, name, trainer.sae), trainer.state_dict()
         if not self.changed:
             check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
@@ -255,15 +258,17 @@ def _recomputed(checkpoint: Checkpoint | None) -> list[str]:
     return [_ROWS] if by_recipe else []
 
 
-def _check_processes(checkpoint: Checkpoint, size: int) -> None:
-    """:class:`ConfigError` where other processes wrote a checkpoint than are to go on from it."""
+def _check_processes(checkpoint: Checkpoint, size: int, saes: int) -> None:
+    """:class:`ConfigError` where other processes wrote a checkpoint than ``size`` in each of so many groups of SAEs."""
     data, features = checkpoint.mesh
     if data * features != size:
+        for_each = f" for each of {saes} parts of the SAEs" if saes > 1 else ""
         wrote = "one process" if data * features == 1 else f"{data * features} processes"
-        start = "without torchrun" if data * features == 1 else f"torchrun --nproc-per-node {data * features} ..."
+        count = data * features * saes
+        start = "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} ..."
         raise ConfigError(
-            f"{checkpoint.folder} was written by {wrote}, and {size} would go on from it. Each reads its own part of "
-            f"the text, so there must be as many ({start})"
+            f"{checkpoint.folder} was written by {wrote}, and {size}{for_each} would go on from it. Each reads its own "
+            f"part of the text, so there must be as many ({start})"
         )
 
 

@@ -26,16 +26,13 @@ from saekit.errors import (
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
-from saekit.reports.pictures import Pictures
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in, has_model
-from saekit.runs.doubts import doubts_of_features
 from saekit.runs.ending import Ending, end_of
 from saekit.runs.folder import RunFolderLostError, Standing, check_run_folder, rescue_folder, run_folder
 from saekit.runs.interruption import Interruption
 from saekit.runs.measuring import evaluate
 from saekit.runs.observers import EvalObserver, TrackerObserver
-from saekit.runs.opening import warn_of
 from saekit.runs.progress import TrainingProgress
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
@@ -43,13 +40,14 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
-from saekit.runs.spread_saes import sae_of, save_trained
 from saekit.runs.spreading import check_alike
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
+from saekit.runs.trained import healthy, is_alone, result_of, save_saes, warn_of_saes
 from saekit.runs.waiting import TrackersState
 from saekit.status import Status
+from saekit.training.elsewhere import check_all
 from saekit.training.loop import fit
 from saekit.values import RunEnd
 
@@ -185,8 +183,8 @@ def _run(
         finally:
             saving.end()
             SHARED.release()
-    _warn_of_saes(session)
-    return _result(session, record, summary, ending.pictures)
+    warn_of_saes(session)
+    return result_of(session, record, summary, ending.pictures)
 
 
 def _end_together(world: World, kind: object, error: BaseException | None, trace: object) -> None:
@@ -228,25 +226,21 @@ def _finish(
     session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving
 ) -> Sequence[Mapping[str, Any]]:
     """Save and measure every SAE that is worth it; returns the summary of a sweep."""
-    for member in _healthy(session):
+    for member in healthy(session):
         _check_exhausted(member, session.corpus)
-        try:
-            member.trainer.check_weights()
-        except DivergedError as error:
-            member.trainer.diverged = str(error)
+    check_all(session.world.saes, [member.trainer for member in session.members.values()])
     session.say("saving")
     saving.settle()
     saving.check_folder()
-    for member in _healthy(session):  # all are saved before the last evals, which may fail
-        save_trained(member.trainer, record.home(member.name) / "sae")
-    due = [member for member in _healthy(session) if not _just_measured(member)]
+    save_saes(session, record)  # all, before the last evals, which may fail
+    due = [member for member in healthy(session) if not _just_measured(member)]
     for name, final in evaluate(session, due).items():
         trackers[name].log(final, session.members[name].trainer.step)
         session.members[name].note(final)
-    if not _healthy(session):
+    if not healthy(session):
         raise DivergedError(_why(session, record, saving))
     summary: Sequence[Mapping[str, Any]] = []
-    if not _alone(record):
+    if not is_alone(record):
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
         if session.world.main:
             summary = write_summary(record.folder, list(session.members.values()), changed)
@@ -264,17 +258,6 @@ def _just_measured(member: Member) -> bool:
     """Whether the loop has, after the last step."""
     every = member.config.evals.every_n_steps
     return bool(every) and member.trainer.step % every == 0
-
-
-def _warn_of_saes(session: Session) -> None:
-    """Say which do worse than the mean, or have mostly dead features; after all else: nothing is to be lost by it."""
-    for member in _healthy(session):
-        who = f"{member.name}, " if len(session.members) > 1 else ""
-        for remark in member.remarks:
-            warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
-        for text in doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)):
-            if session.world.main:
-                warn_of(text)
 
 
 def _owed(waiting: Mapping[str, TrackersState]) -> dict[str, int]:
@@ -295,14 +278,6 @@ def _tell_of_owed(session: Session, record: RunRecord, trackers: Mapping[str, Tr
     TrainingProgress(session, record.folder).say(
         f"all is trained and saved, but {owed or 'a tracker'} wait; {command} hands them over"
     )
-
-
-def _alone(record: RunRecord) -> bool:
-    return list(record.saes.values()) == ["."]
-
-
-def _healthy(session: Session) -> list[Member]:
-    return [member for member in session.members.values() if member.trainer.diverged is None]
 
 
 def _why(session: Session, record: RunRecord, saving: Saving) -> str:
@@ -374,24 +349,3 @@ def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
         RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
         return saving.save_in(rescued.folder), rescued
-
-
-def _result(
-    session: Session, record: RunRecord, summary: Sequence[Mapping[str, Any]], pictures: Pictures
-) -> TrainResult | SweepResult:
-    results = {
-        member.name: TrainResult(
-            sae=sae_of(member.trainer, record.home(member.name) / "sae"),
-            folder=record.home(member.name),
-            metrics=member.latest,
-            backend=session.backend,
-            held_out=session.held_out(member.config),
-            corpus=session.corpus,
-            pictures=pictures.of_saes.get(member.name, ()),
-        )
-        for member in _healthy(session)
-    }
-    if _alone(record):
-        return next(iter(results.values()))
-    diverged = {name: m.trainer.diverged for name, m in session.members.items() if m.trainer.diverged is not None}
-    return SweepResult(record.folder, results, diverged, summary, pictures.of_sweep)

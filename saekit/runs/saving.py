@@ -15,20 +15,20 @@ import attrs
 import torch
 
 from saekit.distributed.agreement import done_by_all
-from saekit.errors import DivergedError, StorageError
+from saekit.errors import StorageError
 from saekit.files.paths import here, steady
-from saekit.runs.checkpoints import Checkpoint, all_checkpoints, keep_saes, mark_finished, write_checkpoint
+from saekit.runs.checkpoints import Checkpoint, all_checkpoints, keep_saes, mark_finished, write_checkpoint, write_saes
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
 from saekit.runs.spread_checkpoints import write_together
-from saekit.runs.spread_saes import write_saes_together
 from saekit.runs.staging import Staging, facts_of
 from saekit.runs.trackers import Trackers, settle_all
 from saekit.runs.waiting import Record, waiting_state
 from saekit.runs.writing import Writing
 from saekit.sae.folder import Contents
+from saekit.training.elsewhere import check_all
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
 
@@ -254,7 +254,7 @@ class Saving:
             return path if there else None
         if just_now:
             return path
-        write, arrived, saes = done_by_all(
+        write, arrived = done_by_all(
             session.world.all, lambda: self._staged(path, worth, resumable=resumable, spaced=spaced or was_spaced)
         )
         diverged = self._diverged()
@@ -278,31 +278,34 @@ class Saving:
 
         self._now = now = _Now(path, resumable, session.batches, finished, warned, Writing(work))
         now.writing.begin()
-        for name in saes:
+        for name in worth:
             step = session.members[name].trainer.step
             self._trackers[name].log_checkpoint(path.absolute() / name, step, now.writing.there)
         return path
 
     def _staged(
         self, path: Path, worth: Mapping[str, SAETrainer], *, resumable: bool, spaced: bool
-    ) -> tuple[Callable[[Callable[[], None]], None], Callable[[], None], list[str]]:
-        """Copy what is to be saved: what writes it, what waits for the copies, and the SAEs that this process writes.
+    ) -> tuple[Callable[[Callable[[], None]], None], Callable[[], None]]:
+        """Copy what is to be saved: what writes it, and what waits for the copies.
 
         ``spaced``: for that reason, perhaps beside another.
         """
         session, staging, place = self._session, Staging(), path.absolute()
-        world = session.world
-        saes = staging.saes(worth)
-        written = list(saes) if world.main else []
+        world, column = session.world, session.world.column
+        own = {name: trainer for name, trainer in worth.items() if session.members[name].here}
+        saes = staging.saes(own)
+        whole = {name: one for name, one in saes.items() if isinstance(one, Contents)}  # of one process, all
         if not resumable:
-            write = functools.partial(write_saes_together, world.behind, place, saes)
-            return write, staging.arrived(), written
-        states, stream = staging.trainings(session), staging.stream(self._stream(path, saes, staging), world)
-        files = (states, stream, facts_of(session, spaced=spaced))
-        if world.size > 1:
-            return functools.partial(write_together, world.behind, place, saes, *files), staging.arrived(), written
-        whole = {name: one for name, one in saes.items() if isinstance(one, Contents)}  # all of them
-        return functools.partial(write_checkpoint, place, whole, *files), staging.arrived(), written
+            if world.size == 1:
+                return functools.partial(write_saes, place, whole), staging.arrived()
+            return functools.partial(write_together, world.behind, place, saes, {}, None, None), staging.arrived()
+        trainings, facts = staging.trainings(session), facts_of(session, spaced=spaced)
+        state = self._stream(path, worth, staging) if world.saes.rank == 0 else None  # others have the same
+        stream = None if state is None else staging.stream(state, column)
+        if stream is not None and world.size == 1:
+            return functools.partial(write_checkpoint, place, whole, trainings, stream, facts), staging.arrived()
+        write = functools.partial(write_together, world.behind, place, saes, trainings, stream, facts)
+        return write, staging.arrived()
 
     def _note_checkpoint(self, folder: Path) -> None:
         """Once there is one, a run without any is not one that was stopped early."""
@@ -321,15 +324,9 @@ class Saving:
         return {**self._session.stream_state(staging.held), "trackers": waiting}
 
     def _worth_saving(self) -> dict[str, SAETrainer]:
-        worth = {}
-        for name, member in self._session.members.items():
-            try:
-                if member.trainer.diverged is None:
-                    member.trainer.check_weights()
-                    worth[name] = member.trainer
-            except DivergedError as error:
-                member.trainer.diverged = str(error)
-        return worth
+        trainers = {name: member.trainer for name, member in self._session.members.items()}
+        check_all(self._session.world.saes, trainers.values())
+        return {name: trainer for name, trainer in trainers.items() if trainer.diverged is None}
 
     def _remove_old(self, folder: Path, diverged: Collection[str], warn: Callable[[str], None]) -> None:
         """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays.

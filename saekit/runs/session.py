@@ -40,16 +40,17 @@ from saekit.runs.opening import (
 )
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
-from saekit.runs.setup import give_weights, make_trainer, sae_options
+from saekit.runs.setup import give_weights, looks_ahead, make_trainer, sae_options
 from saekit.runs.spreading import check_spreads, doubts_of_measuring
 from saekit.runs.sweep import check_together, spelled_out
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
 from saekit.site import Site
 from saekit.status import Say, Status
+from saekit.training.elsewhere import Elsewhere, dealt_out
 from saekit.training.loop import Lane
 from saekit.training.trainer import SAETrainer
-from saekit.values import Histogram
+from saekit.values import Histogram, Ports
 
 __all__ = ["Member", "Session", "end_lane"]
 
@@ -68,6 +69,11 @@ class Member:
     """The last value of every metric."""
     remarks: tuple[str, ...] = ()
     """What looked wrong in its last evals, in words."""
+
+    @property
+    def here(self) -> bool:
+        """Whether it trains in this process, and not in others alone."""
+        return not isinstance(self.trainer, Elsewhere)
 
     def note(self, metrics: Mapping[str, float | Histogram]) -> None:
         """Remember the numbers among ``metrics``."""
@@ -145,19 +151,23 @@ class Session:
             groups.setdefault(self._lane_key(config), []).append(name)
         shared = SharedForwards(self.backend) if len(groups) > 1 else None
         releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
-        members: dict[str, Member] = {}
+        members, ports = dict[str, Member](), dict[str, Ports]()
         for stream, release, names in zip(self._streams, releases, groups.values(), strict=True):
             source = open_source(configs[names[0]], self.plugins, stream, self.backend)
             served = source if self.world.size == 1 else SpreadSource(source, self.world, shares=shares_rows(source))
-            lane = Lane(served, [], release=functools.partial(end_lane, served, release))
-            self.lanes.append(lane)
-            widths = widths_of(source, stream)
+            release = functools.partial(end_lane, served, release)
+            self.lanes.append(Lane(served, [], beside=self.world.saes, release=release))
             used = Used.of(configs[names[0]], self.corpus, self.backend, stream)
             self.used.append(used)
             for text in used.doubts:
                 warn_of(text)
+            ports |= {name: self._ports(configs[name], prepared[name], widths_of(source, stream)) for name in names}
+        weights = [prepared[name].weights(ports[name]) for name in configs]
+        groups_of = dict(zip(configs, dealt_out(weights, self.world.saes.size), strict=True))
+        for lane, used, names in zip(self.lanes, self.used, groups.values(), strict=True):
             for name in names:
-                members[name] = self._member(name, configs[name], prepared[name], widths, used)
+                here = groups_of[name] == self.world.saes.rank
+                members[name] = self._member(name, configs[name], prepared[name], ports[name], used, here=here)
                 lane.trainers.append(members[name].trainer)
         self._warn_of_sites(members.values())
         return {name: members[name] for name in configs}
@@ -197,10 +207,15 @@ class Session:
         reader.follow(lambda: stream.position)
         return reader.release
 
-    def _member(
-        self, name: str, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int], used: Used
-    ) -> Member:
+    def _ports(self, config: TrainConfig, prepared: _Prepared, widths: Mapping[Site, int]) -> Ports:
         ports = checked_ports(widths, config.sites, prepared.options.d_in, self.backend.name)
+        if prepared.start is not None:
+            check_start_widths(prepared.start, ports, self.backend.name)
+        return ports
+
+    def _member(
+        self, name: str, config: TrainConfig, prepared: _Prepared, ports: Ports, used: Used, *, here: bool
+    ) -> Member:
         trainer = make_trainer(
             config,
             self.plugins,
@@ -210,12 +225,12 @@ class Session:
             ports,
             prepared.schedule,
             name,
-            self.world,
+            self.world.column,
         )
+        if not here:
+            trainer = Elsewhere.of(trainer)
         info = trainer.sae.info
         trainer.sae.info = attrs.evolve(info, metadata={**info.metadata, **used.metadata})
-        if prepared.start is not None:
-            check_start_widths(prepared.start, ports, self.backend.name)
         held_out = functools.partial(self.held_out, config)
         evals = make_evals(config, self.plugins, self.backend, held_out, trainer.device, name)
         return Member(name, config, trainer, evals, prepared.start)
@@ -265,7 +280,10 @@ class Session:
         for lane in self.lanes:
             for trainer in lane.trainers:
                 member = self.members[trainer.name]
-                give_weights(trainer, member.config, self.corpus, lane.source.peek, member.start)
+                if member.here:
+                    give_weights(trainer, member.config, self.corpus, lane.source.peek, member.start)
+                elif looks_ahead(member.config, trainer.sae.config, member.start):
+                    lane.source.peek()  # as those do who train it: what is shown may have to be made by all
                 member.start = None
 
     @property
@@ -368,3 +386,7 @@ class _Prepared:
         resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)
         return cls(options, start, make_schedule(config, plugins))
+
+    def weights(self, ports: Ports) -> int:
+        """How many numbers its encoder and its decoder have together."""
+        return int(self.options.features(ports.d_in)) * (ports.d_in + ports.d_out)

@@ -42,6 +42,7 @@ from saekit.values import Batch, Ports, Scale
 
 __all__ = [
     "give_weights",
+    "looks_ahead",
     "make_trainer",
     "sae_options",
 ]
@@ -285,6 +286,11 @@ def _watching(
     return lambda doing: blamed(item, doing, at_work=True, parts=parts)
 
 
+def looks_ahead(config: TrainConfig, options: SAEConfig, start: SAEModule | None) -> bool:
+    """Whether :func:`give_weights` looks at the activations to come."""
+    return estimator_of(config) is not None or (start is None and options.starts_from_activations)
+
+
 def give_weights(
     trainer: SAETrainer,
     config: TrainConfig,
@@ -295,8 +301,7 @@ def give_weights(
     """The first weights of a new run, and its activation scale, by a look at the activations to come if need be."""
     options = trainer.sae.config
     estimator = estimator_of(config)
-    initial = start is None and options.starts_from_activations
-    sample = _sample(peek(), config.sites, corpus) if estimator is not None or initial else None
+    sample = _sample(peek(), config.sites, corpus) if looks_ahead(config, options, start) else None
     scale: Scale = 1.0
     if estimator is not None and sample is not None:
         known = None if start is None else _known_scale(config, start)

@@ -14,7 +14,7 @@ from saekit.distributed.agreement import agreed
 from saekit.distributed.group import Group
 from saekit.files.mapped import is_mapped
 from saekit.files.storage import new_folder, nothing, sync_files
-from saekit.runs.checkpoints import Checkpoint, check_place, finish_checkpoint
+from saekit.runs.checkpoints import Checkpoint, carry_over, check_place, finish_checkpoint
 from saekit.runs.state_files import StateFiles
 from saekit.sae.folder import Contents
 from saekit.sae.module import SAEModule
@@ -30,14 +30,15 @@ def write_together(
     folder: Path,
     saes: Mapping[str, Contents | PartContents],
     states: Mapping[str, StateFiles],
-    stream: StateFiles,
-    facts: Mapping[str, Any],
+    stream: StateFiles | None,
+    facts: Mapping[str, Any] | None,
     go_on: Callable[[], None] = nothing,
 ) -> None:
     """Write what this process has of the checkpoint ``folder``, which all of ``group`` write at the same time.
 
     The first process makes the folder, and writes the manifest when the others' files are on the disk.  Where one
-    fails, all do, by :class:`StorageError`, and what was there before is there still.
+    fails, all do, by :class:`StorageError`, and what was there before is there still.  Without ``facts``, it is a
+    folder to look at, with SAEs alone.
     """
     first = group.rank == 0
     with contextlib.ExitStack() as stack:
@@ -52,7 +53,7 @@ def write_together(
         assert temporary is not None
 
         def write() -> dict[str, str]:
-            sums = stream.write(temporary, go_on)
+            sums = {} if stream is None else stream.write(temporary, go_on)
             for name in {*saes, *states}:
                 (temporary / name).mkdir(exist_ok=True)
             for name, state in states.items():
@@ -72,9 +73,11 @@ def write_together(
         sums = {file: summed for part in written for file, summed in part.items()}
 
         def finish() -> None:
-            if first:
+            if first and facts is not None:
                 finish_checkpoint(folder, temporary, facts, sums)
-                stack.close()
+            elif first:
+                carry_over(folder, temporary)
+            stack.close()
 
         agreed(group, finish)
 

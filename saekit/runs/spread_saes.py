@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from saekit.distributed.agreement import agreed
-from saekit.distributed.group import Group
-from saekit.files.storage import nothing
 from saekit.pretrained.sae import SAE
-from saekit.runs.checkpoints import write_saes
 from saekit.sae.folder import Contents, contents_of, save_contents
 from saekit.sae.part_folder import PartContents, part_contents_of, whole_in_first
 from saekit.sae.splitting import is_saved_by_parts
 from saekit.training.trainer import SAETrainer
 
-__all__ = ["contents_in", "sae_of", "save_trained", "write_saes_together"]
+__all__ = ["contents_in", "sae_of", "save_trained"]
 
 
 def contents_in(trainer: SAETrainer) -> Contents | PartContents | None:
@@ -60,19 +57,3 @@ def sae_of(trainer: SAETrainer, saved: Path) -> SAE | Callable[[], SAE]:
     if trainer.world.features.size > 1:
         return functools.partial(SAE.load, saved, device=trainer.device)
     return cast(SAE, trainer.raw_sae())  # architectures derive from it
-
-
-def write_saes_together(
-    group: Group, folder: Path, saes: Mapping[str, Contents | PartContents], go_on: Callable[[], None] = nothing
-) -> None:
-    """:func:`saekit.runs.checkpoints.write_saes`, where each process of ``group`` may have parts of the SAEs.
-
-    Where one fails, all do.
-    """
-
-    def write() -> None:
-        with whole_in_first(group, saes, go_on) as whole:
-            if whole:
-                write_saes(folder, whole, go_on)
-
-    agreed(group, write)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from saekit.abilities import SharesContexts
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
+from saekit.distributed.launched import check_layout
 from saekit.distributed.world import World
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager
@@ -26,12 +27,13 @@ _Eval = TypeVar("_Eval", bound=Eval)
 
 def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
     """:class:`ConfigError` for what a run of several processes cannot do."""
-    if world.size == 1:
-        return
+    if world.saes.size > 1:
+        check_layout(configs[0].distributed, len(configs))
+    size = world.column.size
     for config in configs:
-        if (rows := config.training.train_batch_size_tokens) % world.size:
+        if (rows := config.training.train_batch_size_tokens) % size:
             raise ConfigError(
-                [("training.train_batch_size_tokens", f"is {rows:,}, which {world.size} processes cannot share "
+                [("training.train_batch_size_tokens", f"is {rows:,}, which {size} processes cannot share "
                   "evenly; choose a multiple of their number")]
             )  # fmt: skip
 

@@ -68,12 +68,14 @@ class Staging:
         It is without the weights where the SAE as it is saved has the very same.  :class:`StorageError` for what cannot
         be saved.
         """
-        world = session.world
+        world = session.world.column
         if world.data.rank:  # another has the same features
             return {}
         stem = TRAINING if world.size == 1 else f"{TRAINING}-{world.features.rank}"
         found = {}
         for name, member in session.members.items():
+            if not member.here:
+                continue
             trainer = member.trainer
             state = trainer.state_dict()
             if world.size == 1 and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
@@ -82,7 +84,7 @@ class Staging:
         return found
 
     def stream(self, state: Mapping[str, Any], world: World) -> StateFiles:
-        """The ``state`` of this process's batches, whose tensors are copies already."""
+        """The ``state`` of this process's batches, whose tensors are copies already; ``world`` reads them with it."""
         return StateFiles.of(STREAM if world.size == 1 else f"{STREAM}-{world.rank}", state)
 
     def held(self, state: Any) -> Any:
@@ -136,7 +138,7 @@ def facts_of(session: Session, *, spaced: bool) -> dict[str, object]:
         }
         for name, member in session.members.items()
     }
-    world = session.world
+    world = session.world.column
     mesh = {"mesh": [world.data.size, world.features.size]} if world.size > 1 else {}
     return {
         "batches": session.batches,

@@ -56,7 +56,7 @@ def part_contents_of(part: SAEModule) -> PartContents:
 def whole_in_first(
     group: Group, saes: Mapping[str, Contents | PartContents], go_on: Callable[[], None] = nothing
 ) -> Iterator[Mapping[str, Contents]]:
-    """In the first process of ``group`` all SAEs as it is to write them, in the others none.
+    """The SAEs that this process is to write, whole: those that it has so, and in the first of ``group`` all of parts.
 
     Those that have parts hand them over before they go on, and must have the same ``saes`` in the same order.
     """
@@ -65,7 +65,7 @@ def whole_in_first(
         pieces = ((one.tensors[name], one.along[name]) for one in split for name in _handed(one))
         hand_over(group, own_pieces(pieces, split[0].part, split[0].parts), go_on)
     if group.rank:
-        yield {}
+        yield {name: sae for name, sae in saes.items() if isinstance(sae, Contents)}
         return
     with contextlib.ExitStack() as stack:
         whole = {name: sae for name, sae in saes.items() if isinstance(sae, Contents)}

@@ -8,8 +8,10 @@ from typing import Protocol
 import attrs
 
 from saekit.distributed.batches import thinned
+from saekit.distributed.group import Group
 from saekit.errors import DivergedError
 from saekit.protocols import ActivationSource
+from saekit.training.elsewhere import Elsewhere, told_by_all
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
@@ -32,6 +34,8 @@ class Lane:
     """The source has no more."""
     stepping: bool = False
     """A batch is on its way; some of the SAEs have seen it, others perhaps not yet."""
+    beside: Group = attrs.field(factory=Group)
+    """The processes that train some of the SAEs each, on the same batches."""
     release: Callable[[], None] = lambda: None
     """To be called when no SAE has steps left: what other lanes read need not be kept for this one."""
 
@@ -66,7 +70,7 @@ def fit(lanes: Sequence[Lane], observers: Sequence[Observer] = ()) -> None:
             lane.release()
             continue
         lane.tokens += batch.whole
-        lane.untold = [(trainer, _step(trainer, batch)) for trainer in lane.training]
+        lane.untold = told_by_all(lane.beside, [(trainer, _step(trainer, batch)) for trainer in lane.training])
         lane.batches += 1
         lane.stepping = False
         if not lane.training:
@@ -99,6 +103,9 @@ def _tell(lane: Lane, observers: Sequence[Observer]) -> None:
 
 def _step(trainer: SAETrainer, batch: Batch) -> dict[str, float | Histogram]:
     left = trainer.training.total_tokens - trainer.tokens
+    if isinstance(trainer, Elsewhere):
+        trainer.pass_by(min(left, batch.whole))
+        return {}
     batch = thinned(batch, left, trainer.world) if batch.counts else batch.thinned(left)
     try:
         metrics = trainer.train_on(*trainer.rows_of(batch), batch)

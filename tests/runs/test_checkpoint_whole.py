@@ -203,7 +203,7 @@ def test_a_full_disk_when_training_is_interrupted(tmp_path: Path, monkeypatch: p
 
     work = SAETrainer.train_on
     monkeypatch.setattr(SAETrainer, "train_on", broken)
-    monkeypatch.setattr(saving, "write_saes_together", lambda *_: exec("raise RuntimeError('CUDA error')"))
+    monkeypatch.setattr(saving, "write_saes", lambda *_: exec("raise RuntimeError('CUDA error')"))
     with pytest.raises(ValueError, match="a fault") as caught:
         train(config)
     assert caught.value.__notes__ == [

@@ -221,7 +221,7 @@ def test_a_run_says_what_its_last_evals_remark_even_if_it_was_stopped_after_them
         def failing(*anything: Any) -> None:
             raise RuntimeError("as good as killed")
 
-        patch.setattr("saekit.runs.run.save_trained", failing)
+        patch.setattr("saekit.runs.trained.save_trained", failing)
         with warnings.catch_warnings(), pytest.raises(RuntimeError, match="as good as killed"):
             warnings.simplefilter("error")
             train(config)

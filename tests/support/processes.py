@@ -183,10 +183,11 @@ class Call:
     data: int = 1
     features: int = 1
     given: tuple[Any, ...] = ()
+    saes: int = 1
 
     def done(self) -> Any:
         module, name = self.function.split(":")
-        config = DistributedConfig(data=self.data, features=self.features, timeout_s=60)
+        config = DistributedConfig(data=self.data, features=self.features, saes=self.saes, timeout_s=60)
         with open_world(config) as world:
             return getattr(importlib.import_module(module), name)(world, *self.given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class MoodyConfig:
 class MoodySource(SeededSource):
     def __init__(self, config: Any, stream: Any) -> None:
         super().__init__(config, stream)
-        self._generator.manual_seed(stream.process)
+        self._generator.manual_seed(int(os.environ["RANK"]))
 
 
 def manager() -> saekit.PluginManager:

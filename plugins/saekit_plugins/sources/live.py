@@ -33,7 +33,8 @@ class LiveConfig:
     dtype: Dtype | None = None
     """The type of the numbers in the buffer.  None: what the model gives."""
     prefetch: bool = True
-    """Run the model in a background thread while the SAE trains.  The batches are the same."""
+    """Run the model in a background thread while the SAE trains.  The batches are the same.  Where the SAEs of a sweep
+    are laid out over processes (`distributed.saes`), these run it together instead, each a part, between two steps."""
 
 
 class LiveSource:
@@ -45,7 +46,7 @@ class LiveSource:
     def __init__(self, config: LiveConfig, stream: StreamContext) -> None:
         import torch
 
-        from saekit.data import ActivationStream, Prefetched
+        from saekit.data import ActivationStream, DealtActivations, Prefetched
 
         stream = stream.own
         self._stream, self._config = stream, config
@@ -68,11 +69,14 @@ class LiveSource:
         )
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         self._dtypes = {site: dtype or held for site, held in stream.dtypes.items()}
-        self._model = ActivationStream(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
+        readers = stream.readers.size
+        kind = ActivationStream if readers == 1 else DealtActivations
+        self._model = kind(stream, config.store_batch_size_prompts, device=self._device, dtype=dtype)
         # Ahead by as much as a batch uses, so that the thread need not wait while an SAE trains on one.
         depth = -(-stream.batch_size // self._rows_per_forward)
-        self._prefetched = Prefetched(self._model, depth) if config.prefetch else None
-        self._rows_ahead = depth * self._rows_per_forward if config.prefetch else 0
+        ahead = config.prefetch and readers == 1  # threads of several processes would not end at one forward
+        self._prefetched = Prefetched(self._model, depth) if ahead else None
+        self._rows_ahead = (depth if ahead else readers if readers > 1 else 0) * self._rows_per_forward
         self._forwards: Any = self._prefetched or self._model
         self._made: ShuffleBuffer | None = None
         self._ended = False

@@ -1,12 +1,12 @@
 from .activations import ActivationStream as ActivationStream
 from .activations import DealtActivations as DealtActivations
 from .buffer import ShuffleBuffer as ShuffleBuffer
-from .contexts import ContextPacker as ContextPacker
 from .contexts import Contexts as Contexts
 from .contexts import ContextStream as ContextStream
-from .contexts import TokenPolicy as TokenPolicy
 from .corpus import Corpus as Corpus
 from .normalize import activation_scale as activation_scale
+from .packer import ContextPacker as ContextPacker
+from .packer import TokenPolicy as TokenPolicy
 from .prefetch import Prefetched as Prefetched
 from .stream import StreamContext as StreamContext
 from .text import Documents as Documents

@@ -12,10 +12,11 @@ from torch import Tensor
 from saekit.abilities import HasTokenizer
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.chats import Tokenize, chat_tokenizer
-from saekit.data.contexts import ContextStream, TokenPolicy
+from saekit.data.contexts import ContextStream
 from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
+from saekit.data.packer import TokenPolicy
 from saekit.data.text import STDLIB, Documents
 from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from saekit.config import DatasetConfig
-from saekit.data.contexts import TokenPolicy
+from saekit.data.packer import TokenPolicy
 from saekit.data.text import STDLIB
 from saekit.data.vocabulary import Vocabulary, tokenizer_here
 from saekit.errors import DataError

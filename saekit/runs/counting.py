@@ -11,9 +11,10 @@ import attrs
 
 from saekit.config import TrainConfig
 from saekit.data.activations import check_contexts
-from saekit.data.contexts import ContextPacker, Contexts
+from saekit.data.contexts import Contexts
 from saekit.data.corpus import Corpus
 from saekit.data.documents import Conversation, Masked
+from saekit.data.packer import ContextPacker
 from saekit.data.stream import StreamContext, kept_of
 from saekit.errors import DataError
 from saekit.protocols import ModelBackend

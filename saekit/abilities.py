@@ -6,7 +6,7 @@ Python 3.12, what ``__getattr__`` would find does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -27,7 +27,7 @@ __all__ = [
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
     "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
-    "StatesRows", "StatesWidths", "TakesCheckpoints", "TranslatesHooks", "WritesSAEs",
+    "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
 
@@ -276,6 +276,18 @@ class SharesRows(Protocol):
 
     shares_rows: bool
     """True."""
+
+
+@runtime_checkable
+class TakesStates(Protocol):
+    """An activation source that shares rows, and can go on where other processes were: more of them, or fewer."""
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the ``states`` that the sources of all processes had, in the order of their numbers.
+
+        They are the same in every process of now.  What those before had still to hand out, these hand out together,
+        each row once, in any order.  Tensors of ``states`` show files: what is kept of them is copied.
+        """
 
 
 @runtime_checkable

@@ -94,7 +94,7 @@ class Batch:
             return self
         return self.at([row * len(self) // n for row in range(n)])
 
-    def at(self, kept: list[int] | Tensor) -> Batch:
+    def at(self, kept: list[int] | Tensor | slice) -> Batch:
         """The rows of these numbers."""
         origins = [None if origin is None else origin[kept] for origin in (self.tokens, self.documents, self.positions)]
         return Batch({site: rows[kept] for site, rows in self.activations.items()}, *origins)

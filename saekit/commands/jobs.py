@@ -101,7 +101,8 @@ def resume(
 
     ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
     that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
-    :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.
+    :class:`ConfigError` that names it.  A model or dataset that was passed from memory has to be passed again.  Another
+    number of processes is a change of ``distributed.data``: rows may come in another order then.
 
     Raises :class:`saekit.errors.StorageError` when there is nothing to go on from.
     """

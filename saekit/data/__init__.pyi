@@ -4,6 +4,7 @@ from .buffer import ShuffleBuffer as ShuffleBuffer
 from .contexts import Contexts as Contexts
 from .contexts import ContextStream as ContextStream
 from .corpus import Corpus as Corpus
+from .handover import buffer_handed_over as buffer_handed_over
 from .normalize import activation_scale as activation_scale
 from .packer import ContextPacker as ContextPacker
 from .packer import TokenPolicy as TokenPolicy

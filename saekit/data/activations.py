@@ -189,6 +189,11 @@ class ActivationStream:
         """The position in the text, and how many contexts the model takes at once."""
         return {"contexts": self._contexts.state_dict(), "at_once": self._at_once}
 
+    def taken_over(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The state in which this goes on where others were, on other parts of the text, in ``states``."""
+        contexts = self._contexts.taken_over([state["contexts"] for state in states])
+        return {"contexts": contexts, "at_once": min(state["at_once"] for state in states)}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
         check_counts(state, "at_once")

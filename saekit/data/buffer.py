@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.data.faults import check_counts
-from saekit.data.recipe import RowRecipes
+from saekit.data.recipe import RowRecipes, with_unknown
 from saekit.errors import DataError
 from saekit.site import Site
 from saekit.values import Batch
@@ -45,6 +45,7 @@ class ShuffleBuffer:
         self._used = 0  # of the free slots, those that were written since
         self._order = torch.empty(0, dtype=torch.long)  # slots in the order in which they are served
         self._served = 0
+        self._beyond: Batch | None = None  # on the CPU: what other processes left, as far as there is no room for it
 
     @property
     def filled(self) -> int:
@@ -53,13 +54,21 @@ class ShuffleBuffer:
 
     @property
     def waiting(self) -> int:
-        """Rows that were added since the last :meth:`shuffle`."""
-        return self._used
+        """Rows that were added since the last :meth:`shuffle`, and those of a loaded state that had no room."""
+        return self._used + self._left_beyond
 
     @property
     def free(self) -> int:
         """Rows that can be added."""
+        return max(self._empty - self._left_beyond, 0)
+
+    @property
+    def _empty(self) -> int:
         return len(self._free) + self._served - self._used
+
+    @property
+    def _left_beyond(self) -> int:
+        return 0 if self._beyond is None else len(self._beyond)
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +96,7 @@ class ShuffleBuffer:
 
     def shuffle(self) -> None:
         """Draw a new random order over every row that is there."""
+        self._move_in()
         free = len(self._free) + self._served
         added, left = self._free_slots(0, self._used), self._order[self._served :]
         self._free = self._free_slots(self._used, free).clone()
@@ -95,6 +105,13 @@ class ShuffleBuffer:
         self._used = self._served = 0
         if self._recipes is not None:
             self._recipes.forget_all_but(self._order)
+
+    def _move_in(self) -> None:
+        """Rows that had no room come where there is some by now, behind those that were added."""
+        if self._beyond is not None and (n := min(self._empty, len(self._beyond))):
+            rows, self._beyond = self._beyond, None
+            self.add(rows.at(slice(n)))
+            self._beyond = rows.at(slice(n, None)) if n < len(rows) else None
 
     def take(self, n: int) -> Batch:
         """The next ``n`` rows (fewer if fewer are filled); their slots become free."""
@@ -129,18 +146,25 @@ class ShuffleBuffer:
         if self._recipes is not None:
             recipe = {"recipe": self._recipes.state_dict(slots)}
             held = slots[~self._recipes.known(slots)]
+        rows = {site.name: _gathered(block, held) for site, block in self._rows.items()}
+        origins = self._origins[held]
+        if (beyond := self._beyond) is not None:
+            rows = {site.name: torch.cat([rows[site.name], beyond.activations[site]]) for site in self._rows}
+            origins = torch.cat([origins, _origins_of(beyond)])
+            recipe = {name: with_unknown(one, len(beyond)) for name, one in recipe.items()}
         return {
-            "rows": {site.name: _gathered(block, held) for site, block in self._rows.items()},
-            "origins": self._origins[held],
+            "rows": rows,
+            "origins": origins,
             **recipe,
             "waiting": len(added),
             "capacity": self.capacity,
             "generator": self._generator.get_state(),
+            **({} if beyond is None else {"beyond": len(beyond)}),
         }
 
     def check_fits(self, state: Mapping[str, Any]) -> None:
         """:class:`DataError` for the ``state`` of a buffer of another size, or of other sites."""
-        check_counts(state, "capacity", "waiting")
+        check_counts({"beyond": 0, **state}, "capacity", "waiting", "beyond")
         if state["capacity"] != self.capacity or set(state["rows"]) != {site.name for site in self._rows}:
             raise DataError(
                 f"the saved buffer has {state['capacity']:,} rows of {', '.join(state['rows'])}, but this run's has "
@@ -151,25 +175,38 @@ class ShuffleBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next row.  Which slots hold the rows makes no difference."""
         self.check_fits(state)
-        rows = len(state["origins"])
-        if not state["waiting"] <= rows <= self.capacity or tuple(state["origins"].shape) != (rows, 3):
+        beyond = state.get("beyond", 0)
+        rows, origins = len(state["origins"]) - beyond, state["origins"]
+        if not 0 <= state["waiting"] <= rows <= self.capacity or tuple(origins.shape) != (rows + beyond, 3):
             raise ValueError(
                 f"the saved buffer has {rows:,} rows, {state['waiting']:,} of them waiting, which cannot be"
             )
         recipe = state.get("recipe")
-        if recipe is not None and len(recipe["contexts"]) != rows:
+        if recipe is not None and len(recipe["contexts"]) != rows + beyond:
             raise ValueError(
                 "the saved buffer has a recipe in the place of rows: saekit.data.recipe.with_rows makes them"
             )
         if self._recipes is not None:
             self._recipes.load_state_dict(recipe)
         for site, block in self._rows.items():
-            block[:rows] = state["rows"][site.name].to(block.device)
-        self._origins[:rows] = state["origins"]
+            block[:rows] = state["rows"][site.name][:rows].to(block.device)
+        self._origins[:rows] = origins[:rows]
+        self._beyond = None
+        if beyond:
+            kept = {site: state["rows"][site.name][rows:].to(self._rows[site].dtype, copy=True) for site in self._rows}
+            tokens, documents, positions = origins[rows:].clone().unbind(1)
+            self._beyond = Batch(kept, tokens=tokens, documents=documents, positions=positions)
         left = rows - state["waiting"]
         self._order, self._served = torch.arange(left), 0
         self._free, self._used = torch.arange(left, self.capacity), state["waiting"]
         self._generator.set_state(state["generator"])
+
+
+def _origins_of(batch: Batch) -> Tensor:
+    assert batch.tokens is not None
+    assert batch.documents is not None
+    assert batch.positions is not None
+    return torch.stack([batch.tokens, batch.documents, batch.positions], dim=1)
 
 
 def _gathered(block: Tensor, slots: Tensor) -> Tensor:

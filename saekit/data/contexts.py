@@ -9,8 +9,10 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from saekit.data.dealing import checked_before
 from saekit.data.documents import Conversation, Document, Masked
 from saekit.data.faults import check_counts
+from saekit.data.handover import handed_over
 from saekit.data.packer import ContextPacker, IntArray, Packed, TokenPolicy
 from saekit.data.text import Documents
 from saekit.errors import DataError
@@ -65,6 +67,8 @@ class ContextStream:
         self._document: IntArray = np.empty(0, dtype=np.int64)
         self._counts: npt.NDArray[np.bool_] | None = None  # which of its tokens do, where there is a mask
         self._offset = 0  # tokens of the document in hand that are packed
+        self._inherited: list[Mapping[str, Any]] = []  # of other processes: see saekit.data.handover
+        self._joins = False  # whether the document in hand has its beginning elsewhere
         self._epoch = 0
         self._tokens_this_epoch = 0
         self.contexts_served = 0
@@ -103,13 +107,15 @@ class ContextStream:
         whole, size = self.policy.one_document, self.policy.context_size
         piece = slice(self._offset, len(self._document) if whole else self._offset + size)
         counts = None if self._counts is None else self._counts[piece]
-        tokens = self._document[piece]
-        self._ready += self._packer.extend(tokens, self._number, begins=self._offset == 0, counts=counts)
-        self._offset += len(tokens)
+        tokens, begins = self._document[piece], self._offset == 0
+        self._ready += self._packer.extend(tokens, self._number, begins=begins, joins=self._joins, counts=counts)
+        self._offset, self._joins = self._offset + len(tokens), False
         return True
 
     def _open_document(self) -> bool:
         """Take the next document that is not empty in hand; False when there is none."""
+        if self._inherited and self._open_inherited():
+            return True
         while True:
             before = self._reader.state_dict()
             read = next(self._reader, None)
@@ -117,17 +123,66 @@ class ContextStream:
                 if not self._start_again():
                     return False
                 continue
-            number, document = read
-            tokens = self._checked(document, number)  # if it raises, the state is still that of the document before
-            self._before, self._number, self._document, self._offset = before, number, tokens, 0
-            self._counts = document.counts if isinstance(document, Masked) else None
+            self._hold(*read)  # if it raises, the state is still that of the document before
+            self._before = before
             self._tokens_this_epoch += len(self._document)
             if len(self._document):
                 return True
 
+    def _hold(self, number: int, document: Document, offset: int = 0) -> None:
+        tokens = self._checked(document, number)
+        self._number, self._document, self._offset = number, tokens, offset
+        self._counts = document.counts if isinstance(document, Masked) else None
+
+    def _open_inherited(self) -> bool:
+        """Take what is left of the next document in hand that another process had; False when nothing is."""
+        if "packer" not in self._inherited[0]:  # it is the one in hand, and done
+            self._inherited = self._inherited[1:]
+        while self._inherited:
+            left = self._inherited[0]
+            self._hold_inherited(left)
+            waiting = self._packer.state_dict()["tokens"]
+            self._ready += self._packer.take_over(left["packer"])
+            self._joins = bool(waiting) and not left["packer"]["tokens"]
+            self._inherited = [{name: left[name] for name in left if name != "packer"}, *self._inherited[1:]]
+            if self._offset < len(self._document):
+                return True
+            self._inherited = self._inherited[1:]
+        self._put_down()
+        return False
+
+    def _hold_inherited(self, left: Mapping[str, Any]) -> None:
+        self._put_down()
+        if "document" not in left:
+            return None
+        for number, document in self._documents.all_from(left["reader"]):
+            if number == left["document"]:
+                return self._hold(number, document, left["offset"])
+        raise DataError(f"document {left['document']} of the dataset, which was being read, is gone; restore the data")
+
+    def _put_down(self) -> None:
+        self._document, self._offset = np.empty(0, dtype=np.int64), 0
+
     def _start_again(self) -> bool:
         if not self._repeat:
             return False
+        if self._epoch > self._dealt_until:
+            self._check_any()
+        if not self._epoch and self.on_repeat is not None:
+            self.on_repeat(self._packed_tokens)
+        self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
+        self._reader = self._documents.read(self._epoch)
+        self._before = self._reader.state_dict()
+        self._put_down()  # so that the state is one of this reading
+        return True
+
+    @property
+    def _dealt_until(self) -> int:
+        """The last reading of which other readers have read some, so that nothing may be left for this one."""
+        return max((reading for places in self._documents.before for reading, _ in places), default=-1)
+
+    def _check_any(self) -> None:
+        """:class:`DataError` where the whole reading gave nothing: there would be no end of them."""
         if not self._tokens_this_epoch:
             nothing = "hold no tokens" if self._reader.state_dict()["next"] else "are not there"
             raise DataError(
@@ -140,11 +195,6 @@ class ContextStream:
                 f"{self.policy.context_size} tokens (dataset.disable_concat_sequences), so they are left out. Lower "
                 "dataset.context_size, or let documents share contexts"
             )
-        if not self._epoch and self.on_repeat is not None:
-            self.on_repeat(self._packed_tokens)
-        self._reader = self._documents.read()
-        self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
-        return True
 
     @property
     def _packed_tokens(self) -> int:
@@ -183,7 +233,28 @@ class ContextStream:
             "contexts_served": self.contexts_served,
             "ready": [tuple(column.tolist() for column in columns) for columns in self._ready],
             "packer": self._packer.state_dict(),
+            **self._shared_state(),
         }
+
+    def _shared_state(self) -> dict[str, Any]:
+        """What there is to know where other processes read the same text, or did."""
+        before = self._documents.before
+        if self._documents.place == (0, 1) and not before:
+            return {}
+        state: dict[str, Any] = {"document": self._number, "dealt": [list(map(list, places)) for places in before]}
+        if self._inherited:
+            first, *others = self._inherited
+            first = first if "packer" in first else {**first, "offset": self._offset}
+            state |= {"inherited": [first, *others], "in_hand": False, "offset": 0}
+        return state
+
+    def taken_over(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The state of this part of the text, where all of it was read as in ``states``, of other parts."""
+        if len(states) == 1 and states[0]["in_hand"]:  # one process need not say which document it had
+            read = self._documents.all_from(states[0]["reader"])
+            found = (number for number, document in read if len(self._checked(document, number)))
+            states = [{"document": next(found, 0), **states[0]}]
+        return handed_over(states, *self._documents.place)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next context."""
@@ -196,12 +267,17 @@ class ContextStream:
             for columns in ready
         ):
             raise ValueError(f"the contexts that wait in a saved state are not of {self.policy.context_size} token ids")
-        self._reader = self._documents.read()
+        self._documents = self._documents.dealt_anew(checked_before(state.get("dealt", ())))
+        self._reader = self._documents.read(state["epoch"])
         self._reader.load_state_dict(state["reader"])
-        self._before = state["reader"]
-        self._document, self._offset = np.empty(0, dtype=np.int64), 0
+        self._before, self._joins = state["reader"], False
+        self._inherited = []
+        self._put_down()
         if state["in_hand"] and self._open_document():
             self._offset = state["offset"]
+        self._inherited = list(state.get("inherited", ()))
+        if self._inherited and "packer" not in self._inherited[0]:
+            self._hold_inherited(self._inherited[0])
         self._epoch, self.contexts_served = state["epoch"], state["contexts_served"]
         self._tokens_this_epoch = state["tokens_this_epoch"]
         self._ready = ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -109,20 +110,22 @@ class ContextPacker:
         number: int = 0,
         *,
         begins: bool = False,
+        joins: bool = False,
         counts: npt.NDArray[np.bool_] | None = None,
     ) -> list[Packed]:
         """As :meth:`add` for a piece of a document, of which only the first ``begins`` it.
 
         Documents may come in any pieces that are not empty: the contexts are the same.  Where a context is of one
-        document, they come whole.
+        document, they come whole.  One ``joins`` that goes on with a document whose beginning is elsewhere.
         """
         tokens = np.asarray(piece, dtype=np.int64)
         counts = np.ones(len(tokens), dtype=np.bool_) if counts is None else counts
         if not len(tokens):
             return []
-        if begins:
+        if begins or joins:
             between = self._any_document and not self.policy.one_document
-            for token in (self.policy.begin_sequence, self.policy.separator if between else None):
+            put_in = self.policy.begin_sequence if begins else None, self.policy.separator if between else None
+            for token in put_in:
                 if token is not None and tokens[0] != token:
                     tokens, counts = np.concatenate([[token], tokens]), np.concatenate([[False], counts])
             self._any_document = True
@@ -164,6 +167,21 @@ class ContextPacker:
         self._documents[self._filled : end] = number
         self._counts[self._filled : end] = counts
         self._filled = end
+
+    def take_over(self, state: Mapping[str, Any]) -> list[Packed]:
+        """The contexts that are completed by what waits in another packer, whose ``state`` this is."""
+        other = ContextPacker(self.policy, masked=self.masked)
+        other.load_state_dict(state)
+        self.left_out, self.cut = self.left_out + other.left_out, self.cut + other.cut
+        numbers = other._documents[: other._filled]
+        if not len(numbers):
+            return []
+        starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), other._filled]
+        done = []
+        for start, end in pairwise(starts):
+            counts = other._counts[start:end] if self.masked else None
+            done += self.extend(other._tokens[start:end], int(numbers[start]), joins=start == 0, counts=counts)
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """What waits for the next document."""

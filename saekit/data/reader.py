@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from saekit.data.dealing import Dealer
 from saekit.data.documents import Document, Form
 from saekit.data.faults import check_counts
 from saekit.errors import DataError
@@ -30,9 +31,9 @@ class DocumentReader:
         where: str = "the dataset",
         owners: Owners | None = None,
         form: Form | None = None,
-        part: tuple[int, int] | None = None,
+        dealer: Dealer | None = None,
     ) -> None:
-        self._part, self._met = part, 0  # of those that are chosen, how many were met
+        self._dealer = dealer  # of those that are chosen, which are read; None: all
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
         self._where, self._owners, self._form = where, owners, form or Form()
         self._next = 0
@@ -53,7 +54,7 @@ class DocumentReader:
             document = record if self._column is None else _field(record, self._column, index, self._where)
             if document is None:
                 continue  # a missing value is no text
-            if self._part is not None and not self._is_own():
+            if self._dealer is not None and not self._dealer.is_own(index):
                 continue
             if isinstance(document, (int, float, dict)) and not self._form.chat:
                 raise DataError(
@@ -61,12 +62,6 @@ class DocumentReader:
                     "a text or a list of token ids"
                 )
             return index, self._form.made(document, record, index, self._where)
-
-    def _is_own(self) -> bool:
-        assert self._part is not None
-        number, parts = self._part
-        own, self._met = self._met % parts == number, self._met + 1
-        return own
 
     def _chosen(self, record: Any, index: int) -> bool:
         assert self._owners is not None
@@ -96,14 +91,15 @@ class DocumentReader:
     def state_dict(self) -> dict[str, Any]:
         """The position of the next document."""
         position = self._loaded if self._iterator is None else self._records.state_dict() if self._seekable else None
-        met = {} if self._part is None else {"met": self._met}
+        met = {} if self._dealer is None else self._dealer.state_dict()
         return {"next": self._next, **met} | ({} if position is None else {"records": position})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
-        check_counts(state, "next", *(() if self._part is None else ("met",)))
+        check_counts(state, "next")
         self._next, self._iterator = state["next"], None
-        self._met = 0 if self._part is None else state["met"]
+        if self._dealer is not None:
+            self._dealer.load_state_dict(state)
         self._loaded = state.get("records") if self._seekable else None
         if self._loaded is not None:
             self._records.load_state_dict(self._loaded)

@@ -21,7 +21,16 @@ from torch import Tensor
 from saekit.site import Site
 from saekit.values import Batch
 
-__all__ = ["ForwardInput", "MadeBatch", "RowRecipes", "computed_by", "row_sums", "told_of_others", "with_rows"]
+__all__ = [
+    "ForwardInput",
+    "MadeBatch",
+    "RowRecipes",
+    "computed_by",
+    "row_sums",
+    "told_of_others",
+    "with_rows",
+    "with_unknown",
+]
 
 _LARGEST_INT16 = 2**15 - 1
 _SECONDS_BETWEEN_LINES = 10.0
@@ -283,6 +292,16 @@ def _from_runs(runs: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     if not bool((ends > starts).all()):
         raise ValueError("the documents of the saved buffer do not begin one after the other")
     return numbers.repeat_interleave(ends - starts).view(tokens.shape)
+
+
+def with_unknown(recipe: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The ``recipe`` where ``n`` rows come after those that it tells of, and are there themselves."""
+    contexts, positions = recipe["contexts"], recipe["positions"]
+    return {
+        **recipe,
+        "contexts": torch.cat([contexts, contexts.new_full((n,), -1)]),
+        "positions": torch.cat([positions, positions.new_zeros(n)]),
+    }
 
 
 def with_rows(

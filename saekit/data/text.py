@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.config import DatasetConfig
+from saekit.data.dealing import Before, Dealer
 from saekit.data.documents import CONVERSATIONS, Document, Form, messages_of
 from saekit.data.in_memory import in_memory_records, may_be_on_hub
 from saekit.data.reader import DocumentReader, Owners, is_int
@@ -45,7 +46,8 @@ class Documents:
         owners: Owners | None = None,
         form: Form | None = None,
     ) -> None:
-        self._part: tuple[int, int] | None = None
+        self._part: tuple[int, int] = (0, 1)
+        self._before: Before = ()
         self._records = records
         self._form = form or Form()
         self._keep, self._owners = keep, owners
@@ -119,12 +121,38 @@ class Documents:
         own._part = (number, parts)
         return own
 
-    def read(self) -> DocumentReader:
-        """The documents from the first, with a position that can be saved."""
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of how many parts these are."""
+        return self._part
+
+    @property
+    def before(self) -> Before:
+        """See :meth:`dealt_anew`."""
+        return self._before
+
+    def dealt_anew(self, before: Before) -> Documents:
+        """The part that this is of what other readers have left, who had come to the places ``before``."""
+        own = copy.copy(self)
+        own._before = before
+        return own
+
+    def read(self, reading: int = 0) -> DocumentReader:
+        """The documents from the first, with a position that can be saved; ``reading``: how often they were read."""
+        alone = self._part == (0, 1) and not self._before
+        return self._read(None if alone else Dealer(*self._part, self._before, reading))
+
+    def all_from(self, state: Mapping[str, Any]) -> DocumentReader:
+        """Documents whosever they are, from where a reader of any part was, whose ``state`` this is."""
+        reader = self._read(None)
+        reader.load_state_dict(state)
+        return reader
+
+    def _read(self, dealer: Dealer | None) -> DocumentReader:
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(
             records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners,
-            form=self._form, part=self._part,
+            form=self._form, dealer=dealer,
         )  # fmt: skip
 
 

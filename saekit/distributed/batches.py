@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import CopiesState, Pauses, SharesRows
+from saekit.abilities import CopiesState, Pauses, SharesRows, TakesStates
 from saekit.distributed.group import Group
 from saekit.distributed.world import World
 from saekit.errors import DataError
@@ -23,7 +23,7 @@ from saekit.protocols import ActivationSource
 from saekit.site import Site
 from saekit.values import Batch
 
-__all__ = ["SpreadSource", "shares_rows", "thinned"]
+__all__ = ["SpreadSource", "shares_rows", "taken_over", "takes_over", "thinned"]
 
 _ORIGINS = ("tokens", "documents", "positions")
 
@@ -107,6 +107,11 @@ class SpreadSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._source.load_state_dict(state)
 
+    @property
+    def own(self) -> ActivationSource:
+        """The source of this process."""
+        return self._source
+
     def close(self) -> None:
         self._source.close()
 
@@ -173,3 +178,19 @@ def thinned(batch: Batch, n: int, world: World) -> Batch:
 def shares_rows(source: object) -> bool:
     """Whether each process's ``source`` gives rows of its own."""
     return isinstance(source, SharesRows) and bool(source.shares_rows)
+
+
+def takes_over(source: ActivationSource) -> bool:
+    """Whether ``source`` can go on where sources of more or fewer processes were."""
+    own = source.own if isinstance(source, SpreadSource) else source
+    return not shares_rows(own) or isinstance(own, TakesStates)
+
+
+def taken_over(source: ActivationSource, states: Sequence[Mapping[str, Any]]) -> None:
+    """Have ``source`` go on where those of other processes were, in ``states``."""
+    own = source.own if isinstance(source, SpreadSource) else source
+    if shares_rows(own):
+        assert isinstance(own, TakesStates)
+        own.load_states(states)
+    else:  # all gave the same batches
+        own.load_state_dict(states[0])

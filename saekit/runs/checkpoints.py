@@ -102,10 +102,19 @@ class Checkpoint:
         data, features = self.facts.get("mesh", (1, 1))
         return data, features
 
-    def stream(self, process: int = 0) -> dict[str, Any]:
+    @property
+    def processes(self) -> int:
+        """How many wrote it."""
+        return self.mesh[0] * self.mesh[1]
+
+    def streams(self) -> list[dict[str, Any]]:
+        """The state of each process, whose tensors show its file."""
+        return [self.stream(process, mapped=True) for process in range(self.processes)]
+
+    def stream(self, process: int = 0, *, mapped: bool = False) -> dict[str, Any]:
         """The state of the batches and of the process of this number."""
         stem = STREAM if self.mesh == (1, 1) else f"{STREAM}-{process}"
-        state = self._read(self.folder, stem)
+        state = self._read(self.folder, stem, mapped=mapped)
         self._checked(stem, lambda: check_stream(state, self.facts))
         return state
 

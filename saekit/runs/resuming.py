@@ -7,6 +7,7 @@ import shlex
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -30,6 +31,7 @@ from saekit.files.storage import tidy
 from saekit.plugins.manager import PluginManager
 from saekit.runs.checkpoints import MANIFEST, Checkpoint, is_checkpoint_name, newest_checkpoint, set_aside, versions
 from saekit.runs.facts import check_alike
+from saekit.runs.meshes import changed_mesh, check_takes_over
 from saekit.runs.record import RunRecord, as_of_today, differences, flat, is_named
 from saekit.runs.waiting import TrackersState, waiting_of
 
@@ -111,7 +113,10 @@ class Resumption:
                 changed |= _unsaid(checkpoint.facts["saes"][name]["config"], config, plugins)
         changed = {path: values for path, values in changed.items() if not path.startswith(_FREE)}
         allow = [path for path in allow if path not in _FREE_PATHS]
-        refuse(changed, frozenset(allow))
+        why: dict[str, str] = {}
+        if checkpoint is not None:
+            changed |= changed_mesh(checkpoint.mesh, next(iter(new.values())).distributed, launched, why)
+        refuse(changed, frozenset(allow), why)
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(allow, [*changed, *identity, *_recomputed(checkpoint)])
         if checkpoint is None:
@@ -122,8 +127,6 @@ class Resumption:
             )
         else:
             _check_left(checkpoint, old, new, folder)
-            saes = next(iter(new.values())).distributed.saes
-            _check_processes(checkpoint, launched.size // saes, saes)
         return cls(record, new, checkpoint, frozenset(allow), frozenset(changed))
 
     @property
@@ -197,13 +200,19 @@ class Resumption:
                     RuntimeWarning,
                     stacklevel=3,
                 )
+        world = session.world
+        others = checkpoint.processes != world.size  # than those that wrote it
+        if others:
+            check_takes_over(session.lanes, checkpoint.mesh, world.size)
         try:
-            stream = checkpoint.stream(session.world.column.rank)
+            before = checkpoint.streams() if others else []
+            stream = before[0] if others else checkpoint.stream(world.rank)
             untracked = {
                 name: waiting_of(state, checkpoint.folder.absolute().parent)
                 for name, state in stream.get("trackers", {}).items()
+                if world.main
             }
-            session.load_state(stream, lambda name: self._training(checkpoint, session, name))
+            session.load_state(stream, lambda name: self._training(checkpoint, session, name), before)
         except (MemoryError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever a plugin makes of a state that is not what it wrote
@@ -221,7 +230,7 @@ class Resumption:
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
                 "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
             )
-        if session.world.size == 1:
+        if world.size == 1:
             set_aside(self.record.folder, checkpoint)
         return untracked
 
@@ -256,20 +265,6 @@ def _recomputed(checkpoint: Checkpoint | None) -> list[str]:
     saes = {} if checkpoint is None else checkpoint.facts["saes"]
     by_recipe = any(about["config"]["checkpoints"].get("buffer") == "recipe" for about in saes.values())
     return [_ROWS] if by_recipe else []
-
-
-def _check_processes(checkpoint: Checkpoint, size: int, saes: int) -> None:
-    """:class:`ConfigError` where other processes wrote a checkpoint than ``size`` in each of so many groups of SAEs."""
-    data, features = checkpoint.mesh
-    if data * features != size:
-        for_each = f" for each of {saes} parts of the SAEs" if saes > 1 else ""
-        wrote = "one process" if data * features == 1 else f"{data * features} processes"
-        count = data * features * saes
-        start = "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} ..."
-        raise ConfigError(
-            f"{checkpoint.folder} was written by {wrote}, and {size}{for_each} would go on from it. Each reads its own "
-            f"part of the text, so there must be as many ({start})"
-        )
 
 
 def _changed(
@@ -315,11 +310,17 @@ def _unsaid(saved: Mapping[str, Any], now: TrainConfig, plugins: PluginManager) 
     }
 
 
-def refuse(changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str]) -> None:
-    """:class:`ConfigError` for everything that changed and is not in ``allow``, alone or with its section."""
+def refuse(
+    changed: Mapping[str, tuple[Any, Any]], allow: frozenset[str], why: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """:class:`ConfigError` for everything that changed and is not in ``allow``, alone or with its section.
+
+    ``why``: in words, where there is more to say of one than that a run that goes on as it was cannot change it.
+    """
     problems = [
-        (path, f"was {before!r} when the run was saved, and is {now!r} now; a run that goes on as it was cannot change "
-         f"it. To change it all the same: --allow {path} (or allow=[{path!r}])")
+        (path, f"was {before!r} when the run was saved, and is {now!r} now; "
+         f"{why.get(path, 'a run that goes on as it was cannot change it')}. "
+         f"To change it all the same: --allow {path} (or allow=[{path!r}])")
         for path, (before, now) in changed.items()
         if not is_named(path, allow)
     ]  # fmt: skip

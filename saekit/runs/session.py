@@ -17,7 +17,7 @@ from saekit.config import TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
-from saekit.distributed.batches import SpreadSource, shares_rows
+from saekit.distributed.batches import SpreadSource, shares_rows, taken_over
 from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES
@@ -338,14 +338,23 @@ class Session:
             "random": random_state(),
         }
 
-    def load_state(self, stream: Mapping[str, Any], training: Callable[[str], Mapping[str, Any]]) -> None:
+    def load_state(
+        self,
+        stream: Mapping[str, Any],
+        training: Callable[[str], Mapping[str, Any]],
+        before: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Go on where ``stream`` and each SAE's ``training`` state were taken.
 
-        Where rows were computed again and are others, :attr:`other_rows` says so, and they are trained on.
+        ``before``, where there were more processes or fewer: the streams of all of them.  Where rows were computed again
+        and are others, :attr:`other_rows` says so, and they are trained on.
         """
         self.other_rows.clear()
-        for lane, saved in zip(self.lanes, stream["lanes"], strict=True):
-            lane.source.load_state_dict(saved["source"])
+        for number, (lane, saved) in enumerate(zip(self.lanes, stream["lanes"], strict=True)):
+            if before:
+                taken_over(lane.source, [one["lanes"][number]["source"] for one in before])
+            else:
+                lane.source.load_state_dict(saved["source"])
             lane.tokens, lane.batches = saved["tokens"], saved["batches"]
             lane.ended = saved["ended"] and self.corpus.config.on_exhausted != "repeat"  # it may be allowed by now
             lane.untold = [

@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from saekit.abilities import CopiesState, HasMemory, KeepsRecipe, Pauses, SharesRows, StatesRows, StatesWidths
+from saekit.abilities import (
+    CopiesState,
+    HasMemory,
+    KeepsRecipe,
+    Pauses,
+    SharesRows,
+    StatesRows,
+    StatesWidths,
+    TakesStates,
+)
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
@@ -31,6 +40,7 @@ class SupervisedSource:
     recipe_size: Callable[[], tuple[int, int]]
     copies_state: bool
     shares_rows: bool
+    load_states: Callable[[Sequence[Mapping[str, Any]]], None]
 
     def __init__(
         self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]
@@ -53,6 +63,8 @@ class SupervisedSource:
         with self._blamed("shares_rows"):
             if isinstance(source, SharesRows):
                 self.shares_rows = bool(source.shares_rows)
+        if isinstance(source, TakesStates):
+            self.load_states = self._load_states
         if isinstance(source, HasMemory):
             self.memory_bytes = self._watched("memory_bytes", source.memory_bytes)
         if isinstance(source, KeepsRecipe):
@@ -124,6 +136,11 @@ class SupervisedSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self._blamed("load_state_dict"):
             self._source.load_state_dict(state)
+
+    def _load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        assert isinstance(self._source, TakesStates)
+        with self._blamed("load_states"):
+            self._source.load_states(states)
 
     def close(self) -> None:
         with self._blamed("close"):

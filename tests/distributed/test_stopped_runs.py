@@ -9,10 +9,8 @@ import pytest
 import torch
 from support.processes import Call
 from support.runs import contents
-from support.spread_stops import DOCUMENTS, manager
 
 import saekit
-from saekit.errors import ConfigError
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.runs.spread_checkpoints import part_of_training
 
@@ -103,19 +101,6 @@ def test_all_fall_back_where_one_cannot_use_its_part(found: dict[str, list[Any]]
                    for text in one["told"])  # fmt: skip
         for name, value in one["weights"].items():
             assert torch.equal(value, other["weights"][name])
-
-
-def test_one_process_does_not_go_on_from_the_parts_of_two(found: dict[str, list[Any]], folder: Path) -> None:
-    """Each has read its own part of the text."""
-    with pytest.raises(ConfigError, match=r"step-\d+ was written by 2 processes, and 1 would go on from it.*"
-                       r"as many \(torchrun --nproc-per-node 2 \.\.\.\)"):  # fmt: skip
-        saekit.resume(
-            folder / "whole-2x1/run",
-            overrides=["training.training_tokens=4000"],
-            allow=["training.training_tokens"],
-            plugins=manager(),
-            dataset=DOCUMENTS,
-        )
 
 
 def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict[str, list[Any]], folder: Path) -> None:

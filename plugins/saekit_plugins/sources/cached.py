@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,6 +102,10 @@ class CachedSource:
     def recipe_size(self) -> tuple[int, int]:
         """The rows are on disk."""
         return 0, 0
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        # All are of whole batches, but one that had no row of the last need not have gone past it.
+        self.load_state_dict(max(states, key=lambda state: (state["epoch"], state["position"])))
 
     def close(self) -> None:
         """End the background thread and forget the files."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -198,6 +198,15 @@ class LiveSource:
             now, rows = self._stream.backend.device, len(found["origins"])
             self._stream.differs(told_of_others(differing, rows, state["made_with"], now))
         return found
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        from saekit.data import buffer_handed_over
+
+        contexts = self._model.taken_over([state["contexts"] for state in states])
+        place = self._stream.process, self._stream.processes
+        buffers = [state["buffer"] for state in states]
+        buffer = buffer_handed_over(buffers, *place, made=lambda which: self._with_rows(states[which]))
+        self.load_state_dict({"buffer": buffer, "contexts": contexts, "ended": False})
 
     def pause(self) -> None:
         """End the background thread; the next batch starts it again, where it would have gone on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -108,6 +108,9 @@ class ToySource:
     def recipe_size(self) -> tuple[int, int]:
         """Rows are drawn."""
         return 0, 0
+
+    def load_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        self.load_state_dict(states[0])  # all draw the same
 
     def close(self) -> None:
         """Nothing is held open."""

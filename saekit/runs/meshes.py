@@ -40,17 +40,23 @@ def changed_mesh(
     return {"distributed.data": (mesh[0], data)}
 
 
-def check_takes_over(lanes: Sequence[Lane], mesh: tuple[int, int], processes: int) -> None:
-    """:class:`ConfigError` for a source that cannot go on with so many ``processes`` where those of ``mesh`` were."""
+def check_takes_over(lanes: Sequence[Lane], mesh: tuple[int, int], processes: int) -> bool:
+    """Whether ``processes`` are more than those of ``mesh``, or fewer.
+
+    :class:`ConfigError` where they are, for a source that cannot go on so.
+    """
     from saekit.distributed.batches import takes_over
 
     before = mesh[0] * mesh[1]
+    if before == processes:
+        return False
     if not all(takes_over(lane.source) for lane in lanes):
         raise ConfigError(
             [("activations.source", f"gives each process rows of its own, and does not say how {_processes(processes)} "
               f"go on where {_processes(before)} were (load_states; see saekit.abilities.TakesStates). Start as many "
               f"as before ({_start(before)})")]
         )  # fmt: skip
+    return True
 
 
 def _processes(number: int) -> str:

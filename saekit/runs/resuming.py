@@ -201,9 +201,7 @@ class Resumption:
                     stacklevel=3,
                 )
         world = session.world
-        others = checkpoint.processes != world.size  # than those that wrote it
-        if others:
-            check_takes_over(session.lanes, checkpoint.mesh, world.size)
+        others = check_takes_over(session.lanes, checkpoint.mesh, world.size)
         try:
             before = checkpoint.streams() if others else []
             stream = before[0] if others else checkpoint.stream(world.rank)

@@ -104,3 +104,7 @@ def buffer_handed_over(
         "capacity": capacity,
         "generator": generator.get_state(),
     }
+
+
+def _rows(state: _State) -> int:
+    return len(state["origins"] if state.get("recipe") is None else state["recipe"]["contexts"])

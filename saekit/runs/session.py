@@ -346,8 +346,8 @@ class Session:
     ) -> None:
         """Go on where ``stream`` and each SAE's ``training`` state were taken.
 
-        ``before``, where there were more processes or fewer: the streams of all of them.  Where rows were computed again
-        and are others, :attr:`other_rows` says so, and they are trained on.
+        ``before``, where there were more processes or fewer: the streams of all of them.  Where rows were computed
+        again and are others, :attr:`other_rows` says so, and they are trained on.
         """
         self.other_rows.clear()
         for number, (lane, saved) in enumerate(zip(self.lanes, stream["lanes"], strict=True)):

@@ -243,21 +243,26 @@ def test_rows_beyond_the_buffer_come_in_as_others_leave() -> None:
 # ---- the live source
 
 
-def live(number: int, of: int, *, prefetch: bool) -> Any:
+def live(number: int, of: int, *, prefetch: bool, recipe: bool = False) -> Any:
     stream = StreamContext(
         backend=FakeBackend(), sites=[SITE], batch_size=24, seed=3, repeat=False, process=number, processes=of,
         open_contexts=stream_of, open_own=lambda: stream_of((number, of)),
+        keeps_recipe=recipe,
     )  # fmt: skip
     config = LiveConfig(store_batch_size_prompts=4, n_batches_in_buffer=4, prefetch=prefetch)
     return saekit.default_manager().build("activation_sources", config, stream=stream)
 
 
-@pytest.mark.parametrize("prefetch", [False, True], ids=["plain", "prefetched"])
+@pytest.mark.parametrize(("prefetch", "recipe"), [(False, False), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("meshes", [(1, 2), (2, 1), (4, 2), (2, 4, 1), (4, 1, 3)], ids=str)
-def test_every_row_is_served_once(meshes: tuple[int, ...], prefetch: bool, tmp_path: Path) -> None:
-    """Whichever process had it in its buffer, in a context, in a document, or had not come to it."""
+def test_every_row_is_served_once(meshes: tuple[int, ...], prefetch: bool, recipe: bool, tmp_path: Path) -> None:
+    """Whichever process had it in its buffer, in a context, in a document, or had not come to it.
+
+    With recipes in the place of rows, too, of which each process computes again what goes to it.
+    """
     batches: list[Batch] = []
-    sources = [live(number, meshes[0], prefetch=prefetch) for number in range(meshes[0])]
+    options: dict[str, Any] = {"prefetch": prefetch, "recipe": recipe}
+    sources = [live(number, meshes[0], **options) for number in range(meshes[0])]
     for turn, processes in enumerate(meshes[1:]):
         for source in sources:
             batches += [next(source) for _ in range(7)]
@@ -266,13 +271,14 @@ def test_every_row_is_served_once(meshes: tuple[int, ...], prefetch: bool, tmp_p
         names = sorted({path.stem for path in tmp_path.glob(f"{turn}-*.json")}, key=lambda name: int(name[2:]))
         assert len(names) == len(sources)
         states = [read_state(tmp_path, name, mapped=True) for name in names]
-        sources = [live(number, processes, prefetch=prefetch) for number in range(processes)]
+        assert all(("recipe" in state["buffer"]) == recipe for state in states)
+        sources = [live(number, processes, **options) for number in range(processes)]
         for source in sources:
             source.load_states(states)
     left: Counter[tuple[int, int]] = Counter()
     for number, source in enumerate(sources):
         batches += source
-        ended = live(number, len(sources), prefetch=False)
+        ended = live(number, len(sources), prefetch=False, recipe=recipe)
         ended.load_state_dict(source.state_dict())
         assert not list(ended)
         left += waiting(ended.state_dict()["contexts"]["contexts"]["packer"])
@@ -285,12 +291,13 @@ def test_every_row_is_served_once(meshes: tuple[int, ...], prefetch: bool, tmp_p
     assert served + left == TOKENS
 
 
-def test_a_state_after_taking_over_goes_on_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [False, True], ids=["rows", "recipe"])
+def test_a_state_after_taking_over_goes_on_the_same(recipe: bool, tmp_path: Path) -> None:
     """With rows that have no room in the buffer yet: three processes have become one."""
-    before = [live(number, 3, prefetch=False) for number in range(3)]
+    before = [live(number, 3, prefetch=False, recipe=recipe) for number in range(3)]
     for source in before:
         next(source)
-    one, again = live(0, 1, prefetch=True), live(0, 1, prefetch=False)
+    one, again = live(0, 1, prefetch=True, recipe=recipe), live(0, 1, prefetch=False, recipe=recipe)
     one.load_states([source.state_dict() for source in before])
     assert one.state_dict()["buffer"]["beyond"] > 100
     for steps in range(12):

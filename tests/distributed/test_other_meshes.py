@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import Call, together
+from support.processes import Call, done_once, together
 from support.spread_meshes import TEXT, leg, manager, settings
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from saekit.runs.checkpoints import Checkpoint, newest_checkpoint
 from saekit.runs.spread_checkpoints import part_of_training
 from saekit.testing import FakeBackend
 
-Legs = dict[str, list[dict[str, Any]]]
+Legs = dict[tuple[str, str], list[list[dict[str, Any]]]]
 GIVEN = ("toy", "cached", "alike")
 """Sources whose rows are those of one process, whatever the number."""
 WAYS: dict[str, list[tuple[int, int]]] = {
@@ -41,21 +41,18 @@ def call(folder: Path, name: str, source: str, number: int) -> Call:
     return Call("support.spread_meshes:leg", data, features, (str(folder / name), source, stop))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("meshes")
-
-
 def sources(name: str) -> tuple[str, ...]:
     return ("live", *GIVEN) if name == "up" else ("live", "toy")
 
 
 @pytest.fixture(scope="module")
-def legs(folder: Path) -> dict[tuple[str, str], list[list[dict[str, Any]]]]:
+def legs(folder: Path) -> Legs:
     """Of every way and source what each leg made, in each process; checkpoints are kept aside as each left them."""
-    found: dict[tuple[str, str], list[list[dict[str, Any]]]] = {
-        (name, source): [] for name in WAYS for source in sources(name)
-    }
+    return done_once(folder / "legs", lambda: made_in(folder))
+
+
+def made_in(folder: Path) -> Legs:
+    found: Legs = {(name, source): [] for name in WAYS for source in sources(name)}
     config = settings(folder, "cached") | {"activations": {"cache": {"folder": str(folder / "cache")}}}
     saekit.cache_activations(config, plugins=manager(), dataset=TEXT)
     for name in WAYS:
@@ -97,7 +94,7 @@ ALL = [(name, source) for name in WAYS for source in sources(name)]
 
 
 @pytest.mark.parametrize(("name", "source"), ALL, ids=str)
-def test_the_state_is_that_which_was_saved(legs: Any, folder: Path, name: str, source: str) -> None:
+def test_the_state_is_that_which_was_saved(legs: Legs, folder: Path, name: str, source: str) -> None:
     """Weights, moments, firing counts, scale, generator, and how far it had come."""
     for number, made in enumerate(legs[name, source][1:]):
         checkpoint = Checkpoint.open(folder / "kept" / f"{name} {source} {number}")
@@ -118,19 +115,21 @@ def test_the_state_is_that_which_was_saved(legs: Any, folder: Path, name: str, s
 
 
 @pytest.mark.parametrize(("name", "source"), [one for one in ALL if one[1] != "live"], ids=str)
-def test_on_given_rows_the_weights_are_those_of_one_process(legs: Any, folder: Path, name: str, source: str) -> None:
+def test_on_given_rows_the_weights_are_those_of_one_process(legs: Legs, folder: Path, name: str, source: str) -> None:
     whole = folder / f"whole-{source}"
-    if not whole.exists():
+
+    def made() -> dict[str, Tensor]:
         shutil.copytree(folder / "cache", whole / "cache")
-        torch.save(leg(ALONE, str(whole), source)["weights"], whole / "weights.pt")
-    expected = torch.load(whole / "weights.pt")
+        return leg(ALONE, str(whole), source)["weights"]  # type: ignore[no-any-return]
+
+    expected = done_once(whole, made)
     for one in legs[name, source][-1]:
         for key, value in one["weights"].items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_token_is_trained_on_once(legs: Any, folder: Path, name: str) -> None:
+def test_every_token_is_trained_on_once(legs: Legs, folder: Path, name: str) -> None:
     """But for the last of each process, which fill no context."""
     config = load_config(settings(folder, "live"), plugins=manager())
     corpus, model = Corpus.of(config.dataset, config.evals, TEXT), FakeBackend()
@@ -150,7 +149,7 @@ def test_every_token_is_trained_on_once(legs: Any, folder: Path, name: str) -> N
     assert last.facts["saes"]["sae"]["tokens"] > 0.9 * expected.total()
 
 
-def test_it_is_said_what_to_add(legs: Any, folder: Path) -> None:
+def test_it_is_said_what_to_add(legs: Legs, folder: Path) -> None:
     """And nothing is changed."""
     run = folder / "up" / "toy"
     before = sorted(str(path) for path in run.rglob("*"))

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -38,6 +38,9 @@ from saekit.training import SAETrainer
 from saekit.values import Batch, Ports
 
 ROWS, D_SAE, STEPS = 24, 32, 30
+
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -211,16 +214,18 @@ def together(calls: Mapping[str, Call], size: int, folder: Path) -> Results:
 
 
 def once(folder: Path, calls: Callable[[Path], Mapping[str, Call]], size: int = 2) -> Results:
-    """The same for all who name ``folder``, in whatever process: the first does it, the others wait and read.
+    """The same for all who name ``folder``, to which ``calls`` is given."""
+    return done_once(folder, lambda: together(calls(folder), size, folder / "calls"))
 
-    ``calls`` is given that folder.
-    """
-    folder.mkdir(exist_ok=True)
+
+def done_once(folder: Path, work: Callable[[], T]) -> T:
+    """What ``work`` returns, for all who name ``folder``, in whatever process: the first does it, others wait and read."""
+    folder.mkdir(exist_ok=True, parents=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (done := folder / "results.pt").exists():
-            torch.save(together(calls(folder), size, folder / "calls"), done)
-        found: Results = torch.load(done, weights_only=False)
+            torch.save(work(), done)
+        found: T = torch.load(done, weights_only=False)
     return found
 
 

@@ -75,7 +75,8 @@ def test_a_run_goes_on_under_torchrun_or_without(tmp_path: Path) -> None:
     assert "distributed.data: was 2 when the run was saved, and is 1 now; 2 processes wrote the checkpoint" in refused
     assert "--allow distributed.data" in refused
     cli("train", "--resume", run, "--allow", "distributed.data")
-    whole = saekit.train(config(tmp_path / "whole")).sae
+    saekit.train(config(tmp_path / "whole"))
+    whole = saekit.SAE.load(tmp_path / "whole/run/sae")
     for folder in (run, again):
         sae = saekit.SAE.load(folder / "sae")
         for name, value in whole.state_dict().items():

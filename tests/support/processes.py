@@ -219,7 +219,7 @@ def once(folder: Path, calls: Callable[[Path], Mapping[str, Call]], size: int = 
 
 
 def done_once(folder: Path, work: Callable[[], T]) -> T:
-    """What ``work`` returns, for all who name ``folder``, in whatever process: the first does it, others wait and read."""
+    """What ``work`` returns, for all who name ``folder``, in whatever process: the first does it, the others wait."""
     folder.mkdir(exist_ok=True, parents=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -182,8 +182,7 @@ class Resumption:
         if checkpoint is None:
             session.give_weights()
             return {}
-        saved = checkpoint.facts
-        now = dict(session.identity)
+        saved, now = checkpoint.facts, dict(session.identity)
         changed = {
             path: (value, now.get(path))
             for path, value in saved["identity"].items()

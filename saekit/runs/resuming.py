@@ -199,15 +199,15 @@ class Resumption:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        world = session.world
-        others = check_takes_over(session.lanes, checkpoint.mesh, world.size)
+        column = session.world.column  # of processes that read the text: each of those beside it reads the same
+        others = check_takes_over(session.lanes, checkpoint.mesh, column.size)
         try:
             before = checkpoint.streams() if others else []
-            stream = before[0] if others else checkpoint.stream(world.rank)
+            stream = before[0] if others else checkpoint.stream(column.rank)
             untracked = {
                 name: waiting_of(state, checkpoint.folder.absolute().parent)
                 for name, state in stream.get("trackers", {}).items()
-                if world.main
+                if not column.rank
             }
             session.load_state(stream, lambda name: self._training(checkpoint, session, name), before)
         except (MemoryError, OutOfMemoryError):
@@ -227,7 +227,7 @@ class Resumption:
                 f"the text of the run in {self.record.folder} ended after {session.tokens:,} activations, so it cannot "
                 "train longer on it; to read it again: dataset.on_exhausted=repeat --allow dataset.on_exhausted"
             )
-        if world.size == 1:
+        if session.world.size == 1:
             set_aside(self.record.folder, checkpoint)
         return untracked
 

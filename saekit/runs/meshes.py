@@ -21,8 +21,8 @@ def changed_mesh(
     """``distributed.data`` as it was and is, where the number of processes and of their data groups is another.
 
     ``mesh`` is that of the checkpoint, of those that train the same SAEs where SAEs are laid out; how many split
-    features is an option, which differs where it is another.  ``why`` is told what the change means.  :class:`ConfigError` where
-    ``config`` does not fit the processes that were ``launched``.
+    features is an option, which differs where it is another.  ``why`` is told what the change means.
+    :class:`ConfigError` where ``config`` does not fit the processes that were ``launched``.
     """
     before = mesh[0] * mesh[1] * config.saes
     try:

@@ -26,6 +26,7 @@ from saekit.values import Batch
 __all__ = ["SpreadSource", "shares_rows", "taken_over", "takes_over", "thinned"]
 
 _ORIGINS = ("tokens", "documents", "positions")
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SpreadSource:
@@ -77,8 +78,7 @@ class SpreadSource:
 
     def _cut(self, own: Batch | None, counts: Sequence[int]) -> Batch:
         """The part of this process of a batch that all have; :class:`DataError` where they have not."""
-        first = None if own is None else next(iter(own.activations.values())).double().sum()
-        sums = self._asked.gather(torch.zeros((), dtype=torch.float64) if first is None else first.cpu())
+        sums = self._asked.gather(torch.zeros(2, dtype=torch.int64) if own is None else _summed(own))
         if own is None or len({*counts}) > 1 or any(not torch.equal(one, sums[0]) for one in sums):
             raise DataError(
                 "the activation source gave other rows in this process than in another: one that does not share rows "
@@ -134,6 +134,19 @@ class _Form:
             for site, (width, dtype, device) in self.sites.items()
         }
         return Batch(rows, **{name: torch.empty(0, dtype=torch.int64) for name in self.origins})  # type: ignore[arg-type]
+
+
+def _summed(batch: Batch) -> Tensor:
+    """int64 ``[2]``, on the CPU: the bits of all rows added up, and so with each row as often as its number says.
+
+    Sums of whole numbers, so that they tell rows in another order, and what is no number is like itself.
+    """
+    sums = torch.zeros(2, dtype=torch.int64)
+    for rows in batch.activations.values():
+        bits = rows.contiguous().view(_BITS[rows.element_size()]).sum(1, dtype=torch.int64)
+        places = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums = 3 * sums + torch.stack([bits.sum(), (bits * places).sum()]).cpu()
+    return sums
 
 
 def _joined(own: Batch, group: Group, counts: Sequence[int]) -> Batch:

@@ -35,8 +35,7 @@ def at_work(world: World) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    with _asked():
-        world.store.set(f"place/{world.rank}", f"{_machine()} {os.getpid()}")
+    _asked(world, lambda: world.store.set(f"place/{world.rank}", f"{_machine()} {os.getpid()}"))
 
     def beat() -> None:
         number = 0
@@ -51,7 +50,7 @@ def at_work(world: World) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(min(world.timeout_s, threading.TIMEOUT_MAX))  # where the store hangs, so does the thread
 
 
 def by_first(world: World, work: Callable[[], T]) -> T | None:
@@ -71,8 +70,7 @@ def by_first(world: World, work: Callable[[], T]) -> T | None:
         return None
     with at_work(world):
         found = work()
-    with _asked():
-        world.store.set(f"done/{number}", "")
+    _asked(world, lambda: world.store.set(f"done/{number}", ""))
     return found
 
 
@@ -81,38 +79,64 @@ def met(world: World) -> None:
     number = next(world.turns)
     if world.size == 1 or world.store is None:
         return
-    with _asked():
-        world.store.set(f"met/{number}/{world.rank}", "")
+    _asked(world, lambda: world.store.set(f"met/{number}/{world.rank}", ""))
     for rank in range(world.size):
         if rank != world.rank:
             _wait_for(world, rank, f"met/{number}/{rank}")
 
 
-@contextlib.contextmanager
-def _asked() -> Iterator[None]:
-    """:class:`LostProcessError` where the store has gone, with the process that had it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostProcessError(f"another process of the run has gone, or does not answer: {error}") from error
+def _asked(world: World, work: Callable[[], T]) -> T:
+    """What ``work`` finds in the store; :class:`LostProcessError` where the process that has it has gone, or hangs.
+
+    In a thread: torch's store waits for an answer without an end.
+    """
+    found: list[T] = []
+    failed: list[RuntimeError] = []
+
+    def ask() -> None:
+        try:
+            found.append(work())
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask, name="saekit-store", daemon=True)
+    thread.start()
+    thread.join(min(world.timeout_s, threading.TIMEOUT_MAX))
+    if found:
+        return found[0]
+    silent = f"the process by which they tell each other has said nothing for {world.timeout_s:g} s"
+    why = failed[0] if failed else f"{silent} (distributed.timeout_s)"
+    raise LostProcessError(f"another process of the run has gone, or does not answer: {why}") from next(
+        iter(failed), None
+    )
 
 
 def _wait_for(world: World, rank: int, key: str) -> None:
     """Until the process ``rank`` has set ``key``; :class:`LostProcessError` when it has ended, or says nothing."""
     heard, at, pause = "", time.monotonic(), _SOONEST
-    with _asked():
-        while not world.store.check([key]):
-            if _told(world, f"ended/{rank}") is not None or _is_gone(_told(world, f"place/{rank}")):
-                raise LostProcessError(f"another process of the run has gone, or does not answer: process {rank}")
-            if (beat := _told(world, f"beat/{rank}") or "") != heard:
-                heard, at = beat, time.monotonic()
-            elif time.monotonic() - at > world.timeout_s:
-                raise LostProcessError(
-                    f"another process of the run has gone, or does not answer: process {rank} has said nothing for "
-                    f"{world.timeout_s:g} s (distributed.timeout_s)"
-                )
-            time.sleep(pause)
-            pause = min(1.3 * pause, _LATEST)
+
+    def look() -> tuple[bool, bool, str]:
+        """Whether the key is there; else whether the process has ended, and its last beat."""
+        if world.store.check([key]):
+            return True, False, ""
+        ended = _told(world, f"ended/{rank}") is not None or _is_gone(_told(world, f"place/{rank}"))
+        return False, ended, _told(world, f"beat/{rank}") or ""
+
+    while True:
+        there, ended, beat = _asked(world, look)
+        if there:
+            return
+        if ended:
+            raise LostProcessError(f"another process of the run has gone, or does not answer: process {rank}")
+        if beat != heard:
+            heard, at = beat, time.monotonic()
+        elif time.monotonic() - at > world.timeout_s:
+            raise LostProcessError(
+                f"another process of the run has gone, or does not answer: process {rank} has said nothing for "
+                f"{world.timeout_s:g} s (distributed.timeout_s)"
+            )
+        time.sleep(pause)
+        pause = min(1.3 * pause, _LATEST)
 
 
 def _told(world: World, key: str) -> str | None:

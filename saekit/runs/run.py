@@ -40,7 +40,7 @@ from saekit.runs.results import SweepResult, TrainResult
 from saekit.runs.resuming import Resumption
 from saekit.runs.saving import Saving
 from saekit.runs.session import Member, Session
-from saekit.runs.spreading import check_alike
+from saekit.runs.spreading import check_alike, check_same_rows
 from saekit.runs.summary import write_summary
 from saekit.runs.sweep import changed_options, member_names
 from saekit.runs.trackers import Trackers, close_all, start_trackers
@@ -95,6 +95,8 @@ def _begin(
         seeded(configs[0].training.seed),  # from here on, since plugins may draw when they are built, too
         contextlib.closing(Session(opened, plugins, model, dataset, say=say, world=world)) as session,
     ):
+        if world.size > 1:
+            check_same_rows(world, session.identity)
         session.give_weights()
         folder = world.all.once(lambda: run_folder(configs[0], name, None if home else "sweep", given_in))
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
@@ -126,6 +128,8 @@ def go_on(
         contextlib.closing(Session(configs, plugins, model, dataset, resumption.sizes, say, world)) as session,
     ):
         check_alike(world, list(configs.values()), plugins, resumption.place)
+        if world.size > 1:
+            check_same_rows(world, session.identity)
         session.say("reading the checkpoint")
         untracked = resumption.load_together(session)
         if world.main:

@@ -20,7 +20,7 @@ from saekit.runs.record import flat
 from saekit.sae.module import SAEModule
 from saekit.sae.splitting import check_spread, infers_by_parts, keep_part, spread_of
 
-__all__ = ["check_alike", "check_spreads", "doubts_of_measuring", "sharing", "spread"]
+__all__ = ["check_alike", "check_same_rows", "check_spreads", "doubts_of_measuring", "sharing", "spread"]
 
 _Eval = TypeVar("_Eval", bound=Eval)
 
@@ -54,6 +54,18 @@ def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginMan
         "plugin": {f"{item.kind.name} {item.key}": item.version for item in known},
         "checkpoint": {"to go on from": place},
     }
+    _check_told(world, told, "Start all by the same command, in the same environment")
+
+
+def check_same_rows(world: World, identity: Mapping[str, Any]) -> None:
+    """:class:`ConfigError` in every process of a run, where one has another model or text under the same name.
+
+    ``identity`` is that of the session of this process.
+    """
+    _check_told(world, {"model or text": identity}, "Give all the same files")
+
+
+def _check_told(world: World, told: Mapping[str, Mapping[Any, Any]], todo: str) -> None:
     every = world.all.objects(told)
     for what, number in ((what, number) for what in told for number in range(world.size)):
         first, other = every[0][what], every[number][what]
@@ -62,7 +74,7 @@ def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginMan
             values = ", ".join(_differing(name, other, first) for name in odd[:3])
             raise ConfigError(
                 f"the processes of a run must be alike, and process {number} has another {what} than process 0: "
-                f"{values}. Start all by the same command, in the same environment"
+                f"{values}. {todo}"
             )
 
 

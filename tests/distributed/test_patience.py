@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from support import warm
 
@@ -107,3 +108,25 @@ def test_one_that_was_killed_on_this_machine_is_not_waited_for() -> None:
 
     _, error = each(2, 60, work)
     assert "does not answer: process 0" in str(error)
+
+
+def test_a_store_that_hangs_is_given_up() -> None:
+    """Its process is stopped, or its machine is off: torch's would wait without an end."""
+    hangs = threading.Event()
+
+    class Hanging:
+        def __init__(self) -> None:
+            self.store = dist.HashStore()
+
+        def check(self, keys: list[str]) -> bool:
+            hangs.wait(20)
+            return bool(self.store.check(keys))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.store, name)
+
+    world, begun = World(Numbered(1, 2), store=Hanging(), timeout_s=0.5), time.monotonic()
+    with pytest.raises(LostProcessError, match=r"has said nothing for 0\.5 s \(distributed\.timeout_s\)"):
+        by_first(world, lambda: None)
+    assert time.monotonic() - begun < 10
+    hangs.set()

@@ -37,6 +37,8 @@ def calls(folder: Path) -> dict[str, Call]:
             label("text", data, features): Call(f"{runs}:text", data, features),
             label("seeded", data, features): Call(f"{runs}:of_stranger", data, features, ("seeded",)),
             label("moody", data, features): Call(f"{runs}:of_stranger", data, features, ("moody",)),
+            label("turned", data, features): Call(f"{runs}:of_stranger", data, features, ("turned",)),
+            label("broken", data, features): Call(f"{runs}:of_stranger", data, features, ("broken",)),
             label("gain", data, features): Call(f"{runs}:of_strangers_architecture", data, features, (str(folder),)),
         }
         for name, changes in RUNS.items():
@@ -103,8 +105,16 @@ def test_a_source_that_knows_nothing_of_it_is_cut(mesh: Mesh, found: Results) ->
 
 @BOTH
 def test_a_source_that_differs_between_processes_is_told(mesh: Mesh, found: Results) -> None:
-    for said in found[label("moody", *mesh)]:
+    """Also one that has the same rows in another order."""
+    for said in [*found[label("moody", *mesh)], *found[label("turned", *mesh)]]:
         assert "gave other rows in this process than in another" in said
+
+
+@BOTH
+def test_rows_that_are_no_numbers_are_alike_where_all_have_them(mesh: Mesh, found: Results) -> None:
+    """They are told as what they are, by the loss."""
+    for batches in found[label("broken", *mesh)]:
+        assert len(batches) == 5
 
 
 @BOTH

@@ -34,6 +34,7 @@ def calls(folder: Path) -> dict[str, Call]:
     made["stopped back"] = Call(f"{STOPS}:stopped", 2, 1, (str(folder / "back"), 1, 5))
     made["back"] = Call(f"{STOPS}:falls_back", 2, 1, (str(folder / "back/run"),))
     made["unlike"] = Call(f"{STOPS}:unlike", 2, 1, (str(folder / "unlike"),))
+    made["other text"] = Call(f"{STOPS}:other_text", 2, 1, (str(folder / "other text"),))
     made["full"] = Call(f"{STOPS}:full", 2, 1, (str(folder / "full"),))
     return made
 
@@ -110,6 +111,18 @@ def test_processes_that_are_not_alike_are_found_before_anything_runs(found: dict
             "is 'saekit:cosine', not 'saekit:constant'. Start all by the same command, in the same environment"
         )
     assert not (folder / "unlike").exists()
+
+
+def test_processes_that_read_another_text_are_found_before_anything_runs(
+    found: dict[str, list[Any]], folder: Path
+) -> None:
+    for text in found["other text"]:
+        assert text.startswith(
+            "the processes of a run must be alike, and process 1 has another model or text than process 0: "
+            "dataset.contents is "
+        )
+        assert text.endswith(". Give all the same files")
+    assert not (folder / "other text").exists()
 
 
 def test_what_one_cannot_save_keeps_the_checkpoint_before(found: dict[str, list[Any]]) -> None:

@@ -68,10 +68,38 @@ class MoodySource(SeededSource):
         self._generator.manual_seed(int(os.environ["RANK"]))
 
 
+@attrs.frozen(kw_only=True)
+class TurnedConfig:
+    """Draws whole numbers, and has them in the order of the process's own number."""
+
+
+class TurnedSource(SeededSource):
+    def __init__(self, config: Any, stream: Any) -> None:
+        super().__init__(config, stream)
+        self._process = stream.process
+
+    def __next__(self) -> Batch:
+        rows = super().__next__().activations[self._site].mul(8).round()
+        return Batch({self._site: rows.roll(self._process, 0)})
+
+
+@attrs.frozen(kw_only=True)
+class BrokenConfig:
+    """Draws rows of which one is no number."""
+
+
+class BrokenSource(SeededSource):
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        batch.activations[self._site][3] = torch.nan
+        return batch
+
+
 def manager() -> saekit.PluginManager:
     seeded = Entry("seeded", FakeConfig, SeededSource)
-    moody = Entry("moody", MoodyConfig, MoodySource)
-    return sweeps.manager(None, plugin_of("activation_sources", seeded, moody))
+    moody, turned = Entry("moody", MoodyConfig, MoodySource), Entry("turned", TurnedConfig, TurnedSource)
+    broken = Entry("broken", BrokenConfig, BrokenSource)
+    return sweeps.manager(None, plugin_of("activation_sources", seeded, moody, turned, broken))
 
 
 def options(folder: Path, **sections: Any) -> dict[str, Any]:

@@ -140,6 +140,16 @@ def full(world: World, folder: str) -> dict[str, Any]:
     return found | {"told": [str(one.message) for one in caught if "no checkpoint" in str(one.message)]}
 
 
+def other_text(world: World, folder: str) -> str:
+    """What is said where processes read another text under the same name."""
+    own = DOCUMENTS if not world.rank else [*DOCUMENTS[1:], DOCUMENTS[0]]
+    try:
+        quietly(lambda: saekit.train(settings(world, folder), plugins=manager(), dataset=own))
+    except SaekitError as error:
+        return str(error)
+    return "nothing"
+
+
 def unlike(world: World, folder: str) -> str:
     """What is said where processes have other configurations."""
     try:

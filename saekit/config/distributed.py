@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from saekit.config.fields import at_least_1, positive
+from saekit.config.fields import at_least_1, check
 from saekit.config.showing import changed_repr
 from saekit.errors import ConfigError
 
@@ -24,7 +24,7 @@ class DistributedConfig:
     data: int | None = attrs.field(default=None, validator=at_least_1)
     """Groups of so many processes, each of which trains on its part of every batch.  None: all processes over
     `features`, or over `saes`."""
-    timeout_s: float = attrs.field(default=600.0, validator=positive)
+    timeout_s: float = attrs.field(default=600.0, validator=check(lambda v: v > 0, "above 0", most=10**8))
     """Seconds that a process waits for the others before it gives up."""
 
     __repr__ = changed_repr

@@ -199,11 +199,11 @@ def takes_over(source: ActivationSource) -> bool:
     return not shares_rows(own) or isinstance(own, TakesStates)
 
 
-def taken_over(source: ActivationSource, states: Sequence[Mapping[str, Any]]) -> None:
-    """Have ``source`` go on where those of other processes were, in ``states``."""
+def taken_over(source: ActivationSource, state: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Have ``source`` go on from its own ``state``, or else from those of the processes ``before``."""
     own = source.own if isinstance(source, SpreadSource) else source
-    if shares_rows(own):
+    if before and shares_rows(own):
         assert isinstance(own, TakesStates)
-        own.load_states(states)
-    else:  # all gave the same batches
-        own.load_state_dict(states[0])
+        own.load_states(before)
+    else:  # of sources that share no rows, all gave the same batches
+        source.load_state_dict(state)

@@ -351,10 +351,7 @@ class Session:
         """
         self.other_rows.clear()
         for number, (lane, saved) in enumerate(zip(self.lanes, stream["lanes"], strict=True)):
-            if before:
-                taken_over(lane.source, [one["lanes"][number]["source"] for one in before])
-            else:
-                lane.source.load_state_dict(saved["source"])
+            taken_over(lane.source, saved["source"], [one["lanes"][number]["source"] for one in before])
             lane.tokens, lane.batches = saved["tokens"], saved["batches"]
             lane.ended = saved["ended"] and self.corpus.config.on_exhausted != "repeat"  # it may be allowed by now
             lane.untold = [

@@ -138,6 +138,7 @@ def test_no_number_is_absurd(cls: type, field: Any, kind: type) -> None:
     [
         ("sae.d_sae=1000000000000000", "sae.d_sae: must be at most 1,073,741,824, found 1000000000000000"),
         ("activations.source.n_batches_in_buffer=1000000000000", "n_batches_in_buffer: must be at most 16,777,216"),
+        ("distributed.timeout_s=1e18", "distributed.timeout_s: must be at most 100,000,000, found 1e+18"),
         ("training.train_batch_size_tokens=1000000000000", "must be at most 1,073,741,824"),
         ("dataset.context_size=1000000000000", "must be at most 16,777,216"),
         ("training.training_tokens=1e15", None),

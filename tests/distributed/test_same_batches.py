@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from support.threads import by_all
 from torch import Tensor
 
 from saekit import DataError, Site
@@ -20,36 +19,17 @@ from saekit.values import Batch
 SITES = [Site(hook_name="one"), Site(hook_name="two")]
 
 
-class Thread(Group):
-    """One of two threads that wait for each other."""
-
-    size = 2
-
-    def __init__(self, rank: int, barrier: threading.Barrier, table: list[Any]) -> None:
-        self.rank, self._barrier, self._table = rank, barrier, table
-
-    def gather(self, value: Tensor) -> list[Tensor]:
-        self._table[self.rank] = value
-        self._barrier.wait(30)
-        found = [*self._table]
-        self._barrier.wait(30)
-        return found
-
-
 def parts(*batches: Batch) -> list[Batch | str]:
     """What each of two processes trains on, whose sources give these; or what is said of it."""
-    barrier, table = threading.Barrier(2), [None, None]
 
-    def read(rank: int) -> Batch | str:
-        group = Thread(rank, barrier, table)
-        source: Iterator[Any] = iter([batches[rank]])
+    def read(group: Group) -> Batch | str:
+        source: Iterator[Any] = iter([batches[group.rank]])
         try:
             return next(SpreadSource(source, World(group, group), shares=False))  # type: ignore[arg-type]
         except DataError as error:
             return str(error)
 
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(read, range(2)))
+    return by_all(2, read)
 
 
 def batch(*rows: Tensor) -> Batch:

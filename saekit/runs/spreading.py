@@ -39,8 +39,8 @@ def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
         for option, device in (("training.device", config.training.device), ("model.device", config.model.device)):
             if world.size > 1 and device.startswith("cuda:"):
                 raise ConfigError(
-                    [(option, f"is {device!r}, one GPU for all processes of a machine; set it to 'cuda', and each takes "
-                      "its own")]
+                    [(option, f"is {device!r}, one GPU for all processes of a machine; set it to 'cuda', and each "
+                      "takes its own")]
                 )  # fmt: skip
 
 

@@ -63,6 +63,9 @@ class Group:
         """The same in the first process; None in the others."""
         return [value]
 
+    def close(self) -> None:
+        """The world that it is of has ended: it holds nothing of the engine's any more, and nobody is asked again."""
+
     def __deepcopy__(self, memo: object) -> Group:
         """There is one of each."""
         return self
@@ -83,7 +86,8 @@ def _answered() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Of what the engine says, neither the line of its own code nor whose logs to look at.
-        told = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        text = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()) or type(error).__name__
+        told = text.splitlines()[0].split(". ")[0]
         raise LostProcessError(f"another process of the run has gone, or does not answer: {told}") from error
 
 
@@ -93,8 +97,21 @@ class JoinedGroup(Group):
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
-        self._dist, self._group = dist, group
+        self._dist, self._joined = dist, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @property
+    def _group(self) -> Any:
+        if self._joined is None:
+            raise SaekitError(
+                "the processes of this run do not hear each other any more: what they share, such as an SAE whose "
+                "features are split, works until open_world ends. Load the SAE that was saved"
+            )
+        return self._joined
+
+    def close(self) -> None:
+        # The engine's threads run for as long as anybody has the group.
+        self._joined = None
 
     @not_compiled
     def sum(self, value: Tensor) -> Tensor:

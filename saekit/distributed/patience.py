@@ -158,8 +158,9 @@ def _is_gone(place: str | None) -> bool:
 
 
 def _machine() -> str:
-    """Where the numbers of processes are the same."""
+    """Where the numbers of processes are the same; machines may have the same name, and containers the same kernel."""
     try:
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux
         return socket.gethostname()

@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -119,69 +119,87 @@ def uses_cuda(device: str) -> bool:
 def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[World]:
     """The processes that ``torchrun`` has started, as ``config`` arranges them; one process is :data:`ALONE`.
 
-    Where some other code has made the process group, that is used, and stays.  :class:`saekit.errors.ConfigError` for
-    numbers that do not fit.
+    Where some other code has made the process group, that is used, and stays.  When the context ends, so do the groups
+    of the world: what asks one then gets an error.  :class:`saekit.errors.ConfigError` for numbers that do not fit.
     """
     launched = Launched.here(os.environ)
     data, width = check_mesh(config, launched)
     if launched.size == 1:
         yield ALONE
         return
-    import torch.distributed as dist
-
-    ours = not dist.is_initialized()
-    try:
+    with contextlib.ExitStack() as ends:
         with _ended_by_signals():
-            world = _joined(launched, data, width, datetime.timedelta(seconds=config.timeout_s), cuda=cuda)
+            world = _joined(launched, data, width, config.timeout_s, ends, cuda=cuda)
         if config.saes > 1:
             world = attrs.evolve(world, features=Group(), saes=world.features)
         with world.telling.until_the_end():
             yield world
-    finally:
-        if ours and dist.is_initialized():
-            dist.destroy_process_group()
 
 
-def _joined(launched: Launched, data: int, features: int, timeout: datetime.timedelta, *, cuda: bool) -> World:
-    """Meet the other processes, and make all groups; each step waits for all of them."""
+def _joined(
+    launched: Launched, data: int, features: int, timeout_s: float, ends: contextlib.ExitStack, *, cuda: bool
+) -> World:
+    """Meet the other processes, and make all groups; each step waits for all of them.
+
+    ``ends`` lets go of them, whoever still has the world or a part of it: threads of the engine run as long as they
+    are there.
+    """
     import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
     if cuda:
         torch.cuda.set_device(launched.local_rank)
-    store = None
-    if not dist.is_initialized():
-        engine: Any = dist  # of which not all is typed
-        known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
-        if known not in _STORES:
-            found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
-            _STORES[known] = found[0]
-        number = next(_OPENED)
-        store = _STORES[known]
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timeout,
-            store=engine.PrefixStore(f"torch-{number}", store),
-            rank=launched.rank,
-            world_size=launched.size,
-        )
-        store = engine.PrefixStore(f"saekit-{number}", store)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, new_group = _engine(launched, timeout, ends, cuda=cuda)
     order = torch.arange(launched.size).view(data, features)
     groups = {}
     for name, lines in (("data", order.T), ("features", order)):
-        made = [dist.new_group(line.tolist(), timeout=timeout) for line in lines]
+        made = [new_group(line.tolist()) for line in lines]
         place = next(number for number, line in enumerate(lines) if launched.rank in line)
         groups[name] = made[place]
     mesh = DeviceMesh.from_group(
         [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
     )
-    every = dist.new_group(timeout=timeout)
-    behind = JoinedGroup(dist.new_group(backend="gloo", timeout=timeout))
-    parts = (JoinedGroup(mesh.get_group(name)) for name in groups)
-    data_group, features_group = (part if part.size > 1 else Group() for part in parts)
+    several = [name for number, name in enumerate(groups) if order.shape[number] > 1]
+    joined = {name: JoinedGroup(mesh.get_group(name)) for name in several}
+    every, behind = JoinedGroup(new_group()), JoinedGroup(new_group(backend="gloo"))
+    for group in (*joined.values(), every, behind):
+        ends.callback(group.close)
+    data_group, features_group = (joined.get(name, Group()) for name in groups)
     telling = Telling(store, launched.rank, launched.size)
-    return World(JoinedGroup(every), data_group, features_group, behind, telling, store, timeout.total_seconds())
+    return World(every, data_group, features_group, behind, telling, store, timeout_s)
+
+
+def _engine(
+    launched: Launched, timeout: datetime.timedelta, ends: contextlib.ExitStack, *, cuda: bool
+) -> tuple[Any, Callable[..., Any]]:
+    """The store of the processes, if their group is made here, and what makes further groups of some of them."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+
+        def new_group(*ranks: Any, **options: Any) -> Any:
+            made = dist.new_group(*ranks, **{**options, "timeout": timeout})
+            ends.callback(dist.destroy_process_group, made)
+            return made
+
+        return None, new_group
+    engine: Any = dist  # of which not all is typed
+    known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    if known not in _STORES:
+        found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        _STORES[known] = found[0]
+    number = next(_OPENED)
+    store = _STORES[known]
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timeout,
+        store=engine.PrefixStore(f"torch-{number}", store),
+        rank=launched.rank,
+        world_size=launched.size,
+    )
+    ends.callback(dist.destroy_process_group)  # with all that are made of it
+    return engine.PrefixStore(f"saekit-{number}", store), functools.partial(dist.new_group, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def _among_all(found: SparseFeatures, k: int, share: Share) -> SparseFeatures:
     """Of own entries, the largest of each row, those that are among the ``k`` largest of all features."""
     values, numbers = found.padded(k)
     keep = torch.zeros(len(found), dtype=torch.bool, device=values.device)
-    keep[numbers[share.among_largest(values, k) & (values > -torch.inf)]] = True
+    keep[numbers[share.among_largest(values, k) & (values != -torch.inf)]] = True
     return found.kept(keep)
 
 

@@ -349,6 +349,8 @@ def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -
     try:
         return saving.save(enough), record
     except RunFolderLostError:
+        if session.world.size > 1:  # the others know of no other folder
+            raise
         rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
         rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
         RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})

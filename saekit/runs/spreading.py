@@ -36,6 +36,12 @@ def check_spreads(configs: Sequence[TrainConfig], world: World) -> None:
                 [("training.train_batch_size_tokens", f"is {rows:,}, which {size} processes cannot share "
                   "evenly; choose a multiple of their number")]
             )  # fmt: skip
+        for option, device in (("training.device", config.training.device), ("model.device", config.model.device)):
+            if world.size > 1 and device.startswith("cuda:"):
+                raise ConfigError(
+                    [(option, f"is {device!r}, one GPU for all processes of a machine; set it to 'cuda', and each "
+                      "takes its own")]
+                )  # fmt: skip
 
 
 def check_alike(world: World, configs: Sequence[TrainConfig], plugins: PluginManager, place: str = "") -> None:

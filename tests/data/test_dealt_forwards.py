@@ -6,13 +6,11 @@ The processes are threads here, which meet where they tell each other something.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
+from support.threads import by_all
 from torch import Tensor
 
 import saekit
@@ -27,34 +25,6 @@ from saekit.values import Batch
 SITES = [saekit.Site(hook_name="blocks.0.hook_resid_post"), saekit.Site(hook_name="blocks.1.hook_resid_post")]
 DOCUMENTS = [[(7 * n + t) % 120 + 1 for t in range(10 + n % 13)] for n in range(20)]
 N = 4  # contexts in a forward
-T = TypeVar("T")
-
-
-class Threads(Group):
-    """One of several threads that wait for each other."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, table: list[Any]) -> None:
-        self.rank, self.size, self._barrier, self._table = rank, len(table), barrier, table
-
-    def gather(self, value: Tensor) -> list[Tensor]:
-        self._table[self.rank] = value.clone()
-        self._barrier.wait(30)
-        found = [one.clone() for one in self._table]
-        self._barrier.wait(30)
-        return found
-
-    def objects(self, value: T) -> list[T]:
-        self._table[self.rank] = value
-        self._barrier.wait(30)
-        found = list(self._table)
-        self._barrier.wait(30)
-        return found
-
-    def gather_rows(self, value: Tensor, counts: Any) -> list[Tensor]:
-        assert len(value) == counts[self.rank]
-        padded = value.new_zeros(max(counts), *value.shape[1:])
-        padded[: len(value)] = value
-        return [one[:n] for one, n in zip(self.gather(padded), counts, strict=True)]
 
 
 class Counting(FakeBackend):
@@ -72,13 +42,6 @@ def stream(readers: Group | None = None, *, choice: TokenChoice | None = None, r
     return StreamContext(
         backend=Counting(), sites=SITES, batch_size=24, seed=3, open_contexts=contexts, choice=choice, readers=readers
     )
-
-
-def by_all(size: int, work: Callable[[Group], T]) -> list[T]:
-    """What ``size`` threads make of ``work``."""
-    barrier, table = threading.Barrier(size), [None] * size
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(Threads(rank, barrier, table)), range(size)))
 
 
 def same(found: Batch, expected: Batch) -> None:

@@ -14,6 +14,8 @@ from saekit.distributed.group import Group
 from saekit.distributed.largest import sorted_keys
 from saekit.distributed.share import Share
 from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS, counts_sent
+from saekit.kernels.groups import _among_all
+from saekit.kernels.sparse import SparseFeatures
 
 DATA, FEATURES = 3, 2
 
@@ -95,3 +97,12 @@ def test_what_is_no_number_is_above_all() -> None:
     parts[1][2] = torch.nan
     chosen, _ = by_all(lambda share, d, f: share.largest_of_all(parts[d * FEATURES + f], 1))
     assert [int(one.sum()) for one in chosen] == [0, 1, 0, 0, 0, 0]
+
+
+def test_what_is_no_number_is_among_the_largest_entries_of_each_row() -> None:
+    """So that the loss is none, as in one process, and the run ends."""
+    rows = torch.tensor([0, 0, 1])
+    found = SparseFeatures(rows, torch.tensor([1, 3, 2]), torch.tensor([1.0, torch.nan, 2.0]), 2, 4)
+    kept = _among_all(found, 1, Share())
+    assert kept.features.tolist() == [3, 2]
+    assert kept.values.isnan().tolist() == [True, False]

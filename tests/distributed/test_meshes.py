@@ -16,13 +16,14 @@ from torch import Tensor
 
 import saekit
 from saekit import ConfigError, DataError
-from saekit.config import DistributedConfig, OptimizerConfig
+from saekit.config import DistributedConfig, OptimizerConfig, TrainConfig
 from saekit.data.text import Documents
 from saekit.distributed import ALONE, WHOLE, World, open_world
 from saekit.distributed.batches import thinned
 from saekit.distributed.group import Group
 from saekit.distributed.launched import Launched, check_mesh, refuse_several
 from saekit.kinds import SAE_ARCHITECTURES
+from saekit.runs.spreading import check_spreads
 from saekit.sae.build import build_module
 from saekit.sae.splitting import check_spread, give_part, keep_part, whole_like
 from saekit.testing import fake_plugin, isolated_manager
@@ -238,3 +239,14 @@ def test_signals_are_not_handled_while_processes_wait_for_each_other(monkeypatch
             signal.signal(number, handler)
     outside, inside = [signal.default_int_handler, signal.SIG_IGN], [signal.SIG_DFL, signal.SIG_IGN]
     assert seen == [inside, outside, inside, outside]
+
+
+@pytest.mark.parametrize("option", ["training.device", "model.device"])
+def test_one_gpu_for_all_processes_is_refused(option: str) -> None:
+    section, name = option.split(".")
+    config = attrs.evolve(TrainConfig(), **{section: attrs.evolve(getattr(TrainConfig(), section), **{name: "cuda:1"})})
+    world = World(Part(0, 2), Part(0, 2))
+    with pytest.raises(ConfigError, match=rf"{option}: is 'cuda:1', one GPU for all processes .* set it to 'cuda'"):
+        check_spreads([config], world)
+    check_spreads([TrainConfig()], world)
+    check_spreads([config], ALONE)

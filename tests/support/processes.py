@@ -5,6 +5,7 @@ A case is a configuration's ``sae``, ``optimizer`` and ``training``, with the wi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import json
@@ -179,8 +180,8 @@ def part_of(batch: Batch, case: Case, world: World) -> Batch:
 
 @attrs.frozen
 class Call:
-    """What every process does, in a world of its own arrangement: ``function`` is ``module:name``, and takes the world
-    and then ``given``."""
+    """What every process does: ``function`` is ``module:name``, and takes the world of this arrangement, which calls
+    share, and then ``given``."""
 
     function: str
     data: int = 1
@@ -188,11 +189,13 @@ class Call:
     given: tuple[Any, ...] = ()
     saes: int = 1
 
-    def done(self) -> Any:
+    @property
+    def config(self) -> DistributedConfig:
+        return DistributedConfig(data=self.data, features=self.features, saes=self.saes, timeout_s=60)
+
+    def done(self, world: World) -> Any:
         module, name = self.function.split(":")
-        config = DistributedConfig(data=self.data, features=self.features, saes=self.saes, timeout_s=60)
-        with open_world(config) as world:
-            return getattr(importlib.import_module(module), name)(world, *self.given)
+        return getattr(importlib.import_module(module), name)(world, *self.given)
 
 
 def steps(world: World, case: Case) -> Found:
@@ -297,8 +300,14 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    calls = torch.load(folder / "asked.pt", weights_only=False)
-    torch.save({name: call.done() for name, call in calls.items()}, folder / f"found-{dist.get_rank()}.pt")
+    calls: dict[str, Call] = torch.load(folder / "asked.pt", weights_only=False)
+    found, worlds = {}, dict[DistributedConfig, World]()
+    with contextlib.ExitStack() as ends:
+        for name, call in calls.items():  # one world for all of an arrangement: each takes seconds and a dozen threads
+            if call.config not in worlds:
+                worlds[call.config] = ends.enter_context(open_world(call.config))
+            found[name] = call.done(worlds[call.config])
+    torch.save(found, folder / f"found-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -8,31 +8,32 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support.parted import ways_to_save
-from support.processes import Call, together
+from support.processes import Call, Results
 
 import saekit
 from saekit.sae.folder import CONFIG, PROBE, SPARSITY, WEIGHTS
 
 MOST = {"start": 0.6, "save": 0.2, "load": 0.4, "resume": 0.6}
 """Of the whole that a process has beside what it had: of four parts one is 0.25, of two, as in ``resume``, 0.5."""
+PEAKS = Path("/proc/self/clear_refs")
+SIZE, FEW = 4, "float32, scaled"
+WAYS = [(parts, name) for parts in (4, 2) for name, _, way in ways_to_save() if parts == 4 or way == FEW]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} parts".format)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parted")
-    calls = {"saved": Call("support.parted:saved", 1, request.param, (str(folder), request.param == 2))}
-    if request.param == 4:
-        calls["peaks"] = Call("support.parted:peaks", 1, 4, (str(folder),))
-    found = together(calls, request.param, folder / "calls")
-    (folder / "peaks.json").write_text(json.dumps(found.get("peaks")))
-    return folder
+def calls(folder: Path) -> dict[str, Call]:
+    """Four parts in every way, and in one way two parts, of which two processes have each."""
+    made = {
+        "4 parts": Call("support.parted:saved", 1, 4, (str(folder / "4"), "")),
+        "2 parts": Call("support.parted:saved", 2, 2, (str(folder / "2"), FEW)),
+    }
+    if PEAKS.exists():
+        made["peaks"] = Call("support.parted:peaks", 1, 4, (str(folder),))
+    return made
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in ways_to_save()])
-def test_the_files_are_those_of_one_process(name: str, saved: Path) -> None:
-    if not (saved / f"{name}-one").exists():
-        pytest.skip("two parts save some of what four do")
-    parts, one = saved / f"{name}-parts", saved / f"{name}-one"
+@pytest.mark.parametrize(("n", "name"), WAYS)
+def test_the_files_are_those_of_one_process(n: int, name: str, found: Results, folder: Path) -> None:
+    parts, one = folder / f"{n}/{name}-parts", folder / f"{n}/{name}-one"
     assert {path.name for path in parts.iterdir()} == {CONFIG, WEIGHTS, SPARSITY, PROBE}
     for file in (WEIGHTS, SPARSITY):
         assert (parts / file).read_bytes() == (one / file).read_bytes(), file
@@ -49,11 +50,10 @@ def test_the_files_are_those_of_one_process(name: str, saved: Path) -> None:
     assert sae.d_sae == 32
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
-def test_no_process_has_the_whole_in_memory(saved: Path) -> None:
+@pytest.mark.skipif(not PEAKS.exists(), reason="the system does not tell the peak of memory")
+def test_no_process_has_the_whole_in_memory(found: Results) -> None:
     """Of 256 MB in four parts."""
-    peaks = json.loads((saved / "peaks.json").read_text())
-    for number, found in enumerate(peaks or []):
+    for number, peaks in enumerate(found["peaks"]):
         for what, most in MOST.items():
             allowed = most + 0.3 * (what == "save" and number == 0)  # pieces of the others, as they come
-            assert found[what] < allowed, (number, found)
+            assert peaks[what] < allowed, (number, peaks)

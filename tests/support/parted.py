@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from saekit.training import SAETrainer
 from saekit.transforms import Affine
 
 _T = TypeVar("_T")
+_WHOLE: dict[str, dict[str, Any]] = {}
+"""By the case, the state of one process at the end."""
 
 OF_EVERY_ARCHITECTURE = (
     "standard", "standard_finetuned_scale", "topk", "topk_in_units", "batchtopk", "matryoshka", "abstopk", "groupmax",
@@ -43,14 +46,16 @@ def ways_to_save() -> Iterator[tuple[str, Case, str]]:
 def prepared(case: Case, way: str, world: World) -> SAETrainer:
     """The same trained whole on every world, of which it has a part."""
     case = attrs.evolve(case, dtype=way.partition(",")[0], steps=3)
-    alone = case.trainer(ALONE)
-    for batch in case.batches():
-        alone.train_on(*alone.rows_of(batch), part_of(batch, case, ALONE))
-    trainer = alone
+    key, trainer = repr(case), case.trainer(world)
+    if key not in _WHOLE:
+        alone = case.trainer(ALONE)
+        for batch in case.batches():
+            alone.train_on(*alone.rows_of(batch), part_of(batch, case, ALONE))
+        _WHOLE[key] = alone.state_dict()
+    state = copy.deepcopy(_WHOLE[key])
     if world.size > 1:
-        trainer = case.trainer(world)
-        state = part_of_training([alone.state_dict()], trainer.sae.table, world.features.rank, world.features.size)
-        trainer.load_state_dict(state)
+        state = part_of_training([state], trainer.sae.table, world.features.rank, world.features.size)
+    trainer.load_state_dict(state)
     ports = trainer.sae.ports
     widths = {**ports.inputs, **ports.targets}
     if "scaled" in way:
@@ -66,10 +71,10 @@ def _map(width: int, generator: torch.Generator) -> Affine:
     return Affine(torch.randn(width, generator=generator, dtype=torch.float64), matrix, matrix.inverse())
 
 
-def saved(world: World, folder: str, few: bool) -> None:
-    """Each by its parts, and by one process alone."""
+def saved(world: World, folder: str, alone: str) -> None:
+    """Each by its parts, and by one process alone; in one way ``alone``, or in all."""
     for name, case, way in ways_to_save():
-        if few and way != "float32, scaled":
+        if alone and way != alone:
             continue
         save_trained(prepared(case, way, world), Path(folder) / f"{name}-parts")
         if world.main:

@@ -25,7 +25,7 @@ TIMEOUT = 240  # seconds; nothing may take so long, however busy the machine is
 
 def gone_on(folder: Path, sent: str = "") -> list[tuple[int, str]]:
     """Start the run in ``folder``, or go on with it, as whoever finds it stopped does; the ends of both processes."""
-    return ended(2, [spread_stops.__file__, str(folder), "goes on", "0", "0"], TIMEOUT, SENT=sent, TORCHRUN="1")
+    return ended(2, [spread_stops.__file__, str(folder), "goes on", "0", "0"], TIMEOUT, SENT=sent, TORCHRUN="30")
 
 
 def left_by(folder: Path) -> dict[str, object]:

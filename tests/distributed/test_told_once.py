@@ -16,7 +16,7 @@ TOY = """
 site = {hook_name = "site_0"}
 model = {backend = "none"}
 evals = {run = [], held_out_every = 0}
-activations = {source = {name = "toy"}}
+activations = {source = {name = "toy", directions = "random"}}
 sae = {name = "topk", k = 4, d_sae = 16, b_dec_init_method = "zeros"}
 training = {training_tokens = 640, train_batch_size_tokens = 64, device = "cpu", verbose = false}
 reports = {pictures = false}
@@ -28,7 +28,7 @@ def ends(folder: Path, fault: str, rank: int = 1, *words: str, **environment: st
     """Exit code and output of both processes of ten steps, in the sixth of which the ``fault`` comes."""
     (folder / "run.toml").write_text(TOY)
     command = [fault, str(rank), "6", "train", str(folder / "run.toml"), f"checkpoints.folder={folder}", *words]
-    return ended(2, [spread_faults.__file__, *command], TIMEOUT, TORCHRUN="1", **environment)
+    return ended(2, [spread_faults.__file__, *command], TIMEOUT, **{"TORCHRUN": "30", **environment})
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -73,7 +73,7 @@ def test_signals_that_come_again_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
     """Also where it is the one that has what they tell each other by."""
-    found = ends(tmp_path, "stopped", rank, "distributed.timeout_s=3")
+    found = ends(tmp_path, "stopped", rank, "distributed.timeout_s=3", TORCHRUN="1")  # nobody but it is there by then
     assert [found[rank][0], found[1 - rank][0]] == [-signal.SIGKILL, 1]
     assert f"process {rank} has gone or hangs: it was killed or stopped, or its machine" in found[1 - rank][1]
     assert "goes on from" in found[1 - rank][1]

@@ -244,7 +244,7 @@ def ended(size: int, command: Sequence[str], timeout: float = 300, **environment
     """The same, with the exit code of each; all are forks of one that has imported torch.
 
     ``SENT``, words such as ``1:KILL:2.5``, has process 1 get that signal after so many seconds.  With ``TORCHRUN``, the
-    others get a SIGTERM when one has failed, and half a minute later a SIGKILL, as torchrun does it.
+    others get a SIGTERM when one has failed, and so many seconds later a SIGKILL, as torchrun does it after 30.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -277,7 +277,7 @@ def fork(folder: Path, size: int, timeout: float, command: list[str]) -> None:
     due = [(begun + timeout, child, signal.SIGKILL) for child in children]
     for rank, name, seconds in (one.split(":") for one in os.environ.get("SENT", "").split()):
         due.append((begun + float(seconds), children[int(rank)], signal.Signals[f"SIG{name}"]))
-    torchrun = "TORCHRUN" in os.environ
+    torchrun, patience = "TORCHRUN" in os.environ, float(os.environ.get("TORCHRUN", "0"))
     while left := [child for child in children if child not in codes]:
         for child in left:
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -285,7 +285,7 @@ def fork(folder: Path, size: int, timeout: float, command: list[str]) -> None:
                 codes[child] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
         if torchrun and any(codes.values()):
-            torchrun, wait = False, [(0, signal.SIGTERM), (30, signal.SIGKILL)]
+            torchrun, wait = False, [(0, signal.SIGTERM), (patience, signal.SIGKILL)]
             due += [(now + seconds, child, number) for child in left for seconds, number in wait]
         for when, child, number in [one for one in due if one[0] <= now]:
             due.remove((when, child, number))

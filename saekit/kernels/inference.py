@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import attrs
 import numpy as np
-import torch
 from torch import Tensor
 
 from saekit.kernels.encoder import CHUNK, dense_above, entries_where

@@ -11,7 +11,8 @@ from torch import Tensor
 from saekit.config import PluginChoice
 from saekit.config.files import plain_config
 from saekit.errors import ConfigError, PluginFailedError
-from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS
+from saekit.kernels.kernel import Served
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, STEP_KERNELS
 from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
@@ -45,6 +46,8 @@ def build_module(
             raise
         raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
+    kernels = (other for other in plugins.registry(STEP_KERNELS).items if item.key in other.entry.serves)
+    sae.served_by = Served(plugins.build(STEP_KERNELS, other.key) for other in kernels if not other.missing())  # type: ignore[misc]
     if input_transform is not None:
         give_transform(sae, input_transform, plugins)
     return sae

@@ -7,7 +7,7 @@ and where all do, autograd is.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -138,20 +138,20 @@ class SparseKernel(StepKernel[S]):
 
 
 class Served(tuple[StepKernel[Any], ...]):
-    """Kernels of plugins.  A pickle has their names, and where it is read, those that are there."""
+    """Kernels of plugins.  Where a pickle is read, it has those whose plugins are there."""
 
     def __deepcopy__(self, memo: object) -> Served:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _found, tuple((type(kernel).__module__, type(kernel).__qualname__) for kernel in self)
+        return _found, tuple(map(pickle.dumps, self))
 
 
-def _found(*names: tuple[str, str]) -> Served:
+def _found(*pickled: bytes) -> Served:
     found = []
-    for module, name in names:
+    for each in pickled:
         with contextlib.suppress(ImportError, AttributeError):
-            found.append(getattr(importlib.import_module(module), name)())
+            found.append(pickle.loads(each))  # of a pickle that is being read
     return Served(found)
 
 

@@ -19,7 +19,8 @@ __all__ = [
 ]  # fmt: skip
 
 _WITHOUT_BFLOAT16 = frozenset({
-    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_MIC", "AVX512_MIC_4OPS", "AVX512_CORE", "AVX512_CORE_VNNI"
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_MIC", "AVX512_MIC_4OPS", "AVX512_CORE",
+    "AVX512_CORE_VNNI",
 })  # fmt: skip
 """What oneDNN may be held to, by its documentation of ``ONEDNN_MAX_CPU_ISA``, that has no such products of float32."""
 _AT_ONCE = 1 << 22  # numbers that the public way holds in between

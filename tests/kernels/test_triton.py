@@ -1,4 +1,4 @@
-"""Steps and products in Triton are those of plain torch: in its interpreter on a CPU (``make test-triton``), and on a GPU."""
+"""Steps and products in Triton are those of plain torch, interpreted on a CPU (``make test-triton``) or on a GPU."""
 
 from __future__ import annotations
 

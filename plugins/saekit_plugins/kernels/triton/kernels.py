@@ -23,11 +23,8 @@ class _InTriton:
 
     def __init__(self, config: Any = None) -> None:
         """There are no options."""
-
-    @property
-    def devices(self) -> frozenset[str]:
-        """CPUs too where Triton's interpreter takes the place of its compiler, which is for tests."""
-        return frozenset({"cuda", "cpu"} if triton.knobs.runtime.interpret else {"cuda"})
+        # CPUs too where Triton's interpreter takes the place of its compiler, which is for tests.
+        self.devices = frozenset({"cuda", "cpu"} if triton.knobs.runtime.interpret else {"cuda"})
 
     def chosen(
         self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels import SparseFeatures
 
 __all__ = ["TritonFeatures"]
 
@@ -21,7 +21,7 @@ _BLOCK = 512  # columns of one program
 
 
 @triton.jit
-def _decode(features, values, starts, weights, out, entries, n, width, block: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(features, values, starts, weights, out, entries, n, width, block: tl.constexpr, wide: tl.constexpr):
     """``out[row] = Σ values weights[features]`` over the entries of each row."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)
@@ -35,7 +35,7 @@ def _decode(features, values, starts, weights, out, entries, n, width, block: tl
 
 
 @triton.jit
-def _multiply(vectors, weights, features, starts, out, entries, n, width, block: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
+def _multiply(vectors, weights, features, starts, out, entries, n, width, block: tl.constexpr, wide: tl.constexpr):
     """``out[entry] = ⟨vectors[row], weights[feature]⟩`` for the entries of each row."""
     row = tl.program_id(0)
     first, last = tl.load(starts + row), tl.load(starts + row + 1, mask=row + 1 < n, other=entries)
@@ -52,7 +52,7 @@ def _multiply(vectors, weights, features, starts, out, entries, n, width, block:
 
 @triton.jit
 def _add_outer(order, rows, starts, values, vectors, out, entries, d_sae, width, block: tl.constexpr,
-               wide: tl.constexpr, replace: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+               wide: tl.constexpr, replace: tl.constexpr):  # fmt: skip
     """``out[feature] += Σ values[order] vectors[rows]`` over the entries of each feature."""
     feature = tl.program_id(0)
     columns = tl.program_id(1) * block + tl.arange(0, block)

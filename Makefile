@@ -14,7 +14,7 @@ TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_confor
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
 EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
-.PHONY: demo test test-processes test-newest test-peers test-tl4 lint docs bench clean
+.PHONY: demo test test-processes test-newest test-peers test-tl4 test-triton lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
@@ -51,6 +51,12 @@ test-tl4:
 	$(TL4)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TL4)/tested.txt 'transformer-lens>=4,<5' \
 		-e '.[wandb,test]'
 	$(TL4)/bin/python -m pytest -n auto $(TL4_TESTS)
+
+# The step kernels in Triton, in its interpreter on the CPU; Triton is installed into a folder of its own.
+TRITON ?= .triton
+test-triton: $(STAMP)
+	test -d $(TRITON)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TRITON) 'triton>=3.4'
+	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernels/test_triton.py
 
 # The tests that run other libraries beside saekit, in the environments of `make bench`; SAEKIT_SAE_BENCH_PYTHON names one with
 # SAEBench, if there is one.
@@ -119,4 +125,4 @@ $(PEERS)-3/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(TL4) $(PEERS) $(PEERS)-3 build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(TL4) $(PEERS) $(PEERS)-3 $(TRITON) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

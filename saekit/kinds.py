@@ -24,6 +24,7 @@ from saekit.protocols import (
     Optimizer,
     PretrainedLoader,
     ReleaseList,
+    ServingKernel,
     Tracker,
 )
 from saekit.transforms import InputTransform
@@ -40,6 +41,7 @@ __all__ = [
     "PRETRAINED_LOADERS",
     "RELEASES",
     "SAE_ARCHITECTURES",
+    "STEP_KERNELS",
     "TRACKERS",
     "Kind",
     "kind_of",
@@ -120,6 +122,7 @@ EVALS: Kind[Eval] = Kind("evals", "eval", Eval)
 OPTIMIZERS: Kind[Optimizer] = Kind("optimizers", "optimizer", Optimizer)
 INPUT_TRANSFORMS: Kind[InputTransform] = Kind("input_transforms", "input transform", InputTransform)
 RELEASES: Kind[ReleaseList] = Kind("releases", "release list", ReleaseList)
+STEP_KERNELS: Kind[ServingKernel] = Kind("step_kernels", "step kernel", ServingKernel)
 
 KINDS: Mapping[str, Kind[Any]] = {
     kind.name: kind
@@ -135,6 +138,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         OPTIMIZERS,
         INPUT_TRANSFORMS,
         RELEASES,
+        STEP_KERNELS,
     )
 }
 """By name."""

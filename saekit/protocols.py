@@ -27,6 +27,7 @@ __all__ = [
     "Optimizer",
     "PretrainedLoader",
     "ReleaseList",
+    "ServingKernel",
     "Tracker",
 ]
 
@@ -214,3 +215,20 @@ class ReleaseList(Protocol):
 
     def releases(self) -> Iterable[Release]:
         """All of them.  Nothing is fetched, and nothing heavy imported."""
+
+
+class ServingKernel(Protocol):
+    """A faster way to make the steps of architectures that somebody else wrote; derive it from
+    :class:`saekit.kernels.StepKernel`, where all that it does is described."""
+
+    devices: Collection[str]
+    """The types of device that it is for, such as ``cuda``; elsewhere it is as if it were not there."""
+
+    def refuses(self, sae: Any, use: Any) -> str | None:
+        """Why it cannot serve this SAE, in words; None: it can."""
+
+    def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Any) -> StepOutput:
+        """A training step, with its gradients, without autograd."""
+
+    def groups(self, sae: Any, rows: Tensor, workspace: Any) -> Iterator[tuple[int, Any]]:
+        """The features of rows, for inference."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import attrs
 import numpy as np
-import torch
 from torch import Tensor
 
 from saekit.kernels.encoder import CHUNK, dense_above, entries_where
@@ -96,7 +95,8 @@ def _sparse_if_cheaper(part: Tensor, limit: float, workspace: Workspace) -> Feat
     first = part[: len(part) // 64 + 1]
     if np.count_nonzero(first.numpy()) > limit * first.numel():
         return part
-    found = entries_where(torch.ne(part, 0, out=workspace.mask_like(part)), limit=int(limit * part.numel()))
+    mask = workspace.mask_like(part).copy_(part)  # whether they are not zero, at half of what a comparison costs
+    found = entries_where(mask, limit=int(limit * part.numel()))
     if found is None:
         return part
     flat, rows, columns = found

@@ -6,6 +6,8 @@ and where all do, autograd is.
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -21,7 +23,7 @@ from saekit.kernels.screen import why_no_screen
 from saekit.kernels.workspace import Workspace
 from saekit.values import StepInput, StepOutput
 
-__all__ = ["SparseKernel", "StepKernel", "Use", "choose"]
+__all__ = ["Served", "SparseKernel", "StepKernel", "Use", "choose", "kernels_of"]
 
 S = TypeVar("S")
 
@@ -51,6 +53,8 @@ class StepKernel(Generic[S]):
     """For dictionaries of the class ``S``.  It has no state: one object serves all."""
 
     name: ClassVar[str] = "fast kernels"
+    devices: frozenset[str] = frozenset(KERNEL_DEVICES)
+    """The types of device that it is for; elsewhere one from a plugin is as if it were not there."""
     spreads_over: ClassVar[frozenset[str]] = frozenset()
     """What may be split over processes, and its steps are still those of one process: ``data``, ``features``.  Each
     class says so for itself."""
@@ -99,8 +103,8 @@ class SparseKernel(StepKernel[S]):
             return 'kernels is "reference"'
         if use.compiled:
             return "it is compiled"
-        if use.device.type not in KERNEL_DEVICES:
-            return f"the kernels are for {' and '.join(KERNEL_DEVICES)}, not for {use.device.type}"
+        if use.device.type not in self.devices:
+            return f"the kernels are for {' and '.join(sorted(self.devices))}, not for {use.device.type}"
         if use.autocast:
             return "autocast rounds its products"
         wide = use.dtype == torch.float64 and (use.asked == "fast" or not use.training)
@@ -131,6 +135,29 @@ class SparseKernel(StepKernel[S]):
         if reason is None and not sae.W_enc.T.is_contiguous():
             return "the numbers of a column of W_enc do not lie together"
         return reason
+
+
+class Served(tuple[StepKernel[Any], ...]):
+    """Kernels of plugins.  Where a pickle is read, it has those whose plugins are there."""
+
+    def __deepcopy__(self, memo: object) -> Served:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _found, tuple(map(pickle.dumps, self))
+
+
+def _found(*pickled: bytes) -> Served:
+    found = []
+    for each in pickled:
+        with contextlib.suppress(ImportError, AttributeError):
+            found.append(pickle.loads(each))  # of a pickle that is being read
+    return Served(found)
+
+
+def kernels_of(sae: Any, device: torch.device) -> list[StepKernel[Any]]:
+    """Those of plugins that are for ``device``, and then those that the architecture of ``sae`` lists."""
+    return [*(kernel for kernel in sae.served_by if device.type in kernel.devices), *sae.step_kernels]
 
 
 def choose(kernels: Sequence[StepKernel[S]], sae: S, use: Use) -> tuple[StepKernel[S] | None, str]:

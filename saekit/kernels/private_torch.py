@@ -7,6 +7,7 @@ numbers, when it is first wanted.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,11 @@ __all__ = [
     "public_is_of_compiler", "public_relu_gradient_", "relu_gradient_",
 ]  # fmt: skip
 
+_WITHOUT_BFLOAT16 = frozenset({
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_MIC", "AVX512_MIC_4OPS", "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+})  # fmt: skip
+"""What oneDNN may be held to, by its documentation of ``ONEDNN_MAX_CPU_ISA``, that has no such products of float32."""
 _AT_ONCE = 1 << 22  # numbers that the public way holds in between
 
 
@@ -123,7 +129,13 @@ def _compiler_errors() -> type[BaseException] | None:
 
 @functools.cache
 def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself; False where torch does not tell."""
+    """Whether this CPU multiplies bfloat16 by itself, and oneDNN, which does it for torch, may use that.
+
+    False where torch does not tell.
+    """
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if held.upper() in _WITHOUT_BFLOAT16:
+        return False
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks) and torch.backends.mkldnn.is_available()
 

@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from saekit.kernels.private_torch import entry_products
 
-__all__ = ["SparseFeatures"]
+__all__ = ["SparseFeatures", "segment_sums"]
 
 # Features whose weight gradients are made at once: they stay in the cache, and their memory is used again.
 _BLOCK = 2048
@@ -74,11 +74,11 @@ class SparseFeatures:
 
     def kept(self, mask: Tensor) -> SparseFeatures:
         """The entries where ``mask [entries]`` is true."""
-        return SparseFeatures(self.rows[mask], self.features[mask], self.values[mask], self.n, self.d_sae)
+        return type(self)(self.rows[mask], self.features[mask], self.values[mask], self.n, self.d_sae)
 
     def with_values(self, values: Tensor) -> SparseFeatures:
         """The same entries with other ``values [entries]``."""
-        other = SparseFeatures(self.rows, self.features, values, self.n, self.d_sae)
+        other = type(self)(self.rows, self.features, values, self.n, self.d_sae)
         vars(other).update({name: vars(self)[name] for name in ("starts", "_by_feature") if name in vars(self)})
         return other
 
@@ -136,10 +136,15 @@ class SparseFeatures:
 
     def sums(self, values: Tensor) -> Tensor:
         """``[d_sae]``: for each feature the sum of its entries' ``values [entries]``."""
+        if _adds_in_any_order(values):
+            by_feature = self._by_feature
+            return segment_sums(values[by_feature.order], by_feature.starts)
         return values.new_zeros(self.d_sae).index_add_(0, self.features, values)
 
     def row_sums(self, values: Tensor) -> Tensor:
         """``[n]``: for each row the sum of its entries' ``values [entries]``."""
+        if _adds_in_any_order(values):
+            return segment_sums(values, self.starts)
         return values.new_zeros(self.n).index_add_(0, self.rows, values)
 
     def counts(self) -> Tensor:
@@ -174,6 +179,20 @@ class SparseFeatures:
         values[self.rows, place] = self.values
         numbers[self.rows, place] = torch.arange(len(self), device=self.rows.device)
         return values, numbers
+
+
+def _adds_in_any_order(values: Tensor) -> bool:
+    """Whether ``index_add_`` adds by atomic operations, so that sums of these numbers differ from call to call."""
+    return values.device.type != "cpu" and values.is_floating_point()
+
+
+def segment_sums(values: Tensor, starts: Tensor) -> Tensor:
+    """``[segments]``: the sums of ``values [entries]`` from each of ``starts [segments]`` to the next, in their order.
+
+    Nothing waits for the device.
+    """
+    ends = torch.cat([starts, starts.new_full((1,), len(values))])
+    return torch.segment_reduce(values, "sum", offsets=ends, unsafe=True)
 
 
 def _starts(sorted_keys: Tensor, number: int) -> Tensor:

@@ -140,3 +140,14 @@ def saekit_register_releases() -> Iterable[Entry]:
     :func:`saekit.pretrained.read_releases` makes of a TOML file is one.  It is built with the defaults of its options,
     and its releases have the qualified names ``distribution:name``.
     """
+
+
+@hookspec
+def saekit_register_step_kernels() -> Iterable[Entry]:
+    """Faster steps of architectures that others wrote.
+
+    ``build(config) -> saekit.kernels.StepKernel``, for the architectures that ``Entry.serves`` names and the types of
+    device in its ``devices``.  Where it does not refuse an SAE, it is taken before the kernels that the architecture
+    lists; its steps must be those of autograd.  It is built with the defaults of its options, where what it
+    ``requires`` is installed.
+    """

@@ -50,6 +50,8 @@ class Entry:
     timed: bool = True
     """Of a model backend: whether `saekit plan` loads a second copy of a model to time it beside the backend that was
     chosen.  False of one that is never the quickest."""
+    serves: Sequence[str] = ()
+    """Of a step kernel: the qualified keys of the architectures that it is for, such as ``saekit:topk``."""
 
 
 @attrs.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import attrs
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from saekit.config import PluginChoice
 from saekit.config.files import plain_config
-from saekit.errors import ConfigError, PluginFailedError
-from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS
+from saekit.errors import ConfigError, PluginFailedError, PluginWarning, SaekitError
+from saekit.kernels.kernel import Served
+from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, STEP_KERNELS
 from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
+from saekit.reasons import last_line
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, Start
 from saekit.transforms import RowTransform
@@ -45,9 +48,24 @@ def build_module(
             raise
         raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
+    sae.served_by = _serving(item.key, plugins)
     if input_transform is not None:
         give_transform(sae, input_transform, plugins)
     return sae
+
+
+def _serving(key: str, plugins: PluginManager) -> Served:
+    """The kernels of plugins for the architecture ``key``.  One that cannot be built is left out with a warning: it is
+    only about speed."""
+    found: list[Any] = []
+    for item in plugins.registry(STEP_KERNELS).items:
+        if key in item.entry.serves and not item.missing():
+            try:
+                found.append(plugins.build(STEP_KERNELS, item.key))
+            except (SaekitError, ImportError) as error:
+                text = f"the step kernel {item.key} is left out: {last_line(error)}"
+                warnings.warn(text, PluginWarning, stacklevel=3)
+    return Served(found)
 
 
 def give_transform(sae: SAEModule, choice: PluginChoice, plugins: PluginManager) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.compiling import leave_out, not_compiled
 from saekit.distributed.group import JoinedGroup
 from saekit.distributed.share import WHOLE, Share
-from saekit.kernels.kernel import StepKernel, Use, choose
+from saekit.kernels.kernel import Served, StepKernel, Use, choose, kernels_of
 from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
 from saekit.sae.casting import Castable
@@ -32,6 +32,8 @@ class Ways(Castable):
     plain torch."""
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     """The fast ways of this very class, the best first.  One that changes the mathematics inherits none."""
+    served_by: Served = Served()
+    """Those of plugins that say that they serve this architecture; they are asked first."""
     beside_mathematics: ClassVar[frozenset[str]] = frozenset()
     """Functions that a class adds and that change nothing of it, such as those of files: whoever overrides one of them
     keeps the kernels."""
@@ -115,8 +117,9 @@ class Ways(Castable):
             learning=learning,
             spread=self.spread if training else frozenset(),
         )
-        kernel, reasons = choose(self.step_kernels, self, use)
-        if kernel is not None and (changed := overridden(type(self), "step_kernels")) is not None:
+        kernel, reasons = choose(kernels_of(self, device), self, use)
+        own = kernel is not None and kernel not in self.served_by
+        if own and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
 

@@ -15,6 +15,7 @@ import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
 from saekit.kernels import Encoder
+from saekit.kernels.private_torch import has_bfloat16_products
 from saekit.kernels.screen import Screen
 from saekit.values import StepInput
 
@@ -114,6 +115,16 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
     assert built(StandardConfig(d_sae=2048)).step_path() == "fast kernels, a first look in bfloat16"
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("held", "has"), [("AVX2", False), ("avx512_core_vnni", False), ("AVX512_CORE_BF16", True)])
+def test_a_library_that_is_held_to_less_makes_no_bfloat16_products(
+    held: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN would make them another way, many times as slow as float32."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    assert has_bfloat16_products.__wrapped__() is has
 
 
 def test_two_screens_at_once() -> None:

@@ -73,6 +73,10 @@ def test_hook_saekit_register_releases() -> None:
     registers_and_builds("releases")
 
 
+def test_hook_saekit_register_step_kernels() -> None:
+    registers_and_builds("step_kernels")
+
+
 def test_every_hook_has_a_test_and_a_docstring_and_no_argument() -> None:
     hooks = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("saekit_register_")}
     assert set(hooks) == {f"saekit_register_{kind}" for kind in KINDS}

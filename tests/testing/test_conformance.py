@@ -338,6 +338,8 @@ SILENT = {
     "ghost": "use_ghost_grads has no fast path",
     "map": "it takes no map: no matrix can be folded into W_dec [d_sae, d_out], which does not change with d_out as a "
     "matrix of one layer does",
+    "no Triton": "needs triton, not installed here",
+    "no GPU": "there is no cuda here",
     "row-wise": "it is not row-wise",
     "hook points": "its library is told of no hook points",
     "not row-wise": "it is row-wise",

@@ -128,14 +128,14 @@ def step_input(sae: SAE, *, step: int = 3, dead: float = 0.0, target: Tensor | N
         raise NotTried(f"it is for inference alone: {sae.why_no_training}")
     mask = None
     if dead:
-        mask = torch.rand(sae.d_sae, generator=seeded(9)) < dead
+        mask = (torch.rand(sae.d_sae, generator=seeded(9)) < dead).to(sae.device)
     return StepInput(step=step, steps=10, generator=seeded(7), dead=mask, target=target)
 
 
 def stepped(sae: SAE, *, n: int = ROWS, seed: int = 5, **how: Any) -> StepOutput:
     """A training step, which leaves gradients; by the way that ``sae.kernels`` says."""
-    x, target = rows(sae.ports, n, seed)
-    return sae.training_step(x, step_input(sae, target=target, **how))
+    x, target = (None if one is None else one.to(sae.device) for one in rows(sae.ports, n, seed))
+    return sae.training_step(x, step_input(sae, target=target, **how))  # type: ignore[arg-type]
 
 
 def must_be_one_step(

@@ -22,6 +22,7 @@ from saekit.testing.checks.dictionaries import (
     with_factors,
 )
 from saekit.testing.checks.kept_dictionaries import KEPT
+from saekit.testing.checks.kernel_ways import must_infer_alike, must_step_alike
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.testing.checks.spread_dictionaries import SPREAD
 from saekit.transforms import Affine
@@ -183,44 +184,23 @@ def targets(subject: Subject) -> None:
 @CHECKS.add
 def kernels(subject: Subject) -> None:
     """Every step kernel does what autograd does of ``losses``: reports, gradients and state, to 1e-9 in float64."""
+    from saekit.kernels.kernel import Served
+
     tried, refused = 0, ["it has none"]
     for where, ports in takes(subject):
         sae = made(subject, ports)
         for kernel in sae.step_kernels:
-            reason = _refusal(sae, kernel)
+            fast: Any = copied(sae, "fast")
+            fast.served_by, fast.step_kernels = Served(), (kernel,)
+            reason = fast.why_reference()
             if reason is not None:
                 refused.append(f"{kernel.name}: {reason}")
                 continue
             tried += 1
-            for number, dead in ((0, 0.0), (3, 0.0), (3, 0.4), (9, 1.0)):
-                fast, plain = _by(sae, kernel), copied(sae, "reference")
-                found, expected = (stepped(one, step=number, dead=dead) for one in (fast, plain))
-                must_be_one_step(fast, found, plain, expected, where=f" ({where}, {kernel.name})")
-            _must_infer_alike(_by(sae, kernel), copied(sae, "reference"), f"{where}, {kernel.name}")
+            must_step_alike(fast, sae, f"{where}, {kernel.name}")
+            must_infer_alike(fast, sae, f"{where}, {kernel.name}")
     if not tried:
         raise NotTried("; ".join(dict.fromkeys(refused[-4:])))
-
-
-def _by(sae: SAE, kernel: Any) -> SAE:
-    """A copy that has this kernel alone."""
-    found: Any = copied(sae, "fast")
-    found.step_kernels = (kernel,)
-    return found  # type: ignore[no-any-return]
-
-
-def _refusal(sae: SAE, kernel: Any) -> str | None:
-    return _by(sae, kernel).why_reference()
-
-
-def _must_infer_alike(fast: SAE, plain: SAE, where: str) -> None:
-    import torch
-
-    x, _ = rows(fast.ports)
-    with torch.no_grad():
-        features = plain.encode(x)
-        must_agree(f"features ({where})", fast.encode(x), features, _EXACT)
-        must_agree(f"outputs ({where})", fast(x), plain(x), _EXACT)
-        must_agree(f"decoded features ({where})", fast.decode(features), plain.decode(features), _EXACT)
 
 
 @CHECKS.add

@@ -13,6 +13,7 @@ from support.faulty import (
     releases,
     schedules,
     sources,
+    step_kernels,
     trackers,
     transforms,
 )
@@ -33,6 +34,7 @@ CASES: dict[tuple[str, str], Case] = {
         "pretrained_loaders": loaders.CASES,
         "releases": releases.CASES,
         "sae_architectures": architectures.CASES,
+        "step_kernels": step_kernels.CASES,
         "trackers": trackers.CASES,
     }.items()
     for case in cases

@@ -1,0 +1,106 @@
+"""Steps and products in Triton are those of plain torch, interpreted on a CPU (``make test-triton``) or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saekit_plugins.architectures.batchtopk import BatchTopKConfig
+from saekit_plugins.architectures.topk import TopKConfig
+from support.kernels import adam, built, seeded
+
+import saekit
+from saekit.config import SAEConfig
+from saekit.kernels import SparseFeatures
+from saekit.values import StepInput
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (make test-triton)")
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()),
+    reason="there is no GPU, and Triton is not interpreted (make test-triton)",
+)
+CONFIGS = [
+    TopKConfig(d_sae=96, k=4),
+    TopKConfig(d_sae=96, k=4, rescale_acts_by_decoder_norm=False),
+    BatchTopKConfig(d_sae=96, k=2.5),
+]
+
+
+def sparse(seed: int, n: int, d_sae: int, per_row: int, dtype: torch.dtype = torch.float64) -> SparseFeatures:
+    """Features of which some rows, and some features, have no entry."""
+    mask = torch.rand(n, d_sae, generator=seeded(seed)) < per_row / d_sae
+    mask[n // 2] = False
+    mask[:, d_sae // 2] = False
+    rows, features = mask.nonzero(as_tuple=True)
+    values = torch.randn(len(rows), generator=seeded(seed + 1), dtype=dtype)
+    return SparseFeatures(*(one.to(DEVICE) for one in (rows, features, values)), n, d_sae)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**20), n=st.integers(1, 7), d_sae=st.integers(1, 12), width=st.sampled_from([1, 3, 8, 513]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)  # fmt: skip
+def test_products_are_those_of_torch(seed: int, n: int, d_sae: int, width: int, dtype: torch.dtype) -> None:
+    from saekit_plugins.kernels.triton.products import TritonFeatures
+
+    plain = sparse(seed, n, d_sae, 3, dtype)
+    fast = TritonFeatures.of(plain)
+    weights = torch.randn(d_sae, width, generator=seeded(seed + 2), dtype=dtype).to(DEVICE)
+    vectors = torch.randn(n, width, generator=seeded(seed + 3), dtype=dtype).to(DEVICE)
+    dense = plain.dense()
+    torch.testing.assert_close(fast.decoded(weights), dense @ weights)
+    torch.testing.assert_close(fast.inner_products(vectors, weights), (vectors @ weights.T)[plain.rows, plain.features])
+    out = torch.randn(d_sae, width, generator=seeded(seed + 4), dtype=dtype).to(DEVICE)
+    added, replaced = out.clone(), out.clone()
+    fast.add_outer_products(plain.values, vectors, added)
+    fast.add_outer_products(plain.values, vectors, replaced, replace=True)
+    torch.testing.assert_close(added, out + dense.T @ vectors)
+    torch.testing.assert_close(replaced, dense.T @ vectors)
+    assert isinstance(fast.scaled(torch.ones(d_sae, device=DEVICE, dtype=dtype)), TritonFeatures)
+
+
+def trained(config: SAEConfig, *, served: bool) -> tuple[Any, list[float]]:
+    sae: Any = built(config, d_in=24).double().to(DEVICE)
+    sae.kernels = "fast"
+    if not served:
+        sae.served_by = saekit.kernels.kernel.Served()
+    optimizer, losses = adam(sae), []
+    x = torch.randn(40, 24, generator=seeded(1), dtype=torch.float64).to(DEVICE)
+    for step in range(4):
+        dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=DEVICE)
+        found = sae.training_step(x, StepInput(step=step, generator=seeded(), dead=dead))
+        losses.append(float(found.loss))
+        sae.before_update()
+        optimizer.step(step)
+        sae.after_update()
+    return sae, losses
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["topk", "topk plain", "batchtopk"])
+def test_steps_are_those_of_torch(config: SAEConfig) -> None:
+    served, losses = trained(config, served=True)
+    plain, expected = trained(config, served=False)
+    assert served.step_path().startswith("Triton kernels")
+    assert plain.step_path().startswith("fast kernels")
+    assert losses == pytest.approx(expected, rel=1e-12)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(served.state_dict()[name], value, rtol=1e-9, atol=1e-11)
+    x = torch.randn(9, 24, generator=seeded(2), dtype=torch.float64).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(served(x), plain(x))
+        torch.testing.assert_close(served.encode(x), plain.encode(x))
+
+
+def test_copies_and_pickles_keep_the_kernels() -> None:
+    sae = built(TopKConfig(d_sae=96, k=4), d_in=24).to(DEVICE)
+    for other in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert other.step_path() == sae.step_path()
+        assert other.step_path().startswith("Triton kernels")

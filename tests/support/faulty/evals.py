@@ -122,6 +122,16 @@ class Unshared(Norms):
         return sums
 
 
+class LooksAtWeights(Norms):
+    """It says that it begins without the weights, and does not."""
+
+    shares_contexts = True
+
+    def start(self, sae: Any, sites: Any) -> Sums:
+        assert float(sae.decoder_norms().sum()) > 0
+        return super().start(sae, sites)
+
+
 CASES = cases(
     "evals",
     {
@@ -141,6 +151,7 @@ CASES = cases(
         "merge_in_any_order": ("parts in another order, norm: found", lambda config, run: FirstCounts()),
         "parts_are_the_whole": ("the numbers of parts, norm: found", lambda config, run: Forgets()),
         "two_processes": ("cannot pickle '_thread.lock' object", lambda config, run: Unshared()),
+        "dealt_out": ("cannot be called on meta tensors", lambda config, run: LooksAtWeights()),
         "several_in_one_pass": ("an SAE beside another, norm: found", lambda config, run: SharesSums()),
         "called_alone": ("the numbers of a call, norm: found -1, expected", lambda config, run: OtherNumbers()),
         "several": ("the numbers of an SAE after another's, features: found 40.0", lambda config, run: keeping()),

@@ -23,11 +23,14 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Steps of 2 and of 4 processes against those of one: every architecture that trains, with every mix of options.  And a run
-# of which a process is killed at thirty random moments, against one that is left alone.
+# of which a process is killed at thirty random moments, against one that is left alone.  Then all else of many processes, of
+# which `make test` runs a part.
 test-processes: $(STAMP)
 	SAEKIT_PROCESSES=2 $(BIN)/python -m pytest -n 0 tests/distributed/test_equal_steps.py
 	SAEKIT_PROCESSES=4 $(BIN)/python -m pytest -n 0 tests/distributed/test_equal_steps.py
-	SAEKIT_KILLS=30 $(BIN)/python -m pytest -n 0 -s tests/distributed/test_random_kills.py
+	SAEKIT_PROCESSES=2 SAEKIT_KILLS=30 $(BIN)/python -m pytest -n 0 -s tests/distributed/test_random_kills.py
+	SAEKIT_PROCESSES=2 $(BIN)/python -m pytest -n auto --dist worksteal tests/distributed \
+		--deselect tests/distributed/test_random_kills.py --deselect tests/distributed/test_equal_steps.py
 
 # The suite against the newest versions that pyproject.toml allows, as they are today; torch stays the tested build, for the
 # reason below.

@@ -10,6 +10,14 @@ import pytest
 from support.processes import Results, once
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked ``processes`` takes many launches: ``make test-processes`` runs it, the suite a part."""
+    if "SAEKIT_PROCESSES" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("processes"):
+                item.add_marker(pytest.mark.skip(reason="make test-processes runs it"))
+
+
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the calls of this file leave what they write; pytest's workers share it."""

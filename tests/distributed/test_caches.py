@@ -21,7 +21,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.processes)])
 def test_the_files_are_those_of_one_process(alone: Path, tmp_path: Path, size: int) -> None:
     launch(size, [spread_caches.__file__, str(tmp_path), "whole", ""])
     for name in (*CACHES, "more"):
@@ -33,7 +33,9 @@ def test_the_files_are_those_of_one_process(alone: Path, tmp_path: Path, size: i
     assert min(shards["chosen"], shards["by mask"], shards["ends"]) > 2
 
 
-@pytest.mark.parametrize(("how", "rank"), [("killed", 1), ("killed", 0), ("fails", 1)])
+@pytest.mark.parametrize(
+    ("how", "rank"), [("killed", 1), pytest.param("killed", 0, marks=pytest.mark.processes), ("fails", 1)]
+)
 def test_one_that_ends_leaves_a_cache_to_go_on_with(alone: Path, tmp_path: Path, how: str, rank: int) -> None:
     found = ended(2, [spread_caches.__file__, str(tmp_path), how, str(rank)], timeout=90)
     assert found[rank][0] == (-signal.SIGKILL if how == "killed" else 1)

@@ -33,6 +33,7 @@ def test_messages_of_two_processes_are_those_of_the_model() -> None:
     assert not far, "but for losses and a few numbers more"
 
 
+@pytest.mark.processes
 def test_two_processes_are_timed_beside_one() -> None:
     text = ran("processes", "--rounds", 1, "--rows", 64, "--size", 16, 64, "--only", "topk", "standard", "--where")
     for kind in ("topk", "standard"):

@@ -30,7 +30,7 @@ TIMEOUT = 90  # seconds; a process waits for the others for ten minutes
                 -signal.SIGKILL,
                 "process 0 has gone or hangs: it was killed or stopped, or its machine is not there any more",
             ),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.processes,
         ),
         ("fails", 1, 1, "process 1 ended: "),
     ],

@@ -37,7 +37,7 @@ def left_by(folder: Path) -> dict[str, object]:
     return {**kept, "files": last["files"], "batches": last["batches"]}
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_random_kills_change_no_byte(tmp_path: Path) -> None:
     begun = time.monotonic()
     assert [code for code, _ in gone_on(tmp_path / "whole")] == [0, 0]

@@ -174,6 +174,7 @@ def test_a_source_that_knows_nothing_of_it_is_asked_by_each(found: dict[str, lis
         assert "gave other rows in this process than in another" in result["error"]
 
 
+@pytest.mark.processes
 def test_batches_split_and_saes_laid_out(folder: Path) -> None:
     """Four processes; in float64, for sums are made in another order."""
     calls = {"both": Call(f"{SWEEPS}:given", 2, given=(str(folder / "both"), "seeded", DRAWN), saes=2)}
@@ -218,7 +219,7 @@ def test_the_command_line_lays_out_a_grid(tmp_path: Path) -> None:
     assert all(path.endswith(("config.toml", "checkpoint.json")) for path in ours if ours[path] != theirs[path])
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_one_that_is_killed_ends_all(tmp_path: Path) -> None:
     (code, said), (killed, _) = ended(2, [sweeps.__file__, "killed", str(tmp_path)], timeout=90)
     assert (code, killed) == (1, -9)

@@ -31,7 +31,7 @@ def ends(folder: Path, fault: str, rank: int = 1, *words: str, **environment: st
     return ended(2, [spread_faults.__file__, *command], TIMEOUT, **{"TORCHRUN": "30", **environment})
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.processes), 1])
 def test_an_exception_is_told_by_the_process_that_had_it(tmp_path: Path, rank: int) -> None:
     found = ends(tmp_path, "raises", rank)
     assert [code for code, _ in found] == [1, 1]
@@ -61,6 +61,7 @@ def test_a_full_disk_ends_all_where_the_sae_is_saved(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "run").facts["batches"] < 10
 
 
+@pytest.mark.processes
 def test_signals_that_come_again_change_nothing(tmp_path: Path) -> None:
     """Of the cluster to each process, and of torchrun, which passes on what it gets."""
     first, second = ends(tmp_path, "terminated often")
@@ -70,7 +71,7 @@ def test_signals_that_come_again_change_nothing(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "run").folder.name == "step-6"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_one_that_hangs_ends_the_other(tmp_path: Path, rank: int) -> None:
     """Also where it is the one that has what they tell each other by."""
     found = ends(tmp_path, "stopped", rank, "distributed.timeout_s=3", TORCHRUN="1")  # nobody but it is there by then
@@ -113,7 +114,7 @@ def test_other_plugins_are_found_at_the_start(tmp_path: Path) -> None:
     ("words", "told"),
     [
         ("training.lr=0.5", "process 1 has another option than process 0: training.lr is 0.5, not 0.0004"),
-        pytest.param("distributed.timeout_s=50", "distributed.timeout_s is 50", marks=pytest.mark.slow),
+        pytest.param("distributed.timeout_s=50", "distributed.timeout_s is 50", marks=pytest.mark.processes),
     ],
 )
 def test_other_options_are_found_at_the_start(tmp_path: Path, words: str, told: str) -> None:

@@ -9,5 +9,8 @@ from .normalize import activation_scale as activation_scale
 from .packer import ContextPacker as ContextPacker
 from .packer import TokenPolicy as TokenPolicy
 from .prefetch import Prefetched as Prefetched
+from .recipe import computed_by as computed_by
+from .recipe import told_of_others as told_of_others
+from .recipe import with_rows as with_rows
 from .stream import StreamContext as StreamContext
 from .text import Documents as Documents

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saekit.kernels.features import Features
-from saekit.kernels.gradients import FeatureGradient
+from saekit.kernels.gradients import FeatureGradient, decoded_by_all
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.step import FastStep
 from saekit.kernels.workspace import Workspace
@@ -58,7 +58,7 @@ class NestedStep(FastStep):
             raise ValueError("levels are made of one sparse group, which has all rows")
         levels, n = len(self._ends), features.n
         by_level, order = self._by_level(features)
-        outputs = by_level.decoded(self.gradients.decoder).view(levels, n, -1)
+        outputs = decoded_by_all(by_level, self.gradients.decoder, None, self._sae.share).view(levels, n, -1)
         outputs[0] += self._sae.b_dec.detach()
         for level in range(1, levels):
             outputs[level] += outputs[level - 1]

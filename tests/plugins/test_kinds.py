@@ -26,6 +26,7 @@ def test_hook_label_and_promises_follow_from_a_kind() -> None:
     assert {kind.one for kind in KINDS.values()} == {
         "a model backend", "an activation function", "a pretrained loader", "an LR schedule", "an SAE architecture",
         "an activation source", "a tracker", "an eval", "an optimizer", "an input transform", "a release list",
+        "a step kernel",
     }  # fmt: skip
     for kind in KINDS.values():
         assert kind.methods or kind.values, "it promises something"

@@ -140,13 +140,13 @@ def test_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = built(CONFIGS["standard"])
     tensors = {name: value.detach().clone() for name, value in sae.named_parameters()}
     left: list[list[str]] = []
-    fill = taking._fill
+    fill = taking.fill
 
     def watched(memory: Tensor, values: Tensor, *, alone: bool) -> None:
         left.append(list(tensors))
         fill(memory, values, alone=alone)
 
-    monkeypatch.setattr(taking, "_fill", watched)
+    monkeypatch.setattr(taking, "fill", watched)
     names = list(tensors)
     taking.take_over(sae, tensors, torch.float32, torch.device("cpu"))
     assert left == [names[n + 1 :] for n in range(len(names))]

@@ -175,7 +175,7 @@ class LiveSource:
     def state_dict(self) -> dict[str, Any]:
         # How many rows wait by now is a matter of time; they are made again, so that the same step has the same state.
         contexts, ended = self._shuffled
-        from saekit.data.recipe import computed_by
+        from saekit.data import computed_by
 
         made_with = {"made_with": computed_by(self._stream.backend.device)} if self._stream.keeps_recipe else {}
         buffer = self._buffer.state_dict(waiting=False)
@@ -189,7 +189,7 @@ class LiveSource:
 
     def _with_rows(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """The state of the buffer, where that has a recipe with the rows that the model makes by it."""
-        from saekit.data.recipe import told_of_others, with_rows
+        from saekit.data import told_of_others, with_rows
 
         self.pause()
         self._buffer.check_fits(state["buffer"])

@@ -21,6 +21,7 @@ import saekit
 from saekit import Batch, ConfigError, Entry
 from saekit.errors import TrainingInterrupted
 from saekit.runs.checkpoints import newest_checkpoint
+from saekit.runs.timing import bytes_text
 from saekit.testing import FakeConfig
 from saekit.testing.fakes import plugin_of
 
@@ -206,7 +207,8 @@ def test_the_plan_tells_both(tmp_path: Path) -> None:
         for buffer in ("rows", "recipe")
     }
     numbers = found["recipe"].numbers
-    assert found["recipe"].facts["buffer in checkpoints"].startswith("81.9 kB as rows; about ")
+    rows = f"{bytes_text(numbers['buffer_bytes'])} as rows; about "
+    assert found["recipe"].facts["buffer in checkpoints"].startswith(rows)
     assert (
         "as a recipe (as it is), and about 15 forwards to go on from it, "
         in found["recipe"].facts["buffer in checkpoints"]

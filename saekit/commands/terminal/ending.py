@@ -30,6 +30,9 @@ def last_words(error: BaseException, text: str) -> None:
     Of what ends each before it has met the others, it is the first of each machine that says it: whoever started them
     ends the others then.
     """
+    if "WORLD_SIZE" not in os.environ:
+        complain(text)
+        return
     from saekit.distributed.launched import Launched  # not at every start
     from saekit.distributed.telling import told_by
 

@@ -41,7 +41,10 @@ def build(subject: Subject) -> None:
 def serves(subject: Subject) -> None:
     """``Entry.serves`` has the qualified keys of architectures, such as ``saekit:topk``."""
     keys = subject.item.entry.serves
-    must(not isinstance(keys, str) and len(keys), f"it serves {keys!r}, expected keys such as ('my-distribution:my_architecture',)")
+    must(
+        not isinstance(keys, str) and len(keys),
+        f"it serves {keys!r}, expected keys such as ('my-distribution:my_architecture',)",
+    )
     for key in keys:
         try:
             right = subject.plugins.get(SAE_ARCHITECTURES, key).key

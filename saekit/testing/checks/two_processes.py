@@ -29,8 +29,9 @@ __all__ = ["DATA", "FEATURES", "Mesh", "on_two"]
 Mesh = tuple[int, int]
 DATA, FEATURES = (2, 1), (1, 2)
 """Batches split over the two, and features split over them."""
-_TIMEOUT, _PATIENCE, _BETWEEN = 60.0, 180.0, 0.005
-"""Seconds that one waits for the other, that both may take, and between looks whether they have ended."""
+_TIMEOUT, _PATIENCE, _BETWEEN, _MEETINGS = 30.0, 120.0, 0.005, 2
+"""Seconds that one waits for the other, that both may take, and between looks whether they have ended; and how often they
+are started, where they do not meet: forks of a process with threads may be born without a lock that they need."""
 
 
 @attrs.frozen
@@ -40,6 +41,8 @@ class _Failed:
     text: str
     lost: bool
     """Whether it is that the other has gone."""
+    met: bool = True
+    """Whether they were at work by then."""
 
 
 def on_two(works: Mapping[Mesh, Callable[[World], Any]], place: Path) -> dict[Mesh, list[Any]]:
@@ -50,11 +53,14 @@ def on_two(works: Mapping[Mesh, Callable[[World], Any]], place: Path) -> dict[Me
     """
     if not hasattr(os, "fork"):
         raise NotTried("processes cannot be forked here")
-    folder = Path(tempfile.mkdtemp(dir=place))
-    children = [_started(rank, works, folder) for rank in range(2)]
-    codes = _waited_for(children)
-    found = [_read(folder, rank, code) for rank, code in enumerate(codes)]
-    failures = [one for one in found if isinstance(one, (_Failed, NotTried))]
+    for _ in range(_MEETINGS):
+        folder = Path(tempfile.mkdtemp(dir=place))
+        children = [_started(rank, works, folder) for rank in range(2)]
+        codes = _waited_for(children)
+        found = [_read(folder, rank, code) for rank, code in enumerate(codes)]
+        failures = [one for one in found if isinstance(one, (_Failed, NotTried))]
+        if not any(isinstance(one, _Failed) and not one.met for one in failures):
+            break
     if refused := next((one for one in failures if isinstance(one, NotTried)), None):
         raise refused
     if failures:
@@ -83,7 +89,7 @@ def _work(rank: int, works: Mapping[Mesh, Callable[[World], Any]], folder: Path)
         found = _made(rank, works, folder)
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
     except BaseException as error:
-        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(_Failed(error_text(error), lost=False)))
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(_Failed(error_text(error), lost=False, met=False)))
     finally:
         os._exit(0)
 

@@ -30,8 +30,8 @@ Mesh = tuple[int, int]
 DATA, FEATURES = (2, 1), (1, 2)
 """Batches split over the two, and features split over them."""
 _TIMEOUT, _PATIENCE, _BETWEEN, _MEETINGS = 30.0, 120.0, 0.005, 2
-"""Seconds that one waits for the other, that both may take, and between looks whether they have ended; and how often they
-are started, where they do not meet: forks of a process with threads may be born without a lock that they need."""
+"""Seconds that one waits for the other, that both may take, and between looks whether they have ended; and how often
+they are started where they do not meet: forks of a process with threads may lack a lock that they need."""
 
 
 @attrs.frozen

@@ -10,7 +10,7 @@ import attrs
 from saekit.config.distributed import DistributedConfig
 from saekit.errors import ConfigError
 
-__all__ = ["Launched", "check_layout", "check_mesh", "refuse_several"]
+__all__ = ["Launched", "check_features", "check_layout", "check_mesh", "refuse_several"]
 
 
 @attrs.frozen
@@ -45,6 +45,14 @@ def refuse_several(doing: str) -> None:
         raise ConfigError(
             f"{size} processes were started (torchrun), and {doing} is for one; start it without torchrun, or unset "
             "RANK and WORLD_SIZE"
+        )
+
+
+def check_features(d_sae: int | None, parts: int) -> None:
+    """:class:`ConfigError` where ``d_sae`` features, as far as they are known, cannot be split into so many parts."""
+    if d_sae is not None and d_sae % parts:
+        raise ConfigError(
+            [("distributed.features", f"is {parts}, which does not divide the {d_sae:,} features of the SAE")]
         )
 
 

@@ -18,6 +18,7 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.devices import resolve_device
 from saekit.distributed.batches import SpreadSource, shares_rows, taken_over
+from saekit.distributed.launched import check_features
 from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES
@@ -389,6 +390,7 @@ class _Prepared:
     def of(cls, config: TrainConfig, plugins: PluginManager, d_sae: int | None, world: World) -> _Prepared:
         check_without_model(config, plugins)
         options, start = sae_options(config, plugins, d_sae, world)
+        check_features(options.d_sae, world.features.size)
         resolve_device(config.training.device, "training.device", options.dtype)
         chosen_trackers(config, plugins)
         return cls(options, start, make_schedule(config, plugins))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.distributed.group import Group
+from saekit.distributed.launched import check_features
 from saekit.distributed.share import WHOLE, Share
 from saekit.errors import ConfigError
 from saekit.files.mapped import is_mapped
@@ -44,10 +45,7 @@ def check_spread(sae: SAEModule, data: int, features: int) -> None:
             raise ConfigError([(f"distributed.{name}", f"would {doing} processes, and {changed}; {_instead(name)}")])
     if features == 1:
         return
-    if sae.d_sae % features:
-        raise ConfigError(
-            [("distributed.features", f"is {features}, which does not divide the {sae.d_sae:,} features of the SAE")]
-        )
+    check_features(sae.d_sae, features)
     if (reason := sae.why_not_split(features)) is not None:
         raise ConfigError([("distributed.features", f"is {features}, and {reason}")])
     known = {entry.name for entry in sae.table}

@@ -23,6 +23,7 @@ from saekit.distributed.batches import thinned
 from saekit.distributed.group import Group
 from saekit.distributed.launched import Launched, check_mesh, refuse_several
 from saekit.kinds import SAE_ARCHITECTURES
+from saekit.runs import session
 from saekit.runs.spreading import check_spreads
 from saekit.sae.build import build_module
 from saekit.sae.splitting import check_spread, give_part, keep_part, whole_like
@@ -156,6 +157,13 @@ def test_what_cannot_be_split_says_why() -> None:
     )
     assert "is 3, which does not divide the 32 features of the SAE" in refused(Case({"name": "topk", "k": 2}), 3)
     check_spread(Case({"name": "groupmax", "k": 2}).trainer(ALONE).sae, 4, 2)
+
+
+def test_features_that_cannot_be_split_are_refused_before_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "open_backend", lambda *given: pytest.fail("it is loaded"))
+    config, world = Case({"name": "topk", "k": 2}, d_sae=33).config, World(features=Part(0, 2))
+    with pytest.raises(ConfigError, match="distributed.features: is 2, which does not divide the 33 features"):
+        session.Session({"sae": config}, saekit.default_manager(), world=world)
 
 
 def test_a_subclass_that_changes_the_mathematics_says_so_anew() -> None:

@@ -14,11 +14,11 @@ import torch
 from support.causal_lms import causal_lm
 from support.recipes import Mixing
 from support.runs import HOOKS, LIVE, contents, fake_config, manager, on_cache, pressing, resume, train
+from support.spread_runs import SeededSource
 from support.tiny import hooked_transformer, run_config
-from torch import Tensor
 
 import saekit
-from saekit import Batch, ConfigError, Entry
+from saekit import ConfigError, Entry
 from saekit.errors import TrainingInterrupted
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.runs.timing import bytes_text
@@ -160,32 +160,8 @@ def test_it_may_be_changed_when_a_run_goes_on(tmp_path: Path, monkeypatch: pytes
     assert of_saes(Path("runs/run")) == of_saes(whole)
 
 
-class Stranger:
-    """Knows of no recipes."""
-
-    def __init__(self, config: Any, stream: Any) -> None:
-        self._site, self._n = stream.sites[0], stream.batch_size
-        self.widths = dict.fromkeys(stream.sites, 8)
-
-    def __iter__(self) -> Stranger:
-        return self
-
-    def __next__(self) -> Batch:
-        return Batch({self._site: torch.ones(self._n, 8)})
-
-    def peek(self) -> dict[Any, Tensor]:
-        return {self._site: torch.ones(self._n, 8)}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def test_a_source_that_cannot_is_refused_before_anything_runs(tmp_path: Path, cache: Path) -> None:
-    plugins = manager(None, plugin_of("activation_sources", Entry("stranger", FakeConfig, Stranger)))
+    plugins = manager(None, plugin_of("activation_sources", Entry("stranger", FakeConfig, SeededSource)))
     own = fake_config(tmp_path, {"name": "stranger"}, checkpoints=RECIPE)
     words = (
         "checkpoints.buffer: is 'recipe', and the activation source 'test:stranger' does not say that it can compute "

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["KERNEL_DEVICES", "free_memory", "resolve_device", "rows_on", "synchronize", "widest"]
+__all__ = ["KERNEL_DEVICES", "at_hand", "free_memory", "resolve_device", "rows_on", "sent", "synchronize", "widest"]
 
 KERNEL_DEVICES = ("cpu", "cuda")
 """The kinds of device that the fast kernels and torch's fused Adam are known to work on."""
+AT_HAND = frozenset({"cpu"})
+"""The kinds whose numbers can be looked at for nothing."""
 
 
 def resolve_device(device: str, option: str, dtype: str | None = None) -> str:
@@ -53,14 +55,35 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def rows_on(device: torch.device | str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rows`` on ``device`` in ``dtype``, whole.
+def at_hand(device: torch.device) -> bool:
+    """Whether a look at a number on ``device`` costs nothing.
 
-    Nobody waits for a copy to a GPU: what is done there with it comes after it.  A CPU would read before it is there.
+    On any other it waits for all that was given to the device so far: there nothing in a training step is decided by
+    what numbers are, and whatever is chosen has a fixed size.
+    """
+    return device.type in AT_HAND
+
+
+def rows_on(device: torch.device | str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows`` on ``device`` in ``dtype``, whole; see :func:`sent`."""
+    return sent(device, rows).to(dtype)
+
+
+def sent(device: torch.device | str, values: Tensor) -> Tensor:
+    """``values`` on ``device``.
+
+    Nobody waits for a copy to a GPU: what is done there with it comes after it.  It is made from pinned memory, since
+    from any other it begins when all before it is done, and torch does not return until then; torch keeps that memory
+    until the copy is made.  A copy to the CPU is waited for: who reads it would come before it.
     """
     import torch
 
-    return rows.to(device, dtype, non_blocking=torch.device(device).type != "cpu")
+    target = torch.device(device)
+    if target.type in ("cpu", "mps") or values.device.type != "cpu":  # MPS reads memory that may be used again by then
+        return values.to(target)
+    if target.type == "cuda" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(target, non_blocking=True)
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from saekit.abilities import OnTokens, TranslatesHooks
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
+from saekit.devices import sent
 from saekit.errors import ModelError
 from saekit.plugins.text import short
 from saekit.reasons import alike
@@ -118,7 +119,7 @@ class Backend(ABC):
         read = [read] if isinstance(read, str) else read
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
-        tokens = tokens.to(self.device).contiguous()  # models take views of them
+        tokens = sent(self.device, tokens).contiguous()  # models take views of them
         attached = [one for one, _ in self._attached]
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:

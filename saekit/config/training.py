@@ -44,6 +44,10 @@ class TrainingConfig:
     autograd, in the order of operations of sae-lens."""
     autocast: bool = False
     """Run the SAE's matrix products in bfloat16 (torch's autocast) in plain torch, whatever the type of its weights."""
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
+    """How the SAE's steps multiply float32 numbers, as in `torch.set_float32_matmul_precision`: `highest`: in full;
+    `high`: in TF32; `medium`: in bfloat16, summed in float32 (in plain torch on CUDA: in TF32). Between steps, and for
+    the language model, it is as the process has it. None: as the process has it. An error where it changes nothing."""
     compile: bool = False
     """Compile the SAE's training step in plain torch with `torch.compile`."""
     compile_mode: CompileMode = "default"

@@ -14,7 +14,7 @@ from saekit.data.contexts import Contexts
 from saekit.data.faults import check_counts
 from saekit.data.recipe import ForwardInput, MadeBatch, row_sums
 from saekit.data.stream import StreamContext, check_by_token, kept_of
-from saekit.devices import free_memory
+from saekit.devices import free_memory, sent
 from saekit.errors import DataError, ModelError
 from saekit.site import Site
 from saekit.values import Batch
@@ -155,7 +155,7 @@ class ActivationStream:
             rows = {site: site.extract(held[site.hook_name]).flatten(0, 1) for site in sites}
             if kept is not None:  # before they are moved or made of another type
                 left = kept.flatten().nonzero()[:, 0]
-                rows = {site: values[left.to(values.device)] for site, values in rows.items()}
+                rows = {site: values[sent(values.device, left)] for site, values in rows.items()}
             return {site: self._kept(values) for site, values in rows.items()}
 
     def _kept(self, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saekit.data.faults import check_counts
 from saekit.data.recipe import RowRecipes, with_unknown
+from saekit.devices import rows_on, sent
 from saekit.errors import DataError
 from saekit.site import Site
 from saekit.values import Batch
@@ -81,7 +82,7 @@ class ShuffleBuffer:
         self._used += len(batch)
         for site, block in self._rows.items():
             values = batch.activations[site]
-            block.index_copy_(0, slots.to(block.device), values.to(block.device, block.dtype))
+            block.index_copy_(0, sent(block.device, slots), rows_on(block.device, values, block.dtype))
         for column, origin in enumerate((batch.tokens, batch.documents, batch.positions)):
             if origin is not None:
                 self._origins[slots, column] = origin.to("cpu", torch.long)
@@ -129,7 +130,7 @@ class ShuffleBuffer:
         return dict(self._at(self._order[self._served :]).activations)
 
     def _at(self, slots: Tensor) -> Batch:
-        rows = {site: block.index_select(0, slots.to(block.device)) for site, block in self._rows.items()}
+        rows = {site: block.index_select(0, sent(block.device, slots)) for site, block in self._rows.items()}
         tokens, documents, positions = self._origins[slots].unbind(1)
         return Batch(rows, tokens=tokens, documents=documents, positions=positions)
 
@@ -215,5 +216,5 @@ def _gathered(block: Tensor, slots: Tensor) -> Tensor:
         return block.index_select(0, slots)
     rows = torch.empty(len(slots), *block.shape[1:], dtype=block.dtype, pin_memory=block.device.type == "cuda")
     for part, target in zip(slots.split(65_536), rows.split(65_536), strict=True):
-        target.copy_(block.index_select(0, part.to(block.device)))
+        target.copy_(block.index_select(0, sent(block.device, part)))
     return rows

@@ -109,7 +109,7 @@ def _of_features(features: SparseFeatures, kept: Tensor) -> tuple[dict[str, Tens
     sizes = entries.values.abs().to(widest(entries.values.device))
     found = {
         "l0": torch.bincount(owners, minlength=b),
-        "l1": sizes.new_zeros(b).index_add_(0, owners, sizes),
+        "l1": SparseFeatures(owners, entries.features, sizes, b, features.d_sae).row_sums(sizes),
     }
     return found, torch.bincount(entries.features, minlength=features.d_sae)
 

@@ -1,5 +1,6 @@
 from .active import active_groups as active_groups
 from .auxk import add_auxk as add_auxk
+from .auxk import add_fixed_auxk as add_fixed_auxk
 from .encoder import CHUNK as CHUNK
 from .encoder import Encoder as Encoder
 from .encoder import active_entries as active_entries

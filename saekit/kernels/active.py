@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import SparseActivation
+from saekit.devices import at_hand
 from saekit.kernels.encoder import (
     CHUNK,
     PROBE,
@@ -54,7 +55,7 @@ def active_groups(
             product = encoder.product(part)
             if noise is not None:
                 product += noise(len(part))
-            if product.device.type == "cpu":
+            if at_hand(product.device):
                 found = active_entries(
                     product, encoder.b_enc, above, encoder.workspace, limit=dense_above(encoder.W_enc)
                 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import SparseActivation
+from saekit.kernels.products import Operands, product
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
 
@@ -63,6 +64,7 @@ class Encoder:
     """The memory of its products."""
     by_chunk: bool = False
     """Have the rows of each chunk in a group of their own: other processes, with other features, work on the same."""
+    _standing: Operands = attrs.field(factory=Operands, init=False)
 
     @property
     def d_sae(self) -> int:
@@ -81,7 +83,7 @@ class Encoder:
         The bias is left to the caller: a product that begins with it takes a pass over the memory of its own.
         """
         out = self.workspace.scratch("pre", (len(rows), self.d_sae), rows.dtype, rows.device)
-        return torch.mm(rows, self.W_enc, out=out)
+        return product(rows, self.W_enc, out=out, standing=self._standing)
 
     def pre_activations(self, rows: Tensor, scale: Tensor | None = None) -> Tensor:
         """With the bias, times ``scale [d_sae]``; in the same memory."""

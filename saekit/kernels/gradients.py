@@ -21,6 +21,7 @@ from torch import Tensor
 from saekit.distributed.share import Share
 from saekit.kernels.encoder import CHUNK
 from saekit.kernels.features import Features
+from saekit.kernels.products import Operands, add_product_, product, rounds
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
 
@@ -37,9 +38,12 @@ class FeatureGradient(Protocol):
 def decoded(features: Features, decoder: Tensor, bias: Tensor | None = None) -> Tensor:
     """``f W_dec + b_dec``: ``[rows, d_in]`` for ``decoder [d_sae, d_in]``."""
     if isinstance(features, SparseFeatures):
-        product = features.decoded(decoder)
-        return product if bias is None else product.add_(bias)
-    return features @ decoder if bias is None else torch.addmm(bias, features, decoder)
+        made = features.decoded(decoder)
+        return made if bias is None else made.add_(bias)
+    if bias is not None and not rounds(features):
+        return torch.addmm(bias, features, decoder)
+    made = product(features, decoder)
+    return made if bias is None else made.add_(bias)
 
 
 def decoded_by_all(features: Features, decoder: Tensor, bias: Tensor | None, share: Share) -> Tensor:
@@ -88,6 +92,9 @@ class Gradients:
     _W_enc: Tensor | None = attrs.field(default=None, init=False)
     _W_dec: Tensor | None = attrs.field(default=None, init=False)
     _later: list[_Outer] = attrs.field(factory=list, init=False)
+    _turned: Tensor = attrs.field(init=False)
+    """The decoder's transpose, as one object."""
+    _standing: Operands = attrs.field(factory=Operands, init=False)
     b_enc: Tensor = attrs.field(init=False)
     """``[d_sae]``."""
     fired: Tensor = attrs.field(init=False)
@@ -96,6 +103,7 @@ class Gradients:
     def __attrs_post_init__(self) -> None:
         self.b_enc = self.encoder.new_zeros(len(self.encoder))
         self.fired = torch.zeros(len(self.encoder), dtype=torch.int64, device=self.encoder.device)
+        self._turned = self.decoder.T
 
     @property
     def W_enc(self) -> Tensor | None:
@@ -164,7 +172,7 @@ class Gradients:
             part = slice(start, start + CHUNK // 2)
             those = slice(rows.start + start, min(rows.start + start + CHUNK // 2, rows.stop))
             out = self.workspace.scratch("gradient", (len(f[part]), f.shape[1]), f.dtype, f.device)
-            pre = to_pre(torch.mm(output[part], self.decoder.T, out=out), f[part], those)
+            pre = to_pre(product(output[part], self._turned, out=out, standing=self._standing), f[part], those)
             self.b_enc += pre.sum(0)
             self.W_enc = self._add_product(self.W_enc, self.encoder, pre, x[part])
 
@@ -175,8 +183,8 @@ class Gradients:
     def _add_product(self, gradient: Tensor | None, like: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """``gradient + leftᵀ right``."""
         if gradient is None:
-            return torch.mm(left.T, right, out=self.workspace.gradient_for(like))
-        return gradient.addmm_(left.T, right)
+            return product(left.T, right, out=self.workspace.gradient_for(like))
+        return add_product_(gradient, left.T, right)
 
     def _positive(self, f: Tensor) -> Tensor:
         """``[d_sae]``: rows of ``f [n, d_sae]`` above zero.

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from saekit.devices import at_hand
 from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where
 from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
@@ -91,7 +92,7 @@ def batch_top(
     ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.  Where rows or features are
     split, ``share`` says how, and ``wanted`` are those of all; own ones are given.
     """
-    if rows.device.type != "cpu" and not share.split:
+    if not (at_hand(rows.device) or share.split):
         return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
     found = _candidates(encoder, rows, wanted, scale, screen, share)
     if share.split:
@@ -168,7 +169,7 @@ def top_entries(pre: Tensor, k: int, workspace: Workspace) -> SparseFeatures:
     On a device that is not a CPU, which is not waited for, there are ``k`` of each row, of which some may be zero.
     """
     n, d_sae = pre.shape
-    if pre.device.type != "cpu":
+    if not at_hand(pre.device):
         values, features = pre.topk(k, dim=1, sorted=False)
         rows = torch.arange(n, device=pre.device).repeat_interleave(k, output_size=n * k)
         return SparseFeatures(rows, features.reshape(-1), values.reshape(-1).clamp_min(0), n, d_sae)

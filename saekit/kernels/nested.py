@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.devices import at_hand
 from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, decoded_by_all
 from saekit.kernels.sparse import SparseFeatures
@@ -79,7 +80,7 @@ class NestedStep(FastStep):
             :-1
         ]:  # to search among them, they would have to be on the device, which would be waited for
             level += features.features >= end
-        if level.device.type == "cpu" and len(self._ends) <= 256:  # numpy sorts bytes in one pass
+        if at_hand(level.device) and len(self._ends) <= 256:  # numpy sorts bytes in one pass
             order = torch.from_numpy(np.argsort(level.numpy().astype(np.uint8), kind="stable"))
         else:
             order = torch.sort(level, stable=True).indices

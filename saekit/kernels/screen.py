@@ -20,6 +20,7 @@ from saekit.kernels.encoder import Encoder, entries_where, screen_below
 from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
 from saekit.kernels.private_torch import has_bfloat16_products
 from saekit.kernels.sparse import SparseFeatures
+from saekit.precision import current_precision
 
 __all__ = ["Screen", "screen_for", "why_no_screen"]
 
@@ -39,7 +40,9 @@ def why_no_screen(device: torch.device, dtype: torch.dtype, d_sae: int) -> str |
         return f"not on {device.type}"
     if d_sae < _SMALLEST:
         return f"not for fewer than {_SMALLEST} features"
-    return None if has_bfloat16_products() else "this CPU has no bfloat16 products"
+    if not has_bfloat16_products():
+        return "this CPU has no bfloat16 products"
+    return "products are in bfloat16 anyway" if current_precision() == "medium" else None
 
 
 def screen_for(encoder: Encoder, scale: Tensor | None = None) -> Screen | None:

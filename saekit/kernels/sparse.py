@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saekit.devices import at_hand
 from saekit.kernels.private_torch import entry_products
 
 __all__ = ["SparseFeatures", "segment_sums"]
@@ -93,7 +94,7 @@ class SparseFeatures:
 
     @cached_property
     def _by_feature(self) -> _ByFeature:
-        if self.features.device.type == "cpu" and self.d_sae <= 1 << 16:  # numpy sorts 16 bits in one pass
+        if at_hand(self.features.device) and self.d_sae <= 1 << 16:  # numpy sorts 16 bits in one pass
             order = torch.from_numpy(np.argsort(self.features.numpy().astype(np.uint16), kind="stable"))
             ends = torch.bincount(self.features, minlength=self.d_sae).cumsum(0)
             return _ByFeature(order, self.rows[order], torch.cat([ends.new_zeros(1), ends[:-1]]))
@@ -122,7 +123,7 @@ class SparseFeatures:
         by_feature = self._by_feature
         weights = values[by_feature.order]
         starts, rows = by_feature.starts, by_feature.rows
-        if out.device.type != "cpu":  # there, memory comes from a pool, and a look at the starts would wait
+        if not at_hand(out.device):  # there, memory comes from a pool, and a look at the starts would wait
             product = embedding_bag(rows, vectors, starts, mode="sum", per_sample_weights=weights)
             out.copy_(product) if replace else out.add_(product)
             return
@@ -183,7 +184,7 @@ class SparseFeatures:
 
 def _adds_in_any_order(values: Tensor) -> bool:
     """Whether ``index_add_`` adds by atomic operations, so that sums of these numbers differ from call to call."""
-    return values.device.type != "cpu" and values.is_floating_point()
+    return not at_hand(values.device) and values.is_floating_point()
 
 
 def segment_sums(values: Tensor, starts: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Session:
             for name in names:
                 here = groups_of[name] == self.world.saes.rank
                 members[name] = self._member(name, configs[name], prepared[name], ports[name], used, here=here)
-                lane.trainers.append(members[name].trainer)
+                lane.trainers.append(members[name].trainer.in_turns(self.model_lock))
         self._warn_of_sites(members.values())
         return {name: members[name] for name in configs}
 

@@ -237,7 +237,7 @@ def make_trainer(
         sae.compile_losses(config.training.compile_mode)
     sae.info = attrs.evolve(sae.info, sites=config.sites, metadata=metadata_of(config, backend, corpus, plugins))
     training = config.training
-    trainer = SAETrainer(
+    return SAETrainer(
         name=name,
         sae=sae,
         sites=config.sites,
@@ -254,13 +254,7 @@ def make_trainer(
         backend=backend if has_model(config, plugins) else None,
         world=world,
         watched=_watching(config, plugins, sae),
-    )
-    if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
-        raise ConfigError(
-            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', "
-              "which takes it where there is one")]
-        )  # fmt: skip
-    return trainer
+    ).checked()
 
 
 def _check_something_is_tuned(method: str, sae: SAEModule) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from saekit._version import __version__
 from saekit.distributed.share import Share
 from saekit.files.names import SAE_PROBE
+from saekit.precision import current_precision
 from saekit.reasons import error_text
 from saekit.sae.splitting import copied, saved_along
 from saekit.weights import dtype_name
@@ -171,7 +172,7 @@ def _fitting(sae: SAEModule) -> int:
 
 def off_here(sae: SAEModule) -> float:
     """How far, relative to itself, a row may be off by how this machine multiplies, beside what the type says."""
-    short = sae.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    short = sae.device.type == "cuda" and current_precision() != "highest"
     return _COARSE if short else 0.0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.abilities import Elementwise, GuardedOptimizer, HasMoments
+from saekit.devices import at_hand
 from saekit.distributed.group import Group
 from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
@@ -70,7 +71,7 @@ class ScheduledOptimizer:
             )  # fmt: skip
         self._first = [self._settings(group) for group in self._inner.param_groups]
         self._guarded = self._inner if isinstance(self._inner, GuardedOptimizer) else None
-        self.looks = device.type == "cpu" or self._guarded is None
+        self.looks = at_hand(device) or self._guarded is None
         """Whether every step looks if loss and gradient are numbers, because it costs nothing or must be."""
         self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as fused kernels want it
         if self._guarded is not None and not self.looks:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import torch
 from torch import Tensor
 
 from saekit.config import TrainingConfig
-from saekit.devices import rows_on
+from saekit.devices import at_hand, rows_on
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
+from saekit.precision import check_precision, in_words, products
 from saekit.protocols import ModelBackend
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
@@ -61,6 +62,8 @@ class SAETrainer:
     """The processes that train it together."""
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
+    turns: AbstractContextManager[object] = attrs.field(factory=nullcontext)
+    """Held by whoever else multiplies meanwhile, where steps have a precision of their own, which is the process's."""
     _finetuning: bool = attrs.field(default=False, init=False)
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
     """The scale, and what is made of it."""
@@ -73,6 +76,26 @@ class SAETrainer:
         for entry in self.sae.table:
             if entry.optional and (factor := getattr(self.sae, entry.name)) is not None:
                 factor.requires_grad_(False)  # until fine-tuning begins
+
+    def checked(self) -> Self:
+        """Itself; :class:`ConfigError` where it cannot train in the way that was asked for."""
+        if self.training.kernels == "fast" and (reason := self.why_reference()) is not None:
+            raise ConfigError(
+                [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose "
+                  "'auto', which takes it where there is one")]
+            )  # fmt: skip
+        other = None
+        if self.rounds_products:
+            other = "products are in bfloat16 here (training.autocast, or sae.dtype)"
+        elif self.sae.dtype != torch.float32:
+            other = f"products are in {str(self.sae.dtype).removeprefix('torch.')} here (sae.dtype)"
+        check_precision(self.training.matmul_precision, torch.device(self.device), other)
+        return self
+
+    def in_turns(self, turns: AbstractContextManager[object]) -> Self:
+        """Itself, whose steps hold ``turns`` where they must: see :attr:`turns`."""
+        self.turns = turns
+        return self
 
     @property
     def finished(self) -> bool:
@@ -140,7 +163,7 @@ class SAETrainer:
             x, y = self._mapped(x, y)
         share = self.world.share(() if batch is None else batch.counts)
         self.sae.share = share
-        with self.watched("training_step"):
+        with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
         result, factor = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
@@ -185,7 +208,7 @@ class SAETrainer:
 
     def _gradients(self, x: Tensor, target: Tensor | None, batch: Batch | None) -> StepOutput:
         dead: Tensor | None = self.firing.dead()
-        if x.device.type != "cpu" and self.step <= self.training.dead_after:
+        if not at_hand(x.device) and self.step <= self.training.dead_after:
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(
             step=self.step,
@@ -213,8 +236,14 @@ class SAETrainer:
 
     def step_path(self) -> str:
         """How its steps are made, in words."""
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products):
-            return self.sae.step_path()
+        precision, device = self.training.matmul_precision, torch.device(self.device)
+        with (
+            products(precision, self.turns),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.rounds_products),
+        ):
+            path = self.sae.step_path()
+            words = in_words(precision, device, fast=self.sae.why_reference() is None)
+        return path if words is None else f"{path}; {words}"
 
     def why_reference(self) -> str | None:
         """Why its steps take the way of autograd; None: they take the fast one."""

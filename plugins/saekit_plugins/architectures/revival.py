@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from saekit import SAE, StepInput
-from saekit.kernels import Encoder, FastStep, add_auxk
+from saekit.devices import at_hand
+from saekit.kernels import Encoder, FastStep, add_auxk, add_fixed_auxk
 from saekit.sae import auxk_loss, not_compiled, variance_ratio
 
 __all__ = ["RevivingSAE"]
@@ -75,25 +76,46 @@ class RevivingSAE(SAE):
     @not_compiled
     def _may_be_any(self, dead: Tensor) -> bool:
         """Looking costs a CPU nothing, and another device would be waited for."""
-        return dead.device.type != "cpu" or bool(self.share.count(int(dead.sum()), dead))
+        return not at_hand(dead.device) or bool(self.share.count(int(dead.sum()), dead))
 
     def add_aux_loss(
-        self, fast: FastStep, encoder: Encoder, dead: Tensor, unit: Tensor | None = None, output: Tensor | None = None
+        self,
+        fast: FastStep,
+        encoder: Encoder,
+        dead: Tensor,
+        unit: Tensor | None = None,
+        output: Tensor | None = None,
+        among: slice = slice(None),
     ) -> Tensor:
-        """The same without autograd, of the features whose numbers are ``dead``; its gradients go to ``fast``'s.
+        """The same without autograd, of the features that are ``dead [d_sae]``; its gradients go to ``fast``'s.
 
-        ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``.
+        ``unit`` is what it is counted in, a scalar; ``output`` is by default that of ``fast``.  Of the features only
+        those ``among`` count, in one piece.
         """
-        if not self.aux_coefficient or not self.share.count(len(dead), dead):
+        if not self.aux_coefficient:
             return fast.target.new_zeros(())
+        waits = not at_hand(dead.device)
+        if not waits:
+            numbers = dead[among].nonzero().squeeze(1) + (among.start or 0)
+            if not self.share.count(len(numbers), numbers):
+                return fast.target.new_zeros(())
         output = fast.output if output is None else output
         weight, norms = self.aux_weight(fast.target, output), self.feature_norms()
         if unit is not None:
             weight = weight / unit
-        return add_auxk(
-            fast, encoder, dead, self.k_aux, weight, norms, shrink=self.aux_shrinks, above_zero=self.aux_above_zero,
-            trains_encoder=self.aux_trains_encoder, output=output, share=self.share,
-        )  # fmt: skip
+        how: dict[str, Any] = {
+            "shrink": self.aux_shrinks,
+            "above_zero": self.aux_above_zero,
+            "trains_encoder": self.aux_trains_encoder,
+            "output": output,
+        }
+        if waits:
+            return add_fixed_auxk(fast, encoder, dead, self.k_aux, weight, norms, among=among, **how)
+        return add_auxk(fast, encoder, numbers, self.k_aux, weight, norms, share=self.share, **how)
+
+    def waits(self, step: StepInput) -> bool:
+        """Whether a step without autograd would wait for the device, to choose among dead features."""
+        return self.revives(step) and self.share.parts > 1 and not at_hand(self.device)
 
     def revives(self, step: StepInput) -> bool:
         """Whether a step looks for dead features."""

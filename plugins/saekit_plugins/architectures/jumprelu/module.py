@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saekit import ConfigError, Ports, SAEConfig
 from saekit.abilities import SparseActivation
+from saekit.devices import at_hand
 from saekit.kernels import (
     Encoder,
     FastStep,
@@ -149,8 +150,13 @@ class _Jumps:
         return at_rows((l0 - target).mul_(4 / target * slope), features)
 
     def add_pre_act_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
-        """The pre-activation loss of the features whose numbers are ``dead``; its gradients are added to ``fast``'s."""
+        """The pre-activation loss of the features that are ``dead [d_sae]``; its gradients are added to ``fast``'s."""
         weight, found = self.sae.config.pre_act_loss_coefficient / self.n, fast.gradients
+        if not at_hand(dead.device):
+            return self._add_masked_pre_act_loss(fast, encoder, dead)
+        dead = dead.nonzero().squeeze(1)
+        if not len(dead):
+            return self.total.new_zeros(())
         assert self.norms is not None
         assert self.to_norms is not None
         part = Encoder(encoder.W_enc[:, dead], encoder.b_enc[dead], encoder.workspace)
@@ -166,6 +172,25 @@ class _Jumps:
                 found.b_enc[dead] -= pull.sum(0)
                 assert found.W_enc is not None
                 found.W_enc.index_add_(0, dead, pull.T @ rows, alpha=-1)
+        return total / self.n
+
+    def _add_masked_pre_act_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
+        """The same by products of all features, without waiting for the device to know which are dead."""
+        weight, found = self.sae.config.pre_act_loss_coefficient / self.n, fast.gradients
+        assert self.norms is not None
+        assert self.to_norms is not None
+        alive, total = ~dead, self.total.new_zeros(())
+        for rows in fast.centered.split(_ROWS):
+            missing = (self.threshold - encoder.pre_activations(rows)).relu_().masked_fill_(alive, 0)
+            sums, below = missing.sum(0), (missing > 0).to(rows.dtype)
+            total += sums @ self.norms
+            self.to_norms += weight * sums
+            if found.of_encoder:
+                pull = below.mul_(weight * self.norms)
+                self.to_threshold += pull.sum(0)
+                found.b_enc -= pull.sum(0)
+                assert found.W_enc is not None
+                found.W_enc.addmm_(pull.T, rows, alpha=-1)
         return total / self.n
 
 
@@ -187,7 +212,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
         return active_groups(encoder, sae.centered(rows), sae.activation, above=above, screen=screen_for(encoder))
 
     def leaves(self, sae: JumpReLUSAE, x: Tensor, step: StepInput) -> bool:
-        return sae.revives(step) and x.device.type != "cpu"  # to count the dead would be to wait for it
+        return sae.waits(step)
 
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l0_at(step)
@@ -198,10 +223,9 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
             fast.add(start, jumps.features(start, pre), jumps.to_pre)
         pre_act = aux = x.new_zeros(())
         if step.dead is not None and sae.revives(step):
-            dead = step.dead.nonzero().squeeze(1)
-            if len(dead) and config.pre_act_loss_coefficient:
-                pre_act = jumps.add_pre_act_loss(fast, encoder, dead)
-            aux = sae.add_aux_loss(fast, encoder, dead)
+            if config.pre_act_loss_coefficient:
+                pre_act = jumps.add_pre_act_loss(fast, encoder, step.dead)
+            aux = sae.add_aux_loss(fast, encoder, step.dead)
         return fast.finish(
             {
                 "mse_loss": fast.mse,

@@ -57,12 +57,11 @@ class MatryoshkaKernel(BatchTopKKernel):
 
     def _add_aux_loss(self, sae: Any, fast: NestedStep, encoder: Encoder, dead: Tensor, unit: Tensor | None) -> Tensor:
         if not fast.outputs:
-            aux: Tensor = sae.add_aux_loss(fast, encoder, dead.nonzero().squeeze(1), unit)
+            aux: Tensor = sae.add_aux_loss(fast, encoder, dead, unit)
             return aux
         found = fast.target.new_zeros(())
         for (begin, end), output in zip(pairwise((0, *sae.own_ends)), fast.outputs, strict=True):
-            own = dead[begin:end].nonzero().squeeze(1) + begin
-            found = found + sae.add_aux_loss(fast, encoder, own, unit, output)
+            found = found + sae.add_aux_loss(fast, encoder, dead, unit, output, slice(begin, end))
         return found
 
 

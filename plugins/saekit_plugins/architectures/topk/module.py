@@ -87,9 +87,8 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         return "the activation function declares no sparse support"
 
     def leaves(self, sae: TopKSAE, x: Tensor, step: StepInput) -> bool:
-        # To count the dead would be to wait for a device.  While k is large, sparse products cost more.
-        waits = sae.revives(step) and x.device.type != "cpu"
-        return waits or sae.k_at(step) > dense_above(sae.W_dec) * sae.d_sae
+        # While k is large, sparse products cost more.
+        return sae.waits(step) or sae.k_at(step) > dense_above(sae.W_dec) * sae.d_sae
 
     def step(self, sae: TopKSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         return self.step_in(sae, x, step, workspace, sae.loss_unit(step.target_for(x)))
@@ -112,7 +111,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
             fast.add(start, features, to_pre)
         aux = x.new_zeros(())
         if step.dead is not None and sae.revives(step):
-            aux = sae.add_aux_loss(fast, encoder, step.dead.nonzero().squeeze(1), unit)
+            aux = sae.add_aux_loss(fast, encoder, step.dead, unit)
         losses = {"mse_loss": fast.mse, "auxiliary_reconstruction_loss": aux}
         return fast.finish(losses, weights=(1, 1), coefficients=logged)
 

@@ -65,9 +65,9 @@ def _sae_lens(kind: str, weights: Weights, x: Tensor) -> Step:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = _sae_lens_sae(kind, weights)
+    sae, device = _sae_lens_sae(kind, weights), str(x.device)
     config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(x), lr=_LR, lr_end=_LR, device="cpu"
+        total_training_samples=10**9, train_batch_size_samples=len(x), lr=_LR, lr_end=_LR, device=device
     )
     trainer = SAETrainer(config, sae, iter([]))
 
@@ -89,7 +89,7 @@ def _sae_lens_sae(kind: str, weights: Weights) -> Any:
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
     d_in, d_sae = weights["W_enc"].shape
-    size = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
+    size = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": str(weights["W_enc"].device)}
     sae: Any = {
         "standard": lambda: StandardTrainingSAE(StandardTrainingSAEConfig(**size, l1_coefficient=1e-3)),
         "topk": lambda: TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=K)),
@@ -138,7 +138,7 @@ def _sparsify(weights: Weights, x: Tensor) -> Step:
         from sparsify.sparse_coder import SparseCoder
 
     d_in, d_sae = weights["W_enc"].shape
-    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=K))
+    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=K), device=x.device)
     with torch.no_grad():
         sae.encoder.weight.copy_(weights["W_enc"].T)
         sae.encoder.bias.copy_(weights["b_enc"])
@@ -162,7 +162,7 @@ def _dictionary_learning(weights: Weights, x: Tensor) -> Step:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     d_in, d_sae = weights["W_enc"].shape
-    trainer = TopKTrainer(10**6, d_in, d_sae, K, layer=0, lm_name="", lr=_LR, device="cpu")
+    trainer = TopKTrainer(10**6, d_in, d_sae, K, layer=0, lm_name="", lr=_LR, device=str(x.device))
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(weights["W_enc"].T)
         trainer.ae.encoder.bias.copy_(weights["b_enc"])

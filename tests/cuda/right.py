@@ -1,0 +1,140 @@
+"""The parts that say whether steps on a device are what they should be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from cases import CASES, rows, target_of, trainer_of
+
+from saekit.runs.planned_memory import step_bytes
+from saekit.training.trainer import SAETrainer
+from saekit.values import StepInput
+
+
+def steps(device: str, *, quick: bool) -> dict[str, Any]:
+    """Six steps in float64 on the CPU and on the device, of which features are dead in some: parameters to 1e-9."""
+    d_in, d_sae, n = (12, 96, 70) if quick else (64, 1024, 2500)
+    found = []
+    for name, options in CASES.items():
+        row: dict[str, Any] = {"case": name}
+        try:
+            one = _trained(options, "cpu", d_in, d_sae, n)
+            other = _trained(options, device, d_in, d_sae, n)
+            off = {key: _off(one.sae.state_dict()[key], value) for key, value in other.sae.state_dict().items()}
+            worst = max(off, key=lambda key: off[key])
+            row |= {"well": off[worst] < 1e-9, "worst": worst, "off by": off[worst], "way": other.step_path()}
+        except Exception as error:
+            row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
+        found.append(row)
+    return _judged(found)
+
+
+def _trained(options: Mapping[str, Any], device: str, d_in: int, d_sae: int, n: int) -> SAETrainer:
+    trainer = trainer_of({**options, "dtype": "float64"}, d_in, d_sae, device)
+    sae: Any = trainer.sae
+    sae.kernels = "auto" if options["name"] in ("abstopk", "groupmax", "groupmax_transcoder") else "fast"
+    x, target = rows(n, d_in, torch.float64), target_of(options, n, d_in, torch.float64)
+    for step in range(6):
+        dead = (torch.arange(d_sae, device=device) % 5 == 0) & (step > 2)
+        given = StepInput(
+            step=step, generator=trainer.generator, dead=dead, target=None if target is None else target.to(device)
+        )
+        found = sae.training_step(x.to(device), given)
+        sae.before_update()
+        trainer.optimizer.step(step, found.loss)
+        sae.after_update()
+    return trainer
+
+
+def _off(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far ``other`` is from ``one``, relative to it."""
+    one, other = one.double(), other.double().cpu()
+    return float((one - other).norm() / (one.norm() + 1e-12))
+
+
+def waits(device: str, *, quick: bool) -> dict[str, Any]:
+    """Whole steps of the loop, from a batch on the CPU on, under torch's watch for what waits for the device."""
+    d_in, d_sae, n = (12, 96, 70) if quick else (256, 4096, 4096)
+    found = []
+    for name, options in CASES.items():
+        trainer = trainer_of(options, d_in, d_sae, device)
+        x, target = rows(n, d_in), target_of(options, n, d_in)
+        row: dict[str, Any] = {"case": name, "way": trainer.step_path()}
+        try:
+            for step in range(8):
+                watched = step >= 4 and device.startswith(
+                    "cuda"
+                )  # first handles and memory are made; features are dead
+                if watched:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    trainer.train_on(x, target)
+                finally:
+                    if watched:
+                        torch.cuda.set_sync_debug_mode("default")
+            trainer.check_weights()
+            row |= {"well": True, "dead": int(trainer.firing.dead().sum())}
+        except Exception as error:
+            row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
+        found.append(row)
+    return _judged(found)
+
+
+def determinism(device: str, *, quick: bool) -> dict[str, Any]:
+    """Two trainings of the same: all parameters have the same bytes."""
+    d_in, d_sae, n, length = (12, 96, 70, 6) if quick else (256, 8192, 4096, 40)
+    found = []
+    for name, options in CASES.items():
+        sums = []
+        for _ in range(2):
+            trainer = trainer_of(options, d_in, d_sae, device)
+            for step in range(length):
+                trainer.train_on(rows(n, d_in, seed=step % 4), target_of(options, n, d_in))
+            sums.append(_digest(trainer))
+        found.append({"case": name, "well": sums[0] == sums[1], "way": trainer.step_path()})
+    return _judged(found)
+
+
+def _digest(trainer: SAETrainer) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(trainer.sae.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def memory(device: str, *, quick: bool) -> dict[str, Any]:
+    """The peak of a few steps beside what `saekit plan` counts for them: within a fifth of it, or below."""
+    sizes = [(12, 96, 70)] if quick else [(512, 4096, 4096), (768, 24576, 4096), (4096, 65536, 4096)]
+    found = []
+    for d_in, d_sae, n in sizes:
+        for name in ("standard", "topk", "batchtopk", "jumprelu"):
+            found.append(_measured(name, d_in, d_sae, n, device))
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    return _judged(found)
+
+
+def _measured(name: str, d_in: int, d_sae: int, n: int, device: str) -> dict[str, Any]:
+    cuda = device.startswith("cuda")
+    before = torch.cuda.memory_allocated() if cuda else 0
+    trainer = trainer_of(CASES[name], d_in, d_sae, device, train_batch_size_tokens=n)
+    weights = sum(value.nbytes for value in trainer.sae.parameters())
+    planned = 4 * weights + step_bytes(trainer.sae, trainer.training, device)  # gradients, and two moments
+    x = rows(n, d_in)
+    for step in range(5):
+        if cuda and step == 3:  # what is kept is there, and features are dead
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train_on(x)
+    row: dict[str, Any] = {"case": name, "size": f"{d_in} -> {d_sae}", "planned MB": planned / 1e6}
+    if not cuda:
+        return row | {"well": True}
+    peak = torch.cuda.max_memory_allocated() - before
+    return row | {"peak MB": peak / 1e6, "ratio": peak / planned, "well": peak < 1.2 * planned}
+
+
+def _judged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    bad = [row for row in found if not row["well"]]
+    return {"ok": not bad, "text": f"{len(found) - len(bad)} of {len(found)}", "rows": found}

@@ -1,0 +1,193 @@
+"""Everything that needs a GPU, in one go of less than eight minutes: what is right, and how fast it is.
+
+    python run.py [--device cuda] [--out results] [--wheels wheels] [--only steps waits ...] [--minutes 8] [--quick]
+
+On a bare machine with torch and Triton, `make cuda-bundle` has made the folder to start it in: what is missing is
+installed from its wheels, into a folder of its own.  Each part runs in a process of its own with a time limit, and one
+that fails or takes too long ends no other.  Writes `cuda.json` and `cuda.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PARTS = {
+    # the module, and seconds that it may take
+    "steps": ("right", 90),
+    "waits": ("right", 60),
+    "determinism": ("right", 60),
+    "memory": ("right", 45),
+    "products": ("fast", 60),
+    "speed": ("fast", 110),
+    "peers": ("fast", 90),
+    "tests": ("suite", 90),
+}
+"""The most important first: what does not fit into the time is left out, and said to be."""
+REFUSED = re.compile(r"^(torch|triton|nvidia[_.-].*|pip|setuptools|wheel)$", re.IGNORECASE)
+
+
+def missing(wheels: Path) -> list[Path]:
+    """Those of ``wheels`` whose distribution is not installed; never torch itself."""
+    found = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        name = wheel.name.split("-")[0]
+        if not REFUSED.match(name):
+            try:
+                importlib.metadata.version(name.replace("_", "-"))
+            except importlib.metadata.PackageNotFoundError:
+                found.append(wheel)
+    return found
+
+
+def install(wheels: Path, target: Path) -> list[str]:
+    """Put what is missing into ``target``; what does not fit this machine is said."""
+    troubles = []
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    wanted = missing(wheels)
+    if not wanted:
+        return []
+    if not subprocess.run(
+        [*pip, "--target", str(target), *map(str, wanted)], capture_output=True, check=False
+    ).returncode:
+        return []
+    for wheel in wanted:  # one of them does not fit
+        done = subprocess.run(
+            [*pip, "--upgrade", "--target", str(target), str(wheel)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            troubles.append(f"{wheel.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return troubles
+
+
+def part(name: str, device: str, *, quick: bool) -> dict[str, Any]:
+    """What the part finds: ``ok``, ``rows`` for the table, and how long it took."""
+    started = time.monotonic()
+    try:
+        module = importlib.import_module(PARTS[name][0])
+        found = getattr(module, name)(device, quick=quick)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        found = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return {**found, "seconds": round(time.monotonic() - started, 1)}
+
+
+def alone(name: str, device: str, *, quick: bool, seconds: float, paths: Sequence[str]) -> dict[str, Any]:
+    """The same in a process of its own, which may take so many ``seconds``."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "found.json"
+        command = [sys.executable, str(HERE / "run.py"), "--part", name, "--device", device, "--told", str(told)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+        process = subprocess.Popen([*command, *["--quick"] * quick], env=environment, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return {"ok": False, "error": f"took more than {seconds:.0f} seconds", "seconds": round(seconds, 1)}
+        if not told.exists():
+            return {"ok": False, "error": f"its process ended with {process.returncode}", "seconds": 0.0}
+        return dict(json.loads(told.read_text()))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures are of."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "device": device}
+    for name in ("saekit", "triton", "sae-lens", "eai-sparsify"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if device.startswith("cuda"):
+        facts = torch.cuda.get_device_properties(device)
+        found |= {"name": facts.name, "memory_gb": round(facts.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+    else:
+        found["name"] = platform.processor() or platform.machine()
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as one table after another."""
+    of = report["machine"]
+    lines = [f"# saekit on {of['name']}", "", ", ".join(f"{key} {value}" for key, value in of.items()), ""]
+    lines += ["| part | | seconds | |", "|---|---|---|---|"]
+    for name, found in report["parts"].items():
+        well = "well" if found["ok"] else "**not well**"
+        lines.append(f"| {name} | {well} | {found['seconds']} | {found.get('error') or found.get('text', '')} |")
+    for name, found in report["parts"].items():
+        lines += ["", f"## {name}", "", *table(found["rows"])] if found.get("rows") else []
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Rows with the same keys, or some of them."""
+    rows = list(rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key, "")) for key in keys] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (keys, ["---"] * len(keys), *cells)]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"))
+    parser.add_argument("--wheels", type=Path, default=HERE / "wheels")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that all of it works")
+    parser.add_argument("--here", action="store_true", help="all parts in this process, without time limits")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--told", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.part is not None:
+        found = part(asked.part, asked.device, quick=asked.quick)
+        asked.told.write_text(json.dumps(found, default=str))
+        return found
+    started, end = time.monotonic(), time.monotonic() + 60 * asked.minutes
+    target = asked.out / "installed"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    troubles = install(asked.wheels, target) if asked.wheels.is_dir() else []
+    paths = [str(target)] if target.is_dir() else []
+    sys.path[:0] = [path for path in [*paths, str(HERE)] if path not in sys.path]
+    importlib.invalidate_caches()
+    report: dict[str, Any] = {"machine": machine(asked.device), "troubles": troubles, "parts": {}}
+    for name in asked.only:
+        left = end - time.monotonic() - 5
+        if asked.here:
+            found = part(name, asked.device, quick=asked.quick)
+        elif left < 10:
+            found = {"ok": False, "error": "no time was left", "seconds": 0.0}
+        else:
+            limit = min(PARTS[name][1], left)
+            found = alone(name, asked.device, quick=asked.quick, seconds=limit, paths=[*paths, str(HERE)])
+        report["parts"][name] = found
+        report["seconds"] = round(time.monotonic() - started, 1)
+        (asked.out / "cuda.json").write_text(json.dumps(report, indent=1, default=str))
+        (asked.out / "cuda.md").write_text(markdown(report))
+        print(f"{name}: {'well' if found['ok'] else found.get('error')} ({found['seconds']} s)", flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_confor
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
 EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
-.PHONY: demo test test-processes test-newest test-peers test-tl4 test-triton lint docs bench clean
+.PHONY: demo test test-processes test-newest test-peers test-tl4 test-triton cuda-bundle lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/saekit demo
@@ -60,6 +60,31 @@ TRITON ?= .triton
 test-triton: $(STAMP)
 	test -d $(TRITON)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TRITON) 'triton>=3.4'
 	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 0 tests/kernels/test_triton.py
+
+# A folder to copy to a machine with a GPU, torch and Triton, and nothing else: `python run.py` in it tries and times all that
+# needs a GPU, in less than eight minutes.  The wheels are those of the environment with the other libraries, but torch's own,
+# for Python $(CUDA_PYTHON) on Linux; what is not to be had is named and left out.
+CUDA_BUNDLE ?= cuda-bundle
+CUDA_PYTHON ?= $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+CUDA_DOWNLOAD = $(PIP) download --no-deps --only-binary :all: --python-version $(CUDA_PYTHON) --dest $(CUDA_BUNDLE)/wheels \
+	--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any
+cuda-bundle: $(STAMP) $(PEERS)/.installed
+	rm -rf $(CUDA_BUNDLE) && mkdir -p $(CUDA_BUNDLE)/wheels $(CUDA_BUNDLE)/bench $(CUDA_BUNDLE)/tests/kernels
+	$(PIP) wheel --no-deps --wheel-dir $(CUDA_BUNDLE)/wheels .
+	{ $(PEERS)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable; \
+		grep -E '^(pytest|hypothesis|iniconfig|pluggy|sortedcontainers)==' constraints.txt; } \
+		| grep -vE '^(torch|triton|saekit|nvidia[-_].*)(==| @)' | sort -u > $(CUDA_BUNDLE)/wheels.txt
+	$(CUDA_DOWNLOAD) -r $(CUDA_BUNDLE)/wheels.txt || while read -r wanted; do \
+		$(CUDA_DOWNLOAD) "$$wanted" < /dev/null || $(PIP) wheel --no-deps --wheel-dir $(CUDA_BUNDLE)/wheels "$$wanted" < /dev/null \
+			|| echo "left out: $$wanted"; \
+	done < $(CUDA_BUNDLE)/wheels.txt
+	cp tests/cuda/*.py $(CUDA_BUNDLE) && rm $(CUDA_BUNDLE)/test_run.py
+	cp tests/bench/peers.py $(CUDA_BUNDLE)/bench
+	cp -r tests/conftest.py tests/support $(CUDA_BUNDLE)/tests
+	cp tests/kernels/test_gpu_steps.py tests/kernels/test_triton.py tests/kernels/test_sparse_products.py \
+		$(CUDA_BUNDLE)/tests/kernels
+	printf '[pytest]\npythonpath = tests\n' > $(CUDA_BUNDLE)/pytest.ini
 
 # The tests that run other libraries beside saekit, in the environments of `make bench`; SAEKIT_SAE_BENCH_PYTHON names one with
 # SAEBench, if there is one.
@@ -128,4 +153,4 @@ $(PEERS)-3/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(TL4) $(PEERS) $(PEERS)-3 $(TRITON) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(TL4) $(PEERS) $(PEERS)-3 $(TRITON) $(CUDA_BUNDLE) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis

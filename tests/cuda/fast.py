@@ -26,7 +26,7 @@ PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 9
 
 def sizes(*, quick: bool) -> tuple[list[tuple[int, int]], int]:
     """``(d_in, d_sae)``, and rows of a batch."""
-    return ([(16, 128)], 64) if quick else (SIZES, BATCH)
+    return ([(16, 1024)], 64) if quick else (SIZES, BATCH)
 
 
 def seconds(work: Callable[[], object], device: str, *, quick: bool) -> float:

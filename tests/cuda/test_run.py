@@ -1,0 +1,114 @@
+"""The script for a GPU works, as far as a CPU can show."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import saekit
+from saekit.kinds import SAE_ARCHITECTURES
+
+HERE = Path(__file__).parent
+MODULES = [path.stem for path in HERE.glob("*.py") if not path.stem.startswith("test_")]
+SOME = ("topk", "abstopk", "crosscoder")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """``run``, as the script itself has its modules: beside it."""
+    monkeypatch.syspath_prepend(str(HERE))
+    held = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    yield importlib.import_module("run")
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(held)
+
+
+def test_every_part_runs_and_the_report_is_written(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = importlib.import_module("cases")
+    monkeypatch.setattr(cases, "CASES", {name: cases.CASES[name] for name in SOME} | {
+        name: cases.CASES[name] for name in ("standard", "batchtopk", "jumprelu")
+    })  # fmt: skip
+    parts = [name for name in script.PARTS if name != "tests"]  # which starts pytest
+    arguments = ["--device", "cpu", "--quick", "--here", "--out", str(tmp_path), "--only", *parts]
+    report = script.main(arguments)
+    assert {name: found["ok"] for name, found in report["parts"].items()} == dict.fromkeys(parts, True), report
+    assert json.loads((tmp_path / "cuda.json").read_text())["parts"].keys() == set(parts)
+    text = (tmp_path / "cuda.md").read_text()
+    assert "| steps | well |" in text
+    assert "| case | well | worst | off by | way |" in text
+    assert "| 16 -> 1024 | topk | bfloat16 | fast kernels |" in text
+    assert report["machine"]["saekit"] == saekit.__version__
+
+
+def test_a_step_that_is_another_is_seen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = importlib.import_module("right")
+    made, rates = right.trainer_of, iter([1e-3, 1.0000001e-3])
+    monkeypatch.setattr(right, "CASES", {"topk": right.CASES["topk"]})
+    monkeypatch.setattr(right, "trainer_of", lambda *args, **more: made(*args, **more, lr=next(rates)))
+    found = right.steps("cpu", quick=True)
+    assert not found["ok"]
+    assert 1e-9 < found["rows"][0]["off by"] < 1e-6
+
+
+def test_every_architecture_that_trains_is_a_case(script: ModuleType) -> None:
+    cases = importlib.import_module("cases")
+    there = {item.entry.name for item in saekit.default_manager().registry(SAE_ARCHITECTURES).items}
+    assert {options["name"] for options in cases.CASES.values()} == there - {"matching_pursuit", "temporal"}
+
+
+PARTS = """
+import os, time
+def steps(device, *, quick): raise ValueError(f"on {device}, quick: {quick}")
+def waits(device, *, quick): time.sleep(60)
+def determinism(device, *, quick): os._exit(7)
+def memory(device, *, quick): return {"ok": True, "rows": [{"a": 1.23456, "b": "x|y"}, {"c": 2}]}
+"""
+
+
+def test_a_part_that_fails_or_takes_too_long_ends_no_other(tmp_path: Path) -> None:
+    shutil.copy(HERE / "run.py", tmp_path / "run.py")
+    (tmp_path / "right.py").write_text(PARTS)
+    (tmp_path / "torch.py").write_text("__version__ = 'none'")  # nothing here needs it
+    only = ["--only", "steps", "waits", "determinism", "memory"]
+    code = f"import run; run.PARTS['waits'] = 'right', 1.0; run.main(['--device', 'cpu', '--out', 'out', *{only}])"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    parts: dict[str, Any] = json.loads((tmp_path / "out" / "cuda.json").read_text())["parts"]
+    assert parts["steps"]["error"] == "ValueError: on cpu, quick: False"
+    assert parts["waits"]["error"] == "took more than 1 seconds"
+    assert parts["determinism"]["error"] == "its process ended with 7"
+    assert parts["memory"]["ok"]
+    text = (tmp_path / "out" / "cuda.md").read_text()
+    assert "| a | b | c |\n| --- | --- | --- |\n| 1.23 | x\\|y |  |\n|  |  | 2 |" in text
+
+
+def test_what_is_missing_is_installed_and_torch_never(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once; one by one where one does not fit."""
+    for name in ("torch-2.13.0", "triton-3.9.0", "nvidia_cublas-1.0", "numpy-1.0", "no_such-1.0", "nor_this-1.0"):
+        (tmp_path / f"{name}-py3-none-any.whl").touch()
+    assert [wheel.name.split("-")[0] for wheel in script.missing(tmp_path)] == ["no_such", "nor_this"]
+    asked: list[list[str]] = []
+
+    def pip(command: list[str], **options: Any) -> SimpleNamespace:
+        assert command[1:4] == ["-m", "pip", "install"]
+        assert {"--no-index", "--no-deps"} < set(command)
+        asked.append([Path(word).name.split("-")[0] for word in command if word.endswith(".whl")])
+        bad = any("nor_this" in word for word in command)
+        return SimpleNamespace(returncode=int(bad), stderr="first\nERROR: it does not fit\n")
+
+    monkeypatch.setattr(script.subprocess, "run", pip)
+    assert script.install(tmp_path, tmp_path / "target") == ["nor_this-1.0-py3-none-any.whl: ERROR: it does not fit"]
+    assert asked == [["no_such", "nor_this"], ["no_such"], ["nor_this"]]

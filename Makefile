@@ -63,21 +63,17 @@ test-triton: $(STAMP)
 
 # A folder to copy to a machine with a GPU, torch and Triton, and nothing else: `python run.py` in it tries and times all that
 # needs a GPU, in less than eight minutes.  The wheels are those of the environment with the other libraries, but torch's own,
-# for Python $(CUDA_PYTHON) on Linux; what is not to be had is named and left out.
+# for the Python and the system that make them; what is not to be had is named and left out.
 CUDA_BUNDLE ?= cuda-bundle
-CUDA_PYTHON ?= $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
-CUDA_DOWNLOAD = $(PIP) download --no-deps --only-binary :all: --python-version $(CUDA_PYTHON) --dest $(CUDA_BUNDLE)/wheels \
-	--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any
+CUDA_WHEEL = $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(CUDA_BUNDLE)/wheels
 cuda-bundle: $(STAMP) $(PEERS)/.installed
 	rm -rf $(CUDA_BUNDLE) && mkdir -p $(CUDA_BUNDLE)/wheels $(CUDA_BUNDLE)/bench $(CUDA_BUNDLE)/tests/kernels
-	$(PIP) wheel --no-deps --wheel-dir $(CUDA_BUNDLE)/wheels .
+	$(CUDA_WHEEL) .
 	{ $(PEERS)/bin/python -m pip freeze --disable-pip-version-check --exclude-editable; \
 		grep -E '^(pytest|hypothesis|iniconfig|pluggy|sortedcontainers)==' constraints.txt; } \
 		| grep -vE '^(torch|triton|saekit|nvidia[-_].*)(==| @)' | sort -u > $(CUDA_BUNDLE)/wheels.txt
-	$(CUDA_DOWNLOAD) -r $(CUDA_BUNDLE)/wheels.txt || while read -r wanted; do \
-		$(CUDA_DOWNLOAD) "$$wanted" < /dev/null || $(PIP) wheel --no-deps --wheel-dir $(CUDA_BUNDLE)/wheels "$$wanted" < /dev/null \
-			|| echo "left out: $$wanted"; \
+	$(CUDA_WHEEL) -r $(CUDA_BUNDLE)/wheels.txt || while read -r wanted; do \
+		$(CUDA_WHEEL) "$$wanted" < /dev/null || echo "left out: $$wanted"; \
 	done < $(CUDA_BUNDLE)/wheels.txt
 	cp tests/cuda/*.py $(CUDA_BUNDLE) && rm $(CUDA_BUNDLE)/test_run.py
 	cp tests/bench/peers.py $(CUDA_BUNDLE)/bench

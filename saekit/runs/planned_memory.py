@@ -145,6 +145,8 @@ def step_bytes(sae: SAEModule, training: TrainingConfig, device: str) -> int:
     rows = training.train_batch_size_tokens
     kernel = _fast_kernel(sae, training, device)
     tensors, beside = (_PLAIN * rows, 0) if kernel is None else (_FAST * min(rows, CHUNK), kernel.beside(sae, rows))
+    if training.matmul_precision == "medium" and torch.device(device).type == "cuda":
+        beside += sae.d_sae * (sae.d_in + sae.d_out) // 2  # encoder and decoder, rounded
     return int((tensors * sae.d_sae + 4 * rows * (sae.d_in + sae.d_out) + beside) * torch.float32.itemsize)
 
 

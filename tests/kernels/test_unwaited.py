@@ -8,9 +8,11 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from saekit_plugins.architectures.abstopk import AbsTopKConfig
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.crosscoder import CrosscoderConfig
 from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
@@ -102,6 +104,7 @@ UNWAITED = [
     GatedConfig(d_sae=256), JumpReLUConfig(d_sae=256, aux_loss_coefficient=0.1, pre_act_loss_coefficient=0.1),
     TranscoderConfig(d_sae=256, skip_connection=True), TopKConfig(d_sae=256, k=200),
     TopKConfig(d_sae=256, k=4, mse_loss_normalization="variance"), CrosscoderConfig(d_sae=256),
+    AbsTopKConfig(d_sae=256, k=4), GroupMaxConfig(d_sae=256, k=4),
 ]  # fmt: skip
 
 
@@ -123,7 +126,8 @@ def trainer_on_meta(config: SAEConfig) -> SAETrainer:
 def test_a_step_waits_for_nothing(config: SAEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     as_gpu(monkeypatch)
     trainer = trainer_on_meta(config)
-    assert trainer.step_path().startswith("plain torch" if getattr(config, "k", 0) == 200 else "fast kernels")
+    plain = isinstance(config, (AbsTopKConfig, GroupMaxConfig)) or getattr(config, "k", 0) == 200
+    assert trainer.step_path().startswith("plain torch" if plain else "fast kernels")
     rows = torch.zeros(64, 12)
     target = torch.zeros(64, 12) if isinstance(config, TranscoderConfig) else None
     with Watch() as watch:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,23 +57,35 @@ def missing(wheels: Path) -> list[Path]:
 
 
 def install(wheels: Path, target: Path) -> list[str]:
-    """Put what is missing into ``target``; what does not fit this machine is said."""
+    """Unpack what is missing into ``target``, in seconds; what does not fit this machine is said."""
     troubles = []
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
-    wanted = missing(wheels)
-    if not wanted:
-        return []
-    if not subprocess.run(
-        [*pip, "--target", str(target), *map(str, wanted)], capture_output=True, check=False
-    ).returncode:
-        return []
-    for wheel in wanted:  # one of them does not fit
-        done = subprocess.run(
-            [*pip, "--upgrade", "--target", str(target), str(wheel)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            troubles.append(f"{wheel.name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    for wheel in missing(wheels):
+        if not fits(wheel.stem):
+            troubles.append(f"{wheel.name} is for another Python, or another kind of machine")
+            continue
+        try:
+            unpack(wheel, target)
+        except (OSError, zipfile.BadZipFile) as error:
+            troubles.append(f"{wheel.name}: {error}")
     return troubles
+
+
+def fits(name: str) -> bool:
+    """Whether a wheel's tags, which end its name, are those of this Python and machine."""
+    python, abi, system = name.split("-")[-3:]
+    own = "".join(map(str, sys.version_info[:2]))
+    by_python = "py3" in python.split(".") or f"cp{own}" in python.split(".") or "abi3" in abi.split(".")
+    return by_python and ("any" in system.split(".") or ("linux" in system and platform.machine() in system))
+
+
+def unpack(wheel: Path, target: Path) -> None:
+    """All that would be imported, and what says of it what it is."""
+    with zipfile.ZipFile(wheel) as packed:
+        for one in packed.infolist():
+            place = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", one.filename)
+            if ".data/" not in place and not one.is_dir():
+                (target / place).parent.mkdir(parents=True, exist_ok=True)
+                (target / place).write_bytes(packed.read(one))
 
 
 def part(name: str, device: str, *, quick: bool) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class SAETrainer:
     """The processes that train it together."""
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
-    turns: AbstractContextManager[object] = attrs.field(factory=nullcontext)
+    turns: AbstractContextManager[object] = attrs.field(factory=lambda: nullcontext())
     """Held by whoever else multiplies meanwhile, where steps have a precision of their own, which is the process's."""
     _finetuning: bool = attrs.field(default=False, init=False)
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)

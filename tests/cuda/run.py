@@ -74,7 +74,7 @@ def fits(name: str) -> bool:
     """Whether a wheel's tags, which end its name, are those of this Python and machine."""
     python, abi, system = name.split("-")[-3:]
     own = "".join(map(str, sys.version_info[:2]))
-    by_python = "py3" in python.split(".") or f"cp{own}" in python.split(".") or "abi3" in abi.split(".")
+    by_python = bool({"py3", f"py{own}", f"cp{own}"} & {*python.split(".")}) or "abi3" in abi.split(".")
     return by_python and ("any" in system.split(".") or ("linux" in system and platform.machine() in system))
 
 

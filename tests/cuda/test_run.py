@@ -100,7 +100,11 @@ def test_what_is_missing_is_unpacked_and_torch_never(script: ModuleType, tmp_pat
     machine = f"manylinux2014_{platform.machine()}"
     for name in ("torch-2.13.0", "triton-3.9.0", "nvidia_cublas-1.0", "numpy-1.0", "broken_one-1.0"):
         (tmp_path / f"{name}-py3-none-any.whl").touch()
-    tags = {"no_such": "py2.py3-none-any", "nor_this": f"{own}-{own}-{machine}", "old_one": "cp30-cp30-any"}
+    tags = {
+        "no_such": f"{own.replace('cp', 'py')}-none-any",
+        "nor_this": f"{own}-{own}-{machine}",
+        "old_one": "cp30-cp30-any",
+    }
     for name, tag in tags.items():
         with zipfile.ZipFile(tmp_path / f"{name}-1.0-{tag}.whl", "w") as packed:
             packed.writestr(f"{name}/__init__.py", "x = 3")

@@ -96,12 +96,13 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(tmp_path: Path) -> No
 
 
 def test_what_is_missing_is_unpacked_and_torch_never(script: ModuleType, tmp_path: Path) -> None:
-    own = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    own = f"cp{version}"
     machine = f"manylinux2014_{platform.machine()}"
     for name in ("torch-2.13.0", "triton-3.9.0", "nvidia_cublas-1.0", "numpy-1.0", "broken_one-1.0"):
         (tmp_path / f"{name}-py3-none-any.whl").touch()
     tags = {
-        "no_such": f"{own.replace('cp', 'py')}-none-any",
+        "no_such": f"py{version}-none-any",
         "nor_this": f"{own}-{own}-{machine}",
         "old_one": "cp30-cp30-any",
     }

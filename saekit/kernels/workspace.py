@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 __all__ = ["SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
 
 _NUMPY_FROM = 1 << 22  # bytes: NumPy asks for large pages from here on
+_ALIGNED = 64  # bytes, a line of the cache; NumPy's large memory begins 16 bytes after one
 _LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again anyway
 _SPARES = 2  # of one shape: those of W_enc and W_dec
 
@@ -27,7 +29,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _NUMPY_FROM:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    return _aligned(np.zeros(size + _ALIGNED, dtype=np.uint8), size).view(dtype).view(shape)
 
 
 def uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,7 +37,13 @@ def uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _NUMPY_FROM:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(shape)
+    return _aligned(np.empty(size + _ALIGNED, dtype=np.uint8), size).view(dtype).view(shape)
+
+
+def _aligned(memory: np.ndarray[Any, np.dtype[np.uint8]], size: int) -> Tensor:
+    """``size`` bytes of ``memory`` that begin where torch's own do: a product is written a quarter faster there."""
+    start = -memory.ctypes.data % _ALIGNED
+    return torch.from_numpy(memory[start : start + size])
 
 
 class Workspace:

@@ -55,9 +55,7 @@ def active_groups(
             if noise is not None:
                 product += noise(len(part))
             if product.device.type == "cpu":
-                found = active_entries(
-                    product, encoder.b_enc, above, encoder.workspace, limit=dense_above(encoder.W_enc)
-                )
+                found = active_entries(product, encoder.b_enc, above, limit=dense_above(encoder.W_enc))
         if found is None:
             yield from pending.flush()
             yield start, _dense(product.add_(encoder.b_enc), activation, above, encoder.workspace)

@@ -92,10 +92,15 @@ def sparse_features(groups: Groups, d_sae: int, like: Tensor) -> SparseFeatures:
 def reconstructions(groups: Groups, n: int, decoder: Decoder) -> Tensor:
     """Outputs ``[n, d_out]``."""
     W_dec = decoder.W_dec
-    output = uninitialized((n, W_dec.shape[1]), W_dec.dtype, W_dec.device)
+    output: Tensor | None = None
     for start, group in groups:
-        output[start : start + group.shape[0]] = decoder(group)
-    return output
+        made = decoder(group)
+        if len(made) == n:
+            return made
+        if output is None:
+            output = uninitialized((n, W_dec.shape[1]), W_dec.dtype, W_dec.device)
+        output[start : start + len(made)] = made
+    return W_dec.new_zeros(0, W_dec.shape[1]) if output is None else output
 
 
 def decoded_rows(decoder: Decoder, features: Tensor, memory: Workspaces) -> Tensor:

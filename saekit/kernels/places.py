@@ -20,7 +20,7 @@ _FEW = 8  # so many places for each that is looked for: then many words of eight
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Test: TypeAlias = Callable[[Array, slice, Array], object]
-"""Writes to a mask where the numbers of some rows are looked for: given these numbers, which rows they are, the mask."""
+"""Given the numbers of some rows, which rows they are, and a mask: writes there which of them are looked for."""
 
 
 def not_above(bounds: Tensor) -> Test:
@@ -83,4 +83,5 @@ def _true_places(mask: Array, number: int) -> Array:
     words = np.flatnonzero(by_word != 0)
     there = np.flatnonzero(by_word.take(words).view(np.bool_))
     places: Array = words.take(there >> 3) << 3
-    return np.add(places, there & 7, out=places)
+    places += there & 7
+    return places

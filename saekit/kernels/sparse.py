@@ -177,7 +177,7 @@ class SparseFeatures:
         if not full.is_contiguous():
             full[self.rows, self.features] = self.values
             return full
-        full.view(-1).put_(self.flat, self.values)
+        full.view(-1).index_copy_(0, self.flat, self.values)
         return full
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
@@ -193,12 +193,14 @@ class SparseFeatures:
 
     def padded(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """Values and entry numbers in a rectangle ``[n, m]``, where ``m`` is the longest row's; else -inf and 0."""
-        place = torch.arange(len(self), device=self.rows.device) - self.starts[self.rows]
-        longest = int(place.max()) + 1 if len(self) else 0
-        values = self.values.new_full((self.n, max(longest, at_least)), -torch.inf)
+        order = torch.arange(len(self), device=self.rows.device)
+        place = order - self.starts.index_select(0, self.rows)
+        width = max(int(place.max()) + 1 if len(self) else 0, at_least)
+        values = self.values.new_full((self.n, width), -torch.inf)
         numbers = torch.zeros_like(values, dtype=torch.int64)
-        values[self.rows, place] = self.values
-        numbers[self.rows, place] = torch.arange(len(self), device=self.rows.device)
+        place += self.rows * width
+        values.view(-1).index_copy_(0, place, self.values)
+        numbers.view(-1).index_copy_(0, place, order)
         return values, numbers
 
 

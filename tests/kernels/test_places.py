@@ -15,7 +15,8 @@ KINDS = ["not above", "at least", "not zero"]
 
 
 @given(
-    n=st.integers(0, 40), m=st.sampled_from([1, 7, 8, 600, 4096]), density=st.sampled_from([0.0, 0.001, 0.05, 0.5, 1.0]),
+    n=st.integers(0, 40), m=st.sampled_from([1, 7, 8, 600, 4096]),
+    density=st.sampled_from([0.0, 0.001, 0.05, 0.5, 1.0]),
     kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)

@@ -56,9 +56,7 @@ def active_groups(
             if noise is not None:
                 product += noise(len(part))
             if at_hand(product.device):
-                found = active_entries(
-                    product, encoder.b_enc, above, encoder.workspace, limit=dense_above(encoder.W_enc)
-                )
+                found = active_entries(product, encoder.b_enc, above, limit=dense_above(encoder.W_enc))
         if found is None:
             yield from pending.flush()
             yield start, _dense(product.add_(encoder.b_enc), activation, above, encoder.workspace)

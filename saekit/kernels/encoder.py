@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import SparseActivation
+from saekit.kernels.places import not_above, places_where
 from saekit.kernels.products import Operands, product
-from saekit.kernels.sparse import SparseFeatures
+from saekit.kernels.sparse import IN_CACHE, SparseFeatures
 from saekit.kernels.workspace import Workspace
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Encoder",
     "Pending",
     "active_entries",
+    "at_places",
     "dense_above",
     "entries_where",
     "screen_below",
@@ -36,20 +38,18 @@ PROBE = 256
 _ENTRIES = 1 << 18  # of one sparse group at least; and no more than a quarter of a buffer if that is larger
 _ENTRY_BYTES = 64
 
-_IN_CACHE = 1 << 22  # numbers of a matrix that the rows of active features are read from at little cost
-
 
 def dense_above(weights: Tensor) -> float:
     """The fraction of active features above which dense products with ``weights`` cost less than sparse ones.
 
     Measured: see docs/performance.md.
     """
-    return 0.16 if weights.numel() <= _IN_CACHE else 0.07
+    return 0.16 if weights.numel() <= IN_CACHE else 0.07
 
 
 def screen_below(weights: Tensor) -> float:
     """The fraction of active features below which a screen costs less than it saves; measured, too."""
-    return 0.04 if weights.numel() <= _IN_CACHE else 0.02
+    return 0.04 if weights.numel() <= IN_CACHE else 0.02
 
 
 @attrs.frozen(eq=False)
@@ -99,30 +99,39 @@ def entries_where(mask: Tensor, limit: int | None = None) -> tuple[Tensor, Tenso
     None when there are more than ``limit``.
     """
     if mask.device.type != "cpu":
-        flat = mask.view(-1).nonzero().squeeze(1)
-    else:  # many times as fast as torch's
-        places = mask.numpy().reshape(-1)
-        if limit is not None and np.count_nonzero(places) > limit:
-            return None
-        flat = torch.from_numpy(np.flatnonzero(places))
-    rows = torch.div(flat, mask.shape[1], rounding_mode="floor")
-    return flat, rows, flat - rows * mask.shape[1]
+        return at_places(mask.view(-1).nonzero().squeeze(1), mask.shape[1])
+    places = mask.numpy().reshape(-1)  # many times as fast as torch's
+    if limit is not None and np.count_nonzero(places) > limit:
+        return None
+    return at_places(torch.from_numpy(np.flatnonzero(places)), mask.shape[1])
+
+
+def at_places(flat: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places ``flat`` in a flattened tensor ``[n, width]``, their rows, and their columns."""
+    rows = torch.div(flat, width, rounding_mode="floor")
+    return flat, rows, flat - rows * width
 
 
 def active_entries(
-    product: Tensor, bias: Tensor, above: Tensor | float, workspace: Workspace, limit: float | None = None
+    product: Tensor, bias: Tensor, above: Tensor | float, limit: float | None = None
 ) -> SparseFeatures | None:
     """The entries of ``product [n, d_sae] + bias [d_sae]`` larger than ``above``: a number, or one for each feature.
 
     None when more than the fraction ``limit`` is.
     """
     # Not "above": a number that is none must not pass for a feature that is not active.
-    mask = torch.le(product, above - bias, out=workspace.mask_like(product)).logical_not_()
-    found = entries_where(mask, limit=None if limit is None else int(limit * product.numel()))
-    if found is None:
-        return None
-    flat, rows, features = found
-    return SparseFeatures(rows, features, product.view(-1)[flat].add_(bias[features]), *product.shape)
+    bounds = above - bias
+    places: Tensor | None
+    if product.device.type == "cpu":
+        at_most = None if limit is None else int(limit * product.numel())
+        places = places_where(product, not_above(bounds), at_most)
+        if places is None:
+            return None
+    else:
+        places = torch.le(product, bounds).logical_not_().view(-1).nonzero().squeeze(1)
+    flat, rows, features = at_places(places, product.shape[1])
+    values = product.view(-1).index_select(0, flat).add_(bias.index_select(0, features))
+    return SparseFeatures(rows, features, values, *product.shape)
 
 
 @attrs.define

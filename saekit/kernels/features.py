@@ -21,12 +21,12 @@ def values_of(features: Features) -> Tensor:
 
 def at_features(each: Tensor, features: Features) -> Tensor:
     """``each [d_sae]``, a number for each feature, so that it goes with their values."""
-    return each[features.features] if isinstance(features, SparseFeatures) else each
+    return each.index_select(0, features.features) if isinstance(features, SparseFeatures) else each
 
 
 def at_rows(each: Tensor, features: Features) -> Tensor:
     """``each [rows]``, a number for each row, so that it goes with the values of its features."""
-    return each[features.rows] if isinstance(features, SparseFeatures) else each[:, None]
+    return each.index_select(0, features.rows) if isinstance(features, SparseFeatures) else each[:, None]
 
 
 def feature_sums(features: Features, values: Tensor) -> Tensor:

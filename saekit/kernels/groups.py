@@ -13,11 +13,11 @@ from torch import Tensor
 
 from saekit.devices import at_hand
 from saekit.distributed.share import WHOLE, Share
-from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, entries_where
+from saekit.kernels.encoder import CHUNK, PROBE, Encoder, Pending, active_entries, at_places
 from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
+from saekit.kernels.places import at_least, places_where
 from saekit.kernels.screen import Screen
 from saekit.kernels.sparse import SparseFeatures
-from saekit.kernels.workspace import Workspace
 
 __all__ = ["batch_top", "top_entries", "top_groups"]
 
@@ -55,7 +55,7 @@ def _top_of_chunks(
         found = screen.top(part, k) if screen is not None and len(part) > PROBE else None
         if found is None:
             screen = None  # it would refuse the others, too
-            found = top_entries(encoder.pre_activations(part, scale), k, encoder.workspace)
+            found = top_entries(encoder.pre_activations(part, scale), k)
         yield start, found
 
 
@@ -133,7 +133,7 @@ def _above(encoder: Encoder, rows: Tensor, above: Tensor | float, screen: Screen
         found = screen.active(part, above) if screen is not None and len(part) > PROBE else None
         if found is None:
             screen = None  # it would refuse the others, too
-            found = active_entries(encoder.product(part), encoder.b_enc, above, encoder.workspace)
+            found = active_entries(encoder.product(part), encoder.b_enc, above)
         assert found is not None
         groups.append(found)
     return SparseFeatures.joined(groups)
@@ -160,10 +160,10 @@ def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | No
 
 
 def _unscaled(found: SparseFeatures, scale: Tensor | None) -> SparseFeatures:
-    return found if scale is None else found.with_values(found.values / scale[found.features])
+    return found if scale is None else found.with_values(found.values / scale.index_select(0, found.features))
 
 
-def top_entries(pre: Tensor, k: int, workspace: Workspace) -> SparseFeatures:
+def top_entries(pre: Tensor, k: int) -> SparseFeatures:
     """The ``k`` largest entries of each row of ``pre [n, d_sae]`` that are above zero.
 
     On a device that is not a CPU, which is not waited for, there are ``k`` of each row, of which some may be zero.
@@ -179,22 +179,23 @@ def top_entries(pre: Tensor, k: int, workspace: Workspace) -> SparseFeatures:
         rows = torch.arange(n, device=pre.device).repeat_interleave(k)
         found = SparseFeatures(rows, features.reshape(-1), values.reshape(-1), n, d_sae)
         return found.kept(~(found.values <= 0))
-    mask = torch.ge(pre, bound.clamp_min(_tiny(pre)), out=workspace.mask_like(pre))
-    places = entries_where(mask)
+    places = places_where(pre, at_least(bound.clamp_min(_tiny(pre))))
     assert places is not None
-    flat, rows, features = places
-    return largest_of_each_row(SparseFeatures(rows, features, pre.view(-1)[flat], n, d_sae), k)
+    flat, rows, features = at_places(places, d_sae)
+    return largest_of_each_row(SparseFeatures(rows, features, pre.view(-1).index_select(0, flat), n, d_sae), k)
 
 
 def kth_largest_bound(pre: Tensor, k: int) -> Tensor | None:
     """``[n, 1]``: what at least ``k`` of each row of ``pre [n, m]`` reach, near to the k-th largest; None: look at all.
 
-    The k-th largest of the largest of groups, each in a group of its own.
+    On a CPU.  The k-th largest of the largest of groups, each in a group of its own.
     """
     groups = number_of_groups(pre.shape[1], k)
     if groups is None:
         return None
-    return largest_of_groups(pre, groups).topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    largest = largest_of_groups(pre, groups).numpy()
+    largest.partition(groups - k, axis=1)  # several times as fast as torch's topk; what is no number comes last
+    return torch.from_numpy(largest[:, groups - k :].min(axis=1, keepdims=True))
 
 
 def _tiny(pre: Tensor) -> float:

@@ -29,6 +29,8 @@ def largest_of_each_row(entries: SparseFeatures, k: int) -> SparseFeatures:
     if values.shape[1] <= k:
         return entries
     values, places = values.topk(k, dim=1, sorted=False)
-    keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device)
-    keep[numbers.gather(1, places)[values != -torch.inf]] = True
+    chosen = numbers.gather(1, places).view(-1)
+    if entries.n * k > len(entries) or bool((values == -torch.inf).any()):
+        chosen = chosen[values.view(-1) != -torch.inf]
+    keep = torch.zeros(len(entries), dtype=torch.bool, device=values.device).index_fill_(0, chosen, True)
     return entries.kept(keep)

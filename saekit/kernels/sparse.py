@@ -20,8 +20,10 @@ from torch.nn.functional import embedding_bag
 from saekit.devices import at_hand
 from saekit.kernels.private_torch import entry_products
 
-__all__ = ["SparseFeatures", "segment_sums"]
+__all__ = ["IN_CACHE", "SparseFeatures", "segment_sums"]
 
+IN_CACHE = 1 << 22
+"""Numbers of a matrix that the rows of active features are read from at little cost."""
 # Features whose weight gradients are made at once: they stay in the cache, and their memory is used again.
 _BLOCK = 2048
 
@@ -75,7 +77,12 @@ class SparseFeatures:
 
     def kept(self, mask: Tensor) -> SparseFeatures:
         """The entries where ``mask [entries]`` is true."""
-        return type(self)(self.rows[mask], self.features[mask], self.values[mask], self.n, self.d_sae)
+        return self.at(mask.nonzero().squeeze(1))
+
+    def at(self, places: Tensor) -> SparseFeatures:
+        """The entries of the numbers ``places``, which rise."""
+        rows, features, values = (each.index_select(0, places) for each in (self.rows, self.features, self.values))
+        return type(self)(rows, features, values, self.n, self.d_sae)
 
     def with_values(self, values: Tensor) -> SparseFeatures:
         """The same entries with other ``values [entries]``."""
@@ -85,7 +92,12 @@ class SparseFeatures:
 
     def scaled(self, factors: Tensor | None) -> SparseFeatures:
         """``f ⊙ factors``, for ``factors [d_sae]``; None: as they are."""
-        return self if factors is None else self.with_values(self.values * factors[self.features])
+        return self if factors is None else self.with_values(self.values * factors.index_select(0, self.features))
+
+    @property
+    def flat(self) -> Tensor:
+        """``[entries]``: their places in ``f``, flattened."""
+        return self.rows * self.d_sae + self.features
 
     @cached_property
     def starts(self) -> Tensor:
@@ -97,9 +109,10 @@ class SparseFeatures:
         if at_hand(self.features.device) and self.d_sae <= 1 << 16:  # numpy sorts 16 bits in one pass
             order = torch.from_numpy(np.argsort(self.features.numpy().astype(np.uint16), kind="stable"))
             ends = torch.bincount(self.features, minlength=self.d_sae).cumsum(0)
-            return _ByFeature(order, self.rows[order], torch.cat([ends.new_zeros(1), ends[:-1]]))
+            starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+            return _ByFeature(order, self.rows.index_select(0, order), starts)
         features, order = torch.sort(self.features, stable=True)
-        return _ByFeature(order, self.rows[order], _starts(features, self.d_sae))
+        return _ByFeature(order, self.rows.index_select(0, order), _starts(features, self.d_sae))
 
     # ---- products
 
@@ -113,6 +126,11 @@ class SparseFeatures:
         For ``vectors [n, d]`` and ``weights [d_sae, d]``, both with rows in one piece.  Where the vectors are the
         gradient to :meth:`decoded`, this is the gradient to the values.
         """
+        if vectors.device.type == "cpu" and weights.numel() > IN_CACHE and len(weights) > len(vectors):
+            by_feature = self._by_feature  # each feature's weights are read once, in their order
+            features = self.features.index_select(0, by_feature.order)
+            products = entry_products(weights, vectors, by_feature.rows, by_feature.starts, features)
+            return torch.empty_like(products).index_copy_(0, by_feature.order, products)
         return entry_products(vectors, weights, self.features, self.starts, self.rows)
 
     def add_outer_products(self, values: Tensor, vectors: Tensor, out: Tensor, *, replace: bool = False) -> None:
@@ -121,7 +139,7 @@ class SparseFeatures:
         ``replace`` overwrites what was there.
         """
         by_feature = self._by_feature
-        weights = values[by_feature.order]
+        weights = values.index_select(0, by_feature.order)
         starts, rows = by_feature.starts, by_feature.rows
         if not at_hand(out.device):  # there, memory comes from a pool, and a look at the starts would wait
             product = embedding_bag(rows, vectors, starts, mode="sum", per_sample_weights=weights)
@@ -157,7 +175,10 @@ class SparseFeatures:
     def dense(self, out: Tensor | None = None) -> Tensor:
         """``[n, d_sae]``; written to ``out``, which holds zeros, where that is given."""
         full = self.values.new_zeros(self.n, self.d_sae) if out is None else out
-        full[self.rows, self.features] = self.values
+        if not full.is_contiguous():
+            full[self.rows, self.features] = self.values
+            return full
+        full.view(-1).index_copy_(0, self.flat, self.values)
         return full
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
@@ -173,12 +194,14 @@ class SparseFeatures:
 
     def padded(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """Values and entry numbers in a rectangle ``[n, m]``, where ``m`` is the longest row's; else -inf and 0."""
-        place = torch.arange(len(self), device=self.rows.device) - self.starts[self.rows]
-        longest = int(place.max()) + 1 if len(self) else 0
-        values = self.values.new_full((self.n, max(longest, at_least)), -torch.inf)
+        order = torch.arange(len(self), device=self.rows.device)
+        place = order - self.starts.index_select(0, self.rows)
+        width = max(int(place.max()) + 1 if len(self) else 0, at_least)
+        values = self.values.new_full((self.n, width), -torch.inf)
         numbers = torch.zeros_like(values, dtype=torch.int64)
-        values[self.rows, place] = self.values
-        numbers[self.rows, place] = torch.arange(len(self), device=self.rows.device)
+        place += self.rows * width
+        values.view(-1).index_copy_(0, place, self.values)
+        numbers.view(-1).index_copy_(0, place, order)
         return values, numbers
 
 

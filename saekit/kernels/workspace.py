@@ -8,8 +8,10 @@ read here and there are found faster in them, too.  Other devices have a pool of
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +20,11 @@ from torch import Tensor
 __all__ = ["SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
 
 _NUMPY_FROM = 1 << 22  # bytes: NumPy asks for large pages from here on
+_ALIGNED = 64  # bytes, a line of the cache; NumPy's large memory begins 16 bytes after one
 _LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again anyway
 _SPARES = 2  # of one shape: those of W_enc and W_dec
+
+_Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -27,7 +32,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _NUMPY_FROM:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    return _aligned(np.zeros(size + _ALIGNED, dtype=np.uint8), size).view(dtype).view(shape)
 
 
 def uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,7 +40,13 @@ def uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _NUMPY_FROM:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(shape)
+    return _aligned(np.empty(size + _ALIGNED, dtype=np.uint8), size).view(dtype).view(shape)
+
+
+def _aligned(memory: _Bytes, size: int) -> Tensor:
+    """``size`` bytes of ``memory`` that begin where torch's own do: a product is written a quarter faster there."""
+    start = -memory.ctypes.data % _ALIGNED
+    return torch.from_numpy(memory[start : start + size])
 
 
 class Workspace:
@@ -84,6 +95,17 @@ class Workspace:
                 spares.append(rows)
 
 
+class _Result:
+    """Memory of a result, which goes back when the last array, tensor or view on it is gone."""
+
+    def __init__(self, memory: _Bytes, spare: deque[_Bytes]) -> None:
+        self._memory, self._spare = memory, spare
+        self.__array_interface__ = memory.__array_interface__  # what NumPy's arrays on it keep alive is this object
+
+    def __del__(self) -> None:
+        self._spare.append(self._memory)
+
+
 class Workspaces:
     """Lends a :class:`Workspace` to each piece of work: the same one again, unless several go on at once.
 
@@ -92,6 +114,29 @@ class Workspaces:
 
     def __init__(self) -> None:
         self._free: list[Workspace] = []
+        self._spare: deque[_Bytes] = deque(maxlen=1)
+        self.known: object = None
+        """What is known of the last result, for those who can tell whether it still holds."""
+
+    def result(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+        """A tensor for somebody to keep, and whether it holds zeros; else it holds anything.
+
+        On a CPU its memory is used for the next one once nobody has it any more.  One such block is kept, and no more
+        than twice as much as is asked for: on a virtual machine, fresh memory may cost as much as the product that it
+        is for, since its host has to find it, too.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size < _NUMPY_FROM:
+            return zeros(shape, dtype, device), True
+        try:
+            memory, fresh = self._spare.pop(), False
+        except IndexError:
+            memory = None
+        if memory is None or not size <= len(memory) - _ALIGNED <= 2 * size:
+            del memory  # before there is more
+            memory, fresh = np.zeros(size + _ALIGNED, dtype=np.uint8), True
+        held = np.asarray(_Result(memory, self._spare))
+        return _aligned(held, size).view(dtype).view(shape), fresh
 
     @contextmanager
     def lent(self) -> Iterator[Workspace]:
@@ -113,6 +158,8 @@ class Workspaces:
     def release(self) -> None:
         """Give what is not in use back to the system."""
         self._free.clear()
+        self._spare.clear()
+        self.known = None
 
     def __deepcopy__(self, memo: object) -> Workspaces:
         return self

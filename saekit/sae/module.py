@@ -183,7 +183,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
             flat = _flat(rows)
             with self.memory.lent() as workspace:
                 groups = kernel.groups(self, flat, workspace)
-                features = inference.dense_features(groups, len(flat), self.d_sae, flat)
+                features = inference.dense_features(groups, len(flat), self.d_sae, flat, self.memory)
             features = features.reshape(*rows.shape[:-1], self.d_sae)
         return self.run_hook("acts_post", features)
 
@@ -232,8 +232,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         kernel = self._kernel_for(features)
         if kernel is None:
             return self._finished(self.reconstruction(features.to(self.dtype)), like)
-        with self.memory.lent() as workspace:
-            output = inference.decoded_rows(kernel.decoder(self), features.detach().reshape(-1, self.d_sae), workspace)
+        output = inference.decoded_rows(kernel.decoder(self), features.detach().reshape(-1, self.d_sae), self.memory)
         return self._finished(output.reshape(*features.shape[:-1], self.d_out), like)
 
     def _finished(self, output: Tensor, like: Tensor | None) -> Tensor:

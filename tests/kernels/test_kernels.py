@@ -100,7 +100,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype, device:
     pre[3] = -1
     pre[4] = 0
     pre = pre.to(device)
-    found = top_entries(pre.clone(), k, Workspace())
+    found = top_entries(pre.clone(), k)
     values, features = pre.topk(k, dim=1)
     expected = torch.zeros_like(pre).scatter(1, features, values.relu())
     assert torch.equal(found.dense(), expected)
@@ -111,7 +111,7 @@ def test_the_largest_of_each_row(d_sae: int, k: int, dtype: torch.dtype, device:
 def test_ties_do_not_make_more_than_k(device: str) -> None:
     pre = torch.ones(20, 4096, device=device)
     pre[:, ::2] = 2.0
-    found = top_entries(pre, 32, Workspace())
+    found = top_entries(pre, 32)
     assert torch.equal(found.dense().count_nonzero(1), torch.full((20,), 32, device=device))
     assert bool((found.values == 2).all())
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import random_features, seeded, sparse
 
+import saekit.kernels.sparse as kernel
 from saekit.kernels import SparseFeatures
+from saekit.kernels.private_torch import entry_products
 
 
 @given(
@@ -46,6 +49,19 @@ def test_more_features_than_sixteen_bits_count() -> None:
     sparse(dense).add_outer_products(sparse(dense).values, vectors, out)
     assert torch.allclose(out, dense.T @ vectors)
     assert out[1 << 16 :].any(), "features beyond"
+
+
+@pytest.mark.parametrize("in_cache", [0, 1 << 22])
+def test_inner_products_in_either_order(in_cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that the cache does not hold is read feature by feature."""
+    monkeypatch.setattr(kernel, "IN_CACHE", in_cache)
+    features = sparse(random_features(6, 50, 0.3))
+    vectors, decoder = (torch.randn(n, 4, generator=seeded(n), dtype=torch.float64) for n in (6, 50))
+    expected = (vectors @ decoder.T)[features.rows, features.features]
+    asked = []
+    monkeypatch.setattr(kernel, "entry_products", lambda *given: asked.append(len(given[0])) or entry_products(*given))
+    assert torch.allclose(features.inner_products(vectors, decoder), expected, atol=1e-12)
+    assert asked == [6 if in_cache else 50]
 
 
 def test_groups_are_joined_in_order() -> None:

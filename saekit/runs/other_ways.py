@@ -45,12 +45,13 @@ class Compared:
     ratio: float
     least: float
     most: float
+    rounds: int
 
     @classmethod
     def of(cls, base: list[float], other: list[float]) -> Compared:
         """From seconds of the same work, round by round."""
         ratios = [one / two for one, two in zip(base, other, strict=True)]
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
+        return cls(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
 
     @property
     def pays(self) -> bool:
@@ -58,10 +59,10 @@ class Compared:
         return self.ratio >= _ALIKE and self.least > 1
 
     def __str__(self) -> str:
-        noise = f"{self.least:.2f} to {self.most:.2f} in {_ROUNDS} rounds"
+        noise, rounds = f"{self.least:.2f} to {self.most:.2f} ×", f"in {self.rounds} rounds"
         if self.ratio < 1:
-            return f"{1 / self.ratio:.2f} × slower here ({noise} × as fast)"
-        return f"{self.ratio:.2f} × faster here ({noise})"
+            return f"{1 / self.ratio:.2f} × slower here ({noise} as fast {rounds})"
+        return f"{self.ratio:.2f} × faster here ({noise} {rounds})"
 
 
 def compared(

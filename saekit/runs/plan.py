@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
+import torch
 
+from saekit.abilities import HasMemory
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
 from saekit.data import ContextStream, Corpus, Documents, StreamContext, TokenPolicy
@@ -130,7 +132,7 @@ class _Planner:
         self.config, self.plugins, self.measure, self.opening = config, plugins, measure, opening
         self.evals: Mapping[str, Eval] = {}
         self.libraries: float | None = None
-        """Bytes that the process has before the model."""
+        """Bytes that the process has beside the model."""
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.world = planned_world(config)
         self.start: SAEModule | None = None
@@ -221,11 +223,14 @@ class _Planner:
 
     def loaded(self, model: object | None) -> ModelBackend | None:
         """The model, with the memory that loading it takes."""
-        self.passed, self.libraries = model is not None, resident()
+        self.passed = model is not None
         with self.opening():
             backend, peak = resident_peak(lambda: self.attempt(lambda: build_backend(self.config, self.plugins, model)))
-        if peak is not None and not self.passed:
-            self.numbers["loading_bytes"] = peak
+        now, here = resident(), isinstance(backend, HasMemory) and torch.device(backend.device).type == "cpu"
+        if now is not None and backend is not None:
+            self.libraries = max(now - (backend.memory_bytes() if here else 0), 0.0)
+            if peak is not None and not self.passed:
+                self.numbers["loading_bytes"] = max(peak - self.libraries, 0.0)
         return backend
 
     def early(self, *, load: bool) -> str | None:

@@ -10,6 +10,7 @@ import torch
 
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
+from saekit.devices import resolve_device
 from saekit.distributed.world import World
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
@@ -89,12 +90,12 @@ class TimedRun:
     def _served(self, rows: Batch) -> Served:
         chosen = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         forward = self.counted.rows_per_forward()
-        devices = {torch.device(self.backend.device), torch.device(self.config.training.device)}
+        device = resolve_device(self.config.training.device, "training.device", self.options.dtype)
         return Served(
             capacity=forward * getattr(chosen, "n_batches_in_buffer", 1),
             forward=forward,
             ahead=bool(getattr(chosen, "prefetch", False)),
-            beside=len({device.type for device in devices}) > 1,
+            beside=torch.device(self.backend.device) != torch.device(device),
         )
 
     def _sae(self, rows: Batch, schedule: Any, evals: Mapping[str, Eval]) -> tuple[float, float, float | None]:

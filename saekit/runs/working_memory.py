@@ -36,18 +36,12 @@ def resident() -> float | None:
 
 
 def resident_peak(work: Callable[[], _T]) -> tuple[_T, float | None]:
-    """What ``work`` gives, and how many bytes more than before the process had meanwhile, at most.
-
-    None where the system does not tell.
-    """
-    before = resident()
+    """What ``work`` gives, and the most bytes that the process had meanwhile; None where the system does not tell."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is from now on
     except OSError:
         return work(), None
-    found = work()
-    most = _told("VmHWM")
-    return found, None if most is None or before is None else max(most - before, 0.0)
+    return work(), _told("VmHWM")
 
 
 def _told(field: str) -> float | None:

@@ -38,7 +38,7 @@ from saekit.runs.opening import (
     widths_of,
 )
 from saekit.runs.parts import make_evals, make_schedule
-from saekit.runs.planned import Plan, cannot_run
+from saekit.runs.planned import Plan, cannot_run, in_order
 from saekit.runs.planned_duration import TimedRun
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
 from saekit.runs.planned_mesh import planned_world
@@ -84,19 +84,6 @@ def look(
     finally:
         SHARED.release()
     return planner.plan()
-
-
-def _in_order(facts: dict[str, str]) -> dict[str, str]:
-    """As people read them: what it is, what it reads, what it takes."""
-    first = ("training", "site", "sites", "inputs", "targets", "SAE")
-    last = ("SAE step", "silent at start", "memory", "memory of the process", "disk", "buffer in checkpoints",
-            "activation cache", "duration")  # fmt: skip
-
-    def place(name: str) -> int:
-        known = "memory" if name.startswith("memory on ") else name
-        return first.index(known) - len(first) if known in first else last.index(known) + 1 if known in last else 0
-
-    return {name: facts[name] for name in sorted(facts, key=place)}
 
 
 def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
@@ -173,7 +160,7 @@ class _Planner:
                 )
         warnings = [*self.warnings, *found.warnings]
         text = cannot_run(self.problems) or found.text
-        return Plan(_in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
+        return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
 
     def look(self, model: object | None, dataset: object | None, *, load: bool) -> None:
         """Everything, as far as it can be reached."""

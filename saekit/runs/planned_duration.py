@@ -67,7 +67,7 @@ class TimedRun:
         weights, per_step, measuring = self._sae(rows, schedule, evals)
         training, size = self.config.training, self.world.size
         batch = max(training.train_batch_size_tokens // size, 1)
-        served = self._served(rows) if runs_model else Served(capacity=batch, forward=batch, ahead=False, beside=False)
+        served = self._served() if runs_model else Served(capacity=batch, forward=batch, ahead=False, beside=False)
         filling, waiting = ran_ahead(served, batch, training.steps, per_row, per_step)
         times = Times(
             opening=self.opening,
@@ -82,12 +82,17 @@ class TimedRun:
         self.numbers |= times.numbers()
         if runs_model:
             self.counted.time_recipe(per_row)
-        if self.config.checkpoints.every_minutes * 60 > times.last and not self.config.checkpoints.n_checkpoints:
+        if not self._saves_meanwhile(times.last):
             self.counted.forget_copies()
         what = "the model" if runs_model else "reading activations"
         self.facts["duration"] = times.text(what, messages=size > 1)
 
-    def _served(self, rows: Batch) -> Served:
+    def _saves_meanwhile(self, seconds: float) -> bool:
+        """Whether a checkpoint comes before the end of so many ``seconds``."""
+        chosen = self.config.checkpoints
+        return bool(chosen.n_checkpoints) or 0 < 60 * chosen.every_minutes <= seconds
+
+    def _served(self) -> Served:
         chosen = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         forward = self.counted.rows_per_forward()
         device = resolve_device(self.config.training.device, "training.device", self.options.dtype)

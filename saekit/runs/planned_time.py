@@ -19,6 +19,7 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.runs.planned_memory import standing_place
 from saekit.runs.randomness import seeded
 from saekit.runs.timing import duration_text
+from saekit.training.metrics import weight_metrics
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Served", "Stopwatch", "Times", "evals_of", "ran_ahead", "timed_eval", "timed_writing"]
@@ -156,18 +157,21 @@ def timed_eval(
 ) -> float | None:
     """Seconds of one measuring, by that of a few contexts; None where it fails, of which the run itself will tell."""
     few = None if contexts is None else contexts[:_FEW]
-    start = time.perf_counter()
+    weights, measured = Stopwatch(), Stopwatch()
     try:
         with seeded(config.training.seed):
-            asked = Asked(trainer.raw_sae(), config.sites, evals)
-            all_called([asked], backend=backend, contexts=few)
+            with weights():
+                sae = trainer.raw_sae()
+                weight_metrics(sae)
+            with measured():
+                all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=few)
     except Exception:
         return None
     finally:
         for parameter in trainer.sae.parameters():
             parameter.grad = None
-    took = time.perf_counter() - start
-    return took if contexts is None or few is None or not len(few) else took * len(contexts) / len(few)
+    times = 1.0 if contexts is None or few is None or not len(few) else len(contexts) / len(few)
+    return weights.seconds + times * measured.seconds
 
 
 def timed_writing(folder: str, size: float) -> float:

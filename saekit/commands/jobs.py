@@ -138,7 +138,9 @@ def plan(
     load: bool = True,
     measure: bool = False,
 ) -> Plan:
-    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
+    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards, steps and evals.
+
+    Nothing stays of what is written to time the disk.
 
     Memory and disk are counted from the model's configuration before its weights are loaded, or downloaded; where it
     does not fit, they are not.  Without ``load`` they never are: no text is opened and nothing is timed, and devices

@@ -2,7 +2,7 @@
 
     python tests/bench/jitter.py [--steps 2000] [--only cached live]
 
-TopK SAEs of 2048 features on the embedded model, batches of 2048, a record every 10 steps and four checkpoints.  After
+TopK SAEs of 1024 features on the embedded model, batches of 1024, a record every 10 steps and four checkpoints.  After
 each step of the run comes one of a trainer of the same kind alone, on rows that are there, so that both meet the same
 machine; what the run takes is all that is between two of these, but for the time in which it waits for its source,
 which is reported apart.  Prints figures; it judges nothing.
@@ -28,7 +28,7 @@ import saekit.training.loop
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch
 
-BATCH, D_SAE = 2048, 2048
+BATCH, D_SAE = 1024, 1024
 
 
 class Interleaved:

@@ -213,9 +213,11 @@ class _Planner:
         self.passed = model is not None
         with self.opening():
             backend, peak = resident_peak(lambda: self.attempt(lambda: build_backend(self.config, self.plugins, model)))
-        now, here = resident(), isinstance(backend, HasMemory) and torch.device(backend.device).type == "cpu"
+        now, own = resident(), 0
+        if isinstance(backend, HasMemory) and torch.device(backend.device).type == "cpu":
+            own = backend.memory_bytes()
         if now is not None and backend is not None:
-            self.libraries = max(now - (backend.memory_bytes() if here else 0), 0.0)
+            self.libraries = max(now - own, 0.0)
             if peak is not None and not self.passed:
                 self.numbers["loading_bytes"] = max(peak - self.libraries, 0.0)
         return backend

@@ -106,7 +106,7 @@ bench: $(STAMP)
 	for name in startup gaps shuffle backends live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done; \
-	for name in features tsea dashboard_server processes; do \
+	for name in features tsea dashboard_server processes plan_truth jitter; do \
 		echo "== $$name"; $(BIN)/python -W ignore tests/bench/$$name.py || exit 1; \
 	done
 

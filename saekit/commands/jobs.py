@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -135,17 +136,23 @@ def plan(
     model: object | None = None,
     dataset: object | None = None,
     load: bool = True,
+    measure: bool = False,
 ) -> Plan:
-    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards and steps; nothing is written.
+    """Check the run that ``cfg`` describes, and estimate it from a few timed forwards, steps and evals.
+
+    Nothing stays of what is written to time the disk.
 
     Memory and disk are counted from the model's configuration before its weights are loaded, or downloaded; where it
     does not fit, they are not.  Without ``load`` they never are: no text is opened and nothing is timed, and devices
-    need not be there, so that a run can be planned for another machine.
+    need not be there, so that a run can be planned for another machine.  With ``measure``, ``model.compile`` and other
+    numbers of contexts in a forward are timed, too, which takes a minute or two; what pays is advised, with the lines
+    to write.
 
     Arguments are those of :func:`saekit.train`.  What ``train`` would refuse is in :attr:`Plan.problems`, all of it
     that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
     there, that is found at once, and nothing can be said of the rest.
     """
+    begun = time.perf_counter()
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     faults = preflight.of_training([config], plugins, model, dataset)
@@ -155,7 +162,8 @@ def plan(
         from saekit.runs.plan import look
 
         say("trying the model and a few steps" if load else "counting")
-        found = look(config, plugins, model, dataset, load=load)
+        before = time.perf_counter() - begun
+        found = look(config, plugins, model, dataset, load=load, measure=measure, before=before)
     problems = list(dict.fromkeys([*faults.texts, *found.problems]))
     return attrs.evolve(found, problems=problems, verdict=cannot_run(problems) or found.verdict)
 

@@ -87,7 +87,7 @@ def batch_size_of(subjects: Sequence[Measured], backend: ModelBackend, context_s
     """Contexts in one forward: as many as all evals take, and as fit into little memory."""
     needs = _needs_of(subjects)
     size = needs.batch_size
-    if needs.by_logits:
+    if needs.model:
         size = min(size, logit_contexts(backend, context_size))
     for subject in subjects:
         if any(_waits(part.needs) for part in subject.evals.values()):

@@ -18,16 +18,21 @@ from saekit.values import Forward, Replacement, Want
 
 __all__ = ["Forwards", "Put", "logit_contexts"]
 
-_BATCH_BYTES = 1 << 29  # of the logits of a batch
+_BATCH_BYTES = 1 << 29  # of the logits of a batch, on a device that has many rows to do at once
+_BATCH_BYTES_ON_CPU = 1 << 27
 _PIECE_BYTES = 1 << 26  # of those that are compared at once
 
 Put: TypeAlias = Callable[[Site, Tensor], Tensor]
 """What is put at a site in the place of its vectors, ``[b, t, width]`` both."""
 
 
-def logit_contexts(backend: ModelBackend, context_size: int) -> int:
-    """How many contexts have so few logits that a batch of them can be held; one at least."""
-    return max(_BATCH_BYTES // (4 * backend.d_vocab * context_size), 1)
+def logit_contexts(backend: ModelBackend, context_size: int, device: str | None = None) -> int:
+    """How many contexts have so few logits that a batch of them can be held; one at least.
+
+    On the ``device`` of the model, which of one that is only outlined is to be said.
+    """
+    most = _BATCH_BYTES_ON_CPU if torch.device(device or backend.device).type == "cpu" else _BATCH_BYTES
+    return max(most // (4 * backend.d_vocab * context_size), 1)
 
 
 @attrs.frozen(eq=False)

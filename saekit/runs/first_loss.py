@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from saekit.evals.forwards import logit_contexts
 from saekit.protocols import ModelBackend
 from saekit.runs.randomness import seeded
 
@@ -23,7 +24,8 @@ def first_loss(
 
     None where it cannot be had.  Nothing else changes: what a model draws from the process's generators is given back.
     """
-    first = contexts[: max(_TOKENS // contexts.shape[1], 1), :_TOKENS]
+    few = min(_TOKENS // contexts.shape[1], logit_contexts(backend, contexts.shape[1]))
+    first = contexts[: max(few, 1), :_TOKENS]
     if not first.numel():
         return None
     try:

@@ -115,11 +115,19 @@ def _compared(
         speed = "would forward as fast here"
     else:
         speed = f"would forward {max(ratio, 1 / ratio):.2f} × {'faster' if ratio > 1 else 'slower'} here"
-    differ = "" if _same(held[0], held[1]) else "; what they hold there is not the same"
+    alike = _same(held[0], held[1])
+    differ = "" if alike else "; what they hold there is not the same"
     return (
         f"{name} {speed} (hooks {', '.join(dict.fromkeys(hooks.values()))}{differ}; a second copy of the model, "
-        f"{bytes_text(size)}, was loaded to see)"
+        f"{bytes_text(size)}, was loaded to see)" + (_lines(name, hooks) if alike and ratio >= _ALIKE else "")
     )
+
+
+def _lines(name: str, hooks: Mapping[Site, str]) -> str:
+    """What to write for it, where that is short."""
+    if len(hooks) > 1:
+        return f": write model.backend={name}, and its hooks"
+    return f": write model.backend={name} and site.hook_name={next(iter(hooks.values()))}"
 
 
 def _same(own: Mapping[Site, Tensor], others: Mapping[Site, Tensor]) -> bool:

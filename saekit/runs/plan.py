@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
 
+from saekit.abilities import HasMemory
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
 from saekit.data import ContextStream, Corpus, Documents, StreamContext, TokenPolicy
@@ -36,61 +37,53 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
-from saekit.runs.other_backends import told_of_others
 from saekit.runs.parts import make_evals, make_schedule
-from saekit.runs.planned import Plan, cannot_run
+from saekit.runs.planned import Plan, cannot_run, in_order
+from saekit.runs.planned_duration import TimedRun
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
-from saekit.runs.planned_mesh import in_step, planned_world
+from saekit.runs.planned_mesh import planned_world
 from saekit.runs.planned_sizes import Sizes, devices_of
 from saekit.runs.planned_text import look_at_text
-from saekit.runs.setup import (
-    give_weights,
-    make_trainer,
-    sae_options,
-)
+from saekit.runs.planned_time import Stopwatch
+from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
 from saekit.runs.supervised import SupervisedSource
-from saekit.runs.timing import duration_text as _duration
-from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+from saekit.runs.timing import bytes_text
+from saekit.runs.working_memory import resident, resident_peak
 from saekit.tokens import special_ids
-from saekit.values import Batch, Ports
+from saekit.values import Ports
 
 if TYPE_CHECKING:
+    from saekit.protocols import Eval
     from saekit.sae.module import SAEModule
-    from saekit.training.trainer import SAETrainer
 
 __all__ = ["look"]
 
 T = TypeVar("T")
-_FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
 def look(
-    config: TrainConfig, plugins: PluginManager, model: object | None, dataset: object | None, *, load: bool = True
+    config: TrainConfig,
+    plugins: PluginManager,
+    model: object | None,
+    dataset: object | None,
+    *,
+    load: bool = True,
+    measure: bool = False,
+    before: float = 0.0,
 ) -> Plan:
     """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
 
-    Without ``load`` the model is only outlined, and nothing is timed.
+    Without ``load`` the model is only outlined, and nothing is timed.  ``measure``: other ways to run the model are
+    timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.
     """
-    planner = _Planner(config, plugins)
+    planner = _Planner(config, plugins, measure=measure, opening=Stopwatch(before))
     try:
         with ambient():
             planner.look(model, dataset, load=load)
     finally:
         SHARED.release()
     return planner.plan()
-
-
-def _in_order(facts: dict[str, str]) -> dict[str, str]:
-    """As people read them: what it is, what it reads, what it takes."""
-    first = ("training", "site", "sites", "inputs", "targets", "SAE")
-    last = ("SAE step", "silent at start", "memory", "disk", "buffer in checkpoints", "activation cache", "duration")
-
-    def place(name: str) -> int:
-        known = "memory" if name.startswith("memory on ") else name
-        return first.index(known) - len(first) if known in first else last.index(known) + 1 if known in last else 0
-
-    return {name: facts[name] for name in sorted(facts, key=place)}
 
 
 def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
@@ -122,8 +115,11 @@ def _counted_unread(config: TrainConfig, corpus: Corpus, stream: StreamContext) 
 
 
 class _Planner:
-    def __init__(self, config: TrainConfig, plugins: PluginManager) -> None:
-        self.config, self.plugins = config, plugins
+    def __init__(self, config: TrainConfig, plugins: PluginManager, *, measure: bool, opening: Stopwatch) -> None:
+        self.config, self.plugins, self.measure, self.opening = config, plugins, measure, opening
+        self.evals: Mapping[str, Eval] = {}
+        self.libraries: float | None = None
+        """Bytes that the process has beside the model."""
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.world = planned_world(config)
         self.start: SAEModule | None = None
@@ -156,9 +152,15 @@ class _Planner:
             place = free_disk(self.config.checkpoints.folder)
             found = verdict(self.counted.memory, self.counted.disk, self.free, place, self.world.size)
             self.facts |= self.counted.memory.facts(self.free)
+            if self.libraries is not None and "cpu" in (needed := self.counted.memory.needed()):
+                self.numbers["peak_bytes"] = self.libraries + needed["cpu"]
+                self.facts["memory of the process"] = (
+                    f"{bytes_text(self.libraries + needed['cpu'])} at most, with {bytes_text(self.libraries)} of "
+                    "Python and its libraries"
+                )
         warnings = [*self.warnings, *found.warnings]
         text = cannot_run(self.problems) or found.text
-        return Plan(_in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
+        return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
 
     def look(self, model: object | None, dataset: object | None, *, load: bool) -> None:
         """Everything, as far as it can be reached."""
@@ -174,19 +176,21 @@ class _Planner:
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
             self.facts["duration"] = "not measured: " + ("it does not fit" if load else "the model was not loaded")
             return
-        self.passed = model is not None
-        backend = self.attempt(lambda: build_backend(config, plugins, model))
+        backend = self.loaded(model)
         if corpus is None or backend is None:
             return
         measured = functools.partial(corpus.held_out, backend, seed=0)
-        self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu"))
+        self.evals = self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu")) or {}
         fits, there = self.fitting(backend, corpus)
-        stream = self.attempt(
-            lambda: open_stream(config, corpus, plugins, backend, config.sites.all, world=self.world, doubt=self.doubt)
-        )
-        if stream is None:
-            return
-        source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
+        with self.opening():
+            stream = self.attempt(
+                lambda: open_stream(
+                    config, corpus, plugins, backend, config.sites.all, world=self.world, doubt=self.doubt
+                )
+            )
+            if stream is None:
+                return
+            source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
             reads = source is None or _reads(stream)
@@ -203,6 +207,20 @@ class _Planner:
         finally:
             if source is not None:
                 source.close()
+
+    def loaded(self, model: object | None) -> ModelBackend | None:
+        """The model, with the memory that loading it takes."""
+        self.passed = model is not None
+        with self.opening():
+            backend, peak = resident_peak(lambda: self.attempt(lambda: build_backend(self.config, self.plugins, model)))
+        now, own = resident(), 0
+        if isinstance(backend, HasMemory) and torch.device(backend.device).type == "cpu":
+            own = backend.memory_bytes()
+        if now is not None and backend is not None:
+            self.libraries = max(now - own, 0.0)
+            if peak is not None and not self.passed:
+                self.numbers["loading_bytes"] = max(peak - self.libraries, 0.0)
+        return backend
 
     def early(self, *, load: bool) -> str | None:
         """What needs neither the model nor the text; gives the device, if it is there."""
@@ -262,7 +280,8 @@ class _Planner:
 
     def text(self, corpus: Corpus, backend: ModelBackend, stream: StreamContext, *, reads: bool) -> None:
         """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
-        found = look_at_text(self.config, corpus, backend, self.attempt, stream, reads=reads)
+        with self.opening():  # as a run does
+            found = look_at_text(self.config, corpus, backend, self.attempt, stream, reads=reads)
         self.facts |= found.facts
         self.numbers |= found.numbers
         self.doubt(*found.warnings)
@@ -308,8 +327,13 @@ class _Planner:
 
     def count(self, corpus: Corpus, *, told: bool) -> None:
         """What can be told before the model is loaded and the text is opened; ``told``: why it cannot is a problem."""
+        first, again = Stopwatch(), Stopwatch()
         try:
-            outline = self.outlined()
+            with first():
+                outline = self.outlined()
+            with again():  # without what it imports, which a run does, too
+                self.outlined()
+            self.opening.seconds += max(first.seconds - again.seconds, 0.0)
         except SaekitError:
             if told:
                 self.attempt(self.outlined)
@@ -336,25 +360,6 @@ class _Planner:
         if source is not None:
             source.close()
 
-    def others(self, corpus: Corpus, backend: ModelBackend) -> None:
-        """Other backends of the same model."""
-        tokens = torch.from_numpy(corpus.contexts(backend).take(8).tokens)
-        if found := told_of_others(self.config, self.plugins, backend, tokens):
-            self.facts["other backends"] = "; ".join(found)
-
-    def first_step(self, trainer: SAETrainer, rows: Batch) -> None:
-        """The features that no activation makes fire before anything is learnt."""
-        silent, share = silent_at_start(trainer, rows)
-        d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
-        self.numbers["silent_at_start"] = silent
-        self.facts["silent at start"] = f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens"
-        if silent > d_sae / 2 and share > _FIRINGS:  # with fewer, chance alone leaves many out
-            self.warnings.append(
-                f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens, though a feature fires "
-                f"{share:,.0f} times on average; many may stay dead. Start b_dec at the mean of activations "
-                '(sae.b_dec_init_method = "mean"), or choose fewer features'
-            )
-
     def duration(
         self,
         source: SupervisedSource | None,
@@ -364,34 +369,24 @@ class _Planner:
         ports: Ports,
         schedule: Any,
     ) -> None:
-        """Seconds, from a few forwards (or reads) and steps."""
-        if source is None or _reads(stream):  # the source has opened the text, so it runs the model
-            per_token, rows = timed_forwards(stream, corpus.contexts(backend).take)
-            what = "the model"
-            if not self.passed:
-                self.others(corpus, backend)
-        else:
-            per_token, rows = timed(lambda: next(source, None), stream.sites)
-            what = "reading activations"
-        training, config, world = self.config.training, in_step(self.config, self.world), self.world
-        if self.options.d_in in (None, ports.d_in):
-            trainer = make_trainer(
-                config, self.plugins, backend, corpus, self.options, ports, schedule, world=world.column
-            )
-            give_weights(trainer, config, corpus, lambda: rows.activations, self.start)
-            self.facts["SAE step"] = trainer.step_path()
-            if world.features.size == 1:  # of a part, nothing is known of the whole
-                self.first_step(trainer, rows)
-            per_step = timed_steps(trainer, rows)
-        else:
-            per_step = 0.0
-        forward = per_token * training.total_tokens / world.size
-        steps = per_step * training.steps
-        self.numbers |= {"forward_seconds": forward, "step_seconds": steps, "seconds": forward + steps}
-        if self.counted is not None and what == "the model":
-            self.counted.time_recipe(per_token)
-            self.numbers, self.facts = self.numbers | self.counted.numbers, self.facts | self.counted.facts
-        self.facts["duration"] = (
-            f"about {_duration(forward + steps)}: {what} {_duration(forward)}, the SAE {_duration(steps)}, less what "
-            f"overlaps; {'' if world.size == 1 else 'messages and '}evals not counted"
+        """Seconds, from a few forwards (or reads), steps and contexts that are measured."""
+        assert self.counted is not None
+        timed = TimedRun(
+            self.config,
+            self.plugins,
+            self.options,
+            self.world,
+            stream,
+            corpus,
+            backend,
+            ports,
+            self.counted,
+            opening=self.opening.seconds,
+            start=self.start,
+            alone=not self.passed,
+            measure=self.measure,
         )
+        timed.time(source, schedule, self.evals, _reads(stream))
+        self.numbers |= self.counted.numbers | timed.numbers
+        self.facts |= self.counted.facts | timed.facts
+        self.doubt(*timed.warnings)

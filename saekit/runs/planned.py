@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-__all__ = ["Plan", "cannot_run"]
+__all__ = ["Plan", "cannot_run", "in_order"]
 
 
 @attrs.frozen
@@ -30,3 +30,16 @@ class Plan:
 def cannot_run(problems: list[str]) -> str:
     """The verdict on what has ``problems``; empty if there are none."""
     return f"It cannot run: {len(problems)} problem{'s' if len(problems) > 1 else ''}." if problems else ""
+
+
+def in_order(facts: dict[str, str]) -> dict[str, str]:
+    """As people read them: what it is, what it reads, what it takes."""
+    first = ("training", "site", "sites", "inputs", "targets", "SAE")
+    last = ("SAE step", "silent at start", "memory", "memory of the process", "disk", "buffer in checkpoints",
+            "activation cache", "duration")  # fmt: skip
+
+    def place(name: str) -> int:
+        known = "memory" if name.startswith("memory on ") else name
+        return first.index(known) - len(first) if known in first else last.index(known) + 1 if known in last else 0
+
+    return {name: facts[name] for name in sorted(facts, key=place)}

@@ -19,7 +19,8 @@ from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 from saekit.values import StepInput
 
-__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "step_bytes", "verdict"]
+__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "standing_place",
+           "step_bytes", "verdict"]  # fmt: skip
 
 
 class Of(StrEnum):
@@ -32,6 +33,8 @@ class Of(StrEnum):
     STEP = "a training step"
     EVALS = "evals"
     CHECKPOINT = "writing a checkpoint"
+    SAVING = "saving at the end"
+    LOADING = "loading the model"
     WHOLE = "the whole SAE, to draw its weights"
 
 
@@ -43,6 +46,8 @@ _LESS = {
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",
     Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
+    Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
+    Of.LOADING: 'choose model.dtype = "bfloat16", or a smaller model',
     Of.WHOLE: "choose fewer features (sae.d_sae)",
 }
 """What to do where something takes too much."""
@@ -73,16 +78,27 @@ class Memory:
     turns: Sequence[Sequence[Need]]
     """What is needed at one time beside what is held: for steps, for evals; beside each, the copy of what is being
     written as a checkpoint."""
+    before: Sequence[Need] = ()
+    """What is needed at one time when nothing of this is held yet."""
 
     @property
     def devices(self) -> list[str]:
         """In the order in which they are named first."""
-        return list(dict.fromkeys(need.device for needs in (self.held, *self.turns) for need in needs if need.size))
+        return list(
+            dict.fromkeys(need.device for needs in (self.held, *self.turns, self.before) for need in needs if need.size)
+        )
 
     def on(self, device: str) -> list[Need]:
-        """What is needed there when most is: what is held, and the greatest of the turns."""
+        """What is needed there when most is: what is held, and the greatest of the turns; or what comes before it."""
         most = max(self.turns, key=lambda turn: sum(_at(turn, device)), default=())
-        return [need for need in (*self.held, *most) if need.device == device and need.size]
+        later = [need for need in (*self.held, *most) if need.device == device and need.size]
+        first = [need for need in self.before if need.device == device and need.size]
+        return max(later, first, key=lambda needs: sum(need.size for need in needs))
+
+    def without(self, what: Of) -> Memory:
+        """The same without ``what``."""
+        turns = [[need for need in turn if need.what != what] for turn in self.turns]
+        return attrs.evolve(self, turns=turns)
 
     def needed(self) -> dict[str, float]:
         """Bytes, by device."""
@@ -132,8 +148,13 @@ def free_memory(devices: Sequence[str]) -> dict[str, float]:
 
 def free_disk(folder: str) -> int:
     """Bytes that are free where ``folder`` is, or would be made."""
+    return shutil.disk_usage(standing_place(folder)).free
+
+
+def standing_place(folder: str) -> Path:
+    """``folder``, or the nearest of those around it that is there."""
     place = Path(folder).absolute()
-    return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+    return next(parent for parent in (place, *place.parents) if parent.exists())
 
 
 def step_bytes(sae: SAEModule, training: TrainingConfig, device: str) -> int:

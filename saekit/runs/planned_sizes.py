@@ -62,6 +62,8 @@ class Sizes:
     memory: Memory = attrs.field(init=False)
     disk: float = 0
     """Bytes that the run folder grows to."""
+    saved: float = 0
+    """Bytes of an SAE as it is saved."""
 
     @property
     def backend(self) -> ModelBackend:
@@ -73,6 +75,7 @@ class Sizes:
         # Memory is taken as it is written to, so this takes none.
         sae = build_module(item, self.options, self.ports, self.plugins)
         weights, saved = self._sae(sae)
+        self.saved = saved
         whole = weights if self.world.features.size > 1 else 0
         drawn = whole if self.options.decoder_orthogonal_init or not starts_by_parts(sae.table) else 0
         kept = moment_bytes(self.config, self.plugins, sae)
@@ -92,7 +95,9 @@ class Sizes:
         checkpoint = self._checkpoints(saved, trained_state + waiting, written)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
             checkpoint = saved  # to look at
-        self._memory(sae, trained, buffer, checkpoint, whole, drawn)
+        kept_last = self.config.checkpoints.keep_last > 0
+        ending = saved + (0 if not kept_last or self.config.checkpoints.buffer == "recipe" else waiting)
+        self._memory(sae, trained, buffer, checkpoint, ending, whole, drawn)
         if self.stream.has_model:
             try:
                 self._cache()
@@ -156,7 +161,7 @@ class Sizes:
             return rows
         # A short run does not come to as many.
         options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        trained = self.config.training.total_tokens // self.world.size // self._rows_per_forward()
+        trained = self.config.training.total_tokens // self.world.size // self.rows_per_forward()
         made = max(trained + getattr(options, "n_batches_in_buffer", 0), 1)
         recipe, forwards = recipe * min(made, forwards) // forwards, min(made, forwards)
         self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
@@ -172,7 +177,7 @@ class Sizes:
     def time_recipe(self, seconds: float) -> None:
         """Say how long it takes to go on from a recipe, where a row that the model makes takes so many ``seconds``."""
         if (forwards := int(self.numbers.get("recipe_forwards", 0))) and self.stream.has_model:
-            self.numbers["recipe_seconds"] = took = seconds * self._rows_per_forward() * forwards
+            self.numbers["recipe_seconds"] = took = seconds * self.rows_per_forward() * forwards
             self.facts["buffer in checkpoints"] += f", {duration_text(took)}"
 
     def _checkpoints(self, saved: int, state: int, written: int) -> int:
@@ -197,8 +202,13 @@ class Sizes:
 
     # ---- memory
 
-    def _memory(self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, whole: int, drawn: int) -> None:
-        """``whole``, of an SAE whose features are split, is what evals gather, and ``drawn`` what its start does."""
+    def _memory(
+        self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, ending: int, whole: int, drawn: int
+    ) -> None:
+        """``checkpoint`` is copied while the run trains, ``ending`` when it is saved.
+
+        Of an SAE whose features are split, ``whole`` is what evals gather, and ``drawn`` what its start does.
+        """
         model = _device(self.config.model.device, self.config.model.dtype)
         training = _device(self.config.training.device, self.options.dtype)
         held = [
@@ -212,14 +222,22 @@ class Sizes:
             forward, evaluated = self._known_forwards() or self._forwards()
             self.numbers |= {"forward_bytes": forward, "eval_forward_bytes": evaluated}
         written = Need(Of.CHECKPOINT, "cpu", checkpoint)  # a copy, while whatever else is at work
+        last = Need(Of.SAVING, "cpu", ending)  # when nothing changes any more
         turns = [
             [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step), written],
             [Need(Of.EVALS, model, evaluated), written],
             [Need(Of.EVALS, training, features + whole), written],
             [Need(Of.WHOLE, "cpu", drawn)],  # before any step
+            [last],
         ]
-        self.memory = Memory(held, turns)
+        loading = Need(Of.LOADING, "cpu", self.known.get("loading_bytes", 0))
+        self.memory = Memory(held, turns, [loading])
         self.numbers |= {"step_bytes": step, "eval_features_bytes": features}
+        self.numbers["memory_bytes"] = sum(self.memory.needed().values())
+
+    def forget_copies(self) -> None:
+        """No checkpoint is written while the run trains: it ends before there is one."""
+        self.memory = self.memory.without(Of.CHECKPOINT)
         self.numbers["memory_bytes"] = sum(self.memory.needed().values())
 
     def _model_bytes(self) -> int:
@@ -248,7 +266,8 @@ class Sizes:
         options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         return int(getattr(options, "store_batch_size_prompts", _PROMPTS))
 
-    def _rows_per_forward(self) -> int:
+    def rows_per_forward(self) -> int:
+        """Rows of one forward of the source, at most."""
         return self._prompts() * self.stream.rows_per_context(self.corpus.context_size)
 
     def _compared_logits(self, prompts: int) -> int:
@@ -257,7 +276,7 @@ class Sizes:
         if not any(getattr(one, name, False) for one in options for name in ("kl", "top1")):
             return 0
         size = self.corpus.context_size
-        return 2 * 4 * min(prompts, logit_contexts(self.backend, size)) * size * self.backend.d_vocab
+        return 2 * 4 * prompts * size * self.backend.d_vocab
 
     def _eval_prompts(self) -> int:
         """Contexts in the largest forward of evals."""
@@ -266,7 +285,9 @@ class Sizes:
             for choice in self.config.evals.run
             if self.plugins.find(EVALS, choice).entry.needs_text
         ]
-        return min(max(measured, default=0), self.config.evals.n_contexts)
+        device = _device(self.config.model.device, self.config.model.dtype)
+        most = logit_contexts(self.backend, self.corpus.context_size, device)
+        return min(max(measured, default=0), self.config.evals.n_contexts, most)
 
     def _peak(self, prompts: int, forward: Callable[[torch.Tensor], object]) -> int:
         """The working memory of a forward of so many contexts; where tensors have memory, as that of one says it.

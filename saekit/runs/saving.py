@@ -254,8 +254,10 @@ class Saving:
             return path if there else None
         if just_now:
             return path
+        staging = Staging(changes=not finished)
+        spaced = spaced or was_spaced
         write, arrived = done_by_all(
-            session.world.all, lambda: self._staged(path, worth, resumable=resumable, spaced=spaced or was_spaced)
+            session.world.all, lambda: self._staged(path, worth, staging, resumable=resumable, spaced=spaced)
         )
         diverged = self._diverged()
         warned: list[str] = []
@@ -284,13 +286,13 @@ class Saving:
         return path
 
     def _staged(
-        self, path: Path, worth: Mapping[str, SAETrainer], *, resumable: bool, spaced: bool
+        self, path: Path, worth: Mapping[str, SAETrainer], staging: Staging, *, resumable: bool, spaced: bool
     ) -> tuple[Callable[[Callable[[], None]], None], Callable[[], None]]:
         """Copy what is to be saved: what writes it, and what waits for the copies.
 
         ``spaced``: for that reason, perhaps beside another.
         """
-        session, staging, place = self._session, Staging(), path.absolute()
+        session, place = self._session, path.absolute()
         world, column = session.world, session.world.column
         own = {name: trainer for name, trainer in worth.items() if session.members[name].here}
         saes = staging.saes(own)

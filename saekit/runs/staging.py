@@ -30,8 +30,10 @@ class Staging:
     From a GPU they come by pinned memory and without waiting: :meth:`arrived` waits for them, before they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, changes: bool = True) -> None:
+        """``changes`` off: the states stay as they are until they are on the disk, and are not copied on the CPU."""
         self._devices: set[torch.device] = set()
+        self._changes = changes
 
     def saes(self, worth: Mapping[str, SAETrainer]) -> dict[str, Contents | PartContents]:
         """What the folders of these SAEs will hold, as far as it is for this process to write or to hand over.
@@ -103,7 +105,7 @@ class Staging:
             return value
         value = value.resolve_conj().resolve_neg()
         if value.device.type == "cpu":
-            return value.clone()
+            return value.clone() if self._changes else value
         if value.device.type != "cuda":
             return value.cpu()
         self._devices.add(value.device)

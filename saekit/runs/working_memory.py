@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_bytes", "resident", "resident_peak"]
+
+_T = TypeVar("_T")
+_STATUS = Path("/proc/self/status")
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -24,6 +28,29 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with watch:
         work()
     return watch.peak
+
+
+def resident() -> float | None:
+    """Bytes of memory that the process has now; None where the system does not tell."""
+    return _told("VmRSS")
+
+
+def resident_peak(work: Callable[[], _T]) -> tuple[_T, float | None]:
+    """What ``work`` gives, and the most bytes that the process had meanwhile; None where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is from now on
+    except OSError:
+        return work(), None
+    return work(), _told("VmHWM")
+
+
+def _told(field: str) -> float | None:
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    sizes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return next((1024.0 * int(size) for size in sizes), None)
 
 
 class _Watch(TorchFunctionMode):

@@ -128,6 +128,7 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
                 neutral, fold_ln=options["fold_ln"], device=device, dtype=torch_dtype
             )
         state = conversion.get_pretrained_state_dict(str(folder), config, module, dtype=torch_dtype)
+        del module  # each of its weights goes as soon as its processed one is there
         model = HookedTransformer(config, tokenizer, move_to_device=False)
         model.load_and_process_state_dict(state, **options)
         return ready(model, device)

@@ -15,6 +15,7 @@ __all__ = ["EXAMPLES", "plan"]
 EXAMPLES = """
     saekit plan run.toml
     saekit plan run.toml --no-load
+    saekit plan run.toml --measure
     saekit plan model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
 """
 
@@ -31,6 +32,14 @@ def plan(
             "need not be here.",
         ),
     ] = True,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time model.compile and other numbers of contexts in a forward, too, and say what to write where that "
+            "pays: a minute or two more.",
+        ),
+    ] = False,
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
     from saekit.commands import jobs, preflight
@@ -42,7 +51,7 @@ def plan(
     for text in early:  # now, and not when the model has run
         typer.echo(f"problem: {text}")
     sys.stdout.flush()
-    found = jobs.plan(checked, load=load)
+    found = jobs.plan(checked, load=load, measure=measure)
     if as_json:
         import attrs
 

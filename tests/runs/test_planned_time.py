@@ -1,0 +1,193 @@
+"""How long a run takes, and what memory its process needs, as `saekit plan` puts it together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import run_config
+
+import saekit
+from saekit.config.files import load_config
+from saekit.data.activations import ActivationStream
+from saekit.evals.forwards import logit_contexts
+from saekit.kinds import ACTIVATION_SOURCES
+from saekit.runs import other_ways, planned_duration
+from saekit.runs.other_ways import Compared, compared
+from saekit.runs.planned_memory import Memory, Need, Of
+from saekit.runs.planned_time import Served, Times, evals_of, ran_ahead, timed_writing
+from saekit.runs.staging import Staging
+from saekit.runs.working_memory import resident, resident_peak
+
+
+def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(tmp_path, training={"training_tokens": 4096}, evals={"run": []})
+    config["activations"]["source"]["prefetch"] = False
+    made: list[int] = []
+    run = ActivationStream.run
+
+    def counted(stream: Any, contexts: Any) -> Any:
+        found = run(stream, contexts)
+        made.append(len(found))
+        return found
+
+    monkeypatch.setattr(ActivationStream, "run", counted)
+    saekit.train(config)
+    served = Served(capacity=4 * 8 * 32, forward=8 * 32, ahead=False, beside=False)
+    filling, added = ran_ahead(served, 256, 16, per_row=1.0, per_step=5.0)
+    assert (filling, filling + added) == (1024, sum(made))
+
+
+def test_what_a_thread_makes_takes_from_the_steps_as_much() -> None:
+    slow = {"per_row": 1.0, "per_step": 100.0}
+    served = Served(capacity=1000, forward=100, ahead=True, beside=False)
+    assert ran_ahead(served, 100, 3, **slow) == (1000, 300), "a forward for each batch, and no refill yet"
+    beside = Served(capacity=1000, forward=100, ahead=True, beside=True)
+    assert ran_ahead(beside, 100, 3, **slow) == (1000, 0)
+    assert ran_ahead(beside, 100, 7, **slow) == (1000, 0), "all is there when it is refilled"
+    assert ran_ahead(beside, 100, 7, per_row=1.0, per_step=40.0) == (1000, 300), "what the thread has not made by then"
+    _, some = ran_ahead(served, 100, 20_000, **slow)
+    _, twice = ran_ahead(served, 100, 40_000, **slow)
+    assert twice == pytest.approx(2 * some)
+
+
+def test_a_run_is_its_parts() -> None:
+    times = Times(opening=8, filling=5, weights=1, forwards=20, steps=30, step=3, evals=7, saving=2)
+    assert (times.first, times.last, times.end) == (17, 64, 73)
+    assert times.numbers()["seconds"] == 73
+    assert times.text("the model", messages=False) == (
+        "about 73 s, the first step after 17 s: opening 8 s, the model 25 s, the SAE 30 s, evals 7 s, weights and "
+        "saving 3 s"
+    )
+
+
+@pytest.mark.parametrize(("every", "times"), [(0, 1), (3, 3), (4, 2), (100, 1)])
+def test_evals_are_counted_as_a_run_makes_them(tmp_path: Path, every: int, times: int) -> None:
+    given = run_config(tmp_path, evals={"every_n_steps": every})
+    given["sae"]["d_sae"] = 32
+    assert evals_of(load_config(given)) == times, "of 8 steps"
+    metrics = saekit.train(given).folder / "metrics.jsonl"
+    assert metrics.read_text().count('ce_recovered"') == times
+
+
+def test_writing_leaves_nothing(tmp_path: Path) -> None:
+    assert timed_writing(str(tmp_path / "not" / "there"), 1e6) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_of_work_is_that_of_the_process() -> None:
+    found, peak = resident_peak(lambda: float(np.ones(100_000_000 // 8).sum()))
+    now = resident()
+    assert found == 12_500_000
+    if peak is not None and now is not None:  # Linux
+        assert 80e6 < peak - now < 150e6
+
+
+def test_loading_counts_where_it_needs_the_most() -> None:
+    held, step = [Need(Of.MODEL, "cpu", 100)], [Need(Of.STEP, "cpu", 20)]
+    copy = Need(Of.CHECKPOINT, "cpu", 50)
+    memory = Memory(held, [[*step, copy]], [Need(Of.LOADING, "cpu", 160)])
+    assert memory.needed() == {"cpu": 170}, "what is loaded is held later"
+    assert memory.without(Of.CHECKPOINT).needed() == {"cpu": 160}
+    assert memory.without(Of.CHECKPOINT).greatest("cpu") == Of.LOADING
+
+
+def test_the_last_checkpoint_is_no_copy() -> None:
+    state = {"weights": torch.ones(3), "list": [torch.zeros(2)]}
+    kept, copied = Staging(changes=False).held(state), Staging().held(state)
+    state["weights"].fill_(7)
+    assert (kept["weights"][0], copied["weights"][0]) == (7, 1)
+
+
+def test_evals_hold_fewer_logits_on_a_cpu() -> None:
+    class Backend:
+        d_vocab, device = 50257, "cpu"
+
+    backend: Any = Backend()
+    assert logit_contexts(backend, 128) == 5, "128 MB"
+    assert logit_contexts(backend, 128, "cuda:0") == 20
+
+
+# ---- other ways to run the model
+
+
+def test_what_noise_may_have_made_does_not_pay() -> None:
+    assert Compared.of([3.0, 3.0, 3.3], [2.0, 2.0, 2.0]).pays
+    assert not Compared.of([3.0, 1.9, 3.0], [2.0, 2.0, 2.0]).pays, "once it was slower"
+    assert not Compared.of([2.04, 2.04], [2.0, 2.0]).pays, "too little"
+    assert str(Compared.of([1.0, 1.0], [2.0, 4.0])) == "2.67 × slower here (0.25 to 0.50 × as fast in 2 rounds)"
+    assert str(Compared.of([3.0, 3.0], [2.0, 2.4])) == "1.38 × faster here (1.25 to 1.50 × in 2 rounds)"
+
+
+def test_ways_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(other_ways.time, "perf_counter", lambda: clock[0])
+    done: list[str] = []
+
+    def work(name: str, seconds: float, amount: float) -> Any:
+        def act() -> float:
+            clock[0] += 100.0 if name not in done else seconds
+            done.append(name)
+            return amount
+
+        return act
+
+    found = compared("own", {"own": work("own", 2.0, 1.0), "twice": work("twice", 1.0, 2.0)}, seconds=1000.0)
+    assert found == {"twice": Compared(4.0, 4.0, 4.0, 7)}
+    assert done == ["own", "twice"] * 8
+    done.clear()
+    assert compared("own", {"own": work("own", 2.0, 1.0)}, seconds=1.0) == {}
+    assert len(done) == 3, "no round after the time is over"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_ways_are_told_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(tmp_path, evals={"run": []})
+    assert "model.compile" not in saekit.plan(config).facts
+    monkeypatch.setattr(other_ways, "_ROUNDS", 2)
+    asked: list[bool] = []
+
+    def uncompiled(chosen: Any, plugins: Any, model: Any) -> Any:
+        asked.append(chosen.model.compile)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(other_ways, "build_backend", uncompiled)
+    found = saekit.plan(config, measure=True)
+    assert found.problems == []
+    assert asked == [True]
+    assert found.facts["model.compile"] == "cannot be tried here: no compiler"
+    told = found.facts["contexts in a forward"]
+    assert told.startswith("8; 4 would be ")
+    assert "16 would be" in told
+    assert "32 would be" in told
+
+
+def test_advice_is_what_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = Compared(1.5, 1.4, 1.6, 7)
+    monkeypatch.setattr(other_ways, "compared", lambda base, works: {32: faster, 8: Compared(0.9, 0.8, 1.0, 7)})
+    monkeypatch.setattr(other_ways, "free_memory", lambda devices: {})
+    config = load_config({"activations": {"source": {"name": "live", "n_batches_in_buffer": 32}}})
+
+    class Backend:
+        device = "cpu"
+
+    backend: Any = Backend()
+    tokens = torch.zeros(64, 4, dtype=torch.long)
+    plugins = saekit.default_manager()
+    options = plugins.options(ACTIVATION_SOURCES, config.activations.source)
+    text = other_ways._of_sizes(config, backend, tokens, 16, options, 1.0)
+    lines = "activations.source.store_batch_size_prompts=32", "activations.source.n_batches_in_buffer=16"
+    assert f"write {lines[0]} and {lines[1]}, for a buffer of the same size" in text
+    changed: Any = plugins.options(ACTIVATION_SOURCES, load_config(config, lines).activations.source)
+    assert changed.store_batch_size_prompts * changed.n_batches_in_buffer == 16 * 32
+
+
+def test_evals_are_part_of_the_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned_duration, "timed_eval", lambda *given: 1000.0)
+    found = saekit.plan(run_config(tmp_path, evals={"every_n_steps": 4}))
+    assert found.numbers["eval_seconds"] == 2000
+    assert found.numbers["seconds"] - found.numbers["last_step_seconds"] > 2000
+    assert "evals 33 min" in found.facts["duration"]

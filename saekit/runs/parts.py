@@ -41,10 +41,11 @@ def make_optimizer(
     schedule: Callable[[int], float],
     parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
     features: Group | None = None,
+    rows: Group | None = None,
 ) -> ScheduledOptimizer:
     """The chosen one, with what is left to the architecture; of ``parameters``, or by default those of ``sae``.
 
-    ``features`` are the processes over which its features are split.
+    ``features`` are the processes over which its features are split, and ``rows`` those that have the same.
     """
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
     if not isinstance(chosen.options, OptimizerConfig):
@@ -57,7 +58,8 @@ def make_optimizer(
     clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
         of = sae.named_parameters() if parameters is None else parameters
-        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=sae.table, features=features)
+        table = sae.table
+        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=table, features=features, rows=rows)
 
 
 def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule) -> int | None:

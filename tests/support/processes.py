@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+import pytest
 import torch
 from support import golden, warm
 from torch import Tensor
@@ -35,7 +36,7 @@ from saekit.runs.parts import make_schedule
 from saekit.runs.setup import give_weights, make_trainer
 from saekit.sae.splitting import gathered, give_part, whole_like
 from saekit.site import Site
-from saekit.training import SAETrainer
+from saekit.training import SAETrainer, shown
 from saekit.values import Batch, Ports
 
 ROWS, D_SAE, STEPS = 24, 32, 30
@@ -199,8 +200,10 @@ class Call:
 
 
 def steps(world: World, case: Case) -> Found:
-    """For :class:`Call`."""
-    return trained(case, world)
+    """For :class:`Call`.  Of every parameter that can be divided, each process updates a part, as of large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shown, "LARGE", 1)
+        return trained(case, world)
 
 
 Results = dict[str, list[Any]]

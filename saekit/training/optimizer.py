@@ -54,10 +54,9 @@ class ScheduledOptimizer:
         self._schedule, given = schedule, [*parameters]
         device = given[0][1].device
         self._build(given, build, table, self._rows)
-        elementwise = isinstance(self._inner, Elementwise) and self._inner.elementwise
-        if not elementwise and any(shown.parted for shown in self._shown):
+        if not self.elementwise and any(shown.parted for shown in self._shown):
             self._build(given, build, table, Group())
-        if self._features.size > 1 and not elementwise:
+        if self._features.size > 1 and not self.elementwise:
             raise ConfigError(
                 [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
                   "itself (elementwise), so the parameters cannot be split over processes; set distributed.features "
@@ -86,6 +85,11 @@ class ScheduledOptimizer:
         factors = {id(own): group["lr_factor"] for group in groups for own in group["params"]}
         self._inner = build(groups=groups, lr=self._schedule(0))
         self._check(factors)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it says that it updates each number by itself."""
+        return isinstance(self._inner, Elementwise) and self._inner.elementwise
 
     @property
     def parted(self) -> Mapping[nn.Parameter, Shown]:

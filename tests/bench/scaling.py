@@ -81,25 +81,37 @@ def on_cpu(of: Job, mesh: Mesh) -> Job:
 
 @contextmanager
 def counted(sent: Counter[str]) -> Iterator[None]:
-    """Add to ``sent`` the bytes that this process gives to each kind of collective."""
-    sum_, gather = JoinedGroup.sum_, JoinedGroup.gather
-    names = {}
+    """Add to ``sent`` the bytes that this process gives to each kind of collective.
+
+    A sum of own parts and then their spreading send half each of what a sum does.
+    """
+    kept = {name: getattr(JoinedGroup, name) for name in ("sum_", "sum_parts_", "spread_parts_", "gather")}
 
     def summing(group: JoinedGroup, value: torch.Tensor) -> torch.Tensor:
         sent[f"sum {group.size}"] += value.nbytes if value.is_contiguous() or value.T.is_contiguous() else 0
-        return sum_(group, value)
+        found: torch.Tensor = kept["sum_"](group, value)
+        return found
+
+    def summing_parts(group: JoinedGroup, value: torch.Tensor, memory: torch.Tensor) -> None:
+        sent[f"sum {group.size}"] += value.nbytes // 2
+        kept["sum_parts_"](group, value, memory)
+
+    def spreading(group: JoinedGroup, value: torch.Tensor) -> None:
+        sent[f"sum {group.size}"] += value.nbytes // 2
+        kept["spread_parts_"](group, value)
 
     def gathering(group: JoinedGroup, value: torch.Tensor) -> list[torch.Tensor]:
         sent[f"gather {group.size}"] += value.nbytes
-        return gather(group, value)
+        found: list[torch.Tensor] = kept["gather"](group, value)
+        return found
 
-    names = {"sum_": summing, "gather": gathering}
-    for name, own in names.items():
+    for name, own in zip(kept, (summing, summing_parts, spreading, gathering), strict=True):
         setattr(JoinedGroup, name, own)
     try:
         yield
     finally:
-        JoinedGroup.sum_, JoinedGroup.gather = sum_, gather  # type: ignore[method-assign]
+        for name, own in kept.items():
+            setattr(JoinedGroup, name, own)
 
 
 def count(world: World, of: Case) -> dict[str, int]:
@@ -137,7 +149,7 @@ def count_all(sizes: list[int], d: int = 64, d_sae: int = 4096) -> None:
     for size in sizes:
         calls = {
             f"{kind} {mesh.data} {mesh.features}": Call(
-                "bench.scaling:count", mesh.data, mesh.features, (case(kind, d, d_sae, 4),)
+                "bench.scaling:count", mesh.data, mesh.features, (case(kind, d, d_sae, 4),), parts=False
             )
             for kind in KINDS
             for mesh in meshes(size)
@@ -194,7 +206,8 @@ def memory_all(sizes: list[int]) -> None:
     for kind, d, d_sae, rows in SHAPES:
         for size in sizes:
             for mesh in meshes(size):
-                call = Call("bench.scaling:memory", mesh.data, mesh.features, (case(kind, d, d_sae, 4, rows),))
+                given = (case(kind, d, d_sae, 4, rows),)
+                call = Call("bench.scaling:memory", mesh.data, mesh.features, given, parts=False)
                 with tempfile.TemporaryDirectory() as folder:
                     found = max(together({"": call}, size, Path(folder))[""])
                 of = on_cpu(job(kind, d, d_sae, rows), mesh)
@@ -352,7 +365,7 @@ def time_all(sizes: list[int]) -> None:
         for size in sizes:
             for mesh in meshes(size):
                 of = attrs.evolve(case(kind, d, d_sae, 100, rows), steps=100)
-                call = Call("bench.scaling:steps_timed", mesh.data, mesh.features, (of,))
+                call = Call("bench.scaling:steps_timed", mesh.data, mesh.features, (of,), parts=False)
                 with tempfile.TemporaryDirectory() as folder:
                     each = together({"": call}, size, Path(folder))[""]
                 rates = Rates(*(min(some) for some in zip(*(attrs.astuple(one) for one, _ in each), strict=True)))

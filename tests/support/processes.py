@@ -189,6 +189,8 @@ class Call:
     features: int = 1
     given: tuple[Any, ...] = ()
     saes: int = 1
+    parts: bool = True
+    """Whether of all that can be divided each process updates a part, as of what is large."""
 
     @property
     def config(self) -> DistributedConfig:
@@ -196,14 +198,15 @@ class Call:
 
     def done(self, world: World) -> Any:
         module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)(world, *self.given)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.parts:
+                patch.setattr(shown, "LARGE", 1)
+            return getattr(importlib.import_module(module), name)(world, *self.given)
 
 
 def steps(world: World, case: Case) -> Found:
-    """For :class:`Call`.  Of every parameter that can be divided, each process updates a part, as of large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shown, "LARGE", 1)
-        return trained(case, world)
+    """For :class:`Call`."""
+    return trained(case, world)
 
 
 Results = dict[str, list[Any]]

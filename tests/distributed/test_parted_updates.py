@@ -1,0 +1,142 @@
+"""Of what all processes have, each updates a part, and keeps the moments of that; the rest goes as ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from support.processes import Case, part_of
+from torch import Tensor
+
+from saekit.distributed import ALONE
+from saekit.distributed.group import Group
+from saekit.runs.parts import moment_bytes
+from saekit.sae.module import SAEModule
+from saekit.training import SAETrainer, shown
+
+TOPK = Case({"name": "topk", "k": 4}, {"log_frequency": 10**6}, steps=3)
+
+
+class Heard(Group):
+    """Two processes in one: what this one is sent of the other's parts is what it had before, and all is noted."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.asked: list[str] = []
+
+    def sum_(self, value: Tensor) -> Tensor:
+        self.asked.append(f"sum of {value.numel()}")
+        return value
+
+    def sum_parts_(self, value: Tensor, memory: Tensor) -> None:
+        assert memory.numel() == value.numel() // 2
+        self.asked.append(f"parts of {value.numel()}")
+
+    def spread_parts_(self, value: Tensor) -> None:
+        self.asked.append(f"spreads {value.numel()}")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown, "LARGE", 64)
+
+
+def stepped(rank: int, case: Case = TOPK, kind: type[SAEModule] | None = None) -> tuple[SAETrainer, Heard]:
+    """After a step on half a batch."""
+    group = Heard(rank)
+    world = attrs.evolve(ALONE, all=group, data=group)
+    trainer = case.trainer(world)
+    if kind is not None:
+        trainer.sae.__class__ = kind
+    batch = part_of(next(case.batches()), case, world)
+    trainer.train_on(*trainer.rows_of(batch), batch)
+    return trainer, group
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_updates_its_part_of_the_features(rank: int) -> None:
+    trainer, group = stepped(rank)
+    before: Any = TOPK.trainer(ALONE).sae
+    after: Any = trainer.sae
+    own, others = slice(16 * rank, 16 * rank + 16), slice(16 - 16 * rank, 32 - 16 * rank)
+    for one, old in ((after.W_dec, before.W_dec), (after.W_enc.T, before.W_enc.T)):
+        assert not (one[own] == old[own]).all()
+        assert (one[others] == old[others]).all(), "the other process would send them"
+    kept = trainer.optimizer.state_dict()
+    assert kept["W_enc"]["exp_avg"].shape == (6, 16)
+    assert kept["W_dec"]["exp_avg_sq"].shape == (16, 6)
+    assert kept["b_enc"]["exp_avg"].shape == (32,), "it is small"
+    assert kept["b_dec"]["exp_avg"].shape == (6,)
+    assert trainer.optimizer.parted_state().keys() == {"W_enc", "W_dec"}
+    assert [asked for asked in group.asked if "192" in asked] == ["parts of 192"] * 2 + ["spreads 192"] * 2
+
+
+def test_a_state_is_that_of_the_whole_when_it_is_gone_on_from() -> None:
+    trainer, _ = stepped(1)
+    whole: Any = TOPK.trainer(ALONE)
+    batch = next(TOPK.batches())
+    whole.train_on(*whole.rows_of(batch), batch)
+    state = whole.optimizer.state_dict()
+    trainer.optimizer.load_state_dict(state)
+    kept = trainer.optimizer.state_dict()
+    assert torch.equal(kept["W_enc"]["exp_avg"], state["W_enc"]["exp_avg"][:, 16:])
+    assert torch.equal(kept["W_dec"]["exp_avg"], state["W_dec"]["exp_avg"][16:])
+    assert torch.equal(kept["b_enc"]["exp_avg"], state["b_enc"]["exp_avg"])
+
+
+def test_what_others_look_at_is_summed_whole() -> None:
+    """A ``before_update`` of one's own may look at all of a gradient."""
+    plain: Any = type(TOPK.trainer(ALONE).sae)
+    _, group = stepped(0, kind=type("Own", (plain,), {"before_update": lambda self: None}))
+    assert not [asked for asked in group.asked if asked.startswith("parts")]
+    assert [asked for asked in group.asked if asked.startswith("spreads")] == ["spreads 192"] * 2
+
+
+def test_what_cannot_be_divided_is_updated_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, group = stepped(0, attrs.evolve(TOPK, d_sae=33))
+    assert not trainer.optimizer.parted
+    assert trainer.optimizer.state_dict()["W_dec"]["exp_avg"].shape == (33, 6)
+    monkeypatch.setattr(shown, "LARGE", 1 << 16)
+    trainer, group = stepped(0)
+    assert not trainer.optimizer.parted
+    assert not [asked for asked in group.asked if "spreads" in asked]
+
+
+def test_an_optimizer_that_does_not_say_that_it_may_updates_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saekit_plugins.optimizers.signum.module import Signum
+
+    case = attrs.evolve(TOPK, optimizer={"name": "signum"})
+    assert stepped(0, case)[0].optimizer.parted
+    monkeypatch.setattr(Signum, "elementwise", False)
+    trainer, _ = stepped(0, case)
+    assert not trainer.optimizer.parted
+    assert trainer.optimizer.state_dict()["W_dec"]["momentum"].shape == (32, 6)
+
+
+def test_weights_in_other_memory_are_still_updated() -> None:
+    """As after a step of somebody who gives a parameter a tensor of his own."""
+    trainer, _ = stepped(0)
+    sae: Any = trainer.sae
+    for parameter in (sae.W_enc, sae.W_dec):
+        parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+    before = sae.W_enc.detach().clone()
+    batch = part_of(next(TOPK.batches()), TOPK, trainer.world)
+    trainer.train_on(*trainer.rows_of(batch), batch)
+    assert not torch.equal(sae.W_enc[:, :16], before[:, :16])
+    assert torch.equal(sae.W_enc[:, 16:], before[:, 16:])
+
+
+def test_plans_know_what_one_process_keeps() -> None:
+    trainer, group = stepped(0)
+    import saekit
+
+    def kept(*rest: Any) -> int | None:
+        return moment_bytes(TOPK.config, saekit.default_manager(), trainer.sae, *rest)
+
+    small = 2 * (32 + 6)
+    assert kept() == 8 * (2 * 2 * 192 + small)
+    assert kept(group) == 8 * (2 * 192 + small)

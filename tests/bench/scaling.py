@@ -334,13 +334,23 @@ DEVICES = {
 
 
 def rates_here(world: World, d: int, own: int) -> Rates:
-    """Of one thread of this machine, at the very kinds of work: products in bfloat16, and passes through memory."""
-    x, y = torch.rand(1024, d).bfloat16(), torch.rand(own, d).bfloat16()
-    out = torch.empty(1024, own, dtype=torch.bfloat16)
+    """Of one thread of this machine, at the very kinds of work: products in the type that steps make them in, passes
+    through memory, and what is sent of gradients, or of reconstructions."""
+    kind = torch.bfloat16 if why_no_screen(torch.device("cpu"), torch.float32, own) is None else torch.float32
+    x, y = torch.rand(1024, d).to(kind), torch.rand(own, d).to(kind)
+    out = torch.empty(1024, own, dtype=kind)
     values, more = torch.rand(20_000_000), torch.rand(20_000_000)
     product = min(_timed(lambda: torch.mm(x, y.T, out=out)) for _ in range(7))
     moved = min(_timed(lambda: values.add_(more)) for _ in range(7))
-    linked = min(_timed(lambda: world.all.sum_(values)) for _ in range(7)) if world.size > 1 else 1.0
+
+    def send() -> None:
+        if world.data.size > 1:
+            world.data.sum_parts_(values, more)
+            world.data.spread_parts_(values)
+        else:
+            world.all.sum_(values)
+
+    linked = min(_timed(send) for _ in range(7)) if world.size > 1 else 1.0
     sent = 2 * (world.size - 1) / world.size * values.nbytes
     return Rates(2 * 1024 * d * own / product, 3 * values.nbytes / moved, sent / linked or 1.0)
 

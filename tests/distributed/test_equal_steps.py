@@ -1,7 +1,7 @@
 """Steps of several processes are those of one: weights, metrics and firing counts, in float64 and in float32.
 
 ``make test-processes`` compares every architecture that trains, with every mix of options, on 2 and on 4 processes: on
-two cores that takes minutes, and can be done in parts (``SAEKIT_PROCESSES=4``, ``-k "features 4 and standard"``).
+two cores that takes minutes, and can be done in parts (``SAEKIT_PROCESSES=4``, ``-k "1x4 and standard"``).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _off(found: float, expected: float) -> float:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "data {} features {}".format(*mesh))
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "{}x{}".format(*mesh))
 def test_steps_are_those_of_one_process(
     name: str, mesh: tuple[int, int], found: dict[str, list[Found]], worst: Worst
 ) -> None:

@@ -172,10 +172,10 @@ def _each(
             [part[name] for part in (state["optimizer"], *others) if name in part]
             for state, others in zip(states, moments, strict=True)
         ]
-        weights = states[0]["weights"].get(name)
+        like = states[0]["weights"].get(name)
         optimizer[name] = {
             key: made([part[key] for parts in every for part in parts], axes[name])
-            if name in axes and _are_of([part[key] for part in every[0]], axes[name], weights)
+            if name in axes and _are_of([part[key] for part in every[0]], axes[name], like)
             else value
             for key, value in kept.items()
         }

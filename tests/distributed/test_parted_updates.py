@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from saekit.distributed import ALONE
 from saekit.distributed.group import Group
+from saekit.errors import StorageError
+from saekit.runs.checkpoints import Checkpoint
 from saekit.runs.parts import moment_bytes
+from saekit.runs.spread_checkpoints import part_of_training, training_of
+from saekit.runs.state_files import write_state
 from saekit.sae.module import SAEModule
 from saekit.training import SAETrainer, shown
 
@@ -155,3 +160,31 @@ def test_plans_know_what_one_process_keeps() -> None:
     small = 2 * (32 + 6)
     assert kept() == 4 * (2 * 2 * 192 + small)
     assert kept(group) == 4 * (2 * 192 + small)
+
+
+def test_what_each_wrote_makes_the_state_of_the_whole(tmp_path: Path) -> None:
+    """Or of other parts of the features, which each read no more than they need of."""
+    trainers = [stepped(rank)[0] for rank in range(2)]
+    first, second = trainers[0].state_dict(), {"optimizer": trainers[1].optimizer.parted_state()}
+    (tmp_path / "sae").mkdir()
+    sums = write_state(tmp_path / "sae", "training-0", first)
+    sums |= write_state(tmp_path / "sae", "moments-0-1", second)
+    about = {"step": 1, "tokens": 24, "diverged": None}
+    facts = {"mesh": [2, 1], "saes": {"sae": about}, "files": {f"sae/{name}": "" for name in sums}}
+    checkpoint, table = Checkpoint(tmp_path, facts), trainers[0].sae.table
+    own = [trainer.optimizer.state_dict()["W_enc"]["exp_avg"] for trainer in trainers]
+    whole = training_of(checkpoint, "sae", TOPK.trainer(ALONE).sae)
+    assert torch.equal(whole["optimizer"]["W_enc"]["exp_avg"], torch.cat(own, dim=1))
+    assert torch.equal(whole["weights"]["W_dec"], first["weights"]["W_dec"])
+    assert torch.equal(whole["optimizer"]["b_enc"]["exp_avg"], first["optimizer"]["b_enc"]["exp_avg"])
+    parts = [part_of_training([whole], table, number, 4)["optimizer"] for number in range(4)]
+    for number, part in enumerate(parts):
+        again = part_of_training([first], table, number, 4, [checkpoint.moments("sae", 0, mapped=True)])["optimizer"]
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                assert torch.equal(again[name][moment], part[name][moment]), (name, moment)
+    alone = TOPK.trainer(ALONE)
+    alone.load_state_dict(whole)
+    assert torch.equal(alone.optimizer.state_dict()["W_enc"]["exp_avg"], torch.cat(own, dim=1))
+    with pytest.raises(StorageError, match="the saved exp_avg of W_dec has shape .16, 6., expected .32, 6."):
+        TOPK.trainer(ALONE).load_state_dict(first)
